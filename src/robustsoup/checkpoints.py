@@ -1,0 +1,268 @@
+"""Checkpoints: weights and where they come from, in safetensors or in whatever a user's own script saved."""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from robustsoup.errors import CheckpointError, ModelError, RequestError
+from robustsoup.files import atomic_path
+from robustsoup.models import load_model
+
+RECORD_KEY = "robustsoup"
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
+_PREFIXES = ("module.", "model.", "0.")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state dict of one network under its own names, and a JSON-able record of its provenance.
+
+    tensors: name -> tensor on the CPU. provenance: what made it; empty for a foreign file. Keys that the library reads:
+    "network" {spec, classes, channels, normalize}, "parameters" [names], "tied" {alias: name}, "parents" [{digest,
+    file}], "data" (the record of the data it was fitted on), "trained_on" [splits].
+    path: where it was read; wrapping: how a foreign file held it.
+    """
+
+    tensors: Mapping[str, Tensor]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    wrapping: "Wrapping | None" = None
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike | Checkpoint") -> "Checkpoint":
+        """Read .safetensors, or .pt/.pth/.bin with weights_only=True, taking off common wrappers and prefixes.
+
+        Raises CheckpointError, naming the file, if it is missing, cut short, holds no tensors, or holds NaN or infinity.
+        """
+        if isinstance(path, Checkpoint):
+            return path
+        path = Path(path)
+        if not path.is_file():
+            what = "is a folder, expected a file" if path.is_dir() else "no such file"
+            raise CheckpointError(f"{path}: {what}; give a .safetensors, .pt, .pth or .bin checkpoint")
+        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_foreign(path)
+        for name, tensor in checkpoint.tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CheckpointError(f"{path}: {name} holds NaN or infinity; this checkpoint is broken")
+        return checkpoint
+
+    @classmethod
+    def of(cls, model: "nn.Module", provenance: dict[str, Any] | None = None) -> "Checkpoint":
+        """A copy of the weights of `model`, with the names of its parameters and of its tied parameters recorded."""
+        names = [name for name, _ in model.named_parameters()]
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        tied = {
+            name: first[id(parameter)]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if first[id(parameter)] != name
+        }
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        return cls(tensors, {**(provenance or {}), "parameters": names, "tied": tied})
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names, dtypes, shapes and bytes of the tensors (hex); the file's own bytes play no part."""
+        total = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().contiguous().cpu()
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of what is mixed: the recorded parameters, else every float tensor that is no running statistic."""
+        if "parameters" in self.provenance:
+            return list(self.provenance["parameters"])
+        tied = self.tied
+        return [
+            name for name, tensor in self.tensors.items()
+            if tensor.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS and name not in tied
+        ]  # fmt: skip
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """alias -> name for tensors that are one parameter under two names."""
+        return dict(self.provenance.get("tied", {}))
+
+    def network(self, spec: str | None = None, **build: Any) -> nn.Module:
+        """The network with these weights, in eval mode, on the CPU.
+
+        spec, build: what `load_model` takes, for files that do not say what network they are; they override the record.
+        Raises ModelError if no network is known or if names or shapes do not fit, naming the first that differs.
+        """
+        known = dict(self.provenance.get("network", {}))
+        spec = spec or known.pop("spec", None)
+        if spec is None:
+            raise ModelError(
+                f"{self.name}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory"
+            )
+        known.pop("spec", None)
+        settings = {**known, **{key: value for key, value in build.items() if value is not None}}
+        model = load_model(spec, **settings)
+        self.load_into(model)
+        return model.eval()
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the weights into `model`, strictly. Raises ModelError naming the first name or shape that differs."""
+        theirs = model.state_dict()
+        for name in [*theirs, *self.tensors]:
+            if name not in self.tensors or name not in theirs:
+                where = "the network has it, the file does not" if name in theirs else "the file has it, the network does not"
+                raise ModelError(f"{self.name}: {name}: {where}; is --model right?")
+            if theirs[name].shape != self.tensors[name].shape:
+                got, expected = tuple(self.tensors[name].shape), tuple(theirs[name].shape)
+                raise ModelError(f"{self.name}: {name}: got shape {got}, the network expects {expected}")
+        model.load_state_dict(dict(self.tensors))
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message: its path, else the beginning of its digest."""
+        return str(self.path) if self.path else f"checkpoint {self.digest[:12]}"
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write to `path`, whole or not at all: .safetensors, or .pt/.pth/.bin in the wrapping it was read with.
+
+        Raises StorageError where the file cannot be written, CheckpointError for another ending.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            with atomic_path(path) as temporary:
+                tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
+                _save_safetensors(tensors, temporary, self.provenance)
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            content = (self.wrapping or Wrapping({}, None, "")).wrap(dict(self.tensors))
+            with atomic_path(path) as temporary:
+                _torch_save(content, temporary)
+        else:
+            raise CheckpointError(f"{path}: got the ending {path.suffix!r}, expected .safetensors, .pt, .pth or .bin")
+        return path
+
+    def with_provenance(self, **entries: Any) -> "Checkpoint":
+        """The same weights with these entries added to the record."""
+        return replace(self, provenance={**self.provenance, **entries})
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """How a foreign file held its state dict: other entries beside it, the key it was under, the prefix of its names."""
+
+    others: dict[str, Any]
+    key: str | None
+    prefix: str
+
+    def wrap(self, tensors: dict[str, Tensor]) -> Any:
+        """The content of a file that the code which wrote the first one can read."""
+        state = {self.prefix + name: tensor for name, tensor in tensors.items()}
+        return state if self.key is None else {**copy.copy(self.others), self.key: state}
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write tensors and a JSON record to a .safetensors file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        _save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, record)
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON record of a .safetensors file. Raises CheckpointError naming the file."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads((file.metadata() or {}).get(RECORD_KEY, "{}"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole .safetensors file ({error}); was the copy cut short?") from None
+    return tensors, record
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
+    try:
+        save_file(tensors, path, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _torch_save(content: Any, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    tensors, record = read_tensors(path)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return Checkpoint(tensors, record, path)
+
+
+def _read_foreign(path: Path) -> Checkpoint:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, ValueError, KeyError,
+            AttributeError, OSError, UnicodeDecodeError) as error:  # fmt: skip
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a checkpoint that can be read with weights_only=True: {reason}") from None
+    return _unwrap(content, path)
+
+
+def _unwrap(content: Any, path: Path) -> Checkpoint:
+    key, others, state = None, {}, content
+    if isinstance(content, Mapping) and not _is_state(content):
+        key = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping) and _is_state(content[k])), None)
+        if key is None:
+            raise CheckpointError(
+                f"{path}: found no state dict; got keys {list(content)[:5]}, expected tensors by name, or one of {', '.join(_WRAPPERS)}"
+            )
+        state, others = content[key], {k: v for k, v in content.items() if k != key}
+    if not isinstance(state, Mapping) or not _is_state(state):
+        raise CheckpointError(f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)")
+    prefix = ""
+    while shared := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in state)), None):
+        prefix += shared
+    tensors = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+    if any(not name for name in tensors):
+        raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
+    return Checkpoint(tensors, {"tied": _tied(tensors)}, path, Wrapping(others, key, prefix))
+
+
+def _is_state(content: Mapping) -> bool:
+    return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[tuple, str] = {}
+    tied = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+    return tied
+
+
+def as_network(network: "nn.Module | Checkpoint | str | os.PathLike") -> nn.Module:
+    """A network from a network (as it is), a Checkpoint or a path. Raises RequestError for anything else."""
+    if isinstance(network, nn.Module):
+        return network
+    if isinstance(network, (Checkpoint, str, os.PathLike)):
+        return Checkpoint.load(network).network()
+    raise RequestError(f"network: got {type(network).__name__}, expected an nn.Module, a Checkpoint or a path")

@@ -1,0 +1,471 @@
+"""The command line: one verb for each Python function. Exit codes: 0 done, 1 the work failed, 2 the request was wrong,
+3 the work is done and nothing meets --require, 130 interrupted (run the same command again to go on)."""
+
+import json
+import re
+import sys
+from fractions import Fraction
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.console import Bar, RunReporter, duration, stderr
+from robustsoup.data import Data, load_data
+from robustsoup.errors import CoefficientError, ModelError, RequestError, RobustsoupError, StorageError
+from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
+from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
+from robustsoup.models import load_model
+from robustsoup.precision import resolve_device
+from robustsoup.recipes import Recipe, load_recipe, parse_recipe
+from robustsoup.reports import write_report
+from robustsoup.runs.cost import seconds_of
+from robustsoup.runs.execute import Context, scores
+from robustsoup.runs.run import Prepared, prepare, run_prepared
+from robustsoup.soups.coefficients import Coefficients, uniform
+from robustsoup.soups.learning import learn
+from robustsoup.soups.mixing import mix
+from robustsoup.threats import ThreatModel
+from robustsoup.training import train
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn several adversarially fine-tuned checkpoints of one network into one, at the trade-off you need.",
+)  # fmt: skip
+stdout = Console(highlight=False)
+
+Files = Annotated[list[Path], typer.Argument(help="Checkpoints: .safetensors, .pt, .pth or .bin.", show_default=False)]
+DataOption = Annotated[str, typer.Option("--data", help="digits, cifar10 or folder:PATH.")]
+ThreatOption = Annotated[str, typer.Option("--threat", help='As in "Linf 8/255", "L2 0.5", "L1 12" or clean.')]
+Threats = Annotated[list[str], typer.Option("--threat", help='As in "Linf 8/255"; repeatable.')]
+Model = Annotated[str | None, typer.Option(help="resnet9, resnet9:width=16 or package.module:factory; where files do not say.")]
+Normalize = Annotated[
+    tuple[str, str] | None,
+    typer.Option(help='MEAN STD, by channel, for networks that expect it outside: "0.49,0.48,0.45" "0.25,0.24,0.26".'),
+]
+Objective = Annotated[str, typer.Option(help='ce, or "mixed 0.4" (0.4 is the weight of the clean loss).')]
+AttackSteps = Annotated[int, typer.Option(help="APGD steps of each training attack.")]
+Steps = Annotated[int, typer.Option(help="APGD steps of the evaluation.")]
+Samples = Annotated[int | None, typer.Option(help="Judge only the first so many samples.")]
+Buffers = Annotated[str | None, typer.Option(help="BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked.")]
+Seed = Annotated[int, typer.Option(min=0, help="The seed of the split, the order of samples and all noise.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; results are bit-equal at equal numbers.")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+DataRoot = Annotated[str | None, typer.Option(help="Where data is; else $ROBUSTSOUP_DATA, else the user's cache folder.")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels a side, for folder:PATH.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
+Leakage = Annotated[bool, typer.Option("--allow-leakage", help="Judge on samples that an ingredient was trained on.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Override a setting, as in soups.learned.epochs=2; repeatable.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = spread(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    sys.path.insert(0, str(Path.cwd()))  # so that --model my_script:Net finds a file that lies here
+    try:
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="robustsoup", standalone_mode=False)
+    except RobustsoupError as error:
+        if debug:
+            raise
+        code = _fail(str(error), 2 if isinstance(error, RequestError) else 1)
+    except typer.Abort:
+        code = _fail("interrupted; run the same command again to go on", 130)
+    except KeyboardInterrupt:
+        code = _fail("interrupted; run the same command again to go on", 130)
+    except Exception as error:
+        if debug or not hasattr(error, "exit_code"):
+            raise
+        code = _fail(f"{getattr(error, 'message', None) or error}; see robustsoup --help", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    stderr.print(f"robustsoup: {message}", markup=False, soft_wrap=True)
+    return code
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """Let --coefficients take several values: each further number gets the option's name before it."""
+    out: list[str] = []
+    taking = False
+    for argument in arguments:
+        if taking and out[-1] != "--coefficients" and re.fullmatch(r"[\d./eE+-]*\d\.?", argument):
+            out.append("--coefficients")
+        elif out[-1:] != ["--coefficients"]:
+            taking = argument == "--coefficients"
+        out.append(argument)
+    return out
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option("-o", help="The run folder.")] = Path("runs/quickstart"),
+         device: Device = "auto", threads: Threads = None) -> None:  # fmt: skip
+    """Run the quickstart recipe on embedded data (scikit-learn's digits), then write its report.
+
+    Example: `robustsoup demo`
+    """
+    _threads(threads)
+    recipe = load_recipe(str(files("robustsoup") / "quickstart.toml"))
+    _finish(recipe, output, device, None, as_json=False)
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+        sets: Sets = [], output: Annotated[Path | None, typer.Option("-o", help="The run folder; else runs/NAME.")] = None,
+        device: Device = "auto", threads: Threads = None, data_root: DataRoot = None, as_json: AsJson = False) -> None:  # fmt: skip
+    """Run a recipe, or go on with it: only what the store lacks is done. Then write the report.
+
+    Example, after `robustsoup demo`: `robustsoup run runs/quickstart/recipe.toml --set evaluate.steps=10 -o runs/ten`
+    """
+    _threads(threads)
+    loaded = load_recipe(recipe, sets)
+    raise typer.Exit(_finish(loaded, output or Path("runs") / loaded.name, device, data_root, as_json=as_json))
+
+
+@app.command()
+def plan(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets: Sets = [], device: Device = "auto",
+         threads: Threads = None, data_root: DataRoot = None, as_json: AsJson = False) -> None:  # fmt: skip
+    """Show a recipe's steps, which are in the store already, and what the others will cost. Runs none of them.
+
+    The cost comes from timing a few batches on this device.
+
+    Example, after `robustsoup demo`: `robustsoup plan runs/quickstart/recipe.toml --set finetune.epochs=20`
+    """
+    _threads(threads)
+    prepared = prepare(load_recipe(recipe, sets), device=device, data_root=data_root)
+    steps, store = prepared.plan.steps, prepared.store
+    cost = seconds_of(steps, prepared.context)
+    rows = [
+        {"kind": s.kind, "name": s.name, "key": s.key, "done": store.has(s.key), "seconds": round(cost[s.key], 2)} for s in steps
+    ]
+    missing = sum(row["seconds"] for row in rows if not row["done"])
+    if as_json:
+        return _print_json({"recipe": prepared.plan.recipe.name, "steps": rows, "seconds": missing})
+    table = Table("step", "name", "store", "about", box=None)
+    for row in rows:
+        table.add_row(row["kind"], row["name"], "done" if row["done"] else "-", "" if row["done"] else duration(row["seconds"]))
+    stdout.print(table)
+    todo = sum(not row["done"] for row in rows)
+    stdout.print(f"{len(rows)} steps, {todo} to do, about {duration(missing)} on this {prepared.context.device.type}")
+
+
+@app.command("train")
+def train_command(
+    data: DataOption, threat: ThreatOption, output: Annotated[Path, typer.Option("-o", help="The checkpoint to write.")],
+    model: Model = None, start: Annotated[Path | None, typer.Option("--from", help="Fine-tune this checkpoint.")] = None,
+    objective: Objective = "ce", attack_steps: AttackSteps = 2,
+    epochs: Annotated[int, typer.Option(min=1)] = 10, batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; else 0.1 fresh, 0.001 with --from.")] = None,
+    momentum: float = 0.9, weight_decay: float = 0.0,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least robust loss on val.")] = False,
+    normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
+    precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None,
+) -> None:  # fmt: skip
+    """Pre-train a network adversarially, or fine-tune one (--from). Continues where it was killed.
+
+    Example: `robustsoup train --model resnet9:width=8 --data digits --threat "Linf 48/255" --lr 0.1 -o base.safetensors`,
+    then `robustsoup train --from base.safetensors --data digits --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`
+    """
+    _threads(threads)
+    _check_output(output, {".safetensors"})
+    loaded = load_data(data, root=data_root, seed=seed, image_size=image_size)
+    if start is None and model is None:
+        raise ModelError("train: give --model for fresh weights, or --from for a checkpoint to fine-tune")
+    context = Context(loaded, _model(model, normalize, loaded, [start] if start else []), resolve_device(device))
+    network = context.describe(Checkpoint.load(start)) if start else context.fresh_network(seed)
+    if start:
+        _warn_leakage([network], loaded, allow=True)
+    rate = lr or (1e-3 if start else 0.1)
+    state = output.with_name(f".{output.name}.state.pt")
+    with Bar(f"training {output.name}") as bar:
+        trained = train(
+            network, loaded.train, threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs,
+            batch_size=batch_size, lr=rate, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
+            val=loaded.val if early_stop else None, early_stop=early_stop, seed=seed, device=device, precision=precision,
+            state_path=state, on_progress=bar,
+        )  # fmt: skip
+    trained.with_provenance(network=context.model).save(output)
+    state.unlink(missing_ok=True)
+    stdout.print(f"{output}: loss {trained.provenance['history'][-1]['loss']:.3f} after {epochs} epochs", markup=False)
+
+
+@app.command("mix")
+def mix_command(
+    checkpoints: Files, output: Annotated[Path, typer.Option("-o", help="The soup; .safetensors, or .pth as the first file.")],
+    coefficients: Annotated[list[str], typer.Option(help="One number a file, as in 1/3 1/3 1/3, or a coefficients file; else uniform.")] = [],
+    buffers: Buffers = None, data: Annotated[str | None, typer.Option(help="For the recalibrating --buffers.")] = None,
+    threat: Annotated[str, typer.Option(help="For recalibrate-adversarial.")] = "clean", model: Model = None,
+    normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
+    data_root: DataRoot = None, image_size: ImageSize = None,
+) -> None:  # fmt: skip
+    """Average checkpoints with given coefficients into one ordinary checkpoint.
+
+    Example: `robustsoup mix eps16.safetensors eps96.safetensors --coefficients 0.5 0.5 -o soup.safetensors`
+    """
+    _threads(threads)
+    _check_output(output, {".safetensors", ".pt", ".pth", ".bin"})
+    loaded = [Checkpoint.load(path) for path in checkpoints]
+    alpha = _coefficients(coefficients, len(loaded))
+    policy = buffers or ("tracked" if alpha.tracked else "average")
+    network, split = None, None
+    if data:
+        source = load_data(data, root=data_root, seed=seed, image_size=image_size)
+        split = source.train
+        context = Context(source, _model(model, normalize, source, checkpoints), resolve_device(device))
+        loaded = [context.describe(item) for item in loaded]
+        network = loaded[0].network()
+    soup = mix(
+        loaded, alpha, buffers=policy, calibrate_on=split, threat=ThreatModel.parse(threat), network=network,
+        device=resolve_device(device), seed=seed,
+    )  # fmt: skip
+    soup.save(output)
+    stdout.print(f"{output}: {len(loaded)} ingredients mixed, statistics: {policy}", markup=False)
+
+
+@app.command()
+def search(
+    checkpoints: Files, data: DataOption, threat: Threats,
+    output: Annotated[Path, typer.Option("-o", help="The run folder: soup, table, figures, report.")],
+    method: Annotated[str, typer.Option(help="grid, line or uniform.")] = "grid",
+    step: Annotated[float, typer.Option(help="The grid's step.")] = 0.2,
+    require: Annotated[list[str], typer.Option(help='As in "clean>=0.85"; repeatable.')] = [],
+    maximise: Annotated[str | None, typer.Option(help="What to maximise; else the first --threat.")] = None,
+    point: Annotated[bool, typer.Option("--point", help="Judge --require by the estimate, not by its 95 % lower end.")] = False,
+    steps: Steps = 100, samples: Samples = None, buffers: Buffers = None, model: Model = None, normalize: Normalize = None,
+    seed: Seed = 0, device: Device = "auto", threads: Threads = None, precision: Precision = "float32",
+    data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Try soups on `val`, pick the most robust one that meets --require, judge it on `test`, write it. Resumes.
+
+    Example: `robustsoup search eps16.safetensors eps64.safetensors eps96.safetensors --data digits --threat "Linf 56/255"
+    --require "clean>=0.9" --steps 20 -o best`
+    """
+    _threads(threads)
+    content = {
+        "name": "search", "data": _absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
+        "normalize": normalize and [_numbers(part) for part in normalize], "allow_leakage": allow_leakage,
+        "ingredients": {name: str(Path(path).absolute()) for name, path in _names(checkpoints).items()},
+        "soups": {method: {"method": method} | ({"step": step} if method != "uniform" else {}) | ({"buffers": buffers} if buffers else {})},
+        "evaluate": {"threats": threat, "steps": steps, "select_samples": samples, "report_samples": samples,
+                     "report": "chosen", "precision": precision},
+        "select": {"maximise": maximise, "require": require, "point": point},
+        "report": {"figures": ["ternary", "tradeoff"]},
+    }  # fmt: skip
+    recipe = parse_recipe(content, "search", Path.cwd())
+    raise typer.Exit(_finish(recipe, output, device, data_root, as_json=as_json))
+
+
+@app.command("learn")
+def learn_command(
+    checkpoints: Files, data: DataOption, threat: ThreatOption,
+    output: Annotated[Path, typer.Option("-o", help="A folder for soup.safetensors and coefficients.safetensors.")],
+    objective: Objective = "ce", attack_steps: AttackSteps = 2, epochs: Annotated[int, typer.Option(min=1)] = 30,
+    batch_size: Annotated[int, typer.Option(min=2)] = 128, lr: float = 10.0, momentum: float = 0.9,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    detach: Annotated[float, typer.Option(help="The probability that a layer is left out of a step.")] = 0.8,
+    init: Annotated[str, typer.Option(help="xavier or zeros.")] = "xavier", buffers: Buffers = "tracked",
+    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
+    precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False,
+) -> None:  # fmt: skip
+    """Learn coefficients for each layer adversarially, and write them and the soup. Continues where it was killed.
+
+    Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255" --epochs 5 -o learned`
+    """
+    _threads(threads)
+    loaded_data = load_data(data, root=data_root, seed=seed, image_size=image_size)
+    context = Context(loaded_data, _model(model, normalize, loaded_data, checkpoints), resolve_device(device))
+    loaded = [context.describe(Checkpoint.load(path)) for path in checkpoints]
+    if len(loaded) == 1:
+        stderr.print("robustsoup: a single ingredient: there is nothing to learn; the soup is the ingredient", markup=False)
+    _warn_leakage(loaded, loaded_data, allow=allow_leakage)
+    state = output / ".state.pt"
+    with Bar("learning") as bar:
+        alpha = learn(
+            loaded, loaded_data.train, threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs,
+            batch_size=batch_size, lr=lr, momentum=momentum, schedule=schedule, detach=detach, init=init, seed=seed,
+            device=device, precision=precision, state_path=state, on_progress=bar,
+        )  # fmt: skip
+    alpha.save(output / "coefficients.safetensors")
+    soup = mix(loaded, alpha, buffers=buffers or "tracked", calibrate_on=loaded_data.train,
+               threat=ThreatModel.parse(threat), device=context.device, seed=seed)  # fmt: skip
+    soup.save(output / "soup.safetensors")
+    if loaded[0].wrapping is not None:
+        soup.save(output / f"soup{checkpoints[0].suffix}")
+    state.unlink(missing_ok=True)
+    means = " ".join(f"{name} {share:.2f}" for name, share in zip(_names(checkpoints), alpha.alpha.mean(0).tolist(), strict=True))
+    stdout.print(f"{output}: mean coefficients {means}", markup=False)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoints: Files, data: DataOption, threat: Threats = [],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    attack: Annotated[str, typer.Option(help="apgd.")] = "apgd", steps: Steps = 100, samples: Samples = None,
+    output: Annotated[Path | None, typer.Option("-o", help="A folder for one record (JSON, npz) a checkpoint.")] = None,
+    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
+    precision: Precision = "float32", data_root: DataRoot = None, image_size: ImageSize = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Judge checkpoints, clean and under attack, with 95 % Wilson intervals.
+
+    Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255" --steps 20`
+    """
+    _threads(threads)
+    loaded = load_data(data, root=data_root, seed=seed, image_size=image_size)
+    context = Context(loaded, _model(model, normalize, loaded, checkpoints), resolve_device(device))
+    done: dict[str, Evaluation] = {}
+    for name, path in _names(checkpoints).items():
+        checkpoint = context.describe(Checkpoint.load(path))
+        with Bar(f"evaluating {name}") as bar:
+            result = evaluate(checkpoint, loaded.split(split), threat, attack=attack, steps=steps, samples=samples, seed=seed,
+                              device=device, precision=precision, on_progress=bar)  # fmt: skip
+        refuse_chance(result, str(path))
+        status, why = split_status([checkpoint], loaded.split(split))
+        result.record["leakage"] = {"status": status, "why": why}
+        if status != "known":
+            stderr.print(f"robustsoup: split {status}: {why}", markup=False, soft_wrap=True)
+        if output:
+            result.save(output / f"{name}.{split}.json")
+        done[name] = result
+    if as_json:
+        return _print_json({name: result.to_json() for name, result in done.items()})
+    stdout.print(_accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()}))
+    first = next(iter(done.values())).record
+    attack_text = f", APGD-CE {steps} steps, 1 restart, {first['precision']}" if first["threats"] else ""
+    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{attack_text}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Draw the figures of a run folder anew and write its report.html.
+
+    Example, after `robustsoup demo`: `robustsoup report runs/quickstart`
+    """
+    stdout.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
+
+
+def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *, as_json: bool) -> int:
+    """Run a recipe into `folder`, report, print where to look; 3 if nothing meets the requirements."""
+    prepared = prepare(recipe, device=device, data_root=data_root)
+    _say_leakage(*prepared.leakage)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another place with -o") from error
+    with RunReporter(prepared.context, folder) as reporter:
+        results, selection = run_prepared(prepared, folder, reporter)
+    page = write_report(folder)
+    if as_json:
+        _print_json({key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows")})
+    else:
+        _print_results(results, prepared, page)
+    return 3 if selection is not None and not selection.met else 0
+
+
+def _print_results(results: dict[str, Any], prepared: Prepared, page: Path) -> None:
+    split = "test" if prepared.plan.recipe.evaluate.report == "all" else "val"
+    shown = {row["name"]: row[split] for row in results["rows"] if row["role"] not in ("grid", "line")}
+    if shown:
+        stdout.print(_accuracy_table(shown, f"on {split}"))
+    chosen = results["selection"]
+    if chosen:
+        stdout.print(f"on val: {chosen['message']}", markup=False, soft_wrap=True)
+        row = next(row for row in results["rows"] if row["name"] == chosen["chosen"])
+        if row["test"]:
+            text = ", ".join(f"{k} {a['value']:.1%} [{a['low']:.1%}, {a['high']:.1%}]" for k, a in row["test"].items())
+            held = {None: "", True: "; the requirement also holds there", False: "; the requirement does not hold there"}
+            stdout.print(f"on test: {text}{held[chosen['held_on_test']]}", markup=False, soft_wrap=True)
+        stdout.print(f"soup: {page.parent / results['soup']}", markup=False, soft_wrap=True)
+    stdout.print(f"look at: {page}", markup=False, soft_wrap=True)
+
+
+def _accuracy_table(rows: dict[str, dict[str, Any]], title: str | None = None) -> Table:
+    keys = list(next(iter(rows.values())))
+    table = Table("checkpoint", *keys, box=None, title=title, title_justify="left")
+    for name, accuracy in rows.items():
+        cells = [f"{accuracy[k]['value']:.1%} [{accuracy[k]['low']:.1%}, {accuracy[k]['high']:.1%}]" for k in keys]
+        table.add_row(name, *cells)
+    return table
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+
+
+def _threads(count: int | None) -> None:
+    if count:
+        torch.set_num_threads(count)
+
+
+def _check_output(path: Path, endings: set[str]) -> None:
+    if path.suffix not in endings:
+        raise RequestError(f"-o {path}: got the ending {path.suffix!r}, expected {' or '.join(sorted(endings))}")
+
+
+def _say_leakage(status: str, why: str) -> None:
+    if status == UNKNOWN:
+        stderr.print(f"robustsoup: warning: split unknown: {why}; if it saw val or test, its figures flatter it",
+                     markup=False, soft_wrap=True)  # fmt: skip
+    if status == VIOLATED:
+        stderr.print(f"robustsoup: warning: leakage allowed: {why}; every table and figure says so", markup=False, soft_wrap=True)
+
+
+def _warn_leakage(checkpoints: list[Checkpoint], data: Data, *, allow: bool) -> None:
+    _say_leakage(*check_leakage(checkpoints, data.val, allow=allow))
+
+
+def _names(paths: list[Path]) -> dict[str, Path]:
+    """A short unique name for each file: its stem, with the folder's name or a number where stems repeat."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        name = re.sub(r"[^\w.-]+", "-", Path(path).stem)
+        if name in names or name == "pretrained":
+            name = re.sub(r"[^\w.-]+", "-", f"{Path(path).absolute().parent.name}-{Path(path).stem}")
+        number = 2
+        while name in names:
+            name, number = f"{name.rstrip('0123456789')}{number}", number + 1
+        names[name] = path
+    return names
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in re.split(r"[,\s]+", text.strip())]
+    except ValueError:
+        raise ModelError(f'normalize: got "{text}", expected numbers by channel, as in "0.49,0.48,0.45"') from None
+
+
+def _model(spec: str | None, normalize: tuple[str, str] | None, data: Data, paths: list[Path]) -> dict[str, Any]:
+    """How the network is built: as told, else as the first file's record says."""
+    outside = [_numbers(part) for part in normalize] if normalize else None
+    if spec:
+        settings = {"spec": spec, "classes": data.test.classes, "channels": data.record["channels"], "normalize": outside}
+        load_model(**settings)
+        return settings
+    for path in paths:
+        if known := Checkpoint.load(path).provenance.get("network"):
+            return known | ({"normalize": outside} if outside else {})
+    raise ModelError(f"{paths[0]}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory")
+
+
+def _absolute_folder(data: str) -> str:
+    return f"folder:{Path(data.removeprefix('folder:')).absolute()}" if data.startswith("folder:") else data
+
+
+def _coefficients(values: list[str], n: int) -> Coefficients:
+    if not values:
+        return uniform(n)
+    if len(values) == 1 and Path(values[0]).suffix == ".safetensors":
+        return Coefficients.load(values[0])
+    try:
+        return Coefficients.of([float(Fraction(value)) for value in values])
+    except (ValueError, ZeroDivisionError):
+        raise CoefficientError(f"--coefficients: got {' '.join(values)}, expected numbers such as 1/3 or 0.2, or a file") from None

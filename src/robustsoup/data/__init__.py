@@ -1,0 +1,19 @@
+"""Data sets, whole in memory, split into train, val and test, and batches from them."""
+
+from robustsoup.data.batches import augment, batches, to_float
+from robustsoup.data.cifar import data_root, fetch_cifar10
+from robustsoup.data.loading import DATASETS, load_data
+from robustsoup.data.splits import Augmentation, Data, Split
+
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Data",
+    "Split",
+    "augment",
+    "batches",
+    "data_root",
+    "fetch_cifar10",
+    "load_data",
+    "to_float",
+]

@@ -1,0 +1,336 @@
+"""Recipes: TOML files, validated into frozen settings. An unknown key is an error that names the nearest valid one."""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from robustsoup.errors import RecipeError, RequestError
+from robustsoup.losses import Objective
+from robustsoup.schedules import check_schedule
+from robustsoup.soups.mixing import POLICIES
+from robustsoup.threats import ThreatModel
+
+Figure = Literal["ternary", "tradeoff", "coefficients"]
+
+
+class Section(BaseModel):
+    """A table of a recipe: frozen, and nothing unknown in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("threat", "threats", "maximise", mode="after", check_fields=False)
+    @classmethod
+    def _threat(cls, value: Any) -> Any:
+        for text in [value] if isinstance(value, str) else value or []:
+            _as_value_error(ThreatModel.parse, text)
+        return value
+
+    @field_validator("objective", "objectives", mode="after", check_fields=False)
+    @classmethod
+    def _objective(cls, value: Any) -> Any:
+        for text in [value] if isinstance(value, str) else value or []:
+            _as_value_error(Objective.parse, text)
+        return value
+
+    @field_validator("schedule", mode="after", check_fields=False)
+    @classmethod
+    def _schedule(cls, value: Any) -> Any:
+        if value is not None:
+            _as_value_error(check_schedule, value)
+        return value
+
+    @field_validator("buffers", mode="after", check_fields=False)
+    @classmethod
+    def _buffers(cls, value: str | None) -> str | None:
+        if value is not None and value not in POLICIES:
+            raise ValueError(f"got {value!r}, expected one of {', '.join(POLICIES)}")
+        return value
+
+
+def _as_value_error(function: Any, value: Any) -> None:
+    try:
+        function(value)
+    except RequestError as error:
+        raise ValueError(str(error)) from None
+
+
+class EarlyStop(Section):
+    """Keep the epoch with the least robust loss on `val`, measured after each epoch by APGD with `steps` steps."""
+
+    split: Literal["val"] = "val"
+    metric: Literal["robust_loss"] = "robust_loss"
+    steps: int = Field(10, ge=1)
+    samples: int | None = Field(None, ge=1)
+
+
+class Training(Section):
+    """How a network is trained; an ingredient may override what [finetune] says."""
+
+    threat: str = "Linf 8/255"
+    objective: str = "ce"
+    attack_steps: int = Field(2, ge=1)
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: str | dict[str, Any] = "cosine"
+    early_stop: EarlyStop | None = None
+    seed: int | None = Field(None, ge=0)
+
+
+class Pretrain(Training):
+    """Training from fresh weights; the defaults are the paper's."""
+
+    epochs: int = Field(150, ge=1)
+    lr: float = Field(0.1, gt=0)
+    schedule: str | dict[str, Any] = {"milestones": [75, 113], "gamma": 0.1}
+
+
+class Ingredient(Section):
+    """A checkpoint that exists already, or what differs from [finetune]."""
+
+    checkpoint: str | None = None
+    threat: str | None = None
+    objective: str | None = None
+    attack_steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=2)
+    lr: float | None = Field(None, gt=0)
+    momentum: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+    schedule: str | dict[str, Any] | None = None
+    seed: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _either(self) -> "Ingredient":
+        others = [name for name in type(self).model_fields if name != "checkpoint" and getattr(self, name) is not None]
+        if self.checkpoint and others:
+            raise ValueError(f"an ingredient with a checkpoint is not trained; remove {others[0]}")
+        return self
+
+
+class Soup(Section):
+    """One family of soups of the same ingredients. Coefficients by method; what belongs to another method is refused."""
+
+    method: Literal["uniform", "grid", "line", "learned"]
+    ingredients: tuple[str, ...] | None = None
+    buffers: str | None = None
+    calibrate_samples: int = Field(10_000, ge=2)
+    step: float = Field(0.2, gt=0, le=1)
+    threats: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ("ce",)
+    attack_steps: int = Field(2, ge=1)
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(10.0, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    schedule: str | dict[str, Any] = "cosine"
+    detach: float = Field(0.8, ge=0, le=1)
+    init: Literal["xavier", "zeros"] = "xavier"
+    seed: int | None = Field(None, ge=0)
+
+    @property
+    def settable(self) -> set[str]:
+        """The keys that have a meaning with this method."""
+        every = {"method", "ingredients", "buffers", "calibrate_samples"}
+        return {
+            "uniform": every,
+            "grid": every | {"step"},
+            "line": every | {"step"},
+            "learned": set(type(self).model_fields) - {"step"},
+        }[self.method]
+
+    @model_validator(mode="after")
+    def _belongs(self) -> "Soup":
+        for name in sorted(self.model_fields_set - self.settable):
+            raise ValueError(f'{name} has no meaning with method = "{self.method}"; remove it')
+        if abs(round(1 / self.step) * self.step - 1) > 1e-9:
+            raise ValueError(f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25")
+        return self
+
+
+class Evaluate(Section):
+    """How every checkpoint is judged, on the split that selects and on the one that reports."""
+
+    threats: tuple[str, ...] = ("Linf 8/255",)
+    attack: Literal["apgd"] = "apgd"
+    steps: int = Field(100, ge=1)
+    select_on: Literal["val"] = "val"
+    report_on: Literal["test"] = "test"
+    select_samples: int | None = Field(None, ge=1)
+    report_samples: int | None = Field(None, ge=1)
+    report: Literal["all", "chosen"] = "all"
+    batch_size: int = Field(250, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int | None = Field(None, ge=0)
+
+
+class Select(Section):
+    """Which soup to choose on `select_on`."""
+
+    maximise: str | None = None
+    require: tuple[str, ...] = ()
+    point: bool = False
+
+
+class Report(Section):
+    """Which figures to draw."""
+
+    figures: tuple[Figure, ...] = ("ternary", "tradeoff", "coefficients")
+
+
+class Recipe(Section):
+    """All settings of a run. Paths in it are relative to the recipe's own folder."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    data: str
+    model: str | None = None
+    seed: int = Field(0, ge=0)
+    image_size: int | None = Field(None, ge=8)
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    allow_leakage: bool = False
+    checkpoint: str | None = None
+    pretrain: Pretrain | None = None
+    finetune: Training = Training()
+    ingredients: dict[str, Ingredient] = Field(min_length=1)
+    soups: dict[str, Soup] = {}
+    evaluate: Evaluate = Evaluate()
+    select: Select | None = None
+    report: Report = Report()
+
+    @field_validator("ingredients", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: {"checkpoint": v} if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Recipe":
+        if self.pretrain and self.checkpoint:
+            raise ValueError("got both pretrain and checkpoint, expected one of them")
+        trained = [name for name, ingredient in self.ingredients.items() if not ingredient.checkpoint]
+        if trained and not (self.pretrain or self.checkpoint):
+            raise ValueError(f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint")
+        if self.pretrain and not self.model:
+            raise ValueError('model: missing; [pretrain] needs one, as in model = "resnet9:width=16"')
+        names = {*self.ingredients, "pretrained"}
+        for name in [*self.ingredients, *self.soups]:
+            if not re.fullmatch(r"[\w.-]+", name) or name == "pretrained":
+                raise ValueError(f"{name!r}: not a usable name; letters, digits, - and _ only, and not pretrained")
+        for soup_name, soup in self.soups.items():
+            for name in soup.ingredients or ():
+                if name not in names:
+                    raise ValueError(f"soups.{soup_name}.ingredients: {name!r} is unknown{_nearest(name, names)}")
+            count = len(soup.ingredients or self.ingredients)
+            if soup.method == "line" and count != 2:
+                raise ValueError(f'soups.{soup_name}: method = "line" joins 2 ingredients, got {count}')
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML, every default written out; reading it back gives the same recipe."""
+        content = self.model_dump(mode="json")
+        for name, soup in self.soups.items():
+            content["soups"][name] = {k: v for k, v in content["soups"][name].items() if k in soup.settable}
+        return tomli_w.dumps(_without_none(content))
+
+
+def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe; sets: "a.b=value" overrides, values in TOML (a bare word is a string).
+
+    Raises RecipeError with the file, the key, what is wrong and, for an unknown key, the nearest valid one.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; recipes are TOML files, see recipes/quickstart.toml") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file: {error}") from None
+    for setting in sets:
+        _apply(content, setting)
+    return parse_recipe(content, str(path), path.parent)
+
+
+def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
+    """Validate a recipe that is at hand as a dict; paths are made relative to `folder`. Raises RecipeError."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from None
+    return _resolve_paths(recipe, folder)
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def absolute(path: str | None) -> str | None:
+        return path and str((folder / Path(path).expanduser()).resolve())
+
+    ingredients = {
+        name: ingredient.model_copy(update={"checkpoint": absolute(ingredient.checkpoint)})
+        for name, ingredient in recipe.ingredients.items()
+    }
+    data = recipe.data
+    if data.startswith("folder:"):
+        data = f"folder:{absolute(data.removeprefix('folder:'))}"
+    return recipe.model_copy(
+        update={"ingredients": ingredients, "checkpoint": absolute(recipe.checkpoint), "data": data}
+    )
+
+
+def _apply(content: dict[str, Any], setting: str) -> None:
+    key, equals, value = setting.partition("=")
+    if not equals:
+        raise RecipeError(f'--set {setting}: expected a.b=value, as in "soups.learned.epochs=2"')
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        content = content.setdefault(table, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"--set {setting}: {table} is not a table")
+    content[last] = parsed
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_nearest(str(first['loc'][-1]), _keys_at(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{place}: missing"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f"; got {first['input']!r}"
+    return f"{place}: {message}{got}" if place else f"{message}{got}"
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
+    return f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(sorted(known))}"
+
+
+def _keys_at(place: tuple) -> list[str]:
+    """The valid keys of the table at `place` in a recipe."""
+    tables = {"pretrain": Pretrain, "finetune": Training, "evaluate": Evaluate, "select": Select, "report": Report}
+    if not place:
+        return list(Recipe.model_fields)
+    if place[-1] == "early_stop":
+        return list(EarlyStop.model_fields)
+    named = {"ingredients": Ingredient, "soups": Soup}
+    return list((named[place[0]] if place[0] in named else tables[place[0]]).model_fields)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,164 @@
+"""execute: do what is missing of a plan, in this process."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.data import Data
+from robustsoup.errors import RobustsoupError
+from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
+from robustsoup.models import load_model
+from robustsoup.progress import Progress
+from robustsoup.runs.plan import Plan, Step
+from robustsoup.runs.store import Store
+from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.learning import learn
+from robustsoup.soups.mixing import mix
+from robustsoup.training import train
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all steps share: the data, how the network is built, and where it runs."""
+
+    data: Data
+    model: dict[str, Any]
+    device: torch.device
+
+    def fresh_network(self, seed: int) -> nn.Module:
+        """The network with weights drawn from `seed`, normalising by the data's mean and std if it is a built-in one."""
+        record = self.data.record
+        return load_model(**self.model, mean=record["mean"], std=record["std"], seed=seed)
+
+    def describe(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint whose record says what network it is and which tensors are parameters."""
+        if "network" not in checkpoint.provenance:
+            checkpoint = checkpoint.with_provenance(network=self.model)
+        if "parameters" not in checkpoint.provenance:
+            described = Checkpoint.of(checkpoint.network()).provenance
+            checkpoint = checkpoint.with_provenance(parameters=described["parameters"], tied=described["tied"])
+        return checkpoint
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes."""
+
+    def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
+        """The run begins; only `missing` steps will be done."""
+
+    def progress(self, step: Step, done: int, total: int, figures: str) -> None:
+        """`done` of `total` parts of the step are done."""
+
+    def finished(self, step: Step, figures: str, seconds: float) -> None:
+        """The step is finished."""
+
+
+def execute(plan: Plan, context: Context, store: Store, reporter: Reporter) -> None:
+    """Do every step of the plan that the store lacks, in order. What is finished stays finished if one fails."""
+    missing = [step for step in plan.steps if not store.has(step.key)]
+    reporter.begin(plan, missing)
+    worker = _Worker(plan, context, store)
+    for step in missing:
+        started = time.perf_counter()
+        record = {"kind": step.kind, "name": step.name, "settings": step.settings, "parents": step.parents,
+                  "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(context.device)}  # fmt: skip
+        with store.filling(step.key, record) as folder:
+            if folder is None:
+                figures = "done by another process"
+            else:
+                try:
+                    figures = worker.run(step, folder, _progress(reporter, step))
+                except RobustsoupError as error:
+                    raise type(error)(f"{step.name}: {error}") from error
+                record["seconds"] = time.perf_counter() - started
+        reporter.finished(step, figures, time.perf_counter() - started)
+
+
+def _progress(reporter: Reporter, step: Step) -> Progress:
+    return lambda done, total, figures: reporter.progress(step, done, total, figures)
+
+
+class _Worker:
+    def __init__(self, plan: Plan, context: Context, store: Store) -> None:
+        self.plan, self.context, self.store = plan, context, store
+        self.checkpoint: Callable[[str], Checkpoint] = lru_cache(maxsize=8)(self._checkpoint)
+        self.judged_files = {row.val: row.name for row in plan.rows if row.key.startswith("file:")}
+
+    def run(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        """Do one step, put its output into `folder`, and return its figures in one line."""
+        if step.kind in ("pretrain", "finetune"):
+            return self._train(step, folder, on_progress)
+        return {"learn": self._learn, "mix": self._mix, "evaluate": self._evaluate}[step.kind](step, folder, on_progress)
+
+    def _checkpoint(self, key: str) -> Checkpoint:
+        if key.startswith("file:"):
+            return self.context.describe(self.plan.files[key])
+        return Checkpoint.load(self.store.path(key) / "checkpoint.safetensors")
+
+    def _train(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        settings = dict(step.settings)
+        stop = settings.pop("early_stop")
+        val = self.context.data.val.first(stop["samples"]) if stop else None
+        if step.parents:
+            network: Checkpoint | nn.Module = self.checkpoint(step.parents[0])
+        else:
+            network = self.context.fresh_network(settings["seed"])
+        trained = train(
+            network, self.context.data.train, val=val, early_stop=bool(stop), early_stop_steps=stop["steps"] if stop else 10,
+            device=str(self.context.device), state_path=folder / "state.pt", on_progress=on_progress, **settings,
+        ).with_provenance(network=self.context.model)  # fmt: skip
+        trained.save(folder / "checkpoint.safetensors")
+        last = trained.provenance["history"][-1]
+        figures = f"loss {last['loss']:.3f}"
+        if stop:
+            at = trained.provenance["early_stopped_at"]
+            best = next(entry for entry in trained.provenance["history"] if entry["epoch"] == at)
+            figures += f", epoch {at} kept: val robust loss {best['robust_loss']:.3f}, robust {best['robust_accuracy']:.1%}"
+        return figures
+
+    def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        coefficients = learn(
+            [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
+            state_path=folder / "state.pt", on_progress=on_progress, **step.settings,
+        )  # fmt: skip
+        coefficients.save(folder / "coefficients.safetensors")
+        means = ", ".join(f"{value:.2f}" for value in coefficients.alpha.mean(0).tolist())
+        loss = coefficients.record["history"][-1]["loss"]
+        return f"loss {loss:.3f}, mean coefficients {means}, mean entropy {float(coefficients.entropy().mean()):.2f}"
+
+    def _mix(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        settings = step.settings
+        parents = list(step.parents)
+        if settings["alpha"] is None:
+            alpha = Coefficients.load(self.store.path(parents.pop()) / "coefficients.safetensors")
+        else:
+            alpha = Coefficients.of(settings["alpha"])
+        soup = mix(
+            [self.checkpoint(key) for key in parents], alpha, buffers=settings["buffers"], seed=settings["seed"],
+            calibrate_on=self.context.data.train, calibrate_samples=settings.get("samples", 10_000),
+            device=self.context.device,
+        )  # fmt: skip
+        soup.save(folder / "checkpoint.safetensors")
+        return f"buffers {settings['buffers']}"
+
+    def _evaluate(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        settings = dict(step.settings)
+        checkpoint = self.checkpoint(step.parents[0])
+        data = self.context.data.split(settings.pop("split"))
+        evaluation = evaluate(checkpoint, data, device=str(self.context.device), on_progress=on_progress, **settings)
+        if step.key in self.judged_files:
+            refuse_chance(evaluation, self.judged_files[step.key])
+        evaluation.save(folder / "evaluation.json")
+        return scores(evaluation)
+
+
+def scores(evaluation: Evaluation) -> str:
+    """The accuracies in one line."""
+    return ", ".join(f"{name} {accuracy}" for name, accuracy in evaluation.accuracy.items())

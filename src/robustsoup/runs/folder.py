@@ -1,0 +1,142 @@
+"""The run folder: every output of a run under a name that people can read, and the table of results."""
+
+import datetime
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.errors import StorageError
+from robustsoup.evaluation import Evaluation
+from robustsoup.files import atomic_path, write_text
+from robustsoup.runs.execute import Context
+from robustsoup.runs.plan import Plan, Row
+from robustsoup.runs.store import Store
+from robustsoup.soups.search import Candidate
+from robustsoup.soups.selection import Selection, select
+
+SOUPS = ("grid", "line", "uniform", "learned")
+
+
+def select_row(plan: Plan, store: Store) -> Selection | None:
+    """The choice among the soups of a plan by the recipe's [select], on the validation split; None if it asks for none."""
+    wanted = plan.recipe.select
+    tried = [
+        Candidate(row.name, row.coefficients or (), Evaluation.load(store.path(row.val) / "evaluation.json"))
+        for row in plan.rows
+        if row.role in SOUPS and row.val
+    ]
+    if wanted is None or not tried:
+        return None
+    return select(
+        tried, maximise=wanted.maximise or plan.recipe.evaluate.threats[0], require=wanted.require, point=wanted.point
+    )
+
+
+def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Selection | None,
+         leakage: tuple[str, str], seconds: float) -> dict[str, Any]:  # fmt: skip
+    """Put recipe, checkpoints, coefficients, evaluations, the chosen soup and results.json into `folder`."""
+    write_text(folder / "recipe.toml", plan.recipe.to_toml())
+    rows = [_row(folder, row, plan, store) for row in plan.rows]
+    results = {
+        "name": plan.recipe.name,
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "recipe": plan.recipe.model_dump(mode="json", exclude_none=True),
+        "data": context.data.record,
+        "model": context.model["spec"],
+        "leakage": {"status": leakage[0], "why": leakage[1]},
+        "figures": list(plan.recipe.report.figures),
+        "protocol": _protocol(plan, rows),
+        "versions": {
+            "robustsoup": version("robustsoup"), "torch": torch.__version__, "python": platform.python_version(),
+            "device": str(context.device), "threads": torch.get_num_threads(),
+        },
+        "seconds": seconds,
+        "rows": rows,
+        "selection": _selection(plan, store, selection),
+    }  # fmt: skip
+    if selection is not None:
+        results["soup"] = _save_soup(folder, plan, store, selection).name
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+    return results
+
+
+def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
+    entry = {name: getattr(row, name) for name in
+             ("name", "role", "soup", "ingredients", "coefficients", "threat", "objective")}  # fmt: skip
+    entry |= {"checkpoint": None, "coefficients_file": None, "val": None, "test": None}
+    if not row.key.startswith("file:"):
+        entry["checkpoint"] = f"checkpoints/{row.name}.safetensors"
+        _link(store.path(row.key) / "checkpoint.safetensors", folder / entry["checkpoint"])
+    if row.learned:
+        entry["coefficients_file"] = f"coefficients/{row.name}.safetensors"
+        _link(store.path(row.learned) / "coefficients.safetensors", folder / entry["coefficients_file"])
+    for split, key in (("val", row.val), ("test", row.test)):
+        if key:
+            source, target = store.path(key) / "evaluation.json", folder / "evaluations" / f"{row.name}.{split}.json"
+            _link(source.with_suffix(".npz"), target.with_suffix(".npz"))
+            _link(source, target)
+            entry[split] = json.loads(source.read_text())["accuracy"]
+    return entry
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, by a hard link where the file system can, else a copy."""
+    if target.exists() and os.path.samefile(source, target):
+        return
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def _protocol(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    evaluate = plan.recipe.evaluate
+    seed = plan.recipe.seed if evaluate.seed is None else evaluate.seed
+    samples = {split: next((row[split]["clean"]["n"] for row in rows if row[split]), None) for split in ("val", "test")}
+    return {
+        "attack": evaluate.attack, "loss": "ce", "steps": evaluate.steps, "restarts": 1,
+        "precision": evaluate.precision, "seed": seed, "select_on": evaluate.select_on,
+        "report_on": evaluate.report_on, "samples": samples, "threats": list(evaluate.threats),
+    }  # fmt: skip
+
+
+def _selection(plan: Plan, store: Store, selection: Selection | None) -> dict[str, Any] | None:
+    if selection is None:
+        return None
+    row = next(row for row in plan.rows if row.name == selection.best.name)
+    held = None
+    if row.test and selection.require:
+        scores = Evaluation.load(store.path(row.test) / "evaluation.json").accuracy
+        held = all(r.met_by(scores, point=True) for r in selection.require)
+    return {
+        "maximise": selection.maximise, "require": [str(r) for r in selection.require], "met": selection.met,
+        "chosen": selection.best.name, "point": selection.point, "message": selection.message, "held_on_test": held,
+    }  # fmt: skip
+
+
+def _save_soup(folder: Path, plan: Plan, store: Store, selection: Selection) -> Path:
+    """Write the chosen soup in the format and wrapping of the first ingredient."""
+    row = next(row for row in plan.rows if row.name == selection.best.name)
+    soup = Checkpoint.load(store.path(row.key) / "checkpoint.safetensors")
+    first = next(iter(plan.files.values()), None)
+    mixed_from_files = plan.step(row.key).parents[0].startswith("file:")
+    if first is None or not mixed_from_files or first.wrapping is None:
+        return soup.save(folder / "soup.safetensors")
+    first = plan.files[plan.step(row.key).parents[0]]
+    return Checkpoint(soup.tensors, soup.provenance, wrapping=first.wrapping).save(folder / f"soup{first.path.suffix}")
+
+
+def ensure_folder(folder: Path) -> None:
+    """Make the run folder. Raises StorageError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another place with -o") from error

@@ -1,0 +1,220 @@
+"""plan: from a recipe to keyed steps. Pure: it runs nothing and writes nothing."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.data import Data
+from robustsoup.recipes import Ingredient, Recipe, Soup, Training
+from robustsoup.soups.search import alpha_name, candidates
+
+VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 1, "mix": 1, "evaluate": 1}
+"""The version of each kind of step, part of its key: raised by hand when the meaning of a step changes."""
+
+DEFAULT_BUFFERS = {"learned": "tracked"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work: its output depends on its settings, its parents' outputs and the data alone, as its key does.
+
+    kind: "pretrain", "finetune", "learn", "mix" or "evaluate"; name: what people call the output; parents: the keys of
+    steps, or "file:DIGEST" for checkpoints that exist; passes: how many forward passes of one sample it is worth (a
+    backward pass by the input counts 1, one by the weights too, 2).
+    """
+
+    key: str
+    kind: str
+    name: str
+    settings: dict[str, Any]
+    parents: tuple[str, ...]
+    passes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checkpoint that is judged: who made it and where its results are."""
+
+    name: str
+    role: str
+    key: str
+    soup: str | None = None
+    ingredients: tuple[str, ...] | None = None
+    coefficients: tuple[float, ...] | None = None
+    learned: str | None = None
+    threat: str | None = None
+    objective: str | None = None
+    val: str | None = None
+    test: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a recipe in an order in which they can be run, and the rows of its table of results."""
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    rows: tuple[Row, ...]
+    files: dict[str, Checkpoint]
+
+    def step(self, key: str) -> Step:
+        """The step with that key."""
+        return next(step for step in self.steps if step.key == key)
+
+
+def make_plan(recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str) -> Plan:
+    """All steps that a recipe asks for, keyed.
+
+    model_settings: how the network is built; precision: what training runs in on this device (both are in the keys).
+    Reads the checkpoints that the recipe names; raises CheckpointError, CoefficientError.
+    """
+    return _Planner(recipe, data, model_settings, precision).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str) -> None:
+        self.recipe, self.data, self.model, self.precision = recipe, data, model_settings, precision
+        self.steps: dict[str, Step] = {}
+        self.files: dict[str, Checkpoint] = {}
+        self.checkpoints: dict[str, str] = {}
+
+    def plan(self) -> Plan:
+        rows = self._ingredient_rows()
+        for name, soup in self.recipe.soups.items():
+            rows += self._learned_rows(name, soup) if soup.method == "learned" else self._mixed_rows(name, soup)
+        judged = [self._judged(row) for row in rows]
+        return Plan(self.recipe, tuple(self.steps.values()), tuple(judged), self.files)
+
+    def _add(self, kind: str, name: str, settings: dict[str, Any], parents: Sequence[str], passes: int) -> str:
+        content = {
+            "kind": kind, "version": VERSIONS[kind], "settings": settings, "parents": list(parents),
+            "data": self.data.record["split_digest"], "model": self.model,
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        self.steps.setdefault(key, Step(key, kind, name, settings, tuple(parents), passes))
+        return key
+
+    def _file(self, path: str) -> str:
+        checkpoint = Checkpoint.load(path)
+        key = f"file:{checkpoint.digest}"
+        self.files[key] = checkpoint
+        return key
+
+    def _ingredient_rows(self) -> list[Row]:
+        recipe, rows = self.recipe, []
+        if recipe.checkpoint:
+            self.checkpoints["pretrained"] = self._file(recipe.checkpoint)
+        elif recipe.pretrain:
+            self.checkpoints["pretrained"] = self._training("pretrain", "pretrained", recipe.pretrain, ())
+        if "pretrained" in self.checkpoints:
+            threat = recipe.pretrain.threat if recipe.pretrain else None
+            rows.append(Row("pretrained", "pretrained", self.checkpoints["pretrained"], threat=threat))
+        for name, ingredient in recipe.ingredients.items():
+            settings = None
+            if ingredient.checkpoint:
+                key = self._file(ingredient.checkpoint)
+            else:
+                settings = _overridden(recipe.finetune, ingredient)
+                key = self._training("finetune", name, settings, (self.checkpoints["pretrained"],))
+            self.checkpoints[name] = key
+            rows.append(Row(name, "ingredient", key, threat=settings and settings.threat,
+                            objective=settings and settings.objective))  # fmt: skip
+        return rows
+
+    def _training(self, kind: str, name: str, training: Training, parents: Sequence[str]) -> str:
+        settings = training.model_dump(mode="json") | {"precision": self.precision, "seed": self._seed(training.seed)}
+        n = len(self.data.train) * training.epochs
+        passes = n * _step_passes(training.threat, training.objective, training.attack_steps)
+        if training.early_stop:
+            stop = training.early_stop
+            passes += training.epochs * (stop.samples or len(self.data.val)) * (2 * stop.steps + 2)
+        return self._add(kind, name, settings, parents, passes)
+
+    def _learned_rows(self, section: str, soup: Soup) -> list[Row]:
+        names = soup.ingredients or tuple(self.recipe.ingredients)
+        parents = [self.checkpoints[name] for name in names]
+        threats = soup.threats or (self.recipe.pretrain or self.recipe.finetune).threat
+        rows = []
+        for threat in [threats] if isinstance(threats, str) else threats:
+            for objective in soup.objectives:
+                label = f"{section}-{slug(threat)}" + (f"-{slug(objective)}" if len(soup.objectives) > 1 else "")
+                fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init")
+                settings = {name: getattr(soup, name) for name in fields} | {
+                    "threat": threat, "objective": objective, "precision": self.precision, "seed": self._seed(soup.seed)
+                }  # fmt: skip
+                passes = len(self.data.train) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
+                learned = self._add("learn", label, settings, parents, passes)
+                key = self._mix(label, soup, [*parents, learned], None, "learned")
+                rows.append(Row(label, "learned", key, section, names, None, learned, threat, objective))
+        return rows
+
+    def _mixed_rows(self, section: str, soup: Soup) -> list[Row]:
+        names = soup.ingredients or tuple(self.recipe.ingredients)
+        parents = [self.checkpoints[name] for name in names]
+        rows = []
+        for alpha in candidates(soup.method, len(names), soup.step):
+            label = section if soup.method == "uniform" else f"{section}-{alpha_name(alpha)}"
+            key = self._mix(label, soup, parents, alpha, soup.method)
+            rows.append(Row(label, soup.method, key, section, names, alpha))
+        return rows
+
+    def _mix(self, label: str, soup: Soup, parents: list[str], alpha: Sequence[float] | None, method: str) -> str:
+        buffers = soup.buffers or DEFAULT_BUFFERS.get(method, "average")
+        settings = {"alpha": alpha and list(alpha), "buffers": buffers, "seed": self._seed(soup.seed)}
+        passes = 0
+        if buffers.startswith("recalibrate"):
+            settings["samples"] = passes = min(soup.calibrate_samples, len(self.data.train))
+        return self._add("mix", label, settings, parents, passes)
+
+    def _judged(self, row: Row) -> Row:
+        evaluate = self.recipe.evaluate
+        keys = {"val": self._evaluation(row, evaluate.select_on, evaluate.select_samples)}
+        if evaluate.report == "all":
+            keys["test"] = self._evaluation(row, evaluate.report_on, evaluate.report_samples)
+        return Row(**{**vars(row), **keys})
+
+    def _evaluation(self, row: Row, split: str, samples: int | None) -> str:
+        evaluate, n = self.recipe.evaluate, samples or len(self.data.split(split))
+        settings = {
+            "split": split, "threats": list(evaluate.threats), "attack": evaluate.attack, "steps": evaluate.steps,
+            "samples": samples, "batch_size": evaluate.batch_size, "precision": evaluate.precision,
+            "seed": self._seed(evaluate.seed),
+        }  # fmt: skip
+        attacks = sum(threat != "clean" for threat in evaluate.threats)
+        passes = n * (1 + attacks * evaluate.steps)
+        return self._add("evaluate", f"{row.name}.{split}", settings, [row.key], passes)
+
+    def _seed(self, own: int | None) -> int:
+        return self.recipe.seed if own is None else own
+
+
+def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, Any]) -> Plan:
+    """The same plan with the row `name` judged on the reporting split too."""
+    planner = _Planner(plan.recipe, data, model_settings, "")
+    planner.steps = {step.key: step for step in plan.steps}
+    evaluate = plan.recipe.evaluate
+    rows = tuple(
+        Row(**{**vars(row), "test": planner._evaluation(row, evaluate.report_on, evaluate.report_samples)})
+        if row.name == name else row
+        for row in plan.rows
+    )  # fmt: skip
+    return Plan(plan.recipe, tuple(planner.steps.values()), rows, plan.files)
+
+
+def slug(text: str) -> str:
+    """Text for a file name: "Linf 8/255" -> "linf-8-255"."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _overridden(finetune: Training, ingredient: Ingredient) -> Training:
+    return finetune.model_copy(update={k: v for k, v in ingredient.model_dump(exclude_none=True).items()})
+
+
+def _step_passes(threat: str, objective: str, attack_steps: int) -> int:
+    attacked = threat != "clean" and objective != "mixed 1"
+    both = objective.startswith("mixed") and objective not in ("mixed 0", "mixed 1")
+    return (2 * attack_steps + 1) * attacked + 3 * (1 + both)

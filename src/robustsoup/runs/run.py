@@ -1,0 +1,75 @@
+"""run_recipe: from a recipe to a filled run folder."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.data import load_data
+from robustsoup.errors import ModelError
+from robustsoup.leakage import check_leakage
+from robustsoup.precision import resolve_device, resolve_precision
+from robustsoup.recipes import Recipe
+from robustsoup.runs.execute import Context, Reporter, execute
+from robustsoup.runs.folder import ensure_folder, fill, select_row
+from robustsoup.runs.plan import Plan, chosen_on_test, make_plan
+from robustsoup.runs.store import Store
+from robustsoup.soups.mixing import check_ingredients
+from robustsoup.soups.selection import Selection
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and all that is needed to execute or price it; leakage is (status, why)."""
+
+    plan: Plan
+    context: Context
+    store: Store
+    leakage: tuple[str, str]
+
+
+def prepare(recipe: Recipe, *, device: str = "auto", data_root: str | None = None) -> Prepared:
+    """Load the data, read the checkpoints that the recipe names, and plan. Runs nothing.
+
+    Raises LeakageError where a checkpoint was trained on the samples that select (unless the recipe allows it), and
+    whatever makes the data, the files or the network unusable.
+    """
+    where = resolve_device(device)
+    data = load_data(recipe.data, root=data_root, seed=recipe.seed, image_size=recipe.image_size)
+    paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [recipe.checkpoint] * bool(recipe.checkpoint)
+    model = _model_settings(recipe, data.record, paths)
+    context = Context(data, model, where)
+    plan = make_plan(recipe, data, model, resolve_precision(recipe.precision, where))
+    files = list(plan.files.values())
+    if files:
+        check_ingredients(files)
+        context.describe(files[0]).network()
+    leakage = check_leakage(files, data.val, allow=recipe.allow_leakage)
+    return Prepared(plan, context, Store(), leakage)
+
+
+def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], Selection | None]:
+    """Do what is missing, select, judge the chosen soup on the reporting split, and fill the run folder."""
+    started = time.perf_counter()
+    ensure_folder(folder)
+    plan, context, store = prepared.plan, prepared.context, prepared.store
+    execute(plan, context, store, reporter)
+    selection = select_row(plan, store)
+    if selection is not None and plan.recipe.evaluate.report == "chosen":
+        plan = chosen_on_test(plan, context.data, selection.best.name, context.model)
+        execute(plan, context, store, reporter)
+    seconds = time.perf_counter() - started
+    return fill(folder, plan, context, store, selection, prepared.leakage, seconds), selection
+
+
+def _model_settings(recipe: Recipe, record: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+    normalize = [list(part) for part in recipe.normalize] if recipe.normalize else None
+    given = {"classes": len(record["classes"]), "channels": record["channels"]}
+    if recipe.model:
+        return {"spec": recipe.model, **given, "normalize": normalize}
+    for path in paths:
+        if known := Checkpoint.load(path).provenance.get("network"):
+            return known | ({"normalize": normalize} if normalize else {})
+    where = f"{paths[0]}: the file does not say" if paths else "the recipe does not say"
+    raise ModelError(f"{where} what network it is; give --model, as in resnet9 or package.module:factory")

@@ -1,0 +1,1 @@
+"""Soups: one checkpoint made from several."""

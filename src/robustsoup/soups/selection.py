@@ -1,0 +1,120 @@
+"""Choosing among soups that were tried: the most robust one that meets the requirements, and the Pareto front."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from robustsoup.errors import RequestError
+from robustsoup.soups.search import Candidate
+from robustsoup.statistics import Accuracy
+from robustsoup.threats import ThreatModel
+
+Scores = Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """accuracy under `key` ("clean", "union" or a threat model as text) is at least `least`."""
+
+    key: str
+    least: float
+
+    @classmethod
+    def parse(cls, text: "str | Requirement") -> "Requirement":
+        """Read "clean>=0.85", "Linf 8/255 >= 40%". Raises RequestError."""
+        if isinstance(text, Requirement):
+            return text
+        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.]+)\s*(%?)\s*", text)
+        try:
+            key, number, percent = match.groups()
+            least = float(number) / (100 if percent else 1)
+        except (AttributeError, ValueError):
+            raise RequestError(f'require: got "{text}", expected something like "clean>=0.85"') from None
+        if not 0 <= least <= 1:
+            raise RequestError(f'require: got "{text}", expected an accuracy between 0 and 1')
+        return cls(key if key in ("clean", "union") else str(ThreatModel.parse(key)), least)
+
+    def met_by(self, scores: Scores, *, point: bool = False) -> bool:
+        """Whether the lower end of the 95 % interval (the estimate, if `point`) is at least `least`."""
+        accuracy = scores[self.key]
+        return (accuracy.value if point else accuracy.low) >= self.least
+
+    def __str__(self) -> str:
+        return f"{self.key}>={self.least:g}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The candidate to take. met: whether it meets every requirement; if none does, `best` is the closest one."""
+
+    best: Candidate
+    met: bool
+    maximise: str
+    require: tuple[Requirement, ...]
+    point: bool
+
+    @property
+    def message(self) -> str:
+        """One line that says what was chosen, or that nothing meets the requirements and what comes closest."""
+        scores = self.best.evaluation.accuracy
+        keys = dict.fromkeys(["clean", self.maximise, *(r.key for r in self.require)])
+        shown = ", ".join(f"{key} {scores[key]}" for key in keys)
+        if self.met:
+            return f"chosen: {self.best.name} ({shown})"
+        wanted = " and ".join(map(str, self.require))
+        by = "estimate" if self.point else "lower end of the 95 % interval"
+        return f"nothing meets {wanted} by its {by}; the closest is {self.best.name} ({shown})"
+
+
+def select(
+    tried: Sequence[Candidate], *, maximise: ThreatModel | str,
+    require: Mapping[str | ThreatModel, float] | Sequence[str | Requirement] = (), point: bool = False,
+) -> Selection:  # fmt: skip
+    """The candidate with the highest accuracy under `maximise` among those that meet every requirement.
+
+    require: {"clean": 0.85} or ["clean>=0.85"]; met when the lower end of the 95 % Wilson interval reaches it, or with
+    `point` the estimate itself. Ties go to the higher clean accuracy, then to the earlier candidate. If none meets
+    them, the one with the least total shortfall is returned with met = False.
+
+    Raises RequestError for no candidates, or a key that was not evaluated.
+    """
+    if not tried:
+        raise RequestError("select: no candidates")
+    key = str(maximise) if str(maximise) in ("clean", "union") else str(ThreatModel.parse(maximise))
+    items = require.items() if isinstance(require, Mapping) else None
+    wanted = tuple(
+        Requirement.parse(f"{name}>={least}") for name, least in items
+    ) if items is not None else tuple(map(Requirement.parse, require))  # fmt: skip
+    known = tried[0].evaluation.accuracy
+    for name in [key, *(r.key for r in wanted)]:
+        if name not in known:
+            raise RequestError(f'select: "{name}" was not evaluated; expected one of {", ".join(known)}')
+
+    def rank(candidate: Candidate) -> tuple[float, float]:
+        scores = candidate.evaluation.accuracy
+        return scores[key].value, scores["clean"].value
+
+    meeting = [c for c in tried if all(r.met_by(c.evaluation.accuracy, point=point) for r in wanted)]
+    if meeting:
+        return Selection(max(meeting, key=rank), True, key, wanted, point)
+
+    def shortfall(candidate: Candidate) -> float:
+        scores = candidate.evaluation.accuracy
+        return sum(max(r.least - (scores[r.key].value if point else scores[r.key].low), 0) for r in wanted)
+
+    least = min(map(shortfall, tried))
+    closest = [c for c in tried if shortfall(c) == least]
+    return Selection(max(closest, key=rank), False, key, wanted, point)
+
+
+def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) -> list[Candidate]:
+    """The candidates that no other one beats: at least as good under every key and better under one."""
+
+    def values(candidate: Candidate) -> tuple[float, ...]:
+        return tuple(candidate.evaluation.accuracy[str(key)].value for key in keys)
+
+    scores = [values(c) for c in tried]
+    return [
+        c for c, own in zip(tried, scores, strict=True)
+        if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in scores)
+    ]  # fmt: skip

@@ -1,0 +1,23 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+root = os.environ.get("ROBUSTSOUP_DATA")
+needs_cifar10 = pytest.mark.skipif(
+    not (root and (Path(root) / "cifar-10-batches-py").is_dir()),
+    reason="set ROBUSTSOUP_DATA to the folder that holds cifar-10-batches-py",
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
+
+
+@pytest.fixture(autouse=True)
+def _global_randomness_untouched():
+    before = torch.random.get_rng_state()
+    yield
+    torch.random.set_rng_state(before)
