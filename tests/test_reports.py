@@ -37,7 +37,11 @@ def make_row(name, role, clean, robust, **more):
 
 
 def grid_rows(names):
-    points = [(i, j, 5 - i - j) for i in range(6) for j in range(6 - i)] if len(names) == 3 else [(i, 5 - i) for i in range(6)]
+    points = (
+        [(i, j, 5 - i - j) for i in range(6) for j in range(6 - i)]
+        if len(names) == 3
+        else [(i, 5 - i) for i in range(6)]
+    )
     clean, robust = np.array([0.78, 0.72, 0.60]), np.array([0.24, 0.31, 0.345])
     rows = []
     for point in points:

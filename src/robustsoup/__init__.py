@@ -1,0 +1,48 @@
+"""robustsoup: several adversarially fine-tuned checkpoints of one network into one, at the trade-off you need.
+
+import robustsoup as rs
+data = rs.load_data("cifar10")
+soup = rs.mix(["eps4.safetensors", "eps16.safetensors"], [0.5, 0.5])
+print(rs.evaluate(soup, data.test, ["Linf 8/255"]).accuracy)
+"""
+
+from robustsoup.attacks import apgd, apgd_train
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.data import Data, Split, load_data
+from robustsoup.errors import RobustsoupError
+from robustsoup.evaluation import Evaluation, evaluate
+from robustsoup.losses import Objective
+from robustsoup.models import load_model
+from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.learning import learn
+from robustsoup.soups.mixing import mix
+from robustsoup.soups.search import Candidate, search
+from robustsoup.soups.selection import Selection, pareto_front, select
+from robustsoup.statistics import Accuracy
+from robustsoup.threats import ThreatModel
+from robustsoup.training import train
+
+__all__ = [
+    "Accuracy",
+    "Candidate",
+    "Checkpoint",
+    "Coefficients",
+    "Data",
+    "Evaluation",
+    "Objective",
+    "RobustsoupError",
+    "Selection",
+    "Split",
+    "ThreatModel",
+    "apgd",
+    "apgd_train",
+    "evaluate",
+    "learn",
+    "load_data",
+    "load_model",
+    "mix",
+    "pareto_front",
+    "search",
+    "select",
+    "train",
+]

@@ -123,7 +123,11 @@ class Checkpoint:
         theirs = model.state_dict()
         for name in [*theirs, *self.tensors]:
             if name not in self.tensors or name not in theirs:
-                where = "the network has it, the file does not" if name in theirs else "the file has it, the network does not"
+                where = (
+                    "the network has it, the file does not"
+                    if name in theirs
+                    else "the file has it, the network does not"
+                )
                 raise ModelError(f"{self.name}: {name}: {where}; is --model right?")
             if theirs[name].shape != self.tensors[name].shape:
                 got, expected = tuple(self.tensors[name].shape), tuple(theirs[name].shape)
@@ -175,7 +179,9 @@ class Wrapping:
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Write tensors and a JSON record to a .safetensors file, whole or not at all."""
     with atomic_path(path) as temporary:
-        _save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, record)
+        _save_safetensors(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, record
+        )
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -229,7 +235,8 @@ def _unwrap(content: Any, path: Path) -> Checkpoint:
         key = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping) and _is_state(content[k])), None)
         if key is None:
             raise CheckpointError(
-                f"{path}: found no state dict; got keys {list(content)[:5]}, expected tensors by name, or one of {', '.join(_WRAPPERS)}"
+                f"{path}: found no state dict; got keys {list(content)[:5]}, "
+                f"expected tensors by name, or one of {', '.join(_WRAPPERS)}"
             )
         state, others = content[key], {k: v for k, v in content.items() if k != key}
     if not isinstance(state, Mapping) or not _is_state(state):

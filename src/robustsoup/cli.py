@@ -25,11 +25,12 @@ from robustsoup.precision import resolve_device
 from robustsoup.recipes import Recipe, load_recipe, parse_recipe
 from robustsoup.reports import write_report
 from robustsoup.runs.cost import seconds_of
-from robustsoup.runs.execute import Context, scores
+from robustsoup.runs.execute import Context
 from robustsoup.runs.run import Prepared, prepare, run_prepared
 from robustsoup.soups.coefficients import Coefficients, uniform
 from robustsoup.soups.learning import learn
 from robustsoup.soups.mixing import mix
+from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
 
@@ -44,7 +45,9 @@ Files = Annotated[list[Path], typer.Argument(help="Checkpoints: .safetensors, .p
 DataOption = Annotated[str, typer.Option("--data", help="digits, cifar10 or folder:PATH.")]
 ThreatOption = Annotated[str, typer.Option("--threat", help='As in "Linf 8/255", "L2 0.5", "L1 12" or clean.')]
 Threats = Annotated[list[str], typer.Option("--threat", help='As in "Linf 8/255"; repeatable.')]
-Model = Annotated[str | None, typer.Option(help="resnet9, resnet9:width=16 or package.module:factory; where files do not say.")]
+Model = Annotated[
+    str | None, typer.Option(help="resnet9, resnet9:width=16 or package.module:factory; where files do not say.")
+]
 Normalize = Annotated[
     tuple[str, str] | None,
     typer.Option(help='MEAN STD, by channel, for networks that expect it outside: "0.49,0.48,0.45" "0.25,0.24,0.26".'),
@@ -53,12 +56,17 @@ Objective = Annotated[str, typer.Option(help='ce, or "mixed 0.4" (0.4 is the wei
 AttackSteps = Annotated[int, typer.Option(help="APGD steps of each training attack.")]
 Steps = Annotated[int, typer.Option(help="APGD steps of the evaluation.")]
 Samples = Annotated[int | None, typer.Option(help="Judge only the first so many samples.")]
-Buffers = Annotated[str | None, typer.Option(help="BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked.")]
+Buffers = Annotated[
+    str | None,
+    typer.Option(help="BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of the split, the order of samples and all noise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; results are bit-equal at equal numbers.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
-DataRoot = Annotated[str | None, typer.Option(help="Where data is; else $ROBUSTSOUP_DATA, else the user's cache folder.")]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Where data is; else $ROBUSTSOUP_DATA, else the user's cache folder.")
+]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels a side, for folder:PATH.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
 Leakage = Annotated[bool, typer.Option("--allow-leakage", help="Judge on samples that an ingredient was trained on.")]
@@ -118,8 +126,8 @@ def demo(output: Annotated[Path, typer.Option("-o", help="The run folder.")] = P
 
 
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
-        sets: Sets = [], output: Annotated[Path | None, typer.Option("-o", help="The run folder; else runs/NAME.")] = None,
+def run(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets: Sets = [],
+        output: Annotated[Path | None, typer.Option("-o", help="The run folder; else runs/NAME.")] = None,
         device: Device = "auto", threads: Threads = None, data_root: DataRoot = None, as_json: AsJson = False) -> None:  # fmt: skip
     """Run a recipe, or go on with it: only what the store lacks is done. Then write the report.
 
@@ -144,14 +152,17 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets:
     steps, store = prepared.plan.steps, prepared.store
     cost = seconds_of(steps, prepared.context)
     rows = [
-        {"kind": s.kind, "name": s.name, "key": s.key, "done": store.has(s.key), "seconds": round(cost[s.key], 2)} for s in steps
+        {"kind": s.kind, "name": s.name, "key": s.key, "done": store.has(s.key), "seconds": round(cost[s.key], 2)}
+        for s in steps
     ]
     missing = sum(row["seconds"] for row in rows if not row["done"])
     if as_json:
         return _print_json({"recipe": prepared.plan.recipe.name, "steps": rows, "seconds": missing})
     table = Table("step", "name", "store", "about", box=None)
     for row in rows:
-        table.add_row(row["kind"], row["name"], "done" if row["done"] else "-", "" if row["done"] else duration(row["seconds"]))
+        table.add_row(
+            row["kind"], row["name"], "done" if row["done"] else "-", "" if row["done"] else duration(row["seconds"])
+        )
     stdout.print(table)
     todo = sum(not row["done"] for row in rows)
     stdout.print(f"{len(rows)} steps, {todo} to do, about {duration(missing)} on this {prepared.context.device.type}")
@@ -201,7 +212,9 @@ def train_command(
 @app.command("mix")
 def mix_command(
     checkpoints: Files, output: Annotated[Path, typer.Option("-o", help="The soup; .safetensors, or .pth as the first file.")],
-    coefficients: Annotated[list[str], typer.Option(help="One number a file, as in 1/3 1/3 1/3, or a coefficients file; else uniform.")] = [],
+    coefficients: Annotated[
+        list[str], typer.Option(help="One number a file, as in 1/3 1/3 1/3, or a coefficients file; else uniform.")
+    ] = [],
     buffers: Buffers = None, data: Annotated[str | None, typer.Option(help="For the recalibrating --buffers.")] = None,
     threat: Annotated[str, typer.Option(help="For recalibrate-adversarial.")] = "clean", model: Model = None,
     normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
@@ -254,7 +267,7 @@ def search(
         "name": "search", "data": _absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
         "normalize": normalize and [_numbers(part) for part in normalize], "allow_leakage": allow_leakage,
         "ingredients": {name: str(Path(path).absolute()) for name, path in _names(checkpoints).items()},
-        "soups": {method: {"method": method} | ({"step": step} if method != "uniform" else {}) | ({"buffers": buffers} if buffers else {})},
+        "soups": {method: {"method": method, "buffers": buffers} | ({"step": step} if method != "uniform" else {})},
         "evaluate": {"threats": threat, "steps": steps, "select_samples": samples, "report_samples": samples,
                      "report": "chosen", "precision": precision},
         "select": {"maximise": maximise, "require": require, "point": point},
@@ -285,7 +298,9 @@ def learn_command(
     context = Context(loaded_data, _model(model, normalize, loaded_data, checkpoints), resolve_device(device))
     loaded = [context.describe(Checkpoint.load(path)) for path in checkpoints]
     if len(loaded) == 1:
-        stderr.print("robustsoup: a single ingredient: there is nothing to learn; the soup is the ingredient", markup=False)
+        stderr.print(
+            "robustsoup: a single ingredient: there is nothing to learn; the soup is the ingredient", markup=False
+        )
     _warn_leakage(loaded, loaded_data, allow=allow_leakage)
     state = output / ".state.pt"
     with Bar("learning") as bar:
@@ -301,7 +316,9 @@ def learn_command(
     if loaded[0].wrapping is not None:
         soup.save(output / f"soup{checkpoints[0].suffix}")
     state.unlink(missing_ok=True)
-    means = " ".join(f"{name} {share:.2f}" for name, share in zip(_names(checkpoints), alpha.alpha.mean(0).tolist(), strict=True))
+    means = " ".join(
+        f"{name} {share:.2f}" for name, share in zip(_names(checkpoints), alpha.alpha.mean(0).tolist(), strict=True)
+    )
     stdout.print(f"{output}: mean coefficients {means}", markup=False)
 
 
@@ -380,8 +397,12 @@ def _print_results(results: dict[str, Any], prepared: Prepared, page: Path) -> N
         stdout.print(f"on val: {chosen['message']}", markup=False, soft_wrap=True)
         row = next(row for row in results["rows"] if row["name"] == chosen["chosen"])
         if row["test"]:
-            text = ", ".join(f"{k} {a['value']:.1%} [{a['low']:.1%}, {a['high']:.1%}]" for k, a in row["test"].items())
-            held = {None: "", True: "; the requirement also holds there", False: "; the requirement does not hold there"}
+            text = ", ".join(f"{key} {_interval(accuracy)}" for key, accuracy in row["test"].items())
+            held = {
+                None: "",
+                True: "; the requirement also holds there",
+                False: "; the requirement does not hold there",
+            }
             stdout.print(f"on test: {text}{held[chosen['held_on_test']]}", markup=False, soft_wrap=True)
         stdout.print(f"soup: {page.parent / results['soup']}", markup=False, soft_wrap=True)
     stdout.print(f"look at: {page}", markup=False, soft_wrap=True)
@@ -391,9 +412,12 @@ def _accuracy_table(rows: dict[str, dict[str, Any]], title: str | None = None) -
     keys = list(next(iter(rows.values())))
     table = Table("checkpoint", *keys, box=None, title=title, title_justify="left")
     for name, accuracy in rows.items():
-        cells = [f"{accuracy[k]['value']:.1%} [{accuracy[k]['low']:.1%}, {accuracy[k]['high']:.1%}]" for k in keys]
-        table.add_row(name, *cells)
+        table.add_row(name, *(_interval(accuracy[key]) for key in keys))
     return table
+
+
+def _interval(accuracy: dict[str, Any]) -> str:
+    return str(Accuracy(accuracy["hits"], accuracy["n"]))
 
 
 def _print_json(content: Any) -> None:
@@ -415,7 +439,9 @@ def _say_leakage(status: str, why: str) -> None:
         stderr.print(f"robustsoup: warning: split unknown: {why}; if it saw val or test, its figures flatter it",
                      markup=False, soft_wrap=True)  # fmt: skip
     if status == VIOLATED:
-        stderr.print(f"robustsoup: warning: leakage allowed: {why}; every table and figure says so", markup=False, soft_wrap=True)
+        stderr.print(
+            f"robustsoup: warning: leakage allowed: {why}; every table and figure says so", markup=False, soft_wrap=True
+        )
 
 
 def _warn_leakage(checkpoints: list[Checkpoint], data: Data, *, allow: bool) -> None:
@@ -447,13 +473,20 @@ def _model(spec: str | None, normalize: tuple[str, str] | None, data: Data, path
     """How the network is built: as told, else as the first file's record says."""
     outside = [_numbers(part) for part in normalize] if normalize else None
     if spec:
-        settings = {"spec": spec, "classes": data.test.classes, "channels": data.record["channels"], "normalize": outside}
+        settings = {
+            "spec": spec,
+            "classes": data.test.classes,
+            "channels": data.record["channels"],
+            "normalize": outside,
+        }
         load_model(**settings)
         return settings
     for path in paths:
         if known := Checkpoint.load(path).provenance.get("network"):
             return known | ({"normalize": outside} if outside else {})
-    raise ModelError(f"{paths[0]}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory")
+    raise ModelError(
+        f"{paths[0]}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory"
+    )
 
 
 def _absolute_folder(data: str) -> str:
@@ -468,4 +501,6 @@ def _coefficients(values: list[str], n: int) -> Coefficients:
     try:
         return Coefficients.of([float(Fraction(value)) for value in values])
     except (ValueError, ZeroDivisionError):
-        raise CoefficientError(f"--coefficients: got {' '.join(values)}, expected numbers such as 1/3 or 0.2, or a file") from None
+        raise CoefficientError(
+            f"--coefficients: got {' '.join(values)}, expected numbers such as 1/3 or 0.2, or a file"
+        ) from None

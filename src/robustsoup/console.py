@@ -37,7 +37,9 @@ class Bar:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
     def __call__(self, done: int, total: int, figures: str) -> None:
@@ -61,7 +63,9 @@ class RunReporter:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
         if error is not None:
             self.write(f"stopped: {type(error).__name__}: {error}")
@@ -95,7 +99,8 @@ class RunReporter:
         """One line for a finished step."""
         self.before += self.estimates[step.key]
         self.number += 1
-        self.say(f"{self.number}/{self.count} {step.kind} {step.name}: {figures} ({duration(seconds)})")
+        line = f"{self.number}/{self.count} {step.kind} {step.name}: {figures} ({duration(seconds)})"
+        (self.write if step.kind == "mix" and seconds < 2 else self.say)(line)
 
     def say(self, line: str) -> None:
         """Print a line above the bar and write it to the log."""

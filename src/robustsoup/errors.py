@@ -1,18 +1,18 @@
 """The exception tree. The command line turns a RequestError into exit code 2 and a WorkError into exit code 1.
 
-    RobustsoupError
-    ├── RequestError               the request was wrong; nothing was done
-    │   ├── ThreatError            a threat model or objective that does not parse, eps below 0
-    │   ├── ModelError             a network that cannot be built, or does not fit the data or the weights
-    │   ├── DataError              data that is missing, broken, empty or of the wrong shape
-    │   ├── CheckpointError        a file that is not a checkpoint, is cut short, or holds NaN
-    │   │   └── IngredientMismatch ingredients whose names, shapes or dtypes differ
-    │   ├── CoefficientError       coefficients of the wrong number, negative, or not summing to 1
-    │   ├── RecipeError            an unknown key or a wrong value in a recipe
-    │   └── LeakageError           selection on samples that an ingredient was trained on
-    └── WorkError                  the request was fine; the work failed
-        ├── Diverged               a loss or a weight became NaN or infinite
-        └── StorageError           a result could not be written (no space left, no permission)
+RobustsoupError
+├── RequestError               the request was wrong; nothing was done
+│   ├── ThreatError            a threat model or objective that does not parse, eps below 0
+│   ├── ModelError             a network that cannot be built, or does not fit the data or the weights
+│   ├── DataError              data that is missing, broken, empty or of the wrong shape
+│   ├── CheckpointError        a file that is not a checkpoint, is cut short, or holds NaN
+│   │   └── IngredientMismatch ingredients whose names, shapes or dtypes differ
+│   ├── CoefficientError       coefficients of the wrong number, negative, or not summing to 1
+│   ├── RecipeError            an unknown key or a wrong value in a recipe
+│   └── LeakageError           selection on samples that an ingredient was trained on
+└── WorkError                  the request was fine; the work failed
+    ├── Diverged               a loss or a weight became NaN or infinite
+    └── StorageError           a result could not be written (no space left, no permission)
 """
 
 

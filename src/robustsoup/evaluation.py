@@ -88,7 +88,7 @@ class Evaluation:
             arrays |= {f"{name}_{number}": value for name, value in vars(verdicts).items()}
         with atomic_path(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **{name: value.numpy() for name, value in arrays.items()})
-        write_text(path, json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n")
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
         return path
 
     @classmethod

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from robustsoup.errors import StorageError
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
@@ -24,9 +27,12 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, target)
     except OSError as error:
-        raise StorageError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed there") from error
+        raise StorageError(
+            f"{target}: cannot be written: {error.strerror or error}; nothing was changed there"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -32,7 +32,9 @@ class SavedState:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{self.path}: the saved state cannot be read ({error}); delete it to begin anew") from None
+            raise CheckpointError(
+                f"{self.path}: the saved state cannot be read ({error}); delete it to begin anew"
+            ) from None
         if state.pop("fingerprint", None) != self.fingerprint:
             raise CheckpointError(f"{self.path}: saved by work with other settings; delete it or choose another place")
         return state

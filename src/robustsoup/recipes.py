@@ -220,7 +220,9 @@ class Recipe(Section):
             raise ValueError("got both pretrain and checkpoint, expected one of them")
         trained = [name for name, ingredient in self.ingredients.items() if not ingredient.checkpoint]
         if trained and not (self.pretrain or self.checkpoint):
-            raise ValueError(f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint")
+            raise ValueError(
+                f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint"
+            )
         if self.pretrain and not self.model:
             raise ValueError('model: missing; [pretrain] needs one, as in model = "resnet9:width=16"')
         names = {*self.ingredients, "pretrained"}

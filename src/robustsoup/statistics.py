@@ -32,7 +32,7 @@ class Accuracy:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:

@@ -43,7 +43,9 @@ def train(
     threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
     check_schedule(schedule)
     if epochs < 1 or batch_size < 2 or not lr > 0:
-        raise RequestError(f"train: got epochs {epochs}, batch_size {batch_size}, lr {lr}; expected at least 1, 2, above 0")
+        raise RequestError(
+            f"train: got epochs {epochs}, batch_size {batch_size}, lr {lr}; expected at least 1, 2, above 0"
+        )
     if early_stop and val is None:
         raise RequestError("early_stop: no validation split to watch; give val")
     where = resolve_device(device)

@@ -191,7 +191,7 @@ def apgd_train(
     rows = _new_rows(x, y, eps, x, threat.norm, 0.05)
     periods = _checks(steps, threat.norm)
     with frozen_eval(model):
-        for step in range(steps):
+        for _ in range(steps):
             _, value, grad = gradient(model, rows.x_adv, y, loss, precision)
             _observe(rows, value, grad, periods, threat.norm)
             _move(rows, _propose(rows, threat.norm))

@@ -33,7 +33,9 @@ def draw_coefficients(results: dict[str, Any], folder: Path) -> tuple[list[Plot]
 
 def _load(rows: list[Row], folder: Path) -> list[tuple[Row, Coefficients]]:
     """Each row with its coefficients, those of one network: the first row's layers."""
-    found = [(row, Coefficients.load(folder / row["coefficients_file"])) for row in rows if row.get("coefficients_file")]
+    found = [
+        (row, Coefficients.load(folder / row["coefficients_file"])) for row in rows if row.get("coefficients_file")
+    ]
     return [item for item in found if item[1].layers == found[0][1].layers]
 
 

@@ -7,7 +7,15 @@ from html import escape
 from typing import Any
 
 from robustsoup.reports.results import (
-    CLEAN, ROLES, Row, accuracy, robust_measures, samples, shown_split, two_best, with_measures,
+    CLEAN,
+    ROLES,
+    Row,
+    accuracy,
+    robust_measures,
+    samples,
+    shown_split,
+    two_best,
+    with_measures,
 )  # fmt: skip
 from robustsoup.reports.style import percent
 

@@ -46,7 +46,9 @@ def _plot(
         title = "clean accuracy" if measure == CLEAN else f"robust accuracy, {plain(measure)}"
         axes.set_title(title, pad=26, fontsize=10)
     figure.suptitle(f"{plain(results['name'])}: {plain(section)}, on {plain(split)}", fontsize=11, weight="bold")
-    footer(figure, f"{len(rows)} soups · {attack_line(results['protocol'], split, rows)} · ring: best soup of the panel")
+    footer(
+        figure, f"{len(rows)} soups · {attack_line(results['protocol'], split, rows)} · ring: best soup of the panel"
+    )
     names = ", ".join(rows[0]["ingredients"])
     caption = f"Accuracy on {split} of {len(rows)} weighted averages ({section}) of {names}; the best is ringed."
     return Plot(stem, figure, caption)
@@ -65,8 +67,12 @@ def _panel(figure: Figure, axes: Axes, rows: list[Row], values: list[float]) -> 
         lines = axes.tricontour(*alpha.T, values, levels=levels, colors="white", linewidths=0.7, alpha=0.8, zorder=2)
         _label_lines(axes, lines, written)
     size = float(np.clip(600 / len(rows), 5, 26))
-    dots = axes.scatter(*alpha.T, c=values, s=size, edgecolors="white", linewidths=0.8, zorder=4, clip_on=False, **colours)
-    axes.scatter(*alpha[[best]].T, s=110, facecolors="none", edgecolors="white", linewidths=3.2, zorder=5, clip_on=False)
+    dots = axes.scatter(
+        *alpha.T, c=values, s=size, edgecolors="white", linewidths=0.8, zorder=4, clip_on=False, **colours
+    )
+    axes.scatter(
+        *alpha[[best]].T, s=110, facecolors="none", edgecolors="white", linewidths=3.2, zorder=5, clip_on=False
+    )
     axes.scatter(*alpha[[best]].T, s=110, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=6, clip_on=False)
     _corners(axes, rows[0]["ingredients"])
     bar = figure.colorbar(dots, ax=axes, shrink=0.62, pad=0.1, aspect=18)

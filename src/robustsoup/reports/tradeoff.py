@@ -9,10 +9,26 @@ from matplotlib.axes import Axes
 
 from robustsoup.losses import Objective
 from robustsoup.reports.results import (
-    CLEAN, Row, accuracy, robust_measures, sections, shown_split, two_best, with_measures,
+    CLEAN,
+    Row,
+    accuracy,
+    robust_measures,
+    sections,
+    shown_split,
+    two_best,
+    with_measures,
 )  # fmt: skip
 from robustsoup.reports.style import (
-    FAINT, INK, MUTED, Plot, attack_line, footer, new_figure, numbered, place_labels, plain,
+    FAINT,
+    INK,
+    MUTED,
+    Plot,
+    attack_line,
+    footer,
+    new_figure,
+    numbered,
+    place_labels,
+    plain,
 )  # fmt: skip
 from robustsoup.threats import ThreatModel
 
@@ -38,7 +54,10 @@ def curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     Rows that differ in the clean weight of the objective alone are ordered by it; otherwise each objective and norm is
     one curve, ordered by eps, "clean" being eps 0 of the first norm.
     """
-    parsed = [(ThreatModel.parse(row.get("threat") or CLEAN), Objective.parse(row.get("objective") or "ce"), row) for row in rows]
+    parsed = [
+        (ThreatModel.parse(row.get("threat") or CLEAN), Objective.parse(row.get("objective") or "ce"), row)
+        for row in rows
+    ]
     if len({threat for threat, _, _ in parsed}) == 1 and len(parsed) > 1:
         ordered = sorted(parsed, key=lambda item: item[1].clean_weight)
         return [("", [(f"{objective.clean_weight:g}", row) for _, objective, row in ordered])]
@@ -150,7 +169,9 @@ def _draw_learned(axes: Axes, rows: list[Row], points: _Points) -> list[Label]:
             number += 1
             members = [row for _, row in curve]
             xy = points.of(members)
-            axes.errorbar(*xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.35, elinewidth=0.8, zorder=3)
+            axes.errorbar(
+                *xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.35, elinewidth=0.8, zorder=3
+            )
             text = plain(name, 16) + (f" ({plain(apart, 20)})" if apart else "")
             axes.plot(*xy.T, "-o", color=colour, markersize=6, markeredgecolor="white", zorder=6, label=text)
             labels += [(x, y, plain(label), colour) for (label, _), (x, y) in zip(curve, xy, strict=True)]
@@ -165,7 +186,9 @@ def _draw_ingredients(axes: Axes, rows: list[Row], points: _Points) -> list[Labe
             continue
         xy = points.of(found)
         axes.errorbar(*xy.T, **points.bars(found), fmt="none", ecolor=colour, alpha=0.35, elinewidth=0.8, zorder=3)
-        axes.scatter(*xy.T, s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5, label=role)
+        axes.scatter(
+            *xy.T, s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5, label=role
+        )
         labels += [(x, y, plain(row["name"], 20), colour) for row, (x, y) in zip(found, xy, strict=True)]
     return labels
 

@@ -89,13 +89,16 @@ class _Worker:
     def __init__(self, plan: Plan, context: Context, store: Store) -> None:
         self.plan, self.context, self.store = plan, context, store
         self.checkpoint: Callable[[str], Checkpoint] = lru_cache(maxsize=8)(self._checkpoint)
-        self.judged_files = {row.val: row.name for row in plan.rows if row.key.startswith("file:")}
+        self.judged_files = {row.val: row.name for row in plan.rows if row.role in ("pretrained", "ingredient")
+                             and row.key.startswith("file:")}  # fmt: skip
 
     def run(self, step: Step, folder: Path, on_progress: Progress) -> str:
         """Do one step, put its output into `folder`, and return its figures in one line."""
         if step.kind in ("pretrain", "finetune"):
             return self._train(step, folder, on_progress)
-        return {"learn": self._learn, "mix": self._mix, "evaluate": self._evaluate}[step.kind](step, folder, on_progress)
+        return {"learn": self._learn, "mix": self._mix, "evaluate": self._evaluate}[step.kind](
+            step, folder, on_progress
+        )
 
     def _checkpoint(self, key: str) -> Checkpoint:
         if key.startswith("file:"):
@@ -120,7 +123,9 @@ class _Worker:
         if stop:
             at = trained.provenance["early_stopped_at"]
             best = next(entry for entry in trained.provenance["history"] if entry["epoch"] == at)
-            figures += f", epoch {at} kept: val robust loss {best['robust_loss']:.3f}, robust {best['robust_accuracy']:.1%}"
+            figures += (
+                f", epoch {at} kept: val robust loss {best['robust_loss']:.3f}, robust {best['robust_accuracy']:.1%}"
+            )
         return figures
 
     def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:

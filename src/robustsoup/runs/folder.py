@@ -125,12 +125,13 @@ def _selection(plan: Plan, store: Store, selection: Selection | None) -> dict[st
 def _save_soup(folder: Path, plan: Plan, store: Store, selection: Selection) -> Path:
     """Write the chosen soup in the format and wrapping of the first ingredient."""
     row = next(row for row in plan.rows if row.name == selection.best.name)
-    soup = Checkpoint.load(store.path(row.key) / "checkpoint.safetensors")
-    first = next(iter(plan.files.values()), None)
-    mixed_from_files = plan.step(row.key).parents[0].startswith("file:")
-    if first is None or not mixed_from_files or first.wrapping is None:
+    if row.key in plan.files:
+        soup = first = plan.files[row.key]
+    else:
+        soup = Checkpoint.load(store.path(row.key) / "checkpoint.safetensors")
+        first = plan.files.get(plan.step(row.key).parents[0])
+    if first is None or first.wrapping is None:
         return soup.save(folder / "soup.safetensors")
-    first = plan.files[plan.step(row.key).parents[0]]
     return Checkpoint(soup.tensors, soup.provenance, wrapping=first.wrapping).save(folder / f"soup{first.path.suffix}")
 
 

@@ -158,7 +158,10 @@ class _Planner:
         rows = []
         for alpha in candidates(soup.method, len(names), soup.step):
             label = section if soup.method == "uniform" else f"{section}-{alpha_name(alpha)}"
-            key = self._mix(label, soup, parents, alpha, soup.method)
+            if 1.0 in alpha and (soup.buffers or "average") == "average":  # the ingredient itself, bit for bit
+                key = parents[alpha.index(1.0)]
+            else:
+                key = self._mix(label, soup, parents, alpha, soup.method)
             rows.append(Row(label, soup.method, key, section, names, alpha))
         return rows
 

@@ -37,7 +37,9 @@ def prepare(recipe: Recipe, *, device: str = "auto", data_root: str | None = Non
     """
     where = resolve_device(device)
     data = load_data(recipe.data, root=data_root, seed=recipe.seed, image_size=recipe.image_size)
-    paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [recipe.checkpoint] * bool(recipe.checkpoint)
+    paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [recipe.checkpoint] * bool(
+        recipe.checkpoint
+    )
     model = _model_settings(recipe, data.record, paths)
     context = Context(data, model, where)
     plan = make_plan(recipe, data, model, resolve_precision(recipe.precision, where))

@@ -42,7 +42,9 @@ class Coefficients:
                 return cls(torch.stack(rows), tuple(alpha))
             return cls(torch.as_tensor(alpha, dtype=torch.float64).reshape(1, -1))
         except (ValueError, TypeError, RuntimeError) as error:
-            raise CoefficientError(f"coefficients: got {alpha!r}, expected n numbers or rows by name: {error}") from None
+            raise CoefficientError(
+                f"coefficients: got {alpha!r}, expected n numbers or rows by name: {error}"
+            ) from None
 
     def row(self, layer: str) -> list[float]:
         """The n weights of `layer`. Raises CoefficientError if there are none for it."""
@@ -60,7 +62,9 @@ class Coefficients:
         for layer, row in zip(self.layers, self.alpha.tolist(), strict=True):
             where = "" if layer == EVERY_LAYER else f"{layer}: "
             if not all(map(math.isfinite, row)) or abs(sum(row) - 1) > TOLERANCE:
-                raise CoefficientError(f"coefficients: {where}got {_short(row)} with sum {sum(row):.6g}, expected sum 1")
+                raise CoefficientError(
+                    f"coefficients: {where}got {_short(row)} with sum {sum(row):.6g}, expected sum 1"
+                )
             if not affine and min(row) < 0:
                 raise CoefficientError(f"coefficients: {where}got {_short(row)}, expected none below 0")
 

@@ -17,9 +17,9 @@ from robustsoup.losses import Objective
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schedules import Schedule, check_schedule, rate
+from robustsoup.soups.batchnorm import norm_layers
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.mixing import canonical_order, check_ingredients, mix, weighted_sum
-from robustsoup.soups.batchnorm import norm_layers
 from robustsoup.threats import ThreatModel
 from robustsoup.training import attacked, check_fit, objective_loss
 
@@ -101,8 +101,7 @@ class _Run:
         device = data.images.device
         self.thetas = {
             name: [
-                ingredients[i].tensors[name].to(device).contiguous(memory_format=_format(parameter))
-                for i in self.order
+                ingredients[i].tensors[name].to(device).contiguous(memory_format=_format(parameter)) for i in self.order
             ]
             for name, parameter in self.layers.items()
         }

@@ -167,7 +167,9 @@ def _check_policy(
     if buffers not in POLICIES:
         raise RequestError(f'buffers: got "{buffers}", expected one of {", ".join(POLICIES)}')
     if buffers == "average" and affine:
-        raise CoefficientError("buffers: averaged variances can turn negative in an affine mix; use base or recalibrate")
+        raise CoefficientError(
+            "buffers: averaged variances can turn negative in an affine mix; use base or recalibrate"
+        )
     if buffers.startswith("recalibrate") and calibrate_on is None:
         raise RequestError(f'buffers "{buffers}": no data to measure on; give calibrate_on (--data)')
     if buffers == "recalibrate-adversarial" and threat.is_clean:

@@ -27,7 +27,9 @@ def grid(n: int, step: float = 0.2) -> list[Alpha]:
     """
     parts = round(1 / step) if step > 0 else 0
     if n < 1 or parts < 1 or abs(parts * step - 1) > 1e-9:
-        raise CoefficientError(f"grid: got n {n} and step {step}, expected n of at least 1 and a step such as 0.2 or 0.25")
+        raise CoefficientError(
+            f"grid: got n {n} and step {step}, expected n of at least 1 and a step such as 0.2 or 0.25"
+        )
     count = 1
     for i in range(1, n):
         count = count * (parts + i) // i
