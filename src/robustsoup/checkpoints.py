@@ -63,7 +63,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, model: "nn.Module", provenance: dict[str, Any] | None = None) -> "Checkpoint":
-        """A copy of the weights of `model`, with the names of its parameters and of its tied parameters recorded."""
+        """A copy of the weights of `model`; its parameters, tied parameters and, from load_model, network are recorded."""
         names = [name for name, _ in model.named_parameters()]
         first = {id(parameter): name for name, parameter in model.named_parameters()}
         tied = {
@@ -72,7 +72,10 @@ class Checkpoint:
             if first[id(parameter)] != name
         }
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        return cls(tensors, {**(provenance or {}), "parameters": names, "tied": tied})
+        record = {**(provenance or {}), "parameters": names, "tied": tied}
+        if hasattr(model, "network_settings"):
+            record.setdefault("network", model.network_settings)
+        return cls(tensors, record)
 
     @cached_property
     def digest(self) -> str:

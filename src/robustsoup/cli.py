@@ -16,7 +16,7 @@ from rich.table import Table
 
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.console import Bar, RunReporter, duration, stderr
-from robustsoup.data import Data, load_data
+from robustsoup.data import Data, fetch_cifar10, load_data
 from robustsoup.errors import CoefficientError, ModelError, RequestError, RobustsoupError, StorageError
 from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
 from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
@@ -128,7 +128,8 @@ def demo(output: Annotated[Path, typer.Option("-o", help="The run folder.")] = P
 @app.command()
 def run(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets: Sets = [],
         output: Annotated[Path | None, typer.Option("-o", help="The run folder; else runs/NAME.")] = None,
-        device: Device = "auto", threads: Threads = None, data_root: DataRoot = None, as_json: AsJson = False) -> None:  # fmt: skip
+        device: Device = "auto", threads: Threads = None, data_root: DataRoot = None,
+        as_json: AsJson = False) -> None:  # fmt: skip
     """Run a recipe, or go on with it: only what the store lacks is done. Then write the report.
 
     Example, after `robustsoup demo`: `robustsoup run runs/quickstart/recipe.toml --set evaluate.steps=10 -o runs/ten`
@@ -148,7 +149,7 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets:
     Example, after `robustsoup demo`: `robustsoup plan runs/quickstart/recipe.toml --set finetune.epochs=20`
     """
     _threads(threads)
-    prepared = prepare(load_recipe(recipe, sets), device=device, data_root=data_root)
+    prepared = _prepare(load_recipe(recipe, sets), device, data_root)
     steps, store = prepared.plan.steps, prepared.store
     cost = seconds_of(steps, prepared.context)
     rows = [
@@ -188,7 +189,7 @@ def train_command(
     """
     _threads(threads)
     _check_output(output, {".safetensors"})
-    loaded = load_data(data, root=data_root, seed=seed, image_size=image_size)
+    loaded = _load(data, data_root, seed, image_size)
     if start is None and model is None:
         raise ModelError("train: give --model for fresh weights, or --from for a checkpoint to fine-tune")
     context = Context(loaded, _model(model, normalize, loaded, [start] if start else []), resolve_device(device))
@@ -231,7 +232,7 @@ def mix_command(
     policy = buffers or ("tracked" if alpha.tracked else "average")
     network, split = None, None
     if data:
-        source = load_data(data, root=data_root, seed=seed, image_size=image_size)
+        source = _load(data, data_root, seed, image_size)
         split = source.train
         context = Context(source, _model(model, normalize, source, checkpoints), resolve_device(device))
         loaded = [context.describe(item) for item in loaded]
@@ -294,7 +295,7 @@ def learn_command(
     Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255" --epochs 5 -o learned`
     """
     _threads(threads)
-    loaded_data = load_data(data, root=data_root, seed=seed, image_size=image_size)
+    loaded_data = _load(data, data_root, seed, image_size)
     context = Context(loaded_data, _model(model, normalize, loaded_data, checkpoints), resolve_device(device))
     loaded = [context.describe(Checkpoint.load(path)) for path in checkpoints]
     if len(loaded) == 1:
@@ -336,7 +337,7 @@ def evaluate_command(
     Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255" --steps 20`
     """
     _threads(threads)
-    loaded = load_data(data, root=data_root, seed=seed, image_size=image_size)
+    loaded = _load(data, data_root, seed, image_size)
     context = Context(loaded, _model(model, normalize, loaded, checkpoints), resolve_device(device))
     done: dict[str, Evaluation] = {}
     for name, path in _names(checkpoints).items():
@@ -371,7 +372,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *, as_json: bool) -> int:
     """Run a recipe into `folder`, report, print where to look; 3 if nothing meets the requirements."""
-    prepared = prepare(recipe, device=device, data_root=data_root)
+    prepared = _prepare(recipe, device, data_root)
     _say_leakage(*prepared.leakage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -385,6 +386,23 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
     else:
         _print_results(results, prepared, page)
     return 3 if selection is not None and not selection.met else 0
+
+
+def _prepare(recipe: Recipe, device: str, data_root: str | None) -> Prepared:
+    _fetch(recipe.data, data_root)
+    return prepare(recipe, device=device, data_root=data_root)
+
+
+def _load(spec: str, root: str | None, seed: int, image_size: int | None) -> Data:
+    _fetch(spec, root)
+    return load_data(spec, root=root, seed=seed, image_size=image_size)
+
+
+def _fetch(spec: str, root: str | None) -> None:
+    """Download what `spec` needs, with a bar, if it is not there."""
+    if spec == "cifar10":
+        with Bar("downloading CIFAR-10") as bar:
+            fetch_cifar10(root, on_progress=bar)
 
 
 def _print_results(results: dict[str, Any], prepared: Prepared, page: Path) -> None:

@@ -42,9 +42,9 @@ class Bar:
     ) -> None:
         self.progress.stop()
 
-    def __call__(self, done: int, total: int, figures: str) -> None:
+    def __call__(self, done: int, total: int | None, figures: str = "") -> None:
         elapsed = time.monotonic() - self.started
-        left = f"{duration(elapsed * (total - done) / done)} left" if done and elapsed > 2 else ""
+        left = f"{duration(elapsed * (total - done) / done)} left" if done and total and elapsed > 2 else ""
         fields = {"figures": figures} if figures else {}
         self.progress.update(self.task, completed=done, total=total, left=left, **fields)
 
@@ -77,8 +77,8 @@ class RunReporter:
         self.total, self.before = sum(self.estimates.values()), 0.0
         self.count, self.number, self.started = len(missing), 0, time.monotonic()
         if missing:
-            about = duration(self.total)
-            self.say(f"{plan.recipe.name}: {len(missing)} steps to do, {kept} already in the store; about {about}")
+            steps = f"{len(missing)} step{'s' * (len(missing) > 1)}"
+            self.say(f"{plan.recipe.name}: {steps} to do, {kept} already in the store; about {duration(self.total)}")
             if self.task is None:
                 self.task = self.bar.add_task("", total=self.total, left="", figures="")
 

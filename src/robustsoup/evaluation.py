@@ -1,5 +1,6 @@
 """evaluate: clean and robust verdicts of one network, sample by sample."""
 
+import copy
 import json
 import os
 import time
@@ -120,7 +121,7 @@ def evaluate(
     threats: what it is attacked with, one after the other; clean ones add nothing. samples: only the first so many.
     steps: of APGD on cross-entropy, one restart, cold start seeded by (seed, sample id); in L1 they are spent as in
     AutoAttack (3 eps, 2 eps, eps). A sample that is wrong clean counts as broken and is not attacked.
-    on_progress(done, total, figures) counts samples times (threats + 1).
+    on_progress(done, total, figures) counts samples times (threats + 1). A module that is given is not changed.
 
     Raises ModelError if the network does not fit the data, Diverged if its logits hold NaN, RequestError for a wrong
     setting.
@@ -133,7 +134,8 @@ def evaluate(
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
     data = data.first(samples).to(where)
-    model = as_network(network).to(where, memory_format=torch.channels_last)
+    model = copy.deepcopy(network) if isinstance(network, nn.Module) else as_network(network)
+    model = model.to(where, memory_format=torch.channels_last)
     check_fit(model, data)
     x = to_float(data.images).contiguous(memory_format=torch.channels_last)
     started = time.perf_counter()

@@ -21,7 +21,8 @@ def load_model(
     """Build a network with fresh weights from "resnet9", "resnet9:width=16" or "package.module:factory[:key=value,...]".
 
     A built-in network gets classes, channels, mean and std (normalisation is inside it). A factory gets only what its
-    signature names of classes and channels, and its own key=value pairs. normalize: (mean, std) by channel, for a
+    signature names of classes and channels, and its own key=value pairs. What it was built with is kept in its attribute
+    `network_settings`, which a Checkpoint of it records. normalize: (mean, std) by channel, for a
     network that expects it outside: it is then applied before the network, whose state dict keeps its own names.
     The weights come from `seed`; the global generator is left as it was.
 
@@ -50,7 +51,12 @@ def load_model(
             )
     if not isinstance(model, nn.Module):
         raise ModelError(f'model "{spec}": the factory returned {type(model).__name__}, expected a torch.nn.Module')
-    return normalized(model, *normalize) if normalize else model
+    if normalize:
+        normalized(model, *normalize)
+    model.network_settings = {
+        "spec": spec, "classes": classes, "channels": channels, "normalize": normalize and [list(part) for part in normalize]
+    }  # fmt: skip
+    return model
 
 
 def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:

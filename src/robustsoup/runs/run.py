@@ -8,7 +8,7 @@ from typing import Any
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
-from robustsoup.leakage import check_leakage
+from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.recipes import Recipe
 from robustsoup.runs.execute import Context, Reporter, execute
@@ -17,6 +17,7 @@ from robustsoup.runs.plan import Plan, chosen_on_test, make_plan
 from robustsoup.runs.store import Store
 from robustsoup.soups.mixing import check_ingredients
 from robustsoup.soups.selection import Selection
+from robustsoup.training import check_fit
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ def prepare(recipe: Recipe, *, device: str = "auto", data_root: str | None = Non
     files = list(plan.files.values())
     if files:
         check_ingredients(files)
-        context.describe(files[0]).network()
-    leakage = check_leakage(files, data.val, allow=recipe.allow_leakage)
-    return Prepared(plan, context, Store(), leakage)
+        check_fit(context.describe(files[0]).network(), data.test)
+    statuses = [check_leakage(files, split, allow=recipe.allow_leakage) for split in (data.val, data.test)]
+    return Prepared(
+        plan, context, Store(), max(statuses, key=lambda status: (KNOWN, UNKNOWN, VIOLATED).index(status[0]))
+    )
 
 
 def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], Selection | None]:

@@ -1,5 +1,6 @@
 """learn: the adversarial learned soup. One softmax over the ingredients for each layer, trained adversarially."""
 
+import copy
 import json
 import math
 import os
@@ -60,7 +61,7 @@ def learn(
         "batch_size": batch_size, "lr": lr, "momentum": momentum, "schedule": schedule, "detach": detach, "init": init,
         "seed": seed, "precision": precision,
     }  # fmt: skip
-    model = network if network is not None else loaded[0].network()
+    model = copy.deepcopy(network) if network is not None else loaded[0].network()
     mix(loaded, [1 / len(loaded)] * len(loaded), buffers="average").load_into(model)
     check_fit(model, data)
     run = _Run(model.to(where, memory_format=torch.channels_last), loaded, data.to(where), threat, objective, settings)

@@ -1,5 +1,6 @@
 """mix: the one place where weights are averaged."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def mix(
     soup = Checkpoint(tensors, record, wrapping=loaded[0].wrapping)
     if buffers.startswith("recalibrate"):
         attacked = threat if buffers == "recalibrate-adversarial" else CLEAN
-        model = network if network is not None else soup.network()
+        model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
         measured = recalibrate(
             model.to(device), calibrate_on, threat=attacked, attack_steps=attack_steps, samples=calibrate_samples,

@@ -1,5 +1,6 @@
 """Which coefficients to try (uniform, grid, line), and judging every candidate on one split."""
 
+import copy
 import itertools
 import os
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def search(
     found = []
     for number, alpha in enumerate(points):
         soup = mix(loaded, alpha, buffers=buffers, calibrate_on=calibrate_on, network=network, device=device, seed=seed)
-        model = network if network is not None else soup.network()
+        model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
         evaluation = evaluate(
             model, data, threats, steps=steps, samples=samples, seed=seed, device=device, precision=precision

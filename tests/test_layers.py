@@ -1,0 +1,125 @@
+"""The order in which modules may import each other, and what the core may import from outside; read from the source."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import robustsoup
+
+SOURCE = Path(robustsoup.__file__).parent
+# A module sits in the row of the longest of these names that it, or a package it is in, has.
+ROWS = {
+    "errors": 0, "files": 0,
+    "threats": 1, "losses": 1, "precision": 1, "statistics": 1, "schedules": 1, "progress": 1, "models": 1, "data": 1,
+    "attacks": 2, "checkpoints": 2, "leakage": 2,
+    "soups": 3, "soups.coefficients": 3, "soups.batchnorm": 3, "soups.mixing": 3, "training": 3, "evaluation": 3,
+    "soups.learning": 4, "soups.search": 4, "soups.selection": 4, "landscape": 4,
+    "recipes": 5,
+    "runs": 6,
+    "reports": 7,
+    "console": 8, "cli": 8, "__main__": 8, "": 8,
+}  # fmt: skip
+CORE = 4
+OUTSIDE = {"torch", "numpy", "safetensors"}
+
+
+def modules():
+    """name without the leading robustsoup ("" for the package itself) -> its syntax tree."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return found
+
+
+def imports(name, tree, known):
+    """(absolute name, where in the file) of everything that is imported, at the top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name or '__init__'}:{node.lineno}: a relative import; this test reads absolute ones"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole if whole.removeprefix("robustsoup.") in known else node.module), node
+
+
+def inside(name, tree, known):
+    """The modules of robustsoup that this one imports, without the leading robustsoup."""
+    for imported, node in imports(name, tree, known):
+        if imported == "robustsoup" or imported.startswith("robustsoup."):
+            yield imported.removeprefix("robustsoup").removeprefix("."), node
+
+
+def row(name):
+    while name not in ROWS:
+        name = name.rpartition(".")[0]
+        assert name, "a top-level module that is in no row"
+    return ROWS[name]
+
+
+MODULES = modules()
+
+
+def test_the_source_was_found_and_every_module_has_a_row():
+    assert {"errors", "attacks.apgd", "soups.mixing", "cli", "", "soups", "models"} <= set(MODULES)
+    top = {name.partition(".")[0] for name in MODULES}
+    assert top <= set(ROWS), f"in no row: {sorted(top - set(ROWS))}; add each to architecture.md and to ROWS"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_to_the_same_row_or_a_lower_one(name):
+    for imported, node in inside(name, MODULES[name], MODULES):
+        assert imported in MODULES, f"{name}:{node.lineno}: robustsoup.{imported} is no module"
+        assert row(imported) <= row(name), (
+            f"{name or '__init__'}:{node.lineno} (row {row(name)}) imports {imported} (row {row(imported)})"
+        )
+
+
+def test_there_are_no_cycles():
+    graph = {
+        name: {imported for imported, _ in inside(name, tree, MODULES)} - {name} for name, tree in MODULES.items()
+    }
+    assert "attacks.apgd" in graph["attacks"]
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def is_lazy_pillow(name, imported, node):
+    within = [f for f in ast.walk(MODULES[name]) if isinstance(f, ast.FunctionDef) and node in ast.walk(f)]
+    return name == "data.folders" and imported.partition(".")[0] == "PIL" and bool(within)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if row(name) <= CORE))
+def test_the_core_imports_only_torch_numpy_and_safetensors(name):
+    for imported, node in imports(name, MODULES[name], MODULES):
+        package = imported.partition(".")[0]
+        allowed = package in {"robustsoup", *OUTSIDE} or package in sys.stdlib_module_names
+        assert allowed or is_lazy_pillow(name, imported, node), f"{name}:{node.lineno} imports {imported}"
+
+
+def test_pillow_is_imported_where_folders_are_read():
+    found = [i for i, node in imports("data.folders", MODULES["data.folders"], MODULES) if is_lazy_pillow("data.folders", i, node)]
+    assert found, "the exception for Pillow is no longer needed"
+
+
+def test_the_package_imports_where_only_the_core_is_installed():
+    script = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"pydantic", "typer", "rich", "matplotlib", "mpltern", "tomli_w", "filelock", "PIL"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import robustsoup
+robustsoup.load_data("digits")
+robustsoup.load_model("resnet9:width=2")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
