@@ -43,7 +43,9 @@ def imports(name, tree, known):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name or '__init__'}:{node.lineno}: a relative import; this test reads absolute ones"
+            assert node.level == 0, (
+                f"{name or '__init__'}:{node.lineno}: a relative import; this test reads absolute ones"
+            )
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 yield (whole if whole.removeprefix("robustsoup.") in known else node.module), node
@@ -82,9 +84,7 @@ def test_imports_point_to_the_same_row_or_a_lower_one(name):
 
 
 def test_there_are_no_cycles():
-    graph = {
-        name: {imported for imported, _ in inside(name, tree, MODULES)} - {name} for name, tree in MODULES.items()
-    }
+    graph = {name: {imported for imported, _ in inside(name, tree, MODULES)} - {name} for name, tree in MODULES.items()}
     assert "attacks.apgd" in graph["attacks"]
     list(graphlib.TopologicalSorter(graph).static_order())
 
@@ -103,7 +103,11 @@ def test_the_core_imports_only_torch_numpy_and_safetensors(name):
 
 
 def test_pillow_is_imported_where_folders_are_read():
-    found = [i for i, node in imports("data.folders", MODULES["data.folders"], MODULES) if is_lazy_pillow("data.folders", i, node)]
+    found = [
+        i
+        for i, node in imports("data.folders", MODULES["data.folders"], MODULES)
+        if is_lazy_pillow("data.folders", i, node)
+    ]
     assert found, "the exception for Pillow is no longer needed"
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustsoup.errors import CheckpointError, ModelError, RequestError
-from robustsoup.files import atomic_path
+from robustsoup.files import atomic_path, write_torch
 from robustsoup.models import load_model
 
 RECORD_KEY = "robustsoup"
@@ -154,8 +154,7 @@ class Checkpoint:
                 _save_safetensors(tensors, temporary, self.provenance)
         elif path.suffix in (".pt", ".pth", ".bin"):
             content = (self.wrapping or Wrapping({}, None, "")).wrap(dict(self.tensors))
-            with atomic_path(path) as temporary:
-                _torch_save(content, temporary)
+            write_torch(path, content)
         else:
             raise CheckpointError(f"{path}: got the ending {path.suffix!r}, expected .safetensors, .pt, .pth or .bin")
         return path
@@ -206,13 +205,6 @@ def _save_safetensors(tensors: dict[str, Tensor], path: Path, record: dict[str, 
         save_file(tensors, path, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-
-
-def _torch_save(content: Any, path: Path) -> None:
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:
-        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _read_safetensors(path: Path) -> Checkpoint:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from robustsoup.errors import StorageError
 
 _UMASK = os.umask(0o022)
@@ -42,6 +44,15 @@ def write_text(target: str | os.PathLike, text: str) -> None:
     """Write `text` to `target` as UTF-8, whole or not at all."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_torch(target: str | os.PathLike, content: object) -> None:
+    """torch.save `content` to `target`, whole or not at all; its writer's errors become StorageError too."""
+    with atomic_path(target) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def cache_folder() -> Path:

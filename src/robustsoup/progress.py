@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from robustsoup.errors import CheckpointError
-from robustsoup.files import atomic_path
+from robustsoup.files import write_torch
 
 Progress = Callable[[int, int, str], None]
 """on_progress(done, total, figures): called often; `figures` is a short text such as "loss 1.23"."""
@@ -46,8 +46,7 @@ class SavedState:
     def save(self, state: dict[str, Any]) -> None:
         """Write the state, whole or not at all."""
         if self.path is not None:
-            with atomic_path(self.path) as temporary:
-                torch.save({**state, "fingerprint": self.fingerprint}, temporary)
+            write_torch(self.path, {**state, "fingerprint": self.fingerprint})
             self.last = time.monotonic()
 
     def clear(self) -> None:

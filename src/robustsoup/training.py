@@ -61,7 +61,7 @@ def train(
     run = _Run(model, data.to(where), val.to(where) if val is not None else None, threat, objective, settings)
     saved = SavedState(state_path, json.dumps([settings, start.digest, data.record["split_digest"]], sort_keys=True))
     run.load(saved.load())
-    run.fit(saved, on_progress)
+    fit(run, saved, on_progress)
     origin = network if isinstance(network, Checkpoint) else None
     if isinstance(network, (str, os.PathLike)):
         origin = Checkpoint.load(network)
@@ -69,7 +69,7 @@ def train(
 
 
 class _Run:
-    """The state of one training run, and the loop."""
+    """The state of one training run."""
 
     def __init__(self, model: nn.Module, data: Split, val: Split | None, threat: ThreatModel, objective: Objective,
                  settings: dict[str, Any]) -> None:  # fmt: skip
@@ -98,39 +98,21 @@ class _Run:
             "history": self.history, "best": self.best, "loss_sum": self.loss_sum,
         }  # fmt: skip
 
-    def fit(self, saved: SavedState, on_progress: Progress | None) -> None:
-        """Train to the end, saving the state from time to time."""
-        s, per_epoch = self.settings, self.steps_per_epoch
-        total = s["epochs"] * per_epoch
-        while self.step < total:
-            epoch, skip = divmod(self.step, per_epoch)
-            for x, y, _ in batches(self.data, s["batch_size"], seed=s["seed"], epoch=epoch, skip=skip):
-                self._train_step(x, y)
-                if on_progress:
-                    on_progress(self.step, total, self._figures())
-                if saved.due() and self.step % per_epoch:
-                    self._check_finite()
-                    saved.save(self.state())
-            self._end_epoch(epoch)
-            saved.save(self.state())
-
-    def _train_step(self, x: Tensor, y: Tensor) -> None:
+    def take_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step on a batch; returns its loss."""
         s = self.settings
         lr = rate(s["schedule"], s["lr"], self.step / self.steps_per_epoch, s["epochs"])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x = x.contiguous(memory_format=torch.channels_last)
         x_adv = attacked(self.model, x, y, self.threat, self.objective, s["attack_steps"], s["precision"])
         self.optimizer.zero_grad(set_to_none=True)
         loss = objective_loss(self.model, x, x_adv, y, self.objective, s["precision"])
         loss.backward()
         self.optimizer.step()
-        self.step += 1
-        self.loss_sum += loss.detach()
+        return loss.detach()
 
-    def _end_epoch(self, epoch: int) -> None:
-        self._check_finite()
-        entry = {"epoch": epoch + 1, "loss": float(self.loss_sum) / self.steps_per_epoch}
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Measure the robust loss on val, and remember the weights if it is the least so far."""
         if self.val is not None:
             entry["robust_loss"], entry["robust_accuracy"] = robust_loss(
                 self.model, self.val, self.threat, steps=self.settings["early_stop_steps"],
@@ -140,24 +122,51 @@ class _Run:
                 (past["robust_loss"] for past in self.history), default=math.inf
             ):
                 self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.history.append(entry)
-        self.loss_sum = torch.zeros_like(self.loss_sum)
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Raise Diverged if the loss is NaN or infinite."""
         if not math.isfinite(float(self.loss_sum)):
             raise Diverged(
                 f"train: the loss became {float(self.loss_sum)} in epoch {self.step // self.steps_per_epoch + 1}; "
                 "try a smaller lr"
             )
 
-    def _figures(self) -> str:
-        if self.step % 20 and self.step % self.steps_per_epoch:
-            return ""
-        done = self.step % self.steps_per_epoch or self.steps_per_epoch
-        text = f"epoch {(self.step - 1) // self.steps_per_epoch + 1} loss {float(self.loss_sum) / done:.3f}"
-        if self.history and "robust_accuracy" in self.history[-1]:
-            text += f" val robust {self.history[-1]['robust_accuracy']:.1%}"
-        return text
+
+def fit(run: Any, saved: SavedState, on_progress: Progress | None) -> None:
+    """Take a run's steps to the end, epoch by epoch, saving its state from time to time; training and learning alike.
+
+    The run has `settings`, `data`, `step`, `steps_per_epoch`, `loss_sum` and `history`, and take_step(x, y),
+    end_epoch(entry), check_finite() and state().
+    """
+    s, per_epoch = run.settings, run.steps_per_epoch
+    total = s["epochs"] * per_epoch
+    while run.step < total:
+        epoch, skip = divmod(run.step, per_epoch)
+        for x, y, _ in batches(run.data, s["batch_size"], seed=s["seed"], epoch=epoch, skip=skip):
+            run.loss_sum += run.take_step(x.contiguous(memory_format=torch.channels_last), y)
+            run.step += 1
+            if on_progress:
+                on_progress(run.step, total, _figures(run))
+            if saved.due() and run.step % per_epoch:
+                run.check_finite()
+                saved.save(run.state())
+        run.check_finite()
+        entry = {"epoch": epoch + 1, "loss": float(run.loss_sum) / per_epoch}
+        run.end_epoch(entry)
+        run.history.append(entry)
+        run.loss_sum = torch.zeros_like(run.loss_sum)
+        saved.save(run.state())
+
+
+def _figures(run: Any) -> str:
+    """The loss so far and the last robust accuracy, now and then: reading them makes a GPU wait."""
+    if run.step % 20 and run.step % run.steps_per_epoch:
+        return ""
+    done = run.step % run.steps_per_epoch or run.steps_per_epoch
+    text = f"epoch {(run.step - 1) // run.steps_per_epoch + 1} loss {float(run.loss_sum) / done:.3f}"
+    if run.history and "robust_accuracy" in run.history[-1]:
+        text += f" val robust {run.history[-1]['robust_accuracy']:.1%}"
+    return text
 
 
 def attacked(

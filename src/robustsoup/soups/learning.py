@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Split, batches
+from robustsoup.data import Split
 from robustsoup.data.splits import keyed_generator
 from robustsoup.errors import Diverged, RequestError
 from robustsoup.losses import Objective
@@ -22,7 +22,7 @@ from robustsoup.soups.batchnorm import norm_layers
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.mixing import canonical_order, check_ingredients, mix, weighted_sum
 from robustsoup.threats import ThreatModel
-from robustsoup.training import attacked, check_fit, objective_loss
+from robustsoup.training import attacked, check_fit, fit, objective_loss
 
 
 def learn(
@@ -68,7 +68,7 @@ def learn(
     digests = [item.digest for item in loaded]
     saved = SavedState(state_path, json.dumps([settings, digests, data.record["split_digest"]], sort_keys=True))
     run.load(saved.load())
-    run.fit(saved, on_progress)
+    fit(run, saved, on_progress)
     return run.coefficients(digests)
 
 
@@ -92,7 +92,7 @@ def logits_gradient(grad: Tensor, thetas: Sequence[Tensor], alpha: Tensor) -> Te
 
 
 class _Run:
-    """The state of one learning run, and the loop."""
+    """The state of one learning run."""
 
     def __init__(self, model: nn.Module, ingredients: list[Checkpoint], data: Split, threat: ThreatModel,
                  objective: Objective, settings: Mapping[str, Any]) -> None:  # fmt: skip
@@ -129,28 +129,13 @@ class _Run:
             "loss_sum": self.loss_sum, "buffers": buffers,
         }  # fmt: skip
 
-    def fit(self, saved: SavedState, on_progress: Progress | None) -> None:
-        """Learn to the end, saving the state from time to time."""
-        s, per_epoch = self.settings, self.steps_per_epoch
-        total = s["epochs"] * per_epoch
-        while self.step < total:
-            epoch, skip = divmod(self.step, per_epoch)
-            for x, y, _ in batches(self.data, s["batch_size"], seed=s["seed"], epoch=epoch, skip=skip):
-                self._learn_step(x, y)
-                if on_progress:
-                    on_progress(self.step, total, self._figures())
-                if saved.due() and self.step % per_epoch:
-                    self._check_finite()
-                    saved.save(self.state())
-            self._check_finite()
-            self.history.append({"epoch": epoch + 1, "loss": float(self.loss_sum) / per_epoch})
-            self.loss_sum = torch.zeros_like(self.loss_sum)
-            saved.save(self.state())
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Nothing is measured between epochs."""
 
-    def _learn_step(self, x: Tensor, y: Tensor) -> None:
+    def take_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step on a batch; returns its loss."""
         s = self.settings
         lr = rate(s["schedule"], s["lr"], self.step / self.steps_per_epoch, s["epochs"])
-        x = x.contiguous(memory_format=torch.channels_last)
         x_adv = attacked(self.model, x, y, self.threat, self.objective, s["attack_steps"], s["precision"])
         active = self._draw_active()
         for parameter, wanted in zip(self.layers.values(), active, strict=True):
@@ -163,8 +148,7 @@ class _Run:
             grads = torch.autograd.grad(loss, [self.layers[names[i]] for i in chosen])
             self._update(chosen, grads, lr)
             self._remix(chosen)
-        self.step += 1
-        self.loss_sum += loss.detach()
+        return loss.detach()
 
     def _draw_active(self) -> list[bool]:
         generator = keyed_generator("detach", self.settings["seed"], self.step)
@@ -201,18 +185,13 @@ class _Run:
                   "trained_on": [self.data.name]}  # fmt: skip
         return Coefficients(self._alpha()[:, columns], tuple(self.layers), tuple(digests), record, tracked)
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Raise Diverged, naming the first broken layer, if the loss or a logit is NaN or infinite."""
         if math.isfinite(float(self.loss_sum)) and bool(self.logits.isfinite().all()):
             return
         broken = [name for name, row in zip(self.layers, self.logits, strict=True) if not bool(row.isfinite().all())]
         where = f" first in layer {broken[0]}" if broken else ""
         raise Diverged(f"learn: the loss became {float(self.loss_sum)}{where} at step {self.step}; try a smaller lr")
-
-    def _figures(self) -> str:
-        if self.step % 20 and self.step % self.steps_per_epoch:
-            return ""
-        done = self.step % self.steps_per_epoch or self.steps_per_epoch
-        return f"epoch {(self.step - 1) // self.steps_per_epoch + 1} loss {float(self.loss_sum) / done:.3f}"
 
 
 def _format(parameter: Tensor) -> torch.memory_format:

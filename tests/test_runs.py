@@ -1,0 +1,572 @@
+"""Runs: a plan is pure and keyed by meaning; what is finished stays; a run that was killed equals one that was not."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.data import load_data
+from robustsoup.errors import CheckpointError, Diverged, LeakageError, ModelError, StorageError
+from robustsoup.evaluation import Evaluation, evaluate
+from robustsoup.models import load_model
+from robustsoup.recipes import load_recipe, parse_recipe
+from robustsoup.runs.plan import make_plan, slug
+from robustsoup.runs.run import prepare, run_prepared
+from robustsoup.runs.store import Store
+from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.mixing import mix
+
+TINY = """
+name = "tiny"
+data = "digits"
+model = "resnet9:width=2"
+precision = "float32"
+
+[pretrain]
+threat = "Linf 32/255"
+epochs = 4
+lr = 0.2
+schedule = "cosine"
+early_stop = { steps = 2, samples = 64 }
+
+[finetune]
+epochs = 2
+lr = 0.05
+
+[ingredients]
+low = { threat = "Linf 16/255" }
+high = { threat = "Linf 64/255" }
+
+[soups.grid]
+method = "grid"
+step = 0.5
+
+[soups.learned]
+method = "learned"
+threats = ["Linf 32/255"]
+epochs = 2
+
+[evaluate]
+threats = ["Linf 32/255"]
+steps = 3
+select_samples = 64
+report_samples = 64
+
+[select]
+require = ["clean>=0.01"]
+"""
+DATA = load_data("digits")
+MODEL = {"spec": "resnet9:width=2", "classes": 10, "channels": 1, "normalize": None}
+ROWS = ["pretrained", "low", "high", "grid-0-1", "grid-0.5-0.5", "grid-1-0", "learned-linf-32-255"]
+
+
+class Told:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self, stop_after=None):
+        self.missing, self.done, self.shares, self.stop_after = [], [], [], stop_after
+
+    def begin(self, plan, missing):
+        self.missing.append([(step.kind, step.name) for step in missing])
+
+    def progress(self, step, done, total, figures):
+        self.shares.append(done / total)
+
+    def finished(self, step, figures, seconds):
+        assert figures
+        assert seconds >= 0
+        self.done.append((step.kind, step.name))
+        if len(self.done) == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def recipe_of(changes=(), text=TINY):
+    """The tiny recipe with some values replaced: (("finetune", "epochs"), 3)."""
+    content = tomllib.loads(text)
+    for place, value in changes:
+        table = content
+        for name in place[:-1]:
+            table = table.setdefault(name, {})
+        table[place[-1]] = value
+    return parse_recipe(content, "tiny", Path("/nowhere"))
+
+
+def plan_of(*changes, precision="float32"):
+    return make_plan(recipe_of(changes), DATA, MODEL, precision)
+
+
+def tree(folder):
+    """Every file below a folder, and when it was last changed."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def leftovers(folder):
+    return [
+        str(p)
+        for p in Path(folder).rglob("*")
+        if p.name.startswith(".") or p.suffix in (".tmp", ".partial", ".lock", ".pt")
+    ]
+
+
+def run(recipe, folder, told=None):
+    told = told or Told()
+    results, selection = run_prepared(prepare(recipe, device="cpu"), folder, told)
+    return results, selection, told
+
+
+# plan
+
+
+def keys(plan):
+    return {(step.kind, step.name): step.key for step in plan.steps}
+
+
+def test_a_plan_writes_nothing_and_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    generator = torch.random.get_rng_state()
+    prepared = prepare(recipe_of(), device="cpu")
+    assert [row.name for row in prepared.plan.rows] == ROWS
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(generator, torch.random.get_rng_state())
+
+
+def test_parents_come_before_their_children():
+    seen = set()
+    for step in plan_of().steps:
+        assert set(step.parents) <= seen, step.name
+        assert step.passes >= 0
+        seen.add(step.key)
+
+
+def test_the_same_recipe_has_the_same_keys_in_another_process_too(tmp_path):
+    assert keys(plan_of()) == keys(plan_of())
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    script = "import sys, json; from robustsoup.recipes import load_recipe; from robustsoup.runs.run import prepare; "
+    script += "print(json.dumps([s.key for s in prepare(load_recipe(sys.argv[1]), device='cpu').plan.steps]))"
+    env = {**os.environ, "PYTHONHASHSEED": "7", "ROBUSTSOUP_STORE": str(tmp_path / "store")}
+    told = subprocess.run([sys.executable, "-c", script, path], env=env, capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout) == list(keys(plan_of()).values())
+
+
+def test_a_one_hot_grid_point_is_its_ingredient():
+    plan = plan_of()
+    rows = {row.name: row for row in plan.rows}
+    assert rows["grid-1-0"].key == rows["low"].key
+    assert rows["grid-1-0"].val == rows["low"].val
+    assert rows["grid-0-1"].test == rows["high"].test
+    assert [name for kind, name in keys(plan) if kind == "mix"] == ["grid-0.5-0.5", "learned-linf-32-255"]
+
+
+SOUPS = {"grid-0.5-0.5", "learned-linf-32-255"}
+EVERY = {"pretrained", "low", "high", *SOUPS}
+LEARNED = ("soups", "learned")
+
+
+@pytest.mark.parametrize(("change", "changed", "judged_only"), [
+    ((("name",), "other"), set(), False),
+    ((("report", "figures"), []), set(), False),
+    ((("select", "require"), []), set(), False),
+    ((("pretrain", "lr"), 0.3), EVERY, False),
+    ((("pretrain", "early_stop", "steps"), 3), EVERY, False),
+    ((("finetune", "epochs"), 3), EVERY - {"pretrained"}, False),
+    ((("finetune", "seed"), 1), EVERY - {"pretrained"}, False),
+    ((("ingredients", "high", "threat"), "L2 1.0"), {"high", *SOUPS}, False),
+    ((("ingredients", "low", "lr"), 0.01), {"low", *SOUPS}, False),
+    (((*LEARNED, "lr"), 5.0), {"learned-linf-32-255"}, False),
+    (((*LEARNED, "detach"), 0.5), {"learned-linf-32-255"}, False),
+    (((*LEARNED, "buffers"), "average"), {"mixed learned-linf-32-255"}, False),
+    ((("soups", "grid", "buffers"), "recalibrate"), {"mixed grid-0.5-0.5"}, False),
+    ((("seed",), 1), EVERY, False),
+    ((("evaluate", "steps"), 4), EVERY, True),
+    ((("evaluate", "seed"), 4), EVERY, True),
+    ((("evaluate", "select_samples"), 65), {"val"}, True),
+    ((("evaluate", "report_samples"), 65), {"test"}, True),
+])  # fmt: skip
+def test_a_setting_changes_exactly_the_keys_of_what_depends_on_it(change, changed, judged_only):
+    before, after = keys(plan_of()), keys(plan_of(change))
+
+    def depends(kind, name):
+        made = name.rpartition(".")[0] if kind == "evaluate" else name
+        if judged_only:
+            return kind == "evaluate" and (made in changed or name.rpartition(".")[2] in changed)
+        return made in changed or (f"mixed {made}" in changed and kind in ("mix", "evaluate"))
+
+    for step in before:
+        assert (before[step] != after.get(step, before[step])) == depends(*step), step
+    new = {step for step in after if step not in before}
+    assert all("grid-" in name for _, name in new)  # with other buffers a one-hot point is mixed too
+    assert bool(new) == (change[0] == ("soups", "grid", "buffers"))
+
+
+def test_data_network_and_precision_are_in_every_training_key():
+    before = keys(plan_of())
+    other_data = make_plan(recipe_of(), load_data("digits", seed=1), MODEL, "float32")
+    other_model = make_plan(recipe_of(), DATA, MODEL | {"spec": "resnet9:width=4"}, "float32")
+    for after in (keys(other_data), keys(other_model)):
+        assert not set(before.values()) & set(after.values())
+    bfloat = keys(plan_of(precision="bfloat16"))
+    assert all(before[step] != bfloat[step] for step in before)
+
+
+def test_names_for_files():
+    assert slug("Linf 8/255") == "linf-8-255"
+    assert slug("mixed 0.4") == "mixed-0.4"
+
+
+# a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run from its beginning to its end: (folder, store, results, selection, what was told)."""
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTSOUP_STORE", str(place / "store"))
+        results, selection, told = run(recipe_of(), place / "run")
+    return place / "run", place / "store", results, selection, told
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    """The finished run and its store, to do with as one likes."""
+    folder, store, *_ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(store, tmp_path / "store")
+    return tmp_path / "run", tmp_path / "store"
+
+
+def test_a_run_does_every_step_once(finished):
+    told = finished[4]
+    assert told.missing == [told.done]
+    assert told.done == list(keys(plan_of()))
+    assert 0 < min(told.shares) <= max(told.shares) == 1
+
+
+def test_results_are_complete(finished):
+    folder, _, results, selection, _ = finished
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert [row["name"] for row in results["rows"]] == ROWS
+    assert [row["role"] for row in results["rows"]] == [
+        "pretrained",
+        "ingredient",
+        "ingredient",
+        *["grid"] * 3,
+        "learned",
+    ]
+    for row in results["rows"]:
+        for split in ("val", "test"):
+            assert row[split].keys() == {"clean", "Linf 32/255"}
+            for accuracy in row[split].values():
+                assert accuracy["n"] == 64
+                assert 0 <= accuracy["low"] <= accuracy["value"] == accuracy["hits"] / 64 <= accuracy["high"] <= 1
+            assert row[split]["Linf 32/255"]["hits"] <= row[split]["clean"]["hits"]
+    assert results["data"] == DATA.record
+    assert results["leakage"] == {"status": "known", "why": ""}
+    assert results["protocol"]["samples"] == {"val": 64, "test": 64}
+    assert (results["protocol"]["steps"], results["protocol"]["threats"]) == (3, ["Linf 32/255"])
+    assert results["versions"]["threads"] == torch.get_num_threads()
+    assert results["selection"]["chosen"] == selection.best.name
+    assert results["selection"]["met"] is True
+    assert load_recipe(folder / "recipe.toml") == recipe_of()
+
+
+def test_every_file_that_the_results_name_is_there_and_whole(finished):
+    folder, _, results, _, _ = finished
+    for row in results["rows"]:
+        checkpoint = Checkpoint.load(folder / row["checkpoint"])
+        for split in ("val", "test"):
+            stored = Evaluation.load(folder / "evaluations" / f"{row['name']}.{split}.json")
+            assert stored.record["checkpoint"] == checkpoint.digest
+            assert stored.to_json()["accuracy"] == row[split]
+    assert leftovers(folder) == []
+    learned = results["rows"][-1]
+    alpha = Coefficients.load(folder / learned["coefficients_file"])
+    items = [Checkpoint.load(folder / "checkpoints" / f"{name}.safetensors") for name in ("low", "high")]
+    assert alpha.ingredients == tuple(item.digest for item in items)
+    assert mix(items, alpha, buffers="tracked").digest == Checkpoint.load(folder / learned["checkpoint"]).digest
+    half = mix(items, [0.5, 0.5], buffers="average").digest
+    assert half == Checkpoint.load(folder / "checkpoints" / "grid-0.5-0.5.safetensors").digest
+
+
+def test_the_figures_are_those_of_evaluate(finished):
+    folder, _, results, _, _ = finished
+    row = results["rows"][-1]
+    again = evaluate(folder / row["checkpoint"], DATA.test, ["Linf 32/255"], steps=3, samples=64, device="cpu")
+    assert again.to_json()["accuracy"] == row["test"]
+
+
+def test_the_chosen_soup_is_the_best_on_val_and_lies_in_the_folder(finished):
+    folder, _, results, selection, _ = finished
+    soups = [row for row in results["rows"] if row["role"] in ("grid", "learned")]
+    best = max(soups, key=lambda row: (row["val"]["Linf 32/255"]["value"], row["val"]["clean"]["value"]))
+    chosen = next(row for row in soups if row["name"] == selection.best.name)
+    assert chosen["val"] == best["val"]
+    soup = Checkpoint.load(folder / results["soup"])
+    assert soup.digest == Checkpoint.load(folder / chosen["checkpoint"]).digest
+
+
+def test_provenance_leads_back_to_the_data(finished):
+    folder = finished[0]
+    soup = Checkpoint.load(folder / "checkpoints" / "grid-0.5-0.5.safetensors").provenance
+    base, low, high = (
+        Checkpoint.load(folder / "checkpoints" / f"{n}.safetensors") for n in ("pretrained", "low", "high")
+    )
+    assert [parent["digest"] for parent in soup["parents"]] == [low.digest, high.digest]
+    assert low.provenance["parents"][0]["digest"] == high.provenance["parents"][0]["digest"] == base.digest
+    for record in (soup, low.provenance, base.provenance):
+        assert (record["data"], record["trained_on"]) == (DATA.record, ["train"])
+    assert base.provenance["early_stopped_at"] in (1, 2, 3, 4)
+
+
+def test_running_again_does_nothing(copied):
+    folder, store = copied
+    run(recipe_of(), folder)  # what was copied is linked anew
+    before = tree(store), tree(folder / "checkpoints"), tree(folder / "evaluations")
+    results, _, told = run(recipe_of(), folder)
+    assert (told.missing, told.done) == ([[]], [])
+    assert before == (tree(store), tree(folder / "checkpoints"), tree(folder / "evaluations"))
+    assert [row["name"] for row in results["rows"]] == ROWS
+    assert leftovers(folder) == leftovers(store) == []
+
+
+def test_two_recipes_share_what_they_have_in_common(copied):
+    folder, store = copied
+    before = tree(store)
+    more = recipe_of(
+        [(("name",), "more"), (("soups", "flat"), {"method": "uniform"}), (("ingredients", "high", "seed"), 0)]
+    )
+    results, _, told = run(more, folder.parent / "more")
+    assert told.done == []  # 1/2 and 1/2 was a point of the grid, and seed 0 is the recipe's
+    other = recipe_of([(("name",), "other"), ((*LEARNED, "threats"), ["Linf 32/255", "clean"])])
+    _, _, told = run(other, folder.parent / "other")
+    assert told.done == [
+        ("learn", "learned-clean"), ("mix", "learned-clean"),
+        ("evaluate", "learned-clean.val"), ("evaluate", "learned-clean.test"),
+    ]  # fmt: skip
+    assert before.items() <= tree(store).items()
+    assert results["rows"][-1]["val"] == results["rows"][4]["val"]
+
+
+def test_what_is_finished_stays_when_a_run_is_interrupted(tmp_path):
+    told = Told(stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_of(), tmp_path / "run", told)
+    assert not (tmp_path / "run" / "results.json").exists()
+    _, _, second = run(recipe_of(), tmp_path / "run")
+    assert second.missing == [list(keys(plan_of()))[3:]]
+    assert told.done + second.done == list(keys(plan_of()))
+
+
+def test_a_failing_step_is_named_and_what_came_before_is_kept(tmp_path):
+    wild = recipe_of([(("ingredients", "high", "lr"), 1e30)])
+    with pytest.raises(Diverged, match=r"^high: train: the loss became"):
+        run(wild, tmp_path / "run")
+    _, _, told = run(recipe_of(), tmp_path / "run")
+    assert ("pretrain", "pretrained") not in told.done
+    assert ("finetune", "low") not in told.done
+    assert ("finetune", "high") in told.done
+
+
+def test_a_step_that_is_cut_short_is_not_taken_for_finished(copied):
+    folder, store = copied
+    plan = plan_of()
+    step = next(s for s in plan.steps if s.name == "low")
+    place = Store(store).path(step.key)
+    (place / "step.json").unlink()
+    (place / "checkpoint.safetensors").write_bytes(b"half")
+    _, _, told = run(recipe_of(), folder)
+    assert told.done == [("finetune", "low")]
+    assert Checkpoint.load(folder / "checkpoints" / "low.safetensors")
+
+
+def test_only_the_chosen_soup_is_judged_on_test_if_the_recipe_says_so(copied):
+    folder, _ = copied
+    results, selection, told = run(recipe_of([(("evaluate", "report"), "chosen")]), folder.parent / "chosen")
+    assert told.done == []
+    assert [row["name"] for row in results["rows"] if row["test"]] == [selection.best.name]
+    assert results["selection"]["held_on_test"] in (True, False)
+
+
+def test_a_requirement_that_nothing_meets_is_an_answer(copied):
+    folder, _ = copied
+    results, selection, told = run(recipe_of([(("select", "require"), ["clean>=0.999"])]), folder.parent / "none")
+    assert (told.done, selection.met, results["selection"]["met"]) == ([], False, False)
+    assert results["selection"]["message"].startswith("nothing meets clean>=0.999")
+
+
+# checkpoints that exist already
+
+
+@pytest.fixture
+def files(finished, tmp_path):
+    for name in ("low", "high"):
+        shutil.copy(finished[0] / "checkpoints" / f"{name}.safetensors", tmp_path)
+    return tmp_path
+
+
+def of_files(folder, **changes):
+    content = {
+        "name": "files", "data": "digits", "ingredients": {n: str(folder / f"{n}.safetensors") for n in ("low", "high")},
+        "soups": {"grid": {"method": "grid", "step": 0.5}}, "evaluate": {"threats": ["Linf 32/255"], "steps": 2},
+    }  # fmt: skip
+    return parse_recipe(content | changes, "files", folder)
+
+
+def test_a_recipe_of_files_names_them_by_their_weights(files):
+    before = keys(prepare(of_files(files), device="cpu").plan)
+    moved = files / "moved"
+    moved.mkdir()
+    for name in ("low", "high"):
+        (files / f"{name}.safetensors").rename(moved / f"{name}.safetensors")
+    assert keys(prepare(of_files(moved), device="cpu").plan) == before
+    shutil.copy(moved / "low.safetensors", moved / "high.safetensors")
+    assert keys(prepare(of_files(moved), device="cpu").plan) != before
+
+
+def test_ingredients_that_saw_the_judging_samples_are_refused(files):
+    with pytest.raises(LeakageError, match=r"another split \(seed 0\).*allow-leakage"):
+        prepare(of_files(files, seed=1), device="cpu")
+    assert prepare(of_files(files, seed=1, allow_leakage=True), device="cpu").leakage[0] == "violated"
+    assert prepare(of_files(files), device="cpu").leakage == ("known", "")
+    low = Checkpoint.load(files / "low.safetensors")
+    low.with_provenance(trained_on=["train", "val"]).save(files / "low.safetensors")
+    with pytest.raises(LeakageError, match="was trained on the val split itself"):
+        prepare(of_files(files), device="cpu")
+    dataclasses.replace(low, provenance={"network": MODEL}).save(files / "low.safetensors")
+    assert prepare(of_files(files), device="cpu").leakage[0] == "unknown"
+
+
+def test_an_ingredient_near_chance_is_refused_with_a_hint(files, tmp_path):
+    random_weights = Checkpoint.of(load_model("resnet9:width=2", channels=1))
+    random_weights.save(files / "low.safetensors")
+    with pytest.raises(ModelError, match=r"near chance \(10\.0%\).*--normalize"):
+        run(of_files(files), tmp_path / "run")
+
+
+def test_a_missing_file_is_named(files):
+    (files / "low.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"low\.safetensors: no such file"):
+        prepare(of_files(files), device="cpu")
+
+
+# the store
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(StorageError, match="store cannot be written"):
+        run(recipe_of(), tmp_path / "run")
+
+
+def test_a_step_is_finished_or_not_there(tmp_path):
+    store, key = Store(tmp_path), "ab12"
+    with pytest.raises(ValueError, match="stop"), store.filling(key, {"kind": "x"}) as folder:
+        (folder / "state.pt").write_text("so far")
+        raise ValueError("stop")
+    assert not store.has(key)
+    assert not store.path(key).exists()
+    with store.filling(key, {"kind": "x"}) as folder:
+        assert (folder / "state.pt").read_text() == "so far"
+        (folder / "out").write_text("done")
+    assert store.has(key)
+    assert {p.name for p in store.path(key).iterdir()} == {"out", "step.json"}
+    assert json.loads((store.path(key) / "step.json").read_text()) == {"kind": "x"}
+    with store.filling(key, {}) as folder:
+        assert folder is None
+
+
+# kill -9
+
+
+def robustsoup(arguments, store, **more):
+    env = {**os.environ, "ROBUSTSOUP_STORE": str(store), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "robustsoup", *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def outcome(folder):
+    """What must not depend on kills: the table, the choice, and the digests of all checkpoints."""
+    results = json.loads((folder / "results.json").read_text())
+    digests = {p.name: Checkpoint.load(p).digest for p in sorted((folder / "checkpoints").iterdir())}
+    return results["rows"], results["selection"], digests
+
+
+def test_a_run_killed_at_random_moments_equals_one_that_was_not(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY.replace("epochs = 4", "epochs = 12"))
+
+    def begin(place):
+        return robustsoup(
+            ["run", tmp_path / "tiny.toml", "--threads", 1, "-o", tmp_path / place], tmp_path / f"{place} store"
+        )
+
+    whole = begin("whole")
+    _, said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    seed = random.SystemRandom().randrange(10**6)
+    draw, killed = random.Random(seed), 0
+    store = tmp_path / "killed store"
+    for _ in range(3):
+        process, before = begin("killed"), tree(tmp_path)
+        while process.poll() is None and tree(tmp_path) == before:  # until it begins to work
+            time.sleep(0.02)
+        try:
+            process.wait(draw.uniform(0, 1.2))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+    last = begin("killed")
+    _, said = last.communicate(timeout=300)
+    assert last.returncode == 0, (seed, said)
+    assert killed > 0, seed
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole"), seed
+    assert leftovers(tmp_path / "killed") == [], seed
+    assert [p for p in leftovers(store) if not p.endswith(".lock")] == [], seed
+    assert (tmp_path / "killed" / "report.html").exists()
+
+
+def test_a_kill_while_a_result_is_written_leaves_nothing_half(finished, tmp_path):
+    """SIGKILL between writing results.json and giving it its name: the old file stays, the next run tidies up."""
+    shutil.copytree(finished[1], tmp_path / "store")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    script = """
+import os, signal, sys
+from robustsoup import files
+from robustsoup.cli import main
+
+rename = os.replace
+def replace(source, target):
+    if str(target).endswith("results.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+files.os.replace = replace
+main(sys.argv[1:])
+"""
+    arguments = ["run", tmp_path / "tiny.toml", "--threads", "1", "-o", tmp_path / "run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("old")
+    env = {**os.environ, "ROBUSTSOUP_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], env=env, capture_output=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / "results.json").read_text() == "old"
+    results, _, _ = run(recipe_of(), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == json.loads(
+        json.dumps(results["rows"])
+    )
+    assert leftovers(tmp_path / "run") == []

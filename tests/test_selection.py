@@ -1,0 +1,340 @@
+"""Choosing among soups that were tried, what may be chosen on, and the search that tries them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robustsoup.checkpoints import Checkpoint
+from robustsoup.data import load_data
+from robustsoup.errors import CheckpointError, LeakageError, RequestError
+from robustsoup.evaluation import Evaluation, Verdicts, evaluate
+from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage, split_status
+from robustsoup.models import load_model
+from robustsoup.soups.mixing import mix
+from robustsoup.soups.search import Candidate, grid, search
+from robustsoup.soups.selection import Requirement, pareto_front, select
+from robustsoup.statistics import wilson
+from robustsoup.threats import ThreatModel
+
+N = 200
+LINF, L2 = "Linf 8/255", "L2 0.5"
+few = settings(max_examples=30, deadline=None)
+
+
+def candidate(name, clean, robust=0, second=None):
+    """A soup that gets the first `clean` of 200 samples right, and stays right under attack on the first `robust`."""
+    labels = torch.zeros(N, dtype=torch.long)
+    scores = {LINF: robust} if second is None else {LINF: robust, L2: second}
+    threats = {
+        key: Verdicts(torch.arange(N) < hits, torch.zeros(N, dtype=torch.long), torch.zeros(N))
+        for key, hits in scores.items()
+    }
+    prediction = (torch.arange(N) >= clean).long()
+    return Candidate(name, (1.0,), Evaluation(torch.arange(N), labels, prediction, torch.zeros(N), threats))
+
+
+# select
+
+
+def test_without_requirements_the_most_robust_is_taken():
+    chosen = select([candidate("a", 180, 90), candidate("b", 150, 100), candidate("c", 190, 80)], maximise=LINF)
+    assert chosen.best.name == "b"
+    assert chosen.met
+    assert chosen.message.startswith("chosen: b (clean 75.0%")
+    assert f"{LINF} 50.0%" in chosen.message
+
+
+def test_a_requirement_is_met_by_the_lower_end_of_the_interval_unless_by_the_point():
+    tried = [candidate("sure", 185, 80), candidate("just", 172, 100), candidate("never", 150, 120)]
+    assert wilson(185, N)[0] >= 0.85 > wilson(172, N)[0]
+    assert 172 / N >= 0.85
+    chosen = select(tried, maximise=LINF, require=["clean>=0.85"])
+    assert (chosen.best.name, chosen.met) == ("sure", True)
+    chosen = select(tried, maximise=LINF, require=["clean>=0.85"], point=True)
+    assert (chosen.best.name, chosen.met) == ("just", True)
+
+
+@pytest.mark.parametrize("point", [False, True])
+def test_a_requirement_that_is_met_exactly_is_met(point):
+    least = 0.86 if point else wilson(172, N)[0]
+    chosen = select([candidate("a", 172, 100)], maximise=LINF, require={"clean": least}, point=point)
+    assert chosen.met
+    assert not select([candidate("a", 171, 100)], maximise=LINF, require={"clean": least}, point=point).met
+
+
+def test_where_nothing_meets_it_the_closest_is_returned_and_said_so():
+    tried = [candidate("far", 120, 150), candidate("close", 170, 50), candidate("middle", 150, 80)]
+    chosen = select(tried, maximise=LINF, require=["clean>=0.95"])
+    assert (chosen.best.name, chosen.met) == ("close", False)
+    assert chosen.message.startswith(
+        "nothing meets clean>=0.95 by its lower end of the 95 % interval; the closest is close ("
+    )
+    by_point = select(tried, maximise=LINF, require=["clean>=0.95"], point=True)
+    assert "by its estimate" in by_point.message
+    assert not by_point.met
+
+
+def test_the_closest_has_the_least_total_shortfall():
+    tried = [candidate("one", 190, 40), candidate("both", 150, 90)]
+    chosen = select(tried, maximise=LINF, require=["clean>=0.95", f"{LINF}>=0.5"], point=True)
+    assert chosen.best.name == "both"  # 0.2 + 0.05 short, against 0 + 0.3
+    chosen = select(tried, maximise=LINF, require=["clean>=0.95", f"{LINF}>=0.25"], point=True)
+    assert chosen.best.name == "one"  # 0 + 0.05, against 0.2
+
+
+def test_every_requirement_must_be_met():
+    tried = [candidate("a", 180, 90, 60), candidate("b", 175, 100, 20), candidate("c", 120, 110, 90)]
+    chosen = select(tried, maximise=LINF, require=["clean>=80%", f"{L2}>=0.2"], point=True)
+    assert (chosen.best.name, chosen.met) == ("a", True)
+    assert [str(requirement) for requirement in chosen.require] == ["clean>=0.8", "L2 0.5>=0.2"]
+
+
+def test_ties_go_to_the_cleaner_one_then_to_the_earlier_one():
+    tried = [candidate("a", 150, 90), candidate("b", 160, 90), candidate("c", 160, 90), candidate("d", 170, 80)]
+    assert select(tried, maximise=LINF).best.name == "b"
+    assert select(tried[::-1], maximise=LINF).best.name == "c"
+    short = select(tried[:3], maximise=LINF, require=[f"{LINF}>=0.9"])
+    assert (short.best.name, short.met) == ("b", False)
+
+
+def test_what_is_maximised_may_be_a_threat_model_the_union_or_clean():
+    tried = [candidate("a", 190, 100, 30), candidate("b", 150, 60, 50)]
+    for maximise, best in (
+        (LINF, "a"),
+        (ThreatModel("Linf", 8 / 255), "a"),
+        ("linf 8/255", "a"),
+        (L2, "b"),
+        ("union", "b"),
+    ):
+        assert select(tried, maximise=maximise).best.name == best
+    assert select(tried, maximise="clean").best.name == "a"
+
+
+@few
+@given(
+    st.lists(st.tuples(st.integers(0, N), st.integers(0, N)), min_size=1, max_size=8), st.floats(0, 1), st.booleans()
+)
+def test_a_selection_is_the_best_of_those_that_qualify(scores, least, point):
+    tried = [candidate(str(number), clean, robust) for number, (clean, robust) in enumerate(scores)]
+    chosen = select(tried, maximise=LINF, require=[Requirement("clean", least)], point=point)
+    ends = [clean / N if point else wilson(clean, N)[0] for clean, _ in scores]
+    qualified = [i for i, end in enumerate(ends) if end >= least]
+    assert chosen.met == bool(qualified)
+    if qualified:
+        expected = max(qualified, key=lambda i: (scores[i][1], scores[i][0], -i))
+    else:
+        expected = max((i for i in range(len(ends)) if ends[i] == max(ends)), key=lambda i: (scores[i][1], -i))
+    assert chosen.best is tried[expected]
+
+
+@few
+@given(st.floats(0, 1))
+def test_any_share_is_a_requirement(least):
+    tried = [candidate("a", N, 0)]
+    assert select(tried, maximise=LINF, require={"clean": least}, point=True).met
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "least"),
+    [
+        ("clean>=85%", "clean", 0.85),
+        ("clean >= 0.85", "clean", 0.85),
+        (" clean>= 85 % ", "clean", 0.85),
+        ("clean>=1", "clean", 1.0),
+        ("clean>=0", "clean", 0.0),
+        ("Linf 8/255 >= 40%", LINF, 0.4),
+        ("l2 .5>=.4", L2, 0.4),
+        ("union>=12.5%", "union", 0.125),
+    ],
+)
+def test_a_requirement_is_read(text, key, least):
+    found = Requirement.parse(text)
+    assert (found.key, found.least) == (key, pytest.approx(least))
+    assert Requirement.parse(found) is found
+    assert Requirement.parse(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "clean", "clean>0.85", "clean<=0.85", ">=0.85", "clean>=", "clean>=high", "clean>=85", "clean>=101%", "clean>=-0.1",
+     "clean>=1.2.3", "robust>=0.5", "Linf>=0.5", "L7 3>=0.5"],
+)  # fmt: skip
+def test_a_wrong_requirement_is_told_in_one_line(text):
+    with pytest.raises(RequestError) as told:
+        Requirement.parse(text)
+    assert "\n" not in str(told.value)
+    assert text.partition(">=")[0] in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"maximise": "L1 12"}, 'select: "L1 12.0" was not evaluated; expected one of clean, Linf 8/255'),
+        ({"maximise": LINF, "require": ["L2 0.5>=0.1"]}, 'select: "L2 0.5" was not evaluated'),
+        ({"maximise": "union"}, 'select: "union" was not evaluated'),
+        ({"maximise": "robust"}, 'got "robust"'),
+        ({"maximise": LINF, "require": {"accuracy": 0.5}}, 'got "accuracy"'),
+        ({"maximise": LINF, "require": {"clean": 85}}, "between 0 and 1"),
+    ],
+)
+def test_what_was_not_evaluated_cannot_be_asked_for(arguments, text):
+    with pytest.raises(RequestError, match=text):
+        select([candidate("a", 180, 90)], **arguments)
+    with pytest.raises(RequestError, match="no candidates"):
+        select([], **arguments)
+
+
+# the Pareto front
+
+
+def test_the_front_is_what_nothing_beats():
+    tried = [candidate("a", 190, 50), candidate("b", 180, 60), candidate("c", 180, 55), candidate("d", 150, 90),
+             candidate("e", 150, 90), candidate("f", 189, 50)]  # fmt: skip
+    assert [c.name for c in pareto_front(tried, ["clean", LINF])] == ["a", "b", "d", "e"]
+    assert [c.name for c in pareto_front(tried, [ThreatModel.parse(LINF)])] == ["d", "e"]
+    assert pareto_front([], ["clean"]) == []
+
+
+@few
+@given(st.lists(st.tuples(*[st.integers(0, 6)] * 3), max_size=10))
+def test_a_front_of_three_measures(scores):
+    tried = [candidate(str(number), *hits) for number, hits in enumerate(scores)]
+
+    def beaten(own):
+        return any(all(a >= b for a, b in zip(other, own, strict=True)) and other != own for other in scores)
+
+    expected = [str(number) for number, own in enumerate(scores) if not beaten(own)]
+    assert [c.name for c in pareto_front(tried, ["clean", LINF, L2])] == expected
+
+
+def test_a_front_of_what_was_not_evaluated_is_refused():
+    with pytest.raises(RequestError, match="L1 12"):
+        pareto_front([candidate("a", 190, 50)], ["clean", "L1 12"])
+
+
+# leakage
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits")
+
+
+def trained(data, on=("train",), seed=0, value=0.0, **changes):
+    record = {**data.record, **changes} if data is not None else None
+    provenance = {} if record is None else {"data": record, "trained_on": list(on)}
+    return Checkpoint({"w": torch.full((2,), value)}, provenance)
+
+
+def test_other_samples_of_the_same_split_are_known_to_be_fresh(data):
+    ingredients = [trained(data), trained(data, value=1.0)]
+    for split in (data.val, data.test):
+        assert split_status(ingredients, split) == (KNOWN, "")
+        assert check_leakage(ingredients, split) == (KNOWN, "")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_without_a_record_it_is_unknown(data, split):
+    status, why = split_status([trained(data), trained(None)], data.split(split))
+    assert status == UNKNOWN
+    assert "no record" in why
+    assert check_leakage([trained(None)], data.split(split))[0] == UNKNOWN
+
+
+def test_after_training_on_other_data_it_is_unknown(data):
+    status, why = split_status([trained(data, digest="other", name="cifar10")], data.val)
+    assert status == UNKNOWN
+    assert "trained on other data (cifar10)" in why
+
+
+@pytest.mark.parametrize("others", [[], ["known"], ["unknown"]])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_that_was_trained_on_is_violated_whatever_the_others(data, others, split):
+    ingredients = [trained(data if other == "known" else None) for other in others]
+    ingredients.append(trained(data, on=("train", split)))
+    status, why = split_status(ingredients, data.split(split))
+    assert status == VIOLATED
+    assert f"was trained on the {split} split" in why
+    with pytest.raises(LeakageError, match=f"the {split} split itself.*--allow-leakage"):
+        check_leakage(ingredients, data.split(split))
+    assert check_leakage(ingredients, data.split(split), allow=True) == (VIOLATED, why)
+
+
+def test_another_split_of_the_same_data_is_violated_on_val_alone(data):
+    other = trained(load_data("digits", seed=1))
+    status, why = split_status([trained(data), other], data.val)
+    assert status == VIOLATED
+    assert "another split (seed 1)" in why
+    assert split_status([trained(data), other], data.test)[0] == KNOWN
+    with pytest.raises(LeakageError):
+        check_leakage([trained(data), other], data.val)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_soup_remembers_what_any_of_its_ingredients_was_trained_on(data, order):
+    ingredients = [trained(data), trained(data, on=("train", "val"), value=1.0)]
+    soup = mix([ingredients[i] for i in order], [0.5, 0.5])
+    assert split_status([soup], data.val)[0] == VIOLATED
+
+
+def test_a_soup_of_the_unknown_is_not_known(data):
+    assert split_status([mix([trained(data), trained(None, value=1.0)], [0.5, 0.5])], data.val)[0] == UNKNOWN
+    assert split_status([mix([trained(None, value=1.0), trained(data)], [0.5, 0.5])], data.val)[0] == UNKNOWN
+
+
+def test_a_soup_of_fresh_ingredients_is_fresh(data):
+    assert split_status([mix([trained(data), trained(data, value=1.0)], [0.5, 0.5])], data.val) == (KNOWN, "")
+
+
+# search
+
+
+@pytest.fixture(scope="module")
+def ingredients(data):
+    network = {"spec": "resnet9:width=2", "channels": 1}
+    record = {"network": network, "data": data.record, "trained_on": ["train"]}
+    return [Checkpoint.of(load_model("resnet9:width=2", channels=1, seed=seed), record) for seed in range(2)]
+
+
+def test_search_evaluates_every_soup_of_the_grid(ingredients, data):
+    told = []
+    split = data.val.first(30)
+    tried = search(ingredients, split, [LINF], step=0.5, steps=2, seed=4, on_progress=lambda *all_: told.append(all_))
+    assert [c.alpha for c in tried] == grid(2, 0.5)
+    assert [c.name for c in tried] == ["0-1", "0.5-0.5", "1-0"]
+    assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    for c in tried:
+        soup = mix(ingredients, c.alpha, buffers="average")
+        expected = evaluate(soup, split, [LINF], steps=2, seed=4)
+        assert torch.equal(c.evaluation.prediction, expected.prediction)
+        assert torch.equal(c.evaluation.margin, expected.margin)
+        assert torch.equal(c.evaluation.threats[LINF].robust, expected.threats[LINF].robust)
+        assert torch.equal(c.evaluation.threats[LINF].step, expected.threats[LINF].step)
+    assert len({tuple(c.evaluation.margin.tolist()) for c in tried}) == 3
+    assert select(tried, maximise=LINF).best in tried
+
+
+def test_search_with_a_given_network_leaves_it_alone(ingredients, data, tmp_path):
+    paths = []
+    for number, item in enumerate(ingredients):
+        torch.save(dict(item.tensors), tmp_path / f"{number}.pth")
+        paths.append(tmp_path / f"{number}.pth")
+    network = load_model("resnet9:width=2", channels=1, seed=9)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    tried = search(paths, data.val.first(20), [], method="uniform", network=network)
+    assert [c.alpha for c in tried] == [(0.5, 0.5)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    expected = evaluate(mix(ingredients, [0.5, 0.5], buffers="average"), data.val.first(20))
+    assert torch.equal(tried[0].evaluation.margin, expected.margin)
+
+
+def test_search_refuses_what_the_ingredients_were_trained_on(ingredients, data):
+    with pytest.raises(LeakageError, match="trained on the train split itself"):
+        search(ingredients, data.train.first(10), [], method="uniform")
+    assert search(ingredients, data.train.first(10), [], method="uniform", allow_leakage=True)
+
+
+def test_search_refuses_files_that_are_not_there(data):
+    with pytest.raises(CheckpointError, match="no such file"):
+        search(["absent.pth"], data.val, [])
