@@ -71,7 +71,7 @@ def train(folder):
     torch.manual_seed(0)
     x, y = read(folder, [f"data_batch_{i}" for i in range(1, 6)])
     base = Net()
-    fit(base, x, y, 8 / 255, epochs=3, lr=0.1)
+    fit(base, x, y, 1 / 255, epochs=3, lr=0.05)
     for eps in (2, 8, 16):
         net = Net()
         net.load_state_dict(base.state_dict())

@@ -473,9 +473,14 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_step_is_finished_or_not_there(tmp_path):
     store, key = Store(tmp_path), "ab12"
-    with pytest.raises(ValueError, match="stop"), store.filling(key, {"kind": "x"}) as folder:
-        (folder / "state.pt").write_text("so far")
-        raise ValueError("stop")
+
+    def fail():
+        with store.filling(key, {"kind": "x"}) as folder:
+            (folder / "state.pt").write_text("so far")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
     assert not store.has(key)
     assert not store.path(key).exists()
     with store.filling(key, {"kind": "x"}) as folder:
@@ -505,7 +510,7 @@ def outcome(folder):
 
 
 def test_a_run_killed_at_random_moments_equals_one_that_was_not(tmp_path):
-    (tmp_path / "tiny.toml").write_text(TINY.replace("epochs = 4", "epochs = 12"))
+    (tmp_path / "tiny.toml").write_text(TINY.replace("epochs = 4", "epochs = 12") + "[report]\nfigures = []\n")
 
     def begin(place):
         return robustsoup(

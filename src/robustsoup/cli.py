@@ -17,7 +17,7 @@ from rich.table import Table
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.console import Bar, RunReporter, duration, stderr
 from robustsoup.data import Data, fetch_cifar10, load_data
-from robustsoup.errors import CoefficientError, ModelError, RequestError, RobustsoupError, StorageError
+from robustsoup.errors import CoefficientError, ModelError, RequestError, RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
 from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.models import load_model
@@ -26,6 +26,7 @@ from robustsoup.recipes import Recipe, load_recipe, parse_recipe
 from robustsoup.reports import write_report
 from robustsoup.runs.cost import seconds_of
 from robustsoup.runs.execute import Context
+from robustsoup.runs.folder import ensure_folder
 from robustsoup.runs.run import Prepared, prepare, run_prepared
 from robustsoup.soups.coefficients import Coefficients, uniform
 from robustsoup.soups.learning import learn
@@ -339,13 +340,14 @@ def evaluate_command(
     _threads(threads)
     loaded = _load(data, data_root, seed, image_size)
     context = Context(loaded, _model(model, normalize, loaded, checkpoints), resolve_device(device))
+    described = {name: context.describe(Checkpoint.load(path)) for name, path in _names(checkpoints).items()}
+    for checkpoint in described.values():
+        refuse_chance(checkpoint, loaded.split(split), checkpoint.name, device=device)
     done: dict[str, Evaluation] = {}
-    for name, path in _names(checkpoints).items():
-        checkpoint = context.describe(Checkpoint.load(path))
+    for name, checkpoint in described.items():
         with Bar(f"evaluating {name}") as bar:
             result = evaluate(checkpoint, loaded.split(split), threat, attack=attack, steps=steps, samples=samples, seed=seed,
                               device=device, precision=precision, on_progress=bar)  # fmt: skip
-        refuse_chance(result, str(path))
         status, why = split_status([checkpoint], loaded.split(split))
         result.record["leakage"] = {"status": status, "why": why}
         if status != "known":
@@ -374,10 +376,7 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
     """Run a recipe into `folder`, report, print where to look; 3 if nothing meets the requirements."""
     prepared = _prepare(recipe, device, data_root)
     _say_leakage(*prepared.leakage)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another place with -o") from error
+    ensure_folder(folder)
     with RunReporter(prepared.context, folder) as reporter:
         results, selection = run_prepared(prepared, folder, reporter)
     page = write_report(folder)

@@ -167,10 +167,13 @@ def evaluate(
     return Evaluation(data.ids.cpu(), labels, logits.argmax(1), _margin(logits, labels), found, record)
 
 
-def refuse_chance(evaluation: Evaluation, name: str) -> None:
-    """Raise ModelError if clean accuracy cannot be told from guessing: the sign of a wrong normalisation or class order."""
-    clean = evaluation.accuracy[CLEAN_KEY]
-    classes = len(evaluation.record["data"]["classes"])
+def refuse_chance(network: nn.Module | Checkpoint, data: Split, name: str, *, device: str = "auto") -> None:
+    """Raise ModelError if clean accuracy cannot be told from guessing: the sign of a wrong normalisation or class order.
+
+    Judged on at most 1,000 samples; fewer than 50 are too few to say so.
+    """
+    clean = evaluate(network, data, samples=min(len(data), 1000), device=device).accuracy[CLEAN_KEY]
+    classes = data.classes
     if clean.low <= 1 / classes and clean.n >= 50:
         raise ModelError(
             f"{name}: clean accuracy {clean} is near chance ({1 / classes:.1%}); does the network expect --normalize MEAN "

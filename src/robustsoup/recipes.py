@@ -25,7 +25,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("threat", "threats", "maximise", mode="after", check_fields=False)
+    @field_validator("threat", "threats", "maximise", "calibrate_threat", mode="after", check_fields=False)
     @classmethod
     def _threat(cls, value: Any) -> Any:
         for text in [value] if isinstance(value, str) else value or []:
@@ -124,6 +124,7 @@ class Soup(Section):
     ingredients: tuple[str, ...] | None = None
     buffers: str | None = None
     calibrate_samples: int = Field(10_000, ge=2)
+    calibrate_threat: str = "Linf 8/255"
     step: float = Field(0.2, gt=0, le=1)
     threats: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("ce",)
@@ -140,7 +141,7 @@ class Soup(Section):
     @property
     def settable(self) -> set[str]:
         """The keys that have a meaning with this method."""
-        every = {"method", "ingredients", "buffers", "calibrate_samples"}
+        every = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
         return {
             "uniform": every,
             "grid": every | {"step"},
@@ -255,7 +256,7 @@ def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; recipes are TOML files, see recipes/quickstart.toml") from None
+        raise RecipeError(f"{path}: no such file; recipes are TOML files; `robustsoup demo` leaves one as runs/quickstart/recipe.toml") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
     for setting in sets:

@@ -13,7 +13,7 @@ from torch import nn
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data
 from robustsoup.errors import RobustsoupError
-from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
+from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.models import load_model
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
@@ -21,6 +21,7 @@ from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.learning import learn
 from robustsoup.soups.mixing import mix
+from robustsoup.threats import ThreatModel
 from robustsoup.training import train
 
 
@@ -89,8 +90,6 @@ class _Worker:
     def __init__(self, plan: Plan, context: Context, store: Store) -> None:
         self.plan, self.context, self.store = plan, context, store
         self.checkpoint: Callable[[str], Checkpoint] = lru_cache(maxsize=8)(self._checkpoint)
-        self.judged_files = {row.val: row.name for row in plan.rows if row.role in ("pretrained", "ingredient")
-                             and row.key.startswith("file:")}  # fmt: skip
 
     def run(self, step: Step, folder: Path, on_progress: Progress) -> str:
         """Do one step, put its output into `folder`, and return its figures in one line."""
@@ -148,7 +147,8 @@ class _Worker:
         soup = mix(
             [self.checkpoint(key) for key in parents], alpha, buffers=settings["buffers"], seed=settings["seed"],
             calibrate_on=self.context.data.train, calibrate_samples=settings.get("samples", 10_000),
-            device=self.context.device,
+            threat=ThreatModel.parse(settings.get("threat", "clean")), attack_steps=settings.get("attack_steps", 2),
+            base=self.checkpoint(settings["base"]) if "base" in settings else None, device=self.context.device,
         )  # fmt: skip
         soup.save(folder / "checkpoint.safetensors")
         return f"buffers {settings['buffers']}"
@@ -158,8 +158,6 @@ class _Worker:
         checkpoint = self.checkpoint(step.parents[0])
         data = self.context.data.split(settings.pop("split"))
         evaluation = evaluate(checkpoint, data, device=str(self.context.device), on_progress=on_progress, **settings)
-        if step.key in self.judged_files:
-            refuse_chance(evaluation, self.judged_files[step.key])
         evaluation.save(folder / "evaluation.json")
         return scores(evaluation)
 

@@ -171,6 +171,11 @@ class _Planner:
         passes = 0
         if buffers.startswith("recalibrate"):
             settings["samples"] = passes = min(soup.calibrate_samples, len(self.data.train))
+        if buffers == "recalibrate-adversarial":
+            settings |= {"threat": soup.calibrate_threat, "attack_steps": soup.attack_steps}
+            passes *= 2 + 2 * soup.attack_steps
+        if buffers == "base" and "pretrained" in self.checkpoints:
+            settings["base"] = self.checkpoints["pretrained"]
         return self._add("mix", label, settings, parents, passes)
 
     def _judged(self, row: Row) -> Row:

@@ -8,11 +8,12 @@ from typing import Any
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
+from robustsoup.evaluation import refuse_chance
 from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.recipes import Recipe
 from robustsoup.runs.execute import Context, Reporter, execute
-from robustsoup.runs.folder import ensure_folder, fill, select_row
+from robustsoup.runs.folder import fill, select_row
 from robustsoup.runs.plan import Plan, chosen_on_test, make_plan
 from robustsoup.runs.store import Store
 from robustsoup.soups.mixing import check_ingredients
@@ -57,8 +58,9 @@ def prepare(recipe: Recipe, *, device: str = "auto", data_root: str | None = Non
 def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], Selection | None]:
     """Do what is missing, select, judge the chosen soup on the reporting split, and fill the run folder."""
     started = time.perf_counter()
-    ensure_folder(folder)
     plan, context, store = prepared.plan, prepared.context, prepared.store
+    for checkpoint in plan.files.values():
+        refuse_chance(context.describe(checkpoint), context.data.val, checkpoint.name, device=str(context.device))
     execute(plan, context, store, reporter)
     selection = select_row(plan, store)
     if selection is not None and plan.recipe.evaluate.report == "chosen":
