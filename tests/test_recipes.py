@@ -295,6 +295,8 @@ def test_a_key_like_no_other_is_told_what_there_is(table, place, section, wrong,
     (TUNED + '[ingredients.one]\n[soups.s]\nmethod = "uniform"\ningredients = ["on"]',
      ["soups.s.ingredients", "'on'", 'did you mean "one"']),
     (TUNED + '[ingredients.x]\n[soups.s]\nmethod = "uniform"\nbuffers = "mean"', ["soups.s.buffers", "mean", "average"]),
+    (TUNED + '[ingredients.x]\n[soups.s]\nmethod = "uniform"\nbuffers = "tracked"', ["soups.s", "tracked", "learned"]),
+    (TUNED + f"seed = {10**20}\n[ingredients.x]", ["seed", str(10**20)]),
     (TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\ndetach = 1.1', ["soups.s.detach", "1.1"]),
     (TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\ninit = "ones"', ["soups.s.init", "xavier", "ones"]),
     (TUNED + '[ingredients.x]\n[evaluate]\nthreats = "Linf 8/255"', ["evaluate.threats", "Linf 8/255"]),
@@ -314,6 +316,10 @@ def test_a_wrong_value_is_named_with_its_place(text, parts):
 def test_a_wrong_requirement_is_refused_before_anything_runs(requirement):
     message = refused(f'{TUNED}[ingredients.x]\n[select]\nrequire = ["{requirement}"]')
     assert "select.require" in message
+
+
+def test_selecting_by_nothing_is_refused_before_anything_runs():
+    assert "threats" in refused(f"{TUNED}[ingredients.x]\n[evaluate]\nthreats = []\n[select]\nrequire = ['clean>=0.5']")
 
 
 @pytest.mark.parametrize("keys", ['maximise = "L2 0.5"', 'require = ["L2 0.5>=0.1"]', 'require = ["union>=0.1"]'])

@@ -407,6 +407,17 @@ def test_a_requirement_that_nothing_meets_is_an_answer(copied):
     assert results["selection"]["message"].startswith("nothing meets clean>=0.999")
 
 
+@pytest.mark.parametrize("policy", ["base", "recalibrate", "recalibrate-adversarial"])
+def test_every_policy_for_statistics_can_be_asked_for(copied, policy):
+    folder, _ = copied
+    changes = [(("soups", "grid", "buffers"), policy), ((*LEARNED, "buffers"), policy)]
+    results, _, _ = run(recipe_of(changes), folder.parent / policy)
+    for row in results["rows"][3:]:
+        record = Checkpoint.load(folder.parent / policy / row["checkpoint"]).provenance["buffers"]
+        assert record["policy"] == policy
+        assert (policy == "recalibrate-adversarial") == (record.get("threat", "clean") != "clean")
+
+
 # checkpoints that exist already
 
 

@@ -228,6 +228,29 @@ def test_the_l1_projection_is_the_nearest_point(given_problem):
         torch.testing.assert_close(project(z, x, eps, "L1").double(), nearest_in_l1(z, x, eps), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize(
+    ("x", "delta", "eps", "nearest"),
+    [  # worked by hand
+        ([0.5, 0.5], [0.4, 0.1], 1.0, [0.4, 0.1]),  # inside
+        ([0.5, 0.5], [0.4, -0.1], 0.2, [0.2, 0.0]),  # one pixel takes all
+        ([0.5, 0.5], [0.4, -0.3], 0.3, [0.2, -0.1]),  # both shrink by 0.2
+        (
+            [0.9, 0.0, 0.5],
+            [5.0, 0.6, 0.0],
+            0.5,
+            [0.1, 0.4, 0.0],
+        ),  # the first is stopped by the box, the second shrinks alone
+        ([0.9, 0.0, 0.5], [5.0, 0.6, 0.0], 0.05, [0.05, 0.0, 0.0]),
+        ([1.0, 0.0], [3.0, -3.0], 0.5, [0.0, 0.0]),  # nowhere to go
+        ([0.0, 0.0], [3.0, 3.0], 9.0, [1.0, 1.0]),  # the whole box is inside
+    ],
+)
+def test_l1_projections_worked_by_hand(x, delta, eps, nearest):
+    x, delta, nearest = (torch.tensor([values], dtype=torch.float64) for values in (x, delta, nearest))
+    found = project(x + delta, x, torch.tensor([eps], dtype=torch.float64), "L1") - x
+    torch.testing.assert_close(found, nearest, rtol=0, atol=1e-12)
+
+
 def test_the_brute_force_itself_is_nearest_among_random_feasible_points():
     x = images(5, 1, (6,), torch.float64)
     z, eps = far(x, 5, 1.0), torch.tensor([0.7], dtype=torch.float64)

@@ -256,7 +256,9 @@ def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; recipes are TOML files; `robustsoup demo` leaves one as runs/quickstart/recipe.toml") from None
+        raise RecipeError(
+            f"{path}: no such file; recipes are TOML files; `robustsoup demo` leaves one as runs/quickstart/recipe.toml"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
     for setting in sets:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from robustsoup.errors import RequestError
 from robustsoup.reports.results import Row, sections
 from robustsoup.reports.style import INK, MUTED, Plot, footer, new_figure, numbered, plain, shades
+from robustsoup.reports.tradeoff import curves
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
 
 COLUMNS = 3
@@ -22,7 +23,7 @@ def draw_coefficients(results: dict[str, Any], folder: Path) -> tuple[list[Plot]
     plots, reason = [], "no soup was learned"
     for section, rows in sections(results["rows"], "learned").items():
         try:
-            learned = _load(rows, folder)
+            learned = _load([row for _, curve in curves(rows) for _, row in curve], folder)
         except RequestError as error:
             reason = str(error)
             continue
@@ -45,7 +46,7 @@ def _plot(name: str, section: str, learned: list[tuple[Row, Coefficients]], stem
     layers = learned[0][1].layers
     height = float(np.clip(0.15 * len(layers), 0.9, 7.5))
     figure = new_figure(1.7 + 2.3 * columns, lines * (height + 0.75) + 1.0)
-    figure.get_layout_engine().set(w_pad=0.03, wspace=0.0)
+    figure.get_layout_engine().set(w_pad=0.06, wspace=0.0)
     grid = figure.add_gridspec(lines, 2 * columns, width_ratios=[3, 1.15] * columns)
     for number, (row, coefficients) in enumerate(learned):
         line, column = divmod(number, columns)
@@ -54,8 +55,7 @@ def _plot(name: str, section: str, learned: list[tuple[Row, Coefficients]], stem
         _bars(bars, coefficients, named=column == 0)
         _entropy(entropy, coefficients)
         bars.set_title(plain(_title(row), 26), loc="left", fontsize=9)
-    _legend(figure, learned)
-    figure.suptitle(f"{plain(name)}: coefficients by layer, {plain(section)}", fontsize=11, weight="bold")
+    _legend(figure, learned, f"{plain(name)}: coefficients by layer, {plain(section)}")
     footer(figure, "layers in the network's order · entropy in nats; the dotted line is the uniform soup's")
     caption = f"Share of each ingredient in every layer of {len(learned)} learned soups ({section}), and its entropy."
     return Plot(stem, figure, caption)
@@ -66,12 +66,15 @@ def _title(row: Row) -> str:
     return (row.get("threat") or row["name"]) + (f", {objective}" if objective and objective != "ce" else "")
 
 
-def _legend(figure: Figure, learned: list[tuple[Row, Coefficients]]) -> None:
+def _legend(figure: Figure, learned: list[tuple[Row, Coefficients]], title: str) -> None:
     n = learned[0][1].alpha.shape[1]
     names = learned[0][0].get("ingredients") or []
     names = names if len(names) == n else [f"ingredient {i + 1}" for i in range(n)]
     handles = figure.axes[0].containers
-    figure.legend(handles, [plain(name, 20) for name in names], loc="outside upper left", ncols=min(n, 5))
+    figure.legend(
+        handles, [plain(name, 20) for name in names], loc="outside upper left", ncols=min(n, 5), alignment="left",
+        title=title, title_fontproperties={"weight": "bold", "size": 11},
+    )  # fmt: skip
 
 
 def _bars(axes: Axes, coefficients: Coefficients, *, named: bool) -> None:
@@ -90,7 +93,8 @@ def _bars(axes: Axes, coefficients: Coefficients, *, named: bool) -> None:
 def _entropy(axes: Axes, coefficients: Coefficients) -> None:
     most = math.log(coefficients.alpha.shape[1])
     values = coefficients.entropy().numpy()
-    axes.plot(values, range(len(values)), "-o", color=INK, linewidth=0.8, markersize=2.2, clip_on=False)
+    size = 2.2 if len(values) <= MOST_NAMES else 1
+    axes.plot(values, range(len(values)), "-o", color=INK, linewidth=0.8, markersize=size, clip_on=False)
     axes.axvline(most, color=MUTED, linestyle=":", linewidth=1)
     axes.set_xlim(0, 1.08 * most if most else 1)
     _layer_axis(axes, coefficients.layers, named=False)

@@ -113,15 +113,19 @@ def summary(results: dict[str, Any]) -> str:
     protocol, rows = results["protocol"], results["rows"]
     split = shown_split(rows, protocol)
     said = [f"{len(rows)} networks were compared on {samples(rows, split)} {split} samples."]
+    cleanest = None
     for measure in robust_measures(results):
         measured = with_measures(rows, split, CLEAN, measure)
         best = two_best(measured, measure, select_on=protocol["select_on"], report_on=protocol["report_on"])
         if best:
-            clean, robust = (_measured(row, split, measure) for row in best)
-            said.append(f"The most robust at {measure} is {best[1]['name']}: {robust}.")
-            said.append(f"The best on clean inputs is {best[0]['name']}: {clean}.")
-    if any(row.get(protocol["select_on"]) for row in rows) and split != protocol["select_on"]:
-        said.append(f"Both were picked on {protocol['select_on']}; the numbers are those on {split}.")
+            said.append(f"The most robust at {measure} is {best[1]['name']}: {_measured(best[1], split, measure)}.")
+            cleanest = (
+                cleanest or f"The best on clean inputs is {best[0]['name']}: {_measured(best[0], split, measure)}."
+            )
+    if cleanest:
+        said.append(cleanest)
+        if split != protocol["select_on"] and any(row.get(protocol["select_on"]) for row in rows):
+            said.append(f"These were picked on {protocol['select_on']}; the numbers are those on {split}.")
     return " ".join([*said, *_selection(results, split)])
 
 
@@ -139,15 +143,17 @@ def _selection(results: dict[str, Any], split: str) -> list[str]:
     chosen = next((row for row in results["rows"] if row["name"] == selection.get("chosen")), None)
     if chosen is None:
         return [f"{wish}, no soup was chosen on {protocol['select_on']}. {selection.get('message') or ''}".strip()]
+    split = protocol["report_on"] if chosen.get(protocol["report_on"]) else split
     numbers = _measured(chosen, split, str(selection.get("maximise")))
     said = [f"{wish}, the soup selected on {protocol['select_on']} is {chosen['name']}: {numbers} on {split}."]
     if required:
         how = "by its estimate" if selection.get("point") else "at the lower end of its 95 % interval"
-        verdict = f"met {how}" if selection.get("met") else "NOT met"
-        held = {True: "; it also held", False: "; it did NOT hold", None: ""}[selection.get("held_on_test")]
-        where = f" on {protocol['report_on']}" if held else ""
-        said.append(f"The requirement was {verdict} on {protocol['select_on']}{held}{where}.")
-    return said + ([str(selection["message"])] if selection.get("message") else [])
+        verdict = f"{'met' if selection.get('met') else 'NOT met'} {how} on {protocol['select_on']}"
+        held = selection.get("held_on_test")
+        if held is not None:
+            verdict += f"; on {protocol['report_on']} it {'held' if held else 'did NOT hold'}"
+        said.append(f"The requirement was {verdict}.")
+    return said + ([str(selection["message"])] if selection.get("message") and not selection.get("met") else [])
 
 
 def _figure(name: str, svg: bytes, caption: str) -> str:
@@ -206,6 +212,9 @@ def _mixed(row: Row) -> str:
 def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
     protocol, versions, data = results["protocol"], results.get("versions") or {}, results.get("data") or {}
     counts = protocol.get("samples") or {}
+    seeds = {
+        "recipe": (results.get("recipe") or {}).get("seed"), "attack": protocol.get("seed"), "split": data.get("seed"),
+    }  # fmt: skip
     facts = [
         ("attack", ", ".join(
             f"{protocol[key]} {word}".strip()
@@ -217,7 +226,7 @@ def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("selected on", protocol["select_on"]),
         ("reported on", protocol["report_on"]),
         ("precision", protocol.get("precision")),
-        ("seeds", ", ".join(f"{what} {where['seed']}" for what, where in (("attack", protocol), ("data split", data)) if "seed" in where)),
+        ("seeds", ", ".join(f"{what} {seed}" for what, seed in seeds.items() if seed is not None)),
         ("data", ", ".join(str(data[key]) for key in ("name", "split_digest") if data.get(key))),
         ("versions", ", ".join(f"{key} {versions[key]}" for key in versions if key not in ("device", "threads"))),
         ("device", versions.get("device")),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ FONT = "DejaVu Sans"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7f7f7f")
+HALO = [patheffects.withStroke(linewidth=2.2, foreground="white")]
 STYLE: dict[str, Any] = {
     "font.family": FONT,
     "font.size": 9,
@@ -70,7 +71,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(plot: Plot, folder: Path) -> None:
-    """Write folder/<stem>.png, .svg and .pdf, each whole or not at all."""
+    """Write folder/<stem>.png, .svg and .pdf, each whole or not at all. The parts are arranged once for all three."""
+    plot.figure.draw_without_rendering()
+    plot.figure.set_layout_engine("none")
     for ending, options in FORMATS.items():
         with atomic_path(folder / f"{plot.stem}.{ending}") as temporary:
             plot.figure.savefig(temporary, format=ending, **options)
@@ -87,8 +90,8 @@ def _glyphs() -> frozenset[str]:
 
 
 def plain(text: str, limit: int = 30) -> str:
-    """`text` as a figure may show it: Linf as L∞, no mathematics, no glyph that the font lacks, at most `limit` long."""
-    text = "".join(letter if letter in _glyphs() else "?" for letter in str(text).replace("Linf", "L∞"))
+    """`text` as a figure may show it: "Linf 8/255" as "L∞ 8/255", no mathematics, "?" for a glyph that the font lacks."""
+    text = "".join(letter if letter in _glyphs() else "?" for letter in str(text).replace("Linf ", "L∞ "))
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return text.replace("$", r"\$")
 
@@ -125,10 +128,12 @@ def shades(n: int) -> list[Any]:
 _SIDES = [(1, 0.7), (-1, 0.7), (1, -0.7), (-1, -0.7), (0, 1), (0, -1), (1, 0), (-1, 0)]
 
 
-def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], avoid: np.ndarray) -> None:
+def place_labels(
+    axes: Axes, labels: Sequence[tuple[float, float, str, str]], avoid: np.ndarray, *, size: float = 8
+) -> list[Bbox]:  # fmt: skip
     """Write each (x, y, text, colour) beside its point, where it covers least of `avoid` (k, 2) and of other labels.
 
-    Limits and layout must be final: the sides are compared in pixels.
+    Limits and layout must be final: the sides are compared in pixels. Returns the box of each label, in pixels.
     """
     axes.figure.draw_without_rendering()
     pixels = axes.figure.dpi / 72
@@ -136,18 +141,19 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], av
     taken: list[Bbox] = []
     for x, y, text, colour in labels:
         note = axes.annotate(
-            text, (x, y), xytext=(0, 0), textcoords="offset points", ha="center", va="center",
-            fontsize=8, color=colour, zorder=8, annotation_clip=False,
+            text, (x, y), xycoords=axes.transData, xytext=(0, 0), textcoords="offset points", ha="center", va="center",
+            fontsize=size, color=colour, zorder=8, annotation_clip=False, path_effects=HALO,
         )  # fmt: skip
         note.set_in_layout(False)
         box = note.get_window_extent()
         choices = []
-        for order, (side_x, side_y, gap) in enumerate((a, b, gap) for gap in (7, 14, 22) for a, b in _SIDES):
+        for order, (side_x, side_y, gap) in enumerate((a, b, gap) for gap in (8, 15, 23) for a, b in _SIDES):
             shift = (side_x * (gap * pixels + box.width / 2), side_y * (gap * pixels + box.height / 2))
             choices.append((_cost(box.translated(*shift), obstacles, taken, axes.bbox) + order / 100, shift))
         _, shift = min(choices)
         note.set_position((shift[0] / pixels, shift[1] / pixels))
         taken.append(box.translated(*shift))
+    return taken
 
 
 def _cost(box: Bbox, obstacles: np.ndarray, taken: Sequence[Bbox], frame: Bbox) -> float:

@@ -6,18 +6,25 @@ from typing import Any
 
 import mpltern  # noqa: F401  (makes the "ternary" projection known to matplotlib)
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from matplotlib.tri import TriContourSet
+from matplotlib.transforms import Bbox
 
 from robustsoup.reports.results import CLEAN, Row, accuracy, robust_measures, sections, shown_split, with_measures
-from robustsoup.reports.style import FAINT, INK, MUTED, Plot, attack_line, footer, new_figure, numbered, plain
+from robustsoup.reports.style import (
+    HALO,
+    INK,
+    Plot,
+    attack_line,
+    footer,
+    new_figure,
+    numbered,
+    place_labels,
+    plain,
+)  # fmt: skip
 
 COLOURS = "viridis"
-_HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def draw_ternary(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]:
@@ -36,19 +43,23 @@ def draw_ternary(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str
 def _plot(
     results: dict[str, Any], section: str, rows: list[Row], split: str, measures: list[str], stem: str
 ) -> Plot:  # fmt: skip
-    columns = min(len(measures), 3)
+    columns = 2 if len(measures) in (2, 4) else min(len(measures), 3)
     lines = math.ceil(len(measures) / columns)
-    figure = new_figure(3.75 * columns, 3.55 * lines + 0.5)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
+    figure = new_figure(3.75 * columns, 3.35 * lines + 0.6)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+    panels = []
     for number, measure in enumerate(measures):
         axes = figure.add_subplot(lines, columns, number + 1, projection="ternary")
-        _panel(figure, axes, rows, [100 * accuracy(row, split, measure)["value"] for row in rows])
+        values = [100 * accuracy(row, split, measure)["value"] for row in rows]
+        _panel(figure, axes, rows, values)
         title = "clean accuracy" if measure == CLEAN else f"robust accuracy, {plain(measure)}"
-        axes.set_title(title, pad=26, fontsize=10)
+        axes.set_title(title, pad=30, fontsize=10)
+        panels.append((axes, values))
     figure.suptitle(f"{plain(results['name'])}: {plain(section)}, on {plain(split)}", fontsize=11, weight="bold")
-    footer(
-        figure, f"{len(rows)} soups · {attack_line(results['protocol'], split, rows)} · ring: best soup of the panel"
-    )
+    measured = attack_line(results["protocol"], split, rows)
+    footer(figure, f"{len(rows)} soups (dots) · {measured} · ring: the best of the panel (each, if tied)")
+    for axes, values in panels:
+        _annotate(axes, rows, values)
     names = ", ".join(rows[0]["ingredients"])
     caption = f"Accuracy on {split} of {len(rows)} weighted averages ({section}) of {names}; the best is ringed."
     return Plot(stem, figure, caption)
@@ -60,55 +71,70 @@ def _panel(figure: Figure, axes: Axes, rows: list[Row], values: list[float]) -> 
     low, high = (low, high) if high - low > 1e-9 else (low - 0.5, high + 0.5)
     colours = {"cmap": COLOURS, "vmin": low, "vmax": high}
     axes.tripcolor(*alpha.T, values, shading="gouraud", rasterized=True, zorder=1, **colours)
-    levels = [level for level in MaxNLocator(6).tick_values(low, high) if low < level < high]
-    best = int(np.argmax(values))
-    written = _write_best(axes, alpha[best], values[best])
-    if max(values) > min(values) and levels:
-        lines = axes.tricontour(*alpha.T, values, levels=levels, colors="white", linewidths=0.7, alpha=0.8, zorder=2)
-        _label_lines(axes, lines, written)
-    size = float(np.clip(600 / len(rows), 5, 26))
+    size = float(np.clip(700 / len(rows), 5, 30))
     dots = axes.scatter(
         *alpha.T, c=values, s=size, edgecolors="white", linewidths=0.8, zorder=4, clip_on=False, **colours
-    )
-    axes.scatter(
-        *alpha[[best]].T, s=110, facecolors="none", edgecolors="white", linewidths=3.2, zorder=5, clip_on=False
-    )
-    axes.scatter(*alpha[[best]].T, s=110, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=6, clip_on=False)
+    )  # fmt: skip
+    best = alpha[np.array(values) == max(values)].T
+    axes.scatter(*best, s=190, color="white", linewidths=0, zorder=3, clip_on=False)
+    axes.scatter(*best, s=120, facecolors="none", edgecolors=INK, linewidths=1.5, zorder=5, clip_on=False)
     _corners(axes, rows[0]["ingredients"])
-    bar = figure.colorbar(dots, ax=axes, shrink=0.62, pad=0.1, aspect=18)
+    bar = figure.colorbar(dots, ax=axes, shrink=0.8, pad=0.06, aspect=20)
     bar.set_label("%", rotation=0, labelpad=6)
     bar.outline.set_visible(False)
 
 
-def _label_lines(axes: Axes, lines: TriContourSet, written: Text) -> None:
-    """Label the contours, but none where the best value is written."""
-    axes.figure.draw_without_rendering()
-    taken = [written.get_window_extent().padded(2)]
-    for text in axes.clabel(lines, fontsize=6.5, colors="white", inline=True, inline_spacing=2):
-        text.set_zorder(3)
-        box = text.get_window_extent()
-        if any(box.overlaps(other) for other in taken):
-            text.set_visible(False)
-        taken.append(box)
-
-
-def _write_best(axes: Axes, alpha: np.ndarray, value: float) -> Text:
-    """The value beside the ring, on the side of the triangle's centre so that it stays clear of the corner's name."""
-    at = axes.transProjection.transform(alpha[None])[0]
-    centre = axes.transProjection.transform(np.full((1, 3), 1 / 3))[0]
-    inward = centre - at
-    length = float(np.hypot(*inward))
-    shift = inward / length * 22 if length > 1e-6 else np.array([0.0, -16.0])
-    return axes.annotate(
-        f"{value:.1f} %", at, xycoords=axes.transData, xytext=tuple(shift), textcoords="offset points",
-        ha="center", va="center", fontsize=9, weight="bold", color=INK, zorder=7, path_effects=_HALO,
-    )  # fmt: skip
-
-
 def _corners(axes: Axes, names: list[str]) -> None:
-    axes.set_tlabel(plain(names[0], 18), fontsize=9)
-    axes.set_llabel(plain(names[1], 18), fontsize=9)
-    axes.set_rlabel(plain(names[2], 18), fontsize=9)
+    axes.grid(False)
     for axis in (axes.taxis, axes.laxis, axes.raxis):
-        axis.set_ticks([0.2, 0.4, 0.6, 0.8])
-        axis.set_tick_params(labelsize=6.5, labelcolor=MUTED, color=FAINT, length=2)
+        axis.set_ticks([])
+    ends = axes.transProjection.transform(np.eye(3))
+    for name, end, (gap, side) in zip(names, ends, ((11, "bottom"), (-11, "top"), (-11, "top")), strict=True):
+        axes.annotate(
+            plain(name, 18), end, xycoords=axes.transData, xytext=(0, gap), textcoords="offset points",
+            ha="center", va=side, fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _annotate(axes: Axes, rows: list[Row], values: list[float]) -> None:
+    """The best value beside its ring, then contour lines, each labelled where it is farthest from points and text."""
+    alpha = np.array([row["coefficients"] for row in rows], dtype=float)
+    points = axes.transProjection.transform(alpha)
+    best = int(np.argmax(values))
+    label = (*points[best], f"{values[best]:.1f} %", INK)
+    corners = axes.transProjection.transform(np.eye(3))
+    boxes = place_labels(axes, [label], np.concatenate([points, corners]), size=9)
+    low, high = min(values), max(values)
+    levels = [level for level in MaxNLocator(6).tick_values(low, high) if low < level < high]
+    if not levels:
+        return
+    lines = axes.tricontour(*alpha.T, values, levels=levels, colors="white", linewidths=0.7, alpha=0.85, zorder=2)
+    edge = np.concatenate([np.linspace(corners[i], corners[i - 1], 40) for i in range(3)])
+    crowd = axes.transData.transform(np.concatenate([points, edge]))
+    near = np.concatenate([crowd, *[_outline(box) for box in boxes]])
+    for level, pieces in zip(levels, lines.allsegs, strict=True):
+        near = _label_line(axes, f"{level:g}", pieces, near)
+
+
+def _outline(box: Bbox) -> np.ndarray:
+    x, y = np.meshgrid(np.linspace(box.x0, box.x1, 8), np.linspace(box.y0, box.y1, 3))
+    return np.column_stack([x.ravel(), y.ravel()])
+
+
+def _label_line(axes: Axes, text: str, pieces: list[np.ndarray], near: np.ndarray) -> np.ndarray:
+    """Write `text` on the contour at its widest gap, if there is room; returns `near` (k, 2), in pixels, with it added."""
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        return near
+    shares = np.linspace(0, 1, 8)[:, None, None]
+    spots = np.concatenate([(piece[:-1] + shares * (piece[1:] - piece[:-1])).reshape(-1, 2) for piece in pieces])
+    pixels = axes.transData.transform(spots)
+    room = np.linalg.norm(pixels[:, None] - near[None], axis=2).min(1)
+    widest = int(room.argmax())
+    if room[widest] < 9 * axes.figure.dpi / 72:
+        return near
+    axes.annotate(
+        text, spots[widest], xycoords=axes.transData, ha="center", va="center", fontsize=7, color=INK, zorder=3,
+        path_effects=HALO,
+    )  # fmt: skip
+    return np.concatenate([near, pixels[[widest]]])

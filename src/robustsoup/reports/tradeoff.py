@@ -128,12 +128,19 @@ def _plot(results: dict[str, Any], rows: list[Row], split: str, measure: str, st
 
 
 def _crowd(rows: list[Row], points: _Points) -> np.ndarray:
-    """The points that labels should keep clear of: every row, and the lines between neighbours on a learned curve."""
+    """What labels should keep clear of: every row, the intervals, and the lines between neighbours on a curve."""
     parts = [points.of(rows)]
+    barred = [row for row in rows if row["role"] in ("ingredient", "pretrained", "learned")]
+    if barred:
+        xy, bars = points.of(barred), points.bars(barred)
+        for axis, key in enumerate(("xerr", "yerr")):
+            for share in np.linspace(0.2, 1, 5):
+                for sign, length in zip((-1, 1), bars[key], strict=True):
+                    parts.append(xy + np.eye(2)[axis] * sign * share * length[:, None])
     for section in sections(rows, "learned").values():
         for _, curve in curves(section):
             xy = points.of([row for _, row in curve])
-            parts += [xy[:-1] + share * (xy[1:] - xy[:-1]) for share in np.linspace(0, 1, 12)]
+            parts += [xy[:-1] + share * (xy[1:] - xy[:-1]) for share in np.linspace(0, 1, 20)] * 2
     return np.concatenate(parts)
 
 
@@ -169,9 +176,7 @@ def _draw_learned(axes: Axes, rows: list[Row], points: _Points) -> list[Label]:
             number += 1
             members = [row for _, row in curve]
             xy = points.of(members)
-            axes.errorbar(
-                *xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.35, elinewidth=0.8, zorder=3
-            )
+            axes.errorbar(*xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.4, elinewidth=0.7, zorder=3)
             text = plain(name, 16) + (f" ({plain(apart, 20)})" if apart else "")
             axes.plot(*xy.T, "-o", color=colour, markersize=6, markeredgecolor="white", zorder=6, label=text)
             labels += [(x, y, plain(label), colour) for (label, _), (x, y) in zip(curve, xy, strict=True)]
@@ -185,7 +190,7 @@ def _draw_ingredients(axes: Axes, rows: list[Row], points: _Points) -> list[Labe
         if not found:
             continue
         xy = points.of(found)
-        axes.errorbar(*xy.T, **points.bars(found), fmt="none", ecolor=colour, alpha=0.35, elinewidth=0.8, zorder=3)
+        axes.errorbar(*xy.T, **points.bars(found), fmt="none", ecolor=colour, alpha=0.4, elinewidth=0.7, zorder=3)
         axes.scatter(
             *xy.T, s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5, label=role
         )
@@ -204,7 +209,7 @@ def _mark_selection(axes: Axes, results: dict[str, Any], rows: list[Row], points
         axes.axhline(share, label=f"required: {plain(points.measure)} ≥ {share:g} %", **line)
     chosen = [row for row in rows if row["name"] == selection.get("chosen")]
     if chosen:
-        axes.scatter(
-            *points.of(chosen[:1]).T, s=230, facecolors="none", edgecolors="#B00020", linewidths=1.6, zorder=7,
-            label=f"selected: {plain(chosen[0]['name'], 22)}",
+        axes.plot(
+            *points.of(chosen[:1]).T, "o", markersize=13, markerfacecolor="none", markeredgecolor="#B00020",
+            markeredgewidth=1.6, zorder=7, label=f"selected: {plain(chosen[0]['name'], 22)}",
         )  # fmt: skip
