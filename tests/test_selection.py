@@ -320,7 +320,7 @@ def labelled_by(network, split):
 def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
     made = {"buffers": buffers, "calibrate_on": data.train.first(64)}
     settings_ = {"steps": 2, "seed": 4, "samples": 30}
-    split = labelled_by(mix(ingredients, [0.5, 0.5], **made).network(), data.val.first(40))
+    split = labelled_by(mix(ingredients, [0.5, 0.5], seed=4, **made).network(), data.val.first(40))
     told = []
     tried = search(
         ingredients,
@@ -335,7 +335,7 @@ def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
     assert [c.name for c in tried] == ["0-1", "0.5-0.5", "1-0"]
     assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
     for c in tried:
-        expected = evaluate(mix(ingredients, c.alpha, **made), split, ["Linf 0.01"], **settings_)
+        expected = evaluate(mix(ingredients, c.alpha, seed=4, **made), split, ["Linf 0.01"], **settings_)
         assert torch.equal(c.evaluation.prediction, expected.prediction)
         assert torch.equal(c.evaluation.margin, expected.margin)
         for part in ("robust", "step", "norm"):
