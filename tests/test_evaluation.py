@@ -14,7 +14,7 @@ from torch.nn import functional
 from robustsoup.attacks import run_apgd
 from robustsoup.attacks.forward import predict
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import load_data, to_float
+from robustsoup.data import Split, load_data, to_float
 from robustsoup.errors import CheckpointError, DataError, Diverged, ModelError, RequestError
 from robustsoup.evaluation import Evaluation, Verdicts, evaluate, refuse_chance
 from robustsoup.models import load_model
@@ -354,19 +354,41 @@ def test_a_wrong_setting_is_refused(model, data, wrong, error, text):
         evaluate(model, data, **{"threats": [LINF], **wrong})
 
 
-def told_by_chance(hits, n, classes=10):
-    labels = torch.zeros(n, dtype=torch.long)
-    prediction = (torch.arange(n) >= hits).long()
-    record = {"data": {"classes": [str(c) for c in range(classes)]}}
-    return Evaluation(torch.arange(n), labels, prediction, torch.zeros(n), {}, record)
+class Reads(nn.Module):
+    """A network that answers the class that is written in the first pixel."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes, self.scale = classes, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * functional.one_hot((x[:, 0, 0, 0] * 255).round().long(), self.classes)
 
 
-@pytest.mark.parametrize(("hits", "n", "classes"), [(10, 100, 10), (0, 50, 10), (15, 100, 10), (55, 100, 2)])
+def with_hits(hits, n, classes):
+    """n samples of class 0; the first `hits` of them say so."""
+    images = torch.ones(n, 1, 1, 1, dtype=torch.uint8)
+    images[:hits] = 0
+    record = {"name": "made", "classes": [str(c) for c in range(classes)]}
+    return Split(images, torch.zeros(n, dtype=torch.long), torch.arange(n), "val", record)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "classes"),
+    [(10, 100, 10), (0, 50, 10), (15, 100, 10), (55, 100, 2), (100, 1000, 10), (100, 4000, 10)],
+)
 def test_clean_accuracy_near_chance_is_refused(hits, n, classes):
-    with pytest.raises(ModelError, match=r"mine\.pth: clean accuracy .* near chance .*--normalize MEAN STD"):
-        refuse_chance(told_by_chance(hits, n, classes), "mine.pth")
+    with pytest.raises(ModelError, match=r"mine\.pth: clean accuracy .* near chance .*--normalize MEAN STD") as told:
+        refuse_chance(Reads(classes), with_hits(hits, n, classes), "mine.pth")
+    assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(("hits", "n", "classes"), [(20, 100, 10), (5, 49, 10), (65, 100, 2), (30, 50, 100)])
+@pytest.mark.parametrize(
+    ("hits", "n", "classes"), [(20, 100, 10), (5, 49, 10), (65, 100, 2), (30, 50, 100), (130, 1000, 10)]
+)
 def test_clean_accuracy_above_chance_or_of_too_few_samples_passes(hits, n, classes):
-    refuse_chance(told_by_chance(hits, n, classes), "mine.pth")
+    refuse_chance(Reads(classes), with_hits(hits, n, classes), "mine.pth")
+
+
+def test_chance_is_judged_on_a_thousand_samples_at_most():
+    refuse_chance(Reads(10), with_hits(1000, 20_000, 10), "mine.pth")

@@ -102,8 +102,7 @@ TUNED = MINIMAL + 'checkpoint = "base.safetensors"\n'
 def test_shipped_recipes_are_read_and_written_back(path):
     recipe = load_recipe(path)
     assert parse(recipe.to_toml()) == recipe
-    assert recipe.pretrain is not None
-    assert {soup.method for soup in recipe.soups.values()} >= {"grid", "learned"}
+    assert recipe.soups
 
 
 def test_some_recipes_are_shipped():

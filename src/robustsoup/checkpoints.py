@@ -4,9 +4,7 @@ import copy
 import hashlib
 import json
 import os
-import pickle
-import struct
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -121,8 +119,25 @@ class Checkpoint:
         self.load_into(model)
         return model.eval()
 
+    def named_for(self, model: nn.Module) -> "Checkpoint":
+        """The same weights with the part of a removed prefix put back that belongs to the names of `model`, if any does."""
+        names = set(model.state_dict())
+        if self.wrapping is None or set(self.tensors) == names:
+            return self
+        prefix = self.wrapping.prefix
+        for start in [0, *(i + 1 for i, letter in enumerate(prefix[:-1]) if letter == ".")]:
+            tail = prefix[start:]
+            if tail and {tail + name for name in self.tensors} == names:
+                tensors = {tail + name: tensor for name, tensor in self.tensors.items()}
+                tied = {tail + alias: tail + name for alias, name in self.tied.items()}
+                wrapping = replace(self.wrapping, prefix=prefix[:start])
+                return replace(self, tensors=tensors, provenance={**self.provenance, "tied": tied}, wrapping=wrapping)
+        return self
+
     def load_into(self, model: nn.Module) -> None:
         """Copy the weights into `model`, strictly. Raises ModelError naming the first name or shape that differs."""
+        if (fitting := self.named_for(model)) is not self:
+            return fitting.load_into(model)
         theirs = model.state_dict()
         for name in [*theirs, *self.tensors]:
             if name not in self.tensors or name not in theirs:
@@ -197,6 +212,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole .safetensors file ({error}); was the copy cut short?") from None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: its {RECORD_KEY} record is no table; was it written by another program?")
     return tensors, record
 
 
@@ -216,9 +233,10 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 def _read_foreign(path: Path) -> Checkpoint:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, ValueError, KeyError,
-            AttributeError, OSError, UnicodeDecodeError) as error:  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler also raises IndexError, TypeError and AssertionError on broken bytes
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read with weights_only=True: {reason}") from None
     return _unwrap(content, path)
@@ -239,7 +257,7 @@ def _unwrap(content: Any, path: Path) -> Checkpoint:
     prefix = ""
     while shared := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in state)), None):
         prefix += shared
-    tensors = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+    tensors = {name[len(prefix) :]: tensor.detach() for name, tensor in state.items()}
     if any(not name for name in tensors):
         raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
     return Checkpoint(tensors, {"tied": _tied(tensors)}, path, Wrapping(others, key, prefix))

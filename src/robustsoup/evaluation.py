@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,17 +99,18 @@ class Evaluation:
         path = Path(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            with np.load(path.with_suffix(".npz")) as file:
+            with open(path.with_suffix(".npz"), "rb") as raw, np.load(raw) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
             names = record["threats"]
             record.pop("accuracy")
-        except (OSError, ValueError, KeyError) as error:
+            threats = {
+                name: Verdicts(*(arrays[f"{part}_{number}"] for part in ("robust", "step", "norm")))
+                for number, name in enumerate(names)
+            }
+            samples = [arrays[part] for part in ("ids", "labels", "prediction", "margin")]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{path}: not an evaluation that robustsoup wrote: {error}") from None
-        threats = {
-            name: Verdicts(*(arrays[f"{part}_{number}"] for part in ("robust", "step", "norm")))
-            for number, name in enumerate(names)
-        }
-        return cls(*(arrays[part] for part in ("ids", "labels", "prediction", "margin")), threats, record)
+        return cls(*samples, threats, record)
 
 
 def evaluate(
@@ -134,6 +136,8 @@ def evaluate(
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
     data = data.first(samples).to(where)
+    if not isinstance(network, nn.Module):
+        network = Checkpoint.load(network)
     model = copy.deepcopy(network) if isinstance(network, nn.Module) else as_network(network)
     model = model.to(where, memory_format=torch.channels_last)
     check_fit(model, data)

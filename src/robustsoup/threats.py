@@ -31,6 +31,9 @@ class ThreatModel:
             raise ThreatError(f'norm: got "{self.norm}", expected one of {", ".join(NORMS)}')
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"eps: got {self.eps}, expected a finite number of at least 0")
+        object.__setattr__(self, "eps", float(self.eps))  # a numpy float's repr does not parse
+        if self.eps == 0:  # no attack is the same in every norm
+            object.__setattr__(self, "norm", "Linf")
 
     @classmethod
     def parse(cls, text: "str | ThreatModel") -> "ThreatModel":
@@ -97,7 +100,10 @@ def project(z: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
         delta = z - x
         length = _column(norms(delta, "L2"), x)
         return (x + delta / (length + 1e-12) * torch.minimum(_column(eps, x), length)).clamp(0.0, 1.0)
-    return x + _project_l1(z - x, x, eps)
+    delta = _project_l1(z - x, x, eps)
+    point = x + delta
+    # d roundings away from x can add up to more than 1e-6; one step of the last bit towards x undoes each.
+    return torch.where((point - x).abs() > delta.abs(), torch.nextafter(point, x), point)
 
 
 def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:

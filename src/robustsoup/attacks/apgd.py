@@ -230,6 +230,10 @@ def run_apgd(
     """
     if steps < 1:
         raise RequestError(f"steps: got {steps}, expected at least 1")
+    if batch_size < 1:
+        raise RequestError(f"batch_size: got {batch_size}, expected at least 1")
+    if ids is not None and len(ids) != len(x):
+        raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")
     check_inputs(model, x, y)
     result = AttackResult(x.clone(), torch.zeros(len(x), dtype=torch.bool), torch.full((len(x),), -1))
     if threat.is_clean or len(x) == 0:

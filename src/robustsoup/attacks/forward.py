@@ -37,7 +37,7 @@ def gradient(
         logits = model(x)
     with torch.set_grad_enabled(needed):
         value = loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
-    grad = torch.autograd.grad(value.sum(), x)[0] if needed else torch.zeros_like(x)
+        grad = torch.autograd.grad(value.sum(), x)[0] if needed else torch.zeros_like(x)
     return logits.detach(), value.detach().to(x.dtype), grad
 
 
@@ -62,7 +62,7 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
         raise DataError(f"x and y: got {len(x)} images and {len(y)} labels, expected as many of both")
     if len(x) == 0:
         return
-    if not x.is_floating_point() or float(x.min()) < 0 or float(x.max()) > 1:
+    if not (x.is_floating_point() and float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN fails too
         raise DataError(f"x: got {x.dtype} in [{float(x.min()):g}, {float(x.max()):g}], expected floats in [0, 1]")
     with frozen_eval(model), torch.no_grad():
         logits = model(x[:2])

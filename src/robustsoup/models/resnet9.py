@@ -13,7 +13,9 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, c, h, w) in [0,1] -> the same shape."""
+        """x (b, c, h, w) in [0,1] -> the same shape. Raises ValueError for another number of channels."""
+        if x.shape[1] != self.mean.shape[1]:  # one channel would be broadcast
+            raise ValueError(f"got {x.shape[1]} channels, expected {self.mean.shape[1]}")
         return (x - self.mean) / self.std
 
 

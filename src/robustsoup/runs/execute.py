@@ -43,8 +43,11 @@ class Context:
         if "network" not in checkpoint.provenance:
             checkpoint = checkpoint.with_provenance(network=self.model)
         if "parameters" not in checkpoint.provenance:
-            described = Checkpoint.of(checkpoint.network()).provenance
-            checkpoint = checkpoint.with_provenance(parameters=described["parameters"], tied=described["tied"])
+            network = checkpoint.network()
+            described = Checkpoint.of(network).provenance
+            checkpoint = checkpoint.named_for(network).with_provenance(
+                parameters=described["parameters"], tied=described["tied"]
+            )
         return checkpoint
 
 

@@ -39,7 +39,7 @@ class Coefficients:
         try:
             if isinstance(alpha, Mapping):
                 rows = [torch.as_tensor(row, dtype=torch.float64) for row in alpha.values()]
-                return cls(torch.stack(rows), tuple(alpha))
+                return cls(torch.stack([row.reshape(-1) for row in rows]), tuple(alpha))
             return cls(torch.as_tensor(alpha, dtype=torch.float64).reshape(1, -1))
         except (ValueError, TypeError, RuntimeError) as error:
             raise CoefficientError(

@@ -46,6 +46,8 @@ def learn(
     Source: Huang, Adversarial Learned Soups, section 3; the inner product: MEHL-Soup (Li et al., ECCV 2024).
     """
     loaded = [Checkpoint.load(item) for item in ingredients]
+    if network is not None:
+        loaded = [item.named_for(network) for item in loaded]
     check_ingredients(loaded)
     threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
     check_schedule(schedule)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split
 from robustsoup.errors import CheckpointError, CoefficientError, IngredientMismatch, RequestError
+from robustsoup.precision import resolve_device
 from robustsoup.soups.batchnorm import recalibrate, statistics_owner
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.threats import CLEAN, ThreatModel
@@ -54,6 +55,8 @@ def mix(
     Source: Wortsman et al. 2022, arXiv:2203.05482, section 2; by layer: Huang, Adversarial Learned Soups, section 2.
     """
     loaded = [Checkpoint.load(item) for item in ingredients]
+    if network is not None:
+        loaded = [item.named_for(network) for item in loaded]
     check_ingredients(loaded)
     coefficients = Coefficients.of(alpha).for_ingredients([item.digest for item in loaded])
     coefficients.check(len(loaded), affine=affine)
@@ -73,10 +76,14 @@ def mix(
         model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
         measured = recalibrate(
-            model.to(device), calibrate_on, threat=attacked, attack_steps=attack_steps, samples=calibrate_samples,
+            model.to(resolve_device(device)), calibrate_on, threat=attacked, attack_steps=attack_steps, samples=calibrate_samples,
             seed=seed, precision=precision,
         )  # fmt: skip
-        record["buffers"] |= {"samples": calibrate_samples, "threat": str(attacked), "attack_steps": attack_steps}
+        record["buffers"] |= {
+            "samples": min(calibrate_samples, len(calibrate_on)),
+            "threat": str(attacked),
+            "attack_steps": attack_steps,
+        }
         soup = Checkpoint({**tensors, **measured}, record, wrapping=loaded[0].wrapping)
     return soup
 
@@ -143,7 +150,7 @@ def _mixed_names(ingredient: Checkpoint) -> set[str]:
 
 def _mixed_tensors(ingredients: list[Checkpoint], coefficients: Coefficients, *, average: bool) -> dict[str, Tensor]:
     first = ingredients[0]
-    order = canonical_order([item.digest for item in ingredients])
+    digests = [item.digest for item in ingredients]
     parameters, tied = set(first.parameters), first.tied
     owners = statistics_owner(first.tensors) if average else {}
     tensors = {}
@@ -157,6 +164,7 @@ def _mixed_tensors(ingredients: list[Checkpoint], coefficients: Coefficients, *,
             tensors[name] = tensor.clone()
         else:
             row = coefficients.row(layer)
+            order = sorted(range(len(row)), key=lambda i: (digests[i], row[i]))
             mixed = weighted_sum([ingredients[i].tensors[name] for i in order], [row[i] for i in order])
             tensors[name] = mixed.to(tensor.dtype)
     return tensors
@@ -183,8 +191,12 @@ def _record(ingredients: list[Checkpoint], coefficients: Coefficients, buffers: 
     """The soup's provenance: what all ingredients agree on, and what was mixed."""
     first = ingredients[0].provenance
     record = {key: first[key] for key in ("network", "parameters", "tied", "data", "trained_on") if key in first}
-    if any(item.provenance.get("data") != first.get("data") for item in ingredients):
+    known = [item.provenance.get("data") for item in ingredients]
+    if any(data != known[0] for data in known):
         record.pop("data", None)
+        if all(known) and len({data["digest"] for data in known}) == 1:  # one split or the other saw every sample
+            record["data"] = {**known[0], "split_digest": "several"}
+    record["trained_on"] = sorted({split for item in ingredients for split in item.provenance.get("trained_on", [])})
     record["parents"] = [{"digest": i.digest, "file": Path(i.path).name if i.path else None} for i in ingredients]
     if coefficients.layers == ("*",):
         record["coefficients"] = coefficients.alpha[0].tolist()

@@ -24,7 +24,7 @@ class Requirement:
         """Read "clean>=0.85", "Linf 8/255 >= 40%". Raises RequestError."""
         if isinstance(text, Requirement):
             return text
-        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.]+)\s*(%?)\s*", text)
+        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", text)
         try:
             key, number, percent = match.groups()
             least = float(number) / (100 if percent else 1)
@@ -109,6 +109,11 @@ def select(
 
 def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) -> list[Candidate]:
     """The candidates that no other one beats: at least as good under every key and better under one."""
+
+    for key in keys:
+        if tried and str(key) not in tried[0].evaluation.accuracy:
+            known = ", ".join(tried[0].evaluation.accuracy)
+            raise RequestError(f'pareto_front: "{key}" was not evaluated; expected one of {known}')
 
     def values(candidate: Candidate) -> tuple[float, ...]:
         return tuple(candidate.evaluation.accuracy[str(key)].value for key in keys)
