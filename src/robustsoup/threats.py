@@ -112,7 +112,7 @@ def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     The answer is sign(delta) * clamp(|delta| - t, 0, room) with the least t >= 0 that meets the radius. Its norm falls
     piecewise linearly in t with 2d breakpoints; they are sorted and the segment that crosses eps is solved exactly.
     """
-    flat, point = delta.flatten(1), x.flatten(1)
+    flat, point = delta.flatten(1).double(), x.flatten(1).double()  # thousands of float32 terms would drift by 1e-5
     size = flat.abs()
     room = torch.where(flat > 0, 1.0 - point, point).clamp(min=0.0)
     breaks = torch.cat([(size - room).clamp(min=0.0), size], dim=1)
@@ -127,10 +127,7 @@ def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     slope = slopes.gather(1, segment).clamp(max=-1.0)
     t = breaks.gather(1, segment) + (radius - lengths.gather(1, segment)) / slope
     t = torch.where(start > radius, t, torch.zeros_like(t)).clamp(min=0.0)
-    shrunk = torch.minimum((size - t).clamp(min=0.0), room)
-    over = shrunk.sum(1, keepdim=True, dtype=torch.float64)
-    shrunk = shrunk * (radius / over.clamp(min=1e-30)).clamp(max=1.0).to(shrunk)
-    return (flat.sign() * shrunk).view_as(delta)
+    return (flat.sign() * torch.minimum((size - t).clamp(min=0.0), room)).to(delta).view_as(delta)
 
 
 def random_start(x: Tensor, noise: Tensor, eps: Tensor, norm: str) -> Tensor:

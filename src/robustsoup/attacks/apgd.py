@@ -336,9 +336,9 @@ def _put(rows: _Rows, at: Tensor, fresh: _Rows) -> None:
 
 def _stages(threat: ThreatModel, steps: int) -> list[tuple[float, int]]:
     """(eps, steps) of each stage; several for L1 alone, as in AutoAttack."""
-    if threat.norm != "L1" or steps < 3:
-        return [(threat.eps, steps)]
     first = math.ceil(0.3 * steps)
+    if threat.norm != "L1" or steps <= 2 * first:
+        return [(threat.eps, steps)]
     return [(3 * threat.eps, first), (2 * threat.eps, first), (threat.eps, steps - 2 * first)]
 
 

@@ -40,8 +40,11 @@ def select_row(plan: Plan, store: Store) -> Selection | None:
 
 
 def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Selection | None,
-         leakage: tuple[str, str], seconds: float) -> dict[str, Any]:  # fmt: skip
-    """Put recipe, checkpoints, coefficients, evaluations, the chosen soup and results.json into `folder`."""
+         leakage: tuple[str, str]) -> dict[str, Any]:  # fmt: skip
+    """Put recipe, checkpoints, coefficients, evaluations, the chosen soup and results.json into `folder`.
+
+    Its "seconds" are those that all steps took, whenever they were done.
+    """
     write_text(folder / "recipe.toml", plan.recipe.to_toml())
     rows = [_row(folder, row, plan, store) for row in plan.rows]
     results = {
@@ -57,7 +60,7 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
             "robustsoup": version("robustsoup"), "torch": torch.__version__, "python": platform.python_version(),
             "device": str(context.device), "threads": torch.get_num_threads(),
         },
-        "seconds": seconds,
+        "seconds": sum(json.loads((store.path(s.key) / "step.json").read_text())["seconds"] for s in plan.steps),
         "rows": rows,
         "selection": _selection(plan, store, selection),
     }  # fmt: skip

@@ -1,6 +1,5 @@
 """run_recipe: from a recipe to a filled run folder."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ def prepare(recipe: Recipe, *, device: str = "auto", data_root: str | None = Non
 
 def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], Selection | None]:
     """Do what is missing, select, judge the chosen soup on the reporting split, and fill the run folder."""
-    started = time.perf_counter()
     plan, context, store = prepared.plan, prepared.context, prepared.store
     for checkpoint in plan.files.values():
         refuse_chance(context.describe(checkpoint), context.data.val, checkpoint.name, device=str(context.device))
@@ -66,8 +64,7 @@ def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[
     if selection is not None and plan.recipe.evaluate.report == "chosen":
         plan = chosen_on_test(plan, context.data, selection.best.name, context.model)
         execute(plan, context, store, reporter)
-    seconds = time.perf_counter() - started
-    return fill(folder, plan, context, store, selection, prepared.leakage, seconds), selection
+    return fill(folder, plan, context, store, selection, prepared.leakage), selection
 
 
 def _model_settings(recipe: Recipe, record: dict[str, Any], paths: list[str]) -> dict[str, Any]:

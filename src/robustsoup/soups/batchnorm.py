@@ -54,7 +54,8 @@ def recalibrate(
         layer.train()
     seen = 0
     for x, y, _ in batches(data.to(device), min(batch_size, count), seed=seed, epoch=0):
-        if seen >= count or not layers:
+        x, y = x[: count - seen], y[: count - seen]
+        if len(x) < 2 or not layers:
             break
         x = apgd_train(model, x, y, threat, steps=attack_steps, precision=precision)
         with torch.no_grad(), autocast(device, precision):
