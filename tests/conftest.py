@@ -4,6 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# The tests' networks are tiny: one thread each is fastest, and pytest-xdist keeps both cores busy.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 root = os.environ.get("ROBUSTSOUP_DATA")
 needs_cifar10 = pytest.mark.skipif(
     not (root and (Path(root) / "cifar-10-batches-py").is_dir()),
