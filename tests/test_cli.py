@@ -545,7 +545,7 @@ BAD = {
     "tracked statistics that no grid has": (NOTHING, (*SEARCH, "--buffers", "tracked", "-o", "best"), ["tracked", "learn"]),
     "unknown option": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--stepz", 3), ["--stepz"]),
     "missing option": (NOTHING, ("evaluate", "low.safetensors"), ["--data"]),
-    "missing argument": (NOTHING, ("mix", "-o", "soup.safetensors"), ["CHECKPOINTS"]),
+    "missing argument": (NOTHING, ("mix", "-o", "soup.safetensors"), ["checkpoints"]),
     "unknown command": (NOTHING, ("bake",), ["bake"]),
     "text for a number": (NOTHING, ("train", *LINF, "--epochs", "many", "-o", "soup.safetensors"), ["many", "--epochs"]),
 }  # fmt: skip

@@ -182,6 +182,8 @@ def contents(draw):
         }
         content["select"] = {"require": ["clean>=0.5"], "point": draw(st.booleans())}
         content["normalize"] = [[draw(st.floats(0, 1))], [draw(st.floats(0.1, 1))]]
+    if not content.get("evaluate", {}).get("threats", ["Linf 8/255"]):
+        content.pop("select", None)  # nothing to select by: refused, as another test shows
     return content
 
 
@@ -359,6 +361,7 @@ def test_settings_can_be_overridden(tmp_path):
     recipe = load_recipe(path, [
         "seed=8", "soups.learned.epochs=4", 'evaluate.threats=["L2 1.0"]', "ingredients.low.threat=Linf 2/255",
         "ingredients.extra.lr=0.5", "pretrain.early_stop.steps = 9", "report.figures=[]", "name=other", "select.point=true",
+        "select.maximise=L2 1.0",
     ])  # fmt: skip
     assert (recipe.seed, recipe.soups["learned"].epochs, recipe.evaluate.threats) == (8, 4, ("L2 1.0",))
     assert recipe.ingredients["low"].threat == "Linf 2/255"

@@ -41,6 +41,7 @@ app = typer.Typer(
     help="Turn several adversarially fine-tuned checkpoints of one network into one, at the trade-off you need.",
 )  # fmt: skip
 stdout = Console(highlight=False)
+INTERRUPTED = 130
 
 Files = Annotated[list[Path], typer.Argument(help="Checkpoints: .safetensors, .pt, .pth or .bin.", show_default=False)]
 DataOption = Annotated[str, typer.Option("--data", help="digits, cifar10 or folder:PATH.")]
@@ -61,7 +62,9 @@ Buffers = Annotated[
     str | None,
     typer.Option(help="BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="The seed of the split, the order of samples and all noise.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="The seed of the split, the order of samples and all noise.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; results are bit-equal at equal numbers.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
@@ -85,15 +88,24 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         code = _fail(str(error), 2 if isinstance(error, RequestError) else 1)
-    except typer.Abort:
-        code = _fail("interrupted; run the same command again to go on", 130)
-    except KeyboardInterrupt:
-        code = _fail("interrupted; run the same command again to go on", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except Exception as error:
         if debug or not hasattr(error, "exit_code"):
             raise
-        code = _fail(f"{getattr(error, 'message', None) or error}; see robustsoup --help", 2)
+        code = _fail(f"{_usage(error, arguments)}; see robustsoup --help", 2)
+    if code == INTERRUPTED:
+        _fail("interrupted; run the same command again to go on", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception, arguments: list[str]) -> str:
+    """What is wrong with the words of the command line, with the value that a wrong option was given."""
+    text = error.format_message().rstrip(".") if hasattr(error, "format_message") else str(error)
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        if option in arguments[:-1]:
+            text += f", got {arguments[arguments.index(option) + 1]}"
+    return text
 
 
 def _fail(message: str, code: int) -> int:
@@ -197,7 +209,7 @@ def train_command(
     network = context.describe(Checkpoint.load(start)) if start else context.fresh_network(seed)
     if start:
         _warn_leakage([network], loaded, allow=True)
-    rate = lr or (1e-3 if start else 0.1)
+    rate = lr if lr is not None else (1e-3 if start else 0.1)
     state = output.with_name(f".{output.name}.state.pt")
     with Bar(f"training {output.name}") as bar:
         trained = train(
@@ -265,11 +277,13 @@ def search(
     --require "clean>=0.9" --steps 20 -o best`
     """
     _threads(threads)
+    names = _names(checkpoints)
+    section = method if method not in names else f"{method}-soup"
     content = {
         "name": "search", "data": _absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
         "normalize": normalize and [_numbers(part) for part in normalize], "allow_leakage": allow_leakage,
-        "ingredients": {name: str(Path(path).absolute()) for name, path in _names(checkpoints).items()},
-        "soups": {method: {"method": method, "buffers": buffers} | ({"step": step} if method != "uniform" else {})},
+        "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()},
+        "soups": {section: {"method": method, "buffers": buffers} | ({"step": step} if method != "uniform" else {})},
         "evaluate": {"threats": threat, "steps": steps, "select_samples": samples, "report_samples": samples,
                      "report": "chosen", "precision": precision},
         "select": {"maximise": maximise, "require": require, "point": point},

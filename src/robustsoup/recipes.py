@@ -15,6 +15,8 @@ from robustsoup.errors import RecipeError, RequestError
 from robustsoup.losses import Objective
 from robustsoup.schedules import check_schedule
 from robustsoup.soups.mixing import POLICIES
+from robustsoup.soups.search import alpha_name, candidates
+from robustsoup.soups.selection import Requirement
 from robustsoup.threats import ThreatModel
 
 Figure = Literal["ternary", "tradeoff", "coefficients"]
@@ -25,7 +27,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("threat", "threats", "maximise", "calibrate_threat", mode="after", check_fields=False)
+    @field_validator("threat", "threats", "calibrate_threat", mode="after", check_fields=False)
     @classmethod
     def _threat(cls, value: Any) -> Any:
         for text in [value] if isinstance(value, str) else value or []:
@@ -83,7 +85,7 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0)
     schedule: str | dict[str, Any] = "cosine"
     early_stop: EarlyStop | None = None
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 class Pretrain(Training):
@@ -107,7 +109,7 @@ class Ingredient(Section):
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
     schedule: str | dict[str, Any] | None = None
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _either(self) -> "Ingredient":
@@ -136,7 +138,7 @@ class Soup(Section):
     schedule: str | dict[str, Any] = "cosine"
     detach: float = Field(0.8, ge=0, le=1)
     init: Literal["xavier", "zeros"] = "xavier"
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
     @property
     def settable(self) -> set[str]:
@@ -153,6 +155,8 @@ class Soup(Section):
     def _belongs(self) -> "Soup":
         for name in sorted(self.model_fields_set - self.settable):
             raise ValueError(f'{name} has no meaning with method = "{self.method}"; remove it')
+        if self.buffers == "tracked" and self.method != "learned":
+            raise ValueError('buffers = "tracked": only a learned soup has tracked statistics')
         if abs(round(1 / self.step) * self.step - 1) > 1e-9:
             raise ValueError(f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25")
         return self
@@ -171,7 +175,7 @@ class Evaluate(Section):
     report: Literal["all", "chosen"] = "all"
     batch_size: int = Field(250, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 class Select(Section):
@@ -180,6 +184,26 @@ class Select(Section):
     maximise: str | None = None
     require: tuple[str, ...] = ()
     point: bool = False
+
+    @field_validator("maximise")
+    @classmethod
+    def _maximise(cls, value: str | None) -> str | None:
+        if value not in (None, "clean", "union"):
+            _as_value_error(ThreatModel.parse, value)
+        return value
+
+    @field_validator("require")
+    @classmethod
+    def _require(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            _as_value_error(Requirement.parse, text)
+        return value
+
+    def looked_at(self) -> list[str]:
+        """What the choice looks at: "clean", "union" or threat models as text."""
+        maximise = [] if self.maximise is None else [self.maximise]
+        keys = [key if key in ("clean", "union") else str(ThreatModel.parse(key)) for key in maximise]
+        return keys + [Requirement.parse(text).key for text in self.require]
 
 
 class Report(Section):
@@ -194,7 +218,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[\w.-]+$")
     data: str
     model: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     image_size: int | None = Field(None, ge=8)
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -237,7 +261,29 @@ class Recipe(Section):
             count = len(soup.ingredients or self.ingredients)
             if soup.method == "line" and count != 2:
                 raise ValueError(f'soups.{soup_name}: method = "line" joins 2 ingredients, got {count}')
+        self._check_names()
+        self._check_select()
         return self
+
+    def _check_names(self) -> None:
+        rows = [*self.ingredients, "pretrained"]
+        for section, soup in self.soups.items():
+            rows += soup_names(section, soup, len(soup.ingredients or self.ingredients))
+        for name in rows:
+            if rows.count(name) > 1:
+                raise ValueError(f"two networks would be called {name!r}; rename a soup or an ingredient")
+
+    def _check_select(self) -> None:
+        if self.select is None:
+            return
+        threats = list(dict.fromkeys(str(ThreatModel.parse(text)) for text in self.evaluate.threats))
+        attacks = [text for text in threats if text != "clean"]
+        known = ["clean", *attacks, *(["union"] if len(attacks) > 1 else [])]
+        if self.select.maximise is None and not threats:
+            raise ValueError("select.maximise: missing, and evaluate.threats is empty; by what is to be selected?")
+        for key in self.select.looked_at():
+            if key not in known:
+                raise ValueError(f'select: "{key}" is not evaluated; expected one of {", ".join(known)}')
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML, every default written out; reading it back gives the same recipe."""
@@ -245,6 +291,32 @@ class Recipe(Section):
         for name, soup in self.soups.items():
             content["soups"][name] = {k: v for k, v in content["soups"][name].items() if k in soup.settable}
         return tomli_w.dumps(_without_none(content))
+
+
+def slug(text: str) -> str:
+    """Text for a file name: "Linf 8/255" -> "linf-8-255"."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def soup_names(section: str, soup: Soup, n: int) -> list[str]:
+    """What the soups of a section are called, in order: one for each coefficients, or each threat and objective."""
+    if soup.method == "uniform":
+        return [section]
+    if soup.method == "learned":
+        several = len(soup.objectives) > 1
+        return [
+            f"{section}-{slug(threat)}" + (f"-{slug(objective)}" if several else "")
+            for threat in soup.threats or ("default",)
+            for objective in soup.objectives
+        ]
+    return [f"{section}-{alpha_name(alpha)}" for alpha in _candidates(soup, n)]
+
+
+def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:
+    try:
+        return candidates(soup.method, n, soup.step)
+    except RequestError as error:
+        raise ValueError(str(error)) from None
 
 
 def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:

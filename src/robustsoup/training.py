@@ -42,6 +42,10 @@ def train(
     """
     threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
     check_schedule(schedule)
+    if not 0 <= momentum < 1 or not weight_decay >= 0:
+        raise RequestError(
+            f"train: got momentum {momentum}, weight_decay {weight_decay}; expected momentum in [0, 1), weight_decay at least 0"
+        )
     if epochs < 1 or batch_size < 2 or not lr > 0:
         raise RequestError(
             f"train: got epochs {epochs}, batch_size {batch_size}, lr {lr}; expected at least 1, 2, above 0"
@@ -59,7 +63,9 @@ def train(
     check_fit(model, data)
     start = Checkpoint.of(model)
     run = _Run(model, data.to(where), val.to(where) if val is not None else None, threat, objective, settings)
-    saved = SavedState(state_path, json.dumps([settings, start.digest, data.record["split_digest"]], sort_keys=True))
+    saved = SavedState(
+        state_path, json.dumps([settings, start.digest, data.digest, val and val.digest], sort_keys=True)
+    )
     run.load(saved.load())
     fit(run, saved, on_progress)
     origin = network if isinstance(network, Checkpoint) else None
@@ -118,7 +124,7 @@ class _Run:
                 self.model, self.val, self.threat, steps=self.settings["early_stop_steps"],
                 precision=self.settings["precision"],
             )  # fmt: skip
-            if self.settings["early_stop"] and entry["robust_loss"] <= min(
+            if self.settings["early_stop"] and entry["robust_loss"] < min(
                 (past["robust_loss"] for past in self.history), default=math.inf
             ):
                 self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}

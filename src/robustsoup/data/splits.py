@@ -43,6 +43,11 @@ class Split:
         """The number of classes."""
         return len(self.record["classes"])
 
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over which samples these are, of which data and split."""
+        return hashlib.sha256(self.ids.cpu().numpy().tobytes() + self.record["split_digest"].encode()).hexdigest()
+
     def to(self, device: str | torch.device) -> "Split":
         """The same split with its tensors on `device`."""
         images, labels, ids = (tensor.to(device) for tensor in (self.images, self.labels, self.ids))

@@ -42,6 +42,9 @@ class Context:
         """A checkpoint whose record says what network it is and which tensors are parameters."""
         if "network" not in checkpoint.provenance:
             checkpoint = checkpoint.with_provenance(network=self.model)
+        elif self.model.get("normalize"):  # what was asked for now overrides the record
+            known = checkpoint.provenance["network"]
+            checkpoint = checkpoint.with_provenance(network={**known, "normalize": self.model["normalize"]})
         if "parameters" not in checkpoint.provenance:
             network = checkpoint.network()
             described = Checkpoint.of(network).provenance

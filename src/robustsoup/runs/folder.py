@@ -45,6 +45,8 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
 
     Its "seconds" are those that all steps took, whenever they were done.
     """
+    for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     write_text(folder / "recipe.toml", plan.recipe.to_toml())
     rows = [_row(folder, row, plan, store) for row in plan.rows]
     results = {

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data
-from robustsoup.recipes import Ingredient, Recipe, Soup, Training
+from robustsoup.recipes import Ingredient, Recipe, Soup, Training, slug
 from robustsoup.soups.search import alpha_name, candidates
 
 VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 1, "mix": 1, "evaluate": 1}
@@ -211,11 +210,6 @@ def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, 
         for row in plan.rows
     )  # fmt: skip
     return Plan(plan.recipe, tuple(planner.steps.values()), rows, plan.files)
-
-
-def slug(text: str) -> str:
-    """Text for a file name: "Linf 8/255" -> "linf-8-255"."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def _overridden(finetune: Training, ingredient: Ingredient) -> Training:

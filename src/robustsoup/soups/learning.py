@@ -51,6 +51,8 @@ def learn(
     check_ingredients(loaded)
     threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
     check_schedule(schedule)
+    if not 0 <= momentum < 1:
+        raise RequestError(f"learn: got momentum {momentum}, expected a number in [0, 1)")
     if not 0 <= detach <= 1 or epochs < 1 or batch_size < 2 or not lr > 0:
         raise RequestError(
             f"learn: got detach {detach}, epochs {epochs}, batch_size {batch_size}, lr {lr}; "
@@ -68,7 +70,7 @@ def learn(
     check_fit(model, data)
     run = _Run(model.to(where, memory_format=torch.channels_last), loaded, data.to(where), threat, objective, settings)
     digests = [item.digest for item in loaded]
-    saved = SavedState(state_path, json.dumps([settings, digests, data.record["split_digest"]], sort_keys=True))
+    saved = SavedState(state_path, json.dumps([settings, digests, data.digest], sort_keys=True))
     run.load(saved.load())
     fit(run, saved, on_progress)
     return run.coefficients(digests)
