@@ -22,6 +22,7 @@ from robustsoup.recipes import (
     load_recipe,
     parse_recipe,
 )
+from robustsoup.threats import ThreatModel
 
 PROJECT = Path(__file__).parent.parent
 SHIPPED = [Path(robustsoup.__file__).parent / "quickstart.toml", *sorted((PROJECT / "recipes").rglob("*.toml"))]
@@ -137,6 +138,11 @@ def test_numbers_are_numbers_and_words_are_words(tmp_path):
     assert recipe.pretrain.lr == 0.001
 
 
+def parsed(threat):
+    """Two spellings of one threat would give two soups one name."""
+    return str(ThreatModel.parse(threat))
+
+
 THREATS = st.sampled_from(["clean", "Linf 8/255", "Linf 0.1", "L2 0.5", "L1 12"])
 OBJECTIVES = st.sampled_from(["ce", "mixed 0.4", "mixed 1"])
 SCHEDULES = st.one_of(
@@ -155,7 +161,8 @@ SOUPS = st.one_of(
                           optional={"step": st.sampled_from([0.1, 0.2, 0.25, 0.5, 1.0])}),
     st.fixed_dictionaries({"method": st.just("uniform")}, optional={"buffers": st.sampled_from(["base", "average"])}),
     st.fixed_dictionaries({"method": st.just("learned")}, optional={
-        "threats": st.lists(THREATS, min_size=1, max_size=3), "objectives": st.lists(OBJECTIVES, min_size=1, max_size=3),
+        "threats": st.lists(THREATS, min_size=1, max_size=3, unique_by=parsed),
+        "objectives": st.lists(OBJECTIVES, min_size=1, max_size=3, unique=True),
         "detach": st.floats(0, 1), "init": st.sampled_from(["xavier", "zeros"]), "lr": POSITIVE, "seed": st.integers(0, 99),
         "calibrate_samples": st.integers(2, 99), "buffers": st.sampled_from(["tracked", "recalibrate"]),
     }),
