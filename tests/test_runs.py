@@ -20,8 +20,8 @@ from robustsoup.data import load_data
 from robustsoup.errors import CheckpointError, Diverged, LeakageError, ModelError, StorageError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.models import load_model
-from robustsoup.recipes import load_recipe, parse_recipe
-from robustsoup.runs.plan import make_plan, slug
+from robustsoup.recipes import load_recipe, parse_recipe, slug
+from robustsoup.runs.plan import make_plan
 from robustsoup.runs.run import prepare, run_prepared
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients

@@ -267,11 +267,31 @@ class Recipe(Section):
 
     def _check_names(self) -> None:
         rows = [*self.ingredients, "pretrained"]
-        for section, soup in self.soups.items():
-            rows += soup_names(section, soup, len(soup.ingredients or self.ingredients))
+        for section in self.soups:
+            rows += self.soup_names(section)
         for name in rows:
             if rows.count(name) > 1:
                 raise ValueError(f"two networks would be called {name!r}; rename a soup or an ingredient")
+
+    def threats_of(self, soup: Soup) -> tuple[str, ...]:
+        """What the soups of a learned section are trained against: the base's threat where it names none."""
+        return soup.threats or ((self.pretrain or self.finetune).threat,)
+
+    def soup_names(self, section: str) -> list[str]:
+        """What the soups of a section are called, in order: one for each coefficients, or each threat and objective."""
+        soup = self.soups[section]
+        if soup.method == "uniform":
+            return [section]
+        if soup.method == "learned":
+            several = len(soup.objectives) > 1
+            return [
+                f"{section}-{slug(threat)}" + (f"-{slug(objective)}" if several else "")
+                for threat in self.threats_of(soup)
+                for objective in soup.objectives
+            ]
+        return [
+            f"{section}-{alpha_name(alpha)}" for alpha in _candidates(soup, len(soup.ingredients or self.ingredients))
+        ]
 
     def _check_select(self) -> None:
         if self.select is None:
@@ -296,20 +316,6 @@ class Recipe(Section):
 def slug(text: str) -> str:
     """Text for a file name: "Linf 8/255" -> "linf-8-255"."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def soup_names(section: str, soup: Soup, n: int) -> list[str]:
-    """What the soups of a section are called, in order: one for each coefficients, or each threat and objective."""
-    if soup.method == "uniform":
-        return [section]
-    if soup.method == "learned":
-        several = len(soup.objectives) > 1
-        return [
-            f"{section}-{slug(threat)}" + (f"-{slug(objective)}" if several else "")
-            for threat in soup.threats or ("default",)
-            for objective in soup.objectives
-        ]
-    return [f"{section}-{alpha_name(alpha)}" for alpha in _candidates(soup, n)]
 
 
 def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:

@@ -1,6 +1,7 @@
 """plan: from a recipe to keyed steps. Pure: it runs nothing and writes nothing."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +9,8 @@ from typing import Any
 
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data
-from robustsoup.recipes import Ingredient, Recipe, Soup, Training, slug
-from robustsoup.soups.search import alpha_name, candidates
+from robustsoup.recipes import Ingredient, Recipe, Soup, Training
+from robustsoup.soups.search import candidates
 
 VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 1, "mix": 1, "evaluate": 1}
 """The version of each kind of step, part of its key: raised by hand when the meaning of a step changes."""
@@ -136,27 +137,25 @@ class _Planner:
     def _learned_rows(self, section: str, soup: Soup) -> list[Row]:
         names = soup.ingredients or tuple(self.recipe.ingredients)
         parents = [self.checkpoints[name] for name in names]
-        threats = soup.threats or (self.recipe.pretrain or self.recipe.finetune).threat
         rows = []
-        for threat in [threats] if isinstance(threats, str) else threats:
-            for objective in soup.objectives:
-                label = f"{section}-{slug(threat)}" + (f"-{slug(objective)}" if len(soup.objectives) > 1 else "")
-                fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init")
-                settings = {name: getattr(soup, name) for name in fields} | {
-                    "threat": threat, "objective": objective, "precision": self.precision, "seed": self._seed(soup.seed)
-                }  # fmt: skip
-                passes = len(self.data.train) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
-                learned = self._add("learn", label, settings, parents, passes)
-                key = self._mix(label, soup, [*parents, learned], None, "learned")
-                rows.append(Row(label, "learned", key, section, names, None, learned, threat, objective))
+        pairs = itertools.product(self.recipe.threats_of(soup), soup.objectives)
+        for label, (threat, objective) in zip(self.recipe.soup_names(section), pairs, strict=True):
+            fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init")
+            settings = {name: getattr(soup, name) for name in fields} | {
+                "threat": threat, "objective": objective, "precision": self.precision, "seed": self._seed(soup.seed)
+            }  # fmt: skip
+            passes = len(self.data.train) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
+            learned = self._add("learn", label, settings, parents, passes)
+            key = self._mix(label, soup, [*parents, learned], None, "learned")
+            rows.append(Row(label, "learned", key, section, names, None, learned, threat, objective))
         return rows
 
     def _mixed_rows(self, section: str, soup: Soup) -> list[Row]:
         names = soup.ingredients or tuple(self.recipe.ingredients)
         parents = [self.checkpoints[name] for name in names]
         rows = []
-        for alpha in candidates(soup.method, len(names), soup.step):
-            label = section if soup.method == "uniform" else f"{section}-{alpha_name(alpha)}"
+        points = candidates(soup.method, len(names), soup.step)
+        for label, alpha in zip(self.recipe.soup_names(section), points, strict=True):
             if 1.0 in alpha and (soup.buffers or "average") == "average":  # the ingredient itself, bit for bit
                 key = parents[alpha.index(1.0)]
             else:
