@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from robustsoup.attacks import run_apgd
+from robustsoup.attacks import Settings, run_attack
 from robustsoup.attacks.forward import predict
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split, load_data, to_float
@@ -135,7 +135,7 @@ def test_verdicts_are_those_of_the_attack(evaluation, model, data):
     torch.testing.assert_close(evaluation.margin, right - others, rtol=1e-4, atol=1e-5)
     assert torch.equal(evaluation.margin > 0, evaluation.prediction == evaluation.labels)
     for threat in (LINF, L2, L1):
-        result = run_apgd(model, x, data.labels, threat, steps=5, seed=3, ids=data.ids)
+        result = run_attack(model, x, data.labels, threat, Settings(steps=5, seed=3), ids=data.ids)
         found = evaluation.threats[str(threat)]
         assert torch.equal(found.robust, ~result.broken)
         assert torch.equal(found.step, result.step)
@@ -206,7 +206,7 @@ def test_every_batch_has_one_shape():
             return x.flatten(1)
 
     x = torch.rand(10, 1, 2, 2)
-    assert torch.equal(predict(Probe(), x, 4), x.flatten(1))
+    assert torch.equal(predict(Probe(), lambda at: x[at], 10, 4, x.device), x.flatten(1))
     assert shapes == {(4, 1, 2, 2)}
 
 

@@ -6,8 +6,9 @@ soup = rs.mix(["eps4.safetensors", "eps16.safetensors"], [0.5, 0.5])
 print(rs.evaluate(soup, data.test, ["Linf 8/255"]).accuracy)
 """
 
-from robustsoup.attacks import apgd, apgd_train
+from robustsoup.attacks import apgd, apgd_train, pgd
 from robustsoup.checkpoints import Checkpoint
+from robustsoup.comparison import Comparison, compare
 from robustsoup.data import Data, Split, load_data
 from robustsoup.errors import RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
@@ -16,8 +17,8 @@ from robustsoup.models import load_model
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.learning import learn
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import Candidate, search
-from robustsoup.soups.selection import Selection, pareto_front, select
+from robustsoup.soups.search import search
+from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
 from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
@@ -27,6 +28,7 @@ __all__ = [
     "Candidate",
     "Checkpoint",
     "Coefficients",
+    "Comparison",
     "Data",
     "Evaluation",
     "Objective",
@@ -36,12 +38,14 @@ __all__ = [
     "ThreatModel",
     "apgd",
     "apgd_train",
+    "compare",
     "evaluate",
     "learn",
     "load_data",
     "load_model",
     "mix",
     "pareto_front",
+    "pgd",
     "search",
     "select",
     "train",

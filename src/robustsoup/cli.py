@@ -1,6 +1,7 @@
 """The command line: one verb for each Python function. Exit codes: 0 done, 1 the work failed, 2 the request was wrong,
 3 the work is done and nothing meets --require, 130 interrupted (run the same command again to go on)."""
 
+import hashlib
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustsoup.checkpoints import Checkpoint
+from robustsoup.comparison import compare
 from robustsoup.console import Bar, RunReporter, duration, stderr
 from robustsoup.data import Data, fetch_cifar10, load_data
 from robustsoup.errors import CoefficientError, ModelError, RequestError, RobustsoupError
@@ -28,6 +30,7 @@ from robustsoup.runs.cost import seconds_of
 from robustsoup.runs.execute import Context
 from robustsoup.runs.folder import ensure_folder
 from robustsoup.runs.run import Prepared, prepare, run_prepared
+from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, uniform
 from robustsoup.soups.learning import learn
 from robustsoup.soups.mixing import mix
@@ -56,7 +59,14 @@ Normalize = Annotated[
 ]
 Objective = Annotated[str, typer.Option(help='ce, or "mixed 0.4" (0.4 is the weight of the clean loss).')]
 AttackSteps = Annotated[int, typer.Option(help="APGD steps of each training attack.")]
-Steps = Annotated[int, typer.Option(help="APGD steps of the evaluation.")]
+Steps = Annotated[int, typer.Option(help="APGD or PGD steps of the evaluation.")]
+Attack = Annotated[str, typer.Option(help="apgd, pgd or autoattack (the standard four; needs robustsoup[autoattack]).")]
+Loss = Annotated[str, typer.Option(help='What the attack climbs: ce, dlr or "targeted dlr".')]
+Restarts = Annotated[int, typer.Option(help="Cold starts of the attack.")]
+Eot = Annotated[int, typer.Option(help="Passes that a gradient is averaged over, for networks that answer at random.")]
+SearchPrecision = Annotated[
+    str, typer.Option(help="The attack's: auto, float32 or bfloat16. Every verdict is judged in float32.")
+]
 Samples = Annotated[int | None, typer.Option(help="Judge only the first so many samples.")]
 Buffers = Annotated[
     str | None,
@@ -267,8 +277,10 @@ def search(
     require: Annotated[list[str], typer.Option(help='As in "clean>=0.85"; repeatable.')] = [],
     maximise: Annotated[str | None, typer.Option(help="What to maximise; else the first --threat.")] = None,
     point: Annotated[bool, typer.Option("--point", help="Judge --require by the estimate, not by its 95 % lower end.")] = False,
-    steps: Steps = 100, samples: Samples = None, buffers: Buffers = None, model: Model = None, normalize: Normalize = None,
-    seed: Seed = 0, device: Device = "auto", threads: Threads = None, precision: Precision = "float32",
+    attack: Attack = "apgd", loss: Loss = "ce", steps: Steps = 100, restarts: Restarts = 1, samples: Samples = None,
+    screen: Annotated[bool, typer.Option("--screen", help="Try all briefly, confirm in full what no other beats.")] = False,
+    buffers: Buffers = None, model: Model = None, normalize: Normalize = None,
+    seed: Seed = 0, device: Device = "auto", threads: Threads = None, precision: SearchPrecision = "float32",
     data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Try soups on `val`, pick the most robust one that meets --require, judge it on `test`, write it. Resumes.
@@ -284,8 +296,8 @@ def search(
         "normalize": normalize and [_numbers(part) for part in normalize], "allow_leakage": allow_leakage,
         "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()},
         "soups": {section: {"method": method, "buffers": buffers} | ({"step": step} if method != "uniform" else {})},
-        "evaluate": {"threats": threat, "steps": steps, "select_samples": samples, "report_samples": samples,
-                     "report": "chosen", "precision": precision},
+        "evaluate": {"threats": threat, "attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "screen": screen,
+                     "select_samples": samples, "report_samples": samples, "report": "chosen", "precision": precision},
         "select": {"maximise": maximise, "require": require, "point": point},
         "report": {"figures": ["ternary", "tradeoff"]},
     }  # fmt: skip
@@ -342,30 +354,41 @@ def learn_command(
 def evaluate_command(
     checkpoints: Files, data: DataOption, threat: Threats = [],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    attack: Annotated[str, typer.Option(help="apgd.")] = "apgd", steps: Steps = 100, samples: Samples = None,
+    attack: Attack = "apgd", loss: Loss = "ce", steps: Steps = 100, restarts: Restarts = 1, eot: Eot = 1,
+    samples: Samples = None,
     output: Annotated[Path | None, typer.Option("-o", help="A folder for one record (JSON, npz) a checkpoint.")] = None,
+    keep_points: Annotated[bool, typer.Option("--keep-points", help="Also write the adversarial images (.points.npz).")] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="The most images in a pass; else by device.")] = None,
     model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    precision: Precision = "float32", data_root: DataRoot = None, image_size: ImageSize = None, as_json: AsJson = False,
+    precision: SearchPrecision = "float32", data_root: DataRoot = None, image_size: ImageSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Judge checkpoints, clean and under attack, with 95 % Wilson intervals.
+    """Judge checkpoints, clean and under attack, with 95 % Wilson intervals. Continues where it was killed.
 
     Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255" --steps 20`
     """
     _threads(threads)
+    if keep_points and not output:
+        raise RequestError("--keep-points: where to? give -o FOLDER")
     loaded = _load(data, data_root, seed, image_size)
     context = Context(loaded, _model(model, normalize, loaded, checkpoints), resolve_device(device))
     described = {name: context.describe(Checkpoint.load(path)) for name, path in _names(checkpoints).items()}
     for checkpoint in described.values():
         refuse_chance(checkpoint, loaded.split(split), checkpoint.name, device=device)
+    asked = {
+        "threats": threat, "attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "eot": eot, "samples": samples,
+        "seed": seed, "batch_size": batch_size, "device": device, "precision": precision, "keep_points": keep_points,
+    }  # fmt: skip
     done: dict[str, Evaluation] = {}
     for name, checkpoint in described.items():
         with Bar(f"evaluating {name}") as bar:
-            result = evaluate(checkpoint, loaded.split(split), threat, attack=attack, steps=steps, samples=samples, seed=seed,
-                              device=device, precision=precision, on_progress=bar)  # fmt: skip
+            result = evaluate(checkpoint, loaded.split(split), state_path=_unfinished(asked, checkpoint, loaded, split),
+                              on_progress=bar, **asked)  # fmt: skip
         status, why = split_status([checkpoint], loaded.split(split))
         result.record["leakage"] = {"status": status, "why": why}
         if status != "known":
             stderr.print(f"robustsoup: split {status}: {why}", markup=False, soft_wrap=True)
+        for warning in result.warnings:
+            stderr.print(f"robustsoup: warning: {name}: {warning}", markup=False, soft_wrap=True)
         if output:
             result.save(output / f"{name}.{split}.json")
         done[name] = result
@@ -373,8 +396,53 @@ def evaluate_command(
         return _print_json({name: result.to_json() for name, result in done.items()})
     stdout.print(_accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()}))
     first = next(iter(done.values())).record
-    attack_text = f", APGD-CE {steps} steps, 1 restart, {first['precision']}" if first["threats"] else ""
-    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{attack_text}")
+    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{_protocol(first)}")
+    for name, result in done.items():
+        if len(result.record["broken_by"]) > 2:
+            for key in result.threats:
+                left = ", ".join(
+                    f"{attempt} {accuracy.value:.1%}" for attempt, accuracy in result.after_each(key).items()
+                )
+                stdout.print(f"{name}, {key}, left after each: {left}", markup=False, soft_wrap=True)
+
+
+def _unfinished(asked: dict[str, Any], checkpoint: Checkpoint, data: Data, split: str) -> Path:
+    """Where an evaluation that is cut off leaves its state: a place of its own for each, beside the store."""
+    key = hashlib.sha256(json.dumps([asked, checkpoint.digest, data.split(split).digest]).encode()).hexdigest()[:32]
+    return Store().root / "unfinished" / f"{key}.pt"
+
+
+def _protocol(record: dict[str, Any]) -> str:
+    if not record["threats"]:
+        return ""
+    if record["attack"] == "autoattack":
+        return f", AutoAttack, {record['version']}"
+    searched = "" if record["search_precision"] == "float32" else f", searched in {record['search_precision']}"
+    starts = f"{record['restarts']} restart{'s' * (record['restarts'] > 1)}"
+    return f", {record['attack'].upper()}-{record['loss'].upper()} {record['steps']} steps, {starts}, float32{searched}"
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A record that evaluate -o wrote.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another, of the same split.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Compare two evaluations sample by sample: B less A, with 95 % intervals and McNemar's exact p-values.
+
+    Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255" --steps 20 -o judged`,
+    then `robustsoup compare judged/eps16.test.json judged/eps96.test.json`
+    """
+    found = compare(Evaluation.load(first), Evaluation.load(second))
+    if as_json:
+        return _print_json(found.to_json())
+    table = Table("", *_names([first, second]), "second less first", box=None)
+    for key, row in found.rows.items():
+        table.add_row(key, f"{row.a.value:.1%}", f"{row.b.value:.1%}", str(row))
+    stdout.print(table)
+    stdout.print(f"{found.n} samples, paired; 95 % score intervals (Tango), exact p (McNemar)")
+    for note in found.notes:
+        stdout.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -403,12 +471,14 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
 
 def _prepare(recipe: Recipe, device: str, data_root: str | None) -> Prepared:
     _fetch(recipe.data, data_root)
-    return prepare(recipe, device=device, data_root=data_root)
+    with Bar(f"reading {recipe.data}") as bar:
+        return prepare(recipe, device=device, data_root=data_root, on_progress=bar)
 
 
 def _load(spec: str, root: str | None, seed: int, image_size: int | None) -> Data:
     _fetch(spec, root)
-    return load_data(spec, root=root, seed=seed, image_size=image_size)
+    with Bar(f"reading {spec}") as bar:
+        return load_data(spec, root=root, seed=seed, image_size=image_size, on_progress=bar)
 
 
 def _fetch(spec: str, root: str | None) -> None:

@@ -102,6 +102,10 @@ class RunReporter:
         line = f"{self.number}/{self.count} {step.kind} {step.name}: {figures} ({duration(seconds)})"
         (self.write if step.kind == "mix" and seconds < 2 else self.say)(line)
 
+    def warn(self, text: str) -> None:
+        """A line about what makes a result doubtful."""
+        self.say(f"warning: {text}")
+
     def say(self, line: str) -> None:
         """Print a line above the bar and write it to the log."""
         self.bar.console.print(line, markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,64 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks import ATTACKS, run_apgd
-from robustsoup.attacks.apgd import BATCH
-from robustsoup.attacks.forward import frozen_eval, predict
+from robustsoup.attacks import ATTACKS, Settings
+from robustsoup.attacks.attack import Samples, run_attempts, try_points
+from robustsoup.attacks.autoattack import attack_chunk, plan_autoattack
+from robustsoup.attacks.forward import frozen_eval, pass_rows, predict
+from robustsoup.attacks.queue import Outcome, excess_of, margin_of
 from robustsoup.checkpoints import Checkpoint, as_network
 from robustsoup.data import Split, to_float
-from robustsoup.errors import CheckpointError, Diverged, ModelError, RequestError
+from robustsoup.errors import CheckpointError, DataError, Diverged, ModelError, RequestError
 from robustsoup.files import atomic_path, write_text
 from robustsoup.precision import resolve_device, resolve_precision
-from robustsoup.progress import Progress
+from robustsoup.progress import Progress, SavedState
 from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel, norms
 from robustsoup.training import check_fit
 
 CLEAN_KEY = "clean"
 UNION_KEY = "union"
+POOL = "pool"
+TOLERANCE = 1e-6
+CHUNK = 500
+"""How many samples AutoAttack is given at once; what it does to one depends on the others."""
 
 
 @dataclass(frozen=True)
 class Verdicts:
     """What one threat model did to each of n samples.
 
-    robust: (n,) bool, right without and under attack; step: (n,) the step that broke it (0: wrong clean, or fooled by
-    the starting point), -1 where robust; norm: (n,) float32 norm of the perturbation that was found, 0 if wrong clean.
+    robust: (n,) bool, right without and under attack; by: (n,) int64, what broke it, as an index of the record's
+    "broken_by" (0: wrong without an attack), -1 where robust; step: (n,) int64, the step that broke it (0: wrong clean, or
+    fooled by the starting point), -1 where robust or where the attack does not tell; norm: (n,) float32 norm of the
+    perturbation that was found, 0 if wrong clean; margin: (n,) float32, the least margin seen under attack, below 0 where
+    broken; x_adv: (n, c, h, w) float32, the points themselves, if they were kept.
     """
 
     robust: Tensor
+    by: Tensor
     step: Tensor
     norm: Tensor
+    margin: Tensor
+    x_adv: Tensor | None = None
+
+
+SAME = (
+    "attack",
+    "version",
+    "loss",
+    "steps",
+    "restarts",
+    "targets",
+    "eot",
+    "seed",
+    "search_precision",
+    "rows",
+    "chunk",
+    "stopped",
+)
+"""What two evaluations have in common if the same attack made them."""
+PARTS = ("robust", "by", "step", "norm", "margin")
 
 
 class Accuracies(dict[str, Accuracy]):
@@ -56,7 +86,7 @@ class Evaluation:
     """Verdicts per sample, and who made them how.
 
     ids, labels, prediction: (n,) int64; margin: (n,) float32, the right logit less the largest other, without attack;
-    threats: threat (as text) -> Verdicts; record: JSON-able settings and provenance.
+    threats: threat (as text) -> Verdicts; record: JSON-able settings and provenance, among them "warnings".
     """
 
     ids: Tensor
@@ -75,6 +105,20 @@ class Evaluation:
             masks[UNION_KEY] = torch.stack([v.robust for v in self.threats.values()]).all(0)
         return Accuracies({name: Accuracy(int(mask.sum()), len(mask)) for name, mask in masks.items()})
 
+    @property
+    def warnings(self) -> list[str]:
+        """What makes these numbers doubtful; they stay with the result."""
+        return list(self.record.get("warnings", ()))
+
+    def after_each(self, threat: ThreatModel | str) -> dict[str, Accuracy]:
+        """The accuracy that is left after each attempt of the attack, in order, by its name."""
+        by = self.threats[str(threat)].by
+        left = {}
+        for number, name in enumerate(self.record["broken_by"]):
+            gone = (by >= 0) & (by <= number)
+            left[name] = Accuracy(int((~gone).sum()), len(by))
+        return left
+
     def to_json(self) -> dict[str, Any]:
         """The record and the accuracies with their intervals, ready for json.dumps."""
         return {**self.record, "accuracy": {
@@ -83,11 +127,15 @@ class Evaluation:
         }}  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write PATH (.json) and, first, the verdicts per sample beside it as .npz."""
+        """Write PATH (.json) and, first, the verdicts per sample beside it as .npz, and kept points as .points.npz."""
         path = Path(path)
         arrays = {"ids": self.ids, "labels": self.labels, "prediction": self.prediction, "margin": self.margin}
         for number, verdicts in enumerate(self.threats.values()):
-            arrays |= {f"{name}_{number}": value for name, value in vars(verdicts).items()}
+            arrays |= {f"{name}_{number}": value for name, value in vars(verdicts).items() if name in PARTS}
+        points = {str(n): v.x_adv.numpy() for n, v in enumerate(self.threats.values()) if v.x_adv is not None}
+        if points:
+            with atomic_path(path.with_suffix(".points.npz")) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **points)
         with atomic_path(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **{name: value.numpy() for name, value in arrays.items()})
         write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
@@ -103,8 +151,9 @@ class Evaluation:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
             names = record["threats"]
             record.pop("accuracy")
+            kept = _load_points(path.with_suffix(".points.npz"))
             threats = {
-                name: Verdicts(*(arrays[f"{part}_{number}"] for part in ("robust", "step", "norm")))
+                name: Verdicts(*(arrays[f"{part}_{number}"] for part in PARTS), kept.get(str(number)))
                 for number, name in enumerate(names)
             }
             samples = [arrays[part] for part in ("ids", "labels", "prediction", "margin")]
@@ -113,62 +162,367 @@ class Evaluation:
         return cls(*samples, threats, record)
 
 
+def _load_points(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        return {}
+    with open(path, "rb") as raw, np.load(raw) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
 def evaluate(
     network: nn.Module | Checkpoint | str | os.PathLike, data: Split, threats: Sequence[ThreatModel | str] = (), *,
-    attack: str = "apgd", steps: int = 100, samples: int | None = None, seed: int = 0, batch_size: int = BATCH,
-    device: str = "auto", precision: str = "float32", on_progress: Progress | None = None,
+    attack: str = "apgd", loss: str = "ce", steps: int = 100, restarts: int = 1, targets: int = 9, eot: int = 1,
+    samples: int | None = None, seed: int = 0, batch_size: int | None = None, device: str = "auto",
+    precision: str = "float32", keep_points: bool = False, pool: Sequence[Evaluation] = (),
+    after: Evaluation | None = None, stop_below: int | None = None, state_path: str | os.PathLike | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Clean and robust verdicts of one network on a split, sample by sample, in eval mode.
 
     threats: what it is attacked with, one after the other; clean ones add nothing. samples: only the first so many.
-    steps: of APGD on cross-entropy, one restart, cold start seeded by (seed, sample id); in L1 they are spent as in
-    AutoAttack (3 eps, 2 eps, eps). A sample that is wrong clean counts as broken and is not attacked.
-    on_progress(done, total, figures) counts samples times (threats + 1). A module that is given is not changed.
+    attack: "apgd", "pgd", or "autoattack" (the standard four, by pyautoattack); loss ("ce", "dlr", "targeted dlr"), steps,
+    restarts, targets and eot: as in `apgd`, cold starts seeded by (seed, sample id, restart). A sample that is wrong clean
+    counts as broken and is not attacked. precision: of the search, "float32", "bfloat16" or "auto"; every verdict is
+    float32's. batch_size: the most images in a pass.
+
+    keep_points: keep the adversarial images too. pool: evaluations that kept theirs, of the same samples; their points are
+    tried on top of the attack. after: an earlier evaluation of the same network on the same samples: its clean
+    predictions are taken over, what it broke stays broken, and what survived the very same attack is not attacked again.
+    stop_below: give up once fewer samples survive the one threat (then robust accuracy is an upper bound, and the record
+    says "stopped").
+    state_path: where what is settled is kept, so that a killed evaluation continues, sample by sample.
+    on_progress(done, total, figures) counts samples times (threats + 1).
+
+    A module that is given is not changed. The record holds the protocol, a certificate that every point lies in the ball
+    and the box (judged in float64), and warnings.
 
     Raises ModelError if the network does not fit the data, Diverged if its logits hold NaN, RequestError for a wrong
-    setting.
+    setting, before any attack.
     """
-    parsed = [threat for threat in map(ThreatModel.parse, threats) if not threat.is_clean]
+    parsed = list(dict.fromkeys(t for t in map(ThreatModel.parse, threats) if not t.is_clean))
     if attack not in ATTACKS:
         raise RequestError(f'attack: got "{attack}", expected one of {", ".join(ATTACKS)}')
-    if steps < 1 or batch_size < 1:
-        raise RequestError(f"evaluate: got steps {steps} and batch_size {batch_size}, expected at least 1 of both")
     where = resolve_device(device)
-    precision = resolve_precision(precision, where)
-    data = data.first(samples).to(where)
+    settings = Settings(
+        "apgd" if attack == "autoattack" else attack, loss, steps, restarts, targets, eot, seed,
+        resolve_precision(precision, where), batch_size, stop_below,
+    ).check(data.classes)  # fmt: skip
+    if stop_below is not None and len(parsed) != 1:
+        raise RequestError(f"stop_below: got {len(parsed)} threats, expected one")
+    data = data.first(samples)
+    _check_labels(data)
+    standard = plan_autoattack(data.classes, parsed[0]) if attack == "autoattack" and parsed else None
     if not isinstance(network, nn.Module):
         network = Checkpoint.load(network)
     model = copy.deepcopy(network) if isinstance(network, nn.Module) else as_network(network)
+    warnings = []
+    if isinstance(network, nn.Module) and any(module.training for module in network.modules()):
+        warnings.append("the network was in train mode; it was judged in eval mode")
     model = model.to(where, memory_format=torch.channels_last)
     check_fit(model, data)
-    x = to_float(data.images).contiguous(memory_format=torch.channels_last)
+    run = _Run(model, data, parsed, settings, standard, where, keep_points, pool, after)
+    fingerprint = {
+        **run.protocol(), "data": data.digest, "keep_points": keep_points, "after": after and after.to_json(),
+        "pool": [e.record.get("checkpoint") for e in pool],
+    }  # fmt: skip
+    if state_path is not None:
+        fingerprint["network"] = network.digest if isinstance(network, Checkpoint) else Checkpoint.of(model).digest
+    saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
     started = time.perf_counter()
     with frozen_eval(model):
-        logits = predict(model, x, batch_size, precision)
-    if not bool(logits.isfinite().all()):
-        raise Diverged("evaluate: the network's logits hold NaN or infinity; its weights or statistics are broken")
-    labels = data.labels.cpu()
-    correct = logits.argmax(1) == labels
-    total = len(data) * (len(parsed) + 1)
-    found = {}
-    for number, threat in enumerate(parsed, 1):
-        head = number * len(data)
-        figures = f"clean {correct.float().mean():.1%}"
-        result = run_apgd(
-            model, x, data.labels, threat, steps=steps, seed=seed, ids=data.ids, batch_size=batch_size,
-            precision=precision, known_correct=correct,
-            on_progress=_samples_done(on_progress, head, len(data), total, figures),
-        )  # fmt: skip
-        length = norms(result.x_adv.cpu() - x.cpu(), threat.norm).float()
-        found[str(threat)] = Verdicts(~result.broken, result.step, length)
+        run.judge_clean(on_progress)
+        run.attack(saved, on_progress)
     record = {
-        "kind": "evaluation", "split": data.name, "data": data.record, "samples": len(data), "threats": list(found),
-        "attack": attack, "loss": "ce", "steps": steps, "restarts": 1, "seed": seed, "batch_size": batch_size,
-        "precision": precision, "l1_schedule": "3eps,2eps,eps", "device": where.type,
+        "kind": "evaluation", "split": data.name, "data": data.record, "samples": len(data),
+        "threats": [str(threat) for threat in parsed], **run.protocol(), "precision": "float32", "device": where.type,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "seconds": time.perf_counter() - started,
         "checkpoint": network.digest if isinstance(network, Checkpoint) else None,
+        "certificate": run.certificate(), "warnings": warnings + run.warnings(),
     }  # fmt: skip
-    return Evaluation(data.ids.cpu(), labels, logits.argmax(1), _margin(logits, labels), found, record)
+    if run.stopped:
+        record["stopped"] = True
+    if after is not None:
+        record["warnings"] = list(dict.fromkeys([*record["warnings"], *after.warnings]))
+    return Evaluation(data.ids.cpu(), run.labels, run.prediction, run.margin, run.verdicts(), record)
+
+
+class _Run:
+    """One evaluation: what is asked, and what has come out so far."""
+
+    def __init__(
+        self, model: nn.Module, data: Split, threats: list[ThreatModel], settings: Settings, standard: Any,
+        device: torch.device, keep_points: bool, pool: Sequence[Evaluation], after: Evaluation | None,
+    ) -> None:  # fmt: skip
+        self.model, self.data, self.threats, self.settings, self.standard = model, data, threats, settings, standard
+        self.device, self.rows, self.pool = device, pass_rows(device, settings.batch_size), pool
+        self.keep_points, self.after = keep_points, after
+        for one in [*pool, *([after] if after else [])]:
+            if not torch.equal(one.ids[: len(data)], data.ids.cpu()) or len(one.ids) < len(data):
+                raise RequestError("evaluate: pool and after must be evaluations of the same samples")
+        self.labels, self.counts, self.stopped = data.labels.cpu(), {}, False
+        self.outcomes: dict[str, Outcome] = {}
+        self.pooled = [self._pool_points(threat) for threat in threats] if pool else []
+
+    def fetch(self, at: Tensor) -> Tensor:
+        """Samples as float images on the device; only these rows of the split are read."""
+        x = to_float(self.data.images[at.to(self.data.images.device)]).to(self.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def own_names(self) -> list[str]:
+        """The attempts of this attack, in order."""
+        return list(self.standard.attacks) if self.standard else [
+            attempt.name for attempt in self.settings.attempts(self.data.classes)
+        ]  # fmt: skip
+
+    def names(self) -> list[str]:
+        """What can break a sample: its own attempts first."""
+        earlier = self.after.record["broken_by"] if self.after else []
+        return list(dict.fromkeys([CLEAN_KEY, *self.own_names(), *([POOL] if self.pool else []), *earlier]))
+
+    def protocol(self) -> dict[str, Any]:
+        """The settings that decide the numbers."""
+        s = self.settings
+        shared = {"seed": s.seed, "broken_by": self.names()}
+        if self.after:
+            shared["after"] = {key: self.after.record.get(key) for key in SAME}
+        if self.standard:
+            return shared | {
+                "attack": "autoattack", "version": self.standard.label, "targets": self.standard.targets, "chunk": CHUNK,
+                "search_precision": "float32",
+            }  # fmt: skip
+        return shared | {
+            "attack": s.attack, "loss": s.loss_name, "steps": s.steps, "restarts": s.restarts, "eot": s.eot,
+            "search_precision": s.precision, "rows": self.rows, "l1_schedule": "3eps,2eps,eps",
+            **({"targets": s.targets} if s.loss == "targeted dlr" else {}),
+            **({"stop_below": s.stop_below} if s.stop_below is not None else {}),
+        }  # fmt: skip
+
+    def judge_clean(self, on_progress: Progress | None) -> None:
+        """Predict without an attack, or take the predictions over."""
+        n, known = len(self.data), self.after
+        self.random, self.logits = None, None
+        if known is not None and self.settings.loss != "targeted dlr":
+            self.prediction, self.margin = known.prediction[:n], known.margin[:n]
+        else:
+            self.logits = predict(self.model, self.fetch, n, self.rows, self.device)
+            if not bool(self.logits.isfinite().all()):
+                raise Diverged(
+                    "evaluate: the network's logits hold NaN or infinity; its weights or statistics are broken"
+                )
+            self.prediction, self.margin = self.logits.argmax(1), margin_of(self.logits, self.labels).float()
+            again = predict(self.model, self.fetch, min(n, self.rows), self.rows, self.device)
+            self.random = float(
+                (again - self.logits[: len(again)]).abs().max() / self.logits.abs().max().clamp(min=1e-6)
+            )
+        self.correct = self.prediction == self.labels
+        if on_progress:
+            on_progress(n, n * (1 + len(self.threats)), f"clean {float(self.correct.float().mean()):.1%}")
+
+    def attack(self, saved: SavedState, on_progress: Progress | None) -> None:
+        """Attack with every threat in turn, from where `saved` is."""
+        total = len(self.own_names())
+        state = saved.load() or {}
+        logits = self.logits  # or any that say the same
+        if logits is None:
+            logits = torch.nn.functional.one_hot(self.prediction, self.data.classes).float()
+        samples = Samples(self.fetch, self.labels, self.data.ids.cpu(), logits)
+        try:
+            for number, threat in enumerate(self.threats):
+                outcome = Outcome.blank(len(self.data), self._blank_points() if self.keep_points else None)
+                self.outcomes[str(threat)] = outcome
+                if str(threat) in state.get("outcomes", {}):
+                    self._add(state.get("counts", {}) if number == 0 else {})
+                    outcome.restore(state["outcomes"][str(threat)], total)
+                elif self.after:
+                    self._take_over(str(threat), outcome, total)
+                poll = self._poll(saved, on_progress, number, total)
+                if self.pool:
+                    self._try_pool(number, samples, outcome, total)
+                if self.standard:
+                    self._autoattack(threat, samples, outcome, poll)
+                else:
+                    self._add(run_attempts(self.model, samples, threat, self.settings, outcome, self.device, poll=poll))
+                    self.stopped |= bool((outcome.settled[self.correct] < total).any())
+        except BaseException:
+            if any(bool(outcome.settled.any()) for outcome in self.outcomes.values()):
+                saved.save(self._state())
+            raise
+        saved.clear()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "outcomes": {name: outcome.snapshot() for name, outcome in self.outcomes.items()},
+            "counts": dict(self.counts),
+        }
+
+    def _take_over(self, threat: str, outcome: Outcome, attempts: int) -> None:
+        """What an earlier evaluation broke stays broken; what survived the very same attack is not attacked again."""
+        n, earlier = len(self.data), self.after.threats.get(threat)
+        if earlier is None:
+            return
+        mine = self.protocol()
+        same = all(self.after.record.get(key) == mine.get(key) for key in SAME) and "stopped" not in self.after.record
+        renamed = torch.tensor([self.names().index(name) - 1 for name in self.after.record["broken_by"]])
+        by = earlier.by[:n]
+        broken = by > 0
+        over = broken | (same & (by == -1))
+        outcome.by[broken] = renamed[by[broken]]
+        outcome.broken[broken], outcome.settled[over] = True, attempts
+        for name in ("step", "norm", "margin"):
+            getattr(outcome, name)[over] = getattr(earlier, name)[:n][over]
+        if outcome.x_adv is not None and earlier.x_adv is not None:
+            outcome.x_adv[over] = earlier.x_adv[:n][over]
+
+    def _poll(
+        self, saved: SavedState, on_progress: Progress | None, number: int, attempts: int
+    ) -> Callable[[int, int], None]:
+        n = len(self.data)
+        figures = f"clean {float(self.correct.float().mean()):.1%}"
+        wrong = n - int(self.correct.sum())
+
+        def poll(done: int, of: int) -> None:
+            if on_progress:
+                on_progress((number + 1) * n + wrong + done // attempts, n * (len(self.threats) + 1), figures)
+            if saved.due():
+                saved.save(self._state())
+
+        return poll
+
+    def _add(self, counts: Mapping[str, int]) -> None:
+        for name, value in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + value
+
+    def _blank_points(self) -> Tensor:
+        return to_float(self.data.images.cpu())
+
+    def _pool_points(self, threat: ThreatModel) -> list[Tensor]:
+        points = []
+        for evaluation in self.pool:
+            verdicts = evaluation.threats.get(str(threat))
+            if verdicts is None or verdicts.x_adv is None:
+                raise RequestError(f"pool: an evaluation kept no points for {threat}; make it with keep_points=True")
+            points.append(verdicts.x_adv)
+        return points
+
+    def _try_pool(self, number: int, samples: Samples, outcome: Outcome, attempts: int) -> None:
+        """Points that were found against other networks; what they break needs no attack of its own."""
+        threat = self.threats[number]
+        for points in self.pooled[number]:
+            which = (self.correct & ~outcome.broken).nonzero().flatten()
+
+            def fetch(at: Tensor, points: Tensor = points) -> Tensor:
+                return points[at].to(self.device).contiguous(memory_format=torch.channels_last)
+
+            broken, margin = try_points(self.model, samples, fetch, which, self.rows, self.device)
+            self._settle(outcome, which[broken], fetch, threat, attempts, self.names().index(POOL) - 1, margin[broken])
+
+    def _settle(
+        self, outcome: Outcome, at: Tensor, fetch: Callable[[Tensor], Tensor], threat: ThreatModel, attempts: int, by: int,
+        margin: Tensor,
+    ) -> None:  # fmt: skip
+        """Write down ready-made points that broke samples `at`."""
+        for part, least in zip(at.split(CHUNK), margin.split(CHUNK), strict=True):
+            x, points = self.fetch(part), fetch(part)
+            outcome.norm[part] = norms(points - x, threat.norm).float().cpu()
+            outcome.excess[part] = excess_of(points, x, threat).cpu()
+            outcome.margin[part] = least
+            if outcome.x_adv is not None:
+                outcome.x_adv[part] = points.cpu()
+        outcome.by[at], outcome.broken[at], outcome.settled[at] = by, True, attempts
+
+    def _autoattack(
+        self, threat: ThreatModel, samples: Samples, outcome: Outcome, poll: Callable[[int, int], None]
+    ) -> None:
+        """The standard attacks, a chunk of samples at a time; a chunk that is settled stays so."""
+        attacks = len(self.standard.attacks)
+        every = self.correct.nonzero().flatten()
+        total = len(every) * attacks
+        for start in range(0, len(every), CHUNK):
+            chunk = every[start : start + CHUNK]
+            if bool((outcome.settled[chunk] == attacks).all()):
+                continue
+            x = self.fetch(chunk)
+            y = self.labels[chunk].to(self.device)
+            points, by = attack_chunk(
+                self.model, x, y, threat, standard=self.standard, seed=self.settings.seed + int(samples.ids[chunk[0]]),
+                on_progress=lambda done, of, start=start: poll(start * attacks + done, total),
+            )  # fmt: skip
+            by = by.cpu()
+            outcome.norm[chunk] = norms(points - x, threat.norm).float().cpu()
+            outcome.excess[chunk] = excess_of(points, x, threat).cpu()
+            if outcome.x_adv is not None:
+                outcome.x_adv[chunk] = points.cpu()
+            _, margin = try_points(
+                self.model, samples, lambda at, points=points, chunk=chunk: points[torch.searchsorted(chunk, at)], chunk,
+                self.rows, self.device,
+            )  # fmt: skip
+            outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
+            outcome.settled[chunk] = attacks
+            poll(int(outcome.settled[every].sum()), total)
+
+    def verdicts(self) -> dict[str, Verdicts]:
+        """What came out, by threat."""
+        found = {}
+        for name, outcome in self.outcomes.items():
+            robust = self.correct & ~outcome.broken
+            by = torch.where(self.correct, torch.where(outcome.broken, outcome.by + 1, -1), 0)
+            step = torch.where(self.correct, outcome.step, 0)
+            margin = torch.where(self.correct, outcome.margin, self.margin)
+            found[name] = Verdicts(robust, by, step, outcome.norm, margin, outcome.x_adv)
+        return found
+
+    def certificate(self) -> dict[str, dict[str, Any]]:
+        """Whether every point lies in the ball and the box, judged in float64, by threat."""
+        made = {}
+        for threat, outcome in zip(self.threats, self.outcomes.values(), strict=True):
+            excess = outcome.excess[~outcome.excess.isnan()]
+            allowed = TOLERANCE * max(1.0, threat.eps)
+            made[str(threat)] = {
+                "points": len(excess), "outside": int((excess > allowed).sum()), "tolerance": allowed,
+                "largest_excess": float(excess.max()) if len(excess) else None,
+            }  # fmt: skip
+        return made
+
+    def warnings(self) -> list[str]:
+        """What makes the numbers doubtful."""
+        attacked = self.counts.get("attacked", 0)
+        found = []
+        if self.random and self.random > 1e-4:
+            found.append("the network's outputs differ between two calls; attack it with eot above 1")
+        if (
+            bool((self.logits >= 0).all())
+            and bool(((self.logits.sum(1) - 1).abs() < 1e-4).all())
+            and self.random is not None
+        ):
+            found.append(
+                "the network's outputs sum to 1: probabilities, not logits; they hide the gradient from the attack"
+            )
+        if zeros := self.counts.get("zero gradients", 0):
+            found.append(
+                f"the gradient is exactly zero at the start for {zeros} of {attacked} attacked samples; "
+                "robust accuracy may be too high; try loss dlr, or autoattack"
+            )
+        if nan := self.counts.get("NaN", 0):
+            found.append(f"the logits held NaN at {nan} attacked points")
+        for name, certificate in self.certificate().items():
+            if certificate["outside"]:
+                found.append(f"{certificate['outside']} points lie outside the ball or the box of {name}")
+        return found + _above_clean(self.correct, self.verdicts())
+
+
+def _above_clean(correct: Tensor, verdicts: Mapping[str, Verdicts]) -> list[str]:
+    """A sign of a network that answers at random, or of an attack that helps it."""
+    return [
+        f"accuracy under {name} is above clean accuracy ({v.robust.float().mean():.1%}, {correct.float().mean():.1%})"
+        for name, v in verdicts.items()
+        if int(v.robust.sum()) > int(correct.sum())
+    ]
+
+
+def _check_labels(data: Split) -> None:
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= data.classes:
+        raise DataError(f"labels: got {low}..{high}, expected 0..{data.classes - 1}, as the data has classes")
 
 
 def refuse_chance(network: nn.Module | Checkpoint, data: Split, name: str, *, device: str = "auto") -> None:
@@ -183,15 +537,3 @@ def refuse_chance(network: nn.Module | Checkpoint, data: Split, name: str, *, de
             f"{name}: clean accuracy {clean} is near chance ({1 / classes:.1%}); does the network expect --normalize MEAN "
             "STD, or another order of the classes?"
         )
-
-
-def _samples_done(on_progress: Progress | None, head: int, size: int, total: int, figures: str):
-    if on_progress is None:
-        return None
-    return lambda done, of: on_progress(head + (size - of) + done, total, figures)
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    right = logits.gather(1, labels.view(-1, 1)).squeeze(1)
-    others = logits.scatter(1, labels.view(-1, 1), -torch.inf)
-    return right - others.max(1).values

@@ -163,19 +163,38 @@ class Soup(Section):
 
 
 class Evaluate(Section):
-    """How every checkpoint is judged, on the split that selects and on the one that reports."""
+    """How every checkpoint is judged, on the split that selects and on the one that reports.
+
+    precision is the search's; every verdict is float32's. screen: on the split that selects, soups of a grid or line get the
+    ingredients' adversarial points and a short attack (screen_steps, bfloat16 where the device has it), and those that no
+    other one beats are confirmed in full.
+    """
 
     threats: tuple[str, ...] = ("Linf 8/255",)
-    attack: Literal["apgd"] = "apgd"
+    attack: Literal["apgd", "pgd", "autoattack"] = "apgd"
+    loss: Literal["ce", "dlr", "targeted dlr"] = "ce"
     steps: int = Field(100, ge=1)
+    restarts: int = Field(1, ge=1)
+    eot: int = Field(1, ge=1)
+    screen: bool = False
+    screen_steps: int = Field(10, ge=1)
     select_on: Literal["val"] = "val"
     report_on: Literal["test"] = "test"
     select_samples: int | None = Field(None, ge=1)
     report_samples: int | None = Field(None, ge=1)
     report: Literal["all", "chosen"] = "all"
-    batch_size: int = Field(250, ge=1)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int | None = Field(None, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    keep_points: bool = False
     seed: int | None = Field(None, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _screens(self) -> "Evaluate":
+        if self.screen and all(threat == "clean" for threat in self.threats):
+            raise ValueError("screen: there is no attack to shorten; give threats")
+        if self.screen and self.attack == "autoattack":
+            raise ValueError('screen: soups are screened by a short apgd; it does not go with attack = "autoattack"')
+        return self
 
 
 class Select(Section):

@@ -1,7 +1,8 @@
 """Attacks: functions of (model, x, y, threat) to x_adv."""
 
-from robustsoup.attacks.apgd import AttackResult, apgd, apgd_train, run_apgd
+from robustsoup.attacks.apgd import apgd_train
+from robustsoup.attacks.attack import AttackResult, Settings, apgd, pgd, run_attack
 
-ATTACKS = {"apgd": run_apgd}
+ATTACKS = ("apgd", "pgd", "autoattack")
 
-__all__ = ["ATTACKS", "AttackResult", "apgd", "apgd_train", "run_apgd"]
+__all__ = ["ATTACKS", "AttackResult", "Settings", "apgd", "apgd_train", "pgd", "run_attack"]

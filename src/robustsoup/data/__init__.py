@@ -1,4 +1,4 @@
-"""Data sets, whole in memory, split into train, val and test, and batches from them."""
+"""Data sets, in memory or memory-mapped, split into train, val and test, and batches from them."""
 
 from robustsoup.data.batches import augment, batches, to_float
 from robustsoup.data.cifar import data_root, fetch_cifar10

@@ -1,4 +1,4 @@
-"""Batches from a split in memory: which samples, in which order, cropped and mirrored how, from seeds alone."""
+"""Batches from a split: which samples, in which order, cropped and mirrored how, from seeds alone."""
 
 from collections.abc import Iterator
 

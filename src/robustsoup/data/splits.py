@@ -1,11 +1,15 @@
 """What every data set is once loaded: three splits of uint8 images that share one record of where they came from."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from robustsoup.errors import DataError
+
+# Images that are looked at together: few, so that images which lie in a file never all have to be in memory.
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,10 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set, whole in memory.
+    """One part of a data set: in memory, or mapped into it from a file and read as it is used.
 
-    images: uint8 (n, c, h, w), contiguous. labels: int64 (n,) in 0..classes-1.
+    images: uint8 (n, c, h, w), contiguous; where they are mapped, writing to them changes this process's copy only.
+    labels: int64 (n,) in 0..classes-1.
     ids: int64 (n,), each sample's number in the source; train and val share one numbering, test may have its own.
     name: "train", "val" or "test".
     record: where the samples came from, JSON-able, the same for the three splits of one Data: name, digest (of the
@@ -123,23 +128,39 @@ def hold_out(n: int, held: int, *key: str | int) -> tuple[torch.Tensor, torch.Te
 
 def content_digest(*samples: Samples) -> str:
     """sha256 (hex) over shapes, images and labels, in the order given."""
+    return streamed_digest((tuple(part.images.shape), part.images.split(CHUNK), part.labels) for part in samples)
+
+
+def streamed_digest(parts: Iterable[tuple[tuple[int, ...], Iterable[torch.Tensor], torch.Tensor]]) -> str:
+    """content_digest of parts given as (shape of all images, these images piece by piece, labels)."""
     digest = hashlib.sha256()
-    for part in samples:
-        digest.update(str(tuple(part.images.shape)).encode())
-        digest.update(part.images.contiguous().numpy())
-        digest.update(part.labels.contiguous().numpy())
+    for shape, pieces, labels in parts:
+        digest.update(str(shape).encode())
+        for piece in pieces:
+            digest.update(piece.contiguous().numpy())
+        digest.update(labels.contiguous().numpy())
     return digest.hexdigest()
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in [0, 1], exactly, from 256-bin counts.
+    """Mean and standard deviation of each channel of uint8 images (n, c, h, w), in [0, 1]; see statistics_of_counts."""
+    return statistics_of_counts(sum(channel_counts(chunk) for chunk in images.split(CHUNK)))
+
+
+def channel_counts(images: torch.Tensor) -> torch.Tensor:
+    """How often each value occurs in each channel of uint8 images (n, c, h, w): int64 (c, 256)."""
+    return torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)])
+
+
+def statistics_of_counts(counts: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in [0, 1], exactly, from its channel_counts (c, 256).
 
     A std below 1/255 is reported as 1/255, so that normalising a constant channel does not divide by zero.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.reshape(-1), minlength=256).double() / channel.numel()
+    for count in counts:
+        share = count.double() / count.sum()
         mean = (share * values).sum()
         variance = (share * (values - mean) ** 2).sum()
         means.append(round(mean.item(), 6))

@@ -226,6 +226,10 @@ def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("selected on", protocol["select_on"]),
         ("reported on", protocol["report_on"]),
         ("precision", protocol.get("precision")),
+        ("searched in", protocol.get("search_precision")),
+        ("screened", ", ".join(row["name"] for row in results["rows"] if row.get("screened"))
+         + " (val figures are upper bounds)" if any(row.get("screened") for row in results["rows"]) else None),
+        ("warnings", "; ".join(f"{row['name']}: {text}" for row in results["rows"] for text in row.get("warnings", ()))),
         ("seeds", ", ".join(f"{what} {seed}" for what, seed in seeds.items() if seed is not None)),
         ("data", ", ".join(str(data[key]) for key in ("name", "split_digest") if data.get(key))),
         ("versions", ", ".join(f"{key} {versions[key]}" for key in versions if key not in ("device", "threads"))),

@@ -111,6 +111,7 @@ def attack_line(protocol: dict[str, Any], split: str, rows: Sequence[Row]) -> st
         + (f", {restarts} restarts" if restarts != 1 else ""),
         f"{samples(rows, split)} {split} samples",
         *([protocol["precision"]] if protocol.get("precision") else []),
+        *(["beaten soups were only screened: upper bounds"] if protocol.get("screened") and split == "val" else []),
     ]
     return plain(" · ".join(parts), 200)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from robustsoup.attacks.forward import frozen_eval, gradient
+from robustsoup.attacks.forward import frozen_eval, gradient, pass_rows
+from robustsoup.attacks.lanes import in_lanes, lane_count
 from robustsoup.losses import ce
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Step
@@ -15,22 +16,24 @@ SURVIVING = 0.55
 """The share of an evaluation's attack steps that are really taken: fooled samples leave. Seen on small CIFAR-10 nets."""
 
 
-def measure(context: Context, precision: str, batch_size: int = 128) -> float:
-    """Seconds for one forward pass of one sample (half of a forward and input gradient), the median of a few batches."""
-    network = context.fresh_network(0).to(context.device, memory_format=torch.channels_last)
-    shape = (batch_size, context.data.record["channels"], *context.data.record["size"])
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(context.device)
+def measure(context: Context, precision: str) -> float:
+    """Seconds for one forward pass of one sample (half of a forward and input gradient), the median of a few passes."""
+    device, rows = context.device, pass_rows(context.device)
+    network = context.fresh_network(0).to(device, memory_format=torch.channels_last)
+    shape = (rows, context.data.record["channels"], *context.data.record["size"])
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.zeros(batch_size, dtype=torch.long, device=context.device)
+    y = torch.zeros(rows, dtype=torch.long, device=device)
+    tasks = [lambda: gradient(network, x, y, ce, precision)] * lane_count(device)
     times = []
     with frozen_eval(network):
         for _ in range(6):
             started = time.perf_counter()
-            gradient(network, x, y, ce, precision)
-            if context.device.type == "cuda":
+            in_lanes(tasks, device)
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) / (2 * batch_size)
+    return statistics.median(times[1:]) / (2 * rows * len(tasks))
 
 
 def seconds_of(steps: Sequence[Step], context: Context) -> dict[str, float]:

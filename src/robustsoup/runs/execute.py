@@ -21,6 +21,7 @@ from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.learning import learn
 from robustsoup.soups.mixing import mix
+from robustsoup.soups.search import screened
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
 
@@ -63,6 +64,9 @@ class Reporter(Protocol):
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
         """`done` of `total` parts of the step are done."""
 
+    def warn(self, text: str) -> None:
+        """Something makes a result doubtful."""
+
     def finished(self, step: Step, figures: str, seconds: float) -> None:
         """The step is finished."""
 
@@ -71,7 +75,7 @@ def execute(plan: Plan, context: Context, store: Store, reporter: Reporter) -> N
     """Do every step of the plan that the store lacks, in order. What is finished stays finished if one fails."""
     missing = [step for step in plan.steps if not store.has(step.key)]
     reporter.begin(plan, missing)
-    worker = _Worker(plan, context, store)
+    worker = _Worker(plan, context, store, reporter.warn)
     for step in missing:
         started = time.perf_counter()
         record = {"kind": step.kind, "name": step.name, "settings": step.settings, "parents": step.parents,
@@ -93,9 +97,13 @@ def _progress(reporter: Reporter, step: Step) -> Progress:
 
 
 class _Worker:
-    def __init__(self, plan: Plan, context: Context, store: Store) -> None:
+    def __init__(self, plan: Plan, context: Context, store: Store, warn: Callable[[str], None]) -> None:
         self.plan, self.context, self.store = plan, context, store
         self.checkpoint: Callable[[str], Checkpoint] = lru_cache(maxsize=8)(self._checkpoint)
+        self.judged: Callable[[str], Evaluation] = lru_cache(maxsize=8)(
+            lambda key: Evaluation.load(store.path(key) / "evaluation.json")
+        )
+        self.warn = warn
 
     def run(self, step: Step, folder: Path, on_progress: Progress) -> str:
         """Do one step, put its output into `folder`, and return its figures in one line."""
@@ -163,9 +171,17 @@ class _Worker:
         settings = dict(step.settings)
         checkpoint = self.checkpoint(step.parents[0])
         data = self.context.data.split(settings.pop("split"))
-        evaluation = evaluate(checkpoint, data, device=str(self.context.device), on_progress=on_progress, **settings)
+        short, pool, after = settings.pop("screened"), settings.pop("pool"), settings.pop("after")
+        evaluation = evaluate(
+            checkpoint, data, device=str(self.context.device), state_path=folder / "state.pt", on_progress=on_progress,
+            pool=[self.judged(key) for key in pool], after=self.judged(after) if after else None, **settings,
+        )  # fmt: skip
+        if short:
+            evaluation = screened(evaluation)
         evaluation.save(folder / "evaluation.json")
-        return scores(evaluation)
+        for warning in evaluation.warnings:
+            self.warn(f"{step.name}: {warning}")
+        return scores(evaluation) + " (screened: upper bounds)" * short
 
 
 def scores(evaluation: Evaluation) -> str:

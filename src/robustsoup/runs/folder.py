@@ -18,20 +18,31 @@ from robustsoup.files import atomic_path, write_text
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Plan, Row
 from robustsoup.runs.store import Store
-from robustsoup.soups.search import Candidate
-from robustsoup.soups.selection import Selection, select
+from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
 
 SOUPS = ("grid", "line", "uniform", "learned")
 
 
-def select_row(plan: Plan, store: Store) -> Selection | None:
-    """The choice among the soups of a plan by the recipe's [select], on the validation split; None if it asks for none."""
-    wanted = plan.recipe.select
-    tried = [
+def soups_tried(plan: Plan, store: Store) -> list[Candidate]:
+    """The soups of a plan with what they scored on the split that selects."""
+    return [
         Candidate(row.name, row.coefficients or (), Evaluation.load(store.path(row.val) / "evaluation.json"))
         for row in plan.rows
         if row.role in SOUPS and row.val
     ]
+
+
+def to_confirm(plan: Plan, store: Store) -> list[str]:
+    """The rows that were only screened, and that no other soup beats."""
+    tried = soups_tried(plan, store)
+    if not tried:
+        return []
+    return [c.name for c in pareto_front(tried, list(tried[0].evaluation.accuracy)) if not c.confirmed]
+
+
+def select_row(plan: Plan, store: Store) -> Selection | None:
+    """The choice among the soups of a plan by the recipe's [select], on the validation split; None if it asks for none."""
+    wanted, tried = plan.recipe.select, soups_tried(plan, store)
     if wanted is None or not tried:
         return None
     return select(
@@ -87,7 +98,14 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
             source, target = store.path(key) / "evaluation.json", folder / "evaluations" / f"{row.name}.{split}.json"
             _link(source.with_suffix(".npz"), target.with_suffix(".npz"))
             _link(source, target)
-            entry[split] = json.loads(source.read_text())["accuracy"]
+            record = json.loads(source.read_text())
+            entry[split] = record["accuracy"]
+            if record.get("screened"):
+                entry["screened"] = True
+            if record["warnings"]:
+                entry["warnings"] = sorted({*entry.get("warnings", ()), *record["warnings"]})
+            if (points := source.with_suffix(".points.npz")).exists():
+                _link(points, target.with_suffix(".points.npz"))
     return entry
 
 
@@ -107,8 +125,9 @@ def _protocol(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     seed = plan.recipe.seed if evaluate.seed is None else evaluate.seed
     samples = {split: next((row[split]["clean"]["n"] for row in rows if row[split]), None) for split in ("val", "test")}
     return {
-        "attack": evaluate.attack, "loss": "ce", "steps": evaluate.steps, "restarts": 1,
-        "precision": evaluate.precision, "seed": seed, "select_on": evaluate.select_on,
+        "attack": evaluate.attack, "loss": evaluate.loss, "steps": evaluate.steps, "restarts": evaluate.restarts,
+        "precision": "float32", "search_precision": evaluate.precision, "screened": evaluate.screen, "seed": seed,
+        "select_on": evaluate.select_on,
         "report_on": evaluate.report_on, "samples": samples, "threats": list(evaluate.threats),
     }  # fmt: skip
 

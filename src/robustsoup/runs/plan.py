@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from robustsoup.data import Data
 from robustsoup.recipes import Ingredient, Recipe, Soup, Training
 from robustsoup.soups.search import candidates
 
-VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 1, "mix": 1, "evaluate": 1}
+VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 1, "mix": 1, "evaluate": 2}
 """The version of each kind of step, part of its key: raised by hand when the meaning of a step changes."""
 
 DEFAULT_BUFFERS = {"learned": "tracked"}
@@ -178,36 +178,79 @@ class _Planner:
 
     def _judged(self, row: Row) -> Row:
         evaluate = self.recipe.evaluate
-        keys = {"val": self._evaluation(row, evaluate.select_on, evaluate.select_samples)}
+        keys = {"val": self._selecting(row)}
         if evaluate.report == "all":
             keys["test"] = self._evaluation(row, evaluate.report_on, evaluate.report_samples)
         return Row(**{**vars(row), **keys})
 
-    def _evaluation(self, row: Row, split: str, samples: int | None) -> str:
+    def _selecting(self, row: Row) -> str:
+        """The evaluation that selects; where soups are screened, every one is tried with the same pool of points."""
+        evaluate = self.recipe.evaluate
+        split, samples = evaluate.select_on, evaluate.select_samples
+        if not evaluate.screen:
+            return self._evaluation(row, split, samples)
+        pool = {name: self._pool(name) for name in self.recipe.ingredients}
+        own = next((key for name, key in pool.items() if self.checkpoints[name] == row.key), None)
+        short = own is None and row.role in ("grid", "line")
+        return self._evaluation(row, split, samples, pool=tuple(pool.values()), after=own, short=short)
+
+    def _pool(self, ingredient: str) -> str:
+        evaluate = self.recipe.evaluate
+        row = Row(f"{ingredient}.pool", "ingredient", self.checkpoints[ingredient])
+        return self._evaluation(row, evaluate.select_on, evaluate.select_samples, keep_points=True)
+
+    def _evaluation(
+        self, row: Row, split: str, samples: int | None, *, pool: tuple[str, ...] = (), after: str | None = None,
+        short: bool = False, keep_points: bool | None = None,
+    ) -> str:  # fmt: skip
         evaluate, n = self.recipe.evaluate, samples or len(self.data.split(split))
         settings = {
-            "split": split, "threats": list(evaluate.threats), "attack": evaluate.attack, "steps": evaluate.steps,
-            "samples": samples, "batch_size": evaluate.batch_size, "precision": evaluate.precision,
-            "seed": self._seed(evaluate.seed),
+            "split": split, "threats": list(evaluate.threats), "attack": evaluate.attack, "loss": evaluate.loss,
+            "steps": evaluate.screen_steps if short else evaluate.steps, "restarts": 1 if short else evaluate.restarts,
+            "eot": evaluate.eot, "samples": samples, "batch_size": evaluate.batch_size,
+            "precision": self.precision if short or evaluate.precision == "auto" else evaluate.precision,
+            "keep_points": evaluate.keep_points if keep_points is None else keep_points,
+            "seed": self._seed(evaluate.seed), "pool": list(pool), "after": after, "screened": short,
         }  # fmt: skip
         attacks = sum(threat != "clean" for threat in evaluate.threats)
-        passes = n * (1 + attacks * evaluate.steps)
-        return self._add("evaluate", f"{row.name}.{split}", settings, [row.key], passes)
+        passes = n * (
+            1 + attacks * (len(pool) // 2 + (0 if after and not short else settings["steps"] * settings["restarts"]))
+        )
+        parents = [row.key, *pool, *([after] if after and after not in pool else [])]
+        return self._add("evaluate", f"{row.name}.{split}", settings, parents, passes)
 
     def _seed(self, own: int | None) -> int:
         return self.recipe.seed if own is None else own
 
 
-def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, Any]) -> Plan:
+def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, Any], precision: str) -> Plan:
     """The same plan with the row `name` judged on the reporting split too."""
-    planner = _Planner(plan.recipe, data, model_settings, "")
-    planner.steps = {step.key: step for step in plan.steps}
     evaluate = plan.recipe.evaluate
-    rows = tuple(
-        Row(**{**vars(row), "test": planner._evaluation(row, evaluate.report_on, evaluate.report_samples)})
-        if row.name == name else row
-        for row in plan.rows
-    )  # fmt: skip
+
+    def judged(planner: _Planner, row: Row) -> dict[str, str]:
+        return {"test": planner._evaluation(row, evaluate.report_on, evaluate.report_samples)}
+
+    return _extended(plan, data, [name], model_settings, precision, judged)
+
+
+def confirmed(plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str) -> Plan:
+    """The same plan with the screened rows `names` judged in full on the split that selects, on top of the screening."""
+    evaluate = plan.recipe.evaluate
+
+    def judged(planner: _Planner, row: Row) -> dict[str, str]:
+        pool = tuple(plan.step(row.val).settings["pool"])
+        return {"val": planner._evaluation(row, evaluate.select_on, evaluate.select_samples, pool=pool, after=row.val)}
+
+    return _extended(plan, data, names, model_settings, precision, judged)
+
+
+def _extended(
+    plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str,
+    judged: Callable[["_Planner", Row], dict[str, str]],
+) -> Plan:  # fmt: skip
+    planner = _Planner(plan.recipe, data, model_settings, precision)
+    planner.steps = {step.key: step for step in plan.steps}
+    rows = tuple(Row(**{**vars(row), **judged(planner, row)}) if row.name in names else row for row in plan.rows)
     return Plan(plan.recipe, tuple(planner.steps.values()), rows, plan.files)
 
 

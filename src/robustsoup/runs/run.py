@@ -10,10 +10,11 @@ from robustsoup.errors import ModelError
 from robustsoup.evaluation import refuse_chance
 from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage
 from robustsoup.precision import resolve_device, resolve_precision
+from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe
 from robustsoup.runs.execute import Context, Reporter, execute
-from robustsoup.runs.folder import fill, select_row
-from robustsoup.runs.plan import Plan, chosen_on_test, make_plan
+from robustsoup.runs.folder import fill, select_row, to_confirm
+from robustsoup.runs.plan import Plan, chosen_on_test, confirmed, make_plan
 from robustsoup.runs.store import Store
 from robustsoup.soups.mixing import check_ingredients
 from robustsoup.soups.selection import Selection
@@ -30,14 +31,18 @@ class Prepared:
     leakage: tuple[str, str]
 
 
-def prepare(recipe: Recipe, *, device: str = "auto", data_root: str | None = None) -> Prepared:
-    """Load the data, read the checkpoints that the recipe names, and plan. Runs nothing.
+def prepare(
+    recipe: Recipe, *, device: str = "auto", data_root: str | None = None, on_progress: Progress | None = None
+) -> Prepared:
+    """Load the data (telling on_progress), read the checkpoints that the recipe names, and plan. Runs nothing.
 
     Raises LeakageError where a checkpoint was trained on the samples that select (unless the recipe allows it), and
     whatever makes the data, the files or the network unusable.
     """
     where = resolve_device(device)
-    data = load_data(recipe.data, root=data_root, seed=recipe.seed, image_size=recipe.image_size)
+    data = load_data(
+        recipe.data, root=data_root, seed=recipe.seed, image_size=recipe.image_size, on_progress=on_progress
+    )
     paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [recipe.checkpoint] * bool(
         recipe.checkpoint
     )
@@ -60,9 +65,13 @@ def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[
     for checkpoint in plan.files.values():
         refuse_chance(context.describe(checkpoint), context.data.val, checkpoint.name, device=str(context.device))
     execute(plan, context, store, reporter)
+    precision = resolve_precision(plan.recipe.precision, context.device)
+    if plan.recipe.evaluate.screen:
+        plan = confirmed(plan, context.data, to_confirm(plan, store), context.model, precision)
+        execute(plan, context, store, reporter)
     selection = select_row(plan, store)
     if selection is not None and plan.recipe.evaluate.report == "chosen":
-        plan = chosen_on_test(plan, context.data, selection.best.name, context.model)
+        plan = chosen_on_test(plan, context.data, selection.best.name, context.model, precision)
         execute(plan, context, store, reporter)
     return fill(folder, plan, context, store, selection, prepared.leakage), selection
 

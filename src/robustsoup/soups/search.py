@@ -4,7 +4,8 @@ import copy
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,9 @@ from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.leakage import check_leakage
 from robustsoup.progress import Progress
 from robustsoup.soups.mixing import mix
+from robustsoup.soups.selection import Alpha, Candidate, Requirement, pareto_front
 from robustsoup.threats import ThreatModel
 
-Alpha = tuple[float, ...]
 LIMIT = 2000
 
 
@@ -55,13 +56,8 @@ def candidates(method: str, n: int, step: float = 0.2) -> list[Alpha]:
     raise CoefficientError(f'method: got "{method}", expected "grid", "line" or "uniform"')
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A soup that was tried: its coefficients and what it scored."""
-
-    name: str
-    alpha: Alpha
-    evaluation: Evaluation
+SCREEN = {"steps": 10, "precision": "auto"}
+"""How a soup is screened: a short attack, on top of the points that broke the ingredients."""
 
 
 def alpha_name(alpha: Sequence[float]) -> str:
@@ -69,31 +65,83 @@ def alpha_name(alpha: Sequence[float]) -> str:
     return "-".join(f"{value:.6g}" for value in alpha)
 
 
+def screened(evaluation: Evaluation) -> Evaluation:
+    """The same evaluation, marked as a screening: its robust figures are upper bounds."""
+    return replace(evaluation, record={**evaluation.record, "screened": True})
+
+
 def search(
     ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, threats: Sequence[ThreatModel | str], *,
     method: str = "grid", step: float = 0.2, buffers: str = "average", calibrate_on: Split | None = None,
-    steps: int = 100, samples: int | None = None, seed: int = 0, allow_leakage: bool = False,
-    network: nn.Module | None = None, device: str = "auto", precision: str = "float32",
-    on_progress: Progress | None = None,
+    attack: str = "apgd", loss: str = "ce", steps: int = 100, restarts: int = 1, samples: int | None = None, seed: int = 0,
+    screen: bool = False, screen_steps: int = SCREEN["steps"], maximise: ThreatModel | str | None = None,
+    require: Sequence[str] = (), allow_leakage: bool = False, network: nn.Module | None = None, device: str = "auto",
+    precision: str = "float32", on_progress: Progress | None = None,
 ) -> list[Candidate]:  # fmt: skip
     """Evaluate every soup of a method on `data` (the validation split) and return them all; `select` picks one.
 
-    buffers, calibrate_on, network: as in `mix`; steps, samples, seed, precision: as in `evaluate`.
+    buffers, calibrate_on, network: as in `mix`; attack to seed, precision: as in `evaluate`.
+
+    screen: attack the ingredients in full; try their adversarial points on every soup alike, with a short attack
+    (screen_steps, bfloat16 where the device has it); then confirm in full the soups that no other one beats in clean
+    and robust accuracy. The others' figures are upper bounds (`Candidate.confirmed` is False, the record says "screened").
+    maximise, require (of clean accuracy, as in `select`): with screen, confirm only what can still win the choice, and stop a
+    soup as soon as it has lost.
+
     Raises LeakageError if an ingredient was trained on samples of `data`, unless allow_leakage.
     """
     loaded = [Checkpoint.load(item) for item in ingredients]
     check_leakage(loaded, data, allow=allow_leakage)
-    points = candidates(method, len(loaded), step)
-    found = []
-    for number, alpha in enumerate(points):
+    points = {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
+
+    def network_of(alpha: Alpha) -> nn.Module:
         soup = mix(loaded, alpha, buffers=buffers, calibrate_on=calibrate_on, network=network, device=device, seed=seed)
         model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
-        evaluation = evaluate(
-            model, data, threats, steps=steps, samples=samples, seed=seed, device=device, precision=precision
-        )
-        found.append(Candidate(alpha_name(alpha), alpha, evaluation))
+        return model
+
+    full = {"attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "precision": precision}
+    shared = {"samples": samples, "seed": seed, "device": device}
+
+    def judge(alpha: Alpha, **settings: Any) -> Evaluation:
+        return evaluate(network_of(alpha), data, threats, **shared, **settings)
+
+    done = 0
+
+    def told(name: str, evaluation: Evaluation, total: int) -> Evaluation:
+        nonlocal done
+        done += 1
         if on_progress:
-            clean = evaluation.accuracy["clean"]
-            on_progress(number + 1, len(points), f"{alpha_name(alpha)} clean {clean.value:.1%}")
-    return found
+            on_progress(done, total, f"{name} clean {evaluation.accuracy['clean'].value:.1%}")
+        return evaluation
+
+    if not screen:
+        return [Candidate(n, a, told(n, judge(a, **full), len(points))) for n, a in points.items()]
+    corners = [tuple(float(i == j) for j in range(len(loaded))) for i in range(len(loaded))]
+    total = len(points) + len(corners)
+    pool = {a: told(alpha_name(a), judge(a, **full, keep_points=True), total) for a in corners}
+    short = {"attack": attack, "loss": loss, "restarts": 1, "precision": SCREEN["precision"], "steps": screen_steps}
+    tried = {}
+    for name, alpha in points.items():
+        if alpha in pool:
+            again = judge(alpha, **full, pool=list(pool.values()), after=pool[alpha])
+        else:
+            again = screened(judge(alpha, **short, pool=list(pool.values())))
+        tried[name] = told(name, again, total)
+
+    def confirm(name: str, stop_below: int | None = None) -> Evaluation:
+        return judge(points[name], **full, pool=list(pool.values()), after=tried[name], stop_below=stop_below)
+
+    wanted = [Requirement.parse(text) for text in require]
+    if maximise is None or any(r.key != "clean" for r in wanted) or len(pool[corners[0]].threats) != 1:
+        every = [Candidate(name, alpha, tried[name]) for name, alpha in points.items()]
+        leading = {c.name for c in pareto_front(every, list(tried[every[0].name].accuracy)) if not c.confirmed}
+        return [replace(c, evaluation=confirm(c.name)) if c.name in leading else c for c in every]
+    key = next(iter(pool[corners[0]].threats))
+    meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy) for r in wanted)] or list(tried)
+    best = max((tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")), default=-1)
+    for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
+        if tried[name].record.get("screened") and tried[name].accuracy[key].hits >= best:
+            tried[name] = confirm(name, max(best, 0))
+            best = max(best, tried[name].accuracy[key].hits)
+    return [Candidate(name, alpha, tried[name]) for name, alpha in points.items()]

@@ -5,11 +5,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from robustsoup.errors import RequestError
-from robustsoup.soups.search import Candidate
+from robustsoup.evaluation import Evaluation
 from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
 
+Alpha = tuple[float, ...]
 Scores = Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A soup that was tried: its coefficients and what it scored."""
+
+    name: str
+    alpha: Alpha
+    evaluation: Evaluation
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the full protocol made its figures; those of a screened or stopped one are upper bounds."""
+        return not (self.evaluation.record.get("screened") or self.evaluation.record.get("stopped"))
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ def select(
     """
     if not tried:
         raise RequestError("select: no candidates")
+    tried = [c for c in tried if c.confirmed] or tried
     key = str(maximise) if str(maximise) in ("clean", "union") else str(ThreatModel.parse(maximise))
     items = require.items() if isinstance(require, Mapping) else None
     wanted = tuple(
