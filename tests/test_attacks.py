@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from robustsoup.attacks import Settings, apgd, apgd_train, pgd, run_attack
+from robustsoup.attacks import Settings, apgd, apgd_train, run_attack
 from robustsoup.attacks.rows import Schedule
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import DataError, Diverged, ModelError, RequestError

@@ -16,6 +16,7 @@ from robustsoup.models import load_model
 from robustsoup.threats import CLEAN, ThreatModel
 
 pyautoattack = pytest.importorskip("pyautoattack")
+autopgd_base = pytest.importorskip("pyautoattack.autopgd_base")
 
 ORD = {"Linf": torch.inf, "L2": 2, "L1": 1}
 THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.1), ThreatModel("L1", 0.3)]
@@ -44,6 +45,13 @@ def residual(n, *, side):
     model = load_model("resnet9:width=4", seed=3).eval()
     x = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(5))
     return model, x, answers(model, x)
+
+
+class Flat(nn.Module):
+    """A network whose gradient is zero, of which pyautoattack warns."""
+
+    def forward(self, x):
+        return torch.arange(10.0) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
 def only(*attacks):
@@ -144,6 +152,22 @@ def test_all_four_are_the_standard_version_run_in_one_go(threat, monkeypatch):
     _, by = attack_chunk(model, x, y, threat, standard=plan_autoattack(10, threat), seed=11, queries=100)
     assert torch.equal(by >= 0, labels != y)
     assert 0 < int((by >= 0).sum()) < len(x)
+
+
+def test_in_l1_the_standard_aims_apgd_t_at_five_classes():
+    targets = []
+    for threat, classes in ((THREATS[0], 10), (THREATS[2], 10), (THREATS[2], 5)):
+        standard = plan_autoattack(classes, threat)
+        runner = autoattack._runner("apgd-t", Flat(), torch.device("cpu"), threat, standard, 1, 5000, 100)
+        targets.append((runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes))
+    assert targets == [(9, 9), (5, 9), (4, 4)]
+
+
+def test_fewer_steps_are_what_pyautoattack_makes_of_them():
+    runner = autoattack._runner("apgd-t", Flat(), torch.device("cpu"), THREATS[0], only("apgd-t"), 1, 5000, 50)
+    theirs = autopgd_base.APGDAttack(Flat(), n_iter=50, eps=1.0)
+    for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
+        assert getattr(runner.apgd, name) == getattr(runner.apgd_targeted, name) == getattr(theirs, name)
 
 
 # what it finds
@@ -271,6 +295,10 @@ def test_the_seed_alone_decides():
     assert not torch.equal(found[0][0], found[2][0])
 
 
+def test_every_attack_and_seed_has_noise_of_its_own():
+    assert len({autoattack._seed(seed, name) for seed in (-1, 0, 1, 2, 2**40) for name in ATTACKS}) == 20
+
+
 def random_state():
     return torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
@@ -301,14 +329,8 @@ def test_random_state_network_and_tracing_are_as_they_were():
     assert torch.equal(x, image)
 
 
-class Flat(nn.Module):
-    """A network whose gradient is zero, of which pyautoattack warns."""
-
-    def forward(self, x):
-        return torch.arange(10.0) + 0 * x.flatten(1).sum(1, keepdim=True)
-
-
-def test_its_warnings_reach_handlers_but_are_not_printed(capfd):
+def test_its_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's, which would keep them from being printed
     x, y, logger = torch.full((2, 1, 8, 8), 0.5), torch.tensor([9, 9]), logging.getLogger("auto-attack")
     kept = list(logger.handlers)
 

@@ -106,7 +106,7 @@ def examples():
 
 def test_every_command_shows_an_example_of_itself():
     shown = examples()
-    assert {"demo", "run", "plan", "train", "mix", "search", "learn", "evaluate", "report"} <= set(shown)
+    assert {"demo", "run", "plan", "train", "mix", "search", "learn", "evaluate", "compare", "report"} <= set(shown)
     for name, lines in shown.items():
         assert any(line[1] == name for line in lines), name
 
@@ -142,7 +142,7 @@ def test_the_examples_run_one_after_another(tmp_path, monkeypatch, capsys):
                     for word in model
                 ]
             )
-    for group in ("mix", "learn", "evaluate", "search", "demo", "run", "plan", "report"):
+    for group in ("mix", "learn", "evaluate", "compare", "search", "demo", "run", "plan", "report"):
         lines += [line for line in shown[group] if line not in lines]
     for line in lines:
         assert run(*line[1:]) == 0, (line, capsys.readouterr().err)
@@ -766,9 +766,9 @@ def test_without_its_normalisation_a_foreign_network_is_told_what_to_do(foreign_
 
 def test_the_public_names():
     assert sorted(robustsoup.__all__) == [
-        "Accuracy", "Candidate", "Checkpoint", "Coefficients", "Data", "Evaluation", "Objective", "RobustsoupError",
-        "Selection", "Split", "ThreatModel", "apgd", "apgd_train", "evaluate", "learn", "load_data", "load_model", "mix",
-        "pareto_front", "search", "select", "train",
+        "Accuracy", "Candidate", "Checkpoint", "Coefficients", "Comparison", "Data", "Evaluation", "Objective",
+        "RobustsoupError", "Selection", "Split", "ThreatModel", "apgd", "apgd_train", "compare", "evaluate", "learn",
+        "load_data", "load_model", "mix", "pareto_front", "pgd", "search", "select", "train",
     ]  # fmt: skip
     assert list(robustsoup.__all__) == sorted(robustsoup.__all__)
     for name in robustsoup.__all__:

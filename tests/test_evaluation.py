@@ -117,7 +117,10 @@ def test_accuracies_of_any_verdicts(threats, n, chance):
     def drawn(values):
         return torch.tensor([chance.choice(values) for _ in range(n)])
 
-    verdicts = {f"L2 {i + 1}.0": Verdicts(drawn([True, False]), drawn([-1, 0]), torch.zeros(n)) for i in range(threats)}
+    def made():
+        return Verdicts(drawn([True, False]), drawn([-1, 0]), drawn([-1, 0]), torch.zeros(n), torch.zeros(n))
+
+    verdicts = {f"L2 {i + 1}.0": made() for i in range(threats)}
     found = Evaluation(torch.arange(n), drawn([0, 1]), drawn([0, 1]), torch.zeros(n), verdicts)
     check_accuracies(found)
     assert ("union" in found.accuracy) == (threats > 1)
@@ -339,9 +342,9 @@ def test_a_broken_network_is_refused(model, data):
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
-        ({"steps": 0}, RequestError, "steps 0"),
-        ({"batch_size": 0}, RequestError, "batch_size 0"),
-        ({"attack": "pgd"}, RequestError, 'attack: got "pgd", expected one of apgd'),
+        ({"steps": 0}, RequestError, "steps: got 0, expected at least 1"),
+        ({"batch_size": 0}, RequestError, "batch_size: got 0"),
+        ({"attack": "fgsm"}, RequestError, 'attack: got "fgsm", expected one of apgd, pgd, autoattack'),
         ({"threats": ["Linf"]}, RequestError, 'got "Linf"'),
         ({"samples": 0}, DataError, "asked for 0 samples"),
         ({"samples": 61}, DataError, "asked for 61 samples, expected 1 to 60"),
@@ -369,7 +372,7 @@ def with_hits(hits, n, classes):
     """n samples of class 0; the first `hits` of them say so."""
     images = torch.ones(n, 1, 1, 1, dtype=torch.uint8)
     images[:hits] = 0
-    record = {"name": "made", "classes": [str(c) for c in range(classes)]}
+    record = {"name": "made", "split_digest": "made", "classes": [str(c) for c in range(classes)]}
     return Split(images, torch.zeros(n, dtype=torch.long), torch.arange(n), "val", record)
 
 

@@ -89,9 +89,13 @@ def test_there_are_no_cycles():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def is_lazy_pillow(name, imported, node):
+LAZY = {"data.folders": "PIL", "attacks.autoattack": "pyautoattack"}
+"""module -> the package that it may import, inside functions alone."""
+
+
+def is_lazy(name, imported, node):
     within = [f for f in ast.walk(MODULES[name]) if isinstance(f, ast.FunctionDef) and node in ast.walk(f)]
-    return name == "data.folders" and imported.partition(".")[0] == "PIL" and bool(within)
+    return imported.partition(".")[0] == LAZY.get(name) and bool(within)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if row(name) <= CORE))
@@ -99,16 +103,13 @@ def test_the_core_imports_only_torch_numpy_and_safetensors(name):
     for imported, node in imports(name, MODULES[name], MODULES):
         package = imported.partition(".")[0]
         allowed = package in {"robustsoup", *OUTSIDE} or package in sys.stdlib_module_names
-        assert allowed or is_lazy_pillow(name, imported, node), f"{name}:{node.lineno} imports {imported}"
+        assert allowed or is_lazy(name, imported, node), f"{name}:{node.lineno} imports {imported}"
 
 
-def test_pillow_is_imported_where_folders_are_read():
-    found = [
-        i
-        for i, node in imports("data.folders", MODULES["data.folders"], MODULES)
-        if is_lazy_pillow("data.folders", i, node)
-    ]
-    assert found, "the exception for Pillow is no longer needed"
+@pytest.mark.parametrize("name", LAZY)
+def test_what_may_be_imported_lazily_is(name):
+    found = [i for i, node in imports(name, MODULES[name], MODULES) if is_lazy(name, i, node)]
+    assert found, f"the exception for {LAZY[name]} is no longer needed"
 
 
 def test_the_package_imports_where_only_the_core_is_installed():
@@ -117,7 +118,8 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"pydantic", "typer", "rich", "matplotlib", "mpltern", "tomli_w", "filelock", "PIL"}:
+        if name.partition(".")[0] in {"pydantic", "typer", "rich", "matplotlib", "mpltern", "tomli_w", "filelock", "PIL",
+                                      "pyautoattack"}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())

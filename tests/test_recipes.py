@@ -310,7 +310,7 @@ def test_a_key_like_no_other_is_told_what_there_is(table, place, section, wrong,
     (TUNED + '[ingredients.x]\n[evaluate]\nthreats = "Linf 8/255"', ["evaluate.threats", "Linf 8/255"]),
     (TUNED + '[ingredients.x]\n[evaluate]\nthreats = ["Linf 8/0"]', ["evaluate.threats", "Linf 8/0"]),
     (TUNED + '[ingredients.x]\n[evaluate]\nselect_on = "test"', ["evaluate.select_on", "val", "test"]),
-    (TUNED + '[ingredients.x]\n[evaluate]\nattack = "pgd"', ["evaluate.attack", "apgd", "pgd"]),
+    (TUNED + '[ingredients.x]\n[evaluate]\nattack = "fgsm"', ["evaluate.attack", "apgd", "pgd", "autoattack", "fgsm"]),
     (TUNED + "[ingredients.x]\n[evaluate]\nsteps = 0", ["evaluate.steps", "0"]),
     (TUNED + '[ingredients.x]\n[report]\nfigures = ["pie"]', ["report.figures.0", "ternary", "pie"]),
 ])  # fmt: skip

@@ -75,13 +75,16 @@ class Told:
     """A reporter that keeps what it is told."""
 
     def __init__(self, stop_after=None):
-        self.missing, self.done, self.shares, self.stop_after = [], [], [], stop_after
+        self.missing, self.done, self.shares, self.warned, self.stop_after = [], [], [], [], stop_after
 
     def begin(self, plan, missing):
         self.missing.append([(step.kind, step.name) for step in missing])
 
     def progress(self, step, done, total, figures):
         self.shares.append(done / total)
+
+    def warn(self, text):
+        self.warned.append(text)
 
     def finished(self, step, figures, seconds):
         assert figures

@@ -14,8 +14,8 @@ from robustsoup.evaluation import Evaluation, Verdicts, evaluate
 from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.models import load_model
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import Candidate, grid, search
-from robustsoup.soups.selection import Requirement, pareto_front, select
+from robustsoup.soups.search import grid, search
+from robustsoup.soups.selection import Candidate, Requirement, pareto_front, select
 from robustsoup.statistics import wilson
 from robustsoup.threats import ThreatModel
 
@@ -29,7 +29,7 @@ def candidate(name, clean, robust=0, second=None):
     labels = torch.zeros(N, dtype=torch.long)
     scores = {LINF: robust} if second is None else {LINF: robust, L2: second}
     threats = {
-        key: Verdicts(torch.arange(N) < hits, torch.zeros(N, dtype=torch.long), torch.zeros(N))
+        key: Verdicts(torch.arange(N) < hits, *torch.zeros(2, N, dtype=torch.long), *torch.zeros(2, N))
         for key, hits in scores.items()
     }
     prediction = (torch.arange(N) >= clean).long()

@@ -75,6 +75,7 @@ def search(
     method: str = "grid", step: float = 0.2, buffers: str = "average", calibrate_on: Split | None = None,
     attack: str = "apgd", loss: str = "ce", steps: int = 100, restarts: int = 1, samples: int | None = None, seed: int = 0,
     screen: bool = False, screen_steps: int = SCREEN["steps"], maximise: ThreatModel | str | None = None,
+    point: bool = False,
     require: Sequence[str] = (), allow_leakage: bool = False, network: nn.Module | None = None, device: str = "auto",
     precision: str = "float32", on_progress: Progress | None = None,
 ) -> list[Candidate]:  # fmt: skip
@@ -138,7 +139,7 @@ def search(
         leading = {c.name for c in pareto_front(every, list(tried[every[0].name].accuracy)) if not c.confirmed}
         return [replace(c, evaluation=confirm(c.name)) if c.name in leading else c for c in every]
     key = next(iter(pool[corners[0]].threats))
-    meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy) for r in wanted)] or list(tried)
+    meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)] or list(tried)
     best = max((tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")), default=-1)
     for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
         if tried[name].record.get("screened") and tried[name].accuracy[key].hits >= best:
