@@ -489,14 +489,8 @@ class _Run:
         found = []
         if self.random and self.random > 1e-4:
             found.append("the network's outputs differ between two calls; attack it with eot above 1")
-        if (
-            bool((self.logits >= 0).all())
-            and bool(((self.logits.sum(1) - 1).abs() < 1e-4).all())
-            and self.random is not None
-        ):
-            found.append(
-                "the network's outputs sum to 1: probabilities, not logits; they hide the gradient from the attack"
-            )
+        if self.logits is not None and _are_probabilities(self.logits):
+            found.append("the network's outputs sum to 1: probabilities, not logits; they hide the gradient from the attack")
         if zeros := self.counts.get("zero gradients", 0):
             found.append(
                 f"the gradient is exactly zero at the start for {zeros} of {attacked} attacked samples; "
@@ -508,6 +502,10 @@ class _Run:
             if certificate["outside"]:
                 found.append(f"{certificate['outside']} points lie outside the ball or the box of {name}")
         return found + _above_clean(self.correct, self.verdicts())
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-4).all())
 
 
 def _above_clean(correct: Tensor, verdicts: Mapping[str, Verdicts]) -> list[str]:

@@ -31,11 +31,11 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
 
 
 def pass_rows(device: torch.device, batch_size: int | None = None) -> int:
-    """How many images a pass takes: at most batch_size, and on a CPU at most 64, where more at once gain nothing.
+    """How many images a pass takes: at most batch_size, and on a CPU at most 32, where more at once gain nothing.
 
     So that verdicts have the same bits at every batch size above that.
     """
-    most = 64 if device.type == "cpu" else 500
+    most = 32 if device.type == "cpu" else 500
     return min(batch_size, most) if batch_size and device.type == "cpu" else batch_size or most
 
 
