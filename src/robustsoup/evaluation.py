@@ -368,8 +368,9 @@ class _Run:
         over = broken | (same & (by == -1))
         outcome.by[broken] = renamed[by[broken]]
         outcome.broken[broken], outcome.settled[over] = True, attempts
-        for name in ("step", "norm", "margin"):
+        for name in ("step", "norm"):
             getattr(outcome, name)[over] = getattr(earlier, name)[:n][over]
+        outcome.margin[by != 0] = earlier.margin[:n][by != 0]
         if outcome.x_adv is not None and earlier.x_adv is not None:
             outcome.x_adv[over] = earlier.x_adv[:n][over]
 
@@ -490,7 +491,9 @@ class _Run:
         if self.random and self.random > 1e-4:
             found.append("the network's outputs differ between two calls; attack it with eot above 1")
         if self.logits is not None and _are_probabilities(self.logits):
-            found.append("the network's outputs sum to 1: probabilities, not logits; they hide the gradient from the attack")
+            found.append(
+                "the network's outputs sum to 1: probabilities, not logits; they hide the gradient from the attack"
+            )
         if zeros := self.counts.get("zero gradients", 0):
             found.append(
                 f"the gradient is exactly zero at the start for {zeros} of {attacked} attacked samples; "

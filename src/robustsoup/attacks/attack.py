@@ -130,7 +130,9 @@ def run_attempts(
         poll(int(outcome.settled[correct].sum()), int(correct.sum()) * len(attempts))
 
     for number, attempt in enumerate(attempts):
-        waiting = (correct & (outcome.settled == number) & ~outcome.broken).nonzero().flatten().tolist()
+        waiting = (correct & (outcome.settled == number) & ~outcome.broken).nonzero().flatten()
+        # The likeliest to break first: a candidate that has lost is then found out early.
+        waiting = waiting[outcome.margin[waiting].argsort(stable=True)].tolist()
         if not waiting:
             continue
         job = Job(

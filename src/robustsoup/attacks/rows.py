@@ -93,7 +93,11 @@ class Rows:
 
     def take(self, at: Tensor) -> "Rows":
         """A copy of some rows."""
-        return Rows(*(getattr(self, field.name)[at] for field in fields(self)))
+        return Rows(*(tensor[at] for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """All of the state."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     def put(self, at: Tensor, other: "Rows") -> None:
         """Overwrite some rows."""
@@ -220,7 +224,7 @@ def _propose(rows: Rows, norm: str, momentum: bool) -> Tensor:
     z = _into(direction.mul_(column(rows.eta, rows.x)).add_(rows.x_adv), rows, norm)
     if not momentum:
         return z
-    a = column(torch.where(rows.step > 0, 0.75, 1.0).to(rows.eps), rows.x)
+    a = column(1.0 - 0.25 * (rows.step > 0).to(rows.eps), rows.x)
     moved = z.sub_(rows.x_adv).mul_(a).add_(rows.x_adv)
     return _into(moved.add_((rows.x_adv - rows.x_old).mul_(1 - a)), rows, norm)
 

@@ -18,7 +18,7 @@ from robustsoup.files import atomic_path, write_text
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Plan, Row
 from robustsoup.runs.store import Store
-from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
+from robustsoup.soups.selection import Candidate, Selection, select, worth_confirming
 
 SOUPS = ("grid", "line", "uniform", "learned")
 
@@ -33,11 +33,16 @@ def soups_tried(plan: Plan, store: Store) -> list[Candidate]:
 
 
 def to_confirm(plan: Plan, store: Store) -> list[str]:
-    """The rows that were only screened, and that no other soup beats."""
+    """The rows that were only screened and are worth confirming, and the one that would be chosen."""
     tried = soups_tried(plan, store)
     if not tried:
         return []
-    return [c.name for c in pareto_front(tried, list(tried[0].evaluation.accuracy)) if not c.confirmed]
+    names = {c.name for c in worth_confirming(tried)}
+    if wanted := plan.recipe.select:
+        by = wanted.maximise or plan.recipe.evaluate.threats[0]
+        best = select(tried, maximise=by, require=wanted.require, point=wanted.point, unconfirmed=True).best
+        names |= {best.name} if not best.confirmed else set()
+    return sorted(names)
 
 
 def select_row(plan: Plan, store: Store) -> Selection | None:

@@ -16,7 +16,7 @@ from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.leakage import check_leakage
 from robustsoup.progress import Progress
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.selection import Alpha, Candidate, Requirement, pareto_front
+from robustsoup.soups.selection import Alpha, Candidate, Requirement, worth_confirming
 from robustsoup.threats import ThreatModel
 
 LIMIT = 2000
@@ -84,8 +84,9 @@ def search(
     buffers, calibrate_on, network: as in `mix`; attack to seed, precision: as in `evaluate`.
 
     screen: attack the ingredients in full; try their adversarial points on every soup alike, with a short attack
-    (screen_steps, bfloat16 where the device has it); then confirm in full the soups that no other one beats in clean
-    and robust accuracy. The others' figures are upper bounds (`Candidate.confirmed` is False, the record says "screened").
+    (screen_steps, bfloat16 where the device has it); then confirm the front in full, but for soups that the samples cannot
+    tell from one that is confirmed (see `worth_confirming`). The others' figures are upper bounds
+    (`Candidate.confirmed` is False, the record says "screened").
     maximise, require (of clean accuracy, as in `select`): with screen, confirm only what can still win the choice, and stop a
     soup as soon as it has lost.
 
@@ -136,7 +137,7 @@ def search(
     wanted = [Requirement.parse(text) for text in require]
     if maximise is None or any(r.key != "clean" for r in wanted) or len(pool[corners[0]].threats) != 1:
         every = [Candidate(name, alpha, tried[name]) for name, alpha in points.items()]
-        leading = {c.name for c in pareto_front(every, list(tried[every[0].name].accuracy)) if not c.confirmed}
+        leading = {c.name for c in worth_confirming(every)}
         return [replace(c, evaluation=confirm(c.name)) if c.name in leading else c for c in every]
     key = next(iter(pool[corners[0]].threats))
     meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)] or list(tried)

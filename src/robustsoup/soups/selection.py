@@ -1,5 +1,6 @@
 """Choosing among soups that were tried: the most robust one that meets the requirements, and the Pareto front."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class Selection:
 def select(
     tried: Sequence[Candidate], *, maximise: ThreatModel | str,
     require: Mapping[str | ThreatModel, float] | Sequence[str | Requirement] = (), point: bool = False,
+    unconfirmed: bool = False,
 ) -> Selection:  # fmt: skip
     """The candidate with the highest accuracy under `maximise` among those that meet every requirement.
 
@@ -95,7 +97,7 @@ def select(
     """
     if not tried:
         raise RequestError("select: no candidates")
-    tried = [c for c in tried if c.confirmed] or tried
+    tried = tried if unconfirmed else [c for c in tried if c.confirmed] or tried
     key = str(maximise) if str(maximise) in ("clean", "union") else str(ThreatModel.parse(maximise))
     items = require.items() if isinstance(require, Mapping) else None
     wanted = tuple(
@@ -139,3 +141,22 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
         c for c, own in zip(tried, scores, strict=True)
         if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in scores)
     ]  # fmt: skip
+
+
+def worth_confirming(tried: Sequence[Candidate]) -> list[Candidate]:
+    """Of a screened search, the soups to confirm: between them and those that are confirmed, every soup of the front has
+    one that is as good under every measure, up to what n samples can tell: 0.5 / sqrt(n), half the reach of an interval.
+    """
+    keys = list(tried[0].evaluation.accuracy)
+    noise = 0.5 / math.sqrt(tried[0].evaluation.accuracy["clean"].n)
+
+    def covers(one: Candidate, other: Candidate) -> bool:
+        a, b = one.evaluation.accuracy, other.evaluation.accuracy
+        return all(a[key].value >= b[key].value - noise for key in keys)
+
+    front = sorted(pareto_front(tried, keys), key=lambda c: -c.evaluation.accuracy["clean"].value)
+    kept = [c for c in tried if c.confirmed]
+    for candidate in front:
+        if not any(covers(one, candidate) for one in kept):
+            kept.append([c for c in front if covers(c, candidate)][-1])
+    return [c for c in kept if not c.confirmed]
