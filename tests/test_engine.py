@@ -97,7 +97,7 @@ def test_verdicts_are_bit_equal_whatever_the_company(trained, threads, threat, l
     for rows, batch_size in (
         (order, None),
         *((shard, None) for shard in order.split(61)),
-        (everything, 64),
+        (everything, 32),
         (order, 250),
     ):
         again = run(model, x[rows], y[rows], threat, ids=ids[rows], batch_size=batch_size, **settings)
@@ -114,7 +114,7 @@ def test_other_ids_give_other_verdicts(trained):
     assert not same(one, other, torch.arange(N))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 63])
+@pytest.mark.parametrize("batch_size", [1, 5, 31])
 def test_smaller_passes_come_to_the_same_verdicts(trained, batch_size):
     """Their shape is another one, and so is their rounding: bits may differ, verdicts on this network do not."""
     model, x, y = trained
@@ -562,10 +562,10 @@ def test_ready_made_points_are_judged_in_float32(trained, threat):
     found = run(model, x, y, threat)
     samples = Samples(lambda at: x[at], y, torch.arange(N), model(x))
     which = torch.arange(5, 97)
-    broken, margin = try_points(model, samples, lambda at: found.x_adv[at], which, 64, x.device)
+    broken, margin = try_points(model, samples, lambda at: found.x_adv[at], which, 32, x.device)
     assert torch.equal(broken, found.broken[which])
     assert torch.equal(margin < 0, broken)
-    nothing, _ = try_points(model, samples, lambda at: found.x_adv[at], which[:0], 64, x.device)
+    nothing, _ = try_points(model, samples, lambda at: found.x_adv[at], which[:0], 32, x.device)
     assert len(nothing) == 0
     assert nothing.dtype == torch.bool
 
