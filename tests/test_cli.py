@@ -282,6 +282,125 @@ def test_evaluate_tells_files_of_one_name_apart(here, capsys):
     assert len(json.loads(capsys.readouterr().out)) == 3
 
 
+@pytest.mark.parametrize(("more", "record", "said"), [
+    ((), {"attack": "apgd", "loss": "ce"}, "APGD-CE 2 steps, 1 restart, float32"),
+    (("--attack", "pgd"), {"attack": "pgd", "loss": "ce"}, "PGD-CE 2 steps, 1 restart, float32"),
+    (("--loss", "dlr", "--restarts", 2), {"loss": "dlr", "restarts": 2}, "APGD-DLR 2 steps, 2 restarts, float32"),
+    (("--precision", "bfloat16"), {"search_precision": "bfloat16", "precision": "float32"},
+     "APGD-CE 2 steps, 1 restart, float32, searched in bfloat16"),
+    (("--eot", 3, "--batch-size", 16), {"eot": 3, "rows": 16}, "APGD-CE 2 steps"),
+])  # fmt: skip
+def test_evaluate_says_how_it_attacked(here, capsys, more, record, said):
+    assert run("evaluate", "low.safetensors", *LINF, *FEW, *more, "-o", "verdicts") == 0
+    told = capsys.readouterr()
+    line = " ".join(told.out.split())
+    assert f"64 samples of test, 95 % Wilson intervals, {said}" in line
+    assert ("searched in" in line) == ("searched in" in said)
+    kept = Evaluation.load("verdicts/low.test.json")
+    assert {key: kept.record[key] for key in record} == record
+    assert ("left after each" in told.out) == (len(kept.record["broken_by"]) > 2)
+    assert not list(here.glob("verdicts/*.points.npz"))
+
+
+def test_evaluate_tells_what_each_attempt_left(here, capsys):
+    assert run("evaluate", "low.safetensors", *LINF, *FEW, "--loss", "targeted dlr", "-o", "verdicts") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "left after each" in line)
+    left = Evaluation.load("verdicts/low.test.json").after_each("Linf 32/255")
+    assert line.startswith("low, Linf 32/255, left after each: clean ")
+    assert re.findall(r"([^,:]+) (\d+\.\d)%", line.partition("each:")[2]) == [
+        (f" {name}", f"{accuracy.value:.1%}"[:-1]) for name, accuracy in left.items()
+    ]
+    assert [name for name in left if "target" in name] == [f"apgd-t target {rank}" for rank in range(1, 10)]
+
+
+def test_evaluate_keeps_points_where_it_is_told(here):
+    assert run("evaluate", "low.safetensors", *LINF, *FEW, "--keep-points", "-o", "verdicts") == 0
+    assert Evaluation.load("verdicts/low.test.json").threats["Linf 32/255"].x_adv.shape == (64, 1, 8, 8)
+    assert {p.name for p in (here / "verdicts").iterdir()} == {"low.test.json", "low.test.npz", "low.test.points.npz"}
+
+
+def test_evaluate_warns_and_the_record_remembers(here, capsys):
+    low = Checkpoint.load("low.safetensors")
+    tensors = {**low.tensors, "linear.weight": low.tensors["linear.weight"] * 10_000}
+    Checkpoint(tensors, low.provenance).save(here / "masked.safetensors")
+    assert run("evaluate", "masked.safetensors", *LINF, *FEW, "-o", "verdicts") == 0
+    assert "robustsoup: warning: masked: the gradient is exactly zero at the start for" in capsys.readouterr().err
+    assert len(Evaluation.load("verdicts/masked.test.json").warnings) == 1
+    assert run("evaluate", "low.safetensors", *LINF, *FEW) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+SLOW = ("evaluate", "low.safetensors", "high.safetensors", *LINF, "--steps", 60, "--restarts", 3, "--threads", 1)
+AT_ONCE = """
+import sys
+from robustsoup.cli import main
+from robustsoup.progress import SavedState
+
+SavedState.__init__.__defaults__ = (0.0,)  # saved whenever there is news, not every 30 s
+main(sys.argv[1:])
+"""
+
+
+def test_evaluate_goes_on_where_it_was_killed(here, tmp_path, capsys):
+    """SIGKILL as soon as something is settled; what was settled is under $ROBUSTSOUP_STORE/unfinished until all is done."""
+    assert run(*SLOW, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    store = tmp_path / "store"
+    assert not list(store.rglob("*.pt"))
+    env = {**os.environ, "ROBUSTSOUP_STORE": str(store), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", AT_ONCE, *map(str, SLOW)], env=env, stdout=subprocess.DEVNULL)
+
+    def settled():
+        for state in store.glob("unfinished/*.pt"):
+            return int(torch.load(state, weights_only=True)["outcomes"]["Linf 32/255"]["settled"].sum())
+        return 0
+
+    deadline = time.monotonic() + 120
+    while not settled() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert 0 < settled() < 3 * len(DIGITS.test)
+    assert run(*SLOW, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    for content in (*whole.values(), *again.values()):
+        content.pop("seconds")
+    assert again == whole
+    assert [p for p in (store / "unfinished").iterdir() if not p.name.endswith(".tmp")] == []
+
+
+def test_compare_tells_two_evaluations_apart(here, capsys):
+    assert run("evaluate", "low.safetensors", "high.safetensors", *LINF, *FEW, "-o", "judged") == 0
+    capsys.readouterr()
+    records = ("judged/low.test.json", "judged/high.test.json")
+    assert run("compare", *records, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    low, high = (Evaluation.load(path) for path in records)
+    assert said == json.loads(json.dumps(robustsoup.compare(low, high).to_json()))
+    assert said["n"] == 64
+    assert set(said["rows"]) == {"clean", "Linf 32/255"}
+    for key, row in said["rows"].items():
+        assert (row["a"]["hits"], row["b"]["hits"]) == (low.accuracy[key].hits, high.accuracy[key].hits)
+        assert row["value"] == pytest.approx((row["b"]["hits"] - row["a"]["hits"]) / 64)
+        assert row["low"] <= row["value"] <= row["high"]
+    assert run("compare", *records) == 0
+    text = capsys.readouterr().out
+    assert "second less first" in text
+    assert "64 samples, paired" in text
+    assert f"{low.accuracy['clean'].value:.1%}" in text
+    assert "note: 2 comparisons; the p-values are not adjusted" in text
+
+
+def test_compare_notes_another_protocol(here, capsys):
+    assert run("evaluate", "low.safetensors", *LINF, *FEW, "-o", "one") == 0
+    assert run("evaluate", "low.safetensors", *LINF, "--steps", 3, "--samples", 32, "-o", "two") == 0
+    capsys.readouterr()
+    assert run("compare", "one/low.test.json", "two/low.test.json") == 0
+    said = capsys.readouterr().out
+    assert "note: on the 32 common samples, of 64 in the first and 32 in the second" in said
+    assert "note: different steps: 2 and 3; the robust figures are not made the same way" in said
+
+
 SEARCH = ("search", "low.safetensors", "high.safetensors", *LINF, *FEW, "--step", 0.5)
 
 
@@ -299,6 +418,22 @@ def test_search_picks_writes_and_tells(here, capsys):
     assert run(*SEARCH, "--require", "clean>=0.2", "-o", "best") == 0
     assert "already in the store" not in capsys.readouterr().err
     assert time.monotonic() - started < 30
+
+
+def test_search_may_screen(here, capsys):
+    asked = ("search", "low.safetensors", "high.safetensors", *LINF, "--steps", 12, "--samples", 64, "--step", 0.25)
+    assert run(*asked, "--screen", "--json", "-o", "best") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["protocol"]["screened"] is True
+    rows = {row["name"]: row for row in said["rows"]}
+    assert not rows[said["selection"]["chosen"]].get("screened")
+    assert any(row.get("screened") for row in rows.values())
+    soup = Checkpoint.load(here / "best" / said["soup"])
+    alpha = rows[said["selection"]["chosen"]]["coefficients"]
+    assert soup.digest == mix(["low.safetensors", "high.safetensors"], alpha, buffers="average").digest
+    assert rows[said["selection"]["chosen"]]["test"]["clean"]["n"] == 64
+    assert run(*asked, "--screen", "-o", "best") == 0
+    assert "to do" not in capsys.readouterr().err
 
 
 def test_a_requirement_that_nothing_meets_is_exit_code_3(here, capsys):
@@ -435,6 +570,20 @@ def two_classes(here):
             Image.new("RGB", (12, 12), (grey, grey, i)).save(here / "images" / name / f"{i}.png")
 
 
+def two_classes_network(here):
+    two_classes(here)
+    network = load_model("resnet9:width=2", channels=3, classes=2)
+    Checkpoint.of(network).save(here / "two.safetensors")
+
+
+def two_splits(here):
+    for split in ("test", "val"):
+        assert (
+            run("evaluate", "low.safetensors", "--data", "digits", "--samples", 64, "--split", split, "-o", "judged")
+            == 0
+        )
+
+
 def empty_folder(here):
     (here / "nothing").mkdir()
 
@@ -525,6 +674,23 @@ BAD = {
     "steps below 1": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--steps", 0), ["steps", "0"]),
     "unknown split": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--split", "dev"), ["dev", "train, val or test"]),
     "unknown attack": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--attack", "fgsm"), ["fgsm", "apgd"]),
+    "unknown loss": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--loss", "hinge"), ["hinge", "ce, dlr, targeted dlr"]),
+    "no restarts": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--restarts", 0), ["restarts", "0"]),
+    "eot of 0": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--eot", 0), ["eot", "0"]),
+    "batch size of 0": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--batch-size", 0), ["--batch-size", "0"]),
+    "points without a place": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--keep-points"), ["--keep-points", "-o"]),
+    "unknown loss, searched": (NOTHING, (*SEARCH, "--loss", "hinge", "-o", "best"), ["evaluate.loss", "hinge", "targeted dlr"]),
+    "unknown attack, searched": (NOTHING, (*SEARCH, "--attack", "fgsm", "-o", "best"), ["evaluate.attack", "fgsm", "pgd"]),
+    "no restarts, searched": (NOTHING, (*SEARCH, "--restarts", 0, "-o", "best"), ["evaluate.restarts", "0"]),
+    "screening by AutoAttack": (NOTHING, (*SEARCH, "--screen", "--attack", "autoattack", "-o", "best"), ["screen", "autoattack"]),
+    "screening without an attack": (NOTHING, ("search", "low.safetensors", "--data", "digits", "--threat", "clean", "--screen",
+                                    "-o", "best"), ["screen", "threats"]),
+    "two classes are few for dlr": (two_classes_network, ("evaluate", "two.safetensors", "--data", "folder:images", "--threat",
+        "Linf 8/255", "--loss", "dlr"), ["dlr", "needs 3 classes", "got 2"]),
+    "comparing with nothing": (NOTHING, ("compare", "nowhere.json", "nowhere.json"), ["nowhere.json", "not an evaluation"]),
+    "comparing with a checkpoint": (NOTHING, ("compare", "low.safetensors", "low.safetensors"), ["low.safetensors"]),
+    "comparing two splits": (two_splits, ("compare", "judged/low.test.json", "judged/low.val.json"), ["val", "one split"]),
+    "comparing one": (NOTHING, ("compare", "judged/low.test.json"), ["B.json"]),
     "unknown device": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--device", "abacus"), ["abacus"]),
     "unknown precision": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--precision", "int8"), ["int8", "float32"]),
     "unknown policy": (NOTHING, (*MIX, "--buffers", "mean"), ["mean", "average"]),

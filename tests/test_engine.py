@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -105,6 +106,23 @@ def test_verdicts_are_bit_equal_whatever_the_company(trained, threads, threat, l
     threads(2)
     assert same(whole, run(model, x, y, threat, ids=ids, **settings), everything)
     assert torch.get_num_threads() == 2
+
+
+@by_precision
+def test_every_pass_has_one_shape(trained, precision):
+    model, x, y = trained
+    shapes, x = [], x[:45]
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            shapes.append(tuple(x.shape))
+            return model(x)
+
+    run(Spy(), x, y[:45], THREATS[0], precision=precision, steps=4)
+    assert shapes[0] == (2, 1, 8, 8)  # the look at the network
+    folding = shapes.count((16, 1, 8, 8))
+    assert folding == (precision == "bfloat16")
+    assert set(shapes[1:]) - {(16, 1, 8, 8)} == {(32, 1, 8, 8)}
 
 
 def test_other_ids_give_other_verdicts(trained):
@@ -219,6 +237,27 @@ def test_what_bfloat16_overlooks_is_found_at_the_end(threat):
     assert int(exact.broken.sum()) == 20
     assert int(result.broken.sum()) == 20
     assert bool((result.step >= exact.step).all())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_best_point_of_a_bfloat16_search_is_judged_too(seed):
+    """A target that the search oversteps again and again: the best point is a hit where the last one is not."""
+    w = torch.randn(25, generator=torch.Generator().manual_seed(seed))
+
+    class Target(nn.Module):
+        def forward(self, x):
+            gain = 0.02 - (((x.flatten(1) - 0.5) * w).sum(1) - 0.31).abs()
+            seen = gain - 5.0 * torch.is_autocast_enabled("cpu")
+            return torch.stack([torch.zeros_like(gain), seen, gain - 100.0], 1)
+
+    def honest(logits, y):
+        return logits[:, 2]
+
+    x, y, threat = torch.full((40, 1, 5, 5), 0.5), torch.zeros(40, dtype=torch.long), ThreatModel("L2", 0.3)
+    exact, found = (run(Target(), x, y, threat, steps=8, precision=p, loss=honest) for p in ("float32", "bfloat16"))
+    assert torch.equal(found.broken, exact.broken)
+    assert len(set(found.step[found.broken].tolist())) > 1  # not all of them at the last point
+    check_broken(Target(), found, x, y, threat)
 
 
 # attempts: restarts, targets, random networks
@@ -625,3 +664,49 @@ def test_training_is_shared_out_among_lanes(trained, threads, threat):
     assert torch.equal(shared, apgd_train(model, x, y, threat))
     assert torch.get_num_threads() == 2
     assert math.isfinite(float(shared.sum()))
+
+
+def test_threads_to_come_have_as_many_threads_as_before(trained, threads):
+    """A lane limits itself to one core; PyTorch would hand that on to every thread that begins later."""
+    model, x, y = trained
+    threads(3)
+    run(model, x, y, THREATS[0], steps=2)
+    seen = []
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [3]
+    assert torch.get_num_threads() == 3
+
+
+def test_an_error_in_a_lane_comes_out_and_leaves_the_threads(threads):
+    threads(2)
+
+    class Fails(nn.Module):
+        def forward(self, x):
+            if x.requires_grad:
+                raise ZeroDivisionError
+            return x.flatten(1)
+
+    x = torch.rand(100, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ZeroDivisionError):
+        run(Fails(), x, x.flatten(1).argmax(1), THREATS[0])
+    assert torch.get_num_threads() == 2
+
+
+# float32 is float32
+
+
+def test_verdicts_are_not_made_in_tf32(trained):
+    model, x, y = trained
+    allowed = []
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            allowed.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+            return model(x)
+
+    before = torch.backends.cudnn.allow_tf32
+    run(Asks(), x[:10], y[:10], THREATS[0], steps=2)
+    assert not any(allowed)
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -21,7 +21,7 @@ from robustsoup.errors import CheckpointError, Diverged, LeakageError, ModelErro
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, parse_recipe, slug
-from robustsoup.runs.plan import make_plan
+from robustsoup.runs.plan import confirmed, make_plan
 from robustsoup.runs.run import prepare, run_prepared
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients
@@ -212,6 +212,66 @@ def test_a_setting_changes_exactly_the_keys_of_what_depends_on_it(change, change
     new = {step for step in after if step not in before}
     assert all("grid-" in name for _, name in new)  # with other buffers a one-hot point is mixed too
     assert bool(new) == (change[0] == ("soups", "grid", "buffers"))
+
+
+# plan, with screening
+
+
+SCREENED = [(("evaluate", "screen"), True), (("evaluate", "screen_steps"), 2), (("soups", "grid", "step"), 0.25)]
+
+
+def steps_of(plan):
+    return {(step.kind, step.name): step for step in plan.steps}
+
+
+def test_screened_soups_get_the_ingredients_points_and_a_short_attack():
+    plan = plan_of(*SCREENED)
+    steps, made = steps_of(plan), keys(plan)
+    pool = [made["evaluate", f"{name}.pool.val"] for name in ("low", "high")]
+    for name in ("low", "high"):
+        step = steps["evaluate", f"{name}.pool.val"]
+        assert step.parents == (made["finetune", name],)
+        assert (step.settings["keep_points"], step.settings["steps"], step.settings["pool"]) == (True, 3, [])
+        own = steps["evaluate", f"{name}.val"]
+        assert own.parents == (made["finetune", name], *pool)
+        assert (own.settings["after"], own.settings["screened"]) == (made["evaluate", f"{name}.pool.val"], False)
+    for name in ("grid-0.25-0.75", "grid-0.5-0.5", "grid-0.75-0.25"):
+        step = steps["evaluate", f"{name}.val"]
+        assert step.parents == (made["mix", name], *pool)
+        wanted = {"steps": 2, "restarts": 1, "screened": True, "pool": pool, "after": None}
+        assert {key: step.settings[key] for key in wanted} == wanted
+    learned = steps["evaluate", "learned-linf-32-255.val"]  # one of its kind: nothing to screen it against
+    assert (learned.settings["screened"], learned.settings["steps"], learned.settings["pool"]) == (False, 3, pool)
+    rows = {row.name: row for row in plan.rows}
+    assert rows["grid-1-0"].val == rows["low"].val
+    for step in plan.steps:
+        if step.name.endswith(".test"):
+            assert (step.settings["pool"], step.settings["after"], step.settings["screened"]) == ([], None, False)
+
+
+def test_screening_changes_the_keys_of_what_selects_and_of_nothing_else():
+    before, after = keys(plan_of(SCREENED[2])), keys(plan_of(*SCREENED))
+    changed = {step for step in before if before[step] != after[step]}
+    assert changed == {step for step in before if step[1].endswith(".val")}
+    assert set(after) - set(before) == {("evaluate", f"{name}.pool.val") for name in ("low", "high")}
+    shorter = keys(plan_of(*SCREENED, (("evaluate", "screen_steps"), 1)))
+    changed = {name for kind, name in after if after[kind, name] != shorter[kind, name]}
+    assert changed == {"grid-0.25-0.75.val", "grid-0.5-0.5.val", "grid-0.75-0.25.val"}
+
+
+def test_what_is_confirmed_goes_on_from_the_screening():
+    plan = plan_of(*SCREENED)
+    more = confirmed(plan, DATA, ["grid-0.5-0.5"], MODEL, "float32")
+    assert more.steps[: len(plan.steps)] == plan.steps
+    (step,) = more.steps[len(plan.steps) :]
+    row, was = (next(r for r in p.rows if r.name == "grid-0.5-0.5") for p in (more, plan))
+    assert row.val == step.key
+    assert step.name == "grid-0.5-0.5.val"
+    assert (step.settings["after"], step.settings["steps"], step.settings["screened"]) == (was.val, 3, False)
+    assert step.settings["pool"] == plan.step(was.val).settings["pool"]
+    assert set(step.parents) == {row.key, was.val, *step.settings["pool"]}
+    others = [r for r in more.rows if r.name != "grid-0.5-0.5"]
+    assert others == [r for r in plan.rows if r.name != "grid-0.5-0.5"]
 
 
 def test_data_network_and_precision_are_in_every_training_key():
@@ -421,6 +481,110 @@ def test_every_policy_for_statistics_can_be_asked_for(copied, policy):
         record = Checkpoint.load(folder.parent / policy / row["checkpoint"]).provenance["buffers"]
         assert record["policy"] == policy
         assert (policy == "recalibrate-adversarial") == (record.get("threat", "clean") != "clean")
+
+
+# a whole run, screened
+
+
+@pytest.fixture(scope="module")
+def screened(finished, tmp_path_factory):
+    """The tiny run again, on the store of the finished one, its soups screened: (folder, store, results, selection, told)."""
+    place = tmp_path_factory.mktemp("screened")
+    shutil.copytree(finished[1], place / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTSOUP_STORE", str(place / "store"))
+        results, selection, told = run(recipe_of(SCREENED), place / "run")
+    return place / "run", place / "store", results, selection, told
+
+
+def test_a_screened_run_confirms_what_may_be_chosen_and_marks_the_rest(screened):
+    folder, _, results, selection, told = screened
+    assert results["protocol"]["screened"] is True
+    rows = {row["name"]: row for row in results["rows"]}
+    marked = {name for name, row in rows.items() if row.get("screened")}
+    soups = {"grid-0.25-0.75", "grid-0.5-0.5", "grid-0.75-0.25"}
+    confirmed_ = {name.removesuffix(".val") for _, name in told.missing[1]}
+    assert marked == soups - confirmed_
+    assert marked
+    assert confirmed_
+    assert selection.best.name not in marked
+    assert selection.best.confirmed
+    for name in soups:
+        found = Evaluation.load(folder / "evaluations" / f"{name}.val.json")
+        assert found.to_json()["accuracy"] == rows[name]["val"]
+        assert found.record["steps"] == (2 if name in marked else 3)
+        assert "pool" in found.record["broken_by"]
+        test = Evaluation.load(
+            folder / "evaluations" / f"{name}.test.json"
+        ).record  # what is reported is judged in full
+        assert (test["steps"], test.get("screened"), test["broken_by"]) == (3, None, ["clean", "apgd-ce"])
+    assert len(told.missing) == 2
+    assert told.missing[0] + told.missing[1] == told.done
+    assert load_recipe(folder / "recipe.toml") == recipe_of(SCREENED)
+    assert leftovers(folder) == []
+
+
+def test_a_screened_run_finds_no_more_than_a_full_one(screened, finished):
+    full = {row["name"]: row["val"]["Linf 32/255"]["hits"] for row in finished[2]["rows"]}
+    for row in screened[2]["rows"]:
+        if row["name"] in full and not row.get("screened"):
+            assert row["val"]["Linf 32/255"]["hits"] <= full[row["name"]]  # the pool comes on top of the attack
+        assert row["val"]["clean"]["hits"] >= row["val"]["Linf 32/255"]["hits"]
+
+
+def test_running_a_screened_run_again_does_nothing(screened, tmp_path):
+    _, store, results, selection, _ = screened
+    shutil.copytree(store, tmp_path / "store")
+    before = tree(tmp_path / "store")
+    again, chosen, told = run(recipe_of(SCREENED), tmp_path / "run")
+    assert told.done == []
+    assert told.missing == [[], []]
+    assert tree(tmp_path / "store") == before
+    assert again["rows"] == results["rows"]
+    assert chosen.best.name == selection.best.name
+
+
+def test_a_screened_run_may_report_the_chosen_soup_alone(screened, tmp_path):
+    shutil.copytree(screened[1], tmp_path / "store")
+    results, selection, told = run(recipe_of([*SCREENED, (("evaluate", "report"), "chosen")]), tmp_path / "run")
+    assert told.done == []
+    assert [row["name"] for row in results["rows"] if row["test"]] == [selection.best.name]
+
+
+def test_a_screened_run_cut_off_goes_on(finished, screened, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "store")
+    for stop_after in (2, 3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_of(SCREENED), tmp_path / "run", Told(stop_after))
+    results, _, told = run(recipe_of(SCREENED), tmp_path / "run")
+    assert 2 + 3 + 4 + len(told.done) == len(screened[4].done)
+    assert results["rows"] == screened[2]["rows"]
+
+
+def test_warnings_are_told_and_kept(files, tmp_path):
+    """Logits times 10,000 leave cross-entropy no gradient."""
+    for name in ("low", "high"):
+        one = Checkpoint.load(files / f"{name}.safetensors")
+        tensors = {**one.tensors, "linear.weight": one.tensors["linear.weight"] * 10_000}
+        dataclasses.replace(one, tensors=tensors).save(files / f"{name}.safetensors")
+    recipe = of_files(files, select={}, evaluate={"threats": ["Linf 8/255"], "steps": 2, "select_samples": 64,
+                                                  "report_samples": 64})  # fmt: skip
+    results, _, told = run(recipe, tmp_path / "run")
+    assert told.warned
+    assert all(": the gradient is exactly zero at the start for " in text for text in told.warned)
+    assert any(text.startswith("low.val: ") for text in told.warned)
+    for row in results["rows"]:
+        kept = Evaluation.load(tmp_path / "run" / "evaluations" / f"{row['name']}.val.json").warnings
+        assert set(kept) <= set(row["warnings"])
+        assert kept
+
+
+def test_points_are_kept_in_the_run_folder_if_asked_for(copied):
+    folder, _ = copied
+    results, _, _ = run(recipe_of([(("evaluate", "keep_points"), True)]), folder.parent / "points")
+    for row in results["rows"]:
+        found = Evaluation.load(folder.parent / "points" / "evaluations" / f"{row['name']}.test.json")
+        assert found.threats["Linf 32/255"].x_adv.shape == (64, 1, 8, 8)
 
 
 # checkpoints that exist already

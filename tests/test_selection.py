@@ -15,16 +15,17 @@ from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage, split_st
 from robustsoup.models import load_model
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.search import grid, search
-from robustsoup.soups.selection import Candidate, Requirement, pareto_front, select
+from robustsoup.soups.selection import Candidate, Requirement, pareto_front, select, worth_confirming
 from robustsoup.statistics import wilson
 from robustsoup.threats import ThreatModel
+from robustsoup.training import train
 
 N = 200
 LINF, L2 = "Linf 8/255", "L2 0.5"
 few = settings(max_examples=30, deadline=None)
 
 
-def candidate(name, clean, robust=0, second=None):
+def candidate(name, clean, robust=0, second=None, **record):
     """A soup that gets the first `clean` of 200 samples right, and stays right under attack on the first `robust`."""
     labels = torch.zeros(N, dtype=torch.long)
     scores = {LINF: robust} if second is None else {LINF: robust, L2: second}
@@ -33,7 +34,7 @@ def candidate(name, clean, robust=0, second=None):
         for key, hits in scores.items()
     }
     prediction = (torch.arange(N) >= clean).long()
-    return Candidate(name, (1.0,), Evaluation(torch.arange(N), labels, prediction, torch.zeros(N), threats))
+    return Candidate(name, (1.0,), Evaluation(torch.arange(N), labels, prediction, torch.zeros(N), threats, record))
 
 
 # select
@@ -226,6 +227,54 @@ def test_a_front_of_what_was_not_evaluated_is_refused():
         pareto_front([candidate("a", 190, 50)], ["clean", "L1 12"])
 
 
+# what was only screened
+
+
+def test_upper_bounds_are_not_confirmed():
+    assert candidate("a", 180, 90).confirmed
+    assert not candidate("a", 180, 90, screened=True).confirmed
+    assert not candidate("a", 180, 90, stopped=True).confirmed
+
+
+@pytest.mark.parametrize("mark", ["screened", "stopped"])
+def test_a_choice_passes_over_upper_bounds(mark):
+    tried = [candidate("high", 190, 120, **{mark: True}), candidate("low", 180, 60), candidate("middle", 120, 80)]
+    assert select(tried, maximise=LINF).best.name == "middle"
+    assert select(tried, maximise=LINF, require=["clean>=0.8"]).best.name == "low"
+    assert select(tried, maximise=LINF, unconfirmed=True).best.name == "high"
+    none = select(tried, maximise=LINF, require=["clean>=0.999"])
+    assert (none.best.name, none.met) == ("low", False)
+    assert select(tried[:1], maximise=LINF).best.name == "high"  # better than nothing
+
+
+MARKED = st.lists(st.tuples(st.integers(0, N), st.integers(0, N), st.booleans()), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(MARKED)
+def test_what_is_confirmed_covers_the_front(scores):
+    """Once those are confirmed, each soup of the front has one as good, up to half the reach of an interval."""
+    tried = [candidate(str(i), max(c, r), r, screened=marked) for i, (c, r, marked) in enumerate(scores)]
+    asked = worth_confirming(tried)
+    front = pareto_front(tried, ["clean", LINF])
+    assert {c.name for c in asked} <= {c.name for c in front if not c.confirmed}
+    assert len({c.name for c in asked}) == len(asked)
+    reach = 0.5 / N**0.5 + 1e-9
+    sure = [c.evaluation.accuracy for c in tried if c.confirmed or c in asked]
+    for one in front:
+        own = one.evaluation.accuracy
+        assert any(all(a[key].value >= own[key].value - reach for key in own) for a in sure)
+    assert worth_confirming([c for c in tried if c.confirmed] or [candidate("a", 1)]) == []
+
+
+def test_what_stands_alone_on_the_front_is_confirmed_and_what_is_beaten_is_not():
+    tried = [candidate("corner", 190, 20), candidate("alone", 150, 100, screened=True), candidate("twin", 151, 99, screened=True),
+             candidate("beaten", 140, 60, screened=True), candidate("like it", 188, 25, screened=True)]  # fmt: skip
+    asked = [c.name for c in worth_confirming(tried)]
+    assert len(asked) == 1
+    assert asked[0] in ("alone", "twin")
+
+
 # leakage
 
 
@@ -370,3 +419,136 @@ def test_search_refuses_what_the_ingredients_were_trained_on(ingredients, data):
 def test_search_refuses_files_that_are_not_there(data):
     with pytest.raises(CheckpointError, match="no such file"):
         search(["absent.pth"], data.val, [])
+
+
+# search, screened
+
+
+THREAT = ["Linf 48/255"]
+FULL = {"steps": 20, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def soupable(data):
+    """Two ingredients whose soups lie between them, and what a full search of them finds."""
+    asked = {"batch_size": 64, "device": "cpu", "precision": "float32"}
+    base = train(load_model("resnet9:width=4", channels=1), data.train, threat="Linf 32/255", epochs=6, lr=0.2, **asked)
+    ends = [train(base, data.train, threat=t, epochs=3, lr=0.02, **asked) for t in ("Linf 4/255", "Linf 96/255")]
+    return ends, search(ends, data.val.first(100), THREAT, step=0.1, **FULL)
+
+
+@pytest.fixture(scope="module")
+def points(soupable, data):
+    """The full evaluations of the ingredients, with their points."""
+    return [evaluate(end, data.val.first(100), THREAT, keep_points=True, **FULL) for end in soupable[0]]
+
+
+def surviving(found):
+    return found.threats[str(ThreatModel.parse(THREAT[0]))].robust
+
+
+def test_a_screened_search_confirms_the_front_and_marks_the_rest(soupable, points, data):
+    ends, full = soupable
+    split, told = data.val.first(100), []
+    tried = search(
+        ends,
+        split,
+        THREAT,
+        step=0.1,
+        screen=True,
+        screen_steps=3,
+        on_progress=lambda *said: told.append(said[:2]),
+        **FULL,
+    )
+    assert [(c.name, c.alpha) for c in tried] == [(c.name, c.alpha) for c in full]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    asked, screened = [], []
+    for one, other in zip(tried, full, strict=True):
+        assert torch.equal(one.evaluation.prediction, other.evaluation.prediction)
+        soup = mix(ends, one.alpha, buffers="average", seed=1)
+        if 1.0 in one.alpha:
+            short = evaluate(soup, split, THREAT, pool=points, **FULL)
+        else:
+            short = evaluate(soup, split, THREAT, steps=3, seed=1, precision="auto", pool=points)
+        assert bool((surviving(one.evaluation) <= surviving(short)).all())
+        if one.confirmed:  # the pool, the short attack and the full one
+            assert torch.equal(surviving(one.evaluation), surviving(other.evaluation) & surviving(short))
+            assert (one.evaluation.record["steps"], one.evaluation.record["search_precision"]) == (20, "float32")
+        else:
+            assert torch.equal(surviving(one.evaluation), surviving(short))
+            assert one.evaluation.record["screened"] is True
+            assert one.evaluation.record["steps"] == 3
+        asked.append(one.confirmed)
+        mark = {} if 1.0 in one.alpha else {"screened": True}
+        screened.append(replace(one, evaluation=replace(short, record={**short.record, **mark})))
+    expected = {c.name for c in worth_confirming(screened)}
+    assert {c.name for c in tried if c.confirmed} == expected | {"0-1", "1-0"}
+    assert len(expected) >= 1
+    assert sum(asked) < len(full)
+    assert select(tried, maximise=THREAT[0]).best.confirmed
+
+
+def test_the_choice_of_a_screened_search_is_as_good_up_to_noise(soupable, data):
+    ends, full = soupable
+    for require in ((), ("clean>=0.8",)):
+        best = select(full, maximise=THREAT[0], require=require, point=True).best
+        tried = search(ends, data.val.first(100), THREAT, step=0.1, screen=True, screen_steps=3, **FULL)
+        found = select(tried, maximise=THREAT[0], require=require, point=True).best
+        truth = next(c for c in full if c.name == found.name)
+        assert best.evaluation.accuracy[THREAT[0]].hits - truth.evaluation.accuracy[THREAT[0]].hits <= 100 * 0.5 / 10
+
+
+@pytest.mark.parametrize("require", [(), ("clean>=0.85",)])
+def test_with_the_goal_known_the_choice_is_exact(soupable, points, data, require):
+    """Every soup judged by all that the search has: the pool, the short attack, the full one. The best of them is found."""
+    ends, full = soupable
+    split = data.val.first(100)
+    tried = search(
+        ends,
+        split,
+        THREAT,
+        step=0.1,
+        screen=True,
+        screen_steps=3,
+        maximise=THREAT[0],
+        require=require,
+        point=True,
+        **FULL,
+    )
+    truth = []
+    for one in full:
+        soup = mix(ends, one.alpha, buffers="average", seed=1)
+        asked = FULL if 1.0 in one.alpha else {"steps": 3, "seed": 1, "precision": "auto"}
+        left = surviving(evaluate(soup, split, THREAT, pool=points, **asked)) & surviving(one.evaluation)
+        key = next(iter(one.evaluation.threats))
+        threats = {key: replace(one.evaluation.threats[key], robust=left)}
+        truth.append(replace(one, evaluation=replace(one.evaluation, threats=threats)))
+    best = select(truth, maximise=THREAT[0], require=require, point=True).best
+    found = select(tried, maximise=THREAT[0], require=require, point=True).best
+    assert found.name == best.name
+    assert torch.equal(surviving(found.evaluation), surviving(best.evaluation))
+    for one, other in zip(tried, truth, strict=True):
+        assert bool((surviving(other.evaluation) <= surviving(one.evaluation)).all())  # upper bounds
+        if one.confirmed:
+            assert torch.equal(surviving(one.evaluation), surviving(other.evaluation))
+        if one.evaluation.record.get("stopped"):
+            assert one.evaluation.accuracy[THREAT[0]].hits < found.evaluation.accuracy[THREAT[0]].hits
+        elif not one.confirmed and all(
+            Requirement.parse(r).met_by(one.evaluation.accuracy, point=True) for r in require
+        ):
+            assert one.evaluation.accuracy[THREAT[0]].hits < found.evaluation.accuracy[THREAT[0]].hits  # could not win
+    assert not all(c.confirmed for c in tried)
+
+
+def test_a_screened_search_works_without_a_front_to_confirm(ingredients, data):
+    tried = search(ingredients, data.val.first(20), ["Linf 0.01"], step=0.5, screen=True, steps=2)
+    assert [c.name for c in tried] == ["0-1", "0.5-0.5", "1-0"]
+    clean = search(ingredients, data.val.first(20), [], step=0.5, screen=True)
+    assert [list(c.evaluation.accuracy) for c in clean] == [["clean"]] * 3
+
+
+def test_with_clean_accuracy_as_the_goal_the_cleanest_is_chosen(soupable, data):
+    split = data.val.first(250)
+    tried = search(soupable[0], split, THREAT, step=0.1, steps=5, screen=True, screen_steps=2, maximise="clean")
+    best = max(c.evaluation.accuracy["clean"].hits for c in tried)
+    assert select(tried, maximise="clean").best.evaluation.accuracy["clean"].hits == best

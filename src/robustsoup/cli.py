@@ -396,7 +396,7 @@ def evaluate_command(
         return _print_json({name: result.to_json() for name, result in done.items()})
     stdout.print(_accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()}))
     first = next(iter(done.values())).record
-    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{_protocol(first)}")
+    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{_protocol(first)}", soft_wrap=True)
     for name, result in done.items():
         if len(result.record["broken_by"]) > 2:
             for key in result.threats:

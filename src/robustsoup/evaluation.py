@@ -136,6 +136,8 @@ class Evaluation:
         if points:
             with atomic_path(path.with_suffix(".points.npz")) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **points)
+        else:  # those of an earlier evaluation would pass for this one's
+            path.with_suffix(".points.npz").unlink(missing_ok=True)
         with atomic_path(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **{name: value.numpy() for name, value in arrays.items()})
         write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
@@ -221,13 +223,13 @@ def evaluate(
     model = model.to(where, memory_format=torch.channels_last)
     check_fit(model, data)
     run = _Run(model, data, parsed, settings, standard, where, keep_points, pool, after)
-    fingerprint = {
-        **run.protocol(), "data": data.digest, "keep_points": keep_points, "after": after and after.to_json(),
-        "pool": [e.record.get("checkpoint") for e in pool],
-    }  # fmt: skip
+    fingerprint = ""
     if state_path is not None:
-        fingerprint["network"] = network.digest if isinstance(network, Checkpoint) else Checkpoint.of(model).digest
-    saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
+        fingerprint = json.dumps([
+            run.protocol(), data.digest, keep_points, after and after.to_json(), [one.to_json() for one in pool],
+            network.digest if isinstance(network, Checkpoint) else Checkpoint.of(model).digest,
+        ], sort_keys=True)  # fmt: skip
+    saved = SavedState(state_path, fingerprint)
     started = time.perf_counter()
     with frozen_eval(model):
         run.judge_clean(on_progress)
@@ -259,7 +261,7 @@ class _Run:
         for one in [*pool, *([after] if after else [])]:
             if not torch.equal(one.ids[: len(data)], data.ids.cpu()) or len(one.ids) < len(data):
                 raise RequestError("evaluate: pool and after must be evaluations of the same samples")
-        self.labels, self.counts, self.stopped = data.labels.cpu(), {}, False
+        self.labels, self.stopped = data.labels.cpu(), False
         self.outcomes: dict[str, Outcome] = {}
         self.pooled = [self._pool_points(threat) for threat in threats] if pool else []
 
@@ -331,7 +333,6 @@ class _Run:
                 outcome = Outcome.blank(len(self.data), self._blank_points() if self.keep_points else None)
                 self.outcomes[str(threat)] = outcome
                 if str(threat) in state.get("outcomes", {}):
-                    self._add(state.get("counts", {}) if number == 0 else {})
                     outcome.restore(state["outcomes"][str(threat)], total)
                 elif self.after:
                     self._take_over(str(threat), outcome, total)
@@ -341,7 +342,7 @@ class _Run:
                 if self.standard:
                     self._autoattack(threat, samples, outcome, poll)
                 else:
-                    self._add(run_attempts(self.model, samples, threat, self.settings, outcome, self.device, poll=poll))
+                    run_attempts(self.model, samples, threat, self.settings, outcome, self.device, poll=poll)
                     self.stopped |= bool((outcome.settled[self.correct] < total).any())
         except BaseException:
             if any(bool(outcome.settled.any()) for outcome in self.outcomes.values()):
@@ -350,10 +351,7 @@ class _Run:
         saved.clear()
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "outcomes": {name: outcome.snapshot() for name, outcome in self.outcomes.items()},
-            "counts": dict(self.counts),
-        }
+        return {"outcomes": {name: outcome.snapshot() for name, outcome in self.outcomes.items()}}
 
     def _take_over(self, threat: str, outcome: Outcome, attempts: int) -> None:
         """What an earlier evaluation broke stays broken; what survived the very same attack is not attacked again."""
@@ -361,7 +359,7 @@ class _Run:
         if earlier is None:
             return
         mine = self.protocol()
-        same = all(self.after.record.get(key) == mine.get(key) for key in SAME) and "stopped" not in self.after.record
+        same = all(self.after.record.get(key) == mine.get(key) for key in SAME)
         renamed = torch.tensor([self.names().index(name) - 1 for name in self.after.record["broken_by"]])
         by = earlier.by[:n]
         broken = by > 0
@@ -388,10 +386,6 @@ class _Run:
                 saved.save(self._state())
 
         return poll
-
-    def _add(self, counts: Mapping[str, int]) -> None:
-        for name, value in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + value
 
     def _blank_points(self) -> Tensor:
         return to_float(self.data.images.cpu())
@@ -440,12 +434,14 @@ class _Run:
         total = len(every) * attacks
         for start in range(0, len(every), CHUNK):
             chunk = every[start : start + CHUNK]
-            if bool((outcome.settled[chunk] == attacks).all()):
+            seed = self.settings.seed + int(samples.ids[chunk[0]])
+            chunk = chunk[outcome.settled[chunk] < attacks]  # less what the pool or an earlier evaluation broke
+            if not len(chunk):
                 continue
             x = self.fetch(chunk)
             y = self.labels[chunk].to(self.device)
             points, by = attack_chunk(
-                self.model, x, y, threat, standard=self.standard, seed=self.settings.seed + int(samples.ids[chunk[0]]),
+                self.model, x, y, threat, standard=self.standard, seed=seed,
                 on_progress=lambda done, of, start=start: poll(start * attacks + done, total),
             )  # fmt: skip
             by = by.cpu()
@@ -486,7 +482,10 @@ class _Run:
 
     def warnings(self) -> list[str]:
         """What makes the numbers doubtful."""
-        attacked = self.counts.get("attacked", 0)
+        attacked, zeros, nan = (
+            sum(int(getattr(outcome, what).sum()) for outcome in self.outcomes.values())
+            for what in ("attacked", "blind", "nan")
+        )
         found = []
         if self.random and self.random > 1e-4:
             found.append("the network's outputs differ between two calls; attack it with eot above 1")
@@ -494,12 +493,12 @@ class _Run:
             found.append(
                 "the network's outputs sum to 1: probabilities, not logits; they hide the gradient from the attack"
             )
-        if zeros := self.counts.get("zero gradients", 0):
+        if zeros:
             found.append(
                 f"the gradient is exactly zero at the start for {zeros} of {attacked} attacked samples; "
                 "robust accuracy may be too high; try loss dlr, or autoattack"
             )
-        if nan := self.counts.get("NaN", 0):
+        if nan:
             found.append(f"the logits held NaN at {nan} attacked points")
         for name, certificate in self.certificate().items():
             if certificate["outside"]:

@@ -112,16 +112,14 @@ class Samples:
 def run_attempts(
     model: nn.Module, samples: Samples, threat: ThreatModel, settings: Settings, outcome: Outcome, device: torch.device, *,
     poll: Callable[[int, int], None] | None = None,
-) -> dict[str, int]:  # fmt: skip
+) -> None:  # fmt: skip
     """Attack what is right and not settled yet, writing to `outcome`; the network is in eval mode already.
 
-    poll(done, total) is called several times a second; both count samples times attempts. Returns counts of oddities:
-    how many samples were attacked, with "zero gradients" at the start, with "NaN" logits.
+    poll(done, total) is called several times a second; both count samples times attempts.
     """
     attempts = settings.attempts(samples.logits.shape[1])
     schedule = Schedule.of(threat, settings.steps, adaptive=settings.attack == "apgd")
     correct = samples.correct
-    counts: dict[str, int] = {}
     searched = model
     if settings.precision != "float32" and bool(correct.any()):
         searched = folded(model, samples.fetch(correct.nonzero().flatten()[:LOOK]))
@@ -142,11 +140,8 @@ def run_attempts(
         )  # fmt: skip
         job.surviving = int((correct & ~outcome.broken).sum())
         job.run(tell if poll else None)
-        for name, value in job.counts.items():
-            counts[name] = counts.get(name, 0) + value
         if job.stopped:
             break
-    return counts
 
 
 def try_points(

@@ -15,15 +15,18 @@ from robustsoup.precision import autocast
 
 @contextlib.contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode and ask no weight for a gradient; leave all as it was found."""
+    """Put every module in eval mode, ask no weight for a gradient, and let float32 be float32; leave all as it was found."""
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     modes = [(module, module.training) for module in model.modules()]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
         for module, mode in modes:
             module.training = mode
         for parameter in wanted:
@@ -55,7 +58,10 @@ def gradient(
             logits = model(point)
         with torch.set_grad_enabled(needed):
             each = _loss(loss, logits, y, target)
-            part = torch.autograd.grad(each.sum(), point)[0] if needed else torch.zeros_like(x)
+            part = None
+            if needed and each.requires_grad:  # not where the network rounds, say, without a gradient
+                part = torch.autograd.grad(each.sum(), point, allow_unused=True)[0]
+            part = torch.zeros_like(x) if part is None else part
         value, grad = value + each.detach().to(x.dtype), grad + part if eot > 1 else part
     if eot > 1:
         value, grad = value / eot, grad / eot

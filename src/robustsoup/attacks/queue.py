@@ -39,7 +39,8 @@ class Outcome:
     settled: (n,) int64, how many attempts are over (all of them once broken); broken: (n,) bool; by: (n,) int64, the
     attempt that broke it, -1 if none did; step: (n,) int64, at which step; norm: (n,) float32, of the perturbation
     that was found; excess: (n,) float64, by how much it leaves the ball or the box (NaN: no point yet); margin: (n,)
-    float32, the least margin (right logit less the largest other) under attack; x_adv: (n, ...) or None.
+    float32, the least margin (right logit less the largest other) under attack; attacked, blind, nan: (n,) bool, taken from
+    the queue, without a gradient at a start, NaN at a point; x_adv: (n, ...) or None.
     """
 
     settled: Tensor
@@ -49,6 +50,9 @@ class Outcome:
     norm: Tensor
     excess: Tensor
     margin: Tensor
+    attacked: Tensor
+    blind: Tensor
+    nan: Tensor
     x_adv: Tensor | None = None
 
     @classmethod
@@ -57,7 +61,8 @@ class Outcome:
         minus = torch.full((n,), -1)
         return cls(
             torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool), minus, minus.clone(), torch.zeros(n),
-            torch.full((n,), torch.nan, dtype=torch.float64), torch.full((n,), torch.inf), x,
+            torch.full((n,), torch.nan, dtype=torch.float64), torch.full((n,), torch.inf),
+            *torch.zeros(3, n, dtype=torch.bool), x,
         )  # fmt: skip
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -95,7 +100,7 @@ class Job:
         self.periods = schedule.checks().to(device)
         self.ends = torch.tensor([0, *(steps for _, steps in schedule.stages)]).cumsum(0)
         self.surviving, self.stop_below = None, stop_below
-        self.counts = {"attacked": len(self.waiting), "zero gradients": 0, "NaN": 0}
+        outcome.attacked[self.waiting] = True
         # A GPU is asked for news every few steps only; these divide every stage, so that each row is asked at its own end.
         self.window = 1 if device.type == "cpu" else _divisor([steps for _, steps in schedule.stages])
 
@@ -113,11 +118,6 @@ class Job:
         with self.lock:
             return [self.waiting.pop() for _ in range(min(count, len(self.waiting)))]
 
-    def count(self, what: str, number: int) -> None:
-        """Add to a count of oddities."""
-        with self.lock:
-            self.counts[what] += number
-
     def settle(self, at: Tensor, rows: Rows, points: Tensor, step: Tensor | None, margin: Tensor) -> None:
         """Write down what was found for samples `at`: broken at `step`, or (None) not broken."""
         x, outcome = rows.x, self.outcome
@@ -128,7 +128,8 @@ class Job:
             ).cpu()
             if outcome.x_adv is not None:
                 outcome.x_adv[at] = points.to(outcome.x_adv)
-        outcome.margin[at] = torch.minimum(outcome.margin[at], margin.float().cpu())
+        outcome.margin[at] = torch.fmin(outcome.margin[at], margin.float().cpu())
+        outcome.nan[at] |= (margin.isnan() | rows.margin.isnan()).cpu()
         if step is not None:
             outcome.step[at], outcome.by[at], outcome.broken[at] = step, self.number, True
         outcome.settled[at] = self.attempts if step is not None else self.number + 1
@@ -276,16 +277,15 @@ class _Lane:
         torch.where(new, rows.step, self.found_step, out=self.found_step)
         self.found |= new
         rows.margin.copy_(
-            torch.where(rows.last, torch.fmin(rows.margin, margin_of(logits, rows.y).to(rows.margin)), rows.margin)
+            torch.where(rows.last, torch.minimum(rows.margin, margin_of(logits, rows.y).to(rows.margin)), rows.margin)
         )
         observe(rows, loss, grad, job.periods, job.schedule.norm)
         advance(rows, job.schedule.norm, momentum=job.schedule.adaptive)
 
     def _count_zeros(self, fresh: Tensor) -> None:
-        at = (fresh & (self.owner >= 0)).nonzero().flatten().to(self.job.device)
-        self.job.count(
-            "zero gradients", int((self.rows.grad[at].flatten(1).abs().amax(1) == 0).sum()) if len(at) else 0
-        )
+        at = (fresh & (self.owner >= 0)).nonzero().flatten()
+        zero = self.rows.grad[at.to(self.job.device)].flatten(1).abs().amax(1) == 0
+        self.job.outcome.blind[self.owner[at]] |= zero.cpu()
 
     def _take_out(self, at: Tensor, over: Tensor | None = None, hit: Tensor | None = None) -> _Aside:
         on = at.to(self.job.device)
@@ -311,12 +311,11 @@ class _Lane:
         rows = items.rows
         targets = rows.target if job.attempt.target else None
         logits, loss = judge(job.model, items.points, rows.y, job.attempt.loss, job.rows, target=targets)
-        job.count("NaN", int(logits.isnan().any(1).sum()))
         margin = margin_of(logits, rows.y).to(rows.margin)
         fooled = ((logits.argmax(1) != rows.y) & rows.last).cpu()
         ended = items.over & ~items.hit & ~fooled
         self._keep_best(items, loss, ended & ~items.best)
-        rows.margin = torch.where(rows.last, torch.fmin(rows.margin, margin), rows.margin)
+        rows.margin = torch.where(rows.last, torch.minimum(rows.margin, margin), rows.margin)
         last = items.stage == len(job.schedule.stages) - 1
         unsure = ended & last & ~items.best & (job.precision != "float32")
         if len(broken := items.where(fooled)):

@@ -11,12 +11,12 @@ from torch import nn
 
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split
-from robustsoup.errors import CoefficientError
+from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.leakage import check_leakage
 from robustsoup.progress import Progress
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.selection import Alpha, Candidate, Requirement, worth_confirming
+from robustsoup.soups.selection import Alpha, Candidate, Requirement, select, worth_confirming
 from robustsoup.threats import ThreatModel
 
 LIMIT = 2000
@@ -92,6 +92,8 @@ def search(
 
     Raises LeakageError if an ingredient was trained on samples of `data`, unless allow_leakage.
     """
+    if screen and attack == "autoattack":
+        raise RequestError("search: soups are screened by a short apgd or pgd; screen does not go with autoattack")
     loaded = [Checkpoint.load(item) for item in ingredients]
     check_leakage(loaded, data, allow=allow_leakage)
     points = {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
@@ -135,11 +137,17 @@ def search(
         return judge(points[name], **full, pool=list(pool.values()), after=tried[name], stop_below=stop_below)
 
     wanted = [Requirement.parse(text) for text in require]
-    if maximise is None or any(r.key != "clean" for r in wanted) or len(pool[corners[0]].threats) != 1:
+    key = next(iter(pool[corners[0]].threats), None)
+    one = maximise not in (None, "clean", "union") and list(pool[corners[0]].threats) == [
+        str(ThreatModel.parse(maximise))
+    ]
+    if not one or any(r.key != "clean" for r in wanted):
         every = [Candidate(name, alpha, tried[name]) for name, alpha in points.items()]
         leading = {c.name for c in worth_confirming(every)}
+        if maximise is not None:
+            best = select(every, maximise=maximise, require=wanted, point=point, unconfirmed=True).best
+            leading |= {best.name} if not best.confirmed else set()
         return [replace(c, evaluation=confirm(c.name)) if c.name in leading else c for c in every]
-    key = next(iter(pool[corners[0]].threats))
     meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)] or list(tried)
     best = max((tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")), default=-1)
     for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
