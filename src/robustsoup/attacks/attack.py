@@ -129,8 +129,9 @@ def run_attempts(
 
     for number, attempt in enumerate(attempts):
         waiting = (correct & (outcome.settled == number) & ~outcome.broken).nonzero().flatten()
-        # The likeliest to break first: a candidate that has lost is then found out early.
-        waiting = waiting[outcome.margin[waiting].argsort(stable=True)].tolist()
+        # The likeliest to break first where a candidate may lose; else last, when short work fills the rows to the end.
+        likely = outcome.margin if settings.stop_below is not None else -margin_of(samples.logits, samples.y)
+        waiting = waiting[likely[waiting].argsort(stable=True)].tolist()
         if not waiting:
             continue
         job = Job(

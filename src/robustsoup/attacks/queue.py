@@ -272,13 +272,14 @@ class _Lane:
             job.searched, rows.x_adv, rows.y, job.attempt.loss, job.precision, target=rows.target if job.attempt.target else None,
             eot=job.eot,
         )  # fmt: skip
+        margin = margin_of(logits, rows.y).to(rows.margin)
         new = (logits.argmax(1) != rows.y) & rows.last & ~self.found
+        if job.precision != "float32":  # a hit that float32 refuted is not asked about again before a deeper one
+            new &= ~(margin >= rows.margin)
         torch.where(new.view(-1, *[1] * (rows.x.dim() - 1)), rows.x_adv, self.points, out=self.points)
         torch.where(new, rows.step, self.found_step, out=self.found_step)
         self.found |= new
-        rows.margin.copy_(
-            torch.where(rows.last, torch.minimum(rows.margin, margin_of(logits, rows.y).to(rows.margin)), rows.margin)
-        )
+        rows.margin.copy_(torch.where(rows.last, torch.minimum(rows.margin, margin), rows.margin))
         observe(rows, loss, grad, job.periods, job.schedule.norm)
         advance(rows, job.schedule.norm, momentum=job.schedule.adaptive)
 
