@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from robustsoup.errors import CheckpointError, ModelError, RequestError
 from robustsoup.files import atomic_path, write_torch
+from robustsoup.mapped import Source, map_safetensors
 from robustsoup.models import load_model
 
 RECORD_KEY = "robustsoup"
@@ -33,13 +35,14 @@ class Checkpoint:
     tensors: name -> tensor on the CPU. provenance: what made it; empty for a foreign file. Keys that the library reads:
     "network" {spec, classes, channels, normalize}, "parameters" [names], "tied" {alias: name}, "parents" [{digest,
     file}], "data" (the record of the data it was fitted on), "trained_on" [splits].
-    path: where it was read; wrapping: how a foreign file held it.
+    path: where it was read; wrapping: how a foreign file held it; source: the file that the tensors still lie in (`open`).
     """
 
     tensors: Mapping[str, Tensor]
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     wrapping: "Wrapping | None" = None
+    source: Source | None = None
 
     @classmethod
     def load(cls, path: "str | os.PathLike | Checkpoint") -> "Checkpoint":
@@ -47,17 +50,15 @@ class Checkpoint:
 
         Raises CheckpointError, naming the file, if it is missing, cut short, holds no tensors, or holds NaN or infinity.
         """
-        if isinstance(path, Checkpoint):
-            return path
-        path = Path(path)
-        if not path.is_file():
-            what = "is a folder, expected a file" if path.is_dir() else "no such file"
-            raise CheckpointError(f"{path}: {what}; give a .safetensors, .pt, .pth or .bin checkpoint")
-        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_foreign(path)
-        for name, tensor in checkpoint.tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise CheckpointError(f"{path}: {name} holds NaN or infinity; this checkpoint is broken")
-        return checkpoint
+        return path if isinstance(path, Checkpoint) else _read(Path(path), mapped=False)
+
+    @classmethod
+    def open(cls, path: "str | os.PathLike | Checkpoint") -> "Checkpoint":
+        """As `load`, but the tensors stay in the file: read-only views of it that cost no memory of the process.
+
+        Call `source.check()` before reading them later on; a file must not be overwritten in place while it is open.
+        """
+        return path if isinstance(path, Checkpoint) else _read(Path(path), mapped=True)
 
     @classmethod
     def of(cls, model: "nn.Module", provenance: dict[str, Any] | None = None) -> "Checkpoint":
@@ -203,18 +204,27 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], record: d
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON record of a .safetensors file. Raises CheckpointError naming the file."""
-    path = Path(path)
+    return _tensors_and_record(Path(path), _copied)
+
+
+def _tensors_and_record(
+    path: Path, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            record = json.loads((file.metadata() or {}).get(RECORD_KEY, "{}"))
+        tensors, metadata = read(path)
+        record = json.loads(metadata.get(RECORD_KEY, "{}"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a whole .safetensors file ({error}); was the copy cut short?") from None
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: its {RECORD_KEY} record is no table; was it written by another program?")
     return tensors, record
+
+
+def _copied(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
@@ -224,18 +234,30 @@ def _save_safetensors(tensors: dict[str, Tensor], path: Path, record: dict[str, 
         raise OSError(str(error)) from error
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
-    tensors, record = read_tensors(path)
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors")
-    return Checkpoint(tensors, record, path)
+def _read(path: Path, *, mapped: bool) -> Checkpoint:
+    if not path.is_file():
+        what = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {what}; give a .safetensors, .pt, .pth or .bin checkpoint")
+    source = Source.of(path) if mapped else None
+    if path.suffix == ".safetensors":
+        tensors, record = _tensors_and_record(path, map_safetensors if mapped else _copied)
+        if not tensors:
+            raise CheckpointError(f"{path}: holds no tensors")
+        checkpoint = Checkpoint(tensors, record, path, source=source)
+    else:
+        checkpoint = replace(_read_foreign(path, mapped=mapped), source=source)
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; this checkpoint is broken")
+    return checkpoint
 
 
-def _read_foreign(path: Path) -> Checkpoint:
+def _read_foreign(path: Path, *, mapped: bool) -> Checkpoint:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)  # torch maps no file of its format before 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler also raises IndexError, TypeError and AssertionError on broken bytes
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read with weights_only=True: {reason}") from None

@@ -38,3 +38,23 @@ def check_leakage(checkpoints: Sequence[Checkpoint], data: Split, *, allow: bool
     if status == VIOLATED and not allow:
         raise LeakageError(f"{why}; selecting on it would flatter the soup. Use the same split, or --allow-leakage")
     return status, why
+
+
+def check_same_split(checkpoints: Sequence[Checkpoint], data: Split, *, allow: bool = False) -> None:
+    """Refuse ingredients that were fitted on another split of `data` than the one it belongs to, unless `allow`.
+
+    What one of them was trained on another would hold out, so no sample is left to judge their soup on.
+    Raises LeakageError, naming the first such file. Files without a record are let through.
+    """
+    for checkpoint in checkpoints:
+        theirs = checkpoint.provenance.get("data") or {}
+        if (
+            theirs.get("digest") == data.record["digest"]
+            and theirs["split_digest"] != data.record["split_digest"]
+            and not allow
+        ):
+            raise LeakageError(
+                f"{checkpoint.name}: was trained with another split of {theirs['name']} (seed {theirs['seed']}) than this one "
+                f"(seed {data.record['seed']}), so no sample is fresh to all ingredients. Use ingredients of one split, "
+                "or --allow-leakage"
+            )

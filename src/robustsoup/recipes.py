@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from robustsoup.errors import RecipeError, RequestError
 from robustsoup.losses import Objective
 from robustsoup.schedules import check_schedule
+from robustsoup.soups.granularity import GRANULARITIES
 from robustsoup.soups.mixing import POLICIES
 from robustsoup.soups.search import alpha_name, candidates
-from robustsoup.soups.selection import Requirement
+from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
 
 Figure = Literal["ternary", "tradeoff", "coefficients"]
@@ -122,12 +123,13 @@ class Ingredient(Section):
 class Soup(Section):
     """One family of soups of the same ingredients. Coefficients by method; what belongs to another method is refused."""
 
-    method: Literal["uniform", "grid", "line", "learned"]
+    method: Literal["uniform", "grid", "line", "greedy", "learned", "dial"]
     ingredients: tuple[str, ...] | None = None
     buffers: str | None = None
     calibrate_samples: int = Field(10_000, ge=2)
     calibrate_threat: str = "Linf 8/255"
     step: float = Field(0.2, gt=0, le=1)
+    score: str | None = None
     threats: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("ce",)
     attack_steps: int = Field(2, ge=1)
@@ -138,24 +140,54 @@ class Soup(Section):
     schedule: str | dict[str, Any] = "cosine"
     detach: float = Field(0.8, ge=0, le=1)
     init: Literal["xavier", "zeros"] = "xavier"
+    granularity: str = "parameter"
+    early_stop: EarlyStop | None = None
+    dial: Literal["objective", "eps"] = "objective"
+    turn_every: int = Field(4, ge=1)
+    at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
     @property
     def settable(self) -> set[str]:
         """The keys that have a meaning with this method."""
         every = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
+        searched, turned = {"step", "score"}, {"dial", "turn_every", "at"}
+        learned = set(type(self).model_fields) - searched
         return {
             "uniform": every,
             "grid": every | {"step"},
             "line": every | {"step"},
-            "learned": set(type(self).model_fields) - {"step"},
+            "greedy": every | {"score"},
+            "learned": learned - turned,
+            "dial": learned - {"objectives", "early_stop"},
         }[self.method]
+
+    @field_validator("granularity")
+    @classmethod
+    def _granularity(cls, value: str) -> str:
+        if value not in GRANULARITIES and not value.startswith("re:"):
+            raise ValueError(f"got {value!r}, expected one of {', '.join(GRANULARITIES)}, or re:PATTERN")
+        return value
+
+    @field_validator("score")
+    @classmethod
+    def _score(cls, value: str | None) -> str | None:
+        if value is not None:
+            _as_value_error(Score.parse, value)
+        return value
+
+    @field_validator("at")
+    @classmethod
+    def _at(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0 <= t <= 1 for t in value):
+            raise ValueError(f"got {list(value)}, expected numbers from 0 (robust) to 1 (clean)")
+        return value
 
     @model_validator(mode="after")
     def _belongs(self) -> "Soup":
         for name in sorted(self.model_fields_set - self.settable):
             raise ValueError(f'{name} has no meaning with method = "{self.method}"; remove it')
-        if self.buffers == "tracked" and self.method != "learned":
+        if self.buffers == "tracked" and self.method not in ("learned", "dial"):
             raise ValueError('buffers = "tracked": only a learned soup has tracked statistics')
         if abs(round(1 / self.step) * self.step - 1) > 1e-9:
             raise ValueError(f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25")
@@ -282,6 +314,16 @@ class Recipe(Section):
                 raise ValueError(f'soups.{soup_name}: method = "line" joins 2 ingredients, got {count}')
         self._check_names()
         self._check_select()
+        for soup_name, soup in self.soups.items():
+            for key in Score.parse(self.score_of(soup)).keys if soup.method == "greedy" else ():
+                if key not in self._measures():
+                    raise ValueError(
+                        f'soups.{soup_name}.score: "{key}" is not evaluated; expected {", ".join(self._measures())}'
+                    )
+            if soup.method == "dial" and "clean" in self.threats_of(soup):
+                raise ValueError(
+                    f"soups.{soup_name}.threats: a dial turns from robust to clean; expected threats, got clean"
+                )
         return self
 
     def _check_names(self) -> None:
@@ -299,8 +341,11 @@ class Recipe(Section):
     def soup_names(self, section: str) -> list[str]:
         """What the soups of a section are called, in order: one for each coefficients, or each threat and objective."""
         soup = self.soups[section]
-        if soup.method == "uniform":
+        if soup.method in ("uniform", "greedy"):
             return [section]
+        if soup.method == "dial":
+            threats = self.threats_of(soup)
+            return [f"{section}{f'-{slug(threat)}' * (len(threats) > 1)}-t{t:g}" for threat in threats for t in soup.at]
         if soup.method == "learned":
             several = len(soup.objectives) > 1
             return [
@@ -312,13 +357,21 @@ class Recipe(Section):
             f"{section}-{alpha_name(alpha)}" for alpha in _candidates(soup, len(soup.ingredients or self.ingredients))
         ]
 
+    def score_of(self, soup: Soup) -> str:
+        """What a greedy soup must not lose: as its section says, else what the recipe maximises."""
+        return soup.score or (self.select and self.select.maximise) or next(iter(self.evaluate.threats), "clean")
+
+    def _measures(self) -> list[str]:
+        """What an evaluation will have: "clean", each threat, and "union" where there are several."""
+        threats = list(dict.fromkeys(str(ThreatModel.parse(text)) for text in self.evaluate.threats))
+        attacks = [text for text in threats if text != "clean"]
+        return ["clean", *attacks, *(["union"] if len(attacks) > 1 else [])]
+
     def _check_select(self) -> None:
         if self.select is None:
             return
-        threats = list(dict.fromkeys(str(ThreatModel.parse(text)) for text in self.evaluate.threats))
-        attacks = [text for text in threats if text != "clean"]
-        known = ["clean", *attacks, *(["union"] if len(attacks) > 1 else [])]
-        if self.select.maximise is None and not threats:
+        known = self._measures()
+        if self.select.maximise is None and not self.evaluate.threats:
             raise ValueError("select.maximise: missing, and evaluate.threats is empty; by what is to be selected?")
         for key in self.select.looked_at():
             if key not in known:

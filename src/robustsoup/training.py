@@ -17,7 +17,7 @@ from robustsoup.losses import Objective, ce
 from robustsoup.precision import autocast, resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schedules import Schedule, check_schedule, rate
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
 
 
 def train(
@@ -77,6 +77,8 @@ def train(
 class _Run:
     """The state of one training run."""
 
+    verb = "train"
+
     def __init__(self, model: nn.Module, data: Split, val: Split | None, threat: ThreatModel, objective: Objective,
                  settings: dict[str, Any]) -> None:  # fmt: skip
         self.model, self.data, self.val, self.threat, self.objective = model, data, val, threat, objective
@@ -113,6 +115,7 @@ class _Run:
         x_adv = attacked(self.model, x, y, self.threat, self.objective, s["attack_steps"], s["precision"])
         self.optimizer.zero_grad(set_to_none=True)
         loss = objective_loss(self.model, x, x_adv, y, self.objective, s["precision"])
+        check_loss(self, loss, x_adv)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -129,39 +132,82 @@ class _Run:
             ):
                 self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
-    def check_finite(self) -> None:
-        """Raise Diverged if the loss is NaN or infinite."""
-        if not math.isfinite(float(self.loss_sum)):
-            raise Diverged(
-                f"train: the loss became {float(self.loss_sum)} in epoch {self.step // self.steps_per_epoch + 1}; "
-                "try a smaller lr"
-            )
+    def broken(self) -> str | None:
+        """Nothing but the loss tells."""
+        return None
 
 
 def fit(run: Any, saved: SavedState, on_progress: Progress | None) -> None:
     """Take a run's steps to the end, epoch by epoch, saving its state from time to time; training and learning alike.
 
-    The run has `settings`, `data`, `step`, `steps_per_epoch`, `loss_sum` and `history`, and take_step(x, y),
-    end_epoch(entry), check_finite() and state().
+    The run has `verb`, `model`, `settings`, `data`, `step`, `steps_per_epoch`, `loss_sum` and `history`, and take_step(x, y),
+    end_epoch(entry), broken() (a layer that is not finite) and state().
+
+    Raises Diverged, naming the layer, for a loss that is not finite; what was saved before it stays.
     """
     s, per_epoch = run.settings, run.steps_per_epoch
     total = s["epochs"] * per_epoch
     while run.step < total:
         epoch, skip = divmod(run.step, per_epoch)
         for x, y, _ in batches(run.data, s["batch_size"], seed=s["seed"], epoch=epoch, skip=skip):
-            run.loss_sum += run.take_step(x.contiguous(memory_format=torch.channels_last), y)
+            x = x.contiguous(memory_format=torch.channels_last)
+            run.loss_sum += run.take_step(x, y)
             run.step += 1
+            save = saved.due() and run.step % per_epoch
+            if save or run.step % per_epoch == 0:
+                _check_finite(run, x)
             if on_progress:
                 on_progress(run.step, total, _figures(run))
-            if saved.due() and run.step % per_epoch:
-                run.check_finite()
+            if save:
                 saved.save(run.state())
-        run.check_finite()
         entry = {"epoch": epoch + 1, "loss": float(run.loss_sum) / per_epoch}
         run.end_epoch(entry)
         run.history.append(entry)
         run.loss_sum = torch.zeros_like(run.loss_sum)
         saved.save(run.state())
+
+
+def check_loss(run: Any, loss: Tensor, x: Tensor) -> None:
+    """Raise Diverged, naming the first layer that is not finite, if the loss of a step is not; before anything is updated.
+
+    Only on a CPU, as looking at every step makes a GPU wait: there `fit` looks now and then.
+    """
+    if loss.device.type == "cpu" and not math.isfinite(float(loss.detach())):
+        raise _diverged(run, float(loss.detach()), _first_not_finite(run.model, x, run.settings["precision"]))
+
+
+def _check_finite(run: Any, x: Tensor) -> None:
+    loss, layer = float(run.loss_sum), run.broken()
+    if not math.isfinite(loss) or layer is not None:
+        raise _diverged(run, loss, layer or _first_not_finite(run.model, x, run.settings["precision"]))
+
+
+def _diverged(run: Any, loss: float, layer: str) -> Diverged:
+    return Diverged(
+        f"{run.verb}: the loss became {loss} at step {run.step}, first in layer {layer}; "
+        "what was saved before is kept; try a smaller lr"
+    )
+
+
+@torch.no_grad()
+def _first_not_finite(model: nn.Module, x: Tensor, precision: str) -> str:
+    """The first module of the forward pass that answers with NaN or infinity."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    probe = copy.deepcopy(model).train()
+    for name, module in probe.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(watch(name))
+    with autocast(x.device, precision):
+        probe(x)
+    return found[0] if found else "the loss itself"
 
 
 def _figures(run: Any) -> str:
@@ -172,6 +218,8 @@ def _figures(run: Any) -> str:
     text = f"epoch {(run.step - 1) // run.steps_per_epoch + 1} loss {float(run.loss_sum) / done:.3f}"
     if run.history and "robust_accuracy" in run.history[-1]:
         text += f" val robust {run.history[-1]['robust_accuracy']:.1%}"
+    if run.history and "val_loss" in run.history[-1]:
+        text += f" val loss {run.history[-1]['val_loss']:.3f}"
     return text
 
 
@@ -215,6 +263,24 @@ def robust_loss(
         total += float(ce(logits, y).sum())
         right += int((logits.argmax(1) == y).sum())
     return total / len(data), right / len(data)
+
+
+def objective_on(
+    model: nn.Module,
+    data: Split,
+    threat: ThreatModel,
+    objective: Objective,
+    *,
+    steps: int = 10,
+    precision: str = "float32",
+) -> float:
+    """The objective on a whole split, in eval mode: its attack is the training form of APGD with `steps` steps."""
+    weight, total = objective.clean_weight, 0.0
+    if weight:
+        total += weight * robust_loss(model, data, CLEAN, precision=precision)[0]
+    if weight < 1:
+        total += (1 - weight) * robust_loss(model, data, threat, steps=steps, precision=precision)[0]
+    return total
 
 
 def check_fit(model: nn.Module, data: Split) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.errors import ModelError
+from robustsoup.models.resnet import resnet18
 from robustsoup.models.resnet9 import resnet9
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet9": resnet9}
+MODELS: dict[str, Callable[..., nn.Module]] = {"resnet9": resnet9, "resnet18": resnet18}
 
 
 def load_model(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +18,11 @@ from robustsoup.models import load_model
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
-from robustsoup.soups.coefficients import Coefficients
-from robustsoup.soups.learning import learn
+from robustsoup.soups.coefficients import Coefficients, load_coefficients
+from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import screened
+from robustsoup.soups.search import alpha_name, greedy, screened
+from robustsoup.soups.selection import Alpha, Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
 
@@ -109,14 +110,19 @@ class _Worker:
         """Do one step, put its output into `folder`, and return its figures in one line."""
         if step.kind in ("pretrain", "finetune"):
             return self._train(step, folder, on_progress)
-        return {"learn": self._learn, "mix": self._mix, "evaluate": self._evaluate}[step.kind](
-            step, folder, on_progress
-        )
+        work = {
+            "learn": self._learn,
+            "dial": self._dial,
+            "greedy": self._greedy,
+            "mix": self._mix,
+            "evaluate": self._evaluate,
+        }
+        return work[step.kind](step, folder, on_progress)
 
     def _checkpoint(self, key: str) -> Checkpoint:
         if key.startswith("file:"):
             return self.context.describe(self.plan.files[key])
-        return Checkpoint.load(self.store.path(key) / "checkpoint.safetensors")
+        return Checkpoint.open(self.store.path(key) / "checkpoint.safetensors")
 
     def _train(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = dict(step.settings)
@@ -142,30 +148,85 @@ class _Worker:
         return figures
 
     def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        settings = dict(step.settings)
+        stop = settings.pop("early_stop", None)
         coefficients = learn(
             [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
-            state_path=folder / "state.pt", on_progress=on_progress, **step.settings,
+            val=self.context.data.val.first(stop["samples"]) if stop else None, early_stop=bool(stop),
+            early_stop_steps=stop["steps"] if stop else 10, allow_leakage=self.plan.recipe.allow_leakage,
+            state_path=folder / "state.pt", on_progress=on_progress, **settings,
         )  # fmt: skip
         coefficients.save(folder / "coefficients.safetensors")
-        means = ", ".join(f"{value:.2f}" for value in coefficients.alpha.mean(0).tolist())
-        loss = coefficients.record["history"][-1]["loss"]
-        return f"loss {loss:.3f}, mean coefficients {means}, mean entropy {float(coefficients.entropy().mean()):.2f}"
+        for warning in coefficients.record.get("warnings", ()):
+            self.warn(f"{step.name}: {warning}")
+        return f"loss {coefficients.record['history'][-1]['loss']:.3f}, {_shares(coefficients)}"
+
+    def _dial(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        dial = learn_dial(
+            [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
+            allow_leakage=self.plan.recipe.allow_leakage, state_path=folder / "state.pt", on_progress=on_progress,
+            **step.settings,
+        )  # fmt: skip
+        dial.save(folder / "dial.safetensors")
+        loss = dial.record["history"][-1]["loss"]
+        return f"loss {loss:.3f}; robust end: {_shares(dial.at(0))}; clean end: {_shares(dial.at(1))}"
+
+    def _greedy(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        """Judge soups one by one; each verdict stays in the folder, so that a killed step goes on."""
+        n = len(step.parents) // 2
+        items = [self.checkpoint(key) for key in step.parents[:n]]
+        asked = dict(step.settings["evaluate"])
+        data = self.context.data.split(asked.pop("split"))
+        asked = {
+            name: value for name, value in asked.items() if name not in ("screened", "pool", "after", "keep_points")
+        }
+        done = 0
+
+        def judge(alpha: Alpha) -> Evaluation:
+            nonlocal done
+            path = folder / f"{alpha_name(alpha)}.json"
+            if not path.exists():
+                soup = self._mixed(
+                    items, Coefficients.of(alpha), {"buffers": step.settings["buffers"], "seed": asked["seed"]}
+                )
+                evaluate(soup, data, device=str(self.context.device), **asked).save(path)
+            done += 1
+            found = Evaluation.load(path)
+            on_progress(done, n - 1, f"{alpha_name(alpha)} {scores(found)}")
+            return found
+
+        tried = greedy([self.judged(key) for key in step.parents[n:]], judge, step.settings["score"])
+        score = Score.parse(step.settings["score"])
+        trace = [{"alpha": list(c.alpha), "score": score.of(c.evaluation.accuracy)} for c in tried]
+        chosen = replace(
+            Coefficients.of(tried[-1].alpha), ingredients=tuple(item.digest for item in items),
+            record={"greedy": {"score": str(score), "tried": trace, "split": data.name}},
+        )  # fmt: skip
+        chosen.save(folder / "coefficients.safetensors")
+        kept = sum(a > 0 for a in tried[-1].alpha)
+        return f"{kept} of {n} ingredients kept, {score}: {trace[-1]['score']:.1%}"
 
     def _mix(self, step: Step, folder: Path, on_progress: Progress) -> str:
-        settings = step.settings
-        parents = list(step.parents)
+        settings, parents = step.settings, list(step.parents)
         if settings["alpha"] is None:
-            alpha = Coefficients.load(self.store.path(parents.pop()) / "coefficients.safetensors")
+            made = self.store.path(parents.pop())
+            if "at" in settings:
+                alpha = load_coefficients(made / "dial.safetensors", settings["at"])
+                alpha.save(folder / "coefficients.safetensors")
+            else:
+                alpha = load_coefficients(made / "coefficients.safetensors")
         else:
             alpha = Coefficients.of(settings["alpha"])
-        soup = mix(
-            [self.checkpoint(key) for key in parents], alpha, buffers=settings["buffers"], seed=settings["seed"],
+        self._mixed([self.checkpoint(key) for key in parents], alpha, settings).save(folder / "checkpoint.safetensors")
+        return f"buffers {settings['buffers']}"
+
+    def _mixed(self, items: list[Checkpoint], alpha: Coefficients, settings: dict[str, Any]) -> Checkpoint:
+        return mix(
+            items, alpha, buffers=settings["buffers"], seed=settings["seed"],
             calibrate_on=self.context.data.train, calibrate_samples=settings.get("samples", 10_000),
             threat=ThreatModel.parse(settings.get("threat", "clean")), attack_steps=settings.get("attack_steps", 2),
             base=self.checkpoint(settings["base"]) if "base" in settings else None, device=self.context.device,
         )  # fmt: skip
-        soup.save(folder / "checkpoint.safetensors")
-        return f"buffers {settings['buffers']}"
 
     def _evaluate(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = dict(step.settings)
@@ -187,3 +248,8 @@ class _Worker:
 def scores(evaluation: Evaluation) -> str:
     """The accuracies in one line."""
     return ", ".join(f"{name} {accuracy}" for name, accuracy in evaluation.accuracy.items())
+
+
+def _shares(coefficients: Coefficients) -> str:
+    means = ", ".join(f"{value:.2f}" for value in coefficients.alpha.mean(0).tolist())
+    return f"mean coefficients {means}, mean entropy {float(coefficients.entropy().mean()):.2f}"

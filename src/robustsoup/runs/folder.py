@@ -15,12 +15,14 @@ from robustsoup.checkpoints import Checkpoint
 from robustsoup.errors import StorageError
 from robustsoup.evaluation import Evaluation
 from robustsoup.files import atomic_path, write_text
+from robustsoup.recipes import slug
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Plan, Row
 from robustsoup.runs.store import Store
+from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.selection import Candidate, Selection, select, worth_confirming
 
-SOUPS = ("grid", "line", "uniform", "learned")
+SOUPS = ("grid", "line", "uniform", "greedy", "learned", "dial")
 
 
 def soups_tried(plan: Plan, store: Store) -> list[Candidate]:
@@ -90,7 +92,7 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
 
 def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
     entry = {name: getattr(row, name) for name in
-             ("name", "role", "soup", "ingredients", "coefficients", "threat", "objective")}  # fmt: skip
+             ("name", "role", "soup", "ingredients", "coefficients", "threat", "objective", "at")}  # fmt: skip
     entry |= {"checkpoint": None, "coefficients_file": None, "val": None, "test": None}
     if not row.key.startswith("file:"):
         entry["checkpoint"] = f"checkpoints/{row.name}.safetensors"
@@ -98,6 +100,13 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
     if row.learned:
         entry["coefficients_file"] = f"coefficients/{row.name}.safetensors"
         _link(store.path(row.learned) / "coefficients.safetensors", folder / entry["coefficients_file"])
+    if row.dial:
+        _link(
+            store.path(row.dial) / "dial.safetensors",
+            folder / "coefficients" / f"{row.soup}-{slug(row.threat)}.dial.safetensors",
+        )
+    if row.role == "greedy":
+        entry["coefficients"] = Coefficients.load(folder / entry["coefficients_file"]).row("")
     for split, key in (("val", row.val), ("test", row.test)):
         if key:
             source, target = store.path(key) / "evaluation.json", folder / "evaluations" / f"{row.name}.{split}.json"

@@ -12,7 +12,7 @@ from robustsoup.data import Data
 from robustsoup.recipes import Ingredient, Recipe, Soup, Training
 from robustsoup.soups.search import candidates
 
-VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 1, "mix": 1, "evaluate": 2}
+VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 2, "dial": 1, "greedy": 1, "mix": 1, "evaluate": 2}
 """The version of each kind of step, part of its key: raised by hand when the meaning of a step changes."""
 
 DEFAULT_BUFFERS = {"learned": "tracked"}
@@ -22,7 +22,7 @@ DEFAULT_BUFFERS = {"learned": "tracked"}
 class Step:
     """One piece of work: its output depends on its settings, its parents' outputs and the data alone, as its key does.
 
-    kind: "pretrain", "finetune", "learn", "mix" or "evaluate"; name: what people call the output; parents: the keys of
+    kind: a key of VERSIONS; name: what people call the output; parents: the keys of
     steps, or "file:DIGEST" for checkpoints that exist; passes: how many forward passes of one sample it is worth (a
     backward pass by the input counts 1, one by the weights too, 2).
     """
@@ -48,6 +48,8 @@ class Row:
     learned: str | None = None
     threat: str | None = None
     objective: str | None = None
+    at: float | None = None
+    dial: str | None = None
     val: str | None = None
     test: str | None = None
 
@@ -85,7 +87,8 @@ class _Planner:
     def plan(self) -> Plan:
         rows = self._ingredient_rows()
         for name, soup in self.recipe.soups.items():
-            rows += self._learned_rows(name, soup) if soup.method == "learned" else self._mixed_rows(name, soup)
+            makers = {"learned": self._learned_rows, "dial": self._dial_rows, "greedy": self._greedy_rows}
+            rows += makers.get(soup.method, self._mixed_rows)(name, soup)
         judged = [self._judged(row) for row in rows]
         return Plan(self.recipe, tuple(self.steps.values()), tuple(judged), self.files)
 
@@ -99,7 +102,7 @@ class _Planner:
         return key
 
     def _file(self, path: str) -> str:
-        checkpoint = Checkpoint.load(path)
+        checkpoint = Checkpoint.open(path)
         key = f"file:{checkpoint.digest}"
         self.files[key] = checkpoint
         return key
@@ -140,15 +143,52 @@ class _Planner:
         rows = []
         pairs = itertools.product(self.recipe.threats_of(soup), soup.objectives)
         for label, (threat, objective) in zip(self.recipe.soup_names(section), pairs, strict=True):
-            fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init")
-            settings = {name: getattr(soup, name) for name in fields} | {
-                "threat": threat, "objective": objective, "precision": self.precision, "seed": self._seed(soup.seed)
-            }  # fmt: skip
+            settings = self._learning(soup, threat) | {"objective": objective}
             passes = len(self.data.train) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
+            if stop := soup.early_stop:
+                settings["early_stop"] = stop.model_dump(mode="json")
+                passes += soup.epochs * (stop.samples or len(self.data.val)) * (2 * stop.steps + 2)
             learned = self._add("learn", label, settings, parents, passes)
             key = self._mix(label, soup, [*parents, learned], None, "learned")
             rows.append(Row(label, "learned", key, section, names, None, learned, threat, objective))
         return rows
+
+    def _learning(self, soup: Soup, threat: str) -> dict[str, Any]:
+        fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init", "granularity")
+        settings = soup.model_dump(mode="json", include=set(fields))
+        return settings | {"threat": threat, "precision": self.precision, "seed": self._seed(soup.seed)}
+
+    def _dial_rows(self, section: str, soup: Soup) -> list[Row]:
+        names = soup.ingredients or tuple(self.recipe.ingredients)
+        parents = [self.checkpoints[name] for name in names]
+        labels, rows = iter(self.recipe.soup_names(section)), []
+        for threat in self.recipe.threats_of(soup):
+            settings = self._learning(soup, threat) | {"by": soup.dial, "turn_every": soup.turn_every}
+            both = "ce" if soup.dial == "eps" else "mixed 0.5"
+            passes = len(self.data.train) * soup.epochs * _step_passes(threat, both, soup.attack_steps)
+            dial = self._add("dial", f"{section} {threat}", settings, parents, passes)
+            for t in soup.at:
+                label = next(labels)
+                key = self._mix(label, soup, [*parents, dial], None, "dial", at=t)
+                rows.append(Row(label, "dial", key, section, names, None, key, threat, None, t, dial))
+        return rows
+
+    def _greedy_rows(self, section: str, soup: Soup) -> list[Row]:
+        evaluate, names = self.recipe.evaluate, soup.ingredients or tuple(self.recipe.ingredients)
+        parents = [self.checkpoints[name] for name in names]
+        alone = [
+            self._evaluation(Row(name, "ingredient", key), evaluate.select_on, evaluate.select_samples)
+            for name, key in zip(names, parents, strict=True)
+        ]
+        judged = self.steps[alone[0]]
+        settings = {
+            "score": self.recipe.score_of(soup),
+            "buffers": soup.buffers or "average",
+            "evaluate": judged.settings,
+        }
+        chosen = self._add("greedy", section, settings, [*parents, *alone], judged.passes * (len(names) - 1))
+        key = self._mix(section, soup, [*parents, chosen], None, "greedy")
+        return [Row(section, "greedy", key, section, names, None, chosen)]
 
     def _mixed_rows(self, section: str, soup: Soup) -> list[Row]:
         names = soup.ingredients or tuple(self.recipe.ingredients)
@@ -163,9 +203,12 @@ class _Planner:
             rows.append(Row(label, soup.method, key, section, names, alpha))
         return rows
 
-    def _mix(self, label: str, soup: Soup, parents: list[str], alpha: Sequence[float] | None, method: str) -> str:
+    def _mix(self, label: str, soup: Soup, parents: list[str], alpha: Sequence[float] | None, method: str,
+             at: float | None = None) -> str:  # fmt: skip
         buffers = soup.buffers or DEFAULT_BUFFERS.get(method, "average")
         settings = {"alpha": alpha and list(alpha), "buffers": buffers, "seed": self._seed(soup.seed)}
+        if at is not None:
+            settings["at"] = at
         passes = 0
         if buffers.startswith("recalibrate"):
             settings["samples"] = passes = min(soup.calibrate_samples, len(self.data.train))

@@ -1,10 +1,11 @@
-"""learn: the adversarial learned soup. One softmax over the ingredients for each layer, trained adversarially."""
+"""learn: the adversarial learned soup, one softmax over the ingredients for each layer, and the dial, a line of them."""
 
 import copy
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,67 +14,89 @@ from torch import Tensor, nn
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split
 from robustsoup.data.splits import keyed_generator
-from robustsoup.errors import Diverged, RequestError
+from robustsoup.errors import RequestError
+from robustsoup.leakage import check_same_split
 from robustsoup.losses import Objective
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schedules import Schedule, check_schedule, rate
 from robustsoup.soups.batchnorm import norm_layers
-from robustsoup.soups.coefficients import Coefficients
-from robustsoup.soups.mixing import canonical_order, check_ingredients, mix, weighted_sum
+from robustsoup.soups.coefficients import Coefficients, Dial
+from robustsoup.soups.granularity import layer_groups
+from robustsoup.soups.ingredients import Ingredients, choose_place
+from robustsoup.soups.mixing import canonical_order, check_ingredients, mix
 from robustsoup.threats import ThreatModel
-from robustsoup.training import attacked, check_fit, fit, objective_loss
+from robustsoup.training import attacked, check_fit, check_loss, fit, objective_loss, objective_on
+
+DIALS = ("objective", "eps")
 
 
 def learn(
     ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, *, threat: ThreatModel | str,
     objective: Objective | str = "ce", attack_steps: int = 2, epochs: int = 30, batch_size: int = 128, lr: float = 10.0,
-    momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier", seed: int = 0,
-    network: nn.Module | None = None, device: str = "auto", precision: str = "auto",
+    momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier",
+    granularity: str = "parameter", val: Split | None = None, early_stop: bool = False, early_stop_steps: int = 10,
+    seed: int = 0, network: nn.Module | None = None, place: str = "auto", budget: float | None = None,
+    allow_leakage: bool = False, device: str = "auto", precision: str = "auto",
     state_path: str | os.PathLike | None = None, on_progress: Progress | None = None,
 ) -> Coefficients:  # fmt: skip
-    """Train coefficients for the ingredients, one softmax for each named parameter, on the points that APGD finds.
+    """Train coefficients for the ingredients, one softmax for each layer, on the points that APGD finds.
 
     Each step mixes the layers that changed into one ordinary network, attacks it in eval mode, and takes one train-mode
     pass; dL/dalpha = <dL/dtheta_layer, theta_i,layer>, so no autograd graph ever holds n networks.
+    granularity: what a layer is: "parameter", "module", "block", "model" or "re:PATTERN" (see `layer_groups`).
     detach: the probability that a layer is left out of a step: it is still mixed, but gets no gradient and no update
     (its momentum rests too). init: "xavier" (uniform, bound sqrt(6 / (1 + n))) or "zeros" (the uniform soup).
     BatchNorm statistics start as the mean of the ingredients' and are tracked by the train-mode pass; they come back
     with the coefficients (`mix` with buffers="tracked" takes them).
+    val: measures the objective (APGD, early_stop_steps steps) after every epoch; early_stop: the epoch where it is least is
+    returned, else the last. place, budget: where the ingredients are kept (see `choose_place`); paths are opened, not loaded.
     network: a module to run, where the ingredients do not say what they are. The rest as in `train`.
 
-    Raises IngredientMismatch, ModelError, RequestError for settings out of range, Diverged for a non-finite loss.
+    Raises IngredientMismatch, ModelError, RequestError for settings out of range, LeakageError for ingredients of another
+    split (unless allow_leakage), CheckpointError for a file that is lost on the way, Diverged for a non-finite loss.
     Source: Huang, Adversarial Learned Soups, section 3; the inner product: MEHL-Soup (Li et al., ECCV 2024).
     """
-    loaded = [Checkpoint.load(item) for item in ingredients]
-    if network is not None:
-        loaded = [item.named_for(network) for item in loaded]
-    check_ingredients(loaded)
-    threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
-    check_schedule(schedule)
-    if not 0 <= momentum < 1:
-        raise RequestError(f"learn: got momentum {momentum}, expected a number in [0, 1)")
-    if not 0 <= detach <= 1 or epochs < 1 or batch_size < 2 or not lr > 0:
+    settings = _settings(
+        threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs, batch_size=batch_size, lr=lr,
+        momentum=momentum, schedule=schedule, detach=detach, init=init, granularity=granularity, early_stop=early_stop,
+        early_stop_steps=early_stop_steps, seed=seed,
+    )  # fmt: skip
+    run = _start(ingredients, data, val, settings, network, place, budget, allow_leakage, device, precision)
+    _finish(run, state_path, on_progress)
+    return run.coefficients()
+
+
+def learn_dial(
+    ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, *, threat: ThreatModel | str,
+    by: str = "objective", turn_every: int = 4, attack_steps: int = 2, epochs: int = 30, batch_size: int = 128,
+    lr: float = 10.0, momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier",
+    granularity: str = "parameter", seed: int = 0, network: nn.Module | None = None, place: str = "auto",
+    budget: float | None = None, allow_leakage: bool = False, device: str = "auto", precision: str = "auto",
+    state_path: str | os.PathLike | None = None, on_progress: Progress | None = None,
+) -> Dial:  # fmt: skip
+    """Learn a whole line of soups at once: logits(t) = a + b (2t - 1) for each layer, t in [0, 1] from robust to clean.
+
+    Every `turn_every` steps t is drawn uniformly anew and every layer mixed again (`learn` mixes the changed ones only).
+    by: "objective": t is the clean weight, t L(clean) + (1 - t) L(attack); "eps": the attack's radius is (1 - t) eps.
+    a starts as `init` says, b at zero. The rest as in `learn`. `Dial.at(t)` gives ordinary coefficients.
+
+    Raises as `learn`, and RequestError for a clean threat.
+    """
+    if by not in DIALS or turn_every < 1:
         raise RequestError(
-            f"learn: got detach {detach}, epochs {epochs}, batch_size {batch_size}, lr {lr}; "
-            "expected detach in [0, 1], at least 1 epoch, batches of at least 2, lr above 0"
+            f'dial: got by "{by}", turn_every {turn_every}, expected one of {", ".join(DIALS)}, at least 1'
         )
-    where = resolve_device(device)
-    precision = resolve_precision(precision, where)
-    settings = {
-        "threat": str(threat), "objective": str(objective), "attack_steps": attack_steps, "epochs": epochs,
-        "batch_size": batch_size, "lr": lr, "momentum": momentum, "schedule": schedule, "detach": detach, "init": init,
-        "seed": seed, "precision": precision,
-    }  # fmt: skip
-    model = copy.deepcopy(network) if network is not None else loaded[0].network()
-    mix(loaded, [1 / len(loaded)] * len(loaded), buffers="average").load_into(model)
-    check_fit(model, data)
-    run = _Run(model.to(where, memory_format=torch.channels_last), loaded, data.to(where), threat, objective, settings)
-    digests = [item.digest for item in loaded]
-    saved = SavedState(state_path, json.dumps([settings, digests, data.digest], sort_keys=True))
-    run.load(saved.load())
-    fit(run, saved, on_progress)
-    return run.coefficients(digests)
+    if ThreatModel.parse(threat).is_clean:
+        raise RequestError("dial: it turns from robust to clean; give a threat, not clean")
+    settings = _settings(
+        threat=threat, objective="ce", attack_steps=attack_steps, epochs=epochs, batch_size=batch_size, lr=lr,
+        momentum=momentum, schedule=schedule, detach=detach, init=init, granularity=granularity, early_stop=False,
+        early_stop_steps=1, seed=seed, dial=by, turn_every=turn_every,
+    )  # fmt: skip
+    run = _start(ingredients, data, None, settings, network, place, budget, allow_leakage, device, precision)
+    _finish(run, state_path, on_progress)
+    return run.dial()
 
 
 def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
@@ -86,118 +109,227 @@ def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
     return torch.empty(layers, n).uniform_(-bound, bound, generator=keyed_generator("logits", seed))
 
 
-def logits_gradient(grad: Tensor, thetas: Sequence[Tensor], alpha: Tensor) -> Tensor:
-    """(n,): dL/dlogits of one layer, from dL/dtheta of its mixed weights and its n ingredients.
+def logits_gradient(by_alpha: Tensor, alpha: Tensor) -> Tensor:
+    """(layers, n): dL/dlogits from dL/dalpha, by the Jacobian of alpha = softmax(logits)."""
+    return alpha * (by_alpha - (alpha * by_alpha).sum(-1, keepdim=True))
 
-    dL/dalpha_i = <dL/dtheta, theta_i>; then the Jacobian of alpha = softmax(logits).
-    """
-    by_alpha = torch.stack([torch.sum(grad * theta.to(grad.dtype)) for theta in thetas]).to(alpha)
-    return alpha * (by_alpha - (alpha * by_alpha).sum())
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a soup is learned, as it is recorded."""
+
+    threat: ThreatModel
+    objective: Objective
+    record: dict[str, Any]
+
+
+def _settings(*, threat: ThreatModel | str, objective: Objective | str, **given: Any) -> _Settings:
+    threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
+    check_schedule(given["schedule"])
+    momentum, detach, epochs, batch_size, lr = (given[k] for k in ("momentum", "detach", "epochs", "batch_size", "lr"))
+    if not 0 <= momentum < 1:
+        raise RequestError(f"learn: got momentum {momentum}, expected a number in [0, 1)")
+    if not 0 <= detach <= 1 or epochs < 1 or batch_size < 2 or not lr > 0:
+        raise RequestError(
+            f"learn: got detach {detach}, epochs {epochs}, batch_size {batch_size}, lr {lr}; "
+            "expected detach in [0, 1], at least 1 epoch, batches of at least 2, lr above 0"
+        )
+    return _Settings(threat, objective, {"threat": str(threat), "objective": str(objective), **given})
+
+
+def _start(
+    ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, val: Split | None, settings: _Settings,
+    network: nn.Module | None, place: str, budget: float | None, allow_leakage: bool, device: str, precision: str,
+) -> "_Run":  # fmt: skip
+    if settings.record["early_stop"] and val is None:
+        raise RequestError("early_stop: no validation split to watch; give val")
+    opened = [Checkpoint.open(item) for item in ingredients]
+    if network is not None:
+        opened = [item.named_for(network) for item in opened]
+    check_ingredients(opened)
+    check_same_split(opened, data, allow=allow_leakage)
+    where = resolve_device(device)
+    settings.record["precision"] = resolve_precision(precision, where)
+    model = copy.deepcopy(network) if network is not None else opened[0].network()
+    mix(opened, [1 / len(opened)] * len(opened), buffers="average").load_into(model)
+    check_fit(model, data)
+    model.to(where, memory_format=torch.channels_last)
+    place = choose_place(place, budget, opened, where)
+    return _Run(model, opened, data.to(where), val.to(where) if val is not None else None, settings, place)
+
+
+def _finish(run: "_Run", state_path: str | os.PathLike | None, on_progress: Progress | None) -> None:
+    saved = SavedState(
+        state_path, json.dumps([run.settings, run.digests, run.data.digest, run.val and run.val.digest], sort_keys=True)
+    )
+    run.load(saved.load())
+    fit(run, saved, on_progress)
 
 
 class _Run:
-    """The state of one learning run."""
+    """The state of one learning run.
 
-    def __init__(self, model: nn.Module, ingredients: list[Checkpoint], data: Split, threat: ThreatModel,
-                 objective: Objective, settings: Mapping[str, Any]) -> None:  # fmt: skip
-        self.model, self.data, self.threat, self.objective, self.settings = model, data, threat, objective, settings
-        self.order = canonical_order([item.digest for item in ingredients])
-        self.layers = dict(model.named_parameters())
-        device = data.images.device
-        self.thetas = {
-            name: [
-                ingredients[i].tensors[name].to(device).contiguous(memory_format=_format(parameter)) for i in self.order
-            ]
-            for name, parameter in self.layers.items()
-        }
-        self.logits = initial_logits(len(self.layers), len(ingredients), settings["init"], settings["seed"])
-        self.velocity = torch.zeros_like(self.logits)
-        self.steps_per_epoch = max(len(data) // settings["batch_size"], 1)
-        self.step, self.loss_sum = 0, torch.zeros((), device=device)
+    weights: (k, layers, n), logits = sum_k basis_k(t) weights_k: k is 1 for a soup, 2 for a dial.
+    """
+
+    verb = "learn"
+
+    def __init__(self, model: nn.Module, ingredients: list[Checkpoint], data: Split, val: Split | None, settings: _Settings,
+                 place: str) -> None:  # fmt: skip
+        self.model, self.data, self.val = model, data, val
+        self.settings, self.threat, self.objective = settings.record, settings.threat, settings.objective
+        self.digests = [item.digest for item in ingredients]
+        self.order = canonical_order(self.digests)
+        self.parameters = dict(model.named_parameters())
+        self.groups = layer_groups(model, self.settings["granularity"])
+        self.layers = list(self.groups)
+        self.ingredients = Ingredients(
+            [ingredients[i] for i in self.order], list(self.parameters), data.images.device, place
+        )
+        start = initial_logits(len(self.layers), len(ingredients), self.settings["init"], self.settings["seed"])
+        self.turning = "dial" in self.settings
+        self.weights = torch.stack([start, torch.zeros_like(start)] if self.turning else [start])
+        self.started = self.weights.clone()
+        self.velocity = torch.zeros_like(self.weights)
+        self.slopes = torch.zeros(2, len(self.layers), dtype=torch.float64)  # sums of norms, and how many
+        self.steps_per_epoch = max(len(data) // self.settings["batch_size"], 1)
+        self.step, self.loss_sum, self.t = 0, torch.zeros((), device=data.images.device), 0.5
         self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] | None = None
         self._remix(range(len(self.layers)))
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a saved state."""
         if state is not None:
-            self.logits, self.velocity, self.step = state["logits"], state["velocity"], state["step"]
-            self.history, self.loss_sum = state["history"], state["loss_sum"].to(self.loss_sum.device)
+            self.weights, self.velocity, self.slopes = state["weights"], state["velocity"], state["slopes"]
+            self.step, self.history, self.best, self.t = state["step"], state["history"], state["best"], state["t"]
+            self.loss_sum = state["loss_sum"].to(self.loss_sum.device)
             self.model.load_state_dict(state["buffers"], strict=False)
             self._remix(range(len(self.layers)))
 
     def state(self) -> dict[str, Any]:
         """All that `load` needs; the mixed weights follow from the logits."""
-        buffers = {name: buffer for name, buffer in self.model.state_dict().items() if name not in self.layers}
         return {
-            "logits": self.logits, "velocity": self.velocity, "step": self.step, "history": self.history,
-            "loss_sum": self.loss_sum, "buffers": buffers,
+            "weights": self.weights, "velocity": self.velocity, "slopes": self.slopes, "step": self.step,
+            "history": self.history, "best": self.best, "t": self.t, "loss_sum": self.loss_sum, "buffers": self._buffers(),
         }  # fmt: skip
-
-    def end_epoch(self, entry: dict[str, float]) -> None:
-        """Nothing is measured between epochs."""
 
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step on a batch; returns its loss."""
         s = self.settings
         lr = rate(s["schedule"], s["lr"], self.step / self.steps_per_epoch, s["epochs"])
-        x_adv = attacked(self.model, x, y, self.threat, self.objective, s["attack_steps"], s["precision"])
+        if self.turning and self.step % s["turn_every"] == 0:
+            self.t = float(torch.rand((), generator=keyed_generator("dial", s["seed"], self.step)))
+            self._remix(range(len(self.layers)))
+        threat, objective = self._aim()
+        x_adv = attacked(self.model, x, y, threat, objective, s["attack_steps"], s["precision"])
         active = self._draw_active()
-        for parameter, wanted in zip(self.layers.values(), active, strict=True):
-            parameter.requires_grad_(wanted)
-        with torch.set_grad_enabled(any(active)):
-            loss = objective_loss(self.model, x, x_adv, y, self.objective, s["precision"])
-        if any(active):
-            chosen = [i for i, wanted in enumerate(active) if wanted]
-            names = list(self.layers)
-            grads = torch.autograd.grad(loss, [self.layers[names[i]] for i in chosen])
-            self._update(chosen, grads, lr)
-            self._remix(chosen)
+        wanted = {name for layer in active for name in self.groups[self.layers[layer]]}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in wanted)
+        with torch.set_grad_enabled(bool(active)):
+            loss = objective_loss(self.model, x, x_adv, y, objective, s["precision"])
+        check_loss(self, loss, x_adv)
+        if active:
+            chosen = {name: parameter for name, parameter in self.parameters.items() if name in wanted}
+            grads = torch.autograd.grad(loss, list(chosen.values()))
+            self._update(active, dict(zip(chosen, grads, strict=True)), lr)
+            self._remix(active)
         return loss.detach()
 
-    def _draw_active(self) -> list[bool]:
+    def _aim(self) -> tuple[ThreatModel, Objective]:
+        """What this step trains on, which the dial turns."""
+        if not self.turning:
+            return self.threat, self.objective
+        if self.settings["dial"] == "eps":
+            return ThreatModel(self.threat.norm, self.threat.eps * (1 - self.t)), self.objective
+        return self.threat, Objective(self.t)
+
+    def _draw_active(self) -> list[int]:
         generator = keyed_generator("detach", self.settings["seed"], self.step)
-        return (torch.rand(len(self.layers), generator=generator) >= self.settings["detach"]).tolist()
+        drawn = torch.rand(len(self.layers), generator=generator) >= self.settings["detach"]
+        return drawn.nonzero().flatten().tolist()
 
-    def _update(self, chosen: list[int], grads: Sequence[Tensor], lr: float) -> None:
-        """SGD with momentum on the rows in `chosen` alone; the others rest, momentum included."""
-        names = list(self.layers)
-        for i, grad in zip(chosen, grads, strict=True):
-            slope = logits_gradient(grad, self.thetas[names[i]], torch.softmax(self.logits[i], 0).to(grad.device))
-            self.velocity[i] = self.settings["momentum"] * self.velocity[i] + slope.to(self.velocity)
-            self.logits[i] -= lr * self.velocity[i]
+    def _update(self, active: list[int], grads: dict[str, Tensor], lr: float) -> None:
+        """SGD with momentum on the layers in `active` alone; the others rest, momentum included."""
+        inner = dict(zip(grads, self.ingredients.inner(grads), strict=True))
+        by_alpha = torch.stack([sum(inner[name] for name in self.groups[self.layers[i]]) for i in active])
+        slope = logits_gradient(by_alpha, self._alpha()[active])
+        self.slopes[:, active] += torch.stack([slope.norm(dim=1), torch.ones(len(active))])
+        by_weights = self._basis().view(-1, 1, 1) * slope
+        self.velocity[:, active] = self.settings["momentum"] * self.velocity[:, active] + by_weights.to(self.velocity)
+        self.weights[:, active] -= lr * self.velocity[:, active]
 
-    @torch.no_grad()
-    def _remix(self, chosen: Sequence[int]) -> None:
-        names = list(self.layers)
+    def _remix(self, active: Sequence[int]) -> None:
+        self.ingredients.check()
         alpha = self._alpha()
-        for i in chosen:
-            self.layers[names[i]].copy_(weighted_sum(self.thetas[names[i]], alpha[i].tolist()))
+        for i in active:
+            for name in self.groups[self.layers[i]]:
+                self.ingredients.mix_into(name, alpha[i].tolist(), self.parameters[name])
+
+    def _basis(self) -> Tensor:
+        return torch.tensor([1.0, 2 * self.t - 1] if self.turning else [1.0], dtype=torch.float64)
 
     def _alpha(self) -> Tensor:
         """(layers, n) float64 in the canonical order of the ingredients."""
-        return torch.softmax(self.logits.double(), 1)
+        return torch.softmax(torch.tensordot(self._basis(), self.weights.double(), 1), 1)
 
-    def coefficients(self, digests: Sequence[str]) -> Coefficients:
-        """What was learned, with columns in the order in which the ingredients were given."""
-        columns = [self.order.index(i) for i in range(len(digests))]
-        tracked = {
-            name: buffer.cpu().clone()
-            for name, buffer in self.model.state_dict().items()
-            if name.rpartition(".")[0] in norm_layers(self.model) and name not in self.layers
-        }
-        record = {"learning": dict(self.settings), "history": self.history, "data": self.data.record,
-                  "trained_on": [self.data.name]}  # fmt: skip
-        return Coefficients(self._alpha()[:, columns], tuple(self.layers), tuple(digests), record, tracked)
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.parameters}
 
-    def check_finite(self) -> None:
-        """Raise Diverged, naming the first broken layer, if the loss or a logit is NaN or infinite."""
-        if math.isfinite(float(self.loss_sum)) and bool(self.logits.isfinite().all()):
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Measure the objective on val, and remember the coefficients if it is the least so far."""
+        if self.val is None:
             return
-        broken = [name for name, row in zip(self.layers, self.logits, strict=True) if not bool(row.isfinite().all())]
-        where = f" first in layer {broken[0]}" if broken else ""
-        raise Diverged(f"learn: the loss became {float(self.loss_sum)}{where} at step {self.step}; try a smaller lr")
+        s = self.settings
+        entry["val_loss"] = objective_on(
+            self.model, self.val, self.threat, self.objective, steps=s["early_stop_steps"], precision=s["precision"]
+        )
+        if s["early_stop"] and entry["val_loss"] < min((past["val_loss"] for past in self.history), default=math.inf):
+            buffers = {name: tensor.clone() for name, tensor in self._buffers().items()}
+            self.best = {"weights": self.weights.clone(), "buffers": buffers, "epoch": entry["epoch"]}
 
+    def broken(self) -> str | None:
+        """The first layer whose logits are not finite, if there is one."""
+        finite = self.weights.isfinite().all(-1).all(0).tolist()
+        return None if all(finite) else self.layers[finite.index(False)]
 
-def _format(parameter: Tensor) -> torch.memory_format:
-    last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    def coefficients(self) -> Coefficients:
+        """What was learned, with columns in the order in which the ingredients were given."""
+        weights, buffers = self.weights, self._buffers()
+        if self.best is not None:
+            weights, buffers = self.best["weights"], self.best["buffers"]
+        start, alpha = (torch.softmax(w[0].double(), 1)[:, self._columns()] for w in (self.started, weights))
+        return Coefficients(
+            alpha, tuple(self.layers), tuple(self.digests), self._record(), self._tracked(buffers), self._grouped(), start,
+            self._mean_slopes(),
+        )  # fmt: skip
+
+    def dial(self) -> Dial:
+        """The line that was learned, with columns in the order in which the ingredients were given."""
+        return Dial(
+            self.weights[..., self._columns()].double(), tuple(self.layers), tuple(self.digests), self._record(),
+            self._tracked(self._buffers()), self._grouped(), self.started[..., self._columns()].double(), self._mean_slopes(),
+        )  # fmt: skip
+
+    def _columns(self) -> list[int]:
+        return [self.order.index(i) for i in range(len(self.digests))]
+
+    def _mean_slopes(self) -> Tensor:
+        return self.slopes[0] / self.slopes[1].clamp(min=1)
+
+    def _grouped(self) -> dict[str, str]:
+        return {name: layer for layer, names in self.groups.items() for name in names if name != layer}
+
+    def _tracked(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        norms = norm_layers(self.model)
+        return {name: tensor.cpu().clone() for name, tensor in buffers.items() if name.rpartition(".")[0] in norms}
+
+    def _record(self) -> dict[str, Any]:
+        record = {
+            "learning": dict(self.settings), "history": self.history, "data": self.data.record, "trained_on": [self.data.name],
+            "early_stopped_at": self.best and self.best["epoch"],
+        }  # fmt: skip
+        if len(self.digests) == 1:
+            record["warnings"] = ["a single ingredient: there is nothing to learn; the soup is the ingredient"]
+        return record

@@ -54,17 +54,20 @@ def mix(
     RequestError for a policy that lacks what it needs.
     Source: Wortsman et al. 2022, arXiv:2203.05482, section 2; by layer: Huang, Adversarial Learned Soups, section 2.
     """
-    loaded = [Checkpoint.load(item) for item in ingredients]
+    loaded = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
         loaded = [item.named_for(network) for item in loaded]
     check_ingredients(loaded)
     coefficients = Coefficients.of(alpha).for_ingredients([item.digest for item in loaded])
     coefficients.check(len(loaded), affine=affine)
     _check_policy(buffers, coefficients, calibrate_on, threat, affine)
+    for item in loaded:
+        if item.source is not None:
+            item.source.check()
     tensors = _mixed_tensors(loaded, coefficients, average=buffers not in ("base", "tracked") and not affine)
     record = _record(loaded, coefficients, buffers)
     if buffers == "base":
-        source = Checkpoint.load(base) if base is not None else common_ancestor(loaded) or loaded[0]
+        source = Checkpoint.open(base) if base is not None else common_ancestor(loaded) or loaded[0]
         check_ingredients([loaded[0], source])
         tensors |= {name: source.tensors[name].clone() for name in tensors if name not in _mixed_names(loaded[0])}
         record["buffers"]["base"] = source.digest
@@ -134,7 +137,7 @@ def common_ancestor(ingredients: Sequence[Checkpoint]) -> Checkpoint | None:
         for item, known in zip(ingredients, parents, strict=True):
             if item.path and known.get(digest):
                 path = Path(item.path).parent / known[digest]
-                if path.is_file() and (found := Checkpoint.load(path)).digest == digest:
+                if path.is_file() and (found := Checkpoint.open(path)).digest == digest:
                     return found
     return None
 

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.leakage import check_leakage
 from robustsoup.progress import Progress
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.selection import Alpha, Candidate, Requirement, select, worth_confirming
+from robustsoup.soups.selection import Alpha, Candidate, Requirement, Score, select, worth_confirming
 from robustsoup.threats import ThreatModel
 
 LIMIT = 2000
@@ -53,11 +53,33 @@ def candidates(method: str, n: int, step: float = 0.2) -> list[Alpha]:
         raise CoefficientError(f"line: got {n} ingredients, expected 2")
     if method in ("grid", "line"):
         return grid(n, step)
-    raise CoefficientError(f'method: got "{method}", expected "grid", "line" or "uniform"')
+    raise CoefficientError(f'method: got "{method}", expected "grid", "line", "uniform" or "greedy"')
 
 
 SCREEN = {"steps": 10, "precision": "auto"}
 """How a soup is screened: a short attack, on top of the points that broke the ingredients."""
+
+
+def greedy(alone: Sequence[Evaluation], judge: Callable[[Alpha], Evaluation], score: Score | str) -> list[Candidate]:
+    """The greedy soup: from the best ingredient on, keep each further one, best first, unless the score falls.
+
+    alone: what each ingredient scored; judge(alpha): what a soup scores, on the same samples, which must be held-out ones.
+    Returns the ingredients in their order and every soup that was tried; the last one is the greedy soup.
+    Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1.
+    """
+    score, n = Score.parse(score), len(alone)
+    corners = [tuple(float(i == j) for j in range(n)) for i in range(n)]
+    tried = [Candidate(alpha_name(a), a, e) for a, e in zip(corners, alone, strict=True)]
+    order = sorted(range(n), key=lambda i: -score.of(alone[i].accuracy))
+    kept, best = [order[0]], tried[order[0]]
+    for i in order[1:]:
+        members = {*kept, i}
+        alpha = tuple(float(j in members) / len(members) for j in range(n))
+        candidate = Candidate(alpha_name(alpha), alpha, judge(alpha))
+        tried.append(candidate)
+        if score.of(candidate.evaluation.accuracy) >= score.of(best.evaluation.accuracy):
+            kept, best = [*kept, i], candidate
+    return [c for c in tried if c is not best] + [best]
 
 
 def alpha_name(alpha: Sequence[float]) -> str:
@@ -75,8 +97,8 @@ def search(
     method: str = "grid", step: float = 0.2, buffers: str = "average", calibrate_on: Split | None = None,
     attack: str = "apgd", loss: str = "ce", steps: int = 100, restarts: int = 1, samples: int | None = None, seed: int = 0,
     screen: bool = False, screen_steps: int = SCREEN["steps"], maximise: ThreatModel | str | None = None,
-    point: bool = False,
-    require: Sequence[str] = (), allow_leakage: bool = False, network: nn.Module | None = None, device: str = "auto",
+    point: bool = False, require: Sequence[str] = (), score: str | None = None, allow_leakage: bool = False,
+    network: nn.Module | None = None, device: str = "auto",
     precision: str = "float32", on_progress: Progress | None = None,
 ) -> list[Candidate]:  # fmt: skip
     """Evaluate every soup of a method on `data` (the validation split) and return them all; `select` picks one.
@@ -87,6 +109,7 @@ def search(
     (screen_steps, bfloat16 where the device has it); then confirm the front in full, but for soups that the samples cannot
     tell from one that is confirmed (see `worth_confirming`). The others' figures are upper bounds
     (`Candidate.confirmed` is False, the record says "screened").
+    score: what method "greedy" must not lose, as in `Score`; else the first threat. Its last candidate is the greedy soup.
     maximise, require (of clean accuracy, as in `select`): with screen, confirm only what can still win the choice, and stop a
     soup as soon as it has lost.
 
@@ -94,9 +117,11 @@ def search(
     """
     if screen and attack == "autoattack":
         raise RequestError("search: soups are screened by a short apgd or pgd; screen does not go with autoattack")
-    loaded = [Checkpoint.load(item) for item in ingredients]
+    if method == "greedy" and screen:
+        raise RequestError("search: a greedy soup is judged in full at each turn; screen does not go with it")
+    loaded = [Checkpoint.open(item) for item in ingredients]
     check_leakage(loaded, data, allow=allow_leakage)
-    points = {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
+    points = {} if method == "greedy" else {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
 
     def network_of(alpha: Alpha) -> nn.Module:
         soup = mix(loaded, alpha, buffers=buffers, calibrate_on=calibrate_on, network=network, device=device, seed=seed)
@@ -119,6 +144,12 @@ def search(
             on_progress(done, total, f"{name} clean {evaluation.accuracy['clean'].value:.1%}")
         return evaluation
 
+    if method == "greedy":
+        total = 2 * len(loaded) - 1
+        corners = [tuple(float(i == j) for j in range(len(loaded))) for i in range(len(loaded))]
+        alone = [told(alpha_name(a), judge(a, **full), total) for a in corners]
+        wanted = score or next(iter(threats), "clean")
+        return greedy(alone, lambda a: told(alpha_name(a), judge(a, **full), total), str(wanted))
     if not screen:
         return [Candidate(n, a, told(n, judge(a, **full), len(points))) for n, a in points.items()]
     corners = [tuple(float(i == j) for j in range(len(loaded))) for i in range(len(loaded))]

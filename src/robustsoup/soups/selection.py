@@ -60,6 +60,50 @@ class Requirement:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A weighted sum of accuracies under "clean", "union" or threat models as text."""
+
+    terms: tuple[tuple[float, str], ...]
+
+    @classmethod
+    def parse(cls, text: "str | Score") -> "Score":
+        """Read "clean", "Linf 8/255", "0.3 clean + 0.7 Linf 8/255". Raises RequestError."""
+        if isinstance(text, Score):
+            return text
+        terms = []
+        for part in str(text).split(" + "):
+            weight, key = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", part).groups()
+            try:
+                number = float(weight or 1)
+                name = key if key in ("clean", "union") else str(ThreatModel.parse(key))
+            except (ValueError, RequestError):
+                raise RequestError(
+                    f'score: got "{text}", expected a threat model, clean, or a sum as in "0.3 clean + 0.7 Linf 8/255"'
+                ) from None
+            terms.append((number, name))
+        if not any(weight for weight, _ in terms):
+            raise RequestError(f'score: got "{text}", expected a weight above 0')
+        return cls(tuple(terms))
+
+    @property
+    def keys(self) -> list[str]:
+        """The accuracies that it needs."""
+        return [key for _, key in self.terms]
+
+    def of(self, scores: Scores) -> float:
+        """The score. Raises RequestError for a key that was not evaluated."""
+        for key in self.keys:
+            if key not in scores:
+                raise RequestError(f'score: "{key}" was not evaluated; expected one of {", ".join(scores)}')
+        return sum(weight * scores[key].value for weight, key in self.terms)
+
+    def __str__(self) -> str:
+        if len(self.terms) == 1:
+            return self.terms[0][1]
+        return " + ".join(f"{weight:g} {key}" for weight, key in self.terms)
+
+
+@dataclass(frozen=True)
 class Selection:
     """The candidate to take. met: whether it meets every requirement; if none does, `best` is the closest one."""
 
