@@ -82,7 +82,7 @@ def _model_settings(recipe: Recipe, record: dict[str, Any], paths: list[str]) ->
     if recipe.model:
         return {"spec": recipe.model, **given, "normalize": normalize}
     for path in paths:
-        if known := Checkpoint.load(path).provenance.get("network"):
+        if known := Checkpoint.open(path).provenance.get("network"):
             return known | ({"normalize": normalize} if normalize else {})
     where = f"{paths[0]}: the file does not say" if paths else "the recipe does not say"
     raise ModelError(f"{where} what network it is; give --model, as in resnet9 or package.module:factory")

@@ -28,7 +28,7 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
     elif granularity == "module":
         layer_of = {name: name.rpartition(".")[0] or name for name in names}
     elif granularity == "block":
-        blocks = sorted(_blocks(model, ""), key=len, reverse=True)
+        blocks = sorted(_blocks(*_unwrapped(model, "")), key=len, reverse=True)
         layer_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in names}
     elif granularity == "model":
         layer_of = dict.fromkeys(names, "*")
@@ -41,6 +41,15 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
     for name in names:
         groups.setdefault(layer_of[name], []).append(name)
     return groups
+
+
+def _unwrapped(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The one module inside `module` that has all its parameters, and its name; wrappers hold a network so."""
+    inner = {child: part for child, part in module.named_children() if any(True for _ in part.parameters())}
+    if len(inner) != 1 or any(True for _ in module.parameters(recurse=False)):
+        return module, name
+    (child, part) = next(iter(inner.items()))
+    return _unwrapped(part, f"{name}.{child}" if name else child)
 
 
 def _blocks(module: nn.Module, name: str) -> list[str]:

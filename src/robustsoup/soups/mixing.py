@@ -91,6 +91,11 @@ def mix(
     return soup
 
 
+def default_buffers(coefficients: Coefficients) -> str:
+    """The policy that is used where none is asked for: tracked statistics where one soup was learned, else averaged ones."""
+    return "tracked" if coefficients.tracked and "at" not in coefficients.record else "average"
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """sum_i weights[i] * tensors[i] in at least float32, without zero weights; one weight of 1 is a copy.
 

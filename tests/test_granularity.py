@@ -1,0 +1,62 @@
+"""Which parameters share coefficients."""
+
+import pytest
+from torch import nn
+
+from robustsoup.errors import RequestError
+from robustsoup.models import load_model
+from robustsoup.soups.granularity import layer_groups
+
+NETS = {spec: load_model(spec) for spec in ("resnet9:width=2", "resnet18:width=2")}
+NETS["wrapped"] = nn.Sequential(nn.Identity(), load_model("resnet18:width=2"))
+BLOCKS = {
+    "resnet9:width=2": ["prep", "layer1", "residual1", "layer2", "layer3", "residual3", "linear"],
+    "resnet18:width=2": ["conv1", "bn1", *(f"layer{s}.{b}" for s in range(1, 5) for b in range(2)), "linear"],
+}
+
+
+@pytest.mark.parametrize("spec", NETS)
+@pytest.mark.parametrize("granularity", ["parameter", "module", "block", "model", "re:weight", r"re:(\d)\.(bn|conv)"])
+def test_every_parameter_is_in_one_layer_and_in_order(spec, granularity):
+    names = [name for name, _ in NETS[spec].named_parameters()] if "re:(" not in granularity else None
+    if names is None and spec == "resnet9:width=2":
+        pytest.skip("resnet9 has no such names")
+    groups = layer_groups(NETS[spec], granularity)
+    everything = [name for inner in groups.values() for name in inner]
+    names = [name for name, _ in NETS[spec].named_parameters()]
+    assert sorted(everything) == sorted(names)
+    assert list(groups) == sorted(groups, key=lambda layer: names.index(groups[layer][0]))
+
+
+@pytest.mark.parametrize(("spec", "granularity", "count"), [
+    ("resnet9:width=2", "parameter", 25), ("resnet9:width=2", "module", 17), ("resnet9:width=2", "model", 1),
+    ("resnet18:width=2", "parameter", 62), ("resnet18:width=2", "module", 41), ("resnet18:width=2", "model", 1),
+])  # fmt: skip
+def test_counts(spec, granularity, count):
+    assert len(layer_groups(NETS[spec], granularity)) == count
+
+
+@pytest.mark.parametrize("spec", BLOCKS)
+def test_blocks_are_residual_blocks(spec):
+    assert list(layer_groups(NETS[spec], "block")) == BLOCKS[spec]
+
+
+def test_a_wrapper_is_looked_into():
+    assert list(layer_groups(NETS["wrapped"], "block")) == [f"1.{name}" for name in BLOCKS["resnet18:width=2"]]
+
+
+def test_a_pattern_groups_by_what_it_matches():
+    groups = layer_groups(NETS["resnet18:width=2"], r"re:layer(\d)")
+    assert [name for name in groups if name.isdigit()] == ["1", "2", "3", "4"]
+    assert all(name.startswith("layer3.") for name in groups["3"])
+    assert groups["conv1.weight"] == ["conv1.weight"]
+
+
+@pytest.mark.parametrize(("granularity", "text"), [
+    ("layers", 'got "layers", expected one of parameter, module, block, model'), ("re:(", "pattern"),
+    ("re:nothing", "matches no parameter; they are called prep.0.weight"), ("", "expected one of"),
+])  # fmt: skip
+def test_what_cannot_be_meant_is_refused(granularity, text):
+    with pytest.raises(RequestError) as caught:
+        layer_groups(NETS["resnet9:width=2"], granularity)
+    assert text in str(caught.value)
