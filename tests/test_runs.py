@@ -24,7 +24,7 @@ from robustsoup.recipes import load_recipe, parse_recipe, slug
 from robustsoup.runs.plan import confirmed, make_plan
 from robustsoup.runs.run import prepare, run_prepared
 from robustsoup.runs.store import Store
-from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.mixing import mix
 
 TINY = """
@@ -481,6 +481,91 @@ def test_every_policy_for_statistics_can_be_asked_for(copied, policy):
         record = Checkpoint.load(folder.parent / policy / row["checkpoint"]).provenance["buffers"]
         assert record["policy"] == policy
         assert (policy == "recalibrate-adversarial") == (record.get("threat", "clean") != "clean")
+
+
+GREEDY = [(("soups", "greedy"), {"method": "greedy", "score": "0.5 clean + 0.5 Linf 32/255"})]
+DIAL = [(("soups", "dial"), {"method": "dial", "threats": ["Linf 32/255"], "epochs": 2, "at": [0, 1]})]
+
+
+def test_a_greedy_soup_in_a_run_shares_the_verdicts_of_its_ingredients(copied):
+    folder, _ = copied
+    results, _, told = run(recipe_of(GREEDY), folder.parent / "greedy")
+    assert [step for step in told.done if step[0] == "greedy"] == [("greedy", "greedy")]
+    assert not [step for step in told.done if step[0] == "evaluate" and not step[1].startswith("greedy.")]
+    row = next(row for row in results["rows"] if row["role"] == "greedy")
+    alpha = Coefficients.load(folder.parent / "greedy" / row["coefficients_file"])
+    assert row["coefficients"] == alpha.alpha[0].tolist()
+    tried = alpha.record["greedy"]["tried"]
+    assert alpha.record["greedy"]["split"] == "val"
+    kept = {tuple(entry["alpha"]): entry["score"] for entry in tried}
+    assert set(kept) == {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
+    judged = {row["name"]: row["val"] for row in results["rows"]}
+    for name, key in (
+        ("low", (1.0, 0.0)),
+        ("high", (0.0, 1.0)),
+        ("grid-0.5-0.5", (0.5, 0.5)),
+        ("greedy", tuple(tried[-1]["alpha"])),
+    ):
+        scores = judged[name]
+        assert kept[key] == pytest.approx(0.5 * scores["clean"]["value"] + 0.5 * scores["Linf 32/255"]["value"]), name
+    best = max(kept[1.0, 0.0], kept[0.0, 1.0])
+    assert tried[-1]["score"] == (kept[0.5, 0.5] if kept[0.5, 0.5] >= best else best)
+
+
+def test_a_killed_greedy_step_keeps_its_verdicts(copied, monkeypatch):
+    folder, store = copied
+    more = [
+        *GREEDY,
+        (("ingredients", "mid"), {"threat": "Linf 32/255", "epochs": 1}),
+        (("soups", "grid", "ingredients"), ["low", "high"]),
+    ]
+
+    class Killer(Told):
+        def progress(self, step, done, total, figures):
+            if step.kind == "greedy" and done == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_of(more), folder.parent / "greedy", Killer())
+    before = {p: p.stat().st_mtime_ns for p in Path(store).rglob("0*.json")}
+    assert len(before) == 1
+    run(recipe_of(more), folder.parent / "greedy")
+    after = {p.name: p.stat().st_mtime_ns for p in Path(store).rglob("0*.json")}
+    assert after[next(iter(before)).name] == next(iter(before.values()))
+    assert len(after) == 2
+
+
+def test_a_dial_in_a_run_is_learned_once_and_gives_a_row_for_each_turn(copied):
+    folder, _ = copied
+    results, _, told = run(recipe_of(DIAL), folder.parent / "dial")
+    assert told.done[0] == ("dial", "dial Linf 32/255")
+    assert [step for step in told.done if step[0] == "mix"] == [("mix", "dial-t0"), ("mix", "dial-t1")]
+    rows = [row for row in results["rows"] if row["role"] == "dial"]
+    assert [(row["name"], row["at"]) for row in rows] == [("dial-t0", 0.0), ("dial-t1", 1.0)]
+    dial = folder.parent / "dial" / "coefficients" / "dial-linf-32-255.dial.safetensors"
+    items = [Checkpoint.load(folder / "checkpoints" / f"{name}.safetensors") for name in ("low", "high")]
+    for row in rows:
+        alpha = load_coefficients(dial, row["at"])
+        assert torch.equal(Coefficients.load(folder.parent / "dial" / row["coefficients_file"]).alpha, alpha.alpha)
+        soup = mix(items, alpha, buffers="average")
+        assert soup.digest == Checkpoint.load(folder.parent / "dial" / row["checkpoint"]).digest
+
+
+def test_more_turns_of_a_dial_need_no_more_learning(copied):
+    folder, _ = copied
+    run(recipe_of(DIAL), folder.parent / "dial")
+    _, _, told = run(recipe_of([*DIAL, (("soups", "dial", "at"), [0, 0.5, 1])]), folder.parent / "dial")
+    assert told.done == [("mix", "dial-t0.5"), ("evaluate", "dial-t0.5.val"), ("evaluate", "dial-t0.5.test")]
+
+
+def test_learning_in_a_run_can_stop_early_on_val(copied):
+    folder, _ = copied
+    changes = [((*LEARNED, "early_stop"), {"samples": 32, "steps": 2}), ((*LEARNED, "granularity"), "block")]
+    results, _, _ = run(recipe_of(changes), folder.parent / "stopped")
+    alpha = Coefficients.load(folder.parent / "stopped" / results["rows"][-1]["coefficients_file"])
+    assert alpha.record["early_stopped_at"] in (1, 2)
+    assert [set(entry) for entry in alpha.record["history"]] == [{"epoch", "loss", "val_loss"}] * 2
+    assert alpha.layers == ("prep", "layer1", "residual1", "layer2", "layer3", "residual3", "linear")
 
 
 # a whole run, screened

@@ -14,8 +14,8 @@ from robustsoup.evaluation import Evaluation, Verdicts, evaluate
 from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.models import load_model
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import grid, search
-from robustsoup.soups.selection import Candidate, Requirement, pareto_front, select, worth_confirming
+from robustsoup.soups.search import greedy, grid, search
+from robustsoup.soups.selection import Candidate, Requirement, Score, pareto_front, select, worth_confirming
 from robustsoup.statistics import wilson
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
@@ -349,6 +349,71 @@ def test_a_soup_of_fresh_ingredients_is_fresh(data):
     assert split_status([mix([trained(data), trained(data, value=1.0)], [0.5, 0.5])], data.val) == (KNOWN, "")
 
 
+# scores and the greedy soup
+
+
+@pytest.mark.parametrize(("text", "terms", "shown"), [
+    ("clean", ((1, "clean"),), "clean"), ("union", ((1, "union"),), "union"), (LINF, ((1, LINF),), LINF), (L2, ((1, L2),), L2),
+    ("0.3 clean + 0.7 Linf 8/255", ((0.3, "clean"), (0.7, LINF)), "0.3 clean + 0.7 Linf 8/255"),
+    ("clean + 2 L2 0.5", ((1, "clean"), (2, L2)), "1 clean + 2 L2 0.5"),
+])  # fmt: skip
+def test_a_score_is_read_and_written(text, terms, shown):
+    score = Score.parse(text)
+    assert (score.terms, str(score)) == (terms, shown)
+    assert Score.parse(shown) == score
+
+
+@pytest.mark.parametrize("text", ["", "best", "0.5 clean +", "0 clean", "-1 clean", "1..2 clean", "0.5 Linf"])
+def test_a_wrong_score_is_told_in_one_line(text):
+    with pytest.raises(RequestError) as caught:
+        Score.parse(text)
+    assert "score: got" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_score_weighs_accuracies():
+    accuracy = candidate("a", 180, 90).evaluation.accuracy
+    assert Score.parse("0.25 clean + 0.75 Linf 8/255").of(accuracy) == pytest.approx(0.25 * 0.9 + 0.75 * 0.45)
+    with pytest.raises(RequestError, match=r'score: "L2 0.5" was not evaluated; expected one of clean'):
+        Score.parse(L2).of(accuracy)
+
+
+def brewed(alone, pots, score=LINF):
+    """The greedy soup of ingredients and soups whose scores are known, and what was tried."""
+    asked = []
+
+    def judge(alpha):
+        members = tuple(i for i, share in enumerate(alpha) if share)
+        assert all(alpha[i] == pytest.approx(1 / len(members)) for i in members)
+        asked.append(members)
+        return candidate("pot", *pots[members]).evaluation
+
+    tried = greedy([candidate("one", *scores).evaluation for scores in alone], judge, score)
+    return tried, asked
+
+
+def test_the_greedy_soup_begins_with_the_best_and_keeps_what_does_not_lose():
+    alone = [(100, 50), (100, 80), (100, 60), (100, 70)]
+    tried, asked = brewed(alone, {(1, 3): (100, 79), (1, 2): (100, 80), (0, 1, 2): (100, 90)})
+    assert asked == [(1, 3), (1, 2), (0, 1, 2)]
+    assert tried[-1].alpha == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0))
+    assert [c.alpha.index(1.0) for c in tried[:4]] == [0, 1, 2, 3]
+    assert len(tried) == 7
+
+
+def test_a_greedy_soup_may_be_its_best_ingredient():
+    tried, _ = brewed([(100, 50), (100, 80)], {(0, 1): (100, 79)})
+    assert tried[-1].alpha == (0.0, 1.0)
+    assert len(tried) == 3
+
+
+def test_the_greedy_score_decides():
+    alone, pots = [(150, 50), (100, 80)], {(0, 1): (140, 70)}
+    assert brewed(alone, pots, "clean")[0][-1].alpha == (1.0, 0.0)
+    assert brewed(alone, pots, LINF)[0][-1].alpha == (0.0, 1.0)
+    assert brewed(alone, pots, "0.5 clean + 0.5 Linf 8/255")[0][-1].alpha == (0.5, 0.5)
+
+
 # search
 
 
@@ -394,6 +459,22 @@ def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
         assert c.evaluation.record["seed"] == 4
     assert tried[1].evaluation.accuracy["clean"].hits == 30
     assert len({tuple(c.evaluation.margin.tolist()) for c in tried}) == 3
+
+
+def test_a_greedy_search_judges_on_the_split_it_is_given_and_refuses_one_that_was_trained_on(ingredients, data):
+    split = labelled_by(ingredients[0].network(), data.val.first(40))
+    told = []
+    tried = search(ingredients, split, ["Linf 0.01"], method="greedy", score="clean", steps=2,
+                   on_progress=lambda *figures: told.append(figures))  # fmt: skip
+    assert {c.name for c in tried} == {"1-0", "0-1", "0.5-0.5"}
+    assert tried[-1].name == "1-0"  # the labels are its own answers
+    assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(LeakageError, match="trained on the train split"):
+        search(ingredients, data.train.first(40), ["Linf 0.01"], method="greedy", steps=2)
+    with pytest.raises(RequestError, match=r"greedy.*screen"):
+        search(ingredients, split, ["Linf 0.01"], method="greedy", screen=True)
+    with pytest.raises(RequestError, match=r'score: "L2 0.5" was not evaluated'):
+        search(ingredients, split, ["Linf 0.01"], method="greedy", score=L2, steps=2)
 
 
 def test_search_with_a_given_network_leaves_it_alone(ingredients, data, tmp_path):
