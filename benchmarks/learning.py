@@ -89,10 +89,10 @@ def ours(paths: list[Path], place: str, batch: int):
     """One learning run, ready to take steps."""
     settings = learning._settings(
         threat=LINF, objective="ce", attack_steps=2, epochs=30, batch_size=batch, lr=10.0, momentum=0.9, schedule="constant",
-        detach=0.8, init="xavier", granularity="parameter", early_stop=False, early_stop_steps=1, seed=0,
+        detach=0.8, init="xavier", granularity="parameter", buffers="tracked", early_stop=False, early_stop_steps=1, seed=0,
     )  # fmt: skip
     data = rs.load_data("cifar10").train.first(batch * 100)
-    return learning._start(paths, data, None, settings, None, place, None, True, "cpu", "auto")
+    return learning._start(paths, data, None, settings, None, None, place, None, True, "cpu", "auto")
 
 
 def training(path: Path, batch: int):

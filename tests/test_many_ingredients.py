@@ -20,6 +20,7 @@ from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import Ingredients, choose_place, total_bytes
 from robustsoup.soups.learning import _Run, learn, learn_dial
 from robustsoup.soups.mixing import mix
+from robustsoup.threats import CLEAN
 from robustsoup.training import objective_on, robust_loss
 
 CPU = torch.device("cpu")
@@ -69,12 +70,13 @@ def running(items, net, granularity, place, **changed):
     """A learning run at its start."""
     settings = {
         "epochs": 1, "batch_size": 32, "lr": 5.0, "momentum": 0.9, "schedule": "constant", "detach": 0.5, "init": "xavier",
-        "granularity": granularity, "early_stop": False, "early_stop_steps": 1, "seed": 0, "attack_steps": 2,
+        "granularity": granularity, "buffers": "tracked", "early_stop": False, "early_stop_steps": 1, "seed": 0,
+        "attack_steps": 2,
     }  # fmt: skip
     from robustsoup.soups import learning
 
     made = learning._settings(threat=LINF, objective="ce", **(settings | changed))
-    return learning._start(items, DATA, None, made, net, place, None, False, "cpu", "float32")
+    return learning._start(items, DATA, None, made, None, net, place, None, False, "cpu", "float32")
 
 
 @pytest.mark.parametrize("granularity", ["module", "block", "model", "re:weight"])
@@ -304,6 +306,58 @@ def test_a_single_ingredient_works_and_warns():
     assert "warnings" not in learned(ingredients(2)).record
 
 
+# BatchNorm statistics while learning
+
+
+def statistics(alpha):
+    return {name: tensor for name, tensor in alpha.tracked.items() if not name.endswith("num_batches_tracked")}
+
+
+def test_averaged_statistics_follow_the_coefficients():
+    items = ingredients()
+    alpha = learned(items, buffers="average", granularity="module")
+    assert not torch.equal(alpha.alpha, alpha.start)
+    wanted = mix(items, alpha, buffers="average").tensors
+    for name, tensor in statistics(alpha).items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_statistics_of_the_base_stay():
+    items, base = ingredients(), ingredients(5)[4]
+    alpha = learned(items, buffers="base", base=base)
+    assert all(torch.equal(tensor, base.tensors[name]) for name, tensor in statistics(alpha).items())
+    assert alpha.record["learning"]["base"] == base.digest
+    first = learned(items, buffers="base")  # no ancestor is known
+    assert all(torch.equal(tensor, items[0].tensors[name]) for name, tensor in statistics(first).items())
+    assert not torch.equal(first.alpha, alpha.alpha)
+
+
+@pytest.mark.parametrize(("policy", "threat"), [("recalibrate", CLEAN), ("recalibrate-adversarial", LINF)])
+def test_recalibrated_statistics_are_measured_after_each_epoch(policy, threat):
+    items = ingredients()
+    alpha = learned(items, buffers=policy)
+    soup = mix(items, alpha, buffers="average")
+    once = mix(items, alpha, buffers=policy, calibrate_on=DATA, threat=threat).tensors
+    if threat.is_clean:
+        for name, tensor in statistics(alpha).items():
+            assert torch.allclose(tensor, once[name], rtol=1e-4, atol=1e-5), name
+    else:  # the attack saw the statistics of the epoch before
+        name = next(iter(statistics(alpha)))
+        assert not torch.equal(alpha.tracked[name], soup.tensors[name])
+        assert (alpha.tracked[name] - once[name]).abs().max() < (alpha.tracked[name] - soup.tensors[name]).abs().max()
+
+
+@pytest.mark.parametrize("policy", ["average", "base", "recalibrate"])
+def test_every_policy_survives_a_kill(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
+    for step in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            learned(epochs=3, buffers=policy, state_path=tmp_path / "s.pt", on_progress=stop_at(step))
+    same(learned(epochs=3, buffers=policy, state_path=tmp_path / "s.pt"), learned(epochs=3, buffers=policy))
+    with pytest.raises(RequestError, match="buffers"):
+        learned(buffers="mean")
+
+
 # early stopping
 
 
@@ -328,7 +382,6 @@ def test_early_stopping_returns_the_epoch_of_the_least_loss_on_val():
 
 def test_the_loss_on_val_is_the_objective():
     from robustsoup.losses import Objective
-    from robustsoup.threats import CLEAN
 
     net, val = load_model("resnet9:width=2", channels=1), load_data("digits").val.first(64)
     clean, robust = robust_loss(net, val, CLEAN)[0], robust_loss(net, val, LINF, steps=3)[0]

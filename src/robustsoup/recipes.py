@@ -49,7 +49,7 @@ class Section(BaseModel):
             _as_value_error(check_schedule, value)
         return value
 
-    @field_validator("buffers", mode="after", check_fields=False)
+    @field_validator("buffers", "learning_buffers", mode="after", check_fields=False)
     @classmethod
     def _buffers(cls, value: str | None) -> str | None:
         if value is not None and value not in POLICIES:
@@ -141,6 +141,7 @@ class Soup(Section):
     detach: float = Field(0.8, ge=0, le=1)
     init: Literal["xavier", "zeros"] = "xavier"
     granularity: str = "parameter"
+    learning_buffers: str = "tracked"
     early_stop: EarlyStop | None = None
     dial: Literal["objective", "eps"] = "objective"
     turn_every: int = Field(4, ge=1)

@@ -148,7 +148,7 @@ class _Worker:
         return figures
 
     def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:
-        settings = dict(step.settings)
+        settings = self._with_base(step.settings)
         stop = settings.pop("early_stop", None)
         coefficients = learn(
             [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
@@ -161,11 +161,14 @@ class _Worker:
             self.warn(f"{step.name}: {warning}")
         return f"loss {coefficients.record['history'][-1]['loss']:.3f}, {_shares(coefficients)}"
 
+    def _with_base(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return settings | ({"base": self.checkpoint(settings["base"])} if "base" in settings else {})
+
     def _dial(self, step: Step, folder: Path, on_progress: Progress) -> str:
         dial = learn_dial(
             [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
             allow_leakage=self.plan.recipe.allow_leakage, state_path=folder / "state.pt", on_progress=on_progress,
-            **step.settings,
+            **self._with_base(step.settings),
         )  # fmt: skip
         dial.save(folder / "dial.safetensors")
         loss = dial.record["history"][-1]["loss"]

@@ -156,6 +156,10 @@ class _Planner:
     def _learning(self, soup: Soup, threat: str) -> dict[str, Any]:
         fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init", "granularity")
         settings = soup.model_dump(mode="json", include=set(fields))
+        if soup.learning_buffers != "tracked":
+            settings["buffers"] = soup.learning_buffers
+        if soup.learning_buffers == "base" and "pretrained" in self.checkpoints:
+            settings["base"] = self.checkpoints["pretrained"]
         return settings | {"threat": threat, "precision": self.precision, "seed": self._seed(soup.seed)}
 
     def _dial_rows(self, section: str, soup: Soup) -> list[Row]:

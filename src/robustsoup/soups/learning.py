@@ -20,12 +20,12 @@ from robustsoup.losses import Objective
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schedules import Schedule, check_schedule, rate
-from robustsoup.soups.batchnorm import norm_layers
+from robustsoup.soups.batchnorm import norm_layers, recalibrate, statistics_owner
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import Ingredients, choose_place
-from robustsoup.soups.mixing import canonical_order, check_ingredients, mix
-from robustsoup.threats import ThreatModel
+from robustsoup.soups.mixing import POLICIES, canonical_order, check_ingredients, mix, weighted_sum
+from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training import attacked, check_fit, check_loss, fit, objective_loss, objective_on
 
 DIALS = ("objective", "eps")
@@ -35,9 +35,10 @@ def learn(
     ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, *, threat: ThreatModel | str,
     objective: Objective | str = "ce", attack_steps: int = 2, epochs: int = 30, batch_size: int = 128, lr: float = 10.0,
     momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier",
-    granularity: str = "parameter", val: Split | None = None, early_stop: bool = False, early_stop_steps: int = 10,
-    seed: int = 0, network: nn.Module | None = None, place: str = "auto", budget: float | None = None,
-    allow_leakage: bool = False, device: str = "auto", precision: str = "auto",
+    granularity: str = "parameter", buffers: str = "tracked", base: Checkpoint | str | os.PathLike | None = None,
+    val: Split | None = None, early_stop: bool = False, early_stop_steps: int = 10, seed: int = 0,
+    network: nn.Module | None = None, place: str = "auto", budget: float | None = None, allow_leakage: bool = False,
+    device: str = "auto", precision: str = "auto",
     state_path: str | os.PathLike | None = None, on_progress: Progress | None = None,
 ) -> Coefficients:  # fmt: skip
     """Train coefficients for the ingredients, one softmax for each layer, on the points that APGD finds.
@@ -47,8 +48,10 @@ def learn(
     granularity: what a layer is: "parameter", "module", "block", "model" or "re:PATTERN" (see `layer_groups`).
     detach: the probability that a layer is left out of a step: it is still mixed, but gets no gradient and no update
     (its momentum rests too). init: "xavier" (uniform, bound sqrt(6 / (1 + n))) or "zeros" (the uniform soup).
-    BatchNorm statistics start as the mean of the ingredients' and are tracked by the train-mode pass; they come back
-    with the coefficients (`mix` with buffers="tracked" takes them).
+    buffers: the BatchNorm statistics that the attack sees: "tracked" start as the mean of the ingredients' and follow the
+    train-mode pass; "average" is mixed with the coefficients at each step; "base" (of `base`, as in `mix`) stays;
+    "recalibrate" and "recalibrate-adversarial" are measured at the start and after each epoch. The last ones come back with the
+    coefficients (`mix` with buffers="tracked" takes them), whatever the policy.
     val: measures the objective (APGD, early_stop_steps steps) after every epoch; early_stop: the epoch where it is least is
     returned, else the last. place, budget: where the ingredients are kept (see `choose_place`); paths are opened, not loaded.
     network: a module to run, where the ingredients do not say what they are. The rest as in `train`.
@@ -59,10 +62,10 @@ def learn(
     """
     settings = _settings(
         threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs, batch_size=batch_size, lr=lr,
-        momentum=momentum, schedule=schedule, detach=detach, init=init, granularity=granularity, early_stop=early_stop,
-        early_stop_steps=early_stop_steps, seed=seed,
+        momentum=momentum, schedule=schedule, detach=detach, init=init, granularity=granularity, buffers=buffers,
+        early_stop=early_stop, early_stop_steps=early_stop_steps, seed=seed,
     )  # fmt: skip
-    run = _start(ingredients, data, val, settings, network, place, budget, allow_leakage, device, precision)
+    run = _start(ingredients, data, val, settings, base, network, place, budget, allow_leakage, device, precision)
     _finish(run, state_path, on_progress)
     return run.coefficients()
 
@@ -71,8 +74,9 @@ def learn_dial(
     ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, *, threat: ThreatModel | str,
     by: str = "objective", turn_every: int = 4, attack_steps: int = 2, epochs: int = 30, batch_size: int = 128,
     lr: float = 10.0, momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier",
-    granularity: str = "parameter", seed: int = 0, network: nn.Module | None = None, place: str = "auto",
-    budget: float | None = None, allow_leakage: bool = False, device: str = "auto", precision: str = "auto",
+    granularity: str = "parameter", buffers: str = "tracked", base: Checkpoint | str | os.PathLike | None = None, seed: int = 0,
+    network: nn.Module | None = None, place: str = "auto", budget: float | None = None, allow_leakage: bool = False,
+    device: str = "auto", precision: str = "auto",
     state_path: str | os.PathLike | None = None, on_progress: Progress | None = None,
 ) -> Dial:  # fmt: skip
     """Learn a whole line of soups at once: logits(t) = a + b (2t - 1) for each layer, t in [0, 1] from robust to clean.
@@ -91,10 +95,10 @@ def learn_dial(
         raise RequestError("dial: it turns from robust to clean; give a threat, not clean")
     settings = _settings(
         threat=threat, objective="ce", attack_steps=attack_steps, epochs=epochs, batch_size=batch_size, lr=lr,
-        momentum=momentum, schedule=schedule, detach=detach, init=init, granularity=granularity, early_stop=False,
-        early_stop_steps=1, seed=seed, dial=by, turn_every=turn_every,
+        momentum=momentum, schedule=schedule, detach=detach, init=init, granularity=granularity, buffers=buffers,
+        early_stop=False, early_stop_steps=1, seed=seed, dial=by, turn_every=turn_every,
     )  # fmt: skip
-    run = _start(ingredients, data, None, settings, network, place, budget, allow_leakage, device, precision)
+    run = _start(ingredients, data, None, settings, base, network, place, budget, allow_leakage, device, precision)
     _finish(run, state_path, on_progress)
     return run.dial()
 
@@ -126,6 +130,8 @@ class _Settings:
 def _settings(*, threat: ThreatModel | str, objective: Objective | str, **given: Any) -> _Settings:
     threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
     check_schedule(given["schedule"])
+    if given["buffers"] not in POLICIES:
+        raise RequestError(f'learn: got buffers "{given["buffers"]}", expected one of {", ".join(POLICIES)}')
     momentum, detach, epochs, batch_size, lr = (given[k] for k in ("momentum", "detach", "epochs", "batch_size", "lr"))
     if not 0 <= momentum < 1:
         raise RequestError(f"learn: got momentum {momentum}, expected a number in [0, 1)")
@@ -139,7 +145,8 @@ def _settings(*, threat: ThreatModel | str, objective: Objective | str, **given:
 
 def _start(
     ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, val: Split | None, settings: _Settings,
-    network: nn.Module | None, place: str, budget: float | None, allow_leakage: bool, device: str, precision: str,
+    base: Checkpoint | str | os.PathLike | None, network: nn.Module | None, place: str, budget: float | None,
+    allow_leakage: bool, device: str, precision: str,
 ) -> "_Run":  # fmt: skip
     if settings.record["early_stop"] and val is None:
         raise RequestError("early_stop: no validation split to watch; give val")
@@ -151,7 +158,10 @@ def _start(
     where = resolve_device(device)
     settings.record["precision"] = resolve_precision(precision, where)
     model = copy.deepcopy(network) if network is not None else opened[0].network()
-    mix(opened, [1 / len(opened)] * len(opened), buffers="average").load_into(model)
+    first = "base" if settings.record["buffers"] == "base" else "average"
+    start = mix(opened, [1 / len(opened)] * len(opened), buffers=first, base=base)
+    settings.record["base"] = start.provenance["buffers"].get("base")
+    start.load_into(model)
     check_fit(model, data)
     model.to(where, memory_format=torch.channels_last)
     place = choose_place(place, budget, opened, where)
@@ -196,7 +206,9 @@ class _Run:
         self.step, self.loss_sum, self.t = 0, torch.zeros((), device=data.images.device), 0.5
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
+        self.statistics = _Statistics(model, [ingredients[i] for i in self.order], data, self.settings)
         self._remix(range(len(self.layers)))
+        self.statistics.measure()
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a saved state."""
@@ -266,6 +278,7 @@ class _Run:
         for i in active:
             for name in self.groups[self.layers[i]]:
                 self.ingredients.mix_into(name, alpha[i].tolist(), self.parameters[name])
+                self.statistics.mix(name, alpha[i].tolist())
 
     def _basis(self) -> Tensor:
         return torch.tensor([1.0, 2 * self.t - 1] if self.turning else [1.0], dtype=torch.float64)
@@ -279,6 +292,7 @@ class _Run:
 
     def end_epoch(self, entry: dict[str, float]) -> None:
         """Measure the objective on val, and remember the coefficients if it is the least so far."""
+        self.statistics.measure()
         if self.val is None:
             return
         s = self.settings
@@ -333,3 +347,40 @@ class _Run:
         if len(self.digests) == 1:
             record["warnings"] = ["a single ingredient: there is nothing to learn; the soup is the ingredient"]
         return record
+
+
+class _Statistics:
+    """What BatchNorm's running statistics do while a soup is learned."""
+
+    def __init__(self, model: nn.Module, ingredients: list[Checkpoint], data: Split, settings: dict[str, Any]) -> None:
+        self.model, self.data, self.settings = model, data, settings
+        self.layers, self.policy = norm_layers(model), settings["buffers"]
+        if self.policy != "tracked":
+            for layer in self.layers.values():
+                layer.momentum = 0.0  # the train-mode pass leaves them alone
+        self.mixed: dict[str, dict[str, list[Tensor]]] = {}
+        for name, weight in statistics_owner(ingredients[0].tensors).items() if self.policy == "average" else ():
+            self.mixed.setdefault(weight, {})[name] = [
+                item.tensors[name].to(data.images.device) for item in ingredients
+            ]
+
+    @torch.no_grad()
+    def mix(self, weight: str, alpha: Sequence[float]) -> None:
+        """Average those of the BatchNorm that `weight` belongs to, where that is the policy."""
+        for name, rows in self.mixed.get(weight, {}).items():
+            self.model.get_buffer(name).copy_(weighted_sum(rows, alpha))
+
+    def measure(self) -> None:
+        """Measure them anew on training samples, where that is the policy."""
+        if self.policy.startswith("recalibrate"):
+            s = self.settings
+            threat = ThreatModel.parse(s["threat"]) if self.policy == "recalibrate-adversarial" else CLEAN
+            measured = recalibrate(
+                self.model,
+                self.data,
+                threat=threat,
+                attack_steps=s["attack_steps"],
+                seed=s["seed"],
+                precision=s["precision"],
+            )
+            self.model.load_state_dict(measured, strict=False)
