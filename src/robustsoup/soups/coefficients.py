@@ -128,7 +128,9 @@ class Dial:
         if not 0 <= t <= 1:
             raise CoefficientError(f"--at: got {t}, expected a number from 0 (robust) to 1 (clean)")
 
-        order = sorted(range(len(self.ingredients)), key=lambda i: self.ingredients[i])  # so that permuting changes no bit
+        order = sorted(
+            range(len(self.ingredients)), key=lambda i: self.ingredients[i]
+        )  # so that permuting changes no bit
         back = [order.index(i) for i in range(len(order))]
 
         def alpha(line: Tensor) -> Tensor:
