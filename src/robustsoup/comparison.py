@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustsoup.errors import RequestError
-from robustsoup.evaluation import CLEAN_KEY, UNION_KEY, Evaluation
+from robustsoup.evaluation import UNION_KEY, Evaluation
 from robustsoup.statistics import Accuracy, Difference
 
 ATTACK_KEYS = ("attack", "version", "loss", "steps", "restarts", "targets", "eot", "seed", "search_precision")
@@ -33,7 +33,7 @@ class Comparison:
         """The differences with intervals and p-values, n and the notes, ready for json.dumps."""
         rows = {
             name: {
-                "a": _accuracy(row.a), "b": _accuracy(row.b), "only_a": row.only_a, "only_b": row.only_b,
+                "a": row.a.to_json(), "b": row.b.to_json(), "only_a": row.only_a, "only_b": row.only_b,
                 "value": row.value, "low": row.low, "high": row.high, "p": row.p,
             }
             for name, row in self.rows.items()
@@ -65,7 +65,7 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
             f"compare: sample {ids[row]}: got label {a.labels[in_a][row]} in the first and {b.labels[in_b][row]} in the "
             "second, expected one; were the classes numbered alike?"
         )
-    hits_a, hits_b = ({name: hits[rows] for name, hits in _hits(e).items()} for e, rows in ((a, in_a), (b, in_b)))
+    hits_a, hits_b = ({name: hits[rows] for name, hits in e.hits().items()} for e, rows in ((a, in_a), (b, in_b)))
     names = [name for name in hits_a if name in hits_b and (name != UNION_KEY or set(a.threats) == set(b.threats))]
     rows = {name: _difference(hits_a[name], hits_b[name]) for name in names}
     return Comparison(rows, len(ids), tuple(_notes(a, b, len(ids), names)))
@@ -84,14 +84,6 @@ def _check_same_data(a: Evaluation, b: Evaluation) -> None:
         raise RequestError(
             f"compare: got {first} and {second}, expected one split of the same data; evaluate both on the same split"
         )
-
-
-def _hits(evaluation: Evaluation) -> dict[str, Tensor]:
-    robust = {name: verdicts.robust for name, verdicts in evaluation.threats.items()}
-    hits = {CLEAN_KEY: evaluation.prediction == evaluation.labels, **robust}
-    if len(robust) > 1:
-        hits[UNION_KEY] = torch.stack(list(robust.values())).all(0)
-    return hits
 
 
 def _difference(a: Tensor, b: Tensor) -> Difference:
@@ -118,9 +110,3 @@ def _notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) -> Iterator[s
         yield from (f"the {which}: {warning}" for warning in record.get("warnings", ()))
     if len(names) > 1:
         yield f"{len(names)} comparisons; the p-values are not adjusted for their number"
-
-
-def _accuracy(accuracy: Accuracy) -> dict[str, Any]:
-    return {
-        "value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "hits": accuracy.hits, "n": accuracy.n,
-    }  # fmt: skip

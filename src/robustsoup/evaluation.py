@@ -96,14 +96,18 @@ class Evaluation:
     threats: dict[str, Verdicts]
     record: dict[str, Any] = field(default_factory=dict)
 
+    def hits(self) -> dict[str, Tensor]:
+        """(n,) bool, what is right: clean, under each threat, and (with two threats or more) under their union."""
+        robust = {name: verdicts.robust for name, verdicts in self.threats.items()}
+        hits = {CLEAN_KEY: self.prediction == self.labels, **robust}
+        if len(robust) > 1:
+            hits[UNION_KEY] = torch.stack(list(robust.values())).all(0)
+        return hits
+
     @property
     def accuracy(self) -> Accuracies:
-        """The accuracy under each threat, clean, and (with two threats or more) under their union."""
-        correct = self.prediction == self.labels
-        masks = {CLEAN_KEY: correct, **{name: verdicts.robust for name, verdicts in self.threats.items()}}
-        if len(self.threats) > 1:
-            masks[UNION_KEY] = torch.stack([v.robust for v in self.threats.values()]).all(0)
-        return Accuracies({name: Accuracy(int(mask.sum()), len(mask)) for name, mask in masks.items()})
+        """The share of `hits` under each name, with its interval."""
+        return Accuracies({name: Accuracy(int(hits.sum()), len(hits)) for name, hits in self.hits().items()})
 
     @property
     def warnings(self) -> list[str]:
@@ -121,10 +125,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The record and the accuracies with their intervals, ready for json.dumps."""
-        return {**self.record, "accuracy": {
-            name: {"value": a.value, "low": a.low, "high": a.high, "hits": a.hits, "n": a.n}
-            for name, a in self.accuracy.items()
-        }}  # fmt: skip
+        return {**self.record, "accuracy": {name: accuracy.to_json() for name, accuracy in self.accuracy.items()}}
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write PATH (.json) and, first, the verdicts per sample beside it as .npz, and kept points as .points.npz."""

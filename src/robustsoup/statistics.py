@@ -28,6 +28,10 @@ class Accuracy:
         """The upper end of the interval."""
         return wilson(self.hits, self.n)[1]
 
+    def to_json(self) -> dict[str, float]:
+        """The share, its interval and the counts, ready for json.dumps."""
+        return {"value": self.value, "low": self.low, "high": self.high, "hits": self.hits, "n": self.n}
+
     def __float__(self) -> float:
         return self.value
 
