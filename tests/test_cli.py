@@ -26,7 +26,7 @@ from robustsoup.cli import app, main, spread
 from robustsoup.data import load_data, to_float
 from robustsoup.evaluation import Evaluation
 from robustsoup.models import load_model
-from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.mixing import mix
 from robustsoup.training import train
 
@@ -106,7 +106,9 @@ def examples():
 
 def test_every_command_shows_an_example_of_itself():
     shown = examples()
-    assert {"demo", "run", "plan", "train", "mix", "search", "learn", "evaluate", "compare", "report"} <= set(shown)
+    assert {"demo", "run", "plan", "train", "check", "mix", "search", "learn", "evaluate", "compare", "report"} <= set(
+        shown
+    )
     for name, lines in shown.items():
         assert any(line[1] == name for line in lines), name
 
@@ -142,13 +144,14 @@ def test_the_examples_run_one_after_another(tmp_path, monkeypatch, capsys):
                     for word in model
                 ]
             )
-    for group in ("mix", "learn", "evaluate", "compare", "search", "demo", "run", "plan", "report"):
+    for group in ("check", "mix", "learn", "evaluate", "compare", "search", "demo", "run", "plan", "report"):
         lines += [line for line in shown[group] if line not in lines]
     for line in lines:
         assert run(*line[1:]) == 0, (line, capsys.readouterr().err)
     said = capsys.readouterr().out
     assert "steps, " in said
     for written in ("base.safetensors", "soup.safetensors", "learned/soup.safetensors", "learned/coefficients.safetensors",
+                    "turned/dial.safetensors", "turned/coefficients.svg", "cleaner.safetensors",
                     "best/soup.safetensors", "best/report.html", "runs/quickstart/report.html", "runs/quickstart/results.json",
                     "runs/ten/results.json", "runs/ten/soup.safetensors"):  # fmt: skip
         assert (tmp_path / written).exists(), written
@@ -249,12 +252,66 @@ def test_learn_writes_coefficients_that_mix_takes(here, capsys):
     files = ["low.safetensors", "high.safetensors"]
     assert run("learn", *files, *LINF, "--epochs", 1, "--detach", 0.5, "-o", "learned") == 0
     assert re.search(r"mean coefficients low 0\.\d\d high 0\.\d\d", capsys.readouterr().out)
-    assert {p.name for p in (here / "learned").iterdir()} == {"coefficients.safetensors", "soup.safetensors"}
+    drawn = {f"coefficients.{ending}" for ending in ("png", "svg", "pdf")}
+    written = {"coefficients.safetensors", "coefficients.csv", "soup.safetensors"} | drawn
+    assert {p.name for p in (here / "learned").iterdir()} == written
+    table = (here / "learned" / "coefficients.csv").read_text().splitlines()
+    assert table[0] == "layer,low,high,entropy,moved,slope"
+    assert len(table) == 26
     alpha = Coefficients.load("learned/coefficients.safetensors")
     assert alpha.record["learning"]["detach"] == 0.5
     for order, name in ((files, "a.safetensors"), (files[::-1], "b.safetensors")):
         assert run("mix", *order, "--coefficients", "learned/coefficients.safetensors", "-o", name) == 0
         assert Checkpoint.load(name).digest == Checkpoint.load("learned/soup.safetensors").digest
+
+
+def test_a_dial_is_learned_once_and_turned_by_mix(here, capsys):
+    files = ["low.safetensors", "high.safetensors"]
+    assert run("learn", *files, *LINF, "--epochs", 1, "--dial", "--granularity", "block", "-o", "turned") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"robust and the clean end: t = 0: low 0\.\d\d high 0\.\d\d; t = 1: low", said)
+    assert "--coefficients turned/dial.safetensors --at 0.7" in said
+    drawn = {f"coefficients.{ending}" for ending in ("png", "svg", "pdf")}
+    assert {p.name for p in (here / "turned").iterdir()} == {"dial.safetensors"} | drawn
+    dial = Dial.load("turned/dial.safetensors")
+    for t in ("0", "0.7", "1"):
+        assert (
+            run("mix", *files, "--coefficients", "turned/dial.safetensors", "--at", t, "-o", f"at{t}.safetensors") == 0
+        )
+        wanted = mix(files, dial.at(float(t)), buffers="average")
+        assert Checkpoint.load(f"at{t}.safetensors").digest == wanted.digest
+    assert Checkpoint.load("at0.safetensors").digest != Checkpoint.load("at1.safetensors").digest
+
+
+def test_learning_can_stop_early_and_read_its_ingredients_from_their_files(here, capsys):
+    files = ["low.safetensors", "high.safetensors"]
+    asked = (*LINF, "--epochs", 2, "--early-stop", "--precision", "float32")
+    assert run("learn", *files, *asked, "--budget", 0, "-o", "streamed") == 0
+    assert "2 ingredients, 0.00 GiB: read from their files" in capsys.readouterr().err
+    assert run("learn", *files, *asked, "--place", "memory", "-o", "resident") == 0
+    assert "read from their files" not in capsys.readouterr().err
+    one, two = (Coefficients.load(f"{place}/coefficients.safetensors") for place in ("streamed", "resident"))
+    assert torch.equal(one.alpha, two.alpha)
+    assert one.record["early_stopped_at"] in (1, 2)
+
+
+def test_a_single_ingredient_is_learned_with_a_warning(here, capsys):
+    assert run("learn", "low.safetensors", *LINF, "--epochs", 1, "-o", "alone") == 0
+    assert "warning: a single ingredient" in capsys.readouterr().err
+    soup = Checkpoint.load("alone/soup.safetensors")
+    low = Checkpoint.load("low.safetensors")
+    assert all(torch.equal(soup.tensors[name], low.tensors[name]) for name in low.parameters)
+
+
+def test_a_greedy_search_keeps_what_does_not_lose(here, capsys):
+    asked = (*LINF, *FEW, "--method", "greedy", "--score", "0.5 clean + 0.5 Linf 32/255", "--json")
+    assert run("search", "low.safetensors", "high.safetensors", *asked, "-o", "best") == 0
+    said = json.loads(capsys.readouterr().out)
+    row = next(row for row in said["rows"] if row["role"] == "greedy")
+    assert sum(row["coefficients"]) == pytest.approx(1)
+    assert said["selection"]["chosen"] == "greedy"
+    assert (here / "best" / "soup.safetensors").exists()
+    assert "greedy" in (here / "best" / "report.html").read_text()
 
 
 def test_evaluate_prints_and_keeps_verdicts(here, capsys):
@@ -593,6 +650,7 @@ def recipe(change):
 
 
 NOTHING = None
+LEARN = ("learn", "low.safetensors", "high.safetensors", *LINF)
 MIX = ("mix", "low.safetensors", "high.safetensors", "-o", "soup.safetensors")
 BAD = {
     "wrong path": (NOTHING, ("evaluate", "nowhere.safetensors", *LINF), ["nowhere.safetensors", "no such file"]),
@@ -709,6 +767,20 @@ BAD = {
     "a seed beyond 64 bits": (NOTHING, ("train", "--model", "resnet9:width=2", *LINF, "--seed", 10**20, "-o", "soup.safetensors"),
         ["seed", str(10**20)]),
     "tracked statistics that no grid has": (NOTHING, (*SEARCH, "--buffers", "tracked", "-o", "best"), ["tracked", "learn"]),
+    "at without a dial": (NOTHING, (*MIX, "--at", 0.5), ["--at", "dial"]),
+    "at of numbers": (NOTHING, (*MIX, "--coefficients", 0.5, 0.5, "--at", 0.5), ["--at", "dial"]),
+    "a dial by nothing": (NOTHING, (*LEARN, "--dial", "--dial-by", "alpha", "-o", "out"), ["alpha", "objective", "eps"]),
+    "a dial with an objective": (NOTHING, (*LEARN, "--dial", "--objective", "mixed 0.5", "-o", "out"), ["--objective", "--dial"]),
+    "a dial that stops early": (NOTHING, (*LEARN, "--dial", "--early-stop", "-o", "out"), ["--early-stop", "--dial"]),
+    "an unknown granularity": (NOTHING, (*LEARN, "--granularity", "row", "-o", "out"), ["granularity", "row", "block"]),
+    "a broken pattern": (NOTHING, (*LEARN, "--granularity", "re:(", "-o", "out"), ["pattern"]),
+    "an unknown place": (NOTHING, (*LEARN, "--place", "disk", "-o", "out"), ["place", "disk", "files"]),
+    "a budget below 0": (NOTHING, (*LEARN, "--budget", -1, "-o", "out"), ["budget", "-1"]),
+    "statistics that nobody knows": (NOTHING, (*LEARN, "--learning-buffers", "mean", "-o", "out"), ["buffers", "mean"]),
+    "learning on another split": (NOTHING, (*LEARN, "--seed", 1, "-o", "out"), ["seed 0", "--allow-leakage"]),
+    "a score of nothing": (NOTHING, (*SEARCH, "--method", "greedy", "--score", "best", "-o", "best"), ["score", "best"]),
+    "a score for a grid": (NOTHING, (*SEARCH, "--score", "clean", "-o", "best"), ["score", "grid"]),
+    "checking nothing": (NOTHING, ("check", "nowhere.safetensors"), ["nowhere.safetensors", "no such file"]),
     "unknown option": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--stepz", 3), ["--stepz"]),
     "missing option": (NOTHING, ("evaluate", "low.safetensors"), ["--data"]),
     "missing argument": (NOTHING, ("mix", "-o", "soup.safetensors"), ["checkpoints"]),
@@ -932,8 +1004,9 @@ def test_without_its_normalisation_a_foreign_network_is_told_what_to_do(foreign_
 
 def test_the_public_names():
     assert sorted(robustsoup.__all__) == [
-        "Accuracy", "Candidate", "Checkpoint", "Coefficients", "Comparison", "Data", "Evaluation", "Objective",
-        "RobustsoupError", "Selection", "Split", "ThreatModel", "apgd", "apgd_train", "compare", "evaluate", "learn",
+        "Accuracy", "Candidate", "Checkpoint", "Coefficients", "Comparison", "Data", "Dial", "Evaluation", "Objective",
+        "RobustsoupError", "Selection", "Soupability", "Split", "ThreatModel", "apgd", "apgd_train", "check", "compare",
+        "evaluate", "learn", "learn_dial",
         "load_data", "load_model", "mix", "pareto_front", "pgd", "search", "select", "train",
     ]  # fmt: skip
     assert list(robustsoup.__all__) == sorted(robustsoup.__all__)

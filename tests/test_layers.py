@@ -17,11 +17,12 @@ ROWS = {
     "threats": 1, "losses": 1, "precision": 1, "statistics": 1, "schedules": 1, "progress": 1, "models": 1, "data": 1,
     "attacks": 2, "mapped": 2, "checkpoints": 2, "leakage": 2,
     "soups": 3, "soups.coefficients": 3, "soups.batchnorm": 3, "soups.mixing": 3, "training": 3, "evaluation": 3, "comparison": 3,
-    "soups.learning": 4, "soups.soupability": 4, "soups.search": 4, "soups.selection": 4, "landscape": 4,
+    "soups.learning": 4, "soups.barriers": 4, "soups.geometry": 4, "soups.soupability": 4,
+    "soups.search": 4, "soups.selection": 4, "landscape": 4,
     "recipes": 5,
     "runs": 6,
     "reports": 7,
-    "console": 8, "cli": 8, "__main__": 8, "": 8,
+    "console": 8, "answers": 8, "cli": 8, "__main__": 8, "": 8,
 }  # fmt: skip
 CORE = 4
 OUTSIDE = {"torch", "numpy", "safetensors"}

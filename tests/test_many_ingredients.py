@@ -123,6 +123,21 @@ def test_streamed_is_resident_bit_for_bit(tmp_path, dtype, detach):
     assert not torch.equal(runs[0].alpha, runs[0].start)
 
 
+@pytest.mark.parametrize("shift", [1, 3, 5])
+def test_where_a_tensor_lies_changes_no_bit(shift):
+    torch.manual_seed(0)
+    grads = {"w": torch.randn(1003)}
+    rows = [torch.randn(1003 + shift) for _ in range(3)]
+    apart = [Checkpoint({"w": row[shift:]}, {"parameters": ["w"]}) for row in rows]
+    copied = [Checkpoint({"w": row[shift:].clone()}, {"parameters": ["w"]}) for row in rows]
+    one, two = (Ingredients(items, ["w"], CPU, "memory") for items in (apart, copied))
+    assert torch.equal(one.inner(grads), two.inner(grads))
+    mixed = [torch.empty(1003), torch.empty(1003)]
+    for held, out in zip((one, two), mixed, strict=True):
+        held.mix_into("w", [0.3, 0.3, 0.4], out)
+    assert torch.equal(*mixed)
+
+
 def test_layers_longer_than_a_stretch_are_the_same(monkeypatch):
     from robustsoup.soups import ingredients as module
 

@@ -14,11 +14,12 @@ from robustsoup.errors import RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.losses import Objective
 from robustsoup.models import load_model
-from robustsoup.soups.coefficients import Coefficients
-from robustsoup.soups.learning import learn
+from robustsoup.soups.coefficients import Coefficients, Dial
+from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.search import search
 from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
+from robustsoup.soups.soupability import Soupability, check
 from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
@@ -30,17 +31,21 @@ __all__ = [
     "Coefficients",
     "Comparison",
     "Data",
+    "Dial",
     "Evaluation",
     "Objective",
     "RobustsoupError",
     "Selection",
+    "Soupability",
     "Split",
     "ThreatModel",
     "apgd",
     "apgd_train",
+    "check",
     "compare",
     "evaluate",
     "learn",
+    "learn_dial",
     "load_data",
     "load_model",
     "mix",

@@ -1,5 +1,6 @@
 """The command line: one verb for each Python function. Exit codes: 0 done, 1 the work failed, 2 the request was wrong,
-3 the work is done and nothing meets --require, 130 interrupted (run the same command again to go on)."""
+3 the work is done and the answer is no (nothing meets --require, or `check` finds files that cannot be mixed), 130
+interrupted (run the same command again to go on)."""
 
 import hashlib
 import json
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from robustsoup.answers import print_soupability
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.comparison import compare
 from robustsoup.console import Bar, RunReporter, duration, stderr
@@ -25,15 +27,17 @@ from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.models import load_model
 from robustsoup.precision import resolve_device
 from robustsoup.recipes import Recipe, load_recipe, parse_recipe
-from robustsoup.reports import write_report
+from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv, write_report
 from robustsoup.runs.cost import seconds_of
 from robustsoup.runs.execute import Context
 from robustsoup.runs.folder import ensure_folder
 from robustsoup.runs.run import Prepared, prepare, run_prepared
 from robustsoup.runs.store import Store
-from robustsoup.soups.coefficients import Coefficients, uniform
-from robustsoup.soups.learning import learn
-from robustsoup.soups.mixing import mix
+from robustsoup.soups.coefficients import Coefficients, load_coefficients, uniform
+from robustsoup.soups.ingredients import choose_place, total_bytes
+from robustsoup.soups.learning import learn, learn_dial
+from robustsoup.soups.mixing import default_buffers, mix
+from robustsoup.soups.soupability import check
 from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
@@ -83,6 +87,7 @@ DataRoot = Annotated[
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels a side, for folder:PATH.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
+Granularity = Annotated[str, typer.Option(help="What has one softmax: parameter, module, block, model or re:PATTERN.")]
 Leakage = Annotated[bool, typer.Option("--allow-leakage", help="Judge on samples that an ingredient was trained on.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Override a setting, as in soups.learned.epochs=2; repeatable.")]
 
@@ -233,12 +238,50 @@ def train_command(
     stdout.print(f"{output}: loss {trained.provenance['history'][-1]['loss']:.3f} after {epochs} epochs", markup=False)
 
 
+@app.command("check")
+def check_command(
+    checkpoints: Files,
+    data: Annotated[str | None, typer.Option(help="Measure the loss between them on its val: as for learn.")] = None,
+    threat: ThreatOption = "clean",
+    base: Annotated[Path | None, typer.Option(help="What they were fine-tuned from; else what their records name.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Of val, the first so many.")] = 256,
+    pairs: Annotated[int, typer.Option(min=1, help="Walk along so many pairs, the farthest apart.")] = 15,
+    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
+    data_root: DataRoot = None, image_size: ImageSize = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Say before any work whether checkpoints can be mixed, and why not: exit code 3 if they cannot.
+
+    Example: `robustsoup check eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255"`
+    """
+    _threads(threads)
+    if data is None and (model or normalize or threat != "clean"):
+        raise RequestError(
+            "check: --model, --normalize and --threat say how networks are run; give --data to run them on"
+        )
+    split, network = None, None
+    if data:
+        source = _load(data, data_root, seed, image_size)
+        context = Context(source, _model(model, normalize, source, checkpoints), resolve_device(device))
+        split, network = source.val, context.fresh_network(seed)
+    with Bar("checking") as bar:
+        found = check(
+            checkpoints, data=split, threat=threat, base=base, samples=samples, network=network, device=device, pairs=pairs,
+            on_progress=bar,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print_soupability(stdout, found, list(_names(checkpoints)), pairs)
+    raise typer.Exit(0 if found.soupable else 3)
+
+
 @app.command("mix")
 def mix_command(
     checkpoints: Files, output: Annotated[Path, typer.Option("-o", help="The soup; .safetensors, or .pth as the first file.")],
     coefficients: Annotated[
         list[str], typer.Option(help="One number a file, as in 1/3 1/3 1/3, or a coefficients file; else uniform.")
     ] = [],
+    at: Annotated[float | None, typer.Option(help="With a dial: which of its soups, from 0 (robust) to 1 (clean).")] = None,
     buffers: Buffers = None, data: Annotated[str | None, typer.Option(help="For the recalibrating --buffers.")] = None,
     threat: Annotated[str, typer.Option(help="For recalibrate-adversarial.")] = "clean", model: Model = None,
     normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
@@ -250,9 +293,9 @@ def mix_command(
     """
     _threads(threads)
     _check_output(output, {".safetensors", ".pt", ".pth", ".bin"})
-    loaded = [Checkpoint.load(path) for path in checkpoints]
-    alpha = _coefficients(coefficients, len(loaded))
-    policy = buffers or ("tracked" if alpha.tracked else "average")
+    alpha = _coefficients(coefficients, len(checkpoints), at)
+    loaded = _open(checkpoints)
+    policy = buffers or default_buffers(alpha)
     network, split = None, None
     if data:
         source = _load(data, data_root, seed, image_size)
@@ -272,8 +315,11 @@ def mix_command(
 def search(
     checkpoints: Files, data: DataOption, threat: Threats,
     output: Annotated[Path, typer.Option("-o", help="The run folder: soup, table, figures, report.")],
-    method: Annotated[str, typer.Option(help="grid, line or uniform.")] = "grid",
+    method: Annotated[str, typer.Option(help="grid, line, uniform or greedy.")] = "grid",
     step: Annotated[float, typer.Option(help="The grid's step.")] = 0.2,
+    score: Annotated[
+        str | None, typer.Option(help='What greedy must not lose, as in "0.3 clean + 0.7 Linf 8/255"; else --maximise.')
+    ] = None,
     require: Annotated[list[str], typer.Option(help='As in "clean>=0.85"; repeatable.')] = [],
     maximise: Annotated[str | None, typer.Option(help="What to maximise; else the first --threat.")] = None,
     point: Annotated[bool, typer.Option("--point", help="Judge --require by the estimate, not by its 95 % lower end.")] = False,
@@ -291,11 +337,14 @@ def search(
     _threads(threads)
     names = _names(checkpoints)
     section = method if method not in names else f"{method}-soup"
+    own = {"step": step} if method in ("grid", "line") else {}
+    if score is not None:
+        own["score"] = score
     content = {
         "name": "search", "data": _absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
         "normalize": normalize and [_numbers(part) for part in normalize], "allow_leakage": allow_leakage,
         "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()},
-        "soups": {section: {"method": method, "buffers": buffers} | ({"step": step} if method != "uniform" else {})},
+        "soups": {section: {"method": method, "buffers": buffers} | own},
         "evaluate": {"threats": threat, "attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "screen": screen,
                      "select_samples": samples, "report_samples": samples, "report": "chosen", "precision": precision},
         "select": {"maximise": maximise, "require": require, "point": point},
@@ -308,46 +357,97 @@ def search(
 @app.command("learn")
 def learn_command(
     checkpoints: Files, data: DataOption, threat: ThreatOption,
-    output: Annotated[Path, typer.Option("-o", help="A folder for soup.safetensors and coefficients.safetensors.")],
+    output: Annotated[Path, typer.Option("-o", help="A folder for soup, coefficients (file, table, picture), or the dial.")],
     objective: Objective = "ce", attack_steps: AttackSteps = 2, epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=2)] = 128, lr: float = 10.0, momentum: float = 0.9,
     schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
     detach: Annotated[float, typer.Option(help="The probability that a layer is left out of a step.")] = 0.8,
-    init: Annotated[str, typer.Option(help="xavier or zeros.")] = "xavier", buffers: Buffers = "tracked",
+    init: Annotated[str, typer.Option(help="xavier or zeros.")] = "xavier",
+    granularity: Granularity = "parameter",
+    early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least loss on val.")] = False,
+    dial: Annotated[bool, typer.Option("--dial", help="Learn the whole trade-off at once; for mix --at T.")] = False,
+    dial_by: Annotated[str, typer.Option(help="What the dial turns: objective (the clean weight) or eps.")] = "objective",
+    place: Annotated[str, typer.Option(help="Where ingredients are kept: auto, device, memory or files.")] = "auto",
+    budget: Annotated[float | None, typer.Option(help="GiB that they may take for auto; else a quarter of what is free.")] = None,
+    buffers: Buffers = None,
+    learning_buffers: Annotated[str, typer.Option(help="As --buffers, for the network that learning attacks.")] = "tracked",
+    base: Annotated[Path | None, typer.Option(help="Whose statistics --learning-buffers base takes; else an ancestor's.")] = None,
     model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
     precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False,
 ) -> None:  # fmt: skip
     """Learn coefficients for each layer adversarially, and write them and the soup. Continues where it was killed.
 
-    Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255" --epochs 5 -o learned`
+    Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255" --epochs 5 -o learned`;
+    the whole trade-off at once: `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255"
+    --epochs 5 --dial -o turned`, then `robustsoup mix eps16.safetensors eps96.safetensors --coefficients turned/dial.safetensors
+    --at 0.7 -o cleaner.safetensors`
     """
     _threads(threads)
+    if dial and (objective != "ce" or early_stop or buffers):
+        wrong = "--objective" if objective != "ce" else "--early-stop" if early_stop else "--buffers"
+        raise RequestError(f"{wrong}: has no meaning with --dial; leave it out (mix --at takes --buffers)")
     loaded_data = _load(data, data_root, seed, image_size)
     context = Context(loaded_data, _model(model, normalize, loaded_data, checkpoints), resolve_device(device))
-    loaded = [context.describe(Checkpoint.load(path)) for path in checkpoints]
-    if len(loaded) == 1:
+    opened = [context.describe(item) for item in _open(checkpoints)]
+    _warn_leakage(opened, loaded_data, allow=allow_leakage)
+    kept = choose_place(place, budget, opened, context.device)
+    if kept == "files":
+        size = f"{len(opened)} ingredients, {total_bytes(opened) / 2**30:.2f} GiB"
         stderr.print(
-            "robustsoup: a single ingredient: there is nothing to learn; the soup is the ingredient", markup=False
+            f"robustsoup: {size}: read from their files at each step (--budget, --place)", markup=False, soft_wrap=True
         )
-    _warn_leakage(loaded, loaded_data, allow=allow_leakage)
     state = output / ".state.pt"
+    asked = {
+        "threat": threat, "attack_steps": attack_steps, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "momentum": momentum, "schedule": schedule, "detach": detach, "init": init, "granularity": granularity, "seed": seed,
+        "buffers": learning_buffers, "base": base, "place": kept, "allow_leakage": allow_leakage, "device": device,
+        "precision": precision, "state_path": state,
+    }  # fmt: skip
+    names = list(_names(checkpoints))
     with Bar("learning") as bar:
-        alpha = learn(
-            loaded, loaded_data.train, threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs,
-            batch_size=batch_size, lr=lr, momentum=momentum, schedule=schedule, detach=detach, init=init, seed=seed,
-            device=device, precision=precision, state_path=state, on_progress=bar,
-        )  # fmt: skip
-    alpha.save(output / "coefficients.safetensors")
-    soup = mix(loaded, alpha, buffers=buffers or "tracked", calibrate_on=loaded_data.train,
-               threat=ThreatModel.parse(threat), device=context.device, seed=seed)  # fmt: skip
-    soup.save(output / "soup.safetensors")
-    if loaded[0].wrapping is not None:
-        soup.save(output / f"soup{checkpoints[0].suffix}")
+        if dial:
+            line = learn_dial(opened, loaded_data.train, by=dial_by, on_progress=bar, **asked)
+        else:
+            val = loaded_data.val if early_stop else None
+            alpha = learn(
+                opened, loaded_data.train, objective=objective, val=val, early_stop=early_stop, on_progress=bar, **asked
+            )
+    if dial:
+        line.save(output / "dial.safetensors")
+        turned = [(f"t = {t:g}", line.at(t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        save(draw_dial(turned, names, "dial: coefficients by layer"), output)
+    else:
+        _write_soup(opened, alpha, buffers or "tracked", ThreatModel.parse(threat), context, seed, output)
+        write_coefficient_csv(alpha, names, output / "coefficients.csv")
+        save(draw_learned(alpha, names, "coefficients by layer"), output)
+    for warning in (line if dial else alpha).record.get("warnings", ()):
+        stderr.print(f"robustsoup: warning: {warning}", markup=False, soft_wrap=True)
     state.unlink(missing_ok=True)
-    means = " ".join(
-        f"{name} {share:.2f}" for name, share in zip(_names(checkpoints), alpha.alpha.mean(0).tolist(), strict=True)
+    if dial:
+        ends = "; ".join(f"t = {t:g}: {_means(line.at(t), names)}" for t in (0, 1))
+        stdout.print(
+            f"{output}: mean coefficients at the robust and the clean end: {ends}", markup=False, soft_wrap=True
+        )
+        stdout.print(f"next: robustsoup mix ... --coefficients {output / 'dial.safetensors'} --at 0.7 -o soup.safetensors",
+                     markup=False, soft_wrap=True)  # fmt: skip
+    else:
+        stdout.print(f"{output}: mean coefficients {_means(alpha, names)}", markup=False, soft_wrap=True)
+
+
+def _write_soup(opened: list[Checkpoint], alpha: Coefficients, buffers: str, threat: ThreatModel, context: Context, seed: int,
+                output: Path) -> None:  # fmt: skip
+    """The coefficients and their soup, also in the first ingredient's own format."""
+    alpha.save(output / "coefficients.safetensors")
+    soup = mix(
+        opened, alpha, buffers=buffers, calibrate_on=context.data.train, threat=threat, device=context.device, seed=seed
     )
-    stdout.print(f"{output}: mean coefficients {means}", markup=False)
+    soup.save(output / "soup.safetensors")
+    if opened[0].wrapping is not None:
+        soup.save(output / f"soup{opened[0].path.suffix}")
+
+
+def _means(alpha: Coefficients, names: list[str]) -> str:
+    return " ".join(f"{name} {share:.2f}" for name, share in zip(names, alpha.alpha.mean(0).tolist(), strict=True))
 
 
 @app.command("evaluate")
@@ -475,6 +575,16 @@ def _prepare(recipe: Recipe, device: str, data_root: str | None) -> Prepared:
         return prepare(recipe, device=device, data_root=data_root, on_progress=bar)
 
 
+def _open(paths: list[Path]) -> list[Checkpoint]:
+    """The checkpoints, checked, with a bar: their tensors stay in the files."""
+    opened = []
+    with Bar("opening checkpoints") as bar:
+        for path in paths:
+            opened.append(Checkpoint.open(path))
+            bar(len(opened), len(paths), Path(path).name)
+    return opened
+
+
 def _load(spec: str, root: str | None, seed: int, image_size: int | None) -> Data:
     _fetch(spec, root)
     with Bar(f"reading {spec}") as bar:
@@ -583,7 +693,7 @@ def _model(spec: str | None, normalize: tuple[str, str] | None, data: Data, path
         load_model(**settings)
         return settings
     for path in paths:
-        if known := Checkpoint.load(path).provenance.get("network"):
+        if known := Checkpoint.open(path).provenance.get("network"):
             return known | ({"normalize": outside} if outside else {})
     raise ModelError(
         f"{paths[0]}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory"
@@ -594,11 +704,15 @@ def _absolute_folder(data: str) -> str:
     return f"folder:{Path(data.removeprefix('folder:')).absolute()}" if data.startswith("folder:") else data
 
 
-def _coefficients(values: list[str], n: int) -> Coefficients:
+def _coefficients(values: list[str], n: int, at: float | None) -> Coefficients:
+    if len(values) == 1 and Path(values[0]).suffix == ".safetensors":
+        return load_coefficients(values[0], at)
+    if at is not None:
+        raise CoefficientError(
+            "--at: only a dial can be turned; give its file, as in --coefficients DIR/dial.safetensors"
+        )
     if not values:
         return uniform(n)
-    if len(values) == 1 and Path(values[0]).suffix == ".safetensors":
-        return Coefficients.load(values[0])
     try:
         return Coefficients.of([float(Fraction(value)) for value in values])
     except (ValueError, ZeroDivisionError):

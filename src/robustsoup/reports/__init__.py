@@ -6,14 +6,17 @@ import matplotlib
 
 from robustsoup.errors import RequestError
 from robustsoup.files import write_text
-from robustsoup.reports.coefficients import draw_coefficients
+from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
 from robustsoup.reports.html import page
 from robustsoup.reports.results import read_results
 from robustsoup.reports.style import STYLE, save
+from robustsoup.reports.tables import coefficient_table, write_coefficient_csv, write_coefficient_tables
 from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import draw_tradeoff
 
-__all__ = ["FIGURES", "write_report"]
+__all__ = [
+    "FIGURES", "coefficient_table", "draw_dial", "draw_learned", "save", "write_coefficient_csv", "write_report",
+]  # fmt: skip
 
 FIGURES = {"ternary": draw_ternary, "tradeoff": draw_tradeoff, "coefficients": draw_coefficients}
 
@@ -21,8 +24,9 @@ FIGURES = {"ternary": draw_ternary, "tradeoff": draw_tradeoff, "coefficients": d
 def write_report(folder: Path) -> Path:
     """Draw the figures that folder/results.json asks for and write folder/report.html; returns its path.
 
-    Each figure goes to folder/figures as .png (200 dpi), .svg and .pdf. One that does not apply is left out, and the
-    report says why. Needs no display and no network, and touches no matplotlib settings of the caller.
+    Each figure goes to folder/figures as .png (200 dpi), .svg and .pdf, and the coefficients of each soup that has a
+    file of them to folder/coefficients as .csv. What does not apply is left out, and the report says why. Needs no
+    display and no network, and touches no matplotlib settings of the caller.
 
     Raises RequestError for a missing or broken results.json or an unknown figure, StorageError if a file cannot be
     written.
@@ -42,7 +46,10 @@ def write_report(folder: Path) -> Path:
                 save(plot, folder / "figures")
             plots += drawn
             left_out += [(name, reason)] if reason else []
-    pictures = [(plot.stem, (folder / "figures" / f"{plot.stem}.svg").read_bytes(), plot.caption) for plot in plots]
+    left_out += write_coefficient_tables(results["rows"], folder)
+    pictures = [
+        (plot.stem, (folder / "figures" / f"{plot.stem}.svg").read_bytes(), plot.caption, plot.tables) for plot in plots
+    ]
     target = folder / "report.html"
     write_text(target, page(results, pictures, left_out))
     return target

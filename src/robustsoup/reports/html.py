@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from robustsoup.reports.results import (
+    BY_LAYER,
     CLEAN,
     ROLES,
     Row,
@@ -18,6 +19,7 @@ from robustsoup.reports.results import (
     with_measures,
 )  # fmt: skip
 from robustsoup.reports.style import percent
+from robustsoup.reports.tables import Table
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5f6368; --paper: #fff; --line: #d9dce0; --tint: #f5f6f8;
@@ -33,6 +35,8 @@ h2 { font-size: 1.2rem; margin: 2.25rem 0 .6rem; }
 .banner { border-left: 5px solid var(--warn-line); background: var(--warn); padding: .7rem 1rem; margin: 1.25rem 0; }
 .banner.violated { border-color: var(--bad-line); background: var(--bad); }
 figure { margin: 1.25rem 0; break-inside: avoid; }
+details { margin: .4rem 0; }
+summary { cursor: pointer; font-size: .9rem; }
 .plot, .table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 .plot { background: #fff; padding: .5rem; }
 .plot img { display: block; width: 100%; min-width: 34rem; height: auto; }
@@ -56,9 +60,11 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px
 
 
 def page(
-    results: dict[str, Any], pictures: Sequence[tuple[str, bytes, str]], left_out: Sequence[tuple[str, str]]
-) -> str:  # fmt: skip
-    """The whole file. pictures: (name, SVG, caption); left_out: (figure, the reason in one line)."""
+    results: dict[str, Any],
+    pictures: Sequence[tuple[str, bytes, str, Sequence[Table]]],
+    left_out: Sequence[tuple[str, str]],
+) -> str:
+    """The whole file. pictures: (name, SVG, caption, tables to fold below it); left_out: (what, the reason in one line)."""
     name = escape(results["name"])
     figures = "".join(_figure(*picture) for picture in pictures) or "<p>No figure was drawn.</p>"
     reasons = "".join(f'<p class="soft">Left out: {escape(what)}: {escape(why)}.</p>' for what, why in left_out)
@@ -156,10 +162,29 @@ def _selection(results: dict[str, Any], split: str) -> list[str]:
     return said + ([str(selection["message"])] if selection.get("message") and not selection.get("met") else [])
 
 
-def _figure(name: str, svg: bytes, caption: str) -> str:
+def _figure(name: str, svg: bytes, caption: str, tables: Sequence[Table]) -> str:
     source = base64.b64encode(svg).decode("ascii")
     image = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{source}">'
-    return f'<figure id="{escape(name)}"><div class="plot">{image}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
+    figure = f'<figure id="{escape(name)}"><div class="plot">{image}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
+    return figure + "".join(map(_fold, tables))
+
+
+def _fold(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.lines[0])
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for first, *cells in ([_cell(value) for value in line.values()] for line in table.lines)
+    )
+    return (
+        f"<details><summary><strong>{escape(table.title)}</strong> {escape(table.summary)}</summary>"
+        f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div></details>\n'
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _table(results: dict[str, Any]) -> str:
@@ -206,7 +231,9 @@ def _row(row: Row, columns: Sequence[tuple[str, str]], best: dict[tuple[str, str
 def _mixed(row: Row) -> str:
     if row.get("coefficients"):
         return " / ".join(f"{weight:.3g}" for weight in row["coefficients"])
-    return "by layer" if row["role"] == "learned" else "–"
+    if row["role"] not in BY_LAYER:
+        return "–"
+    return "by layer" + (f", t = {row['at']:g}" if row.get("at") is not None else "")
 
 
 def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ from typing import Any
 from robustsoup.errors import RequestError
 
 Row = dict[str, Any]
-ROLES = ("pretrained", "ingredient", "uniform", "line", "grid", "learned")
+ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
+BY_LAYER = ("learned", "dial")  # the soups whose coefficients are in a file, one row of them for each layer
 CLEAN, UNION = "clean", "union"
 _HINT = "expected what `robustsoup run` writes; run it again"
 _EXPECTED = {"name": str, "protocol": dict, "rows": list}
@@ -82,12 +83,12 @@ def with_measures(rows: Iterable[Row], split: str, *measures: str) -> list[Row]:
     return [row for row in rows if all(accuracy(row, split, measure) for measure in measures)]
 
 
-def sections(rows: Iterable[Row], role: str) -> dict[str, list[Row]]:
-    """The rows of one role by the name of their section in the recipe, in the order of the file."""
+def sections(rows: Iterable[Row], *roles: str) -> dict[str, list[Row]]:
+    """The rows of these roles by the name of their section in the recipe, in the order of the file."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["role"] == role:
-            found.setdefault(row.get("soup") or role, []).append(row)
+        if row["role"] in roles:
+            found.setdefault(row.get("soup") or row["role"], []).append(row)
     return found
 
 

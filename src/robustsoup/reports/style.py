@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, patheffects
+from matplotlib import colormaps, patheffects, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ from matplotlib.transforms import Bbox
 
 from robustsoup.files import atomic_path
 from robustsoup.reports.results import Row, samples
+from robustsoup.reports.tables import Table
 
 FONT = "DejaVu Sans"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
@@ -56,11 +57,12 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with the name of its files (without ending) and a sentence that says what it shows."""
+    """A figure with the name of its files (without ending), a sentence that says what it shows, and tables beside it."""
 
     stem: str
     figure: Figure
     caption: str
+    tables: tuple[Table, ...] = ()
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -70,10 +72,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+@rc_context(STYLE)
 def save(plot: Plot, folder: Path) -> None:
     """Write folder/<stem>.png, .svg and .pdf, each whole or not at all. The parts are arranged once for all three."""
     plot.figure.draw_without_rendering()
     plot.figure.set_layout_engine("none")
+    for axes in plot.figure.axes:  # the solver's last bits differ from run to run, and would be in the ids of the SVG
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 6))
     for ending, options in FORMATS.items():
         with atomic_path(folder / f"{plot.stem}.{ending}") as temporary:
             plot.figure.savefig(temporary, format=ending, **options)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from robustsoup.losses import Objective
 from robustsoup.reports.results import (
+    BY_LAYER,
     CLEAN,
     Row,
     accuracy,
@@ -33,7 +34,7 @@ from robustsoup.reports.style import (
 from robustsoup.threats import ThreatModel
 
 CURVES = ("#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d00", "#7f3c8d")
-INGREDIENT, UNIFORM = "#0072B2", "#009E73"
+INGREDIENT, UNIFORM, GREEDY = "#0072B2", "#009E73", "#000000"
 Label = tuple[float, float, str, str]
 
 
@@ -51,9 +52,25 @@ def draw_tradeoff(results: dict[str, Any], folder: Path) -> tuple[list[Plot], st
 def curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     """Learned rows of one section as [(what tells the curve apart, [(label, row), ...])], each in order of its strength.
 
-    Rows that differ in the clean weight of the objective alone are ordered by it; otherwise each objective and norm is
-    one curve, ordered by eps, "clean" being eps 0 of the first norm.
+    Rows of a dial, those with "at", are one curve for each threat, ordered by it. Rows that differ in the clean weight
+    of the objective alone are ordered by that; otherwise each objective and norm is one curve, ordered by eps, "clean"
+    being eps 0 of the first norm.
     """
+    turned = [row for row in rows if row.get("at") is not None]
+    return _dial_curves(turned) + _learned_curves([row for row in rows if row.get("at") is None])
+
+
+def _dial_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["at"]):
+        groups.setdefault(row.get("threat") or "", []).append(row)
+    return [
+        ("t" if len(groups) == 1 else f"t, {threat}", [(f"{row['at']:g}", row) for row in group])
+        for threat, group in sorted(groups.items(), key=lambda item: rows.index(item[1][0]))
+    ]
+
+
+def _learned_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     parsed = [
         (ThreatModel.parse(row.get("threat") or CLEAN), Objective.parse(row.get("objective") or "ce"), row)
         for row in rows
@@ -130,14 +147,14 @@ def _plot(results: dict[str, Any], rows: list[Row], split: str, measure: str, st
 def _crowd(rows: list[Row], points: _Points) -> np.ndarray:
     """What labels should keep clear of: every row, the intervals, and the lines between neighbours on a curve."""
     parts = [points.of(rows)]
-    barred = [row for row in rows if row["role"] in ("ingredient", "pretrained", "learned")]
+    barred = [row for row in rows if row["role"] in ("ingredient", "pretrained", *BY_LAYER)]
     if barred:
         xy, bars = points.of(barred), points.bars(barred)
         for axis, key in enumerate(("xerr", "yerr")):
             for share in np.linspace(0.2, 1, 5):
                 for sign, length in zip((-1, 1), bars[key], strict=True):
                     parts.append(xy + np.eye(2)[axis] * sign * share * length[:, None])
-    for section in sections(rows, "learned").values():
+    for section in sections(rows, *BY_LAYER).values():
         for _, curve in curves(section):
             xy = points.of([row for _, row in curve])
             parts += [xy[:-1] + share * (xy[1:] - xy[:-1]) for share in np.linspace(0, 1, 20)] * 2
@@ -150,12 +167,13 @@ def _scatter_soups(axes: Axes, rows: list[Row], points: _Points) -> None:
         found = [row for row in rows if row["role"] == role]
         if found:
             axes.scatter(*points.of(found).T, s=16, zorder=2, label=f"{role} ({len(found)} soups)", **look)
-    uniform = [row for row in rows if row["role"] == "uniform"]
-    if uniform:
-        axes.scatter(
-            *points.of(uniform).T, s=64, marker="D", color=UNIFORM, edgecolors="white", linewidths=0.8, zorder=5,
-            label="uniform soup",
-        )  # fmt: skip
+    for role, marker, size, colour in (("uniform", "D", 64, UNIFORM), ("greedy", "P", 90, GREEDY)):
+        found = [row for row in rows if row["role"] == role]
+        if found:
+            axes.scatter(
+                *points.of(found).T, s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5,
+                label=f"{role} soup",
+            )  # fmt: skip
 
 
 def _square_best(axes: Axes, rows: list[Row], protocol: dict[str, Any], points: _Points) -> None:
@@ -170,7 +188,7 @@ def _square_best(axes: Axes, rows: list[Row], protocol: dict[str, Any], points: 
 
 def _draw_learned(axes: Axes, rows: list[Row], points: _Points) -> list[Label]:
     labels, number = [], 0
-    for name, section in sections(rows, "learned").items():
+    for name, section in sections(rows, *BY_LAYER).items():
         for apart, curve in curves(section):
             colour = CURVES[number % len(CURVES)]
             number += 1

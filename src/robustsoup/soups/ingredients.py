@@ -47,8 +47,9 @@ class Ingredients:
 
         def part(begin: int) -> Tensor:
             piece = flat[begin : begin + self.stretch]
+            product = torch.empty_like(piece)  # summed from memory of its own, so that where theta lies changes no bit
             there = (row[begin : begin + self.stretch].to(piece) for row in rows)
-            return torch.stack([torch.dot(piece, theta) for theta in there]).double()
+            return torch.stack([torch.sum(torch.mul(piece, theta, out=product)) for theta in there]).double()
 
         return sum(self._parts(part, len(flat))).cpu()
 
