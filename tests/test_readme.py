@@ -1,5 +1,6 @@
 """What the README shows is run as it stands there."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -22,13 +23,16 @@ def commands(block):
 
 def test_the_commands_under_you_have_none_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    block = next(block for block in blocks("sh") if "robustsoup train" in block)
-    for command in commands(block):
+    chosen = [block for block in blocks("sh") if "robustsoup train" in block or "--dial" in block]
+    assert len(chosen) == 2
+    for command in itertools.chain(*map(commands, chosen)):
         with pytest.raises(SystemExit) as end:
             main(command[1:])
         assert end.value.code == 0, command
     assert (tmp_path / "learned" / "soup.safetensors").exists()
     assert "half" in capsys.readouterr().out
+    for written in ("blocks/coefficients.csv", "cleaner.safetensors", "greedy/soup.safetensors"):
+        assert (tmp_path / written).exists()
 
 
 def test_the_python_example(tmp_path, monkeypatch, capsys):
