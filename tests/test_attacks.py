@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from digits import digits_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional
 
 from robustsoup.attacks import Settings, apgd, apgd_train, run_attack
 from robustsoup.attacks.rows import Schedule
@@ -61,15 +61,7 @@ def trained():
     """A small network that tells the digits apart, and 60 of them; every tenth label is wrong. In float64, so that
     another batch size changes no verdict by rounding."""
     data = load_data("digits")
-    model = load_model("resnet9:width=4", channels=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    x, y = to_float(data.train.images), data.train.labels
-    for step in range(40):
-        rows = slice(step % 10 * 100, step % 10 * 100 + 100)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    model = model.double().eval()
+    model = digits_network(4).double()
     x, y = to_float(data.test.images[:60]).double(), data.test.labels[:60].clone()
     with torch.no_grad():
         clean = model(x).argmax(1)

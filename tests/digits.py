@@ -1,0 +1,31 @@
+"""What several tests share: a small network that tells the digits apart, and what an attack's points must obey."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from robustsoup.data import load_data, to_float
+from robustsoup.models import load_model
+from robustsoup.threats import norms
+
+
+def digits_network(width: int, steps: int = 40) -> nn.Module:
+    """A resnet9 of that width after a few steps on digits, in eval mode, without gradients for weights."""
+    train = load_data("digits").train
+    model = load_model(f"resnet9:width={width}", channels=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    x, y = to_float(train.images), train.labels
+    for step in range(steps):
+        rows = slice(step % 10 * 100, step % 10 * 100 + 100)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def check_inside(x_adv: torch.Tensor, x: torch.Tensor, threat) -> None:
+    """Every point lies in the box and, up to rounding, in the ball."""
+    assert float(x_adv.min()) >= 0
+    assert float(x_adv.max()) <= 1
+    length = norms(x_adv.double() - x.double(), threat.norm)
+    assert float(length.max()) <= threat.eps + 1e-6 * max(1, threat.eps)
