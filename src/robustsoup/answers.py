@@ -1,10 +1,60 @@
 """What commands answer, as text and tables for people."""
 
+from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 from robustsoup.soups.barriers import Pair
 from robustsoup.soups.soupability import Soupability
+from robustsoup.statistics import Accuracy
+
+
+def print_results(stdout: Console, results: dict[str, Any], page: Path) -> None:
+    """The table of a run, what was chosen, and where to look."""
+    split = "test" if results["recipe"]["evaluate"]["report"] == "all" else "val"
+    shown = {row["name"]: row[split] for row in results["rows"] if row["role"] not in ("grid", "line")}
+    if shown:
+        stdout.print(accuracy_table(shown, f"on {split}"))
+    chosen = results["selection"]
+    if chosen:
+        stdout.print(f"on val: {chosen['message']}", markup=False, soft_wrap=True)
+        row = next(row for row in results["rows"] if row["name"] == chosen["chosen"])
+        if row["test"]:
+            text = ", ".join(f"{key} {_interval(accuracy)}" for key, accuracy in row["test"].items())
+            held = {
+                None: "",
+                True: "; the requirement also holds there",
+                False: "; the requirement does not hold there",
+            }
+            stdout.print(f"on test: {text}{held[chosen['held_on_test']]}", markup=False, soft_wrap=True)
+        stdout.print(f"soup: {page.parent / results['soup']}", markup=False, soft_wrap=True)
+    stdout.print(f"look at: {page}", markup=False, soft_wrap=True)
+
+
+def accuracy_table(rows: dict[str, dict[str, Any]], title: str | None = None) -> Table:
+    """{name: {measure: accuracy as JSON}} as a table."""
+    keys = list(next(iter(rows.values())))
+    table = Table("checkpoint", *keys, box=None, title=title, title_justify="left")
+    for name, accuracy in rows.items():
+        table.add_row(name, *(_interval(accuracy[key]) for key in keys))
+    return table
+
+
+def _interval(accuracy: dict[str, Any]) -> str:
+    return str(Accuracy(accuracy["hits"], accuracy["n"]))
+
+
+def protocol(record: dict[str, Any]) -> str:
+    """How an evaluation attacked, for the end of a line; nothing if it did not."""
+    if not record["threats"]:
+        return ""
+    if record["attack"] == "autoattack":
+        return f", AutoAttack, {record['version']}"
+    searched = "" if record["search_precision"] == "float32" else f", searched in {record['search_precision']}"
+    starts = f"{record['restarts']} restart{'s' * (record['restarts'] > 1)}"
+    return f", {record['attack'].upper()}-{record['loss'].upper()} {record['steps']} steps, {starts}, float32{searched}"
 
 
 def print_soupability(stdout: Console, found: Soupability, names: list[str], most: int) -> None:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robustsoup.answers import print_soupability
+from robustsoup.answers import accuracy_table, print_results, print_soupability, protocol
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.comparison import compare
 from robustsoup.console import Bar, RunReporter, duration, stderr
@@ -38,7 +38,6 @@ from robustsoup.soups.ingredients import choose_place, total_bytes
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import default_buffers, mix
 from robustsoup.soups.soupability import check
-from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
 
@@ -494,9 +493,9 @@ def evaluate_command(
         done[name] = result
     if as_json:
         return _print_json({name: result.to_json() for name, result in done.items()})
-    stdout.print(_accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()}))
+    stdout.print(accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()}))
     first = next(iter(done.values())).record
-    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{_protocol(first)}", soft_wrap=True)
+    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{protocol(first)}", soft_wrap=True)
     for name, result in done.items():
         if len(result.record["broken_by"]) > 2:
             for key in result.threats:
@@ -510,16 +509,6 @@ def _unfinished(asked: dict[str, Any], checkpoint: Checkpoint, data: Data, split
     """Where an evaluation that is cut off leaves its state: a place of its own for each, beside the store."""
     key = hashlib.sha256(json.dumps([asked, checkpoint.digest, data.split(split).digest]).encode()).hexdigest()[:32]
     return Store().root / "unfinished" / f"{key}.pt"
-
-
-def _protocol(record: dict[str, Any]) -> str:
-    if not record["threats"]:
-        return ""
-    if record["attack"] == "autoattack":
-        return f", AutoAttack, {record['version']}"
-    searched = "" if record["search_precision"] == "float32" else f", searched in {record['search_precision']}"
-    starts = f"{record['restarts']} restart{'s' * (record['restarts'] > 1)}"
-    return f", {record['attack'].upper()}-{record['loss'].upper()} {record['steps']} steps, {starts}, float32{searched}"
 
 
 @app.command("compare")
@@ -565,7 +554,7 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
     if as_json:
         _print_json({key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows")})
     else:
-        _print_results(results, prepared, page)
+        print_results(stdout, results, page)
     return 3 if selection is not None and not selection.met else 0
 
 
@@ -596,39 +585,6 @@ def _fetch(spec: str, root: str | None) -> None:
     if spec == "cifar10":
         with Bar("downloading CIFAR-10") as bar:
             fetch_cifar10(root, on_progress=bar)
-
-
-def _print_results(results: dict[str, Any], prepared: Prepared, page: Path) -> None:
-    split = "test" if prepared.plan.recipe.evaluate.report == "all" else "val"
-    shown = {row["name"]: row[split] for row in results["rows"] if row["role"] not in ("grid", "line")}
-    if shown:
-        stdout.print(_accuracy_table(shown, f"on {split}"))
-    chosen = results["selection"]
-    if chosen:
-        stdout.print(f"on val: {chosen['message']}", markup=False, soft_wrap=True)
-        row = next(row for row in results["rows"] if row["name"] == chosen["chosen"])
-        if row["test"]:
-            text = ", ".join(f"{key} {_interval(accuracy)}" for key, accuracy in row["test"].items())
-            held = {
-                None: "",
-                True: "; the requirement also holds there",
-                False: "; the requirement does not hold there",
-            }
-            stdout.print(f"on test: {text}{held[chosen['held_on_test']]}", markup=False, soft_wrap=True)
-        stdout.print(f"soup: {page.parent / results['soup']}", markup=False, soft_wrap=True)
-    stdout.print(f"look at: {page}", markup=False, soft_wrap=True)
-
-
-def _accuracy_table(rows: dict[str, dict[str, Any]], title: str | None = None) -> Table:
-    keys = list(next(iter(rows.values())))
-    table = Table("checkpoint", *keys, box=None, title=title, title_justify="left")
-    for name, accuracy in rows.items():
-        table.add_row(name, *(_interval(accuracy[key]) for key in keys))
-    return table
-
-
-def _interval(accuracy: dict[str, Any]) -> str:
-    return str(Accuracy(accuracy["hits"], accuracy["n"]))
 
 
 def _print_json(content: Any) -> None:
