@@ -68,8 +68,7 @@ def greedy(alone: Sequence[Evaluation], judge: Callable[[Alpha], Evaluation], sc
     Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1.
     """
     score, n = Score.parse(score), len(alone)
-    corners = [tuple(float(i == j) for j in range(n)) for i in range(n)]
-    tried = [Candidate(alpha_name(a), a, e) for a, e in zip(corners, alone, strict=True)]
+    tried = [Candidate(alpha_name(a), a, e) for a, e in zip(corners(n), alone, strict=True)]
     order = sorted(range(n), key=lambda i: -score.of(alone[i].accuracy))
     kept, best = [order[0]], tried[order[0]]
     for i in order[1:]:
@@ -121,68 +120,99 @@ def search(
         raise RequestError("search: a greedy soup is judged in full at each turn; screen does not go with it")
     loaded = [Checkpoint.open(item) for item in ingredients]
     check_leakage(loaded, data, allow=allow_leakage)
-    points = {} if method == "greedy" else {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
+    mixed = {"buffers": buffers, "calibrate_on": calibrate_on, "network": network, "device": device, "seed": seed}
+    full = {"attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "precision": precision}
+    short = full | {"steps": screen_steps, "restarts": 1, "precision": SCREEN["precision"]}
+    judge = _Judge(
+        loaded, data, threats, mixed, {"samples": samples, "seed": seed, "device": device}, full, on_progress
+    )
+    if method == "greedy":
+        judge.total = 2 * len(loaded) - 1
+        alone = [judge(alpha) for alpha in corners(len(loaded))]
+        return greedy(alone, judge, str(score or next(iter(threats), "clean")))
+    points = {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
+    if not screen:
+        judge.total = len(points)
+        return [Candidate(name, alpha, judge(alpha)) for name, alpha in points.items()]
+    judge.total = len(points) + len(loaded)
+    screening = _Screening(judge, points, short)
+    wanted = [Requirement.parse(text) for text in require]
+    maximised = maximise if maximise in (None, "clean", "union") else str(ThreatModel.parse(maximise))
+    if screening.measures == [maximised] and all(r.key == "clean" for r in wanted):
+        screening.confirm_choice(maximised, wanted, point)
+    else:
+        screening.confirm_front(maximise, wanted, point)
+    return screening.candidates()
 
-    def network_of(alpha: Alpha) -> nn.Module:
-        soup = mix(loaded, alpha, buffers=buffers, calibrate_on=calibrate_on, network=network, device=device, seed=seed)
+
+class _Judge:
+    """Mixes a soup and judges it; called with coefficients alone, in full."""
+
+    def __init__(self, loaded: Sequence[Checkpoint], data: Split, threats: Sequence[ThreatModel | str], mixed: dict[str, Any],
+                 shared: dict[str, Any], full: dict[str, Any], on_progress: Progress | None) -> None:  # fmt: skip
+        self.loaded, self.data, self.threats, self.mixed = loaded, data, threats, mixed
+        self.shared, self.full, self.on_progress = shared, full, on_progress
+        self.done, self.total = 0, 0
+
+    def __call__(self, alpha: Alpha, **settings: Any) -> Evaluation:
+        found = self.silently(alpha, **(self.full | settings))
+        self.done += 1
+        if self.on_progress:
+            figures = f"{alpha_name(alpha)} clean {found.accuracy['clean'].value:.1%}"
+            self.on_progress(self.done, self.total, figures)
+        return found
+
+    def silently(self, alpha: Alpha, **settings: Any) -> Evaluation:
+        """Judge and tell nobody: for what is judged once more."""
+        soup, network = mix(self.loaded, alpha, **self.mixed), self.mixed["network"]
         model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
-        return model
+        return evaluate(model, self.data, self.threats, **self.shared, **settings)
 
-    full = {"attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "precision": precision}
-    shared = {"samples": samples, "seed": seed, "device": device}
 
-    def judge(alpha: Alpha, **settings: Any) -> Evaluation:
-        return evaluate(network_of(alpha), data, threats, **shared, **settings)
+class _Screening:
+    """Every soup tried with the ingredients' points and a short attack, and those that are confirmed in full."""
 
-    done = 0
+    def __init__(self, judge: _Judge, points: dict[str, Alpha], short: dict[str, Any]) -> None:
+        self.judge, self.points = judge, points
+        alone = {alpha: judge(alpha, keep_points=True) for alpha in corners(len(judge.loaded))}
+        self.pool = list(alone.values())
+        self.measures = list(self.pool[0].threats)
+        self.tried = {
+            name: judge(alpha, pool=self.pool, after=alone[alpha]) if alpha in alone
+            else screened(judge(alpha, **short, pool=self.pool))
+            for name, alpha in points.items()
+        }  # fmt: skip
 
-    def told(name: str, evaluation: Evaluation, total: int) -> Evaluation:
-        nonlocal done
-        done += 1
-        if on_progress:
-            on_progress(done, total, f"{name} clean {evaluation.accuracy['clean'].value:.1%}")
-        return evaluation
+    def candidates(self) -> list[Candidate]:
+        """Every soup with what is known of it now."""
+        return [Candidate(name, alpha, self.tried[name]) for name, alpha in self.points.items()]
 
-    if method == "greedy":
-        total = 2 * len(loaded) - 1
-        corners = [tuple(float(i == j) for j in range(len(loaded))) for i in range(len(loaded))]
-        alone = [told(alpha_name(a), judge(a, **full), total) for a in corners]
-        wanted = score or next(iter(threats), "clean")
-        return greedy(alone, lambda a: told(alpha_name(a), judge(a, **full), total), str(wanted))
-    if not screen:
-        return [Candidate(n, a, told(n, judge(a, **full), len(points))) for n, a in points.items()]
-    corners = [tuple(float(i == j) for j in range(len(loaded))) for i in range(len(loaded))]
-    total = len(points) + len(corners)
-    pool = {a: told(alpha_name(a), judge(a, **full, keep_points=True), total) for a in corners}
-    short = {"attack": attack, "loss": loss, "restarts": 1, "precision": SCREEN["precision"], "steps": screen_steps}
-    tried = {}
-    for name, alpha in points.items():
-        if alpha in pool:
-            again = judge(alpha, **full, pool=list(pool.values()), after=pool[alpha])
-        else:
-            again = screened(judge(alpha, **short, pool=list(pool.values())))
-        tried[name] = told(name, again, total)
-
-    def confirm(name: str, stop_below: int | None = None) -> Evaluation:
-        return judge(points[name], **full, pool=list(pool.values()), after=tried[name], stop_below=stop_below)
-
-    wanted = [Requirement.parse(text) for text in require]
-    key = next(iter(pool[corners[0]].threats), None)
-    one = maximise not in (None, "clean", "union") and list(pool[corners[0]].threats) == [
-        str(ThreatModel.parse(maximise))
-    ]
-    if not one or any(r.key != "clean" for r in wanted):
-        every = [Candidate(name, alpha, tried[name]) for name, alpha in points.items()]
+    def confirm_front(self, maximise: ThreatModel | str | None, wanted: Sequence[Requirement], point: bool) -> None:
+        """Confirm what the samples cannot tell from one another otherwise, and what would be chosen."""
+        every = self.candidates()
         leading = {c.name for c in worth_confirming(every)}
         if maximise is not None:
             best = select(every, maximise=maximise, require=wanted, point=point, unconfirmed=True).best
             leading |= {best.name} if not best.confirmed else set()
-        return [replace(c, evaluation=confirm(c.name)) if c.name in leading else c for c in every]
-    meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)] or list(tried)
-    best = max((tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")), default=-1)
-    for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
-        if tried[name].record.get("screened") and tried[name].accuracy[key].hits >= best:
-            tried[name] = confirm(name, max(best, 0))
-            best = max(best, tried[name].accuracy[key].hits)
-    return [Candidate(name, alpha, tried[name]) for name, alpha in points.items()]
+        for name in leading:
+            self._confirm(name)
+
+    def confirm_choice(self, key: str, wanted: Sequence[Requirement], point: bool) -> None:
+        """Confirm only what can still be the most robust under `key`, and stop it as soon as it has lost."""
+        tried = self.tried
+        meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)] or list(tried)
+        best = max((tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")), default=-1)
+        for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
+            if tried[name].record.get("screened") and tried[name].accuracy[key].hits >= best:
+                self._confirm(name, max(best, 0))
+                best = max(best, tried[name].accuracy[key].hits)
+
+    def _confirm(self, name: str, stop_below: int | None = None) -> None:
+        more = {"pool": self.pool, "after": self.tried[name], "stop_below": stop_below}
+        self.tried[name] = self.judge.silently(self.points[name], **self.judge.full, **more)
+
+
+def corners(n: int) -> list[Alpha]:
+    """The n one-hot coefficients: each ingredient by itself."""
+    return [tuple(float(i == j) for j in range(n)) for i in range(n)]
