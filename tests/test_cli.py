@@ -295,6 +295,28 @@ def test_learning_can_stop_early_and_read_its_ingredients_from_their_files(here,
     assert one.record["early_stopped_at"] in (1, 2)
 
 
+def test_a_folder_holds_what_was_learned_last(here):
+    files = ["low.safetensors", "high.safetensors"]
+    foreign = ["low.pth", "low.pth", "--model", "resnet9:width=2"]
+    assert run("learn", *foreign, *LINF, "--epochs", 1, "-o", "out") == 0
+    assert {p.suffix for p in (here / "out").glob("soup.*")} == {".pth", ".safetensors"}
+    assert run("learn", *files, *LINF, "--epochs", 1, "-o", "out") == 0
+    assert {p.name for p in (here / "out").glob("soup.*")} == {"soup.safetensors"}
+    assert run("learn", *files, *LINF, "--epochs", 1, "--dial", "-o", "out") == 0
+    assert {p.name for p in (here / "out").glob("*.safetensors")} == {"dial.safetensors"}
+    assert not (here / "out" / "coefficients.csv").exists()
+
+
+def test_the_base_gives_its_statistics(here):
+    asked = ("--buffers", "base", "--base", "base.safetensors")
+    files = ["low.safetensors", "high.safetensors"]
+    assert run("learn", *files, *LINF, "--epochs", 1, "--learning-buffers", "base", *asked, "-o", "out") == 0
+    assert run("mix", *files, *asked, "-o", "soup.safetensors") == 0
+    base = Checkpoint.load("base.safetensors").tensors
+    for soup in ("out/soup.safetensors", "soup.safetensors"):
+        assert torch.equal(Checkpoint.load(soup).tensors["prep.1.running_mean"], base["prep.1.running_mean"])
+
+
 def test_a_single_ingredient_is_learned_with_a_warning(here, capsys):
     assert run("learn", "low.safetensors", *LINF, "--epochs", 1, "-o", "alone") == 0
     assert "warning: a single ingredient" in capsys.readouterr().err
@@ -641,6 +663,10 @@ def two_splits(here):
         )
 
 
+def coefficients(here):
+    Coefficients.of([0.5, 0.5]).save(here / "alpha.safetensors")
+
+
 def empty_folder(here):
     (here / "nothing").mkdir()
 
@@ -767,6 +793,17 @@ BAD = {
     "a seed beyond 64 bits": (NOTHING, ("train", "--model", "resnet9:width=2", *LINF, "--seed", 10**20, "-o", "soup.safetensors"),
         ["seed", str(10**20)]),
     "tracked statistics that no grid has": (NOTHING, (*SEARCH, "--buffers", "tracked", "-o", "best"), ["tracked", "learn"]),
+    "statistics of nobody, learned": (NOTHING, (*LEARN, "--buffers", "mean", "-o", "out"), ["buffers", "mean"]),
+    "attacked statistics without an attack": (NOTHING, ("learn", "low.safetensors", "--data", "digits", "--threat", "clean",
+        "--buffers", "recalibrate-adversarial", "-o", "out"), ["recalibrate-adversarial", "threat"]),
+    "a dial's turn without a dial": (NOTHING, (*LEARN, "--dial-by", "eps", "-o", "out"), ["--dial-by", "--dial"]),
+    "a base that nothing takes": (NOTHING, (*LEARN, "--base", "base.safetensors", "-o", "out"), ["--base", "--buffers base"]),
+    "a base that no mix takes": (NOTHING, (*MIX, "--base", "base.safetensors"), ["--base", "--buffers base"]),
+    "a greedy search that screens": (NOTHING, (*SEARCH, "--method", "greedy", "--screen", "-o", "best"), ["--screen", "greedy"]),
+    "infinite coefficients": (NOTHING, (*MIX, "--coefficients", "1e400", 0), ["1e400", "numbers"]),
+    "a score of two lines": (NOTHING, (*SEARCH, "--method", "greedy", "--score", "clean\nx", "-o", "best"), ["score"]),
+    "coefficients as a checkpoint": (coefficients, ("mix", "low.safetensors", "alpha.safetensors", "-o", "soup.safetensors"),
+        ["alpha.safetensors", "holds coefficients", "--coefficients"]),
     "at without a dial": (NOTHING, (*MIX, "--at", 0.5), ["--at", "dial"]),
     "at of numbers": (NOTHING, (*MIX, "--coefficients", 0.5, 0.5, "--at", 0.5), ["--at", "dial"]),
     "a dial by nothing": (NOTHING, (*LEARN, "--dial", "--dial-by", "alpha", "-o", "out"), ["alpha", "objective", "eps"]),

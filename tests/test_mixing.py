@@ -15,7 +15,7 @@ from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import batches, load_data
 from robustsoup.errors import CheckpointError, CoefficientError, DataError, IngredientMismatch, RequestError
 from robustsoup.models import load_model
-from robustsoup.soups.batchnorm import norm_layers, recalibrate, statistics_owner
+from robustsoup.soups.batchnorm import norm_layers, recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients, uniform
 from robustsoup.soups.mixing import common_ancestor, mix, weighted_sum
 from robustsoup.soups.search import alpha_name, candidates, grid
@@ -217,7 +217,7 @@ def test_average_mixes_the_statistics_with_the_coefficients_of_their_batchnorm()
         torch.testing.assert_close(soup.tensors[name].double(), exact, rtol=1e-6, atol=1e-6)
     alpha = rows_for_each_parameter(3)
     soup = mix(FIVE[:3], alpha, buffers="average")
-    owners = statistics_owner(soup.tensors)
+    owners = running_statistics(soup)
     assert sorted(owners) == sorted(STATISTICS)
     for name in STATISTICS:
         owner = name.replace("running_mean", "weight").replace("running_var", "weight")

@@ -512,6 +512,29 @@ def test_a_greedy_soup_in_a_run_shares_the_verdicts_of_its_ingredients(copied):
     assert tried[-1]["score"] == (kept[0.5, 0.5] if kept[0.5, 0.5] >= best else best)
 
 
+@pytest.mark.parametrize(("policy", "more"), [
+    ("base", {}), ("recalibrate", {"calibrate_samples": 40}), ("recalibrate-adversarial", {"calibrate_threat": "Linf 64/255"}),
+])  # fmt: skip
+def test_a_greedy_soup_is_judged_with_the_statistics_that_it_is_written_with(copied, policy, more):
+    folder, _ = copied
+    section = {"method": "greedy", "score": "clean", "buffers": policy, **more}
+    results, _, _ = run(recipe_of([(("soups", "greedy"), section)]), folder.parent / policy)
+    row = next(row for row in results["rows"] if row["role"] == "greedy")
+    alpha = Coefficients.load(folder.parent / policy / row["coefficients_file"])
+    assert len(alpha.record["greedy"]["tried"]) == 3
+    assert alpha.record["greedy"]["tried"][-1]["score"] == row["val"]["clean"]["value"]
+    assert max(entry["score"] for entry in alpha.record["greedy"]["tried"][:2]) <= row["val"]["clean"]["value"]
+
+
+def test_what_a_greedy_soup_is_mixed_with_is_in_its_key():
+    def key(**more):
+        section = {"method": "greedy", "buffers": "recalibrate", "calibrate_samples": 40} | more
+        return keys(plan_of((("soups", "greedy"), section)))["greedy", "greedy"]
+
+    assert len({key(), key(calibrate_samples=41), key(buffers="base"), key(buffers="average")}) == 4
+    assert key() == key()
+
+
 def test_a_killed_greedy_step_keeps_its_verdicts(copied, monkeypatch):
     folder, store = copied
     more = [

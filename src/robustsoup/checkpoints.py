@@ -63,15 +63,8 @@ class Checkpoint:
     @classmethod
     def of(cls, model: "nn.Module", provenance: dict[str, Any] | None = None) -> "Checkpoint":
         """A copy of the weights of `model`; its parameters, tied parameters and, from load_model, network are recorded."""
-        names = [name for name, _ in model.named_parameters()]
-        first = {id(parameter): name for name, parameter in model.named_parameters()}
-        tied = {
-            name: first[id(parameter)]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if first[id(parameter)] != name
-        }
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        record = {**(provenance or {}), "parameters": names, "tied": tied}
+        record = {**(provenance or {}), **_parameters_of(model)}
         if hasattr(model, "network_settings"):
             record.setdefault("network", model.network_settings)
         return cls(tensors, record)
@@ -134,6 +127,13 @@ class Checkpoint:
                 wrapping = replace(self.wrapping, prefix=prefix[:start])
                 return replace(self, tensors=tensors, provenance={**self.provenance, "tied": tied}, wrapping=wrapping)
         return self
+
+    def described_by(self, model: nn.Module) -> "Checkpoint":
+        """`named_for`, with a record of which tensors are parameters and which of them are tied, if it has none."""
+        item = self.named_for(model)
+        if "parameters" in item.provenance or set(item.tensors) != set(model.state_dict()):
+            return item
+        return item.with_provenance(**_parameters_of(model))
 
     def load_into(self, model: nn.Module) -> None:
         """Copy the weights into `model`, strictly. Raises ModelError naming the first name or shape that differs."""
@@ -227,6 +227,13 @@ def _copied(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return map_safetensors(path)
+    except NotImplementedError:  # a type that has no place in a map
+        return _copied(path)
+
+
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
     try:
         save_file(tensors, path, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
@@ -240,14 +247,17 @@ def _read(path: Path, *, mapped: bool) -> Checkpoint:
         raise CheckpointError(f"{path}: {what}; give a .safetensors, .pt, .pth or .bin checkpoint")
     source = Source.of(path) if mapped else None
     if path.suffix == ".safetensors":
-        tensors, record = _tensors_and_record(path, map_safetensors if mapped else _copied)
+        tensors, record = _tensors_and_record(path, _mapped if mapped else _copied)
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensors")
+        if record.get("kind") in ("coefficients", "dial"):
+            raise CheckpointError(f"{path}: holds coefficients, not a network; give it to mix as --coefficients")
         checkpoint = Checkpoint(tensors, record, path, source=source)
     else:
         checkpoint = replace(_read_foreign(path, mapped=mapped), source=source)
     for name, tensor in checkpoint.tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 cannot be asked
+        if tensor.is_floating_point() and not bool(wide.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; this checkpoint is broken")
     return checkpoint
 
@@ -279,10 +289,21 @@ def _unwrap(content: Any, path: Path) -> Checkpoint:
     prefix = ""
     while shared := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in state)), None):
         prefix += shared
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: {name} is sparse or quantized; expected plain tensors")
     tensors = {name[len(prefix) :]: tensor.detach() for name, tensor in state.items()}
     if any(not name for name in tensors):
         raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
     return Checkpoint(tensors, {"tied": _tied(tensors)}, path, Wrapping(others, key, prefix))
+
+
+def _parameters_of(model: nn.Module) -> dict[str, Any]:
+    """What a record says of the parameters: their names, and the other names of tied ones."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    tied = {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+    return {"parameters": list(first.values()), "tied": tied}
 
 
 def _is_state(content: Mapping) -> bool:

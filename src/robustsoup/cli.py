@@ -36,7 +36,7 @@ from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients, uniform
 from robustsoup.soups.ingredients import choose_place, total_bytes
 from robustsoup.soups.learning import learn, learn_dial
-from robustsoup.soups.mixing import default_buffers, mix
+from robustsoup.soups.mixing import check_policy, default_buffers, mix
 from robustsoup.soups.soupability import check
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
@@ -282,6 +282,7 @@ def mix_command(
     ] = [],
     at: Annotated[float | None, typer.Option(help="With a dial: which of its soups, from 0 (robust) to 1 (clean).")] = None,
     buffers: Buffers = None, data: Annotated[str | None, typer.Option(help="For the recalibrating --buffers.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Whose statistics --buffers base takes; else an ancestor's.")] = None,
     threat: Annotated[str, typer.Option(help="For recalibrate-adversarial.")] = "clean", model: Model = None,
     normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
     data_root: DataRoot = None, image_size: ImageSize = None,
@@ -292,6 +293,8 @@ def mix_command(
     """
     _threads(threads)
     _check_output(output, {".safetensors", ".pt", ".pth", ".bin"})
+    if base and buffers != "base":
+        raise RequestError("--base: whose statistics --buffers base takes; give that too")
     alpha = _coefficients(coefficients, len(checkpoints), at)
     loaded = _open(checkpoints)
     policy = buffers or default_buffers(alpha)
@@ -303,7 +306,7 @@ def mix_command(
         loaded = [context.describe(item) for item in loaded]
         network = loaded[0].network()
     soup = mix(
-        loaded, alpha, buffers=policy, calibrate_on=split, threat=ThreatModel.parse(threat), network=network,
+        loaded, alpha, buffers=policy, base=base, calibrate_on=split, threat=ThreatModel.parse(threat), network=network,
         device=resolve_device(device), seed=seed,
     )  # fmt: skip
     soup.save(output)
@@ -337,6 +340,8 @@ def search(
     names = _names(checkpoints)
     section = method if method not in names else f"{method}-soup"
     own = {"step": step} if method in ("grid", "line") else {}
+    if method == "greedy" and screen:
+        raise RequestError("--screen: a greedy soup is judged in full at each turn; leave it out")
     if score is not None:
         own["score"] = score
     content = {
@@ -365,7 +370,9 @@ def learn_command(
     granularity: Granularity = "parameter",
     early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least loss on val.")] = False,
     dial: Annotated[bool, typer.Option("--dial", help="Learn the whole trade-off at once; for mix --at T.")] = False,
-    dial_by: Annotated[str, typer.Option(help="What the dial turns: objective (the clean weight) or eps.")] = "objective",
+    dial_by: Annotated[
+        str | None, typer.Option(help="What the dial turns: objective (the clean weight; the default) or eps.")
+    ] = None,
     place: Annotated[str, typer.Option(help="Where ingredients are kept: auto, device, memory or files.")] = "auto",
     budget: Annotated[float | None, typer.Option(help="GiB that they may take for auto; else a quarter of what is free.")] = None,
     buffers: Buffers = None,
@@ -385,7 +392,13 @@ def learn_command(
     if dial and (objective != "ce" or early_stop or buffers):
         wrong = "--objective" if objective != "ce" else "--early-stop" if early_stop else "--buffers"
         raise RequestError(f"{wrong}: has no meaning with --dial; leave it out (mix --at takes --buffers)")
+    if dial_by and not dial:
+        raise RequestError("--dial-by: says what a dial turns; give --dial")
+    if base and "base" not in (buffers, learning_buffers):
+        raise RequestError("--base: whose statistics --buffers base or --learning-buffers base takes; give one of them")
     loaded_data = _load(data, data_root, seed, image_size)
+    policy = buffers or "tracked"
+    check_policy(policy, loaded_data.train, ThreatModel.parse(threat))
     context = Context(loaded_data, _model(model, normalize, loaded_data, checkpoints), resolve_device(device))
     opened = [context.describe(item) for item in _open(checkpoints)]
     _warn_leakage(opened, loaded_data, allow=allow_leakage)
@@ -395,6 +408,7 @@ def learn_command(
         stderr.print(
             f"robustsoup: {size}: read from their files at each step (--budget, --place)", markup=False, soft_wrap=True
         )
+    ensure_folder(output)
     state = output / ".state.pt"
     asked = {
         "threat": threat, "attack_steps": attack_steps, "epochs": epochs, "batch_size": batch_size, "lr": lr,
@@ -405,18 +419,19 @@ def learn_command(
     names = list(_names(checkpoints))
     with Bar("learning") as bar:
         if dial:
-            line = learn_dial(opened, loaded_data.train, by=dial_by, on_progress=bar, **asked)
+            line = learn_dial(opened, loaded_data.train, by=dial_by or "objective", on_progress=bar, **asked)
         else:
             val = loaded_data.val if early_stop else None
             alpha = learn(
                 opened, loaded_data.train, objective=objective, val=val, early_stop=early_stop, on_progress=bar, **asked
             )
     if dial:
+        _remove_others(output, {"dial.safetensors"})
         line.save(output / "dial.safetensors")
         turned = [(f"t = {t:g}", line.at(t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
         save(draw_dial(turned, names, "dial: coefficients by layer"), output)
     else:
-        _write_soup(opened, alpha, buffers or "tracked", ThreatModel.parse(threat), context, seed, output)
+        _write_soup(opened, alpha, policy, base, ThreatModel.parse(threat), context, seed, output)
         write_coefficient_csv(alpha, names, output / "coefficients.csv")
         save(draw_learned(alpha, names, "coefficients by layer"), output)
     for warning in (line if dial else alpha).record.get("warnings", ()):
@@ -433,16 +448,23 @@ def learn_command(
         stdout.print(f"{output}: mean coefficients {_means(alpha, names)}", markup=False, soft_wrap=True)
 
 
-def _write_soup(opened: list[Checkpoint], alpha: Coefficients, buffers: str, threat: ThreatModel, context: Context, seed: int,
-                output: Path) -> None:  # fmt: skip
+def _remove_others(output: Path, written: set[str]) -> None:
+    """Remove what an earlier `learn` left in the folder and this one does not write anew."""
+    soups = {f"soup{ending}" for ending in (".safetensors", ".pt", ".pth", ".bin")}
+    for name in {*soups, "coefficients.safetensors", "coefficients.csv", "dial.safetensors"} - written:
+        (output / name).unlink(missing_ok=True)
+
+
+def _write_soup(opened: list[Checkpoint], alpha: Coefficients, buffers: str, base: Path | None, threat: ThreatModel,
+                context: Context, seed: int, output: Path) -> None:  # fmt: skip
     """The coefficients and their soup, also in the first ingredient's own format."""
+    own = f"soup{opened[0].path.suffix}" if opened[0].wrapping is not None else "soup.safetensors"
+    _remove_others(output, {"soup.safetensors", own, "coefficients.safetensors", "coefficients.csv"})
     alpha.save(output / "coefficients.safetensors")
-    soup = mix(
-        opened, alpha, buffers=buffers, calibrate_on=context.data.train, threat=threat, device=context.device, seed=seed
-    )
-    soup.save(output / "soup.safetensors")
-    if opened[0].wrapping is not None:
-        soup.save(output / f"soup{opened[0].path.suffix}")
+    soup = mix(opened, alpha, buffers=buffers, base=base if buffers == "base" else None, calibrate_on=context.data.train,
+               threat=threat, device=context.device, seed=seed)  # fmt: skip
+    for name in sorted({"soup.safetensors", own}):
+        soup.save(output / name)
 
 
 def _means(alpha: Coefficients, names: list[str]) -> str:
@@ -671,7 +693,7 @@ def _coefficients(values: list[str], n: int, at: float | None) -> Coefficients:
         return uniform(n)
     try:
         return Coefficients.of([float(Fraction(value)) for value in values])
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise CoefficientError(
             f"--coefficients: got {' '.join(values)}, expected numbers such as 1/3 or 0.2, or a file"
         ) from None

@@ -56,7 +56,7 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     They must not be written to, and `Source.check` must hold when they are read: a file cut short under a map ends the process.
 
-    Raises ValueError or OSError for a file that is not whole, or holds a type that cannot be mapped.
+    Raises ValueError or OSError for a file that is not whole, NotImplementedError for a type that cannot be mapped.
     Source: the format, https://github.com/huggingface/safetensors#format
     """
     with open(path, "rb") as file:
@@ -75,7 +75,7 @@ def _view(view: mmap.mmap, start: int, size: int, entry: dict[str, Any]) -> Tens
     dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
     begin, end = (start + offset for offset in entry["data_offsets"])
     if dtype is None:
-        raise ValueError(f"tensors of type {entry['dtype']}")
+        raise NotImplementedError(f"tensors of type {entry['dtype']}")
     count = (end - begin) // dtype.itemsize
     if end > size or begin > end or count != torch.Size(shape).numel():
         raise ValueError(f"bytes {begin:,} to {end:,} for shape {shape} in a file of {size:,}")

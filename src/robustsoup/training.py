@@ -1,6 +1,7 @@
 """Adversarial training: from fresh weights, or fine-tuning from a checkpoint."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -46,7 +47,7 @@ def train(
         raise RequestError(
             f"train: got momentum {momentum}, weight_decay {weight_decay}; expected momentum in [0, 1), weight_decay at least 0"
         )
-    if epochs < 1 or batch_size < 2 or not lr > 0:
+    if epochs < 1 or batch_size < 2 or not 0 < lr < math.inf:
         raise RequestError(
             f"train: got epochs {epochs}, batch_size {batch_size}, lr {lr}; expected at least 1, 2, above 0"
         )
@@ -64,7 +65,8 @@ def train(
     start = Checkpoint.of(model)
     run = _Run(model, data.to(where), val.to(where) if val is not None else None, threat, objective, settings)
     saved = SavedState(
-        state_path, json.dumps([settings, start.digest, data.digest, val and val.digest], sort_keys=True)
+        state_path,
+        json.dumps([settings, start.digest, data.digest, val and val.digest, network_mark(model)], sort_keys=True),
     )
     run.load(saved.load())
     fit(run, saved, on_progress)
@@ -281,6 +283,16 @@ def objective_on(
     if weight < 1:
         total += (1 - weight) * robust_loss(model, data, threat, steps=steps, precision=precision)[0]
     return total
+
+
+def network_mark(model: nn.Module) -> str:
+    """What a network is, apart from its weights: a saved state goes on under no other one."""
+    kept = model.state_dict()
+    hidden = {
+        name: tensor.tolist() for name, tensor in model.named_buffers() if name not in kept and tensor.numel() < 1000
+    }
+    text = f"{model} {getattr(model, 'network_settings', None)} {hidden}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_fit(model: nn.Module, data: Split) -> None:

@@ -21,7 +21,7 @@ from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import alpha_name, greedy, screened
+from robustsoup.soups.search import alpha_name, corners, greedy, screened
 from robustsoup.soups.selection import Alpha, Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training import train
@@ -47,13 +47,7 @@ class Context:
         elif self.model.get("normalize"):  # what was asked for now overrides the record
             known = checkpoint.provenance["network"]
             checkpoint = checkpoint.with_provenance(network={**known, "normalize": self.model["normalize"]})
-        if "parameters" not in checkpoint.provenance:
-            network = checkpoint.network()
-            described = Checkpoint.of(network).provenance
-            checkpoint = checkpoint.named_for(network).with_provenance(
-                parameters=described["parameters"], tied=described["tied"]
-            )
-        return checkpoint
+        return checkpoint if "parameters" in checkpoint.provenance else checkpoint.described_by(checkpoint.network())
 
 
 class Reporter(Protocol):
@@ -176,8 +170,9 @@ class _Worker:
 
     def _greedy(self, step: Step, folder: Path, on_progress: Progress) -> str:
         """Judge soups one by one; each verdict stays in the folder, so that a killed step goes on."""
-        n = len(step.parents) // 2
-        items = [self.checkpoint(key) for key in step.parents[:n]]
+        judged = [key for key in step.parents if (self.store.path(key) / "evaluation.json").exists()]
+        items = [self.checkpoint(key) for key in step.parents if key not in judged]
+        n, total = len(items), 2 * len(items) - 1 - len(judged)
         asked = dict(step.settings["evaluate"])
         data = self.context.data.split(asked.pop("split"))
         asked = {
@@ -189,16 +184,15 @@ class _Worker:
             nonlocal done
             path = folder / f"{alpha_name(alpha)}.json"
             if not path.exists():
-                soup = self._mixed(
-                    items, Coefficients.of(alpha), {"buffers": step.settings["buffers"], "seed": asked["seed"]}
-                )
+                soup = self._mixed(items, Coefficients.of(alpha), step.settings["mix"])
                 evaluate(soup, data, device=str(self.context.device), **asked).save(path)
             done += 1
             found = Evaluation.load(path)
-            on_progress(done, n - 1, f"{alpha_name(alpha)} {scores(found)}")
+            on_progress(done, total, f"{alpha_name(alpha)} {scores(found)}")
             return found
 
-        tried = greedy([self.judged(key) for key in step.parents[n:]], judge, step.settings["score"])
+        alone = [self.judged(key) for key in judged] or [judge(alpha) for alpha in corners(n)]
+        tried = greedy(alone, judge, step.settings["score"])
         score = Score.parse(step.settings["score"])
         trace = [{"alpha": list(c.alpha), "score": score.of(c.evaluation.accuracy)} for c in tried]
         chosen = replace(

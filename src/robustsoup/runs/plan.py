@@ -180,17 +180,17 @@ class _Planner:
     def _greedy_rows(self, section: str, soup: Soup) -> list[Row]:
         evaluate, names = self.recipe.evaluate, soup.ingredients or tuple(self.recipe.ingredients)
         parents = [self.checkpoints[name] for name in names]
+        split, samples = evaluate.select_on, evaluate.select_samples
         alone = [
-            self._evaluation(Row(name, "ingredient", key), evaluate.select_on, evaluate.select_samples)
+            self._evaluation(Row(name, "ingredient", key), split, samples)
             for name, key in zip(names, parents, strict=True)
         ]
-        judged = self.steps[alone[0]]
-        settings = {
-            "score": self.recipe.score_of(soup),
-            "buffers": soup.buffers or "average",
-            "evaluate": judged.settings,
-        }
-        chosen = self._add("greedy", section, settings, [*parents, *alone], judged.passes * (len(names) - 1))
+        judged, (mixing, passes) = self.steps[alone[0]], self._mixing(soup, "greedy")
+        if mixing["buffers"] != "average":  # then an ingredient by itself is not judged as it is
+            alone = []
+        settings = {"score": self.recipe.score_of(soup), "mix": mixing, "evaluate": judged.settings}
+        rounds = len(names) - 1 if alone else 2 * len(names) - 1
+        chosen = self._add("greedy", section, settings, [*parents, *alone], (judged.passes + passes) * rounds)
         key = self._mix(section, soup, [*parents, chosen], None, "greedy")
         return [Row(section, "greedy", key, section, names, None, chosen)]
 
@@ -209,11 +209,16 @@ class _Planner:
 
     def _mix(self, label: str, soup: Soup, parents: list[str], alpha: Sequence[float] | None, method: str,
              at: float | None = None) -> str:  # fmt: skip
-        buffers = soup.buffers or DEFAULT_BUFFERS.get(method, "average")
-        settings = {"alpha": alpha and list(alpha), "buffers": buffers, "seed": self._seed(soup.seed)}
+        settings, passes = self._mixing(soup, method)
+        settings["alpha"] = alpha and list(alpha)
         if at is not None:
             settings["at"] = at
-        passes = 0
+        return self._add("mix", label, settings, parents, passes)
+
+    def _mixing(self, soup: Soup, method: str) -> tuple[dict[str, Any], int]:
+        """The settings of a mix apart from its coefficients, and what it is worth in passes."""
+        buffers, passes = soup.buffers or DEFAULT_BUFFERS.get(method, "average"), 0
+        settings = {"buffers": buffers, "seed": self._seed(soup.seed)}
         if buffers.startswith("recalibrate"):
             settings["samples"] = passes = min(soup.calibrate_samples, len(self.data.train))
         if buffers == "recalibrate-adversarial":
@@ -221,7 +226,7 @@ class _Planner:
             passes *= 2 + 2 * soup.attack_steps
         if buffers == "base" and "pretrained" in self.checkpoints:
             settings["base"] = self.checkpoints["pretrained"]
-        return self._add("mix", label, settings, parents, passes)
+        return settings, passes
 
     def _judged(self, row: Row) -> Row:
         evaluate = self.recipe.evaluate

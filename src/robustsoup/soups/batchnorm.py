@@ -1,13 +1,13 @@
 """BatchNorm's running statistics: which tensors they are, and measuring them anew for given weights."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks import apgd_train
+from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.errors import DataError
 from robustsoup.precision import autocast
@@ -19,13 +19,21 @@ def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
-def statistics_owner(names: Iterable[str]) -> dict[str, str]:
-    """name of a running statistic -> name of the weight of the BatchNorm it belongs to, for the names of a state dict."""
-    owners = {}
-    for name in names:
+def running_statistics(item: Checkpoint) -> dict[str, str]:
+    """name of a running mean or variance -> the parameter with whose coefficients it is averaged.
+
+    That is the weight of its BatchNorm, or, where it has none, the last parameter before it: the layer that it normalises.
+    """
+    parameters, owners = list(item.parameters), {}
+    before = parameters[0] if parameters else None
+    known = set(parameters)
+    for name in item.tensors:
         prefix, _, last = name.rpartition(".")
-        if last in ("running_mean", "running_var"):
-            owners[name] = f"{prefix}.weight" if prefix else "weight"
+        if name in known:
+            before = name
+        elif last in ("running_mean", "running_var") and before is not None:
+            weight = f"{prefix}.weight" if prefix else "weight"
+            owners[name] = weight if weight in known else before
     return owners
 
 

@@ -51,7 +51,7 @@ class Ingredients:
             there = (row[begin : begin + self.stretch].to(piece) for row in rows)
             return torch.stack([torch.sum(torch.mul(piece, theta, out=product)) for theta in there]).double()
 
-        return sum(self._parts(part, len(flat))).cpu()
+        return sum(self._parts(part, len(flat)), torch.zeros(len(rows), dtype=torch.float64, device=self.device)).cpu()
 
     @torch.no_grad()
     def mix_into(self, name: str, weights: Sequence[float], parameter: Tensor) -> None:

@@ -20,13 +20,13 @@ from robustsoup.losses import Objective
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schedules import Schedule, check_schedule, rate
-from robustsoup.soups.batchnorm import norm_layers, recalibrate, statistics_owner
+from robustsoup.soups.batchnorm import norm_layers, recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import Ingredients, choose_place
 from robustsoup.soups.mixing import POLICIES, canonical_order, check_ingredients, mix, weighted_sum
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training import attacked, check_fit, check_loss, fit, objective_loss, objective_on
+from robustsoup.training import attacked, check_fit, check_loss, fit, network_mark, objective_loss, objective_on
 
 DIALS = ("objective", "eps")
 
@@ -132,10 +132,12 @@ def _settings(*, threat: ThreatModel | str, objective: Objective | str, **given:
     check_schedule(given["schedule"])
     if given["buffers"] not in POLICIES:
         raise RequestError(f'learn: got buffers "{given["buffers"]}", expected one of {", ".join(POLICIES)}')
+    if given["buffers"] == "recalibrate-adversarial" and threat.is_clean:
+        raise RequestError('learn: buffers "recalibrate-adversarial" need a threat that is not clean')
     momentum, detach, epochs, batch_size, lr = (given[k] for k in ("momentum", "detach", "epochs", "batch_size", "lr"))
     if not 0 <= momentum < 1:
         raise RequestError(f"learn: got momentum {momentum}, expected a number in [0, 1)")
-    if not 0 <= detach <= 1 or epochs < 1 or batch_size < 2 or not lr > 0:
+    if not 0 <= detach <= 1 or epochs < 1 or batch_size < 2 or not 0 < lr < math.inf:
         raise RequestError(
             f"learn: got detach {detach}, epochs {epochs}, batch_size {batch_size}, lr {lr}; "
             "expected detach in [0, 1], at least 1 epoch, batches of at least 2, lr above 0"
@@ -152,7 +154,7 @@ def _start(
         raise RequestError("early_stop: no validation split to watch; give val")
     opened = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
-        opened = [item.named_for(network) for item in opened]
+        opened = [item.described_by(network) for item in opened]
     check_ingredients(opened)
     check_same_split(opened, data, allow=allow_leakage)
     where = resolve_device(device)
@@ -169,9 +171,9 @@ def _start(
 
 
 def _finish(run: "_Run", state_path: str | os.PathLike | None, on_progress: Progress | None) -> None:
-    saved = SavedState(
-        state_path, json.dumps([run.settings, run.digests, run.data.digest, run.val and run.val.digest], sort_keys=True)
-    )
+    held = run.val and run.val.digest
+    work = [run.settings, run.digests, run.data.digest, held, network_mark(run.model)]
+    saved = SavedState(state_path, json.dumps(work, sort_keys=True))
     run.load(saved.load())
     fit(run, saved, on_progress)
 
@@ -242,9 +244,9 @@ class _Run:
         with torch.set_grad_enabled(bool(active)):
             loss = objective_loss(self.model, x, x_adv, y, objective, s["precision"])
         check_loss(self, loss, x_adv)
-        if active:
+        if loss.requires_grad:  # else no active layer is used
             chosen = {name: parameter for name, parameter in self.parameters.items() if name in wanted}
-            grads = torch.autograd.grad(loss, list(chosen.values()))
+            grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True, materialize_grads=True)
             self._update(active, dict(zip(chosen, grads, strict=True)), lr)
             self._remix(active)
         return loss.detach()
@@ -359,15 +361,15 @@ class _Statistics:
             for layer in self.layers.values():
                 layer.momentum = 0.0  # the train-mode pass leaves them alone
         self.mixed: dict[str, dict[str, list[Tensor]]] = {}
-        for name, weight in statistics_owner(ingredients[0].tensors).items() if self.policy == "average" else ():
-            self.mixed.setdefault(weight, {})[name] = [
-                item.tensors[name].to(data.images.device) for item in ingredients
-            ]
+        owners = running_statistics(ingredients[0]) if self.policy == "average" else {}
+        for name, parameter in owners.items():
+            rows = [item.tensors[name].to(data.images.device, copy=True) for item in ingredients]
+            self.mixed.setdefault(parameter, {})[name] = rows
 
     @torch.no_grad()
-    def mix(self, weight: str, alpha: Sequence[float]) -> None:
-        """Average those of the BatchNorm that `weight` belongs to, where that is the policy."""
-        for name, rows in self.mixed.get(weight, {}).items():
+    def mix(self, parameter: str, alpha: Sequence[float]) -> None:
+        """Average those that follow the coefficients of `parameter`, where that is the policy."""
+        for name, rows in self.mixed.get(parameter, {}).items():
             self.model.get_buffer(name).copy_(weighted_sum(rows, alpha))
 
     def measure(self) -> None:
@@ -376,11 +378,6 @@ class _Statistics:
             s = self.settings
             threat = ThreatModel.parse(s["threat"]) if self.policy == "recalibrate-adversarial" else CLEAN
             measured = recalibrate(
-                self.model,
-                self.data,
-                threat=threat,
-                attack_steps=s["attack_steps"],
-                seed=s["seed"],
-                precision=s["precision"],
-            )
+                self.model, self.data, threat=threat, attack_steps=s["attack_steps"], seed=s["seed"], precision=s["precision"]
+            )  # fmt: skip
             self.model.load_state_dict(measured, strict=False)

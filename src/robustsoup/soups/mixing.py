@@ -13,7 +13,7 @@ from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split
 from robustsoup.errors import CheckpointError, CoefficientError, IngredientMismatch, RequestError
 from robustsoup.precision import resolve_device
-from robustsoup.soups.batchnorm import recalibrate, statistics_owner
+from robustsoup.soups.batchnorm import recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.threats import CLEAN, ThreatModel
 
@@ -56,11 +56,17 @@ def mix(
     """
     loaded = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
-        loaded = [item.named_for(network) for item in loaded]
+        loaded = [item.described_by(network) for item in loaded]
     check_ingredients(loaded)
     coefficients = Coefficients.of(alpha).for_ingredients([item.digest for item in loaded])
     coefficients.check(len(loaded), affine=affine)
-    _check_policy(buffers, coefficients, calibrate_on, threat, affine)
+    check_policy(buffers, calibrate_on, threat)
+    if buffers == "average" and affine:
+        raise CoefficientError(
+            "buffers: averaged variances can turn negative in an affine mix; use base or recalibrate"
+        )
+    if buffers == "tracked" and not coefficients.tracked and running_statistics(loaded[0]):
+        raise RequestError('buffers "tracked": only coefficients that `learn` made carry tracked statistics')
     for item in loaded:
         if item.source is not None:
             item.source.check()
@@ -72,7 +78,7 @@ def mix(
         tensors |= {name: source.tensors[name].clone() for name in tensors if name not in _mixed_names(loaded[0])}
         record["buffers"]["base"] = source.digest
     if buffers == "tracked":
-        tensors |= {name: tensor.clone() for name, tensor in coefficients.tracked.items()}
+        tensors |= {name: tensor.to(tensors[name].dtype, copy=True) for name, tensor in coefficients.tracked.items()}
     soup = Checkpoint(tensors, record, wrapping=loaded[0].wrapping)
     if buffers.startswith("recalibrate"):
         attacked = threat if buffers == "recalibrate-adversarial" else CLEAN
@@ -87,6 +93,7 @@ def mix(
             "threat": str(attacked),
             "attack_steps": attack_steps,
         }
+        measured = {name: tensor.to(tensors[name].dtype) for name, tensor in measured.items()}
         soup = Checkpoint({**tensors, **measured}, record, wrapping=loaded[0].wrapping)
     return soup
 
@@ -160,14 +167,12 @@ def _mixed_tensors(ingredients: list[Checkpoint], coefficients: Coefficients, *,
     first = ingredients[0]
     digests = [item.digest for item in ingredients]
     parameters, tied = set(first.parameters), first.tied
-    owners = statistics_owner(first.tensors) if average else {}
+    owners = running_statistics(first) if average else {}
     tensors = {}
     for name, tensor in first.tensors.items():
         layer = tied.get(name, name)
         if layer not in parameters:
             layer = owners.get(name)
-            if layer not in parameters:
-                layer = next(iter(first.parameters)) if layer and coefficients.layers == ("*",) else None
         if layer is None:
             tensors[name] = tensor.clone()
         else:
@@ -178,21 +183,14 @@ def _mixed_tensors(ingredients: list[Checkpoint], coefficients: Coefficients, *,
     return tensors
 
 
-def _check_policy(
-    buffers: str, coefficients: Coefficients, calibrate_on: Split | None, threat: ThreatModel, affine: bool
-) -> None:
+def check_policy(buffers: str, calibrate_on: Split | None, threat: ThreatModel) -> None:
+    """Raise RequestError for an unknown policy of statistics, or one that lacks the data or the threat that it needs."""
     if buffers not in POLICIES:
         raise RequestError(f'buffers: got "{buffers}", expected one of {", ".join(POLICIES)}')
-    if buffers == "average" and affine:
-        raise CoefficientError(
-            "buffers: averaged variances can turn negative in an affine mix; use base or recalibrate"
-        )
     if buffers.startswith("recalibrate") and calibrate_on is None:
         raise RequestError(f'buffers "{buffers}": no data to measure on; give calibrate_on (--data)')
     if buffers == "recalibrate-adversarial" and threat.is_clean:
         raise RequestError('buffers "recalibrate-adversarial": give the threat that the samples are attacked with')
-    if buffers == "tracked" and not coefficients.tracked:
-        raise RequestError('buffers "tracked": only coefficients that `learn` made carry tracked statistics')
 
 
 def _record(ingredients: list[Checkpoint], coefficients: Coefficients, buffers: str) -> dict[str, Any]:

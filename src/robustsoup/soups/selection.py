@@ -72,17 +72,17 @@ class Score:
             return text
         terms = []
         for part in str(text).split(" + "):
-            weight, key = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", part).groups()
             try:
+                weight, key = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", part).groups()
                 number = float(weight or 1)
                 name = key if key in ("clean", "union") else str(ThreatModel.parse(key))
-            except (ValueError, RequestError):
+            except (ValueError, AttributeError, RequestError):
                 raise RequestError(
-                    f'score: got "{text}", expected a threat model, clean, or a sum as in "0.3 clean + 0.7 Linf 8/255"'
+                    f'score: got {text!r}, expected a threat model, clean, or a sum as in "0.3 clean + 0.7 Linf 8/255"'
                 ) from None
             terms.append((number, name))
         if not any(weight for weight, _ in terms):
-            raise RequestError(f'score: got "{text}", expected a weight above 0')
+            raise RequestError(f'score: got {text!r}, expected a weight above 0')
         return cls(tuple(terms))
 
     @property

@@ -20,7 +20,7 @@ from robustsoup.losses import Objective
 from robustsoup.precision import resolve_device
 from robustsoup.progress import Progress
 from robustsoup.soups.barriers import ALONG, Curve, Pair, walk
-from robustsoup.soups.batchnorm import statistics_owner
+from robustsoup.soups.batchnorm import running_statistics
 from robustsoup.soups.geometry import Geometry, measure
 from robustsoup.soups.mixing import common_ancestor
 from robustsoup.statistics import Accuracy
@@ -185,11 +185,7 @@ def _described(item: Checkpoint, network: nn.Module | None) -> Checkpoint:
     """The checkpoint under the network's own names, with its parameters told from its buffers."""
     if network is None:
         return item
-    item = item.named_for(network)
-    if "parameters" in item.provenance or set(item.tensors) != set(network.state_dict()):
-        return item
-    record = Checkpoint.of(network).provenance
-    return item.with_provenance(parameters=record["parameters"], tied=record["tied"])
+    return item.described_by(network)
 
 
 def _differences(first: Checkpoint, other: Checkpoint) -> list[str]:
@@ -226,7 +222,7 @@ def _duplicates(files: Sequence[Checkpoint]) -> list[list[int]]:
 
 def _judge_duplicates(files: Sequence[Checkpoint], duplicates: list[list[int]]) -> Iterator[Finding]:
     for same in duplicates:
-        named = ", ".join(files[number].name for number in same)
+        named = _some([files[number].name for number in same])
         yield _warning(
             f"{named}: the same weights {len(same)} times; a soup would count them so often; leave all but one out"
         )
@@ -293,7 +289,7 @@ def _judge_constants(files: Sequence[Checkpoint]) -> Iterator[Finding]:
 
 def _running(item: Checkpoint) -> list[str]:
     """Names of the running means and variances."""
-    return [name for name in statistics_owner(item.tensors) if name not in item.parameters]
+    return list(running_statistics(item))
 
 
 def _counters(item: Checkpoint) -> list[str]:
@@ -321,7 +317,8 @@ def _judge_counters(item: Checkpoint, values: dict[str, Tensor]) -> Iterator[Fin
     start = {"running_mean": 0, "running_var": 1}
     initial = [
         name for name in never
-        if all(bool((values.get(name.removesuffix("num_batches_tracked") + k, v) == v).all()) for k, v in start.items())
+        if all((kept := values.get(name.removesuffix("num_batches_tracked") + k)) is not None and bool((kept == v).all())
+               for k, v in start.items())
     ]  # fmt: skip
     if initial:
         yield _problem(
@@ -336,7 +333,9 @@ def _judge_counters(item: Checkpoint, values: dict[str, Tensor]) -> Iterator[Fin
 
 
 def _statistics(files: Sequence[Checkpoint]) -> RunningStatistics:
+    names = set(_running(files[0]))
     layers = [name.removesuffix("running_var") for name in _running(files[0]) if name.endswith("running_var")]
+    layers = [layer for layer in layers if layer + "running_mean" in names]
     worst: tuple[float, str | None, str | None] = (0.0, None, None)
     for layer in layers:
         means, variances = (
@@ -463,19 +462,19 @@ def _step_seconds(model: nn.Module, data: Split, threat: ThreatModel) -> float:
     model = copy.deepcopy(model)
     data = data.first(min(BATCH, len(data))).to(next(model.parameters()).device)
     x, y = to_float(data.images).contiguous(memory_format=torch.channels_last), data.labels
-    if len(x) == 1:  # BatchNorm trains on no single value
-        x, y = x.repeat(2, 1, 1, 1), y.repeat(2)
+    times_over = math.ceil(BATCH / len(x))
+    x, y = x.repeat(times_over, 1, 1, 1)[:BATCH], y.repeat(times_over)[:BATCH]
     threat = ThreatModel("Linf", 8 / 255) if threat.is_clean else threat
     times: list[float] = []
     while len(times) < 2 or (len(times) < 4 and sum(times) < 5):
         started = time.perf_counter()
         x_adv = apgd_train(model, x, y, threat, steps=2)
         loss = objective_loss(model, x, x_adv, y, Objective(), "float32")
-        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         if x.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return median(times[1:]) * BATCH / len(x)
+    return median(times[1:])
 
 
 def _problem(text: str) -> Finding:
