@@ -1,19 +1,26 @@
 """What came out of recipes/two_cores/learning.toml for several seeds: tables for docs/results.md.
 
-    python benchmarks/ablations.py runs/learning-0 runs/learning-1 runs/learning-2
+    python benchmarks/ablations.py runs/learning-0 runs/learning-1 runs/learning-2 [--figures docs/figures]
 
 A cell is the mean over the run folders, each one seed, and its 95 % interval: Student's t over the seeds of the difference to
 the reference of the same seed (so what a seed does to both cancels), in points, on test. "outside" is how far a soup lies above
 the line between the ingredients with the least and the greatest eps, in points of robust accuracy at its clean accuracy.
+--figures draws, for the first folder, what was learned and where the dial lies.
 """
 
+import argparse
 import json
 import math
 import statistics
-import sys
+from dataclasses import replace
 from pathlib import Path
 
+from matplotlib import rc_context
+
 import robustsoup as rs
+from robustsoup.reports import draw_dial, save
+from robustsoup.reports.style import STYLE
+from robustsoup.reports.tradeoff import draw_tradeoff
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 REFERENCE = "learned-linf-8-255-ce"
@@ -91,11 +98,30 @@ def learned(runs: list[Run], names: list[str]) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+def draw(run: Run, folder: Path) -> None:
+    """What was learned under several settings, and the dial between the grid and soups learned one by one."""
+    shown = {
+        REFERENCE: "reference", "zeros-linf-8-255": "zeros", "lr0.1-linf-8-255": "lr 0.1", "detach0-linf-8-255": "detach 0",
+        "learned-linf-8-255-mixed-0.5": "mixed 0.5", "learned-linf-8-255-mixed-1": "clean",
+    }  # fmt: skip
+    names = run.rows[REFERENCE]["ingredients"]
+    plot = draw_dial([(label, run.coefficients(name)) for name, label in shown.items()], names, "what was learned")
+    save(replace(plot, stem="learning_two_cores_coefficients"), folder)
+    rows = [r for r in run.results["rows"] if r["role"] == "ingredient" or r["soup"] in ("grid", "learned", "dial")]
+    with rc_context(STYLE):
+        (plot,), _ = draw_tradeoff(run.results | {"rows": rows, "name": "the dial"}, run.folder)
+    save(replace(plot, stem="learning_two_cores_dial"), folder)
+
+
 def main() -> None:
     """Print every table that the run folders have rows for."""
-    runs = [Run(Path(folder)) for folder in sys.argv[1:]]
-    if not runs:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--figures", type=Path)
+    asked = parser.parse_args()
+    runs = [Run(folder) for folder in asked.folders]
+    if asked.figures:
+        draw(runs[0], asked.figures)
     rows = runs[0].results["rows"]
     print(f"{len(runs)} seeds, {runs[0].results['protocol']['samples']['test']} test samples, {runs[0].threat}\n")
     single = [r["name"] for r in rows if r["role"] == "learned" and "-base-" not in r["name"]]
@@ -126,9 +152,19 @@ def main() -> None:
 
 
 def grid_policies(runs: list[Run]) -> None:
-    """The three midpoints under each policy: mean over the points, less that of the average."""
-    mids = ["0-0.5-0.5", "0.5-0-0.5", "0.5-0.5-0"]
-    print("| | clean | robust | clean, less average | robust, less average |\n|---|---|---|---|---|")
+    """The grid at a step of a half under each policy: mean over ingredients or over midpoints, less that of the average."""
+    for title, points in (
+        ("midpoints", ["0-0.5-0.5", "0.5-0-0.5", "0.5-0.5-0"]),
+        ("ingredients", ["0-0-1", "0-1-0", "1-0-0"]),
+    ):
+        print(
+            f"\n| the three {title} | clean | robust | clean, less average | robust, less average |\n|---|---|---|---|---|"
+        )
+        policies(runs, points)
+
+
+def policies(runs: list[Run], mids: list[str]) -> None:
+    """A row for each policy."""
     for policy in ("average", "base", "recalibrate", "adversarial"):
         scores = [
             [statistics.mean(run.point(f"half-{policy}-{mid}")[k] for mid in mids) for run in runs] for k in (0, 1)
