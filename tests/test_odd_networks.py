@@ -6,7 +6,7 @@ from test_learning import DATA, LINF, learned, perturbed
 from torch import nn
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.errors import CheckpointError, CoefficientError, RequestError
+from robustsoup.errors import CheckpointError, CoefficientError, Diverged, RequestError
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
 from robustsoup.soups.coefficients import Coefficients
@@ -102,6 +102,24 @@ def test_tied_parameters_of_foreign_files_are_one_layer(tmp_path):
     assert "again.weight" not in alpha.layers
     soup = mix(paths, alpha, network=net)
     assert torch.equal(soup.tensors["again.weight"], soup.tensors["last.weight"])
+
+
+def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is(tmp_path):
+    class Rooted(Odd):
+        def __init__(self):
+            super().__init__("plain")
+            self.root = nn.Parameter(torch.zeros(10))
+
+        def forward(self, x):
+            return super().forward(x) + self.root.sqrt()  # its slope at 0 is infinite
+
+    torch.manual_seed(0)
+    net = Rooted()
+    items = [perturbed(net, seed) for seed in range(2)]
+    items = [Checkpoint({**i.tensors, "root": torch.zeros(10)}, i.provenance) for i in items]
+    with pytest.raises(Diverged, match="learn: the gradient of layer root is not finite at step 0"):
+        learned(items, network=net, detach=0.0, state_path=tmp_path / "s.pt")
+    assert not (tmp_path / "s.pt").exists()
 
 
 @pytest.mark.parametrize("work", ["learn", "train"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split
 from robustsoup.data.splits import keyed_generator
-from robustsoup.errors import RequestError
+from robustsoup.errors import Diverged, RequestError
 from robustsoup.leakage import check_same_split
 from robustsoup.losses import Objective
 from robustsoup.precision import resolve_device, resolve_precision
@@ -268,6 +268,13 @@ class _Run:
         """SGD with momentum on the layers in `active` alone; the others rest, momentum included."""
         inner = dict(zip(grads, self.ingredients.inner(grads), strict=True))
         by_alpha = torch.stack([sum(inner[name] for name in self.groups[self.layers[i]]) for i in active])
+        finite = by_alpha.isfinite().all(1).tolist()
+        if not all(finite):
+            layer = self.layers[active[finite.index(False)]]
+            raise Diverged(
+                f"learn: the gradient of layer {layer} is not finite at step {self.step}; what was saved before is kept; "
+                "try a smaller lr"
+            )
         slope = logits_gradient(by_alpha, self._alpha()[active])
         self.slopes[:, active] += torch.stack([slope.norm(dim=1), torch.ones(len(active))])
         by_weights = self._basis().view(-1, 1, 1) * slope

@@ -82,7 +82,7 @@ class Score:
                 ) from None
             terms.append((number, name))
         if not any(weight for weight, _ in terms):
-            raise RequestError(f'score: got {text!r}, expected a weight above 0')
+            raise RequestError(f"score: got {text!r}, expected a weight above 0")
         return cls(tuple(terms))
 
     @property
