@@ -16,11 +16,8 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("spec", NETS)
-@pytest.mark.parametrize("granularity", ["parameter", "module", "block", "model", "re:weight", r"re:(\d)\.(bn|conv)"])
+@pytest.mark.parametrize("granularity", ["parameter", "module", "block", "model", "re:weight", r"re:layer(\d)\.(\d)"])
 def test_every_parameter_is_in_one_layer_and_in_order(spec, granularity):
-    names = [name for name, _ in NETS[spec].named_parameters()] if "re:(" not in granularity else None
-    if names is None and spec == "resnet9:width=2":
-        pytest.skip("resnet9 has no such names")
     groups = layer_groups(NETS[spec], granularity)
     everything = [name for inner in groups.values() for name in inner]
     names = [name for name, _ in NETS[spec].named_parameters()]
