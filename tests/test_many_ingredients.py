@@ -66,6 +66,28 @@ def test_gradients_are_those_of_autograd_with_all_networks_in_the_graph(granular
             assert error(got, wanted) < 1e-9, run.layers[i]
 
 
+def test_detaching_other_layers_changes_no_gradient_of_a_layer():
+    """In the paper's own graph: no layer's gradient passes through another layer's softmax, so none can vanish in them."""
+    net, items = small_ingredients(3)
+    names = [name for name, _ in net.named_parameters()]
+    x, y, _ = next(iter(batches(DATA, 32, seed=0, epoch=0)))
+
+    def slope(layer, alone):
+        torch.manual_seed(2)
+        logits = {name: torch.randn(3, dtype=torch.float64, requires_grad=True) for name in names}
+        alpha = {
+            name: torch.softmax(row.detach() if alone and name != layer else row, 0) for name, row in logits.items()
+        }
+        theta = {n: sum(a * item.tensors[n] for a, item in zip(alpha[n], items, strict=True)) for n in names}
+        loss = ce(functional_call(net.train(), theta, (x,)), y).mean()
+        return torch.autograd.grad(loss, logits[layer])[0]
+
+    for layer in ("conv1.weight", "norm2.weight", "linear.weight"):
+        alone, together = slope(layer, True), slope(layer, False)
+        assert float(alone.norm()) > 0
+        assert error(alone, together) < 1e-12
+
+
 def running(items, net, granularity, place, **changed):
     """A learning run at its start."""
     settings = {
