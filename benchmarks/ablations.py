@@ -54,8 +54,9 @@ class Run:
 def spread(values: list[float]) -> str:
     """Mean and half the 95 % interval of Student's t over the seeds."""
     n = len(values)
-    half = T95[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
+    if n == 1:
+        return f"{values[0]:+.1f}"
+    return f"{statistics.mean(values):+.1f} ± {T95[n] * statistics.stdev(values) / math.sqrt(n):.1f}"
 
 
 def mean(values: list[float], digits: int = 1) -> str:
@@ -68,14 +69,17 @@ def compared(runs: list[Run], names: list[str], reference: str) -> None:
     print(
         f"| | clean | robust | clean, less {reference} | robust, less {reference} | outside |\n|---|---|---|---|---|---|"
     )
+    every = runs
     for name in [reference, *(n for n in names if n != reference)]:
+        runs = [run for run in every if name in run.rows]
         points, base = ([run.point(n) for run in runs] for n in (name, reference))
         cells = [mean([p[k] for p in points]) for k in (0, 1)]
         cells += [
             "" if name == reference else spread([p[k] - b[k] for p, b in zip(points, base, strict=True)])
             for k in (0, 1)
         ]
-        print(f"| {name} | {' | '.join(cells)} | {spread([run.outside(name) for run in runs])} |")
+        shown = name + (f" ({len(runs)} seed)" if len(runs) < len(every) else "")
+        print(f"| {shown} | {' | '.join(cells)} | {spread([run.outside(name) for run in runs])} |")
 
 
 def measures(coefficients: rs.Coefficients) -> dict[str, float]:
@@ -189,6 +193,9 @@ def frontier(runs: list[Run]) -> None:
         cells: dict[str, list[float]] = {"best": [], "mean": [], "low": [], "high": []}
         for run in runs:
             names = [row["name"] for row in run.results["rows"] if belongs(row)]
+            if not names:
+                continue
+            found = len(names)
             outside = [run.outside(name) for name in names]
             cleans = [run.point(name)[0] for name in names]
             for key, value in (
@@ -199,7 +206,7 @@ def frontier(runs: list[Run]) -> None:
             ):
                 cells[key].append(value)
         row = [spread(cells["best"]), spread(cells["mean"]), mean(cells["low"]), mean(cells["high"])]
-        print(f"| {way} | {len(names)} | {' | '.join(row)} |")
+        print(f"| {way} | {found} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -184,10 +184,10 @@ def with_parents(item, *parents):
 def test_base_finds_the_common_ancestor_beside_the_ingredients(tmp_path):
     theta = FIVE[4]
     paths = [with_parents(FIVE[i], (theta, "theta.safetensors")).save(tmp_path / f"{i}.safetensors") for i in range(2)]
-    without = mix(paths, [0.5, 0.5])
+    without = mix(paths, [0.5, 0.5], buffers="base")
     assert without.provenance["buffers"]["base"] == FIVE[0].digest
     theta.save(tmp_path / "theta.safetensors")
-    soup = mix(paths, [0.5, 0.5])
+    soup = mix(paths, [0.5, 0.5], buffers="base")
     assert soup.provenance["buffers"]["base"] == theta.digest
     for name in STATISTICS:
         assert torch.equal(without.tensors[name], FIVE[0].tensors[name])
@@ -594,3 +594,16 @@ def test_the_methods():
     with pytest.raises(CoefficientError, match='got "best"'):
         candidates("best", 3)
     assert alpha_name((0.2, 0.4, 0.4)) == "0.2-0.4-0.4"
+
+
+def test_the_policy_that_is_not_asked_for_is_what_was_measured_best():
+    def policy(alpha, **more):
+        return mix(FIVE[:2], alpha, **more).provenance["buffers"]["policy"]
+
+    assert policy([0.5, 0.5]) == "average"
+    assert policy([1.5, -0.5], affine=True) == "base"
+    assert policy([0.5, 0.5], base=FIVE[3]) == "base"
+    tracked = {name: tensor for name, tensor in FIVE[0].tensors.items() if name in STATISTICS}
+    learned_once = Coefficients.of([0.5, 0.5])
+    assert policy(Coefficients(learned_once.alpha, tracked=tracked)) == "tracked"
+    assert policy(Coefficients(learned_once.alpha, record={"at": 0.3}, tracked=tracked)) == "average"  # a dial's

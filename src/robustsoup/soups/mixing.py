@@ -24,7 +24,7 @@ def mix(
     ingredients: Sequence[Checkpoint | str | os.PathLike],
     alpha: Coefficients | Tensor | Sequence[float] | Mapping[str, Sequence[float]],
     *,
-    buffers: str = "base",
+    buffers: str | None = None,
     base: Checkpoint | str | os.PathLike | None = None,
     calibrate_on: Split | None = None,
     calibrate_samples: int = 10_000,
@@ -43,11 +43,12 @@ def mix(
     coefficients, so a one-hot mix is its ingredient bit for bit and permuting changes no bit. Integer buffers are
     copied, never averaged.
 
-    buffers, the running statistics' policy, recorded in the soup: "base" copies those of `base` (default: the common
-    ancestor, if its file lies beside the ingredients, else the first ingredient); "average" mixes them with the
-    coefficients of their BatchNorm's weight (not for affine); "recalibrate" measures them on `calibrate_samples`
-    samples of `calibrate_on`; "recalibrate-adversarial" does so on samples attacked under `threat`; "tracked" takes
-    those followed while learning.
+    buffers, the running statistics' policy, recorded in the soup; by default "tracked" for the coefficients of a learned
+    soup, "base" for an affine mix or where `base` is given, else "average". "base" copies those of `base` (default: the
+    common ancestor, if its file lies beside the ingredients, else the first ingredient); "average" mixes them with the
+    coefficients of their BatchNorm's weight (not for affine); "recalibrate" measures them on `calibrate_samples` samples
+    of `calibrate_on`; "recalibrate-adversarial" does so on samples attacked under `threat`; "tracked" takes those followed
+    while learning.
     network: the network to recalibrate with, where the ingredients do not say what it is.
 
     Raises IngredientMismatch, naming the first parameter whose name, shape or dtype differs; CoefficientError;
@@ -60,6 +61,7 @@ def mix(
     check_ingredients(loaded)
     coefficients = Coefficients.of(alpha).for_ingredients([item.digest for item in loaded])
     coefficients.check(len(loaded), affine=affine)
+    buffers = buffers or ("base" if affine or base is not None else default_buffers(coefficients))
     check_policy(buffers, calibrate_on, threat)
     if buffers == "average" and affine:
         raise CoefficientError(
