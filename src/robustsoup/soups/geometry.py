@@ -30,6 +30,11 @@ class Geometry:
 
 
 def measure(files: Sequence[Checkpoint], base: Checkpoint | None) -> tuple[Geometry, list[Pair]]:
+    """Norms and pairwise distances and cosines of task vectors, or, without a base, of the weights themselves.
+
+    files, base: checkpoints of one network. Returns all pairs in order, without curves. Raises IngredientMismatch for a base of
+    another network. Source of task vectors: Ilharco et al. 2023, arXiv:2212.04089.
+    """
     if base is not None:
         check_ingredients([files[0], base])
     reference, n = base or files[0], len(files)
