@@ -56,9 +56,14 @@ class Checkpoint:
     def open(cls, path: "str | os.PathLike | Checkpoint") -> "Checkpoint":
         """As `load`, but the tensors stay in the file: read-only views of it that cost no memory of the process.
 
-        Call `source.check()` before reading them later on; a file must not be overwritten in place while it is open.
+        Call `check_source` before reading them later on; a file must not be overwritten in place while it is open.
         """
         return path if isinstance(path, Checkpoint) else _read(Path(path), mapped=True)
+
+    def check_source(self) -> None:
+        """Raise CheckpointError if the tensors lie in a file that is gone, cut short or changed since it was opened."""
+        if self.source is not None:
+            self.source.check()
 
     @classmethod
     def of(cls, model: "nn.Module", provenance: dict[str, Any] | None = None) -> "Checkpoint":

@@ -67,8 +67,7 @@ def gram(files: Sequence[Checkpoint], reference: Checkpoint, names: Sequence[str
         if not tensors[0].numel():
             continue
         for item in (*files, reference):
-            if item.source is not None:
-                item.source.check()
+            item.check_source()
         step = max(NUMBERS // (n * (tensors[0].numel() // len(tensors[0]))), 1)
         for begin in range(0, len(tensors[0]), step):
             block = torch.stack([tensor[begin : begin + step].reshape(-1).double() for tensor in tensors])

@@ -70,8 +70,7 @@ def mix(
     if buffers == "tracked" and not coefficients.tracked and running_statistics(loaded[0]):
         raise RequestError('buffers "tracked": only coefficients that `learn` made carry tracked statistics')
     for item in loaded:
-        if item.source is not None:
-            item.source.check()
+        item.check_source()
     tensors = _mixed_tensors(loaded, coefficients, average=buffers not in ("base", "tracked") and not affine)
     record = _record(loaded, coefficients, buffers)
     if buffers == "base":
