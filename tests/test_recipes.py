@@ -103,7 +103,7 @@ TUNED = MINIMAL + 'checkpoint = "base.safetensors"\n'
 def test_shipped_recipes_are_read_and_written_back(path):
     recipe = load_recipe(path)
     assert parse(recipe.to_toml()) == recipe
-    assert recipe.soups
+    assert recipe.soups or recipe.planes
 
 
 def test_some_recipes_are_shipped():
@@ -403,3 +403,37 @@ def test_a_wrong_override_is_named(tmp_path, setting, parts):
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_run_that_leaves_checkpoints_is_several_ingredients():
+    content = tomllib.loads(FULL)
+    content["ingredients"] = {"run": {"epochs": 6, "checkpoint_every": 2}, "other": {"epochs": 1}}
+    content["soups"] = {"grid": {"method": "grid", "ingredients": ["run-2", "run-6"]}}
+    recipe = parse_recipe(content, "a.toml", Path())
+    assert list(recipe.ingredients) == ["run-2", "run-4", "run-6", "other"]
+    assert [i.epoch for i in recipe.ingredients.values()] == [2, 4, 6, None]
+    assert parse(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize(("run", "said"), [
+    ({"epochs": 5, "checkpoint_every": 2}, "checkpoint_every: got 2, expected a part of its 5 epochs"),
+    ({"checkpoint_every": 7}, "got 7, expected a part of its"),
+    ({"epochs": 4, "epoch": 2}, "got epoch 2 and checkpoint_every None"),
+    ({"epochs": 4, "epoch": 3, "checkpoint_every": 2}, "got epoch 3 and checkpoint_every 2"),
+])  # fmt: skip
+def test_checkpoints_that_a_run_does_not_leave_are_refused(run, said):
+    content = tomllib.loads(FULL) | {"ingredients": {"run": run}, "soups": {}}
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_a_plane_through_an_unknown_network_is_refused():
+    content = tomllib.loads(FULL)
+    content["planes"] = {"p": {"checkpoints": ["pretrained", "high", "lwo"]}}
+    with pytest.raises(RecipeError, match=r"planes\.p\.checkpoints: 'lwo' is unknown; did you mean"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_the_papers_protocol_selects_on_what_it_reports():
+    assert parse_recipe(tomllib.loads(FULL), "a.toml", Path()).select_on == "val"
+    assert parse_recipe(tomllib.loads(FULL) | {"protocol": "paper"}, "a.toml", Path()).select_on == "test"

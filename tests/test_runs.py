@@ -19,6 +19,7 @@ from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import CheckpointError, Diverged, LeakageError, ModelError, StorageError
 from robustsoup.evaluation import Evaluation, evaluate
+from robustsoup.leakage import check_leakage
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, parse_recipe, slug
 from robustsoup.runs.plan import confirmed, make_plan
@@ -212,6 +213,21 @@ def test_a_setting_changes_exactly_the_keys_of_what_depends_on_it(change, change
     new = {step for step in after if step not in before}
     assert all("grid-" in name for _, name in new)  # with other buffers a one-hot point is mixed too
     assert bool(new) == (change[0] == ("soups", "grid", "buffers"))
+
+
+# plan, by the paper's protocol
+
+
+def test_by_the_papers_protocol_ingredients_see_everything_and_test_selects():
+    before, after = plan_of(), plan_of((("protocol",), "paper"))
+    assert keys(after)["pretrain", "pretrained"] == keys(before)["pretrain", "pretrained"]  # it is early-stopped on val
+    for name in ("low", "high"):
+        step = after.step(keys(after)["finetune", name])
+        assert step.settings["everything"]
+        assert step.passes > before.step(keys(before)["finetune", name]).passes
+    for row in after.rows:
+        assert row.val == row.test
+        assert after.step(row.test).settings["split"] == "test"
 
 
 # plan, with screening
@@ -423,6 +439,38 @@ def test_two_recipes_share_what_they_have_in_common(copied):
     ]  # fmt: skip
     assert before.items() <= tree(store).items()
     assert results["rows"][-1]["val"] == results["rows"][4]["val"]
+
+
+def test_a_run_by_the_papers_protocol_says_so(copied):
+    folder, _ = copied
+    results, selection, _ = run(recipe_of([(("protocol",), "paper")]), folder.with_name("paper"))
+    assert results["protocol"]["select_on"] == results["protocol"]["report_on"] == "test"
+    assert all(row["val"] is None and row["test"]["clean"]["n"] == 64 for row in results["rows"])
+    low = Checkpoint.load(folder.with_name("paper") / "checkpoints" / "low.safetensors")
+    assert low.provenance["data"]["val"] == 0
+    assert low.provenance["data"]["split_digest"] != DATA.record["split_digest"]
+    assert selection.best.evaluation.accuracy["clean"].n == 64
+    with pytest.raises(LeakageError, match="trained with another split"):
+        check_leakage([low], DATA.val)
+
+
+def test_a_run_judges_planes_once(copied):
+    folder, _ = copied
+    plane = {
+        "checkpoints": ["pretrained", "low", "high"],
+        "points": 2,
+        "samples": 32,
+        "attack_steps": 1,
+        "calibrate_samples": 32,
+    }
+    recipe = recipe_of([(("planes",), {"far": plane})])
+    results, _, told = run(recipe, folder)
+    assert told.done == [("plane", "far")]
+    (entry,) = results["planes"]
+    found = json.loads((folder / entry["file"]).read_text())
+    assert found["checkpoints"] == entry["checkpoints"] == ["pretrained", "low", "high"]
+    assert len(found["loss"]) == len(found["loss"][0]) == 2
+    assert run(recipe, folder)[2].done == []
 
 
 def test_what_is_finished_stays_when_a_run_is_interrupted(tmp_path):

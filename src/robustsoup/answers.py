@@ -13,13 +13,14 @@ from robustsoup.statistics import Accuracy
 
 def print_results(stdout: Console, results: dict[str, Any], page: Path) -> None:
     """The table of a run, what was chosen, and where to look."""
-    split = "test" if results["recipe"]["evaluate"]["report"] == "all" else "val"
+    protocol = results["protocol"]
+    split = protocol["report_on"] if results["recipe"]["evaluate"]["report"] == "all" else protocol["select_on"]
     shown = {row["name"]: row[split] for row in results["rows"] if row["role"] not in ("grid", "line")}
     if shown:
         stdout.print(accuracy_table(shown, f"on {split}"))
     chosen = results["selection"]
     if chosen:
-        stdout.print(f"on val: {chosen['message']}", markup=False, soft_wrap=True)
+        stdout.print(f"on {protocol['select_on']}: {chosen['message']}", markup=False, soft_wrap=True)
         row = next(row for row in results["rows"] if row["name"] == chosen["chosen"])
         if row["test"]:
             text = ", ".join(f"{key} {_interval(accuracy)}" for key, accuracy in row["test"].items())

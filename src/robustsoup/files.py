@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,17 @@ def write_torch(target: str | os.PathLike, content: object) -> None:
             torch.save(content, temporary)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[0]) from error
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, by a hard link where the file system can, else a copy."""
+    if target.exists() and os.path.samefile(source, target):
+        return
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def cache_folder() -> Path:

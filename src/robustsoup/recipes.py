@@ -20,7 +20,7 @@ from robustsoup.soups.search import alpha_name, candidates
 from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
 
-Figure = Literal["ternary", "tradeoff", "coefficients"]
+Figure = Literal["ternary", "tradeoff", "coefficients", "lines", "curves", "landscape"]
 
 
 class Section(BaseModel):
@@ -98,7 +98,11 @@ class Pretrain(Training):
 
 
 class Ingredient(Section):
-    """A checkpoint that exists already, or what differs from [finetune]."""
+    """A checkpoint that exists already, or what differs from [finetune].
+
+    checkpoint_every = k: one run gives an ingredient every k epochs; `run = { epochs = 50, checkpoint_every = 10 }` stands for
+    run-10, run-20, ..., run-50, each with its epoch.
+    """
 
     checkpoint: str | None = None
     threat: str | None = None
@@ -110,6 +114,8 @@ class Ingredient(Section):
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
     schedule: str | dict[str, Any] | None = None
+    checkpoint_every: int | None = Field(None, ge=1)
+    epoch: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
@@ -117,6 +123,10 @@ class Ingredient(Section):
         others = [name for name in type(self).model_fields if name != "checkpoint" and getattr(self, name) is not None]
         if self.checkpoint and others:
             raise ValueError(f"an ingredient with a checkpoint is not trained; remove {others[0]}")
+        if (self.epoch is None) != (self.checkpoint_every is None) or (self.epoch or 0) % (self.checkpoint_every or 1):
+            raise ValueError(
+                f"got epoch {self.epoch} and checkpoint_every {self.checkpoint_every}, expected a multiple and its part"
+            )
         return self
 
 
@@ -195,6 +205,22 @@ class Soup(Section):
         return self
 
 
+class Plane(Section):
+    """The plane through three networks of the recipe, and the loss on points x points of it (the paper's Fig. 7).
+
+    checkpoints: at the origin, off the x axis, at the end of the x axis.
+    """
+
+    checkpoints: tuple[str, str, str]
+    threat: str | None = None
+    attack_steps: int = Field(10, ge=1)
+    points: int = Field(21, ge=2)
+    samples: int = Field(2000, ge=1)
+    buffers: Literal["base", "recalibrate", "recalibrate-adversarial"] = "recalibrate"
+    calibrate_samples: int = Field(10_000, ge=2)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+
 class Evaluate(Section):
     """How every checkpoint is judged, on the split that selects and on the one that reports.
 
@@ -211,7 +237,7 @@ class Evaluate(Section):
     eot: int = Field(1, ge=1)
     screen: bool = False
     screen_steps: int = Field(10, ge=1)
-    select_on: Literal["val"] = "val"
+    select_on: Literal["val"] = "val"  # "test" under the paper's protocol, which is asked for by that name alone
     report_on: Literal["test"] = "test"
     select_samples: int | None = Field(None, ge=1)
     report_samples: int | None = Field(None, ge=1)
@@ -265,7 +291,12 @@ class Report(Section):
 
 
 class Recipe(Section):
-    """All settings of a run. Paths in it are relative to the recipe's own folder."""
+    """All settings of a run. Paths in it are relative to the recipe's own folder.
+
+    protocol: "split" trains on `train` and selects on `val`. "paper" fine-tunes and learns on both together and selects on
+    `test`, as the paper does; every table and figure then says so. (Pre-training is early-stopped on `val` if it is at all, and
+    then fits on `train` alone.)
+    """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     data: str
@@ -275,14 +306,28 @@ class Recipe(Section):
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     allow_leakage: bool = False
+    protocol: Literal["split", "paper"] = "split"
     checkpoint: str | None = None
     pretrain: Pretrain | None = None
     finetune: Training = Training()
     ingredients: dict[str, Ingredient] = Field(min_length=1)
     soups: dict[str, Soup] = {}
+    planes: dict[str, Plane] = {}
     evaluate: Evaluate = Evaluate()
     select: Select | None = None
     report: Report = Report()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs(cls, content: Any) -> Any:
+        """One ingredient for each checkpoint that a run leaves."""
+        tables, finetune = content.get("ingredients"), content.get("finetune")
+        if not isinstance(tables, dict):
+            return content
+        default = finetune.get("epochs", 10) if isinstance(finetune, dict) else 10
+        return content | {
+            "ingredients": {k: v for name, table in tables.items() for k, v in _left(name, table, default)}
+        }
 
     @field_validator("ingredients", mode="before")
     @classmethod
@@ -313,6 +358,10 @@ class Recipe(Section):
             count = len(soup.ingredients or self.ingredients)
             if soup.method == "line" and count != 2:
                 raise ValueError(f'soups.{soup_name}: method = "line" joins 2 ingredients, got {count}')
+        for plane_name, plane in self.planes.items():
+            for name in plane.checkpoints:
+                if name not in names:
+                    raise ValueError(f"planes.{plane_name}.checkpoints: {name!r} is unknown{_nearest(name, names)}")
         self._check_names()
         self._check_select()
         for soup_name, soup in self.soups.items():
@@ -326,6 +375,11 @@ class Recipe(Section):
                     f"soups.{soup_name}.threats: a dial turns from robust to clean; expected threats, got clean"
                 )
         return self
+
+    @property
+    def select_on(self) -> str:
+        """The split that selects."""
+        return self.evaluate.report_on if self.protocol == "paper" else self.evaluate.select_on
 
     def _check_names(self) -> None:
         rows = [*self.ingredients, "pretrained"]
@@ -384,6 +438,17 @@ class Recipe(Section):
         for name, soup in self.soups.items():
             content["soups"][name] = {k: v for k, v in content["soups"][name].items() if k in soup.settable}
         return tomli_w.dumps(_without_none(content))
+
+
+def _left(name: str, table: Any, default: int) -> list[tuple[str, Any]]:
+    """The ingredients that a table stands for: itself, or one for each checkpoint that its run leaves."""
+    every = table.get("checkpoint_every") if isinstance(table, dict) else None
+    if not isinstance(every, int) or every < 1 or "epoch" in table:
+        return [(name, table)]
+    epochs = table.get("epochs", default)
+    if not isinstance(epochs, int) or epochs % every:
+        raise ValueError(f"ingredients.{name}.checkpoint_every: got {every}, expected a part of its {epochs} epochs")
+    return [(f"{name}-{epoch}", {**table, "epoch": epoch}) for epoch in range(every, epochs + 1, every)]
 
 
 def slug(text: str) -> str:

@@ -69,6 +69,17 @@ class Split:
             raise DataError(f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}")
         return replace(self, images=self.images[:n], labels=self.labels[:n], ids=self.ids[:n])
 
+    def sample(self, n: int, seed: int) -> "Split":
+        """n samples drawn by `seed` without replacement, in the order of the split; all of them where n is their number.
+
+        Raises DataError if n is below 1 or above the number of samples.
+        """
+        if not 1 <= n <= len(self):
+            raise DataError(f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}")
+        order = torch.randperm(len(self), generator=keyed_generator("sample", seed))
+        rows = order[:n].sort().values.to(self.images.device)
+        return replace(self, images=self.images[rows], labels=self.labels[rows], ids=self.ids[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -85,6 +96,16 @@ class Data:
         if name not in ("train", "val", "test"):
             raise DataError(f'{self.name}: no split "{name}"; expected train, val or test')
         return getattr(self, name)
+
+    def unsplit(self) -> Split:
+        """train and val together, in the order of their ids: all that may be fitted on where nothing is held out but test."""
+        ids = torch.cat([self.train.ids, self.val.ids])
+        order = ids.argsort()
+        digest = hashlib.sha256(f"unsplit {self.record['digest']}".encode()).hexdigest()
+        return Split(
+            torch.cat([self.train.images, self.val.images])[order], torch.cat([self.train.labels, self.val.labels])[order],
+            ids[order], "train", self.record | {"split_digest": digest, "val": 0}, self.train.augmentation,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

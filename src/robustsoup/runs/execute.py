@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Data
+from robustsoup.data import Data, Split
 from robustsoup.errors import RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
+from robustsoup.files import link
+from robustsoup.landscape import landscape
 from robustsoup.models import load_model
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
@@ -34,6 +36,11 @@ class Context:
     data: Data
     model: dict[str, Any]
     device: torch.device
+
+    @cached_property
+    def everything(self) -> Split:
+        """All samples that may be fitted on under the paper's protocol: train and val together."""
+        return self.data.unsplit()
 
     def fresh_network(self, seed: int) -> nn.Module:
         """The network with weights drawn from `seed`, normalising by the data's mean and std if it is a built-in one."""
@@ -105,11 +112,13 @@ class _Worker:
         if step.kind in ("pretrain", "finetune"):
             return self._train(step, folder, on_progress)
         work = {
+            "snapshot": self._snapshot,
             "learn": self._learn,
             "dial": self._dial,
             "greedy": self._greedy,
             "mix": self._mix,
             "evaluate": self._evaluate,
+            "plane": self._plane,
         }
         return work[step.kind](step, folder, on_progress)
 
@@ -122,12 +131,16 @@ class _Worker:
         settings = dict(step.settings)
         stop = settings.pop("early_stop")
         val = self.context.data.val.first(stop["samples"]) if stop else None
+        if settings.get("checkpoint_every"):
+            settings["on_checkpoint"] = lambda epoch, made: made.with_provenance(network=self.context.model).save(
+                folder / f"epoch{epoch}.safetensors"
+            )
         if step.parents:
             network: Checkpoint | nn.Module = self.checkpoint(step.parents[0])
         else:
             network = self.context.fresh_network(settings["seed"])
         trained = train(
-            network, self.context.data.train, val=val, early_stop=bool(stop), early_stop_steps=stop["steps"] if stop else 10,
+            network, self._fitted(settings), val=val, early_stop=bool(stop), early_stop_steps=stop["steps"] if stop else 10,
             device=str(self.context.device), state_path=folder / "state.pt", on_progress=on_progress, **settings,
         ).with_provenance(network=self.context.model)  # fmt: skip
         trained.save(folder / "checkpoint.safetensors")
@@ -141,11 +154,20 @@ class _Worker:
             )
         return figures
 
+    def _fitted(self, settings: dict[str, Any]) -> Split:
+        """What a step fits on: train, or, under the paper's protocol, all that was held out from it too."""
+        return self.context.everything if settings.pop("everything", False) else self.context.data.train
+
+    def _snapshot(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        made = self.store.path(step.parents[0]) / f"epoch{step.settings['epoch']}.safetensors"
+        link(made, folder / "checkpoint.safetensors")
+        return f"epoch {step.settings['epoch']}"
+
     def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = self._with_base(step.settings)
         stop = settings.pop("early_stop", None)
         coefficients = learn(
-            [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
+            [self.checkpoint(key) for key in step.parents], self._fitted(settings), device=str(self.context.device),
             val=self.context.data.val.first(stop["samples"]) if stop else None, early_stop=bool(stop),
             early_stop_steps=stop["steps"] if stop else 10, allow_leakage=self.plan.recipe.allow_leakage,
             state_path=folder / "state.pt", on_progress=on_progress, **settings,
@@ -159,10 +181,11 @@ class _Worker:
         return settings | ({"base": self.checkpoint(settings["base"])} if "base" in settings else {})
 
     def _dial(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        settings = self._with_base(step.settings)
         dial = learn_dial(
-            [self.checkpoint(key) for key in step.parents], self.context.data.train, device=str(self.context.device),
+            [self.checkpoint(key) for key in step.parents], self._fitted(settings), device=str(self.context.device),
             allow_leakage=self.plan.recipe.allow_leakage, state_path=folder / "state.pt", on_progress=on_progress,
-            **self._with_base(step.settings),
+            **settings,
         )  # fmt: skip
         dial.save(folder / "dial.safetensors")
         loss = dial.record["history"][-1]["loss"]
@@ -240,6 +263,17 @@ class _Worker:
         for warning in evaluation.warnings:
             self.warn(f"{step.name}: {warning}")
         return scores(evaluation) + " (screened: upper bounds)" * short
+
+    def _plane(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        settings = self._with_base(step.settings)
+        found = landscape(
+            [self.checkpoint(key) for key in step.parents], self.context.data.split(settings.pop("split")),
+            calibrate_on=self.context.data.train, device=str(self.context.device), state_path=folder / "state.pt",
+            on_progress=on_progress, **settings,
+        )  # fmt: skip
+        found.save(folder / "landscape.json")
+        finite = [value for row in found.loss for value in row if value is not None]
+        return f"robust loss {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is finite"
 
 
 def scores(evaluation: Evaluation) -> str:

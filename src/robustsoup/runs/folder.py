@@ -2,9 +2,7 @@
 
 import datetime
 import json
-import os
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.errors import StorageError
 from robustsoup.evaluation import Evaluation
-from robustsoup.files import atomic_path, write_text
+from robustsoup.files import link, write_text
 from robustsoup.recipes import slug
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Plan, Row
@@ -82,6 +80,7 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
         },
         "seconds": sum(json.loads((store.path(s.key) / "step.json").read_text())["seconds"] for s in plan.steps),
         "rows": rows,
+        "planes": [_plane(folder, name, key, plan, store) for name, key in plan.planes.items()],
         "selection": _selection(plan, store, selection),
     }  # fmt: skip
     if selection is not None:
@@ -96,22 +95,23 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
     entry |= {"checkpoint": None, "coefficients_file": None, "val": None, "test": None}
     if not row.key.startswith("file:"):
         entry["checkpoint"] = f"checkpoints/{row.name}.safetensors"
-        _link(store.path(row.key) / "checkpoint.safetensors", folder / entry["checkpoint"])
+        link(store.path(row.key) / "checkpoint.safetensors", folder / entry["checkpoint"])
     if row.learned:
         entry["coefficients_file"] = f"coefficients/{row.name}.safetensors"
-        _link(store.path(row.learned) / "coefficients.safetensors", folder / entry["coefficients_file"])
+        link(store.path(row.learned) / "coefficients.safetensors", folder / entry["coefficients_file"])
     if row.dial:
-        _link(
+        link(
             store.path(row.dial) / "dial.safetensors",
             folder / "coefficients" / f"{row.soup}-{slug(row.threat)}.dial.safetensors",
         )
     if row.role == "greedy":
         entry["coefficients"] = Coefficients.load(folder / entry["coefficients_file"]).row("")
-    for split, key in (("val", row.val), ("test", row.test)):
+    recipe = plan.recipe
+    for split, key in ((recipe.select_on, row.val), (recipe.evaluate.report_on, row.test)):
         if key:
             source, target = store.path(key) / "evaluation.json", folder / "evaluations" / f"{row.name}.{split}.json"
-            _link(source.with_suffix(".npz"), target.with_suffix(".npz"))
-            _link(source, target)
+            link(source.with_suffix(".npz"), target.with_suffix(".npz"))
+            link(source, target)
             record = json.loads(source.read_text())
             entry[split] = record["accuracy"]
             if record.get("screened"):
@@ -119,19 +119,15 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
             if record["warnings"]:
                 entry["warnings"] = sorted({*entry.get("warnings", ()), *record["warnings"]})
             if (points := source.with_suffix(".points.npz")).exists():
-                _link(points, target.with_suffix(".points.npz"))
+                link(points, target.with_suffix(".points.npz"))
     return entry
 
 
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, by a hard link where the file system can, else a copy."""
-    if target.exists() and os.path.samefile(source, target):
-        return
-    with atomic_path(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+def _plane(folder: Path, name: str, key: str, plan: Plan, store: Store) -> dict[str, Any]:
+    entry = {"name": name, "checkpoints": list(plan.recipe.planes[name].checkpoints), "file": f"landscapes/{name}.json"}
+    found = json.loads((store.path(key) / "landscape.json").read_text(encoding="utf-8"))
+    write_text(folder / entry["file"], json.dumps(found | {"name": name, "checkpoints": entry["checkpoints"]}))
+    return entry
 
 
 def _protocol(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def _protocol(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "attack": evaluate.attack, "loss": evaluate.loss, "steps": evaluate.steps, "restarts": evaluate.restarts,
         "precision": "float32", "search_precision": evaluate.precision, "screened": evaluate.screen, "seed": seed,
-        "select_on": evaluate.select_on,
+        "select_on": plan.recipe.select_on,
         "report_on": evaluate.report_on, "samples": samples, "threats": list(evaluate.threats),
     }  # fmt: skip
 

@@ -4,15 +4,17 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data
-from robustsoup.recipes import Ingredient, Recipe, Soup, Training
+from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
 from robustsoup.soups.search import candidates
 
-VERSIONS = {"pretrain": 1, "finetune": 1, "learn": 2, "dial": 1, "greedy": 1, "mix": 1, "evaluate": 2}
+VERSIONS = {
+    "pretrain": 1, "finetune": 1, "snapshot": 1, "learn": 2, "dial": 1, "greedy": 1, "mix": 1, "evaluate": 2, "plane": 1,
+}  # fmt: skip
 """The version of each kind of step, part of its key: raised by hand when the meaning of a step changes."""
 
 DEFAULT_BUFFERS = {"learned": "tracked"}
@@ -56,12 +58,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a recipe in an order in which they can be run, and the rows of its table of results."""
+    """The steps of a recipe in an order in which they can be run, the rows of its table of results, and its planes' keys."""
 
     recipe: Recipe
     steps: tuple[Step, ...]
     rows: tuple[Row, ...]
     files: dict[str, Checkpoint]
+    planes: dict[str, str]
 
     def step(self, key: str) -> Step:
         """The step with that key."""
@@ -90,7 +93,8 @@ class _Planner:
             makers = {"learned": self._learned_rows, "dial": self._dial_rows, "greedy": self._greedy_rows}
             rows += makers.get(soup.method, self._mixed_rows)(name, soup)
         judged = [self._judged(row) for row in rows]
-        return Plan(self.recipe, tuple(self.steps.values()), tuple(judged), self.files)
+        planes = {name: self._plane(name, section) for name, section in self.recipe.planes.items()}
+        return Plan(self.recipe, tuple(self.steps.values()), tuple(judged), self.files, planes)
 
     def _add(self, kind: str, name: str, settings: dict[str, Any], parents: Sequence[str], passes: int) -> str:
         content = {
@@ -122,15 +126,31 @@ class _Planner:
                 key = self._file(ingredient.checkpoint)
             else:
                 settings = _overridden(recipe.finetune, ingredient)
-                key = self._training("finetune", name, settings, (self.checkpoints["pretrained"],))
+                key = self._finetuning(name, settings, ingredient)
             self.checkpoints[name] = key
             rows.append(Row(name, "ingredient", key, threat=settings and settings.threat,
                             objective=settings and settings.objective))  # fmt: skip
         return rows
 
-    def _training(self, kind: str, name: str, training: Training, parents: Sequence[str]) -> str:
+    def _finetuning(self, name: str, training: Training, ingredient: Ingredient) -> str:
+        """The run of an ingredient, and, where it leaves several checkpoints, the step that takes the one that is meant."""
+        parents, every = (self.checkpoints["pretrained"],), ingredient.checkpoint_every
+        if every is None:
+            return self._training("finetune", name, training, parents)
+        run = self._training(
+            "finetune", name.removesuffix(f"-{ingredient.epoch}"), training, parents, checkpoint_every=every
+        )
+        return self._add("snapshot", name, {"epoch": ingredient.epoch}, (run,), 0)
+
+    def _training(
+        self, kind: str, name: str, training: Training, parents: Sequence[str], checkpoint_every: int | None = None
+    ) -> str:
         settings = training.model_dump(mode="json") | {"precision": self.precision, "seed": self._seed(training.seed)}
-        n = len(self.data.train) * training.epochs
+        if checkpoint_every is not None:
+            settings["checkpoint_every"] = checkpoint_every
+        if not training.early_stop:
+            settings |= self._everything()
+        n = self._fitted(settings) * training.epochs
         passes = n * _step_passes(training.threat, training.objective, training.attack_steps)
         if training.early_stop:
             stop = training.early_stop
@@ -144,7 +164,7 @@ class _Planner:
         pairs = itertools.product(self.recipe.threats_of(soup), soup.objectives)
         for label, (threat, objective) in zip(self.recipe.soup_names(section), pairs, strict=True):
             settings = self._learning(soup, threat) | {"objective": objective}
-            passes = len(self.data.train) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
+            passes = self._fitted(settings) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
             if stop := soup.early_stop:
                 settings["early_stop"] = stop.model_dump(mode="json")
                 passes += soup.epochs * (stop.samples or len(self.data.val)) * (2 * stop.steps + 2)
@@ -160,7 +180,16 @@ class _Planner:
             settings["buffers"] = soup.learning_buffers
         if soup.learning_buffers == "base" and "pretrained" in self.checkpoints:
             settings["base"] = self.checkpoints["pretrained"]
+        if not soup.early_stop:
+            settings |= self._everything()
         return settings | {"threat": threat, "precision": self.precision, "seed": self._seed(soup.seed)}
+
+    def _everything(self) -> dict[str, Any]:
+        """The setting that adds val to train, where the recipe follows the paper's protocol; else nothing."""
+        return {"everything": True} if self.recipe.protocol == "paper" else {}
+
+    def _fitted(self, settings: dict[str, Any]) -> int:
+        return len(self.data.train) + len(self.data.val) * ("everything" in settings)
 
     def _dial_rows(self, section: str, soup: Soup) -> list[Row]:
         names = soup.ingredients or tuple(self.recipe.ingredients)
@@ -169,7 +198,7 @@ class _Planner:
         for threat in self.recipe.threats_of(soup):
             settings = self._learning(soup, threat) | {"by": soup.dial, "turn_every": soup.turn_every}
             both = "ce" if soup.dial == "eps" else "mixed 0.5"
-            passes = len(self.data.train) * soup.epochs * _step_passes(threat, both, soup.attack_steps)
+            passes = self._fitted(settings) * soup.epochs * _step_passes(threat, both, soup.attack_steps)
             dial = self._add("dial", f"{section} {threat}", settings, parents, passes)
             for t in soup.at:
                 label = next(labels)
@@ -178,9 +207,9 @@ class _Planner:
         return rows
 
     def _greedy_rows(self, section: str, soup: Soup) -> list[Row]:
-        evaluate, names = self.recipe.evaluate, soup.ingredients or tuple(self.recipe.ingredients)
+        names = soup.ingredients or tuple(self.recipe.ingredients)
         parents = [self.checkpoints[name] for name in names]
-        split, samples = evaluate.select_on, evaluate.select_samples
+        split, samples = self._selects()
         alone = [
             self._evaluation(Row(name, "ingredient", key), split, samples)
             for name, key in zip(names, parents, strict=True)
@@ -228,6 +257,23 @@ class _Planner:
             settings["base"] = self.checkpoints["pretrained"]
         return settings, passes
 
+    def _plane(self, name: str, section: Plane) -> str:
+        settings = section.model_dump(mode="json", exclude={"checkpoints"})
+        settings |= {
+            "precision": self.precision,
+            "seed": self._seed(section.seed),
+            "split": self.recipe.evaluate.report_on,
+        }
+        settings["threat"] = section.threat or (self.recipe.pretrain or self.recipe.finetune).threat
+        if section.buffers == "base" and "pretrained" in self.checkpoints:
+            settings["base"] = self.checkpoints["pretrained"]
+        each = section.samples * (2 * section.attack_steps + 3) + section.calibrate_samples * (
+            "recal" in section.buffers
+        )
+        return self._add(
+            "plane", name, settings, [self.checkpoints[c] for c in section.checkpoints], section.points**2 * each
+        )
+
     def _judged(self, row: Row) -> Row:
         evaluate = self.recipe.evaluate
         keys = {"val": self._selecting(row)}
@@ -238,7 +284,7 @@ class _Planner:
     def _selecting(self, row: Row) -> str:
         """The evaluation that selects; where soups are screened, every one is tried with the same pool of points."""
         evaluate = self.recipe.evaluate
-        split, samples = evaluate.select_on, evaluate.select_samples
+        split, samples = self._selects()
         if not evaluate.screen:
             return self._evaluation(row, split, samples)
         pool = {name: self._pool(name) for name in self.recipe.ingredients}
@@ -246,10 +292,16 @@ class _Planner:
         short = own is None and row.role in ("grid", "line")
         return self._evaluation(row, split, samples, pool=tuple(pool.values()), after=own, short=short)
 
-    def _pool(self, ingredient: str) -> str:
+    def _selects(self) -> tuple[str, int | None]:
+        """The split that selects, and how many of its samples: on the reporting split, those that are reported."""
         evaluate = self.recipe.evaluate
+        if self.recipe.protocol == "paper":
+            return evaluate.report_on, evaluate.report_samples
+        return evaluate.select_on, evaluate.select_samples
+
+    def _pool(self, ingredient: str) -> str:
         row = Row(f"{ingredient}.pool", "ingredient", self.checkpoints[ingredient])
-        return self._evaluation(row, evaluate.select_on, evaluate.select_samples, keep_points=True)
+        return self._evaluation(row, *self._selects(), keep_points=True)
 
     def _evaluation(
         self, row: Row, split: str, samples: int | None, *, pool: tuple[str, ...] = (), after: str | None = None,
@@ -287,11 +339,10 @@ def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, 
 
 def confirmed(plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str) -> Plan:
     """The same plan with the screened rows `names` judged in full on the split that selects, on top of the screening."""
-    evaluate = plan.recipe.evaluate
 
     def judged(planner: _Planner, row: Row) -> dict[str, str]:
         pool = tuple(plan.step(row.val).settings["pool"])
-        return {"val": planner._evaluation(row, evaluate.select_on, evaluate.select_samples, pool=pool, after=row.val)}
+        return {"val": planner._evaluation(row, *planner._selects(), pool=pool, after=row.val)}
 
     return _extended(plan, data, names, model_settings, precision, judged)
 
@@ -303,11 +354,11 @@ def _extended(
     planner = _Planner(plan.recipe, data, model_settings, precision)
     planner.steps = {step.key: step for step in plan.steps}
     rows = tuple(Row(**{**vars(row), **judged(planner, row)}) if row.name in names else row for row in plan.rows)
-    return Plan(plan.recipe, tuple(planner.steps.values()), rows, plan.files)
+    return replace(plan, steps=tuple(planner.steps.values()), rows=rows)
 
 
 def _overridden(finetune: Training, ingredient: Ingredient) -> Training:
-    return finetune.model_copy(update={k: v for k, v in ingredient.model_dump(exclude_none=True).items()})
+    return finetune.model_copy(update=ingredient.model_dump(exclude_none=True, exclude={"checkpoint_every", "epoch"}))
 
 
 def _step_passes(threat: str, objective: str, attack_steps: int) -> int:

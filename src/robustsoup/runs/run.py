@@ -53,7 +53,8 @@ def prepare(
     if files:
         check_ingredients(files)
         check_fit(context.describe(files[0]).network(), data.test)
-    statuses = [check_leakage(files, split, allow=recipe.allow_leakage) for split in (data.val, data.test)]
+    looked_at = dict.fromkeys((recipe.select_on, recipe.evaluate.report_on))
+    statuses = [check_leakage(files, data.split(name), allow=recipe.allow_leakage) for name in looked_at]
     return Prepared(
         plan, context, Store(), max(statuses, key=lambda status: (KNOWN, UNKNOWN, VIOLATED).index(status[0]))
     )
