@@ -437,3 +437,16 @@ def test_a_plane_through_an_unknown_network_is_refused():
 def test_the_papers_protocol_selects_on_what_it_reports():
     assert parse_recipe(tomllib.loads(FULL), "a.toml", Path()).select_on == "val"
     assert parse_recipe(tomllib.loads(FULL) | {"protocol": "paper"}, "a.toml", Path()).select_on == "test"
+
+
+def test_a_grid_beyond_the_limit_is_priced_and_refused_unless_it_is_asked_for_by_number():
+    content = tomllib.loads(FULL)
+    content["ingredients"] = {f"i{n}": {} for n in range(6)}
+    content["soups"] = {"grid": {"method": "grid", "step": 0.01}}
+    with pytest.raises(RecipeError, match=r"soups\.grid: step 0\.01 makes 96,560,646 soups.*1\.3e\+12 forward.*max_soups is 2,000"):
+        parse_recipe(content, "a.toml", Path())
+    content["soups"]["grid"] |= {"step": 0.1, "max_soups": 3003}
+    assert len(parse_recipe(content, "a.toml", Path()).soup_names("grid")) == 3003
+    content["soups"]["grid"]["max_soups"] = 3002
+    with pytest.raises(RecipeError, match="makes 3,003 soups"):
+        parse_recipe(content, "a.toml", Path())

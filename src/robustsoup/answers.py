@@ -102,13 +102,13 @@ def _soupability_lines(found: Soupability) -> list[str]:
         )
     step = f"; a step of learn at batch 128 takes about {cost.step_seconds:.2g} s here" if cost.step_seconds else ""
     lines.append(
-        f"memory: {_bytes(max(cost.bytes))} each, {_bytes(sum(cost.bytes))} together; {cost.layers} layers, "
-        f"the largest {cost.largest_layer[0]} ({_bytes(cost.largest_layer[1])}){step}"
+        f"memory: {as_bytes(max(cost.bytes))} each, {as_bytes(sum(cost.bytes))} together; {cost.layers} layers, "
+        f"the largest {cost.largest_layer[0]} ({as_bytes(cost.largest_layer[1])}){step}"
     )
     return lines
 
 
-def _bytes(count: int) -> str:
+def as_bytes(count: int) -> str:
     """Bytes as people say them: "512 B", "3.1 MiB"."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robustsoup.answers import accuracy_table, print_results, print_soupability, protocol
+from robustsoup.answers import accuracy_table, as_bytes, print_results, print_soupability, protocol
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.comparison import compare
 from robustsoup.console import Bar, RunReporter, duration, stderr
@@ -28,7 +28,7 @@ from robustsoup.models import load_model
 from robustsoup.precision import resolve_device
 from robustsoup.recipes import Recipe, load_recipe, parse_recipe
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv, write_report
-from robustsoup.runs.cost import seconds_of
+from robustsoup.runs.cost import bytes_of, seconds_of
 from robustsoup.runs.execute import Context
 from robustsoup.runs.folder import ensure_folder
 from robustsoup.runs.run import Prepared, prepare, run_prepared
@@ -184,16 +184,24 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets:
         for s in steps
     ]
     missing = sum(row["seconds"] for row in rows if not row["done"])
+    todo = [step for step in steps if not store.has(step.key)]
+    price = {
+        "seconds": missing, "bytes": bytes_of(todo, prepared.context), "passes": sum(step.passes for step in todo),
+        "epochs": sum(step.settings["epochs"] for step in todo if "epochs" in step.settings),
+    }  # fmt: skip
     if as_json:
-        return _print_json({"recipe": prepared.plan.recipe.name, "steps": rows, "seconds": missing})
+        return _print_json({"recipe": prepared.plan.recipe.name, "steps": rows, **price})
     table = Table("step", "name", "store", "about", box=None)
     for row in rows:
         table.add_row(
             row["kind"], row["name"], "done" if row["done"] else "-", "" if row["done"] else duration(row["seconds"])
         )
     stdout.print(table)
-    todo = sum(not row["done"] for row in rows)
-    stdout.print(f"{len(rows)} steps, {todo} to do, about {duration(missing)} on this {prepared.context.device.type}")
+    stdout.print(
+        f"{len(rows)} steps, {len(todo)} to do: {price['epochs']} epochs, {price['passes']:.1e} forward passes, "
+        f"about {duration(missing)} on this {prepared.context.device.type} and {as_bytes(price['bytes'])} of disk",
+        soft_wrap=True,
+    )
 
 
 @app.command("train")

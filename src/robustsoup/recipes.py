@@ -16,7 +16,7 @@ from robustsoup.losses import Objective
 from robustsoup.schedules import check_schedule
 from robustsoup.soups.granularity import GRANULARITIES
 from robustsoup.soups.mixing import POLICIES
-from robustsoup.soups.search import alpha_name, candidates
+from robustsoup.soups.search import MOST, alpha_name, candidates, grid_size
 from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
 
@@ -139,6 +139,7 @@ class Soup(Section):
     calibrate_samples: int = Field(10_000, ge=2)
     calibrate_threat: str = "Linf 8/255"
     step: float = Field(0.2, gt=0, le=1)
+    max_soups: int = Field(MOST, ge=1)
     score: str | None = None
     threats: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("ce",)
@@ -162,12 +163,12 @@ class Soup(Section):
     def settable(self) -> set[str]:
         """The keys that have a meaning with this method."""
         every = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
-        searched, turned = {"step", "score"}, {"dial", "turn_every", "at"}
-        learned = set(type(self).model_fields) - searched
+        stepped, turned = {"step", "max_soups"}, {"dial", "turn_every", "at"}
+        learned = set(type(self).model_fields) - stepped - {"score"}
         return {
             "uniform": every,
-            "grid": every | {"step"},
-            "line": every | {"step"},
+            "grid": every | stepped,
+            "line": every | stepped,
             "greedy": every | {"score"},
             "learned": learned - turned,
             "dial": learned - {"objectives", "early_stop"},
@@ -358,6 +359,8 @@ class Recipe(Section):
             count = len(soup.ingredients or self.ingredients)
             if soup.method == "line" and count != 2:
                 raise ValueError(f'soups.{soup_name}: method = "line" joins 2 ingredients, got {count}')
+            if soup.method in ("grid", "line") and grid_size(count, soup.step) > soup.max_soups:
+                raise ValueError(f"soups.{soup_name}: {self._too_many(soup, grid_size(count, soup.step))}")
         for plane_name, plane in self.planes.items():
             for name in plane.checkpoints:
                 if name not in names:
@@ -375,6 +378,15 @@ class Recipe(Section):
                     f"soups.{soup_name}.threats: a dial turns from robust to clean; expected threats, got clean"
                 )
         return self
+
+    def _too_many(self, soup: Soup, count: int) -> str:
+        """The price of a grid that is refused for it."""
+        attacks = sum(threat != "clean" for threat in self.evaluate.threats)
+        passes = count * 1000 * (1 + 2 * attacks * self.evaluate.steps * self.evaluate.restarts)
+        return (
+            f"step {soup.step:g} makes {count:,} soups, each to be mixed and judged: up to {passes:.1e} forward passes "
+            f"for every 1,000 samples. max_soups is {soup.max_soups:,}; take a larger step or a learned soup, or raise it"
+        )
 
     @property
     def select_on(self) -> str:
@@ -458,7 +470,7 @@ def slug(text: str) -> str:
 
 def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:
     try:
-        return candidates(soup.method, n, soup.step)
+        return candidates(soup.method, n, soup.step, soup.max_soups)
     except RequestError as error:
         raise ValueError(str(error)) from None
 

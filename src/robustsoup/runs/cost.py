@@ -12,6 +12,8 @@ from robustsoup.losses import ce
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Step
 
+VERDICT = 30
+"""Bytes that one verdict takes in a file."""
 SURVIVING = 0.55
 """The share of an evaluation's attack steps that are really taken: fooled samples leave. Seen on small CIFAR-10 nets."""
 
@@ -34,6 +36,24 @@ def measure(context: Context, precision: str) -> float:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
     return statistics.median(times[1:]) / (2 * rows * len(tasks))
+
+
+def bytes_of(steps: Sequence[Step], context: Context) -> int:
+    """About how many bytes the outputs of the steps take on disk: checkpoints, kept points and verdicts."""
+    weights = sum(t.numel() * t.element_size() for t in context.fresh_network(0).state_dict().values())
+    image = context.data.record["channels"] * context.data.record["size"][0] * context.data.record["size"][1]
+    total = 0
+    for step in steps:
+        if step.kind in ("pretrain", "finetune"):
+            every = step.settings.get("checkpoint_every")
+            total += weights * (1 + (step.settings["epochs"] // every if every else 0))
+        elif step.kind == "mix":
+            total += weights
+        elif step.kind == "evaluate":
+            samples = step.settings["samples"] or len(context.data.split(step.settings["split"]))
+            threats = len(step.settings["threats"])
+            total += samples * threats * (VERDICT + 4 * image * step.settings["keep_points"])
+    return total
 
 
 def seconds_of(steps: Sequence[Step], context: Context) -> dict[str, float]:

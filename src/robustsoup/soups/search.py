@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,24 +20,27 @@ from robustsoup.soups.mixing import mix
 from robustsoup.soups.selection import Alpha, Candidate, Requirement, Score, select, worth_confirming
 from robustsoup.threats import ThreatModel
 
-LIMIT = 2000
+MOST = 2000
+"""How many soups of a grid are made without being asked for by number."""
 
 
-def grid(n: int, step: float = 0.2) -> list[Alpha]:
+def grid_size(n: int, step: float) -> int:
+    """How many soups grid(n, step) has, without making them."""
+    return math.comb(round(1 / step) + n - 1, n - 1)
+
+
+def grid(n: int, step: float = 0.2, most: int = MOST) -> list[Alpha]:
     """Every (alpha_1..alpha_n) of multiples of `step` that sum to 1: 6, 21, 56, 126 of them for n = 2..5 at 0.2.
 
-    Raises CoefficientError if `step` is not a fraction of 1, or for more than 2,000 candidates.
+    Raises CoefficientError if `step` is not a fraction of 1, or for more than `most` candidates.
     """
     parts = round(1 / step) if step > 0 else 0
     if n < 1 or parts < 1 or abs(parts * step - 1) > 1e-9:
         raise CoefficientError(
             f"grid: got n {n} and step {step}, expected n of at least 1 and a step such as 0.2 or 0.25"
         )
-    count = 1
-    for i in range(1, n):
-        count = count * (parts + i) // i
-    if count > LIMIT:
-        raise CoefficientError(f"grid: {n} ingredients at step {step} are {count:,} soups, expected at most {LIMIT:,}")
+    if (count := grid_size(n, step)) > most:
+        raise CoefficientError(f"grid: {n} ingredients at step {step} are {count:,} soups, expected at most {most:,}")
     bars = itertools.combinations(range(parts + n - 1), n - 1)
     points = []
     for bar in bars:
@@ -45,14 +49,14 @@ def grid(n: int, step: float = 0.2) -> list[Alpha]:
     return points
 
 
-def candidates(method: str, n: int, step: float = 0.2) -> list[Alpha]:
+def candidates(method: str, n: int, step: float = 0.2, most: int = MOST) -> list[Alpha]:
     """The coefficients that a method tries: "uniform", "grid", or "line" (wise-ft, n = 2). Raises CoefficientError."""
     if method == "uniform":
         return [(1 / n,) * n]
     if method == "line" and n != 2:
         raise CoefficientError(f"line: got {n} ingredients, expected 2")
     if method in ("grid", "line"):
-        return grid(n, step)
+        return grid(n, step, most)
     raise CoefficientError(f'method: got "{method}", expected "grid", "line", "uniform" or "greedy"')
 
 
