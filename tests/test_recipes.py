@@ -25,7 +25,7 @@ from robustsoup.recipes import (
 from robustsoup.threats import ThreatModel
 
 PROJECT = Path(__file__).parent.parent
-SHIPPED = [Path(robustsoup.__file__).parent / "quickstart.toml", *sorted((PROJECT / "recipes").rglob("*.toml"))]
+SHIPPED = [Path(robustsoup.__file__).parent / "quickstart.toml", *sorted((PROJECT / "recipes").rglob("[!_]*.toml"))]
 
 FULL = """
 name = "full"
@@ -443,10 +443,33 @@ def test_a_grid_beyond_the_limit_is_priced_and_refused_unless_it_is_asked_for_by
     content = tomllib.loads(FULL)
     content["ingredients"] = {f"i{n}": {} for n in range(6)}
     content["soups"] = {"grid": {"method": "grid", "step": 0.01}}
-    with pytest.raises(RecipeError, match=r"soups\.grid: step 0\.01 makes 96,560,646 soups.*1\.3e\+12 forward.*max_soups is 2,000"):
+    with pytest.raises(
+        RecipeError, match=r"soups\.grid: step 0\.01 makes 96,560,646 soups.*1\.3e\+12 forward.*max_soups is 2,000"
+    ):
         parse_recipe(content, "a.toml", Path())
     content["soups"]["grid"] |= {"step": 0.1, "max_soups": 3003}
     assert len(parse_recipe(content, "a.toml", Path()).soup_names("grid")) == 3003
     content["soups"]["grid"]["max_soups"] = 3002
     with pytest.raises(RecipeError, match="makes 3,003 soups"):
         parse_recipe(content, "a.toml", Path())
+
+
+def test_a_recipe_extends_another_table_by_table(tmp_path):
+    (tmp_path / "under.toml").write_text(FULL)
+    text = 'extends = "under.toml"\nname = "over"\n[pretrain]\nepochs = 9\n[ingredients]\nthird = { lr = 0.5 }\n[report]\nfigures = []\n'
+    recipe, under = load_recipe(written(tmp_path, text)), parse(FULL)
+    assert (recipe.name, recipe.seed, recipe.pretrain.epochs) == ("over", 3, 9)
+    assert recipe.pretrain.early_stop == under.pretrain.early_stop
+    assert list(recipe.ingredients) == ["low", "high", "third"]
+    assert recipe.report.figures == ()
+    assert load_recipe(tmp_path / "a.toml", ["pretrain.epochs=4"]).pretrain.epochs == 4
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('extends = "a.toml"', "in no circle"),
+    ("extends = 3", "got 3, expected the name"),
+    ('extends = "gone.toml"', "gone.toml: no such file"),
+])  # fmt: skip
+def test_what_cannot_be_extended_is_named(tmp_path, text, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(written(tmp_path, text))

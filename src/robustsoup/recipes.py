@@ -478,9 +478,20 @@ def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:
 def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe; sets: "a.b=value" overrides, values in TOML (a bare word is a string).
 
+    extends = "other.toml" in it: what that file says, table by table, where this one says nothing else. The other need not be a whole
+    recipe. Its own paths are relative to the recipe that is read.
+
     Raises RecipeError with the file, the key, what is wrong and, for an unknown key, the nearest valid one.
     """
     path = Path(path)
+    content = _read(path, ())
+    for setting in sets:
+        _apply(content, setting)
+    return parse_recipe(content, str(path), path.parent)
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of a recipe with what it extends; `below`: who asked for it."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -489,9 +500,18 @@ def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
-    for setting in sets:
-        _apply(content, setting)
-    return parse_recipe(content, str(path), path.parent)
+    if "extends" not in content:
+        return content
+    other = content.pop("extends")
+    if not isinstance(other, str) or (path.parent / other).resolve() in {p.resolve() for p in (path, *below)}:
+        raise RecipeError(f"{path}: extends: got {other!r}, expected the name of another recipe, in no circle")
+    return _merged(_read(path.parent / other, (path, *below)), content)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`under` with what `over` says: tables are merged, all else is replaced."""
+    both = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
+    return under | over | both
 
 
 def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
@@ -559,7 +579,7 @@ def _keys_at(place: tuple) -> list[str]:
         return list(Recipe.model_fields)
     if place[-1] == "early_stop":
         return list(EarlyStop.model_fields)
-    named = {"ingredients": Ingredient, "soups": Soup}
+    named = {"ingredients": Ingredient, "soups": Soup, "planes": Plane}
     return list((named[place[0]] if place[0] in named else tables[place[0]]).model_fields)
 
 
