@@ -456,7 +456,8 @@ def test_a_grid_beyond_the_limit_is_priced_and_refused_unless_it_is_asked_for_by
 
 def test_a_recipe_extends_another_table_by_table(tmp_path):
     (tmp_path / "under.toml").write_text(FULL)
-    text = 'extends = "under.toml"\nname = "over"\n[pretrain]\nepochs = 9\n[ingredients]\nthird = { lr = 0.5 }\n[report]\nfigures = []\n'
+    text = 'extends = "under.toml"\nname = "over"\n[pretrain]\nepochs = 9\n[ingredients]\n'
+    text += "third = { lr = 0.5 }\n[report]\nfigures = []\n"
     recipe, under = load_recipe(written(tmp_path, text)), parse(FULL)
     assert (recipe.name, recipe.seed, recipe.pretrain.epochs) == ("over", 3, 9)
     assert recipe.pretrain.early_stop == under.pretrain.early_stop

@@ -478,8 +478,8 @@ def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:
 def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe; sets: "a.b=value" overrides, values in TOML (a bare word is a string).
 
-    extends = "other.toml" in it: what that file says, table by table, where this one says nothing else. The other need not be a whole
-    recipe. Its own paths are relative to the recipe that is read.
+    extends = "other.toml" in it: what that file says, table by table, where this one says nothing else. The other need not
+    be a whole recipe; its paths are relative to the recipe that is read.
 
     Raises RecipeError with the file, the key, what is wrong and, for an unknown key, the nearest valid one.
     """
