@@ -1,11 +1,13 @@
 """What came out of recipes/two_cores/learning.toml for several seeds: tables for docs/results.md.
 
     python benchmarks/ablations.py runs/learning-0 runs/learning-1 runs/learning-2 [--figures docs/figures]
+        [--buffers runs/buffers-0 runs/buffers-1 runs/buffers-2]
 
 A cell is the mean over the run folders, each one seed, and its 95 % interval: Student's t over the seeds of the difference to
 the reference of the same seed (so what a seed does to both cancels), in points, on test. "outside" is how far a soup lies above
 the line between the ingredients with the least and the greatest eps, in points of robust accuracy at its clean accuracy.
---figures draws, for the first folder, what was learned and where the dial lies.
+--figures draws, for the first folder, what was learned and where the dial lies. --buffers: run folders of
+recipes/two_cores/learning_buffers.toml of the same seeds, for the table of statistics while learning.
 """
 
 import argparse
@@ -30,10 +32,14 @@ LEAST, GREATEST = "eps4", "eps16"
 class Run:
     """One run folder: its rows by name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, other: Path | None = None) -> None:
         self.folder = folder
         self.results = json.loads((folder / "results.json").read_text())
         self.rows = {row["name"]: row for row in self.results["rows"]}
+        if other:
+            theirs = json.loads((other / "results.json").read_text())
+            assert theirs["data"]["split_digest"] == self.results["data"]["split_digest"], f"{other}: another seed"
+            self.rows = {row["name"]: row for row in theirs["rows"]} | self.rows
         self.threat = next(t for t in self.results["protocol"]["threats"] if t != "clean")
 
     def point(self, name: str) -> tuple[float, float]:
@@ -122,8 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--figures", type=Path)
+    parser.add_argument("--buffers", nargs="+", type=Path)
     asked = parser.parse_args()
-    runs = [Run(folder) for folder in asked.folders]
+    runs = [Run(*both) for both in zip(asked.folders, asked.buffers or [None] * len(asked.folders), strict=True)]
     if asked.figures:
         draw(runs[0], asked.figures)
     rows = runs[0].results["rows"]
@@ -145,6 +152,9 @@ def main() -> None:
             compared(runs, [n for n in names if n.startswith("learned-")], reference)
         else:
             grid_policies(runs)
+    if asked.buffers:
+        print("\n### Statistics while learning\n")
+        compared(runs, [name for name in runs[0].rows if name.startswith("learned-on-")], REFERENCE)
     print("\n### The dial, soups learned one by one, and the grid\n")
     compared(
         runs,
