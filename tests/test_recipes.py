@@ -464,6 +464,9 @@ def test_a_recipe_extends_another_table_by_table(tmp_path):
     assert list(recipe.ingredients) == ["low", "high", "third"]
     assert recipe.report.figures == ()
     assert load_recipe(tmp_path / "a.toml", ["pretrain.epochs=4"]).pretrain.epochs == 4
+    (tmp_path / "second.toml").write_text("seed = 8\n[pretrain]\nlr = 0.7\n")
+    recipe = load_recipe(written(tmp_path, text.replace('"under.toml"', '["under.toml", "second.toml"]')))
+    assert (recipe.seed, recipe.pretrain.lr, recipe.pretrain.epochs) == (8, 0.7, 9)
 
 
 @pytest.mark.parametrize(("text", "said"), [

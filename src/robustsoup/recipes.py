@@ -478,8 +478,8 @@ def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:
 def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe; sets: "a.b=value" overrides, values in TOML (a bare word is a string).
 
-    extends = "other.toml" in it: what that file says, table by table, where this one says nothing else. The other need not
-    be a whole recipe; its paths are relative to the recipe that is read.
+    extends = "other.toml", or several in a list, the last one first: what those files say, table by table, where this one says
+    nothing else. They need not be whole recipes; their paths are relative to the recipe that is read.
 
     Raises RecipeError with the file, the key, what is wrong and, for an unknown key, the nearest valid one.
     """
@@ -502,10 +502,13 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
     if "extends" not in content:
         return content
-    other = content.pop("extends")
-    if not isinstance(other, str) or (path.parent / other).resolve() in {p.resolve() for p in (path, *below)}:
-        raise RecipeError(f"{path}: extends: got {other!r}, expected the name of another recipe, in no circle")
-    return _merged(_read(path.parent / other, (path, *below)), content)
+    named = content.pop("extends")
+    under: dict[str, Any] = {}
+    for other in named if isinstance(named, list) else [named]:
+        if not isinstance(other, str) or (path.parent / other).resolve() in {p.resolve() for p in (path, *below)}:
+            raise RecipeError(f"{path}: extends: got {other!r}, expected the name of another recipe, in no circle")
+        under = _merged(under, _read(path.parent / other, (path, *below)))
+    return _merged(under, content)
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
