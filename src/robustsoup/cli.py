@@ -564,6 +564,41 @@ def compare_command(
         stdout.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
+@app.command("landscape")
+def landscape_command(
+    first: Annotated[Path, typer.Argument(metavar="W0", help="At the origin, say the pre-trained network.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="W1", help="Off the x axis.", show_default=False)],
+    third: Annotated[Path, typer.Argument(metavar="W2", help="At the end of the x axis.", show_default=False)],
+    data: DataOption, threat: ThreatOption,
+    output: Annotated[Path, typer.Option("-o", help="The run folder: losses, picture, report.")],
+    points: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 21,
+    samples: Annotated[int, typer.Option(min=1, help="Test samples, drawn by the seed.")] = 2000,
+    attack_steps: Annotated[int, typer.Option(min=1, help="APGD steps; the highest loss of every sample counts.")] = 10,
+    buffers: Annotated[str, typer.Option(help="base, recalibrate or recalibrate-adversarial.")] = "recalibrate",
+    calibrate_samples: Annotated[int, typer.Option(min=2, help="Training samples that statistics are measured on.")] = 10_000,
+    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
+    precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Map the robust loss on the plane through three checkpoints. Goes on where it was killed, point by point.
+
+    Example: `robustsoup landscape base.safetensors eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255"
+    --points 5 --samples 200 -o plane`
+    """
+    _threads(threads)
+    names = _names([first, second, third])
+    plane = {"checkpoints": list(names), "threat": threat, "points": points, "samples": samples, "buffers": buffers,
+             "attack_steps": attack_steps, "calibrate_samples": calibrate_samples}  # fmt: skip
+    content = {
+        "name": "landscape", "data": _absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
+        "normalize": normalize and [_numbers(part) for part in normalize], "allow_leakage": allow_leakage, "precision": precision,
+        "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()}, "planes": {"plane": plane},
+        "evaluate": {"threats": [], "report": "chosen"}, "report": {"figures": ["landscape"]},
+    }  # fmt: skip
+    recipe = parse_recipe(content, "landscape", Path.cwd())
+    raise typer.Exit(_finish(recipe, output, device, data_root, as_json=as_json))
+
+
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Draw the figures of a run folder anew and write its report.html.
@@ -582,7 +617,7 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
         results, selection = run_prepared(prepared, folder, reporter)
     page = write_report(folder)
     if as_json:
-        _print_json({key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows")})
+        _print_json({key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")})
     else:
         print_results(stdout, results, page)
     return 3 if selection is not None and not selection.met else 0
