@@ -1,7 +1,6 @@
 """What was learned, layer by layer: the share of each ingredient, the entropy, how far it moved, how steep the loss was."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,8 @@ def draw_coefficients(results: dict[str, Any], folder: Path) -> tuple[list[Plot]
                 names = ingredient_names(*found[0])
                 title = f"{plain(results['name'])}: coefficients by layer, {plain(section)}"
                 soups = [(_label(row), coefficients) for row, coefficients in found]
-                plots.append(_plot(soups, names, title, numbered("coefficients", len(plots)), f" ({section})"))
+                stem = numbered("coefficients", len(plots))
+                plots.append(_plot(soups, names, title, stem, f" ({section})", results))
         except RequestError as error:
             reason = str(error)
     return plots, reason or ("" if plots else "no soup was learned")
@@ -103,7 +103,10 @@ def _label(row: Row) -> str:
     return (threat or row["name"]) + (f", {objective}" if objective and objective != "ce" else "")
 
 
-def _plot(soups: Soups, names: Sequence[str], title: str, stem: str = "coefficients", of: str = "") -> Plot:
+def _plot(
+    soups: Soups, names: Sequence[str], title: str, stem: str = "coefficients", of: str = "",
+    results: dict[str, Any] | None = None,
+) -> Plot:  # fmt: skip
     tables = tuple(soup_table(label, coefficients, names) for label, coefficients in soups)
     if len({_shape(coefficients) for _, coefficients in soups}) > 1:
         raise CoefficientError("coefficients: soups of different layers or ingredients; expected those of one network")
@@ -124,7 +127,7 @@ def _plot(soups: Soups, names: Sequence[str], title: str, stem: str = "coefficie
         _legend(figure, names, title)
     else:
         _colour_bar(figure, image, len(names), title)
-    footer(figure, textwrap.fill(frame.notes(), int(19 * figure.get_figwidth())))
+    footer(figure, frame.notes(), results)
     what = f"{len(soups)} learned soups" if len(soups) > 1 else "a learned soup"
     also = " and ".join(MEASURES[measure] for measure in frame.measures)
     return Plot(stem, figure, f"Share of each ingredient in every layer of {what}{of}, with {also}.", tables)

@@ -12,6 +12,7 @@ from robustsoup.reports.results import (
     ROLES,
     Row,
     accuracy,
+    caveats,
     robust_measures,
     samples,
     shown_split,
@@ -80,7 +81,7 @@ def page(
 <body>
 <header><h1>{name}</h1><p class="soft">{escape(_subtitle(results))}</p></header>
 <main>
-{_banner(results.get("leakage") or {})}
+{_banner(results)}
 <p>{escape(summary(results))}</p>
 <h2>Figures</h2>
 {figures}{reasons}
@@ -102,16 +103,22 @@ def _subtitle(results: dict[str, Any]) -> str:
     return " · ".join(str(part) for part in parts if part)
 
 
-def _banner(leakage: dict[str, Any]) -> str:
+def _banner(results: dict[str, Any]) -> str:
+    leakage = results.get("leakage") or {}
     status, why = str(leakage.get("status", "unknown")), str(leakage.get("why") or "no record of it")
-    said = {
-        "unknown": "Unknown whether the selection data is fresh.",
-        "violated": "The selection data is not fresh: selecting on it flatters the soups.",
-    }
-    if status == "known":
-        return '<p class="soft">No ingredient was trained on the samples that select and report.</p>'
-    text = f"<strong>{escape(said.get(status, status))}</strong> {escape(why)}"
-    return f'<div class="banner {escape(status)}" role="note">{text}</div>'
+    found = []
+    if said := caveats(results):
+        text = f"{' · '.join(said)}: this flatters the numbers of what was selected."
+        found.append(("violated", text[0].upper() + text[1:], why if status == "violated" else ""))
+    if status not in ("known", "violated"):
+        text = "Unknown whether the selection data is fresh." if status == "unknown" else status
+        found.append((status, text, why))
+    banners = "".join(
+        f'<div class="banner {escape(kind)}" role="note"><strong>{escape(text)}</strong> {escape(reason)}</div>'
+        for kind, text, reason in found
+    )
+    fresh = '<p class="soft">No ingredient was trained on the samples that select and report.</p>'
+    return banners + fresh * (status == "known")
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -156,7 +163,7 @@ def _selection(results: dict[str, Any], split: str) -> list[str]:
         how = "by its estimate" if selection.get("point") else "at the lower end of its 95 % interval"
         verdict = f"{'met' if selection.get('met') else 'NOT met'} {how} on {protocol['select_on']}"
         held = selection.get("held_on_test")
-        if held is not None:
+        if held is not None and protocol["report_on"] != protocol["select_on"]:
             verdict += f"; on {protocol['report_on']} it {'held' if held else 'did NOT hold'}"
         said.append(f"The requirement was {verdict}.")
     return said + ([str(selection["message"])] if selection.get("message") and not selection.get("met") else [])
@@ -239,6 +246,7 @@ def _mixed(row: Row) -> str:
 def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
     protocol, versions, data = results["protocol"], results.get("versions") or {}, results.get("data") or {}
     counts = protocol.get("samples") or {}
+    screened = [row["name"] for row in results["rows"] if row.get("screened")]
     seeds = {
         "recipe": (results.get("recipe") or {}).get("seed"), "attack": protocol.get("seed"), "split": data.get("seed"),
     }  # fmt: skip
@@ -254,8 +262,7 @@ def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("reported on", protocol["report_on"]),
         ("precision", protocol.get("precision")),
         ("searched in", protocol.get("search_precision")),
-        ("screened", ", ".join(row["name"] for row in results["rows"] if row.get("screened"))
-         + " (val figures are upper bounds)" if any(row.get("screened") for row in results["rows"]) else None),
+        ("screened", f"{', '.join(screened)} ({protocol['select_on']} figures are upper bounds)" if screened else None),
         ("warnings", "; ".join(f"{row['name']}: {text}" for row in results["rows"] for text in row.get("warnings", ()))),
         ("seeds", ", ".join(f"{what} {seed}" for what, seed in seeds.items() if seed is not None)),
         ("data", ", ".join(str(data[key]) for key in ("name", "split_digest") if data.get(key))),

@@ -3,8 +3,11 @@
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from robustsoup.errors import RequestError
 
@@ -96,7 +99,8 @@ def two_best(rows: Iterable[Row], measure: str, *, select_on: str, report_on: st
     """The row with the best clean accuracy and the one with the best `measure`: the black squares of the paper's Fig. 5.
 
     Both are chosen on select_on if every row has it, else on report_on, so that the numbers shown on report_on are not
-    the maximum of noise. A tie goes to the row that is better at the other measure, then to the first. None for no row.
+    the maximum of noise, which they are where both are one split (see `caveats`). A tie goes to the row that is better
+    at the other measure, then to the first. None for no row.
     """
     rows = list(rows)
     split = select_on if with_measures(rows, select_on, CLEAN, measure) == rows else report_on
@@ -108,6 +112,39 @@ def two_best(rows: Iterable[Row], measure: str, *, select_on: str, report_on: st
         return max(rows, key=lambda row: [accuracy(row, split, name)["value"] for name in (first, second)])
 
     return by(CLEAN, measure), by(measure, CLEAN)
+
+
+@dataclass(frozen=True)
+class Points:
+    """The coordinates of rows in percent, on one split and for one threat."""
+
+    split: str
+    measure: str
+
+    def of(self, rows: list[Row]) -> np.ndarray:
+        """(rows, 2): clean, robust."""
+        pairs = [[accuracy(row, self.split, name)["value"] for name in (CLEAN, self.measure)] for row in rows]
+        return 100 * np.array(pairs, dtype=float).reshape(-1, 2)
+
+    def bars(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """xerr and yerr (2, rows): the distance from the value to the ends of its interval."""
+        sides = []
+        for name in (CLEAN, self.measure):
+            entries = [accuracy(row, self.split, name) for row in rows]
+            ends = [[e["value"] - e["low"] for e in entries], [e["high"] - e["value"] for e in entries]]
+            sides.append(100 * np.maximum(np.array(ends, dtype=float), 0))
+        return {"xerr": sides[0], "yerr": sides[1]}
+
+
+def caveats(results: dict[str, Any]) -> list[str]:
+    """What flatters every number of a run, in words: every figure and the head of the report must say it."""
+    protocol, leakage = results["protocol"], results.get("leakage") or {}
+    said = []
+    if protocol["select_on"] == protocol["report_on"]:
+        said.append(f"the paper's protocol: selected on {protocol['report_on']}")
+    if leakage.get("status") == "violated":
+        said.append("selected on samples that ingredients were trained on")
+    return said
 
 
 def samples(rows: Iterable[Row], split: str) -> int:

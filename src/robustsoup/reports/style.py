@@ -1,6 +1,7 @@
 """The look that the figures share: type, colours, labels that keep out of each other's way, and how files are saved."""
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.transforms import Bbox
 
 from robustsoup.files import atomic_path
-from robustsoup.reports.results import Row, samples
+from robustsoup.reports.results import Row, caveats, samples
 from robustsoup.reports.tables import Table
 
 FONT = "DejaVu Sans"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7f7f7f")
+LETTERS_PER_INCH = 19  # of the small print
 HALO = [patheffects.withStroke(linewidth=2.2, foreground="white")]
 STYLE: dict[str, Any] = {
     "font.family": FONT,
@@ -109,6 +111,7 @@ def percent(value: float) -> str:
 def attack_line(protocol: dict[str, Any], split: str, rows: Sequence[Row]) -> str:
     """The attack and the number of samples, for the small print below a figure."""
     restarts = protocol.get("restarts", 1)
+    bounded = protocol.get("screened") and split == protocol["select_on"]
     parts = [
         f"{protocol.get('attack', 'attack not recorded')}"
         + (f" on {protocol['loss']}" if protocol.get("loss") else "")
@@ -116,14 +119,17 @@ def attack_line(protocol: dict[str, Any], split: str, rows: Sequence[Row]) -> st
         + (f", {restarts} restarts" if restarts != 1 else ""),
         f"{samples(rows, split)} {split} samples",
         *([protocol["precision"]] if protocol.get("precision") else []),
-        *(["beaten soups were only screened: upper bounds"] if protocol.get("screened") and split == "val" else []),
+        *(["beaten soups were only screened: upper bounds"] if bounded else []),
     ]
     return plain(" · ".join(parts), 200)
 
 
-def footer(figure: Figure, text: str) -> None:
-    """Small print at the lower left of the figure."""
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=MUTED)
+def footer(figure: Figure, text: str, results: dict[str, Any] | None) -> None:
+    """Small print at the lower left of the figure, below what flatters the run's numbers; results: None for no run."""
+    warned = caveats(results) if results else []
+    width = int(LETTERS_PER_INCH * figure.get_figwidth())
+    lines = textwrap.wrap(" · ".join(warned), width) + textwrap.wrap(text, width)
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=INK if warned else MUTED)
 
 
 def shades(n: int) -> list[Any]:
@@ -167,3 +173,28 @@ def _cost(box: Bbox, obstacles: np.ndarray, taken: Sequence[Bbox], frame: Bbox) 
     inside = (obstacles > (wide.x0, wide.y0)) & (obstacles < (wide.x1, wide.y1))
     outside = wide.x0 < frame.x0 or wide.x1 > frame.x1 or wide.y0 < frame.y0 or wide.y1 > frame.y1
     return inside.all(axis=1).sum() + 50 * sum(wide.overlaps(other) for other in taken) + 20 * outside
+
+
+def outline(box: Bbox) -> np.ndarray:
+    """(24, 2): points spread over a box, for other labels to keep clear of."""
+    x, y = np.meshgrid(np.linspace(box.x0, box.x1, 8), np.linspace(box.y0, box.y1, 3))
+    return np.column_stack([x.ravel(), y.ravel()])
+
+
+def label_contour(axes: Axes, text: str, pieces: list[np.ndarray], near: np.ndarray) -> np.ndarray:
+    """Write `text` on the contour at its widest gap, if there is room; returns `near` (k, 2), in pixels, with it added."""
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        return near
+    shares = np.linspace(0, 1, 8)[:, None, None]
+    spots = np.concatenate([(piece[:-1] + shares * (piece[1:] - piece[:-1])).reshape(-1, 2) for piece in pieces])
+    pixels = axes.transData.transform(spots)
+    room = np.linalg.norm(pixels[:, None] - near[None], axis=2).min(1)
+    widest = int(room.argmax())
+    if room[widest] < 9 * axes.figure.dpi / 72:
+        return near
+    axes.annotate(
+        text, spots[widest], xycoords=axes.transData, ha="center", va="center", fontsize=7, color=INK, zorder=3,
+        path_effects=HALO,
+    )  # fmt: skip
+    return np.concatenate([near, pixels[[widest]]])

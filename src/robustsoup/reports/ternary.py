@@ -9,17 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
 from robustsoup.reports.results import CLEAN, Row, accuracy, robust_measures, sections, shown_split, with_measures
 from robustsoup.reports.style import (
-    HALO,
     INK,
     Plot,
     attack_line,
     footer,
+    label_contour,
     new_figure,
     numbered,
+    outline,
     place_labels,
     plain,
 )  # fmt: skip
@@ -57,7 +57,7 @@ def _plot(
         panels.append((axes, values))
     figure.suptitle(f"{plain(results['name'])}: {plain(section)}, on {plain(split)}", fontsize=11, weight="bold")
     measured = attack_line(results["protocol"], split, rows)
-    footer(figure, f"{len(rows)} soups (dots) · {measured} · ring: the best of the panel (each, if tied)")
+    footer(figure, f"{len(rows)} soups (dots) · {measured} · ring: the best of the panel (each, if tied)", results)
     for axes, values in panels:
         _annotate(axes, rows, values)
     names = ", ".join(rows[0]["ingredients"])
@@ -111,30 +111,6 @@ def _annotate(axes: Axes, rows: list[Row], values: list[float]) -> None:
     lines = axes.tricontour(*alpha.T, values, levels=levels, colors="white", linewidths=0.7, alpha=0.85, zorder=2)
     edge = np.concatenate([np.linspace(corners[i], corners[i - 1], 40) for i in range(3)])
     crowd = axes.transData.transform(np.concatenate([points, edge]))
-    near = np.concatenate([crowd, *[_outline(box) for box in boxes]])
+    near = np.concatenate([crowd, *[outline(box) for box in boxes]])
     for level, pieces in zip(levels, lines.allsegs, strict=True):
-        near = _label_line(axes, f"{level:g}", pieces, near)
-
-
-def _outline(box: Bbox) -> np.ndarray:
-    x, y = np.meshgrid(np.linspace(box.x0, box.x1, 8), np.linspace(box.y0, box.y1, 3))
-    return np.column_stack([x.ravel(), y.ravel()])
-
-
-def _label_line(axes: Axes, text: str, pieces: list[np.ndarray], near: np.ndarray) -> np.ndarray:
-    """Write `text` on the contour at its widest gap, if there is room; returns `near` (k, 2), in pixels, with it added."""
-    pieces = [piece for piece in pieces if len(piece) > 1]
-    if not pieces:
-        return near
-    shares = np.linspace(0, 1, 8)[:, None, None]
-    spots = np.concatenate([(piece[:-1] + shares * (piece[1:] - piece[:-1])).reshape(-1, 2) for piece in pieces])
-    pixels = axes.transData.transform(spots)
-    room = np.linalg.norm(pixels[:, None] - near[None], axis=2).min(1)
-    widest = int(room.argmax())
-    if room[widest] < 9 * axes.figure.dpi / 72:
-        return near
-    axes.annotate(
-        text, spots[widest], xycoords=axes.transData, ha="center", va="center", fontsize=7, color=INK, zorder=3,
-        path_effects=HALO,
-    )  # fmt: skip
-    return np.concatenate([near, pixels[[widest]]])
+        near = label_contour(axes, f"{level:g}", pieces, near)

@@ -11,8 +11,8 @@ from robustsoup.losses import Objective
 from robustsoup.reports.results import (
     BY_LAYER,
     CLEAN,
+    Points,
     Row,
-    accuracy,
     robust_measures,
     sections,
     shown_split,
@@ -99,31 +99,10 @@ def requirements(results: dict[str, Any]) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in matches if match}
 
 
-class _Points:
-    """The coordinates of rows in percent, on one split and for one threat."""
-
-    def __init__(self, split: str, measure: str) -> None:
-        self.split, self.measure = split, measure
-
-    def of(self, rows: list[Row]) -> np.ndarray:
-        """(rows, 2): clean, robust."""
-        pairs = [[accuracy(row, self.split, name)["value"] for name in (CLEAN, self.measure)] for row in rows]
-        return 100 * np.array(pairs, dtype=float).reshape(-1, 2)
-
-    def bars(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """xerr and yerr (2, rows): the distance from the value to the ends of its interval."""
-        sides = []
-        for name in (CLEAN, self.measure):
-            entries = [accuracy(row, self.split, name) for row in rows]
-            ends = [[e["value"] - e["low"] for e in entries], [e["high"] - e["value"] for e in entries]]
-            sides.append(100 * np.maximum(np.array(ends, dtype=float), 0))
-        return {"xerr": sides[0], "yerr": sides[1]}
-
-
 def _plot(results: dict[str, Any], rows: list[Row], split: str, measure: str, stem: str) -> Plot:
     figure = new_figure(7.4, 4.7)
     axes = figure.add_subplot()
-    points = _Points(split, measure)
+    points = Points(split, measure)
     _scatter_soups(axes, rows, points)
     _square_best(axes, rows, results["protocol"], points)
     labels = _draw_learned(axes, rows, points) + _draw_ingredients(axes, rows, points)
@@ -136,7 +115,7 @@ def _plot(results: dict[str, Any], rows: list[Row], split: str, measure: str, st
     axes.set_title(f"{plain(results['name'])}: clean against robust accuracy", loc="left", weight="bold")
     figure.legend(loc="outside right upper", handlelength=1.8, labelspacing=0.8)
     measured = attack_line(results["protocol"], split, rows)
-    footer(figure, f"{measured} · bars: 95 % Wilson intervals")
+    footer(figure, f"{measured} · bars: 95 % Wilson intervals", results)
     axes.autoscale_view()
     axes.autoscale(False)
     place_labels(axes, labels, _crowd(rows, points))
@@ -144,7 +123,7 @@ def _plot(results: dict[str, Any], rows: list[Row], split: str, measure: str, st
     return Plot(stem, figure, caption)
 
 
-def _crowd(rows: list[Row], points: _Points) -> np.ndarray:
+def _crowd(rows: list[Row], points: Points) -> np.ndarray:
     """What labels should keep clear of: every row, the intervals, and the lines between neighbours on a curve."""
     parts = [points.of(rows)]
     barred = [row for row in rows if row["role"] in ("ingredient", "pretrained", *BY_LAYER)]
@@ -161,7 +140,7 @@ def _crowd(rows: list[Row], points: _Points) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _scatter_soups(axes: Axes, rows: list[Row], points: _Points) -> None:
+def _scatter_soups(axes: Axes, rows: list[Row], points: Points) -> None:
     looks = {"grid": {"color": "#a3a8ae"}, "line": {"facecolors": "none", "edgecolors": "#8a9097", "linewidths": 0.9}}
     for role, look in looks.items():
         found = [row for row in rows if row["role"] == role]
@@ -176,7 +155,7 @@ def _scatter_soups(axes: Axes, rows: list[Row], points: _Points) -> None:
             )  # fmt: skip
 
 
-def _square_best(axes: Axes, rows: list[Row], protocol: dict[str, Any], points: _Points) -> None:
+def _square_best(axes: Axes, rows: list[Row], protocol: dict[str, Any], points: Points) -> None:
     label = "best clean and best robust\nof the grid"
     for grid in sections(rows, "grid").values():
         best = two_best(grid, points.measure, select_on=protocol["select_on"], report_on=protocol["report_on"])
@@ -186,7 +165,7 @@ def _square_best(axes: Axes, rows: list[Row], protocol: dict[str, Any], points: 
             label = None
 
 
-def _draw_learned(axes: Axes, rows: list[Row], points: _Points) -> list[Label]:
+def _draw_learned(axes: Axes, rows: list[Row], points: Points) -> list[Label]:
     labels, number = [], 0
     for name, section in sections(rows, *BY_LAYER).items():
         for apart, curve in curves(section):
@@ -201,7 +180,7 @@ def _draw_learned(axes: Axes, rows: list[Row], points: _Points) -> list[Label]:
     return labels
 
 
-def _draw_ingredients(axes: Axes, rows: list[Row], points: _Points) -> list[Label]:
+def _draw_ingredients(axes: Axes, rows: list[Row], points: Points) -> list[Label]:
     labels = []
     for role, marker, size, colour in (("ingredient", "^", 62, INGREDIENT), ("pretrained", "*", 120, INK)):
         found = [row for row in rows if row["role"] == role]
@@ -216,7 +195,7 @@ def _draw_ingredients(axes: Axes, rows: list[Row], points: _Points) -> list[Labe
     return labels
 
 
-def _mark_selection(axes: Axes, results: dict[str, Any], rows: list[Row], points: _Points) -> None:
+def _mark_selection(axes: Axes, results: dict[str, Any], rows: list[Row], points: Points) -> None:
     selection = results.get("selection") or {}
     wanted = requirements(results)
     line = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 1}
