@@ -334,7 +334,10 @@ def test_a_missing_or_broken_results_file_is_one_line_that_names_it(tmp_path, re
         (lambda r: r["rows"][3].pop("role"), r"rows\[3\]: role: got nothing"),
         (lambda r: r["rows"][3].update(role="x"), r'rows\[3\]: role: got "x", expected one of pretrained'),
         (lambda r: r["rows"][3]["test"]["clean"].update(value=math.nan), r"rows\[3\]: test: clean: value: got nan"),
-        (lambda r: r.update(figures=["pie"]), 'figures: got "pie", expected ternary, tradeoff, coefficients'),
+        (
+            lambda r: r.update(figures=["pie"]),
+            'figures: got "pie", expected ternary, lines, tradeoff, curves, landscape, coefficients',
+        ),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, results, spoil, said):
@@ -343,10 +346,13 @@ def test_a_wrong_entry_is_named(tmp_path, results, spoil, said):
         report(tmp_path, results)
 
 
-def test_figures_default_to_all_three(tmp_path, results):
+def test_figures_default_to_all_that_apply(tmp_path, results):
     del results["figures"]
-    report(tmp_path, results)
-    assert sorted(path.stem for path in (tmp_path / "figures").glob("*.svg")) == sorted(FIGURES)
+    text = report(tmp_path, results)
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert drawn == {"ternary", "tradeoff", "curves", "coefficients"}
+    assert "Left out: lines: no line of soups of two networks was measured." in text
+    assert "Left out: landscape: no plane through three checkpoints was measured." in text
 
 
 def test_each_soup_has_its_shares_entropy_movement_and_slope_on_scales_that_are_shared(tmp_path, results):

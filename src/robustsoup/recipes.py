@@ -20,7 +20,7 @@ from robustsoup.soups.search import MOST, alpha_name, candidates, grid_size
 from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
 
-Figure = Literal["ternary", "tradeoff", "coefficients", "lines", "curves", "landscape"]
+Figure = Literal["ternary", "lines", "tradeoff", "curves", "landscape", "coefficients"]
 
 
 class Section(BaseModel):

@@ -7,7 +7,10 @@ import matplotlib
 from robustsoup.errors import RequestError
 from robustsoup.files import write_text
 from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
+from robustsoup.reports.curves import draw_curves
 from robustsoup.reports.html import page
+from robustsoup.reports.lines import draw_lines
+from robustsoup.reports.planes import draw_landscape
 from robustsoup.reports.results import read_results
 from robustsoup.reports.style import STYLE, save
 from robustsoup.reports.tables import coefficient_table, write_coefficient_csv, write_coefficient_tables
@@ -18,7 +21,14 @@ __all__ = [
     "FIGURES", "coefficient_table", "draw_dial", "draw_learned", "save", "write_coefficient_csv", "write_report",
 ]  # fmt: skip
 
-FIGURES = {"ternary": draw_ternary, "tradeoff": draw_tradeoff, "coefficients": draw_coefficients}
+FIGURES = {
+    "ternary": draw_ternary,
+    "lines": draw_lines,
+    "tradeoff": draw_tradeoff,
+    "curves": draw_curves,
+    "landscape": draw_landscape,
+    "coefficients": draw_coefficients,
+}
 
 
 def write_report(folder: Path) -> Path:
