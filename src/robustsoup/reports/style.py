@@ -193,8 +193,8 @@ def label_contour(axes: Axes, text: str, pieces: list[np.ndarray], near: np.ndar
     widest = int(room.argmax())
     if room[widest] < 9 * axes.figure.dpi / 72:
         return near
-    axes.annotate(
+    note = axes.annotate(
         text, spots[widest], xycoords=axes.transData, ha="center", va="center", fontsize=7, color=INK, zorder=3,
         path_effects=HALO,
     )  # fmt: skip
-    return np.concatenate([near, pixels[[widest]]])
+    return np.concatenate([near, outline(note.get_window_extent())])
