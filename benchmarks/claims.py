@@ -61,6 +61,12 @@ class Run:
             self._draws[name] = {key: 100 * (self._weights @ value) for key, value in right.items()}
         return self._draws[name][measure]
 
+    def seen_gap(self, name: str, ends: tuple[str, str], threat: str) -> float:
+        """The gap on the split that selects; 0 where the ends are equally clean."""
+        points = [[self.rows[n][self.select_on][k]["value"] for k in ("clean", threat)] for n in (*ends, name)]
+        (c0, r0), (c1, r1), (c, r) = points
+        return r - (r0 + (c - c0) * (r1 - r0) / (c1 - c0)) if c1 != c0 else 0.0
+
     def gap(self, name: str, ends: tuple[str, str], threat: str) -> np.ndarray:
         """Points of robust accuracy above the line between two networks."""
         (c0, c1), (r0, r1) = ([self.on(end, key) for end in ends] for key in ("clean", threat))
@@ -122,32 +128,30 @@ def lines(runs: list[Run]) -> Iterator[str]:
             rows = sorted(rows, key=lambda row: row["coefficients"][1])
             ends = (rows[0]["name"], rows[-1]["name"])
 
-            def bend(row: Row, ends: tuple[str, str] = ends) -> float:
-                points = [
-                    [run.rows[n][run.select_on][k]["value"] for k in ("clean", threat)] for n in (*ends, row["name"])
-                ]
-                (c0, r0), (c1, r1), (c, r) = points
-                return r - (r0 + (c - c0) * (r1 - r0) / (c1 - c0)) if c1 != c0 else 0.0
-
-            most = max(rows[1:-1], key=bend)
-            middle = [told([run.gap(row["name"], ends, threat)]) for row in rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]]
+            most = max(rows[1:-1], key=lambda row, ends=ends, threat=threat: run.seen_gap(row["name"], ends, threat))
+            middle = [
+                told([run.gap(row["name"], ends, threat)]) for row in rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]
+            ]
             to = [f"{run.on(ends[1], key)[-1]:.1f}" for key in ("clean", threat)]
             gap = told([run.gap(most["name"], ends, threat)])
-            yield f"| {rows[0]['ingredients'][1]} | {' | '.join(to)} | {most['coefficients'][1]:g} | {gap} | {'; '.join(middle)} |"
+            cells = [rows[0]["ingredients"][1], *to, f"{most['coefficients'][1]:g}", gap, "; ".join(middle)]
+            yield f"| {' | '.join(cells)} |"
 
 
 def learned(runs: list[Run]) -> Iterator[str]:
     """F5, F6: learned soups against the two best soups of the grid."""
     threat = runs[0].threats[0]
     grid = next(iter(runs[0].section("grid")))
-    ends = [
-        tuple(run.chosen(run.section("grid")[grid], key) for key in ("clean", threat)) for run in runs
-    ]
-    yield f"\n**{runs[0].results['name']}, {threat}** ({len(runs)} seed(s)); the grid's two best: {'; '.join(map(' and '.join, ends))}\n"
-    yield "| soup | clean | robust | gap to the line | robust less grid's best | clean less grid's best |\n|---|---|---|---|---|---|"
-    names = [row["name"] for role in ("ingredient", "learned") for rows in runs[0].section(role).values() for row in rows]
+    ends = [tuple(run.chosen(run.section("grid")[grid], key) for key in ("clean", threat)) for run in runs]
+    best = "; ".join(map(" and ".join, ends))
+    yield f"\n**{runs[0].results['name']}, {threat}** ({len(runs)} seed(s)); the grid's two best: {best}\n"
+    yield "| soup | clean | robust | gap to the line | robust less grid's best | clean less grid's best |"
+    yield "|---|---|---|---|---|---|"
+    names = [row["name"] for row in runs[0].results["rows"] if row["role"] in ("ingredient", "learned")]
     for name in [*(f"the grid's best {k}" for k in ("clean", "robust")), *names]:
-        who = [(run, end) for run, end in zip(runs, ends, strict=True) if name in run.rows or name.startswith("the grid")]
+        who = [
+            (run, end) for run, end in zip(runs, ends, strict=True) if name in run.rows or name.startswith("the grid")
+        ]
 
         def pick(end: tuple[str, str], name: str = name) -> str:
             return {"the grid's best clean": end[0], "the grid's best robust": end[1]}.get(name, name)
@@ -180,15 +184,19 @@ def spans(runs: list[Run], threat: str) -> Iterator[str]:
 def planes(runs: list[Run]) -> Iterator[str]:
     """F7: whether the robust loss is convex on planes."""
     run = runs[0]
-    yield f"\n**{run.results['name']}**: {json.dumps(run.results['planes'])}\n"
+    yield f"\n**{run.results['name']}**\n"
+    yield "| plane | loss, least to most | minima inside | not convex, triangle | largest | not convex, all | largest |"
+    yield "|---|---|---|---|---|---|---|"
     for entry in run.results["planes"]:
         held = json.loads((run.folder / entry["file"]).read_text())
-        yield f"{entry['name']}: {survey_of(held)}"
-
-
-def survey_of(held: dict) -> str:
-    """What the surface of a plane says of convexity."""
-    return str(survey(held))
+        for key, what in (("loss", "robust"), ("clean_loss", "clean")):
+            x, y, loss = (np.array(held[k], dtype=float) for k in ("x", "y", key))
+            frame = np.array([[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]])  # a triangle around the whole grid
+            inner, whole = survey(x, y, loss, np.array(held["positions"])), survey(x, y, loss, frame)
+            cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", str(len(whole.minima))]
+            for found in (inner, whole):
+                cells += [f"{found.violations} of {found.triples}", f"{found.worst:.3f}"]
+            yield f"| {entry['name']}, {what} | {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -617,7 +617,9 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
         results, selection = run_prepared(prepared, folder, reporter)
     page = write_report(folder)
     if as_json:
-        _print_json({key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")})
+        _print_json(
+            {key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")}
+        )
     else:
         print_results(stdout, results, page)
     return 3 if selection is not None and not selection.met else 0
