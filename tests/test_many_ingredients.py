@@ -418,13 +418,13 @@ def test_early_stopping_returns_the_epoch_of_the_least_loss_on_val():
 
 
 def test_the_loss_on_val_is_the_objective():
-    from robustsoup.losses import Objective
+    from robustsoup.losses import mixed
 
     net, val = load_model("resnet9:width=2", channels=1), load_data("digits").val.first(64)
     clean, robust = robust_loss(net, val, CLEAN)[0], robust_loss(net, val, LINF, steps=3)[0]
     assert robust > clean
     for weight in (0.0, 0.3, 1.0):
-        got = objective_on(net, val, LINF, Objective(weight), steps=3)
+        got = objective_on(net, val, LINF, mixed(weight), steps=3)
         assert got == pytest.approx(weight * clean + (1 - weight) * robust)
 
 

@@ -14,7 +14,7 @@ from robustsoup.attacks import apgd_train
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import batches, load_data
 from robustsoup.errors import CheckpointError, Diverged, ModelError, RequestError
-from robustsoup.losses import Objective
+from robustsoup.losses import mixed
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
 from robustsoup.schedules import check_schedule, rate
@@ -65,7 +65,7 @@ def test_the_objective_is_its_losses_on_one_concatenated_batch(weight, seed):
     model = fresh(seed=seed).eval()
     by_hand = copy.deepcopy(model)
     expected = loss_by_hand(by_hand, x, x_adv, y, weight)
-    got = objective_loss(model, x, x_adv, y, Objective(weight), "float32")
+    got = objective_loss(model, x, x_adv, y, mixed(weight), "float32")
     assert torch.allclose(got, expected, rtol=1e-6)
     for name, tensor in model.state_dict().items():  # the running statistics saw both batches, once
         assert torch.allclose(tensor, by_hand.state_dict()[name], rtol=1e-5, atol=1e-7), name
@@ -313,7 +313,7 @@ def test_a_network_of_other_channels_is_an_error():
 
 @pytest.mark.parametrize("wrong", [
     {"epochs": 0}, {"batch_size": 1}, {"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"schedule": "linear"},
-    {"objective": "trades"}, {"threat": "Linf -1/255"}, {"precision": "int8"}, {"device": "abacus"}, {"attack_steps": 0},
+    {"objective": "trade"}, {"threat": "Linf -1/255"}, {"precision": "int8"}, {"device": "abacus"}, {"attack_steps": 0},
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(RequestError) as caught:

@@ -9,7 +9,7 @@ print(rs.evaluate(soup, data.test, ["Linf 8/255"]).accuracy)
 from robustsoup.attacks import apgd, apgd_train, pgd
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.comparison import Comparison, compare
-from robustsoup.data import Data, Split, load_data
+from robustsoup.data import Data, Split, Synthetic, load_data
 from robustsoup.errors import RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.losses import Objective
@@ -38,6 +38,7 @@ __all__ = [
     "Selection",
     "Soupability",
     "Split",
+    "Synthetic",
     "ThreatModel",
     "apgd",
     "apgd_train",

@@ -20,7 +20,7 @@ from robustsoup.answers import accuracy_table, as_bytes, print_results, print_so
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.comparison import compare
 from robustsoup.console import Bar, RunReporter, duration, stderr
-from robustsoup.data import Data, fetch_cifar10, load_data
+from robustsoup.data import Data, Synthetic, fetch_cifar10, load_data
 from robustsoup.errors import CoefficientError, ModelError, RequestError, RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
 from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
@@ -60,7 +60,16 @@ Normalize = Annotated[
     tuple[str, str] | None,
     typer.Option(help='MEAN STD, by channel, for networks that expect it outside: "0.49,0.48,0.45" "0.25,0.24,0.26".'),
 ]
-Objective = Annotated[str, typer.Option(help='ce, or "mixed 0.4" (0.4 is the weight of the clean loss).')]
+Objective = Annotated[
+    str,
+    typer.Option(
+        help='ce, "mixed 0.4" (0.4 is the weight of the clean loss), trades, "trades 5" (the weight of the KL term) or '
+        "package.module:function."
+    ),
+]
+ScheduleOption = Annotated[
+    str, typer.Option("--schedule", help='cosine, constant, one-cycle, "one-cycle 0.1" or cyclic.')
+]
 AttackSteps = Annotated[int, typer.Option(help="APGD steps of each training attack.")]
 Steps = Annotated[int, typer.Option(help="APGD or PGD steps of the evaluation.")]
 Attack = Annotated[str, typer.Option(help="apgd, pgd or autoattack (the standard four; needs robustsoup[autoattack]).")]
@@ -211,8 +220,15 @@ def train_command(
     objective: Objective = "ce", attack_steps: AttackSteps = 2,
     epochs: Annotated[int, typer.Option(min=1)] = 10, batch_size: Annotated[int, typer.Option(min=2)] = 128,
     lr: Annotated[float | None, typer.Option(help="Learning rate; else 0.1 fresh, 0.001 with --from.")] = None,
-    momentum: float = 0.9, weight_decay: float = 0.0,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0,
+    weight_decay_bn: Annotated[bool, typer.Option(help="Whether BatchNorm's weight and bias decay too.")] = True,
+    schedule: ScheduleOption = "cosine",
+    label_smoothing: Annotated[float, typer.Option(help="The share of each label that all classes get.")] = 0.0,
+    clip_grad: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
+    bn_momentum: Annotated[float | None, typer.Option(help="Of BatchNorm's statistics; else the network's own.")] = None,
+    ema: Annotated[float, typer.Option(help="The decay of an average of the weights, which is then kept, as in 0.995.")] = 0.0,
+    synthetic: Annotated[Path | None, typer.Option(help="An .npz with generated images (image, label) to mix in.")] = None,
+    synthetic_fraction: Annotated[float, typer.Option(help="Their share of each batch.")] = 0.7,
     early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least robust loss on val.")] = False,
     normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
     precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None,
@@ -231,12 +247,18 @@ def train_command(
     network = context.describe(Checkpoint.load(start)) if start else context.fresh_network(seed)
     if start:
         _warn_leakage([network], loaded, allow=True)
+    made = None
+    if synthetic:
+        with Bar(f"reading {synthetic.name}") as bar:
+            made = Synthetic.open(synthetic, on_progress=bar)
     rate = lr if lr is not None else (1e-3 if start else 0.1)
     state = output.with_name(f".{output.name}.state.pt")
     with Bar(f"training {output.name}") as bar:
         trained = train(
             network, loaded.train, threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs,
-            batch_size=batch_size, lr=rate, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
+            batch_size=batch_size, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
+            weight_decay_bn=weight_decay_bn, schedule=schedule, label_smoothing=label_smoothing, clip_grad=clip_grad,
+            bn_momentum=bn_momentum, ema=ema, synthetic=made, synthetic_fraction=synthetic_fraction,
             val=loaded.val if early_stop else None, early_stop=early_stop, seed=seed, device=device, precision=precision,
             state_path=state, on_progress=bar,
         )  # fmt: skip
@@ -372,7 +394,7 @@ def learn_command(
     output: Annotated[Path, typer.Option("-o", help="A folder for soup, coefficients (file, table, picture), or the dial.")],
     objective: Objective = "ce", attack_steps: AttackSteps = 2, epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=2)] = 128, lr: float = 10.0, momentum: float = 0.9,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    schedule: ScheduleOption = "cosine",
     detach: Annotated[float, typer.Option(help="The probability that a layer is left out of a step.")] = 0.8,
     init: Annotated[str, typer.Option(help="xavier or zeros.")] = "xavier",
     granularity: Granularity = "parameter",

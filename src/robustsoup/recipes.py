@@ -73,6 +73,10 @@ class EarlyStop(Section):
     samples: int | None = Field(None, ge=1)
 
 
+LATER = ("label_smoothing", "weight_decay_bn", "nesterov", "clip_grad", "bn_momentum", "ema")
+"""Settings of Training that are in no key at their default, so that steps which were done before they came stay done."""
+
+
 class Training(Section):
     """How a network is trained; an ingredient may override what [finetune] says."""
 
@@ -85,8 +89,41 @@ class Training(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     schedule: str | dict[str, Any] = "cosine"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    weight_decay_bn: bool = True
+    nesterov: bool = False
+    clip_grad: float | None = Field(None, gt=0)
+    bn_momentum: float | None = Field(None, gt=0, le=1)
+    ema: float = Field(0.0, ge=0, lt=1)
+    synthetic: str | None = None
+    synthetic_fraction: float = Field(0.7, ge=0, lt=1)
     early_stop: EarlyStop | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Training":
+        if "synthetic_fraction" in self.model_fields_set and self.synthetic is None:
+            raise ValueError('synthetic_fraction: of what? give synthetic, as in synthetic = "1m.npz"')
+        self.check_together()
+        return self
+
+    def check_together(self) -> None:
+        """Raise ValueError for settings that do not go together."""
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: got momentum 0, expected a momentum above 0; leave nesterov out")
+        _as_value_error(Objective.parse(self.objective).smoothed, self.label_smoothing)
+
+    def overridden(self, ingredient: "Ingredient") -> "Training":
+        """How an ingredient is trained: as this says, but for what the ingredient says itself."""
+        return self.model_copy(update=ingredient.model_dump(exclude_none=True, exclude={"checkpoint_every", "epoch"}))
+
+    def settings(self) -> dict[str, Any]:
+        """What `train` is to be told and a step's key is made of: of settings that came later, only what is not as usual."""
+        content = self.model_dump(mode="json", exclude={"synthetic", "synthetic_fraction"})
+        return {
+            name: value for name, value in content.items()
+            if name not in LATER or value != type(self).model_fields[name].default
+        }  # fmt: skip
 
 
 class Pretrain(Training):
@@ -114,6 +151,12 @@ class Ingredient(Section):
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
     schedule: str | dict[str, Any] | None = None
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    weight_decay_bn: bool | None = None
+    nesterov: bool | None = None
+    clip_grad: float | None = Field(None, gt=0)
+    bn_momentum: float | None = Field(None, gt=0, le=1)
+    ema: float | None = Field(None, ge=0, lt=1)
     checkpoint_every: int | None = Field(None, ge=1)
     epoch: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -346,6 +389,11 @@ class Recipe(Section):
             raise ValueError(
                 f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint"
             )
+        for name in trained:
+            try:
+                self.finetune.overridden(self.ingredients[name]).check_together()
+            except ValueError as error:
+                raise ValueError(f"ingredients.{name}: {error}") from None
         if self.pretrain and not self.model:
             raise ValueError('model: missing; [pretrain] needs one, as in model = "resnet9:width=16"')
         names = {*self.ingredients, "pretrained"}
@@ -449,6 +497,9 @@ class Recipe(Section):
         content = self.model_dump(mode="json")
         for name, soup in self.soups.items():
             content["soups"][name] = {k: v for k, v in content["soups"][name].items() if k in soup.settable}
+        for section in ("pretrain", "finetune"):
+            if content[section] and content[section]["synthetic"] is None:
+                del content[section]["synthetic_fraction"]
         return tomli_w.dumps(_without_none(content))
 
 
@@ -537,8 +588,12 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data
     if data.startswith("folder:"):
         data = f"folder:{absolute(data.removeprefix('folder:'))}"
+    sections = {
+        name: section and section.model_copy(update={"synthetic": absolute(section.synthetic)})
+        for name, section in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune))
+    }
     return recipe.model_copy(
-        update={"ingredients": ingredients, "checkpoint": absolute(recipe.checkpoint), "data": data}
+        update={"ingredients": ingredients, "checkpoint": absolute(recipe.checkpoint), "data": data, **sections}
     )
 
 

@@ -4,16 +4,19 @@ from robustsoup.data.batches import augment, batches, to_float
 from robustsoup.data.cifar import data_root, fetch_cifar10
 from robustsoup.data.loading import DATASETS, load_data
 from robustsoup.data.splits import Augmentation, Data, Split
+from robustsoup.data.synthetic import Synthetic, mixed_batches
 
 __all__ = [
     "DATASETS",
     "Augmentation",
     "Data",
     "Split",
+    "Synthetic",
     "augment",
     "batches",
     "data_root",
     "fetch_cifar10",
     "load_data",
+    "mixed_batches",
     "to_float",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from robustsoup.losses import Objective
+from robustsoup.losses import clean_weight
 from robustsoup.reports.results import (
     BY_LAYER,
     CLEAN,
@@ -52,9 +52,9 @@ def draw_tradeoff(results: dict[str, Any], folder: Path) -> tuple[list[Plot], st
 def curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     """Learned rows of one section as [(what tells the curve apart, [(label, row), ...])], each in order of its strength.
 
-    Rows of a dial, those with "at", are one curve for each threat, ordered by it. Rows that differ in the clean weight
-    of the objective alone are ordered by that; otherwise each objective and norm is one curve, ordered by eps, "clean"
-    being eps 0 of the first norm.
+    Rows of a dial, those with "at", are one curve for each threat, ordered by it. Rows that differ in the objective alone
+    are one curve ordered by the clean weight, and one for each objective that has none; otherwise each objective and norm
+    is one curve, ordered by eps, "clean" being eps 0 of the first norm.
     """
     turned = [row for row in rows if row.get("at") is not None]
     return _dial_curves(turned) + _learned_curves([row for row in rows if row.get("at") is None])
@@ -72,24 +72,35 @@ def _dial_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
 
 def _learned_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     parsed = [
-        (ThreatModel.parse(row.get("threat") or CLEAN), Objective.parse(row.get("objective") or "ce"), row)
+        (ThreatModel.parse(row.get("threat") or CLEAN), _plain_objective(row.get("objective") or "ce"), row)
         for row in rows
     ]
     if len({threat for threat, _, _ in parsed}) == 1 and len(parsed) > 1:
-        ordered = sorted(parsed, key=lambda item: item[1].clean_weight)
-        return [("", [(f"{objective.clean_weight:g}", row) for _, objective, row in ordered])]
+        weighted = sorted(
+            ((weight, row) for _, objective, row in parsed if (weight := clean_weight(objective)) is not None),
+            key=lambda item: item[0],
+        )
+        others = [(objective, row) for _, objective, row in parsed if clean_weight(objective) is None]
+        found = [("", [(f"{weight:g}", row) for weight, row in weighted])] if weighted else []
+        return found + [(objective, [(objective, row)]) for objective, row in others]
     norms = list(dict.fromkeys(threat.norm for threat, _, _ in parsed if not threat.is_clean)) or ["Linf"]
     groups: dict[tuple[str, str], list[tuple[float, str, Row]]] = {}
     for threat, objective, row in parsed:
         norm = norms[0] if threat.is_clean else threat.norm
         label = str(threat).removeprefix(f"{norm} ")
-        groups.setdefault((norm, str(objective)), []).append((threat.eps, label, row))
+        groups.setdefault((norm, objective), []).append((threat.eps, label, row))
     objectives = {objective for _, objective in groups}
     found = []
     for (norm, objective), group in groups.items():
         apart = [norm] * (len(norms) > 1) + [objective] * (len(objectives) > 1)
         found.append((", ".join(apart), [(label, row) for _, label, row in sorted(group, key=lambda item: item[0])]))
     return found
+
+
+def _plain_objective(text: str) -> str:
+    """One spelling for one objective; a function that it may name is not looked for."""
+    weight = clean_weight(text)
+    return text if weight is None else f"mixed {weight:g}" if weight else "ce"
 
 
 def requirements(results: dict[str, Any]) -> dict[str, float]:

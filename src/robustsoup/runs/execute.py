@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Data, Split
-from robustsoup.errors import RobustsoupError
+from robustsoup.data import Data, Split, Synthetic
+from robustsoup.errors import DataError, RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.files import link
 from robustsoup.landscape import landscape
@@ -131,6 +131,8 @@ class _Worker:
         settings = dict(step.settings)
         stop = settings.pop("early_stop")
         val = self.context.data.val.first(stop["samples"]) if stop else None
+        if "synthetic" in settings:
+            settings["synthetic"] = self._synthetic(step)
         if settings.get("checkpoint_every"):
             settings["on_checkpoint"] = lambda epoch, made: made.with_provenance(network=self.context.model).save(
                 folder / f"epoch{epoch}.safetensors"
@@ -162,6 +164,14 @@ class _Worker:
         made = self.store.path(step.parents[0]) / f"epoch{step.settings['epoch']}.safetensors"
         link(made, folder / "checkpoint.safetensors")
         return f"epoch {step.settings['epoch']}"
+
+    def _synthetic(self, step: Step) -> Synthetic:
+        """The images that the step's key speaks of, from where the recipe says they are."""
+        recipe = self.plan.recipe
+        found = Synthetic.open((recipe.pretrain if step.kind == "pretrain" else recipe.finetune).synthetic)
+        if found.digest != step.settings["synthetic"]:
+            raise DataError(f"{found.path}: changed since the run was planned; run the same command again")
+        return found
 
     def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = self._with_base(step.settings)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Data
+from robustsoup.data import Data, Synthetic
+from robustsoup.losses import Objective
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
 from robustsoup.soups.search import candidates
 
@@ -75,7 +76,7 @@ def make_plan(recipe: Recipe, data: Data, model_settings: dict[str, Any], precis
     """All steps that a recipe asks for, keyed.
 
     model_settings: how the network is built; precision: what training runs in on this device (both are in the keys).
-    Reads the checkpoints that the recipe names; raises CheckpointError, CoefficientError.
+    Reads the checkpoints and synthetic images that the recipe names; raises CheckpointError, CoefficientError, DataError.
     """
     return _Planner(recipe, data, model_settings, precision).plan()
 
@@ -101,6 +102,8 @@ class _Planner:
             "kind": kind, "version": VERSIONS[kind], "settings": settings, "parents": list(parents),
             "data": self.data.record["split_digest"], "model": self.model,
         }  # fmt: skip
+        if (mark := Objective.parse(settings.get("objective", "ce")).mark) is not None:
+            content["objective"] = mark  # the text names a function; this says which one it is now
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
         self.steps.setdefault(key, Step(key, kind, name, settings, tuple(parents), passes))
         return key
@@ -125,7 +128,7 @@ class _Planner:
             if ingredient.checkpoint:
                 key = self._file(ingredient.checkpoint)
             else:
-                settings = _overridden(recipe.finetune, ingredient)
+                settings = recipe.finetune.overridden(ingredient)
                 key = self._finetuning(name, settings, ingredient)
             self.checkpoints[name] = key
             rows.append(Row(name, "ingredient", key, threat=settings and settings.threat,
@@ -145,7 +148,11 @@ class _Planner:
     def _training(
         self, kind: str, name: str, training: Training, parents: Sequence[str], checkpoint_every: int | None = None
     ) -> str:
-        settings = training.model_dump(mode="json") | {"precision": self.precision, "seed": self._seed(training.seed)}
+        settings = training.settings() | {"precision": self.precision, "seed": self._seed(training.seed)}
+        if training.synthetic:
+            synthetic = Synthetic.open(training.synthetic)
+            synthetic.check_fit(self.data.train)
+            settings |= {"synthetic": synthetic.digest, "synthetic_fraction": training.synthetic_fraction}
         if checkpoint_every is not None:
             settings["checkpoint_every"] = checkpoint_every
         if not training.early_stop:
@@ -357,11 +364,8 @@ def _extended(
     return replace(plan, steps=tuple(planner.steps.values()), rows=rows)
 
 
-def _overridden(finetune: Training, ingredient: Ingredient) -> Training:
-    return finetune.model_copy(update=ingredient.model_dump(exclude_none=True, exclude={"checkpoint_every", "epoch"}))
-
-
 def _step_passes(threat: str, objective: str, attack_steps: int) -> int:
-    attacked = threat != "clean" and objective != "mixed 1"
-    both = objective.startswith("mixed") and objective not in ("mixed 0", "mixed 1")
-    return (2 * attack_steps + 1) * attacked + 3 * (1 + both)
+    """Passes for each sample of a training step: the attack's, a pass that it compares with, and the weights' of each batch."""
+    parsed = Objective.parse(objective)
+    attacked = threat != "clean" and parsed.attacked
+    return (2 * attack_steps + 1 + parsed.compares) * attacked + 3 * (1 + (attacked and parsed.clean))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import load_data
+from robustsoup.data import Synthetic, load_data
 from robustsoup.errors import ModelError
 from robustsoup.evaluation import refuse_chance
 from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage
@@ -43,6 +43,9 @@ def prepare(
     data = load_data(
         recipe.data, root=data_root, seed=recipe.seed, image_size=recipe.image_size, on_progress=on_progress
     )
+    for training in (recipe.pretrain, recipe.finetune):
+        if training and training.synthetic:
+            Synthetic.open(training.synthetic, on_progress)  # reads the whole file once, and tells how far it is
     paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [recipe.checkpoint] * bool(
         recipe.checkpoint
     )

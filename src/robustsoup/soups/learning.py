@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Split
+from robustsoup.data import Split, batches
+from robustsoup.data.batches import Batch
 from robustsoup.data.splits import keyed_generator
 from robustsoup.errors import Diverged, RequestError
 from robustsoup.leakage import check_same_split
-from robustsoup.losses import Objective
+from robustsoup.losses import Combined, Objective, mixed
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schedules import Schedule, check_schedule, rate
@@ -33,8 +34,8 @@ DIALS = ("objective", "eps")
 
 def learn(
     ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, *, threat: ThreatModel | str,
-    objective: Objective | str = "ce", attack_steps: int = 2, epochs: int = 30, batch_size: int = 128, lr: float = 10.0,
-    momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier",
+    objective: Objective | Combined | str = "ce", attack_steps: int = 2, epochs: int = 30, batch_size: int = 128,
+    lr: float = 10.0, momentum: float = 0.9, schedule: Schedule = "cosine", detach: float = 0.8, init: str = "xavier",
     granularity: str = "parameter", buffers: str = "tracked", base: Checkpoint | str | os.PathLike | None = None,
     val: Split | None = None, early_stop: bool = False, early_stop_steps: int = 10, seed: int = 0,
     network: nn.Module | None = None, place: str = "auto", budget: float | None = None, allow_leakage: bool = False,
@@ -127,7 +128,7 @@ class _Settings:
     record: dict[str, Any]
 
 
-def _settings(*, threat: ThreatModel | str, objective: Objective | str, **given: Any) -> _Settings:
+def _settings(*, threat: ThreatModel | str, objective: Objective | Combined | str, **given: Any) -> _Settings:
     threat, objective = ThreatModel.parse(threat), Objective.parse(objective)
     check_schedule(given["schedule"])
     if given["buffers"] not in POLICIES:
@@ -173,6 +174,7 @@ def _start(
 def _finish(run: "_Run", state_path: str | os.PathLike | None, on_progress: Progress | None) -> None:
     held = run.val and run.val.digest
     work = [run.settings, run.digests, run.data.digest, held, network_mark(run.model)]
+    work += [run.objective.mark] if run.objective.mark else []
     saved = SavedState(state_path, json.dumps(work, sort_keys=True))
     run.load(saved.load())
     fit(run, saved, on_progress)
@@ -228,15 +230,20 @@ class _Run:
             "history": self.history, "best": self.best, "t": self.t, "loss_sum": self.loss_sum, "buffers": self._buffers(),
         }  # fmt: skip
 
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """The batches of an epoch from number `skip` on."""
+        return batches(self.data, self.settings["batch_size"], seed=self.settings["seed"], epoch=epoch, skip=skip)
+
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step on a batch; returns its loss."""
         s = self.settings
-        lr = rate(s["schedule"], s["lr"], self.step / self.steps_per_epoch, s["epochs"])
+        lr = rate(s["schedule"], s["lr"], self.step / self.steps_per_epoch, s["epochs"], self.steps_per_epoch)
         if self.turning and self.step % s["turn_every"] == 0:
             self.t = float(torch.rand((), generator=keyed_generator("dial", s["seed"], self.step)))
             self._remix(range(len(self.layers)))
         threat, objective = self._aim()
-        x_adv = attacked(self.model, x, y, threat, objective, s["attack_steps"], s["precision"])
+        key = (s["seed"], self.step)
+        x_adv = attacked(self.model, x, y, threat, objective, s["attack_steps"], s["precision"], key)
         active = self._draw_active()
         wanted = {name for layer in active for name in self.groups[self.layers[layer]]}
         for name, parameter in self.parameters.items():
@@ -257,7 +264,7 @@ class _Run:
             return self.threat, self.objective
         if self.settings["dial"] == "eps":
             return ThreatModel(self.threat.norm, self.threat.eps * (1 - self.t)), self.objective
-        return self.threat, Objective(self.t)
+        return self.threat, mixed(self.t)
 
     def _draw_active(self) -> list[int]:
         generator = keyed_generator("detach", self.settings["seed"], self.step)

@@ -16,7 +16,7 @@ from robustsoup.attacks import apgd_train
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Split, to_float
 from robustsoup.errors import CheckpointError, RequestError
-from robustsoup.losses import Objective
+from robustsoup.losses import mixed
 from robustsoup.precision import resolve_device
 from robustsoup.progress import Progress
 from robustsoup.soups.barriers import ALONG, Curve, Pair, walk
@@ -469,7 +469,7 @@ def _step_seconds(model: nn.Module, data: Split, threat: ThreatModel) -> float:
     while len(times) < 2 or (len(times) < 4 and sum(times) < 5):
         started = time.perf_counter()
         x_adv = apgd_train(model, x, y, threat, steps=2)
-        loss = objective_loss(model, x, x_adv, y, Objective(), "float32")
+        loss = objective_loss(model, x, x_adv, y, mixed(0), "float32")
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         if x.is_cuda:
             torch.cuda.synchronize()
