@@ -454,6 +454,22 @@ def test_a_run_by_the_papers_protocol_says_so(copied):
         check_leakage([low], DATA.val)
 
 
+def test_one_run_leaves_several_ingredients(copied):
+    folder, store = copied
+    changes = [(("ingredients",), {"run": {"epochs": 4, "checkpoint_every": 2}}), (("soups",), {}), (("select",), {})]
+    results, _, told = run(recipe_of(changes), folder.with_name("continuous"))
+    assert [name for kind, name in told.done if kind in ("finetune", "snapshot")] == ["run", "run-2", "run-4"]
+    first, last = (
+        Checkpoint.load(folder.with_name("continuous") / "checkpoints" / f"run-{n}.safetensors") for n in (2, 4)
+    )
+    assert (first.provenance["epoch"], last.provenance["epoch"]) == (2, 4)
+    assert len(first.provenance["history"]) == 2
+    plain = [(("ingredients",), {"run": {"epochs": 4}}), (("soups",), {}), (("select",), {})]
+    run(recipe_of(plain), folder.with_name("plain"))
+    whole = Checkpoint.load(folder.with_name("plain") / "checkpoints" / "run.safetensors")
+    assert whole.digest == last.digest != first.digest
+
+
 def test_a_run_judges_planes_once(copied):
     folder, _ = copied
     plane = {
