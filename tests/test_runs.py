@@ -455,9 +455,9 @@ def test_a_run_by_the_papers_protocol_says_so(copied):
 
 
 def test_one_run_leaves_several_ingredients(copied):
-    folder, store = copied
+    folder, _ = copied
     changes = [(("ingredients",), {"run": {"epochs": 4, "checkpoint_every": 2}}), (("soups",), {}), (("select",), {})]
-    results, _, told = run(recipe_of(changes), folder.with_name("continuous"))
+    _, _, told = run(recipe_of(changes), folder.with_name("continuous"))
     assert [name for kind, name in told.done if kind in ("finetune", "snapshot")] == ["run", "run-2", "run-4"]
     first, last = (
         Checkpoint.load(folder.with_name("continuous") / "checkpoints" / f"run-{n}.safetensors") for n in (2, 4)

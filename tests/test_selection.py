@@ -304,6 +304,21 @@ def test_without_a_record_it_is_unknown(data, split):
     assert check_leakage([trained(None)], data.split(split))[0] == UNKNOWN
 
 
+def test_fine_tuning_does_not_hide_what_the_network_saw_before(data):
+    net, quick = load_model("resnet9:width=2", channels=1), {"threat": "clean", "epochs": 1, "lr": 0.01, "device": "cpu"}
+    foreign = Checkpoint.of(net)
+    tuned = train(foreign, data.train.first(64), **quick)
+    assert split_status([tuned], data.val)[0] == UNKNOWN
+    assert split_status([mix([tuned, train(net, data.train.first(64), **quick)], [0.5, 0.5])], data.test)[0] == UNKNOWN
+    elsewhere = train(net, load_data("digits", seed=1).train.first(64), **quick)
+    again = train(train(elsewhere, data.train.first(64), **quick), data.train.first(64), **quick)
+    assert split_status([again], data.val)[0] == VIOLATED
+    assert split_status([again], data.test)[0] == KNOWN
+    fresh = train(train(net, data.train.first(64), **quick), data.train.first(64), **quick)
+    assert split_status([fresh], data.val) == (KNOWN, "")
+    assert "earlier_data" not in fresh.provenance
+
+
 def test_after_training_on_other_data_it_is_unknown(data):
     status, why = split_status([trained(data, digest="other", name="cifar10")], data.val)
     assert status == UNKNOWN

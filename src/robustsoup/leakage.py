@@ -12,14 +12,14 @@ KNOWN, UNKNOWN, VIOLATED = "known", "unknown", "violated"
 def split_status(checkpoints: Sequence[Checkpoint], data: Split) -> tuple[str, str]:
     """("known" | "unknown" | "violated", why) for using `data` to judge these checkpoints.
 
-    known: every record says that the checkpoint was fitted on other samples of the same split of the same data.
-    unknown: a file has no record, or one of other data. violated: fitted on this split, or the split differs.
+    known: every record says that the checkpoint, and what it was fine-tuned from, was fitted on other samples of the same
+    split of the same data. unknown: there is no record, or one of other data. violated: fitted on this split, or the split
+    differs.
     """
     unknown = ""
-    for checkpoint in checkpoints:
-        theirs = checkpoint.provenance.get("data")
+    for checkpoint, theirs in [(item, data) for item in checkpoints for data in _seen(item)]:
         if not theirs:
-            unknown = unknown or f"{checkpoint.name}: no record of the samples it was trained on"
+            unknown = unknown or f"{checkpoint.name}: no record of all the samples it was trained on"
         elif theirs["digest"] != data.record["digest"]:
             unknown = unknown or f"{checkpoint.name}: trained on other data ({theirs['name']})"
         elif data.name in checkpoint.provenance.get("trained_on", []):
@@ -30,6 +30,16 @@ def split_status(checkpoints: Sequence[Checkpoint], data: Split) -> tuple[str, s
                 f"{data.name} split (seed {data.record['seed']}) may have been in its training set"
             )
     return (UNKNOWN, unknown) if unknown else (KNOWN, "")
+
+
+def _seen(checkpoint: Checkpoint) -> list[dict | None]:
+    """The records of what a checkpoint was fitted on, its own first, then its ancestors'; None where there is none."""
+    return [checkpoint.provenance.get("data"), *checkpoint.provenance.get("earlier_data", [])]
+
+
+def earlier_data(origin: Checkpoint, data: Split) -> list[dict | None]:
+    """What is recorded of a checkpoint that is fitted to `data` from `origin`: all other data that went into it."""
+    return [theirs for theirs in _seen(origin) if theirs != data.record]
 
 
 def check_leakage(checkpoints: Sequence[Checkpoint], data: Split, *, allow: bool = False) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from robustsoup.data.batches import Batch
 from robustsoup.data.splits import keyed_generator
 from robustsoup.data.synthetic import check_fraction
 from robustsoup.errors import Diverged, ModelError, RequestError, ThreatError
+from robustsoup.leakage import earlier_data
 from robustsoup.losses import Combined, Objective, ce
 from robustsoup.optimizing import Average, Sgd
 from robustsoup.precision import autocast, resolve_device, resolve_precision
@@ -440,6 +441,8 @@ def _checkpoint(
     }  # fmt: skip
     if epoch is not None:
         record["epoch"] = epoch
+    if origin is not None and (earlier := earlier_data(origin, data)):
+        record["earlier_data"] = earlier
     if run.synthetic is not None:
         seen = {"file": run.synthetic.path.name, "digest": run.synthetic.digest, "images": len(run.synthetic)}
         record["synthetic"] = [*record.get("synthetic", []), seen]

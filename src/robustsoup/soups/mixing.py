@@ -203,6 +203,9 @@ def _record(ingredients: list[Checkpoint], coefficients: Coefficients, buffers: 
         record.pop("data", None)
         if all(known) and len({data["digest"] for data in known}) == 1:  # one split or the other saw every sample
             record["data"] = {**known[0], "split_digest": "several"}
+    earlier = [data for item in ingredients for data in item.provenance.get("earlier_data", [])]
+    if earlier:
+        record["earlier_data"] = [data for i, data in enumerate(earlier) if data not in earlier[:i]]
     record["trained_on"] = sorted({split for item in ingredients for split in item.provenance.get("trained_on", [])})
     record["parents"] = [{"digest": i.digest, "file": Path(i.path).name if i.path else None} for i in ingredients]
     if coefficients.layers == ("*",):
