@@ -305,7 +305,10 @@ def test_without_a_record_it_is_unknown(data, split):
 
 
 def test_fine_tuning_does_not_hide_what_the_network_saw_before(data):
-    net, quick = load_model("resnet9:width=2", channels=1), {"threat": "clean", "epochs": 1, "lr": 0.01, "device": "cpu"}
+    net, quick = (
+        load_model("resnet9:width=2", channels=1),
+        {"threat": "clean", "epochs": 1, "lr": 0.01, "device": "cpu"},
+    )
     foreign = Checkpoint.of(net)
     tuned = train(foreign, data.train.first(64), **quick)
     assert split_status([tuned], data.val)[0] == UNKNOWN
