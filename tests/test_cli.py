@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -178,6 +179,21 @@ def test_train_writes_a_checkpoint_that_goes_on_from_another(here, capsys):
     assert record["early_stopped_at"] == 1
     assert "new.safetensors: loss" in capsys.readouterr().out
     assert not list(here.glob(".*"))
+
+
+def test_train_takes_every_method_and_synthetic_images(here, capsys):
+    val = load_data("digits").val
+    numpy.savez(here / "made.npz", image=val.images.permute(0, 2, 3, 1).numpy(), label=val.labels.numpy())
+    code = run("train", "--from", "base.safetensors", *LINF, "--epochs", 1, "--lr", 0.05, "-o", "new.safetensors",
+               "--objective", "trades 5", "--schedule", "one-cycle", "--nesterov", "--weight-decay", 5e-4,
+               "--no-weight-decay-bn", "--label-smoothing", 0.1, "--clip-grad", 1, "--bn-momentum", 0.05, "--ema", 0.9,
+               "--synthetic", "made.npz", "--synthetic-fraction", 0.5)  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    record = Checkpoint.load("new.safetensors").provenance
+    asked = {"objective": "trades 5", "schedule": "one-cycle", "nesterov": True, "weight_decay_bn": False, "clip_grad": 1.0,
+             "label_smoothing": 0.1, "bn_momentum": 0.05, "ema": 0.9, "synthetic_fraction": 0.5}  # fmt: skip
+    assert asked.items() <= record["training"].items()
+    assert record["synthetic"][0]["file"] == "made.npz"
 
 
 @pytest.mark.parametrize(("spelled", "alpha"), [
@@ -818,6 +834,12 @@ BAD = {
     "a score of nothing": (NOTHING, (*SEARCH, "--method", "greedy", "--score", "best", "-o", "best"), ["score", "best"]),
     "a score for a grid": (NOTHING, (*SEARCH, "--score", "clean", "-o", "best"), ["score", "grid"]),
     "checking nothing": (NOTHING, ("check", "nowhere.safetensors"), ["nowhere.safetensors", "no such file"]),
+    "an average of everything": (NOTHING, ("train", "--from", "low.safetensors", *LINF, "--ema", 1, "-o", "soup.safetensors"),
+        ["ema", "1.0", "[0, 1)"]),
+    "no synthetic images": (NOTHING, ("train", "--from", "low.safetensors", *LINF, "--synthetic", "nowhere.npz", "-o",
+        "soup.safetensors"), ["nowhere.npz", "no such file"]),
+    "an objective that is nowhere": (NOTHING, ("train", "--from", "low.safetensors", *LINF, "--objective", "nowhere:fn", "-o",
+        "soup.safetensors"), ["nowhere:fn", "Python path", "trades"]),
     "unknown option": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--stepz", 3), ["--stepz"]),
     "missing option": (NOTHING, ("evaluate", "low.safetensors"), ["--data"]),
     "missing argument": (NOTHING, ("mix", "-o", "soup.safetensors"), ["checkpoints"]),

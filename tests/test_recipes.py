@@ -144,16 +144,17 @@ def parsed(threat):
 
 
 THREATS = st.sampled_from(["clean", "Linf 8/255", "Linf 0.1", "L2 0.5", "L1 12"])
-OBJECTIVES = st.sampled_from(["ce", "mixed 0.4", "mixed 1"])
+OBJECTIVES = st.sampled_from(["ce", "mixed 0.4", "mixed 1", "trades", "trades 5"])
 SCHEDULES = st.one_of(
-    st.sampled_from(["cosine", "constant"]),
+    st.sampled_from(["cosine", "constant", "one-cycle", "one-cycle 0.1", "cyclic"]),
     st.fixed_dictionaries({"milestones": st.lists(st.integers(0, 99), max_size=3), "gamma": st.floats(0.01, 1)}),
 )
 POSITIVE = st.floats(1e-6, 100)
 TRAINING = {
     "threat": THREATS, "objective": OBJECTIVES, "attack_steps": st.integers(1, 9), "epochs": st.integers(1, 99),
     "batch_size": st.integers(2, 512), "lr": POSITIVE, "momentum": st.floats(0, 0.99), "schedule": SCHEDULES,
-    "weight_decay": st.floats(0, 1), "seed": st.integers(0, 2**31),
+    "weight_decay": st.floats(0, 1), "seed": st.integers(0, 2**31), "label_smoothing": st.floats(0, 0.9),
+    "ema": st.floats(0, 0.99), "weight_decay_bn": st.booleans(), "clip_grad": POSITIVE, "bn_momentum": st.floats(0.1, 1),
 }  # fmt: skip
 STOP = st.fixed_dictionaries({}, optional={"steps": st.integers(1, 20), "samples": st.integers(1, 500)})
 SOUPS = st.one_of(
@@ -205,6 +206,13 @@ def test_writing_a_recipe_loses_nothing(content):
 
 
 # paths
+
+
+def test_a_path_to_synthetic_images_is_relative_to_the_recipe_and_written_back(tmp_path):
+    text = TUNED + '[finetune]\nsynthetic = "../made.npz"\nsynthetic_fraction = 0.3\n[ingredients.x]\n'
+    recipe = parse(text, tmp_path / "sub")
+    assert (recipe.finetune.synthetic, recipe.finetune.synthetic_fraction) == (str(tmp_path / "made.npz"), 0.3)
+    assert parse(recipe.to_toml()) == recipe
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
@@ -285,6 +293,13 @@ def test_a_key_like_no_other_is_told_what_there_is(table, place, section, wrong,
     (TUNED + '[ingredients.x]\nthreat = "Linf -8/255"', ["ingredients.x.threat", "at least 0"]),
     (TUNED + '[ingredients.x]\nobjective = "mixed 1.5"', ["ingredients.x.objective", "[0, 1]"]),
     (TUNED + '[ingredients.x]\nobjective = "trade"', ["ingredients.x.objective", "mixed 0.4"]),
+    (TUNED + '[ingredients.x]\nobjective = "nowhere:fn"', ["ingredients.x.objective", "nowhere", "Python path"]),
+    (TUNED + "[ingredients.x]\nema = 1.0", ["ingredients.x.ema", "less than 1", "1.0"]),
+    (TUNED + "[ingredients.x]\nmomentum = 0\n[finetune]\nnesterov = true", ["ingredients.x", "nesterov: got momentum 0"]),
+    (TUNED + "[ingredients.x]\n[finetune]\nclip_grad = 0", ["finetune.clip_grad", "greater than 0"]),
+    (TUNED + "[ingredients.x]\n[finetune]\nsynthetic_fraction = 0.5", ["finetune", "synthetic_fraction: of what?", "1m.npz"]),
+    (TUNED + '[ingredients.x]\n[finetune]\nsynthetic = "a.npz"\nsynthetic_fraction = 1', ["finetune.synthetic_fraction", "1"]),
+    (TUNED + '[ingredients.x]\n[finetune]\nschedule = "one-cycle 2"', ["finetune.schedule", "one-cycle P"]),
     (TUNED + "[ingredients.x]\nlr = 0", ["ingredients.x.lr", "greater than 0", "0"]),
     (TUNED + '[ingredients.x]\nlr = "fast"', ["ingredients.x.lr", "fast"]),
     (TUNED + "[ingredients.x]\n[finetune]\nepochs = 0", ["finetune.epochs", "1"]),

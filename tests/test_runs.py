@@ -1,7 +1,9 @@
 """Runs: a plan is pure and keyed by meaning; what is finished stays; a run that was killed equals one that was not."""
 
 import dataclasses
+import importlib
 import json
+import linecache
 import os
 import random
 import shutil
@@ -12,6 +14,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -165,6 +168,64 @@ def test_the_same_recipe_has_the_same_keys_in_another_process_too(tmp_path):
     assert json.loads(told.stdout) == list(keys(plan_of()).values())
 
 
+STORED = {
+    ("pretrain", "pretrained"): "3f4b0925524e307421337fceb2e93183", ("finetune", "low"): "443eb08e1fad7256c132a7d1f44855f4",
+    ("finetune", "high"): "8813b0bb3ab8e56b0bd8f21fbbc66cc1",
+    ("learn", "learned-linf-32-255"): "6d57d220e62d69accad64e81f70a99c5",
+}  # fmt: skip
+
+
+def test_keys_of_what_was_stored_before_there_were_more_settings():
+    """Written down from a plan of then: a setting at its default is in no key."""
+    found = keys(plan_of())
+    assert {step: found[step] for step in STORED} == STORED
+
+
+def test_another_function_of_one_name_has_another_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    change, seen = (("ingredients", "low", "objective"), "own_loss_of_runs:loss"), set()
+    for factor in (1, 2):
+        source = (
+            f"from robustsoup.losses import ce\ndef loss(clean, attacked, y):\n    return {factor} * ce(attacked, y)\n"
+        )
+        (tmp_path / "own_loss_of_runs.py").write_text(source)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        sys.modules.pop("own_loss_of_runs", None)
+        seen.add(keys(plan_of(change))["finetune", "low"])
+        assert keys(plan_of(change))["finetune", "low"] in seen
+    assert len(seen) == 2
+
+
+def test_synthetic_images_are_in_the_key_by_their_content(tmp_path):
+    train, found = load_data("digits").train.first(200), []
+    images = train.images.permute(0, 2, 3, 1).numpy().copy()
+    for place, last in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / place).mkdir()
+        images[-1, 0, 0, 0] = last
+        numpy.savez(tmp_path / place / "made.npz", image=images, label=train.labels.numpy())
+        found.append(keys(plan_of((("pretrain", "synthetic"), str(tmp_path / place / "made.npz")))))
+    assert found[0] == found[1]
+    assert all(found[0][step] != found[2][step] != keys(plan_of())[step] for step in found[0])
+
+
+def test_a_run_with_all_methods_of_training(tmp_path):
+    train = load_data("digits").train.first(200)
+    path = tmp_path / "made.npz"
+    numpy.savez(path, image=train.images.permute(0, 2, 3, 1).numpy(), label=train.labels.numpy())
+    ways = {"synthetic": str(path), "synthetic_fraction": 0.5, "ema": 0.9, "nesterov": True, "weight_decay": 5e-4,
+            "weight_decay_bn": False, "label_smoothing": 0.1, "clip_grad": 1.0, "objective": "trades 5",
+            "schedule": "one-cycle"}  # fmt: skip
+    changes = [(("pretrain", key), value) for key, value in ways.items()]
+    changes += [(("ingredients", "high", "objective"), "trades"), (("soups", "learned", "objectives"), ["trades 2"])]
+    results, _, _ = run(recipe_of(changes), tmp_path / "run")
+    record = Checkpoint.load(tmp_path / "run" / "checkpoints" / "pretrained.safetensors").provenance
+    kept = {key: value for key, value in ways.items() if key != "synthetic"}
+    assert kept.items() <= record["training"].items()
+    assert record["training"]["synthetic"] == record["synthetic"][0]["digest"]
+    assert {row["objective"] for row in results["rows"]} >= {"trades", "trades 2", "ce"}
+
+
 def test_a_one_hot_grid_point_is_its_ingredient():
     plan = plan_of()
     rows = {row.name: row for row in plan.rows}
@@ -187,6 +248,12 @@ LEARNED = ("soups", "learned")
     ((("pretrain", "early_stop", "steps"), 3), EVERY, False),
     ((("finetune", "epochs"), 3), EVERY - {"pretrained"}, False),
     ((("finetune", "seed"), 1), EVERY - {"pretrained"}, False),
+    ((("finetune", "label_smoothing"), 0.1), EVERY - {"pretrained"}, False),
+    ((("finetune", "ema"), 0.0), set(), False),
+    ((("pretrain", "ema"), 0.5), EVERY, False),
+    ((("pretrain", "weight_decay_bn"), True), set(), False),
+    ((("ingredients", "low", "nesterov"), True), {"low", *SOUPS}, False),
+    ((("ingredients", "low", "objective"), "trades"), {"low", *SOUPS}, False),
     ((("ingredients", "high", "threat"), "L2 1.0"), {"high", *SOUPS}, False),
     ((("ingredients", "low", "lr"), 0.01), {"low", *SOUPS}, False),
     (((*LEARNED, "lr"), 5.0), {"learned-linf-32-255"}, False),
