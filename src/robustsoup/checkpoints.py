@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,12 +121,12 @@ class Checkpoint:
     def named_for(self, model: nn.Module) -> "Checkpoint":
         """The same weights with the part of a removed prefix put back that belongs to the names of `model`, if any does."""
         names = set(model.state_dict())
-        if self.wrapping is None or set(self.tensors) == names:
+        if self.wrapping is None or _same_names(self.tensors, names):
             return self
         prefix = self.wrapping.prefix
         for start in [0, *(i + 1 for i, letter in enumerate(prefix[:-1]) if letter == ".")]:
             tail = prefix[start:]
-            if tail and {tail + name for name in self.tensors} == names:
+            if tail and _same_names({tail + name for name in self.tensors}, names):
                 tensors = {tail + name: tensor for name, tensor in self.tensors.items()}
                 tied = {tail + alias: tail + name for alias, name in self.tied.items()}
                 wrapping = replace(self.wrapping, prefix=prefix[:start])
@@ -136,15 +136,20 @@ class Checkpoint:
     def described_by(self, model: nn.Module) -> "Checkpoint":
         """`named_for`, with a record of which tensors are parameters and which of them are tied, if it has none."""
         item = self.named_for(model)
-        if "parameters" in item.provenance or set(item.tensors) != set(model.state_dict()):
+        if "parameters" in item.provenance or not _same_names(item.tensors, model.state_dict()):
             return item
         return item.with_provenance(**_parameters_of(model))
 
     def load_into(self, model: nn.Module) -> None:
-        """Copy the weights into `model`, strictly. Raises ModelError naming the first name or shape that differs."""
+        """Copy the weights into `model`, strictly; BatchNorm's counters, which old files lack, start at zero where they do.
+
+        Raises ModelError naming the first name or shape that differs.
+        """
         if (fitting := self.named_for(model)) is not self:
             return fitting.load_into(model)
         theirs = model.state_dict()
+        if _same_names(self.tensors, theirs):
+            theirs = {name: tensor for name, tensor in theirs.items() if name in self.tensors}
         for name in [*theirs, *self.tensors]:
             if name not in self.tensors or name not in theirs:
                 where = (
@@ -156,7 +161,8 @@ class Checkpoint:
             if theirs[name].shape != self.tensors[name].shape:
                 got, expected = tuple(self.tensors[name].shape), tuple(theirs[name].shape)
                 raise ModelError(f"{self.name}: {name}: got shape {got}, the network expects {expected}")
-        model.load_state_dict(dict(self.tensors))
+        counters = {name: torch.zeros_like(t) for name, t in model.state_dict().items() if name not in self.tensors}
+        model.load_state_dict(counters | dict(self.tensors))
 
     @property
     def name(self) -> str:
@@ -313,6 +319,12 @@ def _parameters_of(model: nn.Module) -> dict[str, Any]:
 
 def _is_state(content: Mapping) -> bool:
     return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+
+
+def _same_names(names: Iterable[str], network: Iterable[str]) -> bool:
+    """Whether a file has the names of a network, but for counters of BatchNorm: files from before PyTorch 0.4.1 have none."""
+    missing = set(network).symmetric_difference(names)
+    return all(name.endswith(".num_batches_tracked") for name in missing) and missing.isdisjoint(names)
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
