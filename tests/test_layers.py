@@ -13,11 +13,12 @@ import robustsoup
 SOURCE = Path(robustsoup.__file__).parent
 # A module sits in the row of the longest of these names that it, or a package it is in, has.
 ROWS = {
-    "errors": 0, "files": 0,
+    "errors": 0, "files": 0, "download": 0,
     "threats": 1, "losses": 1, "precision": 1, "statistics": 1, "schedules": 1, "optimizing": 1, "progress": 1,
     "models": 1, "data": 1,
     "attacks": 2, "mapped": 2, "checkpoints": 2, "leakage": 2,
     "soups": 3, "soups.coefficients": 3, "soups.batchnorm": 3, "soups.mixing": 3, "training": 3, "evaluation": 3, "comparison": 3,
+    "published": 3,
     "soups.learning": 4, "soups.barriers": 4, "soups.geometry": 4, "soups.soupability": 4,
     "soups.search": 4, "soups.selection": 4, "landscape": 4,
     "recipes": 5,

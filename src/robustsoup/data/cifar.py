@@ -1,18 +1,16 @@
 """CIFAR-10: found or downloaded once, and every file checked against its published digest before it is opened."""
 
 import hashlib
-import http.client
 import os
 import pickle
 import tarfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from robustsoup.data.splits import Augmentation, Data, Samples, Source, assemble, hold_out
+from robustsoup.download import Progress, download
 from robustsoup.errors import DataError
 from robustsoup.files import atomic_path, cache_folder
 
@@ -34,10 +32,6 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2471, 0.2435, 0.2616)
 VAL = 5000
-BLOCK = 1 << 20
-TIMEOUT_SECONDS = 60
-
-Progress = Callable[[int, int | None], None]
 
 
 def load_cifar10(root: str | os.PathLike | None, seed: int) -> Data:
@@ -90,46 +84,12 @@ def fetch_cifar10(
         _unpack(archive, folder, missing, file_md5, archive_md5)
         return folder
     with atomic_path(archive) as temporary:
-        _download(url, temporary, on_progress)
+        advice = f"try again, or put {ARCHIVE} there by hand: {place}"
+        download(url, temporary, begins=(b"\x1f\x8b",), kind="a gzip archive", advice=advice, on_progress=on_progress)
         _check(_file_md5(temporary), archive_md5, url, f"try again later, or put the right {ARCHIVE} into {place}")
     _unpack(archive, folder, missing, file_md5, archive_md5)
     archive.unlink(missing_ok=True)
     return folder
-
-
-def _download(url: str, target: Path, on_progress: Progress | None) -> None:
-    with open(target, "wb") as file:
-        for block, total in _blocks(url, f"try again, or put {ARCHIVE} there by hand: {target.parent}"):
-            file.write(block)
-            if on_progress:
-                on_progress(file.tell(), total)
-
-
-def _blocks(url: str, advice: str) -> Iterator[tuple[bytes, int | None]]:
-    """Yield (bytes, total) from `url`; every way in which a transfer fails becomes one DataError."""
-    done = 0
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            length = response.headers.get("Content-Length")
-            total = int(length) if length else None
-            while block := response.read(BLOCK):
-                if not done and not block.startswith(b"\x1f\x8b"):
-                    kind = response.headers.get_content_type()
-                    raise DataError(f"{url}: got {kind} starting {block[:15]!r}, expected a gzip archive; {advice}")
-                done += len(block)
-                yield block, total
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise DataError(f"{url}: the server answered {error.code} {error.reason}, expected 200; {advice}") from error
-    except http.client.IncompleteRead as error:
-        raise DataError(f"{url}: cut short after {done + len(error.partial)} bytes; {advice}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise DataError(f"{url}: cannot be downloaded ({reason}); {advice}") from error
-    if total is not None and done < total:
-        raise DataError(f"{url}: cut short: got {done} bytes, expected {total}; {advice}")
-    if not done:
-        raise DataError(f"{url}: got 0 bytes, expected a gzip archive; {advice}")
 
 
 def _unpack(archive: Path, folder: Path, names: list[str], file_md5: Mapping[str, str], archive_md5: str) -> None:
