@@ -7,16 +7,24 @@ from robustsoup.errors import RequestError
 from robustsoup.models import load_model
 from robustsoup.soups.granularity import layer_groups
 
-NETS = {spec: load_model(spec) for spec in ("resnet9:width=2", "resnet18:width=2")}
+WIDE, PREACT = "wide_resnet:depth=16,width=1", "preact_resnet18:width=2"
+NETS = {spec: load_model(spec) for spec in ("resnet9:width=2", "resnet18:width=2", "resnet50:width=2", WIDE, PREACT)}
 NETS["wrapped"] = nn.Sequential(nn.Identity(), load_model("resnet18:width=2"))
 BLOCKS = {
     "resnet9:width=2": ["prep", "layer1", "residual1", "layer2", "layer3", "residual3", "linear"],
     "resnet18:width=2": ["conv1", "bn1", *(f"layer{s}.{b}" for s in range(1, 5) for b in range(2)), "linear"],
-}
+    "resnet50:width=2": [
+        "conv1", "bn1", *(f"layer{s + 1}.{b}" for s, depth in enumerate((3, 4, 6, 3)) for b in range(depth)), "linear"
+    ],
+    WIDE: ["init_conv", *(f"layer.{g}.block.{b}" for g in range(3) for b in range(2)), "batchnorm", "logits"],
+    PREACT: ["conv_2d", *(f"layer_{s}.{b}" for s in range(4) for b in range(2)), "batchnorm", "logits"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", NETS)
-@pytest.mark.parametrize("granularity", ["parameter", "module", "block", "model", "re:weight", r"re:layer(\d)\.(\d)"])
+@pytest.mark.parametrize(
+    "granularity", ["parameter", "module", "block", "model", "re:weight", r"re:layer\D?(\d)\D+(\d)"]
+)
 def test_every_parameter_is_in_one_layer_and_in_order(spec, granularity):
     groups = layer_groups(NETS[spec], granularity)
     everything = [name for inner in groups.values() for name in inner]
@@ -28,6 +36,7 @@ def test_every_parameter_is_in_one_layer_and_in_order(spec, granularity):
 @pytest.mark.parametrize(("spec", "granularity", "count"), [
     ("resnet9:width=2", "parameter", 25), ("resnet9:width=2", "module", 17), ("resnet9:width=2", "model", 1),
     ("resnet18:width=2", "parameter", 62), ("resnet18:width=2", "module", 41), ("resnet18:width=2", "model", 1),
+    ("resnet50:width=2", "module", 107), (WIDE, "module", 29), (PREACT, "module", 38),
 ])  # fmt: skip
 def test_counts(spec, granularity, count):
     assert len(layer_groups(NETS[spec], granularity)) == count

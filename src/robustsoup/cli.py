@@ -54,7 +54,7 @@ DataOption = Annotated[str, typer.Option("--data", help="digits, cifar10 or fold
 ThreatOption = Annotated[str, typer.Option("--threat", help='As in "Linf 8/255", "L2 0.5", "L1 12" or clean.')]
 Threats = Annotated[list[str], typer.Option("--threat", help='As in "Linf 8/255"; repeatable.')]
 Model = Annotated[
-    str | None, typer.Option(help="resnet9, resnet9:width=16 or package.module:factory; where files do not say.")
+    str | None, typer.Option(help="resnet50, resnet9:width=16 or package.module:factory; where files do not say.")
 ]
 Normalize = Annotated[
     tuple[str, str] | None,
@@ -262,7 +262,7 @@ def train_command(
             val=loaded.val if early_stop else None, early_stop=early_stop, seed=seed, device=device, precision=precision,
             state_path=state, on_progress=bar,
         )  # fmt: skip
-    trained.with_provenance(network=context.model).save(output)
+    trained.save(output)
     state.unlink(missing_ok=True)
     stdout.print(f"{output}: loss {trained.provenance['history'][-1]['loss']:.3f} after {epochs} epochs", markup=False)
 
@@ -291,7 +291,7 @@ def check_command(
     if data:
         source = _load(data, data_root, seed, image_size)
         context = Context(source, _model(model, normalize, source, checkpoints), resolve_device(device))
-        split, network = source.val, context.fresh_network(seed)
+        split, network = source.val, load_model(**context.model)
     with Bar("checking") as bar:
         found = check(
             checkpoints, data=split, threat=threat, base=base, samples=samples, network=network, device=device, pairs=pairs,

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.errors import ModelError
-from robustsoup.models.resnet import resnet18
+from robustsoup.models.preact_resnet import preact_resnet18
+from robustsoup.models.resnet import resnet18, resnet50
 from robustsoup.models.resnet9 import resnet9
+from robustsoup.models.wide_resnet import constants, wide_resnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet9": resnet9, "resnet18": resnet18}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet9": resnet9,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "wide_resnet": wide_resnet,
+    "preact_resnet18": preact_resnet18,
+}
+CONSTANTS_IN_CODE = ("wide_resnet", "preact_resnet18")
+"""Networks whose published files hold neither mean nor std: `normalize` says which, else they are the published ones."""
 
 
 def load_model(
@@ -24,12 +34,18 @@ def load_model(
     A built-in network gets classes, channels, mean and std (normalisation is inside it). A factory gets only what its
     signature names of classes and channels, and its own key=value pairs. What it was built with is kept in its attribute
     `network_settings`, which a Checkpoint of it records. normalize: (mean, std) by channel, for a
-    network that expects it outside: it is then applied before the network, whose state dict keeps its own names.
+    network that expects it outside: it is then applied before the network, whose state dict keeps its own names. The networks
+    in CONSTANTS_IN_CODE normalise by it instead of mean and std, and record as it what is not published.
     The weights come from `seed`; the global generator is left as it was.
 
     Raises ModelError for an unknown name, a wrong option, or a factory that does not return an nn.Module.
     """
     name, _, rest = spec.partition(":")
+    if normalize:
+        _check_constants(*normalize)
+    if name in CONSTANTS_IN_CODE:
+        mean, std = normalize or (mean, std)
+        normalize = _recorded(mean, std, channels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if name in MODELS:
@@ -52,7 +68,7 @@ def load_model(
             )
     if not isinstance(model, nn.Module):
         raise ModelError(f'model "{spec}": the factory returned {type(model).__name__}, expected a torch.nn.Module')
-    if normalize:
+    if normalize and name not in CONSTANTS_IN_CODE:
         normalized(model, *normalize)
     model.network_settings = {
         "spec": spec, "classes": classes, "channels": channels, "normalize": normalize and [list(part) for part in normalize]
@@ -65,13 +81,26 @@ def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
 
     Raises ModelError if mean and std differ in length or a std is not positive.
     """
-    if len(mean) != len(std) or not mean or min(std) <= 0:
-        raise ModelError(f"normalize: got mean {list(mean)} and std {list(std)}, expected as many of both, std above 0")
+    _check_constants(mean, std)
     shape = (1, -1, 1, 1)
     model.register_buffer("input_mean", torch.tensor(list(mean)).view(shape), persistent=False)
     model.register_buffer("input_std", torch.tensor(list(std)).view(shape), persistent=False)
     model.register_forward_pre_hook(_normalize_input)
     return model
+
+
+def _check_constants(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std) or not mean or min(std) <= 0:
+        raise ModelError(f"normalize: got mean {list(mean)} and std {list(std)}, expected as many of both, std above 0")
+
+
+def _recorded(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Sequence[float], Sequence[float]] | None:
+    """(mean, std) where they are given and not those that the network has by itself."""
+    if mean is None or std is None or (list(mean), list(std)) == constants(channels):
+        return None
+    return mean, std
 
 
 def _normalize_input(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

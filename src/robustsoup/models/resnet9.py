@@ -1,16 +1,18 @@
 """ResNet-9, as David Page trained it on CIFAR-10 ("How to train your ResNet", 2018)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std by channel; both are buffers, so a checkpoint carries them."""
+    """(x - mean) / std by channel; both are buffers, which a checkpoint carries if they are persistent."""
 
-    def __init__(self, mean: list[float], std: list[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], persistent: bool = True) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent)
+        self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1), persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, c, h, w) in [0,1] -> the same shape. Raises ValueError for another number of channels."""

@@ -134,9 +134,7 @@ class _Worker:
         if "synthetic" in settings:
             settings["synthetic"] = self._synthetic(step)
         if settings.get("checkpoint_every"):
-            settings["on_checkpoint"] = lambda epoch, made: made.with_provenance(network=self.context.model).save(
-                folder / f"epoch{epoch}.safetensors"
-            )
+            settings["on_checkpoint"] = lambda epoch, made: made.save(folder / f"epoch{epoch}.safetensors")
         if step.parents:
             network: Checkpoint | nn.Module = self.checkpoint(step.parents[0])
         else:
@@ -144,7 +142,7 @@ class _Worker:
         trained = train(
             network, self._fitted(settings), val=val, early_stop=bool(stop), early_stop_steps=stop["steps"] if stop else 10,
             device=str(self.context.device), state_path=folder / "state.pt", on_progress=on_progress, **settings,
-        ).with_provenance(network=self.context.model)  # fmt: skip
+        )  # fmt: skip
         trained.save(folder / "checkpoint.safetensors")
         last = trained.provenance["history"][-1]
         figures = f"loss {last['loss']:.3f}"
