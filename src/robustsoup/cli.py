@@ -26,6 +26,7 @@ from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
 from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.models import load_model
 from robustsoup.precision import resolve_device
+from robustsoup.published import PUBLISHED, fetch_published
 from robustsoup.recipes import Recipe, load_recipe, parse_recipe
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv, write_report
 from robustsoup.runs.cost import bytes_of, seconds_of
@@ -628,6 +629,48 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     Example, after `robustsoup demo`: `robustsoup report runs/quickstart`
     """
     stdout.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def fetch(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="cifar10, or robustbench:NAME.", show_default=False)],
+    sha256: Annotated[str | None, typer.Option(help="Refuse a checkpoint that has not this digest.")] = None,
+    data_root: DataRoot = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Download data or a published checkpoint, once, and check it; say where it is and what to do next.
+
+    No digests of RobustBench's files are published: the first one seen is recorded beside the file, and holds from then on.
+
+    Example: `robustsoup fetch robustbench:Wang2023Better_WRN-28-10`
+    """
+    if what == "cifar10":
+        if sha256:
+            raise RequestError("--sha256: CIFAR-10 is checked against its published digests; leave it out")
+        _fetch(what, data_root)
+        answer = {"path": str(fetch_cifar10(data_root)), "next": 'robustsoup train --model resnet9 --data cifar10 --threat '
+                  '"Linf 8/255" -o base.safetensors'}  # fmt: skip
+    elif what.startswith("robustbench:"):
+        answer = _fetch_published(what.removeprefix("robustbench:"), data_root, sha256)
+    else:
+        known = ", ".join(["cifar10", *(f"robustbench:{name}" for name in PUBLISHED)])
+        raise RequestError(f'fetch: got "{what}", expected one of {known}')
+    if as_json:
+        return _print_json(answer)
+    stdout.print(answer["path"], markup=False, soft_wrap=True)
+    if "sha256" in answer:
+        seen = "first seen now; no digest is published" if answer["first_seen"] else "as recorded"
+        stdout.print(f"sha256 {answer['sha256']} ({seen})", markup=False, soft_wrap=True)
+    stdout.print(f"next: {answer['next']}", markup=False, soft_wrap=True)
+
+
+def _fetch_published(name: str, root: str | None, sha256: str | None) -> dict[str, Any]:
+    with Bar(f"downloading {name}") as bar:
+        found = fetch_published(name, root, sha256=sha256, on_progress=bar)
+    model, threat = found.published.model, found.published.threat
+    return {
+        "path": str(found.path), "model": model, "threat": threat, "sha256": found.sha256, "first_seen": found.first_seen,
+        "next": f'robustsoup evaluate "{found.path}" --model {model} --data cifar10 --threat "{threat}" --attack autoattack',
+    }  # fmt: skip
 
 
 def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *, as_json: bool) -> int:
