@@ -225,3 +225,19 @@ def test_the_command_fails_in_one_line(tmp_path, monkeypatch, capsys, arguments,
     assert all(part in told.err for part in parts), told.err
     shutil.rmtree(tmp_path / "robustbench", ignore_errors=True)
     assert files_below(tmp_path) == []
+
+
+def test_a_recipe_names_one_as_fetch_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
+    recipe = tmp_path / "a.toml"
+    recipe.write_text(
+        f'name = "a"\ndata = "digits"\nmodel = "{SPEC}"\n[ingredients]\none = "robustbench:{NAME}"\n'
+        "[evaluate]\nthreats = []\n"
+    )
+    (tmp_path / PLACE).parent.mkdir(parents=True)
+    (tmp_path / PLACE).write_bytes(BODY)
+    assert run("plan", recipe, "--data-root", tmp_path) == 2  # it takes three channels
+    assert f"{PLACE}: conv_2d.weight: got shape" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace(NAME, "Gowal"))
+    assert run("plan", recipe, "--data-root", tmp_path) == 2
+    assert 'robustbench: got "Gowal"' in capsys.readouterr().err

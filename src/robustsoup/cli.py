@@ -27,7 +27,7 @@ from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.models import load_model
 from robustsoup.precision import resolve_device
 from robustsoup.published import PUBLISHED, fetch_published
-from robustsoup.recipes import Recipe, load_recipe, parse_recipe
+from robustsoup.recipes import Recipe, load_recipe, parse_recipe, with_files
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv, write_report
 from robustsoup.runs.cost import bytes_of, seconds_of
 from robustsoup.runs.execute import Context
@@ -692,6 +692,7 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
 
 def _prepare(recipe: Recipe, device: str, data_root: str | None) -> Prepared:
     _fetch(recipe.data, data_root)
+    recipe = with_files(recipe, lambda name: _fetch_published(name, data_root, None)["path"])
     with Bar(f"reading {recipe.data}") as bar:
         return prepare(recipe, device=device, data_root=data_root, on_progress=bar)
 

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,8 @@ class EarlyStop(Section):
     samples: int | None = Field(None, ge=1)
 
 
+PUBLISHED = "robustbench:"
+"""How a checkpoint begins that is named as `robustsoup fetch` names it, not by a path."""
 LATER = ("label_smoothing", "weight_decay_bn", "nesterov", "clip_grad", "bn_momentum", "ema")
 """Settings of Training that are in no key at their default, so that steps which were done before they came stay done."""
 
@@ -514,6 +516,20 @@ def _left(name: str, table: Any, default: int) -> list[tuple[str, Any]]:
     return [(f"{name}-{epoch}", {**table, "epoch": epoch}) for epoch in range(every, epochs + 1, every)]
 
 
+def with_files(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
+    """The recipe with a path, place(NAME), for each published checkpoint "robustbench:NAME" that it names."""
+
+    def found(checkpoint: str | None) -> str | None:
+        named = checkpoint is not None and checkpoint.startswith(PUBLISHED)
+        return place(checkpoint.removeprefix(PUBLISHED)) if named else checkpoint
+
+    ingredients = {
+        name: item.model_copy(update={"checkpoint": found(item.checkpoint)})
+        for name, item in recipe.ingredients.items()
+    }
+    return recipe.model_copy(update={"ingredients": ingredients, "checkpoint": found(recipe.checkpoint)})
+
+
 def slug(text: str) -> str:
     """Text for a file name: "Linf 8/255" -> "linf-8-255"."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
@@ -579,7 +595,9 @@ def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(path: str | None) -> str | None:
-        return path and str((folder / Path(path).expanduser()).resolve())
+        if path is None or path.startswith(PUBLISHED):
+            return path
+        return str((folder / Path(path).expanduser()).resolve())
 
     ingredients = {
         name: ingredient.model_copy(update={"checkpoint": absolute(ingredient.checkpoint)})
