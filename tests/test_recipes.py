@@ -447,6 +447,9 @@ def test_a_plane_through_an_unknown_network_is_refused():
     content["planes"] = {"p": {"checkpoints": ["pretrained", "high", "lwo"]}}
     with pytest.raises(RecipeError, match=r"planes\.p\.checkpoints: 'lwo' is unknown; did you mean"):
         parse_recipe(content, "a.toml", Path())
+    content["planes"] = {"p": {"checkpoints": ["pretrained", "high", "high"]}}
+    with pytest.raises(RecipeError, match="expected three different ones"):
+        parse_recipe(content, "a.toml", Path())
 
 
 def test_the_papers_protocol_selects_on_what_it_reports():

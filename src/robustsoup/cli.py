@@ -595,7 +595,7 @@ def landscape_command(
     data: DataOption, threat: ThreatOption,
     output: Annotated[Path, typer.Option("-o", help="The run folder: losses, picture, report.")],
     points: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 21,
-    samples: Annotated[int, typer.Option(min=1, help="Test samples, drawn by the seed.")] = 2000,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many test samples, drawn by the seed.")] = 2000,
     attack_steps: Annotated[int, typer.Option(min=1, help="APGD steps; the highest loss of every sample counts.")] = 10,
     buffers: Annotated[str, typer.Option(help="base, recalibrate or recalibrate-adversarial.")] = "recalibrate",
     calibrate_samples: Annotated[int, typer.Option(min=2, help="Training samples that statistics are measured on.")] = 10_000,

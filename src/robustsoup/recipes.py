@@ -254,7 +254,7 @@ class Soup(Section):
 class Plane(Section):
     """The plane through three networks of the recipe, and the loss on points x points of it (the paper's Fig. 7).
 
-    checkpoints: at the origin, off the x axis, at the end of the x axis.
+    checkpoints: at the origin, off the x axis, at the end of the x axis. samples: at most so many, drawn by the seed.
     """
 
     checkpoints: tuple[str, str, str]
@@ -412,6 +412,10 @@ class Recipe(Section):
             if soup.method in ("grid", "line") and grid_size(count, soup.step) > soup.max_soups:
                 raise ValueError(f"soups.{soup_name}: {self._too_many(soup, grid_size(count, soup.step))}")
         for plane_name, plane in self.planes.items():
+            if len(set(plane.checkpoints)) < 3:
+                raise ValueError(
+                    f"planes.{plane_name}.checkpoints: got {list(plane.checkpoints)}, expected three different ones"
+                )
             for name in plane.checkpoints:
                 if name not in names:
                     raise ValueError(f"planes.{plane_name}.checkpoints: {name!r} is unknown{_nearest(name, names)}")

@@ -265,21 +265,17 @@ class _Planner:
         return settings, passes
 
     def _plane(self, name: str, section: Plane) -> str:
+        split = self.recipe.evaluate.report_on
         settings = section.model_dump(mode="json", exclude={"checkpoints"})
-        settings |= {
-            "precision": self.precision,
-            "seed": self._seed(section.seed),
-            "split": self.recipe.evaluate.report_on,
-        }
+        settings |= {"precision": self.precision, "seed": self._seed(section.seed), "split": split}
+        settings["samples"] = min(section.samples, len(self.data.split(split)))
         settings["threat"] = section.threat or (self.recipe.pretrain or self.recipe.finetune).threat
         if section.buffers == "base" and "pretrained" in self.checkpoints:
             settings["base"] = self.checkpoints["pretrained"]
-        each = section.samples * (2 * section.attack_steps + 3) + section.calibrate_samples * (
-            "recal" in section.buffers
-        )
-        return self._add(
-            "plane", name, settings, [self.checkpoints[c] for c in section.checkpoints], section.points**2 * each
-        )
+        each = settings["samples"] * (2 * section.attack_steps + 3)
+        each += section.calibrate_samples * section.buffers.startswith("recalibrate")
+        parents = [self.checkpoints[checkpoint] for checkpoint in section.checkpoints]
+        return self._add("plane", name, settings, parents, section.points**2 * each)
 
     def _judged(self, row: Row) -> Row:
         evaluate = self.recipe.evaluate
