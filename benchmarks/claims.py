@@ -193,10 +193,18 @@ def planes(runs: list[Run]) -> Iterator[str]:
             x, y, loss = (np.array(held[k], dtype=float) for k in ("x", "y", key))
             frame = np.array([[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]])  # a triangle around the whole grid
             inner, whole = survey(x, y, loss, np.array(held["positions"])), survey(x, y, loss, frame)
-            cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", str(len(whole.minima))]
+            depths = [depth(loss, *at) for at in whole.minima]
+            deep = f"{len(depths)}, at most {max(depths):.4f} deep" if depths else "0"
+            cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", deep]
             for found in (inner, whole):
                 cells += [f"{found.violations} of {found.triples}", f"{found.worst:.3f}"]
             yield f"| {entry['name']}, {what} | {' | '.join(cells)} |"
+
+
+def depth(loss: np.ndarray, row: int, column: int) -> float:
+    """How far a minimum lies below the lowest of its eight neighbours."""
+    around = loss[row - 1 : row + 2, column - 1 : column + 2].ravel()
+    return float(np.delete(around, 4).min() - loss[row, column])
 
 
 def main() -> None:
