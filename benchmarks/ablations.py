@@ -17,6 +17,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from common import T95
 from matplotlib import rc_context
 
 import robustsoup as rs
@@ -24,7 +25,6 @@ from robustsoup.reports import draw_dial, save
 from robustsoup.reports.style import STYLE
 from robustsoup.reports.tradeoff import draw_tradeoff
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 REFERENCE = "learned-linf-8-255-ce"
 LEAST, GREATEST = "eps4", "eps16"
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from common import T95
 
 from robustsoup.reports.surface import survey
 
 DRAWS = 5000
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 Row = dict
 
 

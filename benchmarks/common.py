@@ -20,6 +20,8 @@ from robustsoup.runs.store import Store
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "two_cores" / "eps_soups.toml"
 LINF = rs.ThreatModel("Linf", 8 / 255)
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t for a 95 % interval over so many seeds."""
 
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
