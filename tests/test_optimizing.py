@@ -194,7 +194,7 @@ def test_the_average_is_its_recurrence_with_buffers_of_its_own(decay, first, see
         for name, tensor in live.state_dict().items():
             wanted[name] = d * wanted[name] + (1 - d) * tensor if tensor.is_floating_point() else tensor.clone()
     for name, tensor in average.model.state_dict().items():
-        assert torch.allclose(tensor, wanted[name], rtol=1e-5), name
+        assert torch.allclose(tensor, wanted[name], rtol=1e-5, atol=1e-6), name  # weights of order 1, sums of 3 steps
     mine = {tensor.data_ptr() for tensor in average.model.state_dict().values()}
     assert not mine & {tensor.data_ptr() for tensor in live.state_dict().values()}
 
