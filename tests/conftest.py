@@ -3,10 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # The tests' networks are tiny: one thread each is fastest, and pytest-xdist keeps both cores busy.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# The same examples everywhere, so that what passed here passes there; `pytest --hypothesis-profile default` looks for others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 root = os.environ.get("ROBUSTSOUP_DATA")
 needs_cifar10 = pytest.mark.skipif(
