@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.folding import folded
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Split, to_float
+from robustsoup.data import Split, passes, to_float
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.files import write_text
 from robustsoup.losses import ce
@@ -28,8 +28,6 @@ LEAST, MOST = -0.2, 1.2
 """The part of the plane that is looked at, in multiples of ||w2 - w0|| along x and of w1's height along y."""
 FLAT = 1e-4
 """Three networks count as collinear where w1 is nearer to the line through w0 and w2 than this share of the longest side."""
-BATCH = 128
-"""Images that are attacked together: on a CPU twice as many take several times as long, as their memory comes and goes."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +212,7 @@ def _measure(model: nn.Module, data: Split, threat: ThreatModel, steps: int, pre
     probe = to_float(data.images[:2]).contiguous(memory_format=torch.channels_last)
     searched = folded(model, probe) if precision == "bfloat16" else model
     totals = torch.zeros(4, dtype=torch.float64)
-    for images, y in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
-        x = to_float(images).contiguous(memory_format=torch.channels_last)
+    for x, y in passes(data):
         x_adv = x if threat.is_clean else apgd_train(searched, x, y, threat, steps=steps, precision=precision)
         with torch.no_grad():
             totals += torch.stack([*_sums(model(x), y), *_sums(model(x_adv), y)]).double().cpu()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.checkpoints import Checkpoint, as_network
-from robustsoup.data import Split, Synthetic, batches, mixed_batches, to_float
+from robustsoup.data import Split, Synthetic, batches, mixed_batches, passes, to_float
 from robustsoup.data.batches import Batch
 from robustsoup.data.splits import keyed_generator
 from robustsoup.data.synthetic import check_fraction
@@ -343,14 +343,12 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 def robust_loss(
-    model: nn.Module, data: Split, threat: ThreatModel, *, steps: int = 10, batch_size: int = 500,
-    precision: str = "float32",
-) -> tuple[float, float]:  # fmt: skip
+    model: nn.Module, data: Split, threat: ThreatModel, *, steps: int = 10, precision: str = "float32"
+) -> tuple[float, float]:
     """Mean highest loss and accuracy under the training form of APGD, over a whole split, in eval mode."""
     model.eval()
     total, right = 0.0, 0
-    for images, y in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
-        x = to_float(images).contiguous(memory_format=torch.channels_last)
+    for x, y in passes(data):
         x_adv = apgd_train(model, x, y, threat, steps=steps, precision=precision)
         with torch.no_grad(), autocast(x.device, precision):
             logits = model(x_adv)
@@ -383,9 +381,8 @@ def _own_objective_on(
     model: nn.Module, data: Split, threat: ThreatModel, objective: Objective, steps: int, precision: str
 ) -> float:
     model.eval()
-    total, size = 0.0, 500
-    for number, (images, y) in enumerate(zip(data.images.split(size), data.labels.split(size), strict=True)):
-        x = to_float(images).contiguous(memory_format=torch.channels_last)
+    total = 0.0
+    for number, (x, y) in enumerate(passes(data)):
         x_adv = attacked(model, x, y, threat, objective, steps, precision, ("val", number))
         with torch.no_grad():
             total += len(x) * float(_objective(model, x, x_adv, y, objective, precision))

@@ -1,6 +1,6 @@
 """Data sets, in memory or memory-mapped, split into train, val and test, and batches from them."""
 
-from robustsoup.data.batches import augment, batches, to_float
+from robustsoup.data.batches import augment, batches, passes, to_float
 from robustsoup.data.cifar import data_root, fetch_cifar10
 from robustsoup.data.loading import DATASETS, load_data
 from robustsoup.data.splits import Augmentation, Data, Split
@@ -18,5 +18,6 @@ __all__ = [
     "fetch_cifar10",
     "load_data",
     "mixed_batches",
+    "passes",
     "to_float",
 ]

@@ -16,6 +16,16 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32).div_(255)
 
 
+def passes(split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Iterate over a whole split in its order: images float32 (b, c, h, w) in [0, 1], channels last, and labels int64 (b,).
+
+    b is 128 on a CPU, where the memory of larger passes comes and goes, and 500 elsewhere.
+    """
+    size = 128 if split.images.device.type == "cpu" else 500
+    for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
+        yield to_float(images).contiguous(memory_format=torch.channels_last), labels
+
+
 def augment(images: torch.Tensor, augmentation: Augmentation, generator: torch.Generator) -> torch.Tensor:
     """Crop each image at a random place after zero padding, and mirror each with probability 1/2.
 
