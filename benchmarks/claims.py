@@ -1,6 +1,6 @@
 """The paper's claims on grids, lines, learned soups and planes, as numbers from run folders: tables for docs/results.md.
 
-    python benchmarks/claims.py RUN_DIR [RUN_DIR ...]
+    python benchmarks/claims.py [--every] RUN_DIR [RUN_DIR ...]
 
 Folders of one recipe with several seeds are put together. What is best is chosen on val (on test under the paper's protocol)
 and measured on test. With one seed an interval is a percentile bootstrap over the test samples, drawn jointly for all networks
@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,11 @@ class Run:
             return self.on(name, threat) - (r0 + (self.on(name, "clean") - c0) * (r1 - r0) / (c1 - c0))
 
 
+def seeds(runs: list) -> str:
+    """How many runs there are."""
+    return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+
+
 def told(values: list[np.ndarray], sign: bool = True) -> str:
     """One seed: estimate [bootstrap]; several: mean ± t."""
     plus = "+" if sign else ""
@@ -91,7 +97,7 @@ def told(values: list[np.ndarray], sign: bool = True) -> str:
 def grids(runs: list[Run]) -> Iterator[str]:
     """F2, F3: where the best soup of each grid lies, and what mixing adds to the best corner."""
     for soup in runs[0].section("grid"):
-        yield f"\n**{runs[0].results['name']}, {soup}** ({len(runs)} seed(s))\n"
+        yield f"\n**{runs[0].results['name']}, {soup}** ({seeds(runs)})\n"
         yield "| measure | best on val | best mixture less best corner | R² of a quadratic |\n|---|---|---|---|"
         for measure in ("clean", *runs[0].threats):
             best, less, smooth = [], [], []
@@ -138,16 +144,16 @@ def lines(runs: list[Run]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def learned(runs: list[Run]) -> Iterator[str]:
-    """F5, F6: learned soups against the two best soups of the grid."""
+def learned(runs: list[Run], every: bool) -> Iterator[str]:
+    """F5, F6: learned soups, or all of them, against the two best soups of the grid."""
     threat = runs[0].threats[0]
     grid = next(iter(runs[0].section("grid")))
     ends = [tuple(run.chosen(run.section("grid")[grid], key) for key in ("clean", threat)) for run in runs]
     best = "; ".join(map(" and ".join, ends))
-    yield f"\n**{runs[0].results['name']}, {threat}** ({len(runs)} seed(s)); the grid's two best: {best}\n"
+    yield f"\n**{runs[0].results['name']}, {threat}** ({seeds(runs)}); the grid's two best: {best}\n"
     yield "| soup | clean | robust | gap to the line | robust less grid's best | clean less grid's best |"
     yield "|---|---|---|---|---|---|"
-    names = [row["name"] for row in runs[0].results["rows"] if row["role"] in ("ingredient", "learned")]
+    names = [row["name"] for row in runs[0].results["rows"] if every or row["role"] in ("ingredient", "learned")]
     for name in [*(f"the grid's best {k}" for k in ("clean", "robust")), *names]:
         who = [
             (run, end) for run, end in zip(runs, ends, strict=True) if name in run.rows or name.startswith("the grid")
@@ -160,7 +166,7 @@ def learned(runs: list[Run]) -> Iterator[str]:
         cells.append(told([run.gap(pick(end), end, threat) for run, end in who]))
         cells.append(told([run.on(pick(end), threat) - run.on(end[1], threat) for run, end in who]))
         cells.append(told([run.on(pick(end), "clean") - run.on(end[0], "clean") for run, end in who]))
-        few = f" ({len(who)} seed(s))" * (len(who) < len(runs))
+        few = f" ({seeds(who)})" * (len(who) < len(runs))
         yield f"| {name}{few} | {' | '.join(cells)} |"
     yield from spans(runs, threat)
 
@@ -211,12 +217,14 @@ def main() -> None:
     """Print every table that the folders have rows for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    groups: dict[str, list[Run]] = {}
-    for folder in parser.parse_args().folders:
+    parser.add_argument("--every", action="store_true", help="compare every network with the grid's two best soups")
+    asked, groups = parser.parse_args(), dict[str, list[Run]]()
+    for folder in asked.folders:
         run = Run(folder)
         groups.setdefault(run.results["name"], []).append(run)
     for runs in groups.values():
-        parts: dict[str, Callable[[list[Run]], Iterator[str]]] = {"grid": grids, "line": lines, "learned": learned}
+        parts: dict[str, Callable[[list[Run]], Iterator[str]]]
+        parts = {"grid": grids, "line": lines, "learned": partial(learned, every=asked.every)}
         for role, part in parts.items():
             if runs[0].section(role):
                 for line in part(runs):
