@@ -282,6 +282,29 @@ def test_a_setting_changes_exactly_the_keys_of_what_depends_on_it(change, change
     assert bool(new) == (change[0] == ("soups", "grid", "buffers"))
 
 
+OWN = """
+import torch
+
+def net(classes, channels):  # of one layer
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * channels, classes))
+"""
+
+
+def test_the_code_of_ones_own_network_is_in_the_keys_of_all_that_it_made(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own_network_of_the_keys.py"
+
+    def planned(code):
+        file.write_text(code)
+        return keys(make_plan(recipe_of(()), DATA, {**MODEL, "spec": "own_network_of_the_keys:net"}, "float32"))
+
+    before = planned(OWN)
+    assert planned(OWN.replace("of one layer", "of a single layer") + "\n\n") == before
+    after = planned(OWN.replace("torch.nn.Flatten()", "torch.nn.Flatten(), torch.nn.Identity()"))
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+
+
 # plan, by the paper's protocol
 
 

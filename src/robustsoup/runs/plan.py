@@ -10,6 +10,7 @@ from typing import Any
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.losses import Objective
+from robustsoup.models import code_mark
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
 from robustsoup.soups.search import candidates
 
@@ -84,6 +85,7 @@ def make_plan(recipe: Recipe, data: Data, model_settings: dict[str, Any], precis
 class _Planner:
     def __init__(self, recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str) -> None:
         self.recipe, self.data, self.model, self.precision = recipe, data, model_settings, precision
+        self.code = code_mark(model_settings["spec"])
         self.steps: dict[str, Step] = {}
         self.files: dict[str, Checkpoint] = {}
         self.checkpoints: dict[str, str] = {}
@@ -104,6 +106,8 @@ class _Planner:
         }  # fmt: skip
         if (mark := Objective.parse(settings.get("objective", "ce")).mark) is not None:
             content["objective"] = mark  # the text names a function; this says which one it is now
+        if self.code is not None:
+            content["code"] = self.code  # the same of a network
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
         self.steps.setdefault(key, Step(key, kind, name, settings, tuple(parents), passes))
         return key
