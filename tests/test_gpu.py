@@ -1,4 +1,4 @@
-"""The engine on a GPU: the CPU's verdicts but for rounding, and no waiting for the device within a window of steps."""
+"""On a GPU: what the CPU finds but for rounding, and no waiting for the device within a window of steps."""
 
 import pytest
 import torch
@@ -9,15 +9,22 @@ from robustsoup.attacks import Settings, apgd_train, run_attack
 from robustsoup.attacks.forward import frozen_eval, predict
 from robustsoup.attacks.queue import Job, Outcome, _captured, _Lane
 from robustsoup.attacks.rows import Schedule
+from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data, to_float
 from robustsoup.evaluation import evaluate
+from robustsoup.landscape import landscape
 from robustsoup.losses import LOSSES, ce
 from robustsoup.models import load_model
+from robustsoup.progress import SavedState
+from robustsoup.soups.learning import learn, learn_dial
+from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel, norms
+from robustsoup.training import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = needs_gpu
 
+GPU = "cuda"
 N = 200
 THREATS = [ThreatModel("Linf", 0.07), ThreatModel("L2", 0.5), ThreatModel("L1", 1.0)]
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
@@ -196,3 +203,108 @@ def test_evaluate_runs_where_the_device_is(trained, precision):
         assert there.record["certificate"][name]["outside"] == 0
     resumed = evaluate(trained[0], data, THREATS, steps=20, precision=precision, device="cuda", after=there)
     assert resumed.accuracy == there.accuracy
+
+
+# training, learning, planes: a few steps in float32, before rounding has grown
+
+
+DATA = load_data("digits")
+FEW = {"threat": "Linf 16/255", "batch_size": 64, "precision": "float32", "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def start(trained):
+    """The small network as a checkpoint."""
+    return Checkpoint.of(trained[0])
+
+
+@pytest.fixture(scope="module")
+def three(start):
+    """Checkpoints that were fine-tuned apart, on the CPU."""
+    few = DATA.train.first(512)
+    return [
+        train(start, few, **{**FEW, "threat": f"Linf {eps}/255"}, epochs=2, lr=0.02, device="cpu")
+        for eps in (0, 16, 64)
+    ]
+
+
+def check_near(here, there, within=1e-3):
+    assert here.tensors.keys() == there.tensors.keys()
+    for name, tensor in there.tensors.items():
+        assert tensor.device.type == "cpu"
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, here.tensors[name], rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"objective": "mixed 0.4"}, {"objective": "trades 6"}, {"threat": "clean"}, {"threat": "L2 0.5"},
+    {"ema": 0.9, "nesterov": True, "weight_decay": 5e-4, "weight_decay_bn": False, "clip_grad": 1.0, "label_smoothing": 0.1},
+], ids=str)  # fmt: skip
+def test_training_takes_the_cpus_steps(start, more):
+    settings, few = {**FEW, "epochs": 1, "lr": 0.01, **more}, DATA.train.first(256)
+    here, there = (train(start, few, **settings, device=device) for device in ("cpu", GPU))
+    check_near(here, there)
+    assert there.provenance["versions"]["device"] == GPU
+
+
+@by_precision
+def test_training_there_lowers_the_robust_loss(start, precision):
+    settings = FEW | {"precision": precision, "threat": "Linf 64/255"}
+    got = train(start, DATA.train.first(512), **settings, epochs=4, lr=0.05, val=DATA.val, device=GPU)
+    assert got.provenance["history"][-1]["robust_loss"] < got.provenance["history"][0]["robust_loss"]
+
+
+@pytest.mark.parametrize("work", ["train", "learn"])
+def test_what_is_stopped_there_goes_on(start, three, tmp_path, monkeypatch, work):
+    monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
+    few, settings = DATA.train.first(512), FEW | {"device": GPU, "epochs": 3}
+
+    def do(**more):
+        if work == "train":
+            return train(start, few, **settings, lr=0.01, **more).tensors["linear.weight"]
+        return learn(three, few, **settings, lr=1.0, **more).alpha
+
+    def stop(done, total, figures):
+        if done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        do(state_path=tmp_path / "state.pt", on_progress=stop)
+    seen = []
+    resumed = do(state_path=tmp_path / "state.pt", on_progress=lambda done, total, figures: seen.append(done))
+    assert seen[0] == 13
+    torch.testing.assert_close(resumed, do(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("place", ["device", "memory", "files"])
+@pytest.mark.parametrize("granularity", ["parameter", "block", "model"])
+def test_learning_takes_the_cpus_steps_wherever_the_ingredients_are(three, tmp_path, place, granularity):
+    files = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for item, file in zip(three, files, strict=True):
+        item.save(file)
+    settings = FEW | {"epochs": 1, "lr": 1.0, "granularity": granularity}
+    here = learn(files, DATA.train.first(512), **settings, device="cpu")
+    there = learn(files, DATA.train.first(512), **settings, device=GPU, place=place)
+    torch.testing.assert_close(there.alpha, here.alpha, rtol=0, atol=1e-3)
+    check_near(mix(files, here), mix(files, there))
+
+
+def test_a_dial_is_learned_there(three):
+    settings = FEW | {"epochs": 1, "lr": 1.0}
+    here, there = (learn_dial(three, DATA.train.first(512), **settings, device=device) for device in ("cpu", GPU))
+    torch.testing.assert_close(there.line, here.line, rtol=0, atol=1e-3)
+
+
+@by_precision
+def test_a_plane_is_the_cpus(three, precision):
+    settings = {
+        "threat": "Linf 32/255",
+        "points": 2,
+        "samples": 100,
+        "calibrate_on": DATA.train,
+        "precision": precision,
+    }
+    here, there = (landscape(three, DATA.test, **settings, device=device) for device in ("cpu", GPU))
+    for measure in ("loss", "clean_loss", "accuracy", "clean_accuracy"):
+        wanted = torch.tensor(getattr(here, measure))
+        torch.testing.assert_close(torch.tensor(getattr(there, measure)), wanted, rtol=0.02, atol=0.02)

@@ -113,6 +113,13 @@ def test_base_statistics_are_those_of_the_first_unless_told_otherwise(three):
     assert own.buffers == "base"
 
 
+def test_the_network_that_it_is_given_stays_as_it_was(three):
+    given = three[0].network().train()
+    judge(three, points=2, samples=20, network=given)
+    assert Checkpoint.of(given).digest == three[0].digest
+    assert given.training
+
+
 def test_a_killed_one_goes_on_and_ends_the_same(three, tmp_path, monkeypatch):
     whole = judge(three)
     monkeypatch.setattr(module.SavedState, "due", lambda self: True)

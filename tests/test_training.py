@@ -304,6 +304,11 @@ def test_a_network_of_other_classes_is_an_error():
         trained(fresh(classes=7))
 
 
+def test_a_frozen_network_is_refused():
+    with pytest.raises(ModelError, match="every parameter is frozen"):
+        trained(fresh().requires_grad_(False))
+
+
 def test_a_network_of_other_channels_is_an_error():
     coloured = dataclasses.replace(DATA, images=DATA.images.repeat(1, 3, 1, 1))
     with pytest.raises(ModelError, match=r"does not take images of shape \(3, 8, 8\)") as caught:

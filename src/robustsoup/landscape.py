@@ -1,5 +1,6 @@
 """The plane through three networks, and the loss on it (Garipov et al. 2018)."""
 
+import copy
 import json
 import math
 import os
@@ -148,7 +149,7 @@ def landscape(
     plane = plane_through(opened)
     x, y = plane.axes(points)
     judged = data.sample(samples, seed)
-    model = network if network is not None else opened[0].network()
+    model = copy.deepcopy(network) if network is not None else opened[0].network()
     settings = {
         "threat": str(threat), "attack_steps": attack_steps, "samples": samples, "split": data.name, "buffers": buffers,
         "seed": seed, "precision": precision,

@@ -99,6 +99,8 @@ def train(
         settings |= {"synthetic": synthetic.digest, "synthetic_fraction": synthetic_fraction}
     model = copy.deepcopy(as_network(network)).to(where, memory_format=torch.channels_last)
     check_fit(model, data)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("network: every parameter is frozen (requires_grad is False), so nothing can be trained")
     start = Checkpoint.of(model)
     run = _Run(
         model, data.to(where), val.to(where) if val is not None else None, threat, objective, sgd, synthetic, settings
