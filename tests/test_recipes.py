@@ -9,19 +9,8 @@ from hypothesis import strategies as st
 
 import robustsoup
 from robustsoup.errors import RecipeError, RequestError
-from robustsoup.recipes import (
-    EarlyStop,
-    Evaluate,
-    Ingredient,
-    Pretrain,
-    Recipe,
-    Report,
-    Select,
-    Soup,
-    Training,
-    load_recipe,
-    parse_recipe,
-)
+from robustsoup.recipes import Ingredient, Recipe, Soup, Training, load_recipe, parse_recipe
+from robustsoup.recipes.sections import EarlyStop, Evaluate, Pretrain, Report, Select
 from robustsoup.threats import ThreatModel
 
 PROJECT = Path(__file__).parent.parent

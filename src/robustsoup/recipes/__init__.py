@@ -1,0 +1,18 @@
+"""Recipes: TOML files, validated into frozen settings."""
+
+from robustsoup.recipes.reading import load_recipe, parse_recipe, with_files
+from robustsoup.recipes.recipe import Recipe, slug
+from robustsoup.recipes.sections import Figure, Ingredient, Plane, Soup, Training
+
+__all__ = [
+    "Figure",
+    "Ingredient",
+    "Plane",
+    "Recipe",
+    "Soup",
+    "Training",
+    "load_recipe",
+    "parse_recipe",
+    "slug",
+    "with_files",
+]
