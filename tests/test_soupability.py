@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robustsoup import cli
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.cli import main
+from robustsoup.cli.app import stdout
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError, RequestError
 from robustsoup.evaluation import evaluate
@@ -479,7 +479,7 @@ def run(*arguments):
 
 
 def test_the_command_says_yes(related, capsys, monkeypatch):
-    monkeypatch.setattr(cli.stdout, "width", 200)
+    monkeypatch.setattr(stdout, "width", 200)
     assert run(*related, "--data", "digits", "--threat", LINF, "--samples", SAMPLES) == 0
     said = capsys.readouterr().out
     assert said.startswith("these 2 can be mixed\n")
