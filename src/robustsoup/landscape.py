@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from robustsoup.attacks import apgd_train
-from robustsoup.attacks.folding import folded
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import Split, passes, to_float
+from robustsoup.data import Split
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.files import write_text
-from robustsoup.losses import ce
 from robustsoup.precision import resolve_device, resolve_precision
 from robustsoup.progress import Progress, SavedState
 from robustsoup.soups.geometry import gram
 from robustsoup.soups.mixing import POLICIES, check_ingredients, check_policy, mix
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
+from robustsoup.training import robust_loss
 
 LEAST, MOST = -0.2, 1.2
 """The part of the plane that is looked at, in multiples of ||w2 - w0|| along x and of w1's height along y."""
@@ -174,24 +172,16 @@ def landscape(
             device=where, precision=precision, seed=seed,
         )  # fmt: skip
         soup.load_into(model)
-        values.append(_measure(model, judged, threat, attack_steps, precision))
+        clean = robust_loss(model, judged, CLEAN)
+        values.append([*clean, *robust_loss(model, judged, threat, steps=attack_steps, precision=precision)])
         if saved.due():
             saved.save({"values": values})
         if on_progress:
             on_progress(len(values), len(todo), f"robust loss {values[-1][2]:.3f}")
     saved.save({"values": values})
     clean_loss, clean_accuracy, loss, accuracy = (_grid(column, points) for column in zip(*values, strict=True))
-    return Landscape(
-        tuple(item.name for item in opened),
-        x,
-        y,
-        plane.positions,
-        loss,
-        accuracy,
-        clean_loss,
-        clean_accuracy,
-        **settings,
-    )
+    names = tuple(item.name for item in opened)
+    return Landscape(names, x, y, plane.positions, loss, accuracy, clean_loss, clean_accuracy, **settings)
 
 
 def check_settings(points: int, attack_steps: int, buffers: str) -> None:
@@ -205,23 +195,6 @@ def check_settings(points: int, attack_steps: int, buffers: str) -> None:
             f'landscape: buffers: got "{buffers}", expected base, recalibrate or recalibrate-adversarial '
             "(averaged variances can turn negative outside the triangle)"
         )
-
-
-def _measure(model: nn.Module, data: Split, threat: ThreatModel, steps: int, precision: str) -> list[float]:
-    """Mean loss and accuracy on clean samples, then the same under attack."""
-    model.eval()
-    probe = to_float(data.images[:2]).contiguous(memory_format=torch.channels_last)
-    searched = folded(model, probe) if precision == "bfloat16" else model
-    totals = torch.zeros(4, dtype=torch.float64)
-    for x, y in passes(data):
-        x_adv = x if threat.is_clean else apgd_train(searched, x, y, threat, steps=steps, precision=precision)
-        with torch.no_grad():
-            totals += torch.stack([*_sums(model(x), y), *_sums(model(x_adv), y)]).double().cpu()
-    return (totals / len(data)).tolist()
-
-
-def _sums(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return ce(logits, y).sum(), (logits.argmax(1) == y).sum().to(logits.dtype)
 
 
 def _grid(column: Sequence[float], points: int) -> tuple[tuple[Any, ...], ...]:

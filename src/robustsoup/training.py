@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks import apgd_train
+from robustsoup.attacks.folding import folded
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.checkpoints import Checkpoint, as_network
 from robustsoup.data import Split, Synthetic, batches, mixed_batches, passes, to_float
@@ -347,16 +348,21 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 def robust_loss(
     model: nn.Module, data: Split, threat: ThreatModel, *, steps: int = 10, precision: str = "float32"
 ) -> tuple[float, float]:
-    """Mean highest loss and accuracy under the training form of APGD, over a whole split, in eval mode."""
+    """Mean highest loss and accuracy under the training form of APGD, over a whole split, in eval mode.
+
+    The attack runs in `precision`; what it finds is judged in float32.
+    """
     model.eval()
-    total, right = 0.0, 0
+    searched, sums = model, torch.zeros(2, dtype=torch.float64)
+    if precision == "bfloat16" and not threat.is_clean:
+        searched = folded(model, next(passes(data.first(2)))[0])
     for x, y in passes(data):
-        x_adv = apgd_train(model, x, y, threat, steps=steps, precision=precision)
-        with torch.no_grad(), autocast(x.device, precision):
+        x_adv = apgd_train(searched, x, y, threat, steps=steps, precision=precision)
+        with torch.no_grad():
             logits = model(x_adv)
-        total += float(ce(logits, y).sum())
-        right += int((logits.argmax(1) == y).sum())
-    return total / len(data), right / len(data)
+        sums += torch.stack([ce(logits, y).sum().double(), (logits.argmax(1) == y).sum().double()]).cpu()
+    loss, accuracy = (sums / len(data)).tolist()
+    return loss, accuracy
 
 
 def objective_on(
