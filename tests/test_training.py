@@ -18,7 +18,7 @@ from robustsoup.losses import mixed
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
 from robustsoup.schedules import check_schedule, rate
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training import objective_loss, robust_loss, train
 
 DIGITS = load_data("digits")
@@ -87,6 +87,16 @@ def test_two_steps_are_those_written_by_hand(objective, weight):
     for name, tensor in by_hand.state_dict().items():
         assert torch.allclose(got.tensors[name], tensor, rtol=1e-3, atol=1e-5), name
     assert all(not torch.equal(got.tensors[name], p) for name, p in start.named_parameters())
+
+
+def test_what_is_found_in_bfloat16_is_judged_in_float32():
+    network = trained(epochs=3).network()
+    clean = robust_loss(network, VAL, CLEAN, precision="bfloat16")
+    assert clean == robust_loss(network, VAL, CLEAN)
+    exact = robust_loss(network, VAL, LINF, steps=5)
+    rough = robust_loss(network, VAL, LINF, steps=5, precision="bfloat16")
+    assert rough[0] == pytest.approx(exact[0], rel=0.02)
+    assert clean[0] < rough[0]
 
 
 def test_training_lowers_the_robust_loss():
