@@ -334,6 +334,8 @@ def test_ingredients_of_another_split_are_refused_and_explained():
     ):
         learned(mixed)
     learned(mixed, allow_leakage=True)
+    everything = load_data("digits").unsplit().first(64)  # of which nothing is held out
+    learn(mixed, everything, threat=LINF, epochs=1, batch_size=32, device="cpu")
 
 
 def test_a_single_ingredient_works_and_warns():

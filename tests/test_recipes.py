@@ -424,10 +424,19 @@ def test_a_run_that_leaves_checkpoints_is_several_ingredients():
     ({"checkpoint_every": 7}, "got 7, expected a part of its"),
     ({"epochs": 4, "epoch": 2}, "got epoch 2 and checkpoint_every None"),
     ({"epochs": 4, "epoch": 3, "checkpoint_every": 2}, "got epoch 3 and checkpoint_every 2"),
+    ({"epochs": 4, "epoch": 6, "checkpoint_every": 2}, r"ingredients\.run\.epoch: got 6, expected one of the 4 epochs"),
+    ({"epoch": 2, "checkpoint_every": 2}, "got 2, expected one of the 1 epochs"),
 ])  # fmt: skip
 def test_checkpoints_that_a_run_does_not_leave_are_refused(run, said):
     content = tomllib.loads(FULL) | {"ingredients": {"run": run}, "soups": {}}
     with pytest.raises(RecipeError, match=said):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_two_ingredients_of_one_name_are_refused():
+    content = tomllib.loads(FULL) | {"soups": {}}
+    content["ingredients"] = {"run": {"epochs": 4, "checkpoint_every": 2}, "run-2": {"threat": "clean"}}
+    with pytest.raises(RecipeError, match="two ingredients would be called 'run-2'"):
         parse_recipe(content, "a.toml", Path())
 
 
@@ -444,6 +453,14 @@ def test_a_plane_through_an_unknown_network_is_refused():
 def test_the_papers_protocol_selects_on_what_it_reports():
     assert parse_recipe(tomllib.loads(FULL), "a.toml", Path()).select_on == "val"
     assert parse_recipe(tomllib.loads(FULL) | {"protocol": "paper"}, "a.toml", Path()).select_on == "test"
+
+
+def test_by_the_papers_protocol_no_soup_is_stopped_on_what_its_ingredients_saw():
+    content = tomllib.loads(FULL)
+    content["soups"]["learned"]["early_stop"] = {"samples": 10}
+    assert parse_recipe(content, "a.toml", Path()).soups["learned"].early_stop.samples == 10
+    with pytest.raises(RecipeError, match=r"soups\.learned\.early_stop: .*nothing is left to stop on"):
+        parse_recipe(content | {"protocol": "paper"}, "a.toml", Path())
 
 
 def test_a_grid_beyond_the_limit_is_priced_and_refused_unless_it_is_asked_for_by_number():

@@ -320,6 +320,11 @@ def test_by_the_papers_protocol_ingredients_see_everything_and_test_selects():
         assert after.step(row.test).settings["split"] == "test"
 
 
+def test_as_many_soups_as_are_asked_for_are_planned():
+    changes = (("soups", "grid", "step"), 0.0004), (("soups", "grid", "max_soups"), 2501)
+    assert sum(row.name.startswith("grid-") for row in plan_of(*changes).rows) == 2501
+
+
 # plan, with screening
 
 
@@ -529,6 +534,14 @@ def test_two_recipes_share_what_they_have_in_common(copied):
     ]  # fmt: skip
     assert before.items() <= tree(store).items()
     assert results["rows"][-1]["val"] == results["rows"][4]["val"]
+
+
+def test_by_the_papers_protocol_soups_are_learned_of_whatever_fits_on_less(copied):
+    """The pre-trained network is stopped on val, and so saw another split than its soup is learned on."""
+    mixed = recipe_of([(("protocol",), "paper"), (("soups", "learned", "ingredients"), ["pretrained", "low"])])
+    folder, _ = copied
+    results, _, _ = run(mixed, folder.with_name("fits-on-less"))
+    assert any(row["role"] == "learned" for row in results["rows"])
 
 
 def test_a_run_by_the_papers_protocol_says_so(copied):

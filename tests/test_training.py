@@ -128,7 +128,18 @@ def test_milestones_count_from_their_epoch_on():
 
 
 @pytest.mark.parametrize(
-    "schedule", ["linear", "", {"milestones": [1]}, {"milestones": [1], "gamma": 1, "x": 2}, None, 3]
+    "schedule",
+    [
+        "linear",
+        "",
+        {"milestones": [1]},
+        {"milestones": [1], "gamma": 1, "x": 2},
+        None,
+        3,
+        {"milestones": 5, "gamma": 0.1},
+        {"milestones": ["5"], "gamma": 0.1},
+        {"milestones": [5], "gamma": "0.1"},
+    ],
 )
 def test_other_schedules_are_refused(schedule):
     with pytest.raises(RequestError, match=r"schedule: got .*cosine.*milestones"):

@@ -1,7 +1,7 @@
 """Learning-rate schedules, as functions of how far a run has come."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robustsoup.errors import RequestError
@@ -18,12 +18,22 @@ def check_schedule(schedule: Schedule) -> None:
     known = isinstance(schedule, str) and (
         schedule in ("constant", "cosine", "cyclic") or _warm_up(schedule) is not None
     )
-    steps = isinstance(schedule, Mapping) and set(schedule) == {"milestones", "gamma"}
-    if not (known or steps):
+    if not (known or _is_steps(schedule)):
         raise RequestError(
             f'schedule: got {schedule!r}, expected "constant", "cosine", "one-cycle" (or "one-cycle P", rising in the share '
             'P of the run), "cyclic" or {milestones = [75, 113], gamma = 0.1}'
         )
+
+
+def _is_steps(schedule: Schedule) -> bool:
+    if not isinstance(schedule, Mapping) or set(schedule) != {"milestones", "gamma"}:
+        return False
+    milestones = schedule["milestones"]
+    return isinstance(milestones, Sequence) and all(map(_is_number, [*milestones, schedule["gamma"]]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def rate(schedule: Schedule, lr: float, epochs_done: float, epochs: int, per_epoch: int = 1) -> float:

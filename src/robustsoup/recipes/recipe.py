@@ -60,9 +60,11 @@ class Recipe(Section):
         if not isinstance(tables, dict):
             return content
         default = finetune.get("epochs", 10) if isinstance(finetune, dict) else 10
-        return content | {
-            "ingredients": {k: v for name, table in tables.items() for k, v in _left(name, table, default)}
-        }
+        left = [item for name, table in tables.items() for item in _left(name, table, default)]
+        for name in dict(left):
+            if sum(name == other for other, _ in left) > 1:
+                raise ValueError(f"two ingredients would be called {name!r}; rename one")
+        return content | {"ingredients": dict(left)}
 
     @field_validator("ingredients", mode="before")
     @classmethod
@@ -78,6 +80,11 @@ class Recipe(Section):
         for name, soup in self.soups.items():
             self._check_known(f"soups.{name}.ingredients", soup.ingredients or (), known)
             self._check_count(name, soup)
+            if soup.early_stop and self.protocol == "paper":
+                raise ValueError(
+                    f'soups.{name}.early_stop: by protocol = "paper" ingredients are fitted on val too, so nothing is left to '
+                    "stop on; leave it out"
+                )
         for name, plane in self.planes.items():
             if len(set(plane.checkpoints)) < 3:
                 raise ValueError(
@@ -99,6 +106,11 @@ class Recipe(Section):
                 f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint"
             )
         for name in trained:
+            epoch, epochs = self.ingredients[name].epoch, self.ingredients[name].epochs or self.finetune.epochs
+            if epoch is not None and epoch > epochs:
+                raise ValueError(
+                    f"ingredients.{name}.epoch: got {epoch}, expected one of the {epochs} epochs of its run"
+                )
             try:
                 self.finetune.overridden(self.ingredients[name]).check_together()
             except ValueError as error:

@@ -238,7 +238,7 @@ class _Planner:
         names = soup.ingredients or tuple(self.recipe.ingredients)
         parents = [self.checkpoints[name] for name in names]
         rows = []
-        points = candidates(soup.method, len(names), soup.step)
+        points = candidates(soup.method, len(names), soup.step, soup.max_soups)
         for label, alpha in zip(self.recipe.soup_names(section), points, strict=True):
             if 1.0 in alpha and (soup.buffers or "average") == "average":  # the ingredient itself, bit for bit
                 key = parents[alpha.index(1.0)]
