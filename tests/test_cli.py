@@ -838,6 +838,8 @@ BAD = {
         ["ema", "1.0", "[0, 1)"]),
     "no synthetic images": (NOTHING, ("train", "--from", "low.safetensors", *LINF, "--synthetic", "nowhere.npz", "-o",
         "soup.safetensors"), ["nowhere.npz", "no such file"]),
+    "a share of no synthetic images": (NOTHING, ("train", "--from", "low.safetensors", *LINF, "--synthetic-fraction", 0.5, "-o",
+        "soup.safetensors"), ["--synthetic-fraction", "--synthetic FILE"]),
     "an objective that is nowhere": (NOTHING, ("train", "--from", "low.safetensors", *LINF, "--objective", "nowhere:fn", "-o",
         "soup.safetensors"), ["nowhere:fn", "Python path", "trades"]),
     "unknown option": (NOTHING, ("evaluate", "low.safetensors", *LINF, "--stepz", 3), ["--stepz"]),

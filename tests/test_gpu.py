@@ -12,9 +12,9 @@ from robustsoup.attacks.rows import Schedule
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data, to_float
 from robustsoup.evaluation import evaluate
-from robustsoup.landscape import landscape
 from robustsoup.losses import LOSSES, ce
 from robustsoup.models import load_model
+from robustsoup.plane import landscape
 from robustsoup.progress import SavedState
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix

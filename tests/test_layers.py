@@ -20,7 +20,7 @@ ROWS = {
     "soups": 3, "soups.coefficients": 3, "soups.batchnorm": 3, "soups.mixing": 3, "training": 3, "evaluation": 3, "comparison": 3,
     "published": 3,
     "soups.learning": 4, "soups.barriers": 4, "soups.geometry": 4, "soups.soupability": 4,
-    "soups.search": 4, "soups.selection": 4, "landscape": 4,
+    "soups.search": 4, "soups.selection": 4, "plane": 4,
     "recipes": 5,
     "runs": 6,
     "reports": 7,

@@ -88,6 +88,7 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text(
         "from robustsoup.losses import Objective, ce\n"
         "def half(clean, attacked, y):\n    return (ce(clean, y) + ce(attacked, y)) / 2\n"
+        "def smooth(clean, attacked, y, label_smoothing=0.0):\n    return ce(attacked, y)\n"
         "only_clean = Objective(lambda clean, attacked, y: ce(clean, y), attacked=False)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -96,6 +97,12 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
         "own_losses:half", True, True, ce, None,
     )  # fmt: skip
     assert half.mark not in (None, "unknown")
+    assert (
+        Objective.parse("own_losses:smooth").smoothed(0.1).mark
+        == Objective.parse("own_losses:smooth").mark
+        != half.mark
+    )
+    assert Objective.parse("ce").smoothed(0.1).mark is None
     only = Objective.parse("own_losses:only_clean")
     assert (str(only), only.clean, only.attacked) == ("own_losses:only_clean", True, False)
     # CE on both batches with equal weights is what "mixed 0.5" is

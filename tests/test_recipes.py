@@ -412,6 +412,7 @@ def test_a_wrong_override_is_named(tmp_path, setting, parts):
 def test_a_run_that_leaves_checkpoints_is_several_ingredients():
     content = tomllib.loads(FULL)
     content["ingredients"] = {"run": {"epochs": 6, "checkpoint_every": 2}, "other": {"epochs": 1}}
+    del content["finetune"]["early_stop"]
     content["soups"] = {"grid": {"method": "grid", "ingredients": ["run-2", "run-6"]}}
     recipe = parse_recipe(content, "a.toml", Path())
     assert list(recipe.ingredients) == ["run-2", "run-4", "run-6", "other"]
@@ -428,8 +429,35 @@ def test_a_run_that_leaves_checkpoints_is_several_ingredients():
     ({"epoch": 2, "checkpoint_every": 2}, "got 2, expected one of the 1 epochs"),
 ])  # fmt: skip
 def test_checkpoints_that_a_run_does_not_leave_are_refused(run, said):
-    content = tomllib.loads(FULL) | {"ingredients": {"run": run}, "soups": {}}
+    content = tomllib.loads(FULL) | {"ingredients": {"run": run}, "soups": {}, "finetune": {"epochs": 1}}
     with pytest.raises(RecipeError, match=said):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_a_run_that_leaves_checkpoints_is_not_stopped_early():
+    content = tomllib.loads(FULL) | {"ingredients": {"run": {"epochs": 4, "checkpoint_every": 2}}, "soups": {}}
+    with pytest.raises(RecipeError, match=r"ingredients\.run-2: .*remove finetune\.early_stop"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_what_is_not_there_is_not_called_pretrained():
+    made = {"a": "a.safetensors", "b": "b.safetensors"}
+    for more in ({"planes": {"p": {"checkpoints": ["pretrained", "a", "b"]}}},
+                 {"soups": {"line": {"method": "line", "ingredients": ["pretrained", "a"]}}}):  # fmt: skip
+        with pytest.raises(RecipeError, match="'pretrained' is unknown"):
+            parse_recipe({"name": "n", "data": "digits", "ingredients": made} | more, "a.toml", Path())
+
+
+def test_a_plane_is_no_path():
+    content = tomllib.loads(FULL) | {"planes": {"../../p": {"checkpoints": ["pretrained", "low", "high"]}}}
+    with pytest.raises(RecipeError, match=r"'\.\./\.\./p': not a usable name"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_by_the_papers_protocol_nothing_is_screened():
+    content = tomllib.loads(FULL) | {"protocol": "paper"}
+    content["evaluate"]["screen"] = True
+    with pytest.raises(RecipeError, match=r"evaluate\.screen: .*judged in full"):
         parse_recipe(content, "a.toml", Path())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import linecache
 import os
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from rich.console import Console
 
+from robustsoup.answers import print_results
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import CheckpointError, Diverged, LeakageError, ModelError, StorageError
@@ -30,6 +33,7 @@ from robustsoup.runs.run import prepare, run_prepared
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.mixing import mix
+from robustsoup.training import train
 
 TINY = """
 name = "tiny"
@@ -555,6 +559,11 @@ def test_a_run_by_the_papers_protocol_says_so(copied):
     assert selection.best.evaluation.accuracy["clean"].n == 64
     with pytest.raises(LeakageError, match="trained with another split"):
         check_leakage([low], DATA.val)
+    assert results["selection"]["require"]
+    assert results["selection"]["held_on_test"] is None  # the samples that chose it cannot confirm it
+    said = Console(file=io.StringIO(), width=200)
+    print_results(said, results, folder / "report.html")
+    assert "the paper's protocol: selected on test" in said.file.getvalue()
 
 
 def test_one_run_leaves_several_ingredients(copied):
@@ -571,6 +580,47 @@ def test_one_run_leaves_several_ingredients(copied):
     run(recipe_of(plain), folder.with_name("plain"))
     whole = Checkpoint.load(folder.with_name("plain") / "checkpoints" / "run.safetensors")
     assert whole.digest == last.digest != first.digest
+
+
+def test_whose_statistics_a_soup_has_is_in_its_key(tmp_path):
+    """The file that all were fine-tuned from is found beside them, or is not."""
+    base = Checkpoint.of(load_model("resnet9:width=2", channels=1, seed=9))
+    made = []
+    for where in (tmp_path / "alone", tmp_path / "beside"):
+        where.mkdir()
+        for seed in range(2):
+            item = Checkpoint.of(load_model("resnet9:width=2", channels=1, seed=seed))
+            item.with_provenance(parents=[{"digest": base.digest, "file": "base.safetensors"}]).save(
+                where / f"{seed}.safetensors"
+            )
+        if where.name == "beside":
+            base.save(where / "base.safetensors")
+        recipe = recipe_of([
+            (("pretrain",), None), (("finetune",), {}), (("soups",), {"flat": {"method": "uniform", "buffers": "base"}}),
+            (("ingredients",), {f"i{seed}": str(where / f"{seed}.safetensors") for seed in range(2)}),
+        ])  # fmt: skip
+        plan = make_plan(recipe, DATA, MODEL, "float32")
+        made.append((keys(plan)["mix", "flat"], plan.step(keys(plan)["mix", "flat"]).settings["base"]))
+    assert made[0][0] != made[1][0]
+    assert made[1][1] == f"file:{base.digest}"
+
+
+def test_a_plane_alone_looks_at_test_alone(copied):
+    """Networks that saw val may be mapped: nothing selects on it."""
+    folder, _ = copied
+    made = [train(load_model("resnet9:width=2", channels=1, seed=seed), DATA.unsplit().first(64), threat="clean", epochs=1,
+                  lr=0.1, device="cpu") for seed in range(3)]  # fmt: skip
+    for seed, network in enumerate(made):
+        network.save(folder / f"saw{seed}.safetensors")
+    names = [f"saw{seed}" for seed in range(3)]
+    mapped = {
+        "name": "mapped", "data": "digits", "model": "resnet9:width=2", "evaluate": {"threats": []},
+        "ingredients": {name: str(folder / f"{name}.safetensors") for name in names},
+        "planes": {"p": {"checkpoints": names, "threat": "clean", "points": 2, "samples": 16, "calibrate_samples": 32}},
+    }  # fmt: skip
+    assert prepare(parse_recipe(mapped, "mapped", Path("/nowhere")), device="cpu").leakage[0] == "known"
+    with pytest.raises(LeakageError, match="another split"):
+        prepare(parse_recipe(mapped | {"select": {"maximise": "clean"}}, "mapped", Path("/nowhere")), device="cpu")
 
 
 def test_a_run_judges_planes_once(copied):

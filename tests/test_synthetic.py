@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from conftest import needs_cifar10
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import robustsoup.data.synthetic as synthetic_file
@@ -185,12 +185,18 @@ def test_a_fraction_out_of_range_is_refused(made, fraction):
 # batches
 
 
+def test_a_fraction_that_leaves_no_real_image_is_refused(made):
+    with pytest.raises(RequestError, match=r"0\.999 of a batch of 32 leaves no real image"):
+        trained(synthetic=made, synthetic_fraction=0.999, batch_size=32)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     fraction=st.floats(0, 0.99), batch_size=st.integers(2, 70), epoch=st.integers(0, 3), skip=st.integers(0, 4),
     n=st.integers(2, 150),
 )  # fmt: skip
 def test_each_batch_has_its_share_and_skip_gives_the_rest(opened, fraction, batch_size, epoch, skip, n):
+    assume(round(fraction * batch_size) < batch_size)
     made, data = opened, DIGITS.train.first(n)
     whole = list(mixed_batches(data, made, fraction, batch_size, seed=3, epoch=epoch))
     assert len(whole) == max(n // batch_size, 1) == len(list(batches(data, batch_size, seed=3, epoch=epoch)))

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustsoup.attacks import apgd_train
+from robustsoup.attacks.folding import folded
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import batches, load_data
+from robustsoup.data import batches, load_data, to_float
 from robustsoup.errors import CheckpointError, Diverged, ModelError, RequestError
 from robustsoup.losses import mixed
 from robustsoup.models import load_model
@@ -89,14 +90,21 @@ def test_two_steps_are_those_written_by_hand(objective, weight):
     assert all(not torch.equal(got.tensors[name], p) for name, p in start.named_parameters())
 
 
-def test_what_is_found_in_bfloat16_is_judged_in_float32():
-    network = trained(epochs=3).network()
-    clean = robust_loss(network, VAL, CLEAN, precision="bfloat16")
-    assert clean == robust_loss(network, VAL, CLEAN)
-    exact = robust_loss(network, VAL, LINF, steps=5)
-    rough = robust_loss(network, VAL, LINF, steps=5, precision="bfloat16")
-    assert rough[0] == pytest.approx(exact[0], rel=0.02)
-    assert clean[0] < rough[0]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_robust_loss_is_float32s_on_the_points_of_the_attack(precision):
+    start = load_model("resnet9:width=4", channels=1)
+    network = trained(start, DIGITS.train.first(512), epochs=3, lr=0.2).network().eval()
+    x = to_float(VAL.images).contiguous(memory_format=torch.channels_last)
+    searched = network if precision == "float32" else folded(network, x[:2])
+    x_adv = apgd_train(searched, x, VAL.labels, ThreatModel.parse(LINF), steps=5, precision=precision)
+    with torch.no_grad():
+        clean, attacked = (F.cross_entropy(network(points), VAL.labels) for points in (x, x_adv))
+        right = (network(x_adv).argmax(1) == VAL.labels).float().mean()
+    loss, accuracy = robust_loss(network, VAL, ThreatModel.parse(LINF), steps=5, precision=precision)
+    assert loss == pytest.approx(float(attacked), rel=1e-6)
+    assert accuracy == pytest.approx(float(right))
+    assert float(attacked) > float(clean) + 0.01
+    assert robust_loss(network, VAL, CLEAN, precision=precision)[0] == pytest.approx(float(clean), rel=1e-6)
 
 
 def test_training_lowers_the_robust_loss():

@@ -14,6 +14,7 @@ from robustsoup.errors import RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.losses import Objective
 from robustsoup.models import load_model
+from robustsoup.plane import Landscape, landscape
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
@@ -33,6 +34,7 @@ __all__ = [
     "Data",
     "Dial",
     "Evaluation",
+    "Landscape",
     "Objective",
     "RobustsoupError",
     "Selection",
@@ -45,6 +47,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "landscape",
     "learn",
     "learn_dial",
     "load_data",

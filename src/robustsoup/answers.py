@@ -16,8 +16,9 @@ def print_results(stdout: Console, results: dict[str, Any], page: Path) -> None:
     protocol = results["protocol"]
     split = protocol["report_on"] if results["recipe"]["evaluate"]["report"] == "all" else protocol["select_on"]
     shown = {row["name"]: row[split] for row in results["rows"] if row["role"] not in ("grid", "line")}
+    by_test = protocol["select_on"] == protocol["report_on"]
     if shown:
-        stdout.print(accuracy_table(shown, f"on {split}"))
+        stdout.print(accuracy_table(shown, f"on {split}" + " (the paper's protocol: selected on test)" * by_test))
     chosen = results["selection"]
     if chosen:
         stdout.print(f"on {protocol['select_on']}: {chosen['message']}", markup=False, soft_wrap=True)

@@ -132,10 +132,11 @@ class Objective:
     @property
     def mark(self) -> str | None:
         """What tells two functions of one name apart: a digest of the source, or None for a built-in objective."""
-        if isinstance(self.loss, partial) and self.loss.func in _OWN:
+        function = self.loss.func if isinstance(self.loss, partial) else self.loss
+        if isinstance(self.loss, partial) and function in _OWN:
             return None
         try:
-            return hashlib.sha256(inspect.getsource(inspect.unwrap(self.loss)).encode()).hexdigest()[:32]
+            return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:32]
         except (OSError, TypeError):
             return "unknown"
 
@@ -207,14 +208,14 @@ def _found(text: str) -> Objective:
     """The function, or Objective, that "package.module:name" names, under that name."""
     module, _, name = text.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        there = importlib.import_module(module)
     except (ImportError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ThreatError(
             f'objective "{text}": {reason}; is it on the Python path? Else expected {SPELLINGS}'
         ) from None
-    except AttributeError:
-        raise ThreatError(f'objective "{text}": module "{module}" has no "{name}"') from None
+    if (found := getattr(there, name, None)) is None:
+        raise ThreatError(f'objective "{text}": module "{module}" has no "{name}"')
     if not isinstance(found, Objective) and not callable(found):
         raise ThreatError(f'objective "{text}": got {type(found).__name__}, expected a function')
     return replace(found, name=text) if isinstance(found, Objective) else Objective(found, text)

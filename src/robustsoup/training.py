@@ -94,7 +94,7 @@ def train(
         "early_stop": early_stop, "early_stop_steps": early_stop_steps, "seed": seed, "precision": precision,
     }  # fmt: skip
     if synthetic is not None:
-        check_fraction(synthetic_fraction)
+        check_fraction(synthetic_fraction, batch_size)
         synthetic = synthetic if isinstance(synthetic, Synthetic) else Synthetic.open(synthetic)
         synthetic.check_fit(data)
         settings |= {"synthetic": synthetic.digest, "synthetic_fraction": synthetic_fraction}
@@ -353,9 +353,8 @@ def robust_loss(
     The attack runs in `precision`; what it finds is judged in float32.
     """
     model.eval()
-    searched, sums = model, torch.zeros(2, dtype=torch.float64)
-    if precision == "bfloat16" and not threat.is_clean:
-        searched = folded(model, next(passes(data.first(2)))[0])
+    searched = model if threat.is_clean else _for_search(model, data, precision)
+    sums = torch.zeros(2, dtype=torch.float64)
     for x, y in passes(data):
         x_adv = apgd_train(searched, x, y, threat, steps=steps, precision=precision)
         with torch.no_grad():
@@ -389,12 +388,17 @@ def _own_objective_on(
     model: nn.Module, data: Split, threat: ThreatModel, objective: Objective, steps: int, precision: str
 ) -> float:
     model.eval()
-    total = 0.0
+    searched, total = _for_search(model, data, precision), 0.0
     for number, (x, y) in enumerate(passes(data)):
-        x_adv = attacked(model, x, y, threat, objective, steps, precision, ("val", number))
+        x_adv = attacked(searched, x, y, threat, objective, steps, precision, ("val", number))
         with torch.no_grad():
-            total += len(x) * float(_objective(model, x, x_adv, y, objective, precision))
+            total += len(x) * float(_objective(model, x, x_adv, y, objective, "float32"))
     return total / len(data)
+
+
+def _for_search(model: nn.Module, data: Split, precision: str) -> nn.Module:
+    """A network in eval mode as it is searched in `precision`: what is found is judged by the network itself."""
+    return folded(model, next(passes(data))[0][:2]) if precision == "bfloat16" else model
 
 
 def network_mark(model: nn.Module) -> str:

@@ -71,7 +71,7 @@ def train_command(
     bn_momentum: Annotated[float | None, typer.Option(help="Of BatchNorm's statistics; else the network's own.")] = None,
     ema: Annotated[float, typer.Option(help="The decay of an average of the weights, which is then kept, as in 0.995.")] = 0.0,
     synthetic: Annotated[Path | None, typer.Option(help="An .npz with generated images (image, label) to mix in.")] = None,
-    synthetic_fraction: Annotated[float, typer.Option(help="Their share of each batch.")] = 0.7,
+    synthetic_fraction: Annotated[float | None, typer.Option(help="Their share of each batch; else 0.7.")] = None,
     early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least robust loss on val.")] = False,
     normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
     precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None,
@@ -93,6 +93,8 @@ def train_command(
     if start:
         warn_leakage([network], loaded, allow=True)
     made = None
+    if synthetic_fraction is not None and not synthetic:
+        raise RequestError("--synthetic-fraction: of what? give --synthetic FILE.npz")
     if synthetic:
         with Bar(f"reading {synthetic.name}") as bar:
             made = Synthetic.open(synthetic, on_progress=bar)
@@ -103,7 +105,8 @@ def train_command(
             network, loaded.train, threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs,
             batch_size=batch_size, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
             weight_decay_bn=weight_decay_bn, schedule=schedule, label_smoothing=label_smoothing, clip_grad=clip_grad,
-            bn_momentum=bn_momentum, ema=ema, synthetic=made, synthetic_fraction=synthetic_fraction,
+            bn_momentum=bn_momentum, ema=ema, synthetic=made,
+            synthetic_fraction=0.7 if synthetic_fraction is None else synthetic_fraction,
             val=loaded.val if early_stop else None, early_stop=early_stop, seed=seed, device=device, precision=precision,
             state_path=state, on_progress=bar,
         )  # fmt: skip

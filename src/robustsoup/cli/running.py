@@ -199,7 +199,7 @@ def landscape_command(
         "name": "landscape", "data": absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
         "normalize": normalize and [numbers(part) for part in normalize], "allow_leakage": allow_leakage, "precision": precision,
         "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()}, "planes": {"plane": plane},
-        "evaluate": {"threats": [], "report": "chosen"}, "report": {"figures": ["landscape"]},
+        "evaluate": {"threats": []}, "report": {"figures": ["landscape"]},
     }  # fmt: skip
     recipe = parse_recipe(content, "landscape", Path.cwd())
     raise typer.Exit(_finish(recipe, output, device, data_root, as_json=as_json))

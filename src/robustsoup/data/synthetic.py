@@ -97,10 +97,12 @@ class Synthetic:
         return images, torch.from_numpy(self.labels[at].astype(numpy.int64))
 
 
-def check_fraction(fraction: float) -> None:
-    """Raise DataError unless it is in [0, 1)."""
+def check_fraction(fraction: float, batch_size: int) -> None:
+    """Raise DataError unless it is in [0, 1) and leaves a real image in each batch."""
     if not 0 <= fraction < 1:
         raise DataError(f"synthetic_fraction: got {fraction}, expected a number in [0, 1)")
+    if round(fraction * batch_size) == batch_size:
+        raise DataError(f"synthetic_fraction: {fraction} of a batch of {batch_size} leaves no real image in it")
 
 
 def mixed_batches(
@@ -115,7 +117,7 @@ def mixed_batches(
 
     Sources: Rebuffi et al. 2021, arXiv:2103.01946; Wang et al. 2023, arXiv:2302.04638.
     """
-    check_fraction(fraction)
+    check_fraction(fraction, batch_size)
     made = round(fraction * batch_size)
     real = batch_size - made
     order = torch.randperm(len(split), generator=keyed_generator("order", seed, epoch)).to(split.images.device)

@@ -153,11 +153,12 @@ def _parameters(function: Callable) -> set[str]:
 
 def _find(module: str, name: str, spec: str) -> Callable:
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise ModelError(f'model "{spec}": module "{error.name}" cannot be found; is it on the Python path?') from None
-    except AttributeError:
-        raise ModelError(f'model "{spec}": module "{module}" has no "{name}"') from None
+    if found is None:
+        raise ModelError(f'model "{spec}": module "{module}" has no "{name}"')
+    return found
 
 
 def _call(function: Callable[..., nn.Module], options: dict, spec: str) -> nn.Module:

@@ -76,7 +76,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
         self._check_ingredients()
-        known = {*self.ingredients, "pretrained"}
+        known = {*self.ingredients, *(["pretrained"] if self.pretrain or self.checkpoint else [])}
         for name, soup in self.soups.items():
             self._check_known(f"soups.{name}.ingredients", soup.ingredients or (), known)
             self._check_count(name, soup)
@@ -91,6 +91,10 @@ class Recipe(Section):
                     f"planes.{name}.checkpoints: got {list(plane.checkpoints)}, expected three different ones"
                 )
             self._check_known(f"planes.{name}.checkpoints", plane.checkpoints, known)
+        if self.evaluate.screen and self.protocol == "paper":
+            raise ValueError(
+                'evaluate.screen: by protocol = "paper" the split that selects is reported too, and is judged in full'
+            )
         self._check_names()
         self._check_select()
         for name, soup in self.soups.items():
@@ -107,6 +111,10 @@ class Recipe(Section):
             )
         for name in trained:
             epoch, epochs = self.ingredients[name].epoch, self.ingredients[name].epochs or self.finetune.epochs
+            if epoch is not None and self.finetune.early_stop:
+                raise ValueError(
+                    f"ingredients.{name}: a run that leaves checkpoints is not stopped early; remove finetune.early_stop"
+                )
             if epoch is not None and epoch > epochs:
                 raise ValueError(
                     f"ingredients.{name}.epoch: got {epoch}, expected one of the {epochs} epochs of its run"
@@ -117,7 +125,7 @@ class Recipe(Section):
                 raise ValueError(f"ingredients.{name}: {error}") from None
         if self.pretrain and not self.model:
             raise ValueError('model: missing; [pretrain] needs one, as in model = "resnet9:width=16"')
-        for name in [*self.ingredients, *self.soups]:
+        for name in [*self.ingredients, *self.soups, *self.planes]:
             if not re.fullmatch(r"[\w.-]+", name) or name == "pretrained":
                 raise ValueError(f"{name!r}: not a usable name; letters, digits, - and _ only, and not pretrained")
 

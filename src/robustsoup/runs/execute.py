@@ -15,8 +15,8 @@ from robustsoup.data import Data, Split, Synthetic
 from robustsoup.errors import DataError, RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.files import link
-from robustsoup.landscape import landscape
 from robustsoup.models import load_model
+from robustsoup.plane import landscape
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store

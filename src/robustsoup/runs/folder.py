@@ -147,7 +147,7 @@ def _selection(plan: Plan, store: Store, selection: Selection | None) -> dict[st
         return None
     row = next(row for row in plan.rows if row.name == selection.best.name)
     held = None
-    if row.test and selection.require:
+    if row.test and row.test != row.val and selection.require:
         scores = Evaluation.load(store.path(row.test) / "evaluation.json").accuracy
         held = all(r.met_by(scores, point=True) for r in selection.require)
     return {

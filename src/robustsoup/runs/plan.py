@@ -12,6 +12,7 @@ from robustsoup.data import Data, Synthetic
 from robustsoup.losses import Objective
 from robustsoup.models import code_mark
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
+from robustsoup.soups.mixing import common_ancestor
 from robustsoup.soups.search import candidates
 
 VERSIONS = {
@@ -169,8 +170,7 @@ class _Planner:
         return self._add(kind, name, settings, parents, passes)
 
     def _learned_rows(self, section: str, soup: Soup) -> list[Row]:
-        names = soup.ingredients or tuple(self.recipe.ingredients)
-        parents = [self.checkpoints[name] for name in names]
+        names, parents = soup.ingredients or tuple(self.recipe.ingredients), self._parents(soup)
         rows = []
         pairs = itertools.product(self.recipe.threats_of(soup), soup.objectives)
         for label, (threat, objective) in zip(self.recipe.soup_names(section), pairs, strict=True):
@@ -189,11 +189,25 @@ class _Planner:
         settings = soup.model_dump(mode="json", include=set(fields))
         if soup.learning_buffers != "tracked":
             settings["buffers"] = soup.learning_buffers
-        if soup.learning_buffers == "base" and "pretrained" in self.checkpoints:
-            settings["base"] = self.checkpoints["pretrained"]
+        if soup.learning_buffers == "base":
+            settings["base"] = self._base(self._parents(soup))
         if not soup.early_stop:
             settings |= self._everything()
         return settings | {"threat": threat, "precision": self.precision, "seed": self._seed(soup.seed)}
+
+    def _parents(self, soup: Soup) -> list[str]:
+        return [self.checkpoints[name] for name in soup.ingredients or self.recipe.ingredients]
+
+    def _base(self, parents: Sequence[str]) -> str:
+        """Whose statistics the policy "base" takes: the pre-trained network's, else those that `mix` would find by itself."""
+        if "pretrained" in self.checkpoints:
+            return self.checkpoints["pretrained"]
+        found = common_ancestor([self.files[key] for key in parents])
+        if found is None:
+            return parents[0]
+        key = f"file:{found.digest}"
+        self.files.setdefault(key, found)
+        return key
 
     def _everything(self) -> dict[str, Any]:
         """The setting that adds val to train, where the recipe follows the paper's protocol; else nothing."""
@@ -203,8 +217,7 @@ class _Planner:
         return len(self.data.train) + len(self.data.val) * ("everything" in settings)
 
     def _dial_rows(self, section: str, soup: Soup) -> list[Row]:
-        names = soup.ingredients or tuple(self.recipe.ingredients)
-        parents = [self.checkpoints[name] for name in names]
+        names, parents = soup.ingredients or tuple(self.recipe.ingredients), self._parents(soup)
         labels, rows = iter(self.recipe.soup_names(section)), []
         for threat in self.recipe.threats_of(soup):
             settings = self._learning(soup, threat) | {"by": soup.dial, "turn_every": soup.turn_every}
@@ -218,8 +231,7 @@ class _Planner:
         return rows
 
     def _greedy_rows(self, section: str, soup: Soup) -> list[Row]:
-        names = soup.ingredients or tuple(self.recipe.ingredients)
-        parents = [self.checkpoints[name] for name in names]
+        names, parents = soup.ingredients or tuple(self.recipe.ingredients), self._parents(soup)
         split, samples = self._selects()
         alone = [
             self._evaluation(Row(name, "ingredient", key), split, samples)
@@ -235,8 +247,7 @@ class _Planner:
         return [Row(section, "greedy", key, section, names, None, chosen)]
 
     def _mixed_rows(self, section: str, soup: Soup) -> list[Row]:
-        names = soup.ingredients or tuple(self.recipe.ingredients)
-        parents = [self.checkpoints[name] for name in names]
+        names, parents = soup.ingredients or tuple(self.recipe.ingredients), self._parents(soup)
         rows = []
         points = candidates(soup.method, len(names), soup.step, soup.max_soups)
         for label, alpha in zip(self.recipe.soup_names(section), points, strict=True):
@@ -264,8 +275,8 @@ class _Planner:
         if buffers == "recalibrate-adversarial":
             settings |= {"threat": soup.calibrate_threat, "attack_steps": soup.attack_steps}
             passes *= 2 + 2 * soup.attack_steps
-        if buffers == "base" and "pretrained" in self.checkpoints:
-            settings["base"] = self.checkpoints["pretrained"]
+        if buffers == "base":
+            settings["base"] = self._base(self._parents(soup))
         return settings, passes
 
     def _plane(self, name: str, section: Plane) -> str:
@@ -274,11 +285,11 @@ class _Planner:
         settings |= {"precision": self.precision, "seed": self._seed(section.seed), "split": split}
         settings["samples"] = min(section.samples, len(self.data.split(split)))
         settings["threat"] = section.threat or (self.recipe.pretrain or self.recipe.finetune).threat
-        if section.buffers == "base" and "pretrained" in self.checkpoints:
-            settings["base"] = self.checkpoints["pretrained"]
-        each = settings["samples"] * (2 * section.attack_steps + 3)
-        each += section.calibrate_samples * section.buffers.startswith("recalibrate")
         parents = [self.checkpoints[checkpoint] for checkpoint in section.checkpoints]
+        if section.buffers == "base":
+            settings["base"] = self.checkpoints.get("pretrained", parents[0])
+        each = settings["samples"] * (2 * section.attack_steps + 3)
+        each += min(section.calibrate_samples, len(self.data.train)) * section.buffers.startswith("recalibrate")
         return self._add("plane", name, settings, parents, section.points**2 * each)
 
     def _judged(self, row: Row) -> Row:

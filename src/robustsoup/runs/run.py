@@ -56,7 +56,8 @@ def prepare(
     if files:
         check_ingredients(files)
         check_fit(context.describe(files[0]).network(), data.test)
-    looked_at = dict.fromkeys((recipe.select_on, recipe.evaluate.report_on))
+    selects = recipe.soups or recipe.select
+    looked_at = dict.fromkeys([*([recipe.select_on] if selects else []), recipe.evaluate.report_on])
     statuses = [check_leakage(files, data.split(name), allow=recipe.allow_leakage) for name in looked_at]
     return Prepared(
         plan, context, Store(), max(statuses, key=lambda status: (KNOWN, UNKNOWN, VIOLATED).index(status[0]))

@@ -21,7 +21,7 @@ from robustsoup.progress import Progress, SavedState
 from robustsoup.soups.geometry import gram
 from robustsoup.soups.mixing import POLICIES, check_ingredients, check_policy, mix
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training import robust_loss
+from robustsoup.training import network_mark, robust_loss
 
 LEAST, MOST = -0.2, 1.2
 """The part of the plane that is looked at, in multiples of ||w2 - w0|| along x and of w1's height along y."""
@@ -122,7 +122,8 @@ class Landscape:
 
 def landscape(
     checkpoints: Sequence[Checkpoint | str | os.PathLike], data: Split, *, threat: ThreatModel | str, points: int = 21,
-    attack_steps: int = 10, samples: int = 2000, buffers: str = "recalibrate", base: Checkpoint | None = None,
+    attack_steps: int = 10, samples: int = 2000, buffers: str = "recalibrate",
+    base: Checkpoint | str | os.PathLike | None = None,
     calibrate_on: Split | None = None, calibrate_samples: int = 10_000, network: nn.Module | None = None, seed: int = 0,
     device: str = "auto", precision: str = "auto", state_path: str | os.PathLike | None = None,
     on_progress: Progress | None = None,
@@ -131,9 +132,9 @@ def landscape(
 
     Every point is an affine mix of the three; buffers: whose running statistics it has ("base": those of `base`, else
     of the first checkpoint; "recalibrate", on calibrate_on; "recalibrate-adversarial"). Judged on the same `samples`
-    samples of data, drawn by seed, under the training form of APGD: the highest loss of every sample, nobody left out.
-    The attack runs in `precision`; losses and accuracies are float32's. state_path: where the points that are done are
-    kept, so that a killed run goes on.
+    samples of data (all, if there are fewer), drawn by seed, under the training form of APGD: the highest loss of every
+    sample, nobody left out. The attack runs in `precision`; losses and accuracies are float32's. state_path: where the
+    points that are done are kept, so that a killed run goes on.
     on_progress(done, total, figures) counts points.
 
     Raises CoefficientError for three on one line, RequestError for points below 2 or a policy that does not fit.
@@ -146,7 +147,9 @@ def landscape(
     check_policy(buffers, calibrate_on, threat)
     plane = plane_through(opened)
     x, y = plane.axes(points)
+    samples = min(samples, len(data))
     judged = data.sample(samples, seed)
+    base = (Checkpoint.open(base) if base is not None else opened[0]) if buffers == "base" else None
     model = copy.deepcopy(network) if network is not None else opened[0].network()
     settings = {
         "threat": str(threat), "attack_steps": attack_steps, "samples": samples, "split": data.name, "buffers": buffers,
@@ -160,7 +163,8 @@ def landscape(
         calibrate_on and calibrate_on.digest,
         base and base.digest,
     ]
-    saved = SavedState(state_path, json.dumps([*mark, *(item.digest for item in opened)], sort_keys=True))
+    mark += [network_mark(model), *(item.digest for item in opened)]
+    saved = SavedState(state_path, json.dumps(mark, sort_keys=True))
     state = saved.load()
     values: list[list[float]] = state["values"] if state else []
     model, judged = model.to(where, memory_format=torch.channels_last), judged.to(where)

@@ -7,15 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
-from robustsoup import landscape as module
+from robustsoup import plane as module
+from robustsoup.attacks import apgd_train
 from robustsoup.checkpoints import Checkpoint
-from robustsoup.data import load_data
+from robustsoup.data import load_data, to_float
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
-from robustsoup.landscape import Landscape, Plane, landscape, plane_through
 from robustsoup.models import load_model
+from robustsoup.plane import Landscape, Plane, landscape, plane_through
 from robustsoup.soups.mixing import mix
-from robustsoup.training import robust_loss, train
+from robustsoup.threats import ThreatModel
+from robustsoup.training import train
 
 DIGITS = load_data("digits")
 LINF = "Linf 24/255"
@@ -96,21 +99,35 @@ def test_a_point_is_the_robust_loss_of_its_mix(three):
         soup = mix(three, plane.alpha(found.x[j], found.y[i]), affine=True, buffers="recalibrate",
                    calibrate_on=DIGITS.train, calibrate_samples=64)  # fmt: skip
         network = soup.network()
-        loss, accuracy = robust_loss(network, data, module.ThreatModel.parse(LINF), steps=2)
-        assert found.loss[i][j] == pytest.approx(loss, rel=1e-4)
-        assert found.accuracy[i][j] == pytest.approx(accuracy)
-        clean, right = robust_loss(network, data, module.ThreatModel.parse("clean"))
-        assert found.clean_loss[i][j] == pytest.approx(clean, rel=1e-4)
-        assert found.clean_accuracy[i][j] == pytest.approx(right)
-    assert all(
-        a >= b - 1e-6 for r, c in zip(found.loss, found.clean_loss, strict=True) for a, b in zip(r, c, strict=True)
-    )
+        x = to_float(data.images).contiguous(memory_format=torch.channels_last)
+        x_adv = apgd_train(network.eval(), x, data.labels, ThreatModel.parse(LINF), steps=2)
+        for points, loss, accuracy in (
+            (x, found.clean_loss, found.clean_accuracy), (x_adv, found.loss, found.accuracy),
+        ):  # fmt: skip
+            logits = network(points).detach()
+            assert loss[i][j] == pytest.approx(float(functional.cross_entropy(logits, data.labels)), rel=1e-4)
+            assert accuracy[i][j] == pytest.approx(float((logits.argmax(1) == data.labels).float().mean()))
+    assert all(a > b for r, c in zip(found.loss, found.clean_loss, strict=True) for a, b in zip(r, c, strict=True))
 
 
 def test_base_statistics_are_those_of_the_first_unless_told_otherwise(three):
     own, others = judge(three, buffers="base", base=three[0]), judge(three, buffers="base", base=three[2])
     assert own.loss != others.loss
     assert own.buffers == "base"
+    assert judge(three, buffers="base").loss == own.loss
+
+
+def test_an_ancestor_beside_the_files_is_no_base_of_a_plane(three, tmp_path):
+    """Only what is named decides: `mix` would take the statistics of the file that all were fine-tuned from."""
+    base = Checkpoint.of(load_model("resnet9:width=4", channels=1, seed=8))
+    base.save(tmp_path / "base.safetensors")
+    parents = [{"digest": base.digest, "file": "base.safetensors"}]
+    for number, item in enumerate(three):
+        item.with_provenance(parents=parents).save(tmp_path / f"{number}.safetensors")
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    assert mix(files, [0, 0, 1], affine=True).provenance["buffers"]["base"] == base.digest
+    assert judge(files, buffers="base").loss == judge(three, buffers="base").loss
+    assert judge(files, buffers="base", base=tmp_path / "base.safetensors").loss != judge(three, buffers="base").loss
 
 
 def test_the_network_that_it_is_given_stays_as_it_was(three):
@@ -136,6 +153,23 @@ def test_a_killed_one_goes_on_and_ends_the_same(three, tmp_path, monkeypatch):
     assert again == whole
     with pytest.raises(CheckpointError, match="other settings"):
         judge(three, state_path=tmp_path / "state.pt", seed=1)
+
+
+def test_another_network_of_the_same_weights_begins_anew(three, tmp_path):
+    plain = three[0].network()
+    scaled = three[0].network()
+    scaled.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    scaled.network_settings = {"spec": "scaled"}
+    one = judge(three, points=2, samples=20, network=plain, state_path=tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="state"):
+        judge(three, points=2, samples=20, network=scaled, state_path=tmp_path / "state.pt")
+    assert judge(three, points=2, samples=20, network=scaled).loss != one.loss
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_single_sample_is_enough(three, precision):
+    found = judge(three, points=2, samples=1, precision=precision)
+    assert found.samples == 1
 
 
 def test_it_is_written_and_read_back(three, tmp_path):
