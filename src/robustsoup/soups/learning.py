@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -159,11 +159,11 @@ def _start(
     check_ingredients(opened)
     check_same_split(opened, data, allow=allow_leakage)
     where = resolve_device(device)
-    settings.record["precision"] = resolve_precision(precision, where)
     model = copy.deepcopy(network) if network is not None else opened[0].network()
     first = "base" if settings.record["buffers"] == "base" else "average"
     start = mix(opened, [1 / len(opened)] * len(opened), buffers=first, base=base)
-    settings.record["base"] = start.provenance["buffers"].get("base")
+    found = {"precision": resolve_precision(precision, where), "base": start.provenance["buffers"].get("base")}
+    settings = replace(settings, record=settings.record | found)
     start.load_into(model)
     check_fit(model, data)
     model.to(where, memory_format=torch.channels_last)
