@@ -1066,10 +1066,10 @@ def test_without_its_normalisation_a_foreign_network_is_told_what_to_do(foreign_
 
 def test_the_public_names():
     assert sorted(robustsoup.__all__) == [
-        "Accuracy", "Candidate", "Checkpoint", "Coefficients", "Comparison", "Data", "Dial", "Evaluation", "Objective",
-        "RobustsoupError", "Selection", "Soupability", "Split", "Synthetic", "ThreatModel", "apgd", "apgd_train", "check",
-        "compare", "evaluate", "learn", "learn_dial", "load_data", "load_model", "mix", "pareto_front", "pgd", "search", "select",
-        "train",
+        "Accuracy", "Candidate", "Checkpoint", "Coefficients", "Comparison", "Data", "Dial", "Evaluation", "Landscape",
+        "Objective", "RobustsoupError", "Selection", "Soupability", "Split", "Synthetic", "ThreatModel", "apgd", "apgd_train",
+        "check", "compare", "evaluate", "landscape", "learn", "learn_dial", "load_data", "load_model", "mix", "pareto_front",
+        "pgd", "search", "select", "train",
     ]  # fmt: skip
     assert list(robustsoup.__all__) == sorted(robustsoup.__all__)
     for name in robustsoup.__all__:

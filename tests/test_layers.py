@@ -13,7 +13,7 @@ import robustsoup
 SOURCE = Path(robustsoup.__file__).parent
 # A module sits in the row of the longest of these names that it, or a package it is in, has.
 ROWS = {
-    "errors": 0, "files": 0, "download": 0,
+    "errors": 0, "source": 0, "files": 0, "download": 0,
     "threats": 1, "losses": 1, "precision": 1, "statistics": 1, "schedules": 1, "optimizing": 1, "progress": 1,
     "models": 1, "data": 1,
     "attacks": 2, "mapped": 2, "checkpoints": 2, "leakage": 2,

@@ -86,9 +86,14 @@ def test_wrong_text_is_one_line(text):
 
 def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text(
-        "from robustsoup.losses import Objective, ce\n"
+        "from functools import partial\nfrom robustsoup.losses import Objective, ce, kl\n"
         "def half(clean, attacked, y):\n    return (ce(clean, y) + ce(attacked, y)) / 2\n"
         "def smooth(clean, attacked, y, label_smoothing=0.0):\n    return ce(attacked, y)\n"
+        "steep = Objective(partial(half, y=2.0))\nsteeper = Objective(partial(half, y=3.0))\n"
+        "other_climb = Objective(half, climbs=kl, compares=True)\n"
+        "class Held:\n    def __init__(self, beta):\n        self.beta = beta\n"
+        "    def __call__(self, clean, attacked, y):\n        return ce(attacked, y)\n"
+        "held = Objective(Held(2.0))\n"
         "only_clean = Objective(lambda clean, attacked, y: ce(clean, y), attacked=False)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -97,11 +102,10 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
         "own_losses:half", True, True, ce, None,
     )  # fmt: skip
     assert half.mark not in (None, "unknown")
-    assert (
-        Objective.parse("own_losses:smooth").smoothed(0.1).mark
-        == Objective.parse("own_losses:smooth").mark
-        != half.mark
-    )
+    marks = [
+        Objective.parse(f"own_losses:{name}").mark for name in ("smooth", "steep", "steeper", "other_climb", "held")
+    ]
+    assert len({half.mark, *marks, Objective.parse("own_losses:smooth").smoothed(0.1).mark}) == 7
     assert Objective.parse("ce").smoothed(0.1).mark is None
     only = Objective.parse("own_losses:only_clean")
     assert (str(only), only.clean, only.attacked) == ("own_losses:only_clean", True, False)

@@ -291,7 +291,7 @@ def test_learned_soups_are_one_curve_in_order_of_eps_or_of_the_clean_weight():
         [learned(THREAT, "trades 5"), learned(THREAT, "mixed 0.4"), learned(THREAT), learned(THREAT, "no.such:fn")]
     )
     assert [(name, [label for label, _ in curve]) for name, curve in apart] == [
-        ("", ["0", "0.4"]), ("trades 5", ["trades 5"]), ("no.such:fn", ["no.such:fn"]),
+        ("mixed", ["0", "0.4"]), ("trades 5", ["trades 5"]), ("no.such:fn", ["no.such:fn"]),
     ]  # fmt: skip
     by_norm = curves([learned("L2 0.5"), learned("Linf 8/255"), learned("L2 0.25")])
     assert [(apart, [label for label, _ in curve]) for apart, curve in by_norm] == [

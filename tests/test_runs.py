@@ -23,10 +23,11 @@ from rich.console import Console
 from robustsoup.answers import print_results
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import load_data
-from robustsoup.errors import CheckpointError, Diverged, LeakageError, ModelError, StorageError
+from robustsoup.errors import CheckpointError, DataError, Diverged, LeakageError, ModelError, StorageError
 from robustsoup.evaluation import Evaluation, evaluate
 from robustsoup.leakage import check_leakage
 from robustsoup.models import load_model
+from robustsoup.plane import landscape
 from robustsoup.recipes import load_recipe, parse_recipe, slug
 from robustsoup.runs.plan import confirmed, make_plan
 from robustsoup.runs.run import prepare, run_prepared
@@ -603,6 +604,53 @@ def test_whose_statistics_a_soup_has_is_in_its_key(tmp_path):
         made.append((keys(plan)["mix", "flat"], plan.step(keys(plan)["mix", "flat"]).settings["base"]))
     assert made[0][0] != made[1][0]
     assert made[1][1] == f"file:{base.digest}"
+
+
+def test_nothing_that_is_fitted_depends_on_test(tmp_path, monkeypatch):
+    """Other test images, other verdicts on them, and every network bit for bit the same."""
+    changes = [
+        (("finetune", "early_stop"), {"steps": 1, "samples": 32}), (("soups", "grid", "buffers"), "recalibrate"),
+        (("soups", "grid", "calibrate_samples"), 64), (("soups", "learned", "early_stop"), {"steps": 1, "samples": 32}),
+        (("planes",), {"p": {"checkpoints": ["pretrained", "low", "high"], "points": 2, "samples": 16, "attack_steps": 1,
+                             "calibrate_samples": 64}}),
+    ]  # fmt: skip
+    noise = torch.randint(256, DATA.test.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    other = dataclasses.replace(DATA, test=dataclasses.replace(DATA.test, images=noise))
+    calibrated, found = [], []
+
+    def watched(*given, calibrate_on, **more):
+        calibrated.append(calibrate_on.digest)
+        return landscape(*given, calibrate_on=calibrate_on, **more)
+
+    monkeypatch.setattr("robustsoup.runs.execute.landscape", watched)
+    for name, data in (("own", DATA), ("noise", other)):
+        monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / f"store-{name}"))
+        monkeypatch.setattr("robustsoup.runs.run.load_data", lambda *given, data=data, **more: data)
+        results, _, _ = run(recipe_of(changes), tmp_path / name)
+        made = sorted((tmp_path / name / "checkpoints").glob("*.safetensors"))
+        found.append(({file.name: Checkpoint.load(file).digest for file in made}, results["rows"][0]["test"]))
+    assert len(found[0][0]) == 7
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+    assert calibrated == [DATA.train.digest] * 2
+
+
+def test_more_samples_than_there_are_is_said_before_any_work():
+    for place, said in ((("evaluate", "report_samples"), "test"), (("pretrain", "early_stop", "samples"), "val"),
+                        (("soups", "learned", "early_stop"), "val")):  # fmt: skip
+        value = {"samples": 100_000} if place[-1] == "early_stop" else 100_000
+        with pytest.raises(DataError, match=rf"digits {said}: asked for 100000 samples, expected 1 to"):
+            plan_of((place, value))
+
+
+def test_a_folder_keeps_no_numbers_of_other_settings(copied):
+    folder, _ = copied
+    run(recipe_of([(("name",), "once")]), folder.with_name("twice"))
+    assert (folder.with_name("twice") / "evaluations" / "low.val.json").exists()
+    (folder.with_name("twice") / "evaluations" / "mine.json").write_text("{}")
+    run(recipe_of([(("protocol",), "paper")]), folder.with_name("twice"))
+    left = sorted(file.name for file in (folder.with_name("twice") / "evaluations").glob("*.json"))
+    assert left == sorted(["mine.json", *(f"{name}.test.json" for name in ROWS)])
 
 
 def test_a_plane_alone_looks_at_test_alone(copied):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from robustsoup.soups.barriers import Pair
 from robustsoup.soups.soupability import Soupability
@@ -38,7 +38,7 @@ def print_results(stdout: Console, results: dict[str, Any], page: Path) -> None:
 def accuracy_table(rows: dict[str, dict[str, Any]], title: str | None = None) -> Table:
     """{name: {measure: accuracy as JSON}} as a table."""
     keys = list(next(iter(rows.values())))
-    table = Table("checkpoint", *keys, box=None, title=title, title_justify="left")
+    table = Table(Column("checkpoint", overflow="fold"), *keys, box=None, title=title, title_justify="left")
     for name, accuracy in rows.items():
         table.add_row(name, *(_interval(accuracy[key]) for key in keys))
     return table

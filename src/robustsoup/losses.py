@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustsoup import source
 from robustsoup.errors import ThreatError
 
 Loss = Callable[..., Tensor]
@@ -131,14 +132,12 @@ class Objective:
 
     @property
     def mark(self) -> str | None:
-        """What tells two functions of one name apart: a digest of the source, or None for a built-in objective."""
-        function = self.loss.func if isinstance(self.loss, partial) else self.loss
-        if isinstance(self.loss, partial) and function in _OWN:
+        """What tells two objectives of one name apart: a digest of their code and flags, or None for a built-in one."""
+        if isinstance(self.loss, partial) and self.loss.func in _OWN:
             return None
-        try:
-            return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:32]
-        except (OSError, TypeError):
-            return "unknown"
+        climbs = self.climbs.__name__ if self.climbs in (ce, kl) else source.mark(self.climbs)
+        flags = (self.clean, self.attacked, self.compares, climbs)
+        return hashlib.sha256(f"{source.mark(self.loss)} {flags}".encode()).hexdigest()[:32]
 
     def __str__(self) -> str:
         return self.name

@@ -1,16 +1,14 @@
 """From the name of a network to the network."""
 
-import ast
 import difflib
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from robustsoup import source
 from robustsoup.errors import ModelError
 from robustsoup.models.preact_resnet import preact_resnet18
 from robustsoup.models.resnet import resnet18, resnet50
@@ -80,18 +78,9 @@ def load_model(
 
 
 def code_mark(spec: str) -> str | None:
-    """What tells two factories of one name apart: a digest of the code of its file; None for a built-in network.
-
-    Comments and blank lines do not count, nor does what the file imports.
-    """
+    """What tells two factories of one name apart: a digest of the code of its file; None for a built-in network."""
     name, _, rest = spec.partition(":")
-    if name in MODELS:
-        return None
-    try:
-        source = Path(inspect.getfile(inspect.unwrap(_find(name, rest.partition(":")[0], spec)))).read_bytes()
-        return hashlib.sha256(ast.unparse(ast.parse(source)).encode()).hexdigest()[:32]
-    except (OSError, SyntaxError, TypeError, ValueError):
-        return "unknown"
+    return None if name in MODELS else source.mark(_find(name, rest.partition(":")[0], spec))
 
 
 def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
@@ -131,6 +120,8 @@ def _options(text: str, spec: str) -> dict:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ModelError(f'model "{spec}": got "{part}", expected key=value as in "resnet9:width=16"')
+        if key.strip() in options:
+            raise ModelError(f'model "{spec}": got {key.strip()} twice')
         options[key.strip()] = _number(value.strip())
     return options
 

@@ -79,6 +79,8 @@ class Recipe(Section):
         known = {*self.ingredients, *(["pretrained"] if self.pretrain or self.checkpoint else [])}
         for name, soup in self.soups.items():
             self._check_known(f"soups.{name}.ingredients", soup.ingredients or (), known)
+            if len(set(soup.ingredients or ())) < len(soup.ingredients or ()):
+                raise ValueError(f"soups.{name}.ingredients: got {list(soup.ingredients)}, expected each once")
             self._check_count(name, soup)
             if soup.early_stop and self.protocol == "paper":
                 raise ValueError(

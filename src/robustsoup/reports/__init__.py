@@ -1,5 +1,6 @@
 """Figures and the HTML report of a run. They read stored results and never run a model."""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -48,6 +49,10 @@ def write_report(folder: Path) -> Path:
     for name in wanted:
         if name not in FIGURES:
             raise RequestError(f'{folder / "results.json"}: figures: got "{name}", expected {", ".join(FIGURES)}')
+    drawn_before = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
+    for old in (folder / "figures").glob("*.*"):
+        if drawn_before.fullmatch(old.name):
+            old.unlink()
     plots, left_out = [], []
     with matplotlib.rc_context(STYLE):
         for name in wanted:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from robustsoup.reports.lines import GAPS, gap_line
 from robustsoup.reports.results import (
@@ -119,9 +120,10 @@ def _plot(results: dict[str, Any], panels: list[_Panel], points: Points, stem: s
     figure.draw_without_rendering()  # what marks cover is known only now
     for axes, panel in zip(drawn, panels, strict=True):
         _name(axes, panel, points)
+    squares = "; the squares are the grid's best soups" * any(panel.best for panel in panels)
     caption = (
         f"Clean accuracy against robust accuracy at {points.measure} on {points.split} of {len(every)} learned soups, by "
-        "section; the squares are the grid's best soups."
+        f"section{squares}."
     )
     return Plot(stem, figure, caption, _tables(panels, points))
 
@@ -137,18 +139,18 @@ def _draw(axes: Axes, panel: _Panel, points: Points) -> None:
             label="ingredient",
         )  # fmt: skip
     found = curves(panel.rows)
+    handles: list[Line2D] = []
     for number, (apart, curve) in enumerate(found):
         colour, (line, marker) = CURVES[number % len(CURVES)], LOOKS[number % len(LOOKS)]
         members = [row for _, row in curve]
         xy = points.of(members)
         axes.errorbar(*xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.3, elinewidth=0.7, zorder=2)
         label = "learned soup" if len(found) == 1 else plain(apart, 24)
-        axes.plot(
+        handles += axes.plot(
             *xy.T, line, marker=marker, color=colour, markersize=5.5, markeredgecolor="white", zorder=6, label=label
         )
     if len(found) > 1:
-        handles, texts = axes.get_legend_handles_labels()
-        axes.legend(handles[-len(found) :], texts[-len(found) :], loc="lower left", fontsize=7)
+        axes.legend(handles=handles, loc="lower left", fontsize=7)
     axes.margins(0.1)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

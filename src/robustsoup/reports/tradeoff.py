@@ -81,7 +81,8 @@ def _learned_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
             key=lambda item: item[0],
         )
         others = [(objective, row) for _, objective, row in parsed if clean_weight(objective) is None]
-        found = [("", [(f"{weight:g}", row) for weight, row in weighted])] if weighted else []
+        alone = "" if not others else "mixed"
+        found = [(alone, [(f"{weight:g}", row) for weight, row in weighted])] if weighted else []
         return found + [(objective, [(objective, row)]) for objective, row in others]
     norms = list(dict.fromkeys(threat.norm for threat, _, _ in parsed if not threat.is_clean)) or ["Linf"]
     groups: dict[tuple[str, str], list[tuple[float, str, Row]]] = {}

@@ -63,6 +63,7 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
     """
     for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink(missing_ok=True)
+    _forget(folder)
     write_text(folder / "recipe.toml", plan.recipe.to_toml())
     rows = [_row(folder, row, plan, store) for row in plan.rows]
     results = {
@@ -87,6 +88,24 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
         results["soup"] = _save_soup(folder, plan, store, selection).name
     write_text(folder / "results.json", json.dumps(results, indent=1))
     return results
+
+
+def _forget(folder: Path) -> None:
+    """Remove the numbers that earlier settings left in the folder, by its results.json; checkpoints may be somebody's input."""
+    try:
+        earlier = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        names = [f"landscapes/{Path(plane['file']).name}" for plane in earlier.get("planes", ())]
+        rows = [Path(row["name"]).name for row in earlier["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in rows:
+        names += [
+            f"evaluations/{name}.{split}{kind}"
+            for split in ("val", "test")
+            for kind in (".json", ".npz", ".points.npz")
+        ]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data, Synthetic
+from robustsoup.errors import DataError
 from robustsoup.losses import Objective
 from robustsoup.models import code_mark
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
@@ -166,6 +167,7 @@ class _Planner:
         passes = n * _step_passes(training.threat, training.objective, training.attack_steps)
         if training.early_stop:
             stop = training.early_stop
+            self._enough("val", stop.samples)
             passes += training.epochs * (stop.samples or len(self.data.val)) * (2 * stop.steps + 2)
         return self._add(kind, name, settings, parents, passes)
 
@@ -177,6 +179,7 @@ class _Planner:
             settings = self._learning(soup, threat) | {"objective": objective}
             passes = self._fitted(settings) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
             if stop := soup.early_stop:
+                self._enough("val", stop.samples)
                 settings["early_stop"] = stop.model_dump(mode="json")
                 passes += soup.epochs * (stop.samples or len(self.data.val)) * (2 * stop.steps + 2)
             learned = self._add("learn", label, settings, parents, passes)
@@ -325,7 +328,7 @@ class _Planner:
         self, row: Row, split: str, samples: int | None, *, pool: tuple[str, ...] = (), after: str | None = None,
         short: bool = False, keep_points: bool | None = None,
     ) -> str:  # fmt: skip
-        evaluate, n = self.recipe.evaluate, samples or len(self.data.split(split))
+        evaluate, n = self.recipe.evaluate, self._enough(split, samples)
         settings = {
             "split": split, "threats": list(evaluate.threats), "attack": evaluate.attack, "loss": evaluate.loss,
             "steps": evaluate.screen_steps if short else evaluate.steps, "restarts": 1 if short else evaluate.restarts,
@@ -340,6 +343,13 @@ class _Planner:
         )
         parents = [row.key, *pool, *([after] if after and after not in pool else [])]
         return self._add("evaluate", f"{row.name}.{split}", settings, parents, passes)
+
+    def _enough(self, split: str, samples: int | None) -> int:
+        """How many samples of a split are meant; None is all. Raises DataError if it has fewer."""
+        there = len(self.data.split(split))
+        if samples is not None and samples > there:
+            raise DataError(f"{self.recipe.data} {split}: asked for {samples} samples, expected 1 to {there}")
+        return samples or there
 
     def _seed(self, own: int | None) -> int:
         return self.recipe.seed if own is None else own

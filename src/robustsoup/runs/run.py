@@ -90,4 +90,4 @@ def _model_settings(recipe: Recipe, record: dict[str, Any], paths: list[str]) ->
         if known := Checkpoint.open(path).provenance.get("network"):
             return known | ({"normalize": normalize} if normalize else {})
     where = f"{paths[0]}: the file does not say" if paths else "the recipe does not say"
-    raise ModelError(f"{where} what network it is; give --model, as in resnet9 or package.module:factory")
+    raise ModelError(f"{where} what network it is; give model (--model), as in resnet9 or package.module:factory")

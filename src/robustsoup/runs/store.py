@@ -47,7 +47,8 @@ class Store:
                     return
                 partial.mkdir(parents=True, exist_ok=True)
                 yield partial
-                (partial / "state.pt").unlink(missing_ok=True)
+                for leftover in (partial / "state.pt", *partial.rglob(".*.tmp")):  # the latter of killed writes
+                    leftover.unlink(missing_ok=True)
                 write_text(partial / "step.json", json.dumps(record, indent=1, sort_keys=True))
                 if final.exists():
                     shutil.rmtree(final)
