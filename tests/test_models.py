@@ -1,6 +1,7 @@
 """The built-in networks: their sizes and names, and the published definitions that they equal."""
 
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -86,6 +87,15 @@ def test_a_shortcut_of_a_wide_resnet_is_only_where_channels_change():
 def test_images_become_logits(name, channels, size):
     model = load_model(SMALL[name], channels=channels, classes=7)
     assert logits(model, images(3, channels, size)).shape == (3, 7)
+
+
+@pytest.mark.parametrize(("spec", "said"), [
+    ("resnet9:width=0", "width: got 0, expected a whole number of at least 1"), ("resnet18:width=x", "width: got x"),
+    ("wide_resnet:width=1.5", "width: got 1.5"), ("resnet9:width=8,width=4", "got width twice"),
+])  # fmt: skip
+def test_sizes_that_no_network_has_are_refused(spec, said):
+    with pytest.raises(ModelError, match=re.escape(said)):
+        load_model(spec)
 
 
 @pytest.mark.parametrize("depth", [4, 9, 27])

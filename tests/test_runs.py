@@ -29,6 +29,7 @@ from robustsoup.leakage import check_leakage
 from robustsoup.models import load_model
 from robustsoup.plane import landscape
 from robustsoup.recipes import load_recipe, parse_recipe, slug
+from robustsoup.runs.execute import _Watch
 from robustsoup.runs.plan import confirmed, make_plan
 from robustsoup.runs.run import prepare, run_prepared
 from robustsoup.runs.store import Store
@@ -604,6 +605,18 @@ def test_whose_statistics_a_soup_has_is_in_its_key(tmp_path):
         made.append((keys(plan)["mix", "flat"], plan.step(keys(plan)["mix", "flat"]).settings["base"]))
     assert made[0][0] != made[1][0]
     assert made[1][1] == f"file:{base.digest}"
+
+
+def test_seconds_before_a_kill_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(_Watch, "EVERY", 0.0)
+    kept, told, step = tmp_path / "seconds.txt", Told(), plan_of().steps[0]
+    killed = _Watch(kept, told, step)
+    killed(1, 4, "")
+    assert told.shares == [0.25]
+    kept.write_text(f"{float(kept.read_text()) + 100:.3f}")  # as if it had worked so long
+    assert 100 < _Watch(kept, told, step).stop() < 200
+    assert not kept.exists()
+    assert _Watch(kept, told, step).stop() < 100
 
 
 def test_nothing_that_is_fitted_depends_on_test(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet": wide_resnet,
     "preact_resnet18": preact_resnet18,
 }
+SIZES = {"width", "depth", "classes", "channels"}
+"""Options of built-in networks that count something."""
 CONSTANTS_IN_CODE = ("wide_resnet", "preact_resnet18")
 """Networks whose published files hold neither mean nor std: `normalize` says which, else they are the published ones."""
 
@@ -51,6 +53,11 @@ def load_model(
         torch.manual_seed(seed)
         if name in MODELS:
             options = _options(rest, spec)
+            for key in SIZES & options.keys():
+                if not isinstance(options[key], int) or options[key] < 1:
+                    raise ModelError(
+                        f'model "{spec}": {key}: got {options[key]}, expected a whole number of at least 1'
+                    )
             given = {"classes": classes, "channels": channels}
             if mean is not None and std is not None:
                 given |= {"mean": list(mean), "std": list(std)}

@@ -1,5 +1,6 @@
 """execute: do what is missing of a plan, in this process."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from robustsoup.checkpoints import Checkpoint
 from robustsoup.data import Data, Split, Synthetic
 from robustsoup.errors import DataError, RobustsoupError
 from robustsoup.evaluation import Evaluation, evaluate
-from robustsoup.files import link
+from robustsoup.files import link, write_text
 from robustsoup.models import load_model
 from robustsoup.plane import landscape
 from robustsoup.progress import Progress
@@ -86,16 +87,37 @@ def execute(plan: Plan, context: Context, store: Store, reporter: Reporter) -> N
             if folder is None:
                 figures = "done by another process"
             else:
+                watch = _Watch(folder / "seconds.txt", reporter, step)
                 try:
-                    figures = worker.run(step, folder, _progress(reporter, step))
+                    figures = worker.run(step, folder, watch)
                 except RobustsoupError as error:
                     raise type(error)(f"{step.name}: {error}") from error
-                record["seconds"] = time.perf_counter() - started
+                record["seconds"] = watch.stop()
         reporter.finished(step, figures, time.perf_counter() - started)
 
 
-def _progress(reporter: Reporter, step: Step) -> Progress:
-    return lambda done, total, figures: reporter.progress(step, done, total, figures)
+class _Watch:
+    """Tells the reporter how far a step is, and counts its seconds, those before a kill too (to within EVERY)."""
+
+    EVERY = 5.0
+
+    def __init__(self, kept: Path, reporter: Reporter, step: Step) -> None:
+        self.kept, self.reporter, self.step = kept, reporter, step
+        self.begun = self.written = time.perf_counter()
+        with contextlib.suppress(OSError, ValueError):
+            self.begun -= float(kept.read_text())
+
+    def __call__(self, done: int, total: int, figures: str) -> None:
+        now = time.perf_counter()
+        if now - self.written >= self.EVERY:
+            self.written = now
+            write_text(self.kept, f"{now - self.begun:.3f}")
+        self.reporter.progress(self.step, done, total, figures)
+
+    def stop(self) -> float:
+        """All seconds so far; nothing is kept of them."""
+        self.kept.unlink(missing_ok=True)
+        return time.perf_counter() - self.begun
 
 
 class _Worker:
