@@ -25,6 +25,7 @@ from robustsoup.reports import (
 )  # fmt: skip
 from robustsoup.reports.results import shown_split, two_best
 from robustsoup.reports.style import plain
+from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import curves, draw_tradeoff
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.statistics import Accuracy
@@ -229,6 +230,20 @@ def test_two_best_breaks_a_tie_by_the_other_accuracy():
     rows = [make_row("a", "grid", 0.80, 0.20), make_row("b", "grid", 0.80, 0.25), make_row("c", "grid", 0.70, 0.25)]
     chosen = two_best(rows, THREAT, select_on="val", report_on="test")
     assert [row["name"] for row in chosen] == ["b", "b"]
+
+
+def test_each_soup_of_a_ternary_map_stands_where_its_coefficients_say(tmp_path, results):
+    (plot,), _ = draw_ternary(results, tmp_path)
+    rows = [row for row in results["rows"] if row["role"] == "grid"]
+    panels = [axes for axes in plot.figure.axes if axes.get_title()]
+    for axes, measure in zip(panels, ("clean", THREAT), strict=True):
+        corners = {text.get_text(): np.array(text.xy) for text in axes.texts if text.get_text() in NAMES}
+        (dots,) = [c for c in axes.collections if len(c.get_offsets()) == len(rows) and c.get_array() is not None]
+        spots = np.asarray(dots.get_offsets(), dtype=float).round(6)
+        shown = {tuple(at): value for at, value in zip(spots, dots.get_array(), strict=True)}
+        for row in rows:
+            at = sum(share * corners[name] for share, name in zip(row["coefficients"], NAMES, strict=True))
+            assert shown[tuple(np.round(at, 6))] == pytest.approx(100 * row["test"][measure]["value"])
 
 
 def test_a_grid_of_two_ingredients_leaves_the_ternary_out_and_says_why(tmp_path):

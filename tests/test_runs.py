@@ -607,6 +607,20 @@ def test_whose_statistics_a_soup_has_is_in_its_key(tmp_path):
     assert made[1][1] == f"file:{base.digest}"
 
 
+def test_a_plane_costs_what_its_points_samples_and_steps_say():
+    def passes(**more):
+        plane = {"checkpoints": ["pretrained", "low", "high"], "points": 3, "samples": 10, "attack_steps": 4,
+                 "calibrate_samples": 100}  # fmt: skip
+        plan = plan_of((("planes",), {"p": plane | more}))
+        return next(step.passes for step in plan.steps if step.kind == "plane")
+
+    assert passes() == 9 * (10 * (2 * 4 + 3) + 100)
+    assert passes(attack_steps=5) == 9 * (10 * (2 * 5 + 3) + 100)
+    assert passes(points=5) == 25 * (10 * (2 * 4 + 3) + 100)
+    assert passes(calibrate_samples=10**6) == 9 * (10 * (2 * 4 + 3) + len(DATA.train))
+    assert passes(buffers="base") == 9 * 10 * (2 * 4 + 3)
+
+
 def test_seconds_before_a_kill_count(tmp_path, monkeypatch):
     monkeypatch.setattr(_Watch, "EVERY", 0.0)
     kept, told, step = tmp_path / "seconds.txt", Told(), plan_of().steps[0]

@@ -185,6 +185,15 @@ def test_a_fraction_out_of_range_is_refused(made, fraction):
 # batches
 
 
+def test_each_epoch_and_each_batch_draws_images_of_its_own(opened):
+    drawn = [
+        ids[ids < 0].tolist()
+        for epoch in range(2)
+        for _, _, ids in mixed_batches(DIGITS.train.first(64), opened, 0.5, 32, seed=3, epoch=epoch)
+    ]
+    assert len({tuple(sorted(ids)) for ids in drawn}) == len(drawn) == 4
+
+
 def test_a_fraction_that_leaves_no_real_image_is_refused(made):
     with pytest.raises(RequestError, match=r"0\.999 of a batch of 32 leaves no real image"):
         trained(synthetic=made, synthetic_fraction=0.999, batch_size=32)
