@@ -436,8 +436,16 @@ def test_checkpoints_that_a_run_does_not_leave_are_refused(run, said):
 
 def test_a_run_that_leaves_checkpoints_is_not_stopped_early():
     content = tomllib.loads(FULL) | {"ingredients": {"run": {"epochs": 4, "checkpoint_every": 2}}, "soups": {}}
-    with pytest.raises(RecipeError, match=r"ingredients\.run-2: .*remove finetune\.early_stop"):
+    with pytest.raises(RecipeError, match=r"ingredients\.run-2: .*set finetune\.early_stop = false"):
         parse_recipe(content, "a.toml", Path())
+
+
+def test_early_stopping_that_another_recipe_asks_for_can_be_left_out(tmp_path):
+    (tmp_path / "under.toml").write_text(FULL)
+    (tmp_path / "over.toml").write_text('extends = "under.toml"\n[finetune]\nearly_stop = false\n')
+    recipe = load_recipe(tmp_path / "over.toml")
+    assert recipe.finetune.early_stop is None
+    assert recipe.pretrain.early_stop is not None
 
 
 def test_what_is_not_there_is_not_called_pretrained():

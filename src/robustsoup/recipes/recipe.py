@@ -115,7 +115,7 @@ class Recipe(Section):
             epoch, epochs = self.ingredients[name].epoch, self.ingredients[name].epochs or self.finetune.epochs
             if epoch is not None and self.finetune.early_stop:
                 raise ValueError(
-                    f"ingredients.{name}: a run that leaves checkpoints is not stopped early; remove finetune.early_stop"
+                    f"ingredients.{name}: a run that leaves checkpoints is not stopped early; set finetune.early_stop = false"
                 )
             if epoch is not None and epoch > epochs:
                 raise ValueError(

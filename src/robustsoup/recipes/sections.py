@@ -43,6 +43,11 @@ class Section(BaseModel):
             _as_value_error(check_schedule, value)
         return value
 
+    @field_validator("early_stop", mode="before", check_fields=False)
+    @classmethod
+    def _early_stop(cls, value: Any) -> Any:
+        return None if value is False else value  # as a recipe says where the one that it extends stops early
+
     @field_validator("buffers", "learning_buffers", mode="after", check_fields=False)
     @classmethod
     def _buffers(cls, value: str | None) -> str | None:
