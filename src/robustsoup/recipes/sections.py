@@ -336,5 +336,6 @@ class Report(Section):
 
 
 def nearest(name: str, known: Any) -> str:
+    """What to say of a name that is unknown: the one it comes near to, else all that are known."""
     near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
     return f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(sorted(known))}"
