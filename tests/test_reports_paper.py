@@ -9,7 +9,7 @@ import pytest
 from test_reports import THREAT, accuracies, make_results, make_row, report
 
 from robustsoup.recipes import Figure
-from robustsoup.reports import FIGURES
+from robustsoup.reports import FIGURES, planes
 from robustsoup.reports.lines import above_line
 
 PAPER = "the paper's protocol: selected on test"
@@ -347,3 +347,10 @@ def test_the_papers_figures_are_saved_inside_their_borders(tmp_path, results):
             assert min(box.x0, box.y0) >= -1
             assert box.x1 <= width + 1
             assert box.y1 <= height + 1
+
+
+@pytest.mark.parametrize(("low", "high", "digits"), [(1.6, 1.9, 3), (2.340, 2.349, 4), (1e-3, 10, 3)])
+def test_no_two_labels_of_a_plane_read_alike(low, high, digits):
+    labels = planes._written(np.geomspace(low, high, planes.LEVELS))[:: planes.LABELLED]
+    assert len(set(labels)) == len(labels)
+    assert max(len(label.replace(".", "").lstrip("0")) for label in labels) <= digits

@@ -205,11 +205,17 @@ def _panel(axes: Axes, plane: _Plane, levels: np.ndarray, above: bool) -> tuple[
 
 def _colour_bar(figure: Figure, filled: ContourSet, levels: np.ndarray) -> None:
     bar = figure.colorbar(filled, ax=figure.axes, shrink=0.85, pad=0.02, aspect=25)
-    shown = levels[::LABELLED]
-    bar.set_ticks(shown, labels=[f"{level:.3g}" for level in shown])
+    bar.set_ticks(levels[::LABELLED], labels=_written(levels)[::LABELLED])
     bar.ax.minorticks_off()
     bar.set_label("robust loss (nats, log scale)")
     bar.outline.set_visible(False)
+
+
+def _written(levels: np.ndarray) -> list[str]:
+    """The levels with as many digits as it takes for no two of the labelled ones to read alike, three at least."""
+    shown = levels[::LABELLED]
+    digits = next((d for d in range(3, 9) if len({f"{level:.{d}g}" for level in shown}) == len(shown)), 9)
+    return [f"{level:.{digits}g}" for level in levels]
 
 
 def _annotate(axes: Axes, plane: _Plane, contours: ContourSet, levels: np.ndarray) -> None:
@@ -222,9 +228,9 @@ def _annotate(axes: Axes, plane: _Plane, contours: ContourSet, levels: np.ndarra
     rim = np.concatenate([a + shares * (b - a) for a, b in zip(ends, np.roll(ends, -1, axis=0), strict=True)])
     pixels = [axes.transData.transform(crowd), axes.transAxes.transform(rim)]
     near = np.concatenate([*pixels, *[outline(box) for box in boxes]])
-    for number, (level, pieces) in enumerate(zip(levels, contours.allsegs, strict=True)):
+    for number, (text, pieces) in enumerate(zip(_written(levels), contours.allsegs, strict=True)):
         if number and number % LABELLED == 0:  # the first is a point, the least loss
-            near = label_contour(axes, f"{level:.3g}", pieces, near)
+            near = label_contour(axes, text, pieces, near)
 
 
 def _table(plane: _Plane) -> Table:
