@@ -218,7 +218,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--every", action="store_true", help="compare every network with the grid's two best soups")
-    asked, groups = parser.parse_args(), dict[str, list[Run]]()
+    asked = parser.parse_args()
+    groups: dict[str, list[Run]] = {}
     for folder in asked.folders:
         run = Run(folder)
         groups.setdefault(run.results["name"], []).append(run)

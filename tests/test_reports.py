@@ -232,6 +232,15 @@ def test_two_best_breaks_a_tie_by_the_other_accuracy():
     assert [row["name"] for row in chosen] == ["b", "b"]
 
 
+def test_figures_of_other_settings_go_and_what_is_not_ours_stays(tmp_path, results):
+    report(tmp_path, results)
+    for name in ("lines.png", "ternary-9.svg", "mine.png", "ternary-of-mine.pdf"):
+        (tmp_path / "figures" / name).write_text("before")
+    report(tmp_path, results | {"figures": ["ternary"]})
+    left = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert left == {"ternary.png", "ternary.svg", "ternary.pdf", "mine.png", "ternary-of-mine.pdf"}
+
+
 def test_each_soup_of_a_ternary_map_stands_where_its_coefficients_say(tmp_path, results):
     (plot,), _ = draw_ternary(results, tmp_path)
     rows = [row for row in results["rows"] if row["role"] == "grid"]

@@ -67,6 +67,14 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+def remove(path: Path) -> None:
+    """Remove a file if it is there. Raises StorageError where the system refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error.strerror or error}") from error
+
+
 def cache_folder() -> Path:
     """The user's cache folder for robustsoup: XDG_CACHE_HOME on Linux, the platform's own place elsewhere."""
     home = Path.home()

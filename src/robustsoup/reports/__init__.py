@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 
 from robustsoup.errors import RequestError
-from robustsoup.files import write_text
+from robustsoup.files import remove, write_text
 from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
 from robustsoup.reports.curves import draw_curves
 from robustsoup.reports.html import page
@@ -49,10 +49,6 @@ def write_report(folder: Path) -> Path:
     for name in wanted:
         if name not in FIGURES:
             raise RequestError(f'{folder / "results.json"}: figures: got "{name}", expected {", ".join(FIGURES)}')
-    drawn_before = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
-    for old in (folder / "figures").glob("*.*"):
-        if drawn_before.fullmatch(old.name):
-            old.unlink()
     plots, left_out = [], []
     with matplotlib.rc_context(STYLE):
         for name in wanted:
@@ -61,6 +57,10 @@ def write_report(folder: Path) -> Path:
                 save(plot, folder / "figures")
             plots += drawn
             left_out += [(name, reason)] if reason else []
+    ours, stems = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)"), {plot.stem for plot in plots}
+    for old in (folder / "figures").glob("*.*"):  # of other settings
+        if ours.fullmatch(old.name) and old.stem not in stems:
+            remove(old)
     left_out += write_coefficient_tables(results["rows"], folder)
     pictures = [
         (plot.stem, (folder / "figures" / f"{plot.stem}.svg").read_bytes(), plot.caption, plot.tables) for plot in plots

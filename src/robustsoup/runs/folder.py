@@ -12,7 +12,7 @@ import torch
 from robustsoup.checkpoints import Checkpoint
 from robustsoup.errors import StorageError
 from robustsoup.evaluation import Evaluation
-from robustsoup.files import link, write_text
+from robustsoup.files import link, remove, write_text
 from robustsoup.recipes import slug
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Plan, Row
@@ -63,7 +63,7 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
     """
     for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink(missing_ok=True)
-    _forget(folder)
+    earlier = _numbers(folder)
     write_text(folder / "recipe.toml", plan.recipe.to_toml())
     rows = [_row(folder, row, plan, store) for row in plan.rows]
     results = {
@@ -87,25 +87,22 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
     if selection is not None:
         results["soup"] = _save_soup(folder, plan, store, selection).name
     write_text(folder / "results.json", json.dumps(results, indent=1))
+    for stale in earlier - _numbers(folder):
+        remove(folder / stale)
     return results
 
 
-def _forget(folder: Path) -> None:
-    """Remove the numbers that earlier settings left in the folder, by its results.json; checkpoints may be somebody's input."""
+def _numbers(folder: Path) -> set[str]:
+    """The files of measured numbers that the folder's results.json tells of, if it is one."""
     try:
-        earlier = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        names = [f"landscapes/{Path(plane['file']).name}" for plane in earlier.get("planes", ())]
-        rows = [Path(row["name"]).name for row in earlier["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in rows:
-        names += [
-            f"evaluations/{name}.{split}{kind}"
-            for split in ("val", "test")
-            for kind in (".json", ".npz", ".points.npz")
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        found = {f"landscapes/{Path(plane['file']).name}" for plane in results.get("planes", ())}
+        judged = [
+            f"{Path(row['name']).name}.{split}" for row in results["rows"] for split in ("val", "test") if row[split]
         ]
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return found | {f"evaluations/{name}{kind}" for name in judged for kind in (".json", ".npz", ".points.npz")}
 
 
 def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
@@ -139,6 +136,8 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
                 entry["warnings"] = sorted({*entry.get("warnings", ()), *record["warnings"]})
             if (points := source.with_suffix(".points.npz")).exists():
                 link(points, target.with_suffix(".points.npz"))
+            else:
+                remove(target.with_suffix(".points.npz"))
     return entry
 
 
