@@ -38,7 +38,9 @@ class Run:
         self.rows = {row["name"]: row for row in self.results["rows"]}
         if other:
             theirs = json.loads((other / "results.json").read_text())
-            assert theirs["data"]["split_digest"] == self.results["data"]["split_digest"], f"{other}: another seed"
+            assert theirs["data"]["split_digest"] == self.results["data"]["split_digest"], (
+                f"{other}: another seed"
+            )
             self.rows = {row["name"]: row for row in theirs["rows"]} | self.rows
         self.threat = next(t for t in self.results["protocol"]["threats"] if t != "clean")
 
@@ -62,12 +64,16 @@ def spread(values: list[float]) -> str:
     n = len(values)
     if n == 1:
         return f"{values[0]:+.1f}"
-    return f"{statistics.mean(values):+.1f} ± {T95[n] * statistics.stdev(values) / math.sqrt(n):.1f}"
+    return (
+        f"{statistics.mean(values):+.1f} ± {T95[n] * statistics.stdev(values) / math.sqrt(n):.1f}"
+    )
 
 
 def mean(values: list[float], digits: int = 1) -> str:
     """Mean over the seeds, and the least and the most."""
-    return f"{statistics.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    return (
+        f"{statistics.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    )
 
 
 def compared(runs: list[Run], names: list[str], reference: str) -> None:
@@ -81,7 +87,9 @@ def compared(runs: list[Run], names: list[str], reference: str) -> None:
         points, base = ([run.point(n) for run in runs] for n in (name, reference))
         cells = [mean([p[k] for p in points]) for k in (0, 1)]
         cells += [
-            "" if name == reference else spread([p[k] - b[k] for p, b in zip(points, base, strict=True)])
+            ""
+            if name == reference
+            else spread([p[k] - b[k] for p, b in zip(points, base, strict=True)])
             for k in (0, 1)
         ]
         shown = name + (f" ({len(runs)} seed)" if len(runs) < len(every) else "")
@@ -92,10 +100,13 @@ def measures(coefficients: rs.Coefficients) -> dict[str, float]:
     """Entropy as a share of log n, movement and slope, of all layers and of their first and last third."""
     c, third = coefficients, max(len(coefficients.layers) // 3, 1)
     return {
-        "entropy / log n": float(c.entropy().mean()) / math.log(c.alpha.shape[1]), "moved": float(c.movement().mean()),
-        "moved, first third": float(c.movement()[:third].mean()), "moved, last third": float(c.movement()[-third:].mean()),
-        "slope, first third": float(c.slopes[:third].mean()), "slope, last third": float(c.slopes[-third:].mean()),
-    }  # fmt: skip
+        "entropy / log n": float(c.entropy().mean()) / math.log(c.alpha.shape[1]),
+        "moved": float(c.movement().mean()),
+        "moved, first third": float(c.movement()[:third].mean()),
+        "moved, last third": float(c.movement()[-third:].mean()),
+        "slope, first third": float(c.slopes[:third].mean()),
+        "slope, last third": float(c.slopes[-third:].mean()),
+    }
 
 
 def learned(runs: list[Run], names: list[str]) -> None:
@@ -111,13 +122,25 @@ def learned(runs: list[Run], names: list[str]) -> None:
 def draw(run: Run, folder: Path) -> None:
     """What was learned under several settings, and the dial between the grid and soups learned one by one."""
     shown = {
-        REFERENCE: "reference", "zeros-linf-8-255": "zeros", "lr0.1-linf-8-255": "lr 0.1", "detach0-linf-8-255": "detach 0",
-        "learned-linf-8-255-mixed-0.5": "mixed 0.5", "learned-linf-8-255-mixed-1": "clean",
-    }  # fmt: skip
+        REFERENCE: "reference",
+        "zeros-linf-8-255": "zeros",
+        "lr0.1-linf-8-255": "lr 0.1",
+        "detach0-linf-8-255": "detach 0",
+        "learned-linf-8-255-mixed-0.5": "mixed 0.5",
+        "learned-linf-8-255-mixed-1": "clean",
+    }
     names = run.rows[REFERENCE]["ingredients"]
-    plot = draw_dial([(label, run.coefficients(name)) for name, label in shown.items()], names, "what was learned")
+    plot = draw_dial(
+        [(label, run.coefficients(name)) for name, label in shown.items()],
+        names,
+        "what was learned",
+    )
     save(replace(plot, stem="learning_two_cores_coefficients"), folder)
-    rows = [r for r in run.results["rows"] if r["role"] == "ingredient" or r["soup"] in ("grid", "learned", "dial")]
+    rows = [
+        r
+        for r in run.results["rows"]
+        if r["role"] == "ingredient" or r["soup"] in ("grid", "learned", "dial")
+    ]
     with rc_context(STYLE):
         (plot,), _ = draw_tradeoff(run.results | {"rows": rows, "name": "the dial"}, run.folder)
     save(replace(plot, stem="learning_two_cores_dial"), folder)
@@ -125,30 +148,44 @@ def draw(run: Run, folder: Path) -> None:
 
 def main() -> None:
     """Print every table that the run folders have rows for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--figures", type=Path)
     parser.add_argument("--buffers", nargs="+", type=Path)
     asked = parser.parse_args()
-    runs = [Run(*both) for both in zip(asked.folders, asked.buffers or [None] * len(asked.folders), strict=True)]
+    runs = [
+        Run(*both)
+        for both in zip(asked.folders, asked.buffers or [None] * len(asked.folders), strict=True)
+    ]
     if asked.figures:
         draw(runs[0], asked.figures)
     rows = runs[0].results["rows"]
-    print(f"{len(runs)} seeds, {runs[0].results['protocol']['samples']['test']} test samples, {runs[0].threat}\n")
+    print(
+        f"{len(runs)} seeds, {runs[0].results['protocol']['samples']['test']} test samples, {runs[0].threat}\n"
+    )
     single = [r["name"] for r in rows if r["role"] == "learned" and "-base-" not in r["name"]]
     single = [
-        name for name in single if not any(p in name for p in ("learned-average", "learned-recal", "learned-adv"))
+        name
+        for name in single
+        if not any(p in name for p in ("learned-average", "learned-recal", "learned-adv"))
     ]
     print("### Ingredients and learned soups, one setting changed at a time\n")
     compared(runs, ["pretrained", "eps4", "eps8", "eps16", *single], REFERENCE)
     print("\n### What was learned\n")
     learned(runs, single)
     for title, reference, prefix in (
-        ("Statistics of learned soups", REFERENCE, "learned-"), ("Statistics of the grid", "half-average", "half-"),
-    ):  # fmt: skip
+        ("Statistics of learned soups", REFERENCE, "learned-"),
+        ("Statistics of the grid", "half-average", "half-"),
+    ):
         print(f"\n### {title}\n")
         if prefix == "learned-":
-            names = [r["name"] for r in rows if r["role"] == "learned" and r["name"].endswith("linf-8-255")]
+            names = [
+                r["name"]
+                for r in rows
+                if r["role"] == "learned" and r["name"].endswith("linf-8-255")
+            ]
             compared(runs, [n for n in names if n.startswith("learned-")], reference)
         else:
             grid_policies(runs)
@@ -158,7 +195,8 @@ def main() -> None:
     print("\n### The dial, soups learned one by one, and the grid\n")
     compared(
         runs,
-        [r["name"] for r in rows if r["role"] == "dial"] + [n for n in single if n.startswith("learned-")],
+        [r["name"] for r in rows if r["role"] == "dial"]
+        + [n for n in single if n.startswith("learned-")],
         REFERENCE,
     )
     print()
@@ -184,9 +222,13 @@ def policies(runs: list[Run], mids: list[str]) -> None:
     """A row for each policy."""
     for policy in ("average", "base", "recalibrate", "adversarial"):
         scores = [
-            [statistics.mean(run.point(f"half-{policy}-{mid}")[k] for mid in mids) for run in runs] for k in (0, 1)
+            [statistics.mean(run.point(f"half-{policy}-{mid}")[k] for mid in mids) for run in runs]
+            for k in (0, 1)
         ]
-        base = [[statistics.mean(run.point(f"half-average-{mid}")[k] for mid in mids) for run in runs] for k in (0, 1)]
+        base = [
+            [statistics.mean(run.point(f"half-average-{mid}")[k] for mid in mids) for run in runs]
+            for k in (0, 1)
+        ]
         less = [spread([a - b for a, b in zip(scores[k], base[k], strict=True)]) for k in (0, 1)]
         print(
             f"| {policy} | {mean(scores[0])} | {mean(scores[1])} | {' | '.join(less if policy != 'average' else ['', ''])} |"
@@ -198,9 +240,10 @@ def frontier(runs: list[Run]) -> None:
     ways = {
         "grid": lambda row: row["role"] == "grid" and row["soup"] == "grid",
         "learned one by one": lambda row: row["soup"] == "learned",
-        "dial": lambda row: row["soup"] == "dial", "dial, tracked": lambda row: row["soup"] == "dial-tracked",
+        "dial": lambda row: row["soup"] == "dial",
+        "dial, tracked": lambda row: row["soup"] == "dial-tracked",
         "dial, eps": lambda row: row["soup"] == "dial-eps",
-    }  # fmt: skip
+    }
     print("| | points | best outside | mean outside | clean from | to |\n|---|---|---|---|---|---|")
     for way, belongs in ways.items():
         cells: dict[str, list[float]] = {"best": [], "mean": [], "low": [], "high": []}
@@ -218,7 +261,12 @@ def frontier(runs: list[Run]) -> None:
                 ("high", max(cleans)),
             ):
                 cells[key].append(value)
-        row = [spread(cells["best"]), spread(cells["mean"]), mean(cells["low"]), mean(cells["high"])]
+        row = [
+            spread(cells["best"]),
+            spread(cells["mean"]),
+            mean(cells["low"]),
+            mean(cells["high"]),
+        ]
         print(f"| {way} | {found} | {' | '.join(row)} |")
 
 

@@ -16,7 +16,7 @@ from pyautoattack.autopgd_base import APGDAttack
 
 from robustsoup.attacks import Settings, run_attack
 from robustsoup.attacks.forward import gradient
-from robustsoup.losses import ce
+from robustsoup.attacks.losses import ce
 
 STEPS = 100
 BATCHES = (64, 125, 250, 500)
@@ -38,8 +38,12 @@ def one_pass(network, x, y, precision):
 
 def theirs(network, x, y, batch):
     """Robust or not, by pyautoattack, in chunks."""
-    attack = APGDAttack(network, n_iter=STEPS, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0)
-    points = torch.cat([attack.perturb(a, b) for a, b in zip(x.split(batch), y.split(batch), strict=True)])
+    attack = APGDAttack(
+        network, n_iter=STEPS, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0
+    )
+    points = torch.cat(
+        [attack.perturb(a, b) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+    )
     with torch.no_grad():
         return torch.cat([network(part).argmax(1) for part in points.split(250)]) == y
 
@@ -62,28 +66,39 @@ def main():
     for _ in range(wanted.rounds):
         for precision in ("float32", "bfloat16"):
             settings = Settings(steps=STEPS, precision=precision)
-            result = timed(f"robustsoup, {precision}", lambda s=settings: run_attack(network, nhwc, y, LINF, s))
+            result = timed(
+                f"robustsoup, {precision}", lambda s=settings: run_attack(network, nhwc, y, LINF, s)
+            )
             attacked = result.step[result.by >= 0]
             robust[precision] = ~result.broken
             passes[precision] = int((attacked + 1).sum()) + STEPS * int((~result.broken).sum())
             limit = passes[precision] * one_pass(network, x, y, precision)
             times.setdefault(f"limit, {precision}", []).append(limit)
         for batch in BATCHES:
-            robust[batch] = timed(f"pyautoattack, batch {batch}", lambda b=batch: theirs(plain, x, y, b))
+            robust[batch] = timed(
+                f"pyautoattack, batch {batch}", lambda b=batch: theirs(plain, x, y, b)
+            )
     print(
         f"{machine()}\n{wanted.samples} images, APGD-CE-{STEPS}, {LINF}, {wanted.rounds} rounds; medians [least, most]\n"
     )
     shares = {f"robustsoup, {p}": robust[p] for p in ("float32", "bfloat16")}
     shares |= {f"pyautoattack, batch {b}": robust[b] for b in BATCHES}
     print("| | time | robust |\n|---|---|---|")
-    table(times, lambda name: f"{100 * float(shares[name].float().mean()):.1f} %" if name in shares else "")
+    table(
+        times,
+        lambda name: f"{100 * float(shares[name].float().mean()):.1f} %" if name in shares else "",
+    )
     best = min(BATCHES, key=lambda b: statistics.median(times[f"pyautoattack, batch {b}"]))
     differ = int((robust["float32"] != robust[best]).sum())
-    print(f"\nbest batch of pyautoattack: {best}; verdicts that differ from its in float32: {differ} of {len(y)}")
+    print(
+        f"\nbest batch of pyautoattack: {best}; verdicts that differ from its in float32: {differ} of {len(y)}"
+    )
     for precision in ("float32", "bfloat16"):
         ours = f"robustsoup, {precision}"
-        print(f"{precision}: {ratio(times, ours, f'limit, {precision}'):.2f} x the limit; "
-              f"{ratio(times, f'pyautoattack, batch {best}', ours):.2f} x as fast as pyautoattack")  # fmt: skip
+        print(
+            f"{precision}: {ratio(times, ours, f'limit, {precision}'):.2f} x the limit; "
+            f"{ratio(times, f'pyautoattack, batch {best}', ours):.2f} x as fast as pyautoattack"
+        )
 
 
 if __name__ == "__main__":

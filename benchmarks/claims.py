@@ -64,7 +64,10 @@ class Run:
 
     def seen_gap(self, name: str, ends: tuple[str, str], threat: str) -> float:
         """The gap on the split that selects; 0 where the ends are equally clean."""
-        points = [[self.rows[n][self.select_on][k]["value"] for k in ("clean", threat)] for n in (*ends, name)]
+        points = [
+            [self.rows[n][self.select_on][k]["value"] for k in ("clean", threat)]
+            for n in (*ends, name)
+        ]
         (c0, r0), (c1, r1), (c, r) = points
         return r - (r0 + (c - c0) * (r1 - r0) / (c1 - c0)) if c1 != c0 else 0.0
 
@@ -72,7 +75,9 @@ class Run:
         """Points of robust accuracy above the line between two networks."""
         (c0, c1), (r0, r1) = ([self.on(end, key) for end in ends] for key in ("clean", threat))
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self.on(name, threat) - (r0 + (self.on(name, "clean") - c0) * (r1 - r0) / (c1 - c0))
+            return self.on(name, threat) - (
+                r0 + (self.on(name, "clean") - c0) * (r1 - r0) / (c1 - c0)
+            )
 
 
 def seeds(runs: list) -> str:
@@ -118,7 +123,11 @@ def quadratic(rows: list[Row], values: list[float]) -> float:
     """How much of the variance over a grid a quadratic in the coefficients explains."""
     alpha = np.array([row["coefficients"] for row in rows])[:, :-1]
     k = alpha.shape[1]
-    terms = [np.ones(len(alpha)), *alpha.T, *(alpha[:, i] * alpha[:, j] for i in range(k) for j in range(i, k))]
+    terms = [
+        np.ones(len(alpha)),
+        *alpha.T,
+        *(alpha[:, i] * alpha[:, j] for i in range(k) for j in range(i, k)),
+    ]
     design, y = np.stack(terms, axis=1), np.array(values)
     left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
     return 1 - float((left**2).sum() / ((y - y.mean()) ** 2).sum())
@@ -134,13 +143,23 @@ def lines(runs: list[Run]) -> Iterator[str]:
             rows = sorted(rows, key=lambda row: row["coefficients"][1])
             ends = (rows[0]["name"], rows[-1]["name"])
 
-            most = max(rows[1:-1], key=lambda row, ends=ends, threat=threat: run.seen_gap(row["name"], ends, threat))
+            most = max(
+                rows[1:-1],
+                key=lambda row, ends=ends, threat=threat: run.seen_gap(row["name"], ends, threat),
+            )
             middle = [
-                told([run.gap(row["name"], ends, threat)]) for row in rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]
+                told([run.gap(row["name"], ends, threat)])
+                for row in rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]
             ]
             to = [f"{run.on(ends[1], key)[-1]:.1f}" for key in ("clean", threat)]
             gap = told([run.gap(most["name"], ends, threat)])
-            cells = [rows[0]["ingredients"][1], *to, f"{most['coefficients'][1]:g}", gap, "; ".join(middle)]
+            cells = [
+                rows[0]["ingredients"][1],
+                *to,
+                f"{most['coefficients'][1]:g}",
+                gap,
+                "; ".join(middle),
+            ]
             yield f"| {' | '.join(cells)} |"
 
 
@@ -148,24 +167,40 @@ def learned(runs: list[Run], every: bool) -> Iterator[str]:
     """F5, F6: learned soups, or all of them, against the two best soups of the grid."""
     threat = runs[0].threats[0]
     grid = next(iter(runs[0].section("grid")))
-    ends = [tuple(run.chosen(run.section("grid")[grid], key) for key in ("clean", threat)) for run in runs]
+    ends = [
+        tuple(run.chosen(run.section("grid")[grid], key) for key in ("clean", threat))
+        for run in runs
+    ]
     best = "; ".join(map(" and ".join, ends))
     yield f"\n**{runs[0].results['name']}, {threat}** ({seeds(runs)}); the grid's two best: {best}\n"
     yield "| soup | clean | robust | gap to the line | robust less grid's best | clean less grid's best |"
     yield "|---|---|---|---|---|---|"
-    names = [row["name"] for row in runs[0].results["rows"] if every or row["role"] in ("ingredient", "learned")]
+    names = [
+        row["name"]
+        for row in runs[0].results["rows"]
+        if every or row["role"] in ("ingredient", "learned")
+    ]
     for name in [*(f"the grid's best {k}" for k in ("clean", "robust")), *names]:
         who = [
-            (run, end) for run, end in zip(runs, ends, strict=True) if name in run.rows or name.startswith("the grid")
+            (run, end)
+            for run, end in zip(runs, ends, strict=True)
+            if name in run.rows or name.startswith("the grid")
         ]
 
         def pick(end: tuple[str, str], name: str = name) -> str:
-            return {"the grid's best clean": end[0], "the grid's best robust": end[1]}.get(name, name)
+            return {"the grid's best clean": end[0], "the grid's best robust": end[1]}.get(
+                name, name
+            )
 
-        cells = [told([run.on(pick(end), key) for run, end in who], sign=False) for key in ("clean", threat)]
+        cells = [
+            told([run.on(pick(end), key) for run, end in who], sign=False)
+            for key in ("clean", threat)
+        ]
         cells.append(told([run.gap(pick(end), end, threat) for run, end in who]))
         cells.append(told([run.on(pick(end), threat) - run.on(end[1], threat) for run, end in who]))
-        cells.append(told([run.on(pick(end), "clean") - run.on(end[0], "clean") for run, end in who]))
+        cells.append(
+            told([run.on(pick(end), "clean") - run.on(end[0], "clean") for run, end in who])
+        )
         few = f" ({seeds(who)})" * (len(who) < len(runs))
         yield f"| {name}{few} | {' | '.join(cells)} |"
     yield from spans(runs, threat)
@@ -197,8 +232,13 @@ def planes(runs: list[Run]) -> Iterator[str]:
         held = json.loads((run.folder / entry["file"]).read_text())
         for key, what in (("loss", "robust"), ("clean_loss", "clean")):
             x, y, loss = (np.array(held[k], dtype=float) for k in ("x", "y", key))
-            frame = np.array([[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]])  # a triangle around the whole grid
-            inner, whole = survey(x, y, loss, np.array(held["positions"])), survey(x, y, loss, frame)
+            frame = np.array(
+                [[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]]
+            )  # a triangle around the whole grid
+            inner, whole = (
+                survey(x, y, loss, np.array(held["positions"])),
+                survey(x, y, loss, frame),
+            )
             depths = [depth(loss, *at) for at in whole.minima]
             deep = f"{len(depths)}, at most {max(depths):.4f} deep" if depths else "0"
             cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", deep]
@@ -215,9 +255,13 @@ def depth(loss: np.ndarray, row: int, column: int) -> float:
 
 def main() -> None:
     """Print every table that the folders have rows for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--every", action="store_true", help="compare every network with the grid's two best soups")
+    parser.add_argument(
+        "--every", action="store_true", help="compare every network with the grid's two best soups"
+    )
     asked = parser.parse_args()
     groups: dict[str, list[Run]] = {}
     for folder in asked.folders:

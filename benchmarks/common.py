@@ -26,7 +26,9 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
     """Numbers that can be changed on the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
@@ -35,7 +37,11 @@ def arguments(description: str, **defaults: int) -> argparse.Namespace:
 def checkpoint(name: str) -> rs.Checkpoint:
     """A checkpoint of the small recipe, from the store."""
     prepared = prepare(load_recipe(RECIPE))
-    key = next(step.key for step in prepared.plan.steps if step.name == name and step.kind in ("pretrain", "finetune"))
+    key = next(
+        step.key
+        for step in prepared.plan.steps
+        if step.name == name and step.kind in ("pretrain", "finetune")
+    )
     store = Store()
     if not store.has(key):
         sys.exit(f"{name} is not in the store; first run: robustsoup run {RECIPE}")
@@ -62,13 +68,21 @@ def table(times: dict[str, list[float]], extra: Callable[[str], str] = lambda na
     """A row for each: median, least and most seconds."""
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"| {name} | {median:.3g} s [{min(values):.3g}, {max(values):.3g}] | {extra(name)} |", flush=True)
+        print(
+            f"| {name} | {median:.3g} s [{min(values):.3g}, {max(values):.3g}] | {extra(name)} |",
+            flush=True,
+        )
 
 
 def machine() -> str:
     """One line on what this ran on."""
-    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout.splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("Model name")), platform.processor())
+    lines = subprocess.run(
+        ["lscpu"], capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    cpu = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("Model name")),
+        platform.processor(),
+    )
     peers = []
     for name in ("pyautoattack", "torchattacks"):
         try:

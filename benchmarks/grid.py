@@ -15,8 +15,8 @@ from attack import STEPS, theirs
 from common import LINF, arguments, checkpoint, frozen, images, machine
 
 import robustsoup as rs
-from robustsoup.soups.search import candidates
-from robustsoup.statistics import Accuracy, Difference
+from robustsoup.evaluation.intervals import Accuracy, Difference
+from robustsoup.soups.grid import candidates
 
 REQUIRE = 0.6
 
@@ -36,7 +36,10 @@ def main():
     x, y = images(wanted.samples)
     asked = {"steps": STEPS, "precision": "bfloat16", "screen": True, "allow_leakage": True}
     took, found = {}, {}
-    for mode, extra in (("front", {}), ("choice", {"maximise": LINF, "require": [f"clean>={REQUIRE}"], "point": True})):
+    for mode, extra in (
+        ("front", {}),
+        ("choice", {"maximise": LINF, "require": [f"clean>={REQUIRE}"], "point": True}),
+    ):
         started = time.perf_counter()
         found[mode] = rs.search(ingredients, split, [LINF], **asked, **extra)
         took[mode] = time.perf_counter() - started
@@ -64,24 +67,39 @@ def main():
         with torch.no_grad():
             clean = torch.cat([network(part).argmax(1) for part in x.split(250)]) == y
         loop[name] = (clean, robust)
-    print(f"pyautoattack, batch {batch}: {sum(times):.0f} s, {statistics.median(times):.1f} s a soup\n{machine()}\n")
+    print(
+        f"pyautoattack, batch {batch}: {sum(times):.0f} s, {statistics.median(times):.1f} s a soup\n{machine()}\n"
+    )
     best = chosen(loop)
     for mode in took:
         ours = {
-            c.name: (c.evaluation.prediction == c.evaluation.labels, c.evaluation.threats[str(LINF)].robust)
-            for c in found[mode] if c.confirmed
-        }  # fmt: skip
+            c.name: (
+                c.evaluation.prediction == c.evaluation.labels,
+                c.evaluation.threats[str(LINF)].robust,
+            )
+            for c in found[mode]
+            if c.confirmed
+        }
         name = chosen(ours)
         a, b = loop[best][1], loop[name][1]
         n = len(y)
         apart = Difference(
-            Accuracy(int(a.sum()), n), Accuracy(int(b.sum()), n), int((a & ~b).sum()), int((b & ~a).sum())
+            Accuracy(int(a.sum()), n),
+            Accuracy(int(b.sum()), n),
+            int((a & ~b).sum()),
+            int((b & ~a).sum()),
         )
-        print(f"{mode}: {sum(times) / took[mode]:.1f} x as fast; chosen {name}, by the loop {best}; "
-              f"robust, by the loop's verdicts: {apart}")  # fmt: skip
+        print(
+            f"{mode}: {sum(times) / took[mode]:.1f} x as fast; chosen {name}, by the loop {best}; "
+            f"robust, by the loop's verdicts: {apart}"
+        )
     front = [c for c in found["front"] if c.confirmed]
-    gaps = [float(c.evaluation.accuracy[LINF]) - float(loop[c.name][1].float().mean()) for c in front]
-    print(f"confirmed soups: robust less the loop's, points: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f}")
+    gaps = [
+        float(c.evaluation.accuracy[LINF]) - float(loop[c.name][1].float().mean()) for c in front
+    ]
+    print(
+        f"confirmed soups: robust less the loop's, points: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f}"
+    )
 
 
 if __name__ == "__main__":

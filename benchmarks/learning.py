@@ -21,10 +21,11 @@ from torch.func import functional_call
 import robustsoup as rs
 from robustsoup.attacks.apgd import _highest_loss
 from robustsoup.attacks.forward import frozen_eval
-from robustsoup.losses import Objective, ce
-from robustsoup.precision import autocast, resolve_precision
+from robustsoup.attacks.losses import ce
+from robustsoup.device import autocast, resolve_precision
 from robustsoup.soups import learning
-from robustsoup.training import _Run as Training
+from robustsoup.training.objectives import Objective
+from robustsoup.training.train import _Run as Training
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,9 @@ def make_ingredients(folder: Path, n: int, width: int) -> list[Path]:
         near = rs.Checkpoint.of(base)
         generator = torch.Generator().manual_seed(seed)
         for name in near.parameters:
-            near.tensors[name].mul_(1 + 0.1 * torch.randn(near.tensors[name].shape, generator=generator))
+            near.tensors[name].mul_(
+                1 + 0.1 * torch.randn(near.tensors[name].shape, generator=generator)
+            )
         paths.append(near.save(folder / f"{seed}.safetensors"))
     return paths
 
@@ -60,7 +63,9 @@ class Stacked(nn.Module):
         alphas = alphas or [torch.softmax(logits, 0) for logits in self.logits]
         with torch.autocast("cpu", enabled=False):
             pairs = zip(alphas, self.stacks, strict=True)
-            theta = dict(zip(self.names, (torch.einsum("n,n...->...", a, s) for a, s in pairs), strict=True))
+            theta = dict(
+                zip(self.names, (torch.einsum("n,n...->...", a, s) for a, s in pairs), strict=True)
+            )
         return functional_call(self.network, theta, (x,))
 
     def take_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -88,27 +93,51 @@ class Stacked(nn.Module):
 def ours(paths: list[Path], place: str, batch: int):
     """One learning run, ready to take steps."""
     settings = learning._settings(
-        threat=LINF, objective="ce", attack_steps=2, epochs=30, batch_size=batch, lr=10.0, momentum=0.9, schedule="constant",
-        detach=0.8, init="xavier", granularity="parameter", buffers="tracked", early_stop=False, early_stop_steps=1, seed=0,
-    )  # fmt: skip
+        threat=LINF,
+        objective="ce",
+        attack_steps=2,
+        epochs=30,
+        batch_size=batch,
+        lr=10.0,
+        momentum=0.9,
+        schedule="constant",
+        detach=0.8,
+        init="xavier",
+        granularity="parameter",
+        buffers="tracked",
+        early_stop=False,
+        early_stop_steps=1,
+        seed=0,
+    )
     data = rs.load_data("cifar10").train.first(batch * 100)
-    return learning._start(paths, data, None, settings, None, None, place, None, True, "cpu", "auto")
+    return learning._start(
+        paths, data, None, settings, None, None, place, None, True, "cpu", "auto"
+    )
 
 
 def training(path: Path, batch: int):
     """One adversarial fine-tuning run, ready to take steps."""
     network = rs.Checkpoint.load(path).network().to(memory_format=torch.channels_last)
     settings = {
-        "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "batch_size": batch, "schedule": "constant", "epochs": 30,
-        "attack_steps": 2, "precision": resolve_precision("auto", CPU), "early_stop": False,
-    }  # fmt: skip
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "batch_size": batch,
+        "schedule": "constant",
+        "epochs": 30,
+        "attack_steps": 2,
+        "precision": resolve_precision("auto", CPU),
+        "early_stop": False,
+    }
     data = rs.load_data("cifar10").train.first(batch * 100)
     return Training(network, data, None, LINF, Objective(), settings)
 
 
 def main() -> None:
     """Take steps in turn, print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in {"ingredients": 72, "width": 64, "batch": 128, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/soup72"))
@@ -145,7 +174,10 @@ def main() -> None:
     )
     print("| | a step | of adversarial training's |\n|---|---|---|")
     table(times, lambda name: f"{ratio(times, name, 'adversarial training'):.2f} x")
-    for mine, theirs in (("learned, 3 resident", "paper's way, 3"), (f"learned, {n} from files", f"paper's way, {n}")):
+    for mine, theirs in (
+        ("learned, 3 resident", "paper's way, 3"),
+        (f"learned, {n} from files", f"paper's way, {n}"),
+    ):
         print(f"\n{mine}: {ratio(times, theirs, mine):.2f} x as fast as {theirs}")
 
 

@@ -71,14 +71,25 @@ def child(kind: str, folder: Path, batch: int, steps: int, limit: int) -> None:
 
 def main() -> None:
     """Run the three processes and print a row for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in {"ingredients": 72, "width": 64, "batch": 128, "steps": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/soup72"))
     asked = parser.parse_args()
 
     def measured(kind: str, limit: int = 0) -> tuple[int, int]:
-        command = [sys.executable, __file__, "--child", kind, asked.folder, asked.batch, asked.steps, limit]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            kind,
+            asked.folder,
+            asked.batch,
+            asked.steps,
+            limit,
+        ]
         out = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         return tuple(int(number) for number in out.stdout.split()[-2:])
 
@@ -87,7 +98,9 @@ def main() -> None:
     import robustsoup as rs
 
     try:
-        first = rs.Checkpoint.open(bench.make_ingredients(asked.folder, asked.ingredients, asked.width)[0])
+        first = rs.Checkpoint.open(
+            bench.make_ingredients(asked.folder, asked.ingredients, asked.width)[0]
+        )
         largest = max(first.tensors[name].nbytes for name in first.parameters)
         whole = sum(first.tensors[name].nbytes for name in first.parameters)
         one = measured("train")
@@ -99,8 +112,10 @@ def main() -> None:
         rows[f"the paper's way, {asked.ingredients}"] = measured("stacked")
     finally:
         shutil.rmtree(asked.folder, ignore_errors=True)
-    print(f"{bench.machine()}\nresnet18:width={asked.width} ({whole / 2**20:.1f} MiB, largest layer {largest / 2**20:.1f}), "
-          f"batch {asked.batch}, {asked.steps} steps; the limit is {limit / 2**20:.0f} MiB of RLIMIT_DATA\n")  # fmt: skip
+    print(
+        f"{bench.machine()}\nresnet18:width={asked.width} ({whole / 2**20:.1f} MiB, largest layer {largest / 2**20:.1f}), "
+        f"batch {asked.batch}, {asked.steps} steps; the limit is {limit / 2**20:.0f} MiB of RLIMIT_DATA\n"
+    )
     print("| | peak VmData | peak RssAnon |\n|---|---|---|")
     for name, (data, anonymous) in rows.items():
         print(f"| {name} | {data / 2**20:.0f} MiB | {anonymous / 2**20:.0f} MiB |")

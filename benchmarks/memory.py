@@ -49,7 +49,9 @@ def child(folder, tool):
     if tool == "pyautoattack":
         from pyautoattack.autopgd_base import APGDAttack
 
-        attack = APGDAttack(network, n_iter=10, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0)
+        attack = APGDAttack(
+            network, n_iter=10, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0
+        )
         print(growth(lambda: attack.perturb(x, y)))
     else:
         from robustsoup.attacks import Settings, run_attack
@@ -68,7 +70,9 @@ def main():
             command = [sys.executable, __file__, folder, tool]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             grown[tool] = float(out.stdout.split()[-1])
-    print(f"{machine()}\n500 images, batch size 500, growth of the peak resident memory\n\n| | MiB |\n|---|---|")
+    print(
+        f"{machine()}\n500 images, batch size 500, growth of the peak resident memory\n\n| | MiB |\n|---|---|"
+    )
     for tool, value in grown.items():
         print(f"| {tool if tool == 'pyautoattack' else f'robustsoup, {tool}'} | {value:.0f} |")
     print(f"\npyautoattack takes {grown['pyautoattack'] / grown['float32']:.1f} x ours in float32")

@@ -24,11 +24,15 @@ def main():
     network = frozen(checkpoint("eps8").network()).to(memory_format=torch.channels_last)
     x, y = images(wanted.batch)
     nhwc = x.contiguous(memory_format=torch.channels_last)
-    reference = APGDAttack(plain, n_iter=2, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0)
+    reference = APGDAttack(
+        plain, n_iter=2, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0
+    )
     peer = torchattacks.APGD(plain, eps=LINF.eps, steps=2)
     work = {
         "robustsoup, float32": lambda: apgd_train(network, nhwc, y, LINF, steps=2),
-        "robustsoup, bfloat16": lambda: apgd_train(network, nhwc, y, LINF, steps=2, precision="bfloat16"),
+        "robustsoup, bfloat16": lambda: apgd_train(
+            network, nhwc, y, LINF, steps=2, precision="bfloat16"
+        ),
         "torchattacks APGD": lambda: peer(x, y),
         "pyautoattack, best_loss=True": lambda: reference.perturb(x, y, best_loss=True),
     }
@@ -39,11 +43,15 @@ def main():
             call()
             if number >= 2:
                 times[name].append(time.perf_counter() - started)
-    print(f"{machine()}\nAPGD-2, batch {wanted.batch}, {LINF}, {wanted.rounds} rounds; medians [least, most]\n")
+    print(
+        f"{machine()}\nAPGD-2, batch {wanted.batch}, {LINF}, {wanted.rounds} rounds; medians [least, most]\n"
+    )
     print("| | time a batch | |\n|---|---|---|")
     table(times)
     for ours in ("robustsoup, float32", "robustsoup, bfloat16"):
-        told = ", ".join(f"{ratio(times, other, ours):.1f} x as fast as {other}" for other in list(work)[2:])
+        told = ", ".join(
+            f"{ratio(times, other, ours):.1f} x as fast as {other}" for other in list(work)[2:]
+        )
         print(f"{ours}: {told}")
 
 

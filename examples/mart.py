@@ -17,6 +17,8 @@ def mart(clean: Tensor, attacked: Tensor, y: Tensor, weight: float = 6.0) -> Ten
     """
     p, q = clean.softmax(1), attacked.softmax(1)
     likeliest_other = q.scatter(1, y.view(-1, 1), 0.0).amax(1)
-    boosted = functional.cross_entropy(attacked, y, reduction="none") - (1.0001 - likeliest_other).log()
+    boosted = (
+        functional.cross_entropy(attacked, y, reduction="none") - (1.0001 - likeliest_other).log()
+    )
     kl = (p * (clean.log_softmax(1) - attacked.log_softmax(1))).sum(1)
     return boosted + weight * kl * (1 - p.gather(1, y.view(-1, 1)).squeeze(1))

@@ -27,11 +27,18 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         widths = [3, 16, 32, 64, 128]
-        self.features = nn.Sequential(*[
-            layer
-            for a, b in zip(widths, widths[1:])
-            for layer in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
-        ])  # fmt: skip
+        self.features = nn.Sequential(
+            *[
+                layer
+                for a, b in zip(widths, widths[1:])
+                for layer in (
+                    nn.Conv2d(a, b, 3, padding=1),
+                    nn.BatchNorm2d(b),
+                    nn.ReLU(),
+                    nn.MaxPool2d(2),
+                )
+            ]
+        )
         self.head = nn.Linear(512, 10)
 
     def forward(self, x):
@@ -41,7 +48,9 @@ class Net(nn.Module):
 def read(folder, names):
     parts = [pickle.loads((Path(folder) / name).read_bytes(), encoding="bytes") for name in names]
     images = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)
-    return torch.from_numpy(images).float() / 255, torch.tensor(sum((part[b"labels"] for part in parts), []))
+    return torch.from_numpy(images).float() / 255, torch.tensor(
+        sum((part[b"labels"] for part in parts), [])
+    )
 
 
 def pgd(net, x, y, eps, steps=2):
@@ -84,12 +93,19 @@ def train(folder):
 def test(folder, path):
     content = torch.load(path, weights_only=True)
     net = Net()
-    net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in content["state_dict"].items()})
+    net.load_state_dict(
+        {name.removeprefix("module."): tensor for name, tensor in content["state_dict"].items()}
+    )
     x, y = read(folder, ["test_batch"])
     net.eval()
     with torch.no_grad():
-        right = sum((net((a - MEAN) / STD).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500)))
-    print(f"{path}: epoch {content['epoch']}, clean accuracy on the whole test set {right / len(y):.1%}")
+        right = sum(
+            (net((a - MEAN) / STD).argmax(1) == b).sum().item()
+            for a, b in zip(x.split(500), y.split(500))
+        )
+    print(
+        f"{path}: epoch {content['epoch']}, clean accuracy on the whole test set {right / len(y):.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from robustsoup.attacks.projections import norms
 from robustsoup.data import load_data, to_float
 from robustsoup.models import load_model
-from robustsoup.threats import norms
 
 
 def digits_network(width: int, steps: int = 40) -> nn.Module:

@@ -6,20 +6,21 @@ from digits import check_inside, digits_network
 from torch import nn
 
 from robustsoup.attacks import Settings, apgd_train, run_attack
+from robustsoup.attacks.engine import Job, Outcome, _captured, _Lane
 from robustsoup.attacks.forward import frozen_eval, predict
-from robustsoup.attacks.queue import Job, Outcome, _captured, _Lane
-from robustsoup.attacks.rows import Schedule
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.attacks.losses import LOSSES, ce
+from robustsoup.attacks.projections import norms
+from robustsoup.attacks.steps import Schedule
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
-from robustsoup.evaluation import evaluate
-from robustsoup.losses import LOSSES, ce
+from robustsoup.diagnosis.landscape import landscape
+from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
-from robustsoup.plane import landscape
 from robustsoup.progress import SavedState
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
-from robustsoup.threats import ThreatModel, norms
-from robustsoup.training import train
+from robustsoup.threats import ThreatModel
+from robustsoup.training.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = needs_gpu
@@ -64,7 +65,10 @@ def test_verdicts_are_the_cpus_but_for_rounding(trained, on_gpu, threat, loss, p
     assert there.attempts == here.attempts
     check_broken(on_gpu[0], there, *on_gpu[1:], threat)
     assert 0 < int(there.broken.sum()) < N
-    assert int((here.broken ^ there.broken.cpu()).sum()) <= (0.02 if precision == "float32" else 0.05) * N
+    assert (
+        int((here.broken ^ there.broken.cpu()).sum())
+        <= (0.02 if precision == "float32" else 0.05) * N
+    )
 
 
 @by_precision
@@ -105,7 +109,7 @@ def test_a_captured_step_is_the_step(on_gpu, threat, monkeypatch):
     """As a CUDA graph or launch by launch: the same points."""
     model, x, y = on_gpu
     captured = run_attack(model, x, y, threat, Settings(steps=20))
-    monkeypatch.setattr("robustsoup.attacks.queue._captured", lambda step, state: step)
+    monkeypatch.setattr("robustsoup.attacks.engine._captured", lambda step, state: step)
     plain = run_attack(model, x, y, threat, Settings(steps=20))
     assert torch.equal(captured.broken, plain.broken)
     torch.testing.assert_close(captured.x_adv, plain.x_adv, rtol=0, atol=1e-6)
@@ -115,10 +119,23 @@ def lane_of(model, x, y, threat, loss="ce", steps=20):
     schedule = Schedule.of(threat, steps)
     samples = list(range(len(x)))
     job = Job(
-        model, lambda at: x[at.to(x.device)], y.cpu(), torch.arange(len(x)), samples, Settings(loss=loss).attempts(10)[0], 0, 1,
-        schedule, Outcome.blank(len(x)), seed=0, rows=64, precision="float32", eot=1,
-        targets=(y.cpu() + 1) % 10 if loss == "targeted dlr" else None, device=x.device,
-    )  # fmt: skip
+        model,
+        lambda at: x[at.to(x.device)],
+        y.cpu(),
+        torch.arange(len(x)),
+        samples,
+        Settings(loss=loss).attempts(10)[0],
+        0,
+        1,
+        schedule,
+        Outcome.blank(len(x)),
+        seed=0,
+        rows=64,
+        precision="float32",
+        eot=1,
+        targets=(y.cpu() + 1) % 10 if loss == "targeted dlr" else None,
+        device=x.device,
+    )
     lane = _Lane(job)
     with torch.no_grad():
         lane._fill()
@@ -193,15 +210,19 @@ def test_training_perturbs_as_on_the_cpu(trained, on_gpu, threat, precision):
 def test_evaluate_runs_where_the_device_is(trained, precision):
     data = load_data("digits").test.first(N)
     here, there = (
-        evaluate(trained[0], data, THREATS, steps=20, precision=precision, device=device) for device in ("cpu", "cuda")
+        evaluate(trained[0], data, THREATS, steps=20, precision=precision, device=device)
+        for device in ("cpu", "cuda")
     )
     assert (here.record["device"], there.record["device"]) == ("cpu", "cuda")
     for name, verdicts in there.threats.items():
         assert (
-            int((verdicts.robust ^ here.threats[name].robust).sum()) <= (0.02 if precision == "float32" else 0.05) * N
+            int((verdicts.robust ^ here.threats[name].robust).sum())
+            <= (0.02 if precision == "float32" else 0.05) * N
         )
         assert there.record["certificate"][name]["outside"] == 0
-    resumed = evaluate(trained[0], data, THREATS, steps=20, precision=precision, device="cuda", after=there)
+    resumed = evaluate(
+        trained[0], data, THREATS, steps=20, precision=precision, device="cuda", after=there
+    )
     assert resumed.accuracy == there.accuracy
 
 
@@ -236,10 +257,25 @@ def check_near(here, there, within=1e-3):
             torch.testing.assert_close(tensor, here.tensors[name], rtol=within, atol=within)
 
 
-@pytest.mark.parametrize("more", [
-    {}, {"objective": "mixed 0.4"}, {"objective": "trades 6"}, {"threat": "clean"}, {"threat": "L2 0.5"},
-    {"ema": 0.9, "nesterov": True, "weight_decay": 5e-4, "weight_decay_bn": False, "clip_grad": 1.0, "label_smoothing": 0.1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"objective": "mixed 0.4"},
+        {"objective": "trades 6"},
+        {"threat": "clean"},
+        {"threat": "L2 0.5"},
+        {
+            "ema": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "weight_decay_bn": False,
+            "clip_grad": 1.0,
+            "label_smoothing": 0.1,
+        },
+    ],
+    ids=str,
+)
 def test_training_takes_the_cpus_steps(start, more):
     settings, few = {**FEW, "epochs": 1, "lr": 0.01, **more}, DATA.train.first(256)
     here, there = (train(start, few, **settings, device=device) for device in ("cpu", GPU))
@@ -250,8 +286,12 @@ def test_training_takes_the_cpus_steps(start, more):
 @by_precision
 def test_training_there_lowers_the_robust_loss(start, precision):
     settings = FEW | {"precision": precision, "threat": "Linf 64/255"}
-    got = train(start, DATA.train.first(512), **settings, epochs=4, lr=0.05, val=DATA.val, device=GPU)
-    assert got.provenance["history"][-1]["robust_loss"] < got.provenance["history"][0]["robust_loss"]
+    got = train(
+        start, DATA.train.first(512), **settings, epochs=4, lr=0.05, val=DATA.val, device=GPU
+    )
+    assert (
+        got.provenance["history"][-1]["robust_loss"] < got.provenance["history"][0]["robust_loss"]
+    )
 
 
 @pytest.mark.parametrize("work", ["train", "learn"])
@@ -271,14 +311,18 @@ def test_what_is_stopped_there_goes_on(start, three, tmp_path, monkeypatch, work
     with pytest.raises(KeyboardInterrupt):
         do(state_path=tmp_path / "state.pt", on_progress=stop)
     seen = []
-    resumed = do(state_path=tmp_path / "state.pt", on_progress=lambda done, total, figures: seen.append(done))
+    resumed = do(
+        state_path=tmp_path / "state.pt", on_progress=lambda done, total, figures: seen.append(done)
+    )
     assert seen[0] == 13
     torch.testing.assert_close(resumed, do(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("place", ["device", "memory", "files"])
 @pytest.mark.parametrize("granularity", ["parameter", "block", "model"])
-def test_learning_takes_the_cpus_steps_wherever_the_ingredients_are(three, tmp_path, place, granularity):
+def test_learning_takes_the_cpus_steps_wherever_the_ingredients_are(
+    three, tmp_path, place, granularity
+):
     files = [tmp_path / f"{k}.safetensors" for k in range(3)]
     for item, file in zip(three, files, strict=True):
         item.save(file)
@@ -291,7 +335,10 @@ def test_learning_takes_the_cpus_steps_wherever_the_ingredients_are(three, tmp_p
 
 def test_a_dial_is_learned_there(three):
     settings = FEW | {"epochs": 1, "lr": 1.0}
-    here, there = (learn_dial(three, DATA.train.first(512), **settings, device=device) for device in ("cpu", GPU))
+    here, there = (
+        learn_dial(three, DATA.train.first(512), **settings, device=device)
+        for device in ("cpu", GPU)
+    )
     torch.testing.assert_close(there.line, here.line, rtol=0, atol=1e-3)
 
 
@@ -304,7 +351,11 @@ def test_a_plane_is_the_cpus(three, precision):
         "calibrate_on": DATA.train,
         "precision": precision,
     }
-    here, there = (landscape(three, DATA.test, **settings, device=device) for device in ("cpu", GPU))
+    here, there = (
+        landscape(three, DATA.test, **settings, device=device) for device in ("cpu", GPU)
+    )
     for measure in ("loss", "clean_loss", "accuracy", "clean_accuracy"):
         wanted = torch.tensor(getattr(here, measure))
-        torch.testing.assert_close(torch.tensor(getattr(there, measure)), wanted, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            torch.tensor(getattr(there, measure)), wanted, rtol=0.02, atol=0.02
+        )

@@ -45,7 +45,13 @@ def test_the_python_example(tmp_path, monkeypatch, capsys):
 
 def test_the_recipe_commands_name_files_that_exist(monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    named = {word for block in blocks("sh") for c in commands(block) for word in c if word.endswith(".toml")}
+    named = {
+        word
+        for block in blocks("sh")
+        for c in commands(block)
+        for word in c
+        if word.endswith(".toml")
+    }
     assert named
     assert all(Path(name).is_file() for name in named)
 

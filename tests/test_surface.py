@@ -25,7 +25,9 @@ def test_a_quadratic_is_convex_and_has_one_minimum():
 
 
 def test_two_wells_are_two_minima_and_bend_against_convexity_between_them():
-    x, y, loss = grid_surface(lambda x, y: 2 - np.exp(-3 * ((x - 1) ** 2 + y**2)) - np.exp(-3 * ((x - 3) ** 2 + y**2)))
+    x, y, loss = grid_surface(
+        lambda x, y: 2 - np.exp(-3 * ((x - 1) ** 2 + y**2)) - np.exp(-3 * ((x - 3) ** 2 + y**2))
+    )
     found = survey(x, y, loss, CORNERS)
     assert len(found.minima) == 2
     assert 0 < found.violations < found.triples
@@ -52,5 +54,9 @@ def test_the_violations_are_counted_by_hand_on_a_small_grid():
 def test_only_what_lies_in_the_triangle_counts():
     x = y = np.arange(3.0)
     corners = np.array([[0.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
-    assert in_triangle(x, y, corners).tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    assert in_triangle(x, y, corners).tolist() == [
+        [True, True, True],
+        [True, True, False],
+        [True, False, False],
+    ]
     assert survey(x, y, np.zeros((3, 3)), corners).triples == 3

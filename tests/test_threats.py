@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustsoup.attacks.projections import norms, project, random_start
 from robustsoup.errors import RequestError, ThreatError
-from robustsoup.threats import CLEAN, NORMS, ThreatModel, norms, project, random_start
+from robustsoup.threats import CLEAN, NORMS, ThreatModel
 
 few = settings(max_examples=30, deadline=None)
 ORD = {"Linf": torch.inf, "L2": 2, "L1": 1}
@@ -146,7 +147,8 @@ def test_eps_below_0_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("norm", "eps"), [("L0", 1.0), ("linf", 1.0), ("L2", -1.0), ("L2", float("nan")), ("L1", float("inf"))]
+    ("norm", "eps"),
+    [("L0", 1.0), ("linf", 1.0), ("L2", -1.0), ("L2", float("nan")), ("L1", float("inf"))],
 )
 def test_a_wrong_threat_cannot_be_built(norm, eps):
     with pytest.raises(ThreatError, match=r"norm: got|eps: got"):
@@ -178,7 +180,11 @@ def test_a_projection_is_feasible_and_projecting_again_changes_nothing(given_pro
 def test_a_projection_of_whole_images_is_feasible(norm, eps, content):
     """One colour, moved by the same amount everywhere, rounds 3,072 times in the same direction."""
     x = images(3, 8, (3, 32, 32)) if content == "noise" else torch.full((8, 3, 32, 32), 0.7)
-    moved = far(x, 3, 0.01) if content == "noise" else x + 0.01 * far(torch.zeros_like(x), 3, 1.0).sign()
+    moved = (
+        far(x, 3, 0.01)
+        if content == "noise"
+        else x + 0.01 * far(torch.zeros_like(x), 3, 1.0).sign()
+    )
     radius = torch.full((8,), eps)
     check_feasible(project(moved, x, radius, norm), x, radius, norm)
 
@@ -199,7 +205,9 @@ def test_each_row_is_projected_by_itself(given_problem):
     whole = project(z, x, eps, norm)
     for row in range(4):
         at = slice(row, row + 1)
-        torch.testing.assert_close(project(z[at], x[at], eps[at], norm), whole[at], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            project(z[at], x[at], eps[at], norm), whole[at], rtol=0, atol=1e-6
+        )
     assert torch.equal(whole[3], x[3])
 
 
@@ -216,7 +224,9 @@ def nearest_in_l1(z, x, eps):
         middle = (low + high) / 2
         over = at(middle).sum(1, keepdim=True) > eps.double().view(-1, 1)
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    t = torch.where(at(torch.zeros_like(low)).sum(1, keepdim=True) > eps.double().view(-1, 1), high, 0.0)
+    t = torch.where(
+        at(torch.zeros_like(low)).sum(1, keepdim=True) > eps.double().view(-1, 1), high, 0.0
+    )
     return x.double() + (delta.sign() * at(t)).view_as(x)
 
 
@@ -225,7 +235,9 @@ def nearest_in_l1(z, x, eps):
 def test_the_l1_projection_is_the_nearest_point(given_problem):
     for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         x, z, eps, _ = problem(**{**given_problem, "norm": "L1"}, dtype=dtype)
-        torch.testing.assert_close(project(z, x, eps, "L1").double(), nearest_in_l1(z, x, eps), rtol=0, atol=atol)
+        torch.testing.assert_close(
+            project(z, x, eps, "L1").double(), nearest_in_l1(z, x, eps), rtol=0, atol=atol
+        )
 
 
 @pytest.mark.parametrize(
@@ -246,7 +258,9 @@ def test_the_l1_projection_is_the_nearest_point(given_problem):
     ],
 )
 def test_l1_projections_worked_by_hand(x, delta, eps, nearest):
-    x, delta, nearest = (torch.tensor([values], dtype=torch.float64) for values in (x, delta, nearest))
+    x, delta, nearest = (
+        torch.tensor([values], dtype=torch.float64) for values in (x, delta, nearest)
+    )
     found = project(x + delta, x, torch.tensor([eps], dtype=torch.float64), "L1") - x
     torch.testing.assert_close(found, nearest, rtol=0, atol=1e-12)
 
@@ -268,7 +282,9 @@ def test_the_brute_force_itself_is_nearest_among_random_feasible_points():
 def test_the_linf_projection_is_the_nearest_point(given_problem):
     x, z, eps, _ = problem(**{**given_problem, "norm": "Linf"}, dtype=torch.float64)
     low, high = (x - column(eps, x)).clamp(min=0), (x + column(eps, x)).clamp(max=1)
-    torch.testing.assert_close(project(z, x, eps, "Linf"), torch.min(torch.max(z, low), high), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        project(z, x, eps, "Linf"), torch.min(torch.max(z, low), high), rtol=0, atol=1e-15
+    )
 
 
 @few
@@ -297,7 +313,9 @@ def test_a_random_start_is_on_the_sphere_where_the_box_does_not_bind(seed, norm,
     x = torch.full((4, 3, 5, 5), 0.5)
     noise = far(torch.zeros_like(x), seed, 1.0)
     start = random_start(x, noise, torch.full((4,), eps), norm)
-    torch.testing.assert_close(length(start - x, norm), torch.full((4,), eps).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        length(start - x, norm), torch.full((4,), eps).double(), rtol=1e-5, atol=1e-6
+    )
     along = torch.nn.functional.cosine_similarity((start - x).flatten(1), noise.flatten(1))
     torch.testing.assert_close(along, torch.ones(4), rtol=0, atol=1e-5)
 
@@ -308,7 +326,9 @@ def test_a_random_start_in_the_box_is_the_point_of_the_sphere_clamped():
     for norm in ("Linf", "L2"):
         expected = (x + 0.4 * noise / column(length(noise, norm), x)).clamp(0, 1)
         torch.testing.assert_close(random_start(x, noise, eps, norm), expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(random_start(x, noise, eps, "L1"), nearest_in_l1(x + noise, x, eps), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        random_start(x, noise, eps, "L1"), nearest_in_l1(x + noise, x, eps), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)

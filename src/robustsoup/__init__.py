@@ -7,23 +7,24 @@ print(rs.evaluate(soup, data.test, ["Linf 8/255"]).accuracy)
 """
 
 from robustsoup.attacks import apgd, apgd_train, pgd
-from robustsoup.checkpoints import Checkpoint
-from robustsoup.comparison import Comparison, compare
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Split, Synthetic, load_data
+from robustsoup.diagnosis.landscape import Landscape, landscape
+from robustsoup.diagnosis.rules import Soupability, check
 from robustsoup.errors import RobustsoupError
-from robustsoup.evaluation import Evaluation, evaluate
-from robustsoup.losses import Objective
+from robustsoup.evaluation.comparison import Comparison, compare
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.models import load_model
-from robustsoup.plane import Landscape, landscape
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.search import search
 from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
-from robustsoup.soups.soupability import Soupability, check
-from robustsoup.statistics import Accuracy
 from robustsoup.threats import ThreatModel
-from robustsoup.training import train
+from robustsoup.training.objectives import Objective
+from robustsoup.training.train import train
 
 __all__ = [
     "Accuracy",

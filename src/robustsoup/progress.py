@@ -21,7 +21,9 @@ class SavedState:
     `fingerprint` says which work the state belongs to: a file left by other work is refused, not resumed.
     """
 
-    def __init__(self, path: str | os.PathLike | None, fingerprint: str, every: float = 30.0) -> None:
+    def __init__(
+        self, path: str | os.PathLike | None, fingerprint: str, every: float = 30.0
+    ) -> None:
         self.path = Path(path) if path is not None else None
         self.fingerprint, self.every, self.last = fingerprint, every, time.monotonic()
 
@@ -36,7 +38,9 @@ class SavedState:
                 f"{self.path}: the saved state cannot be read ({error}); delete it to begin anew"
             ) from None
         if state.pop("fingerprint", None) != self.fingerprint:
-            raise CheckpointError(f"{self.path}: saved by work with other settings; delete it or choose another place")
+            raise CheckpointError(
+                f"{self.path}: saved by work with other settings; delete it or choose another place"
+            )
         return state
 
     def due(self) -> bool:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from robustsoup.attacks.forward import frozen_eval, gradient
 from robustsoup.attacks.lanes import in_lanes, lane_count
-from robustsoup.attacks.rows import Schedule, advance, column, observe, start_rows
+from robustsoup.attacks.losses import Loss, ce
+from robustsoup.attacks.steps import Schedule, advance, column, observe, start_rows
 from robustsoup.errors import RequestError
-from robustsoup.losses import Loss, ce
 from robustsoup.threats import ThreatModel
 
 LEAST = 16
@@ -17,9 +17,17 @@ LEAST = 16
 
 
 def apgd_train(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    steps: int = 2, loss: Loss = ce, precision: str = "float32", start: Tensor | None = None, target: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 2,
+    loss: Loss = ce,
+    precision: str = "float32",
+    start: Tensor | None = None,
+    target: Tensor | None = None,
+) -> Tensor:
     """APGD as adversarial training uses it: from x itself, the point of highest loss, for every sample.
 
     x: (b, ...) float in [0,1]; y: (b,) int64. Samples already misclassified, or never fooled, are perturbed too.
@@ -49,9 +57,16 @@ def apgd_train(
 
 
 def _highest_loss(
-    model: nn.Module, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None, threat: ThreatModel, steps: int, loss: Loss,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor,
+    target: Tensor | None,
+    threat: ThreatModel,
+    steps: int,
+    loss: Loss,
     precision: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     schedule = Schedule.of(threat, steps, staged=False)
     rows = start_rows(x, y, threat.eps, start, schedule, topk=0.05)
     periods = schedule.checks().to(x.device)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.engine import Attempt, Job, Outcome, margin_of
 from robustsoup.attacks.folding import folded
 from robustsoup.attacks.forward import check_inputs, frozen_eval, judge, pass_rows, predict
 from robustsoup.attacks.lanes import in_lanes
-from robustsoup.attacks.queue import Attempt, Job, Outcome, margin_of
-from robustsoup.attacks.rows import Schedule
+from robustsoup.attacks.losses import LEAST_CLASSES, LOSSES, Loss, ce
+from robustsoup.attacks.steps import Schedule
+from robustsoup.device import resolve_precision
 from robustsoup.errors import RequestError
-from robustsoup.losses import LEAST_CLASSES, LOSSES, Loss, ce
-from robustsoup.precision import resolve_precision
 from robustsoup.threats import ThreatModel
 
 LOOK = 16
@@ -54,7 +54,9 @@ class Settings:
             raise RequestError(f"batch_size: got {self.batch_size}, expected at least 1")
         least = LEAST_CLASSES.get(self.loss_name, 2)
         if classes is not None and classes < least:
-            raise RequestError(f'loss: "{self.loss_name}" needs {least} classes or more, got {classes}; take ce')
+            raise RequestError(
+                f'loss: "{self.loss_name}" needs {least} classes or more, got {classes}; take ce'
+            )
         return self
 
     @property
@@ -70,11 +72,16 @@ class Settings:
         short = {"targeted dlr": "t"}.get(self.loss_name, self.loss_name)
         return [
             Attempt(
-                f"{self.attack}-{short}" + f" target {rank}" * bool(rank) + f" restart {restart + 1}" * bool(restart),
-                loss, rank, restart,
+                f"{self.attack}-{short}"
+                + f" target {rank}" * bool(rank)
+                + f" restart {restart + 1}" * bool(restart),
+                loss,
+                rank,
+                restart,
             )
-            for restart in range(self.restarts) for rank in ranks
-        ]  # fmt: skip
+            for restart in range(self.restarts)
+            for rank in ranks
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,15 @@ class Samples:
 
 
 def run_attempts(
-    model: nn.Module, samples: Samples, threat: ThreatModel, settings: Settings, outcome: Outcome, device: torch.device, *,
+    model: nn.Module,
+    samples: Samples,
+    threat: ThreatModel,
+    settings: Settings,
+    outcome: Outcome,
+    device: torch.device,
+    *,
     poll: Callable[[int, int], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Attack what is right and not settled yet, writing to `outcome`; the network is in eval mode already.
 
     poll(done, total) is called several times a second; both count samples times attempts.
@@ -130,15 +143,34 @@ def run_attempts(
     for number, attempt in enumerate(attempts):
         waiting = (correct & (outcome.settled == number) & ~outcome.broken).nonzero().flatten()
         # The likeliest to break first where a candidate may lose; else last, when short work fills the rows to the end.
-        likely = outcome.margin if settings.stop_below is not None else -margin_of(samples.logits, samples.y)
+        likely = (
+            outcome.margin
+            if settings.stop_below is not None
+            else -margin_of(samples.logits, samples.y)
+        )
         waiting = waiting[likely[waiting].argsort(stable=True)].tolist()
         if not waiting:
             continue
         job = Job(
-            model, samples.fetch, samples.y, samples.ids, waiting, attempt, number, len(attempts), schedule, outcome,
-            seed=settings.seed, rows=pass_rows(device, settings.batch_size), precision=settings.precision, eot=settings.eot,
-            targets=_targets(samples, attempt.target), device=device, stop_below=settings.stop_below, searched=searched,
-        )  # fmt: skip
+            model,
+            samples.fetch,
+            samples.y,
+            samples.ids,
+            waiting,
+            attempt,
+            number,
+            len(attempts),
+            schedule,
+            outcome,
+            seed=settings.seed,
+            rows=pass_rows(device, settings.batch_size),
+            precision=settings.precision,
+            eot=settings.eot,
+            targets=_targets(samples, attempt.target),
+            device=device,
+            stop_below=settings.stop_below,
+            searched=searched,
+        )
         job.surviving = int((correct & ~outcome.broken).sum())
         job.run(tell if poll else None)
         if job.stopped:
@@ -163,9 +195,15 @@ def try_points(
         logits, _ = judge(model, points(at), y, ce, rows)
         return (logits.argmax(1) != y).cpu(), margin_of(logits, y).float().cpu()
 
-    parts = in_lanes([lambda at=at: part(at) for at in which.split(rows)], device) if len(which) else []
+    parts = (
+        in_lanes([lambda at=at: part(at) for at in which.split(rows)], device) if len(which) else []
+    )
     empty = torch.zeros(0)
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True)) if parts else (empty.bool(), empty)
+    return (
+        tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        if parts
+        else (empty.bool(), empty)
+    )
 
 
 def _targets(samples: Samples, rank: int) -> Tensor | None:
@@ -177,9 +215,16 @@ def _targets(samples: Samples, rank: int) -> Tensor | None:
 
 
 def run_attack(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, settings: Settings, *, ids: Tensor | None = None,
-    known_correct: Tensor | None = None, on_progress: Callable[[int, int], None] | None = None,
-) -> AttackResult:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    settings: Settings,
+    *,
+    ids: Tensor | None = None,
+    known_correct: Tensor | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AttackResult:
     """Attack x (n, ...) with y (n,) as `settings` say, and return the points with their record.
 
     ids: (n,) int64 sample numbers that seed the noise (default 0..n-1).
@@ -203,18 +248,33 @@ def run_attack(
             logits = predict(model, lambda at: x[at.to(x.device)], len(x), rows, x.device)
         else:  # any logits that say the same
             wrong = (y + 1) % classes
-            logits = torch.nn.functional.one_hot(torch.where(known_correct.cpu(), y, wrong), classes).float()
+            logits = torch.nn.functional.one_hot(
+                torch.where(known_correct.cpu(), y, wrong), classes
+            ).float()
         samples = Samples(lambda at: x[at.to(x.device)], y, ids, logits)
         run_attempts(model, samples, threat, settings, outcome, x.device, poll=on_progress)
     outcome.broken[~samples.correct], outcome.step[~samples.correct] = True, 0
-    return AttackResult(outcome.x_adv, outcome.broken, outcome.step, outcome.by, tuple(a.name for a in attempts))
+    return AttackResult(
+        outcome.x_adv, outcome.broken, outcome.step, outcome.by, tuple(a.name for a in attempts)
+    )
 
 
 def apgd(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel | str, *, steps: int = 100, loss: str | Loss = "ce",
-    restarts: int = 1, targets: int = 9, eot: int = 1, seed: int = 0, ids: Tensor | None = None,
-    batch_size: int | None = None, precision: str = "float32",
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    *,
+    steps: int = 100,
+    loss: str | Loss = "ce",
+    restarts: int = 1,
+    targets: int = 9,
+    eot: int = 1,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    batch_size: int | None = None,
+    precision: str = "float32",
+) -> Tensor:
     """APGD as evaluation uses it: x_adv (n, ...), the first misclassified point, else the point of highest loss.
 
     x: (n, ...) float in [0,1]; y: (n,) int64; loss: "ce", "dlr", "targeted dlr" (over the `targets` likeliest other
@@ -230,22 +290,49 @@ def apgd(
     Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
     """
     settings = Settings(
-        "apgd", loss, steps, restarts, targets, eot, seed, resolve_precision(precision, x.device), batch_size
+        "apgd",
+        loss,
+        steps,
+        restarts,
+        targets,
+        eot,
+        seed,
+        resolve_precision(precision, x.device),
+        batch_size,
     )
     return run_attack(model, x, y, ThreatModel.parse(threat), settings, ids=ids).x_adv
 
 
 def pgd(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel | str, *, steps: int = 20, loss: str | Loss = "ce",
-    restarts: int = 1, targets: int = 9, eot: int = 1, seed: int = 0, ids: Tensor | None = None,
-    batch_size: int | None = None, precision: str = "float32",
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    *,
+    steps: int = 20,
+    loss: str | Loss = "ce",
+    restarts: int = 1,
+    targets: int = 9,
+    eot: int = 1,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    batch_size: int | None = None,
+    precision: str = "float32",
+) -> Tensor:
     """Projected gradient descent, the plain baseline: a random start and steps of 2.5 eps / steps. Otherwise as `apgd`.
 
     For L1 each step goes along the signs of the steepest fifth of the pixels.
     Source: Madry et al. 2018, arXiv:1706.06083.
     """
     settings = Settings(
-        "pgd", loss, steps, restarts, targets, eot, seed, resolve_precision(precision, x.device), batch_size
+        "pgd",
+        loss,
+        steps,
+        restarts,
+        targets,
+        eot,
+        seed,
+        resolve_precision(precision, x.device),
+        batch_size,
     )
     return run_attack(model, x, y, ThreatModel.parse(threat), settings, ids=ids).x_adv

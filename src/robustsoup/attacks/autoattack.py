@@ -14,10 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.engine import excess_of
 from robustsoup.attacks.forward import frozen_eval, pass_rows, predict
-from robustsoup.attacks.queue import excess_of
+from robustsoup.attacks.projections import project
 from robustsoup.errors import RequestError
-from robustsoup.threats import ThreatModel, project
+from robustsoup.threats import ThreatModel
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard's four, in order."""
@@ -53,13 +54,25 @@ def plan_autoattack(classes: int, threat: ThreatModel) -> Standard:
         )
     _load()
     targets = min(classes - 1, _MOST_TARGETS)
-    return Standard(ATTACKS, targets, "standard" if targets == _MOST_TARGETS else f"non-standard ({targets} targets)")
+    return Standard(
+        ATTACKS,
+        targets,
+        "standard" if targets == _MOST_TARGETS else f"non-standard ({targets} targets)",
+    )
 
 
 def attack_chunk(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, standard: Standard, seed: int,
-    queries: int = 5000, steps: int = 100, on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    standard: Standard,
+    seed: int,
+    queries: int = 5000,
+    steps: int = 100,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attack samples that the network gets right: (x_adv (n, c, h, w), by (n,) int64) on the device of x.
 
     x: (n, c, h, w) float32 in [0,1], on the network's device; y: (n,) int64. Each attack is given, as one batch, what
@@ -77,13 +90,18 @@ def attack_chunk(
     if threat.is_clean or len(x) == 0:
         return x_adv, by
     attacks, total = standard.attacks, len(x) * len(standard.attacks)
-    with _side_effects_undone(), frozen_eval(model):  # frozen: FAB would add to the gradients of the weights
+    with (
+        _side_effects_undone(),
+        frozen_eval(model),
+    ):  # frozen: FAB would add to the gradients of the weights
         if "square" in attacks:
             _check_square(tuple(x.shape[1:]), threat)
         for number, name in enumerate(attacks):
             left = (by < 0).nonzero().flatten()
             if len(left):
-                runner = _runner(name, model, x.device, threat, standard, _seed(seed, name), queries, steps)
+                runner = _runner(
+                    name, model, x.device, threat, standard, _seed(seed, name), queries, steps
+                )
                 clean, labels = x_adv[left], y[left]
                 points, _ = runner.run_standard_evaluation(clean, labels, batch_size=len(left))
                 points, broken = _check_points(model, points, clean, labels, threat)
@@ -97,7 +115,9 @@ def _load() -> ModuleType:
     try:
         import pyautoattack
     except ImportError:
-        raise RequestError("autoattack: pyautoattack is not installed; pip install 'robustsoup[autoattack]'") from None
+        raise RequestError(
+            "autoattack: pyautoattack is not installed; pip install 'robustsoup[autoattack]'"
+        ) from None
     return pyautoattack
 
 
@@ -105,23 +125,39 @@ def _seed(seed: int, name: str) -> int:
     return (seed * 0x9E3779B97F4A7C15 + ATTACKS.index(name) + 1) & _MASK
 
 
-def _runner(name: str, model: nn.Module, device: torch.device, threat: ThreatModel, standard: Standard, seed: int,
-            queries: int, steps: int):  # fmt: skip
+def _runner(
+    name: str,
+    model: nn.Module,
+    device: torch.device,
+    threat: ThreatModel,
+    standard: Standard,
+    seed: int,
+    queries: int,
+    steps: int,
+):
     """pyautoattack's AutoAttack with the parameters of its standard version, narrowed to one attack."""
     # Not version="custom", which takes five restarts where the standard takes one.
-    runner = _load().AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=seed, device=device, version="standard")
+    runner = _load().AutoAttack(
+        model, norm=threat.norm, eps=threat.eps, seed=seed, device=device, version="standard"
+    )
     runner.attacks_to_run, runner.verbose = [name], False
-    runner.apgd_targeted.n_target_classes = min(runner.apgd_targeted.n_target_classes, standard.targets)
+    runner.apgd_targeted.n_target_classes = min(
+        runner.apgd_targeted.n_target_classes, standard.targets
+    )
     runner.fab.n_target_classes = min(runner.fab.n_target_classes, standard.targets)
     runner.square.n_queries = queries
     runner.fab.n_iter = steps
     for apgd in (runner.apgd, runner.apgd_targeted):
         apgd.n_iter = apgd.n_iter_orig = steps
-        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(int(part * steps), 1) for part in (0.22, 0.06, 0.03))
+        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (
+            max(int(part * steps), 1) for part in (0.22, 0.06, 0.03)
+        )
     return runner
 
 
-def _check_points(model: nn.Module, points: Tensor, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+def _check_points(
+    model: nn.Module, points: Tensor, x: Tensor, y: Tensor, threat: ThreatModel
+) -> tuple[Tensor, Tensor]:
     """The points (b, ...) and which of them (b,) bool are feasible and misclassified.
 
     APGD's float32 sums leave an L1 ball of radius 12 by up to 1.3e-5: points outside are first brought back.
@@ -129,10 +165,16 @@ def _check_points(model: nn.Module, points: Tensor, x: Tensor, y: Tensor, threat
     points = points.clamp(0.0, 1.0)
     outside = excess_of(points, x, threat) > TOLERANCE
     eps = torch.full((len(x),), threat.eps, device=x.device, dtype=x.dtype)
-    points = torch.where(outside.view(-1, *[1] * (x.dim() - 1)), project(points, x, eps, threat.norm), points)
-    logits = predict(model, lambda at: points[at.to(x.device)], len(x), pass_rows(x.device), x.device)
+    points = torch.where(
+        outside.view(-1, *[1] * (x.dim() - 1)), project(points, x, eps, threat.norm), points
+    )
+    logits = predict(
+        model, lambda at: points[at.to(x.device)], len(x), pass_rows(x.device), x.device
+    )
     # NaN is in no ball: both comparisons with it are false.
-    return points, (excess_of(points, x, threat) <= TOLERANCE) & (logits.argmax(1).to(y.device) != y)
+    return points, (excess_of(points, x, threat) <= TOLERANCE) & (
+        logits.argmax(1).to(y.device) != y
+    )
 
 
 def _check_square(shape: tuple[int, ...], threat: ThreatModel) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.lanes import in_lanes
+from robustsoup.attacks.losses import Loss
+from robustsoup.device import autocast
 from robustsoup.errors import DataError, Diverged, ModelError
-from robustsoup.losses import Loss
-from robustsoup.precision import autocast
 
 
 @contextlib.contextmanager
@@ -43,9 +43,16 @@ def pass_rows(device: torch.device, batch_size: int | None = None) -> int:
 
 
 def gradient(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, *, needed: bool = True,
-    target: Tensor | None = None, eot: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    precision: str,
+    *,
+    needed: bool = True,
+    target: Tensor | None = None,
+    eot: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One pass: logits (b, classes), loss (b,) and its gradient by x (b, ...); the gradient is zero if not `needed`.
 
     eot: how many passes the loss and the gradient are averaged over, for networks that answer at random (expectation
@@ -59,7 +66,9 @@ def gradient(
         with torch.set_grad_enabled(needed):
             each = _loss(loss, logits, y, target)
             part = None
-            if needed and each.requires_grad:  # not where the network rounds, say, without a gradient
+            if (
+                needed and each.requires_grad
+            ):  # not where the network rounds, say, without a gradient
                 part = torch.autograd.grad(each.sum(), point, allow_unused=True)[0]
             part = torch.zeros_like(x) if part is None else part
         value, grad = value + each.detach().to(x.dtype), grad + part if eot > 1 else part
@@ -82,8 +91,14 @@ def judge(
     return logits, _loss(loss, logits, y, target).to(x.dtype)
 
 
-def predict(model: nn.Module, fetch: Callable[[Tensor], Tensor], n: int, rows: int, device: torch.device,
-            poll: Callable[[], None] | None = None) -> Tensor:  # fmt: skip
+def predict(
+    model: nn.Module,
+    fetch: Callable[[Tensor], Tensor],
+    n: int,
+    rows: int,
+    device: torch.device,
+    poll: Callable[[], None] | None = None,
+) -> Tensor:
     """Logits (n, classes), at least float32, on the CPU; in passes of one padded shape; the mode is not touched.
 
     fetch(samples (b,) int64) -> (b, ...) images on `device`.
@@ -95,7 +110,11 @@ def predict(model: nn.Module, fetch: Callable[[Tensor], Tensor], n: int, rows: i
         logits = model(torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])]))[: len(x)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
 
-    return torch.cat(in_lanes([partial(part, samples) for samples in torch.arange(n).split(rows)], device, poll=poll))
+    return torch.cat(
+        in_lanes(
+            [partial(part, samples) for samples in torch.arange(n).split(rows)], device, poll=poll
+        )
+    )
 
 
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -104,16 +123,22 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
     Returns the number of classes (0 without images). Raises DataError, ModelError or Diverged.
     """
     if len(x) != len(y):
-        raise DataError(f"x and y: got {len(x)} images and {len(y)} labels, expected as many of both")
+        raise DataError(
+            f"x and y: got {len(x)} images and {len(y)} labels, expected as many of both"
+        )
     if len(x) == 0:
         return 0
     if not (x.is_floating_point() and float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN fails too
-        raise DataError(f"x: got {x.dtype} in [{float(x.min()):g}, {float(x.max()):g}], expected floats in [0, 1]")
+        raise DataError(
+            f"x: got {x.dtype} in [{float(x.min()):g}, {float(x.max()):g}], expected floats in [0, 1]"
+        )
     with frozen_eval(model), torch.no_grad():
         logits = model(x[:2])
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x[:2]):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"network: got an answer of shape {got} for {len(x[:2])} images, expected (b, classes) logits")
+        raise ModelError(
+            f"network: got an answer of shape {got} for {len(x[:2])} images, expected (b, classes) logits"
+        )
     if not bool(logits.isfinite().all()):
         raise Diverged("network: its logits hold NaN or infinity; the weights may be broken")
     low, high = int(y.min()), int(y.max())

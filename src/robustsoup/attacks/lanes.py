@@ -19,9 +19,12 @@ def lane_count(device: torch.device) -> int:
 
 
 def in_lanes(
-    tasks: Sequence[Callable[[], Any]], device: torch.device, *, poll: Callable[[], None] | None = None,
+    tasks: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    poll: Callable[[], None] | None = None,
     stop: Callable[[], None] | None = None,
-) -> list[Any]:  # fmt: skip
+) -> list[Any]:
     """Call every task, as many at a time as there are lanes, and return their results in order.
 
     poll is called in this thread several times a second meanwhile. If it, a task or Ctrl-C raises, `stop` is called once

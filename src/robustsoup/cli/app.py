@@ -11,14 +11,17 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from robustsoup.console import stderr
+from robustsoup.cli.progress import stderr
 from robustsoup.errors import RequestError, RobustsoupError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn several adversarially fine-tuned checkpoints of one network into one, at the trade-off you need.",
-)  # fmt: skip
+)
 stdout = Console(highlight=False)
 INTERRUPTED = 130
 
@@ -29,7 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     sys.path.insert(0, str(Path.cwd()))  # so that --model my_script:Net finds a file that lies here
     try:
-        code = app(args=[a for a in arguments if a != "--debug"], prog_name="robustsoup", standalone_mode=False)
+        code = app(
+            args=[a for a in arguments if a != "--debug"],
+            prog_name="robustsoup",
+            standalone_mode=False,
+        )
     except RobustsoupError as error:
         if debug:
             raise

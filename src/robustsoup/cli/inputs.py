@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from robustsoup.checkpoints import Checkpoint
-from robustsoup.console import Bar, stderr
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import UNKNOWN, VIOLATED, check_leakage
+from robustsoup.checkpoints.published import fetch_published
+from robustsoup.cli.progress import Bar, stderr
 from robustsoup.data import Data, fetch_cifar10, load_data
 from robustsoup.errors import ModelError, RequestError
-from robustsoup.leakage import UNKNOWN, VIOLATED, check_leakage
 from robustsoup.models import load_model
-from robustsoup.published import fetch_published
 
 
 def use_threads(count: int | None) -> None:
@@ -43,9 +43,13 @@ def fetch_checkpoint(name: str, root: str | None, sha256: str | None) -> dict[st
         found = fetch_published(name, root, sha256=sha256, on_progress=bar)
     model, threat = found.published.model, found.published.threat
     return {
-        "path": str(found.path), "model": model, "threat": threat, "sha256": found.sha256, "first_seen": found.first_seen,
+        "path": str(found.path),
+        "model": model,
+        "threat": threat,
+        "sha256": found.sha256,
+        "first_seen": found.first_seen,
         "next": f'robustsoup evaluate "{found.path}" --model {model} --data cifar10 --threat "{threat}" --attack autoattack',
-    }  # fmt: skip
+    }
 
 
 def open_all(paths: list[Path]) -> list[Checkpoint]:
@@ -64,7 +68,9 @@ def names_of(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         name = re.sub(r"[^\w.-]+", "-", Path(path).stem)
         if name in names or name == "pretrained":
-            name = re.sub(r"[^\w.-]+", "-", f"{Path(path).absolute().parent.name}-{Path(path).stem}")
+            name = re.sub(
+                r"[^\w.-]+", "-", f"{Path(path).absolute().parent.name}-{Path(path).stem}"
+            )
         number = 2
         while name in names:
             name, number = f"{name.rstrip('0123456789')}{number}", number + 1
@@ -99,18 +105,26 @@ def numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in re.split(r"[,\s]+", text.strip())]
     except ValueError:
-        raise ModelError(f'normalize: got "{text}", expected numbers by channel, as in "0.49,0.48,0.45"') from None
+        raise ModelError(
+            f'normalize: got "{text}", expected numbers by channel, as in "0.49,0.48,0.45"'
+        ) from None
 
 
 def absolute_folder(data: str) -> str:
     """The data with a folder's path made absolute."""
-    return f"folder:{Path(data.removeprefix('folder:')).absolute()}" if data.startswith("folder:") else data
+    return (
+        f"folder:{Path(data.removeprefix('folder:')).absolute()}"
+        if data.startswith("folder:")
+        else data
+    )
 
 
 def check_output(path: Path, endings: set[str]) -> None:
     """Raise RequestError for a file of another ending."""
     if path.suffix not in endings:
-        raise RequestError(f"-o {path}: got the ending {path.suffix!r}, expected {' or '.join(sorted(endings))}")
+        raise RequestError(
+            f"-o {path}: got the ending {path.suffix!r}, expected {' or '.join(sorted(endings))}"
+        )
 
 
 def warn_leakage(checkpoints: list[Checkpoint], data: Data, *, allow: bool) -> None:
@@ -121,11 +135,16 @@ def warn_leakage(checkpoints: list[Checkpoint], data: Data, *, allow: bool) -> N
 def say_leakage(status: str, why: str) -> None:
     """Warn of what `check_leakage` found."""
     if status == UNKNOWN:
-        stderr.print(f"robustsoup: warning: split unknown: {why}; if it saw val or test, its figures flatter it",
-                     markup=False, soft_wrap=True)  # fmt: skip
+        stderr.print(
+            f"robustsoup: warning: split unknown: {why}; if it saw val or test, its figures flatter it",
+            markup=False,
+            soft_wrap=True,
+        )
     if status == VIOLATED:
         stderr.print(
-            f"robustsoup: warning: leakage allowed: {why}; every table and figure says so", markup=False, soft_wrap=True
+            f"robustsoup: warning: leakage allowed: {why}; every table and figure says so",
+            markup=False,
+            soft_wrap=True,
         )
 
 

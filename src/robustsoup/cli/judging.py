@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from robustsoup.answers import accuracy_table, protocol
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import split_status
 from robustsoup.cli.app import app, stdout
 from robustsoup.cli.inputs import (
     load,
@@ -38,29 +38,49 @@ from robustsoup.cli.options import (
     Threads,
     Threats,
 )
-from robustsoup.comparison import compare
-from robustsoup.console import Bar, stderr
+from robustsoup.cli.progress import Bar, stderr
+from robustsoup.cli.tables import accuracy_table, protocol
 from robustsoup.data import Data
+from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
-from robustsoup.evaluation import Evaluation, evaluate, refuse_chance
-from robustsoup.leakage import split_status
-from robustsoup.precision import resolve_device
+from robustsoup.evaluation.comparison import compare
+from robustsoup.evaluation.evaluate import evaluate, refuse_chance
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.execute import Context
 from robustsoup.runs.store import Store
 
 
 @app.command("evaluate")
 def evaluate_command(
-    checkpoints: Files, data: DataOption, threat: Threats = [],
+    checkpoints: Files,
+    data: DataOption,
+    threat: Threats = [],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    attack: Attack = "apgd", loss: Loss = "ce", steps: Steps = 100, restarts: Restarts = 1, eot: Eot = 1,
+    attack: Attack = "apgd",
+    loss: Loss = "ce",
+    steps: Steps = 100,
+    restarts: Restarts = 1,
+    eot: Eot = 1,
     samples: Samples = None,
-    output: Annotated[Path | None, typer.Option("-o", help="A folder for one record (JSON, npz) a checkpoint.")] = None,
-    keep_points: Annotated[bool, typer.Option("--keep-points", help="Also write the adversarial images (.points.npz).")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="The most images in a pass; else by device.")] = None,
-    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    precision: SearchPrecision = "float32", data_root: DataRoot = None, image_size: ImageSize = None, as_json: AsJson = False,
-) -> None:  # fmt: skip
+    output: Annotated[
+        Path | None, typer.Option("-o", help="A folder for one record (JSON, npz) a checkpoint.")
+    ] = None,
+    keep_points: Annotated[
+        bool, typer.Option("--keep-points", help="Also write the adversarial images (.points.npz).")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="The most images in a pass; else by device.")
+    ] = None,
+    model: Model = None,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: SearchPrecision = "float32",
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    as_json: AsJson = False,
+) -> None:
     """Judge checkpoints, clean and under attack, with 95 % Wilson intervals. Continues where it was killed.
 
     Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255" --steps 20`
@@ -69,19 +89,39 @@ def evaluate_command(
     if keep_points and not output:
         raise RequestError("--keep-points: where to? give -o FOLDER")
     loaded = load(data, data_root, seed, image_size)
-    context = Context(loaded, model_settings(model, normalize, loaded, checkpoints), resolve_device(device))
-    described = {name: context.describe(Checkpoint.load(path)) for name, path in names_of(checkpoints).items()}
+    context = Context(
+        loaded, model_settings(model, normalize, loaded, checkpoints), resolve_device(device)
+    )
+    described = {
+        name: context.describe(Checkpoint.load(path))
+        for name, path in names_of(checkpoints).items()
+    }
     for checkpoint in described.values():
         refuse_chance(checkpoint, loaded.split(split), checkpoint.name, device=device)
     asked = {
-        "threats": threat, "attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "eot": eot, "samples": samples,
-        "seed": seed, "batch_size": batch_size, "device": device, "precision": precision, "keep_points": keep_points,
-    }  # fmt: skip
+        "threats": threat,
+        "attack": attack,
+        "loss": loss,
+        "steps": steps,
+        "restarts": restarts,
+        "eot": eot,
+        "samples": samples,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "keep_points": keep_points,
+    }
     done: dict[str, Evaluation] = {}
     for name, checkpoint in described.items():
         with Bar(f"evaluating {name}") as bar:
-            result = evaluate(checkpoint, loaded.split(split), state_path=_unfinished(asked, checkpoint, loaded, split),
-                              on_progress=bar, **asked)  # fmt: skip
+            result = evaluate(
+                checkpoint,
+                loaded.split(split),
+                state_path=_unfinished(asked, checkpoint, loaded, split),
+                on_progress=bar,
+                **asked,
+            )
         status, why = split_status([checkpoint], loaded.split(split))
         result.record["leakage"] = {"status": status, "why": why}
         if status != "known":
@@ -93,30 +133,48 @@ def evaluate_command(
         done[name] = result
     if as_json:
         return print_json({name: result.to_json() for name, result in done.items()})
-    stdout.print(accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()}))
+    stdout.print(
+        accuracy_table({name: result.to_json()["accuracy"] for name, result in done.items()})
+    )
     first = next(iter(done.values())).record
-    stdout.print(f"{first['samples']} samples of {split}, 95 % Wilson intervals{protocol(first)}", soft_wrap=True)
+    stdout.print(
+        f"{first['samples']} samples of {split}, 95 % Wilson intervals{protocol(first)}",
+        soft_wrap=True,
+    )
     for name, result in done.items():
         if len(result.record["broken_by"]) > 2:
             for key in result.threats:
                 left = ", ".join(
-                    f"{attempt} {accuracy.value:.1%}" for attempt, accuracy in result.after_each(key).items()
+                    f"{attempt} {accuracy.value:.1%}"
+                    for attempt, accuracy in result.after_each(key).items()
                 )
-                stdout.print(f"{name}, {key}, left after each: {left}", markup=False, soft_wrap=True)
+                stdout.print(
+                    f"{name}, {key}, left after each: {left}", markup=False, soft_wrap=True
+                )
 
 
 def _unfinished(asked: dict[str, Any], checkpoint: Checkpoint, data: Data, split: str) -> Path:
     """Where an evaluation that is cut off leaves its state: a place of its own for each, beside the store."""
-    key = hashlib.sha256(json.dumps([asked, checkpoint.digest, data.split(split).digest]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        json.dumps([asked, checkpoint.digest, data.split(split).digest]).encode()
+    ).hexdigest()[:32]
     return Store().root / "unfinished" / f"{key}.pt"
 
 
 @app.command("compare")
 def compare_command(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="A record that evaluate -o wrote.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another, of the same split.", show_default=False)],
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A.json", help="A record that evaluate -o wrote.", show_default=False
+        ),
+    ],
+    second: Annotated[
+        Path,
+        typer.Argument(metavar="B.json", help="Another, of the same split.", show_default=False),
+    ],
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compare two evaluations sample by sample: B less A, with 95 % intervals and McNemar's exact p-values.
 
     Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255" --steps 20 -o judged`,

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.answers import print_soupability
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli.app import app, stdout
 from robustsoup.cli.inputs import (
     check_output,
@@ -39,11 +38,13 @@ from robustsoup.cli.options import (
     Threads,
     ThreatOption,
 )
-from robustsoup.console import Bar, stderr
+from robustsoup.cli.progress import Bar, stderr
+from robustsoup.cli.tables import print_soupability
 from robustsoup.data import Synthetic
+from robustsoup.device import resolve_device
+from robustsoup.diagnosis.rules import check
 from robustsoup.errors import CoefficientError, ModelError, RequestError
 from robustsoup.models import load_model
-from robustsoup.precision import resolve_device
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv
 from robustsoup.runs.execute import Context
 from robustsoup.runs.folder import ensure_folder
@@ -51,31 +52,63 @@ from robustsoup.soups.coefficients import Coefficients, Dial, load_coefficients,
 from robustsoup.soups.ingredients import choose_place, total_bytes
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import check_policy, default_buffers, mix
-from robustsoup.soups.soupability import check
 from robustsoup.threats import ThreatModel
-from robustsoup.training import train
+from robustsoup.training.train import train
 
 
 @app.command("train")
 def train_command(
-    data: DataOption, threat: ThreatOption, output: Annotated[Path, typer.Option("-o", help="The checkpoint to write.")],
-    model: Model = None, start: Annotated[Path | None, typer.Option("--from", help="Fine-tune this checkpoint.")] = None,
-    objective: Objective = "ce", attack_steps: AttackSteps = 2,
-    epochs: Annotated[int, typer.Option(min=1)] = 10, batch_size: Annotated[int, typer.Option(min=2)] = 128,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; else 0.1 fresh, 0.001 with --from.")] = None,
-    momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0,
-    weight_decay_bn: Annotated[bool, typer.Option(help="Whether BatchNorm's weight and bias decay too.")] = True,
+    data: DataOption,
+    threat: ThreatOption,
+    output: Annotated[Path, typer.Option("-o", help="The checkpoint to write.")],
+    model: Model = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Fine-tune this checkpoint.")] = None,
+    objective: Objective = "ce",
+    attack_steps: AttackSteps = 2,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; else 0.1 fresh, 0.001 with --from.")
+    ] = None,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    weight_decay_bn: Annotated[
+        bool, typer.Option(help="Whether BatchNorm's weight and bias decay too.")
+    ] = True,
     schedule: ScheduleOption = "cosine",
-    label_smoothing: Annotated[float, typer.Option(help="The share of each label that all classes get.")] = 0.0,
-    clip_grad: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
-    bn_momentum: Annotated[float | None, typer.Option(help="Of BatchNorm's statistics; else the network's own.")] = None,
-    ema: Annotated[float, typer.Option(help="The decay of an average of the weights, which is then kept, as in 0.995.")] = 0.0,
-    synthetic: Annotated[Path | None, typer.Option(help="An .npz with generated images (image, label) to mix in.")] = None,
-    synthetic_fraction: Annotated[float | None, typer.Option(help="Their share of each batch; else 0.7.")] = None,
-    early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least robust loss on val.")] = False,
-    normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None,
-) -> None:  # fmt: skip
+    label_smoothing: Annotated[
+        float, typer.Option(help="The share of each label that all classes get.")
+    ] = 0.0,
+    clip_grad: Annotated[
+        float | None, typer.Option(help="The largest norm of the gradient.")
+    ] = None,
+    bn_momentum: Annotated[
+        float | None, typer.Option(help="Of BatchNorm's statistics; else the network's own.")
+    ] = None,
+    ema: Annotated[
+        float,
+        typer.Option(
+            help="The decay of an average of the weights, which is then kept, as in 0.995."
+        ),
+    ] = 0.0,
+    synthetic: Annotated[
+        Path | None, typer.Option(help="An .npz with generated images (image, label) to mix in.")
+    ] = None,
+    synthetic_fraction: Annotated[
+        float | None, typer.Option(help="Their share of each batch; else 0.7.")
+    ] = None,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="Keep the epoch with the least robust loss on val.")
+    ] = False,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: Precision = "auto",
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+) -> None:
     """Pre-train a network adversarially, or fine-tune one (--from). Continues where it was killed.
 
     Example: `robustsoup train --model resnet9:width=8 --data digits --threat "Linf 48/255" --lr 0.1 -o base.safetensors`,
@@ -85,9 +118,13 @@ def train_command(
     check_output(output, {".safetensors"})
     loaded = load(data, data_root, seed, image_size)
     if start is None and model is None:
-        raise ModelError("train: give --model for fresh weights, or --from for a checkpoint to fine-tune")
+        raise ModelError(
+            "train: give --model for fresh weights, or --from for a checkpoint to fine-tune"
+        )
     context = Context(
-        loaded, model_settings(model, normalize, loaded, [start] if start else []), resolve_device(device)
+        loaded,
+        model_settings(model, normalize, loaded, [start] if start else []),
+        resolve_device(device),
     )
     network = context.describe(Checkpoint.load(start)) if start else context.fresh_network(seed)
     if start:
@@ -102,30 +139,65 @@ def train_command(
     state = output.with_name(f".{output.name}.state.pt")
     with Bar(f"training {output.name}") as bar:
         trained = train(
-            network, loaded.train, threat=threat, objective=objective, attack_steps=attack_steps, epochs=epochs,
-            batch_size=batch_size, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-            weight_decay_bn=weight_decay_bn, schedule=schedule, label_smoothing=label_smoothing, clip_grad=clip_grad,
-            bn_momentum=bn_momentum, ema=ema, synthetic=made,
+            network,
+            loaded.train,
+            threat=threat,
+            objective=objective,
+            attack_steps=attack_steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            weight_decay_bn=weight_decay_bn,
+            schedule=schedule,
+            label_smoothing=label_smoothing,
+            clip_grad=clip_grad,
+            bn_momentum=bn_momentum,
+            ema=ema,
+            synthetic=made,
             synthetic_fraction=0.7 if synthetic_fraction is None else synthetic_fraction,
-            val=loaded.val if early_stop else None, early_stop=early_stop, seed=seed, device=device, precision=precision,
-            state_path=state, on_progress=bar,
-        )  # fmt: skip
+            val=loaded.val if early_stop else None,
+            early_stop=early_stop,
+            seed=seed,
+            device=device,
+            precision=precision,
+            state_path=state,
+            on_progress=bar,
+        )
     trained.save(output)
     state.unlink(missing_ok=True)
-    stdout.print(f"{output}: loss {trained.provenance['history'][-1]['loss']:.3f} after {epochs} epochs", markup=False)
+    stdout.print(
+        f"{output}: loss {trained.provenance['history'][-1]['loss']:.3f} after {epochs} epochs",
+        markup=False,
+    )
 
 
 @app.command("check")
 def check_command(
     checkpoints: Files,
-    data: Annotated[str | None, typer.Option(help="Measure the loss between them on its val: as for learn.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Measure the loss between them on its val: as for learn.")
+    ] = None,
     threat: ThreatOption = "clean",
-    base: Annotated[Path | None, typer.Option(help="What they were fine-tuned from; else what their records name.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="What they were fine-tuned from; else what their records name."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Of val, the first so many.")] = 256,
-    pairs: Annotated[int, typer.Option(min=1, help="Walk along so many pairs, the farthest apart.")] = 15,
-    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    data_root: DataRoot = None, image_size: ImageSize = None, as_json: AsJson = False,
-) -> None:  # fmt: skip
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Walk along so many pairs, the farthest apart.")
+    ] = 15,
+    model: Model = None,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    as_json: AsJson = False,
+) -> None:
     """Say before any work whether checkpoints can be mixed, and why not: exit code 3 if they cannot.
 
     Example: `robustsoup check eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255"`
@@ -138,13 +210,22 @@ def check_command(
     split, network = None, None
     if data:
         source = load(data, data_root, seed, image_size)
-        context = Context(source, model_settings(model, normalize, source, checkpoints), resolve_device(device))
+        context = Context(
+            source, model_settings(model, normalize, source, checkpoints), resolve_device(device)
+        )
         split, network = source.val, load_model(**context.model)
     with Bar("checking") as bar:
         found = check(
-            checkpoints, data=split, threat=threat, base=base, samples=samples, network=network, device=device, pairs=pairs,
+            checkpoints,
+            data=split,
+            threat=threat,
+            base=base,
+            samples=samples,
+            network=network,
+            device=device,
+            pairs=pairs,
             on_progress=bar,
-        )  # fmt: skip
+        )
     if as_json:
         print_json(found.to_json())
     else:
@@ -154,17 +235,34 @@ def check_command(
 
 @app.command("mix")
 def mix_command(
-    checkpoints: Files, output: Annotated[Path, typer.Option("-o", help="The soup; .safetensors, or .pth as the first file.")],
+    checkpoints: Files,
+    output: Annotated[
+        Path, typer.Option("-o", help="The soup; .safetensors, or .pth as the first file.")
+    ],
     coefficients: Annotated[
-        list[str], typer.Option(help="One number a file, as in 1/3 1/3 1/3, or a coefficients file; else uniform.")
+        list[str],
+        typer.Option(
+            help="One number a file, as in 1/3 1/3 1/3, or a coefficients file; else uniform."
+        ),
     ] = [],
-    at: Annotated[float | None, typer.Option(help="With a dial: which of its soups, from 0 (robust) to 1 (clean).")] = None,
-    buffers: Buffers = None, data: Annotated[str | None, typer.Option(help="For the recalibrating --buffers.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Whose statistics --buffers base takes; else an ancestor's.")] = None,
-    threat: Annotated[str, typer.Option(help="For recalibrate-adversarial.")] = "clean", model: Model = None,
-    normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    data_root: DataRoot = None, image_size: ImageSize = None,
-) -> None:  # fmt: skip
+    at: Annotated[
+        float | None,
+        typer.Option(help="With a dial: which of its soups, from 0 (robust) to 1 (clean)."),
+    ] = None,
+    buffers: Buffers = None,
+    data: Annotated[str | None, typer.Option(help="For the recalibrating --buffers.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Whose statistics --buffers base takes; else an ancestor's.")
+    ] = None,
+    threat: Annotated[str, typer.Option(help="For recalibrate-adversarial.")] = "clean",
+    model: Model = None,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+) -> None:
     """Average checkpoints with given coefficients into one ordinary checkpoint.
 
     Example: `robustsoup mix eps16.safetensors eps96.safetensors --coefficients 0.5 0.5 -o soup.safetensors`
@@ -180,13 +278,22 @@ def mix_command(
     if data:
         source = load(data, data_root, seed, image_size)
         split = source.train
-        context = Context(source, model_settings(model, normalize, source, checkpoints), resolve_device(device))
+        context = Context(
+            source, model_settings(model, normalize, source, checkpoints), resolve_device(device)
+        )
         loaded = [context.describe(item) for item in loaded]
         network = loaded[0].network()
     soup = mix(
-        loaded, alpha, buffers=policy, base=base, calibrate_on=split, threat=ThreatModel.parse(threat), network=network,
-        device=resolve_device(device), seed=seed,
-    )  # fmt: skip
+        loaded,
+        alpha,
+        buffers=policy,
+        base=base,
+        calibrate_on=split,
+        threat=ThreatModel.parse(threat),
+        network=network,
+        device=resolve_device(device),
+        seed=seed,
+    )
     soup.save(output)
     stdout.print(f"{output}: {len(loaded)} ingredients mixed, statistics: {policy}", markup=False)
 
@@ -210,27 +317,62 @@ def _coefficients(values: list[str], n: int, at: float | None) -> Coefficients:
 
 @app.command("learn")
 def learn_command(
-    checkpoints: Files, data: DataOption, threat: ThreatOption,
-    output: Annotated[Path, typer.Option("-o", help="A folder for soup, coefficients (file, table, picture), or the dial.")],
-    objective: Objective = "ce", attack_steps: AttackSteps = 2, epochs: Annotated[int, typer.Option(min=1)] = 30,
-    batch_size: Annotated[int, typer.Option(min=2)] = 128, lr: float = 10.0, momentum: float = 0.9,
+    checkpoints: Files,
+    data: DataOption,
+    threat: ThreatOption,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", help="A folder for soup, coefficients (file, table, picture), or the dial."
+        ),
+    ],
+    objective: Objective = "ce",
+    attack_steps: AttackSteps = 2,
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    lr: float = 10.0,
+    momentum: float = 0.9,
     schedule: ScheduleOption = "cosine",
-    detach: Annotated[float, typer.Option(help="The probability that a layer is left out of a step.")] = 0.8,
+    detach: Annotated[
+        float, typer.Option(help="The probability that a layer is left out of a step.")
+    ] = 0.8,
     init: Annotated[str, typer.Option(help="xavier or zeros.")] = "xavier",
     granularity: Granularity = "parameter",
-    early_stop: Annotated[bool, typer.Option("--early-stop", help="Keep the epoch with the least loss on val.")] = False,
-    dial: Annotated[bool, typer.Option("--dial", help="Learn the whole trade-off at once; for mix --at T.")] = False,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="Keep the epoch with the least loss on val.")
+    ] = False,
+    dial: Annotated[
+        bool, typer.Option("--dial", help="Learn the whole trade-off at once; for mix --at T.")
+    ] = False,
     dial_by: Annotated[
-        str | None, typer.Option(help="What the dial turns: objective (the clean weight; the default) or eps.")
+        str | None,
+        typer.Option(help="What the dial turns: objective (the clean weight; the default) or eps."),
     ] = None,
-    place: Annotated[str, typer.Option(help="Where ingredients are kept: auto, device, memory or files.")] = "auto",
-    budget: Annotated[float | None, typer.Option(help="GiB that they may take for auto; else a quarter of what is free.")] = None,
+    place: Annotated[
+        str, typer.Option(help="Where ingredients are kept: auto, device, memory or files.")
+    ] = "auto",
+    budget: Annotated[
+        float | None,
+        typer.Option(help="GiB that they may take for auto; else a quarter of what is free."),
+    ] = None,
     buffers: Buffers = None,
-    learning_buffers: Annotated[str, typer.Option(help="As --buffers, for the network that learning attacks.")] = "tracked",
-    base: Annotated[Path | None, typer.Option(help="Whose statistics --learning-buffers base takes; else an ancestor's.")] = None,
-    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False,
-) -> None:  # fmt: skip
+    learning_buffers: Annotated[
+        str, typer.Option(help="As --buffers, for the network that learning attacks.")
+    ] = "tracked",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Whose statistics --learning-buffers base takes; else an ancestor's."),
+    ] = None,
+    model: Model = None,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: Precision = "auto",
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    allow_leakage: Leakage = False,
+) -> None:
     """Learn coefficients for each layer adversarially, and write them and the soup. Continues where it was killed.
 
     Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255" --epochs 5 -o learned`;
@@ -240,40 +382,74 @@ def learn_command(
     """
     use_threads(threads)
     if dial and (objective != "ce" or early_stop or buffers):
-        wrong = "--objective" if objective != "ce" else "--early-stop" if early_stop else "--buffers"
-        raise RequestError(f"{wrong}: has no meaning with --dial; leave it out (mix --at takes --buffers)")
+        wrong = (
+            "--objective" if objective != "ce" else "--early-stop" if early_stop else "--buffers"
+        )
+        raise RequestError(
+            f"{wrong}: has no meaning with --dial; leave it out (mix --at takes --buffers)"
+        )
     if dial_by and not dial:
         raise RequestError("--dial-by: says what a dial turns; give --dial")
     if base and "base" not in (buffers, learning_buffers):
-        raise RequestError("--base: whose statistics --buffers base or --learning-buffers base takes; give one of them")
+        raise RequestError(
+            "--base: whose statistics --buffers base or --learning-buffers base takes; give one of them"
+        )
     loaded_data = load(data, data_root, seed, image_size)
     policy = buffers or "tracked"
     check_policy(policy, loaded_data.train, ThreatModel.parse(threat))
-    context = Context(loaded_data, model_settings(model, normalize, loaded_data, checkpoints), resolve_device(device))
+    context = Context(
+        loaded_data,
+        model_settings(model, normalize, loaded_data, checkpoints),
+        resolve_device(device),
+    )
     opened = [context.describe(item) for item in open_all(checkpoints)]
     warn_leakage(opened, loaded_data, allow=allow_leakage)
     kept = choose_place(place, budget, opened, context.device)
     if kept == "files":
         size = f"{len(opened)} ingredients, {total_bytes(opened) / 2**30:.2f} GiB"
         stderr.print(
-            f"robustsoup: {size}: read from their files at each step (--budget, --place)", markup=False, soft_wrap=True
+            f"robustsoup: {size}: read from their files at each step (--budget, --place)",
+            markup=False,
+            soft_wrap=True,
         )
     ensure_folder(output)
     state = output / ".state.pt"
     asked = {
-        "threat": threat, "attack_steps": attack_steps, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "momentum": momentum, "schedule": schedule, "detach": detach, "init": init, "granularity": granularity, "seed": seed,
-        "buffers": learning_buffers, "base": base, "place": kept, "allow_leakage": allow_leakage, "device": device,
-        "precision": precision, "state_path": state,
-    }  # fmt: skip
+        "threat": threat,
+        "attack_steps": attack_steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "momentum": momentum,
+        "schedule": schedule,
+        "detach": detach,
+        "init": init,
+        "granularity": granularity,
+        "seed": seed,
+        "buffers": learning_buffers,
+        "base": base,
+        "place": kept,
+        "allow_leakage": allow_leakage,
+        "device": device,
+        "precision": precision,
+        "state_path": state,
+    }
     names = list(names_of(checkpoints))
     with Bar("learning") as bar:
         if dial:
-            found = learn_dial(opened, loaded_data.train, by=dial_by or "objective", on_progress=bar, **asked)
+            found = learn_dial(
+                opened, loaded_data.train, by=dial_by or "objective", on_progress=bar, **asked
+            )
         else:
             val = loaded_data.val if early_stop else None
             found = learn(
-                opened, loaded_data.train, objective=objective, val=val, early_stop=early_stop, on_progress=bar, **asked
+                opened,
+                loaded_data.train,
+                objective=objective,
+                val=val,
+                early_stop=early_stop,
+                on_progress=bar,
+                **asked,
             )
     if dial:
         told = _keep_dial(found, names, output)
@@ -305,21 +481,47 @@ def _keep_dial(dial: Dial, names: list[str], output: Path) -> list[str]:
 def _remove_others(output: Path, written: set[str]) -> None:
     """Remove what an earlier `learn` left in the folder and this one does not write anew."""
     soups = {f"soup{ending}" for ending in (".safetensors", ".pt", ".pth", ".bin")}
-    for name in {*soups, "coefficients.safetensors", "coefficients.csv", "dial.safetensors"} - written:
+    for name in {
+        *soups,
+        "coefficients.safetensors",
+        "coefficients.csv",
+        "dial.safetensors",
+    } - written:
         (output / name).unlink(missing_ok=True)
 
 
-def _write_soup(opened: list[Checkpoint], alpha: Coefficients, buffers: str, base: Path | None, threat: ThreatModel,
-                context: Context, seed: int, output: Path) -> None:  # fmt: skip
+def _write_soup(
+    opened: list[Checkpoint],
+    alpha: Coefficients,
+    buffers: str,
+    base: Path | None,
+    threat: ThreatModel,
+    context: Context,
+    seed: int,
+    output: Path,
+) -> None:
     """The coefficients and their soup, also in the first ingredient's own format."""
     own = f"soup{opened[0].path.suffix}" if opened[0].wrapping is not None else "soup.safetensors"
-    _remove_others(output, {"soup.safetensors", own, "coefficients.safetensors", "coefficients.csv"})
+    _remove_others(
+        output, {"soup.safetensors", own, "coefficients.safetensors", "coefficients.csv"}
+    )
     alpha.save(output / "coefficients.safetensors")
-    soup = mix(opened, alpha, buffers=buffers, base=base if buffers == "base" else None, calibrate_on=context.data.train,
-               threat=threat, device=context.device, seed=seed)  # fmt: skip
+    soup = mix(
+        opened,
+        alpha,
+        buffers=buffers,
+        base=base if buffers == "base" else None,
+        calibrate_on=context.data.train,
+        threat=threat,
+        device=context.device,
+        seed=seed,
+    )
     for name in sorted({"soup.safetensors", own}):
         soup.save(output / name)
 
 
 def _means(alpha: Coefficients, names: list[str]) -> str:
-    return " ".join(f"{name} {share:.2f}" for name, share in zip(names, alpha.alpha.mean(0).tolist(), strict=True))
+    return " ".join(
+        f"{name} {share:.2f}"
+        for name, share in zip(names, alpha.alpha.mean(0).tolist(), strict=True)
+    )

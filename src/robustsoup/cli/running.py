@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from robustsoup.answers import as_bytes, print_results
 from robustsoup.cli.app import app, stdout
 from robustsoup.cli.inputs import (
     absolute_folder,
@@ -43,7 +42,8 @@ from robustsoup.cli.options import (
     ThreatOption,
     Threats,
 )
-from robustsoup.console import Bar, RunReporter, duration
+from robustsoup.cli.progress import Bar, RunReporter, duration
+from robustsoup.cli.tables import as_bytes, print_results
 from robustsoup.errors import RequestError
 from robustsoup.recipes import Recipe, load_recipe, parse_recipe, with_files
 from robustsoup.reports import write_report
@@ -53,8 +53,11 @@ from robustsoup.runs.run import Prepared, prepare, run_prepared
 
 
 @app.command()
-def demo(output: Annotated[Path, typer.Option("-o", help="The run folder.")] = Path("runs/quickstart"),
-         device: Device = "auto", threads: Threads = None) -> None:  # fmt: skip
+def demo(
+    output: Annotated[Path, typer.Option("-o", help="The run folder.")] = Path("runs/quickstart"),
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
     """Run the quickstart recipe on embedded data (scikit-learn's digits), then write its report.
 
     Example: `robustsoup demo`
@@ -65,22 +68,37 @@ def demo(output: Annotated[Path, typer.Option("-o", help="The run folder.")] = P
 
 
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets: Sets = [],
-        output: Annotated[Path | None, typer.Option("-o", help="The run folder; else runs/NAME.")] = None,
-        device: Device = "auto", threads: Threads = None, data_root: DataRoot = None,
-        as_json: AsJson = False) -> None:  # fmt: skip
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    sets: Sets = [],
+    output: Annotated[
+        Path | None, typer.Option("-o", help="The run folder; else runs/NAME.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+) -> None:
     """Run a recipe, or go on with it: only what the store lacks is done. Then write the report.
 
     Example, after `robustsoup demo`: `robustsoup run runs/quickstart/recipe.toml --set evaluate.steps=10 -o runs/ten`
     """
     use_threads(threads)
     loaded = load_recipe(recipe, sets)
-    raise typer.Exit(_finish(loaded, output or Path("runs") / loaded.name, device, data_root, as_json=as_json))
+    raise typer.Exit(
+        _finish(loaded, output or Path("runs") / loaded.name, device, data_root, as_json=as_json)
+    )
 
 
 @app.command()
-def plan(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets: Sets = [], device: Device = "auto",
-         threads: Threads = None, data_root: DataRoot = None, as_json: AsJson = False) -> None:  # fmt: skip
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")],
+    sets: Sets = [],
+    device: Device = "auto",
+    threads: Threads = None,
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+) -> None:
     """Show a recipe's steps, which are in the store already, and what the others will cost. Runs none of them.
 
     The cost comes from timing a few batches on this device.
@@ -92,21 +110,32 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A recipe (TOML).")], sets:
     steps, store = prepared.plan.steps, prepared.store
     cost = seconds_of(steps, prepared.context)
     rows = [
-        {"kind": s.kind, "name": s.name, "key": s.key, "done": store.has(s.key), "seconds": round(cost[s.key], 2)}
+        {
+            "kind": s.kind,
+            "name": s.name,
+            "key": s.key,
+            "done": store.has(s.key),
+            "seconds": round(cost[s.key], 2),
+        }
         for s in steps
     ]
     missing = sum(row["seconds"] for row in rows if not row["done"])
     todo = [step for step in steps if not store.has(step.key)]
     price = {
-        "seconds": missing, "bytes": bytes_of(todo, prepared.context), "passes": sum(step.passes for step in todo),
+        "seconds": missing,
+        "bytes": bytes_of(todo, prepared.context),
+        "passes": sum(step.passes for step in todo),
         "epochs": sum(step.settings["epochs"] for step in todo if "epochs" in step.settings),
-    }  # fmt: skip
+    }
     if as_json:
         return print_json({"recipe": prepared.plan.recipe.name, "steps": rows, **price})
     table = Table("step", "name", "store", "about", box=None)
     for row in rows:
         table.add_row(
-            row["kind"], row["name"], "done" if row["done"] else "-", "" if row["done"] else duration(row["seconds"])
+            row["kind"],
+            row["name"],
+            "done" if row["done"] else "-",
+            "" if row["done"] else duration(row["seconds"]),
         )
     stdout.print(table)
     stdout.print(
@@ -127,22 +156,48 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 @app.command()
 def search(
-    checkpoints: Files, data: DataOption, threat: Threats,
-    output: Annotated[Path, typer.Option("-o", help="The run folder: soup, table, figures, report.")],
+    checkpoints: Files,
+    data: DataOption,
+    threat: Threats,
+    output: Annotated[
+        Path, typer.Option("-o", help="The run folder: soup, table, figures, report.")
+    ],
     method: Annotated[str, typer.Option(help="grid, line, uniform or greedy.")] = "grid",
     step: Annotated[float, typer.Option(help="The grid's step.")] = 0.2,
     score: Annotated[
-        str | None, typer.Option(help='What greedy must not lose, as in "0.3 clean + 0.7 Linf 8/255"; else --maximise.')
+        str | None,
+        typer.Option(
+            help='What greedy must not lose, as in "0.3 clean + 0.7 Linf 8/255"; else --maximise.'
+        ),
     ] = None,
     require: Annotated[list[str], typer.Option(help='As in "clean>=0.85"; repeatable.')] = [],
-    maximise: Annotated[str | None, typer.Option(help="What to maximise; else the first --threat.")] = None,
-    point: Annotated[bool, typer.Option("--point", help="Judge --require by the estimate, not by its 95 % lower end.")] = False,
-    attack: Attack = "apgd", loss: Loss = "ce", steps: Steps = 100, restarts: Restarts = 1, samples: Samples = None,
-    screen: Annotated[bool, typer.Option("--screen", help="Try all briefly, confirm in full what no other beats.")] = False,
-    buffers: Buffers = None, model: Model = None, normalize: Normalize = None,
-    seed: Seed = 0, device: Device = "auto", threads: Threads = None, precision: SearchPrecision = "float32",
-    data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False, as_json: AsJson = False,
-) -> None:  # fmt: skip
+    maximise: Annotated[
+        str | None, typer.Option(help="What to maximise; else the first --threat.")
+    ] = None,
+    point: Annotated[
+        bool,
+        typer.Option("--point", help="Judge --require by the estimate, not by its 95 % lower end."),
+    ] = False,
+    attack: Attack = "apgd",
+    loss: Loss = "ce",
+    steps: Steps = 100,
+    restarts: Restarts = 1,
+    samples: Samples = None,
+    screen: Annotated[
+        bool, typer.Option("--screen", help="Try all briefly, confirm in full what no other beats.")
+    ] = False,
+    buffers: Buffers = None,
+    model: Model = None,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: SearchPrecision = "float32",
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    allow_leakage: Leakage = False,
+    as_json: AsJson = False,
+) -> None:
     """Try soups on `val`, pick the most robust one that meets --require, judge it on `test`, write it. Resumes.
 
     Example: `robustsoup search eps16.safetensors eps64.safetensors eps96.safetensors --data digits --threat "Linf 56/255"
@@ -157,35 +212,75 @@ def search(
     if score is not None:
         own["score"] = score
     content = {
-        "name": "search", "data": absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
-        "normalize": normalize and [numbers(part) for part in normalize], "allow_leakage": allow_leakage,
+        "name": "search",
+        "data": absolute_folder(data),
+        "seed": seed,
+        "image_size": image_size,
+        "model": model,
+        "normalize": normalize and [numbers(part) for part in normalize],
+        "allow_leakage": allow_leakage,
         "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()},
         "soups": {section: {"method": method, "buffers": buffers} | own},
-        "evaluate": {"threats": threat, "attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "screen": screen,
-                     "select_samples": samples, "report_samples": samples, "report": "chosen", "precision": precision},
+        "evaluate": {
+            "threats": threat,
+            "attack": attack,
+            "loss": loss,
+            "steps": steps,
+            "restarts": restarts,
+            "screen": screen,
+            "select_samples": samples,
+            "report_samples": samples,
+            "report": "chosen",
+            "precision": precision,
+        },
         "select": {"maximise": maximise, "require": require, "point": point},
         "report": {"figures": ["ternary", "tradeoff"]},
-    }  # fmt: skip
+    }
     recipe = parse_recipe(content, "search", Path.cwd())
     raise typer.Exit(_finish(recipe, output, device, data_root, as_json=as_json))
 
 
 @app.command("landscape")
 def landscape_command(
-    first: Annotated[Path, typer.Argument(metavar="W0", help="At the origin, say the pre-trained network.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="W1", help="Off the x axis.", show_default=False)],
-    third: Annotated[Path, typer.Argument(metavar="W2", help="At the end of the x axis.", show_default=False)],
-    data: DataOption, threat: ThreatOption,
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="W0", help="At the origin, say the pre-trained network.", show_default=False
+        ),
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="W1", help="Off the x axis.", show_default=False)
+    ],
+    third: Annotated[
+        Path, typer.Argument(metavar="W2", help="At the end of the x axis.", show_default=False)
+    ],
+    data: DataOption,
+    threat: ThreatOption,
     output: Annotated[Path, typer.Option("-o", help="The run folder: losses, picture, report.")],
     points: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 21,
-    samples: Annotated[int, typer.Option(min=1, help="At most so many test samples, drawn by the seed.")] = 2000,
-    attack_steps: Annotated[int, typer.Option(min=1, help="APGD steps; the highest loss of every sample counts.")] = 10,
-    buffers: Annotated[str, typer.Option(help="base, recalibrate or recalibrate-adversarial.")] = "recalibrate",
-    calibrate_samples: Annotated[int, typer.Option(min=2, help="Training samples that statistics are measured on.")] = 10_000,
-    model: Model = None, normalize: Normalize = None, seed: Seed = 0, device: Device = "auto", threads: Threads = None,
-    precision: Precision = "auto", data_root: DataRoot = None, image_size: ImageSize = None, allow_leakage: Leakage = False,
+    samples: Annotated[
+        int, typer.Option(min=1, help="At most so many test samples, drawn by the seed.")
+    ] = 2000,
+    attack_steps: Annotated[
+        int, typer.Option(min=1, help="APGD steps; the highest loss of every sample counts.")
+    ] = 10,
+    buffers: Annotated[
+        str, typer.Option(help="base, recalibrate or recalibrate-adversarial.")
+    ] = "recalibrate",
+    calibrate_samples: Annotated[
+        int, typer.Option(min=2, help="Training samples that statistics are measured on.")
+    ] = 10_000,
+    model: Model = None,
+    normalize: Normalize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: Precision = "auto",
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    allow_leakage: Leakage = False,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Map the robust loss on the plane through three checkpoints. Goes on where it was killed, point by point.
 
     Example: `robustsoup landscape base.safetensors eps16.safetensors eps96.safetensors --data digits --threat "Linf 56/255"
@@ -193,19 +288,36 @@ def landscape_command(
     """
     use_threads(threads)
     names = names_of([first, second, third])
-    plane = {"checkpoints": list(names), "threat": threat, "points": points, "samples": samples, "buffers": buffers,
-             "attack_steps": attack_steps, "calibrate_samples": calibrate_samples}  # fmt: skip
+    plane = {
+        "checkpoints": list(names),
+        "threat": threat,
+        "points": points,
+        "samples": samples,
+        "buffers": buffers,
+        "attack_steps": attack_steps,
+        "calibrate_samples": calibrate_samples,
+    }
     content = {
-        "name": "landscape", "data": absolute_folder(data), "seed": seed, "image_size": image_size, "model": model,
-        "normalize": normalize and [numbers(part) for part in normalize], "allow_leakage": allow_leakage, "precision": precision,
-        "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()}, "planes": {"plane": plane},
-        "evaluate": {"threats": []}, "report": {"figures": ["landscape"]},
-    }  # fmt: skip
+        "name": "landscape",
+        "data": absolute_folder(data),
+        "seed": seed,
+        "image_size": image_size,
+        "model": model,
+        "normalize": normalize and [numbers(part) for part in normalize],
+        "allow_leakage": allow_leakage,
+        "precision": precision,
+        "ingredients": {name: str(Path(path).absolute()) for name, path in names.items()},
+        "planes": {"plane": plane},
+        "evaluate": {"threats": []},
+        "report": {"figures": ["landscape"]},
+    }
     recipe = parse_recipe(content, "landscape", Path.cwd())
     raise typer.Exit(_finish(recipe, output, device, data_root, as_json=as_json))
 
 
-def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *, as_json: bool) -> int:
+def _finish(
+    recipe: Recipe, folder: Path, device: str, data_root: str | None, *, as_json: bool
+) -> int:
     """Run a recipe into `folder`, report, print where to look; 3 if nothing meets the requirements."""
     prepared = _prepare(recipe, device, data_root)
     say_leakage(*prepared.leakage)
@@ -215,7 +327,10 @@ def _finish(recipe: Recipe, folder: Path, device: str, data_root: str | None, *,
     page = write_report(folder)
     if as_json:
         print_json(
-            {key: results.get(key) for key in ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")}
+            {
+                key: results.get(key)
+                for key in ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
+            }
         )
     else:
         print_results(stdout, results, page)

@@ -2,7 +2,7 @@
 
 from robustsoup.data.batches import augment, batches, passes, to_float
 from robustsoup.data.cifar import data_root, fetch_cifar10
-from robustsoup.data.loading import DATASETS, load_data
+from robustsoup.data.sources import DATASETS, load_data
 from robustsoup.data.splits import Augmentation, Data, Split
 from robustsoup.data.synthetic import Synthetic, mixed_batches
 

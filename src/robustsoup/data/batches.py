@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from robustsoup.data.splits import Augmentation, Split, keyed_generator
+from robustsoup.data.splits import Augmentation, Split
 from robustsoup.errors import DataError
+from robustsoup.seeding import keyed_generator
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -26,7 +27,9 @@ def passes(split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield to_float(images).contiguous(memory_format=torch.channels_last), labels
 
 
-def augment(images: torch.Tensor, augmentation: Augmentation, generator: torch.Generator) -> torch.Tensor:
+def augment(
+    images: torch.Tensor, augmentation: Augmentation, generator: torch.Generator
+) -> torch.Tensor:
     """Crop each image at a random place after zero padding, and mirror each with probability 1/2.
 
     images: uint8 (n, c, h, w) on any device; returns the same shape, type and device.
@@ -37,7 +40,9 @@ def augment(images: torch.Tensor, augmentation: Augmentation, generator: torch.G
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator).to(images.device)
     mirrored = torch.rand(n, generator=generator).to(images.device) < 0.5
     if pad:
-        windows = functional.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+        windows = (
+            functional.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+        )
         images = windows[torch.arange(n, device=images.device), :, top, left]
     if augmentation.flip:
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
@@ -64,20 +69,30 @@ def batches(
     Raises DataError if batch_size is below 1 or skip below 0.
     """
     if batch_size < 1:
-        raise DataError(f"{split.record['name']} {split.name}: got batch_size {batch_size}, expected 1 or more")
+        raise DataError(
+            f"{split.record['name']} {split.name}: got batch_size {batch_size}, expected 1 or more"
+        )
     if skip < 0:
         raise DataError(f"{split.record['name']} {split.name}: got skip {skip}, expected 0 or more")
     n = len(split)
-    order = torch.randperm(n, generator=keyed_generator("order", seed, epoch)) if shuffle else torch.arange(n)
+    order = (
+        torch.randperm(n, generator=keyed_generator("order", seed, epoch))
+        if shuffle
+        else torch.arange(n)
+    )
     rows = list(order.to(split.images.device).split(batch_size))
     if drop_last and len(rows) > 1 and len(rows[-1]) < batch_size:
         rows.pop()
     numbered = list(enumerate(rows))[skip:]
     augmentation = split.augmentation if augmented else Augmentation()
-    return (_batch(split, chosen, augmentation, (seed, epoch, number)) for number, chosen in numbered)
+    return (
+        _batch(split, chosen, augmentation, (seed, epoch, number)) for number, chosen in numbered
+    )
 
 
-def _batch(split: Split, rows: torch.Tensor, augmentation: Augmentation, key: tuple[int, int, int]) -> Batch:
+def _batch(
+    split: Split, rows: torch.Tensor, augmentation: Augmentation, key: tuple[int, int, int]
+) -> Batch:
     images = split.images[rows]
     if augmentation != Augmentation():
         images = augment(images, augmentation, keyed_generator("augment", *key))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from robustsoup.data.download import Progress, download
 from robustsoup.data.splits import Augmentation, Data, Samples, Source, assemble, hold_out
-from robustsoup.download import Progress, download
 from robustsoup.errors import DataError
 from robustsoup.files import atomic_path, cache_folder
 
@@ -75,7 +75,9 @@ def fetch_cifar10(
     """
     place = data_root(root)
     if place.exists() and not place.is_dir():
-        raise DataError(f"{place}: got a file, expected a folder to keep data in; name another root")
+        raise DataError(
+            f"{place}: got a file, expected a folder to keep data in; name another root"
+        )
     folder, archive = place / FOLDER, place / ARCHIVE
     missing = [name for name in file_md5 if not (folder / name).is_file()]
     if not missing:
@@ -85,25 +87,46 @@ def fetch_cifar10(
         return folder
     with atomic_path(archive) as temporary:
         advice = f"try again, or put {ARCHIVE} there by hand: {place}"
-        download(url, temporary, begins=(b"\x1f\x8b",), kind="a gzip archive", advice=advice, on_progress=on_progress)
-        _check(_file_md5(temporary), archive_md5, url, f"try again later, or put the right {ARCHIVE} into {place}")
+        download(
+            url,
+            temporary,
+            begins=(b"\x1f\x8b",),
+            kind="a gzip archive",
+            advice=advice,
+            on_progress=on_progress,
+        )
+        _check(
+            _file_md5(temporary),
+            archive_md5,
+            url,
+            f"try again later, or put the right {ARCHIVE} into {place}",
+        )
     _unpack(archive, folder, missing, file_md5, archive_md5)
     archive.unlink(missing_ok=True)
     return folder
 
 
-def _unpack(archive: Path, folder: Path, names: list[str], file_md5: Mapping[str, str], archive_md5: str) -> None:
+def _unpack(
+    archive: Path, folder: Path, names: list[str], file_md5: Mapping[str, str], archive_md5: str
+) -> None:
     """Write the named members only, each by its known name, so that no path in the archive is ever followed."""
     _check(_file_md5(archive), archive_md5, archive, "delete it and load again to download it anew")
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for name in names:
                 content = _member(tar, f"{FOLDER}/{name}", archive)
-                _check(_md5(content), file_md5[name], f"{archive}: {name}", "delete the archive and load again")
+                _check(
+                    _md5(content),
+                    file_md5[name],
+                    f"{archive}: {name}",
+                    "delete the archive and load again",
+                )
                 with atomic_path(folder / name) as temporary:
                     temporary.write_bytes(content)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{archive}: not a readable archive ({error}); delete it and load again") from error
+        raise DataError(
+            f"{archive}: not a readable archive ({error}); delete it and load again"
+        ) from error
 
 
 def _member(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:
@@ -121,11 +144,18 @@ def _read(folder: Path, names: tuple[str, ...]) -> Samples:
     images, labels = [], []
     for name in names:
         content = (folder / name).read_bytes()
-        _check(_md5(content), FILE_MD5[name], folder / name, "delete it and load again to download it anew")
+        _check(
+            _md5(content),
+            FILE_MD5[name],
+            folder / name,
+            "delete it and load again to download it anew",
+        )
         stored = pickle.loads(content, encoding="bytes")
         images.append(torch.from_numpy(stored[b"data"]))
         labels += stored[b"labels"]
-    return Samples(torch.cat(images).view(-1, 3, 32, 32), torch.tensor(labels), torch.arange(len(labels)))
+    return Samples(
+        torch.cat(images).view(-1, 3, 32, 32), torch.tensor(labels), torch.arange(len(labels))
+    )
 
 
 def _check(got: str, expected: str, where: str | Path, advice: str) -> None:

@@ -46,7 +46,9 @@ class Files:
         return len(self.paths)
 
     def take(self, rows: torch.Tensor) -> "Files":
-        return Files(tuple(self.paths[row] for row in rows.tolist()), self.labels[rows], self.ids[rows])
+        return Files(
+            tuple(self.paths[row] for row in rows.tolist()), self.labels[rows], self.ids[rows]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,9 @@ class Decoded:
     std: tuple[float, ...]
 
 
-def load_decoded(root: Path, parts: Parts, size: int, read: Read, on_progress: Progress | None = None) -> Decoded:
+def load_decoded(
+    root: Path, parts: Parts, size: int, read: Read, on_progress: Progress | None = None
+) -> Decoded:
     """The parts' images: decoded by read(path) -> uint8 (3, size, size), contiguous, unless the cache folder has them.
 
     on_progress(done, total, figures) counts images as they are decoded.
@@ -90,10 +94,14 @@ def load_decoded(root: Path, parts: Parts, size: int, read: Read, on_progress: P
         return found
     with _filled(place, replace=existed) as folder:
         _check_space(folder, len(parts) * 3 * size * size)
-        _decode(folder, parts, size, _counted(read, len(parts), on_progress) if on_progress else read)
+        _decode(
+            folder, parts, size, _counted(read, len(parts), on_progress) if on_progress else read
+        )
     found = _open(place, parts, size)
     if found is None:
-        raise StorageError(f"{place}: the images decoded there cannot be mapped into memory; {ADVICE}")
+        raise StorageError(
+            f"{place}: the images decoded there cannot be mapped into memory; {ADVICE}"
+        )
     return found
 
 
@@ -112,7 +120,9 @@ def _stamp(path: str) -> str:
     try:
         stat = os.stat(path)
     except OSError:
-        return secrets.token_hex()  # unlike any other, so that it is decoded, where the error names it
+        return (
+            secrets.token_hex()
+        )  # unlike any other, so that it is decoded, where the error names it
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
@@ -129,7 +139,9 @@ def _open(place: Path, parts: Parts, size: int) -> Decoded | None:
         known = about["digest"], tuple(about["mean"]), tuple(about["std"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    if [(found.dtype, found.shape) for found in maps] != [(numpy.uint8, shape) for shape in _shapes(parts, size)]:
+    if [(found.dtype, found.shape) for found in maps] != [
+        (numpy.uint8, shape) for shape in _shapes(parts, size)
+    ]:
         return None
     return Decoded(tuple(map(torch.from_numpy, maps)), *known)
 
@@ -224,7 +236,9 @@ def _decode(folder: Path, parts: Parts, size: int, read: Read) -> None:
         file.write(json.dumps({"digest": digest, "mean": mean, "std": std}).encode())
 
 
-def _stored(paths: Iterable[str], places: Iterable[int], read: Read, write: Write) -> Iterator[torch.Tensor]:
+def _stored(
+    paths: Iterable[str], places: Iterable[int], read: Read, write: Write
+) -> Iterator[torch.Tensor]:
     for path, place in zip(paths, places, strict=True):
         image = read(path)
         write(place, image)
@@ -238,7 +252,9 @@ def _rows_file(path: Path, shape: tuple[int, ...]) -> Iterator[Write]:
     Written as a file, not through a map: on a full disk that is an error, and not a signal that ends the process.
     """
     with _synced(path) as file:
-        numpy.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        numpy.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         start, width = file.tell(), math.prod(shape[1:])
 
         def write(row: int, image: torch.Tensor) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy
 import torch
 
-from robustsoup.data.splits import Data, Samples, Source, assemble, channel_statistics, content_digest, hold_out
+from robustsoup.data.splits import (
+    Data,
+    Samples,
+    Source,
+    assemble,
+    channel_statistics,
+    content_digest,
+    hold_out,
+)
 
 TEST = 500
 VAL = 297

@@ -24,7 +24,9 @@ class Listing:
     classes: tuple[str, ...]
 
 
-def load_folder(path: str, seed: int, image_size: int | None = None, *, on_progress: Progress | None = None) -> Data:
+def load_folder(
+    path: str, seed: int, image_size: int | None = None, *, on_progress: Progress | None = None
+) -> Data:
     """Read PATH/train/CLASS/*, PATH/test/CLASS/* and perhaps PATH/val/CLASS/*; or PATH/CLASS/*, split 70/10/20.
 
     Images become RGB, uint8 (n, 3, image_size, image_size): shorter side resized (bilinear, antialiased), centre crop.
@@ -43,17 +45,23 @@ def load_folder(path: str, seed: int, image_size: int | None = None, *, on_progr
     """
     size = IMAGE_SIZE if image_size is None else image_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise DataError(f"folder:{path}: got image_size {size!r}, expected a whole number of pixels above 0")
+        raise DataError(
+            f"folder:{path}: got image_size {size!r}, expected a whole number of pixels above 0"
+        )
     root = Path(path).expanduser()
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
-        raise DataError(f"{root}: got {found}, expected a folder with one folder a class; check the path")
+        raise DataError(
+            f"{root}: got {found}, expected a folder with one folder a class; check the path"
+        )
     parts = _read_split(root, seed) if _is_split(root) else _split_whole(root, seed)
     train, val = (parts.pool.take(rows) for rows in parts.rows)
     _check_classes_trained(root, parts.classes, train)
     decoded = load_decoded(root, parts, size, lambda file: _read_image(file, size), on_progress)
     augmentation = Augmentation(pad=size // 8, flip=True)
-    source = Source(f"folder:{path}", decoded.digest, parts.classes, decoded.mean, decoded.std, augmentation)
+    source = Source(
+        f"folder:{path}", decoded.digest, parts.classes, decoded.mean, decoded.std, augmentation
+    )
     train, val, test = (
         Samples(images, files.labels, files.ids)
         for images, files in zip(decoded.images, (train, val, parts.test), strict=True)
@@ -63,7 +71,9 @@ def load_folder(path: str, seed: int, image_size: int | None = None, *, on_progr
 
 def _is_split(root: Path) -> bool:
     """A lone folder called "train" that holds images itself is a class, of trains."""
-    return (root / "train").is_dir() and ((root / "test").is_dir() or bool(_folders(root / "train")))
+    return (root / "train").is_dir() and (
+        (root / "test").is_dir() or bool(_folders(root / "train"))
+    )
 
 
 def _read_split(root: Path, seed: int) -> Parts:
@@ -87,8 +97,12 @@ def _read_split(root: Path, seed: int) -> Parts:
 def _split_whole(root: Path, seed: int) -> Parts:
     listing = _list_images(root)
     files = _number(listing.files, listing.labels)
-    others, test = (files.take(rows) for rows in hold_out(len(files), max(1, len(files) // 5), "folder test"))
-    return Parts(listing.classes, others, hold_out(len(others), max(1, len(others) // 8), seed), test)
+    others, test = (
+        files.take(rows) for rows in hold_out(len(files), max(1, len(files) // 5), "folder test")
+    )
+    return Parts(
+        listing.classes, others, hold_out(len(others), max(1, len(others) // 8), seed), test
+    )
 
 
 def _shuffled(n: int) -> torch.Tensor:
@@ -97,13 +111,17 @@ def _shuffled(n: int) -> torch.Tensor:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(
+        child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
 
 
 def _images(path: Path) -> list[str]:
     """As strings, which need less memory than paths: there may be millions."""
     images = sorted(
-        child for child in path.iterdir() if child.suffix.lower() in SUFFIXES and not child.name.startswith(".")
+        child
+        for child in path.iterdir()
+        if child.suffix.lower() in SUFFIXES and not child.name.startswith(".")
     )
     return [str(image) for image in images]
 
@@ -111,15 +129,21 @@ def _images(path: Path) -> list[str]:
 def _list_images(path: Path) -> Listing:
     expected = "expected two or more folders of images, one a class"
     if not path.is_dir():
-        raise DataError(f"{path}: got nothing there, {expected}; add it, or leave the data unsplit (PATH/CLASS/*)")
+        raise DataError(
+            f"{path}: got nothing there, {expected}; add it, or leave the data unsplit (PATH/CLASS/*)"
+        )
     folders = _folders(path)
     if len(folders) < 2:
-        raise DataError(f"{path}: got {len(folders)} class folders, {expected}; put each class into its own folder")
+        raise DataError(
+            f"{path}: got {len(folders)} class folders, {expected}; put each class into its own folder"
+        )
     files, labels = [], []
     for number, folder in enumerate(folders):
         images = _images(folder)
         if not images:
-            raise DataError(f"{folder}: got no images, expected {', '.join(SUFFIXES)}; add some or remove the folder")
+            raise DataError(
+                f"{folder}: got no images, expected {', '.join(SUFFIXES)}; add some or remove the folder"
+            )
         files += images
         labels += [number] * len(images)
     return Listing(tuple(files), tuple(labels), tuple(folder.name for folder in folders))
@@ -143,13 +167,17 @@ def _read_image(file: str, size: int) -> torch.Tensor:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError(f"{file}: reading images needs Pillow; install it with: pip install pillow") from error
+        raise DataError(
+            f"{file}: reading images needs Pillow; install it with: pip install pillow"
+        ) from error
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise DataError(f"{file}: cannot be read ({reason}), expected an image; replace or remove it") from error
+        raise DataError(
+            f"{file}: cannot be read ({reason}), expected an image; replace or remove it"
+        ) from error
     width, height = image.size
     scale = size / min(width, height)
     width, height = max(size, round(width * scale)), max(size, round(height * scale))

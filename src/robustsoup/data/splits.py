@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from robustsoup.errors import DataError
+from robustsoup.seeding import keyed_generator
 
 # Images that are looked at together: few, so that images which lie in a file never all have to be in memory.
 CHUNK = 256
@@ -51,7 +52,9 @@ class Split:
     @property
     def digest(self) -> str:
         """sha256 (hex) over which samples these are, of which data and split."""
-        return hashlib.sha256(self.ids.cpu().numpy().tobytes() + self.record["split_digest"].encode()).hexdigest()
+        return hashlib.sha256(
+            self.ids.cpu().numpy().tobytes() + self.record["split_digest"].encode()
+        ).hexdigest()
 
     def to(self, device: str | torch.device) -> "Split":
         """The same split with its tensors on `device`."""
@@ -66,7 +69,9 @@ class Split:
         if n is None:
             return self
         if not 1 <= n <= len(self):
-            raise DataError(f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}")
+            raise DataError(
+                f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}"
+            )
         return replace(self, images=self.images[:n], labels=self.labels[:n], ids=self.ids[:n])
 
     def sample(self, n: int, seed: int) -> "Split":
@@ -75,7 +80,9 @@ class Split:
         Raises DataError if n is below 1 or above the number of samples.
         """
         if not 1 <= n <= len(self):
-            raise DataError(f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}")
+            raise DataError(
+                f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}"
+            )
         order = torch.randperm(len(self), generator=keyed_generator("sample", seed))
         rows = order[:n].sort().values.to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows], ids=self.ids[rows])
@@ -103,9 +110,13 @@ class Data:
         order = ids.argsort()
         digest = hashlib.sha256(f"unsplit {self.record['digest']}".encode()).hexdigest()
         return Split(
-            torch.cat([self.train.images, self.val.images])[order], torch.cat([self.train.labels, self.val.labels])[order],
-            ids[order], "train", self.record | {"split_digest": digest, "val": 0}, self.train.augmentation,
-        )  # fmt: skip
+            torch.cat([self.train.images, self.val.images])[order],
+            torch.cat([self.train.labels, self.val.labels])[order],
+            ids[order],
+            "train",
+            self.record | {"split_digest": digest, "val": 0},
+            self.train.augmentation,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +131,9 @@ class Samples:
         return len(self.images)
 
     def take(self, rows: torch.Tensor) -> "Samples":
-        return Samples(*(tensor.index_select(0, rows) for tensor in (self.images, self.labels, self.ids)))
+        return Samples(
+            *(tensor.index_select(0, rows) for tensor in (self.images, self.labels, self.ids))
+        )
 
 
 @dataclass(frozen=True)
@@ -135,12 +148,6 @@ class Source:
     augmentation: Augmentation = Augmentation()
 
 
-def keyed_generator(*key: str | int) -> torch.Generator:
-    """A CPU generator that depends on every part of `key`, so that neighbouring keys share no stream."""
-    text = ":".join(str(part) for part in key)
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
-
-
 def hold_out(n: int, held: int, *key: str | int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers 0..n-1, shuffled by `key` and cut into (the other n - held, held)."""
     order = torch.randperm(n, generator=keyed_generator("hold out", *key))
@@ -149,10 +156,14 @@ def hold_out(n: int, held: int, *key: str | int) -> tuple[torch.Tensor, torch.Te
 
 def content_digest(*samples: Samples) -> str:
     """sha256 (hex) over shapes, images and labels, in the order given."""
-    return streamed_digest((tuple(part.images.shape), part.images.split(CHUNK), part.labels) for part in samples)
+    return streamed_digest(
+        (tuple(part.images.shape), part.images.split(CHUNK), part.labels) for part in samples
+    )
 
 
-def streamed_digest(parts: Iterable[tuple[tuple[int, ...], Iterable[torch.Tensor], torch.Tensor]]) -> str:
+def streamed_digest(
+    parts: Iterable[tuple[tuple[int, ...], Iterable[torch.Tensor], torch.Tensor]],
+) -> str:
     """content_digest of parts given as (shape of all images, these images piece by piece, labels)."""
     digest = hashlib.sha256()
     for shape, pieces, labels in parts:
@@ -170,7 +181,9 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
 
 def channel_counts(images: torch.Tensor) -> torch.Tensor:
     """How often each value occurs in each channel of uint8 images (n, c, h, w): int64 (c, 256)."""
-    return torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)])
+    return torch.stack(
+        [torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)]
+    )
 
 
 def statistics_of_counts(counts: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -208,7 +221,9 @@ def assemble(source: Source, train: Samples, val: Samples, test: Samples, *, see
         "std": list(source.std),
     }
     parts = {
-        name: Split(part.images.contiguous(), part.labels, part.ids, name, record, source.augmentation)
+        name: Split(
+            part.images.contiguous(), part.labels, part.ids, name, record, source.augmentation
+        )
         for name, part in (("train", train), ("val", val), ("test", test))
     }
     return Data(source.name, parts["train"], parts["val"], parts["test"], record)

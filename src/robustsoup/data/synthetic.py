@@ -14,10 +14,11 @@ import numpy
 import torch
 
 from robustsoup.data.batches import Batch, augment, to_float
-from robustsoup.data.splits import Augmentation, Split, keyed_generator
+from robustsoup.data.splits import Augmentation, Split
 from robustsoup.errors import DataError, StorageError
 from robustsoup.files import cache_folder, write_text
 from robustsoup.progress import Progress
+from robustsoup.seeding import keyed_generator
 
 BLOCK = 1 << 22
 LABELS = 1 << 20
@@ -55,7 +56,9 @@ class Synthetic:
                 images, labels = (_mapped(path, file, name) for name in ("image", "label"))
             stamp = _stamp(path)
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; expected an .npz with image and label") from None
+            raise DataError(
+                f"{path}: no such file; expected an .npz with image and label"
+            ) from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{path}: not a readable .npz file ({reason})") from None
@@ -102,11 +105,20 @@ def check_fraction(fraction: float, batch_size: int) -> None:
     if not 0 <= fraction < 1:
         raise DataError(f"synthetic_fraction: got {fraction}, expected a number in [0, 1)")
     if round(fraction * batch_size) == batch_size:
-        raise DataError(f"synthetic_fraction: {fraction} of a batch of {batch_size} leaves no real image in it")
+        raise DataError(
+            f"synthetic_fraction: {fraction} of a batch of {batch_size} leaves no real image in it"
+        )
 
 
 def mixed_batches(
-    split: Split, synthetic: Synthetic, fraction: float, batch_size: int, *, seed: int, epoch: int, skip: int = 0
+    split: Split,
+    synthetic: Synthetic,
+    fraction: float,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """One epoch as `batches` gives it, but with round(fraction * batch_size) synthetic images in each batch, at its end.
 
@@ -120,14 +132,20 @@ def mixed_batches(
     check_fraction(fraction, batch_size)
     made = round(fraction * batch_size)
     real = batch_size - made
-    order = torch.randperm(len(split), generator=keyed_generator("order", seed, epoch)).to(split.images.device)
+    order = torch.randperm(len(split), generator=keyed_generator("order", seed, epoch)).to(
+        split.images.device
+    )
     for number in range(skip, max(len(split) // batch_size, 1)):
         rows = order[number * real : (number + 1) * real]
-        drawn = torch.randint(len(synthetic), (made,), generator=keyed_generator("synthetic", seed, epoch, number))
+        drawn = torch.randint(
+            len(synthetic), (made,), generator=keyed_generator("synthetic", seed, epoch, number)
+        )
         images, labels = (tensor.to(rows.device) for tensor in synthetic.take(drawn))
         images = torch.cat([split.images[rows], images])
         if split.augmentation != Augmentation():
-            images = augment(images, split.augmentation, keyed_generator("augment", seed, epoch, number))
+            images = augment(
+                images, split.augmentation, keyed_generator("augment", seed, epoch, number)
+            )
         ids = torch.cat([split.ids[rows], (-1 - drawn).to(rows.device)])
         yield to_float(images), torch.cat([split.labels[rows], labels]), ids
 
@@ -138,8 +156,12 @@ def _mapped(path: Path, file: BinaryIO, name: str) -> numpy.ndarray:
         try:
             member = archive.getinfo(f"{name}.npy")
         except KeyError:
-            there = ", ".join(entry.removesuffix(".npy") for entry in archive.namelist()) or "nothing"
-            raise DataError(f'{path}: no "{name}" in it; got {there}, expected image and label') from None
+            there = (
+                ", ".join(entry.removesuffix(".npy") for entry in archive.namelist()) or "nothing"
+            )
+            raise DataError(
+                f'{path}: no "{name}" in it; got {there}, expected image and label'
+            ) from None
     if member.compress_type != zipfile.ZIP_STORED:
         raise DataError(
             f"{path}: compressed, so it cannot be mapped into memory; rewrite it once: python -c 'import numpy; "
@@ -147,15 +169,22 @@ def _mapped(path: Path, file: BinaryIO, name: str) -> numpy.ndarray:
         )
     file.seek(member.header_offset + LOCAL_HEADER - 4)
     lengths = file.read(4)
-    file.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), os.SEEK_CUR)
+    file.seek(
+        int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), os.SEEK_CUR
+    )
     begin = file.tell()
     shape, in_columns, dtype = _array_header(file)
     start, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.hasobject or in_columns:
         kind = "Python objects" if dtype.hasobject else "Fortran order"
         raise DataError(f"{path}: {name} is stored as {kind}, expected plain numbers in C order")
-    if start - begin + math.prod(shape) * dtype.itemsize > member.file_size or begin + member.file_size > size:
-        raise DataError(f"{path}: {name} is cut short: shape {shape} does not fit into {member.file_size:,} bytes")
+    if (
+        start - begin + math.prod(shape) * dtype.itemsize > member.file_size
+        or begin + member.file_size > size
+    ):
+        raise DataError(
+            f"{path}: {name} is cut short: shape {shape} does not fit into {member.file_size:,} bytes"
+        )
     if not math.prod(shape):
         return numpy.zeros(shape, dtype)
     return numpy.memmap(path, dtype, "r", start, shape)
@@ -174,7 +203,9 @@ def _check_arrays(path: Path, images: numpy.ndarray, labels: numpy.ndarray) -> N
             f"{path}: image is {images.dtype} of shape {images.shape}, expected uint8 of shape (n, h, w, c)"
         )
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise DataError(f"{path}: label is {labels.dtype} of shape {labels.shape}, expected integers of shape (n,)")
+        raise DataError(
+            f"{path}: label is {labels.dtype} of shape {labels.shape}, expected integers of shape (n,)"
+        )
     if len(images) != len(labels) or not len(images):
         raise DataError(
             f"{path}: got {len(images)} images and {len(labels)} labels, expected as many of both, at least one"
@@ -194,7 +225,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _digest(path: Path, stamp: tuple[int, int], on_progress: Progress | None) -> str:
     """sha256 of the whole file: from the cache folder if it was taken before, of a file of that path, size and time."""
     known = f"{path.resolve()} {stamp[0]} {stamp[1]}"
-    kept = cache_folder() / "digests" / f"{hashlib.sha256(os.fsencode(known)).hexdigest()[:32]}.json"
+    kept = (
+        cache_folder() / "digests" / f"{hashlib.sha256(os.fsencode(known)).hexdigest()[:32]}.json"
+    )
     try:
         content = json.loads(kept.read_text(encoding="utf-8"))
         if content["of"] == known:
@@ -209,7 +242,9 @@ def _digest(path: Path, stamp: tuple[int, int], on_progress: Progress | None) ->
             if on_progress:
                 on_progress(done >> 20, max(total >> 20, 1), f"reading {path.name} once")
     if _stamp(path) != stamp:
-        raise DataError(f"{path}: changed while it was read; wait until it is complete and run the command again")
+        raise DataError(
+            f"{path}: changed while it was read; wait until it is complete and run the command again"
+        )
     try:
         write_text(kept, json.dumps({"of": known, "sha256": digest.hexdigest()}))
     except StorageError:

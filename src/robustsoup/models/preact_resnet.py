@@ -23,7 +23,9 @@ class PreActBlock(nn.Module):
         self.batchnorm_1 = nn.BatchNorm2d(out, momentum=momentum)
         self.conv_2d_2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         changes = stride != 1 or channels != out
-        self.shortcut = nn.Conv2d(channels, out, 3, stride, padding, bias=False) if changes else None
+        self.shortcut = (
+            nn.Conv2d(channels, out, 3, stride, padding, bias=False) if changes else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, channels, h, w) -> (b, out, h / stride, w / stride)."""
@@ -42,7 +44,13 @@ class PreActResNet(nn.Module):
     """
 
     def __init__(
-        self, width: int, classes: int, channels: int, momentum: float, mean: Sequence[float], std: Sequence[float]
+        self,
+        width: int,
+        classes: int,
+        channels: int,
+        momentum: float,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std, persistent=False)
@@ -51,7 +59,9 @@ class PreActResNet(nn.Module):
         for stage in range(4):
             out = width * 2**stage
             first = PreActBlock(inner, out, 2 if stage else 1, momentum)
-            setattr(self, f"layer_{stage}", nn.Sequential(first, PreActBlock(out, out, 1, momentum)))
+            setattr(
+                self, f"layer_{stage}", nn.Sequential(first, PreActBlock(out, out, 1, momentum))
+            )
             inner = out
         self.batchnorm = nn.BatchNorm2d(inner, momentum=momentum)
         self.logits = nn.Linear(inner, classes)
@@ -64,9 +74,14 @@ class PreActResNet(nn.Module):
 
 
 def preact_resnet18(
-    *, width: int = 64, classes: int = 10, channels: int = 3, bn_momentum: float = 0.1,
-    mean: list[float] | None = None, std: list[float] | None = None,
-) -> PreActResNet:  # fmt: skip
+    *,
+    width: int = 64,
+    classes: int = 10,
+    channels: int = 3,
+    bn_momentum: float = 0.1,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> PreActResNet:
     """A PreActResNet-18 with fresh weights: 12,548,426 parameters in 56 tensors at width 64 and 10 classes.
 
     mean, std, bn_momentum: as for `wide_resnet`.

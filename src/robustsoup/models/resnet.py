@@ -67,9 +67,15 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], classes: int, channels: int, width: int,
-        mean: list[float], std: list[float],
-    ) -> None:  # fmt: skip
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        classes: int,
+        channels: int,
+        width: int,
+        mean: list[float],
+        std: list[float],
+    ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -92,18 +98,26 @@ class ResNet(nn.Module):
 
 
 def resnet18(
-    *, classes: int = 10, channels: int = 3, width: int = 64,
-    mean: list[float] | None = None, std: list[float] | None = None,
-) -> ResNet:  # fmt: skip
+    *,
+    classes: int = 10,
+    channels: int = 3,
+    width: int = 64,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> ResNet:
     """A ResNet-18 with fresh weights: 11,173,962 parameters in 62 tensors at width 64 and 10 classes."""
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     return ResNet(BasicBlock, (2, 2, 2, 2), classes, channels, width, mean, std)
 
 
 def resnet50(
-    *, classes: int = 10, channels: int = 3, width: int = 64,
-    mean: list[float] | None = None, std: list[float] | None = None,
-) -> ResNet:  # fmt: skip
+    *,
+    classes: int = 10,
+    channels: int = 3,
+    width: int = 64,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> ResNet:
     """A ResNet-50 with fresh weights: 23,520,842 parameters in 161 tensors at width 64 and 10 classes."""
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     return ResNet(Bottleneck, (3, 4, 6, 3), classes, channels, width, mean, std)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """(x - mean) / std by channel; both are buffers, which a checkpoint carries if they are persistent."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], persistent: bool = True) -> None:
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], persistent: bool = True
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent)
         self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1), persistent)
@@ -22,7 +24,11 @@ class Normalize(nn.Module):
 
 
 def _conv(channels: int, out: int, pool: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+    layers = [
+        nn.Conv2d(channels, out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(inplace=True),
+    ]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
 
 
@@ -33,7 +39,9 @@ class ResNet9(nn.Module):
     bias-free linear layer, logits times 0.125. 6,573,120 parameters in 25 tensors at width 64 and 10 classes.
     """
 
-    def __init__(self, classes: int, channels: int, width: int, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, classes: int, channels: int, width: int, mean: list[float], std: list[float]
+    ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.prep = _conv(channels, width)
@@ -54,8 +62,12 @@ class ResNet9(nn.Module):
 
 
 def resnet9(
-    *, classes: int = 10, channels: int = 3, width: int = 64,
-    mean: list[float] | None = None, std: list[float] | None = None,
-) -> ResNet9:  # fmt: skip
+    *,
+    classes: int = 10,
+    channels: int = 3,
+    width: int = 64,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> ResNet9:
     """A ResNet9 with fresh weights; without mean and std, inputs are used as they are."""
     return ResNet9(classes, channels, width, mean or [0.0] * channels, std or [1.0] * channels)

@@ -40,7 +40,9 @@ class BlockGroup(nn.Module):
     def __init__(self, depth: int, channels: int, out: int, stride: int, momentum: float) -> None:
         super().__init__()
         first = WideBlock(channels, out, stride, momentum)
-        self.block = nn.Sequential(first, *(WideBlock(out, out, 1, momentum) for _ in range(depth - 1)))
+        self.block = nn.Sequential(
+            first, *(WideBlock(out, out, 1, momentum) for _ in range(depth - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, channels, h, w) -> (b, out, h / stride, w / stride)."""
@@ -56,9 +58,15 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int, width: int, classes: int, channels: int, momentum: float, mean: Sequence[float],
+        self,
+        depth: int,
+        width: int,
+        classes: int,
+        channels: int,
+        momentum: float,
+        mean: Sequence[float],
         std: Sequence[float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth: got {depth}, expected 10, 16, 22, 28, ... (6 n + 4)")
@@ -95,9 +103,15 @@ def constants(channels: int) -> tuple[list[float], list[float]]:
 
 
 def wide_resnet(
-    *, depth: int = 28, width: int = 10, classes: int = 10, channels: int = 3, bn_momentum: float = 0.1,
-    mean: list[float] | None = None, std: list[float] | None = None,
-) -> WideResNet:  # fmt: skip
+    *,
+    depth: int = 28,
+    width: int = 10,
+    classes: int = 10,
+    channels: int = 3,
+    bn_momentum: float = 0.1,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> WideResNet:
     """A WideResNet with fresh weights: 36,479,194 parameters in 80 tensors at depth 28, width 10 and 10 classes.
 
     mean, std: no part of the state dict; without them, the published ones. bn_momentum: 0.01 in Wang et al.'s training.

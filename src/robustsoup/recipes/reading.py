@@ -22,7 +22,7 @@ from robustsoup.recipes.sections import (
     Soup,
     Training,
     nearest,
-)  # fmt: skip
+)
 
 
 def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
@@ -55,15 +55,23 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     named = content.pop("extends")
     under: dict[str, Any] = {}
     for other in named if isinstance(named, list) else [named]:
-        if not isinstance(other, str) or (path.parent / other).resolve() in {p.resolve() for p in (path, *below)}:
-            raise RecipeError(f"{path}: extends: got {other!r}, expected the name of another recipe, in no circle")
+        if not isinstance(other, str) or (path.parent / other).resolve() in {
+            p.resolve() for p in (path, *below)
+        }:
+            raise RecipeError(
+                f"{path}: extends: got {other!r}, expected the name of another recipe, in no circle"
+            )
         under = _merged(under, _read(path.parent / other, (path, *below)))
     return _merged(under, content)
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`under` with what `over` says: tables are merged, all else is replaced."""
-    both = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
+    both = {
+        k: _merged(under[k], v)
+        for k, v in over.items()
+        if isinstance(v, dict) and isinstance(under.get(k), dict)
+    }
     return under | over | both
 
 
@@ -94,7 +102,12 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         for name, section in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune))
     }
     return recipe.model_copy(
-        update={"ingredients": ingredients, "checkpoint": absolute(recipe.checkpoint), "data": data, **sections}
+        update={
+            "ingredients": ingredients,
+            "checkpoint": absolute(recipe.checkpoint),
+            "data": data,
+            **sections,
+        }
     )
 
 
@@ -128,7 +141,13 @@ def _explain(error: ValidationError) -> str:
 
 def _keys_at(place: tuple) -> list[str]:
     """The valid keys of the table at `place` in a recipe."""
-    tables = {"pretrain": Pretrain, "finetune": Training, "evaluate": Evaluate, "select": Select, "report": Report}
+    tables = {
+        "pretrain": Pretrain,
+        "finetune": Training,
+        "evaluate": Evaluate,
+        "select": Select,
+        "report": Report,
+    }
     if not place:
         return list(Recipe.model_fields)
     if place[-1] == "early_stop":
@@ -148,4 +167,6 @@ def with_files(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
         name: item.model_copy(update={"checkpoint": found(item.checkpoint)})
         for name, item in recipe.ingredients.items()
     }
-    return recipe.model_copy(update={"ingredients": ingredients, "checkpoint": found(recipe.checkpoint)})
+    return recipe.model_copy(
+        update={"ingredients": ingredients, "checkpoint": found(recipe.checkpoint)}
+    )

@@ -19,8 +19,8 @@ from robustsoup.recipes.sections import (
     Soup,
     Training,
     nearest,
-)  # fmt: skip
-from robustsoup.soups.search import alpha_name, candidates, grid_size
+)
+from robustsoup.soups.grid import alpha_name, candidates, grid_size
 from robustsoup.soups.selection import Score
 from robustsoup.threats import ThreatModel
 
@@ -80,7 +80,9 @@ class Recipe(Section):
         for name, soup in self.soups.items():
             self._check_known(f"soups.{name}.ingredients", soup.ingredients or (), known)
             if len(set(soup.ingredients or ())) < len(soup.ingredients or ()):
-                raise ValueError(f"soups.{name}.ingredients: got {list(soup.ingredients)}, expected each once")
+                raise ValueError(
+                    f"soups.{name}.ingredients: got {list(soup.ingredients)}, expected each once"
+                )
             self._check_count(name, soup)
             if soup.early_stop and self.protocol == "paper":
                 raise ValueError(
@@ -106,13 +108,18 @@ class Recipe(Section):
     def _check_ingredients(self) -> None:
         if self.pretrain and self.checkpoint:
             raise ValueError("got both pretrain and checkpoint, expected one of them")
-        trained = [name for name, ingredient in self.ingredients.items() if not ingredient.checkpoint]
+        trained = [
+            name for name, ingredient in self.ingredients.items() if not ingredient.checkpoint
+        ]
         if trained and not (self.pretrain or self.checkpoint):
             raise ValueError(
                 f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint"
             )
         for name in trained:
-            epoch, epochs = self.ingredients[name].epoch, self.ingredients[name].epochs or self.finetune.epochs
+            epoch, epochs = (
+                self.ingredients[name].epoch,
+                self.ingredients[name].epochs or self.finetune.epochs,
+            )
             if epoch is not None and self.finetune.early_stop:
                 raise ValueError(
                     f"ingredients.{name}: a run that leaves checkpoints is not stopped early; set finetune.early_stop = false"
@@ -126,10 +133,14 @@ class Recipe(Section):
             except ValueError as error:
                 raise ValueError(f"ingredients.{name}: {error}") from None
         if self.pretrain and not self.model:
-            raise ValueError('model: missing; [pretrain] needs one, as in model = "resnet9:width=16"')
+            raise ValueError(
+                'model: missing; [pretrain] needs one, as in model = "resnet9:width=16"'
+            )
         for name in [*self.ingredients, *self.soups, *self.planes]:
             if not re.fullmatch(r"[\w.-]+", name) or name == "pretrained":
-                raise ValueError(f"{name!r}: not a usable name; letters, digits, - and _ only, and not pretrained")
+                raise ValueError(
+                    f"{name!r}: not a usable name; letters, digits, - and _ only, and not pretrained"
+                )
 
     def _check_known(self, place: str, names: Iterable[str], known: set[str]) -> None:
         for name in names:
@@ -140,7 +151,10 @@ class Recipe(Section):
         count = len(soup.ingredients or self.ingredients)
         if soup.method == "line" and count != 2:
             raise ValueError(f'soups.{name}: method = "line" joins 2 ingredients, got {count}')
-        if soup.method in ("grid", "line") and (made := grid_size(count, soup.step)) > soup.max_soups:
+        if (
+            soup.method in ("grid", "line")
+            and (made := grid_size(count, soup.step)) > soup.max_soups
+        ):
             attacks = sum(threat != "clean" for threat in self.evaluate.threats)
             passes = made * 1000 * (1 + 2 * attacks * self.evaluate.steps * self.evaluate.restarts)
             raise ValueError(
@@ -156,7 +170,9 @@ class Recipe(Section):
                     f'soups.{name}.score: "{key}" is not evaluated; expected {", ".join(self._measures())}'
                 )
         if soup.method == "dial" and "clean" in self.threats_of(soup):
-            raise ValueError(f"soups.{name}.threats: a dial turns from robust to clean; expected threats, got clean")
+            raise ValueError(
+                f"soups.{name}.threats: a dial turns from robust to clean; expected threats, got clean"
+            )
 
     @property
     def select_on(self) -> str:
@@ -169,7 +185,9 @@ class Recipe(Section):
             rows += self.soup_names(section)
         for name in rows:
             if rows.count(name) > 1:
-                raise ValueError(f"two networks would be called {name!r}; rename a soup or an ingredient")
+                raise ValueError(
+                    f"two networks would be called {name!r}; rename a soup or an ingredient"
+                )
 
     def threats_of(self, soup: Soup) -> tuple[str, ...]:
         """What the soups of a learned section are trained against: the base's threat where it names none."""
@@ -182,7 +200,11 @@ class Recipe(Section):
             return [section]
         if soup.method == "dial":
             threats = self.threats_of(soup)
-            return [f"{section}{f'-{slug(threat)}' * (len(threats) > 1)}-t{t:g}" for threat in threats for t in soup.at]
+            return [
+                f"{section}{f'-{slug(threat)}' * (len(threats) > 1)}-t{t:g}"
+                for threat in threats
+                for t in soup.at
+            ]
         if soup.method == "learned":
             several = len(soup.objectives) > 1
             return [
@@ -191,16 +213,23 @@ class Recipe(Section):
                 for objective in soup.objectives
             ]
         return [
-            f"{section}-{alpha_name(alpha)}" for alpha in _candidates(soup, len(soup.ingredients or self.ingredients))
+            f"{section}-{alpha_name(alpha)}"
+            for alpha in _candidates(soup, len(soup.ingredients or self.ingredients))
         ]
 
     def score_of(self, soup: Soup) -> str:
         """What a greedy soup must not lose: as its section says, else what the recipe maximises."""
-        return soup.score or (self.select and self.select.maximise) or next(iter(self.evaluate.threats), "clean")
+        return (
+            soup.score
+            or (self.select and self.select.maximise)
+            or next(iter(self.evaluate.threats), "clean")
+        )
 
     def _measures(self) -> list[str]:
         """What an evaluation will have: "clean", each threat, and "union" where there are several."""
-        threats = list(dict.fromkeys(str(ThreatModel.parse(text)) for text in self.evaluate.threats))
+        threats = list(
+            dict.fromkeys(str(ThreatModel.parse(text)) for text in self.evaluate.threats)
+        )
         attacks = [text for text in threats if text != "clean"]
         return ["clean", *attacks, *(["union"] if len(attacks) > 1 else [])]
 
@@ -209,16 +238,22 @@ class Recipe(Section):
             return
         known = self._measures()
         if self.select.maximise is None and not self.evaluate.threats:
-            raise ValueError("select.maximise: missing, and evaluate.threats is empty; by what is to be selected?")
+            raise ValueError(
+                "select.maximise: missing, and evaluate.threats is empty; by what is to be selected?"
+            )
         for key in self.select.looked_at():
             if key not in known:
-                raise ValueError(f'select: "{key}" is not evaluated; expected one of {", ".join(known)}')
+                raise ValueError(
+                    f'select: "{key}" is not evaluated; expected one of {", ".join(known)}'
+                )
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML, every default written out; reading it back gives the same recipe."""
         content = self.model_dump(mode="json")
         for name, soup in self.soups.items():
-            content["soups"][name] = {k: v for k, v in content["soups"][name].items() if k in soup.settable}
+            content["soups"][name] = {
+                k: v for k, v in content["soups"][name].items() if k in soup.settable
+            }
         for section in ("pretrain", "finetune"):
             if content[section] and content[section]["synthetic"] is None:
                 del content[section]["synthetic_fraction"]
@@ -232,8 +267,12 @@ def _left(name: str, table: Any, default: int) -> list[tuple[str, Any]]:
         return [(name, table)]
     epochs = table.get("epochs", default)
     if not isinstance(epochs, int) or epochs % every:
-        raise ValueError(f"ingredients.{name}.checkpoint_every: got {every}, expected a part of its {epochs} epochs")
-    return [(f"{name}-{epoch}", {**table, "epoch": epoch}) for epoch in range(every, epochs + 1, every)]
+        raise ValueError(
+            f"ingredients.{name}.checkpoint_every: got {every}, expected a part of its {epochs} epochs"
+        )
+    return [
+        (f"{name}-{epoch}", {**table, "epoch": epoch}) for epoch in range(every, epochs + 1, every)
+    ]
 
 
 def slug(text: str) -> str:

@@ -6,13 +6,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from robustsoup.errors import RequestError
-from robustsoup.losses import Objective
-from robustsoup.schedules import check_schedule
 from robustsoup.soups.granularity import GRANULARITIES
+from robustsoup.soups.grid import MOST
 from robustsoup.soups.mixing import POLICIES
-from robustsoup.soups.search import MOST
 from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
+from robustsoup.training.objectives import Objective
+from robustsoup.training.schedules import check_schedule
 
 Figure = Literal["ternary", "lines", "tradeoff", "curves", "landscape", "coefficients"]
 
@@ -46,7 +46,9 @@ class Section(BaseModel):
     @field_validator("early_stop", mode="before", check_fields=False)
     @classmethod
     def _early_stop(cls, value: Any) -> Any:
-        return None if value is False else value  # as a recipe says where the one that it extends stops early
+        return (
+            None if value is False else value
+        )  # as a recipe says where the one that it extends stops early
 
     @field_validator("buffers", "learning_buffers", mode="after", check_fields=False)
     @classmethod
@@ -104,27 +106,34 @@ class Training(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Training":
         if "synthetic_fraction" in self.model_fields_set and self.synthetic is None:
-            raise ValueError('synthetic_fraction: of what? give synthetic, as in synthetic = "1m.npz"')
+            raise ValueError(
+                'synthetic_fraction: of what? give synthetic, as in synthetic = "1m.npz"'
+            )
         self.check_together()
         return self
 
     def check_together(self) -> None:
         """Raise ValueError for settings that do not go together."""
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov: got momentum 0, expected a momentum above 0; leave nesterov out")
+            raise ValueError(
+                "nesterov: got momentum 0, expected a momentum above 0; leave nesterov out"
+            )
         _as_value_error(Objective.parse(self.objective).smoothed, self.label_smoothing)
 
     def overridden(self, ingredient: "Ingredient") -> "Training":
         """How an ingredient is trained: as this says, but for what the ingredient says itself."""
-        return self.model_copy(update=ingredient.model_dump(exclude_none=True, exclude={"checkpoint_every", "epoch"}))
+        return self.model_copy(
+            update=ingredient.model_dump(exclude_none=True, exclude={"checkpoint_every", "epoch"})
+        )
 
     def settings(self) -> dict[str, Any]:
         """What `train` is to be told and a step's key is made of: of settings that came later, only what is not as usual."""
         content = self.model_dump(mode="json", exclude={"synthetic", "synthetic_fraction"})
         return {
-            name: value for name, value in content.items()
+            name: value
+            for name, value in content.items()
             if name not in LATER or value != type(self).model_fields[name].default
-        }  # fmt: skip
+        }
 
 
 class Pretrain(Training):
@@ -164,10 +173,16 @@ class Ingredient(Section):
 
     @model_validator(mode="after")
     def _either(self) -> "Ingredient":
-        others = [name for name in type(self).model_fields if name != "checkpoint" and getattr(self, name) is not None]
+        others = [
+            name
+            for name in type(self).model_fields
+            if name != "checkpoint" and getattr(self, name) is not None
+        ]
         if self.checkpoint and others:
             raise ValueError(f"an ingredient with a checkpoint is not trained; remove {others[0]}")
-        if (self.epoch is None) != (self.checkpoint_every is None) or (self.epoch or 0) % (self.checkpoint_every or 1):
+        if (self.epoch is None) != (self.checkpoint_every is None) or (self.epoch or 0) % (
+            self.checkpoint_every or 1
+        ):
             raise ValueError(
                 f"got epoch {self.epoch} and checkpoint_every {self.checkpoint_every}, expected a multiple and its part"
             )
@@ -222,7 +237,9 @@ class Soup(Section):
     @classmethod
     def _granularity(cls, value: str) -> str:
         if value not in GRANULARITIES and not value.startswith("re:"):
-            raise ValueError(f"got {value!r}, expected one of {', '.join(GRANULARITIES)}, or re:PATTERN")
+            raise ValueError(
+                f"got {value!r}, expected one of {', '.join(GRANULARITIES)}, or re:PATTERN"
+            )
         return value
 
     @field_validator("score")
@@ -282,7 +299,9 @@ class Evaluate(Section):
     eot: int = Field(1, ge=1)
     screen: bool = False
     screen_steps: int = Field(10, ge=1)
-    select_on: Literal["val"] = "val"  # "test" under the paper's protocol, which is asked for by that name alone
+    select_on: Literal["val"] = (
+        "val"  # "test" under the paper's protocol, which is asked for by that name alone
+    )
     report_on: Literal["test"] = "test"
     select_samples: int | None = Field(None, ge=1)
     report_samples: int | None = Field(None, ge=1)
@@ -297,7 +316,9 @@ class Evaluate(Section):
         if self.screen and all(threat == "clean" for threat in self.threats):
             raise ValueError("screen: there is no attack to shorten; give threats")
         if self.screen and self.attack == "autoattack":
-            raise ValueError('screen: soups are screened by a short apgd; it does not go with attack = "autoattack"')
+            raise ValueError(
+                'screen: soups are screened by a short apgd; it does not go with attack = "autoattack"'
+            )
         return self
 
 
@@ -325,7 +346,9 @@ class Select(Section):
     def looked_at(self) -> list[str]:
         """What the choice looks at: "clean", "union" or threat models as text."""
         maximise = [] if self.maximise is None else [self.maximise]
-        keys = [key if key in ("clean", "union") else str(ThreatModel.parse(key)) for key in maximise]
+        keys = [
+            key if key in ("clean", "union") else str(ThreatModel.parse(key)) for key in maximise
+        ]
         return keys + [Requirement.parse(text).key for text in self.require]
 
 
@@ -338,4 +361,6 @@ class Report(Section):
 def nearest(name: str, known: Any) -> str:
     """What to say of a name that is unknown: the one it comes near to, else all that are known."""
     near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
-    return f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(sorted(known))}"
+    return (
+        f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(sorted(known))}"
+    )

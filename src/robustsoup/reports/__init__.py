@@ -14,13 +14,23 @@ from robustsoup.reports.lines import draw_lines
 from robustsoup.reports.planes import draw_landscape
 from robustsoup.reports.results import read_results
 from robustsoup.reports.style import STYLE, save
-from robustsoup.reports.tables import coefficient_table, write_coefficient_csv, write_coefficient_tables
+from robustsoup.reports.tables import (
+    coefficient_table,
+    write_coefficient_csv,
+    write_coefficient_tables,
+)
 from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import draw_tradeoff
 
 __all__ = [
-    "FIGURES", "coefficient_table", "draw_dial", "draw_learned", "save", "write_coefficient_csv", "write_report",
-]  # fmt: skip
+    "FIGURES",
+    "coefficient_table",
+    "draw_dial",
+    "draw_learned",
+    "save",
+    "write_coefficient_csv",
+    "write_report",
+]
 
 FIGURES = {
     "ternary": draw_ternary,
@@ -48,7 +58,9 @@ def write_report(folder: Path) -> Path:
     wanted = list(FIGURES) if wanted is None else wanted
     for name in wanted:
         if name not in FIGURES:
-            raise RequestError(f'{folder / "results.json"}: figures: got "{name}", expected {", ".join(FIGURES)}')
+            raise RequestError(
+                f'{folder / "results.json"}: figures: got "{name}", expected {", ".join(FIGURES)}'
+            )
     plots, left_out = [], []
     with matplotlib.rc_context(STYLE):
         for name in wanted:
@@ -57,13 +69,22 @@ def write_report(folder: Path) -> Path:
                 save(plot, folder / "figures")
             plots += drawn
             left_out += [(name, reason)] if reason else []
-    ours, stems = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)"), {plot.stem for plot in plots}
+    ours, stems = (
+        re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)"),
+        {plot.stem for plot in plots},
+    )
     for old in (folder / "figures").glob("*.*"):  # of other settings
         if ours.fullmatch(old.name) and old.stem not in stems:
             remove(old)
     left_out += write_coefficient_tables(results["rows"], folder)
     pictures = [
-        (plot.stem, (folder / "figures" / f"{plot.stem}.svg").read_bytes(), plot.caption, plot.tables) for plot in plots
+        (
+            plot.stem,
+            (folder / "figures" / f"{plot.stem}.svg").read_bytes(),
+            plot.caption,
+            plot.tables,
+        )
+        for plot in plots
     ]
     target = folder / "report.html"
     write_text(target, page(results, pictures, left_out))

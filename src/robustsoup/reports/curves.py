@@ -22,7 +22,7 @@ from robustsoup.reports.results import (
     shown_split,
     two_best,
     with_measures,
-)  # fmt: skip
+)
 from robustsoup.reports.style import (
     FAINT,
     Plot,
@@ -32,7 +32,7 @@ from robustsoup.reports.style import (
     numbered,
     place_labels,
     plain,
-)  # fmt: skip
+)
 from robustsoup.reports.tables import Table
 from robustsoup.reports.tradeoff import CURVES, INGREDIENT, curves
 
@@ -51,13 +51,20 @@ def draw_curves(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]
     for measure in robust_measures(results):
         measured = with_measures(results["rows"], split, CLEAN, measure)
         found = sections(measured, *BY_LAYER)
-        shown = {section: rows for section, rows in found.items() if any(len(curve) > 1 for _, curve in curves(rows))}
+        shown = {
+            section: rows
+            for section, rows in found.items()
+            if any(len(curve) > 1 for _, curve in curves(rows))
+        }
         single += [section for section in found if section not in shown]
         if shown:
             panels = [
-                _Panel.of(section, rows, measured, results["protocol"], measure) for section, rows in shown.items()
+                _Panel.of(section, rows, measured, results["protocol"], measure)
+                for section, rows in shown.items()
             ]
-            plots.append(_plot(results, panels, Points(split, measure), numbered("curves", len(plots))))
+            plots.append(
+                _plot(results, panels, Points(split, measure), numbered("curves", len(plots)))
+            )
     if not plots:
         return [], "no section has two learned soups, which a curve needs"
     few = ", ".join(dict.fromkeys(single))
@@ -74,16 +81,24 @@ class _Panel:
     best: tuple[Row, Row] | None
 
     @classmethod
-    def of(cls, section: str, rows: list[Row], every: list[Row], protocol: dict[str, Any], measure: str) -> "_Panel":
+    def of(
+        cls, section: str, rows: list[Row], every: list[Row], protocol: dict[str, Any], measure: str
+    ) -> "_Panel":
         names = set(rows[0].get("ingredients") or [])
-        alone = [row for row in every if row["role"] in ("ingredient", "pretrained") and row["name"] in names]
+        alone = [
+            row
+            for row in every
+            if row["role"] in ("ingredient", "pretrained") and row["name"] in names
+        ]
         grids = [
             grid
             for grid in sections(every, "grid").values()
             if names and names == set(grid[0].get("ingredients") or [])
         ]
         grid = max(grids, key=len, default=[])
-        best = two_best(grid, measure, select_on=protocol["select_on"], report_on=protocol["report_on"])
+        best = two_best(
+            grid, measure, select_on=protocol["select_on"], report_on=protocol["report_on"]
+        )
         return cls(section, rows, alone, best)
 
     @property
@@ -131,23 +146,46 @@ def _plot(results: dict[str, Any], panels: list[_Panel], points: Points, stem: s
 def _draw(axes: Axes, panel: _Panel, points: Points) -> None:
     if panel.best:
         xy = points.of(list(panel.best))
-        axes.plot(*xy.T, "--", marker="s", color="black", markersize=7, linewidth=1, zorder=3, label=GRID)
+        axes.plot(
+            *xy.T, "--", marker="s", color="black", markersize=7, linewidth=1, zorder=3, label=GRID
+        )
     if panel.ingredients:
         xy = points.of(panel.ingredients)
         axes.plot(
-            *xy.T, "^", color=INGREDIENT, markersize=5, markeredgecolor="white", markeredgewidth=0.6, zorder=4,
+            *xy.T,
+            "^",
+            color=INGREDIENT,
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            zorder=4,
             label="ingredient",
-        )  # fmt: skip
+        )
     found = curves(panel.rows)
     handles: list[Line2D] = []
     for number, (apart, curve) in enumerate(found):
         colour, (line, marker) = CURVES[number % len(CURVES)], LOOKS[number % len(LOOKS)]
         members = [row for _, row in curve]
         xy = points.of(members)
-        axes.errorbar(*xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.3, elinewidth=0.7, zorder=2)
+        axes.errorbar(
+            *xy.T,
+            **points.bars(members),
+            fmt="none",
+            ecolor=colour,
+            alpha=0.3,
+            elinewidth=0.7,
+            zorder=2,
+        )
         label = "learned soup" if len(found) == 1 else plain(apart, 24)
         handles += axes.plot(
-            *xy.T, line, marker=marker, color=colour, markersize=5.5, markeredgecolor="white", zorder=6, label=label
+            *xy.T,
+            line,
+            marker=marker,
+            color=colour,
+            markersize=5.5,
+            markeredgecolor="white",
+            zorder=6,
+            label=label,
         )
     if len(found) > 1:
         axes.legend(handles=handles, loc="lower left", fontsize=7)
@@ -164,19 +202,30 @@ def _legend(figure: Figure, drawn: list[Axes], title: str) -> None:
                 known[text] = known[text] or handle
     shown = {text: handle for text, handle in known.items() if handle}
     figure.legend(
-        shown.values(), shown.keys(), loc="outside upper left", ncols=len(shown) if figure.get_figwidth() > 5.5 else 2,
-        alignment="left", title=title, title_fontproperties={"weight": "bold", "size": 11},
-    )  # fmt: skip
+        shown.values(),
+        shown.keys(),
+        loc="outside upper left",
+        ncols=len(shown) if figure.get_figwidth() > 5.5 else 2,
+        alignment="left",
+        title=title,
+        title_fontproperties={"weight": "bold", "size": 11},
+    )
 
 
 def _name(axes: Axes, panel: _Panel, points: Points) -> None:
     labels, crowd = [], []
     shares = np.linspace(0, 1, 20)[:, None]
-    marks = [_around(axes, points.of(rows)) for rows in (panel.ingredients, list(panel.best or ())) if rows]
+    marks = [
+        _around(axes, points.of(rows))
+        for rows in (panel.ingredients, list(panel.best or ()))
+        if rows
+    ]
     for number, (_, curve) in enumerate(curves(panel.rows)):
         xy = points.of([row for _, row in curve])
         colour = CURVES[number % len(CURVES)]
-        labels += [(*point, plain(label), colour) for (label, _), point in zip(curve, xy, strict=True)]
+        labels += [
+            (*point, plain(label), colour) for (label, _), point in zip(curve, xy, strict=True)
+        ]
         crowd += [np.repeat(xy, 5, axis=0), *[a + shares * (b - a) for a, b in pairwise(xy)]]
     if panel.best:
         first, second = points.of(list(panel.best))
@@ -204,7 +253,11 @@ def _tables(panels: list[_Panel], points: Points) -> tuple[Table, ...]:
                 "from": clean["name"],
                 "to": robust["name"],
             }
-            lines.append(said | gap_line(points.of([clean, robust]), xy, [label for label, _ in curve]))
+            lines.append(
+                said | gap_line(points.of([clean, robust]), xy, [label for label, _ in curve])
+            )
     if not lines:
         return ()
-    return (Table(f"Above the line between the grid's two best soups, {points.measure}", GAPS, lines),)
+    return (
+        Table(f"Above the line between the grid's two best soups, {points.measure}", GAPS, lines),
+    )

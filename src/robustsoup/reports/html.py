@@ -18,7 +18,7 @@ from robustsoup.reports.results import (
     shown_split,
     two_best,
     with_measures,
-)  # fmt: skip
+)
 from robustsoup.reports.style import percent
 from robustsoup.reports.tables import Table
 
@@ -68,7 +68,9 @@ def page(
     """The whole file. pictures: (name, SVG, caption, tables to fold below it); left_out: (what, the reason in one line)."""
     name = escape(results["name"])
     figures = "".join(_figure(*picture) for picture in pictures) or "<p>No figure was drawn.</p>"
-    reasons = "".join(f'<p class="soft">Left out: {escape(what)}: {escape(why)}.</p>' for what, why in left_out)
+    reasons = "".join(
+        f'<p class="soft">Left out: {escape(what)}: {escape(why)}.</p>' for what, why in left_out
+    )
     recipe = json.dumps(results.get("recipe"), indent=2, ensure_ascii=False)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -105,7 +107,10 @@ def _subtitle(results: dict[str, Any]) -> str:
 
 def _banner(results: dict[str, Any]) -> str:
     leakage = results.get("leakage") or {}
-    status, why = str(leakage.get("status", "unknown")), str(leakage.get("why") or "no record of it")
+    status, why = (
+        str(leakage.get("status", "unknown")),
+        str(leakage.get("why") or "no record of it"),
+    )
     found = []
     if said := caveats(results):
         text = f"{' · '.join(said)}: this flatters the numbers of what was selected."
@@ -129,22 +134,32 @@ def summary(results: dict[str, Any]) -> str:
     cleanest = None
     for measure in robust_measures(results):
         measured = with_measures(rows, split, CLEAN, measure)
-        best = two_best(measured, measure, select_on=protocol["select_on"], report_on=protocol["report_on"])
+        best = two_best(
+            measured, measure, select_on=protocol["select_on"], report_on=protocol["report_on"]
+        )
         if best:
-            said.append(f"The most robust at {measure} is {best[1]['name']}: {_measured(best[1], split, measure)}.")
+            said.append(
+                f"The most robust at {measure} is {best[1]['name']}: {_measured(best[1], split, measure)}."
+            )
             cleanest = (
-                cleanest or f"The best on clean inputs is {best[0]['name']}: {_measured(best[0], split, measure)}."
+                cleanest
+                or f"The best on clean inputs is {best[0]['name']}: {_measured(best[0], split, measure)}."
             )
     if cleanest:
         said.append(cleanest)
         if split != protocol["select_on"] and any(row.get(protocol["select_on"]) for row in rows):
-            said.append(f"These were picked on {protocol['select_on']}; the numbers are those on {split}.")
+            said.append(
+                f"These were picked on {protocol['select_on']}; the numbers are those on {split}."
+            )
     return " ".join([*said, *_selection(results, split)])
 
 
 def _measured(row: Row, split: str, measure: str) -> str:
     entries = [(name, accuracy(row, split, name)) for name in (measure, CLEAN)]
-    return ", ".join(f"{percent(entry['value'])} {name}" for name, entry in entries if entry) or "not measured"
+    return (
+        ", ".join(f"{percent(entry['value'])} {name}" for name, entry in entries if entry)
+        or "not measured"
+    )
 
 
 def _selection(results: dict[str, Any], split: str) -> list[str]:
@@ -152,21 +167,31 @@ def _selection(results: dict[str, Any], split: str) -> list[str]:
     if not selection:
         return ["No soup was selected."]
     required = " and ".join(map(str, selection.get("require") or []))
-    wish = f"Asked for the best {selection.get('maximise')}" + (f" with {required}" if required else "")
+    wish = f"Asked for the best {selection.get('maximise')}" + (
+        f" with {required}" if required else ""
+    )
     chosen = next((row for row in results["rows"] if row["name"] == selection.get("chosen")), None)
     if chosen is None:
-        return [f"{wish}, no soup was chosen on {protocol['select_on']}. {selection.get('message') or ''}".strip()]
+        return [
+            f"{wish}, no soup was chosen on {protocol['select_on']}. {selection.get('message') or ''}".strip()
+        ]
     split = protocol["report_on"] if chosen.get(protocol["report_on"]) else split
     numbers = _measured(chosen, split, str(selection.get("maximise")))
-    said = [f"{wish}, the soup selected on {protocol['select_on']} is {chosen['name']}: {numbers} on {split}."]
+    said = [
+        f"{wish}, the soup selected on {protocol['select_on']} is {chosen['name']}: {numbers} on {split}."
+    ]
     if required:
-        how = "by its estimate" if selection.get("point") else "at the lower end of its 95 % interval"
+        how = (
+            "by its estimate" if selection.get("point") else "at the lower end of its 95 % interval"
+        )
         verdict = f"{'met' if selection.get('met') else 'NOT met'} {how} on {protocol['select_on']}"
         held = selection.get("held_on_test")
         if held is not None and protocol["report_on"] != protocol["select_on"]:
             verdict += f"; on {protocol['report_on']} it {'held' if held else 'did NOT hold'}"
         said.append(f"The requirement was {verdict}.")
-    return said + ([str(selection["message"])] if selection.get("message") and not selection.get("met") else [])
+    return said + (
+        [str(selection["message"])] if selection.get("message") and not selection.get("met") else []
+    )
 
 
 def _figure(name: str, svg: bytes, caption: str, tables: Sequence[Table]) -> str:
@@ -203,10 +228,14 @@ def _table(results: dict[str, Any]) -> str:
         if any(accuracy(row, split, measure) for row in results["rows"])
     ]
     best = {
-        column: max(accuracy(row, *column)["value"] for row in results["rows"] if accuracy(row, *column))
+        column: max(
+            accuracy(row, *column)["value"] for row in results["rows"] if accuracy(row, *column)
+        )
         for column in columns
     }
-    head = "".join(f'<th scope="col">{escape(f"{measure}, {split}")}</th>' for split, measure in columns)
+    head = "".join(
+        f'<th scope="col">{escape(f"{measure}, {split}")}</th>' for split, measure in columns
+    )
     rows = sorted(results["rows"], key=lambda row: (ROLES.index(row["role"]), row["name"]))
     chosen = (results.get("selection") or {}).get("chosen")
     body = "\n".join(_row(row, columns, best, row["name"] == chosen) for row in rows)
@@ -217,7 +246,9 @@ def _table(results: dict[str, Any]) -> str:
     )
 
 
-def _row(row: Row, columns: Sequence[tuple[str, str]], best: dict[tuple[str, str], float], chosen: bool) -> str:
+def _row(
+    row: Row, columns: Sequence[tuple[str, str]], best: dict[tuple[str, str], float], chosen: bool
+) -> str:
     cells = []
     for column in columns:
         entry = accuracy(row, *column)
@@ -244,36 +275,75 @@ def _mixed(row: Row) -> str:
 
 
 def _protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
-    protocol, versions, data = results["protocol"], results.get("versions") or {}, results.get("data") or {}
+    protocol, versions, data = (
+        results["protocol"],
+        results.get("versions") or {},
+        results.get("data") or {},
+    )
     counts = protocol.get("samples") or {}
     screened = [row["name"] for row in results["rows"] if row.get("screened")]
     seeds = {
-        "recipe": (results.get("recipe") or {}).get("seed"), "attack": protocol.get("seed"), "split": data.get("seed"),
-    }  # fmt: skip
+        "recipe": (results.get("recipe") or {}).get("seed"),
+        "attack": protocol.get("seed"),
+        "split": data.get("seed"),
+    }
     facts = [
-        ("attack", ", ".join(
-            f"{protocol[key]} {word}".strip()
-            for key, word in (("attack", ""), ("loss", "loss"), ("steps", "steps"), ("restarts", "restart(s)"))
-            if protocol.get(key) is not None
-        )),
+        (
+            "attack",
+            ", ".join(
+                f"{protocol[key]} {word}".strip()
+                for key, word in (
+                    ("attack", ""),
+                    ("loss", "loss"),
+                    ("steps", "steps"),
+                    ("restarts", "restart(s)"),
+                )
+                if protocol.get(key) is not None
+            ),
+        ),
         ("threats", ", ".join(map(str, protocol["threats"]))),
         ("samples", ", ".join(f"{count} {split}" for split, count in counts.items())),
         ("selected on", protocol["select_on"]),
         ("reported on", protocol["report_on"]),
         ("precision", protocol.get("precision")),
         ("searched in", protocol.get("search_precision")),
-        ("screened", f"{', '.join(screened)} ({protocol['select_on']} figures are upper bounds)" if screened else None),
-        ("warnings", "; ".join(f"{row['name']}: {text}" for row in results["rows"] for text in row.get("warnings", ()))),
+        (
+            "screened",
+            f"{', '.join(screened)} ({protocol['select_on']} figures are upper bounds)"
+            if screened
+            else None,
+        ),
+        (
+            "warnings",
+            "; ".join(
+                f"{row['name']}: {text}"
+                for row in results["rows"]
+                for text in row.get("warnings", ())
+            ),
+        ),
         ("seeds", ", ".join(f"{what} {seed}" for what, seed in seeds.items() if seed is not None)),
         ("data", ", ".join(str(data[key]) for key in ("name", "split_digest") if data.get(key))),
-        ("versions", ", ".join(f"{key} {versions[key]}" for key in versions if key not in ("device", "threads"))),
+        (
+            "versions",
+            ", ".join(
+                f"{key} {versions[key]}" for key in versions if key not in ("device", "threads")
+            ),
+        ),
         ("device", versions.get("device")),
         ("threads", versions.get("threads")),
-        ("seconds", f"{results['seconds']:.0f}" if isinstance(results.get("seconds"), int | float) else None),
-    ]  # fmt: skip
+        (
+            "seconds",
+            f"{results['seconds']:.0f}"
+            if isinstance(results.get("seconds"), int | float)
+            else None,
+        ),
+    ]
     return [(what, str(value)) for what, value in facts if value not in (None, "")]
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(f'<tr><th scope="row">{escape(what)}</th><td>{escape(value)}</td></tr>' for what, value in facts)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(what)}</th><td>{escape(value)}</td></tr>'
+        for what, value in facts
+    )
     return f'<table class="facts"><tbody>{rows}</tbody></table>'

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from robustsoup.reports.results import CLEAN, Points, Row, robust_measures, sections, shown_split, with_measures
+from robustsoup.reports.results import (
+    CLEAN,
+    Points,
+    Row,
+    robust_measures,
+    sections,
+    shown_split,
+    with_measures,
+)
 from robustsoup.reports.style import (
     FAINT,
     INK,
@@ -19,7 +27,7 @@ from robustsoup.reports.style import (
     numbered,
     place_labels,
     plain,
-)  # fmt: skip
+)
 from robustsoup.reports.tables import Table
 
 COLUMNS = 4
@@ -42,9 +50,13 @@ def draw_lines(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]:
             if rows:
                 found[section] = rows
             else:
-                reasons.append(f"{section}: needs both ends and a soup between them, measured on {split}")
+                reasons.append(
+                    f"{section}: needs both ends and a soup between them, measured on {split}"
+                )
         if found:
-            plots.append(_plot(results, found, Points(split, measure), numbered("lines", len(plots))))
+            plots.append(
+                _plot(results, found, Points(split, measure), numbered("lines", len(plots)))
+            )
     return plots, "; ".join(dict.fromkeys(reasons)) or (
         "" if plots else "no line of soups of two networks was measured"
     )
@@ -85,9 +97,15 @@ GAPS = (
 
 def _along(rows: list[Row]) -> list[Row]:
     """The rows in order of the second network's weight; none unless both ends and a soup between them are there."""
-    rows = [row for row in rows if len(row.get("ingredients") or []) == len(row.get("coefficients") or []) == 2]
+    rows = [
+        row
+        for row in rows
+        if len(row.get("ingredients") or []) == len(row.get("coefficients") or []) == 2
+    ]
     rows = sorted(rows, key=_weight)
-    whole = len(rows) >= LEAST and abs(_weight(rows[0])) < 1e-9 and abs(_weight(rows[-1]) - 1) < 1e-9
+    whole = (
+        len(rows) >= LEAST and abs(_weight(rows[0])) < 1e-9 and abs(_weight(rows[-1]) - 1) < 1e-9
+    )
     return rows if whole else []
 
 
@@ -134,9 +152,13 @@ def _plot(results: dict[str, Any], found: Lines, points: Points, stem: str) -> P
 
 def _panel(axes: Axes, rows: list[Row], points: Points) -> None:
     xy = points.of(rows)
-    axes.errorbar(*xy.T, **points.bars(rows), fmt="none", ecolor=LINE, alpha=0.28, elinewidth=0.7, zorder=2)
+    axes.errorbar(
+        *xy.T, **points.bars(rows), fmt="none", ecolor=LINE, alpha=0.28, elinewidth=0.7, zorder=2
+    )
     axes.plot(*xy[[0, -1]].T, "--", color=MUTED, linewidth=1, zorder=3)
-    axes.plot(*xy.T, "-o", color=LINE, linewidth=1.3, markersize=4.5, markeredgecolor="white", zorder=5)
+    axes.plot(
+        *xy.T, "-o", color=LINE, linewidth=1.3, markersize=4.5, markeredgecolor="white", zorder=5
+    )
     axes.plot(*xy[[0, -1]].T, "s", color=END, markersize=6, markeredgecolor="white", zorder=6)
     axes.margins(0.1)
     axes.grid(color=FAINT, linewidth=0.6)
@@ -148,7 +170,11 @@ def _name(axes: Axes, rows: list[Row], points: Points) -> None:
     first, second = (plain(name, 20) for name in rows[0]["ingredients"])
     texts = [f"0 ({first})", *[f"{_weight(row):.3g}" for row in rows[1:-1]], f"1 ({second})"]
     labels = [(*point, text, INK) for point, text in zip(xy, texts, strict=True)]
-    order = [*range(1, len(labels) - 1), 0, len(labels) - 1]  # the long ones have room outside the line
+    order = [
+        *range(1, len(labels) - 1),
+        0,
+        len(labels) - 1,
+    ]  # the long ones have room outside the line
     shares = np.linspace(0, 1, 20)[:, None]
     pieces = [xy[i] + shares * (xy[i + 1] - xy[i]) for i in range(len(xy) - 1)]
     crowd = np.concatenate([np.repeat(xy, 5, axis=0), *pieces, xy[0] + shares * (xy[-1] - xy[0])])
@@ -161,5 +187,8 @@ def _table(found: Lines, points: Points) -> Table:
         xy = points.of(rows)
         weights = [f"{_weight(row):.3g}" for row in rows[1:-1]]
         first, second = rows[0]["ingredients"]
-        lines.append({"line": section, "from": first, "to": second} | gap_line(xy[[0, -1]], xy[1:-1], weights))
+        lines.append(
+            {"line": section, "from": first, "to": second}
+            | gap_line(xy[[0, -1]], xy[1:-1], weights)
+        )
     return Table(f"Above the straight line, {points.measure}", GAPS, lines)

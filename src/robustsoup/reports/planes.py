@@ -26,7 +26,7 @@ from robustsoup.reports.style import (
     percent,
     place_labels,
     plain,
-)  # fmt: skip
+)
 from robustsoup.reports.surface import Surface, in_triangle, survey
 from robustsoup.reports.tables import Table
 
@@ -50,7 +50,9 @@ def draw_landscape(results: dict[str, Any], folder: Path) -> tuple[list[Plot], s
         except RequestError as error:
             reasons.append(str(error))
     plots = [_plot(results, planes, numbered("landscape", 0))] if planes else []
-    return plots, "; ".join(reasons) or ("" if plots else "no plane through three checkpoints was measured")
+    return plots, "; ".join(reasons) or (
+        "" if plots else "no plane through three checkpoints was measured"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,22 +88,38 @@ class _Plane:
     @classmethod
     def _of(cls, held: dict[str, Any]) -> "_Plane":
         x, y, corners = (np.array(held[key], dtype=float) for key in ("x", "y", "positions"))
-        maps = {key: None if held.get(key) is None else _finite(held[key]) for key in ("accuracy", "clean_loss")}
+        maps = {
+            key: None if held.get(key) is None else _finite(held[key])
+            for key in ("accuracy", "clean_loss")
+        }
         plane = cls(
-            str(held["name"]), tuple(map(str, held["checkpoints"])), x, y, corners, _finite(held["loss"]), **maps,
+            str(held["name"]),
+            tuple(map(str, held["checkpoints"])),
+            x,
+            y,
+            corners,
+            _finite(held["loss"]),
+            **maps,
             said=_measured(held),
-        )  # fmt: skip
+        )
         plane._check()
         return plane
 
     def _check(self) -> None:
         shape = (*self.y.shape, *self.x.shape)
-        found = [self.loss, *(values for values in (self.accuracy, self.clean_loss) if values is not None)]
+        found = [
+            self.loss,
+            *(values for values in (self.accuracy, self.clean_loss) if values is not None),
+        ]
         if len(shape) != 2 or min(shape) < 2 or any(values.shape != shape for values in found):
             raise ValueError(
                 f"got maps of {[values.shape for values in found]}, expected (len(y), len(x)), each 2 or more"
             )
-        if self.corners.shape != (3, 2) or len(self.checkpoints) != 3 or not np.isfinite(self.corners).all():
+        if (
+            self.corners.shape != (3, 2)
+            or len(self.checkpoints) != 3
+            or not np.isfinite(self.corners).all()
+        ):
             raise ValueError("expected three checkpoints, each with a position of two numbers")
         for steps in (np.diff(self.x), np.diff(self.y)):
             if not (steps > 0).all() or not np.allclose(steps, steps[0], rtol=1e-3):
@@ -129,10 +147,12 @@ def _finite(rows: Any) -> np.ndarray:
 
 def _measured(held: dict[str, Any]) -> str:
     parts = [
-        held.get("threat"), held.get("attack_steps") and f"{held['attack_steps']} steps",
+        held.get("threat"),
+        held.get("attack_steps") and f"{held['attack_steps']} steps",
         held.get("samples") and f"{held['samples']} {held.get('split') or ''} samples",
-        held.get("buffers") and f"buffers: {held['buffers']}", held.get("precision"),
-    ]  # fmt: skip
+        held.get("buffers") and f"buffers: {held['buffers']}",
+        held.get("precision"),
+    ]
     return " · ".join(plain(part, 60) for part in parts if part)
 
 
@@ -153,7 +173,13 @@ def _plot(results: dict[str, Any], planes: list[_Plane], stem: str) -> Plot:
             axes.set_ylabel("distance in weight space")
         if number + columns >= len(planes):
             axes.set_xlabel("distance in weight space")
-    figure.suptitle(f"{plain(results['name'])}: robust loss on planes", x=0.01, ha="left", fontsize=11, weight="bold")
+    figure.suptitle(
+        f"{plain(results['name'])}: robust loss on planes",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        weight="bold",
+    )
     _colour_bar(figure, drawn[0][2], levels)
     gaps = " · grey: not finite" * any(np.isnan(plane.loss).any() for plane in planes)
     said = " / ".join(dict.fromkeys(plane.said for plane in planes))
@@ -161,16 +187,16 @@ def _plot(results: dict[str, Any], planes: list[_Plane], stem: str) -> Plot:
     for plane, axes, _, contours in drawn:
         _annotate(axes, plane, contours, levels)
     names = "; ".join(f"{plane.name}: {', '.join(plane.checkpoints)}" for plane in planes)
-    caption = (
-        f"Robust loss (nats) of the weighted averages on planes through three checkpoints ({names}), on one scale."
-    )
+    caption = f"Robust loss (nats) of the weighted averages on planes through three checkpoints ({names}), on one scale."
     return Plot(stem, figure, caption, tuple(_table(plane) for plane in planes))
 
 
 def _levels(planes: list[_Plane]) -> tuple[np.ndarray, bool]:
     """Log-spaced levels from the least loss to the 95th percentile or to what a triangle holds; whether any is above."""
     every = np.concatenate([plane.loss[np.isfinite(plane.loss)] for plane in planes])
-    high = max(float(np.percentile(every, 95)), *(float(p.in_triangle.max(initial=0)) for p in planes), 0.0)
+    high = max(
+        float(np.percentile(every, 95)), *(float(p.in_triangle.max(initial=0)) for p in planes), 0.0
+    )
     high = high if high > 0 else float(every.max())
     low = max(float(every.min()), DEEPEST * high)
     above = bool(every.max() > high)
@@ -179,25 +205,46 @@ def _levels(planes: list[_Plane]) -> tuple[np.ndarray, bool]:
     return np.geomspace(low, high, LEVELS), above
 
 
-def _panel(axes: Axes, plane: _Plane, levels: np.ndarray, above: bool) -> tuple[ContourSet, ContourSet]:
+def _panel(
+    axes: Axes, plane: _Plane, levels: np.ndarray, above: bool
+) -> tuple[ContourSet, ContourSet]:
     axes.set_facecolor(FAINT)
     axes.set_aspect("equal")
     loss = np.ma.masked_invalid(np.maximum(plane.loss, levels[0]))
     norm = LogNorm(levels[0], levels[-1])
     filled = axes.contourf(
-        plane.x, plane.y, loss, levels=levels, norm=norm, cmap=COLOURS, extend="max" if above else "neither", zorder=1
+        plane.x,
+        plane.y,
+        loss,
+        levels=levels,
+        norm=norm,
+        cmap=COLOURS,
+        extend="max" if above else "neither",
+        zorder=1,
     )
     colours = ["white" if share < DARK else INK for share in np.linspace(0, 1, LEVELS)]
-    lines = axes.contour(plane.x, plane.y, loss, levels=levels, colors=colours, linewidths=0.5, alpha=0.8, zorder=2)
+    lines = axes.contour(
+        plane.x, plane.y, loss, levels=levels, colors=colours, linewidths=0.5, alpha=0.8, zorder=2
+    )
     axes.plot(
-        *plane.corners[[0, 1, 2, 0]].T, "--", color=INK, linewidth=0.9, zorder=4,
+        *plane.corners[[0, 1, 2, 0]].T,
+        "--",
+        color=INK,
+        linewidth=0.9,
+        zorder=4,
         path_effects=[patheffects.withStroke(linewidth=2, foreground="white", alpha=0.7)],
-    )  # fmt: skip
+    )
     for corner, marker in zip(plane.corners, MARKERS, strict=True):
         axes.plot(
-            *corner, marker, color="white", markeredgecolor=INK, markeredgewidth=1.2, markersize=7.5, zorder=6,
+            *corner,
+            marker,
+            color="white",
+            markeredgecolor=INK,
+            markeredgewidth=1.2,
+            markersize=7.5,
+            zorder=6,
             clip_on=False,
-        )  # fmt: skip
+        )
     axes.set_xlim(plane.x[0], plane.x[-1])
     axes.set_ylim(plane.y[0], plane.y[-1])
     return filled, lines
@@ -214,18 +261,28 @@ def _colour_bar(figure: Figure, filled: ContourSet, levels: np.ndarray) -> None:
 def _written(levels: np.ndarray) -> list[str]:
     """The levels with as many digits as it takes for no two of the labelled ones to read alike, three at least."""
     shown = levels[::LABELLED]
-    digits = next((d for d in range(3, 9) if len({f"{level:.{d}g}" for level in shown}) == len(shown)), 9)
+    digits = next(
+        (d for d in range(3, 9) if len({f"{level:.{d}g}" for level in shown}) == len(shown)), 9
+    )
     return [f"{level:.{digits}g}" for level in levels]
 
 
 def _annotate(axes: Axes, plane: _Plane, contours: ContourSet, levels: np.ndarray) -> None:
     shares = np.linspace(0, 1, 30)[:, None]
-    edges = [a + shares * (b - a) for a, b in zip(plane.corners, np.roll(plane.corners, -1, axis=0), strict=True)]
+    edges = [
+        a + shares * (b - a)
+        for a, b in zip(plane.corners, np.roll(plane.corners, -1, axis=0), strict=True)
+    ]
     crowd = np.concatenate([*edges, *[np.repeat(plane.corners, 5, axis=0)]])
-    names = [(*corner, plain(name, 18), INK) for corner, name in zip(plane.corners, plane.checkpoints, strict=True)]
+    names = [
+        (*corner, plain(name, 18), INK)
+        for corner, name in zip(plane.corners, plane.checkpoints, strict=True)
+    ]
     boxes = place_labels(axes, names, crowd, size=8.5)
     ends = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
-    rim = np.concatenate([a + shares * (b - a) for a, b in zip(ends, np.roll(ends, -1, axis=0), strict=True)])
+    rim = np.concatenate(
+        [a + shares * (b - a) for a, b in zip(ends, np.roll(ends, -1, axis=0), strict=True)]
+    )
     pixels = [axes.transData.transform(crowd), axes.transAxes.transform(rim)]
     near = np.concatenate([*pixels, *[outline(box) for box in boxes]])
     for number, (text, pieces) in enumerate(zip(_written(levels), contours.allsegs, strict=True)):
@@ -239,9 +296,13 @@ def _table(plane: _Plane) -> Table:
     for name, corner in zip(plane.checkpoints, plane.corners, strict=True):
         row, column = plane.nearest(corner)
         off = math.dist(corner, (plane.x[column], plane.y[row]))
-        lines.append({"point": f"nearest to {name}", "distance to it": off} | _cells(plane, row, column))
+        lines.append(
+            {"point": f"nearest to {name}", "distance to it": off} | _cells(plane, row, column)
+        )
     row, column = np.unravel_index(np.nanargmin(plane.loss), plane.loss.shape)
-    lines.append({"point": "least loss of the grid", "distance to it": None} | _cells(plane, row, column))
+    lines.append(
+        {"point": "least loss of the grid", "distance to it": None} | _cells(plane, row, column)
+    )
     return Table(plane.name, _summary(plane, found), lines)
 
 
@@ -256,8 +317,12 @@ def _cells(plane: _Plane, row: int, column: int) -> dict[str, Any]:
 
 
 def _summary(plane: _Plane, found: Surface) -> str:
-    places = ", ".join(f"({plane.x[column]:.3g}, {plane.y[row]:.3g})" for row, column in found.minima[:6])
-    places = f" at {places}" * bool(places) + f" and {len(found.minima) - 6} more" * (len(found.minima) > 6)
+    places = ", ".join(
+        f"({plane.x[column]:.3g}, {plane.y[row]:.3g})" for row, column in found.minima[:6]
+    )
+    places = f" at {places}" * bool(places) + f" and {len(found.minima) - 6} more" * (
+        len(found.minima) > 6
+    )
     rows, columns = plane.loss.shape
     return (
         f"robust loss on {columns} x {rows} points; strict local minima inside the grid: {len(found.minima)}{places}; between "

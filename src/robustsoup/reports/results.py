@@ -13,7 +13,10 @@ from robustsoup.errors import RequestError
 
 Row = dict[str, Any]
 ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
-BY_LAYER = ("learned", "dial")  # the soups whose coefficients are in a file, one row of them for each layer
+BY_LAYER = (
+    "learned",
+    "dial",
+)  # the soups whose coefficients are in a file, one row of them for each layer
 CLEAN, UNION = "clean", "union"
 _HINT = "expected what `robustsoup run` writes; run it again"
 _EXPECTED = {"name": str, "protocol": dict, "rows": list}
@@ -25,7 +28,9 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such file; expected a folder that `robustsoup run` made") from None
+        raise RequestError(
+            f"{path}: no such file; expected a folder that `robustsoup run` made"
+        ) from None
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"{path}: not readable as JSON ({reason}); {_HINT}") from None
@@ -36,7 +41,9 @@ def read_results(path: Path) -> dict[str, Any]:
         where = f"{path}: rows[{number}]"
         _expect(row, {"name": str, "role": str}, where)
         if row["role"] not in ROLES:
-            raise RequestError(f'{where}: role: got "{row["role"]}", expected one of {", ".join(ROLES)}')
+            raise RequestError(
+                f'{where}: role: got "{row["role"]}", expected one of {", ".join(ROLES)}'
+            )
         for split in splits:
             _check_accuracies(row.get(split) or {}, f"{where}: {split}")
     return results
@@ -53,12 +60,16 @@ def _expect(table: Any, kinds: dict[str, type], where: str) -> None:
 
 def _check_accuracies(accuracies: Any, where: str) -> None:
     if not isinstance(accuracies, dict):
-        raise RequestError(f"{where}: got {type(accuracies).__name__}, expected accuracies by name; {_HINT}")
+        raise RequestError(
+            f"{where}: got {type(accuracies).__name__}, expected accuracies by name; {_HINT}"
+        )
     for measure, entry in accuracies.items():
         for key in ("value", "low", "high", "n"):
             number = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(number, int | float) or not math.isfinite(number):
-                raise RequestError(f"{where}: {measure}: {key}: got {number!r}, expected a finite number; {_HINT}")
+                raise RequestError(
+                    f"{where}: {measure}: {key}: got {number!r}, expected a finite number; {_HINT}"
+                )
 
 
 def accuracy(row: Row, split: str, measure: str) -> dict[str, float] | None:
@@ -71,7 +82,9 @@ def robust_measures(results: dict[str, Any]) -> list[str]:
     protocol = results["protocol"]
     threats = [threat for threat in protocol["threats"] if threat != CLEAN]
     splits = protocol["select_on"], protocol["report_on"]
-    return threats + [UNION] * any(accuracy(row, split, UNION) for row in results["rows"] for split in splits)
+    return threats + [UNION] * any(
+        accuracy(row, split, UNION) for row in results["rows"] for split in splits
+    )
 
 
 def shown_split(rows: Iterable[Row], protocol: dict[str, Any]) -> str:
@@ -95,7 +108,9 @@ def sections(rows: Iterable[Row], *roles: str) -> dict[str, list[Row]]:
     return found
 
 
-def two_best(rows: Iterable[Row], measure: str, *, select_on: str, report_on: str) -> tuple[Row, Row] | None:
+def two_best(
+    rows: Iterable[Row], measure: str, *, select_on: str, report_on: str
+) -> tuple[Row, Row] | None:
     """The row with the best clean accuracy and the one with the best `measure`: the black squares of the paper's Fig. 5.
 
     Both are chosen on select_on if every row has it, else on report_on, so that the numbers shown on report_on are not
@@ -109,7 +124,9 @@ def two_best(rows: Iterable[Row], measure: str, *, select_on: str, report_on: st
         return None
 
     def by(first: str, second: str) -> Row:
-        return max(rows, key=lambda row: [accuracy(row, split, name)["value"] for name in (first, second)])
+        return max(
+            rows, key=lambda row: [accuracy(row, split, name)["value"] for name in (first, second)]
+        )
 
     return by(CLEAN, measure), by(measure, CLEAN)
 
@@ -123,7 +140,10 @@ class Points:
 
     def of(self, rows: list[Row]) -> np.ndarray:
         """(rows, 2): clean, robust."""
-        pairs = [[accuracy(row, self.split, name)["value"] for name in (CLEAN, self.measure)] for row in rows]
+        pairs = [
+            [accuracy(row, self.split, name)["value"] for name in (CLEAN, self.measure)]
+            for row in rows
+        ]
         return 100 * np.array(pairs, dtype=float).reshape(-1, 2)
 
     def bars(self, rows: list[Row]) -> dict[str, np.ndarray]:
@@ -131,7 +151,10 @@ class Points:
         sides = []
         for name in (CLEAN, self.measure):
             entries = [accuracy(row, self.split, name) for row in rows]
-            ends = [[e["value"] - e["low"] for e in entries], [e["high"] - e["value"] for e in entries]]
+            ends = [
+                [e["value"] - e["low"] for e in entries],
+                [e["high"] - e["value"] for e in entries],
+            ]
             sides.append(100 * np.maximum(np.array(ends, dtype=float), 0))
         return {"xerr": sides[0], "yerr": sides[1]}
 
@@ -149,4 +172,6 @@ def caveats(results: dict[str, Any]) -> list[str]:
 
 def samples(rows: Iterable[Row], split: str) -> int:
     """The largest number of samples that a row was measured on."""
-    return max((int(entry["n"]) for row in rows for entry in (row.get(split) or {}).values()), default=0)
+    return max(
+        (int(entry["n"]) for row in rows for entry in (row.get(split) or {}).values()), default=0
+    )

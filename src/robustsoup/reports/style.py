@@ -79,7 +79,9 @@ def save(plot: Plot, folder: Path) -> None:
     """Write folder/<stem>.png, .svg and .pdf, each whole or not at all. The parts are arranged once for all three."""
     plot.figure.draw_without_rendering()
     plot.figure.set_layout_engine("none")
-    for axes in plot.figure.axes:  # the solver's last bits differ from run to run, and would be in the ids of the SVG
+    for axes in (
+        plot.figure.axes
+    ):  # the solver's last bits differ from run to run, and would be in the ids of the SVG
         axes.set_position(np.round(axes.get_position(original=True).bounds, 6))
     for ending, options in FORMATS.items():
         with atomic_path(folder / f"{plot.stem}.{ending}") as temporary:
@@ -98,7 +100,9 @@ def _glyphs() -> frozenset[str]:
 
 def plain(text: str, limit: int = 30) -> str:
     """`text` as a figure may show it: "Linf 8/255" as "L∞ 8/255", no mathematics, "?" for a glyph that the font lacks."""
-    text = "".join(letter if letter in _glyphs() else "?" for letter in str(text).replace("Linf ", "L∞ "))
+    text = "".join(
+        letter if letter in _glyphs() else "?" for letter in str(text).replace("Linf ", "L∞ ")
+    )
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return text.replace("$", r"\$")
 
@@ -129,20 +133,28 @@ def footer(figure: Figure, text: str, results: dict[str, Any] | None) -> None:
     warned = caveats(results) if results else []
     width = int(LETTERS_PER_INCH * figure.get_figwidth())
     lines = textwrap.wrap(" · ".join(warned), width) + textwrap.wrap(text, width)
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=INK if warned else MUTED)
+    figure.supxlabel(
+        "\n".join(lines), x=0.01, ha="left", fontsize=7, color=INK if warned else MUTED
+    )
 
 
 def shades(n: int) -> list[Any]:
     """n colours to tell parts apart, the first eight safe for the colour-blind."""
-    return list(PALETTE[:n]) if n <= len(PALETTE) else list(colormaps["viridis"](np.linspace(0, 1, n)))
+    return (
+        list(PALETTE[:n]) if n <= len(PALETTE) else list(colormaps["viridis"](np.linspace(0, 1, n)))
+    )
 
 
 _SIDES = [(1, 0.7), (-1, 0.7), (1, -0.7), (-1, -0.7), (0, 1), (0, -1), (1, 0), (-1, 0)]
 
 
 def place_labels(
-    axes: Axes, labels: Sequence[tuple[float, float, str, str]], avoid: np.ndarray, *, size: float = 8
-) -> list[Bbox]:  # fmt: skip
+    axes: Axes,
+    labels: Sequence[tuple[float, float, str, str]],
+    avoid: np.ndarray,
+    *,
+    size: float = 8,
+) -> list[Bbox]:
     """Write each (x, y, text, colour) beside its point, where it covers least of `avoid` (k, 2) and of other labels.
 
     Limits and layout must be final: the sides are compared in pixels. Returns the box of each label, in pixels.
@@ -153,15 +165,32 @@ def place_labels(
     taken: list[Bbox] = []
     for x, y, text, colour in labels:
         note = axes.annotate(
-            text, (x, y), xycoords=axes.transData, xytext=(0, 0), textcoords="offset points", ha="center", va="center",
-            fontsize=size, color=colour, zorder=8, annotation_clip=False, path_effects=HALO,
-        )  # fmt: skip
+            text,
+            (x, y),
+            xycoords=axes.transData,
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=colour,
+            zorder=8,
+            annotation_clip=False,
+            path_effects=HALO,
+        )
         note.set_in_layout(False)
         box = note.get_window_extent()
         choices = []
-        for order, (side_x, side_y, gap) in enumerate((a, b, gap) for gap in (8, 15, 23) for a, b in _SIDES):
-            shift = (side_x * (gap * pixels + box.width / 2), side_y * (gap * pixels + box.height / 2))
-            choices.append((_cost(box.translated(*shift), obstacles, taken, axes.bbox) + order / 100, shift))
+        for order, (side_x, side_y, gap) in enumerate(
+            (a, b, gap) for gap in (8, 15, 23) for a, b in _SIDES
+        ):
+            shift = (
+                side_x * (gap * pixels + box.width / 2),
+                side_y * (gap * pixels + box.height / 2),
+            )
+            choices.append(
+                (_cost(box.translated(*shift), obstacles, taken, axes.bbox) + order / 100, shift)
+            )
         _, shift = min(choices)
         note.set_position((shift[0] / pixels, shift[1] / pixels))
         taken.append(box.translated(*shift))
@@ -172,7 +201,9 @@ def _cost(box: Bbox, obstacles: np.ndarray, taken: Sequence[Bbox], frame: Bbox) 
     wide = box.padded(2)
     inside = (obstacles > (wide.x0, wide.y0)) & (obstacles < (wide.x1, wide.y1))
     outside = wide.x0 < frame.x0 or wide.x1 > frame.x1 or wide.y0 < frame.y0 or wide.y1 > frame.y1
-    return inside.all(axis=1).sum() + 50 * sum(wide.overlaps(other) for other in taken) + 20 * outside
+    return (
+        inside.all(axis=1).sum() + 50 * sum(wide.overlaps(other) for other in taken) + 20 * outside
+    )
 
 
 def outline(box: Bbox) -> np.ndarray:
@@ -187,14 +218,23 @@ def label_contour(axes: Axes, text: str, pieces: list[np.ndarray], near: np.ndar
     if not pieces:
         return near
     shares = np.linspace(0, 1, 8)[:, None, None]
-    spots = np.concatenate([(piece[:-1] + shares * (piece[1:] - piece[:-1])).reshape(-1, 2) for piece in pieces])
+    spots = np.concatenate(
+        [(piece[:-1] + shares * (piece[1:] - piece[:-1])).reshape(-1, 2) for piece in pieces]
+    )
     pixels = axes.transData.transform(spots)
     room = np.linalg.norm(pixels[:, None] - near[None], axis=2).min(1)
     widest = int(room.argmax())
     if room[widest] < 9 * axes.figure.dpi / 72:
         return near
     note = axes.annotate(
-        text, spots[widest], xycoords=axes.transData, ha="center", va="center", fontsize=7, color=INK, zorder=3,
+        text,
+        spots[widest],
+        xycoords=axes.transData,
+        ha="center",
+        va="center",
+        fontsize=7,
+        color=INK,
+        zorder=3,
         path_effects=HALO,
-    )  # fmt: skip
+    )
     return np.concatenate([near, outline(note.get_window_extent())])

@@ -24,7 +24,7 @@ class Surface:
 
 def survey(
     x: np.ndarray, y: np.ndarray, loss: np.ndarray, triangle: np.ndarray, *, margin: float = MARGIN
-) -> Surface:  # fmt: skip
+) -> Surface:
     """Count the strict minima inside the grid, and the midpoints inside the triangle that lie above their chord.
 
     x (columns,) and y (rows,) with even steps, loss (rows, columns), triangle (3, 2). A minimum is finite, not on the
@@ -71,5 +71,7 @@ def _minima(loss: np.ndarray) -> tuple[tuple[int, int], ...]:
     for down in range(3):
         for right in range(3):
             if (down, right) != (1, 1):
-                lowest = lowest & (middle < known[down : rows - 2 + down, right : columns - 2 + right])
+                lowest = lowest & (
+                    middle < known[down : rows - 2 + down, right : columns - 2 + right]
+                )
     return tuple((int(i) + 1, int(j) + 1) for i, j in zip(*lowest.nonzero(), strict=True))

@@ -41,16 +41,28 @@ def coefficient_table(coefficients: Coefficients, names: Sequence[str]) -> list[
     moved, slopes = coefficients.movement(), coefficients.slopes
     none = [None] * len(coefficients.layers)
     parts = zip(
-        coefficients.layers, coefficients.alpha.tolist(), (coefficients.entropy() + 0.0).tolist(),  # no -0
-        none if moved is None else moved.tolist(), none if slopes is None else slopes.tolist(), strict=True,
-    )  # fmt: skip
+        coefficients.layers,
+        coefficients.alpha.tolist(),
+        (coefficients.entropy() + 0.0).tolist(),  # no -0
+        none if moved is None else moved.tolist(),
+        none if slopes is None else slopes.tolist(),
+        strict=True,
+    )
     return [
-        {"layer": layer, **dict(zip(columns, shares, strict=True)), "entropy": entropy, "moved": move, "slope": slope}
+        {
+            "layer": layer,
+            **dict(zip(columns, shares, strict=True)),
+            "entropy": entropy,
+            "moved": move,
+            "slope": slope,
+        }
         for layer, shares, entropy, move, slope in parts
     ]
 
 
-def write_coefficient_csv(coefficients: Coefficients, names: Sequence[str], path: str | os.PathLike) -> Path:
+def write_coefficient_csv(
+    coefficients: Coefficients, names: Sequence[str], path: str | os.PathLike
+) -> Path:
     """Write `coefficient_table` as CSV, 6 significant digits, an empty cell for None; whole or not at all."""
     lines = coefficient_table(coefficients, names)
     text = io.StringIO()
@@ -93,14 +105,21 @@ def layer_name(layer: str) -> str:
 
 def soup_table(title: str, coefficients: Coefficients, names: Sequence[str]) -> Table:
     """The table of one soup for the report."""
-    lines = [line | {"layer": layer_name(line["layer"])} for line in coefficient_table(coefficients, names)]
+    lines = [
+        line | {"layer": layer_name(line["layer"])}
+        for line in coefficient_table(coefficients, names)
+    ]
     return Table(title, _summary(coefficients), lines)
 
 
 def _summary(coefficients: Coefficients) -> str:
     """Mean entropy, mean movement, and which layers moved least and most."""
     most, moved = math.log(coefficients.alpha.shape[1]), coefficients.movement()
-    said = [f"mean entropy {100 * float(coefficients.entropy().mean()) / most:.1f} % of log n"] if most else []
+    said = (
+        [f"mean entropy {100 * float(coefficients.entropy().mean()) / most:.1f} % of log n"]
+        if most
+        else []
+    )
     if moved is None:
         return "; ".join([*said, "movement not recorded"])
     said.append(f"mean movement {float(moved.mean()):.3g}")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from robustsoup.losses import clean_weight
 from robustsoup.reports.results import (
     BY_LAYER,
     CLEAN,
@@ -18,7 +17,7 @@ from robustsoup.reports.results import (
     shown_split,
     two_best,
     with_measures,
-)  # fmt: skip
+)
 from robustsoup.reports.style import (
     FAINT,
     INK,
@@ -30,8 +29,9 @@ from robustsoup.reports.style import (
     numbered,
     place_labels,
     plain,
-)  # fmt: skip
+)
 from robustsoup.threats import ThreatModel
+from robustsoup.training.objectives import clean_weight
 
 CURVES = ("#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d00", "#7f3c8d")
 INGREDIENT, UNIFORM, GREEDY = "#0072B2", "#009E73", "#000000"
@@ -72,19 +72,31 @@ def _dial_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
 
 def _learned_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     parsed = [
-        (ThreatModel.parse(row.get("threat") or CLEAN), _plain_objective(row.get("objective") or "ce"), row)
+        (
+            ThreatModel.parse(row.get("threat") or CLEAN),
+            _plain_objective(row.get("objective") or "ce"),
+            row,
+        )
         for row in rows
     ]
     if len({threat for threat, _, _ in parsed}) == 1 and len(parsed) > 1:
         weighted = sorted(
-            ((weight, row) for _, objective, row in parsed if (weight := clean_weight(objective)) is not None),
+            (
+                (weight, row)
+                for _, objective, row in parsed
+                if (weight := clean_weight(objective)) is not None
+            ),
             key=lambda item: item[0],
         )
-        others = [(objective, row) for _, objective, row in parsed if clean_weight(objective) is None]
+        others = [
+            (objective, row) for _, objective, row in parsed if clean_weight(objective) is None
+        ]
         alone = "" if not others else "mixed"
         found = [(alone, [(f"{weight:g}", row) for weight, row in weighted])] if weighted else []
         return found + [(objective, [(objective, row)]) for objective, row in others]
-    norms = list(dict.fromkeys(threat.norm for threat, _, _ in parsed if not threat.is_clean)) or ["Linf"]
+    norms = list(dict.fromkeys(threat.norm for threat, _, _ in parsed if not threat.is_clean)) or [
+        "Linf"
+    ]
     groups: dict[tuple[str, str], list[tuple[float, str, Row]]] = {}
     for threat, objective, row in parsed:
         norm = norms[0] if threat.is_clean else threat.norm
@@ -94,7 +106,12 @@ def _learned_curves(rows: list[Row]) -> list[tuple[str, list[tuple[str, Row]]]]:
     found = []
     for (norm, objective), group in groups.items():
         apart = [norm] * (len(norms) > 1) + [objective] * (len(objectives) > 1)
-        found.append((", ".join(apart), [(label, row) for _, label, row in sorted(group, key=lambda item: item[0])]))
+        found.append(
+            (
+                ", ".join(apart),
+                [(label, row) for _, label, row in sorted(group, key=lambda item: item[0])],
+            )
+        )
     return found
 
 
@@ -124,14 +141,18 @@ def _plot(results: dict[str, Any], rows: list[Row], split: str, measure: str, st
     axes.set_axisbelow(True)
     axes.set_xlabel(f"clean accuracy on {plain(split)} (%)")
     axes.set_ylabel(f"robust accuracy, {plain(measure)} (%)")
-    axes.set_title(f"{plain(results['name'])}: clean against robust accuracy", loc="left", weight="bold")
+    axes.set_title(
+        f"{plain(results['name'])}: clean against robust accuracy", loc="left", weight="bold"
+    )
     figure.legend(loc="outside right upper", handlelength=1.8, labelspacing=0.8)
     measured = attack_line(results["protocol"], split, rows)
     footer(figure, f"{measured} · bars: 95 % Wilson intervals", results)
     axes.autoscale_view()
     axes.autoscale(False)
     place_labels(axes, labels, _crowd(rows, points))
-    caption = f"Clean accuracy against robust accuracy at {measure} on {split}, for {len(rows)} networks."
+    caption = (
+        f"Clean accuracy against robust accuracy at {measure} on {split}, for {len(rows)} networks."
+    )
     return Plot(stem, figure, caption)
 
 
@@ -153,27 +174,49 @@ def _crowd(rows: list[Row], points: Points) -> np.ndarray:
 
 
 def _scatter_soups(axes: Axes, rows: list[Row], points: Points) -> None:
-    looks = {"grid": {"color": "#a3a8ae"}, "line": {"facecolors": "none", "edgecolors": "#8a9097", "linewidths": 0.9}}
+    looks = {
+        "grid": {"color": "#a3a8ae"},
+        "line": {"facecolors": "none", "edgecolors": "#8a9097", "linewidths": 0.9},
+    }
     for role, look in looks.items():
         found = [row for row in rows if row["role"] == role]
         if found:
-            axes.scatter(*points.of(found).T, s=16, zorder=2, label=f"{role} ({len(found)} soups)", **look)
+            axes.scatter(
+                *points.of(found).T, s=16, zorder=2, label=f"{role} ({len(found)} soups)", **look
+            )
     for role, marker, size, colour in (("uniform", "D", 64, UNIFORM), ("greedy", "P", 90, GREEDY)):
         found = [row for row in rows if row["role"] == role]
         if found:
             axes.scatter(
-                *points.of(found).T, s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5,
+                *points.of(found).T,
+                s=size,
+                marker=marker,
+                color=colour,
+                edgecolors="white",
+                linewidths=0.8,
+                zorder=5,
                 label=f"{role} soup",
-            )  # fmt: skip
+            )
 
 
 def _square_best(axes: Axes, rows: list[Row], protocol: dict[str, Any], points: Points) -> None:
     label = "best clean and best robust\nof the grid"
     for grid in sections(rows, "grid").values():
-        best = two_best(grid, points.measure, select_on=protocol["select_on"], report_on=protocol["report_on"])
+        best = two_best(
+            grid, points.measure, select_on=protocol["select_on"], report_on=protocol["report_on"]
+        )
         if best:
             xy = points.of(list(best))
-            axes.plot(*xy.T, "--", marker="s", color="black", markersize=9, linewidth=1, zorder=3, label=label)
+            axes.plot(
+                *xy.T,
+                "--",
+                marker="s",
+                color="black",
+                markersize=9,
+                linewidth=1,
+                zorder=3,
+                label=label,
+            )
             label = None
 
 
@@ -185,25 +228,63 @@ def _draw_learned(axes: Axes, rows: list[Row], points: Points) -> list[Label]:
             number += 1
             members = [row for _, row in curve]
             xy = points.of(members)
-            axes.errorbar(*xy.T, **points.bars(members), fmt="none", ecolor=colour, alpha=0.4, elinewidth=0.7, zorder=3)
+            axes.errorbar(
+                *xy.T,
+                **points.bars(members),
+                fmt="none",
+                ecolor=colour,
+                alpha=0.4,
+                elinewidth=0.7,
+                zorder=3,
+            )
             text = plain(name, 16) + (f" ({plain(apart, 20)})" if apart else "")
-            axes.plot(*xy.T, "-o", color=colour, markersize=6, markeredgecolor="white", zorder=6, label=text)
-            labels += [(x, y, plain(label), colour) for (label, _), (x, y) in zip(curve, xy, strict=True)]
+            axes.plot(
+                *xy.T,
+                "-o",
+                color=colour,
+                markersize=6,
+                markeredgecolor="white",
+                zorder=6,
+                label=text,
+            )
+            labels += [
+                (x, y, plain(label), colour) for (label, _), (x, y) in zip(curve, xy, strict=True)
+            ]
     return labels
 
 
 def _draw_ingredients(axes: Axes, rows: list[Row], points: Points) -> list[Label]:
     labels = []
-    for role, marker, size, colour in (("ingredient", "^", 62, INGREDIENT), ("pretrained", "*", 120, INK)):
+    for role, marker, size, colour in (
+        ("ingredient", "^", 62, INGREDIENT),
+        ("pretrained", "*", 120, INK),
+    ):
         found = [row for row in rows if row["role"] == role]
         if not found:
             continue
         xy = points.of(found)
-        axes.errorbar(*xy.T, **points.bars(found), fmt="none", ecolor=colour, alpha=0.4, elinewidth=0.7, zorder=3)
-        axes.scatter(
-            *xy.T, s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5, label=role
+        axes.errorbar(
+            *xy.T,
+            **points.bars(found),
+            fmt="none",
+            ecolor=colour,
+            alpha=0.4,
+            elinewidth=0.7,
+            zorder=3,
         )
-        labels += [(x, y, plain(row["name"], 20), colour) for row, (x, y) in zip(found, xy, strict=True)]
+        axes.scatter(
+            *xy.T,
+            s=size,
+            marker=marker,
+            color=colour,
+            edgecolors="white",
+            linewidths=0.8,
+            zorder=5,
+            label=role,
+        )
+        labels += [
+            (x, y, plain(row["name"], 20), colour) for row, (x, y) in zip(found, xy, strict=True)
+        ]
     return labels
 
 
@@ -212,13 +293,21 @@ def _mark_selection(axes: Axes, results: dict[str, Any], rows: list[Row], points
     wanted = requirements(results)
     line = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 1}
     if CLEAN in wanted:
-        axes.axvline(100 * wanted[CLEAN], label=f"required: clean ≥ {100 * wanted[CLEAN]:g} %", **line)
+        axes.axvline(
+            100 * wanted[CLEAN], label=f"required: clean ≥ {100 * wanted[CLEAN]:g} %", **line
+        )
     if points.measure in wanted:
         share = 100 * wanted[points.measure]
         axes.axhline(share, label=f"required: {plain(points.measure)} ≥ {share:g} %", **line)
     chosen = [row for row in rows if row["name"] == selection.get("chosen")]
     if chosen:
         axes.plot(
-            *points.of(chosen[:1]).T, "o", markersize=13, markerfacecolor="none", markeredgecolor="#B00020",
-            markeredgewidth=1.6, zorder=7, label=f"selected: {plain(chosen[0]['name'], 22)}",
-        )  # fmt: skip
+            *points.of(chosen[:1]).T,
+            "o",
+            markersize=13,
+            markerfacecolor="none",
+            markeredgecolor="#B00020",
+            markeredgewidth=1.6,
+            zorder=7,
+            label=f"selected: {plain(chosen[0]['name'], 22)}",
+        )

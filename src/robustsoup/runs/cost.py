@@ -8,7 +8,7 @@ import torch
 
 from robustsoup.attacks.forward import frozen_eval, gradient, pass_rows
 from robustsoup.attacks.lanes import in_lanes, lane_count
-from robustsoup.losses import ce
+from robustsoup.attacks.losses import ce
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Step
 
@@ -40,8 +40,14 @@ def measure(context: Context, precision: str) -> float:
 
 def bytes_of(steps: Sequence[Step], context: Context) -> int:
     """About how many bytes the outputs of the steps take on disk: checkpoints, kept points and verdicts."""
-    weights = sum(t.numel() * t.element_size() for t in context.fresh_network(0).state_dict().values())
-    image = context.data.record["channels"] * context.data.record["size"][0] * context.data.record["size"][1]
+    weights = sum(
+        t.numel() * t.element_size() for t in context.fresh_network(0).state_dict().values()
+    )
+    image = (
+        context.data.record["channels"]
+        * context.data.record["size"][0]
+        * context.data.record["size"][1]
+    )
     total = 0
     for step in steps:
         if step.kind in ("pretrain", "finetune"):

@@ -11,23 +11,25 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Split, Synthetic
+from robustsoup.diagnosis.landscape import landscape
 from robustsoup.errors import DataError, RobustsoupError
-from robustsoup.evaluation import Evaluation, evaluate
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import link, write_text
 from robustsoup.models import load_model
-from robustsoup.plane import landscape
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
+from robustsoup.soups.grid import alpha_name, corners
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import alpha_name, corners, greedy, screened
+from robustsoup.soups.search import greedy, screened
 from robustsoup.soups.selection import Alpha, Score
 from robustsoup.threats import ThreatModel
-from robustsoup.training import train
+from robustsoup.training.train import train
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,14 @@ class Context:
             checkpoint = checkpoint.with_provenance(network=self.model)
         elif self.model.get("normalize"):  # what was asked for now overrides the record
             known = checkpoint.provenance["network"]
-            checkpoint = checkpoint.with_provenance(network={**known, "normalize": self.model["normalize"]})
-        return checkpoint if "parameters" in checkpoint.provenance else checkpoint.described_by(checkpoint.network())
+            checkpoint = checkpoint.with_provenance(
+                network={**known, "normalize": self.model["normalize"]}
+            )
+        return (
+            checkpoint
+            if "parameters" in checkpoint.provenance
+            else checkpoint.described_by(checkpoint.network())
+        )
 
 
 class Reporter(Protocol):
@@ -81,8 +89,15 @@ def execute(plan: Plan, context: Context, store: Store, reporter: Reporter) -> N
     worker = _Worker(plan, context, store, reporter.warn)
     for step in missing:
         started = time.perf_counter()
-        record = {"kind": step.kind, "name": step.name, "settings": step.settings, "parents": step.parents,
-                  "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(context.device)}  # fmt: skip
+        record = {
+            "kind": step.kind,
+            "name": step.name,
+            "settings": step.settings,
+            "parents": step.parents,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(context.device),
+        }
         with store.filling(step.key, record) as folder:
             if folder is None:
                 figures = "done by another process"
@@ -121,7 +136,9 @@ class _Watch:
 
 
 class _Worker:
-    def __init__(self, plan: Plan, context: Context, store: Store, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, context: Context, store: Store, warn: Callable[[str], None]
+    ) -> None:
         self.plan, self.context, self.store = plan, context, store
         self.checkpoint: Callable[[str], Checkpoint] = lru_cache(maxsize=8)(self._checkpoint)
         self.judged: Callable[[str], Evaluation] = lru_cache(maxsize=8)(
@@ -156,29 +173,40 @@ class _Worker:
         if "synthetic" in settings:
             settings["synthetic"] = self._synthetic(step)
         if settings.get("checkpoint_every"):
-            settings["on_checkpoint"] = lambda epoch, made: made.save(folder / f"epoch{epoch}.safetensors")
+            settings["on_checkpoint"] = lambda epoch, made: made.save(
+                folder / f"epoch{epoch}.safetensors"
+            )
         if step.parents:
             network: Checkpoint | nn.Module = self.checkpoint(step.parents[0])
         else:
             network = self.context.fresh_network(settings["seed"])
         trained = train(
-            network, self._fitted(settings), val=val, early_stop=bool(stop), early_stop_steps=stop["steps"] if stop else 10,
-            device=str(self.context.device), state_path=folder / "state.pt", on_progress=on_progress, **settings,
-        )  # fmt: skip
+            network,
+            self._fitted(settings),
+            val=val,
+            early_stop=bool(stop),
+            early_stop_steps=stop["steps"] if stop else 10,
+            device=str(self.context.device),
+            state_path=folder / "state.pt",
+            on_progress=on_progress,
+            **settings,
+        )
         trained.save(folder / "checkpoint.safetensors")
         last = trained.provenance["history"][-1]
         figures = f"loss {last['loss']:.3f}"
         if stop:
             at = trained.provenance["early_stopped_at"]
             best = next(entry for entry in trained.provenance["history"] if entry["epoch"] == at)
-            figures += (
-                f", epoch {at} kept: val robust loss {best['robust_loss']:.3f}, robust {best['robust_accuracy']:.1%}"
-            )
+            figures += f", epoch {at} kept: val robust loss {best['robust_loss']:.3f}, robust {best['robust_accuracy']:.1%}"
         return figures
 
     def _fitted(self, settings: dict[str, Any]) -> Split:
         """What a step fits on: train, or, under the paper's protocol, all that was held out from it too."""
-        return self.context.everything if settings.pop("everything", False) else self.context.data.train
+        return (
+            self.context.everything
+            if settings.pop("everything", False)
+            else self.context.data.train
+        )
 
     def _snapshot(self, step: Step, folder: Path, on_progress: Progress) -> str:
         made = self.store.path(step.parents[0]) / f"epoch{step.settings['epoch']}.safetensors"
@@ -188,48 +216,70 @@ class _Worker:
     def _synthetic(self, step: Step) -> Synthetic:
         """The images that the step's key speaks of, from where the recipe says they are."""
         recipe = self.plan.recipe
-        found = Synthetic.open((recipe.pretrain if step.kind == "pretrain" else recipe.finetune).synthetic)
+        found = Synthetic.open(
+            (recipe.pretrain if step.kind == "pretrain" else recipe.finetune).synthetic
+        )
         if found.digest != step.settings["synthetic"]:
-            raise DataError(f"{found.path}: changed since the run was planned; run the same command again")
+            raise DataError(
+                f"{found.path}: changed since the run was planned; run the same command again"
+            )
         return found
 
     def _learn(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = self._with_base(step.settings)
         stop = settings.pop("early_stop", None)
         coefficients = learn(
-            [self.checkpoint(key) for key in step.parents], self._fitted(settings), device=str(self.context.device),
-            val=self.context.data.val.first(stop["samples"]) if stop else None, early_stop=bool(stop),
-            early_stop_steps=stop["steps"] if stop else 10, allow_leakage=self.plan.recipe.allow_leakage,
-            state_path=folder / "state.pt", on_progress=on_progress, **settings,
-        )  # fmt: skip
+            [self.checkpoint(key) for key in step.parents],
+            self._fitted(settings),
+            device=str(self.context.device),
+            val=self.context.data.val.first(stop["samples"]) if stop else None,
+            early_stop=bool(stop),
+            early_stop_steps=stop["steps"] if stop else 10,
+            allow_leakage=self.plan.recipe.allow_leakage,
+            state_path=folder / "state.pt",
+            on_progress=on_progress,
+            **settings,
+        )
         coefficients.save(folder / "coefficients.safetensors")
         for warning in coefficients.record.get("warnings", ()):
             self.warn(f"{step.name}: {warning}")
         return f"loss {coefficients.record['history'][-1]['loss']:.3f}, {_shares(coefficients)}"
 
     def _with_base(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return settings | ({"base": self.checkpoint(settings["base"])} if "base" in settings else {})
+        return settings | (
+            {"base": self.checkpoint(settings["base"])} if "base" in settings else {}
+        )
 
     def _dial(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = self._with_base(step.settings)
         dial = learn_dial(
-            [self.checkpoint(key) for key in step.parents], self._fitted(settings), device=str(self.context.device),
-            allow_leakage=self.plan.recipe.allow_leakage, state_path=folder / "state.pt", on_progress=on_progress,
+            [self.checkpoint(key) for key in step.parents],
+            self._fitted(settings),
+            device=str(self.context.device),
+            allow_leakage=self.plan.recipe.allow_leakage,
+            state_path=folder / "state.pt",
+            on_progress=on_progress,
             **settings,
-        )  # fmt: skip
+        )
         dial.save(folder / "dial.safetensors")
         loss = dial.record["history"][-1]["loss"]
-        return f"loss {loss:.3f}; robust end: {_shares(dial.at(0))}; clean end: {_shares(dial.at(1))}"
+        return (
+            f"loss {loss:.3f}; robust end: {_shares(dial.at(0))}; clean end: {_shares(dial.at(1))}"
+        )
 
     def _greedy(self, step: Step, folder: Path, on_progress: Progress) -> str:
         """Judge soups one by one; each verdict stays in the folder, so that a killed step goes on."""
-        judged = [key for key in step.parents if (self.store.path(key) / "evaluation.json").exists()]
+        judged = [
+            key for key in step.parents if (self.store.path(key) / "evaluation.json").exists()
+        ]
         items = [self.checkpoint(key) for key in step.parents if key not in judged]
         n, total = len(items), 2 * len(items) - 1 - len(judged)
         asked = dict(step.settings["evaluate"])
         data = self.context.data.split(asked.pop("split"))
         asked = {
-            name: value for name, value in asked.items() if name not in ("screened", "pool", "after", "keep_points")
+            name: value
+            for name, value in asked.items()
+            if name not in ("screened", "pool", "after", "keep_points")
         }
         done = 0
 
@@ -249,9 +299,10 @@ class _Worker:
         score = Score.parse(step.settings["score"])
         trace = [{"alpha": list(c.alpha), "score": score.of(c.evaluation.accuracy)} for c in tried]
         chosen = replace(
-            Coefficients.of(tried[-1].alpha), ingredients=tuple(item.digest for item in items),
+            Coefficients.of(tried[-1].alpha),
+            ingredients=tuple(item.digest for item in items),
             record={"greedy": {"score": str(score), "tried": trace, "split": data.name}},
-        )  # fmt: skip
+        )
         chosen.save(folder / "coefficients.safetensors")
         kept = sum(a > 0 for a in tried[-1].alpha)
         return f"{kept} of {n} ingredients kept, {score}: {trace[-1]['score']:.1%}"
@@ -267,16 +318,26 @@ class _Worker:
                 alpha = load_coefficients(made / "coefficients.safetensors")
         else:
             alpha = Coefficients.of(settings["alpha"])
-        self._mixed([self.checkpoint(key) for key in parents], alpha, settings).save(folder / "checkpoint.safetensors")
+        self._mixed([self.checkpoint(key) for key in parents], alpha, settings).save(
+            folder / "checkpoint.safetensors"
+        )
         return f"buffers {settings['buffers']}"
 
-    def _mixed(self, items: list[Checkpoint], alpha: Coefficients, settings: dict[str, Any]) -> Checkpoint:
+    def _mixed(
+        self, items: list[Checkpoint], alpha: Coefficients, settings: dict[str, Any]
+    ) -> Checkpoint:
         return mix(
-            items, alpha, buffers=settings["buffers"], seed=settings["seed"],
-            calibrate_on=self.context.data.train, calibrate_samples=settings.get("samples", 10_000),
-            threat=ThreatModel.parse(settings.get("threat", "clean")), attack_steps=settings.get("attack_steps", 2),
-            base=self.checkpoint(settings["base"]) if "base" in settings else None, device=self.context.device,
-        )  # fmt: skip
+            items,
+            alpha,
+            buffers=settings["buffers"],
+            seed=settings["seed"],
+            calibrate_on=self.context.data.train,
+            calibrate_samples=settings.get("samples", 10_000),
+            threat=ThreatModel.parse(settings.get("threat", "clean")),
+            attack_steps=settings.get("attack_steps", 2),
+            base=self.checkpoint(settings["base"]) if "base" in settings else None,
+            device=self.context.device,
+        )
 
     def _evaluate(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = dict(step.settings)
@@ -284,9 +345,15 @@ class _Worker:
         data = self.context.data.split(settings.pop("split"))
         short, pool, after = settings.pop("screened"), settings.pop("pool"), settings.pop("after")
         evaluation = evaluate(
-            checkpoint, data, device=str(self.context.device), state_path=folder / "state.pt", on_progress=on_progress,
-            pool=[self.judged(key) for key in pool], after=self.judged(after) if after else None, **settings,
-        )  # fmt: skip
+            checkpoint,
+            data,
+            device=str(self.context.device),
+            state_path=folder / "state.pt",
+            on_progress=on_progress,
+            pool=[self.judged(key) for key in pool],
+            after=self.judged(after) if after else None,
+            **settings,
+        )
         if short:
             evaluation = screened(evaluation)
         evaluation.save(folder / "evaluation.json")
@@ -297,13 +364,19 @@ class _Worker:
     def _plane(self, step: Step, folder: Path, on_progress: Progress) -> str:
         settings = self._with_base(step.settings)
         found = landscape(
-            [self.checkpoint(key) for key in step.parents], self.context.data.split(settings.pop("split")),
-            calibrate_on=self.context.data.train, device=str(self.context.device), state_path=folder / "state.pt",
-            on_progress=on_progress, **settings,
-        )  # fmt: skip
+            [self.checkpoint(key) for key in step.parents],
+            self.context.data.split(settings.pop("split")),
+            calibrate_on=self.context.data.train,
+            device=str(self.context.device),
+            state_path=folder / "state.pt",
+            on_progress=on_progress,
+            **settings,
+        )
         found.save(folder / "landscape.json")
         finite = [value for row in found.loss for value in row if value is not None]
-        return f"robust loss {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is finite"
+        return (
+            f"robust loss {min(finite):.3f} to {max(finite):.3f}" if finite else "no loss is finite"
+        )
 
 
 def scores(evaluation: Evaluation) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import StorageError
-from robustsoup.evaluation import Evaluation
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import link, remove, write_text
 from robustsoup.recipes import slug
 from robustsoup.runs.execute import Context
@@ -26,7 +26,11 @@ SOUPS = ("grid", "line", "uniform", "greedy", "learned", "dial")
 def soups_tried(plan: Plan, store: Store) -> list[Candidate]:
     """The soups of a plan with what they scored on the split that selects."""
     return [
-        Candidate(row.name, row.coefficients or (), Evaluation.load(store.path(row.val) / "evaluation.json"))
+        Candidate(
+            row.name,
+            row.coefficients or (),
+            Evaluation.load(store.path(row.val) / "evaluation.json"),
+        )
         for row in plan.rows
         if row.role in SOUPS and row.val
     ]
@@ -40,7 +44,9 @@ def to_confirm(plan: Plan, store: Store) -> list[str]:
     names = {c.name for c in worth_confirming(tried)}
     if wanted := plan.recipe.select:
         by = wanted.maximise or plan.recipe.evaluate.threats[0]
-        best = select(tried, maximise=by, require=wanted.require, point=wanted.point, unconfirmed=True).best
+        best = select(
+            tried, maximise=by, require=wanted.require, point=wanted.point, unconfirmed=True
+        ).best
         names |= {best.name} if not best.confirmed else set()
     return sorted(names)
 
@@ -51,12 +57,21 @@ def select_row(plan: Plan, store: Store) -> Selection | None:
     if wanted is None or not tried:
         return None
     return select(
-        tried, maximise=wanted.maximise or plan.recipe.evaluate.threats[0], require=wanted.require, point=wanted.point
+        tried,
+        maximise=wanted.maximise or plan.recipe.evaluate.threats[0],
+        require=wanted.require,
+        point=wanted.point,
     )
 
 
-def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Selection | None,
-         leakage: tuple[str, str]) -> dict[str, Any]:  # fmt: skip
+def fill(
+    folder: Path,
+    plan: Plan,
+    context: Context,
+    store: Store,
+    selection: Selection | None,
+    leakage: tuple[str, str],
+) -> dict[str, Any]:
     """Put recipe, checkpoints, coefficients, evaluations, the chosen soup and results.json into `folder`.
 
     Its "seconds" are those that all steps took, whenever they were done.
@@ -76,14 +91,19 @@ def fill(folder: Path, plan: Plan, context: Context, store: Store, selection: Se
         "figures": list(plan.recipe.report.figures),
         "protocol": _protocol(plan, rows),
         "versions": {
-            "robustsoup": version("robustsoup"), "torch": torch.__version__, "python": platform.python_version(),
-            "device": str(context.device), "threads": torch.get_num_threads(),
+            "robustsoup": version("robustsoup"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": str(context.device),
+            "threads": torch.get_num_threads(),
         },
-        "seconds": sum(json.loads((store.path(s.key) / "step.json").read_text())["seconds"] for s in plan.steps),
+        "seconds": sum(
+            json.loads((store.path(s.key) / "step.json").read_text())["seconds"] for s in plan.steps
+        ),
         "rows": rows,
         "planes": [_plane(folder, name, key, plan, store) for name, key in plan.planes.items()],
         "selection": _selection(plan, store, selection),
-    }  # fmt: skip
+    }
     if selection is not None:
         results["soup"] = _save_soup(folder, plan, store, selection).name
     write_text(folder / "results.json", json.dumps(results, indent=1))
@@ -98,23 +118,42 @@ def _numbers(folder: Path) -> set[str]:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         found = {f"landscapes/{Path(plane['file']).name}" for plane in results.get("planes", ())}
         judged = [
-            f"{Path(row['name']).name}.{split}" for row in results["rows"] for split in ("val", "test") if row[split]
+            f"{Path(row['name']).name}.{split}"
+            for row in results["rows"]
+            for split in ("val", "test")
+            if row[split]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
-    return found | {f"evaluations/{name}{kind}" for name in judged for kind in (".json", ".npz", ".points.npz")}
+    return found | {
+        f"evaluations/{name}{kind}" for name in judged for kind in (".json", ".npz", ".points.npz")
+    }
 
 
 def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
-    entry = {name: getattr(row, name) for name in
-             ("name", "role", "soup", "ingredients", "coefficients", "threat", "objective", "at")}  # fmt: skip
+    entry = {
+        name: getattr(row, name)
+        for name in (
+            "name",
+            "role",
+            "soup",
+            "ingredients",
+            "coefficients",
+            "threat",
+            "objective",
+            "at",
+        )
+    }
     entry |= {"checkpoint": None, "coefficients_file": None, "val": None, "test": None}
     if not row.key.startswith("file:"):
         entry["checkpoint"] = f"checkpoints/{row.name}.safetensors"
         link(store.path(row.key) / "checkpoint.safetensors", folder / entry["checkpoint"])
     if row.learned:
         entry["coefficients_file"] = f"coefficients/{row.name}.safetensors"
-        link(store.path(row.learned) / "coefficients.safetensors", folder / entry["coefficients_file"])
+        link(
+            store.path(row.learned) / "coefficients.safetensors",
+            folder / entry["coefficients_file"],
+        )
     if row.dial:
         link(
             store.path(row.dial) / "dial.safetensors",
@@ -125,7 +164,10 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
     recipe = plan.recipe
     for split, key in ((recipe.select_on, row.val), (recipe.evaluate.report_on, row.test)):
         if key:
-            source, target = store.path(key) / "evaluation.json", folder / "evaluations" / f"{row.name}.{split}.json"
+            source, target = (
+                store.path(key) / "evaluation.json",
+                folder / "evaluations" / f"{row.name}.{split}.json",
+            )
             link(source.with_suffix(".npz"), target.with_suffix(".npz"))
             link(source, target)
             record = json.loads(source.read_text())
@@ -142,22 +184,40 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
 
 
 def _plane(folder: Path, name: str, key: str, plan: Plan, store: Store) -> dict[str, Any]:
-    entry = {"name": name, "checkpoints": list(plan.recipe.planes[name].checkpoints), "file": f"landscapes/{name}.json"}
+    entry = {
+        "name": name,
+        "checkpoints": list(plan.recipe.planes[name].checkpoints),
+        "file": f"landscapes/{name}.json",
+    }
     found = json.loads((store.path(key) / "landscape.json").read_text(encoding="utf-8"))
-    write_text(folder / entry["file"], json.dumps(found | {"name": name, "checkpoints": entry["checkpoints"]}))
+    write_text(
+        folder / entry["file"],
+        json.dumps(found | {"name": name, "checkpoints": entry["checkpoints"]}),
+    )
     return entry
 
 
 def _protocol(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     evaluate = plan.recipe.evaluate
     seed = plan.recipe.seed if evaluate.seed is None else evaluate.seed
-    samples = {split: next((row[split]["clean"]["n"] for row in rows if row[split]), None) for split in ("val", "test")}
+    samples = {
+        split: next((row[split]["clean"]["n"] for row in rows if row[split]), None)
+        for split in ("val", "test")
+    }
     return {
-        "attack": evaluate.attack, "loss": evaluate.loss, "steps": evaluate.steps, "restarts": evaluate.restarts,
-        "precision": "float32", "search_precision": evaluate.precision, "screened": evaluate.screen, "seed": seed,
+        "attack": evaluate.attack,
+        "loss": evaluate.loss,
+        "steps": evaluate.steps,
+        "restarts": evaluate.restarts,
+        "precision": "float32",
+        "search_precision": evaluate.precision,
+        "screened": evaluate.screen,
+        "seed": seed,
         "select_on": plan.recipe.select_on,
-        "report_on": evaluate.report_on, "samples": samples, "threats": list(evaluate.threats),
-    }  # fmt: skip
+        "report_on": evaluate.report_on,
+        "samples": samples,
+        "threats": list(evaluate.threats),
+    }
 
 
 def _selection(plan: Plan, store: Store, selection: Selection | None) -> dict[str, Any] | None:
@@ -169,9 +229,14 @@ def _selection(plan: Plan, store: Store, selection: Selection | None) -> dict[st
         scores = Evaluation.load(store.path(row.test) / "evaluation.json").accuracy
         held = all(r.met_by(scores, point=True) for r in selection.require)
     return {
-        "maximise": selection.maximise, "require": [str(r) for r in selection.require], "met": selection.met,
-        "chosen": selection.best.name, "point": selection.point, "message": selection.message, "held_on_test": held,
-    }  # fmt: skip
+        "maximise": selection.maximise,
+        "require": [str(r) for r in selection.require],
+        "met": selection.met,
+        "chosen": selection.best.name,
+        "point": selection.point,
+        "message": selection.message,
+        "held_on_test": held,
+    }
 
 
 def _save_soup(folder: Path, plan: Plan, store: Store, selection: Selection) -> Path:
@@ -184,7 +249,9 @@ def _save_soup(folder: Path, plan: Plan, store: Store, selection: Selection) -> 
         first = plan.files.get(plan.step(row.key).parents[0])
     if first is None or first.wrapping is None:
         return soup.save(folder / "soup.safetensors")
-    return Checkpoint(soup.tensors, soup.provenance, wrapping=first.wrapping).save(folder / f"soup{first.path.suffix}")
+    return Checkpoint(soup.tensors, soup.provenance, wrapping=first.wrapping).save(
+        folder / f"soup{first.path.suffix}"
+    )
 
 
 def ensure_folder(folder: Path) -> None:
@@ -192,4 +259,6 @@ def ensure_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another place with -o") from error
+        raise StorageError(
+            f"{folder}: cannot be made: {error.strerror}; choose another place with -o"
+        ) from error

@@ -7,18 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.errors import DataError
-from robustsoup.losses import Objective
 from robustsoup.models import code_mark
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
+from robustsoup.soups.grid import candidates
 from robustsoup.soups.mixing import common_ancestor
-from robustsoup.soups.search import candidates
+from robustsoup.training.objectives import Objective
 
 VERSIONS = {
-    "pretrain": 1, "finetune": 1, "snapshot": 1, "learn": 2, "dial": 1, "greedy": 1, "mix": 1, "evaluate": 2, "plane": 1,
-}  # fmt: skip
+    "pretrain": 1,
+    "finetune": 1,
+    "snapshot": 1,
+    "learn": 2,
+    "dial": 1,
+    "greedy": 1,
+    "mix": 1,
+    "evaluate": 2,
+    "plane": 1,
+}
 """The version of each kind of step, part of its key: raised by hand when the meaning of a step changes."""
 
 DEFAULT_BUFFERS = {"learned": "tracked"}
@@ -85,7 +93,9 @@ def make_plan(recipe: Recipe, data: Data, model_settings: dict[str, Any], precis
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str) -> None:
+    def __init__(
+        self, recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str
+    ) -> None:
         self.recipe, self.data, self.model, self.precision = recipe, data, model_settings, precision
         self.code = code_mark(model_settings["spec"])
         self.steps: dict[str, Step] = {}
@@ -95,17 +105,27 @@ class _Planner:
     def plan(self) -> Plan:
         rows = self._ingredient_rows()
         for name, soup in self.recipe.soups.items():
-            makers = {"learned": self._learned_rows, "dial": self._dial_rows, "greedy": self._greedy_rows}
+            makers = {
+                "learned": self._learned_rows,
+                "dial": self._dial_rows,
+                "greedy": self._greedy_rows,
+            }
             rows += makers.get(soup.method, self._mixed_rows)(name, soup)
         judged = [self._judged(row) for row in rows]
         planes = {name: self._plane(name, section) for name, section in self.recipe.planes.items()}
         return Plan(self.recipe, tuple(self.steps.values()), tuple(judged), self.files, planes)
 
-    def _add(self, kind: str, name: str, settings: dict[str, Any], parents: Sequence[str], passes: int) -> str:
+    def _add(
+        self, kind: str, name: str, settings: dict[str, Any], parents: Sequence[str], passes: int
+    ) -> str:
         content = {
-            "kind": kind, "version": VERSIONS[kind], "settings": settings, "parents": list(parents),
-            "data": self.data.record["split_digest"], "model": self.model,
-        }  # fmt: skip
+            "kind": kind,
+            "version": VERSIONS[kind],
+            "settings": settings,
+            "parents": list(parents),
+            "data": self.data.record["split_digest"],
+            "model": self.model,
+        }
         if (mark := Objective.parse(settings.get("objective", "ce")).mark) is not None:
             content["objective"] = mark  # the text names a function; this says which one it is now
         if self.code is not None:
@@ -125,10 +145,14 @@ class _Planner:
         if recipe.checkpoint:
             self.checkpoints["pretrained"] = self._file(recipe.checkpoint)
         elif recipe.pretrain:
-            self.checkpoints["pretrained"] = self._training("pretrain", "pretrained", recipe.pretrain, ())
+            self.checkpoints["pretrained"] = self._training(
+                "pretrain", "pretrained", recipe.pretrain, ()
+            )
         if "pretrained" in self.checkpoints:
             threat = recipe.pretrain.threat if recipe.pretrain else None
-            rows.append(Row("pretrained", "pretrained", self.checkpoints["pretrained"], threat=threat))
+            rows.append(
+                Row("pretrained", "pretrained", self.checkpoints["pretrained"], threat=threat)
+            )
         for name, ingredient in recipe.ingredients.items():
             settings = None
             if ingredient.checkpoint:
@@ -137,8 +161,15 @@ class _Planner:
                 settings = recipe.finetune.overridden(ingredient)
                 key = self._finetuning(name, settings, ingredient)
             self.checkpoints[name] = key
-            rows.append(Row(name, "ingredient", key, threat=settings and settings.threat,
-                            objective=settings and settings.objective))  # fmt: skip
+            rows.append(
+                Row(
+                    name,
+                    "ingredient",
+                    key,
+                    threat=settings and settings.threat,
+                    objective=settings and settings.objective,
+                )
+            )
         return rows
 
     def _finetuning(self, name: str, training: Training, ingredient: Ingredient) -> str:
@@ -147,18 +178,33 @@ class _Planner:
         if every is None:
             return self._training("finetune", name, training, parents)
         run = self._training(
-            "finetune", name.removesuffix(f"-{ingredient.epoch}"), training, parents, checkpoint_every=every
+            "finetune",
+            name.removesuffix(f"-{ingredient.epoch}"),
+            training,
+            parents,
+            checkpoint_every=every,
         )
         return self._add("snapshot", name, {"epoch": ingredient.epoch}, (run,), 0)
 
     def _training(
-        self, kind: str, name: str, training: Training, parents: Sequence[str], checkpoint_every: int | None = None
+        self,
+        kind: str,
+        name: str,
+        training: Training,
+        parents: Sequence[str],
+        checkpoint_every: int | None = None,
     ) -> str:
-        settings = training.settings() | {"precision": self.precision, "seed": self._seed(training.seed)}
+        settings = training.settings() | {
+            "precision": self.precision,
+            "seed": self._seed(training.seed),
+        }
         if training.synthetic:
             synthetic = Synthetic.open(training.synthetic)
             synthetic.check_fit(self.data.train)
-            settings |= {"synthetic": synthetic.digest, "synthetic_fraction": training.synthetic_fraction}
+            settings |= {
+                "synthetic": synthetic.digest,
+                "synthetic_fraction": training.synthetic_fraction,
+            }
         if checkpoint_every is not None:
             settings["checkpoint_every"] = checkpoint_every
         if not training.early_stop:
@@ -177,18 +223,34 @@ class _Planner:
         pairs = itertools.product(self.recipe.threats_of(soup), soup.objectives)
         for label, (threat, objective) in zip(self.recipe.soup_names(section), pairs, strict=True):
             settings = self._learning(soup, threat) | {"objective": objective}
-            passes = self._fitted(settings) * soup.epochs * _step_passes(threat, objective, soup.attack_steps)
+            passes = (
+                self._fitted(settings)
+                * soup.epochs
+                * _step_passes(threat, objective, soup.attack_steps)
+            )
             if stop := soup.early_stop:
                 self._enough("val", stop.samples)
                 settings["early_stop"] = stop.model_dump(mode="json")
                 passes += soup.epochs * (stop.samples or len(self.data.val)) * (2 * stop.steps + 2)
             learned = self._add("learn", label, settings, parents, passes)
             key = self._mix(label, soup, [*parents, learned], None, "learned")
-            rows.append(Row(label, "learned", key, section, names, None, learned, threat, objective))
+            rows.append(
+                Row(label, "learned", key, section, names, None, learned, threat, objective)
+            )
         return rows
 
     def _learning(self, soup: Soup, threat: str) -> dict[str, Any]:
-        fields = ("attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach", "init", "granularity")
+        fields = (
+            "attack_steps",
+            "epochs",
+            "batch_size",
+            "lr",
+            "momentum",
+            "schedule",
+            "detach",
+            "init",
+            "granularity",
+        )
         settings = soup.model_dump(mode="json", include=set(fields))
         if soup.learning_buffers != "tracked":
             settings["buffers"] = soup.learning_buffers
@@ -196,7 +258,11 @@ class _Planner:
             settings["base"] = self._base(self._parents(soup))
         if not soup.early_stop:
             settings |= self._everything()
-        return settings | {"threat": threat, "precision": self.precision, "seed": self._seed(soup.seed)}
+        return settings | {
+            "threat": threat,
+            "precision": self.precision,
+            "seed": self._seed(soup.seed),
+        }
 
     def _parents(self, soup: Soup) -> list[str]:
         return [self.checkpoints[name] for name in soup.ingredients or self.recipe.ingredients]
@@ -223,14 +289,21 @@ class _Planner:
         names, parents = soup.ingredients or tuple(self.recipe.ingredients), self._parents(soup)
         labels, rows = iter(self.recipe.soup_names(section)), []
         for threat in self.recipe.threats_of(soup):
-            settings = self._learning(soup, threat) | {"by": soup.dial, "turn_every": soup.turn_every}
+            settings = self._learning(soup, threat) | {
+                "by": soup.dial,
+                "turn_every": soup.turn_every,
+            }
             both = "ce" if soup.dial == "eps" else "mixed 0.5"
-            passes = self._fitted(settings) * soup.epochs * _step_passes(threat, both, soup.attack_steps)
+            passes = (
+                self._fitted(settings) * soup.epochs * _step_passes(threat, both, soup.attack_steps)
+            )
             dial = self._add("dial", f"{section} {threat}", settings, parents, passes)
             for t in soup.at:
                 label = next(labels)
                 key = self._mix(label, soup, [*parents, dial], None, "dial", at=t)
-                rows.append(Row(label, "dial", key, section, names, None, key, threat, None, t, dial))
+                rows.append(
+                    Row(label, "dial", key, section, names, None, key, threat, None, t, dial)
+                )
         return rows
 
     def _greedy_rows(self, section: str, soup: Soup) -> list[Row]:
@@ -245,7 +318,9 @@ class _Planner:
             alone = []
         settings = {"score": self.recipe.score_of(soup), "mix": mixing, "evaluate": judged.settings}
         rounds = len(names) - 1 if alone else 2 * len(names) - 1
-        chosen = self._add("greedy", section, settings, [*parents, *alone], (judged.passes + passes) * rounds)
+        chosen = self._add(
+            "greedy", section, settings, [*parents, *alone], (judged.passes + passes) * rounds
+        )
         key = self._mix(section, soup, [*parents, chosen], None, "greedy")
         return [Row(section, "greedy", key, section, names, None, chosen)]
 
@@ -254,15 +329,24 @@ class _Planner:
         rows = []
         points = candidates(soup.method, len(names), soup.step, soup.max_soups)
         for label, alpha in zip(self.recipe.soup_names(section), points, strict=True):
-            if 1.0 in alpha and (soup.buffers or "average") == "average":  # the ingredient itself, bit for bit
+            if (
+                1.0 in alpha and (soup.buffers or "average") == "average"
+            ):  # the ingredient itself, bit for bit
                 key = parents[alpha.index(1.0)]
             else:
                 key = self._mix(label, soup, parents, alpha, soup.method)
             rows.append(Row(label, soup.method, key, section, names, alpha))
         return rows
 
-    def _mix(self, label: str, soup: Soup, parents: list[str], alpha: Sequence[float] | None, method: str,
-             at: float | None = None) -> str:  # fmt: skip
+    def _mix(
+        self,
+        label: str,
+        soup: Soup,
+        parents: list[str],
+        alpha: Sequence[float] | None,
+        method: str,
+        at: float | None = None,
+    ) -> str:
         settings, passes = self._mixing(soup, method)
         settings["alpha"] = alpha and list(alpha)
         if at is not None:
@@ -292,7 +376,9 @@ class _Planner:
         if section.buffers == "base":
             settings["base"] = self.checkpoints.get("pretrained", parents[0])
         each = settings["samples"] * (2 * section.attack_steps + 3)
-        each += min(section.calibrate_samples, len(self.data.train)) * section.buffers.startswith("recalibrate")
+        each += min(section.calibrate_samples, len(self.data.train)) * section.buffers.startswith(
+            "recalibrate"
+        )
         return self._add("plane", name, settings, parents, section.points**2 * each)
 
     def _judged(self, row: Row) -> Row:
@@ -311,7 +397,9 @@ class _Planner:
         pool = {name: self._pool(name) for name in self.recipe.ingredients}
         own = next((key for name, key in pool.items() if self.checkpoints[name] == row.key), None)
         short = own is None and row.role in ("grid", "line")
-        return self._evaluation(row, split, samples, pool=tuple(pool.values()), after=own, short=short)
+        return self._evaluation(
+            row, split, samples, pool=tuple(pool.values()), after=own, short=short
+        )
 
     def _selects(self) -> tuple[str, int | None]:
         """The split that selects, and how many of its samples: on the reporting split, those that are reported."""
@@ -325,21 +413,44 @@ class _Planner:
         return self._evaluation(row, *self._selects(), keep_points=True)
 
     def _evaluation(
-        self, row: Row, split: str, samples: int | None, *, pool: tuple[str, ...] = (), after: str | None = None,
-        short: bool = False, keep_points: bool | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        row: Row,
+        split: str,
+        samples: int | None,
+        *,
+        pool: tuple[str, ...] = (),
+        after: str | None = None,
+        short: bool = False,
+        keep_points: bool | None = None,
+    ) -> str:
         evaluate, n = self.recipe.evaluate, self._enough(split, samples)
         settings = {
-            "split": split, "threats": list(evaluate.threats), "attack": evaluate.attack, "loss": evaluate.loss,
-            "steps": evaluate.screen_steps if short else evaluate.steps, "restarts": 1 if short else evaluate.restarts,
-            "eot": evaluate.eot, "samples": samples, "batch_size": evaluate.batch_size,
-            "precision": self.precision if short or evaluate.precision == "auto" else evaluate.precision,
+            "split": split,
+            "threats": list(evaluate.threats),
+            "attack": evaluate.attack,
+            "loss": evaluate.loss,
+            "steps": evaluate.screen_steps if short else evaluate.steps,
+            "restarts": 1 if short else evaluate.restarts,
+            "eot": evaluate.eot,
+            "samples": samples,
+            "batch_size": evaluate.batch_size,
+            "precision": self.precision
+            if short or evaluate.precision == "auto"
+            else evaluate.precision,
             "keep_points": evaluate.keep_points if keep_points is None else keep_points,
-            "seed": self._seed(evaluate.seed), "pool": list(pool), "after": after, "screened": short,
-        }  # fmt: skip
+            "seed": self._seed(evaluate.seed),
+            "pool": list(pool),
+            "after": after,
+            "screened": short,
+        }
         attacks = sum(threat != "clean" for threat in evaluate.threats)
         passes = n * (
-            1 + attacks * (len(pool) // 2 + (0 if after and not short else settings["steps"] * settings["restarts"]))
+            1
+            + attacks
+            * (
+                len(pool) // 2
+                + (0 if after and not short else settings["steps"] * settings["restarts"])
+            )
         )
         parents = [row.key, *pool, *([after] if after and after not in pool else [])]
         return self._add("evaluate", f"{row.name}.{split}", settings, parents, passes)
@@ -348,14 +459,18 @@ class _Planner:
         """How many samples of a split are meant; None is all. Raises DataError if it has fewer."""
         there = len(self.data.split(split))
         if samples is not None and samples > there:
-            raise DataError(f"{self.recipe.data} {split}: asked for {samples} samples, expected 1 to {there}")
+            raise DataError(
+                f"{self.recipe.data} {split}: asked for {samples} samples, expected 1 to {there}"
+            )
         return samples or there
 
     def _seed(self, own: int | None) -> int:
         return self.recipe.seed if own is None else own
 
 
-def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, Any], precision: str) -> Plan:
+def chosen_on_test(
+    plan: Plan, data: Data, name: str, model_settings: dict[str, Any], precision: str
+) -> Plan:
     """The same plan with the row `name` judged on the reporting split too."""
     evaluate = plan.recipe.evaluate
 
@@ -365,7 +480,9 @@ def chosen_on_test(plan: Plan, data: Data, name: str, model_settings: dict[str, 
     return _extended(plan, data, [name], model_settings, precision, judged)
 
 
-def confirmed(plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str) -> Plan:
+def confirmed(
+    plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str
+) -> Plan:
     """The same plan with the screened rows `names` judged in full on the split that selects, on top of the screening."""
 
     def judged(planner: _Planner, row: Row) -> dict[str, str]:
@@ -376,12 +493,19 @@ def confirmed(plan: Plan, data: Data, names: Sequence[str], model_settings: dict
 
 
 def _extended(
-    plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str,
+    plan: Plan,
+    data: Data,
+    names: Sequence[str],
+    model_settings: dict[str, Any],
+    precision: str,
     judged: Callable[["_Planner", Row], dict[str, str]],
-) -> Plan:  # fmt: skip
+) -> Plan:
     planner = _Planner(plan.recipe, data, model_settings, precision)
     planner.steps = {step.key: step for step in plan.steps}
-    rows = tuple(Row(**{**vars(row), **judged(planner, row)}) if row.name in names else row for row in plan.rows)
+    rows = tuple(
+        Row(**{**vars(row), **judged(planner, row)}) if row.name in names else row
+        for row in plan.rows
+    )
     return replace(plan, steps=tuple(planner.steps.values()), rows=rows)
 
 
@@ -389,4 +513,6 @@ def _step_passes(threat: str, objective: str, attack_steps: int) -> int:
     """Passes for each sample of a training step: the attack's, a pass that it compares with, and the weights' of each batch."""
     parsed = Objective.parse(objective)
     attacked = threat != "clean" and parsed.attacked
-    return (2 * attack_steps + 1 + parsed.compares) * attacked + 3 * (1 + (attacked and parsed.clean))
+    return (2 * attack_steps + 1 + parsed.compares) * attacked + 3 * (
+        1 + (attacked and parsed.clean)
+    )

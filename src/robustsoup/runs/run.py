@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import KNOWN, UNKNOWN, VIOLATED, check_leakage
 from robustsoup.data import Synthetic, load_data
+from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import ModelError
-from robustsoup.evaluation import refuse_chance
-from robustsoup.leakage import KNOWN, UNKNOWN, VIOLATED, check_leakage
-from robustsoup.precision import resolve_device, resolve_precision
+from robustsoup.evaluation.evaluate import refuse_chance
+from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe
 from robustsoup.runs.execute import Context, Reporter, execute
@@ -18,7 +19,6 @@ from robustsoup.runs.plan import Plan, chosen_on_test, confirmed, make_plan
 from robustsoup.runs.store import Store
 from robustsoup.soups.mixing import check_ingredients
 from robustsoup.soups.selection import Selection
-from robustsoup.training import check_fit
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, *, device: str = "auto", data_root: str | None = None, on_progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    data_root: str | None = None,
+    on_progress: Progress | None = None,
 ) -> Prepared:
     """Load the data (telling on_progress), read the checkpoints that the recipe names, and plan. Runs nothing.
 
@@ -41,14 +45,20 @@ def prepare(
     """
     where = resolve_device(device)
     data = load_data(
-        recipe.data, root=data_root, seed=recipe.seed, image_size=recipe.image_size, on_progress=on_progress
+        recipe.data,
+        root=data_root,
+        seed=recipe.seed,
+        image_size=recipe.image_size,
+        on_progress=on_progress,
     )
     for training in (recipe.pretrain, recipe.finetune):
         if training and training.synthetic:
-            Synthetic.open(training.synthetic, on_progress)  # reads the whole file once, and tells how far it is
-    paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [recipe.checkpoint] * bool(
+            Synthetic.open(
+                training.synthetic, on_progress
+            )  # reads the whole file once, and tells how far it is
+    paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [
         recipe.checkpoint
-    )
+    ] * bool(recipe.checkpoint)
     model = _model_settings(recipe, data.record, paths)
     context = Context(data, model, where)
     plan = make_plan(recipe, data, model, resolve_precision(recipe.precision, where))
@@ -58,17 +68,29 @@ def prepare(
         check_fit(context.describe(files[0]).network(), data.test)
     selects = recipe.soups or recipe.select
     looked_at = dict.fromkeys([*([recipe.select_on] if selects else []), recipe.evaluate.report_on])
-    statuses = [check_leakage(files, data.split(name), allow=recipe.allow_leakage) for name in looked_at]
+    statuses = [
+        check_leakage(files, data.split(name), allow=recipe.allow_leakage) for name in looked_at
+    ]
     return Prepared(
-        plan, context, Store(), max(statuses, key=lambda status: (KNOWN, UNKNOWN, VIOLATED).index(status[0]))
+        plan,
+        context,
+        Store(),
+        max(statuses, key=lambda status: (KNOWN, UNKNOWN, VIOLATED).index(status[0])),
     )
 
 
-def run_prepared(prepared: Prepared, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], Selection | None]:
+def run_prepared(
+    prepared: Prepared, folder: Path, reporter: Reporter
+) -> tuple[dict[str, Any], Selection | None]:
     """Do what is missing, select, judge the chosen soup on the reporting split, and fill the run folder."""
     plan, context, store = prepared.plan, prepared.context, prepared.store
     for checkpoint in plan.files.values():
-        refuse_chance(context.describe(checkpoint), context.data.val, checkpoint.name, device=str(context.device))
+        refuse_chance(
+            context.describe(checkpoint),
+            context.data.val,
+            checkpoint.name,
+            device=str(context.device),
+        )
     execute(plan, context, store, reporter)
     precision = resolve_precision(plan.recipe.precision, context.device)
     if plan.recipe.evaluate.screen:
@@ -90,4 +112,6 @@ def _model_settings(recipe: Recipe, record: dict[str, Any], paths: list[str]) ->
         if known := Checkpoint.open(path).provenance.get("network"):
             return known | ({"normalize": normalize} if normalize else {})
     where = f"{paths[0]}: the file does not say" if paths else "the recipe does not say"
-    raise ModelError(f"{where} what network it is; give model (--model), as in resnet9 or package.module:factory")
+    raise ModelError(
+        f"{where} what network it is; give model (--model), as in resnet9 or package.module:factory"
+    )

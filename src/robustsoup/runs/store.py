@@ -47,13 +47,18 @@ class Store:
                     return
                 partial.mkdir(parents=True, exist_ok=True)
                 yield partial
-                for leftover in (partial / "state.pt", *partial.rglob(".*.tmp")):  # the latter of killed writes
+                for leftover in (
+                    partial / "state.pt",
+                    *partial.rglob(".*.tmp"),
+                ):  # the latter of killed writes
                     leftover.unlink(missing_ok=True)
                 write_text(partial / "step.json", json.dumps(record, indent=1, sort_keys=True))
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(partial, final)
         except OSError as error:
-            raise StorageError(f"{final}: the store cannot be written: {error.strerror or error}") from error
+            raise StorageError(
+                f"{final}: the store cannot be written: {error.strerror or error}"
+            ) from error
         with contextlib.suppress(OSError):
             final.with_name(f"{key}.lock").unlink()

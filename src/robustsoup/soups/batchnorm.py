@@ -7,16 +7,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks import apgd_train
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
+from robustsoup.device import autocast
 from robustsoup.errors import DataError
-from robustsoup.precision import autocast
 from robustsoup.threats import CLEAN, ThreatModel
 
 
 def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm modules of `model` that keep running statistics, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
 
 
 def running_statistics(item: Checkpoint) -> dict[str, str]:
@@ -38,9 +42,16 @@ def running_statistics(item: Checkpoint) -> dict[str, str]:
 
 
 def recalibrate(
-    model: nn.Module, data: Split, *, threat: ThreatModel = CLEAN, attack_steps: int = 2, samples: int = 10_000,
-    batch_size: int = 250, seed: int = 0, precision: str = "float32",
-) -> dict[str, Tensor]:  # fmt: skip
+    model: nn.Module,
+    data: Split,
+    *,
+    threat: ThreatModel = CLEAN,
+    attack_steps: int = 2,
+    samples: int = 10_000,
+    batch_size: int = 250,
+    seed: int = 0,
+    precision: str = "float32",
+) -> dict[str, Tensor]:
     """The running statistics of `model` for its weights: reset, then one pass with cumulative momentum.
 
     data: training samples, augmented as in training; `samples` of them, the same for every network at one seed.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustsoup.checkpoints import read_tensors, write_tensors
+from robustsoup.checkpoints.formats import read_tensors, write_tensors
 from robustsoup.errors import CoefficientError
 
 EVERY_LAYER = "*"
@@ -37,7 +37,9 @@ class Coefficients:
     slopes: Tensor | None = None
 
     @classmethod
-    def of(cls, alpha: "Coefficients | Tensor | Sequence[float] | Mapping[str, Sequence[float]]") -> "Coefficients":
+    def of(
+        cls, alpha: "Coefficients | Tensor | Sequence[float] | Mapping[str, Sequence[float]]"
+    ) -> "Coefficients":
         """From (n,) numbers for the whole network, or {parameter name: (n,)}; Coefficients are returned as they are."""
         if isinstance(alpha, Coefficients):
             return alpha
@@ -58,12 +60,16 @@ class Coefficients:
         try:
             return self.alpha[self.layers.index(self.parameters.get(parameter, parameter))].tolist()
         except ValueError:
-            raise CoefficientError(f"coefficients: none for layer {parameter}; they are for another network") from None
+            raise CoefficientError(
+                f"coefficients: none for layer {parameter}; they are for another network"
+            ) from None
 
     def check(self, n: int, *, affine: bool = False) -> None:
         """Raise CoefficientError unless there are n weights a row, finite, at least 0 (not if affine), summing to 1."""
         if self.alpha.shape[1] != n:
-            raise CoefficientError(f"coefficients: got {self.alpha.shape[1]}, expected {n}, one for each ingredient")
+            raise CoefficientError(
+                f"coefficients: got {self.alpha.shape[1]}, expected {n}, one for each ingredient"
+            )
         for layer, row in zip(self.layers, self.alpha.tolist(), strict=True):
             where = "" if layer == EVERY_LAYER else f"{layer}: "
             if not all(map(math.isfinite, row)) or abs(sum(row) - 1) > TOLERANCE:
@@ -71,7 +77,9 @@ class Coefficients:
                     f"coefficients: {where}got {_short(row)} with sum {sum(row):.6g}, expected sum 1"
                 )
             if not affine and min(row) < 0:
-                raise CoefficientError(f"coefficients: {where}got {_short(row)}, expected none below 0")
+                raise CoefficientError(
+                    f"coefficients: {where}got {_short(row)}, expected none below 0"
+                )
 
     def for_ingredients(self, digests: Sequence[str]) -> "Coefficients":
         """The same coefficients with columns in the order of `digests`.
@@ -138,9 +146,15 @@ class Dial:
 
         start = None if self.start is None else alpha(self.start)
         return Coefficients(
-            alpha(self.line), self.layers, self.ingredients, {**self.record, "at": t}, self.tracked, self.parameters, start,
+            alpha(self.line),
+            self.layers,
+            self.ingredients,
+            {**self.record, "at": t},
+            self.tracked,
+            self.parameters,
+            start,
             self.slopes,
-        )  # fmt: skip
+        )
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one .safetensors file, whole or not at all."""
@@ -166,9 +180,15 @@ def uniform(n: int) -> Coefficients:
 
 def _save(item: Coefficients | Dial, path: str | os.PathLike, own: dict[str, Any]) -> Path:
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    tensors |= {name: getattr(item, name) for name in ("start", "slopes") if getattr(item, name) is not None}
+    tensors |= {
+        name: getattr(item, name) for name in ("start", "slopes") if getattr(item, name) is not None
+    }
     tensors |= {f"tracked.{name}": tensor for name, tensor in item.tracked.items()}
-    record = {"kind": own["kind"], "layers": list(item.layers), "ingredients": list(item.ingredients)}
+    record = {
+        "kind": own["kind"],
+        "layers": list(item.layers),
+        "ingredients": list(item.ingredients),
+    }
     write_tensors(path, tensors, {**record, "of_parameters": dict(item.parameters), **item.record})
     return Path(path)
 
@@ -182,12 +202,25 @@ def _load(cls: type, path: str | os.PathLike, kind: str, main: str) -> Any:
         )
     if got != kind or main not in tensors:
         made = "learn --dial" if kind == "dial" else "learn"
-        raise CoefficientError(f"{path}: not a {kind} file; expected what `robustsoup {made}` writes")
+        raise CoefficientError(
+            f"{path}: not a {kind} file; expected what `robustsoup {made}` writes"
+        )
     layers, ingredients = tuple(record.pop("layers")), tuple(record.pop("ingredients"))
-    tracked = {name.removeprefix("tracked."): t for name, t in tensors.items() if name.startswith("tracked.")}
+    tracked = {
+        name.removeprefix("tracked."): t
+        for name, t in tensors.items()
+        if name.startswith("tracked.")
+    }
     parameters = record.pop("of_parameters", {})
     return cls(
-        tensors[main], layers, ingredients, record, tracked, parameters, tensors.get("start"), tensors.get("slopes")
+        tensors[main],
+        layers,
+        ingredients,
+        record,
+        tracked,
+        parameters,
+        tensors.get("start"),
+        tensors.get("slopes"),
     )
 
 

@@ -29,7 +29,9 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
         layer_of = {name: name.rpartition(".")[0] or name for name in names}
     elif granularity == "block":
         blocks = sorted(_blocks(*_unwrapped(model, "")), key=len, reverse=True)
-        layer_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in names}
+        layer_of = {
+            name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in names
+        }
     elif granularity == "model":
         layer_of = dict.fromkeys(names, "*")
     else:
@@ -45,7 +47,11 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
 
 def _unwrapped(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The one module inside `module` that has all its parameters, and its name; wrappers hold a network so."""
-    inner = {child: part for child, part in module.named_children() if any(True for _ in part.parameters())}
+    inner = {
+        child: part
+        for child, part in module.named_children()
+        if any(True for _ in part.parameters())
+    }
     if len(inner) != 1 or any(True for _ in module.parameters(recurse=False)):
         return module, name
     (child, part) = next(iter(inner.items()))
@@ -86,6 +92,8 @@ def _matched(names: list[str], pattern: str) -> dict[str, str]:
             f'granularity: the pattern "{pattern}" matches no parameter; they are called {names[0]}, ...'
         )
     return {
-        name: name if match is None else ".".join(part or "" for part in match.groups()) or match.group() or name
+        name: name
+        if match is None
+        else ".".join(part or "" for part in match.groups()) or match.group() or name
         for name, match in found.items()
     }

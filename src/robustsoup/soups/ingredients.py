@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustsoup.attacks.lanes import in_lanes
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
 from robustsoup.soups.mixing import weighted_sum
 
@@ -26,11 +26,21 @@ class Ingredients:
     """
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint], names: Sequence[str], device: torch.device, place: str
+        self,
+        checkpoints: Sequence[Checkpoint],
+        names: Sequence[str],
+        device: torch.device,
+        place: str,
     ) -> None:
         self.device, self.place, self.stretch = device, place, STRETCH.get(device.type, 1 << 24)
-        self.sources = [item.source for item in checkpoints if item.source is not None] if place == "files" else []
-        self.rows = {name: [_kept(item, name, device, place) for item in checkpoints] for name in names}
+        self.sources = (
+            [item.source for item in checkpoints if item.source is not None]
+            if place == "files"
+            else []
+        )
+        self.rows = {
+            name: [_kept(item, name, device, place) for item in checkpoints] for name in names
+        }
 
     def check(self) -> None:
         """Raise CheckpointError, naming the file, if one that is read from is gone, cut short or changed."""
@@ -47,11 +57,18 @@ class Ingredients:
 
         def part(begin: int) -> Tensor:
             piece = flat[begin : begin + self.stretch]
-            product = torch.empty_like(piece)  # summed from memory of its own, so that where theta lies changes no bit
+            product = torch.empty_like(
+                piece
+            )  # summed from memory of its own, so that where theta lies changes no bit
             there = (row[begin : begin + self.stretch].to(piece) for row in rows)
-            return torch.stack([torch.sum(torch.mul(piece, theta, out=product)) for theta in there]).double()
+            return torch.stack(
+                [torch.sum(torch.mul(piece, theta, out=product)) for theta in there]
+            ).double()
 
-        return sum(self._parts(part, len(flat)), torch.zeros(len(rows), dtype=torch.float64, device=self.device)).cpu()
+        return sum(
+            self._parts(part, len(flat)),
+            torch.zeros(len(rows), dtype=torch.float64, device=self.device),
+        ).cpu()
 
     @torch.no_grad()
     def mix_into(self, name: str, weights: Sequence[float], parameter: Tensor) -> None:
@@ -74,7 +91,9 @@ class Ingredients:
         return in_lanes([partial(part, begin) for begin in begins], self.device)
 
 
-def choose_place(place: str, budget: float | None, checkpoints: Sequence[Checkpoint], device: torch.device) -> str:
+def choose_place(
+    place: str, budget: float | None, checkpoints: Sequence[Checkpoint], device: torch.device
+) -> str:
     """Where ingredients are kept: as told, else on the device if they take at most `budget` GiB, else in their files.
 
     budget: by default a quarter of the memory that is available on the device. Raises RequestError for another place.
@@ -98,7 +117,11 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can still be had on a device; on a CPU, of the machine or of the control group that the process is in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 2**30
+    free = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if hasattr(os, "sysconf")
+        else 8 * 2**30
+    )
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
+from robustsoup.device import resolve_device
 from robustsoup.errors import CheckpointError, CoefficientError, IngredientMismatch, RequestError
-from robustsoup.precision import resolve_device
 from robustsoup.soups.batchnorm import recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.threats import CLEAN, ThreatModel
@@ -68,27 +68,43 @@ def mix(
             "buffers: averaged variances can turn negative in an affine mix; use base or recalibrate"
         )
     if buffers == "tracked" and not coefficients.tracked and running_statistics(loaded[0]):
-        raise RequestError('buffers "tracked": only coefficients that `learn` made carry tracked statistics')
+        raise RequestError(
+            'buffers "tracked": only coefficients that `learn` made carry tracked statistics'
+        )
     for item in loaded:
         item.check_source()
-    tensors = _mixed_tensors(loaded, coefficients, average=buffers not in ("base", "tracked") and not affine)
+    tensors = _mixed_tensors(
+        loaded, coefficients, average=buffers not in ("base", "tracked") and not affine
+    )
     record = _record(loaded, coefficients, buffers)
     if buffers == "base":
         source = Checkpoint.open(base) if base is not None else common_ancestor(loaded) or loaded[0]
         check_ingredients([loaded[0], source])
-        tensors |= {name: source.tensors[name].clone() for name in tensors if name not in _mixed_names(loaded[0])}
+        tensors |= {
+            name: source.tensors[name].clone()
+            for name in tensors
+            if name not in _mixed_names(loaded[0])
+        }
         record["buffers"]["base"] = source.digest
     if buffers == "tracked":
-        tensors |= {name: tensor.to(tensors[name].dtype, copy=True) for name, tensor in coefficients.tracked.items()}
+        tensors |= {
+            name: tensor.to(tensors[name].dtype, copy=True)
+            for name, tensor in coefficients.tracked.items()
+        }
     soup = Checkpoint(tensors, record, wrapping=loaded[0].wrapping)
     if buffers.startswith("recalibrate"):
         attacked = threat if buffers == "recalibrate-adversarial" else CLEAN
         model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
         measured = recalibrate(
-            model.to(resolve_device(device)), calibrate_on, threat=attacked, attack_steps=attack_steps, samples=calibrate_samples,
-            seed=seed, precision=precision,
-        )  # fmt: skip
+            model.to(resolve_device(device)),
+            calibrate_on,
+            threat=attacked,
+            attack_steps=attack_steps,
+            samples=calibrate_samples,
+            seed=seed,
+            precision=precision,
+        )
         record["buffers"] |= {
             "samples": min(calibrate_samples, len(calibrate_on)),
             "threat": str(attacked),
@@ -109,7 +125,9 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
     The result has the promoted dtype of the tensors and float32, unless it is a copy.
     """
-    terms = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
+    terms = [
+        (tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0
+    ]
     if len(terms) == 1 and terms[0][1] == 1:
         return terms[0][0].clone()
     dtype = torch.promote_types(terms[0][0].dtype, torch.float32)
@@ -128,7 +146,9 @@ def check_ingredients(ingredients: Sequence[Checkpoint]) -> None:
         for name in [*first.tensors, *other.tensors]:
             for one, two in ((first, other), (other, first)):
                 if name not in two.tensors:
-                    raise IngredientMismatch(f"{name}: {one.name} has it, {two.name} does not; not the same network")
+                    raise IngredientMismatch(
+                        f"{name}: {one.name} has it, {two.name} does not; not the same network"
+                    )
             a, b = first.tensors[name], other.tensors[name]
             if a.shape != b.shape or a.dtype != b.dtype:
                 raise IngredientMismatch(
@@ -139,9 +159,15 @@ def check_ingredients(ingredients: Sequence[Checkpoint]) -> None:
 
 def common_ancestor(ingredients: Sequence[Checkpoint]) -> Checkpoint | None:
     """The checkpoint that all ingredients were fine-tuned from, if their records agree and its file can be found."""
-    parents = [{p["digest"]: p.get("file") for p in item.provenance.get("parents", [])} for item in ingredients]
+    parents = [
+        {p["digest"]: p.get("file") for p in item.provenance.get("parents", [])}
+        for item in ingredients
+    ]
     digests = {item.digest for item in ingredients}
-    lines = [set(known) | ({item.digest} & digests) for known, item in zip(parents, ingredients, strict=True)]
+    lines = [
+        set(known) | ({item.digest} & digests)
+        for known, item in zip(parents, ingredients, strict=True)
+    ]
     shared = set.intersection(*lines) if len(ingredients) > 1 else set(parents[0])
     for digest in sorted(shared):
         for item in ingredients:
@@ -164,7 +190,9 @@ def _mixed_names(ingredient: Checkpoint) -> set[str]:
     return {*ingredient.parameters, *ingredient.tied}
 
 
-def _mixed_tensors(ingredients: list[Checkpoint], coefficients: Coefficients, *, average: bool) -> dict[str, Tensor]:
+def _mixed_tensors(
+    ingredients: list[Checkpoint], coefficients: Coefficients, *, average: bool
+) -> dict[str, Tensor]:
     first = ingredients[0]
     digests = [item.digest for item in ingredients]
     parameters, tied = set(first.parameters), first.tied
@@ -179,7 +207,9 @@ def _mixed_tensors(ingredients: list[Checkpoint], coefficients: Coefficients, *,
         else:
             row = coefficients.row(layer)
             order = sorted(range(len(row)), key=lambda i: (digests[i], row[i]))
-            mixed = weighted_sum([ingredients[i].tensors[name] for i in order], [row[i] for i in order])
+            mixed = weighted_sum(
+                [ingredients[i].tensors[name] for i in order], [row[i] for i in order]
+            )
             tensors[name] = mixed.to(tensor.dtype)
     return tensors
 
@@ -189,29 +219,47 @@ def check_policy(buffers: str, calibrate_on: Split | None, threat: ThreatModel) 
     if buffers not in POLICIES:
         raise RequestError(f'buffers: got "{buffers}", expected one of {", ".join(POLICIES)}')
     if buffers.startswith("recalibrate") and calibrate_on is None:
-        raise RequestError(f'buffers "{buffers}": no data to measure on; give calibrate_on (--data)')
+        raise RequestError(
+            f'buffers "{buffers}": no data to measure on; give calibrate_on (--data)'
+        )
     if buffers == "recalibrate-adversarial" and threat.is_clean:
-        raise RequestError('buffers "recalibrate-adversarial": give the threat that the samples are attacked with')
+        raise RequestError(
+            'buffers "recalibrate-adversarial": give the threat that the samples are attacked with'
+        )
 
 
-def _record(ingredients: list[Checkpoint], coefficients: Coefficients, buffers: str) -> dict[str, Any]:
+def _record(
+    ingredients: list[Checkpoint], coefficients: Coefficients, buffers: str
+) -> dict[str, Any]:
     """The soup's provenance: what all ingredients agree on, and what was mixed."""
     first = ingredients[0].provenance
-    record = {key: first[key] for key in ("network", "parameters", "tied", "data", "trained_on") if key in first}
+    record = {
+        key: first[key]
+        for key in ("network", "parameters", "tied", "data", "trained_on")
+        if key in first
+    }
     known = [item.provenance.get("data") for item in ingredients]
     if any(data != known[0] for data in known):
         record.pop("data", None)
-        if all(known) and len({data["digest"] for data in known}) == 1:  # one split or the other saw every sample
+        if (
+            all(known) and len({data["digest"] for data in known}) == 1
+        ):  # one split or the other saw every sample
             record["data"] = {**known[0], "split_digest": "several"}
     earlier = [data for item in ingredients for data in item.provenance.get("earlier_data", [])]
     if earlier:
         record["earlier_data"] = [data for i, data in enumerate(earlier) if data not in earlier[:i]]
-    record["trained_on"] = sorted({split for item in ingredients for split in item.provenance.get("trained_on", [])})
-    record["parents"] = [{"digest": i.digest, "file": Path(i.path).name if i.path else None} for i in ingredients]
+    record["trained_on"] = sorted(
+        {split for item in ingredients for split in item.provenance.get("trained_on", [])}
+    )
+    record["parents"] = [
+        {"digest": i.digest, "file": Path(i.path).name if i.path else None} for i in ingredients
+    ]
     if coefficients.layers == ("*",):
         record["coefficients"] = coefficients.alpha[0].tolist()
     else:
-        record["coefficients"] = dict(zip(coefficients.layers, coefficients.alpha.tolist(), strict=True))
+        record["coefficients"] = dict(
+            zip(coefficients.layers, coefficients.alpha.tolist(), strict=True)
+        )
     record["learned"] = coefficients.record or None
     record["buffers"] = {"policy": buffers}
     return record

@@ -1,8 +1,6 @@
 """Which coefficients to try (uniform, grid, line), and judging every candidate on one split."""
 
 import copy
-import itertools
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,61 +8,32 @@ from typing import Any
 
 from torch import nn
 
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split
-from robustsoup.errors import CoefficientError, RequestError
-from robustsoup.evaluation import Evaluation, evaluate
-from robustsoup.leakage import check_leakage
+from robustsoup.errors import RequestError
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.progress import Progress
+from robustsoup.soups.grid import alpha_name, candidates, corners
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.selection import Alpha, Candidate, Requirement, Score, select, worth_confirming
+from robustsoup.soups.selection import (
+    Alpha,
+    Candidate,
+    Requirement,
+    Score,
+    select,
+    worth_confirming,
+)
 from robustsoup.threats import ThreatModel
-
-MOST = 2000
-"""How many soups of a grid are made without being asked for by number."""
-
-
-def grid_size(n: int, step: float) -> int:
-    """How many soups grid(n, step) has, without making them."""
-    return math.comb(round(1 / step) + n - 1, n - 1)
-
-
-def grid(n: int, step: float = 0.2, most: int = MOST) -> list[Alpha]:
-    """Every (alpha_1..alpha_n) of multiples of `step` that sum to 1: 6, 21, 56, 126 of them for n = 2..5 at 0.2.
-
-    Raises CoefficientError if `step` is not a fraction of 1, or for more than `most` candidates.
-    """
-    parts = round(1 / step) if step > 0 else 0
-    if n < 1 or parts < 1 or abs(parts * step - 1) > 1e-9:
-        raise CoefficientError(
-            f"grid: got n {n} and step {step}, expected n of at least 1 and a step such as 0.2 or 0.25"
-        )
-    if (count := grid_size(n, step)) > most:
-        raise CoefficientError(f"grid: {n} ingredients at step {step} are {count:,} soups, expected at most {most:,}")
-    bars = itertools.combinations(range(parts + n - 1), n - 1)
-    points = []
-    for bar in bars:
-        edges = (-1, *bar, parts + n - 1)
-        points.append(tuple((right - left - 1) / parts for left, right in itertools.pairwise(edges)))
-    return points
-
-
-def candidates(method: str, n: int, step: float = 0.2, most: int = MOST) -> list[Alpha]:
-    """The coefficients that a method tries: "uniform", "grid", or "line" (wise-ft, n = 2). Raises CoefficientError."""
-    if method == "uniform":
-        return [(1 / n,) * n]
-    if method == "line" and n != 2:
-        raise CoefficientError(f"line: got {n} ingredients, expected 2")
-    if method in ("grid", "line"):
-        return grid(n, step, most)
-    raise CoefficientError(f'method: got "{method}", expected "grid", "line", "uniform" or "greedy"')
-
 
 SCREEN = {"steps": 10, "precision": "auto"}
 """How a soup is screened: a short attack, on top of the points that broke the ingredients."""
 
 
-def greedy(alone: Sequence[Evaluation], judge: Callable[[Alpha], Evaluation], score: Score | str) -> list[Candidate]:
+def greedy(
+    alone: Sequence[Evaluation], judge: Callable[[Alpha], Evaluation], score: Score | str
+) -> list[Candidate]:
     """The greedy soup: from the best ingredient on, keep each further one, best first, unless the score falls.
 
     alone: what each ingredient scored; judge(alpha): what a soup scores, on the same samples, which must be held-out ones.
@@ -85,25 +54,38 @@ def greedy(alone: Sequence[Evaluation], judge: Callable[[Alpha], Evaluation], sc
     return [c for c in tried if c is not best] + [best]
 
 
-def alpha_name(alpha: Sequence[float]) -> str:
-    """A name for files and tables: (0.2, 0.4, 0.4) -> "0.2-0.4-0.4"."""
-    return "-".join(f"{value:.6g}" for value in alpha)
-
-
 def screened(evaluation: Evaluation) -> Evaluation:
     """The same evaluation, marked as a screening: its robust figures are upper bounds."""
     return replace(evaluation, record={**evaluation.record, "screened": True})
 
 
 def search(
-    ingredients: Sequence[Checkpoint | str | os.PathLike], data: Split, threats: Sequence[ThreatModel | str], *,
-    method: str = "grid", step: float = 0.2, buffers: str = "average", calibrate_on: Split | None = None,
-    attack: str = "apgd", loss: str = "ce", steps: int = 100, restarts: int = 1, samples: int | None = None, seed: int = 0,
-    screen: bool = False, screen_steps: int = SCREEN["steps"], maximise: ThreatModel | str | None = None,
-    point: bool = False, require: Sequence[str] = (), score: str | None = None, allow_leakage: bool = False,
-    network: nn.Module | None = None, device: str = "auto",
-    precision: str = "float32", on_progress: Progress | None = None,
-) -> list[Candidate]:  # fmt: skip
+    ingredients: Sequence[Checkpoint | str | os.PathLike],
+    data: Split,
+    threats: Sequence[ThreatModel | str],
+    *,
+    method: str = "grid",
+    step: float = 0.2,
+    buffers: str = "average",
+    calibrate_on: Split | None = None,
+    attack: str = "apgd",
+    loss: str = "ce",
+    steps: int = 100,
+    restarts: int = 1,
+    samples: int | None = None,
+    seed: int = 0,
+    screen: bool = False,
+    screen_steps: int = SCREEN["steps"],
+    maximise: ThreatModel | str | None = None,
+    point: bool = False,
+    require: Sequence[str] = (),
+    score: str | None = None,
+    allow_leakage: bool = False,
+    network: nn.Module | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    on_progress: Progress | None = None,
+) -> list[Candidate]:
     """Evaluate every soup of a method on `data` (the validation split) and return them all; `select` picks one.
 
     buffers, calibrate_on, network: as in `mix`; attack to seed, precision: as in `evaluate`.
@@ -119,16 +101,38 @@ def search(
     Raises LeakageError if an ingredient was trained on samples of `data`, unless allow_leakage.
     """
     if screen and attack == "autoattack":
-        raise RequestError("search: soups are screened by a short apgd or pgd; screen does not go with autoattack")
+        raise RequestError(
+            "search: soups are screened by a short apgd or pgd; screen does not go with autoattack"
+        )
     if method == "greedy" and screen:
-        raise RequestError("search: a greedy soup is judged in full at each turn; screen does not go with it")
+        raise RequestError(
+            "search: a greedy soup is judged in full at each turn; screen does not go with it"
+        )
     loaded = [Checkpoint.open(item) for item in ingredients]
     check_leakage(loaded, data, allow=allow_leakage)
-    mixed = {"buffers": buffers, "calibrate_on": calibrate_on, "network": network, "device": device, "seed": seed}
-    full = {"attack": attack, "loss": loss, "steps": steps, "restarts": restarts, "precision": precision}
+    mixed = {
+        "buffers": buffers,
+        "calibrate_on": calibrate_on,
+        "network": network,
+        "device": device,
+        "seed": seed,
+    }
+    full = {
+        "attack": attack,
+        "loss": loss,
+        "steps": steps,
+        "restarts": restarts,
+        "precision": precision,
+    }
     short = full | {"steps": screen_steps, "restarts": 1, "precision": SCREEN["precision"]}
     judge = _Judge(
-        loaded, data, threats, mixed, {"samples": samples, "seed": seed, "device": device}, full, on_progress
+        loaded,
+        data,
+        threats,
+        mixed,
+        {"samples": samples, "seed": seed, "device": device},
+        full,
+        on_progress,
     )
     if method == "greedy":
         judge.total = 2 * len(loaded) - 1
@@ -141,7 +145,9 @@ def search(
     judge.total = len(points) + len(loaded)
     screening = _Screening(judge, points, short)
     wanted = [Requirement.parse(text) for text in require]
-    maximised = maximise if maximise in (None, "clean", "union") else str(ThreatModel.parse(maximise))
+    maximised = (
+        maximise if maximise in (None, "clean", "union") else str(ThreatModel.parse(maximise))
+    )
     if screening.measures == [maximised] and all(r.key == "clean" for r in wanted):
         screening.confirm_choice(maximised, wanted, point)
     else:
@@ -152,8 +158,16 @@ def search(
 class _Judge:
     """Mixes a soup and judges it; called with coefficients alone, in full."""
 
-    def __init__(self, loaded: Sequence[Checkpoint], data: Split, threats: Sequence[ThreatModel | str], mixed: dict[str, Any],
-                 shared: dict[str, Any], full: dict[str, Any], on_progress: Progress | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        loaded: Sequence[Checkpoint],
+        data: Split,
+        threats: Sequence[ThreatModel | str],
+        mixed: dict[str, Any],
+        shared: dict[str, Any],
+        full: dict[str, Any],
+        on_progress: Progress | None,
+    ) -> None:
         self.loaded, self.data, self.threats, self.mixed = loaded, data, threats, mixed
         self.shared, self.full, self.on_progress = shared, full, on_progress
         self.done, self.total = 0, 0
@@ -183,21 +197,26 @@ class _Screening:
         self.pool = list(alone.values())
         self.measures = list(self.pool[0].threats)
         self.tried = {
-            name: judge(alpha, pool=self.pool, after=alone[alpha]) if alpha in alone
+            name: judge(alpha, pool=self.pool, after=alone[alpha])
+            if alpha in alone
             else screened(judge(alpha, **short, pool=self.pool))
             for name, alpha in points.items()
-        }  # fmt: skip
+        }
 
     def candidates(self) -> list[Candidate]:
         """Every soup with what is known of it now."""
         return [Candidate(name, alpha, self.tried[name]) for name, alpha in self.points.items()]
 
-    def confirm_front(self, maximise: ThreatModel | str | None, wanted: Sequence[Requirement], point: bool) -> None:
+    def confirm_front(
+        self, maximise: ThreatModel | str | None, wanted: Sequence[Requirement], point: bool
+    ) -> None:
         """Confirm what the samples cannot tell from one another otherwise, and what would be chosen."""
         every = self.candidates()
         leading = {c.name for c in worth_confirming(every)}
         if maximise is not None:
-            best = select(every, maximise=maximise, require=wanted, point=point, unconfirmed=True).best
+            best = select(
+                every, maximise=maximise, require=wanted, point=point, unconfirmed=True
+            ).best
             leading |= {best.name} if not best.confirmed else set()
         for name in leading:
             self._confirm(name)
@@ -205,8 +224,13 @@ class _Screening:
     def confirm_choice(self, key: str, wanted: Sequence[Requirement], point: bool) -> None:
         """Confirm only what can still be the most robust under `key`, and stop it as soon as it has lost."""
         tried = self.tried
-        meeting = [n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)] or list(tried)
-        best = max((tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")), default=-1)
+        meeting = [
+            n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)
+        ] or list(tried)
+        best = max(
+            (tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")),
+            default=-1,
+        )
         for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
             if tried[name].record.get("screened") and tried[name].accuracy[key].hits >= best:
                 self._confirm(name, max(best, 0))
@@ -215,8 +239,3 @@ class _Screening:
     def _confirm(self, name: str, stop_below: int | None = None) -> None:
         more = {"pool": self.pool, "after": self.tried[name], "stop_below": stop_below}
         self.tried[name] = self.judge.silently(self.points[name], **self.judge.full, **more)
-
-
-def corners(n: int) -> list[Alpha]:
-    """The n one-hot coefficients: each ingredient by itself."""
-    return [tuple(float(i == j) for j in range(n)) for i in range(n)]

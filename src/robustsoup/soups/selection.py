@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from robustsoup.errors import RequestError
-from robustsoup.evaluation import Evaluation
-from robustsoup.statistics import Accuracy
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.threats import ThreatModel
 
 Alpha = tuple[float, ...]
@@ -45,7 +45,9 @@ class Requirement:
             key, number, percent = match.groups()
             least = float(number) / (100 if percent else 1)
         except (AttributeError, ValueError):
-            raise RequestError(f'require: got "{text}", expected something like "clean>=0.85"') from None
+            raise RequestError(
+                f'require: got "{text}", expected something like "clean>=0.85"'
+            ) from None
         if not 0 <= least <= 1:
             raise RequestError(f'require: got "{text}", expected an accuracy between 0 and 1')
         return cls(key if key in ("clean", "union") else str(ThreatModel.parse(key)), least)
@@ -94,7 +96,9 @@ class Score:
         """The score. Raises RequestError for a key that was not evaluated."""
         for key in self.keys:
             if key not in scores:
-                raise RequestError(f'score: "{key}" was not evaluated; expected one of {", ".join(scores)}')
+                raise RequestError(
+                    f'score: "{key}" was not evaluated; expected one of {", ".join(scores)}'
+                )
         return sum(weight * scores[key].value for weight, key in self.terms)
 
     def __str__(self) -> str:
@@ -127,10 +131,13 @@ class Selection:
 
 
 def select(
-    tried: Sequence[Candidate], *, maximise: ThreatModel | str,
-    require: Mapping[str | ThreatModel, float] | Sequence[str | Requirement] = (), point: bool = False,
+    tried: Sequence[Candidate],
+    *,
+    maximise: ThreatModel | str,
+    require: Mapping[str | ThreatModel, float] | Sequence[str | Requirement] = (),
+    point: bool = False,
     unconfirmed: bool = False,
-) -> Selection:  # fmt: skip
+) -> Selection:
     """The candidate with the highest accuracy under `maximise` among those that meet every requirement.
 
     require: {"clean": 0.85} or ["clean>=0.85"]; met when the lower end of the 95 % Wilson interval reaches it, or with
@@ -144,25 +151,33 @@ def select(
     tried = tried if unconfirmed else [c for c in tried if c.confirmed] or tried
     key = str(maximise) if str(maximise) in ("clean", "union") else str(ThreatModel.parse(maximise))
     items = require.items() if isinstance(require, Mapping) else None
-    wanted = tuple(
-        Requirement.parse(f"{name}>={least}") for name, least in items
-    ) if items is not None else tuple(map(Requirement.parse, require))  # fmt: skip
+    wanted = (
+        tuple(Requirement.parse(f"{name}>={least}") for name, least in items)
+        if items is not None
+        else tuple(map(Requirement.parse, require))
+    )
     known = tried[0].evaluation.accuracy
     for name in [key, *(r.key for r in wanted)]:
         if name not in known:
-            raise RequestError(f'select: "{name}" was not evaluated; expected one of {", ".join(known)}')
+            raise RequestError(
+                f'select: "{name}" was not evaluated; expected one of {", ".join(known)}'
+            )
 
     def rank(candidate: Candidate) -> tuple[float, float]:
         scores = candidate.evaluation.accuracy
         return scores[key].value, scores["clean"].value
 
-    meeting = [c for c in tried if all(r.met_by(c.evaluation.accuracy, point=point) for r in wanted)]
+    meeting = [
+        c for c in tried if all(r.met_by(c.evaluation.accuracy, point=point) for r in wanted)
+    ]
     if meeting:
         return Selection(max(meeting, key=rank), True, key, wanted, point)
 
     def shortfall(candidate: Candidate) -> float:
         scores = candidate.evaluation.accuracy
-        return sum(max(r.least - (scores[r.key].value if point else scores[r.key].low), 0) for r in wanted)
+        return sum(
+            max(r.least - (scores[r.key].value if point else scores[r.key].low), 0) for r in wanted
+        )
 
     least = min(map(shortfall, tried))
     closest = [c for c in tried if shortfall(c) == least]
@@ -182,9 +197,13 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
 
     scores = [values(c) for c in tried]
     return [
-        c for c, own in zip(tried, scores, strict=True)
-        if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in scores)
-    ]  # fmt: skip
+        c
+        for c, own in zip(tried, scores, strict=True)
+        if not any(
+            other != own and all(a >= b for a, b in zip(other, own, strict=True))
+            for other in scores
+        )
+    ]
 
 
 def worth_confirming(tried: Sequence[Candidate]) -> list[Candidate]:

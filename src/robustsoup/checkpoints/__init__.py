@@ -1,0 +1,1 @@
+"""Checkpoints: weights and their provenance, read from and written to files."""

@@ -1,0 +1,1 @@
+"""Diagnosis of checkpoints before mixing: compatibility, barriers, geometry and loss landscapes."""

@@ -1,0 +1,1 @@
+"""Evaluation: clean and robust accuracy, sample by sample, with intervals."""

@@ -1,0 +1,426 @@
+"""AutoAttack through pyautoattack: its verdicts are the official ones, its points are real, and it leaves no trace."""
+
+import logging
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustsoup.attacks import autoattack
+from robustsoup.attacks.autoattack import ATTACKS, Standard, attack_chunk, plan_autoattack
+from robustsoup.errors import RequestError
+from robustsoup.models import load_model
+from robustsoup.threats import CLEAN, ThreatModel
+
+pyautoattack = pytest.importorskip("pyautoattack")
+autopgd_base = pytest.importorskip("pyautoattack.autopgd_base")
+
+ORD = {"Linf": torch.inf, "L2": 2, "L1": 1}
+THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.1), ThreatModel("L1", 0.3)]
+"""Each breaks some of the samples of `problem`, by every attack, and not all."""
+by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
+FEW = {"queries": 30, "steps": 8}
+
+
+def problem(n=16, *, classes=10, channels=1, side=8):
+    """A network of random weights, and images that it gets right by its own account."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        inner = 6 * ((side - 3) // 2 + 1) ** 2
+        layers = (
+            nn.Conv2d(channels, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(inner, classes),
+        )
+    model = nn.Sequential(*layers).eval()
+    x = torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(5))
+    return model, x, answers(model, x)
+
+
+def answers(model, x):
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def residual(n, *, side):
+    model = load_model("resnet9:width=4", seed=3).eval()
+    x = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(5))
+    return model, x, answers(model, x)
+
+
+class Flat(nn.Module):
+    """A network whose gradient is zero, of which pyautoattack warns."""
+
+    def forward(self, x):
+        return torch.arange(10.0) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def only(*attacks):
+    return Standard(attacks, 9, "standard")
+
+
+def check_real(model, x, y, threat, x_adv, by):
+    """Whoever is broken is so in the ball, the box and float32; the others are given back as they came."""
+    broken = by >= 0
+    assert x_adv.shape == x.shape
+    assert x_adv.is_contiguous()
+    assert torch.equal(x_adv[~broken], x[~broken])
+    assert float(x_adv.min()) >= 0
+    assert float(x_adv.max()) <= 1
+    delta = (x_adv.double() - x.double()).flatten(1)
+    assert bool(
+        (torch.linalg.vector_norm(delta, ORD[threat.norm], dim=1) <= threat.eps + 1e-6).all()
+    )
+    assert bool((answers(model, x_adv[broken]) != y[broken]).all())
+
+
+# what it is given
+
+
+def test_ten_classes_are_the_standard_and_fewer_are_not():
+    threat = THREATS[0]
+    assert plan_autoattack(10, threat) == Standard(ATTACKS, 9, "standard")
+    assert plan_autoattack(1000, threat) == Standard(ATTACKS, 9, "standard")
+    assert plan_autoattack(9, threat) == Standard(ATTACKS, 8, "non-standard (8 targets)")
+    assert plan_autoattack(4, threat) == Standard(ATTACKS, 3, "non-standard (3 targets)")
+
+
+def test_under_four_classes_are_refused():
+    with pytest.raises(RequestError) as error:
+        plan_autoattack(3, ThreatModel("Linf", 8 / 255))
+    assert str(error.value) == (
+        "autoattack on Linf 8/255: got 3 classes, expected at least 4, which its targeted DLR loss compares; "
+        "take the attack apgd"
+    )
+
+
+def test_without_pyautoattack_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    text = "autoattack: pyautoattack is not installed; pip install 'robustsoup[autoattack]'"
+    with pytest.raises(RequestError) as error:
+        plan_autoattack(10, THREATS[0])
+    assert str(error.value) == text
+    with pytest.raises(RequestError) as error:
+        attack_chunk(*problem(2), THREATS[0], standard=only("apgd-ce"), seed=0)
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+def test_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
+    model, x, y = problem(2, side=12)
+    told = []
+    with pytest.raises(RequestError, match="Square cannot tile images of 12 x 12 in " + norm):
+        attack_chunk(
+            model,
+            x,
+            y,
+            ThreatModel(norm, 0.1),
+            standard=only(*ATTACKS),
+            seed=0,
+            on_progress=lambda *at: told.append(at),
+        )
+    assert told == []
+
+
+def test_square_in_linf_takes_the_sizes_that_it_cannot_tile_in_l2():
+    model, x, y = problem(2, side=12)
+    threat = ThreatModel("Linf", 0.1)
+    check_real(
+        model,
+        x,
+        y,
+        threat,
+        *attack_chunk(model, x, y, threat, standard=only("square"), seed=0, **FEW),
+    )
+
+
+# the same as pyautoattack
+
+
+@by_threat
+def test_apgd_ce_is_what_pyautoattack_finds_with_the_same_seed(threat):
+    model, x, y = problem(channels=3, side=16)
+    theirs = pyautoattack.AutoAttack(
+        model,
+        norm=threat.norm,
+        eps=threat.eps,
+        seed=autoattack._seed(11, "apgd-ce"),
+        version="standard",
+    )
+    theirs.attacks_to_run = ["apgd-ce"]
+    points, labels = theirs.run_standard_evaluation(x, y)
+    x_adv, by = attack_chunk(model, x, y, threat, standard=only("apgd-ce"), seed=11)
+    assert torch.equal(by >= 0, labels != y)
+    assert 0 < int((by >= 0).sum()) < len(x)
+    torch.testing.assert_close(x_adv, points, rtol=0, atol=0 if threat.norm != "L1" else 1e-6)
+
+
+@by_threat
+def test_all_four_are_the_standard_version_run_in_one_go(threat, monkeypatch):
+    monkeypatch.setattr(
+        autoattack, "_seed", lambda seed, name: seed
+    )  # the standard gives all four the same
+    model, x, y = problem(6)
+    theirs = pyautoattack.AutoAttack(
+        model, norm=threat.norm, eps=threat.eps, seed=11, version="standard"
+    )
+    theirs.square.n_queries = 100
+    _, labels = theirs.run_standard_evaluation(x, y)
+    _, by = attack_chunk(
+        model, x, y, threat, standard=plan_autoattack(10, threat), seed=11, queries=100
+    )
+    assert torch.equal(by >= 0, labels != y)
+    assert 0 < int((by >= 0).sum()) < len(x)
+
+
+def test_in_l1_the_standard_aims_apgd_t_at_five_classes():
+    targets = []
+    for threat, classes in ((THREATS[0], 10), (THREATS[2], 10), (THREATS[2], 5)):
+        standard = plan_autoattack(classes, threat)
+        runner = autoattack._runner(
+            "apgd-t", Flat(), torch.device("cpu"), threat, standard, 1, 5000, 100
+        )
+        targets.append((runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes))
+    assert targets == [(9, 9), (5, 9), (4, 4)]
+
+
+def test_fewer_steps_are_what_pyautoattack_makes_of_them():
+    runner = autoattack._runner(
+        "apgd-t", Flat(), torch.device("cpu"), THREATS[0], only("apgd-t"), 1, 5000, 50
+    )
+    theirs = autopgd_base.APGDAttack(Flat(), n_iter=50, eps=1.0)
+    for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
+        assert (
+            getattr(runner.apgd, name)
+            == getattr(runner.apgd_targeted, name)
+            == getattr(theirs, name)
+        )
+
+
+# what it finds
+
+
+@by_threat
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_each_attack_breaks_is_broken(name, threat):
+    model, x, y = problem()
+    x_adv, by = attack_chunk(model, x, y, threat, standard=only(name), seed=1, **FEW)
+    check_real(model, x, y, threat, x_adv, by)
+    assert set(by.tolist()) == {-1, 0}
+    assert by.dtype == torch.int64
+
+
+@by_threat
+def test_a_channels_last_residual_network_is_attacked(threat):
+    """pyautoattack views gradients as rows, which fails on channels_last ones."""
+    model, x, y = residual(6, side=16)
+    model, x = (
+        model.to(memory_format=torch.channels_last),
+        x.contiguous(memory_format=torch.channels_last),
+    )
+    x_adv, by = attack_chunk(model, x, y, threat, standard=only(*ATTACKS), seed=1, **FEW)
+    check_real(model, x, y, threat, x_adv, by)
+    assert int((by >= 0).sum()) > 0
+
+
+@by_threat
+def test_one_image_of_the_digits_size_is_attacked(threat):
+    model, x, y = problem(1)
+    x_adv, by = attack_chunk(
+        model,
+        x,
+        y,
+        ThreatModel(threat.norm, threat.eps / 100),
+        standard=only(*ATTACKS),
+        seed=1,
+        **FEW,
+    )
+    assert by.tolist() == [-1]
+    assert torch.equal(x_adv, x)
+
+
+def test_an_attack_is_only_given_what_those_before_it_left():
+    """Square first and for few queries, so that it leaves most of what the second breaks."""
+    model, x, y = problem()
+    threat = THREATS[0]
+    alone = attack_chunk(model, x, y, threat, standard=only("square"), seed=1, **FEW)
+    x_adv, by = attack_chunk(model, x, y, threat, standard=only("square", "apgd-ce"), seed=1, **FEW)
+    assert set(by.tolist()) >= {0, 1}
+    assert torch.equal(by == 0, alone[1] == 0)
+    assert torch.equal(x_adv[by == 0], alone[0][by == 0])
+    check_real(model, x, y, threat, x_adv, by)
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_fewer_classes_are_attacked_by_all_four(classes):
+    threat = THREATS[0]
+    model, x, y = problem(6, classes=classes)
+    x_adv, by = attack_chunk(
+        model, x, y, threat, standard=plan_autoattack(classes, threat), seed=1, **FEW
+    )
+    check_real(model, x, y, threat, x_adv, by)
+
+
+def test_a_linear_network_is_broken_wherever_it_can_be():
+    """In Linf the class k is reached iff eps * ||w_k - w_y||_1 exceeds the gap of the logits; x is too deep in the box for
+    that to matter."""
+    generator = torch.Generator().manual_seed(2)
+    linear = nn.Linear(16, 10)
+    linear.weight.data = torch.randn(10, 16, generator=generator)
+    model, x = (
+        nn.Sequential(nn.Flatten(), linear),
+        0.3 + 0.4 * torch.rand(20, 1, 4, 4, generator=generator),
+    )
+    with torch.no_grad():
+        logits = model(x).double()
+    y, weight = logits.argmax(1), linear.weight.detach().double()
+    distance = (logits.gather(1, y[:, None]) - logits) / (weight[y][:, None] - weight).abs().sum(2)
+    distance = distance.scatter(1, y[:, None], torch.inf).amin(1)
+    ranked = distance.sort().values
+    threat = ThreatModel("Linf", float(ranked[9] + ranked[10]) / 2)
+    assert threat.eps < 0.3
+    x_adv, by = attack_chunk(
+        model, x, y, threat, standard=plan_autoattack(10, threat), seed=0, queries=30
+    )
+    assert torch.equal(by >= 0, distance < threat.eps)
+    check_real(model, x, y, threat, x_adv, by)
+
+
+def test_no_point_is_believed_unchecked():
+    """Of the four: misclassified but far away, NaN, in the ball but classified right, and a real one."""
+    model, x, y = problem(4)
+    far = ThreatModel("Linf", 0.5)
+    real, by = attack_chunk(model, x, y, far, standard=only("apgd-ce"), seed=0, steps=10)
+    assert by.tolist() == [0] * 4
+    threat = ThreatModel("Linf", 1e-7)
+    points = torch.stack([real[0], torch.full_like(x[1], torch.nan), x[2], real[3]])
+    _, broken = autoattack._check_points(model, points, x, y, threat)
+    assert broken.tolist() == [False] * 4
+    _, broken = autoattack._check_points(model, points, x, y, far)
+    assert broken.tolist() == [True, False, False, True]
+
+
+def test_what_rounding_left_outside_the_l1_ball_is_brought_back():
+    """At this radius pyautoattack's own points leave the ball by up to 1e-5."""
+    model, x, y = residual(12, side=32)
+    threat = ThreatModel("L1", 12.0)
+    theirs = pyautoattack.AutoAttack(
+        model, norm="L1", eps=12.0, seed=autoattack._seed(1, "apgd-ce"), version="standard"
+    )
+    theirs.attacks_to_run = ["apgd-ce"]
+    points, labels = theirs.run_standard_evaluation(x, y)
+    assert float((points.double() - x.double()).abs().flatten(1).sum(1).max()) > 12 + 1e-6
+    x_adv, by = attack_chunk(model, x, y, threat, standard=only("apgd-ce"), seed=1)
+    assert torch.equal(by >= 0, labels != y)
+    check_real(model, x, y, threat, x_adv, by)
+
+
+@pytest.mark.parametrize(("n", "threat"), [(0, THREATS[0]), (3, CLEAN)])
+def test_no_samples_or_no_radius_break_nothing(n, threat):
+    model, x, y = problem(3)
+    x_adv, by = attack_chunk(model, x[:n], y[:n], threat, standard=only(*ATTACKS), seed=0)
+    assert torch.equal(x_adv, x[:n])
+    assert by.tolist() == [-1] * n
+
+
+# what it leaves behind
+
+
+def test_the_seed_alone_decides():
+    model, x, y = problem()
+    threat = THREATS[0]
+    found = []
+    for state, seed in ((0, 1), (99, 1), (0, 2)):
+        torch.manual_seed(state)
+        found.append(attack_chunk(model, x, y, threat, standard=only(*ATTACKS), seed=seed, **FEW))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+def test_every_attack_and_seed_has_noise_of_its_own():
+    assert (
+        len({autoattack._seed(seed, name) for seed in (-1, 0, 1, 2, 2**40) for name in ATTACKS})
+        == 20
+    )
+
+
+def random_state():
+    return torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+
+def test_random_state_network_and_tracing_are_as_they_were():
+    model, x, y = problem(4)
+    model[0].train()
+    modes = [part.training for part in model.modules()]
+    next(model.parameters()).requires_grad_(False)
+    wanted = [weight.requires_grad for weight in model.parameters()]
+    before, image = random_state(), x.clone()
+
+    def trace(frame, event, arg):
+        return None
+
+    old = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        attack_chunk(model, x, y, THREATS[0], standard=only(*ATTACKS), seed=0, **FEW)
+        left = sys.gettrace()
+    finally:
+        sys.settrace(old)
+    assert left is trace
+    assert random_state() == before
+    assert [part.training for part in model.modules()] == modes
+    assert [weight.requires_grad for weight in model.parameters()] == wanted
+    assert all(weight.grad is None for weight in model.parameters())
+    assert torch.equal(x, image)
+
+
+def test_its_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
+    monkeypatch.setattr(
+        logging.getLogger(), "handlers", []
+    )  # pytest's, which would keep them from being printed
+    x, y, logger = (
+        torch.full((2, 1, 8, 8), 0.5),
+        torch.tensor([9, 9]),
+        logging.getLogger("auto-attack"),
+    )
+    kept = list(logger.handlers)
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    records, keep = [], Keep()
+    logger.addHandler(keep)
+    try:
+        attack_chunk(Flat(), x, y, THREATS[0], standard=only("apgd-t"), seed=0, **FEW)
+    finally:
+        logger.removeHandler(keep)
+    assert any("zero gradient" in text for text in records)
+    assert logger.handlers == kept
+    attack_chunk(Flat(), x, y, THREATS[0], standard=only(*ATTACKS), seed=0, **FEW)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_counts_samples_times_attacks():
+    model, x, y = problem(10)
+    told = []
+    _, by = attack_chunk(
+        model,
+        x,
+        y,
+        THREATS[0],
+        standard=only("square", "apgd-ce", "apgd-t"),
+        seed=1,
+        **FEW,
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+    square, others = int((by == 0).sum()), int((by != 0).sum())
+    assert told[0] == (3 * square + others, 30)
+    assert told == sorted(told)
+    assert told[-1] == (30, 30)
+    assert len(told) == 3

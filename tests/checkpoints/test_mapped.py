@@ -1,0 +1,164 @@
+"""Checkpoints that stay in their files: the same tensors, no memory of the process, and a named error when a file is lost."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.mapped import Source, map_safetensors
+from robustsoup.errors import CheckpointError
+from robustsoup.models import load_model
+
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def same(one, two):
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert tensor.dtype == two.tensors[name].dtype
+        assert torch.equal(tensor, two.tensors[name]), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_open_gives_what_load_gives(tmp_path_factory, kinds):
+    path = tmp_path_factory.mktemp("mapped") / "a.safetensors"
+    tensors = {
+        f"t{i}": torch.randint(0, 2, shape).to(dtype) for i, (dtype, shape) in enumerate(kinds)
+    }
+    Checkpoint(tensors, {"note": "x"}).save(path)
+    opened, loaded = Checkpoint.open(path), Checkpoint.load(path)
+    same(opened, loaded)
+    assert (opened.provenance, opened.digest, opened.path) == (
+        loaded.provenance,
+        loaded.digest,
+        path,
+    )
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ".pth", ".bin"])
+def test_every_format_can_be_opened(tmp_path, ending):
+    path = Checkpoint.of(load_model("resnet9:width=2")).save(tmp_path / f"net{ending}")
+    opened, loaded = Checkpoint.open(path), Checkpoint.load(path)
+    same(opened, loaded)
+    assert (opened.tied, opened.wrapping) == (loaded.tied, loaded.wrapping)
+    assert opened.source == Source.of(path)
+    assert loaded.source is None
+
+
+def test_a_file_of_the_old_format_is_read_whole(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"w": torch.arange(5.0)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(Checkpoint.open(path).tensors["w"], torch.arange(5.0))
+
+
+def test_an_opened_file_takes_no_memory_of_the_process(tmp_path):
+    path = Checkpoint({"w": torch.ones(16 << 20)}).save(tmp_path / "big.safetensors")
+
+    def anonymous():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) // 1024
+
+    before = anonymous()
+    opened = Checkpoint.open(path)
+    assert float(opened.tensors["w"].sum()) == 16 << 20
+    assert (
+        anonymous() - before < 32
+    )  # the file has 64 MiB; the check for NaN takes a quarter of it, once
+
+
+def test_views_cannot_change_the_file(tmp_path):
+    path = Checkpoint({"w": torch.ones(10)}).save(tmp_path / "w.safetensors")
+    before = path.read_bytes()
+    Checkpoint.open(path).tensors["w"].clone().mul_(3)
+    assert path.read_bytes() == before
+
+
+def write(path, header, data=b"\0" * 16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 20]}},
+        {"w": {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}},
+        {"w": {"dtype": "F32"}},
+        {"w": 3},
+        [],
+        b"{",
+        b"",
+    ],
+)
+def test_a_broken_header_is_refused_by_name(tmp_path, header):
+    path = write(tmp_path / "broken.safetensors", header)
+    for read in (Checkpoint.open, Checkpoint.load):
+        with pytest.raises(CheckpointError, match=r"broken\.safetensors"):
+            read(path)
+
+
+def test_a_header_longer_than_the_file_is_refused(tmp_path):
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(CheckpointError, match=r"long\.safetensors.*cut short"):
+        Checkpoint.open(path)
+
+
+def test_a_type_that_cannot_be_mapped_is_read_whole(tmp_path):
+    path = write(
+        tmp_path / "f8.safetensors",
+        {"w": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}},
+    )
+    with pytest.raises(NotImplementedError, match="F8_E4M3"):
+        map_safetensors(path)
+    same(Checkpoint.open(path), Checkpoint.load(path))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -1])
+def test_a_file_cut_short_is_refused_when_it_is_opened(tmp_path, keep):
+    path = Checkpoint.of(load_model("resnet9:width=2")).save(tmp_path / "cut.safetensors")
+    size = path.stat().st_size
+    os.truncate(path, int(keep * size) if isinstance(keep, float) else keep % size)
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors.*cut short"):
+        Checkpoint.open(path)
+
+
+def test_what_happens_to_the_file_later_is_named(tmp_path):
+    path = Checkpoint({"w": torch.ones(10)}).save(tmp_path / "w.safetensors")
+    source = Checkpoint.open(path).source
+    source.check()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: cut short.*to .* bytes"):
+        source.check()
+    path.write_bytes(whole + b"x")
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: the file was changed"):
+        source.check()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: the file is gone.*put it back"):
+        source.check()

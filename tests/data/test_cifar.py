@@ -1,0 +1,135 @@
+"""The real CIFAR-10: it loads, trains and is judged, in float32 and in bfloat16."""
+
+import math
+import os
+
+import pytest
+import torch
+from conftest import needs_cifar10
+
+from robustsoup.data import Augmentation, load_data
+from robustsoup.device import resolve_device, resolve_precision
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.models import load_model
+from robustsoup.soups.learning import learn
+from robustsoup.soups.mixing import mix
+from robustsoup.training.train import train
+
+pytestmark = needs_cifar10
+
+LINF = "Linf 8/255"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("cifar10", root=os.environ["ROBUSTSOUP_DATA"])
+
+
+def network(data):
+    return load_model("resnet9:width=4", mean=data.record["mean"], std=data.record["std"])
+
+
+def trained(data, start=None, **changed):
+    asked = {
+        "threat": LINF,
+        "epochs": 2,
+        "batch_size": 64,
+        "lr": 0.05,
+        "device": "cpu",
+        "precision": "float32",
+    }
+    return train(
+        network(data) if start is None else start, data.train.first(256), **(asked | changed)
+    )
+
+
+def test_it_is_the_whole_data_set(data):
+    assert [len(data.train), len(data.val), len(data.test)] == [45000, 5000, 10000]
+    assert data.train.images.shape[1:] == (3, 32, 32)
+    assert data.record["classes"][:3] == ["airplane", "automobile", "bird"]
+    assert data.record["mean"] == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-3)
+    assert data.record["std"] == pytest.approx([0.2470, 0.2435, 0.2616], abs=1e-3)
+    assert data.train.augmentation == Augmentation(pad=4, flip=True)
+    assert torch.bincount(data.test.labels).tolist() == [1000] * 10
+    assert torch.bincount(torch.cat([data.train.labels, data.val.labels])).tolist() == [5000] * 10
+    for split in (
+        data.train,
+        data.val,
+        data.test,
+    ):  # the first samples of each split are a fair sample
+        assert torch.bincount(split.labels[:1000], minlength=10).min() > 50
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_few_steps_of_training_and_learning(data, precision):
+    base = trained(data, precision=precision)
+    history = base.provenance["history"]
+    assert base.provenance["training"]["precision"] == precision
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in base.tensors.values())
+    assert 0.5 < history[-1]["loss"] < 2.4
+    assert history[-1]["loss"] < history[0]["loss"] < 3
+    ingredients = [
+        trained(data, base, threat=threat, lr=0.02, epochs=1, precision=precision)
+        for threat in ("Linf 4/255", LINF)
+    ]
+    assert base.digest != ingredients[0].digest != ingredients[1].digest
+    alpha = learn(
+        ingredients,
+        data.train.first(256),
+        threat=LINF,
+        epochs=1,
+        batch_size=64,
+        device="cpu",
+        precision=precision,
+    )
+    assert math.isfinite(alpha.record["history"][0]["loss"])
+    soup = mix(ingredients, alpha, buffers="tracked")
+    evaluation = evaluate(
+        soup, data.test, [LINF], steps=5, samples=64, device="cpu", precision=precision
+    )
+    clean, robust = evaluation.accuracy["clean"], evaluation.accuracy[LINF]
+    assert clean.n == robust.n == 64
+    assert 0 <= robust.hits <= clean.hits <= 64
+    assert float(evaluation.threats[LINF].norm.max()) <= 8 / 255 + 1e-6
+
+
+def test_bfloat16_is_near_float32(data):
+    results = [
+        trained(data, precision=precision, epochs=1).provenance["history"][0]["loss"]
+        for precision in ("float32", "bfloat16")
+    ]
+    assert results[0] != results[1]
+    assert results[0] == pytest.approx(results[1], rel=0.05)
+
+
+@pytest.mark.skipif(
+    resolve_precision("auto", resolve_device("cpu")) != "bfloat16",
+    reason="this CPU has no bfloat16",
+)
+def test_where_the_device_has_bfloat16_it_is_used(data):
+    auto, named = (
+        trained(data, precision=precision, epochs=1) for precision in ("auto", "bfloat16")
+    )
+    assert auto.provenance["training"]["precision"] == "bfloat16"
+    assert auto.digest == named.digest
+
+
+def test_the_environment_says_where_it_is(data):
+    assert load_data("cifar10", seed=1).test.record["digest"] == data.record["digest"]
+    assert load_data("cifar10", seed=1).record["split_digest"] != data.record["split_digest"]
+
+
+def test_training_that_is_killed_goes_on_bit_for_bit(data, tmp_path):
+    """As for digits, but with crops and mirror images drawn anew after the resume."""
+    path = tmp_path / "state.pt"
+
+    def stop(done, total, figures):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(data, state_path=path, on_progress=stop)
+    seen = []
+    resumed = trained(data, state_path=path, on_progress=lambda done, *_: seen.append(done))
+    assert seen == [5, 6, 7, 8]
+    assert resumed.digest == trained(data).digest

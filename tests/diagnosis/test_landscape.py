@@ -1,0 +1,273 @@
+"""The plane through three networks: its geometry, that its corners are the networks, and that a killed one goes on."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from robustsoup.attacks import apgd_train
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import load_data, to_float
+from robustsoup.diagnosis import landscape as module
+from robustsoup.diagnosis.landscape import Landscape, Plane, landscape, plane_through
+from robustsoup.errors import CheckpointError, CoefficientError, RequestError
+from robustsoup.models import load_model
+from robustsoup.soups.mixing import mix
+from robustsoup.threats import ThreatModel
+from robustsoup.training.train import train
+
+DIGITS = load_data("digits")
+LINF = "Linf 24/255"
+
+
+def vectors(*rows):
+    """Checkpoints whose only parameter is a vector."""
+    return [
+        Checkpoint({"w": torch.tensor(row, dtype=torch.float64)}, {"parameters": ["w"], "tied": {}})
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def three():
+    base = Checkpoint.of(load_model("resnet9:width=4", channels=1, seed=1))
+    base = train(
+        base,
+        DIGITS.train,
+        threat="clean",
+        epochs=4,
+        lr=0.1,
+        batch_size=64,
+        device="cpu",
+        precision="float32",
+    )
+    tuned = [
+        train(
+            base,
+            DIGITS.train,
+            threat=t,
+            epochs=1,
+            lr=0.02,
+            batch_size=64,
+            seed=3,
+            device="cpu",
+            precision="float32",
+        )
+        for t in ("clean", LINF)
+    ]
+    return [base, *tuned]
+
+
+def judge(three, **more):
+    settings = {
+        "points": 3,
+        "samples": 100,
+        "attack_steps": 2,
+        "calibrate_on": DIGITS.train,
+        "calibrate_samples": 64,
+        "precision": "float32",
+    }
+    return landscape(three, DIGITS.test, **({"threat": LINF, "device": "cpu"} | settings | more))
+
+
+finite = st.floats(-5, 5, allow_nan=False).map(lambda v: round(v, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(finite, finite, finite, finite), min_size=3, max_size=3))
+def test_a_point_of_the_plane_is_where_its_coordinates_say(rows):
+    w0, w1, w2 = (torch.tensor(row, dtype=torch.float64) for row in rows)
+    try:
+        plane = plane_through(vectors(*rows))
+    except CoefficientError:
+        spread = torch.stack([w1 - w0, w2 - w0])
+        assert torch.linalg.svdvals(spread)[1] <= 0.02 * max(
+            float(torch.linalg.svdvals(spread)[0]), 1e-9
+        )
+        return
+    for (x, y), w in zip(plane.positions, (w0, w1, w2), strict=True):
+        alpha = plane.alpha(x, y)
+        assert sum(alpha) == pytest.approx(1, abs=1e-9)
+        torch.testing.assert_close(
+            alpha[0] * w0 + alpha[1] * w1 + alpha[2] * w2, w, rtol=0, atol=1e-5
+        )
+    for (x1, y1), (x2, y2) in [
+        ((0.3, -0.2), (1.7, 0.9)),
+        ((0, 0), (1, 2)),
+    ]:  # distances are those of the weights
+        a, b = (torch.tensor(plane.alpha(*p), dtype=torch.float64) for p in ((x1, y1), (x2, y2)))
+        between = (a - b) @ torch.stack([w0, w1, w2])
+        assert float(between.norm()) == pytest.approx(math.hypot(x1 - x2, y1 - y2), rel=1e-3)
+
+
+def test_the_part_that_is_looked_at_goes_from_a_fifth_before_to_a_fifth_beyond():
+    x, y = Plane(10.0, 3.0, 5.0).axes(15)
+    assert (x[0], x[-1], y[0], y[-1]) == pytest.approx((-2, 12, -1, 6))
+    assert x[2] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ([0.0, 0.0], [1.0, 1.0], [2.0, 2.0]),
+        ([1.0, 0.0], [1.0, 0.0], [2.0, 1.0]),
+        ([0.0, 1.0], [3.0, 1.0], [0.0, 1.0]),
+    ],
+)
+def test_three_on_one_line_are_refused(rows):
+    with pytest.raises(CoefficientError, match="lie on one line"):
+        plane_through(vectors(*rows))
+
+
+def test_the_number_of_checkpoints_is_three():
+    with pytest.raises(CoefficientError, match="got 2 checkpoints, expected 3"):
+        plane_through(vectors([0.0], [1.0]))
+
+
+def test_a_point_is_the_robust_loss_of_its_mix(three):
+    found = judge(three)
+    plane = plane_through(three)
+    assert found.positions == plane.positions
+    data = DIGITS.test.sample(100, 0)
+    for i, j in ((0, 2), (1, 1), (2, 0)):
+        soup = mix(
+            three,
+            plane.alpha(found.x[j], found.y[i]),
+            affine=True,
+            buffers="recalibrate",
+            calibrate_on=DIGITS.train,
+            calibrate_samples=64,
+        )
+        network = soup.network()
+        x = to_float(data.images).contiguous(memory_format=torch.channels_last)
+        x_adv = apgd_train(network.eval(), x, data.labels, ThreatModel.parse(LINF), steps=2)
+        for points, loss, accuracy in (
+            (x, found.clean_loss, found.clean_accuracy),
+            (x_adv, found.loss, found.accuracy),
+        ):
+            logits = network(points).detach()
+            assert loss[i][j] == pytest.approx(
+                float(functional.cross_entropy(logits, data.labels)), rel=1e-4
+            )
+            assert accuracy[i][j] == pytest.approx(
+                float((logits.argmax(1) == data.labels).float().mean())
+            )
+    assert all(
+        a > b
+        for r, c in zip(found.loss, found.clean_loss, strict=True)
+        for a, b in zip(r, c, strict=True)
+    )
+
+
+def test_base_statistics_are_those_of_the_first_unless_told_otherwise(three):
+    own, others = (
+        judge(three, buffers="base", base=three[0]),
+        judge(three, buffers="base", base=three[2]),
+    )
+    assert own.loss != others.loss
+    assert own.buffers == "base"
+    assert judge(three, buffers="base").loss == own.loss
+
+
+def test_an_ancestor_beside_the_files_is_no_base_of_a_plane(three, tmp_path):
+    """Only what is named decides: `mix` would take the statistics of the file that all were fine-tuned from."""
+    base = Checkpoint.of(load_model("resnet9:width=4", channels=1, seed=8))
+    base.save(tmp_path / "base.safetensors")
+    parents = [{"digest": base.digest, "file": "base.safetensors"}]
+    for number, item in enumerate(three):
+        item.with_provenance(parents=parents).save(tmp_path / f"{number}.safetensors")
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    assert mix(files, [0, 0, 1], affine=True).provenance["buffers"]["base"] == base.digest
+    assert judge(files, buffers="base").loss == judge(three, buffers="base").loss
+    assert (
+        judge(files, buffers="base", base=tmp_path / "base.safetensors").loss
+        != judge(three, buffers="base").loss
+    )
+
+
+def test_the_network_that_it_is_given_stays_as_it_was(three):
+    given = three[0].network().train()
+    judge(three, points=2, samples=20, network=given)
+    assert Checkpoint.of(given).digest == three[0].digest
+    assert given.training
+
+
+def test_a_killed_one_goes_on_and_ends_the_same(three, tmp_path, monkeypatch):
+    whole = judge(three)
+    monkeypatch.setattr(module.SavedState, "due", lambda self: True)
+
+    def stop(done, total, figures):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(three, state_path=tmp_path / "state.pt", on_progress=stop)
+    seen = []
+    again = judge(
+        three,
+        state_path=tmp_path / "state.pt",
+        on_progress=lambda done, total, figures: seen.append(done),
+    )
+    assert seen == [5, 6, 7, 8, 9]
+    assert again == whole
+    with pytest.raises(CheckpointError, match="other settings"):
+        judge(three, state_path=tmp_path / "state.pt", seed=1)
+
+
+def test_another_network_of_the_same_weights_begins_anew(three, tmp_path):
+    plain = three[0].network()
+    scaled = three[0].network()
+    scaled.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    scaled.network_settings = {"spec": "scaled"}
+    one = judge(three, points=2, samples=20, network=plain, state_path=tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="state"):
+        judge(three, points=2, samples=20, network=scaled, state_path=tmp_path / "state.pt")
+    assert judge(three, points=2, samples=20, network=scaled).loss != one.loss
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_single_sample_is_enough(three, precision):
+    found = judge(three, points=2, samples=1, precision=precision)
+    assert found.samples == 1
+
+
+def test_it_is_written_and_read_back(three, tmp_path):
+    found = judge(three)
+    found.save(tmp_path / "plane.json")
+    read = Landscape.load(tmp_path / "plane.json")
+    assert read.loss == [list(row) for row in found.loss]
+    (tmp_path / "plane.json").write_text(json.dumps({"x": []}))
+    with pytest.raises(CheckpointError, match="not a landscape"):
+        Landscape.load(tmp_path / "plane.json")
+
+
+def test_a_loss_that_is_not_finite_is_none():
+    assert module._grid([1.0, math.nan, math.inf, 2.0], 2) == ((1.0, None), (None, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"points": 1}, "got points 1"),
+        ({"attack_steps": 0}, "attack_steps 0"),
+        ({"buffers": "average"}, 'got "average", expected base, recalibrate'),
+        ({"calibrate_on": None}, "no data to measure on"),
+    ],
+)
+def test_what_cannot_be_is_refused(three, more, said):
+    with pytest.raises(RequestError, match=said):
+        judge(three, **more)
+
+
+def test_samples_are_drawn_by_the_seed():
+    one, two = DIGITS.test.sample(50, 0), DIGITS.test.sample(50, 1)
+    assert len(one) == len(set(one.ids.tolist())) == 50
+    assert one.ids.tolist() != two.ids.tolist()
+    assert one.ids.tolist() == DIGITS.test.sample(50, 0).ids.tolist()
+    assert set(one.ids.tolist()) <= set(DIGITS.test.ids.tolist())
+    at = {int(i): k for k, i in enumerate(DIGITS.test.ids)}
+    torch.testing.assert_close(one.images[7], DIGITS.test.images[at[int(one.ids[7])]])

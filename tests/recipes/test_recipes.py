@@ -1,0 +1,770 @@
+"""Recipes: what is read is what was meant, whatever is wrong is named with its place, and writing one loses nothing."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import robustsoup
+from robustsoup.errors import RecipeError, RequestError
+from robustsoup.recipes import Ingredient, Recipe, Soup, Training, load_recipe, parse_recipe
+from robustsoup.recipes.sections import EarlyStop, Evaluate, Pretrain, Report, Select
+from robustsoup.threats import ThreatModel
+
+PROJECT = Path(__file__).parents[2]
+SHIPPED = [
+    Path(robustsoup.__file__).parent / "quickstart.toml",
+    *sorted((PROJECT / "recipes").rglob("[!_]*.toml")),
+]
+
+FULL = """
+name = "full"
+seed = 3
+data = "digits"
+model = "resnet9:width=2"
+precision = "float32"
+
+[pretrain]
+threat = "Linf 8/255"
+epochs = 2
+schedule = { milestones = [1], gamma = 0.1 }
+early_stop = { split = "val", steps = 3 }
+
+[finetune]
+epochs = 1
+early_stop = { samples = 10 }
+
+[ingredients]
+low = { threat = "Linf 4/255" }
+high = { threat = "L2 0.5", objective = "mixed 0.4", lr = 0.1, seed = 7 }
+
+[soups.grid]
+method = "grid"
+step = 0.25
+
+[soups.learned]
+method = "learned"
+threats = ["clean", "Linf 8/255"]
+objectives = ["ce", "mixed 0.4"]
+epochs = 1
+buffers = "tracked"
+
+[evaluate]
+threats = ["Linf 8/255", "L1 12"]
+steps = 3
+select_samples = 20
+
+[select]
+maximise = "Linf 8/255"
+require = ["clean>=0.5"]
+
+[report]
+figures = ["ternary"]
+"""
+
+
+def parse(text, folder=Path("/nowhere")):
+    return parse_recipe(tomllib.loads(text), "a.toml", folder)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "a.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(text):
+    with pytest.raises(RecipeError) as caught:
+        parse(text)
+    message = str(caught.value)
+    assert message.startswith("a.toml: ")
+    assert "\n" not in message
+    return message.removeprefix("a.toml: ")
+
+
+MINIMAL = 'name = "a"\ndata = "digits"\n'
+TUNED = MINIMAL + 'checkpoint = "base.safetensors"\n'
+
+
+# reading and writing
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_are_read_and_written_back(path):
+    recipe = load_recipe(path)
+    assert parse(recipe.to_toml()) == recipe
+    assert recipe.soups or recipe.planes
+
+
+def test_some_recipes_are_shipped():
+    assert len(SHIPPED) >= 2
+
+
+def test_a_full_recipe_means_what_it_says():
+    recipe = parse(FULL)
+    assert recipe.pretrain.schedule == {"milestones": [1], "gamma": 0.1}
+    assert recipe.pretrain.early_stop == EarlyStop(split="val", steps=3)
+    assert recipe.ingredients["high"] == Ingredient(
+        threat="L2 0.5", objective="mixed 0.4", lr=0.1, seed=7
+    )
+    assert recipe.soups["grid"].step == 0.25
+    assert recipe.soups["learned"].threats == ("clean", "Linf 8/255")
+    assert recipe.evaluate.select_samples == 20
+    assert recipe.select.require == ("clean>=0.5",)
+    assert recipe.report.figures == ("ternary",)
+    assert parse(recipe.to_toml()) == recipe
+
+
+def test_the_defaults_are_the_papers():
+    pretrain, soup, evaluate = Pretrain(), Soup(method="learned"), Evaluate()
+    assert (pretrain.threat, pretrain.attack_steps, pretrain.epochs, pretrain.batch_size) == (
+        "Linf 8/255",
+        2,
+        150,
+        128,
+    )
+    assert (pretrain.lr, pretrain.momentum, pretrain.weight_decay) == (0.1, 0.9, 0.0)
+    assert pretrain.schedule == {"milestones": [75, 113], "gamma": 0.1}
+    assert (soup.lr, soup.momentum, soup.detach, soup.init, soup.schedule) == (
+        10.0,
+        0.9,
+        0.8,
+        "xavier",
+        "cosine",
+    )
+    assert (evaluate.steps, evaluate.select_on, evaluate.report_on) == (100, "val", "test")
+    assert (Training().lr, Training().schedule, Training().epochs) == (1e-3, "cosine", 10)
+
+
+def test_numbers_are_numbers_and_words_are_words(tmp_path):
+    recipe = load_recipe(written(tmp_path, FULL.replace("epochs = 2\n", "epochs = 2\nlr = 1e-3\n")))
+    assert recipe.pretrain.lr == 0.001
+
+
+def parsed(threat):
+    """Two spellings of one threat would give two soups one name."""
+    return str(ThreatModel.parse(threat))
+
+
+THREATS = st.sampled_from(["clean", "Linf 8/255", "Linf 0.1", "L2 0.5", "L1 12"])
+OBJECTIVES = st.sampled_from(["ce", "mixed 0.4", "mixed 1", "trades", "trades 5"])
+SCHEDULES = st.one_of(
+    st.sampled_from(["cosine", "constant", "one-cycle", "one-cycle 0.1", "cyclic"]),
+    st.fixed_dictionaries(
+        {"milestones": st.lists(st.integers(0, 99), max_size=3), "gamma": st.floats(0.01, 1)}
+    ),
+)
+POSITIVE = st.floats(1e-6, 100)
+TRAINING = {
+    "threat": THREATS,
+    "objective": OBJECTIVES,
+    "attack_steps": st.integers(1, 9),
+    "epochs": st.integers(1, 99),
+    "batch_size": st.integers(2, 512),
+    "lr": POSITIVE,
+    "momentum": st.floats(0, 0.99),
+    "schedule": SCHEDULES,
+    "weight_decay": st.floats(0, 1),
+    "seed": st.integers(0, 2**31),
+    "label_smoothing": st.floats(0, 0.9),
+    "ema": st.floats(0, 0.99),
+    "weight_decay_bn": st.booleans(),
+    "clip_grad": POSITIVE,
+    "bn_momentum": st.floats(0.1, 1),
+}
+STOP = st.fixed_dictionaries(
+    {}, optional={"steps": st.integers(1, 20), "samples": st.integers(1, 500)}
+)
+SOUPS = st.one_of(
+    st.fixed_dictionaries(
+        {"method": st.sampled_from(["grid", "line"])},
+        optional={"step": st.sampled_from([0.1, 0.2, 0.25, 0.5, 1.0])},
+    ),
+    st.fixed_dictionaries(
+        {"method": st.just("uniform")}, optional={"buffers": st.sampled_from(["base", "average"])}
+    ),
+    st.fixed_dictionaries(
+        {"method": st.just("learned")},
+        optional={
+            "threats": st.lists(THREATS, min_size=1, max_size=3, unique_by=parsed),
+            "objectives": st.lists(OBJECTIVES, min_size=1, max_size=3, unique=True),
+            "detach": st.floats(0, 1),
+            "init": st.sampled_from(["xavier", "zeros"]),
+            "lr": POSITIVE,
+            "seed": st.integers(0, 99),
+            "calibrate_samples": st.integers(2, 99),
+            "buffers": st.sampled_from(["tracked", "recalibrate"]),
+        },
+    ),
+)
+NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,6}", fullmatch=True).filter(
+    lambda name: name != "pretrained"
+)
+
+
+@st.composite
+def contents(draw):
+    trained = {key: value for key, value in TRAINING.items() if key not in ("attack_steps",)}
+    content = {
+        "name": draw(NAMES),
+        "data": "digits",
+        "model": "resnet9:width=2",
+        "ingredients": {
+            "low": draw(st.fixed_dictionaries({}, optional=trained)),
+            "high": {"threat": "Linf 0.3"},
+        },
+        "soups": draw(st.dictionaries(NAMES, SOUPS, max_size=3)),
+        "pretrain": draw(st.fixed_dictionaries({}, optional={**TRAINING, "early_stop": STOP})),
+    }
+    if draw(st.booleans()):
+        content["finetune"] = draw(
+            st.fixed_dictionaries({}, optional={**TRAINING, "early_stop": STOP})
+        )
+    if draw(st.booleans()):
+        content["evaluate"] = {
+            "threats": draw(st.lists(THREATS, max_size=3)),
+            "steps": draw(st.integers(1, 100)),
+            "report": "chosen",
+        }
+        content["select"] = {"require": ["clean>=0.5"], "point": draw(st.booleans())}
+        content["normalize"] = [[draw(st.floats(0, 1))], [draw(st.floats(0.1, 1))]]
+    if not content.get("evaluate", {}).get("threats", ["Linf 8/255"]):
+        content.pop("select", None)  # nothing to select by: refused, as another test shows
+    return content
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents())
+def test_writing_a_recipe_loses_nothing(content):
+    recipe = parse_recipe(content, "a.toml", Path("/nowhere"))
+    text = recipe.to_toml()
+    again = parse_recipe(tomllib.loads(text), "b.toml", Path("/elsewhere"))
+    assert again == recipe
+    assert again.to_toml() == text
+
+
+# paths
+
+
+def test_a_path_to_synthetic_images_is_relative_to_the_recipe_and_written_back(tmp_path):
+    text = (
+        TUNED + '[finetune]\nsynthetic = "../made.npz"\nsynthetic_fraction = 0.3\n[ingredients.x]\n'
+    )
+    recipe = parse(text, tmp_path / "sub")
+    assert (recipe.finetune.synthetic, recipe.finetune.synthetic_fraction) == (
+        str(tmp_path / "made.npz"),
+        0.3,
+    )
+    assert parse(recipe.to_toml()) == recipe
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    text = MINIMAL.replace("digits", "folder:../images") + 'checkpoint = "base.safetensors"\n'
+    text += '[ingredients]\none = "one.pth"\ntwo = { checkpoint = "/abs/two.pth" }\nthree = { lr = 0.1 }\n'
+    path = tmp_path / "sub" / "a.toml"
+    path.write_text(text)
+    for given_path in (path, Path("sub/a.toml"), "sub/a.toml"):
+        recipe = load_recipe(given_path)
+        assert recipe.data == f"folder:{tmp_path / 'images'}"
+        assert recipe.checkpoint == str(tmp_path / "sub" / "base.safetensors")
+        assert recipe.ingredients["one"].checkpoint == str(tmp_path / "sub" / "one.pth")
+        assert recipe.ingredients["two"].checkpoint == "/abs/two.pth"
+        assert recipe.ingredients["three"].checkpoint is None
+    elsewhere = written(tmp_path, recipe.to_toml())
+    assert load_recipe(elsewhere) == recipe
+
+
+# unknown keys
+
+
+LEVELS = [
+    ("", "", Recipe, "ingredient", "ingredients"),
+    ("[pretrain]", "pretrain.", Pretrain, "attack_step", "attack_steps"),
+    ("[finetune]", "finetune.", Training, "wieght_decay", "weight_decay"),
+    ("[pretrain]\n[pretrain.early_stop]", "pretrain.early_stop.", EarlyStop, "step", "steps"),
+    ("[finetune.early_stop]", "finetune.early_stop.", EarlyStop, "sample", "samples"),
+    ("[ingredients.low]", "ingredients.low.", Ingredient, "checkpiont", "checkpoint"),
+    ("[soups.learned]\nmethod = 'learned'", "soups.learned.", Soup, "detatch", "detach"),
+    ("[soups.grid]\nmethod = 'grid'", "soups.grid.", Soup, "stepp", "step"),
+    ("[evaluate]", "evaluate.", Evaluate, "report_in", "report_on"),
+    ("[select]", "select.", Select, "maximize", "maximise"),
+    ("[report]", "report.", Report, "figure", "figures"),
+]
+
+
+@pytest.mark.parametrize(("table", "place", "section", "wrong", "near"), LEVELS)
+def test_an_unknown_key_is_named_with_the_nearest(table, place, section, wrong, near):
+    assert near in section.model_fields
+    body = "[ingredients.high]\n" if "ingredients" not in table else ""
+    top = TUNED.replace("checkpoint", "model", 1) if "pretrain" in table else TUNED
+    text = f"{top}{table}\n{wrong} = 1\n{body}" if table else f"{top}{wrong} = 1\n{body}"
+    assert refused(text) == f'{place}{wrong}: unknown key; did you mean "{near}"?'
+
+
+@pytest.mark.parametrize(("table", "place", "section", "wrong", "near"), LEVELS)
+def test_a_key_like_no_other_is_told_what_there_is(table, place, section, wrong, near):
+    body = "[ingredients.high]\n" if "ingredients" not in table else ""
+    top = TUNED.replace("checkpoint", "model", 1) if "pretrain" in table else TUNED
+    message = refused(f"{top}{table}\nzzzzzzzz = 1\n{body}")
+    assert message.startswith(f"{place}zzzzzzzz: unknown key; expected one of ")
+    assert message.partition("expected one of ")[2].split(", ") == sorted(section.model_fields)
+
+
+# wrong values
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["name: missing"]),
+        ('name = "a"\n[ingredients.x]', ["data: missing"]),
+        (MINIMAL, ["ingredients: missing"]),
+        (MINIMAL + "ingredients = {}", ["ingredients", "at least 1"]),
+        (MINIMAL + "[ingredients.x]", ["ingredients.x", "from what", "[pretrain] or checkpoint"]),
+        (TUNED + "[pretrain]\n[ingredients.x]", ["both pretrain and checkpoint"]),
+        (MINIMAL + "[pretrain]\n[ingredients.x]", ["model: missing", "resnet9"]),
+        (TUNED.replace('"a"', '"a b/c"') + "[ingredients.x]", ["name", "a b/c"]),
+        (TUNED + "seed = -1\n[ingredients.x]", ["seed", "-1"]),
+        (TUNED + 'seed = "1.5"\n[ingredients.x]', ["seed", "1.5"]),
+        (TUNED + 'precision = "fp16"\n[ingredients.x]', ["precision", "bfloat16", "fp16"]),
+        (TUNED + "[ingredients.pretrained]", ["pretrained", "not a usable name"]),
+        (TUNED + '[ingredients."a/b"]', ["a/b", "not a usable name"]),
+        (
+            TUNED + '[ingredients.x]\n[soups."../up"]\nmethod = "uniform"',
+            ["../up", "not a usable name"],
+        ),
+        (TUNED + "[ingredients]\nx = 3", ["ingredients.x", "3"]),
+        (
+            TUNED + '[ingredients.x]\ncheckpoint = "a"\nlr = 0.1',
+            ["ingredients.x", "not trained; remove lr"],
+        ),
+        (
+            TUNED + '[ingredients.x]\nthreat = "Linf"',
+            ["ingredients.x.threat", '"Linf"', "Linf 8/255"],
+        ),
+        (TUNED + '[ingredients.x]\nthreat = "Linf -8/255"', ["ingredients.x.threat", "at least 0"]),
+        (TUNED + '[ingredients.x]\nobjective = "mixed 1.5"', ["ingredients.x.objective", "[0, 1]"]),
+        (TUNED + '[ingredients.x]\nobjective = "trade"', ["ingredients.x.objective", "mixed 0.4"]),
+        (
+            TUNED + '[ingredients.x]\nobjective = "nowhere:fn"',
+            ["ingredients.x.objective", "nowhere", "Python path"],
+        ),
+        (TUNED + "[ingredients.x]\nema = 1.0", ["ingredients.x.ema", "less than 1", "1.0"]),
+        (
+            TUNED + "[ingredients.x]\nmomentum = 0\n[finetune]\nnesterov = true",
+            ["ingredients.x", "nesterov: got momentum 0"],
+        ),
+        (
+            TUNED + "[ingredients.x]\n[finetune]\nclip_grad = 0",
+            ["finetune.clip_grad", "greater than 0"],
+        ),
+        (
+            TUNED + "[ingredients.x]\n[finetune]\nsynthetic_fraction = 0.5",
+            ["finetune", "synthetic_fraction: of what?", "1m.npz"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[finetune]\nsynthetic = "a.npz"\nsynthetic_fraction = 1',
+            ["finetune.synthetic_fraction", "1"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[finetune]\nschedule = "one-cycle 2"',
+            ["finetune.schedule", "one-cycle P"],
+        ),
+        (TUNED + "[ingredients.x]\nlr = 0", ["ingredients.x.lr", "greater than 0", "0"]),
+        (TUNED + '[ingredients.x]\nlr = "fast"', ["ingredients.x.lr", "fast"]),
+        (TUNED + "[ingredients.x]\n[finetune]\nepochs = 0", ["finetune.epochs", "1"]),
+        (TUNED + "[ingredients.x]\n[finetune]\nepochs = 1.5", ["finetune.epochs", "1.5"]),
+        (TUNED + "[ingredients.x]\n[finetune]\nbatch_size = 1", ["finetune.batch_size", "2"]),
+        (TUNED + "[ingredients.x]\n[finetune]\nmomentum = 1", ["finetune.momentum", "less than 1"]),
+        (
+            TUNED + '[ingredients.x]\n[finetune]\nschedule = "linear"',
+            ["finetune.schedule", "cosine"],
+        ),
+        (
+            TUNED + "[ingredients.x]\n[finetune]\nschedule = { milestone = [1] }",
+            ["finetune.schedule", "milestones"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[finetune]\nearly_stop = { split = "test" }',
+            ["finetune.early_stop.split", "val", "test"],
+        ),
+        (TUNED + "[ingredients.x]\n[soups.s]", ["soups.s.method: missing"]),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "fisher"',
+            ["soups.s.method", "grid", "greedy", "fisher"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "grid"\nstep = 0.3',
+            ["soups.s", "step", "0.3", "0.25"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "grid"\nlr = 1',
+            ["soups.s", "lr has no meaning", "grid", "remove it"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\nstep = 0.5',
+            ["soups.s", "step has no meaning"],
+        ),
+        (TUNED + '[ingredients.x]\n[soups.s]\nmethod = "line"', ["soups.s", "joins 2", "got 1"]),
+        (
+            TUNED + '[ingredients.one]\n[soups.s]\nmethod = "uniform"\ningredients = ["on"]',
+            ["soups.s.ingredients", "'on'", 'did you mean "one"'],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "uniform"\nbuffers = "mean"',
+            ["soups.s.buffers", "mean", "average"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "uniform"\nbuffers = "tracked"',
+            ["soups.s", "tracked", "learned"],
+        ),
+        (TUNED + f"seed = {10**20}\n[ingredients.x]", ["seed", str(10**20)]),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\ndetach = 1.1',
+            ["soups.s.detach", "1.1"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\ngranularity = "layer"',
+            ["granularity", "layer", "block"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\nat = [0.5]',
+            ["soups.s", "at has no meaning", "learned"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "dial"\nobjectives = ["ce"]',
+            ["objectives has no meaning", "dial"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "dial"\nat = [1.5]',
+            ["soups.s.at", "1.5", "0 (robust) to 1"],
+        ),
+        (TUNED + '[ingredients.x]\n[soups.s]\nmethod = "dial"\nat = []', ["soups.s.at", "[]"]),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "dial"\nthreats = ["clean"]',
+            ["soups.s.threats", "robust to clean"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "dial"\ndial = "alpha"',
+            ["soups.s.dial", "objective", "eps", "alpha"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "greedy"\nscore = "best"',
+            ["soups.s.score", "best"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "greedy"\nscore = "L2 0.5"',
+            ["soups.s.score", '"L2 0.5" is not evaluated'],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\ninit = "ones"',
+            ["soups.s.init", "xavier", "ones"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[evaluate]\nthreats = "Linf 8/255"',
+            ["evaluate.threats", "Linf 8/255"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[evaluate]\nthreats = ["Linf 8/0"]',
+            ["evaluate.threats", "Linf 8/0"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[evaluate]\nselect_on = "test"',
+            ["evaluate.select_on", "val", "test"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[evaluate]\nattack = "fgsm"',
+            ["evaluate.attack", "apgd", "pgd", "autoattack", "fgsm"],
+        ),
+        (TUNED + "[ingredients.x]\n[evaluate]\nsteps = 0", ["evaluate.steps", "0"]),
+        (
+            TUNED + '[ingredients.x]\n[report]\nfigures = ["pie"]',
+            ["report.figures.0", "ternary", "pie"],
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(text, parts):
+    message = refused(text)
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "requirement", ["clean>0.5", "clean>=2", "Lint 8/255>=0.1", "", "clean>=abc"]
+)
+def test_a_wrong_requirement_is_refused_before_anything_runs(requirement):
+    message = refused(f'{TUNED}[ingredients.x]\n[select]\nrequire = ["{requirement}"]')
+    assert "select.require" in message
+
+
+def test_selecting_by_nothing_is_refused_before_anything_runs():
+    assert "threats" in refused(
+        f"{TUNED}[ingredients.x]\n[evaluate]\nthreats = []\n[select]\nrequire = ['clean>=0.5']"
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", ['maximise = "L2 0.5"', 'require = ["L2 0.5>=0.1"]', 'require = ["union>=0.1"]']
+)
+def test_selecting_by_what_is_not_evaluated_is_refused_before_anything_runs(keys):
+    message = refused(
+        f'{TUNED}[ingredients.x]\n[evaluate]\nthreats = ["Linf 8/255"]\n[select]\n{keys}'
+    )
+    assert "not evaluated" in message
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"nowhere\.toml: no such file"):
+        load_recipe(tmp_path / "nowhere.toml")
+    for content in (b"name = ", b"\xff\xfe", b"PK\x03\x04"):
+        path = tmp_path / "bad.toml"
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=r"bad\.toml: not a TOML file") as caught:
+            load_recipe(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match="not a TOML file"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "soups",
+    [
+        'uniform = { method = "uniform" }',
+        'grid = { method = "grid", step = 0.5 }',
+        'learned = { method = "learned", threats = ["Linf 8/255", "linf 8/255"] }',
+        'a = { method = "learned", threats = ["clean"] }\na-clean = { method = "uniform" }',
+    ],
+)
+def test_two_rows_of_one_name_are_refused(soups):
+    message = refused(f"{TUNED}[ingredients]\nuniform = {{}}\ngrid-1-0 = {{}}\n[soups]\n{soups}")
+    assert any(name in message for name in ("uniform", "grid-1-0", "learned-linf-8-255", "a-clean"))
+
+
+# --set
+
+
+def test_settings_can_be_overridden(tmp_path):
+    path = written(tmp_path, FULL)
+    recipe = load_recipe(
+        path,
+        [
+            "seed=8",
+            "soups.learned.epochs=4",
+            'evaluate.threats=["L2 1.0"]',
+            "ingredients.low.threat=Linf 2/255",
+            "ingredients.extra.lr=0.5",
+            "pretrain.early_stop.steps = 9",
+            "report.figures=[]",
+            "name=other",
+            "select.point=true",
+            "select.maximise=L2 1.0",
+        ],
+    )
+    assert (recipe.seed, recipe.soups["learned"].epochs, recipe.evaluate.threats) == (
+        8,
+        4,
+        ("L2 1.0",),
+    )
+    assert recipe.ingredients["low"].threat == "Linf 2/255"
+    assert recipe.ingredients["extra"].lr == 0.5
+    assert recipe.pretrain.early_stop == EarlyStop(steps=9)
+    assert (recipe.report.figures, recipe.name, recipe.select.point) == ((), "other", True)
+    untouched = load_recipe(path)
+    assert untouched == parse(FULL, folder=tmp_path)
+    assert (recipe.pretrain.threat, recipe.soups["grid"]) == (
+        untouched.pretrain.threat,
+        untouched.soups["grid"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("seed", ["--set seed", "a.b=value"]),
+        ("seed=many", ["seed", "many"]),
+        ("soups.learned.detatch=0.5", ["soups.learned.detatch", 'did you mean "detach"']),
+        ("soup.learned.detach=0.5", ["soup: unknown key", "soups"]),
+        ("name.first=a", ["--set name.first=a", "name is not a table"]),
+        ("evaluate.steps=-1", ["evaluate.steps", "-1"]),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path, setting, parts):
+    with pytest.raises(RequestError) as caught:
+        load_recipe(written(tmp_path, FULL), [setting])
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_run_that_leaves_checkpoints_is_several_ingredients():
+    content = tomllib.loads(FULL)
+    content["ingredients"] = {"run": {"epochs": 6, "checkpoint_every": 2}, "other": {"epochs": 1}}
+    del content["finetune"]["early_stop"]
+    content["soups"] = {"grid": {"method": "grid", "ingredients": ["run-2", "run-6"]}}
+    recipe = parse_recipe(content, "a.toml", Path())
+    assert list(recipe.ingredients) == ["run-2", "run-4", "run-6", "other"]
+    assert [i.epoch for i in recipe.ingredients.values()] == [2, 4, 6, None]
+    assert parse(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (
+            {"epochs": 5, "checkpoint_every": 2},
+            "checkpoint_every: got 2, expected a part of its 5 epochs",
+        ),
+        ({"checkpoint_every": 7}, "got 7, expected a part of its"),
+        ({"epochs": 4, "epoch": 2}, "got epoch 2 and checkpoint_every None"),
+        ({"epochs": 4, "epoch": 3, "checkpoint_every": 2}, "got epoch 3 and checkpoint_every 2"),
+        (
+            {"epochs": 4, "epoch": 6, "checkpoint_every": 2},
+            r"ingredients\.run\.epoch: got 6, expected one of the 4 epochs",
+        ),
+        ({"epoch": 2, "checkpoint_every": 2}, "got 2, expected one of the 1 epochs"),
+    ],
+)
+def test_checkpoints_that_a_run_does_not_leave_are_refused(run, said):
+    content = tomllib.loads(FULL) | {
+        "ingredients": {"run": run},
+        "soups": {},
+        "finetune": {"epochs": 1},
+    }
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_a_run_that_leaves_checkpoints_is_not_stopped_early():
+    content = tomllib.loads(FULL) | {
+        "ingredients": {"run": {"epochs": 4, "checkpoint_every": 2}},
+        "soups": {},
+    }
+    with pytest.raises(
+        RecipeError, match=r"ingredients\.run-2: .*set finetune\.early_stop = false"
+    ):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_early_stopping_that_another_recipe_asks_for_can_be_left_out(tmp_path):
+    (tmp_path / "under.toml").write_text(FULL)
+    (tmp_path / "over.toml").write_text('extends = "under.toml"\n[finetune]\nearly_stop = false\n')
+    recipe = load_recipe(tmp_path / "over.toml")
+    assert recipe.finetune.early_stop is None
+    assert recipe.pretrain.early_stop is not None
+
+
+def test_what_is_not_there_is_not_called_pretrained():
+    made = {"a": "a.safetensors", "b": "b.safetensors"}
+    for more in (
+        {"planes": {"p": {"checkpoints": ["pretrained", "a", "b"]}}},
+        {"soups": {"line": {"method": "line", "ingredients": ["pretrained", "a"]}}},
+    ):
+        with pytest.raises(RecipeError, match="'pretrained' is unknown"):
+            parse_recipe(
+                {"name": "n", "data": "digits", "ingredients": made} | more, "a.toml", Path()
+            )
+
+
+def test_a_plane_is_no_path():
+    content = tomllib.loads(FULL) | {
+        "planes": {"../../p": {"checkpoints": ["pretrained", "low", "high"]}}
+    }
+    with pytest.raises(RecipeError, match=r"'\.\./\.\./p': not a usable name"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_by_the_papers_protocol_nothing_is_screened():
+    content = tomllib.loads(FULL) | {"protocol": "paper"}
+    content["evaluate"]["screen"] = True
+    with pytest.raises(RecipeError, match=r"evaluate\.screen: .*judged in full"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_two_ingredients_of_one_name_are_refused():
+    content = tomllib.loads(FULL) | {"soups": {}}
+    content["ingredients"] = {
+        "run": {"epochs": 4, "checkpoint_every": 2},
+        "run-2": {"threat": "clean"},
+    }
+    with pytest.raises(RecipeError, match="two ingredients would be called 'run-2'"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_a_plane_through_an_unknown_network_is_refused():
+    content = tomllib.loads(FULL)
+    content["planes"] = {"p": {"checkpoints": ["pretrained", "high", "lwo"]}}
+    with pytest.raises(
+        RecipeError, match=r"planes\.p\.checkpoints: 'lwo' is unknown; did you mean"
+    ):
+        parse_recipe(content, "a.toml", Path())
+    content["planes"] = {"p": {"checkpoints": ["pretrained", "high", "high"]}}
+    with pytest.raises(RecipeError, match="expected three different ones"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_the_papers_protocol_selects_on_what_it_reports():
+    assert parse_recipe(tomllib.loads(FULL), "a.toml", Path()).select_on == "val"
+    assert (
+        parse_recipe(tomllib.loads(FULL) | {"protocol": "paper"}, "a.toml", Path()).select_on
+        == "test"
+    )
+
+
+def test_by_the_papers_protocol_no_soup_is_stopped_on_what_its_ingredients_saw():
+    content = tomllib.loads(FULL)
+    content["soups"]["learned"]["early_stop"] = {"samples": 10}
+    assert parse_recipe(content, "a.toml", Path()).soups["learned"].early_stop.samples == 10
+    with pytest.raises(
+        RecipeError, match=r"soups\.learned\.early_stop: .*nothing is left to stop on"
+    ):
+        parse_recipe(content | {"protocol": "paper"}, "a.toml", Path())
+
+
+def test_a_grid_beyond_the_limit_is_priced_and_refused_unless_it_is_asked_for_by_number():
+    content = tomllib.loads(FULL)
+    content["ingredients"] = {f"i{n}": {} for n in range(6)}
+    content["soups"] = {"grid": {"method": "grid", "step": 0.01}}
+    with pytest.raises(
+        RecipeError,
+        match=r"soups\.grid: step 0\.01 makes 96,560,646 soups.*1\.3e\+12 forward.*max_soups is 2,000",
+    ):
+        parse_recipe(content, "a.toml", Path())
+    content["soups"]["grid"] |= {"step": 0.1, "max_soups": 3003}
+    assert len(parse_recipe(content, "a.toml", Path()).soup_names("grid")) == 3003
+    content["soups"]["grid"]["max_soups"] = 3002
+    with pytest.raises(RecipeError, match="makes 3,003 soups"):
+        parse_recipe(content, "a.toml", Path())
+
+
+def test_a_recipe_extends_another_table_by_table(tmp_path):
+    (tmp_path / "under.toml").write_text(FULL)
+    text = 'extends = "under.toml"\nname = "over"\n[pretrain]\nepochs = 9\n[ingredients]\n'
+    text += "third = { lr = 0.5 }\n[report]\nfigures = []\n"
+    recipe, under = load_recipe(written(tmp_path, text)), parse(FULL)
+    assert (recipe.name, recipe.seed, recipe.pretrain.epochs) == ("over", 3, 9)
+    assert recipe.pretrain.early_stop == under.pretrain.early_stop
+    assert list(recipe.ingredients) == ["low", "high", "third"]
+    assert recipe.report.figures == ()
+    assert load_recipe(tmp_path / "a.toml", ["pretrain.epochs=4"]).pretrain.epochs == 4
+    (tmp_path / "second.toml").write_text("seed = 8\n[pretrain]\nlr = 0.7\n")
+    recipe = load_recipe(
+        written(tmp_path, text.replace('"under.toml"', '["under.toml", "second.toml"]'))
+    )
+    assert (recipe.seed, recipe.pretrain.lr, recipe.pretrain.epochs) == (8, 0.7, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('extends = "a.toml"', "in no circle"),
+        ("extends = 3", "got 3, expected the name"),
+        ('extends = "gone.toml"', "gone.toml: no such file"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path, text, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(written(tmp_path, text))
