@@ -1,9 +1,11 @@
-# `make demo` runs the main job on embedded data; `make test` runs the tests. Both set up .venv first, from nothing.
+# `make demo` runs the quickstart on embedded data; `make test` runs the tests. Both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint lint-next types docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -14,6 +16,29 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The stricter rules and the type check join `lint` once the packages are rewritten.
+lint-next: $(VENV)/.installed-dev
+	$(BIN)/ruff check --config ruff.next.toml .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyrefly check
+
+# Builds docs/_build/html; a warning or a broken internal link fails the build.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going -b html docs docs/_build/html
+
+# Builds the sdist and the wheel, then tries the wheel in an empty environment.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m venv --clear $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd $(WHEEL_VENV) && bin/python ../tests/docs/check_wheel.py
+
+# Runs the suite with the oldest dependencies that pyproject.toml promises. Downloads PyTorch's CUDA build (gigabytes) once.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n 2 --ignore tests/docs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robustsoup needs Python 3.11 or later: make PYTHON=python3.12")'
@@ -26,5 +51,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps robustbench
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt -e '.[test]'
+	$(OLDEST)/bin/pip install --quiet -c constraints.txt --no-deps robustbench
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(WHEEL_VENV) build dist docs/_build .pytest_cache .hypothesis .ruff_cache
