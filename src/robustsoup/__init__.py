@@ -1,48 +1,117 @@
-"""robustsoup: several adversarially fine-tuned checkpoints of one network into one, at the trade-off you need.
+"""Turn adversarially fine-tuned checkpoints of one network into one, at the trade-off you need.
 
-import robustsoup as rs
-data = rs.load_data("cifar10")
-soup = rs.mix(["eps4.safetensors", "eps16.safetensors"], [0.5, 0.5])
-print(rs.evaluate(soup, data.test, ["Linf 8/255"]).accuracy)
+    import robustsoup as rs
+
+    data = rs.load_data("cifar10")
+    soup = rs.mix(["eps4.safetensors", "eps16.safetensors"], [0.5, 0.5])
+    print(rs.evaluate(soup, data.test, ["Linf 8/255"]).accuracy)
+
+Names are imported when they are first used, so `import robustsoup` is quick and does not load
+PyTorch by itself.
 """
 
-from robustsoup.attacks import apgd, apgd_train, pgd
-from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Data, Split, Synthetic, load_data
-from robustsoup.diagnosis.landscape import Landscape, landscape
-from robustsoup.diagnosis.rules import Soupability, check
-from robustsoup.errors import RobustsoupError
-from robustsoup.evaluation.comparison import Comparison, compare
-from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.evaluation.intervals import Accuracy
-from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.models import load_model
-from robustsoup.soups.coefficients import Coefficients, Dial
-from robustsoup.soups.learning import learn, learn_dial
-from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import search
-from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
-from robustsoup.threats import ThreatModel
-from robustsoup.training.objectives import Objective
-from robustsoup.training.train import train
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustsoup.attacks import apgd, apgd_train, pgd
+    from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.data import Data, Split, Synthetic, load_data
+    from robustsoup.diagnosis.landscape import Landscape, landscape
+    from robustsoup.diagnosis.rules import Soupability, check
+    from robustsoup.errors import RobustsoupError
+    from robustsoup.evaluation.comparison import Comparison, compare
+    from robustsoup.evaluation.evaluate import evaluate
+    from robustsoup.evaluation.intervals import Accuracy
+    from robustsoup.evaluation.verdicts import Evaluation
+    from robustsoup.models import load_model
+    from robustsoup.settings import (
+        AttackSettings,
+        BufferSettings,
+        DialSettings,
+        EarlyStop,
+        LandscapeSettings,
+        LearnSettings,
+        SearchSettings,
+        TrainSettings,
+    )
+    from robustsoup.soups.coefficients import Coefficients, Dial
+    from robustsoup.soups.learning import learn, learn_dial
+    from robustsoup.soups.mixing import mix
+    from robustsoup.soups.search import search
+    from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
+    from robustsoup.threats import ThreatModel
+    from robustsoup.training.objectives import Objective
+    from robustsoup.training.train import train
+
+_HOMES = {
+    "Accuracy": "evaluation.intervals",
+    "AttackSettings": "settings",
+    "BufferSettings": "settings",
+    "Candidate": "soups.selection",
+    "Checkpoint": "checkpoints.checkpoint",
+    "Coefficients": "soups.coefficients",
+    "Comparison": "evaluation.comparison",
+    "Data": "data",
+    "Dial": "soups.coefficients",
+    "DialSettings": "settings",
+    "EarlyStop": "settings",
+    "Evaluation": "evaluation.verdicts",
+    "Landscape": "diagnosis.landscape",
+    "LandscapeSettings": "settings",
+    "LearnSettings": "settings",
+    "Objective": "training.objectives",
+    "RobustsoupError": "errors",
+    "SearchSettings": "settings",
+    "Selection": "soups.selection",
+    "Soupability": "diagnosis.rules",
+    "Split": "data",
+    "Synthetic": "data",
+    "ThreatModel": "threats",
+    "TrainSettings": "settings",
+    "apgd": "attacks",
+    "apgd_train": "attacks",
+    "check": "diagnosis.rules",
+    "compare": "evaluation.comparison",
+    "evaluate": "evaluation.evaluate",
+    "landscape": "diagnosis.landscape",
+    "learn": "soups.learning",
+    "learn_dial": "soups.learning",
+    "load_data": "data",
+    "load_model": "models",
+    "mix": "soups.mixing",
+    "pareto_front": "soups.selection",
+    "pgd": "attacks",
+    "search": "soups.search",
+    "select": "soups.selection",
+    "train": "training.train",
+}
 
 __all__ = [
     "Accuracy",
+    "AttackSettings",
+    "BufferSettings",
     "Candidate",
     "Checkpoint",
     "Coefficients",
     "Comparison",
     "Data",
     "Dial",
+    "DialSettings",
+    "EarlyStop",
     "Evaluation",
     "Landscape",
+    "LandscapeSettings",
+    "LearnSettings",
     "Objective",
     "RobustsoupError",
+    "SearchSettings",
     "Selection",
     "Soupability",
     "Split",
     "Synthetic",
     "ThreatModel",
+    "TrainSettings",
     "apgd",
     "apgd_train",
     "check",
@@ -60,3 +129,17 @@ __all__ = [
     "select",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home and keep it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,235 @@
+"""The catalog: one registry for each kind of thing that people add.
+
+An entry says how a thing is spelled, what it is for, what it costs and where its code is
+("module:function", imported only when used). The command line, recipes, error messages and the
+reference pages read the catalog. Outsiders add a thing without changing it: by passing a function
+in Python, by writing "package.module:function", or by an entry point of their package in the
+group "robustsoup.<registry name>". This module imports the standard library only.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustsoup.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that can be chosen by name.
+
+    Attributes:
+        name: How it is called.
+        target: Its code, "module:function"; "" for an option without code of its own.
+        help: One sentence for people.
+        spelling: How to write it where parameters follow the name, such as "mixed A".
+        source: Paper and arXiv number, where there is one.
+        facts: What its registry's users need to know about it before importing it.
+    """
+
+    name: str
+    target: str
+    help: str
+    spelling: str = ""
+    source: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """Import and return the code of the entry."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+class Registry(Mapping[str, Entry]):
+    """Entries by name, in the order in which help lists them.
+
+    Entry points of the group "robustsoup.NAME" follow the built-in entries; they are looked up
+    when a name is not built in, or when the registry is iterated with `all_entries`.
+    """
+
+    def __init__(self, name: str, *entries: Entry) -> None:
+        self.name = name
+        self._entries = {entry.name: entry for entry in entries}
+
+    def __getitem__(self, name: str) -> Entry:
+        """Return the built-in entry called `name`."""
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the built-in entries."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """Return the number of built-in entries."""
+        return len(self._entries)
+
+    def all_entries(self) -> dict[str, Entry]:
+        """Return the built-in entries and those that installed packages add."""
+        return self._entries | {
+            name: entry for name, entry in self._plugins().items() if name not in self._entries
+        }
+
+    def find(self, name: str) -> Entry | None:
+        """Return the entry called `name`, or None; installed packages are searched last."""
+        return self._entries.get(name) or self._plugins().get(name)
+
+    def get_entry(self, name: str, *, error: type[RequestError] = RequestError) -> Entry:
+        """Return the entry called `name`.
+
+        Raises:
+            RequestError: If there is none, or the given subclass of it; suggests the nearest name.
+        """
+        entry = self.find(name)
+        if entry is None:
+            known = self.all_entries()
+            near = difflib.get_close_matches(name, known, 1, 0.4)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise error(f'{self.name}: got "{name}", expected one of {", ".join(known)}{hint}')
+        return entry
+
+    def spellings(self) -> str:
+        """Return how the entries are written, for error messages and help."""
+        return ", ".join(entry.spelling or entry.name for entry in self._entries.values())
+
+    def _plugins(self) -> dict[str, Entry]:
+        points = importlib.metadata.entry_points(group=f"robustsoup.{self.name}")
+        return {p.name: Entry(p.name, p.value, f"from {p.module}") for p in points}
+
+
+ATTACKS = Registry(
+    "attacks",
+    Entry(
+        "apgd",
+        "robustsoup.attacks:apgd",
+        "AutoPGD with its step-size schedule.",
+        source="Croce and Hein 2020, arXiv:2003.01690; L1: arXiv:2103.01208",
+    ),
+    Entry(
+        "pgd",
+        "robustsoup.attacks:pgd",
+        "Projected gradient descent with a fixed step size; a baseline.",
+        source="Madry et al. 2018, arXiv:1706.06083",
+    ),
+    Entry(
+        "autoattack",
+        "robustsoup.attacks.autoattack:attack_chunk",
+        "Standard AutoAttack through pyautoattack; requires the extra robustsoup[autoattack].",
+        source="Croce and Hein 2020, arXiv:2003.01690",
+    ),
+)
+
+LOSSES = Registry(
+    "losses",
+    Entry("ce", "robustsoup.attacks.losses:ce", "Cross-entropy.", facts={"classes": 2}),
+    Entry(
+        "dlr",
+        "robustsoup.attacks.losses:dlr",
+        "Difference of logits ratio; invariant to the scale of the logits.",
+        source="Croce and Hein 2020, arXiv:2003.01690, Eq. 6",
+        facts={"classes": 3},
+    ),
+    Entry(
+        "targeted dlr",
+        "robustsoup.attacks.losses:targeted_dlr",
+        "DLR towards each of the most likely other classes in turn.",
+        source="Croce and Hein 2020, arXiv:2003.01690, Eq. 7",
+        facts={"classes": 4, "targeted": True},
+    ),
+)
+"""facts: "classes", the fewest classes that the loss needs; "targeted", called with a target."""
+
+OBJECTIVES = Registry(
+    "objectives",
+    Entry(
+        "ce",
+        "robustsoup.training.objectives:mixed",
+        "Cross-entropy on attacked images.",
+        source="Madry et al. 2018, arXiv:1706.06083; the paper's Eq. 1",
+    ),
+    Entry(
+        "mixed",
+        "robustsoup.training.objectives:mixed",
+        "A times the clean loss plus (1 - A) times the attacked loss; the paper calls it TRADES.",
+        spelling='"mixed A" as in "mixed 0.4"',
+        source="Huang, Adversarial Learned Soups, Eq. 2",
+    ),
+    Entry(
+        "trades",
+        "robustsoup.training.objectives:trades",
+        "Clean loss plus B times the KL divergence between clean and attacked predictions.",
+        spelling='trades, or "trades B" as in "trades 5"',
+        source="Zhang et al. 2019, arXiv:1901.08573, Eq. 5",
+    ),
+)
+
+MODELS = Registry(
+    "models",
+    Entry("resnet9", "robustsoup.models.resnet9:resnet9", "Page's ResNet-9; width scales it."),
+    Entry("resnet18", "robustsoup.models.resnet:resnet18", "ResNet-18 for small images."),
+    Entry("resnet50", "robustsoup.models.resnet:resnet50", "ResNet-50 for small images."),
+    Entry(
+        "wide_resnet",
+        "robustsoup.models.wide_resnet:wide_resnet",
+        "DeepMind's WideResNet, 28-10 unless depth and width are given.",
+        source="Gowal et al. 2020, arXiv:2010.03593",
+        facts={"published_constants": True},
+    ),
+    Entry(
+        "preact_resnet18",
+        "robustsoup.models.preact_resnet:preact_resnet18",
+        "DeepMind's pre-activation ResNet-18.",
+        source="Gowal et al. 2021, arXiv:2110.09468",
+        facts={"published_constants": True},
+    ),
+)
+"""facts: "published_constants", normalises by the constants of the published checkpoints."""
+
+DATA_SOURCES = Registry(
+    "data",
+    Entry("digits", "robustsoup.data.digits:load_digits", "8x8 digits, embedded in the package."),
+    Entry("cifar10", "robustsoup.data.cifar:load_cifar10", "CIFAR-10; downloaded once if absent."),
+    Entry(
+        "folder",
+        "robustsoup.data.folders:load_folder",
+        "One sub-folder of images for each class; requires the extra robustsoup[folders].",
+        spelling="folder:PATH",
+        facts={"takes_place": True, "takes_image_size": True},
+    ),
+)
+"""facts: "takes_place", a path follows the name; "takes_image_size", images can be resized."""
+
+SOUP_METHODS = Registry(
+    "methods",
+    Entry("uniform", "", "The average of all ingredients."),
+    Entry("grid", "robustsoup.soups.grid:grid", "All multiples of a step that sum to 1."),
+    Entry("line", "robustsoup.soups.grid:grid", "The grid of two ingredients (wise-ft)."),
+    Entry(
+        "greedy",
+        "robustsoup.soups.search:greedy",
+        "Adds ingredients, best first, while a score does not fall.",
+        source="Wortsman et al. 2022, arXiv:2203.05482, recipe 1",
+    ),
+    Entry(
+        "learned",
+        "robustsoup.soups.learning:learn",
+        "One softmax over the ingredients for each layer, learned under attack.",
+        source="Huang, Adversarial Learned Soups, section 3",
+    ),
+    Entry(
+        "dial",
+        "robustsoup.soups.learning:learn_dial",
+        "A whole line of learned soups, from robust to clean.",
+    ),
+)
+
+BUFFER_POLICIES = Registry(
+    "buffers",
+    Entry("base", "", "Copy the statistics of one checkpoint, by default the common ancestor."),
+    Entry("average", "", "Average the ingredients' statistics with their coefficients."),
+    Entry("recalibrate", "", "Measure the statistics again on training samples."),
+    Entry("recalibrate-adversarial", "", "Measure them on attacked training samples."),
+    Entry("tracked", "", "Take the statistics that learning tracked; learned soups only."),
+)

@@ -1,0 +1,472 @@
+"""The settings of robustsoup's work, each declared once.
+
+Python functions, recipe tables, command-line options, store keys and records all derive from the
+frozen dataclasses below. A field states its default, its help text and its valid range; anything
+out of range raises RequestError when the object is created. Threat models may be given as text.
+This module never imports PyTorch, so `robustsoup --help` can read it quickly.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, LOSSES, SOUP_METHODS
+from robustsoup.errors import RequestError
+from robustsoup.threats import ThreatModel
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+SEED_LIMIT = 2**63
+LINF_8 = ThreatModel("Linf", 8 / 255)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Help text and valid range of one setting, stored in its dataclass field.
+
+    Attributes:
+        help: One sentence for `--help` and the reference pages.
+        ge, gt, le, lt: Bounds of a number (inclusive, exclusive, inclusive, exclusive).
+        choices: The allowed values, or None for no such limit.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: Sequence[str] | None = None
+
+    def describe_range(self) -> str:
+        """Return the valid range in words, such as "at least 1" or "in [0, 1)"."""
+        if self.choices is not None:
+            return f"one of {', '.join(self.choices)}"
+        low = self.gt if self.ge is None else self.ge
+        high = self.lt if self.le is None else self.le
+        if low is not None and high is not None:
+            left, right = "[("[self.ge is None], "])"[self.le is None]
+            return f"a number in {left}{low:g}, {high:g}{right}"
+        if high is not None:
+            return f"at most {high:g}" if self.lt is None else f"below {high:g}"
+        return f"at least {low:g}" if self.gt is None else f"a finite number above {low:g}"
+
+    def allows(self, value: Any) -> bool:
+        """Return whether `value` lies in the valid range; None is always allowed."""
+        if value is None:
+            return True
+        if self.choices is not None:
+            return value in self.choices
+        bounds = (self.ge, self.gt, self.le, self.lt)
+        if all(bound is None for bound in bounds):
+            return True
+        return (
+            isinstance(value, int | float)
+            and math.isfinite(value)
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """Declare one setting: a dataclass field with a default, help text and a valid range."""
+    return field(default=default, metadata={"rule": Rule(help, **limits)})
+
+
+def rules(settings_type: type) -> dict[str, Rule]:
+    """Return the rule of each setting that a settings class declares, by name."""
+    return {f.name: f.metadata["rule"] for f in dataclasses.fields(settings_type)}
+
+
+def check_ranges(settings: Any) -> None:
+    """Raise RequestError for the first setting that lies outside its valid range."""
+    for name, rule in rules(type(settings)).items():
+        value = getattr(settings, name)
+        if not rule.allows(value):
+            text = f'"{value}"' if isinstance(value, str) else value
+            raise RequestError(f"{name}: got {text}, expected {rule.describe_range()}")
+
+
+S = TypeVar("S")
+
+
+def make_settings(settings_type: type[S], base: S | None, changes: Mapping[str, Any]) -> S:
+    """Return settings from keyword arguments.
+
+    Args:
+        settings_type: One of the settings classes.
+        base: Settings to start from, or None for the defaults.
+        changes: Values by name; they override those of `base`.
+
+    Raises:
+        RequestError: For an unknown name (the nearest known one is suggested) or an invalid value.
+    """
+    known = [f.name for f in dataclasses.fields(settings_type)]  # type: ignore[arg-type]
+    for name in changes:
+        if name not in known:
+            raise RequestError(f'unknown setting "{name}"{suggest(name, known)}')
+    if base is None:
+        return settings_type(**changes)
+    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def accepts_settings(settings_type: type, omit: Sequence[str] = ()) -> Callable[[F], F]:
+    """Show the fields of a settings class in the signature of a function that takes `**changes`.
+
+    The function builds its settings with `make_settings(settings_type, settings, changes)`; this
+    decorator makes `help()` and notebooks list the fields, except those in `omit`, as keyword
+    arguments with their types and defaults.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = [
+            p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters += [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+            )
+            for f in dataclasses.fields(settings_type)
+            if f.name not in omit and f.name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Return '; did you mean "..."?' for an unknown name, or the list of known names."""
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(known)}"
+
+
+def to_record(settings: Any) -> dict[str, Any]:
+    """Return settings as JSON-able values, for records and store keys.
+
+    Threat models and objectives become text; nested settings become dictionaries.
+    """
+    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, ThreatModel):
+        return str(value)
+    if dataclasses.is_dataclass(value) and hasattr(value, "__post_init__") and _is_settings(value):
+        return to_record(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def _is_settings(value: Any) -> bool:
+    return all("rule" in f.metadata for f in dataclasses.fields(value))
+
+
+def _parse_threat(settings: Any, name: str = "threat") -> None:
+    value = getattr(settings, name)
+    if value is not None:
+        object.__setattr__(settings, name, ThreatModel.parse(value))
+
+
+def _parse_early_stop(settings: Any) -> None:
+    value = settings.early_stop
+    if isinstance(value, bool):
+        value = EarlyStop() if value else None
+    elif isinstance(value, Mapping):
+        value = make_settings(EarlyStop, None, value)
+    object.__setattr__(settings, "early_stop", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """Return the epoch with the lowest robust loss on `val`, measured after every epoch."""
+
+    steps: int = setting(10, "APGD steps of the measurement.", ge=1)
+    samples: int | None = setting(None, "Samples of val to measure on; all by default.", ge=1)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Adversarial training by SGD. The defaults are those of the paper's fine-tuning.
+
+    Source: Huang, Adversarial Learned Soups, sections 2 and 4.
+    """
+
+    threat: ThreatModel = setting(
+        LINF_8, 'Threat model to train against, such as "Linf 8/255", "L2 0.5" or clean.'
+    )
+    objective: Any = setting(
+        "ce",
+        'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" '
+        "(B is the weight of the KL term) or package.module:function.",
+    )
+    attack_steps: int = setting(2, "APGD steps of each training attack.", ge=1)
+    epochs: int = setting(10, "Passes over the training split.", ge=1)
+    batch_size: int = setting(128, "Images in a batch.", ge=2)
+    lr: float = setting(1e-3, "Learning rate.", gt=0)
+    momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "Weight decay.", ge=0)
+    schedule: str | Mapping[str, Any] = setting(
+        "cosine",
+        'Learning-rate schedule: cosine, constant, one-cycle, "one-cycle P", cyclic, or '
+        "{milestones = [75, 113], gamma = 0.1} in a recipe.",
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of each label that is spread over all classes.", ge=0, lt=1
+    )
+    weight_decay_bn: bool = setting(True, "Apply weight decay to BatchNorm's weight and bias too.")
+    nesterov: bool = setting(False, "Use Nesterov momentum.")
+    clip_grad: float | None = setting(None, "Largest norm of the gradient.", gt=0)
+    bn_momentum: float | None = setting(
+        None,
+        "Momentum of BatchNorm's running statistics; the network's own by default.",
+        gt=0,
+        le=1,
+    )
+    ema: float = setting(
+        0.0,
+        "Decay of an exponential moving average of the weights, such as 0.995, which is then "
+        "measured, saved and returned; 0 for none.",
+        ge=0,
+        lt=1,
+    )
+    synthetic: Any = setting(
+        None, "An .npz file of generated images (image, label) to mix into each batch."
+    )
+    synthetic_fraction: float = setting(
+        0.7, "Share of each batch that is synthetic, with --synthetic.", ge=0, lt=1
+    )
+    early_stop: EarlyStop | None = setting(
+        None, "Return the epoch with the lowest robust loss on val, not the last one."
+    )
+    seed: int = setting(0, "Seed of the sample order, augmentation and noise.", ge=0, lt=SEED_LIMIT)
+    precision: str = setting("auto", "Arithmetic of training.", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        """Parse the threat model and check the ranges."""
+        _parse_threat(self)
+        _parse_early_stop(self)
+        check_ranges(self)
+        if self.nesterov and not self.momentum:
+            raise RequestError("nesterov: requires momentum above 0; got momentum 0")
+
+
+PRETRAIN_DEFAULTS: Mapping[str, Any] = {
+    "epochs": 150,
+    "lr": 0.1,
+    "schedule": {"milestones": [75, 113], "gamma": 0.1},
+}
+"""What pre-training from fresh weights uses instead of TrainSettings' defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DialSettings:
+    """How a dial learns a whole line of soups, from robust (t = 0) to clean (t = 1)."""
+
+    by: str = setting(
+        "objective",
+        "What t controls: objective (the weight of the clean loss) or eps (the attack's radius).",
+        choices=("objective", "eps"),
+    )
+    turn_every: int = setting(4, "Steps after which a new t is drawn.", ge=1)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnSettings:
+    """Learning the coefficients of a soup. The defaults are the paper's.
+
+    Source: Huang, Adversarial Learned Soups, section 3.
+    """
+
+    threat: ThreatModel = setting(
+        LINF_8, 'Threat model to learn against, such as "Linf 8/255", "L2 0.5" or clean.'
+    )
+    objective: Any = setting(
+        "ce",
+        'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" '
+        "(B is the weight of the KL term) or package.module:function.",
+    )
+    attack_steps: int = setting(2, "APGD steps of each training attack.", ge=1)
+    epochs: int = setting(30, "Passes over the training split.", ge=1)
+    batch_size: int = setting(128, "Images in a batch.", ge=2)
+    lr: float = setting(10.0, "Learning rate of the logits.", gt=0)
+    momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1)
+    schedule: str | Mapping[str, Any] = setting(
+        "cosine",
+        'Learning-rate schedule: cosine, constant, one-cycle, "one-cycle P", cyclic, or '
+        "{milestones = [75, 113], gamma = 0.1} in a recipe.",
+    )
+    detach: float = setting(
+        0.8, "Detach dropout: probability that a layer gets no update in a step.", ge=0, le=1
+    )
+    init: str = setting(
+        "xavier",
+        "Initial logits: xavier, or zeros (the uniform soup).",
+        choices=("xavier", "zeros"),
+    )
+    granularity: str = setting(
+        "parameter",
+        "What shares one softmax: parameter, module, block, model or re:PATTERN on names.",
+    )
+    buffers: str = setting(
+        "tracked",
+        "BatchNorm statistics of the network that is attacked while learning.",
+        choices=tuple(BUFFER_POLICIES),
+    )
+    early_stop: EarlyStop | None = setting(
+        None, "Return the epoch with the lowest objective on val, not the last one."
+    )
+    dial: DialSettings | None = setting(
+        None, "Learn a dial, the whole trade-off in one run, instead of one soup."
+    )
+    seed: int = setting(0, "Seed of the sample order, augmentation and noise.", ge=0, lt=SEED_LIMIT)
+    precision: str = setting("auto", "Arithmetic of learning.", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        """Parse the threat model and check the ranges."""
+        _parse_threat(self)
+        _parse_early_stop(self)
+        if isinstance(self.dial, Mapping):
+            object.__setattr__(self, "dial", make_settings(DialSettings, None, self.dial))
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings:
+    """The attack of an evaluation. The defaults are the paper's protocol.
+
+    Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
+    """
+
+    attack: str = setting(
+        "apgd",
+        "Attack: apgd, pgd (a baseline) or autoattack (the standard four; requires the extra "
+        "robustsoup[autoattack]).",
+        choices=tuple(ATTACKS),
+    )
+    loss: str | Callable[..., Any] = setting(
+        "ce", 'Loss that the attack maximises: ce, dlr or "targeted dlr".'
+    )
+    steps: int = setting(100, "Steps of APGD or PGD.", ge=1)
+    restarts: int = setting(1, "Random restarts.", ge=1)
+    targets: int = setting(9, 'Most likely other classes that "targeted dlr" tries.', ge=1)
+    eot: int = setting(1, "Passes to average each gradient over, for stochastic networks.", ge=1)
+    seed: int = setting(0, "Seed of the attack's noise.", ge=0, lt=SEED_LIMIT)
+    precision: str = setting(
+        "float32",
+        "Arithmetic of the search; every verdict is computed in float32.",
+        choices=PRECISIONS,
+    )
+    batch_size: int | None = setting(None, "Most images in a pass; by device by default.", ge=1)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self)
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise RequestError(f'loss: got "{self.loss}", expected one of {", ".join(LOSSES)}')
+
+    @property
+    def loss_name(self) -> str:
+        """The loss as text."""
+        return self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "custom")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferSettings:
+    """What becomes of BatchNorm's running statistics in a soup."""
+
+    buffers: str | None = setting(
+        None,
+        "BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked; "
+        "by default tracked for learned coefficients, else average.",
+        choices=tuple(BUFFER_POLICIES),
+    )
+    calibrate_samples: int = setting(
+        10_000, "Training samples that the recalibrating policies measure statistics on.", ge=2
+    )
+    calibrate_threat: ThreatModel = setting(LINF_8, "Threat model of recalibrate-adversarial.")
+    attack_steps: int = setting(2, "APGD steps of recalibrate-adversarial.", ge=1)
+    seed: int = setting(0, "Seed of the calibration samples and noise.", ge=0, lt=SEED_LIMIT)
+
+    def __post_init__(self) -> None:
+        """Parse the threat model and check the ranges."""
+        _parse_threat(self, "calibrate_threat")
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Which soups a search tries, and how it chooses."""
+
+    method: str = setting(
+        "grid", "Soups to try: grid, line, uniform or greedy.", choices=tuple(SOUP_METHODS)
+    )
+    step: float = setting(0.2, "Step of the grid, a fraction of 1.", gt=0, le=1)
+    max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1)
+    score: str | None = setting(
+        None, 'Score that the greedy soup must not lower, such as "0.3 clean + 0.7 Linf 8/255".'
+    )
+    require: tuple[str, ...] = setting((), 'Requirement such as "clean>=0.85"; repeatable.')
+    maximise: str | None = setting(None, "Accuracy to maximise; the first threat by default.")
+    point: bool = setting(
+        False, "Check requirements by the estimate, not by the lower end of its 95 % interval."
+    )
+    screen: bool = setting(
+        False, "Try every soup with a short attack and confirm in full only those that can win."
+    )
+    screen_steps: int = setting(10, "Steps of the short attack.", ge=1)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        object.__setattr__(self, "require", tuple(self.require))
+        check_ranges(self)
+        if abs(round(1 / self.step) * self.step - 1) > 1e-9:
+            raise RequestError(
+                f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandscapeSettings:
+    """The plane through three checkpoints and the loss on a grid of its points."""
+
+    threat: ThreatModel = setting(LINF_8, "Threat model of the loss.")
+    attack_steps: int = setting(10, "APGD steps; the highest loss of each sample counts.", ge=1)
+    points: int = setting(21, "Points along each side.", ge=2)
+    samples: int = setting(2000, "Most samples to measure on, drawn by the seed.", ge=1)
+    buffers: str = setting(
+        "recalibrate",
+        "BatchNorm statistics at each point.",
+        choices=("base", "recalibrate", "recalibrate-adversarial"),
+    )
+    calibrate_samples: int = setting(
+        10_000, "Training samples that statistics are measured on.", ge=2
+    )
+    seed: int = setting(0, "Seed of the samples and noise.", ge=0, lt=SEED_LIMIT)
+    precision: str = setting("auto", "Arithmetic of the attack.", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        """Parse the threat model and check the ranges."""
+        _parse_threat(self)
+        check_ranges(self)
