@@ -544,7 +544,7 @@ def test_without_space_the_old_file_stays_and_nothing_is_left_behind(tmp_path, e
     script = f"""
 import resource
 import torch
-from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import StorageError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -16,13 +16,14 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
 from robustsoup.cli.app import stdout
 from robustsoup.data import load_data, to_float
+from robustsoup.diagnosis import geometry
+from robustsoup.diagnosis import rules as soupability
 from robustsoup.diagnosis.barriers import ALONG, Curve
 from robustsoup.diagnosis.geometry import gram
 from robustsoup.diagnosis.rules import check
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
-from robustsoup.soups import geometry, soupability
 from robustsoup.soups.mixing import mix
 from robustsoup.training.adversarial_loss import robust_loss
 from robustsoup.training.train import train

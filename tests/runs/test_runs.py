@@ -212,7 +212,7 @@ def test_another_function_of_one_name_has_another_key(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     change, seen = (("ingredients", "low", "objective"), "own_loss_of_runs:loss"), set()
     for factor in (1, 2):
-        source = f"from robustsoup.losses import ce\ndef loss(clean, attacked, y):\n    return {factor} * ce(attacked, y)\n"
+        source = f"from robustsoup.attacks.losses import ce\ndef loss(clean, attacked, y):\n    return {factor} * ce(attacked, y)\n"
         (tmp_path / "own_loss_of_runs.py").write_text(source)
         linecache.clearcache()
         importlib.invalidate_caches()

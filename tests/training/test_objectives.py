@@ -125,7 +125,7 @@ def test_wrong_text_is_one_line(text):
 
 def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text(
-        "from functools import partial\nfrom robustsoup.losses import Objective, ce, kl\n"
+        "from functools import partial\nfrom robustsoup.attacks.losses import ce, kl\nfrom robustsoup.training.objectives import Objective\n"
         "def half(clean, attacked, y):\n    return (ce(clean, y) + ce(attacked, y)) / 2\n"
         "def smooth(clean, attacked, y, label_smoothing=0.0):\n    return ce(attacked, y)\n"
         "steep = Objective(partial(half, y=2.0))\nsteeper = Objective(partial(half, y=3.0))\n"
