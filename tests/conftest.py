@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +11,6 @@ torch.set_num_threads(1)
 # The same examples everywhere, so that what passed here passes there; `pytest --hypothesis-profile default` looks for others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
-
-root = os.environ.get("ROBUSTSOUP_DATA")
-needs_cifar10 = pytest.mark.skipif(
-    not (root and (Path(root) / "cifar-10-batches-py").is_dir()),
-    reason="set ROBUSTSOUP_DATA to the folder that holds cifar-10-batches-py",
-)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -469,7 +469,7 @@ def test_a_checkpoint_of_a_built_network_knows_it():
 
 
 def test_without_a_record_a_network_must_be_named():
-    with pytest.raises(ModelError, match="does not say what network it is; give --model"):
+    with pytest.raises(ModelError, match="does not record its network; set --model"):
         Checkpoint(tensors()).network()
 
 

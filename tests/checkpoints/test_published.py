@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 import torch
-from test_data import files_below, serving
-from test_models import needs_robustbench, zoo
+from markers import model_zoo, needs_robustbench
+from web_server import files_below, serving
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.published import PUBLISHED, Published, fetch_published
@@ -218,7 +218,7 @@ def test_where_nothing_can_be_written(tmp_path):
 
 @needs_robustbench
 def test_the_published_files_are_those_that_robustbench_names():
-    source = (zoo() / "cifar10.py").read_text(encoding="utf-8")
+    source = (model_zoo() / "cifar10.py").read_text(encoding="utf-8")
     for name, published in REAL.items():
         entries = re.findall(rf"\('{name.removeprefix('L2/')}', \{{(.*?)\}}\)", source, re.DOTALL)
         entry = entries[-1 if name.startswith("L2/") else 0]  # Linf stands first

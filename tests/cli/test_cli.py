@@ -1197,7 +1197,7 @@ BAD = {
     "no network known": (
         NOTHING,
         ("evaluate", "low.pth", *LINF),
-        ["low.pth", "does not say", "--model"],
+        ["low.pth", "does not record its network", "--model"],
     ),
     "no network given": (
         NOTHING,

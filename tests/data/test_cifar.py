@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import needs_cifar10
+from markers import needs_cifar10
 
 from robustsoup.data import Augmentation, load_data
 from robustsoup.device import resolve_device, resolve_precision

@@ -1,9 +1,7 @@
 """Data: what is loaded, how it is split, how batches follow from seeds, and what each bad input is told."""
 
-import contextlib
 import dataclasses
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -12,17 +10,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import needs_cifar10
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markers import needs_cifar10
 from PIL import Image
+from web_server import files_below, serving
 
 from robustsoup.data import (
     DATASETS,
@@ -889,41 +887,10 @@ def make_archive(files, extra=()):
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def serving(body, *, status=200, kind="application/x-gzip", announced=None):
-    """A server that gives `body` to every request and remembers the requests; announced: its Content-Length."""
-    requests = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(announced or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/cifar.tar.gz", requests
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def fetch(root, url, body, **options):
     return fetch_cifar10(
         root, url=url, archive_md5=hashlib.md5(body).hexdigest(), file_md5=FILE_MD5, **options
     )
-
-
-def files_below(root):
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 UNPACKED = ["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"]

@@ -7,9 +7,9 @@ import zipfile
 import numpy
 import pytest
 import torch
-from conftest import needs_cifar10
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from markers import needs_cifar10
 
 import robustsoup.data.synthetic as synthetic_file
 from robustsoup.data import Augmentation, Synthetic, batches, load_data, mixed_batches

@@ -167,7 +167,7 @@ def test_a_foreign_file_is_run_by_the_network_given(tmp_path, related):
     assert found.pairs[0].curves == checked(related).pairs[0].curves
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    with pytest.raises(ModelError, match="does not say what network it is"):
+    with pytest.raises(ModelError, match="does not record its network"):
         checked(files)
     assert check(files).pairs[0].distance == pytest.approx(check(related).pairs[0].distance)
 

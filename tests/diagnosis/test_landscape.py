@@ -15,7 +15,7 @@ from robustsoup.data import load_data, to_float
 from robustsoup.diagnosis import landscape as module
 from robustsoup.diagnosis.landscape import Landscape, Plane, landscape, plane_through
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
-from robustsoup.models import load_model
+from robustsoup.models import NetworkSettings, load_model
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -222,7 +222,7 @@ def test_another_network_of_the_same_weights_begins_anew(three, tmp_path):
     plain = three[0].network()
     scaled = three[0].network()
     scaled.register_forward_hook(lambda module, inputs, logits: 2 * logits)
-    scaled.network_settings = {"spec": "scaled"}
+    scaled.network_settings = NetworkSettings("scaled")
     one = judge(three, points=2, samples=20, network=plain, state_path=tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="state"):
         judge(three, points=2, samples=20, network=scaled, state_path=tmp_path / "state.pt")

@@ -3,11 +3,11 @@
 import importlib.util
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from test_learning import perturbed
+from ingredients import perturbed
+from markers import model_zoo, needs_robustbench
 from torch import nn
 
 from robustsoup.attacks.folding import folded
@@ -109,7 +109,7 @@ def test_images_become_logits(name, channels, size):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("resnet9:width=0", "width: got 0, expected a whole number of at least 1"),
+        ("resnet9:width=0", "width: got 0, expected an integer of at least 1"),
         ("resnet18:width=x", "width: got x"),
         ("wide_resnet:width=1.5", "width: got 1.5"),
         ("resnet9:width=8,width=4", "got width twice"),
@@ -142,7 +142,7 @@ def test_the_published_constants_are_used_and_not_stored(name):
     assert model.normalize.mean.flatten().tolist() == pytest.approx(MEAN)
     assert model.normalize.std.flatten().tolist() == pytest.approx(STD)
     assert not [key for key in model.state_dict() if "normalize" in key]
-    assert model.network_settings["normalize"] is None
+    assert model.network_settings.normalize is None
     data = load_model(SMALL[name], mean=MEAN, std=STD)  # CIFAR-10's own, as a training gives them
     assert data.network_settings == model.network_settings
 
@@ -259,21 +259,12 @@ def test_they_can_be_mixed(name):
 
 # against RobustBench's definitions
 
-robustbench = importlib.util.find_spec("robustbench")
-needs_robustbench = pytest.mark.skipif(
-    robustbench is None, reason="pip install --no-deps -c constraints.txt robustbench"
-)
-
-
-def zoo():
-    return Path(robustbench.submodule_search_locations[0]) / "model_zoo"
-
 
 @cache
 def deepmind():
     """RobustBench's file of these networks, by its path: importing the package would import torchvision."""
     spec = importlib.util.spec_from_file_location(
-        "dm_wide_resnet", zoo() / "architectures" / "dm_wide_resnet.py"
+        "dm_wide_resnet", model_zoo() / "architectures" / "dm_wide_resnet.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,18 +2,36 @@
 
 import pytest
 import torch
-from test_learning import DATA, LINF, learned, perturbed
+from ingredients import perturbed
 from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import load_data
 from robustsoup.diagnosis.rules import check
 from robustsoup.errors import CheckpointError, CoefficientError, Diverged, RequestError
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
 from robustsoup.soups.coefficients import Coefficients
-from robustsoup.soups.learning import learn_dial
+from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
+from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
+
+DATA = load_data("digits").train.first(96)
+LINF = ThreatModel("Linf", 32 / 255)
+
+
+def learned(items, **changed):
+    """Coefficients for `items` after two epochs under the default settings but for `changed`."""
+    settings = {
+        "threat": LINF,
+        "epochs": 2,
+        "batch_size": 32,
+        "device": "cpu",
+        "precision": "float32",
+        "detach": 0.5,
+    }
+    return learn(items, DATA, **(settings | changed))
 
 
 class Odd(nn.Module):

@@ -35,7 +35,7 @@ from robustsoup.errors import (
 )
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.models import load_model
+from robustsoup.models import NetworkSettings, load_model
 from robustsoup.recipes import load_recipe, parse_recipe, slug
 from robustsoup.runs.execute import _Watch
 from robustsoup.runs.plan import confirmed, make_plan
@@ -85,7 +85,7 @@ report_samples = 64
 require = ["clean>=0.01"]
 """
 DATA = load_data("digits")
-MODEL = {"spec": "resnet9:width=2", "classes": 10, "channels": 1, "normalize": None}
+MODEL = NetworkSettings("resnet9:width=2", classes=10, channels=1)
 ROWS = ["pretrained", "low", "high", "grid-0-1", "grid-0.5-0.5", "grid-1-0", "learned-linf-32-255"]
 
 
@@ -343,7 +343,10 @@ def test_the_code_of_ones_own_network_is_in_the_keys_of_all_that_it_made(tmp_pat
         file.write_text(code)
         return keys(
             make_plan(
-                recipe_of(()), DATA, {**MODEL, "spec": "own_network_of_the_keys:net"}, "float32"
+                recipe_of(()),
+                DATA,
+                dataclasses.replace(MODEL, spec="own_network_of_the_keys:net"),
+                "float32",
             )
         )
 
@@ -466,7 +469,9 @@ def test_what_is_confirmed_goes_on_from_the_screening():
 def test_data_network_and_precision_are_in_every_training_key():
     before = keys(plan_of())
     other_data = make_plan(recipe_of(), load_data("digits", seed=1), MODEL, "float32")
-    other_model = make_plan(recipe_of(), DATA, MODEL | {"spec": "resnet9:width=4"}, "float32")
+    other_model = make_plan(
+        recipe_of(), DATA, dataclasses.replace(MODEL, spec="resnet9:width=4"), "float32"
+    )
     for after in (keys(other_data), keys(other_model)):
         assert not set(before.values()) & set(after.values())
     bfloat = keys(plan_of(precision="bfloat16"))
@@ -1265,7 +1270,9 @@ def test_ingredients_that_saw_the_judging_samples_are_refused(files):
     low.with_provenance(trained_on=["train", "val"]).save(files / "low.safetensors")
     with pytest.raises(LeakageError, match="was trained on the val split itself"):
         prepare(of_files(files), device="cpu")
-    dataclasses.replace(low, provenance={"network": MODEL}).save(files / "low.safetensors")
+    dataclasses.replace(low, provenance={"network": MODEL.as_record()}).save(
+        files / "low.safetensors"
+    )
     assert prepare(of_files(files), device="cpu").leakage[0] == "unknown"
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,12 @@ from robustsoup.checkpoints.formats import (
 from robustsoup.checkpoints.mapped import Source
 from robustsoup.errors import CheckpointError, ModelError, RequestError
 from robustsoup.files import atomic_path, write_torch
-from robustsoup.models import load_model
+from robustsoup.models import NetworkSettings, build_network, network_settings_of
+from robustsoup.models.network import channel_constants
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
 _PREFIXES = ("module.", "model.", "0.")
+NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -74,8 +76,8 @@ class Checkpoint:
             name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()
         }
         record = {**(provenance or {}), **_parameters_of(model)}
-        if hasattr(model, "network_settings"):
-            record.setdefault("network", model.network_settings)
+        if (settings := network_settings_of(model)) is not None:
+            record.setdefault("network", settings.as_record())
         return cls(tensors, record)
 
     @cached_property
@@ -107,21 +109,44 @@ class Checkpoint:
         """alias -> name for tensors that are one parameter under two names."""
         return dict(self.provenance.get("tied", {}))
 
-    def network(self, spec: str | None = None, **build: Any) -> nn.Module:
-        """The network with these weights, in eval mode, on the CPU.
+    @property
+    def network_settings(self) -> NetworkSettings | None:
+        """How the network is built, if the record says so."""
+        recorded = self.provenance.get("network") or {}
+        if not recorded.get("spec"):
+            return None
+        return NetworkSettings.from_record(recorded, self.name)
 
-        spec, build: what `load_model` takes, for files that do not say what network they are; they override the record.
-        Raises ModelError if no network is known or if names or shapes do not fit, naming the first that differs.
+    def network(
+        self,
+        spec: str | None = None,
+        *,
+        classes: int | None = None,
+        channels: int | None = None,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> nn.Module:
+        """Build the network with these weights, in eval mode, on the CPU.
+
+        The arguments are those of `load_model`; each that is set overrides the record.
+
+        Raises:
+            ModelError: the record names no network and spec is None, or names or shapes of the
+                tensors differ from those of the network (the first is named).
         """
-        known = dict(self.provenance.get("network", {}))
-        spec = spec or known.pop("spec", None)
+        recorded = self.network_settings
+        spec = spec or (recorded.spec if recorded else None)
         if spec is None:
             raise ModelError(
-                f"{self.name}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory"
+                f"{self.name}: the file does not record its network; {NAME_THE_NETWORK}"
             )
-        known.pop("spec", None)
-        settings = {**known, **{key: value for key, value in build.items() if value is not None}}
-        model = load_model(spec, **settings)
+        settings = recorded or NetworkSettings(spec)
+        settings = NetworkSettings(
+            spec,
+            settings.classes if classes is None else classes,
+            settings.channels if channels is None else channels,
+            channel_constants(normalize) or settings.normalize,
+        )
+        model = build_network(settings)
         self.load_into(model)
         return model.eval()
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import UNKNOWN, VIOLATED, check_leakage
 from robustsoup.checkpoints.published import fetch_published
 from robustsoup.cli.progress import Bar, stderr
 from robustsoup.data import Data, fetch_cifar10, load_data
 from robustsoup.errors import ModelError, RequestError
-from robustsoup.models import load_model
+from robustsoup.models import NetworkSettings, build_network
 
 
 def use_threads(count: int | None) -> None:
@@ -80,24 +81,13 @@ def names_of(paths: list[Path]) -> dict[str, Path]:
 
 def model_settings(
     spec: str | None, normalize: tuple[str, str] | None, data: Data, paths: list[Path]
-) -> dict[str, Any]:
-    """How the network is built: as told, else as the first file's record says."""
-    outside = [numbers(part) for part in normalize] if normalize else None
+) -> NetworkSettings:
+    """Return how the network is built: from --model, else from the first file that records it."""
+    constants = [numbers(part) for part in normalize] if normalize else None
+    settings = resolve_network(spec, normalize=constants, data=data, checkpoints=paths)
     if spec:
-        settings = {
-            "spec": spec,
-            "classes": data.test.classes,
-            "channels": data.record["channels"],
-            "normalize": outside,
-        }
-        load_model(**settings)
-        return settings
-    for path in paths:
-        if known := Checkpoint.open(path).provenance.get("network"):
-            return known | ({"normalize": outside} if outside else {})
-    raise ModelError(
-        f"{paths[0]}: the file does not say what network it is; give --model, as in resnet9 or package.module:factory"
-    )
+        build_network(settings)  # reports a wrong --model before any work
+    return settings
 
 
 def numbers(text: str) -> list[float]:

@@ -44,7 +44,7 @@ from robustsoup.data import Synthetic
 from robustsoup.device import resolve_device
 from robustsoup.diagnosis.rules import check
 from robustsoup.errors import CoefficientError, ModelError, RequestError
-from robustsoup.models import load_model
+from robustsoup.models import build_network
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv
 from robustsoup.runs.execute import Context
 from robustsoup.runs.folder import ensure_folder
@@ -213,7 +213,7 @@ def check_command(
         context = Context(
             source, model_settings(model, normalize, source, checkpoints), resolve_device(device)
         )
-        split, network = source.val, load_model(**context.model)
+        split, network = source.val, build_network(context.model)
     with Bar("checking") as bar:
         found = check(
             checkpoints,

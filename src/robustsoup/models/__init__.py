@@ -1,5 +1,13 @@
 """Networks, by name or by "package.module:factory"."""
 
-from robustsoup.models.sources import MODELS, code_mark, load_model, normalized
+from robustsoup.models.network import NetworkSettings, network_settings_of
+from robustsoup.models.sources import MODELS, build_network, code_fingerprint, load_model
 
-__all__ = ["MODELS", "code_mark", "load_model", "normalized"]
+__all__ = [
+    "MODELS",
+    "NetworkSettings",
+    "build_network",
+    "code_fingerprint",
+    "load_model",
+    "network_settings_of",
+]

@@ -1,31 +1,37 @@
-"""From the name of a network to the network."""
+"""Build a network from its name: a built-in one, or a factory in the user's own code."""
 
 import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from robustsoup import fingerprint
 from robustsoup.errors import ModelError
+from robustsoup.models.network import ChannelConstants, NetworkSettings, channel_constants
 from robustsoup.models.preact_resnet import preact_resnet18
 from robustsoup.models.resnet import resnet18, resnet50
 from robustsoup.models.resnet9 import resnet9
 from robustsoup.models.wide_resnet import constants, wide_resnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+Factory = Callable[..., nn.Module]
+OptionValue = int | float | str | list[float]
+
+MODELS: dict[str, Factory] = {
     "resnet9": resnet9,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "wide_resnet": wide_resnet,
     "preact_resnet18": preact_resnet18,
 }
-SIZES = {"width", "depth", "classes", "channels"}
-"""Options of built-in networks that count something."""
+SIZE_OPTIONS = frozenset({"width", "depth", "classes", "channels"})
+"""Options of built-in networks that must be positive integers."""
 CONSTANTS_IN_CODE = ("wide_resnet", "preact_resnet18")
-"""Networks whose published files hold neither mean nor std: `normalize` says which, else they are the published ones."""
+"""Networks whose published files hold neither mean nor std; without `normalize` they use the
+published constants."""
 
 
 def load_model(
@@ -38,119 +44,157 @@ def load_model(
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Build a network with fresh weights from "resnet9", "resnet9:width=16" or "package.module:factory[:key=value,...]".
+    """Build a network with fresh weights.
 
-    A built-in network gets classes, channels, mean and std (normalisation is inside it). A factory gets only what its
-    signature names of classes and channels, and its own key=value pairs. What it was built with is kept in its attribute
-    `network_settings`, which a Checkpoint of it records. normalize: (mean, std) by channel, for a
-    network that expects it outside: it is then applied before the network, whose state dict keeps its own names. The networks
-    in CONSTANTS_IN_CODE normalise by it instead of mean and std, and record as it what is not published.
-    The weights come from `seed`; the global generator is left as it was.
+    Args:
+        spec: "resnet9", "resnet9:width=16" or "package.module:factory[:key=value,...]".
+        classes: number of classes; a factory receives it only if its signature names it.
+        channels: number of input channels; passed on as `classes` is.
+        mean: per-channel mean that a built-in network subtracts from its inputs.
+        std: per-channel standard deviation that a built-in network divides its inputs by.
+        normalize: (mean, std) by channel, for a network that expects normalized inputs; applied
+            before the network, whose state dict keeps its own names. The networks in
+            CONSTANTS_IN_CODE use these constants instead of `mean` and `std`.
+        seed: seed of the weights; the global generator keeps its state.
 
-    Raises ModelError for an unknown name, a wrong option, or a factory that does not return an nn.Module.
+    Returns:
+        The network. Its attribute `network_settings` holds what it was built with, and a Checkpoint
+        of it records that.
+
+    Raises:
+        ModelError: an unknown name, a wrong option, or a factory that returns no nn.Module.
     """
-    name, _, rest = spec.partition(":")
-    if normalize:
-        _check_constants(*normalize)
-    if name in CONSTANTS_IN_CODE:
-        mean, std = normalize or (mean, std)
-        normalize = _recorded(mean, std, channels)
+    settings = NetworkSettings(spec, classes, channels, channel_constants(normalize))
+    return build_network(settings, mean=mean, std=std, seed=seed)
+
+
+def build_network(
+    settings: NetworkSettings,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Build the network that the settings describe; arguments and errors as in `load_model`."""
+    name, _, rest = settings.spec.partition(":")
+    constants_in_code = name in CONSTANTS_IN_CODE
+    if constants_in_code:
+        mean, std = settings.normalize or (mean, std)
+        normalize = _unpublished_constants(mean, std, settings.channels)
+        settings = replace(settings, normalize=normalize)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if name in MODELS:
-            options = _options(rest, spec)
-            for key in SIZES & options.keys():
-                if not isinstance(options[key], int) or options[key] < 1:
-                    raise ModelError(
-                        f'model "{spec}": {key}: got {options[key]}, expected a whole number of at least 1'
-                    )
-            given = {"classes": classes, "channels": channels}
-            if mean is not None and std is not None:
-                given |= {"mean": list(mean), "std": list(std)}
-            model = _call(MODELS[name], {**given, **options}, spec)
+            model = _build_builtin(settings, mean, std)
         elif "." in name or rest:
-            factory, _, rest = rest.partition(":")
-            function = _find(name, factory, spec)
-            named = _parameters(function)
-            given = {
-                k: v for k, v in {"classes": classes, "channels": channels}.items() if k in named
-            }
-            model = _call(function, {**given, **_options(rest, spec)}, spec)
+            model = _build_from_factory(settings)
         else:
-            near = difflib.get_close_matches(name, MODELS, 1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise ModelError(
-                f'model "{spec}": unknown{hint} Expected one of {", ".join(MODELS)} or "package.module:factory"'
-            )
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f'model "{spec}": the factory returned {type(model).__name__}, expected a torch.nn.Module'
-        )
-    if normalize and name not in CONSTANTS_IN_CODE:
-        normalized(model, *normalize)
-    model.network_settings = {
-        "spec": spec,
-        "classes": classes,
-        "channels": channels,
-        "normalize": normalize and [list(part) for part in normalize],
-    }
+            raise _unknown_model(settings.spec)
+    if settings.normalize and not constants_in_code:
+        normalize_inputs(model, *settings.normalize)
+    model.network_settings = settings
     return model
 
 
-def code_mark(spec: str) -> str | None:
-    """What tells two factories of one name apart: a digest of the code of its file; None for a built-in network."""
+def code_fingerprint(spec: str) -> str | None:
+    """Return the fingerprint of a factory's source file; None for a built-in network."""
     name, _, rest = spec.partition(":")
-    return None if name in MODELS else fingerprint.mark(_find(name, rest.partition(":")[0], spec))
+    if name in MODELS:
+        return None
+    return fingerprint.mark(_import_factory(name, rest.partition(":")[0], spec))
 
 
-def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """Make `model` subtract mean and divide by std (one number a channel) before its forward; its names do not change.
+def normalize_inputs(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Make `model` normalize its inputs before its forward; the names in its state dict stay.
 
-    Raises ModelError if mean and std differ in length or a std is not positive.
+    Args:
+        model: the network; modified in place and returned.
+        mean: one number a channel, subtracted from the inputs.
+        std: one positive number a channel, by which the inputs are divided.
+
+    Raises:
+        ModelError: mean and std differ in length, or a std is not positive.
     """
-    _check_constants(mean, std)
+    channel_constants((mean, std))
     shape = (1, -1, 1, 1)
     model.register_buffer("input_mean", torch.tensor(list(mean)).view(shape), persistent=False)
     model.register_buffer("input_std", torch.tensor(list(std)).view(shape), persistent=False)
-    model.register_forward_pre_hook(_normalize_input)
+    model.register_forward_pre_hook(_normalize_hook)
     return model
 
 
-def _check_constants(mean: Sequence[float], std: Sequence[float]) -> None:
-    if len(mean) != len(std) or not mean or min(std) <= 0:
-        raise ModelError(
-            f"normalize: got mean {list(mean)} and std {list(std)}, expected as many of both, std above 0"
-        )
-
-
-def _recorded(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[Sequence[float], Sequence[float]] | None:
-    """(mean, std) where they are given and not those that the network has by itself."""
-    if mean is None or std is None or (list(mean), list(std)) == constants(channels):
-        return None
-    return mean, std
-
-
-def _normalize_input(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _normalize_hook(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return ((inputs[0] - model.input_mean) / model.input_std, *inputs[1:])
 
 
-def _options(text: str, spec: str) -> dict:
-    options = {}
+def _unpublished_constants(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> ChannelConstants | None:
+    """Return (mean, std) if both are given and differ from the published constants."""
+    if mean is None or std is None or (list(mean), list(std)) == constants(channels):
+        return None
+    return tuple(mean), tuple(std)
+
+
+def _build_builtin(
+    settings: NetworkSettings, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Module:
+    name, _, text = settings.spec.partition(":")
+    options = _parse_options(text, settings.spec)
+    for key in SIZE_OPTIONS & options.keys():
+        value = options[key]
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f'model "{settings.spec}": {key}: got {value}, expected an integer of at least 1'
+            )
+    defaults: dict[str, OptionValue] = {"classes": settings.classes, "channels": settings.channels}
+    if mean is not None and std is not None:
+        defaults |= {"mean": list(mean), "std": list(std)}
+    return _call_factory(MODELS[name], defaults | options, settings.spec)
+
+
+def _build_from_factory(settings: NetworkSettings) -> nn.Module:
+    module, _, rest = settings.spec.partition(":")
+    name, _, text = rest.partition(":")
+    factory = _import_factory(module, name, settings.spec)
+    accepted = _parameter_names(factory)
+    sizes = {"classes": settings.classes, "channels": settings.channels}
+    options = {key: value for key, value in sizes.items() if key in accepted}
+    model = _call_factory(factory, options | _parse_options(text, settings.spec), settings.spec)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f'model "{settings.spec}": the factory returned {type(model).__name__}, '
+            "expected a torch.nn.Module"
+        )
+    return model
+
+
+def _unknown_model(spec: str) -> ModelError:
+    close = difflib.get_close_matches(spec.partition(":")[0], MODELS, 1)
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    return ModelError(
+        f'model "{spec}": unknown{hint} Expected one of {", ".join(MODELS)} '
+        'or "package.module:factory"'
+    )
+
+
+def _parse_options(text: str, spec: str) -> dict[str, OptionValue]:
+    """Parse "key=value,..." after the name of a network; values become int or float if possible."""
+    options: dict[str, OptionValue] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
-        if not equals or not key.strip().isidentifier():
+        key = key.strip()
+        if not equals or not key.isidentifier():
             raise ModelError(
                 f'model "{spec}": got "{part}", expected key=value as in "resnet9:width=16"'
             )
-        if key.strip() in options:
-            raise ModelError(f'model "{spec}": got {key.strip()} twice')
-        options[key.strip()] = _number(value.strip())
+        if key in options:
+            raise ModelError(f'model "{spec}": got {key} twice')
+        options[key] = _parse_number(value.strip())
     return options
 
 
-def _number(text: str) -> int | float | str:
+def _parse_number(text: str) -> int | float | str:
     for kind in (int, float):
         try:
             return kind(text)
@@ -159,27 +203,27 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _parameters(function: Callable) -> set[str]:
+def _parameter_names(factory: Factory) -> set[str]:
     try:
-        return set(inspect.signature(function).parameters)
+        return set(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
         return set()
 
 
-def _find(module: str, name: str, spec: str) -> Callable:
+def _import_factory(module: str, name: str, spec: str) -> Factory:
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise ModelError(
             f'model "{spec}": module "{error.name}" cannot be found; is it on the Python path?'
         ) from None
-    if found is None:
+    if factory is None:
         raise ModelError(f'model "{spec}": module "{module}" has no "{name}"')
-    return found
+    return factory
 
 
-def _call(function: Callable[..., nn.Module], options: dict, spec: str) -> nn.Module:
+def _call_factory(factory: Factory, options: dict[str, OptionValue], spec: str) -> nn.Module:
     try:
-        return function(**options)
+        return factory(**options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f'model "{spec}": cannot be built with {options}: {error}') from None

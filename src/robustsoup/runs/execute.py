@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe
 from robustsoup.data import Data, Split, Synthetic
 from robustsoup.diagnosis.landscape import landscape
 from robustsoup.errors import DataError, RobustsoupError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import link, write_text
-from robustsoup.models import load_model
+from robustsoup.models import NetworkSettings, build_network
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
@@ -37,7 +38,7 @@ class Context:
     """What all steps share: the data, how the network is built, and where it runs."""
 
     data: Data
-    model: dict[str, Any]
+    model: NetworkSettings
     device: torch.device
 
     @cached_property
@@ -48,22 +49,11 @@ class Context:
     def fresh_network(self, seed: int) -> nn.Module:
         """The network with weights drawn from `seed`, normalising by the data's mean and std if it is a built-in one."""
         record = self.data.record
-        return load_model(**self.model, mean=record["mean"], std=record["std"], seed=seed)
+        return build_network(self.model, mean=record["mean"], std=record["std"], seed=seed)
 
     def describe(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A checkpoint whose record says what network it is and which tensors are parameters."""
-        if "network" not in checkpoint.provenance:
-            checkpoint = checkpoint.with_provenance(network=self.model)
-        elif self.model.get("normalize"):  # what was asked for now overrides the record
-            known = checkpoint.provenance["network"]
-            checkpoint = checkpoint.with_provenance(
-                network={**known, "normalize": self.model["normalize"]}
-            )
-        return (
-            checkpoint
-            if "parameters" in checkpoint.provenance
-            else checkpoint.described_by(checkpoint.network())
-        )
+        """Return the checkpoint with a record of its network and its parameters."""
+        return describe(checkpoint, self.model)
 
 
 class Reporter(Protocol):

@@ -86,7 +86,7 @@ def fill(
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "recipe": plan.recipe.model_dump(mode="json", exclude_none=True),
         "data": context.data.record,
-        "model": context.model["spec"],
+        "model": context.model.spec,
         "leakage": {"status": leakage[0], "why": leakage[1]},
         "figures": list(plan.recipe.report.figures),
         "protocol": _protocol(plan, rows),

@@ -10,7 +10,7 @@ from typing import Any
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.errors import DataError
-from robustsoup.models import code_mark
+from robustsoup.models import NetworkSettings, code_fingerprint
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
 from robustsoup.soups.grid import candidates
 from robustsoup.soups.mixing import common_ancestor
@@ -83,7 +83,7 @@ class Plan:
         return next(step for step in self.steps if step.key == key)
 
 
-def make_plan(recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str) -> Plan:
+def make_plan(recipe: Recipe, data: Data, model_settings: NetworkSettings, precision: str) -> Plan:
     """All steps that a recipe asks for, keyed.
 
     model_settings: how the network is built; precision: what training runs in on this device (both are in the keys).
@@ -94,10 +94,10 @@ def make_plan(recipe: Recipe, data: Data, model_settings: dict[str, Any], precis
 
 class _Planner:
     def __init__(
-        self, recipe: Recipe, data: Data, model_settings: dict[str, Any], precision: str
+        self, recipe: Recipe, data: Data, model_settings: NetworkSettings, precision: str
     ) -> None:
         self.recipe, self.data, self.model, self.precision = recipe, data, model_settings, precision
-        self.code = code_mark(model_settings["spec"])
+        self.code = code_fingerprint(model_settings.spec)
         self.steps: dict[str, Step] = {}
         self.files: dict[str, Checkpoint] = {}
         self.checkpoints: dict[str, str] = {}
@@ -124,7 +124,7 @@ class _Planner:
             "settings": settings,
             "parents": list(parents),
             "data": self.data.record["split_digest"],
-            "model": self.model,
+            "model": self.model.as_record(),
         }
         if (mark := Objective.parse(settings.get("objective", "ce")).mark) is not None:
             content["objective"] = mark  # the text names a function; this says which one it is now
@@ -469,7 +469,7 @@ class _Planner:
 
 
 def chosen_on_test(
-    plan: Plan, data: Data, name: str, model_settings: dict[str, Any], precision: str
+    plan: Plan, data: Data, name: str, model_settings: NetworkSettings, precision: str
 ) -> Plan:
     """The same plan with the row `name` judged on the reporting split too."""
     evaluate = plan.recipe.evaluate
@@ -481,7 +481,7 @@ def chosen_on_test(
 
 
 def confirmed(
-    plan: Plan, data: Data, names: Sequence[str], model_settings: dict[str, Any], precision: str
+    plan: Plan, data: Data, names: Sequence[str], model_settings: NetworkSettings, precision: str
 ) -> Plan:
     """The same plan with the screened rows `names` judged in full on the split that selects, on top of the screening."""
 
@@ -496,7 +496,7 @@ def _extended(
     plan: Plan,
     data: Data,
     names: Sequence[str],
-    model_settings: dict[str, Any],
+    model_settings: NetworkSettings,
     precision: str,
     judged: Callable[["_Planner", Row], dict[str, str]],
 ) -> Plan:

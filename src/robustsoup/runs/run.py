@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import KNOWN, UNKNOWN, VIOLATED, check_leakage
 from robustsoup.data import Synthetic, load_data
 from robustsoup.device import resolve_device, resolve_precision
-from robustsoup.errors import ModelError
 from robustsoup.evaluation.evaluate import refuse_chance
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
@@ -59,7 +58,7 @@ def prepare(
     paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [
         recipe.checkpoint
     ] * bool(recipe.checkpoint)
-    model = _model_settings(recipe, data.record, paths)
+    model = resolve_network(recipe.model, normalize=recipe.normalize, data=data, checkpoints=paths)
     context = Context(data, model, where)
     plan = make_plan(recipe, data, model, resolve_precision(recipe.precision, where))
     files = list(plan.files.values())
@@ -101,17 +100,3 @@ def run_prepared(
         plan = chosen_on_test(plan, context.data, selection.best.name, context.model, precision)
         execute(plan, context, store, reporter)
     return fill(folder, plan, context, store, selection, prepared.leakage), selection
-
-
-def _model_settings(recipe: Recipe, record: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-    normalize = [list(part) for part in recipe.normalize] if recipe.normalize else None
-    given = {"classes": len(record["classes"]), "channels": record["channels"]}
-    if recipe.model:
-        return {"spec": recipe.model, **given, "normalize": normalize}
-    for path in paths:
-        if known := Checkpoint.open(path).provenance.get("network"):
-            return known | ({"normalize": normalize} if normalize else {})
-    where = f"{paths[0]}: the file does not say" if paths else "the recipe does not say"
-    raise ModelError(
-        f"{where} what network it is; give model (--model), as in resnet9 or package.module:factory"
-    )

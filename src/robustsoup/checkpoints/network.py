@@ -1,0 +1,64 @@
+"""Decide which network checkpoints belong to: what the user names, else what a file records."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint
+from robustsoup.data import Data
+from robustsoup.errors import ModelError
+from robustsoup.models import NetworkSettings
+from robustsoup.models.network import channel_constants
+
+
+def resolve_network(
+    spec: str | None,
+    *,
+    normalize: Sequence[Sequence[float]] | None,
+    data: Data,
+    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
+) -> NetworkSettings:
+    """Return how the network is built.
+
+    Args:
+        spec: the network that the user names; it takes precedence over the files.
+        normalize: (mean, std) that the user names; it overrides a recorded one.
+        data: supplies the number of classes and channels for `spec`.
+        checkpoints: opened in order until one records its network; only if `spec` is None.
+
+    Raises:
+        ModelError: neither the user nor a file names the network, or `normalize` is no (mean, std).
+        CheckpointError: a file cannot be read.
+    """
+    constants = channel_constants(normalize)
+    if spec:
+        return NetworkSettings(spec, data.test.classes, data.record["channels"], constants)
+    for item in checkpoints:
+        if recorded := Checkpoint.open(item).network_settings:
+            return replace(recorded, normalize=constants) if constants else recorded
+    if not checkpoints:
+        raise ModelError(f"no network is named; {NAME_THE_NETWORK}")
+    first = checkpoints[0]
+    where = first.name if isinstance(first, Checkpoint) else os.fspath(first)
+    raise ModelError(f"{where}: the file does not record its network; {NAME_THE_NETWORK}")
+
+
+def describe(checkpoint: Checkpoint, settings: NetworkSettings) -> Checkpoint:
+    """Return the checkpoint with a record of its network and its parameters.
+
+    Args:
+        checkpoint: a recorded network stays; a foreign file gets `settings`.
+        settings: how the network is built; its `normalize`, if set, overrides the recorded one.
+
+    Raises:
+        ModelError: the weights do not fit the network.
+    """
+    recorded = checkpoint.network_settings
+    if recorded is None:
+        checkpoint = checkpoint.with_provenance(network=settings.as_record())
+    elif settings.normalize:
+        updated = replace(recorded, normalize=settings.normalize)
+        checkpoint = checkpoint.with_provenance(network=updated.as_record())
+    if "parameters" in checkpoint.provenance:
+        return checkpoint
+    return checkpoint.described_by(checkpoint.network())

@@ -1,0 +1,92 @@
+"""How a network is built: the settings that a checkpoint records and `build_network` reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from robustsoup.errors import ModelError
+
+ChannelConstants = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, std), one number for each channel."""
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The settings that determine a network up to its weights.
+
+    Attributes:
+        spec: a built-in name or "package.module:factory", each with optional ":key=value,...".
+        classes: number of classes.
+        channels: number of input channels.
+        normalize: (mean, std) by channel, applied before a network that does not normalize its
+            inputs itself; None for networks that do.
+    """
+
+    spec: str
+    classes: int = 10
+    channels: int = 3
+    normalize: ChannelConstants | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the JSON form that checkpoints and step keys hold."""
+        normalize = [list(part) for part in self.normalize] if self.normalize else None
+        return {
+            "spec": self.spec,
+            "classes": self.classes,
+            "channels": self.channels,
+            "normalize": normalize,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str) -> "NetworkSettings":
+        """Read the JSON form back; absent entries take their defaults.
+
+        Args:
+            record: the "network" entry of a provenance record.
+            where: names the file in errors.
+
+        Raises:
+            ModelError: the record is not one that `as_record` writes.
+        """
+        unknown = set(record) - set(cls.__dataclass_fields__)
+        spec, normalize = record.get("spec"), record.get("normalize")
+        if unknown or not isinstance(spec, str):
+            raise ModelError(
+                f"{where}: network record: got keys {sorted(record)}, expected "
+                f"{', '.join(cls.__dataclass_fields__)}; give --model instead"
+            )
+        return cls(
+            spec,
+            record.get("classes", cls.classes),
+            record.get("channels", cls.channels),
+            channel_constants(normalize),
+        )
+
+
+def channel_constants(
+    normalize: Sequence[Sequence[float]] | None,
+) -> ChannelConstants | None:
+    """Return (mean, std) as tuples; None and an empty sequence give None.
+
+    Raises:
+        ModelError: mean and std differ in length or are empty, or a std is not positive.
+    """
+    if not normalize:
+        return None
+    if len(normalize) != 2:
+        raise ModelError(f"normalize: got {len(normalize)} lists, expected mean and std")
+    mean, std = (tuple(part) for part in normalize)
+    if len(mean) != len(std) or not mean or min(std) <= 0:
+        raise ModelError(
+            f"normalize: got mean {list(mean)} and std {list(std)}, "
+            "expected two lists of equal length, one number a channel, each std above 0"
+        )
+    return mean, std
+
+
+def network_settings_of(model: nn.Module) -> NetworkSettings | None:
+    """Return the settings that `build_network` attached to a network, if it built this one."""
+    settings = getattr(model, "network_settings", None)
+    return settings if isinstance(settings, NetworkSettings) else None
