@@ -786,12 +786,12 @@ def test_search_may_screen(here, capsys):
 def test_a_requirement_that_nothing_meets_is_exit_code_3(here, capsys):
     assert run(*SEARCH, "--require", "clean>=0.999", "-o", "best") == 3
     said = capsys.readouterr().out
-    assert re.search(r"nothing meets clean>=0\.999 .*the closest is grid-", said)
+    assert re.search(r"no candidate meets clean>=0\.999 .*the closest is grid-", said)
     assert (here / "best" / "soup.safetensors").is_file()
     assert run(*SEARCH, "--require", "clean>=0.999", "--json", "-o", "best") == 3
     selection = json.loads(capsys.readouterr().out)["selection"]
     assert selection["met"] is False
-    assert "nothing meets" in selection["message"]
+    assert "no candidate meets" in selection["message"]
 
 
 @pytest.mark.parametrize(("method", "count"), [("uniform", 1), ("line", 3), ("grid", 3)])

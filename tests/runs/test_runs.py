@@ -943,7 +943,7 @@ def test_a_requirement_that_nothing_meets_is_an_answer(copied):
         recipe_of([(("select", "require"), ["clean>=0.999"])]), folder.parent / "none"
     )
     assert (told.done, selection.met, results["selection"]["met"]) == ([], False, False)
-    assert results["selection"]["message"].startswith("nothing meets clean>=0.999")
+    assert results["selection"]["message"].startswith("no candidate meets clean>=0.999")
 
 
 @pytest.mark.parametrize("policy", ["base", "recalibrate", "recalibrate-adversarial"])

@@ -23,7 +23,6 @@ from robustsoup.errors import (
 from robustsoup.models import load_model
 from robustsoup.soups.batchnorm import norm_layers, recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients, uniform
-from robustsoup.soups.grid import alpha_name, candidates, grid
 from robustsoup.soups.mixing import common_ancestor, mix, weighted_sum
 from robustsoup.threats import ThreatModel
 
@@ -635,59 +634,6 @@ def test_entropy_is_between_one_ingredient_and_the_uniform_soup():
     assert float(Coefficients.of([1.0, 0.0, 0.0]).entropy()) == 0
     torch.testing.assert_close(float(uniform(3).entropy()), math.log(3))
     assert uniform(4).row("anything") == [0.25] * 4
-
-
-# which coefficients are tried
-
-
-@pytest.mark.parametrize(("n", "size"), [(1, 1), (2, 6), (3, 21), (4, 56), (5, 126)])
-def test_the_grid_has_every_point_once(n, size):
-    points = grid(n, 0.2)
-    assert len(points) == len(set(points)) == size
-    for point in points:
-        assert len(point) == n
-        assert sum(point) == pytest.approx(1, abs=1e-12)
-        assert all(value in (0, 0.2, 0.4, 0.6, 0.8, 1) for value in point)
-    assert all(tuple(one_hot(n, at)) in points for at in range(n))
-
-
-@few
-@given(n=st.integers(1, 4), parts=st.integers(1, 10))
-def test_a_grid_of_any_step_is_counted_by_stars_and_bars(n, parts):
-    points = grid(n, 1 / parts)
-    assert len(set(points)) == math.comb(parts + n - 1, n - 1)
-    assert all(round(value * parts) / parts == value for point in points for value in point)
-    for point in points[:5]:
-        Coefficients.of(point).check(n)
-
-
-@pytest.mark.parametrize("step", [0, -0.2, 0.3, 0.15, 2, 1.5, math.nan, math.inf])
-def test_a_step_that_is_no_fraction_of_1_is_refused(step):
-    with pytest.raises(
-        CoefficientError, match=f"step {step}, expected n of at least 1 and a step such as"
-    ):
-        grid(3, step)
-
-
-def test_a_grid_too_large_to_evaluate_is_refused_at_once():
-    with pytest.raises(
-        CoefficientError,
-        match=r"10 ingredients at step 0\.05 are 10,015,005 soups, expected at most",
-    ):
-        grid(10, 0.05)
-    with pytest.raises(CoefficientError, match="got n 0"):
-        grid(0)
-
-
-def test_the_methods():
-    assert candidates("uniform", 4) == [(0.25,) * 4]
-    assert candidates("line", 2) == [(0, 1), (0.2, 0.8), (0.4, 0.6), (0.6, 0.4), (0.8, 0.2), (1, 0)]
-    assert candidates("grid", 3, 0.5) == grid(3, 0.5)
-    with pytest.raises(CoefficientError, match="line: got 3 ingredients, expected 2"):
-        candidates("line", 3)
-    with pytest.raises(CoefficientError, match='got "best"'):
-        candidates("best", 3)
-    assert alpha_name((0.2, 0.4, 0.4)) == "0.2-0.4-0.4"
 
 
 def test_the_policy_that_is_not_asked_for_is_what_was_measured_best():

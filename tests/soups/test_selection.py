@@ -92,7 +92,7 @@ def test_where_nothing_meets_it_the_closest_is_returned_and_said_so():
     chosen = select(tried, maximise=LINF, require=["clean>=0.95"])
     assert (chosen.best.name, chosen.met) == ("close", False)
     assert chosen.message.startswith(
-        "nothing meets clean>=0.95 by its lower end of the 95 % interval; the closest is close ("
+        "no candidate meets clean>=0.95 by its 95 % lower bound; the closest is close ("
     )
     by_point = select(tried, maximise=LINF, require=["clean>=0.95"], point=True)
     assert "by its estimate" in by_point.message
@@ -198,7 +198,7 @@ def test_any_share_is_a_requirement(least):
 )
 def test_a_requirement_is_read(text, key, least):
     found = Requirement.parse(text)
-    assert (found.key, found.least) == (key, pytest.approx(least))
+    assert (found.key, found.threshold) == (key, pytest.approx(least))
     assert Requirement.parse(found) is found
     assert Requirement.parse(str(found)) == found
 

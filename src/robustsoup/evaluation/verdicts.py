@@ -20,6 +20,15 @@ CLEAN_KEY = "clean"
 UNION_KEY = "union"
 
 
+def parse_measure(text: str | ThreatModel) -> str:
+    """Return a measure in its one spelling: "clean", "union" or a threat model as text.
+
+    Raises:
+        ThreatError: if `text` is none of them.
+    """
+    return str(text) if str(text) in (CLEAN_KEY, UNION_KEY) else str(ThreatModel.parse(text))
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """What one threat model did to each of n samples.

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from robustsoup.errors import RequestError
 from robustsoup.soups.granularity import GRANULARITIES
-from robustsoup.soups.grid import MOST
+from robustsoup.soups.grid import MAX_SOUPS
 from robustsoup.soups.mixing import POLICIES
 from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
@@ -198,7 +198,7 @@ class Soup(Section):
     calibrate_samples: int = Field(10_000, ge=2)
     calibrate_threat: str = "Linf 8/255"
     step: float = Field(0.2, gt=0, le=1)
-    max_soups: int = Field(MOST, ge=1)
+    max_soups: int = Field(MAX_SOUPS, ge=1)
     score: str | None = None
     threats: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("ce",)

@@ -24,11 +24,12 @@ from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
-from robustsoup.soups.grid import alpha_name, corners
+from robustsoup.soups.grid import Alpha, alpha_name, corners
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.search import greedy, screened
-from robustsoup.soups.selection import Alpha, Score
+from robustsoup.soups.screening import mark_screened
+from robustsoup.soups.search import greedy
+from robustsoup.soups.selection import Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -345,7 +346,7 @@ class _Worker:
             **settings,
         )
         if short:
-            evaluation = screened(evaluation)
+            evaluation = mark_screened(evaluation)
         evaluation.save(folder / "evaluation.json")
         for warning in evaluation.warnings:
             self.warn(f"{step.name}: {warning}")

@@ -1,65 +1,83 @@
-"""The coefficients that a soup method tries: uniform, grid and line."""
+"""Coefficients that a soup method tries: uniform, grid and line."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
 from robustsoup.errors import CoefficientError
-from robustsoup.soups.selection import (
-    Alpha,
-)
 
-MOST = 2000
-"""How many soups of a grid are made without being asked for by number."""
+Alpha = tuple[float, ...]
+"""(n,) coefficients of n ingredients."""
+
+MAX_SOUPS = 2000
+"""Largest grid that is made unless the caller raises the limit."""
 
 
 def grid_size(n: int, step: float) -> int:
-    """How many soups grid(n, step) has, without making them."""
+    """Return the number of soups in `grid(n, step)` without making them."""
     return math.comb(round(1 / step) + n - 1, n - 1)
 
 
-def grid(n: int, step: float = 0.2, most: int = MOST) -> list[Alpha]:
-    """Every (alpha_1..alpha_n) of multiples of `step` that sum to 1: 6, 21, 56, 126 of them for n = 2..5 at 0.2.
+def grid(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
+    """Return all (alpha_1, ..., alpha_n) of multiples of `step` that sum to 1.
 
-    Raises CoefficientError if `step` is not a fraction of 1, or for more than `most` candidates.
+    At step 0.2 these are 6, 21, 56 and 126 soups for n = 2, 3, 4 and 5.
+
+    Args:
+        n: number of ingredients, at least 1.
+        step: a fraction of 1, such as 0.2 or 0.25.
+        max_soups: largest number of soups.
+
+    Raises:
+        CoefficientError: if `step` is no fraction of 1, or there are more than `max_soups` soups.
     """
     parts = round(1 / step) if step > 0 else 0
     if n < 1 or parts < 1 or abs(parts * step - 1) > 1e-9:
         raise CoefficientError(
-            f"grid: got n {n} and step {step}, expected n of at least 1 and a step such as 0.2 or 0.25"
+            f"grid: got n {n} and step {step}, expected n >= 1 and a step such as 0.2 or 0.25"
         )
-    if (count := grid_size(n, step)) > most:
+    if (count := grid_size(n, step)) > max_soups:
         raise CoefficientError(
-            f"grid: {n} ingredients at step {step} are {count:,} soups, expected at most {most:,}"
+            f"grid: {n} ingredients at step {step} make {count:,} soups, "
+            f"expected at most {max_soups:,}; take a larger step"
         )
-    bars = itertools.combinations(range(parts + n - 1), n - 1)
-    points = []
-    for bar in bars:
-        edges = (-1, *bar, parts + n - 1)
-        points.append(
+    alphas = []
+    for bars in itertools.combinations(range(parts + n - 1), n - 1):
+        edges = (-1, *bars, parts + n - 1)
+        alphas.append(
             tuple((right - left - 1) / parts for left, right in itertools.pairwise(edges))
         )
-    return points
+    return alphas
 
 
-def candidates(method: str, n: int, step: float = 0.2, most: int = MOST) -> list[Alpha]:
-    """The coefficients that a method tries: "uniform", "grid", or "line" (wise-ft, n = 2). Raises CoefficientError."""
+def candidates(method: str, n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
+    """Return the coefficients that a method tries.
+
+    Args:
+        method: "uniform", "grid", or "line" (wise-ft, n = 2).
+        n: number of ingredients.
+        step: step of a grid or line.
+        max_soups: largest number of soups.
+
+    Raises:
+        CoefficientError: for another method, and for numbers that the method cannot take.
+    """
     if method == "uniform":
         return [(1 / n,) * n]
     if method == "line" and n != 2:
         raise CoefficientError(f"line: got {n} ingredients, expected 2")
     if method in ("grid", "line"):
-        return grid(n, step, most)
+        return grid(n, step, max_soups)
     raise CoefficientError(
         f'method: got "{method}", expected "grid", "line", "uniform" or "greedy"'
     )
 
 
 def alpha_name(alpha: Sequence[float]) -> str:
-    """A name for files and tables: (0.2, 0.4, 0.4) -> "0.2-0.4-0.4"."""
+    """Return a name for files and tables: (0.2, 0.4, 0.4) -> "0.2-0.4-0.4"."""
     return "-".join(f"{value:.6g}" for value in alpha)
 
 
 def corners(n: int) -> list[Alpha]:
-    """The n one-hot coefficients: each ingredient by itself."""
+    """Return the n one-hot coefficient vectors, one for each ingredient alone."""
     return [tuple(float(i == j) for j in range(n)) for i in range(n)]

@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,16 +14,17 @@ from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.progress import Progress
-from robustsoup.soups.grid import alpha_name, candidates, corners
+from robustsoup.soups.grid import Alpha, alpha_name, candidates, corners
 from robustsoup.soups.mixing import mix
-from robustsoup.soups.selection import (
-    Alpha,
-    Candidate,
-    Requirement,
-    Score,
-    select,
-    worth_confirming,
+from robustsoup.soups.screening import (
+    Contender,
+    EvaluationRequest,
+    Results,
+    Screening,
+    mark_screened,
+    run_screening,
 )
+from robustsoup.soups.selection import Candidate, Goal, Score
 from robustsoup.threats import ThreatModel
 
 SCREEN = {"steps": 10, "precision": "auto"}
@@ -52,11 +52,6 @@ def greedy(
         if score.of(candidate.evaluation.accuracy) >= score.of(best.evaluation.accuracy):
             kept, best = [*kept, i], candidate
     return [c for c in tried if c is not best] + [best]
-
-
-def screened(evaluation: Evaluation) -> Evaluation:
-    """The same evaluation, marked as a screening: its robust figures are upper bounds."""
-    return replace(evaluation, record={**evaluation.record, "screened": True})
 
 
 def search(
@@ -143,16 +138,31 @@ def search(
         judge.total = len(points)
         return [Candidate(name, alpha, judge(alpha)) for name, alpha in points.items()]
     judge.total = len(points) + len(loaded)
-    screening = _Screening(judge, points, short)
-    wanted = [Requirement.parse(text) for text in require]
-    maximised = (
-        maximise if maximise in (None, "clean", "union") else str(ThreatModel.parse(maximise))
+    names = [alpha_name(alpha) for alpha in corners(len(loaded))]
+    alphas = points | dict(zip(names, corners(len(loaded)), strict=True))
+    screening = Screening(
+        tuple(names),
+        tuple(Contender(name, name if name in names else None) for name in points),
+        Goal.parse(maximise, require, point=point),
     )
-    if screening.measures == [maximised] and all(r.key == "clean" for r in wanted):
-        screening.confirm_choice(maximised, wanted, point)
-    else:
-        screening.confirm_front(maximise, wanted, point)
-    return screening.candidates()
+
+    def run_request(request: EvaluationRequest, results: Results) -> Evaluation:
+        settings = {
+            "keep_points": request.keep_points,
+            "pool": [results[item] for item in request.pool],
+            "after": None if request.after is None else results[request.after],
+            "stop_below": request.stop_below,
+        }
+        alpha = alphas[request.candidate]
+        if request.mode == "short":
+            return mark_screened(judge(alpha, **short, **settings))
+        if request in first:
+            return judge(alpha, **settings)
+        return judge.silently(alpha, **full, **settings)
+
+    first = set(screening.first_requests())
+    final = run_screening(screening, run_request)
+    return [Candidate(name, alpha, final[name]) for name, alpha in points.items()]
 
 
 class _Judge:
@@ -186,56 +196,3 @@ class _Judge:
         model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
         return evaluate(model, self.data, self.threats, **self.shared, **settings)
-
-
-class _Screening:
-    """Every soup tried with the ingredients' points and a short attack, and those that are confirmed in full."""
-
-    def __init__(self, judge: _Judge, points: dict[str, Alpha], short: dict[str, Any]) -> None:
-        self.judge, self.points = judge, points
-        alone = {alpha: judge(alpha, keep_points=True) for alpha in corners(len(judge.loaded))}
-        self.pool = list(alone.values())
-        self.measures = list(self.pool[0].threats)
-        self.tried = {
-            name: judge(alpha, pool=self.pool, after=alone[alpha])
-            if alpha in alone
-            else screened(judge(alpha, **short, pool=self.pool))
-            for name, alpha in points.items()
-        }
-
-    def candidates(self) -> list[Candidate]:
-        """Every soup with what is known of it now."""
-        return [Candidate(name, alpha, self.tried[name]) for name, alpha in self.points.items()]
-
-    def confirm_front(
-        self, maximise: ThreatModel | str | None, wanted: Sequence[Requirement], point: bool
-    ) -> None:
-        """Confirm what the samples cannot tell from one another otherwise, and what would be chosen."""
-        every = self.candidates()
-        leading = {c.name for c in worth_confirming(every)}
-        if maximise is not None:
-            best = select(
-                every, maximise=maximise, require=wanted, point=point, unconfirmed=True
-            ).best
-            leading |= {best.name} if not best.confirmed else set()
-        for name in leading:
-            self._confirm(name)
-
-    def confirm_choice(self, key: str, wanted: Sequence[Requirement], point: bool) -> None:
-        """Confirm only what can still be the most robust under `key`, and stop it as soon as it has lost."""
-        tried = self.tried
-        meeting = [
-            n for n, e in tried.items() if all(r.met_by(e.accuracy, point=point) for r in wanted)
-        ] or list(tried)
-        best = max(
-            (tried[n].accuracy[key].hits for n in meeting if not tried[n].record.get("screened")),
-            default=-1,
-        )
-        for name in sorted(meeting, key=lambda n: -tried[n].accuracy[key].hits):
-            if tried[name].record.get("screened") and tried[name].accuracy[key].hits >= best:
-                self._confirm(name, max(best, 0))
-                best = max(best, tried[name].accuracy[key].hits)
-
-    def _confirm(self, name: str, stop_below: int | None = None) -> None:
-        more = {"pool": self.pool, "after": self.tried[name], "stop_below": stop_below}
-        self.tried[name] = self.judge.silently(self.points[name], **self.judge.full, **more)

@@ -1,22 +1,33 @@
-"""Choosing among soups that were tried: the most robust one that meets the requirements, and the Pareto front."""
+"""Select among evaluated soups: requirements, scores, the Pareto front and the choice."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
-from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, parse_measure
+from robustsoup.soups.grid import Alpha
 from robustsoup.threats import ThreatModel
 
-Alpha = tuple[float, ...]
 Scores = Mapping[str, Accuracy]
+"""Accuracies by measure: "clean", "union" or a threat model as text."""
+
+Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
+"""Requirements as callers write them: {"clean": 0.85} or ["clean>=0.85"]."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A soup that was tried: its coefficients and what it scored."""
+    """An evaluated soup.
+
+    Args:
+        name: unique name among the candidates.
+        alpha: (n,) coefficients of the n ingredients; empty where no single vector describes them.
+        evaluation: verdicts on the split that selects.
+    """
 
     name: str
     alpha: Alpha
@@ -24,81 +35,108 @@ class Candidate:
 
     @property
     def confirmed(self) -> bool:
-        """Whether the full protocol made its figures; those of a screened or stopped one are upper bounds."""
-        return not (self.evaluation.record.get("screened") or self.evaluation.record.get("stopped"))
+        """Whether the full protocol ran to its end; else robust accuracies are upper bounds."""
+        record = self.evaluation.record
+        return not (record.get("screened") or record.get("stopped"))
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """accuracy under `key` ("clean", "union" or a threat model as text) is at least `least`."""
+    """Lower limit on one accuracy.
+
+    Args:
+        key: "clean", "union" or a threat model as text.
+        threshold: least accuracy, in [0, 1].
+    """
 
     key: str
-    least: float
+    threshold: float
 
     @classmethod
     def parse(cls, text: "str | Requirement") -> "Requirement":
-        """Read "clean>=0.85", "Linf 8/255 >= 40%". Raises RequestError."""
+        """Parse "clean>=0.85" or "Linf 8/255 >= 40%"; a Requirement is returned unchanged.
+
+        Raises:
+            RequestError: for any other form, and for a threshold outside [0, 1].
+        """
         if isinstance(text, Requirement):
             return text
+        wrong_form = f'require: got "{text}", expected a form such as "clean>=0.85"'
         match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", text)
+        if match is None:
+            raise RequestError(wrong_form)
+        key, number, percent = match.groups()
         try:
-            key, number, percent = match.groups()
-            least = float(number) / (100 if percent else 1)
-        except (AttributeError, ValueError):
-            raise RequestError(
-                f'require: got "{text}", expected something like "clean>=0.85"'
-            ) from None
-        if not 0 <= least <= 1:
+            threshold = float(number) / (100 if percent else 1)
+        except ValueError:
+            raise RequestError(wrong_form) from None
+        if not 0 <= threshold <= 1:
             raise RequestError(f'require: got "{text}", expected an accuracy between 0 and 1')
-        return cls(key if key in ("clean", "union") else str(ThreatModel.parse(key)), least)
+        return cls(parse_measure(key), threshold)
+
+    @classmethod
+    def parse_all(cls, requirements: Requirements) -> tuple["Requirement", ...]:
+        """Parse a mapping or a sequence of requirements, in order."""
+        if isinstance(requirements, Mapping):
+            return tuple(cls.parse(f"{key}>={value}") for key, value in requirements.items())
+        return tuple(cls.parse(item) for item in requirements)
+
+    def shortfall(self, scores: Scores, *, point: bool = False) -> float:
+        """Return by how much the lower bound (with `point`, the estimate) misses the threshold."""
+        accuracy = scores[self.key]
+        return max(self.threshold - (accuracy.value if point else accuracy.low), 0.0)
 
     def met_by(self, scores: Scores, *, point: bool = False) -> bool:
-        """Whether the lower end of the 95 % interval (the estimate, if `point`) is at least `least`."""
+        """Return whether the 95 % lower bound (with `point`, the estimate) meets the threshold."""
         accuracy = scores[self.key]
-        return (accuracy.value if point else accuracy.low) >= self.least
+        return (accuracy.value if point else accuracy.low) >= self.threshold
 
     def __str__(self) -> str:
-        return f"{self.key}>={self.least:g}"
+        return f"{self.key}>={self.threshold:g}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A weighted sum of accuracies under "clean", "union" or threat models as text."""
+    """A weighted sum of accuracies.
+
+    Args:
+        terms: pairs (weight, measure); a measure is "clean", "union" or a threat model as text.
+    """
 
     terms: tuple[tuple[float, str], ...]
 
     @classmethod
-    def parse(cls, text: "str | Score") -> "Score":
-        """Read "clean", "Linf 8/255", "0.3 clean + 0.7 Linf 8/255". Raises RequestError."""
+    def parse(cls, text: "str | ThreatModel | Score") -> "Score":
+        """Parse "clean", "Linf 8/255" or "0.3 clean + 0.7 Linf 8/255"; a Score is unchanged.
+
+        Raises:
+            RequestError: for any other form, and if every weight is 0.
+        """
         if isinstance(text, Score):
             return text
-        terms = []
-        for part in str(text).split(" + "):
-            try:
-                weight, key = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", part).groups()
-                number = float(weight or 1)
-                name = key if key in ("clean", "union") else str(ThreatModel.parse(key))
-            except (ValueError, AttributeError, RequestError):
-                raise RequestError(
-                    f'score: got {text!r}, expected a threat model, clean, or a sum as in "0.3 clean + 0.7 Linf 8/255"'
-                ) from None
-            terms.append((number, name))
+        try:
+            terms = tuple(_parse_score_term(part) for part in str(text).split(" + "))
+        except (ValueError, RequestError):
+            raise RequestError(
+                f"score: got {str(text)!r}, expected a threat model, clean, or a sum such as "
+                '"0.3 clean + 0.7 Linf 8/255"'
+            ) from None
         if not any(weight for weight, _ in terms):
-            raise RequestError(f"score: got {text!r}, expected a weight above 0")
-        return cls(tuple(terms))
+            raise RequestError(f"score: got {str(text)!r}, expected a weight above 0")
+        return cls(terms)
 
     @property
     def keys(self) -> list[str]:
-        """The accuracies that it needs."""
+        """The measures in the sum."""
         return [key for _, key in self.terms]
 
     def of(self, scores: Scores) -> float:
-        """The score. Raises RequestError for a key that was not evaluated."""
-        for key in self.keys:
-            if key not in scores:
-                raise RequestError(
-                    f'score: "{key}" was not evaluated; expected one of {", ".join(scores)}'
-                )
+        """Return the weighted sum.
+
+        Raises:
+            RequestError: if a measure was not evaluated.
+        """
+        _require_measures("score", self.keys, scores)
         return sum(weight * scores[key].value for weight, key in self.terms)
 
     def __str__(self) -> str:
@@ -107,9 +145,66 @@ class Score:
         return " + ".join(f"{weight:g} {key}" for weight, key in self.terms)
 
 
+def _parse_score_term(text: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", text)
+    if match is None:
+        raise ValueError(text)
+    weight, key = match.groups()
+    return float(weight or 1), parse_measure(key)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a selection maximises, and under which requirements.
+
+    Args:
+        maximise: "clean", "union" or a threat model as text; None if nothing is to be chosen.
+        require: requirements that the choice must meet.
+        point: whether estimates, not 95 % lower bounds, are compared with the thresholds.
+    """
+
+    maximise: str | None = None
+    require: tuple[Requirement, ...] = ()
+    point: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        maximise: str | ThreatModel | None = None,
+        require: Requirements = (),
+        *,
+        point: bool = False,
+    ) -> Self:
+        """Parse the measure and the requirements.
+
+        Raises:
+            RequestError: if one of them cannot be parsed.
+        """
+        measure = None if maximise is None else parse_measure(maximise)
+        return cls(measure, Requirement.parse_all(require), point)
+
+    def met_by(self, candidate: Candidate) -> bool:
+        """Return whether the candidate meets every requirement."""
+        scores = candidate.evaluation.accuracy
+        return all(requirement.met_by(scores, point=self.point) for requirement in self.require)
+
+    def shortfall(self, candidate: Candidate) -> float:
+        """Return the sum of what the candidate lacks for each requirement."""
+        scores = candidate.evaluation.accuracy
+        return sum(item.shortfall(scores, point=self.point) for item in self.require)
+
+
 @dataclass(frozen=True)
 class Selection:
-    """The candidate to take. met: whether it meets every requirement; if none does, `best` is the closest one."""
+    """The chosen candidate.
+
+    Args:
+        best: the choice, or the closest candidate if none meets the requirements.
+        met: whether `best` meets every requirement.
+        maximise: the maximised measure.
+        require: the requirements.
+        point: whether estimates, not 95 % lower bounds, were compared with the thresholds.
+    """
 
     best: Candidate
     met: bool
@@ -119,107 +214,138 @@ class Selection:
 
     @property
     def message(self) -> str:
-        """One line that says what was chosen, or that nothing meets the requirements and what comes closest."""
+        """One line that names the choice, or says that no candidate meets the requirements."""
         scores = self.best.evaluation.accuracy
-        keys = dict.fromkeys(["clean", self.maximise, *(r.key for r in self.require)])
-        shown = ", ".join(f"{key} {scores[key]}" for key in keys)
+        keys = dict.fromkeys([CLEAN_KEY, self.maximise, *(r.key for r in self.require)])
+        figures = ", ".join(f"{key} {scores[key]}" for key in keys)
         if self.met:
-            return f"chosen: {self.best.name} ({shown})"
-        wanted = " and ".join(map(str, self.require))
-        by = "estimate" if self.point else "lower end of the 95 % interval"
-        return f"nothing meets {wanted} by its {by}; the closest is {self.best.name} ({shown})"
+            return f"chosen: {self.best.name} ({figures})"
+        requirements = " and ".join(map(str, self.require))
+        bound = "estimate" if self.point else "95 % lower bound"
+        return (
+            f"no candidate meets {requirements} by its {bound}; "
+            f"the closest is {self.best.name} ({figures})"
+        )
 
 
 def select(
     tried: Sequence[Candidate],
     *,
     maximise: ThreatModel | str,
-    require: Mapping[str | ThreatModel, float] | Sequence[str | Requirement] = (),
+    require: Requirements = (),
     point: bool = False,
     unconfirmed: bool = False,
 ) -> Selection:
-    """The candidate with the highest accuracy under `maximise` among those that meet every requirement.
+    """Select the candidate with the highest accuracy under `maximise` that meets the requirements.
 
-    require: {"clean": 0.85} or ["clean>=0.85"]; met when the lower end of the 95 % Wilson interval reaches it, or with
-    `point` the estimate itself. Ties go to the higher clean accuracy, then to the earlier candidate. If none meets
-    them, the one with the least total shortfall is returned with met = False.
+    Ties go to the higher clean accuracy, then to the earlier candidate. If no candidate meets the
+    requirements, the one with the least total shortfall is returned with `met = False`.
 
-    Raises RequestError for no candidates, or a key that was not evaluated.
+    Args:
+        tried: evaluated candidates, all on the same samples.
+        maximise: "clean", "union" or a threat model.
+        require: {"clean": 0.85} or ["clean>=0.85"]; met if the lower end of the 95 % Wilson
+            interval reaches the threshold.
+        point: compare the estimate, not the lower bound, with the thresholds.
+        unconfirmed: consider candidates whose robust accuracies are upper bounds too; otherwise
+            they count only if there is no other candidate.
+
+    Returns:
+        The choice, and whether it meets the requirements.
+
+    Raises:
+        RequestError: if there are no candidates, or a measure was not evaluated.
     """
     if not tried:
         raise RequestError("select: no candidates")
-    tried = tried if unconfirmed else [c for c in tried if c.confirmed] or tried
-    key = str(maximise) if str(maximise) in ("clean", "union") else str(ThreatModel.parse(maximise))
-    items = require.items() if isinstance(require, Mapping) else None
-    wanted = (
-        tuple(Requirement.parse(f"{name}>={least}") for name, least in items)
-        if items is not None
-        else tuple(map(Requirement.parse, require))
-    )
-    known = tried[0].evaluation.accuracy
-    for name in [key, *(r.key for r in wanted)]:
-        if name not in known:
-            raise RequestError(
-                f'select: "{name}" was not evaluated; expected one of {", ".join(known)}'
-            )
+    goal = Goal.parse(maximise, require, point=point)
+    measure = parse_measure(maximise)
+    keys = [measure, *(requirement.key for requirement in goal.require)]
+    _require_measures("select", keys, tried[0].evaluation.accuracy)
+    if not unconfirmed:
+        tried = [candidate for candidate in tried if candidate.confirmed] or tried
+    meeting = [candidate for candidate in tried if goal.met_by(candidate)]
+    met = bool(meeting)
+    if not met:
+        least = min(map(goal.shortfall, tried))
+        meeting = [candidate for candidate in tried if goal.shortfall(candidate) == least]
 
     def rank(candidate: Candidate) -> tuple[float, float]:
         scores = candidate.evaluation.accuracy
-        return scores[key].value, scores["clean"].value
+        return scores[measure].value, scores[CLEAN_KEY].value
 
-    meeting = [
-        c for c in tried if all(r.met_by(c.evaluation.accuracy, point=point) for r in wanted)
-    ]
-    if meeting:
-        return Selection(max(meeting, key=rank), True, key, wanted, point)
-
-    def shortfall(candidate: Candidate) -> float:
-        scores = candidate.evaluation.accuracy
-        return sum(
-            max(r.least - (scores[r.key].value if point else scores[r.key].low), 0) for r in wanted
-        )
-
-    least = min(map(shortfall, tried))
-    closest = [c for c in tried if shortfall(c) == least]
-    return Selection(max(closest, key=rank), False, key, wanted, point)
+    return Selection(max(meeting, key=rank), met, measure, goal.require, point)
 
 
 def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) -> list[Candidate]:
-    """The candidates that no other one beats: at least as good under every key and better under one."""
+    """Return the candidates that no other candidate dominates.
 
-    for key in keys:
-        if tried and str(key) not in tried[0].evaluation.accuracy:
-            known = ", ".join(tried[0].evaluation.accuracy)
-            raise RequestError(f'pareto_front: "{key}" was not evaluated; expected one of {known}')
+    A candidate dominates another if it is at least as accurate under every measure and more
+    accurate under one of them.
+
+    Args:
+        tried: evaluated candidates.
+        keys: measures: "clean", "union" or threat models.
+
+    Returns:
+        The front, in the order of `tried`.
+
+    Raises:
+        RequestError: if a measure was not evaluated.
+    """
+    measures = [str(key) for key in keys]
+    if tried:
+        _require_measures("pareto_front", measures, tried[0].evaluation.accuracy)
 
     def values(candidate: Candidate) -> tuple[float, ...]:
-        return tuple(candidate.evaluation.accuracy[str(key)].value for key in keys)
+        scores = candidate.evaluation.accuracy
+        return tuple(scores[measure].value for measure in measures)
 
-    scores = [values(c) for c in tried]
+    points = [values(candidate) for candidate in tried]
     return [
-        c
-        for c, own in zip(tried, scores, strict=True)
-        if not any(
-            other != own and all(a >= b for a, b in zip(other, own, strict=True))
-            for other in scores
-        )
+        candidate
+        for candidate, point in zip(tried, points, strict=True)
+        if not any(_dominates(other, point) for other in points)
     ]
 
 
 def worth_confirming(tried: Sequence[Candidate]) -> list[Candidate]:
-    """Of a screened search, the soups to confirm: between them and those that are confirmed, every soup of the front has
-    one that is as good under every measure, up to what n samples can tell: 0.5 / sqrt(n), half the reach of an interval.
+    """Return the screened candidates that a full evaluation could add to the Pareto front.
+
+    The result together with the confirmed candidates covers the front: every candidate of the
+    front has one among them that is as accurate under every measure, up to 0.5 / sqrt(n), which is
+    half the half-width of a 95 % interval at n samples.
+
+    Args:
+        tried: screened and confirmed candidates, all on the same n samples; at least one.
+
+    Returns:
+        Unconfirmed candidates of the front.
     """
-    keys = list(tried[0].evaluation.accuracy)
-    noise = 0.5 / math.sqrt(tried[0].evaluation.accuracy["clean"].n)
+    measures = list(tried[0].evaluation.accuracy)
+    noise = 0.5 / math.sqrt(tried[0].evaluation.accuracy[CLEAN_KEY].n)
 
-    def covers(one: Candidate, other: Candidate) -> bool:
-        a, b = one.evaluation.accuracy, other.evaluation.accuracy
-        return all(a[key].value >= b[key].value - noise for key in keys)
+    def covers(candidate: Candidate, other: Candidate) -> bool:
+        a, b = candidate.evaluation.accuracy, other.evaluation.accuracy
+        return all(a[measure].value >= b[measure].value - noise for measure in measures)
 
-    front = sorted(pareto_front(tried, keys), key=lambda c: -c.evaluation.accuracy["clean"].value)
-    kept = [c for c in tried if c.confirmed]
+    front = sorted(
+        pareto_front(tried, measures), key=lambda c: -c.evaluation.accuracy[CLEAN_KEY].value
+    )
+    cover = [candidate for candidate in tried if candidate.confirmed]
     for candidate in front:
-        if not any(covers(one, candidate) for one in kept):
-            kept.append([c for c in front if covers(c, candidate)][-1])
-    return [c for c in kept if not c.confirmed]
+        if not any(covers(member, candidate) for member in cover):
+            cover.append([member for member in front if covers(member, candidate)][-1])
+    return [candidate for candidate in cover if not candidate.confirmed]
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+
+def _require_measures(caller: str, keys: Sequence[str], scores: Scores) -> None:
+    for key in keys:
+        if key not in scores:
+            raise RequestError(
+                f'{caller}: "{key}" was not evaluated; expected one of {", ".join(scores)}'
+            )

@@ -1,0 +1,230 @@
+"""The screening engine: decide which soups to attack briefly, which in full, and when to stop.
+
+The engine evaluates nothing. It names evaluations as `EvaluationRequest`s, and its decisions depend
+only on the evaluations that its caller returns. `search` runs the requests in process; a recipe's
+run turns each of them into a stored step. A caller works as follows:
+
+    screening = Screening(ingredients, contenders, goal)
+    results = {request: evaluate_it(request) for request in screening.first_requests()}
+    while batch := screening.next_requests(results):
+        results |= {request: evaluate_it(request) for request in batch}
+    final = screening.final_evaluations(results)
+
+`run_screening` is this loop. `first_requests` depends on no result, so a planner can list these
+evaluations (and price them) before any work; the requests of one batch do not depend on each other,
+except that a contender's evaluation needs those of its `pool` and `after`. `next_requests` is a
+pure function of `results`: a resumed run that reloads the same evaluations gets the same requests.
+
+A request is evaluated with these arguments of `evaluate`:
+
+- the attack of the full protocol, or for `mode == "short"` the one of `short_attack`;
+- `keep_points=request.keep_points`;
+- `pool=[results[item] for item in request.pool]`;
+- `after=results[request.after]` unless that is None;
+- `stop_below=request.stop_below`;
+
+and the evaluation of a short request is passed through `mark_screened` before it is stored.
+
+An ingredient's request (`keep_points`) evaluates the ingredient itself; its adversarial points are
+then tried on every contender, so that none looks stronger for having met fewer points.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
+from robustsoup.soups.selection import Candidate, Goal, select, worth_confirming
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One evaluation that a screening needs.
+
+    Args:
+        candidate: name of the ingredient (with `keep_points`) or of the contender.
+        mode: "full" runs the whole protocol, "short" a brief attack.
+        keep_points: whether the adversarial points are kept for the pool.
+        pool: requests whose adversarial points are tried before the attack.
+        after: request for the same network whose verdicts this evaluation starts from.
+        stop_below: number of surviving samples below which the evaluation gives up; None never.
+    """
+
+    candidate: str
+    mode: Literal["full", "short"] = "full"
+    keep_points: bool = False
+    pool: "tuple[EvaluationRequest, ...]" = ()
+    after: "EvaluationRequest | None" = None
+    stop_below: int | None = None
+
+
+Results = Mapping[EvaluationRequest, Evaluation]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A soup that takes part in a screening.
+
+    Args:
+        name: unique among the contenders.
+        ingredient: name of the ingredient with the same weights and buffers, if there is one: its
+            evaluation is reused.
+        mode: how the soup is evaluated first. "short" suits large families such as grids; a "full"
+            contender is never confirmed again.
+    """
+
+    name: str
+    ingredient: str | None = None
+    mode: Literal["full", "short"] = "short"
+
+
+@dataclass(frozen=True)
+class Screening:
+    """Decides which evaluations a screened search needs.
+
+    Every ingredient is attacked in full and keeps its adversarial points. Every contender is then
+    tried with these points and, unless it is evaluated in full, a short attack. Two rules say which
+    of the screened contenders are confirmed by the full protocol:
+
+    - If the goal maximises accuracy under the one threat that is evaluated, and requires nothing
+      but clean accuracy, only contenders that can still win are confirmed, the most promising
+      first, and a confirmation stops as soon as its contender has lost.
+    - Otherwise the contenders of `worth_confirming` are confirmed, and the one that the goal would
+      choose by its upper bounds.
+
+    Args:
+        ingredients: names of the ingredients.
+        contenders: the soups, in the order that breaks ties.
+        goal: what is chosen at the end; `Goal()` if no soup is chosen.
+    """
+
+    ingredients: tuple[str, ...]
+    contenders: tuple[Contender, ...]
+    goal: Goal
+
+    @cached_property
+    def pool(self) -> tuple[EvaluationRequest, ...]:
+        """The full evaluations of the ingredients, which keep their adversarial points."""
+        return tuple(EvaluationRequest(name, keep_points=True) for name in self.ingredients)
+
+    def first_request(self, contender: Contender) -> EvaluationRequest:
+        """Return the first evaluation of a contender, which depends on those of the pool alone."""
+        if contender.ingredient is None:
+            return EvaluationRequest(contender.name, contender.mode, pool=self.pool)
+        ingredient = self.pool[self.ingredients.index(contender.ingredient)]
+        return EvaluationRequest(contender.name, pool=self.pool, after=ingredient)
+
+    def first_requests(self) -> tuple[EvaluationRequest, ...]:
+        """Return the evaluations that depend on no result: the pool, then first evaluations."""
+        return (*self.pool, *map(self.first_request, self.contenders))
+
+    def next_requests(self, results: Results) -> tuple[EvaluationRequest, ...]:
+        """Return the next confirmations, given all evaluations so far; empty if there are none.
+
+        Args:
+            results: the evaluations of all first requests and of all earlier confirmations.
+
+        Returns:
+            Requests that do not depend on each other.
+        """
+        screened = self._screened_candidates(results)
+        if not screened:
+            return ()
+        measure = self._decisive_measure(screened)
+        if measure is not None:
+            return self._next_that_can_win(measure, results)
+        confirmed = self._confirmations(results)
+        names = self._names_worth_confirming(screened)
+        return tuple(
+            self._confirmation(contender)
+            for contender in self.contenders
+            if contender.name in names and contender.name not in confirmed
+        )
+
+    def final_evaluations(self, results: Results) -> dict[str, Evaluation]:
+        """Return the last evaluation of each contender, by name, in the contenders' order."""
+        first = {item.name: results[self.first_request(item)] for item in self.contenders}
+        return first | self._confirmations(results)
+
+    def _screened_candidates(self, results: Results) -> list[Candidate]:
+        return [
+            Candidate(item.name, (), results[self.first_request(item)]) for item in self.contenders
+        ]
+
+    def _confirmations(self, results: Results) -> dict[str, Evaluation]:
+        firsts = set(map(self.first_request, self.contenders))
+        return {
+            request.candidate: evaluation
+            for request, evaluation in results.items()
+            if request.after in firsts
+        }
+
+    def _confirmation(
+        self, contender: Contender, stop_below: int | None = None
+    ) -> EvaluationRequest:
+        first = self.first_request(contender)
+        return EvaluationRequest(contender.name, pool=self.pool, after=first, stop_below=stop_below)
+
+    def _decisive_measure(self, screened: Sequence[Candidate]) -> str | None:
+        """Return the one attacked measure that decides the choice; None if more than it counts."""
+        attacked = list(screened[0].evaluation.threats)
+        clean_only = all(requirement.key == CLEAN_KEY for requirement in self.goal.require)
+        return self.goal.maximise if attacked == [self.goal.maximise] and clean_only else None
+
+    def _names_worth_confirming(self, screened: Sequence[Candidate]) -> set[str]:
+        names = {candidate.name for candidate in worth_confirming(screened)}
+        goal = self.goal
+        if goal.maximise is not None:
+            best = select(
+                screened,
+                maximise=goal.maximise,
+                require=goal.require,
+                point=goal.point,
+                unconfirmed=True,
+            ).best
+            names |= set() if best.confirmed else {best.name}
+        return names
+
+    def _next_that_can_win(self, measure: str, results: Results) -> tuple[EvaluationRequest, ...]:
+        """Confirm the screened contender with the most survivors, unless it has lost already."""
+        latest = self.final_evaluations(results)
+        candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
+        eligible = [c for c in candidates if self.goal.met_by(c)] or candidates
+        hits = {c.name: c.evaluation.accuracy[measure].hits for c in eligible}
+        waiting = [c for c in eligible if c.evaluation.record.get("screened")]
+        leading = max((hits[c.name] for c in eligible if c.confirmed), default=None)
+        if not waiting:
+            return ()
+        favourite = max(waiting, key=lambda c: hits[c.name]).name
+        if leading is not None and hits[favourite] < leading:
+            return ()
+        contender = next(item for item in self.contenders if item.name == favourite)
+        return (self._confirmation(contender, stop_below=leading),)
+
+
+def run_screening(
+    screening: Screening, evaluate: Callable[[EvaluationRequest, Results], Evaluation]
+) -> dict[str, Evaluation]:
+    """Run a screening to its end.
+
+    Args:
+        screening: the screening.
+        evaluate: evaluates one request; its second argument holds all earlier evaluations, those
+            of the request's `pool` and `after` among them.
+
+    Returns:
+        The last evaluation of each contender, by name.
+    """
+    results: dict[EvaluationRequest, Evaluation] = {}
+    batch = screening.first_requests()
+    while batch:
+        for request in batch:
+            results[request] = evaluate(request, results)
+        batch = screening.next_requests(results)
+    return screening.final_evaluations(results)
+
+
+def mark_screened(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with a record that says its robust accuracies are upper bounds."""
+    return replace(evaluation, record={**evaluation.record, "screened": True})

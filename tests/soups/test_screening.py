@@ -1,0 +1,210 @@
+"""The screening engine: which evaluations it requests, given the evaluations that it gets."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from soup_candidates import LINF, N, candidate
+
+from robustsoup.soups.screening import (
+    Contender,
+    EvaluationRequest,
+    Screening,
+    mark_screened,
+    run_screening,
+)
+from robustsoup.soups.selection import Candidate, Goal, pareto_front, select, worth_confirming
+
+CHOICE = Goal.parse(LINF, ["clean>=0.5"], point=True)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a soup scores: survivors of the short attack and of the full one."""
+
+    clean: int
+    short: int
+    full: int
+
+
+def evaluate_truth(truths, log):
+    """Return an `evaluate` for `run_screening` that reads the results from a table."""
+
+    def evaluate(request, results):
+        assert request not in log
+        assert all(item in results for item in request.pool)
+        assert request.after is None or request.after in results
+        log.append(request)
+        truth = truths[request.candidate]
+        if request.mode == "short":
+            return mark_screened(candidate("", truth.clean, truth.short).evaluation)
+        if request.stop_below is not None and truth.full < request.stop_below:
+            stopped_at = request.stop_below - 1
+            return candidate("", truth.clean, stopped_at, stopped=True).evaluation
+        return candidate("", truth.clean, truth.full).evaluation
+
+    return evaluate
+
+
+def run(truths, goal, contenders=None):
+    """Screen the soups between the ingredients "a" and "b"; return candidates and requests."""
+    names = [name for name in truths if name not in ("a", "b")]
+    contenders = contenders or [
+        Contender("a", "a"),
+        *(Contender(name) for name in names),
+        Contender("b", "b"),
+    ]
+    screening, log = Screening(("a", "b"), tuple(contenders), goal), []
+    final = run_screening(screening, evaluate_truth(truths, log))
+    return [Candidate(name, (), evaluation) for name, evaluation in final.items()], log
+
+
+TRUTHS = {
+    "a": Truth(190, 40, 40),
+    "b": Truth(120, 80, 80),
+    "high": Truth(150, 110, 70),
+    "middle": Truth(160, 100, 90),
+    "low": Truth(170, 60, 50),
+}
+
+
+def test_the_first_requests_depend_on_no_result():
+    contenders = (Contender("a", "a"), Contender("soup"), Contender("learned", mode="full"))
+    screening = Screening(("a", "b"), contenders, Goal())
+    pool = (EvaluationRequest("a", keep_points=True), EvaluationRequest("b", keep_points=True))
+    assert screening.first_requests() == (
+        *pool,
+        EvaluationRequest("a", pool=pool, after=pool[0]),
+        EvaluationRequest("soup", "short", pool=pool),
+        EvaluationRequest("learned", pool=pool),
+    )
+
+
+def test_a_choice_confirms_the_most_promising_first_and_stops_what_has_lost():
+    final, log = run(TRUTHS, CHOICE)
+    confirmations = [(r.candidate, r.mode, r.stop_below) for r in log if r.after is not None][2:]
+    assert confirmations == [("high", "full", 80), ("middle", "full", 80)]
+    by_name = {c.name: c for c in final}
+    assert by_name["high"].evaluation.record["stopped"] is True
+    assert by_name["middle"].confirmed
+    assert by_name["low"].evaluation.record["screened"] is True  # 60 survivors cannot beat 90
+    assert select(final, maximise=LINF, require=["clean>=0.5"], point=True).best.name == "middle"
+
+
+def test_without_a_confirmed_leader_the_first_confirmation_does_not_stop():
+    contenders = [Contender("high"), Contender("middle"), Contender("low")]
+    _, log = run(TRUTHS, CHOICE, contenders)
+    confirmations = [(r.candidate, r.stop_below) for r in log if r.after is not None]
+    assert confirmations == [("high", None), ("middle", 70)]
+
+
+def test_a_choice_passes_over_what_misses_the_clean_requirement():
+    final, log = run(TRUTHS, Goal.parse(LINF, ["clean>=0.79"], point=True))
+    assert [r.candidate for r in log if r.after is not None] == ["a", "b", "middle"]
+    assert [c.name for c in final if not c.confirmed] == ["high", "low"]
+
+
+def test_where_nothing_meets_the_requirement_all_stay_eligible():
+    _, log = run(TRUTHS, Goal.parse(LINF, ["clean>=0.999"]))
+    assert [r.candidate for r in log if r.after is not None] == ["a", "b", "high", "middle"]
+
+
+@pytest.mark.parametrize(
+    "goal", [Goal(), Goal.parse("clean"), Goal.parse(LINF, [f"{LINF}>=0.1"])], ids=str
+)
+def test_other_goals_confirm_the_front_in_full(goal):
+    _, log = run(TRUTHS, goal)
+    screened = [
+        candidate("a", 190, 40),
+        *(
+            candidate(name, t.clean, t.short, screened=True)
+            for name, t in TRUTHS.items()
+            if name not in ("a", "b")
+        ),
+        candidate("b", 120, 80),
+    ]
+    expected = {c.name for c in worth_confirming(screened)}
+    if goal.maximise is not None:
+        expected.add(
+            select(
+                screened, maximise=goal.maximise, require=goal.require, unconfirmed=True
+            ).best.name
+        )
+    confirmations = [r for r in log if r.after is not None][2:]
+    assert {r.candidate for r in confirmations} == expected - {"a", "b"}
+    assert {(r.mode, r.stop_below) for r in confirmations} <= {("full", None)}
+
+
+def test_a_contender_that_is_evaluated_in_full_is_not_confirmed_again():
+    contenders = [Contender("high", mode="full"), Contender("low")]
+    final, log = run(TRUTHS, CHOICE, contenders)
+    assert [r.candidate for r in log if not r.keep_points] == ["high", "low"]
+    assert [c.confirmed for c in final] == [True, False]
+
+
+def test_without_contenders_nothing_is_confirmed():
+    screening = Screening(("a",), (), CHOICE)
+    assert screening.first_requests() == screening.pool
+    assert screening.next_requests({screening.pool[0]: candidate("a", 9, 9).evaluation}) == ()
+
+
+TABLES = st.lists(
+    st.tuples(st.integers(0, N), st.integers(0, N), st.integers(0, N)), min_size=1, max_size=10
+)
+
+
+def tabled(rows):
+    sorted_rows = [sorted(row, reverse=True) for row in rows]
+    truths = {f"soup {number}": Truth(*row) for number, row in enumerate(sorted_rows)}
+    return {"a": Truth(200, 30, 30), "b": Truth(100, 90, 90)} | truths
+
+
+@settings(max_examples=200, deadline=None)
+@given(TABLES, st.floats(0, 1))
+def test_the_choice_is_the_one_of_a_full_search(rows, least):
+    truths = tabled(rows)
+    goal = Goal.parse(LINF, {"clean": least}, point=True)
+    final, _ = run(truths, goal)
+    full = [candidate(c.name, truths[c.name].clean, truths[c.name].full) for c in final]
+    wanted = {"maximise": LINF, "require": {"clean": least}, "point": True}
+    chosen, best = select(final, **wanted), select(full, **wanted)
+    assert chosen.met == best.met
+    if best.met:
+        hits = [s.best.evaluation.accuracy[LINF].hits for s in (chosen, best)]
+        assert hits[0] == hits[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(TABLES, st.booleans())
+def test_a_resumed_screening_requests_the_same(rows, chooses):
+    truths, log = tabled(rows), []
+    names = [name for name in truths if name not in ("a", "b")]
+    contenders = (Contender("a", "a"), *map(Contender, names))
+    screening = Screening(("a", "b"), contenders, CHOICE if chooses else Goal())
+    evaluate, results = evaluate_truth(truths, log), {}
+    batch = screening.first_requests()
+    while batch:
+        for request in batch:
+            results[request] = evaluate(request, results)
+        batch = screening.next_requests(results)
+        again = dict(reversed(results.items()))  # the order of the results does not matter
+        assert replace(screening).next_requests(again) == batch
+    assert list(screening.final_evaluations(results)) == [c.name for c in contenders]
+
+
+@settings(max_examples=100, deadline=None)
+@given(TABLES)
+def test_a_front_is_confirmed_but_for_noise(rows):
+    truths = tabled(rows)
+    final, _ = run(truths, Goal())
+    bounds = [candidate(c.name, truths[c.name].clean, truths[c.name].short) for c in final]
+    confirmed = [c for c, bound in zip(final, bounds, strict=True) if c.confirmed]
+    reach = 0.5 / N**0.5 + 1e-9
+    short = {c.name: c.evaluation.accuracy for c in bounds}
+    for member in pareto_front(bounds, ["clean", LINF]):
+        scores = member.evaluation.accuracy
+        assert any(
+            all(short[c.name][key].value >= scores[key].value - reach for key in scores)
+            for c in confirmed
+        )
