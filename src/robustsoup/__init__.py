@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from robustsoup.attacks import apgd, apgd_train, pgd
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Data, Split, Synthetic, load_data
+    from robustsoup.diagnosis.check import Soupability, check
     from robustsoup.diagnosis.landscape import Landscape, landscape
-    from robustsoup.diagnosis.rules import Soupability, check
     from robustsoup.errors import RobustsoupError
     from robustsoup.evaluation.comparison import Comparison, compare
     from robustsoup.evaluation.evaluate import evaluate
@@ -64,14 +64,14 @@ _HOMES = {
     "RobustsoupError": "errors",
     "SearchSettings": "settings",
     "Selection": "soups.selection",
-    "Soupability": "diagnosis.rules",
+    "Soupability": "diagnosis.check",
     "Split": "data",
     "Synthetic": "data",
     "ThreatModel": "threats",
     "TrainSettings": "settings",
     "apgd": "attacks",
     "apgd_train": "attacks",
-    "check": "diagnosis.rules",
+    "check": "diagnosis.check",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.evaluate",
     "landscape": "diagnosis.landscape",

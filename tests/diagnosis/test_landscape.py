@@ -1,4 +1,4 @@
-"""The plane through three networks: its geometry, that its corners are the networks, and that a killed one goes on."""
+"""The plane through three networks: its geometry, its losses, and resuming an interrupted run."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from torch.nn import functional
 from robustsoup.attacks import apgd_train
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
-from robustsoup.diagnosis import landscape as module
+from robustsoup.diagnosis import landscape as landscape_module
 from robustsoup.diagnosis.landscape import Landscape, Plane, landscape, plane_through
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.models import NetworkSettings, load_model
@@ -24,8 +24,8 @@ DIGITS = load_data("digits")
 LINF = "Linf 24/255"
 
 
-def vectors(*rows):
-    """Checkpoints whose only parameter is a vector."""
+def vector_checkpoints(*rows):
+    """Make checkpoints whose only parameter is a vector."""
     return [
         Checkpoint({"w": torch.tensor(row, dtype=torch.float64)}, {"parameters": ["w"], "tied": {}})
         for row in rows
@@ -45,7 +45,7 @@ def three():
         device="cpu",
         precision="float32",
     )
-    tuned = [
+    fine_tuned = [
         train(
             base,
             DIGITS.train,
@@ -59,10 +59,10 @@ def three():
         )
         for t in ("clean", LINF)
     ]
-    return [base, *tuned]
+    return [base, *fine_tuned]
 
 
-def judge(three, **more):
+def measure_landscape(three, **options):
     settings = {
         "points": 3,
         "samples": 100,
@@ -71,18 +71,18 @@ def judge(three, **more):
         "calibrate_samples": 64,
         "precision": "float32",
     }
-    return landscape(three, DIGITS.test, **({"threat": LINF, "device": "cpu"} | settings | more))
+    return landscape(three, DIGITS.test, **({"threat": LINF, "device": "cpu"} | settings | options))
 
 
-finite = st.floats(-5, 5, allow_nan=False).map(lambda v: round(v, 2))
+coordinates = st.floats(-5, 5, allow_nan=False).map(lambda v: round(v, 2))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(finite, finite, finite, finite), min_size=3, max_size=3))
-def test_a_point_of_the_plane_is_where_its_coordinates_say(rows):
+@given(st.lists(st.tuples(*[coordinates] * 4), min_size=3, max_size=3))
+def test_coordinates_on_the_plane_match_the_weights(rows):
     w0, w1, w2 = (torch.tensor(row, dtype=torch.float64) for row in rows)
     try:
-        plane = plane_through(vectors(*rows))
+        plane = plane_through(vector_checkpoints(*rows))
     except CoefficientError:
         spread = torch.stack([w1 - w0, w2 - w0])
         assert torch.linalg.svdvals(spread)[1] <= 0.02 * max(
@@ -98,13 +98,13 @@ def test_a_point_of_the_plane_is_where_its_coordinates_say(rows):
     for (x1, y1), (x2, y2) in [
         ((0.3, -0.2), (1.7, 0.9)),
         ((0, 0), (1, 2)),
-    ]:  # distances are those of the weights
+    ]:
         a, b = (torch.tensor(plane.alpha(*p), dtype=torch.float64) for p in ((x1, y1), (x2, y2)))
-        between = (a - b) @ torch.stack([w0, w1, w2])
-        assert float(between.norm()) == pytest.approx(math.hypot(x1 - x2, y1 - y2), rel=1e-3)
+        difference = (a - b) @ torch.stack([w0, w1, w2])
+        assert float(difference.norm()) == pytest.approx(math.hypot(x1 - x2, y1 - y2), rel=1e-3)
 
 
-def test_the_part_that_is_looked_at_goes_from_a_fifth_before_to_a_fifth_beyond():
+def test_the_grid_extends_a_fifth_beyond_the_networks():
     x, y = Plane(10.0, 3.0, 5.0).axes(15)
     assert (x[0], x[-1], y[0], y[-1]) == pytest.approx((-2, 12, -1, 6))
     assert x[2] == pytest.approx(0, abs=1e-12)
@@ -118,25 +118,25 @@ def test_the_part_that_is_looked_at_goes_from_a_fifth_before_to_a_fifth_beyond()
         ([0.0, 1.0], [3.0, 1.0], [0.0, 1.0]),
     ],
 )
-def test_three_on_one_line_are_refused(rows):
+def test_three_networks_on_one_line_are_an_error(rows):
     with pytest.raises(CoefficientError, match="lie on one line"):
-        plane_through(vectors(*rows))
+        plane_through(vector_checkpoints(*rows))
 
 
-def test_the_number_of_checkpoints_is_three():
+def test_a_plane_needs_three_checkpoints():
     with pytest.raises(CoefficientError, match="got 2 checkpoints, expected 3"):
-        plane_through(vectors([0.0], [1.0]))
+        plane_through(vector_checkpoints([0.0], [1.0]))
 
 
-def test_a_point_is_the_robust_loss_of_its_mix(three):
-    found = judge(three)
+def test_a_point_has_the_losses_of_its_mix(three):
+    result = measure_landscape(three)
     plane = plane_through(three)
-    assert found.positions == plane.positions
+    assert result.positions == plane.positions
     data = DIGITS.test.sample(100, 0)
     for i, j in ((0, 2), (1, 1), (2, 0)):
         soup = mix(
             three,
-            plane.alpha(found.x[j], found.y[i]),
+            plane.alpha(result.x[j], result.y[i]),
             affine=True,
             buffers="recalibrate",
             calibrate_on=DIGITS.train,
@@ -146,8 +146,8 @@ def test_a_point_is_the_robust_loss_of_its_mix(three):
         x = to_float(data.images).contiguous(memory_format=torch.channels_last)
         x_adv = apgd_train(network.eval(), x, data.labels, ThreatModel.parse(LINF), steps=2)
         for points, loss, accuracy in (
-            (x, found.clean_loss, found.clean_accuracy),
-            (x_adv, found.loss, found.accuracy),
+            (x, result.clean_loss, result.clean_accuracy),
+            (x_adv, result.loss, result.accuracy),
         ):
             logits = network(points).detach()
             assert loss[i][j] == pytest.approx(
@@ -158,23 +158,23 @@ def test_a_point_is_the_robust_loss_of_its_mix(three):
             )
     assert all(
         a > b
-        for r, c in zip(found.loss, found.clean_loss, strict=True)
+        for r, c in zip(result.loss, result.clean_loss, strict=True)
         for a, b in zip(r, c, strict=True)
     )
 
 
-def test_base_statistics_are_those_of_the_first_unless_told_otherwise(three):
-    own, others = (
-        judge(three, buffers="base", base=three[0]),
-        judge(three, buffers="base", base=three[2]),
+def test_base_statistics_default_to_the_first_checkpoint(three):
+    first, last = (
+        measure_landscape(three, buffers="base", base=three[0]),
+        measure_landscape(three, buffers="base", base=three[2]),
     )
-    assert own.loss != others.loss
-    assert own.buffers == "base"
-    assert judge(three, buffers="base").loss == own.loss
+    assert first.loss != last.loss
+    assert first.buffers == "base"
+    assert measure_landscape(three, buffers="base").loss == first.loss
 
 
-def test_an_ancestor_beside_the_files_is_no_base_of_a_plane(three, tmp_path):
-    """Only what is named decides: `mix` would take the statistics of the file that all were fine-tuned from."""
+def test_the_recorded_ancestor_is_not_the_base_of_a_plane(three, tmp_path):
+    """Unlike `mix`, a plane ignores the ancestor that the records name."""
     base = Checkpoint.of(load_model("resnet9:width=4", channels=1, seed=8))
     base.save(tmp_path / "base.safetensors")
     parents = [{"digest": base.digest, "file": "base.safetensors"}]
@@ -182,85 +182,95 @@ def test_an_ancestor_beside_the_files_is_no_base_of_a_plane(three, tmp_path):
         item.with_provenance(parents=parents).save(tmp_path / f"{number}.safetensors")
     files = [tmp_path / f"{number}.safetensors" for number in range(3)]
     assert mix(files, [0, 0, 1], affine=True).provenance["buffers"]["base"] == base.digest
-    assert judge(files, buffers="base").loss == judge(three, buffers="base").loss
     assert (
-        judge(files, buffers="base", base=tmp_path / "base.safetensors").loss
-        != judge(three, buffers="base").loss
+        measure_landscape(files, buffers="base").loss
+        == measure_landscape(three, buffers="base").loss
+    )
+    assert (
+        measure_landscape(files, buffers="base", base=tmp_path / "base.safetensors").loss
+        != measure_landscape(three, buffers="base").loss
     )
 
 
-def test_the_network_that_it_is_given_stays_as_it_was(three):
-    given = three[0].network().train()
-    judge(three, points=2, samples=20, network=given)
-    assert Checkpoint.of(given).digest == three[0].digest
-    assert given.training
+def test_the_given_network_does_not_change(three):
+    network = three[0].network().train()
+    measure_landscape(three, points=2, samples=20, network=network)
+    assert Checkpoint.of(network).digest == three[0].digest
+    assert network.training
 
 
-def test_a_killed_one_goes_on_and_ends_the_same(three, tmp_path, monkeypatch):
-    whole = judge(three)
-    monkeypatch.setattr(module.SavedState, "due", lambda self: True)
+def test_an_interrupted_run_resumes_with_the_same_result(three, tmp_path, monkeypatch):
+    whole = measure_landscape(three)
+    monkeypatch.setattr(landscape_module.SavedState, "due", lambda self: True)
 
     def stop(done, total, figures):
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge(three, state_path=tmp_path / "state.pt", on_progress=stop)
+        measure_landscape(three, state_path=tmp_path / "state.pt", on_progress=stop)
     seen = []
-    again = judge(
+    resumed = measure_landscape(
         three,
         state_path=tmp_path / "state.pt",
         on_progress=lambda done, total, figures: seen.append(done),
     )
     assert seen == [5, 6, 7, 8, 9]
-    assert again == whole
+    assert resumed == whole
     with pytest.raises(CheckpointError, match="other settings"):
-        judge(three, state_path=tmp_path / "state.pt", seed=1)
+        measure_landscape(three, state_path=tmp_path / "state.pt", seed=1)
 
 
-def test_another_network_of_the_same_weights_begins_anew(three, tmp_path):
+def test_another_network_with_equal_weights_does_not_resume(three, tmp_path):
     plain = three[0].network()
     scaled = three[0].network()
-    scaled.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    scaled.register_forward_hook(lambda layer, inputs, logits: 2 * logits)
     scaled.network_settings = NetworkSettings("scaled")
-    one = judge(three, points=2, samples=20, network=plain, state_path=tmp_path / "state.pt")
+    unscaled = measure_landscape(
+        three, points=2, samples=20, network=plain, state_path=tmp_path / "state.pt"
+    )
     with pytest.raises(CheckpointError, match="state"):
-        judge(three, points=2, samples=20, network=scaled, state_path=tmp_path / "state.pt")
-    assert judge(three, points=2, samples=20, network=scaled).loss != one.loss
+        measure_landscape(
+            three, points=2, samples=20, network=scaled, state_path=tmp_path / "state.pt"
+        )
+    assert measure_landscape(three, points=2, samples=20, network=scaled).loss != unscaled.loss
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_single_sample_is_enough(three, precision):
-    found = judge(three, points=2, samples=1, precision=precision)
-    assert found.samples == 1
+    result = measure_landscape(three, points=2, samples=1, precision=precision)
+    assert result.samples == 1
 
 
-def test_it_is_written_and_read_back(three, tmp_path):
-    found = judge(three)
-    found.save(tmp_path / "plane.json")
-    read = Landscape.load(tmp_path / "plane.json")
-    assert read.loss == [list(row) for row in found.loss]
+def test_save_and_load(three, tmp_path):
+    result = measure_landscape(three)
+    result.save(tmp_path / "plane.json")
+    loaded = Landscape.load(tmp_path / "plane.json")
+    assert loaded.loss == [list(row) for row in result.loss]
     (tmp_path / "plane.json").write_text(json.dumps({"x": []}))
-    with pytest.raises(CheckpointError, match="not a landscape"):
+    with pytest.raises(CheckpointError, match="not a saved landscape"):
         Landscape.load(tmp_path / "plane.json")
 
 
 def test_a_loss_that_is_not_finite_is_none():
-    assert module._grid([1.0, math.nan, math.inf, 2.0], 2) == ((1.0, None), (None, 2.0))
+    assert landscape_module._loss_rows([1.0, math.nan, math.inf, 2.0], 2) == (
+        (1.0, None),
+        (None, 2.0),
+    )
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("options", "message"),
     [
-        ({"points": 1}, "got points 1"),
-        ({"attack_steps": 0}, "attack_steps 0"),
-        ({"buffers": "average"}, 'got "average", expected base, recalibrate'),
+        ({"points": 1}, "points: got 1, expected at least 2"),
+        ({"attack_steps": 0}, "attack_steps: got 0"),
+        ({"buffers": "average"}, 'buffers: got "average", expected one of base, recalibrate'),
         ({"calibrate_on": None}, "no data to measure on"),
     ],
 )
-def test_what_cannot_be_is_refused(three, more, said):
-    with pytest.raises(RequestError, match=said):
-        judge(three, **more)
+def test_invalid_settings_are_errors(three, options, message):
+    with pytest.raises(RequestError, match=message):
+        measure_landscape(three, **options)
 
 
 def test_samples_are_drawn_by_the_seed():

@@ -7,7 +7,7 @@ from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
-from robustsoup.diagnosis.rules import check
+from robustsoup.diagnosis.check import check
 from robustsoup.errors import CheckpointError, CoefficientError, Diverged, RequestError
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState

@@ -42,7 +42,7 @@ from robustsoup.cli.progress import Bar, stderr
 from robustsoup.cli.tables import print_soupability
 from robustsoup.data import Synthetic
 from robustsoup.device import resolve_device
-from robustsoup.diagnosis.rules import check
+from robustsoup.diagnosis.check import check
 from robustsoup.errors import CoefficientError, ModelError, RequestError
 from robustsoup.models import build_network
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from robustsoup.diagnosis.barriers import Pair
-from robustsoup.diagnosis.rules import Soupability
+from robustsoup.diagnosis.check import Soupability
 from robustsoup.evaluation.intervals import Accuracy
 
 

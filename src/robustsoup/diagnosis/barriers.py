@@ -1,4 +1,4 @@
-"""Barriers: what lies on the straight line between two networks."""
+"""Loss and accuracy on the straight line between two networks."""
 
 import math
 from collections.abc import Sequence
@@ -14,49 +14,74 @@ from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import robust_loss
 
-ALONG = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The points t of the line (1 - t) a + t b that are judged."""
-LEAST_ROOM = 0.1
-"""The least that this way counts for, as a share of log(classes), so that noise does not part networks that hardly learned."""
+LINE_POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The points t of the line (1 - t) a + t b at which the mixed network is evaluated."""
+MIN_LOSS_RANGE = 0.1
+"""Lower bound on the denominator of `Curve.relative_barrier`, as a fraction of log(classes).
+
+Prevents spurious barriers between barely trained networks.
+"""
 ATTACK_STEPS = 10
+
+LinePoint = tuple[int, int, float]
+"""(a, b, t): the mix (1 - t) a + t b of two checkpoints by their numbers; (a, a, 0) is a itself."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean cross-entropy (nats) and accuracy (0 to 1) at the points ALONG the line between two networks."""
+    """Cross-entropy and accuracy along the line between two networks.
+
+    Attributes:
+        loss: Mean cross-entropy in nats at each of LINE_POINTS.
+        accuracy: Accuracy in [0, 1] at each of LINE_POINTS.
+    """
 
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
 
     @property
     def barrier(self) -> float:
-        """max_t [L(t) - ((1 - t) L(0) + t L(1))], at least 0; infinite where a loss is not finite.
+        """Compute max_t [L(t) - ((1 - t) L(0) + t L(1))].
 
-        Source: Frankle et al. 2020, arXiv:1912.05671, section 2 (there against the mean of the ends).
+        At least 0; infinite where a loss is not finite.
+
+        Source: Frankle et al. 2020, arXiv:1912.05671, section 2 (which subtracts the mean of the
+        ends instead).
         """
-        return max(_above_line(self.loss)) if all(map(math.isfinite, self.loss)) else math.inf
+        if not all(map(math.isfinite, self.loss)):
+            return math.inf
+        return max(_excess_over_chord(self.loss))
 
     @property
     def drop(self) -> float:
-        """How far accuracy falls below the line between the ends at the worst point: 0.1 is ten points."""
-        return max(0.0 - above for above in _above_line(self.accuracy))
+        """Compute how far accuracy falls below the chord at its worst point: 0.1 is ten points."""
+        return max(0.0 - excess for excess in _excess_over_chord(self.accuracy))
 
-    def share(self, classes: int) -> float:
-        """The barrier as a share of log(classes) - (mean loss of the ends), or of a tenth of log(classes) if that is more."""
+    def relative_barrier(self, classes: int) -> float:
+        """Divide the barrier by the loss range: log(classes) less the mean loss of the ends.
+
+        The loss range counts as at least MIN_LOSS_RANGE * log(classes).
+        """
         if math.isinf(self.barrier):
             return math.inf
-        guessing = math.log(classes)
-        room = guessing - (self.loss[0] + self.loss[-1]) / 2
-        return self.barrier / max(room, LEAST_ROOM * guessing)
+        guessing_loss = math.log(classes)
+        loss_range = guessing_loss - (self.loss[0] + self.loss[-1]) / 2
+        return self.barrier / max(loss_range, MIN_LOSS_RANGE * guessing_loss)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two files, by their number; their distance and cosine, and what lies between them under each threat (as text).
+    """Two checkpoints, their distance, and the curves between them.
 
-    distance: the Euclidean norm of the difference of the parameters; relative: over the norm of the base, or, without
-    one, over the root mean square of the two norms. cosine: of the task vectors theta - theta_base, or, without a base,
-    of the weights; None where one is zero. curves: empty where the pair was not measured.
+    Attributes:
+        a: Number of the first checkpoint.
+        b: Number of the second checkpoint.
+        distance: Euclidean norm of the difference of the parameters.
+        relative: The distance divided by the norm of the base or, without a base, by the root mean
+            square of the two norms.
+        cosine: Cosine of the task vectors theta - theta_base or, without a base, of the weights;
+            None where one of them is zero.
+        curves: Threat (as text) -> curve; empty where the pair was not measured.
     """
 
     a: int
@@ -67,54 +92,68 @@ class Pair:
     curves: dict[str, Curve]
 
 
-def walk(
-    files: Sequence[Checkpoint],
-    pairs: list[Pair],
-    most: int,
+def measure_curves(
+    checkpoints: Sequence[Checkpoint],
+    pairs: Sequence[Pair],
+    *,
+    limit: int,
     model: nn.Module,
     data: Split,
     threat: ThreatModel,
-    on_progress: Progress | None,
-) -> tuple[list[Pair], int]:
-    """The pairs with the curves of the `most` that are farthest apart, and how many those are. Changes `model`."""
-    chosen = sorted(range(len(pairs)), key=lambda i: -pairs[i].distance)[:most]
-    ends = sorted({number for i in chosen for number in (pairs[i].a, pairs[i].b)})
-    total, done = len(ends) + len(chosen) * (len(ALONG) - 2), 0
-    data = data.to(next(model.parameters()).device)
+    on_progress: Progress | None = None,
+) -> list[Pair]:
+    """Measure loss and accuracy along the lines of the `limit` most distant pairs.
 
-    def judged(soup: Checkpoint) -> dict[str, tuple[float, float]]:
-        nonlocal done
+    Args:
+        checkpoints: Checkpoints of one network.
+        pairs: Pairs of their numbers.
+        limit: Number of pairs to measure.
+        model: The network, on its device; its weights are overwritten.
+        data: Samples to evaluate on.
+        threat: Threat to evaluate under, besides clean inputs.
+        on_progress: Receives the number of evaluated networks and their total.
+
+    Returns:
+        All pairs in the same order; the measured ones have curves.
+    """
+    farthest = sorted(range(len(pairs)), key=lambda i: -pairs[i].distance)[:limit]
+    lines = {i: _points_of_line(pairs[i]) for i in farthest}
+    ends = sorted({end for line in lines.values() for end in (line[0], line[-1])})
+    points = [*ends, *(point for line in lines.values() for point in line[1:-1])]
+    threats = list(dict.fromkeys((CLEAN, threat)))
+    data = data.to(next(model.parameters()).device)
+    results: dict[LinePoint, list[tuple[float, float]]] = {}
+    for a, b, t in points:
+        soup = checkpoints[a] if a == b else _mix_pair(checkpoints[a], checkpoints[b], t, model)
         soup.load_into(model)
         with frozen_eval(model):
-            found = {
-                str(t): robust_loss(model, data, t, steps=ATTACK_STEPS)
-                for t in dict.fromkeys((CLEAN, threat))
-            }
-        done += 1
+            results[a, b, t] = [
+                robust_loss(model, data, threat, steps=ATTACK_STEPS) for threat in threats
+            ]
         if on_progress:
-            on_progress(done, total, "")
-        return found
-
-    at = {number: judged(files[number]) for number in ends}
-    pairs = list(pairs)
-    for i in chosen:
-        a, b = pairs[i].a, pairs[i].b
-        inside = [
-            judged(mix([files[a], files[b]], [1 - t, t], buffers="average", network=model))
-            for t in ALONG[1:-1]
-        ]
-        points = [at[a], *inside, at[b]]
-        curves = {
-            key: Curve(*(tuple(part) for part in zip(*(p[key] for p in points), strict=True)))
-            for key in at[a]
-        }
-        pairs[i] = replace(pairs[i], curves=curves)
-    return pairs, len(chosen)
+            on_progress(len(results), len(points), "")
+    measured = list(pairs)
+    for i, line in lines.items():
+        curves = {}
+        for number, key in enumerate(map(str, threats)):
+            losses, accuracies = zip(*(results[point][number] for point in line), strict=True)
+            curves[key] = Curve(losses, accuracies)
+        measured[i] = replace(pairs[i], curves=curves)
+    return measured
 
 
-def _above_line(values: Sequence[float]) -> list[float]:
-    """values less the line between the first and the last, at the points ALONG; exactly 0 at both ends."""
+def _points_of_line(pair: Pair) -> list[LinePoint]:
+    inside = [(pair.a, pair.b, t) for t in LINE_POINTS[1:-1]]
+    return [(pair.a, pair.a, 0.0), *inside, (pair.b, pair.b, 0.0)]
+
+
+def _mix_pair(first: Checkpoint, second: Checkpoint, t: float, model: nn.Module) -> Checkpoint:
+    return mix([first, second], [1 - t, t], buffers="average", network=model)
+
+
+def _excess_over_chord(values: Sequence[float]) -> list[float]:
+    """Subtract the line between the first and last value; the result is exactly 0 at both ends."""
     return [
         0.0 if t in (0, 1) else value - ((1 - t) * values[0] + t * values[-1])
-        for t, value in zip(ALONG, values, strict=True)
+        for t, value in zip(LINE_POINTS, values, strict=True)
     ]

@@ -4,10 +4,10 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,26 +15,34 @@ from torch import nn
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
 from robustsoup.device import resolve_device, resolve_precision
-from robustsoup.diagnosis.geometry import gram
-from robustsoup.errors import CheckpointError, CoefficientError, RequestError
+from robustsoup.diagnosis.geometry import gram_matrix
+from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
 from robustsoup.fingerprint import network_mark
 from robustsoup.progress import Progress, SavedState
-from robustsoup.soups.mixing import POLICIES, check_ingredients, check_policy, mix
+from robustsoup.settings import LandscapeSettings
+from robustsoup.soups.mixing import check_ingredients, check_policy, mix
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import robust_loss
 
-LEAST, MOST = -0.2, 1.2
-"""The part of the plane that is looked at, in multiples of ||w2 - w0|| along x and of w1's height along y."""
-FLAT = 1e-4
-"""Three networks count as collinear where w1 is nearer to the line through w0 and w2 than this share of the longest side."""
+Cell = TypeVar("Cell")
+
+GRID_START, GRID_END = -0.2, 1.2
+"""Ends of the grid, in multiples of ||w2 - w0|| along x and of the height of w1 along y."""
+MIN_RELATIVE_HEIGHT = 1e-4
+"""Networks are collinear if w1 is nearer to the line w0 w2 than this part of the longest side."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane through w0, w1 and w2 with w0 at the origin and w2 on the x axis; lengths are Euclidean over the parameters.
+    """The plane through w0, w1 and w2, with w0 at the origin and w2 on the x axis.
 
-    width: ||w2 - w0||, the x of w2; foot, height: the x and y of w1.
+    Lengths are Euclidean over the parameters.
+
+    Attributes:
+        width: ||w2 - w0||, the x coordinate of w2.
+        foot: The x coordinate of w1.
+        height: The y coordinate of w1.
     """
 
     width: float
@@ -47,48 +55,71 @@ class Plane:
         return (0.0, 0.0), (self.foot, self.height), (self.width, 0.0)
 
     def axes(self, points: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """`points` coordinates along x and along y, evenly from LEAST to MOST times the width and the height."""
-        shares = torch.linspace(LEAST, MOST, points, dtype=torch.float64)
+        """Space `points` coordinates evenly along x and along y, from GRID_START to GRID_END."""
+        shares = torch.linspace(GRID_START, GRID_END, points, dtype=torch.float64)
         return tuple((shares * self.width).tolist()), tuple((shares * self.height).tolist())
 
     def alpha(self, x: float, y: float) -> tuple[float, float, float]:
-        """The coefficients of w0, w1 and w2 at a point: they sum to 1 and may be negative."""
-        one = y / self.height
-        two = (x - one * self.foot) / self.width
-        return 1 - one - two, one, two
+        """Compute the coefficients of w0, w1, w2 at a point; they sum to 1 and may be negative."""
+        alpha_1 = y / self.height
+        alpha_2 = (x - alpha_1 * self.foot) / self.width
+        return 1 - alpha_1 - alpha_2, alpha_1, alpha_2
 
 
 def plane_through(checkpoints: Sequence[Checkpoint]) -> Plane:
-    """The plane through three checkpoints of one network, from the inner products of their differences.
+    """Compute the plane through three checkpoints from the inner products of their differences.
 
-    Raises CoefficientError where they are not three, or lie on one line, IngredientMismatch where they are not one network.
-    Source: Garipov et al. 2018, arXiv:1802.10026, section 3: u = (w2 - w0) / ||w2 - w0||, v = w1 - w0 without its part along u.
+    Args:
+        checkpoints: Three checkpoints of one network.
+
+    Returns:
+        The plane.
+
+    Raises:
+        CoefficientError: There are not three checkpoints, or they lie on one line.
+        IngredientMismatch: The checkpoints are not of one network.
+
+    Source: Garipov et al. 2018, arXiv:1802.10026, section 3: u = (w2 - w0) / ||w2 - w0||; v is
+        w1 - w0 without its component along u.
     """
     if len(checkpoints) != 3:
         raise CoefficientError(f"plane: got {len(checkpoints)} checkpoints, expected 3")
     check_ingredients(checkpoints)
     w0, w1, w2 = checkpoints
     names = [name for name in w0.parameters if w0.tensors[name].is_floating_point()]
-    inner = gram([w1, w2], w0, names)
-    width = math.sqrt(float(inner[1, 1]))
-    foot = float(inner[0, 1]) / width if width else 0.0
-    height = math.sqrt(max(float(inner[0, 0]) - foot**2, 0.0))
-    longest = max(width, math.sqrt(float(inner[0, 0])))
-    if not math.isfinite(longest) or min(width, height) <= FLAT * longest:
-        names = ", ".join(item.name for item in checkpoints)
+    gram = gram_matrix([w1, w2], w0, names)
+    width = math.sqrt(float(gram[1, 1]))
+    foot = float(gram[0, 1]) / width if width else 0.0
+    height = math.sqrt(max(float(gram[0, 0]) - foot**2, 0.0))
+    longest = max(width, math.sqrt(float(gram[0, 0])))
+    if not math.isfinite(longest) or min(width, height) <= MIN_RELATIVE_HEIGHT * longest:
         raise CoefficientError(
-            f"plane: {names} lie on one line (or two are the same), so no plane is defined; "
-            "give three that were fine-tuned apart"
+            f"plane: {', '.join(item.name for item in checkpoints)} lie on one line (or two are "
+            "equal), so they define no plane; choose three that were fine-tuned differently"
         )
     return Plane(width, foot, height)
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """Losses (nats) and accuracies (0 to 1) of the networks on a plane; rows go along y, columns along x.
+    """Losses and accuracies of the networks on a plane; rows go along y, columns along x.
 
-    checkpoints: names of w0, w1, w2; x, y: coordinates as in Plane; positions: theirs. loss, accuracy: under attack;
-    clean_loss, clean_accuracy: without. A loss that is not finite is None.
+    Attributes:
+        checkpoints: Names of w0, w1 and w2.
+        x: Coordinates along x, as in Plane.
+        y: Coordinates along y.
+        positions: (x, y) of the three checkpoints.
+        loss: (len(y), len(x)) mean loss in nats under attack; None where not finite.
+        accuracy: (len(y), len(x)) accuracy in [0, 1] under attack.
+        clean_loss: (len(y), len(x)) mean loss in nats on clean inputs; None where not finite.
+        clean_accuracy: (len(y), len(x)) accuracy in [0, 1] on clean inputs.
+        threat: The threat model, as text.
+        attack_steps: Steps of APGD.
+        samples: Number of samples.
+        split: Name of the split that the samples are drawn from.
+        buffers: Policy for the running statistics of BatchNorm.
+        seed: Seed of the samples and of recalibration.
+        precision: Precision of the attack.
     """
 
     checkpoints: tuple[str, ...]
@@ -107,24 +138,26 @@ class Landscape:
     seed: int
     precision: str
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write it as one JSON file, whole or not at all."""
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the landscape as one JSON file, whole or not at all."""
         write_text(Path(path), json.dumps(asdict(self)))
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Landscape":
-        """Read what `save` wrote. Raises CheckpointError for anything else."""
+    def load(cls, path: str | os.PathLike[str]) -> "Landscape":
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing or holds anything else.
+        """
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not a landscape that robustsoup saved: {error}"
-            ) from None
+            raise CheckpointError(f"{path}: not a saved landscape: {error}") from None
 
 
 def landscape(
-    checkpoints: Sequence[Checkpoint | str | os.PathLike],
+    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
     data: Split,
     *,
     threat: ThreatModel | str,
@@ -132,110 +165,158 @@ def landscape(
     attack_steps: int = 10,
     samples: int = 2000,
     buffers: str = "recalibrate",
-    base: Checkpoint | str | os.PathLike | None = None,
+    base: Checkpoint | str | os.PathLike[str] | None = None,
     calibrate_on: Split | None = None,
     calibrate_samples: int = 10_000,
     network: nn.Module | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    state_path: str | os.PathLike | None = None,
+    state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Landscape:
-    """The loss of points x points networks on the plane through three checkpoints, clean and under attack.
+    """Measure clean and robust loss of points x points networks on the plane through three others.
 
-    Every point is an affine mix of the three; buffers: whose running statistics it has ("base": those of `base`, else
-    of the first checkpoint; "recalibrate", on calibrate_on; "recalibrate-adversarial"). Judged on the same `samples`
-    samples of data (all, if there are fewer), drawn by seed, under the training form of APGD: the highest loss of every
-    sample, nobody left out. The attack runs in `precision`; losses and accuracies are float32's. state_path: where the
-    points that are done are kept, so that a killed run goes on.
-    on_progress(done, total, figures) counts points.
+    Every point is an affine mix of the three checkpoints. All points are evaluated on the same
+    samples, under the training form of APGD: the highest loss of every sample counts, including
+    samples that are already misclassified. Losses and accuracies are computed in float32.
 
-    Raises CoefficientError for three on one line, RequestError for points below 2 or a policy that does not fit.
-    Source: Garipov et al. 2018, arXiv:1802.10026; Huang, Adversarial Learned Soups, section 4.3.
+    Args:
+        checkpoints: Three checkpoints of one network, or their paths.
+        data: The split to draw samples from.
+        threat: Threat model of the attack.
+        points: Points along each axis, at least 2.
+        attack_steps: Steps of APGD, at least 1.
+        samples: Number of samples, drawn by `seed`; all of `data` if it has fewer.
+        buffers: Running statistics of every point: "base", "recalibrate" or
+            "recalibrate-adversarial". Averaged variances can be negative outside the triangle.
+        base: Source of the statistics under "base"; by default the first checkpoint.
+        calibrate_on: Training split, required by the recalibrating policies.
+        calibrate_samples: Number of samples to recalibrate on.
+        network: The module to run, if the files do not record their network; it is not changed.
+        seed: Seed of the samples and of recalibration.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+        precision: Precision of the attack: "auto", "float32" or "bfloat16".
+        state_path: File that holds the finished points, so that an interrupted run resumes.
+        on_progress: Receives the number of finished points and their total.
+
+    Returns:
+        Losses and accuracies at every point, with the settings that produced them.
+
+    Raises:
+        CoefficientError: The checkpoints lie on one line.
+        RequestError: A setting is out of range.
+
+    Source: Garipov et al. 2018, arXiv:1802.10026; Huang 2023, Adversarial Learned Soups, section
+        4.3.
     """
-    threat, where = ThreatModel.parse(threat), resolve_device(device)
-    precision = resolve_precision(precision, where)
+    settings = LandscapeSettings(
+        threat=ThreatModel.parse(threat),
+        attack_steps=attack_steps,
+        points=points,
+        samples=min(samples, len(data)),
+        buffers=buffers,
+        calibrate_samples=calibrate_samples,
+        seed=seed,
+        precision=resolve_precision(precision, resolve_device(device)),
+    )
+    check_policy(buffers, calibrate_on, settings.threat)
     opened = [Checkpoint.open(item) for item in checkpoints]
-    check_settings(points, attack_steps, buffers)
-    check_policy(buffers, calibrate_on, threat)
     plane = plane_through(opened)
     x, y = plane.axes(points)
-    samples = min(samples, len(data))
-    judged = data.sample(samples, seed)
+    subset = data.sample(settings.samples, seed)
     base = (Checkpoint.open(base) if base is not None else opened[0]) if buffers == "base" else None
     model = copy.deepcopy(network) if network is not None else opened[0].network()
-    settings = {
-        "threat": str(threat),
-        "attack_steps": attack_steps,
-        "samples": samples,
-        "split": data.name,
-        "buffers": buffers,
-        "seed": seed,
-        "precision": precision,
-    }
-    mark = [
-        settings,
-        points,
-        judged.digest,
-        calibrate_samples,
+    fingerprint = [
+        asdict(settings) | {"threat": str(settings.threat)},
+        data.name,
+        subset.digest,
         calibrate_on and calibrate_on.digest,
         base and base.digest,
+        network_mark(model),
+        *(item.digest for item in opened),
     ]
-    mark += [network_mark(model), *(item.digest for item in opened)]
-    saved = SavedState(state_path, json.dumps(mark, sort_keys=True))
-    state = saved.load()
-    values: list[list[float]] = state["values"] if state else []
-    model, judged = model.to(where, memory_format=torch.channels_last), judged.to(where)
-    todo = [(u, v) for v in y for u in x]
-    for u, v in todo[len(values) :]:
+    where = resolve_device(device)
+    # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
+    model, subset = model.to(where, memory_format=torch.channels_last), subset.to(where)
+
+    def measure_point(x: float, y: float) -> list[float]:
         soup = mix(
             opened,
-            plane.alpha(u, v),
+            plane.alpha(x, y),
             affine=True,
             buffers=buffers,
             base=base,
             calibrate_on=calibrate_on,
             calibrate_samples=calibrate_samples,
-            threat=threat,
+            threat=settings.threat,
             attack_steps=min(attack_steps, 2),
             network=network,
             device=where,
-            precision=precision,
+            precision=settings.precision,
             seed=seed,
         )
         soup.load_into(model)
-        clean = robust_loss(model, judged, CLEAN)
-        values.append(
-            [*clean, *robust_loss(model, judged, threat, steps=attack_steps, precision=precision)]
+        clean = robust_loss(model, subset, CLEAN)
+        robust = robust_loss(
+            model, subset, settings.threat, steps=attack_steps, precision=settings.precision
         )
+        return [*clean, *robust]
+
+    values = _measure_grid(
+        [(u, v) for v in y for u in x],
+        measure_point,
+        SavedState(state_path, json.dumps(fingerprint, sort_keys=True)),
+        on_progress,
+    )
+    clean_loss, clean_accuracy, loss, accuracy = zip(*values, strict=True)
+    return Landscape(
+        checkpoints=tuple(item.name for item in opened),
+        x=x,
+        y=y,
+        positions=plane.positions,
+        loss=_loss_rows(loss, points),
+        accuracy=_split_rows(accuracy, points),
+        clean_loss=_loss_rows(clean_loss, points),
+        clean_accuracy=_split_rows(clean_accuracy, points),
+        threat=str(settings.threat),
+        attack_steps=attack_steps,
+        samples=settings.samples,
+        split=data.name,
+        buffers=buffers,
+        seed=seed,
+        precision=settings.precision,
+    )
+
+
+def _measure_grid(
+    points: Sequence[tuple[float, float]],
+    measure_point: Callable[[float, float], list[float]],
+    saved: SavedState,
+    on_progress: Progress | None,
+) -> list[list[float]]:
+    """Measure every point; resumes from the saved state and saves it from time to time.
+
+    Returns:
+        Clean loss, clean accuracy, robust loss and robust accuracy of each point.
+    """
+    state = saved.load()
+    values: list[list[float]] = state["values"] if state else []
+    for x, y in points[len(values) :]:
+        values.append(measure_point(x, y))
         if saved.due():
             saved.save({"values": values})
         if on_progress:
-            on_progress(len(values), len(todo), f"robust loss {values[-1][2]:.3f}")
+            on_progress(len(values), len(points), f"robust loss {values[-1][2]:.3f}")
     saved.save({"values": values})
-    clean_loss, clean_accuracy, loss, accuracy = (
-        _grid(column, points) for column in zip(*values, strict=True)
-    )
-    names = tuple(item.name for item in opened)
-    return Landscape(
-        names, x, y, plane.positions, loss, accuracy, clean_loss, clean_accuracy, **settings
-    )
+    return values
 
 
-def check_settings(points: int, attack_steps: int, buffers: str) -> None:
-    """Raise RequestError for settings that no landscape can have."""
-    if points < 2 or attack_steps < 1:
-        raise RequestError(
-            f"landscape: got points {points}, attack_steps {attack_steps}; expected at least 2 points and 1 step"
-        )
-    if buffers not in POLICIES or buffers in ("average", "tracked"):
-        raise RequestError(
-            f'landscape: buffers: got "{buffers}", expected base, recalibrate or recalibrate-adversarial '
-            "(averaged variances can turn negative outside the triangle)"
-        )
+def _loss_rows(losses: Sequence[float], columns: int) -> tuple[tuple[float | None, ...], ...]:
+    """Split losses into rows; a loss that is not finite becomes None."""
+    return _split_rows([loss if math.isfinite(loss) else None for loss in losses], columns)
 
 
-def _grid(column: Sequence[float], points: int) -> tuple[tuple[Any, ...], ...]:
-    finite = [value if math.isfinite(value) else None for value in column]
-    return tuple(tuple(finite[row * points : (row + 1) * points]) for row in range(points))
+def _split_rows(values: Sequence[Cell], columns: int) -> tuple[tuple[Cell, ...], ...]:
+    starts = range(0, len(values), columns)
+    return tuple(tuple(values[start : start + columns]) for start in starts)

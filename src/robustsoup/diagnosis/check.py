@@ -1,0 +1,243 @@
+"""Check before any work that checkpoints can be mixed: one network, one split, one loss basin."""
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import Split
+from robustsoup.device import resolve_device
+from robustsoup.diagnosis.barriers import LINE_POINTS, Pair, measure_curves
+from robustsoup.diagnosis.cost import Cost, measure_cost, measure_step_seconds
+from robustsoup.diagnosis.geometry import Geometry, measure_geometry
+from robustsoup.diagnosis.rules import (
+    Finding,
+    check_ancestor,
+    check_constant_buffers,
+    check_count,
+    check_curves,
+    check_duplicates,
+    check_same_network,
+    check_split,
+    check_statistics,
+    compare_splits,
+    group_duplicates,
+    list_tensor_differences,
+)
+from robustsoup.diagnosis.running_statistics import RunningStatistics, compare_running_statistics
+from robustsoup.errors import CheckpointError, RequestError
+from robustsoup.models.fit import check_fit
+from robustsoup.progress import Progress
+from robustsoup.soups.mixing import common_ancestor
+from robustsoup.threats import ThreatModel
+
+
+@dataclass(frozen=True)
+class Soupability:
+    """The result of `check`.
+
+    Attributes:
+        names: Names of the checkpoints.
+        differences: Name of a checkpoint -> its differences from the first one.
+        duplicates: Groups of checkpoints (by number) with equal weights.
+        split: Whether they were trained on one split: "same", "unknown" or "different".
+        statistics: How far their running statistics differ; None if the networks differ.
+        geometry: Norms of task vectors or weights; None if the networks differ.
+        pairs: All pairs in order; empty if the networks differ.
+        measured: Number of pairs with curves.
+        samples: Number of samples the curves were measured on; None if none was measured.
+        cost: What the checkpoints take in memory, on disk and in time.
+        findings: All problems and warnings, as ("problem" | "warning", text).
+    """
+
+    names: tuple[str, ...]
+    differences: dict[str, list[str]]
+    duplicates: list[list[int]]
+    split: str
+    statistics: RunningStatistics | None
+    geometry: Geometry | None
+    pairs: list[Pair]
+    measured: int
+    samples: int | None
+    cost: Cost
+    findings: list[Finding]
+
+    @property
+    def problems(self) -> list[str]:
+        """Reasons why the checkpoints cannot be mixed."""
+        return [text for kind, text in self.findings if kind == "problem"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Reasons why a mix of the checkpoints is doubtful."""
+        return [text for kind, text in self.findings if kind == "warning"]
+
+    @property
+    def soupable(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert the result for json.dumps; numbers that are not finite become null."""
+        content = asdict(self)
+        del content["findings"]
+        for entry, pair in zip(content["pairs"], self.pairs, strict=True):
+            for key, curve in pair.curves.items():
+                entry["curves"][key] |= {
+                    "t": LINE_POINTS,
+                    "barrier": curve.barrier,
+                    "drop": curve.drop,
+                }
+        content["soupable"] = self.soupable
+        content["problems"] = self.problems
+        content["warnings"] = self.warnings
+        return _replace_non_finite(content)
+
+
+def check(
+    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
+    *,
+    data: Split | None = None,
+    threat: ThreatModel | str = "clean",
+    base: Checkpoint | str | os.PathLike[str] | None = None,
+    samples: int = 256,
+    network: nn.Module | None = None,
+    device: str = "auto",
+    pairs: int = 15,
+    on_progress: Progress | None = None,
+) -> Soupability:
+    """Check whether checkpoints can be mixed, and explain why not.
+
+    Without data, only the files are compared. With data, pairs of checkpoints are mixed at t = 0,
+    1/4, 1/2, 3/4 and 1 with averaged statistics and evaluated in float32 and eval mode, on clean
+    inputs and under `threat` (APGD of 10 steps, at the points of highest loss).
+
+    A pair is a problem if clean accuracy falls more than 10 points below the line between its ends,
+    or more than 5 while the clean barrier exceeds half of log(classes) less the mean loss of the
+    ends. More than 5 points alone, a barrier above a quarter, and robust accuracy 10 points below
+    the line are warnings. A barrier alone is no problem: the soup of a confident and an unsure
+    network is unsure but correct. Differences of running statistics are reported, not evaluated.
+
+    Args:
+        checkpoints: At least one checkpoint or path.
+        data: Samples to measure the loss between the checkpoints on. Nothing is selected on them,
+            so any split is allowed.
+        threat: Threat to evaluate under, besides clean inputs.
+        base: The checkpoint they were fine-tuned from; by default the common ancestor in their
+            records, if its file is next to them.
+        samples: Evaluate on the first `samples` samples (all, if there are fewer).
+        network: The module to run, if the files do not record their network; it is not changed.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+        pairs: Measure at most this many pairs, the most distant ones.
+        on_progress: Receives the number of evaluated networks and their total.
+
+    Returns:
+        All measurements, problems and warnings.
+
+    Raises:
+        CheckpointError: No checkpoint was given, or a file is missing or broken.
+        IngredientMismatch: The base is another network.
+        ModelError: The network does not fit the data.
+        RequestError: Fewer than 1 sample or pair.
+
+    Source: barrier: Frankle et al. 2020, arXiv:1912.05671; task vectors: Ilharco et al. 2023,
+        arXiv:2212.04089.
+    """
+    threat = ThreatModel.parse(threat)
+    if samples < 1 or pairs < 1:
+        raise RequestError(
+            f"check: got samples {samples}, pairs {pairs}, expected at least 1 of each"
+        )
+    opened = [_open_checkpoint(item, network) for item in checkpoints]
+    if not opened:
+        raise CheckpointError(
+            "check: got no checkpoint, expected at least one; pass the checkpoints to mix"
+        )
+    first = opened[0]
+    differences = {
+        item.name: texts for item in opened[1:] if (texts := list_tensor_differences(first, item))
+    }
+    duplicates, split = group_duplicates(opened), compare_splits(opened)
+    findings = [
+        *check_count(opened),
+        *check_same_network(opened, differences),
+        *check_duplicates(opened, duplicates),
+        *check_split(opened, split),
+        *check_statistics(opened),
+    ]
+    statistics, geometry, step_seconds = None, None, None
+    all_pairs: list[Pair] = []
+    subset = None if data is None else data.first(min(samples, len(data)))
+    if not differences:
+        statistics = compare_running_statistics(opened)
+        ancestor = _find_ancestor(opened) if base is None else _open_checkpoint(base, network)
+        geometry, all_pairs = measure_geometry(opened, ancestor)
+        findings += check_constant_buffers(opened)
+        findings += check_ancestor(opened, geometry, all_pairs)
+        if subset is not None:
+            model = _build_model(first, network, subset, device)
+            all_pairs = measure_curves(
+                opened,
+                all_pairs,
+                limit=pairs,
+                model=model,
+                data=subset,
+                threat=threat,
+                on_progress=on_progress,
+            )
+            findings += check_curves(opened, all_pairs, subset)
+            step_seconds = measure_step_seconds(model, subset, threat)
+    measured = sum(bool(pair.curves) for pair in all_pairs)
+    return Soupability(
+        names=tuple(item.name for item in opened),
+        differences=differences,
+        duplicates=duplicates,
+        split=split,
+        statistics=statistics,
+        geometry=geometry,
+        pairs=all_pairs,
+        measured=measured,
+        samples=len(subset) if subset is not None and measured else None,
+        cost=measure_cost(opened, step_seconds),
+        findings=findings,
+    )
+
+
+def _open_checkpoint(
+    item: Checkpoint | str | os.PathLike[str], network: nn.Module | None
+) -> Checkpoint:
+    """Open a checkpoint under the network's own names, with parameters told from buffers."""
+    opened = Checkpoint.open(item)
+    return opened if network is None else opened.described_by(network)
+
+
+def _find_ancestor(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Find the common ancestor; None if it is another network, such as one with more classes."""
+    ancestor = common_ancestor(checkpoints)
+    if ancestor is None or list_tensor_differences(checkpoints[0], ancestor):
+        return None
+    return ancestor
+
+
+def _build_model(
+    first: Checkpoint, network: nn.Module | None, data: Split, device: str
+) -> nn.Module:
+    model = copy.deepcopy(network) if network is not None else first.network()
+    first.load_into(model)
+    check_fit(model, data)
+    # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
+    return model.to(resolve_device(device), memory_format=torch.channels_last)
+
+
+def _replace_non_finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _replace_non_finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_replace_non_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
