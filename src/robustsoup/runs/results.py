@@ -1,0 +1,420 @@
+"""What a run measured, as typed records: the content of results.json.
+
+A run writes a `Results` into its folder; reports and the command line read it back. The names of
+the fields are the keys of the JSON file.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from robustsoup.errors import RequestError
+from robustsoup.evaluation.intervals import Accuracy
+
+Scores = dict[str, Accuracy]
+"""Accuracies by measure: "clean", each threat model as text, and "union" for several threats."""
+
+ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
+SOUP_ROLES = ROLES[2:]
+
+_WRITTEN_BY_RUN = "expected a file that `robustsoup run` wrote; run the recipe again"
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """One evaluated network of a run.
+
+    Attributes:
+        name: Unique name of the row.
+        role: What the network is, one of ROLES.
+        soup: Section of the recipe that made the soup.
+        ingredients: Names of the soup's ingredients.
+        coefficients: One coefficient for each ingredient, where one vector describes the soup.
+        threat: Threat model that the network or its coefficients were trained against.
+        objective: Objective that they were trained with.
+        at: Position on a dial, from 0 (robust) to 1 (clean).
+        checkpoint: File in the run folder; None for a checkpoint that existed before.
+        coefficients_file: File of the coefficients by layer in the run folder.
+        val: Accuracies on the split that selects.
+        test: Accuracies on the split that reports.
+        screened: Whether the robust accuracies on `val` are upper bounds.
+        warnings: What makes an accuracy doubtful.
+    """
+
+    name: str
+    role: str
+    soup: str | None = None
+    ingredients: tuple[str, ...] | None = None
+    coefficients: tuple[float, ...] | None = None
+    threat: str | None = None
+    objective: str | None = None
+    at: float | None = None
+    checkpoint: str | None = None
+    coefficients_file: str | None = None
+    val: Scores | None = None
+    test: Scores | None = None
+    screened: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def scores(self, split: str) -> Scores | None:
+        """Return the accuracies on "val" or "test"; None if they were not measured."""
+        return self.test if split == "test" else self.val
+
+    def accuracy(self, split: str, measure: str) -> Accuracy | None:
+        """Return one accuracy; None if it was not measured."""
+        return (self.scores(split) or {}).get(measure)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON-able values; `screened` and `warnings` only if they are set."""
+        content: dict[str, Any] = _field_values(self)
+        for split in ("val", "test"):
+            scores = self.scores(split)
+            content[split] = scores and {key: value.to_json() for key, value in scores.items()}
+        for name in ("ingredients", "coefficients", "warnings"):
+            content[name] = None if content[name] is None else list(content[name])
+        for name in ("screened", "warnings"):
+            if not content[name]:
+                del content[name]
+        return content
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> "ResultRow":
+        """Read what `to_json` returned.
+
+        Args:
+            content: One entry of "rows".
+            where: Names the entry in errors.
+
+        Raises:
+            RequestError: The entry is not a row.
+        """
+        table = _as_table(content, where)
+        role = _expect_type(table, "role", str, where)
+        if role not in ROLES:
+            raise RequestError(f'{where}: role: got "{role}", expected one of {", ".join(ROLES)}')
+        ingredients, coefficients = table.get("ingredients"), table.get("coefficients")
+        return cls(
+            name=_expect_type(table, "name", str, where),
+            role=role,
+            soup=table.get("soup"),
+            ingredients=None if ingredients is None else tuple(ingredients),
+            coefficients=None if coefficients is None else tuple(coefficients),
+            threat=table.get("threat"),
+            objective=table.get("objective"),
+            at=table.get("at"),
+            checkpoint=table.get("checkpoint"),
+            coefficients_file=table.get("coefficients_file"),
+            val=_parse_scores(table.get("val"), f"{where}: val"),
+            test=_parse_scores(table.get("test"), f"{where}: test"),
+            screened=bool(table.get("screened", False)),
+            warnings=tuple(table.get("warnings", ())),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationProtocol:
+    """How the networks of a run were evaluated.
+
+    Attributes:
+        attack, loss, steps, restarts: The attack.
+        precision: Arithmetic of the verdicts.
+        search_precision: Arithmetic of the attack's search.
+        screened: Whether soups were screened with a short attack.
+        seed: Seed of the attack's noise.
+        select_on, report_on: The splits that select and report.
+        samples: Number of samples of each split; None for a split that was not used.
+        threats: Threat models as text.
+    """
+
+    attack: str = "apgd"
+    loss: str = "ce"
+    steps: int = 100
+    restarts: int = 1
+    precision: str = "float32"
+    search_precision: str = "float32"
+    screened: bool = False
+    seed: int = 0
+    select_on: str
+    report_on: str
+    samples: Mapping[str, int | None] = field(default_factory=dict)
+    threats: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self) | {"samples": dict(self.samples), "threats": list(self.threats)}
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> "EvaluationProtocol":
+        """Read what `to_json` returned; `where` names it in errors.
+
+        Raises:
+            RequestError: The content is not a protocol.
+        """
+        table = _as_table(content, where)
+        _expect_type(table, "select_on", str, where)
+        _expect_type(table, "report_on", str, where)
+        threats = _expect_type(table, "threats", list, where)
+        return cls(**_known_fields(cls, table) | {"threats": tuple(map(str, threats))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneResult:
+    """A plane of loss values.
+
+    Attributes:
+        name: Section of the recipe.
+        checkpoints: Names of the three networks that span the plane.
+        file: File of the losses in the run folder.
+    """
+
+    name: str
+    checkpoints: tuple[str, ...]
+    file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self) | {"checkpoints": list(self.checkpoints)}
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> "PlaneResult":
+        """Read what `to_json` returned; `where` names it in errors.
+
+        Raises:
+            RequestError: The content is not a plane.
+        """
+        table = _as_table(content, where)
+        return cls(
+            name=_expect_type(table, "name", str, where),
+            checkpoints=tuple(table.get("checkpoints", ())),
+            file=_expect_type(table, "file", str, where),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionResult:
+    """The chosen soup, and why.
+
+    Attributes:
+        maximise: The maximised measure.
+        require: Requirements as text.
+        met: Whether the soup meets them on the split that selects.
+        chosen: Name of the row.
+        point: Whether estimates, not lower bounds, were compared with the requirements.
+        message: The choice in one line.
+        held_on_test: Whether the estimates on `test` meet the requirements; None if `test` has no
+            say, because it selected or there is no requirement.
+    """
+
+    maximise: str
+    require: tuple[str, ...] = ()
+    met: bool = True
+    chosen: str
+    point: bool = False
+    message: str = ""
+    held_on_test: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self) | {"require": list(self.require)}
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> "SelectionResult":
+        """Read what `to_json` returned; `where` names it in errors.
+
+        Raises:
+            RequestError: The content is not a selection.
+        """
+        table = _as_table(content, where)
+        _expect_type(table, "chosen", str, where)
+        _expect_type(table, "maximise", str, where)
+        return cls(**_known_fields(cls, table) | {"require": tuple(table.get("require", ()))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leakage:
+    """Whether networks were trained on samples that evaluate them.
+
+    Attributes:
+        status: "known" (they were not), "unknown" or "violated".
+        why: The reason in one line; "" for "known".
+    """
+
+    status: str
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that a run measured.
+
+    Attributes:
+        name: Name of the recipe.
+        created: When the run finished, UTC, ISO 8601.
+        recipe: The recipe with every default.
+        data: Record of the data.
+        model: Specification of the network.
+        leakage: Whether networks were trained on samples that evaluate them.
+        figures: Names of the figures to draw; None for all.
+        protocol: How the networks were evaluated.
+        versions: Versions and device of the run.
+        seconds: Seconds of all steps, whenever they ran.
+        rows: The evaluated networks.
+        planes: The planes of loss values.
+        selection: The chosen soup; None if the recipe selects none.
+        soup: File of the chosen soup in the run folder.
+    """
+
+    name: str
+    created: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    leakage: Leakage | None = None
+    figures: tuple[str, ...] | None = None
+    protocol: EvaluationProtocol
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    rows: tuple[ResultRow, ...]
+    planes: tuple[PlaneResult, ...] = ()
+    selection: SelectionResult | None = None
+    soup: str | None = None
+
+    def row(self, name: str) -> ResultRow:
+        """Return the row called `name`."""
+        return next(row for row in self.rows if row.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of results.json; "soup" only if a soup was chosen."""
+        content = _field_values(self) | {
+            "recipe": dict(self.recipe),
+            "data": dict(self.data),
+            "leakage": self.leakage and self.leakage.to_json(),
+            "figures": None if self.figures is None else list(self.figures),
+            "protocol": self.protocol.to_json(),
+            "versions": dict(self.versions),
+            "rows": [row.to_json() for row in self.rows],
+            "planes": [plane.to_json() for plane in self.planes],
+            "selection": self.selection and self.selection.to_json(),
+        }
+        if self.soup is None:
+            del content["soup"]
+        return content
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> "Results":
+        """Read what `to_json` returned.
+
+        Args:
+            content: The parsed JSON.
+            where: Names the file in errors.
+
+        Raises:
+            RequestError: An entry is missing or is not of its type.
+        """
+        table = _as_table(content, where)
+        leakage, selection = table.get("leakage"), table.get("selection")
+        figures = table.get("figures")
+        rows = _expect_type(table, "rows", list, where)
+        name = _expect_type(table, "name", str, where)
+        protocol = EvaluationProtocol.from_json(
+            _expect_type(table, "protocol", dict, where), f"{where}: protocol"
+        )
+        return cls(
+            name=name,
+            created=table.get("created", ""),
+            recipe=table.get("recipe") or {},
+            data=table.get("data") or {},
+            model=table.get("model"),
+            leakage=Leakage(**_known_fields(Leakage, leakage)) if leakage else None,
+            figures=None if figures is None else tuple(figures),
+            protocol=protocol,
+            versions=table.get("versions") or {},
+            seconds=table.get("seconds"),
+            rows=tuple(
+                ResultRow.from_json(row, f"{where}: rows[{number}]")
+                for number, row in enumerate(rows)
+            ),
+            planes=tuple(
+                PlaneResult.from_json(plane, f"{where}: planes[{number}]")
+                for number, plane in enumerate(table.get("planes") or ())
+            ),
+            selection=SelectionResult.from_json(selection, f"{where}: selection")
+            if selection
+            else None,
+            soup=table.get("soup"),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read a results.json.
+
+        Raises:
+            RequestError: The file is missing, is not JSON, or an entry is wrong.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RequestError(
+                f"{path}: no such file; expected a folder that `robustsoup run` wrote"
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise RequestError(f"{path}: not JSON ({reason}); {_WRITTEN_BY_RUN}") from None
+        return cls.from_json(content, str(path))
+
+
+def _field_values(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
+def _known_fields(record_type: Any, table: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: table[f.name] for f in fields(record_type) if f.name in table}
+
+
+def _as_table(content: Any, where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise RequestError(
+            f"{where}: got {type(content).__name__}, expected an object; {_WRITTEN_BY_RUN}"
+        )
+    return content
+
+
+def _expect_type(table: dict[str, Any], key: str, expected: type[V], where: str) -> V:
+    value = table.get(key)
+    if not isinstance(value, expected):
+        got = type(value).__name__ if key in table else "nothing"
+        raise RequestError(
+            f"{where}: {key}: got {got}, expected {expected.__name__}; {_WRITTEN_BY_RUN}"
+        )
+    return value
+
+
+def _parse_scores(content: Any, where: str) -> Scores | None:
+    if not content:
+        return None
+    if not isinstance(content, dict):
+        raise RequestError(
+            f"{where}: got {type(content).__name__}, expected accuracies by measure; "
+            f"{_WRITTEN_BY_RUN}"
+        )
+    return {
+        measure: _parse_accuracy(entry, f"{where}: {measure}") for measure, entry in content.items()
+    }
+
+
+def _parse_accuracy(entry: Any, where: str) -> Accuracy:
+    for key in ("value", "low", "high", "n"):
+        number = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise RequestError(
+                f"{where}: {key}: got {number!r}, expected a finite number; {_WRITTEN_BY_RUN}"
+            )
+    return Accuracy(entry.get("hits", round(entry["value"] * entry["n"])), entry["n"])
