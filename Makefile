@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test test-oldest lint lint-next types docs dist clean
+.PHONY: demo test test-kernels test-oldest lint lint-next types docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2
+
+# The numeric tests again, with the kernels of older processors: no verdict may depend on the processor.
+test-kernels: $(VENV)/.installed-dev
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 -m kernels
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m kernels
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -31,3 +31,13 @@ def _global_randomness_untouched():
     before = torch.random.get_rng_state()
     yield
     torch.random.set_rng_state(before)
+
+
+NUMERIC_ROOMS = ("attacks", "evaluation", "soups", "training")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the numeric tests: `make test-kernels` repeats them with older processors' kernels."""
+    for item in items:
+        if item.path.parent.name in NUMERIC_ROOMS:
+            item.add_marker(pytest.mark.kernels)

@@ -1,0 +1,135 @@
+"""The examples in README.md and docs/ work: commands run or parse, Python runs, recipes load."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from robustsoup.cli import app, main
+from robustsoup.recipes import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DONE, ANSWER_IS_NO = 0, 3
+
+
+def code_blocks(path, language):
+    """Return the fenced code blocks of one language on a page."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def shell_commands(path, program="robustsoup"):
+    """Return the words of every command of a program in the shell blocks of a page."""
+    lines = "\n".join(code_blocks(path, "sh")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in commands if words[:1] == [program]]
+
+
+def run_commands(commands):
+    """Run commands in order; accept exit code 3, since that answer depends on training."""
+    for words in commands:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code in (DONE, ANSWER_IS_NO), words
+
+
+def page_name(path):
+    return str(path.relative_to(ROOT))
+
+
+WITH_COMMANDS = [page for page in PAGES if shell_commands(page)]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=page_name)
+def test_every_command_on_a_page_parses(page):
+    group = typer.main.get_command(app)
+    for words in shell_commands(page):
+        command = group.commands[words[0]]
+        values = command.make_context(words[0], words[1:]).params
+        assert values, words
+
+
+def test_the_readme_and_the_tutorial_are_among_the_pages():
+    names = {page_name(page) for page in WITH_COMMANDS}
+    assert {"README.md", "docs/tutorial.md", "docs/how-to/choose.md"} <= names
+
+
+def test_the_commands_of_the_readme_and_the_learn_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = shell_commands(ROOT / "README.md")
+    assert [words[0] for words in commands] == [
+        *("train", "train", "train", "check", "search", "learn", "evaluate", "compare")
+    ]
+    how_to = ROOT / "docs" / "how-to"
+    greedy = [words for words in shell_commands(how_to / "choose.md") if "greedy" in words]
+    mix = [words for words in shell_commands(how_to / "train.md") if words[0] == "mix"]
+    assert greedy
+    assert mix
+    run_commands([*commands, *shell_commands(how_to / "learn.md"), *greedy, *mix])
+    for written in (
+        *("best/soup.safetensors", "learned/soup.safetensors", "judged/soup.test.json"),
+        *("blocks/coefficients.csv", "dial/dial.safetensors", "cleaner.safetensors"),
+        *("plane/report.html", "greedy/soup.safetensors", "half.safetensors"),
+    ):
+        assert (tmp_path / written).exists(), written
+
+
+PYTHON_EXAMPLES = [
+    pytest.param(code, id=f"{page_name(page)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(code_blocks(page, "python"), 1)
+]
+
+
+@pytest.mark.parametrize("code", PYTHON_EXAMPLES)
+def test_python_examples_run(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.strip(), "an example prints its result"
+
+
+RECIPES = [code for page in PAGES for code in code_blocks(page, "toml") if "name = " in code]
+
+
+@pytest.mark.parametrize("code", RECIPES)
+def test_recipes_on_pages_load(code, tmp_path):
+    text = code.replace('"recipes/', f'"{ROOT.as_posix()}/recipes/')
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml").name
+
+
+def test_pages_name_recipes_and_make_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE):
+            assert f"\n{target}:" in makefile, f"{page_name(page)}: make {target}"
+        for name in re.findall(r"(?:recipes|examples|benchmarks)/[\w/]+\.(?:toml|py|sh)", text):
+            assert (ROOT / name).is_file(), f"{page_name(page)}: {name}"
+
+
+def github_anchor(heading):
+    """Return the anchor that GitHub and MyST give a heading."""
+    text = re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading.strip().lower()))
+    return text.replace(" ", "-")
+
+
+def test_relative_links_lead_to_files_and_headings():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", prose):
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            if "generated" in path.parts:
+                continue
+            assert path.exists(), f"{page_name(page)}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in map(github_anchor, headings), f"{page_name(page)}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130

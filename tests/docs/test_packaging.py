@@ -1,0 +1,75 @@
+"""pyproject.toml, the constraints files and the other metadata agree with each other."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def read_pins(name):
+    """Return {package: version} of a constraints file."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
+
+
+def read_floors(requirements):
+    """Return {package: oldest version} of requirements such as "numpy>=1.26"."""
+    return dict(
+        re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement).groups()
+        for requirement in requirements
+        if not requirement.startswith("robustsoup[")
+    )
+
+
+def as_numbers(version):
+    return tuple(int(part) for part in version.split("."))
+
+
+def test_the_oldest_pins_are_what_the_project_promises():
+    floors = read_floors(
+        [*PROJECT["dependencies"], *EXTRAS["folders"], *EXTRAS["autoattack"]],
+    )
+    pins = read_pins("constraints-oldest.txt")
+    for package, floor in floors.items():
+        length = len(as_numbers(floor))
+        assert as_numbers(pins[package])[:length] == as_numbers(floor), package
+        assert not any(as_numbers(pins[package])[length:]), package
+
+
+def test_every_dependency_is_pinned_at_or_above_its_floor():
+    pins = read_pins("constraints.txt")
+    for extra in (PROJECT["dependencies"], *EXTRAS.values()):
+        for package, floor in read_floors(extra).items():
+            assert as_numbers(pins[package]) >= as_numbers(floor), package
+
+
+def test_the_floor_of_torch_is_at_most_2_6():
+    floor = read_floors(PROJECT["dependencies"])["torch"]
+    assert as_numbers(floor) <= (2, 6)
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+    assert f"## [{PROJECT['version']}]" in changelog
+
+
+@pytest.mark.parametrize("name", [".github/workflows/ci.yml", ".pre-commit-config.yaml"])
+def test_yaml_files_parse(name):
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_ci_runs_every_python_that_the_project_names():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    versions = [
+        line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line
+    ]
+    assert versions
+    assert all(f'"{version}"' in workflow for version in versions)
