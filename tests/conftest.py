@@ -8,7 +8,8 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-# The same examples everywhere, so that what passed here passes there; `pytest --hypothesis-profile default` looks for others.
+# The same examples everywhere, so that a test that passed here passes there;
+# `pytest --hypothesis-profile default` looks for others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
