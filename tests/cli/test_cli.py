@@ -726,8 +726,8 @@ def test_compare_notes_another_protocol(here, capsys):
     capsys.readouterr()
     assert run("compare", "one/low.test.json", "two/low.test.json") == 0
     said = capsys.readouterr().out
-    assert "note: on the 32 common samples, of 64 in the first and 32 in the second" in said
-    assert "note: different steps: 2 and 3; the robust figures are not made the same way" in said
+    assert "note: on 32 common samples, of 64 in the first and 32 in the second" in said
+    assert "note: different steps: 2 and 3; the robust accuracies are not comparable" in said
 
 
 SEARCH = ("search", "low.safetensors", "high.safetensors", *LINF, *FEW, "--step", 0.5)

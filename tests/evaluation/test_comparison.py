@@ -336,7 +336,7 @@ def test_only_common_samples_are_compared():
     assert found.rows["clean"] == Difference(Accuracy(2, 3), Accuracy(2, 3), 0, 0)
     assert found.rows[LINF] == Difference(Accuracy(1, 3), Accuracy(1, 3), 0, 0)
     assert found.notes == (
-        "on the 3 common samples, of 10 in the first and 4 in the second",
+        "on 3 common samples, of 10 in the first and 4 in the second",
         f"only the first has {L2}",
         "2 comparisons; the p-values are not adjusted for their number",
     )
@@ -350,7 +350,7 @@ def test_the_union_is_compared_where_it_is_of_the_same_threats():
     assert found.notes[:3] == (
         f"only the first has {L2}",
         f"only the second has {L1}",
-        "no union: the two are of different threats",
+        "no union: the threat models differ",
     )
     assert list(compare(A, made("1111011000")).rows) == ["clean"]
 
@@ -368,31 +368,35 @@ def changed(evaluation, **record):
 @pytest.mark.parametrize(
     ("key", "value", "note"),
     [
-        ("steps", 20, "different steps: 100 and 20; the robust figures are not made the same way"),
+        ("steps", 20, "different steps: 100 and 20; the robust accuracies are not comparable"),
         (
             "attack",
             "square",
-            "different attack: apgd and square; the robust figures are not made the same way",
+            "different attack: apgd and square; the robust accuracies are not comparable",
         ),
-        ("loss", "dlr", "different loss: ce and dlr; the robust figures are not made the same way"),
+        ("loss", "dlr", "different loss: ce and dlr; the robust accuracies are not comparable"),
         (
             "restarts",
             5,
-            "different restarts: 1 and 5; the robust figures are not made the same way",
+            "different restarts: 1 and 5; the robust accuracies are not comparable",
         ),
-        ("seed", 1, "different seed: 0 and 1; the robust figures are not made the same way"),
+        ("seed", 1, "different seed: 0 and 1; the robust accuracies are not comparable"),
         (
             "precision",
             "bfloat16",
-            "different precision: float32 and bfloat16; the figures are not made the same way",
+            "different precision: float32 and bfloat16; the accuracies are not comparable",
         ),
         (
             "search_precision",
             "bfloat16",
-            "different search_precision: float32 and bfloat16; the robust figures are not made the same way",
+            "different search_precision: float32 and bfloat16; the robust accuracies are not comparable",
         ),
-        ("screened", {"steps": 2}, "the second was screened; its robust figures may be too high"),
-        ("stopped", True, "the second was stopped; its robust figures may be too high"),
+        (
+            "screened",
+            {"steps": 2},
+            "the second was screened; its robust accuracies may be too high",
+        ),
+        ("stopped", True, "the second was stopped; its robust accuracies may be too high"),
         ("warnings", ["the gradients vanish"], "the second: the gradients vanish"),
     ],
 )
@@ -424,21 +428,21 @@ def test_what_one_record_does_not_say_is_not_compared(key):
         ),
         (
             made("111", ids=[10, 11, 12]),
-            "compare: got no sample that both judged, 10 in the first and 3 in the second; "
+            "compare: got no common sample among 10 in the first and 3 in the second; "
             "evaluate both on the same samples",
         ),
         (
             made("111", ids=[2, 1, 0], labels=[2, 5, 0]),
-            "compare: sample 1: got label 1 in the first and 5 in the second, expected one; "
-            "were the classes numbered alike?",
+            "compare: sample 1: got label 1 in the first and 5 in the second, expected the same; "
+            "number the classes alike",
         ),
         (
             changed(B, split=...),
-            "compare: the second: the record names no data or split; evaluate it again",
+            "compare: the record of the second names no data or split; evaluate it again",
         ),
         (
             changed(B, data=...),
-            "compare: the second: the record names no data or split; evaluate it again",
+            "compare: the record of the second names no data or split; evaluate it again",
         ),
     ],
 )
@@ -483,5 +487,5 @@ def test_evaluations_from_files_are_compared(tmp_path):
     assert isinstance(found, Comparison)
     assert (found.n, list(found.rows)) == (8, ["clean", "Linf 0.01", "L2 0.1", "union"])
     assert {name: row.b for name, row in found.rows.items()} == second.accuracy
-    assert found.notes[0] == "on the 8 common samples, of 12 in the first and 8 in the second"
-    assert "different steps: 12 and 8; the robust figures are not made the same way" in found.notes
+    assert found.notes[0] == "on 8 common samples, of 12 in the first and 8 in the second"
+    assert "different steps: 12 and 8; the robust accuracies are not comparable" in found.notes

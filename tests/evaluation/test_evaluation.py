@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-import robustsoup.evaluation.evaluate
 from robustsoup.attacks import Settings, run_attack
 from robustsoup.attacks.engine import Outcome
 from robustsoup.attacks.forward import pass_rows, predict
@@ -27,7 +26,9 @@ from robustsoup.attacks.projections import norms
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, load_data, to_float
 from robustsoup.errors import CheckpointError, DataError, Diverged, ModelError, RequestError
-from robustsoup.evaluation.evaluate import _above_clean, evaluate, refuse_chance
+from robustsoup.evaluation import attackers
+from robustsoup.evaluation.doubts import warn_above_clean
+from robustsoup.evaluation.evaluate import check_above_chance, evaluate
 from robustsoup.evaluation.intervals import Accuracy, wilson
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts
 from robustsoup.models import load_model
@@ -580,7 +581,7 @@ def test_a_pool_must_have_points_of_the_same_samples_and_threats(kept, evaluatio
     ):
         with pytest.raises(
             RequestError,
-            match=r"pool: an evaluation kept no points for .*; make it with keep_points=True",
+            match=r"pool: an evaluation kept no points for .*; evaluate it again with keep_points=True",
         ):
             evaluate(model, data, **{"threats": [LINF], **asked})
     shifted = replace(data, ids=data.ids + 1)
@@ -675,8 +676,8 @@ def test_warnings_are_handed_on(kept, model, data):
 def brief_autoattack(monkeypatch):
     """AutoAttack with fewer steps and queries than the standard has."""
     pytest.importorskip("pyautoattack")
-    brief = functools.partial(robustsoup.evaluation.attack_chunk, queries=5, steps=2)
-    monkeypatch.setattr(robustsoup.evaluation.evaluate, "attack_chunk", brief)
+    brief = functools.partial(attackers.attack_chunk, queries=5, steps=2)
+    monkeypatch.setattr(attackers, "attack_chunk", brief)
 
 
 def test_autoattack_goes_by_the_same_rules(model, data, passes, brief_autoattack):
@@ -812,7 +813,7 @@ def test_train_mode_is_told(model, data):
     assert evaluate(network.eval(), data).warnings == []
     network.layer1.train()
     found = evaluate(network, data, [LINF], steps=2)
-    assert found.warnings == ["the network was in train mode; it was judged in eval mode"]
+    assert found.warnings == ["the network was in train mode; it was evaluated in eval mode"]
     assert torch.equal(found.prediction, evaluate(model, data).prediction)
 
 
@@ -840,9 +841,9 @@ def test_nan_at_attacked_points_is_told(model, data, precision):
 
 def test_robust_accuracy_above_clean_is_told(evaluation):
     correct = evaluation.prediction == evaluation.labels
-    assert _above_clean(correct, evaluation.threats) == []
+    assert warn_above_clean(correct, evaluation.threats) == []
     lucky = replace(evaluation.threats["L2 0.5"], robust=torch.ones(60, dtype=torch.bool))
-    told = _above_clean(correct, {"L2 0.5": lucky, "Linf 0.1": evaluation.threats["Linf 0.1"]})
+    told = warn_above_clean(correct, {"L2 0.5": lucky, "Linf 0.1": evaluation.threats["Linf 0.1"]})
     assert len(told) == 1
     assert told[0].startswith("accuracy under L2 0.5 is above clean accuracy (100.0%, ")
 
@@ -1106,7 +1107,7 @@ def test_clean_accuracy_near_chance_is_refused(hits, n, classes):
     with pytest.raises(
         ModelError, match=r"mine\.pth: clean accuracy .* near chance .*--normalize MEAN STD"
     ) as told:
-        refuse_chance(Reads(classes), with_hits(hits, n, classes), "mine.pth")
+        check_above_chance(Reads(classes), with_hits(hits, n, classes), "mine.pth")
     assert "\n" not in str(told.value)
 
 
@@ -1115,8 +1116,8 @@ def test_clean_accuracy_near_chance_is_refused(hits, n, classes):
     [(20, 100, 10), (5, 49, 10), (65, 100, 2), (30, 50, 100), (130, 1000, 10)],
 )
 def test_clean_accuracy_above_chance_or_of_too_few_samples_passes(hits, n, classes):
-    refuse_chance(Reads(classes), with_hits(hits, n, classes), "mine.pth")
+    check_above_chance(Reads(classes), with_hits(hits, n, classes), "mine.pth")
 
 
 def test_chance_is_judged_on_a_thousand_samples_at_most():
-    refuse_chance(Reads(10), with_hits(1000, 20_000, 10), "mine.pth")
+    check_above_chance(Reads(10), with_hits(1000, 20_000, 10), "mine.pth")

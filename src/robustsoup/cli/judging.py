@@ -44,7 +44,7 @@ from robustsoup.data import Data
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.comparison import compare
-from robustsoup.evaluation.evaluate import evaluate, refuse_chance
+from robustsoup.evaluation.evaluate import evaluate, check_above_chance
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.execute import Context
 from robustsoup.runs.store import Store
@@ -97,7 +97,7 @@ def evaluate_command(
         for name, path in names_of(checkpoints).items()
     }
     for checkpoint in described.values():
-        refuse_chance(checkpoint, loaded.split(split), checkpoint.name, device=device)
+        check_above_chance(checkpoint, loaded.split(split), checkpoint.name, device=device)
     asked = {
         "threats": threat,
         "attack": attack,

@@ -1,8 +1,7 @@
 """compare: two evaluations of the same samples, sample by sample."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy, Difference
-from robustsoup.evaluation.verdicts import UNION_KEY, Evaluation
+from robustsoup.evaluation.verdicts import UNION_KEY, Evaluation, Record
 
 ATTACK_KEYS = (
     "attack",
@@ -23,101 +22,134 @@ ATTACK_KEYS = (
     "seed",
     "search_precision",
 )
-"""What a record says of its attack; robust figures are made the same way where all that both say is equal."""
-CUT_SHORT_KEYS = ("screened", "stopped")
+"""Keys that describe an attack; robust accuracies compare where the keys of both records agree."""
+
+UPPER_BOUND_KEYS = ("screened", "stopped")
+"""Keys of records whose robust accuracies are upper bounds."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How b differs from a on the n samples that both judged.
+    """How evaluation b differs from evaluation a on their n common samples.
 
-    rows: "clean", each threat (as text) that both have, "union" -> Difference; notes: what a reader must know of how
-    the two were made, one line each, their warnings among them.
+    Args:
+        rows: differences by measure: "clean", each threat model of both, "union".
+        n: number of common samples.
+        notes: what a reader must know of how the two were made, one line each.
     """
 
     rows: dict[str, Difference]
     n: int
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """The differences with intervals and p-values, n and the notes, ready for json.dumps."""
-        rows = {
-            name: {
-                "a": row.a.to_json(),
-                "b": row.b.to_json(),
-                "only_a": row.only_a,
-                "only_b": row.only_b,
-                "value": row.value,
-                "low": row.low,
-                "high": row.high,
-                "p": row.p,
-            }
-            for name, row in self.rows.items()
-        }
+    def to_json(self) -> Record:
+        """Return the differences with intervals and p-values, n and the notes, for json.dumps."""
+        rows = {name: _difference_to_json(difference) for name, difference in self.rows.items()}
         return {"n": self.n, "comparisons": len(rows), "notes": list(self.notes), "rows": rows}
 
 
+def _difference_to_json(difference: Difference) -> Record:
+    return {
+        "a": difference.a.to_json(),
+        "b": difference.b.to_json(),
+        "only_a": difference.only_a,
+        "only_b": difference.only_b,
+        "value": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+        "p": difference.p,
+    }
+
+
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
-    """b less a, sample by sample: clean, under each threat that both have, and under their union.
+    """Compare two evaluations sample by sample: b less a.
 
-    Samples are matched by id; those that only one judged are left out, and a note says so. The interval is Tango's
-    score interval for paired shares and p is McNemar's, exact, not adjusted for the number of rows. Both speak of these
-    two networks on other samples; not of other training seeds. Notes also name what was attacked differently.
+    Samples are matched by id; samples of one evaluation alone are left out, and a note says so.
+    Intervals are Tango's score intervals for paired shares; p-values are McNemar's, exact, and not
+    adjusted for the number of rows. Both generalise to other samples, not to other training seeds.
 
-    Raises RequestError for another data set or split, no common sample, or a sample that has two labels.
+    Args:
+        a: the first evaluation.
+        b: the second evaluation, on the same split of the same data.
+
+    Returns:
+        Differences of clean accuracy, of robust accuracy under each threat model of both, and
+        under their union; notes name warnings, and settings in which the two attacks differ.
+
+    Raises:
+        RequestError: if data or split differ, no sample is common, or a label differs.
     """
-    _check_same_data(a, b)
-    ids, *places = np.intersect1d(a.ids.numpy(), b.ids.numpy(), return_indices=True)
+    _check_same_split(a, b)
+    ids, *indices = np.intersect1d(a.ids.numpy(), b.ids.numpy(), return_indices=True)
     if not len(ids):
         raise RequestError(
-            f"compare: got no sample that both judged, {len(a.ids)} in the first and {len(b.ids)} in the second; "
-            "evaluate both on the same samples"
+            f"compare: got no common sample among {len(a.ids)} in the first and {len(b.ids)} in "
+            "the second; evaluate both on the same samples"
         )
-    in_a, in_b = (torch.from_numpy(place) for place in places)
-    wrong = (a.labels[in_a] != b.labels[in_b]).nonzero().flatten()
-    if len(wrong):
-        row = wrong[0]
-        raise RequestError(
-            f"compare: sample {ids[row]}: got label {a.labels[in_a][row]} in the first and {b.labels[in_b][row]} in the "
-            "second, expected one; were the classes numbered alike?"
-        )
-    hits_a, hits_b = (
-        {name: hits[rows] for name, hits in e.hits().items()} for e, rows in ((a, in_a), (b, in_b))
-    )
+    in_a, in_b = (torch.from_numpy(index) for index in indices)
+    _check_same_labels(ids.tolist(), a.labels[in_a], b.labels[in_b])
+    hits_a, hits_b = a.hits(), b.hits()
     names = [
         name
         for name in hits_a
         if name in hits_b and (name != UNION_KEY or set(a.threats) == set(b.threats))
     ]
-    rows = {name: _difference(hits_a[name], hits_b[name]) for name in names}
-    return Comparison(rows, len(ids), tuple(_notes(a, b, len(ids), names)))
+    rows = {name: _paired_difference(hits_a[name][in_a], hits_b[name][in_b]) for name in names}
+    return Comparison(rows, len(ids), tuple(_comparison_notes(a, b, len(ids), names)))
 
 
-def _check_same_data(a: Evaluation, b: Evaluation) -> None:
-    found = [(e.record.get("data", {}).get("digest"), e.record.get("split")) for e in (a, b)]
-    for which, (digest, split) in zip(("first", "second"), found, strict=True):
+def _check_same_split(a: Evaluation, b: Evaluation) -> None:
+    identities = [(e.record.get("data", {}).get("digest"), e.record.get("split")) for e in (a, b)]
+    for which, (digest, split) in zip(("first", "second"), identities, strict=True):
         if digest is None or split is None:
             raise RequestError(
-                f"compare: the {which}: the record names no data or split; evaluate it again"
+                f"compare: the record of the {which} names no data or split; evaluate it again"
             )
-    if found[0] != found[1]:
+    if identities[0] != identities[1]:
         first, second = (
             f"{split} of {e.record['data'].get('name', 'unnamed data')} ({digest[:8]})"
-            for e, (digest, split) in zip((a, b), found, strict=True)
+            for e, (digest, split) in zip((a, b), identities, strict=True)
         )
         raise RequestError(
-            f"compare: got {first} and {second}, expected one split of the same data; evaluate both on the same split"
+            f"compare: got {first} and {second}, expected one split of the same data; "
+            "evaluate both on the same split"
         )
 
 
-def _difference(a: Tensor, b: Tensor) -> Difference:
-    accuracies = (Accuracy(int(hits.sum()), len(hits)) for hits in (a, b))
-    return Difference(*accuracies, only_a=int((a & ~b).sum()), only_b=int((b & ~a).sum()))
+def _check_same_labels(ids: Sequence[int], labels_a: Tensor, labels_b: Tensor) -> None:
+    different = (labels_a != labels_b).nonzero().flatten().tolist()
+    if different:
+        row = different[0]
+        raise RequestError(
+            f"compare: sample {ids[row]}: got label {int(labels_a[row])} in the first and "
+            f"{int(labels_b[row])} in the second, expected the same; number the classes alike"
+        )
 
 
-def _notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) -> Iterator[str]:
+def _paired_difference(hits_a: Tensor, hits_b: Tensor) -> Difference:
+    return Difference(
+        Accuracy(int(hits_a.sum()), len(hits_a)),
+        Accuracy(int(hits_b.sum()), len(hits_b)),
+        only_a=int((hits_a & ~hits_b).sum()),
+        only_b=int((hits_b & ~hits_a).sum()),
+    )
+
+
+def _comparison_notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) -> Iterator[str]:
+    attacked = len(names) > 1
+    yield from _notes_on_coverage(a, b, n, names)
+    yield from _notes_on_settings(a, b, attacked=attacked)
+    for which, record in (("first", a.record), ("second", b.record)):
+        if attacked and (bounds := [key for key in UPPER_BOUND_KEYS if record.get(key)]):
+            yield f"the {which} was {' and '.join(bounds)}; its robust accuracies may be too high"
+        yield from (f"the {which}: {warning}" for warning in record.get("warnings", ()))
+    if attacked:
+        yield f"{len(names)} comparisons; the p-values are not adjusted for their number"
+
+
+def _notes_on_coverage(a: Evaluation, b: Evaluation, n: int, names: list[str]) -> Iterator[str]:
     if len(a.ids) != n or len(b.ids) != n:
-        yield f"on the {n} common samples, of {len(a.ids)} in the first and {len(b.ids)} in the second"
+        yield f"on {n} common samples, of {len(a.ids)} in the first and {len(b.ids)} in the second"
     for which, threats, others in (
         ("first", a.threats, b.threats),
         ("second", b.threats, a.threats),
@@ -125,15 +157,14 @@ def _notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) -> Iterator[s
         if alone := [name for name in threats if name not in others]:
             yield f"only the {which} has {', '.join(alone)}"
     if len(a.threats) > 1 and len(b.threats) > 1 and UNION_KEY not in names:
-        yield "no union: the two are of different threats"
-    attacked = len(names) > 1
+        yield "no union: the threat models differ"
+
+
+def _notes_on_settings(a: Evaluation, b: Evaluation, *, attacked: bool) -> Iterator[str]:
     for key in (*(ATTACK_KEYS if attacked else ()), "precision"):
         if key in a.record and key in b.record and a.record[key] != b.record[key]:
-            what = "figures" if key == "precision" else "robust figures"
-            yield f"different {key}: {a.record[key]} and {b.record[key]}; the {what} are not made the same way"
-    for which, record in (("first", a.record), ("second", b.record)):
-        if attacked and (cut := [key for key in CUT_SHORT_KEYS if record.get(key)]):
-            yield f"the {which} was {' and '.join(cut)}; its robust figures may be too high"
-        yield from (f"the {which}: {warning}" for warning in record.get("warnings", ()))
-    if len(names) > 1:
-        yield f"{len(names)} comparisons; the p-values are not adjusted for their number"
+            accuracies = "accuracies" if key == "precision" else "robust accuracies"
+            yield (
+                f"different {key}: {a.record[key]} and {b.record[key]}; "
+                f"the {accuracies} are not comparable"
+            )

@@ -1,14 +1,20 @@
-"""Intervals for accuracies."""
+"""Confidence intervals and tests for accuracies and their differences."""
 
 import math
 from dataclasses import dataclass
 
 Z95 = 1.959963984540054
+"""97.5 % quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of n samples with its 95 % Wilson interval [low, high]; float(accuracy) is the share."""
+    """A share of n samples with its 95 % Wilson interval; `float(accuracy)` is the share.
+
+    Args:
+        hits: number of correct samples.
+        n: number of samples, at least 1.
+    """
 
     hits: int
     n: int
@@ -29,7 +35,7 @@ class Accuracy:
         return wilson(self.hits, self.n)[1]
 
     def to_json(self) -> dict[str, float]:
-        """The share, its interval and the counts, ready for json.dumps."""
+        """Return the share, its interval and the counts, ready for json.dumps."""
         return {
             "value": self.value,
             "low": self.low,
@@ -46,7 +52,18 @@ class Accuracy:
 
 
 def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of hits out of n. Source: Wilson 1927, JASA 22:209."""
+    """Return the Wilson score interval of a share.
+
+    Args:
+        hits: number of hits, in 0..n.
+        n: number of samples, at least 1.
+        z: quantile of the standard normal distribution.
+
+    Returns:
+        The lower and the upper end.
+
+    Source: Wilson 1927, JASA 22:209.
+    """
     share = hits / n
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -58,9 +75,12 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """b less a on the same n samples, of which only_a are hits of a alone and only_b of b alone; float is the value.
+    """The accuracy of b less that of a on the same n samples; `float(difference)` is its value.
 
-    value, low, high: the difference of the shares and its 95 % interval (`tango`); p: of no difference (`mcnemar`).
+    Args:
+        a, b: the two accuracies.
+        only_a: number of samples that a alone gets right.
+        only_b: number of samples that b alone gets right.
     """
 
     a: Accuracy
@@ -75,29 +95,29 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """b less a, as a share of n."""
+        """The difference of the shares."""
         return (self.only_b - self.only_a) / self.n
 
     @property
     def low(self) -> float:
-        """The lower end of the interval."""
+        """The lower end of the 95 % interval (`tango`)."""
         return tango(self.only_a, self.only_b, self.n)[0]
 
     @property
     def high(self) -> float:
-        """The upper end of the interval."""
+        """The upper end of the 95 % interval (`tango`)."""
         return tango(self.only_a, self.only_b, self.n)[1]
 
     @property
     def p(self) -> float:
-        """The exact two-sided p-value of McNemar's test."""
+        """The exact two-sided p-value of McNemar's test of no difference."""
         return mcnemar(self.only_a, self.only_b)
 
     def __float__(self) -> float:
         return self.value
 
     def __str__(self) -> str:
-        digits = 1 if self.n <= 5000 else 2  # so that no interval is printed as [+0.0, +0.0]
+        digits = 1 if self.n <= 5000 else 2  # with 1 digit a narrow interval would print as 0
         value, low, high = (
             f"{100 * share:+z.{digits}f}" for share in (self.value, self.low, self.high)
         )
@@ -106,38 +126,56 @@ class Difference:
 
 
 def tango(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The score interval of (only_b - only_a) / n, for n pairs of which only_a and only_b are discordant each way.
+    """Return Tango's score interval of a difference of paired shares, (only_b - only_a) / n.
 
-    Every difference d that the score test keeps, whose variance is taken at d and not at the data, so that few
-    discordant pairs, or none, still give an interval of positive width: with none it is +- z^2 / (n + z^2).
+    The interval holds every difference d that the score test does not reject. The test takes the
+    variance at d rather than at the data, so the interval has a positive width for few discordant
+    pairs and for none: it is then +- z^2 / (n + z^2).
+
+    Args:
+        only_a: number of pairs in which a alone is a hit.
+        only_b: number of pairs in which b alone is a hit.
+        n: number of pairs.
+        z: quantile of the standard normal distribution.
+
+    Returns:
+        The lower and the upper end.
+
     Source: Tango 1998, Statistics in Medicine 17:891, equations 24 to 26.
     """
-    return _tango_low(only_a, only_b, n, z), -_tango_low(only_b, only_a, n, z)
+    return _tango_lower_end(only_a, only_b, n, z), -_tango_lower_end(only_b, only_a, n, z)
 
 
-def _tango_low(only_a: int, only_b: int, n: int, z: float) -> float:
-    """The least d that the score test keeps, by bisection between -1 and the estimate."""
+def _tango_lower_end(only_a: int, only_b: int, n: int, z: float) -> float:
+    """Return the least d that the test does not reject, by bisection of [-1, estimate]."""
     gain, discordant = only_b - only_a, only_a + only_b
-    low, kept = -1.0, gain / n
+    rejected, accepted = -1.0, gain / n
     for _ in range(64):
-        d = (low + kept) / 2
-        # The likeliest share of discordant pairs given d: the larger root of n s^2 - (discordant + gain d) s
-        # + gain d - (n - discordant) d^2 = 0, which is equation 25 rewritten for s = 2 q + d, free of cancellation.
+        d = (rejected + accepted) / 2
+        # Maximum-likelihood share of discordant pairs given d: the larger root of
+        # n s^2 - (discordant + gain d) s + gain d - (n - discordant) d^2 = 0. This is equation 25
+        # rewritten for s = 2 q + d, which avoids cancellation.
         linear = discordant + gain * d
-        share = (
-            linear + math.sqrt(max(0.0, linear**2 - 4 * n * (gain * d - (n - discordant) * d * d)))
-        ) / (2 * n)
+        root = math.sqrt(max(0.0, linear**2 - 4 * n * (gain * d - (n - discordant) * d * d)))
+        share = (linear + root) / (2 * n)
         if (gain - n * d) ** 2 <= z * z * n * (share - d * d):
-            kept = d
+            accepted = d
         else:
-            low = d
-    return kept
+            rejected = d
+    return accepted
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p-value that discordant pairs fall either way alike; 1 where there are none.
+    """Return the exact two-sided p-value of McNemar's test.
 
-    Twice the binomial tail at 1/2, in whole numbers, at most 1. Source: McNemar 1947, Psychometrika 12:153.
+    It is twice the tail of the binomial distribution with probability 1/2, computed in integers,
+    and at most 1; without discordant pairs it is 1.
+
+    Args:
+        only_a: number of pairs in which a alone is a hit.
+        only_b: number of pairs in which b alone is a hit.
+
+    Source: McNemar 1947, Psychometrika 12:153.
     """
     pairs = only_a + only_b
     tail = term = 1

@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from robustsoup.threats import ThreatModel
 CLEAN_KEY = "clean"
 UNION_KEY = "union"
 
+Record = dict[str, Any]
+"""Settings and provenance, ready for JSON."""
+
+VERDICT_ARRAYS = ("robust", "by", "step", "norm", "margin")
+SAMPLE_ARRAYS = ("ids", "labels", "prediction", "margin")
+
 
 def parse_measure(text: str | ThreatModel) -> str:
     """Return a measure in its one spelling: "clean", "union" or a threat model as text.
@@ -31,13 +38,17 @@ def parse_measure(text: str | ThreatModel) -> str:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What one threat model did to each of n samples.
+    """What an attack under one threat model did to each of n samples.
 
-    robust: (n,) bool, right without and under attack; by: (n,) int64, what broke it, as an index of the record's
-    "broken_by" (0: wrong without an attack), -1 where robust; step: (n,) int64, the step that broke it (0: wrong clean, or
-    fooled by the starting point), -1 where robust or where the attack does not tell; norm: (n,) float32 norm of the
-    perturbation that was found, 0 if wrong clean; margin: (n,) float32, the least margin seen under attack, below 0 where
-    broken; x_adv: (n, c, h, w) float32, the points themselves, if they were kept.
+    Args:
+        robust: (n,) bool, correct without and under attack.
+        by: (n,) int64, what broke the sample, as an index of the record's "broken_by" (0: wrong
+            without an attack); -1 where robust.
+        step: (n,) int64, the step that broke the sample (0: wrong without an attack, or fooled by
+            the starting point); -1 where robust or where the attack does not report it.
+        norm: (n,) float32, norm of the perturbation; 0 if wrong without an attack.
+        margin: (n,) float32, least margin under attack; below 0 where broken.
+        x_adv: (n, c, h, w) float32, the adversarial images, if they were kept.
     """
 
     robust: Tensor
@@ -48,22 +59,40 @@ class Verdicts:
     x_adv: Tensor | None = None
 
 
-PARTS = ("robust", "by", "step", "norm", "margin")
+class Accuracies(Mapping[str, Accuracy]):
+    """Accuracies by measure: "clean", "union" (robust to every threat), or a threat model."""
 
-
-class Accuracies(dict[str, Accuracy]):
-    """Accuracies by "clean", "union" (robust to every threat), or a threat model, as an object or as text."""
+    def __init__(self, accuracies: Mapping[str, Accuracy]) -> None:
+        self._accuracies = dict(accuracies)
 
     def __getitem__(self, key: str | ThreatModel) -> Accuracy:
-        return super().__getitem__(str(key))
+        """Return the accuracy for a measure, given as text or as a threat model."""
+        return self._accuracies[str(key)]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the measures as text."""
+        return iter(self._accuracies)
+
+    def __len__(self) -> int:
+        """Return the number of measures."""
+        return len(self._accuracies)
+
+    def __repr__(self) -> str:
+        """Return the accuracies as a dictionary."""
+        return repr(self._accuracies)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Verdicts per sample, and who made them how.
+    """Verdicts for n samples, and the record of how they were made.
 
-    ids, labels, prediction: (n,) int64; margin: (n,) float32, the right logit less the largest other, without attack;
-    threats: threat (as text) -> Verdicts; record: JSON-able settings and provenance, among them "warnings".
+    Args:
+        ids: (n,) int64 sample ids.
+        labels: (n,) int64.
+        prediction: (n,) int64, predicted class without an attack.
+        margin: (n,) float32, the correct logit less the largest other, without an attack.
+        threats: verdicts by threat model as text.
+        record: settings and provenance, ready for JSON; "warnings" is among its keys.
     """
 
     ids: Tensor
@@ -71,10 +100,13 @@ class Evaluation:
     prediction: Tensor
     margin: Tensor
     threats: dict[str, Verdicts]
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=dict)
 
     def hits(self) -> dict[str, Tensor]:
-        """(n,) bool, what is right: clean, under each threat, and (with two threats or more) under their union."""
+        """Return (n,) bool masks of correct samples: clean, for each threat, and their union.
+
+        "union" is present where there are two threats or more.
+        """
         robust = {name: verdicts.robust for name, verdicts in self.threats.items()}
         hits = {CLEAN_KEY: self.prediction == self.labels, **robust}
         if len(robust) > 1:
@@ -83,90 +115,104 @@ class Evaluation:
 
     @property
     def accuracy(self) -> Accuracies:
-        """The share of `hits` under each name, with its interval."""
+        """The share of each mask of `hits`, with its interval."""
         return Accuracies(
             {name: Accuracy(int(hits.sum()), len(hits)) for name, hits in self.hits().items()}
         )
 
     @property
     def warnings(self) -> list[str]:
-        """What makes these numbers doubtful; they stay with the result."""
+        """Reasons to doubt the numbers."""
         return list(self.record.get("warnings", ()))
 
     def after_each(self, threat: ThreatModel | str) -> dict[str, Accuracy]:
-        """The accuracy that is left after each attempt of the attack, in order, by its name."""
+        """Return the accuracy that is left after each attempt of the attack, in order, by name."""
         by = self.threats[str(threat)].by
         left = {}
         for number, name in enumerate(self.record["broken_by"]):
-            gone = (by >= 0) & (by <= number)
-            left[name] = Accuracy(int((~gone).sum()), len(by))
+            broken = (by >= 0) & (by <= number)
+            left[name] = Accuracy(int((~broken).sum()), len(by))
         return left
 
-    def to_json(self) -> dict[str, Any]:
-        """The record and the accuracies with their intervals, ready for json.dumps."""
+    def to_json(self) -> Record:
+        """Return the record and the accuracies with their intervals, ready for json.dumps."""
         return {
             **self.record,
             "accuracy": {name: accuracy.to_json() for name, accuracy in self.accuracy.items()},
         }
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write PATH (.json) and, first, the verdicts per sample beside it as .npz, and kept points as .points.npz."""
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the evaluation to PATH.json, PATH.npz and, with kept points, PATH.points.npz.
+
+        Args:
+            path: path of the JSON file, which is written last.
+
+        Returns:
+            The path.
+        """
         path = Path(path)
-        arrays = {
-            "ids": self.ids,
-            "labels": self.labels,
-            "prediction": self.prediction,
-            "margin": self.margin,
-        }
+        self._save_points(path.with_suffix(".points.npz"))
+        arrays = {name: getattr(self, name).numpy() for name in SAMPLE_ARRAYS}
         for number, verdicts in enumerate(self.threats.values()):
-            arrays |= {
-                f"{name}_{number}": value for name, value in vars(verdicts).items() if name in PARTS
-            }
-        points = {
-            str(n): v.x_adv.numpy()
-            for n, v in enumerate(self.threats.values())
-            if v.x_adv is not None
-        }
-        if points:
-            with (
-                atomic_path(path.with_suffix(".points.npz")) as temporary,
-                open(temporary, "wb") as file,
-            ):
-                np.savez(file, **points)
-        else:  # those of an earlier evaluation would pass for this one's
-            path.with_suffix(".points.npz").unlink(missing_ok=True)
+            for name in VERDICT_ARRAYS:
+                arrays[f"{name}_{number}"] = getattr(verdicts, name).numpy()
         with atomic_path(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **{name: value.numpy() for name, value in arrays.items()})
+            np.savez_compressed(file, **arrays)
         write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
         return path
 
+    def _save_points(self, path: Path) -> None:
+        points: dict[str, Any] = {
+            str(number): verdicts.x_adv.numpy()
+            for number, verdicts in enumerate(self.threats.values())
+            if verdicts.x_adv is not None
+        }
+        if not points:  # a file of an earlier evaluation would be read as this one's
+            path.unlink(missing_ok=True)
+            return
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **points)
+
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Evaluation":
-        """Read what `save` wrote. Raises CheckpointError naming the file."""
+    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
+        """Read what `save` wrote.
+
+        Args:
+            path: path of the JSON file.
+
+        Raises:
+            CheckpointError: if a file is missing or broken; names the JSON file.
+        """
         path = Path(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            with open(path.with_suffix(".npz"), "rb") as raw, np.load(raw) as file:
-                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-            names = record["threats"]
             record.pop("accuracy")
-            kept = _load_points(path.with_suffix(".points.npz"))
+            arrays = _load_arrays(path.with_suffix(".npz"))
+            points_path = path.with_suffix(".points.npz")
+            points = _load_arrays(points_path) if points_path.exists() else {}
             threats = {
                 name: Verdicts(
-                    *(arrays[f"{part}_{number}"] for part in PARTS), kept.get(str(number))
+                    *(arrays[f"{part}_{number}"] for part in VERDICT_ARRAYS),
+                    x_adv=points.get(str(number)),
                 )
-                for number, name in enumerate(names)
+                for number, name in enumerate(record["threats"])
             }
-            samples = [arrays[part] for part in ("ids", "labels", "prediction", "margin")]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            samples = [arrays[name] for name in SAMPLE_ARRAYS]
+        except (
+            AttributeError,
+            EOFError,
+            KeyError,
+            OSError,
+            TypeError,
+            ValueError,
+            zipfile.BadZipFile,
+        ) as error:
             raise CheckpointError(
                 f"{path}: not an evaluation that robustsoup wrote: {error}"
             ) from None
-        return cls(*samples, threats, record)
+        return cls(*samples, threats=threats, record=record)
 
 
-def _load_points(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        return {}
+def _load_arrays(path: Path) -> dict[str, Tensor]:
     with open(path, "rb") as raw, np.load(raw) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}

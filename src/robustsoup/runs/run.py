@@ -8,7 +8,7 @@ from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import KNOWN, UNKNOWN, VIOLATED, check_leakage
 from robustsoup.data import Synthetic, load_data
 from robustsoup.device import resolve_device, resolve_precision
-from robustsoup.evaluation.evaluate import refuse_chance
+from robustsoup.evaluation.evaluate import check_above_chance
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe
@@ -84,7 +84,7 @@ def run_prepared(
     """Do what is missing, select, judge the chosen soup on the reporting split, and fill the run folder."""
     plan, context, store = prepared.plan, prepared.context, prepared.store
     for checkpoint in plan.files.values():
-        refuse_chance(
+        check_above_chance(
             context.describe(checkpoint),
             context.data.val,
             checkpoint.name,

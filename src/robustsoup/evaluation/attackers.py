@@ -1,0 +1,247 @@
+"""How an evaluation attacks one threat model: the queue of APGD and PGD, or standard AutoAttack."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from robustsoup.attacks import Settings
+from robustsoup.attacks.attack import Samples, run_attempts, try_points
+from robustsoup.attacks.autoattack import Standard, attack_chunk, plan_autoattack
+from robustsoup.attacks.engine import Outcome, excess_of
+from robustsoup.attacks.forward import pass_rows
+from robustsoup.attacks.projections import norms
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
+
+AUTOATTACK_CHUNK = 500
+"""Samples in one batch of AutoAttack, whose effect on a sample depends on the rest of the batch."""
+
+Poll = Callable[[int, int], None]
+"""poll(done, total): called several times a second; counts samples times attempts."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network under attack, and the samples on which it is attacked.
+
+    Args:
+        model: network on `device`, in eval mode.
+        samples: images, labels, ids and clean logits of n samples.
+        device: where the network is.
+        rows: images in one pass.
+    """
+
+    model: nn.Module
+    samples: Samples
+    device: torch.device
+    rows: int
+
+
+class Attacker(Protocol):
+    """Attacks the samples that are correct without an attack."""
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """Names of the attempts, in order."""
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings that decide the verdicts, ready for JSON."""
+
+    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+        """Attack every correct sample that `outcome` does not settle yet, and settle it there."""
+
+
+@dataclass(frozen=True)
+class QueueAttacker:
+    """APGD or PGD, by the queue of `robustsoup.attacks.engine`.
+
+    Args:
+        settings: the attack, with its precision resolved.
+        classes: number of classes.
+        rows: images in one pass.
+        stop_below: number of surviving samples below which the attack gives up; None never.
+    """
+
+    settings: AttackSettings
+    classes: int
+    rows: int
+    stop_below: int | None = None
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """One name for each restart and target."""
+        return tuple(attempt.name for attempt in self.engine_settings.attempts(self.classes))
+
+    @property
+    def engine_settings(self) -> Settings:
+        """The settings as the queue takes them."""
+        s = self.settings
+        return Settings(
+            s.attack,
+            s.loss,
+            s.steps,
+            s.restarts,
+            s.targets,
+            s.eot,
+            s.seed,
+            s.precision,
+            s.batch_size,
+            self.stop_below,
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings that decide the verdicts."""
+        s = self.settings
+        protocol = {
+            "attack": s.attack,
+            "loss": s.loss_name,
+            "steps": s.steps,
+            "restarts": s.restarts,
+            "eot": s.eot,
+            "search_precision": s.precision,
+            "rows": self.rows,
+            "l1_schedule": "3eps,2eps,eps",
+        }
+        if s.loss == "targeted dlr":
+            protocol["targets"] = s.targets
+        if self.stop_below is not None:
+            protocol["stop_below"] = self.stop_below
+        return protocol
+
+    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+        """Run the attempts one after the other."""
+        run_attempts(
+            target.model,
+            target.samples,
+            threat,
+            self.engine_settings,
+            outcome,
+            target.device,
+            poll=poll,
+        )
+
+
+@dataclass(frozen=True)
+class AutoAttacker:
+    """Standard AutoAttack, one chunk of samples at a time.
+
+    Args:
+        standard: the attacks that are possible with the classes of the data.
+        seed: seed of the noise.
+    """
+
+    standard: Standard
+    seed: int
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """The attacks of AutoAttack."""
+        return tuple(self.standard.attacks)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings that decide the verdicts."""
+        return {
+            "attack": "autoattack",
+            "version": self.standard.label,
+            "targets": self.standard.targets,
+            "chunk": AUTOATTACK_CHUNK,
+            "search_precision": "float32",
+        }
+
+    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+        """Attack chunk by chunk; chunks hold the same samples whatever is settled already."""
+        attempts = len(self.attempts)
+        correct = target.samples.correct.nonzero().flatten()
+        total = len(correct) * attempts
+        for start in range(0, len(correct), AUTOATTACK_CHUNK):
+            chunk = correct[start : start + AUTOATTACK_CHUNK]
+            seed = self.seed + int(target.samples.ids[chunk[0]])
+            chunk = chunk[outcome.settled[chunk] < attempts]
+            if not len(chunk):
+                continue
+
+            def poll_chunk(done: int, of: int, start: int = start) -> None:
+                poll(start * attempts + done, total)
+
+            self._attack_chunk(target, threat, outcome, chunk, seed, poll_chunk)
+            poll(int(outcome.settled[correct].sum()), total)
+
+    def _attack_chunk(
+        self,
+        target: Target,
+        threat: ThreatModel,
+        outcome: Outcome,
+        chunk: Tensor,
+        seed: int,
+        poll: Poll,
+    ) -> None:
+        x = target.samples.fetch(chunk)
+        points, by = attack_chunk(
+            target.model,
+            x,
+            target.samples.y[chunk].to(target.device),
+            threat,
+            standard=self.standard,
+            seed=seed,
+            on_progress=poll,
+        )
+        by = by.cpu()
+        write_points(outcome, chunk, x, points, threat)
+
+        def fetch_points(at: Tensor) -> Tensor:
+            return points[torch.searchsorted(chunk, at)]
+
+        _, margin = try_points(
+            target.model, target.samples, fetch_points, chunk, target.rows, target.device
+        )
+        outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
+        outcome.settled[chunk] = len(self.attempts)
+
+
+def make_attacker(
+    settings: AttackSettings,
+    threats: tuple[ThreatModel, ...],
+    classes: int,
+    device: torch.device,
+    stop_below: int | None,
+) -> Attacker:
+    """Return the attacker that the settings describe.
+
+    Args:
+        settings: the attack, with its precision resolved.
+        threats: threat models of the evaluation.
+        classes: number of classes of the data.
+        device: where the network is.
+        stop_below: number of surviving samples below which APGD and PGD give up.
+
+    Raises:
+        RequestError: if the attack is impossible with so many classes, or not installed.
+    """
+    name = "apgd" if settings.attack == "autoattack" else settings.attack
+    rows = pass_rows(device, settings.batch_size)
+    queue = QueueAttacker(replace(settings, attack=name), classes, rows, stop_below)
+    queue.engine_settings.check(classes)
+    if settings.attack == "autoattack" and threats:
+        return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
+    return queue
+
+
+def write_points(
+    outcome: Outcome, at: Tensor, x: Tensor, points: Tensor, threat: ThreatModel
+) -> None:
+    """Record adversarial points of samples, and how far they are from the clean images.
+
+    Args:
+        outcome: where to record them.
+        at: (b,) int64 numbers of the samples.
+        x: (b, c, h, w) clean images.
+        points: (b, c, h, w) adversarial images.
+        threat: the threat model under which the points were found.
+    """
+    outcome.norm[at] = norms(points - x, threat.norm).float().cpu()
+    outcome.excess[at] = excess_of(points, x, threat).cpu()
+    if outcome.x_adv is not None:
+        outcome.x_adv[at] = points.cpu()

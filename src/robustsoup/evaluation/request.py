@@ -1,0 +1,144 @@
+"""The request of an evaluation, parsed and checked before any work."""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from robustsoup.attacks.forward import pass_rows
+from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.data import Split, to_float
+from robustsoup.device import resolve_device, resolve_precision
+from robustsoup.errors import DataError, RequestError
+from robustsoup.evaluation.attackers import Attacker, make_attacker
+from robustsoup.evaluation.reuse import (
+    POOL,
+    SAME_ATTACK_KEYS,
+    Reuse,
+    check_same_samples,
+    pool_points,
+)
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Record
+from robustsoup.models.fit import check_fit
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that passed all checks.
+
+    Args:
+        model: copy of the network on `device`.
+        checkpoint_digest: digest of the checkpoint; None for a module.
+        data: the samples.
+        threats: parsed threat models, without clean ones and without repetition.
+        settings: the attack, with its precision resolved.
+        attacker: runs the attack.
+        reuse: what is shared with other evaluations.
+        device: where the network is.
+        warnings: doubts that arose before any work.
+    """
+
+    model: nn.Module
+    checkpoint_digest: str | None
+    data: Split
+    threats: tuple[ThreatModel, ...]
+    settings: AttackSettings
+    attacker: Attacker
+    reuse: Reuse
+    device: torch.device
+    warnings: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Images in one pass."""
+        return pass_rows(self.device, self.settings.batch_size)
+
+    @property
+    def broken_by(self) -> list[str]:
+        """Names of what can break a sample: clean, this attack, the pool, an earlier attack."""
+        pool = [POOL] if self.reuse.pool else []
+        earlier = self.reuse.after.record["broken_by"] if self.reuse.after else []
+        return list(dict.fromkeys([CLEAN_KEY, *self.attacker.attempts, *pool, *earlier]))
+
+    def protocol(self) -> Record:
+        """Return the settings that decide the verdicts."""
+        protocol: Record = {"seed": self.settings.seed, "broken_by": self.broken_by}
+        if self.reuse.after is not None:
+            record = self.reuse.after.record
+            protocol["after"] = {key: record.get(key) for key in SAME_ATTACK_KEYS}
+        return protocol | self.attacker.protocol()
+
+    def fingerprint(self) -> str:
+        """Return a text that differs between evaluations that may not share saved progress."""
+        after = self.reuse.after
+        parts = [
+            self.protocol(),
+            self.data.digest,
+            self.reuse.keep_points,
+            None if after is None else after.to_json(),
+            [evaluation.to_json() for evaluation in self.reuse.pool],
+            self.checkpoint_digest or Checkpoint.of(self.model).digest,
+        ]
+        return json.dumps(parts, sort_keys=True)
+
+    def fetch(self, at: Tensor) -> Tensor:
+        """Return samples `at` (b,) as float images (b, c, h, w) on the device."""
+        images = self.data.images
+        x = to_float(images[at.to(images.device)]).to(self.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def check_request(
+    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    data: Split,
+    threats: Sequence[ThreatModel | str],
+    settings: AttackSettings,
+    reuse: Reuse,
+    device: str,
+) -> CheckedRequest:
+    """Parse and check everything that can be wrong before any work."""
+    attacked = tuple(dict.fromkeys(t for t in map(ThreatModel.parse, threats) if not t.is_clean))
+    if reuse.stop_below is not None and len(attacked) != 1:
+        raise RequestError(f"stop_below: got {len(attacked)} threats, expected one")
+    where = resolve_device(device)
+    settings = replace(settings, precision=resolve_precision(settings.precision, where))
+    _check_labels(data)
+    attacker = make_attacker(settings, attacked, data.classes, where, reuse.stop_below)
+    source = network if isinstance(network, nn.Module) else Checkpoint.load(network)
+    model = copy.deepcopy(source) if isinstance(source, nn.Module) else as_network(source)
+    # PyTorch's annotations of Module.to lack memory_format.
+    model = model.to(where, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
+    warnings = []
+    if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
+        warnings.append("the network was in train mode; it was evaluated in eval mode")
+    check_fit(model, data)
+    earlier = [*reuse.pool, *([reuse.after] if reuse.after is not None else [])]
+    check_same_samples(earlier, data)
+    for threat in attacked:
+        pool_points(reuse.pool, threat)
+    return CheckedRequest(
+        model,
+        None if isinstance(source, nn.Module) else source.digest,
+        data,
+        attacked,
+        settings,
+        attacker,
+        reuse,
+        where,
+        tuple(warnings),
+    )
+
+
+def _check_labels(data: Split) -> None:
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= data.classes:
+        raise DataError(
+            f"labels: got {low}..{high}, expected 0..{data.classes - 1}, "
+            f"since the data has {data.classes} classes"
+        )
