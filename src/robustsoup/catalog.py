@@ -203,27 +203,37 @@ DATA_SOURCES = Registry(
 
 SOUP_METHODS = Registry(
     "methods",
-    Entry("uniform", "", "The average of all ingredients."),
+    Entry("uniform", "robustsoup.soups.grid:uniform", "The average of all ingredients."),
     Entry("grid", "robustsoup.soups.grid:grid", "All multiples of a step that sum to 1."),
-    Entry("line", "robustsoup.soups.grid:grid", "The grid of two ingredients (wise-ft)."),
+    Entry(
+        "line",
+        "robustsoup.soups.grid:line",
+        "The grid of two ingredients (wise-ft).",
+        source="Wortsman et al. 2021, arXiv:2109.01903",
+    ),
     Entry(
         "greedy",
-        "robustsoup.soups.search:greedy",
+        "robustsoup.soups.greedy:greedy",
         "Adds ingredients, best first, while a score does not fall.",
         source="Wortsman et al. 2022, arXiv:2203.05482, recipe 1",
+        facts={"needs": "evaluations"},
     ),
     Entry(
         "learned",
         "robustsoup.soups.learning:learn",
         "One softmax over the ingredients for each layer, learned under attack.",
         source="Huang, Adversarial Learned Soups, section 3",
+        facts={"needs": "training"},
     ),
     Entry(
         "dial",
         "robustsoup.soups.learning:learn_dial",
         "A whole line of learned soups, from robust to clean.",
+        facts={"needs": "training"},
     ),
 )
+"""A target is called as (n, step, max_soups) and returns a list of coefficients (n,), unless its
+facts say what it "needs": "evaluations" of the ingredients, or "training"."""
 
 BUFFER_POLICIES = Registry(
     "buffers",

@@ -28,7 +28,7 @@ from robustsoup.soups.grid import Alpha, alpha_name, corners
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
-from robustsoup.soups.search import greedy
+from robustsoup.soups.greedy import greedy
 from robustsoup.soups.selection import Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.errors import CoefficientError
 
 Alpha = tuple[float, ...]
@@ -50,11 +51,35 @@ def grid(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     return alphas
 
 
+def line(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
+    """Return the grid of two ingredients (wise-ft).
+
+    Args:
+        n: number of ingredients, which must be 2.
+        step: a fraction of 1, such as 0.2 or 0.25.
+        max_soups: largest number of soups.
+
+    Raises:
+        CoefficientError: for another number of ingredients, and as `grid`.
+
+    Source: Wortsman et al. 2021, arXiv:2109.01903.
+    """
+    if n != 2:
+        raise CoefficientError(f"line: got {n} ingredients, expected 2")
+    return grid(n, step, max_soups)
+
+
+def uniform(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
+    """Return the average of n ingredients as the only soup; `step` and `max_soups` do nothing."""
+    return [(1 / n,) * n]
+
+
 def candidates(method: str, n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     """Return the coefficients that a method tries.
 
     Args:
-        method: "uniform", "grid", or "line" (wise-ft, n = 2).
+        method: an entry of `catalog.SOUP_METHODS` that needs neither evaluations nor training:
+            "uniform", "grid", "line", or a method that an installed package adds.
         n: number of ingredients.
         step: step of a grid or line.
         max_soups: largest number of soups.
@@ -62,15 +87,11 @@ def candidates(method: str, n: int, step: float = 0.2, max_soups: int = MAX_SOUP
     Raises:
         CoefficientError: for another method, and for numbers that the method cannot take.
     """
-    if method == "uniform":
-        return [(1 / n,) * n]
-    if method == "line" and n != 2:
-        raise CoefficientError(f"line: got {n} ingredients, expected 2")
-    if method in ("grid", "line"):
-        return grid(n, step, max_soups)
-    raise CoefficientError(
-        f'method: got "{method}", expected "grid", "line", "uniform" or "greedy"'
-    )
+    entry = SOUP_METHODS.get_entry(method, error=CoefficientError)
+    if needs := entry.facts.get("needs"):
+        raise CoefficientError(f'method "{method}" needs {needs}; it has no list of coefficients')
+    alphas: list[Alpha] = entry.load()(n, step, max_soups)
+    return alphas
 
 
 def alpha_name(alpha: Sequence[float]) -> str:

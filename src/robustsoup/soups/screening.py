@@ -35,6 +35,7 @@ from functools import cached_property
 from typing import Literal
 
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
+from robustsoup.settings import AttackSettings
 from robustsoup.soups.selection import Candidate, Goal, select, worth_confirming
 
 
@@ -223,6 +224,19 @@ def run_screening(
             results[request] = evaluate(request, results)
         batch = screening.next_requests(results)
     return screening.final_evaluations(results)
+
+
+def short_attack(settings: AttackSettings, screen_steps: int) -> AttackSettings:
+    """Return the brief attack of a screening.
+
+    Args:
+        settings: the attack of the full protocol.
+        screen_steps: steps of the brief attack.
+
+    Returns:
+        One restart of the same attack, which searches in bfloat16 where the device computes in it.
+    """
+    return replace(settings, steps=screen_steps, restarts=1, precision="auto")
 
 
 def mark_screened(evaluation: Evaluation) -> Evaluation:

@@ -1,19 +1,24 @@
-"""Which coefficients to try (uniform, grid, line), and judging every candidate on one split."""
+"""search: evaluate the soups of a method on one split."""
 
 import copy
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.progress import Progress
+from robustsoup.settings import AttackSettings, SearchSettings, accepts_settings, make_settings
+from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import Alpha, alpha_name, candidates, corners
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
@@ -23,176 +28,207 @@ from robustsoup.soups.screening import (
     Screening,
     mark_screened,
     run_screening,
+    short_attack,
 )
 from robustsoup.soups.selection import Candidate, Goal, Score
 from robustsoup.threats import ThreatModel
 
-SCREEN = {"steps": 10, "precision": "auto"}
-"""How a soup is screened: a short attack, on top of the points that broke the ingredients."""
 
-
-def greedy(
-    alone: Sequence[Evaluation], judge: Callable[[Alpha], Evaluation], score: Score | str
-) -> list[Candidate]:
-    """The greedy soup: from the best ingredient on, keep each further one, best first, unless the score falls.
-
-    alone: what each ingredient scored; judge(alpha): what a soup scores, on the same samples, which must be held-out ones.
-    Returns the ingredients in their order and every soup that was tried; the last one is the greedy soup.
-    Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1.
-    """
-    score, n = Score.parse(score), len(alone)
-    tried = [Candidate(alpha_name(a), a, e) for a, e in zip(corners(n), alone, strict=True)]
-    order = sorted(range(n), key=lambda i: -score.of(alone[i].accuracy))
-    kept, best = [order[0]], tried[order[0]]
-    for i in order[1:]:
-        members = {*kept, i}
-        alpha = tuple(float(j in members) / len(members) for j in range(n))
-        candidate = Candidate(alpha_name(alpha), alpha, judge(alpha))
-        tried.append(candidate)
-        if score.of(candidate.evaluation.accuracy) >= score.of(best.evaluation.accuracy):
-            kept, best = [*kept, i], candidate
-    return [c for c in tried if c is not best] + [best]
-
-
+@accepts_settings(AttackSettings)
+@accepts_settings(SearchSettings)
 def search(
-    ingredients: Sequence[Checkpoint | str | os.PathLike],
+    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     data: Split,
     threats: Sequence[ThreatModel | str],
+    settings: SearchSettings | None = None,
+    attack_settings: AttackSettings | None = None,
     *,
-    method: str = "grid",
-    step: float = 0.2,
     buffers: str = "average",
     calibrate_on: Split | None = None,
-    attack: str = "apgd",
-    loss: str = "ce",
-    steps: int = 100,
-    restarts: int = 1,
     samples: int | None = None,
-    seed: int = 0,
-    screen: bool = False,
-    screen_steps: int = SCREEN["steps"],
-    maximise: ThreatModel | str | None = None,
-    point: bool = False,
-    require: Sequence[str] = (),
-    score: str | None = None,
     allow_leakage: bool = False,
     network: nn.Module | None = None,
     device: str = "auto",
-    precision: str = "float32",
     on_progress: Progress | None = None,
+    **changes: Any,
 ) -> list[Candidate]:
-    """Evaluate every soup of a method on `data` (the validation split) and return them all; `select` picks one.
+    """Evaluate every soup of a method on one split; `select` then picks one.
 
-    buffers, calibrate_on, network: as in `mix`; attack to seed, precision: as in `evaluate`.
+    With `screen`, the ingredients are attacked in full; their adversarial points and a short attack
+    (`screen_steps`, bfloat16 where the device computes in it) are tried on every soup; then those
+    that can matter are confirmed in full: see `Screening`. The accuracies of the others are upper
+    bounds: `Candidate.confirmed` is False.
 
-    screen: attack the ingredients in full; try their adversarial points on every soup alike, with a short attack
-    (screen_steps, bfloat16 where the device has it); then confirm the front in full, but for soups that the samples cannot
-    tell from one that is confirmed (see `worth_confirming`). The others' figures are upper bounds
-    (`Candidate.confirmed` is False, the record says "screened").
-    score: what method "greedy" must not lose, as in `Score`; else the first threat. Its last candidate is the greedy soup.
-    maximise, require (of clean accuracy, as in `select`): with screen, confirm only what can still win the choice, and stop a
-    soup as soon as it has lost.
+    Args:
+        ingredients: n checkpoints or paths of one network.
+        data: the split to select on, usually `val`.
+        threats: threat models to attack with.
+        settings: which soups are tried; SearchSettings() if None. `maximise` and `require` matter
+            with `screen` alone, `score` to the greedy method alone (the first threat if None).
+        attack_settings: the attack; AttackSettings() if None. Its seed also seeds the mixing.
+        buffers: policy for BatchNorm's running statistics, as in `mix`.
+        calibrate_on: training split, required by the recalibrating policies.
+        samples: number of samples to evaluate on, from the first; all if None.
+        allow_leakage: accept ingredients that were trained on samples of `data`.
+        network: the network, if the ingredients do not record it; left unchanged.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+        on_progress: called as on_progress(done, total, figures) after each soup.
+        **changes: fields of SearchSettings and AttackSettings, which override both.
 
-    Raises LeakageError if an ingredient was trained on samples of `data`, unless allow_leakage.
+    Returns:
+        All candidates, in the order of the method; the greedy soup is the last of its method.
+
+    Raises:
+        RequestError: for invalid settings, before any work.
+        LeakageError: if an ingredient was trained on samples of `data`.
     """
-    if screen and attack == "autoattack":
-        raise RequestError(
-            "search: soups are screened by a short apgd or pgd; screen does not go with autoattack"
-        )
-    if method == "greedy" and screen:
-        raise RequestError(
-            "search: a greedy soup is judged in full at each turn; screen does not go with it"
-        )
-    loaded = [Checkpoint.open(item) for item in ingredients]
-    check_leakage(loaded, data, allow=allow_leakage)
-    mixed = {
-        "buffers": buffers,
-        "calibrate_on": calibrate_on,
-        "network": network,
-        "device": device,
-        "seed": seed,
-    }
-    full = {
-        "attack": attack,
-        "loss": loss,
-        "steps": steps,
-        "restarts": restarts,
-        "precision": precision,
-    }
-    short = full | {"steps": screen_steps, "restarts": 1, "precision": SCREEN["precision"]}
-    judge = _Judge(
-        loaded,
-        data,
-        threats,
-        mixed,
-        {"samples": samples, "seed": seed, "device": device},
-        full,
-        on_progress,
+    search_changes, attack_changes = _sort_changes(changes)
+    settings = make_settings(SearchSettings, settings, search_changes)
+    attack = make_settings(AttackSettings, attack_settings, attack_changes)
+    _check_combination(settings, attack)
+    goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
+    opened = tuple(Checkpoint.open(item) for item in ingredients)
+    check_leakage(opened, data, allow=allow_leakage)
+    evaluator = _SoupEvaluator(
+        opened, data.first(samples), tuple(threats), attack, buffers, calibrate_on, network, device
     )
-    if method == "greedy":
-        judge.total = 2 * len(loaded) - 1
-        alone = [judge(alpha) for alpha in corners(len(loaded))]
-        return greedy(alone, judge, str(score or next(iter(threats), "clean")))
-    points = {alpha_name(alpha): alpha for alpha in candidates(method, len(loaded), step)}
-    if not screen:
-        judge.total = len(points)
-        return [Candidate(name, alpha, judge(alpha)) for name, alpha in points.items()]
-    judge.total = len(points) + len(loaded)
-    names = [alpha_name(alpha) for alpha in corners(len(loaded))]
-    alphas = points | dict(zip(names, corners(len(loaded)), strict=True))
-    screening = Screening(
-        tuple(names),
-        tuple(Contender(name, name if name in names else None) for name in points),
-        Goal.parse(maximise, require, point=point),
-    )
+    progress = _SearchProgress(on_progress)
+    if settings.method == "greedy":
+        score = Score.parse(settings.score or next(iter(threats), CLEAN_KEY))
+        return _search_greedily(evaluator, score, progress)
+    alphas = candidates(settings.method, len(opened), settings.step, settings.max_soups)
+    named = {alpha_name(alpha): alpha for alpha in alphas}
+    if settings.screen:
+        return _search_screened(evaluator, named, goal, settings.screen_steps, progress)
+    progress.total = len(named)
+    return [
+        Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
+        for name, alpha in named.items()
+    ]
+
+
+def _sort_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the changes of SearchSettings, and all others."""
+    names = {field.name for field in dataclasses.fields(SearchSettings)}
+    search_changes = {name: value for name, value in changes.items() if name in names}
+    return search_changes, {k: v for k, v in changes.items() if k not in names}
+
+
+def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None:
+    if settings.screen and attack.attack == "autoattack":
+        raise RequestError(
+            'search: screen requires attack "apgd" or "pgd", which can be shortened; '
+            'got "autoattack"'
+        )
+    if settings.screen and settings.method == "greedy":
+        raise RequestError(
+            "search: the greedy method evaluates every soup in full; leave out screen"
+        )
+    if SOUP_METHODS.get_entry(settings.method).facts.get("needs") == "training":
+        raise RequestError(
+            f'search: method "{settings.method}" learns its coefficients; use learn or learn_dial'
+        )
+
+
+class _SearchProgress:
+    """Reports how many soups are evaluated."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self.on_progress, self.done, self.total = on_progress, 0, 0
+
+    def report(self, name: str, evaluation: Evaluation) -> Evaluation:
+        """Count an evaluation, report it and return it."""
+        self.done += 1
+        if self.on_progress is not None:
+            clean = evaluation.accuracy[CLEAN_KEY].value
+            self.on_progress(self.done, self.total, f"{name} clean {clean:.1%}")
+        return evaluation
+
+
+@dataclass(frozen=True)
+class _SoupEvaluator:
+    """Mixes soups and evaluates them, all in the same way; see the arguments of `search`."""
+
+    ingredients: tuple[Checkpoint, ...]
+    data: Split
+    threats: tuple[ThreatModel | str, ...]
+    attack: AttackSettings
+    buffers: str
+    calibrate_on: Split | None
+    network: nn.Module | None
+    device: str
+
+    def mix_network(self, alpha: Alpha) -> nn.Module:
+        """Return the network with the weights of a soup."""
+        soup = mix(
+            self.ingredients,
+            alpha,
+            buffers=self.buffers,
+            calibrate_on=self.calibrate_on,
+            network=self.network,
+            device=self.device,
+            seed=self.attack.seed,
+        )
+        model = soup.network() if self.network is None else copy.deepcopy(self.network)
+        soup.load_into(model)
+        return model
+
+    def evaluate(self, alpha: Alpha) -> Evaluation:
+        """Evaluate a soup in full."""
+        model = self.mix_network(alpha)
+        return evaluate(model, self.data, self.threats, self.attack, device=self.device)
+
+    def evaluate_request(
+        self, alpha: Alpha, request: EvaluationRequest, results: Results, screen_steps: int
+    ) -> Evaluation:
+        """Evaluate a soup as a screening requests."""
+        short = request.mode == "short"
+        evaluation = evaluate(
+            self.mix_network(alpha),
+            self.data,
+            self.threats,
+            short_attack(self.attack, screen_steps) if short else self.attack,
+            device=self.device,
+            keep_points=request.keep_points,
+            pool=[results[item] for item in request.pool],
+            after=None if request.after is None else results[request.after],
+            stop_below=request.stop_below,
+        )
+        return mark_screened(evaluation) if short else evaluation
+
+
+def _search_greedily(
+    evaluator: _SoupEvaluator, score: Score, progress: _SearchProgress
+) -> list[Candidate]:
+    n = len(evaluator.ingredients)
+    progress.total = 2 * n - 1
+
+    def evaluate_alpha(alpha: Alpha) -> Evaluation:
+        return progress.report(alpha_name(alpha), evaluator.evaluate(alpha))
+
+    return greedy([evaluate_alpha(alpha) for alpha in corners(n)], evaluate_alpha, score)
+
+
+def _search_screened(
+    evaluator: _SoupEvaluator,
+    alphas: Mapping[str, Alpha],
+    goal: Goal,
+    screen_steps: int,
+    progress: _SearchProgress,
+) -> list[Candidate]:
+    ingredients = {alpha_name(alpha): alpha for alpha in corners(len(evaluator.ingredients))}
+    contenders = [Contender(name, name if name in ingredients else None) for name in alphas]
+    screening = Screening(tuple(ingredients), tuple(contenders), goal)
+    first_requests = set(screening.first_requests())
+    progress.total = len(first_requests)
+    all_alphas = {**alphas, **ingredients}
 
     def run_request(request: EvaluationRequest, results: Results) -> Evaluation:
-        settings = {
-            "keep_points": request.keep_points,
-            "pool": [results[item] for item in request.pool],
-            "after": None if request.after is None else results[request.after],
-            "stop_below": request.stop_below,
-        }
-        alpha = alphas[request.candidate]
-        if request.mode == "short":
-            return mark_screened(judge(alpha, **short, **settings))
-        if request in first:
-            return judge(alpha, **settings)
-        return judge.silently(alpha, **full, **settings)
+        alpha = all_alphas[request.candidate]
+        evaluation = evaluator.evaluate_request(alpha, request, results, screen_steps)
+        if request in first_requests:  # the number of confirmations is not known beforehand
+            progress.report(request.candidate, evaluation)
+        return evaluation
 
-    first = set(screening.first_requests())
     final = run_screening(screening, run_request)
-    return [Candidate(name, alpha, final[name]) for name, alpha in points.items()]
-
-
-class _Judge:
-    """Mixes a soup and judges it; called with coefficients alone, in full."""
-
-    def __init__(
-        self,
-        loaded: Sequence[Checkpoint],
-        data: Split,
-        threats: Sequence[ThreatModel | str],
-        mixed: dict[str, Any],
-        shared: dict[str, Any],
-        full: dict[str, Any],
-        on_progress: Progress | None,
-    ) -> None:
-        self.loaded, self.data, self.threats, self.mixed = loaded, data, threats, mixed
-        self.shared, self.full, self.on_progress = shared, full, on_progress
-        self.done, self.total = 0, 0
-
-    def __call__(self, alpha: Alpha, **settings: Any) -> Evaluation:
-        found = self.silently(alpha, **(self.full | settings))
-        self.done += 1
-        if self.on_progress:
-            figures = f"{alpha_name(alpha)} clean {found.accuracy['clean'].value:.1%}"
-            self.on_progress(self.done, self.total, figures)
-        return found
-
-    def silently(self, alpha: Alpha, **settings: Any) -> Evaluation:
-        """Judge and tell nobody: for what is judged once more."""
-        soup, network = mix(self.loaded, alpha, **self.mixed), self.mixed["network"]
-        model = copy.deepcopy(network) if network is not None else soup.network()
-        soup.load_into(model)
-        return evaluate(model, self.data, self.threats, **self.shared, **settings)
+    return [Candidate(name, alpha, final[name]) for name, alpha in alphas.items()]
