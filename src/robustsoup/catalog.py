@@ -39,8 +39,33 @@ class Entry:
 
     def load(self) -> Any:
         """Import and return the code of the entry."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return import_by_name(self.target, label=self.name)
+
+
+def import_by_name(target: str, *, label: str, error: type[RequestError] = RequestError) -> Any:
+    """Import what "package.module:name" names.
+
+    Args:
+        target: A module and a name in it.
+        label: What is imported, as error messages call it, such as 'objective "losses:half"'.
+        error: The class of the error that is raised.
+
+    Raises:
+        RequestError: If the module cannot be imported or has no such name.
+    """
+    module, _, name = target.partition(":")
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        raise error(
+            f'{label}: module "{missing.name}" cannot be found; is it on the Python path?'
+        ) from None
+    except (ImportError, ValueError, TypeError) as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise error(f'{label}: module "{module}" cannot be imported: {reason}') from None
+    if getattr(imported, name, None) is None:
+        raise error(f'{label}: module "{module}" has no "{name}"')
+    return getattr(imported, name)
 
 
 class Registry(Mapping[str, Entry]):
@@ -145,7 +170,7 @@ OBJECTIVES = Registry(
     "objectives",
     Entry(
         "ce",
-        "robustsoup.training.objectives:mixed",
+        "robustsoup.training.objectives:cross_entropy",
         "Cross-entropy on attacked images.",
         source="Madry et al. 2018, arXiv:1706.06083; the paper's Eq. 1",
     ),
@@ -164,6 +189,7 @@ OBJECTIVES = Registry(
         source="Zhang et al. 2019, arXiv:1901.08573, Eq. 5",
     ),
 )
+"""A target takes the numbers that follow the name, as in "mixed 0.4", and returns an Objective."""
 
 MODELS = Registry(
     "models",
@@ -237,9 +263,41 @@ facts say what it "needs": "evaluations" of the ingredients, or "training"."""
 
 BUFFER_POLICIES = Registry(
     "buffers",
-    Entry("base", "", "Copy the statistics of one checkpoint, by default the common ancestor."),
-    Entry("average", "", "Average the ingredients' statistics with their coefficients."),
-    Entry("recalibrate", "", "Measure the statistics again on training samples."),
-    Entry("recalibrate-adversarial", "", "Measure them on attacked training samples."),
-    Entry("tracked", "", "Take the statistics that learning tracked; learned soups only."),
+    Entry(
+        "base",
+        "robustsoup.soups.buffers:copy_base",
+        "Copy the statistics of one checkpoint, by default the common ancestor.",
+        facts={"affine": True, "learning": "start"},
+    ),
+    Entry(
+        "average",
+        "robustsoup.soups.buffers:average",
+        "Average the ingredients' statistics with their coefficients.",
+        facts={"learning": "step"},
+    ),
+    Entry(
+        "recalibrate",
+        "robustsoup.soups.buffers:recalibrate_clean",
+        "Measure the statistics again on training samples.",
+        facts={"affine": True, "needs": ("data",)},
+    ),
+    Entry(
+        "recalibrate-adversarial",
+        "robustsoup.soups.buffers:recalibrate_adversarial",
+        "Measure them on attacked training samples.",
+        facts={"affine": True, "needs": ("data", "threat")},
+    ),
+    Entry(
+        "tracked",
+        "robustsoup.soups.buffers:take_tracked",
+        "Take the statistics that learning tracked; learned soups only.",
+        facts={"affine": True, "needs": ("tracked",), "learning": "train"},
+    ),
 )
+"""A target takes an UnfinishedSoup and returns its Buffers (see robustsoup.soups.mixing).
+
+facts: "needs", any of "data" (calibration samples), "threat" (one that is not clean) and "tracked"
+(statistics from learning); "affine", whether coefficients may be negative; "learning", when the
+statistics are computed again while a soup is learned: "start", "step", "epoch" (the default), or
+"train" where the train-mode passes update them.
+"""

@@ -26,7 +26,7 @@ from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
-from robustsoup.training.adversarial_loss import robust_loss
+from robustsoup.training.adversarial_loss import measure_robust_loss
 from robustsoup.training.train import train
 
 DIGITS = load_data("digits")
@@ -136,7 +136,7 @@ def test_a_threat_adds_a_curve_under_attack(related):
     clean, robust = result.pairs[0].curves.values()
     assert all(r > c for r, c in zip(robust.loss, clean.loss, strict=True))
     half = mix(related, [0.5, 0.5], buffers="average").network()
-    direct = robust_loss(half, DIGITS.val.first(SAMPLES), ThreatModel.parse(LINF), steps=10)
+    direct = measure_robust_loss(half, DIGITS.val.first(SAMPLES), ThreatModel.parse(LINF), steps=10)
     assert (robust.loss[2], robust.accuracy[2]) == pytest.approx(direct, rel=1e-4)
 
 

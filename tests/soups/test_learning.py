@@ -24,10 +24,11 @@ from robustsoup.errors import (
 )
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
-from robustsoup.soups import learning
+from robustsoup.soups import learning_run
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.ingredients import Ingredients
-from robustsoup.soups.learning import initial_logits, learn, logits_gradient
+from robustsoup.soups.learning import learn
+from robustsoup.soups.learning_run import initial_logits, logits_gradient
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -203,7 +204,7 @@ def test_whole_steps_are_those_of_autograd(monkeypatch, epochs, objective, threa
     net, items = small_ingredients()
     items.sort(key=lambda item: item.digest)  # the order in which the first logits are dealt out
     real = initial_logits
-    monkeypatch.setattr(learning, "initial_logits", lambda *given: real(*given).double())
+    monkeypatch.setattr(learning_run, "initial_logits", lambda *given: real(*given).double())
     got = learned(
         items,
         network=net,
@@ -238,7 +239,7 @@ def leaves(loss):
 
 
 def test_the_graph_holds_one_network_only(monkeypatch):
-    real, counts = learning.objective_loss, []
+    real, counts = learning_run.objective_loss, []
 
     def watched(model, *rest):
         loss = real(model, *rest)
@@ -248,7 +249,7 @@ def test_the_graph_holds_one_network_only(monkeypatch):
         counts.append(sum(v.numel() for v in found.values()))
         return loss
 
-    monkeypatch.setattr(learning, "objective_loss", watched)
+    monkeypatch.setattr(learning_run, "objective_loss", watched)
     items = ingredients(4)
     total = sum(items[0].tensors[name].numel() for name in items[0].parameters)
     learned(items, detach=0.0)
@@ -282,7 +283,7 @@ def test_a_detached_layer_gets_no_update_and_keeps_its_momentum(monkeypatch, tmp
     assert [state["step"] for state in states] == list(range(1, 6 * PER_EPOCH + 1))
     rested, moved, resting_with_speed = 0, 0, 0
     for before, after in itertools.pairwise(states):
-        still = (before["weights"][0] == after["weights"][0]).all(1)
+        still = (before["line"][0] == after["line"][0]).all(1)
         speed, later = before["velocity"][0], after["velocity"][0]
         assert torch.equal(speed[still], later[still])
         assert (speed[~still] != later[~still]).any(1).all()

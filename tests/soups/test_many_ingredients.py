@@ -26,12 +26,15 @@ from robustsoup.data import batches, load_data
 from robustsoup.errors import CheckpointError, LeakageError, RequestError
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
+from robustsoup.settings import LearnSettings
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import Ingredients, choose_place, total_bytes
-from robustsoup.soups.learning import _Run, learn, learn_dial
+from robustsoup.soups.learning import learn, learn_dial
+from robustsoup.soups.learning_run import LearningInputs, LearningRun
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN
-from robustsoup.training.adversarial_loss import objective_on, robust_loss
+from robustsoup.training.adversarial_loss import measure_objective, measure_robust_loss
+from robustsoup.training.objectives import Objective
 
 CPU = torch.device("cpu")
 
@@ -69,11 +72,13 @@ def test_gradients_are_those_of_autograd_with_all_networks_in_the_graph(granular
 
     run = running(items, net, granularity, "memory")
     weights = torch.stack([logits[layer].detach() for layer in run.layers])
-    run.weights = weights[:, torch.tensor(run.order)].unsqueeze(0)
-    run.velocity = torch.zeros_like(run.weights)
-    run._remix(range(len(run.layers)))
+    run.line = weights[:, torch.tensor(run.order)].unsqueeze(0)
+    run.velocity = torch.zeros_like(run.line)
+    run.mix_layers(range(len(run.layers)))
     grads = torch.autograd.grad(ce(run.model.train()(x), y).mean(), list(run.parameters.values()))
-    run._update(list(range(len(run.layers))), dict(zip(run.parameters, grads, strict=True)), lr=1.0)
+    run.update_line(
+        list(range(len(run.layers))), dict(zip(run.parameters, grads, strict=True)), lr=1.0
+    )
     for i, wanted in enumerate(expected):
         got = run.velocity[0, i][torch.tensor(run._columns())]
         if groups[run.layers[i]] == [
@@ -110,27 +115,20 @@ def test_detaching_other_layers_changes_no_gradient_of_a_layer():
         assert error(alone, together) < 1e-12
 
 
-def running(items, net, granularity, place, **changed):
-    """A learning run at its start."""
-    settings = {
-        "epochs": 1,
-        "batch_size": 32,
-        "lr": 5.0,
-        "momentum": 0.9,
-        "schedule": "constant",
-        "detach": 0.5,
-        "init": "xavier",
-        "granularity": granularity,
-        "buffers": "tracked",
-        "early_stop": False,
-        "early_stop_steps": 1,
-        "seed": 0,
-        "attack_steps": 2,
-    }
-    from robustsoup.soups import learning
-
-    made = learning._settings(threat=LINF, objective="ce", **(settings | changed))
-    return learning._start(items, DATA, None, made, None, net, place, None, False, "cpu", "float32")
+def running(items, net, granularity, place):
+    """Return a learning run at its start."""
+    chosen = LearnSettings(
+        threat=LINF,
+        objective=Objective.parse("ce"),
+        epochs=1,
+        batch_size=32,
+        lr=5.0,
+        schedule="constant",
+        detach=0.5,
+        granularity=granularity,
+        precision="float32",
+    )
+    return LearningRun(LearningInputs(items, DATA, None, net, None, place, CPU), chosen)
 
 
 @pytest.mark.parametrize("granularity", ["module", "block", "model", "re:weight"])
@@ -155,16 +153,16 @@ def test_one_coefficient_a_network_is_the_sum_over_its_layers():
         running(items, net, "model", "memory"),
     )
     for run in (fine, coarse):
-        run.weights, run.velocity = (
-            torch.zeros_like(run.weights).double(),
+        run.line, run.velocity = (
+            torch.zeros_like(run.line).double(),
             torch.zeros_like(run.velocity).double(),
         )
-        run._remix(range(len(run.layers)))
+        run.mix_layers(range(len(run.layers)))
         x, y, _ = next(iter(batches(DATA, 32, seed=0, epoch=0)))
         grads = torch.autograd.grad(
             ce(run.model.train()(x), y).mean(), list(run.parameters.values())
         )
-        run._update(
+        run.update_line(
             list(range(len(run.layers))), dict(zip(run.parameters, grads, strict=True)), lr=1.0
         )
     assert error(coarse.velocity[0, 0], fine.velocity[0].sum(0)) < 1e-9
@@ -250,13 +248,13 @@ def test_the_network_that_is_trained_is_the_soup(tmp_path):
 def test_lazy_mixing_is_full_mixing_bit_for_bit(monkeypatch):
     items, remixed = ingredients(), []
     lazy = learned(items, detach=0.7)
-    real = _Run._remix
+    real = LearningRun.mix_layers
 
     def full(self, active):
         remixed.append((len(active), len(self.layers)))
         real(self, range(len(self.layers)))
 
-    monkeypatch.setattr(_Run, "_remix", full)
+    monkeypatch.setattr(LearningRun, "mix_layers", full)
     same(lazy, learned(items, detach=0.7))
     assert 0 < sum(few for few, _ in remixed[1:]) < 0.5 * sum(every for _, every in remixed[1:])
 
@@ -372,23 +370,23 @@ def test_a_file_lost_on_the_way_is_named_and_the_run_goes_on_when_it_is_back(
 
 def test_a_loss_that_breaks_on_the_way_keeps_the_state_before_it(tmp_path, monkeypatch):
     from robustsoup.errors import Diverged
-    from robustsoup.soups import learning
+    from robustsoup.soups import learning_run
 
     monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
-    items, state, real, steps = ingredients(), tmp_path / "state.pt", learning.attacked, []
+    items, state, real, steps = ingredients(), tmp_path / "state.pt", learning_run.attack_batch, []
 
-    def poisoned(model, x, *rest):
+    def poisoned(model, x, *rest, **options):
         steps.append(1)
-        return x * float("nan") if len(steps) == 5 else real(model, x, *rest)
+        return x * float("nan") if len(steps) == 5 else real(model, x, *rest, **options)
 
-    monkeypatch.setattr(learning, "attacked", poisoned)
+    monkeypatch.setattr(learning_run, "attack_batch", poisoned)
     with pytest.raises(
         Diverged, match=r"learn: the loss became nan at step 4, first in layer normalize"
     ):
         learned(items, epochs=3, state_path=state)
     kept = torch.load(state, weights_only=True)
     assert kept["step"] == 4
-    assert all(torch.isfinite(kept[name]).all() for name in ("weights", "velocity", "loss_sum"))
+    assert all(torch.isfinite(kept[name]).all() for name in ("line", "velocity", "loss_sum"))
     assert all(
         torch.isfinite(tensor).all()
         for tensor in kept["buffers"].values()
@@ -501,9 +499,7 @@ def test_every_policy_survives_a_kill(policy, tmp_path, monkeypatch):
 def test_early_stopping_returns_the_epoch_of_the_least_loss_on_val():
     val, items = load_data("digits").val.first(64), ingredients()
     every = [
-        learned(
-            items, epochs=n, lr=60.0, schedule="constant", detach=0.0, val=val, early_stop_steps=3
-        )
+        learned(items, epochs=n, lr=60.0, schedule="constant", detach=0.0, val=val)
         for n in range(1, 6)
     ]
     history = every[-1].record["history"]
@@ -516,8 +512,7 @@ def test_early_stopping_returns_the_epoch_of_the_least_loss_on_val():
         schedule="constant",
         detach=0.0,
         val=val,
-        early_stop=True,
-        early_stop_steps=3,
+        early_stop={"steps": 3},
     )
     assert stopped.record["early_stopped_at"] == best + 1
     assert best + 1 < 5  # else nothing was shown
@@ -530,10 +525,13 @@ def test_the_loss_on_val_is_the_objective():
     from robustsoup.training.objectives import mixed
 
     net, val = load_model("resnet9:width=2", channels=1), load_data("digits").val.first(64)
-    clean, robust = robust_loss(net, val, CLEAN)[0], robust_loss(net, val, LINF, steps=3)[0]
+    clean, robust = (
+        measure_robust_loss(net, val, CLEAN)[0],
+        measure_robust_loss(net, val, LINF, steps=3)[0],
+    )
     assert robust > clean
     for weight in (0.0, 0.3, 1.0):
-        got = objective_on(net, val, LINF, mixed(weight), steps=3)
+        got = measure_objective(net, val, LINF, mixed(weight), steps=3)
         assert got == pytest.approx(weight * clean + (1 - weight) * robust)
 
 
@@ -545,8 +543,7 @@ def test_early_stopping_needs_a_split_and_survives_a_kill(tmp_path, monkeypatch)
         "epochs": 4,
         "lr": 60.0,
         "val": load_data("digits").val.first(64),
-        "early_stop": True,
-        "early_stop_steps": 2,
+        "early_stop": {"steps": 2},
     }
     for step in (4, 9):
         with pytest.raises(KeyboardInterrupt):
@@ -730,9 +727,9 @@ def test_a_dial_learns_to_trade():
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"by": "alpha"}, "dial"),
+        ({"by": "alpha"}, 'by: got "alpha", expected one of objective, eps'),
         ({"turn_every": 0}, "turn_every"),
-        ({"threat": "clean"}, "give a threat, not clean"),
+        ({"threat": "clean"}, "got clean, expected a threat"),
         ({"detach": 2.0}, "detach"),
         ({"granularity": "row"}, "granularity"),
     ],

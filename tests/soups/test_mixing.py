@@ -21,9 +21,11 @@ from robustsoup.errors import (
     RequestError,
 )
 from robustsoup.models import load_model
+from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.batchnorm import norm_layers, recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients, uniform
-from robustsoup.soups.mixing import common_ancestor, mix, weighted_sum
+from robustsoup.soups.mixing import mix
+from robustsoup.soups.summation import weighted_sum
 from robustsoup.threats import ThreatModel
 
 few = settings(max_examples=25, deadline=None)
@@ -389,10 +391,10 @@ def test_tracked_takes_the_statistics_followed_while_learning():
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
-        ({"buffers": "tracked"}, RequestError, "only coefficients that `learn` made"),
+        ({"buffers": "tracked"}, RequestError, "only coefficients made by `learn`"),
         ({"buffers": "best"}, RequestError, 'got "best", expected one of base, average'),
-        ({"buffers": "recalibrate"}, RequestError, "no data to measure on"),
-        ({"buffers": "recalibrate-adversarial"}, RequestError, "no data to measure on"),
+        ({"buffers": "recalibrate"}, RequestError, "requires training data; give calibrate_on"),
+        ({"buffers": "recalibrate-adversarial"}, RequestError, "requires training data; give calibrate_on"),
         ({"buffers": "average", "affine": True}, CoefficientError, "variances can turn negative"),
         ({"buffers": "base", "base": "absent.pth"}, CheckpointError, r"absent\.pth: no such file"),
         (
@@ -408,7 +410,7 @@ def test_a_policy_without_what_it_needs_is_refused(wrong, error, text):
 
 
 def test_recalibrating_on_attacked_samples_needs_a_threat(digits):
-    with pytest.raises(RequestError, match="give the threat"):
+    with pytest.raises(RequestError, match="requires a threat to attack the samples with"):
         mix(FIVE[:2], [0.5, 0.5], buffers="recalibrate-adversarial", calibrate_on=digits)
 
 

@@ -22,7 +22,7 @@ from robustsoup.progress import SavedState
 from robustsoup.runs.plan import _step_passes
 from robustsoup.soups.learning import learn
 from robustsoup.threats import ThreatModel
-from robustsoup.training.adversarial_loss import attacked, objective_loss, objective_on
+from robustsoup.training.adversarial_loss import attack_batch, measure_objective, objective_loss
 from robustsoup.training.objectives import Objective, clean_weight, trades
 from robustsoup.training.train import train
 
@@ -93,7 +93,7 @@ def test_text_and_back(text, said):
     assert Objective.parse(said) == objective
     assert Objective.parse(objective) is objective
     assert objective.clean_weight == clean_weight(text)
-    assert objective.mark is None
+    assert objective.fingerprint is None
 
 
 @pytest.mark.parametrize(
@@ -129,30 +129,49 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
         "def half(clean, attacked, y):\n    return (ce(clean, y) + ce(attacked, y)) / 2\n"
         "def smooth(clean, attacked, y, label_smoothing=0.0):\n    return ce(attacked, y)\n"
         "steep = Objective(partial(half, y=2.0))\nsteeper = Objective(partial(half, y=3.0))\n"
-        "other_climb = Objective(half, climbs=kl, compares=True)\n"
+        "other_climb = Objective(half, attack_loss=kl, attack_compares_with_clean=True)\n"
         "class Held:\n    def __init__(self, beta):\n        self.beta = beta\n"
         "    def __call__(self, clean, attacked, y):\n        return ce(attacked, y)\n"
         "held = Objective(Held(2.0))\n"
-        "only_clean = Objective(lambda clean, attacked, y: ce(clean, y), attacked=False)\n"
+        "only_clean = Objective(lambda clean, attacked, y: ce(clean, y), uses_attacked=False)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     half = Objective.parse("own_losses:half")
-    assert (str(half), half.clean, half.attacked, half.climbs, half.clean_weight) == (
+    assert (
+        str(half),
+        half.uses_clean,
+        half.uses_attacked,
+        half.attack_loss,
+        half.clean_weight,
+    ) == (
         "own_losses:half",
         True,
         True,
         ce,
         None,
     )
-    assert half.mark not in (None, "unknown")
+    assert half.fingerprint not in (None, "unknown")
     marks = [
-        Objective.parse(f"own_losses:{name}").mark
+        Objective.parse(f"own_losses:{name}").fingerprint
         for name in ("smooth", "steep", "steeper", "other_climb", "held")
     ]
-    assert len({half.mark, *marks, Objective.parse("own_losses:smooth").smoothed(0.1).mark}) == 7
-    assert Objective.parse("ce").smoothed(0.1).mark is None
+    assert (
+        len(
+            {
+                half.fingerprint,
+                *marks,
+                Objective.parse("own_losses:smooth").with_label_smoothing(0.1).fingerprint,
+            }
+        )
+        == 7
+    )
+    assert Objective.parse("ce").with_label_smoothing(0.1).fingerprint is None
     only = Objective.parse("own_losses:only_clean")
-    assert (str(only), only.clean, only.attacked) == ("own_losses:only_clean", True, False)
+    assert (str(only), only.uses_clean, only.uses_attacked) == (
+        "own_losses:only_clean",
+        True,
+        False,
+    )
     # CE on both batches with equal weights is what "mixed 0.5" is
     given_text, by_mix = trained(objective="own_losses:half"), trained(objective="mixed 0.5")
     assert given_text.provenance["training"]["objective"] == "own_losses:half"
@@ -179,7 +198,7 @@ def test_what_is_no_loss_for_each_sample_is_refused():
     with pytest.raises(ThreatError, match="expected a function"):
         Objective(0.4)
     with pytest.raises(ThreatError, match="needs a clean or an attacked batch"):
-        Objective(ce, clean=False, attacked=False)
+        Objective(ce, uses_clean=False, uses_attacked=False)
 
 
 # the losses
@@ -214,7 +233,7 @@ def test_kl_is_zero_at_home_and_above_it_elsewhere(seed):
 @pytest.mark.parametrize("objective", ["ce", "mixed 0.4", "trades"])
 def test_label_smoothing_is_torchs_and_leaves_the_kl_alone(objective):
     clean, adv, y = logits_of(3)
-    got = Objective.parse(objective).smoothed(0.1).loss(clean, adv, y).mean()
+    got = Objective.parse(objective).with_label_smoothing(0.1).loss(clean, adv, y).mean()
     smooth = [F.cross_entropy(logits, y, label_smoothing=0.1) for logits in (clean, adv)]
     wanted = {
         "ce": smooth[1],
@@ -225,7 +244,7 @@ def test_label_smoothing_is_torchs_and_leaves_the_kl_alone(objective):
 
 
 def test_a_function_without_smoothing_says_so():
-    with pytest.raises(ThreatError, match=r"label_smoothing: the objective .*takes none"):
+    with pytest.raises(ThreatError, match=r"label_smoothing: the objective .*does not support it"):
         trained(objective=lambda clean, attacked, y: ce(attacked, y), label_smoothing=0.1)
 
 
@@ -237,15 +256,15 @@ def test_the_kl_attack_stays_inside_and_raises_the_kl(threat):
     model = digits_network(4)
     x, y = to_float(DIGITS.val.images[:40]), DIGITS.val.labels[:40]
     generator = torch.random.get_rng_state()
-    x_adv = attacked(model, x, y, threat, trades(), 3, "float32", (0, 7))
+    x_adv = attack_batch(model, x, y, threat, trades(), steps=3, precision="float32", key=(0, 7))
     assert torch.equal(generator, torch.random.get_rng_state())
     check_inside(x_adv, x, threat)
     with torch.no_grad():
         clean, adv = model(x), model(x_adv)
         beside = model((x + 0.001 * torch.randn(x.shape)).clamp(0, 1))
     assert float(kl(adv, y, clean).mean()) > 20 * float(kl(beside, y, clean).mean())
-    again = attacked(model, x, y, threat, trades(), 3, "float32", (0, 7))
-    other = attacked(model, x, y, threat, trades(), 3, "float32", (0, 8))
+    again = attack_batch(model, x, y, threat, trades(), steps=3, precision="float32", key=(0, 7))
+    other = attack_batch(model, x, y, threat, trades(), steps=3, precision="float32", key=(0, 8))
     assert torch.equal(x_adv, again)
     assert not torch.equal(x_adv, other)
 
@@ -270,10 +289,10 @@ def test_points_for_the_kl_do_not_depend_on_how_the_batch_is_shared_out():
     model = digits_network(4)
     x, y = to_float(DIGITS.val.images[:64]), DIGITS.val.labels[:64]
     threads = torch.get_num_threads()
-    alone = attacked(model, x, y, LINF, trades(), 2, "float32", (0, 0))
+    alone = attack_batch(model, x, y, LINF, trades(), steps=2, precision="float32", key=(0, 0))
     try:
         torch.set_num_threads(2)
-        shared = attacked(model, x, y, LINF, trades(), 2, "float32", (0, 0))
+        shared = attack_batch(model, x, y, LINF, trades(), steps=2, precision="float32", key=(0, 0))
     finally:
         torch.set_num_threads(threads)
     assert float((alone - shared).abs().amax(dim=(1, 2, 3)).median()) < 1e-6
@@ -284,7 +303,7 @@ def test_a_step_of_trades_is_that_written_by_hand():
     got = trained(start, data, objective="trades 5", epochs=1)
     by_hand = copy.deepcopy(start)
     x, y, _ = next(iter(batches(data, 32, seed=0, epoch=0)))
-    x_adv = attacked(by_hand, x, y, LINF, trades(5), 2, "float32", (0, 0))
+    x_adv = attack_batch(by_hand, x, y, LINF, trades(5), steps=2, precision="float32", key=(0, 0))
     by_hand.train()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
     clean, adv = by_hand(torch.cat([x, x_adv])).split(32)
@@ -322,10 +341,11 @@ def test_trades_lowers_its_objective_and_resumes(monkeypatch, tmp_path):
         trained(objective="trades"),
     )
     assert (resumed.digest, resumed.provenance) == (whole.digest, whole.provenance)
-    before = objective_on(fresh(), DIGITS.val.first(64), LINF, trades(), steps=3)
+    before = measure_objective(fresh(), DIGITS.val.first(64), LINF, trades(), steps=3)
     longer = trained(data=DIGITS.train.first(512), objective="trades", epochs=8, lr=0.1)
     assert (
-        objective_on(longer.network(), DIGITS.val.first(64), LINF, trades(), steps=3) < before - 0.2
+        measure_objective(longer.network(), DIGITS.val.first(64), LINF, trades(), steps=3)
+        < before - 0.2
     )
 
 
@@ -338,14 +358,10 @@ def test_learning_takes_trades_and_functions():
         "device": "cpu",
         "precision": "float32",
     }
-    by_text = learn(
-        items, DATA, objective="trades", val=DIGITS.val.first(32), early_stop_steps=2, **chosen
-    )
+    by_text = learn(items, DATA, objective="trades", val=DIGITS.val.first(32), **chosen)
     assert by_text.record["learning"]["objective"] == "trades 6"
     assert math.isfinite(by_text.record["history"][0]["val_loss"])
-    again = learn(
-        items, DATA, objective=trades(6), val=DIGITS.val.first(32), early_stop_steps=2, **chosen
-    )
+    again = learn(items, DATA, objective=trades(6), val=DIGITS.val.first(32), **chosen)
     assert torch.equal(by_text.alpha, again.alpha)
     assert not torch.equal(by_text.alpha, learn(items, DATA, **chosen).alpha)
     assert not torch.equal(by_text.alpha, learn(items, DATA, objective=example(), **chosen).alpha)
@@ -355,15 +371,17 @@ def test_a_state_of_another_function_of_that_name_is_refused(tmp_path):
     def loss(clean, attacked, y):
         return ce(attacked, y)
 
-    trained(objective=Objective(loss, "own", clean=False), state_path=tmp_path / "s.pt")
-    first = trained(objective=Objective(loss, "own", clean=False), state_path=tmp_path / "s.pt")
+    trained(objective=Objective(loss, "own", uses_clean=False), state_path=tmp_path / "s.pt")
+    first = trained(
+        objective=Objective(loss, "own", uses_clean=False), state_path=tmp_path / "s.pt"
+    )
     assert first.digest == trained().digest
 
     def loss(clean, attacked, y):
         return 2 * ce(attacked, y)
 
     with pytest.raises(CheckpointError, match="other settings"):
-        trained(objective=Objective(loss, "own", clean=False), state_path=tmp_path / "s.pt")
+        trained(objective=Objective(loss, "own", uses_clean=False), state_path=tmp_path / "s.pt")
 
 
 # MART, the example

@@ -16,10 +16,16 @@ from robustsoup.data import batches, load_data
 from robustsoup.errors import RequestError
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
+from robustsoup.settings import TrainSettings
 from robustsoup.threats import ThreatModel
-from robustsoup.training.adversarial_loss import robust_loss
-from robustsoup.training.optimizer import Average, Sgd, norm_parameters
-from robustsoup.training.schedules import rate
+from robustsoup.training.adversarial_loss import measure_robust_loss
+from robustsoup.training.optimizer import (
+    WeightAverage,
+    clip_gradients,
+    make_optimizer,
+    norm_parameters,
+)
+from robustsoup.training.schedules import learning_rate
 from robustsoup.training.train import train
 
 DIGITS = load_data("digits")
@@ -78,7 +84,7 @@ def test_one_cycle_is_torchs_step_by_step(epochs, per_epoch, lr, share):
     )
     schedule = "one-cycle" if share is None else f"one-cycle {share}"
     for step in range(steps):
-        ours = rate(schedule, lr, step / per_epoch, epochs, per_epoch)
+        ours = learning_rate(schedule, lr, step / per_epoch, epochs, per_epoch)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
         optimizer.step()
         if step + 1 < steps:
@@ -87,7 +93,7 @@ def test_one_cycle_is_torchs_step_by_step(epochs, per_epoch, lr, share):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_one_cycle_of_a_few_steps_has_rates(steps):
-    rates = [rate("one-cycle", 0.4, step, steps, 1) for step in range(steps)]
+    rates = [learning_rate("one-cycle", 0.4, step, steps, 1) for step in range(steps)]
     assert all(0 < r <= 0.4 for r in rates)
     assert max(rates) == pytest.approx(0.4, rel=0.2)
 
@@ -98,7 +104,7 @@ def test_cyclic_is_the_triangle_of_wong_et_al(epochs, per_epoch, lr):
     for step in range(0, epochs * per_epoch, 3):
         at = (step + 1) / per_epoch
         wanted = numpy.interp(at, [0, 0.4 * epochs, epochs], [0, lr, 0])
-        assert rate("cyclic", lr, step / per_epoch, epochs, per_epoch) == pytest.approx(
+        assert learning_rate("cyclic", lr, step / per_epoch, epochs, per_epoch) == pytest.approx(
             wanted, abs=1e-9
         )
 
@@ -122,7 +128,9 @@ def test_decay_leaves_batchnorm_alone_if_told_to():
     assert norms
     assert {id(p) for p in norm_parameters(model)} == norms
     for everything in (True, False):
-        optimizer = Sgd(weight_decay=0.1, weight_decay_bn=everything).optimizer(model, 0.1)
+        optimizer = make_optimizer(
+            model, TrainSettings(lr=0.1, weight_decay=0.1, weight_decay_bn=everything)
+        )
         decay = {
             id(p): group["weight_decay"]
             for group in optimizer.param_groups
@@ -188,11 +196,11 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction(seed, limit, size):
     for p in model.parameters():
         p.grad = size * torch.randn(p.shape, generator=generator)
     before = torch.cat([p.grad.flatten() for p in model.parameters()])
-    Sgd(clip_grad=limit).clip(model)
+    clip_gradients(model, limit)
     after = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert float(after.norm()) <= limit * (1 + 1e-5) or torch.equal(before, after)
     assert torch.allclose(after, before * min(1.0, limit / float(before.norm())), rtol=1e-4)
-    Sgd().clip(model)
+    clip_gradients(model, None)
     assert torch.equal(after, torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
@@ -209,7 +217,6 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction(seed, limit, size):
         {"clip_grad": float("inf")},
         {"bn_momentum": 0.0},
         {"bn_momentum": 1.5},
-        {"nesterov": True, "momentum": 0.0},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
@@ -218,31 +225,17 @@ def test_settings_out_of_range_are_refused(wrong):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_as_usual_is_not_recorded():
-    """Else steps that are stored already would be done again, and states that are saved already refused."""
-    usual = {field.name: field.default for field in dataclasses.fields(Sgd)}
-    assert Sgd().record() == Sgd(**usual).record() == {"momentum": 0.9, "weight_decay": 0.0}
-    assert set(trained().provenance["training"]) == {
-        "threat",
-        "objective",
-        "attack_steps",
-        "epochs",
-        "batch_size",
-        "lr",
-        "momentum",
-        "weight_decay",
-        "schedule",
-        "early_stop",
-        "early_stop_steps",
-        "seed",
-        "precision",
-    }
-    assert Sgd(ema=0.5, nesterov=True).record() == {
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "ema": 0.5,
-        "nesterov": True,
-    }
+def test_nesterov_requires_momentum():
+    with pytest.raises(RequestError, match="nesterov: requires momentum above 0; got momentum 0"):
+        trained(nesterov=True, momentum=0.0)
+
+
+def test_the_record_holds_every_setting():
+    record = trained(objective="mixed 0.40", early_stop={"steps": 3}, val=VAL, epochs=1).provenance
+    names = [field.name for field in dataclasses.fields(TrainSettings)]
+    assert list(record["training"]) == names
+    assert record["training"]["objective"] == "mixed 0.4"
+    assert record["training"]["early_stop"] == {"steps": 3, "samples": None}
 
 
 # the average
@@ -252,7 +245,7 @@ def test_what_is_as_usual_is_not_recorded():
 @given(st.floats(0.01, 0.999), st.integers(0, 1000), st.integers(0, 10**6))
 def test_the_average_is_its_recurrence_with_buffers_of_its_own(decay, first, seed):
     live = fresh(seed=seed % 7)
-    average = Average(live, decay)
+    average = WeightAverage(live, decay)
     wanted = {name: tensor.clone() for name, tensor in live.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     for step in range(first, first + 3):
@@ -279,20 +272,20 @@ def test_the_average_is_its_recurrence_with_buffers_of_its_own(decay, first, see
 
 
 def test_what_is_measured_kept_and_returned_is_the_average():
-    got = trained(val=VAL, early_stop_steps=2, ema=0.9, epochs=3)
-    plain = trained(val=VAL, early_stop_steps=2, epochs=3)
+    got = trained(val=VAL, ema=0.9, epochs=3)
+    plain = trained(val=VAL, epochs=3)
     assert [e["loss"] for e in got.provenance["history"]] == [
         e["loss"] for e in plain.provenance["history"]
     ]
     assert got.digest != plain.digest
     last = got.provenance["history"][-1]
-    found = robust_loss(got.network(), VAL, LINF, steps=2)
+    found = measure_robust_loss(got.network(), VAL, LINF, steps=10)
     assert found == pytest.approx((last["robust_loss"], last["robust_accuracy"]), rel=1e-4)
     stopped = trained(
-        val=VAL, early_stop=True, early_stop_steps=2, ema=0.9, epochs=5, lr=0.6, schedule="constant"
+        val=VAL, early_stop={"steps": 2}, ema=0.9, epochs=5, lr=0.6, schedule="constant"
     )
     best = stopped.provenance["history"][stopped.provenance["early_stopped_at"] - 1]
-    assert robust_loss(stopped.network(), VAL, LINF, steps=2)[0] == pytest.approx(
+    assert measure_robust_loss(stopped.network(), VAL, LINF, steps=2)[0] == pytest.approx(
         best["robust_loss"], rel=1e-4
     )
 
@@ -314,8 +307,7 @@ def test_with_everything_on_a_killed_run_goes_on_bit_for_bit(monkeypatch, tmp_pa
     chosen = ALL | {
         "objective": "trades",
         "val": VAL,
-        "early_stop": True,
-        "early_stop_steps": 2,
+        "early_stop": {"steps": 2},
         "epochs": 3,
     }
     for step in kills:
@@ -344,8 +336,7 @@ def test_checkpoints_on_the_way_are_those_of_their_epochs(every, epochs, ema):
         epochs=5,
         ema=ema,
         val=VAL,
-        early_stop=True,
-        early_stop_steps=2,
+        early_stop={"steps": 2},
         checkpoint_every=every,
         on_checkpoint=handed.__setitem__,
     )
@@ -355,9 +346,9 @@ def test_checkpoints_on_the_way_are_those_of_their_epochs(every, epochs, ema):
         assert [entry["epoch"] for entry in checkpoint.provenance["history"]] == list(
             range(1, epoch + 1)
         )
-        found = robust_loss(checkpoint.network(), VAL, LINF, steps=2)[0]
+        found = measure_robust_loss(checkpoint.network(), VAL, LINF, steps=2)[0]
         assert found == pytest.approx(checkpoint.provenance["history"][-1]["robust_loss"], rel=1e-4)
-    alone = trained(epochs=5, ema=ema, val=VAL, early_stop=True, early_stop_steps=2)
+    alone = trained(epochs=5, ema=ema, val=VAL, early_stop={"steps": 2})
     assert (got.digest, got.provenance) == (alone.digest, alone.provenance)
     tuned = trained(handed[epochs[0]], epochs=1, lr=0.01)
     assert "epoch" not in tuned.provenance

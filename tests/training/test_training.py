@@ -18,9 +18,9 @@ from robustsoup.errors import CheckpointError, Diverged, ModelError, RequestErro
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training.adversarial_loss import objective_loss, robust_loss
+from robustsoup.training.adversarial_loss import measure_robust_loss, objective_loss
 from robustsoup.training.objectives import mixed
-from robustsoup.training.schedules import check_schedule, rate
+from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.train import train
 
 DIGITS = load_data("digits")
@@ -112,22 +112,22 @@ def test_the_robust_loss_is_float32s_on_the_points_of_the_attack(precision):
     with torch.no_grad():
         clean, attacked = (F.cross_entropy(network(points), VAL.labels) for points in (x, x_adv))
         right = (network(x_adv).argmax(1) == VAL.labels).float().mean()
-    loss, accuracy = robust_loss(
+    loss, accuracy = measure_robust_loss(
         network, VAL, ThreatModel.parse(LINF), steps=5, precision=precision
     )
     assert loss == pytest.approx(float(attacked), rel=1e-6)
     assert accuracy == pytest.approx(float(right))
     assert float(attacked) > float(clean) + 0.01
-    assert robust_loss(network, VAL, CLEAN, precision=precision)[0] == pytest.approx(
+    assert measure_robust_loss(network, VAL, CLEAN, precision=precision)[0] == pytest.approx(
         float(clean), rel=1e-6
     )
 
 
 def test_training_lowers_the_robust_loss():
     start = load_model("resnet9:width=4", channels=1)
-    before = robust_loss(start, VAL, LINF, steps=5)
+    before = measure_robust_loss(start, VAL, LINF, steps=5)
     got = trained(start, DIGITS.train.first(512), epochs=6, lr=0.2)
-    after = robust_loss(got.network(), VAL, LINF, steps=5)
+    after = measure_robust_loss(got.network(), VAL, LINF, steps=5)
     assert after[0] < before[0] - 0.3
     assert after[1] > before[1] + 0.2
 
@@ -138,10 +138,10 @@ def test_training_lowers_the_robust_loss():
 @settings(max_examples=50, deadline=None)
 @given(st.floats(1e-4, 10), st.integers(1, 200), st.floats(0, 1))
 def test_cosine_falls_from_lr_to_zero(lr, epochs, part):
-    assert rate("cosine", lr, 0, epochs) == lr
-    assert rate("cosine", lr, epochs, epochs) == pytest.approx(0, abs=1e-12 * lr)
-    assert rate("cosine", lr, epochs / 2, epochs) == pytest.approx(lr / 2)
-    assert rate("cosine", lr, part * epochs, epochs) >= rate(
+    assert learning_rate("cosine", lr, 0, epochs) == lr
+    assert learning_rate("cosine", lr, epochs, epochs) == pytest.approx(0, abs=1e-12 * lr)
+    assert learning_rate("cosine", lr, epochs / 2, epochs) == pytest.approx(lr / 2)
+    assert learning_rate("cosine", lr, part * epochs, epochs) >= learning_rate(
         "cosine", lr, min(part + 0.01, 1) * epochs, epochs
     )
 
@@ -149,10 +149,10 @@ def test_cosine_falls_from_lr_to_zero(lr, epochs, part):
 def test_milestones_count_from_their_epoch_on():
     schedule = {"milestones": [75, 113], "gamma": 0.1}
     at = [0, 74.99, 75, 112.99, 113, 150]
-    assert [rate(schedule, 0.1, e, 150) for e in at] == pytest.approx(
+    assert [learning_rate(schedule, 0.1, e, 150) for e in at] == pytest.approx(
         [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     )
-    assert rate("constant", 0.1, 149.9, 150) == 0.1
+    assert learning_rate("constant", 0.1, 149.9, 150) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,7 @@ def test_a_milestone_at_the_start_of_an_epoch_changes_the_rest_alone():
 def early(**changed):
     return trained(
         val=VAL,
-        early_stop=True,
-        early_stop_steps=2,
+        early_stop={"steps": 2},
         **({"epochs": 5, "lr": 0.6, "schedule": "constant"} | changed),
     )
 
@@ -205,7 +204,7 @@ def test_early_stopping_keeps_the_epoch_of_least_robust_loss():
         losses = [entry["robust_loss"] for entry in history]
         assert [entry["epoch"] for entry in history] == [1, 2, 3, 4, 5]
         assert got.provenance["early_stopped_at"] == losses.index(min(losses)) + 1
-        loss, accuracy = robust_loss(got.network(), VAL, LINF, steps=2)
+        loss, accuracy = measure_robust_loss(got.network(), VAL, LINF, steps=2)
         entry = history[got.provenance["early_stopped_at"] - 1]
         assert (loss, accuracy) == pytest.approx(
             (entry["robust_loss"], entry["robust_accuracy"]), rel=1e-4
@@ -215,7 +214,7 @@ def test_early_stopping_keeps_the_epoch_of_least_robust_loss():
 
 
 def test_without_early_stopping_the_last_epoch_is_kept_and_val_only_watched():
-    watched, alone = trained(val=VAL, early_stop_steps=2), trained()
+    watched, alone = trained(val=VAL), trained()
     assert watched.digest == alone.digest
     assert watched.provenance["early_stopped_at"] is None
     assert all("robust_loss" in entry for entry in watched.provenance["history"])

@@ -51,7 +51,7 @@ from robustsoup.runs.folder import ensure_folder
 from robustsoup.soups.coefficients import Coefficients, Dial, load_coefficients, uniform
 from robustsoup.soups.ingredients import choose_place, total_bytes
 from robustsoup.soups.learning import learn, learn_dial
-from robustsoup.soups.mixing import check_policy, default_buffers, mix
+from robustsoup.soups.mixing import check_buffer_policy, default_buffer_policy, mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -273,7 +273,7 @@ def mix_command(
         raise RequestError("--base: whose statistics --buffers base takes; give that too")
     alpha = _coefficients(coefficients, len(checkpoints), at)
     loaded = open_all(checkpoints)
-    policy = buffers or default_buffers(alpha)
+    policy = buffers or default_buffer_policy(alpha)
     network, split = None, None
     if data:
         source = load(data, data_root, seed, image_size)
@@ -396,7 +396,7 @@ def learn_command(
         )
     loaded_data = load(data, data_root, seed, image_size)
     policy = buffers or "tracked"
-    check_policy(policy, loaded_data.train, ThreatModel.parse(threat))
+    check_buffer_policy(policy, loaded_data.train, ThreatModel.parse(threat))
     context = Context(
         loaded_data,
         model_settings(model, normalize, loaded_data, checkpoints),

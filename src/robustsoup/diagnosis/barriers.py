@@ -12,7 +12,7 @@ from robustsoup.data import Split
 from robustsoup.progress import Progress
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training.adversarial_loss import robust_loss
+from robustsoup.training.adversarial_loss import measure_robust_loss
 
 LINE_POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The points t of the line (1 - t) a + t b at which the mixed network is evaluated."""
@@ -128,7 +128,7 @@ def measure_curves(
         soup.load_into(model)
         with frozen_eval(model):
             results[a, b, t] = [
-                robust_loss(model, data, threat, steps=ATTACK_STEPS) for threat in threats
+                measure_robust_loss(model, data, threat, steps=ATTACK_STEPS) for threat in threats
             ]
         if on_progress:
             on_progress(len(results), len(points), "")

@@ -34,7 +34,7 @@ from robustsoup.diagnosis.running_statistics import RunningStatistics, compare_r
 from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
-from robustsoup.soups.mixing import common_ancestor
+from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.threats import ThreatModel
 
 

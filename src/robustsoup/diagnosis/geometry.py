@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.diagnosis.barriers import Pair
-from robustsoup.soups.mixing import check_ingredients
+from robustsoup.soups.ancestry import check_ingredients
 
 MAX_NUMBERS_IN_MEMORY = 1 << 22
 """Numbers of all checkpoints held in memory while distances are computed: 32 MiB in float64."""

@@ -21,9 +21,10 @@ from robustsoup.files import write_text
 from robustsoup.fingerprint import network_mark
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import LandscapeSettings
-from robustsoup.soups.mixing import check_ingredients, check_policy, mix
+from robustsoup.soups.ancestry import check_ingredients
+from robustsoup.soups.mixing import check_buffer_policy, mix
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training.adversarial_loss import robust_loss
+from robustsoup.training.adversarial_loss import measure_robust_loss
 
 Cell = TypeVar("Cell")
 
@@ -220,7 +221,7 @@ def landscape(
         seed=seed,
         precision=resolve_precision(precision, resolve_device(device)),
     )
-    check_policy(buffers, calibrate_on, settings.threat)
+    check_buffer_policy(buffers, calibrate_on, settings.threat)
     opened = [Checkpoint.open(item) for item in checkpoints]
     plane = plane_through(opened)
     x, y = plane.axes(points)
@@ -257,8 +258,8 @@ def landscape(
             seed=seed,
         )
         soup.load_into(model)
-        clean = robust_loss(model, subset, CLEAN)
-        robust = robust_loss(
+        clean = measure_robust_loss(model, subset, CLEAN)
+        robust = measure_robust_loss(
             model, subset, settings.threat, steps=attack_steps, precision=settings.precision
         )
         return [*clean, *robust]

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from robustsoup.catalog import BUFFER_POLICIES
 from robustsoup.errors import RequestError
 from robustsoup.soups.granularity import GRANULARITIES
 from robustsoup.soups.grid import MAX_SOUPS
-from robustsoup.soups.mixing import POLICIES
 from robustsoup.soups.selection import Requirement, Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
@@ -53,8 +53,8 @@ class Section(BaseModel):
     @field_validator("buffers", "learning_buffers", mode="after", check_fields=False)
     @classmethod
     def _buffers(cls, value: str | None) -> str | None:
-        if value is not None and value not in POLICIES:
-            raise ValueError(f"got {value!r}, expected one of {', '.join(POLICIES)}")
+        if value is not None and value not in BUFFER_POLICIES:
+            raise ValueError(f"got {value!r}, expected one of {', '.join(BUFFER_POLICIES)}")
         return value
 
 
@@ -118,7 +118,7 @@ class Training(Section):
             raise ValueError(
                 "nesterov: got momentum 0, expected a momentum above 0; leave nesterov out"
             )
-        _as_value_error(Objective.parse(self.objective).smoothed, self.label_smoothing)
+        _as_value_error(Objective.parse(self.objective).with_label_smoothing, self.label_smoothing)
 
     def overridden(self, ingredient: "Ingredient") -> "Training":
         """How an ingredient is trained: as this says, but for what the ingredient says itself."""

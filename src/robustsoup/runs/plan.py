@@ -12,8 +12,8 @@ from robustsoup.data import Data, Synthetic
 from robustsoup.errors import DataError
 from robustsoup.models import NetworkSettings, code_fingerprint
 from robustsoup.recipes import Ingredient, Plane, Recipe, Soup, Training
+from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.grid import candidates
-from robustsoup.soups.mixing import common_ancestor
 from robustsoup.training.objectives import Objective
 
 VERSIONS = {
@@ -126,7 +126,7 @@ class _Planner:
             "data": self.data.record["split_digest"],
             "model": self.model.as_record(),
         }
-        if (mark := Objective.parse(settings.get("objective", "ce")).mark) is not None:
+        if (mark := Objective.parse(settings.get("objective", "ce")).fingerprint) is not None:
             content["objective"] = mark  # the text names a function; this says which one it is now
         if self.code is not None:
             content["code"] = self.code  # the same of a network
@@ -512,7 +512,7 @@ def _extended(
 def _step_passes(threat: str, objective: str, attack_steps: int) -> int:
     """Passes for each sample of a training step: the attack's, a pass that it compares with, and the weights' of each batch."""
     parsed = Objective.parse(objective)
-    attacked = threat != "clean" and parsed.attacked
-    return (2 * attack_steps + 1 + parsed.compares) * attacked + 3 * (
-        1 + (attacked and parsed.clean)
+    attacked = threat != "clean" and parsed.uses_attacked
+    return (2 * attack_steps + 1 + parsed.attack_compares_with_clean) * attacked + 3 * (
+        1 + (attacked and parsed.uses_clean)
     )

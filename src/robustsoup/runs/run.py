@@ -16,7 +16,7 @@ from robustsoup.runs.execute import Context, Reporter, execute
 from robustsoup.runs.folder import fill, select_row, to_confirm
 from robustsoup.runs.plan import Plan, chosen_on_test, confirmed, make_plan
 from robustsoup.runs.store import Store
-from robustsoup.soups.mixing import check_ingredients
+from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.selection import Selection
 
 

@@ -1,6 +1,7 @@
-"""BatchNorm's running statistics: which tensors they are, and measuring them anew for given weights."""
+"""BatchNorm's running statistics: which tensors they are, their averages, and measuring them."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,34 +12,61 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.device import autocast
 from robustsoup.errors import DataError
+from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.summation import canonical_sum
 from robustsoup.threats import CLEAN, ThreatModel
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm modules of `model` that keep running statistics, by name."""
+    """Return the BatchNorm layers of `model` that keep running statistics, by name."""
     return {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
 
 
 def running_statistics(item: Checkpoint) -> dict[str, str]:
-    """name of a running mean or variance -> the parameter with whose coefficients it is averaged.
+    """Map each running mean and variance to the parameter whose coefficients average it.
 
-    That is the weight of its BatchNorm, or, where it has none, the last parameter before it: the layer that it normalises.
+    That parameter is the weight of its BatchNorm, or, for a BatchNorm without one, the last
+    parameter before it: the layer that it normalises.
     """
-    parameters, owners = list(item.parameters), {}
-    before = parameters[0] if parameters else None
-    known = set(parameters)
+    parameters = item.parameters
+    known, owners = set(parameters), {}
+    latest = parameters[0] if parameters else None
     for name in item.tensors:
         prefix, _, last = name.rpartition(".")
         if name in known:
-            before = name
-        elif last in ("running_mean", "running_var") and before is not None:
+            latest = name
+        elif last in ("running_mean", "running_var") and latest is not None:
             weight = f"{prefix}.weight" if prefix else "weight"
-            owners[name] = weight if weight in known else before
+            owners[name] = weight if weight in known else latest
     return owners
+
+
+def average_statistics(
+    ingredients: Sequence[Checkpoint], coefficients: Coefficients
+) -> dict[str, Tensor]:
+    """Average the running means and variances of the ingredients.
+
+    Args:
+        ingredients: n checkpoints of one network.
+        coefficients: What mixes them; a statistic takes those of its owner, see
+            `running_statistics`.
+
+    Returns:
+        Statistics by name, in the dtype of the first ingredient.
+    """
+    first, digests = ingredients[0], [item.digest for item in ingredients]
+    averages = {}
+    for name, owner in running_statistics(first).items():
+        rows = [item.tensors[name] for item in ingredients]
+        average = canonical_sum(rows, coefficients.row(owner), digests)
+        averages[name] = average.to(first.tensors[name].dtype)
+    return averages
 
 
 def recalibrate(
@@ -52,14 +80,26 @@ def recalibrate(
     seed: int = 0,
     precision: str = "float32",
 ) -> dict[str, Tensor]:
-    """The running statistics of `model` for its weights: reset, then one pass with cumulative momentum.
+    """Measure the running statistics of `model` for its weights.
 
-    data: training samples, augmented as in training; `samples` of them, the same for every network at one seed.
-    threat: what the samples are attacked with before the pass (clean: not at all); the attack sees the network's
-    present statistics. `model` itself is not changed. Returns the new buffers by name, on the CPU; empty where the
-    network has no BatchNorm.
+    The statistics are reset, then averaged over one pass (cumulative momentum).
 
-    Raises DataError for fewer than 2 samples.
+    Args:
+        model: The network; not changed.
+        data: Training samples, augmented as in training.
+        threat: Attack the samples under this threat before the pass; the attack sees the present
+            statistics of the network. Clean: no attack.
+        attack_steps: APGD steps.
+        samples: Most samples to measure on; the same for every network at one seed.
+        batch_size: Images in a batch.
+        seed: Seed of the choice of samples.
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        The new buffers by name, on the CPU; empty for a network without BatchNorm.
+
+    Raises:
+        DataError: For fewer than 2 samples.
     """
     count = min(samples, len(data))
     if count < 2:
@@ -80,9 +120,6 @@ def recalibrate(
         with torch.no_grad(), autocast(device, precision):
             measured(x)
         seen += len(x)
-    buffers = measured.state_dict()
-    return {
-        f"{name}.{kind}" if name else kind: buffers[f"{name}.{kind}" if name else kind].cpu()
-        for name in layers
-        for kind in ("running_mean", "running_var", "num_batches_tracked")
-    }
+    tensors = measured.state_dict()
+    names = [f"{layer}.{kind}" if layer else kind for layer in layers for kind in STATISTICS]
+    return {name: tensors[name].cpu() for name in names}

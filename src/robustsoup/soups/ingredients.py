@@ -11,7 +11,7 @@ from torch import Tensor
 from robustsoup.attacks.lanes import in_lanes
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
-from robustsoup.soups.mixing import weighted_sum
+from robustsoup.soups.summation import weighted_sum
 
 PLACES = ("auto", "device", "memory", "files")
 STRETCH = {"cpu": 1 << 18, "cuda": 1 << 24}

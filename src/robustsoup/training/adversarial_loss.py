@@ -1,7 +1,5 @@
 """The attack and the loss of one adversarial training step, and their means over a split."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -17,67 +15,81 @@ from robustsoup.seeding import keyed_generator
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
 
-BESIDE = 0.001
-"""How far from x, in standard deviations a pixel, an attack begins that has no gradient at x."""
+START_NOISE = 0.001
+"""Standard deviation, per pixel, of the start of an attack that has no gradient at x."""
 
 
-def attacked(
+def attack_batch(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
     objective: Objective,
+    *,
     steps: int,
     precision: str,
     key: tuple[str | int, ...],
 ) -> Tensor:
-    """What the objective's robust part is computed on: x itself where it has none. key: seeds the noise, where there is some."""
-    if not objective.attacked or threat.is_clean:
+    """Return the attacked batch that an objective is computed on.
+
+    Args:
+        model: The network; attacked in eval mode and left as it was.
+        x: (b, c, h, w) in [0, 1].
+        y: (b,) int64.
+        threat: Threat model; x itself is returned if it is clean.
+        objective: Says which loss the attack maximises; x is returned if it uses no attacked batch.
+        steps: APGD steps.
+        precision: "float32" or "bfloat16".
+        key: Seeds the noise of an attack that starts beside x.
+
+    Returns:
+        (b, c, h, w) in [0, 1].
+    """
+    if not objective.uses_attacked or threat.is_clean:
         return x
-    ask = partial(
-        apgd_train, model, x, y, threat, steps=steps, loss=objective.climbs, precision=precision
+    start = target = None
+    if objective.attack_compares_with_clean:
+        with frozen_eval(model), torch.no_grad(), autocast(x.device, precision):
+            target = _at_least_float32(model(x))
+        noise = torch.randn(x.shape, generator=keyed_generator("beside", *key)).to(x)
+        radii = x.new_full((len(x),), threat.eps)
+        start = project(x + START_NOISE * noise, x, radii, threat.norm)
+    return apgd_train(
+        model,
+        x,
+        y,
+        threat,
+        steps=steps,
+        loss=objective.attack_loss,
+        precision=precision,
+        start=start,
+        target=target,
     )
-    if not objective.compares:
-        return ask()
-    with frozen_eval(model), torch.no_grad(), autocast(x.device, precision):
-        clean = model(x)
-    noise = torch.randn(x.shape, generator=keyed_generator("beside", *key)).to(x)
-    start = project(x + BESIDE * noise, x, x.new_full((len(x),), threat.eps), threat.norm)
-    return ask(start=start, target=_at_least_float32(clean))
 
 
 def objective_loss(
     model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, objective: Objective, precision: str
 ) -> Tensor:
-    """The objective, a scalar: one train-mode pass, over the clean and the attacked batch together where it needs both."""
+    """Return the objective on a batch, a scalar, from one train-mode pass.
+
+    An objective that uses both batches sees them concatenated.
+
+    Args:
+        model: The network; left in train mode.
+        x: Clean batch, (b, c, h, w).
+        x_adv: Attacked batch, (b, c, h, w); x itself if there was no attack.
+        y: (b,) int64.
+        objective: The objective.
+        precision: "float32" or "bfloat16".
+
+    Raises:
+        ThreatError: If the objective returns neither a loss for each sample nor a scalar.
+    """
     model.train()
-    return _objective(model, x, x_adv, y, objective, precision)
+    return _compute_objective(model, x, x_adv, y, objective, precision)
 
 
-def _objective(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, objective: Objective, precision: str
-) -> Tensor:
-    both = objective.clean and objective.attacked and x_adv is not x
-    with autocast(x.device, precision):
-        logits = model(torch.cat([x, x_adv]) if both else x_adv if objective.attacked else x)
-    logits = _at_least_float32(logits)
-    clean, robust = logits.chunk(2) if both else (logits, logits)
-    each = objective.loss(
-        clean if objective.clean else None, robust if objective.attacked else None, y
-    )
-    if not isinstance(each, Tensor) or each.shape not in ((), y.shape):
-        got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
-        raise ThreatError(
-            f"objective {objective}: returned {got} for {len(y)} samples, expected a loss for each, ({len(y)},)"
-        )
-    return each.mean()
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def robust_loss(
+def measure_robust_loss(
     model: nn.Module,
     data: Split,
     threat: ThreatModel,
@@ -85,25 +97,32 @@ def robust_loss(
     steps: int = 10,
     precision: str = "float32",
 ) -> tuple[float, float]:
-    """Mean highest loss and accuracy under the training form of APGD, over a whole split, in eval mode.
+    """Measure the mean loss and the accuracy under the training form of APGD.
 
-    The attack runs in `precision`; what it finds is judged in float32.
+    Args:
+        model: The network; left in eval mode.
+        data: The split to measure on, whole and without augmentation.
+        threat: Threat model; clean measures without an attack.
+        steps: APGD steps.
+        precision: Arithmetic of the attack; its points are evaluated in float32.
+
+    Returns:
+        Mean cross-entropy in nats, and accuracy in [0, 1].
     """
     model.eval()
-    searched = model if threat.is_clean else _for_search(model, data, precision)
+    attacked_model = model if threat.is_clean else _model_for_attack(model, data, precision)
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in passes(data):
-        x_adv = apgd_train(searched, x, y, threat, steps=steps, precision=precision)
+        x_adv = apgd_train(attacked_model, x, y, threat, steps=steps, precision=precision)
         with torch.no_grad():
             logits = model(x_adv)
-        sums += torch.stack(
-            [ce(logits, y).sum().double(), (logits.argmax(1) == y).sum().double()]
-        ).cpu()
-    loss, accuracy = (sums / len(data)).tolist()
-    return loss, accuracy
+        loss, correct = ce(logits, y).sum(), (logits.argmax(1) == y).sum()
+        sums += torch.stack([loss.double(), correct.double()]).cpu()
+    mean_loss, accuracy = (sums / len(data)).tolist()
+    return mean_loss, accuracy
 
 
-def objective_on(
+def measure_objective(
     model: nn.Module,
     data: Split,
     threat: ThreatModel,
@@ -112,20 +131,22 @@ def objective_on(
     steps: int = 10,
     precision: str = "float32",
 ) -> float:
-    """The objective on a whole split, in eval mode: its attack is the training form of APGD with `steps` steps."""
+    """Measure the objective on a split in eval mode, under the training form of APGD.
+
+    The arguments are those of `measure_robust_loss`.
+    """
+    if objective.clean_weight is None:
+        return _measure_other_objective(model, data, threat, objective, steps, precision)
     weight, total = objective.clean_weight, 0.0
-    if weight is None:
-        return _own_objective_on(model, data, threat, objective, steps, precision)
     if weight:
-        total += weight * robust_loss(model, data, CLEAN, precision=precision)[0]
+        total += weight * measure_robust_loss(model, data, CLEAN, precision=precision)[0]
     if weight < 1:
-        total += (1 - weight) * robust_loss(model, data, threat, steps=steps, precision=precision)[
-            0
-        ]
+        robust, _ = measure_robust_loss(model, data, threat, steps=steps, precision=precision)
+        total += (1 - weight) * robust
     return total
 
 
-def _own_objective_on(
+def _measure_other_objective(
     model: nn.Module,
     data: Split,
     threat: ThreatModel,
@@ -134,14 +155,52 @@ def _own_objective_on(
     precision: str,
 ) -> float:
     model.eval()
-    searched, total = _for_search(model, data, precision), 0.0
+    attacked_model, total = _model_for_attack(model, data, precision), 0.0
     for number, (x, y) in enumerate(passes(data)):
-        x_adv = attacked(searched, x, y, threat, objective, steps, precision, ("val", number))
+        x_adv = attack_batch(
+            attacked_model,
+            x,
+            y,
+            threat,
+            objective,
+            steps=steps,
+            precision=precision,
+            key=("val", number),
+        )
         with torch.no_grad():
-            total += len(x) * float(_objective(model, x, x_adv, y, objective, "float32"))
+            loss = _compute_objective(model, x, x_adv, y, objective, "float32")
+        total += len(x) * float(loss)
     return total / len(data)
 
 
-def _for_search(model: nn.Module, data: Split, precision: str) -> nn.Module:
-    """A network in eval mode as it is searched in `precision`: what is found is judged by the network itself."""
+def _compute_objective(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, objective: Objective, precision: str
+) -> Tensor:
+    uses_both = objective.uses_clean and objective.uses_attacked and x_adv is not x
+    if uses_both:
+        inputs = torch.cat([x, x_adv])
+    else:
+        inputs = x_adv if objective.uses_attacked else x
+    with autocast(x.device, precision):
+        logits = model(inputs)
+    logits = _at_least_float32(logits)
+    clean, attacked = logits.chunk(2) if uses_both else (logits, logits)
+    loss = objective.loss(
+        clean if objective.uses_clean else None, attacked if objective.uses_attacked else None, y
+    )
+    if not isinstance(loss, Tensor) or loss.shape not in ((), y.shape):
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ThreatError(
+            f"objective {objective}: returned {got} for {len(y)} samples, "
+            f"expected a loss for each, ({len(y)},)"
+        )
+    return loss.mean()
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _model_for_attack(model: nn.Module, data: Split, precision: str) -> nn.Module:
+    """Return the network that an attack in `precision` searches with: folded for bfloat16."""
     return folded(model, next(passes(data))[0][:2]) if precision == "bfloat16" else model

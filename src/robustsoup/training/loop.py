@@ -2,49 +2,104 @@
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from robustsoup.data.batches import Batch
 from robustsoup.device import autocast
 from robustsoup.errors import Diverged
 from robustsoup.progress import Progress, SavedState
 
+History = list[dict[str, float]]
+"""One entry for each finished epoch: "epoch" (from 1), "loss" and what was measured on val."""
 
-def fit(
-    run: Any,
+STEPS_BETWEEN_FIGURES = 20
+"""Steps between two reports of the loss: reading it makes a GPU wait."""
+
+
+class StepwiseRun(Protocol):
+    """A run that `run_epochs` can drive: its state, and what one step and one epoch are.
+
+    Attributes:
+        verb: "train" or "learn", for error messages.
+        model: The network that takes the steps.
+        epochs: Epochs of the whole run.
+        steps_per_epoch: Steps of each epoch.
+        precision: "float32" or "bfloat16".
+        step: Number of steps taken.
+        loss_sum: Sum of the losses of the current epoch's steps, a scalar on the model's device.
+        history: The finished epochs.
+    """
+
+    verb: str
+    model: nn.Module
+    epochs: int
+    steps_per_epoch: int
+    precision: str
+    step: int
+    loss_sum: Tensor
+    history: History
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch from number `skip` on."""
+        ...
+
+    def take_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step on a batch and return its loss, a detached scalar."""
+        ...
+
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Measure the network after an epoch and add the figures to its history entry."""
+        ...
+
+    def find_non_finite_layer(self) -> str | None:
+        """Return the first layer whose state is not finite, or None."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that resuming the run needs."""
+        ...
+
+
+def run_epochs(
+    run: StepwiseRun,
     saved: SavedState,
     on_progress: Progress | None,
-    after_epoch: Callable[[], None] | None = None,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take a run's steps to the end, epoch by epoch, saving its state from time to time; training and learning alike.
+    """Take the remaining steps of a run and save its state from time to time.
 
-    The run has `verb`, `model`, `settings`, `step`, `steps_per_epoch`, `loss_sum` and `history`, and batches(epoch, skip),
-    take_step(x, y), end_epoch(entry), broken() (a layer that is not finite) and state(). after_epoch: called when the
-    state at the end of an epoch is saved, and first of all, as a kill may have come in between.
+    Args:
+        run: A new or resumed run.
+        saved: Where the state is saved: when due, and after every epoch.
+        on_progress: Receives (steps done, all steps, figures).
+        after_epoch: Called after the state of an epoch is saved, and once before the first step,
+            since the run may have been killed between the two.
 
-    Raises Diverged, naming the layer, for a loss that is not finite; what was saved before it stays.
+    Raises:
+        Diverged: If a loss is not finite; names the layer. The state saved before stays.
     """
-    s, per_epoch = run.settings, run.steps_per_epoch
-    total = s["epochs"] * per_epoch
-    after_epoch = after_epoch or (lambda: None)
+    total = run.epochs * run.steps_per_epoch
     after_epoch()
     while run.step < total:
-        epoch, skip = divmod(run.step, per_epoch)
+        epoch, skip = divmod(run.step, run.steps_per_epoch)
         for x, y, _ in run.batches(epoch, skip):
             x = x.contiguous(memory_format=torch.channels_last)
             run.loss_sum += run.take_step(x, y)
             run.step += 1
-            save = saved.due() and run.step % per_epoch
-            if save or run.step % per_epoch == 0:
-                _check_finite(run, x)
+            ends_epoch = run.step % run.steps_per_epoch == 0
+            save = saved.due() and not ends_epoch
+            if save or ends_epoch:
+                _check_state(run, x)
             if on_progress:
-                on_progress(run.step, total, _figures(run))
+                on_progress(run.step, total, _progress_figures(run))
             if save:
                 saved.save(run.state())
-        entry = {"epoch": epoch + 1, "loss": float(run.loss_sum) / per_epoch}
+        entry = {"epoch": epoch + 1, "loss": float(run.loss_sum) / run.steps_per_epoch}
         run.end_epoch(entry)
         run.history.append(entry)
         run.loss_sum = torch.zeros_like(run.loss_sum)
@@ -52,63 +107,56 @@ def fit(
         after_epoch()
 
 
-def check_loss(run: Any, loss: Tensor, x: Tensor) -> None:
-    """Raise Diverged, naming the first layer that is not finite, if the loss of a step is not; before anything is updated.
+def check_step_loss(run: StepwiseRun, loss: Tensor, x: Tensor) -> None:
+    """Raise Diverged if the loss of a step is not finite, before the step updates anything.
 
-    Only on a CPU, as looking at every step makes a GPU wait: there `fit` looks now and then.
+    Does so on a CPU only: reading every loss makes a GPU wait, so `run_epochs` checks there from
+    time to time.
     """
     if loss.device.type == "cpu" and not math.isfinite(float(loss.detach())):
-        raise _diverged(
-            run, float(loss.detach()), _first_not_finite(run.model, x, run.settings["precision"])
-        )
+        raise _diverged(run, float(loss.detach()), _first_non_finite_module(run, x))
 
 
-def _check_finite(run: Any, x: Tensor) -> None:
-    loss, layer = float(run.loss_sum), run.broken()
+def _check_state(run: StepwiseRun, x: Tensor) -> None:
+    loss, layer = float(run.loss_sum), run.find_non_finite_layer()
     if not math.isfinite(loss) or layer is not None:
-        raise _diverged(
-            run, loss, layer or _first_not_finite(run.model, x, run.settings["precision"])
-        )
+        raise _diverged(run, loss, layer or _first_non_finite_module(run, x))
 
 
-def _diverged(run: Any, loss: float, layer: str) -> Diverged:
+def _diverged(run: StepwiseRun, loss: float, layer: str) -> Diverged:
     return Diverged(
         f"{run.verb}: the loss became {loss} at step {run.step}, first in layer {layer}; "
-        "what was saved before is kept; try a smaller lr"
+        "the state saved before is kept; try a smaller lr"
     )
 
 
 @torch.no_grad()
-def _first_not_finite(model: nn.Module, x: Tensor, precision: str) -> str:
-    """The first module of the forward pass that answers with NaN or infinity."""
-    found: list[str] = []
+def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str:
+    """Return the name of the first module whose output holds NaN or infinity."""
+    broken: list[str] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
-                found.append(name)
+    def record_if_broken(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            broken.append(name)
 
-        return hook
-
-    probe = copy.deepcopy(model).train()
+    probe = copy.deepcopy(run.model).train()
     for name, module in probe.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(watch(name))
-    with autocast(x.device, precision):
+            module.register_forward_hook(partial(record_if_broken, name))
+    with autocast(x.device, run.precision):
         probe(x)
-    return found[0] if found else "the loss itself"
+    return broken[0] if broken else "the loss itself"
 
 
-def _figures(run: Any) -> str:
-    """The loss so far and the last robust accuracy, now and then: reading them makes a GPU wait."""
-    if run.step % 20 and run.step % run.steps_per_epoch:
+def _progress_figures(run: StepwiseRun) -> str:
+    """Return the loss of the epoch so far and the last figures on val, every few steps."""
+    if run.step % STEPS_BETWEEN_FIGURES and run.step % run.steps_per_epoch:
         return ""
-    done = run.step % run.steps_per_epoch or run.steps_per_epoch
-    text = (
-        f"epoch {(run.step - 1) // run.steps_per_epoch + 1} loss {float(run.loss_sum) / done:.3f}"
-    )
-    if run.history and "robust_accuracy" in run.history[-1]:
-        text += f" val robust {run.history[-1]['robust_accuracy']:.1%}"
-    if run.history and "val_loss" in run.history[-1]:
-        text += f" val loss {run.history[-1]['val_loss']:.3f}"
+    epoch, done = divmod(run.step - 1, run.steps_per_epoch)
+    text = f"epoch {epoch + 1} loss {float(run.loss_sum) / (done + 1):.3f}"
+    latest = run.history[-1] if run.history else {}
+    if "robust_accuracy" in latest:
+        text += f" val robust {latest['robust_accuracy']:.1%}"
+    if "val_loss" in latest:
+        text += f" val loss {latest['val_loss']:.3f}"
     return text

@@ -1,125 +1,173 @@
 """The objectives that training and learning minimise."""
 
 import hashlib
-import importlib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, stack
 
 from robustsoup import fingerprint
 from robustsoup.attacks.losses import Loss, ce, kl
+from robustsoup.catalog import OBJECTIVES, import_by_name
 from robustsoup.errors import ThreatError
 
-Combined = Callable[..., Tensor]
-"""loss(clean, attacked, y): logits (b, classes), None where the objective needs none, and y (b,) -> (b,), or their mean."""
-
-SPELLINGS = '"ce", "mixed A" as in "mixed 0.4", "trades", "trades B" as in "trades 5", or "package.module:function"'
+ObjectiveLoss = Callable[..., Tensor]
+"""loss(clean, attacked, y): logits (b, classes), None for a batch that the objective does not use,
+and labels y (b,); returns the loss of each sample (b,), or their mean."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What training and learning minimise: a function of the clean and the attacked batch's logits.
+    """What training and learning minimise: a function of the logits of two batches.
 
-    loss: see Combined; its logits are at least float32, and where the threat is clean both are one tensor. clean,
-    attacked: whether it needs that batch; with both, one train-mode pass sees the two together. climbs: the loss that
-    its attack climbs, from x; compares: it is called as climbs(logits, y, clean), clean being the clean logits in eval
-    mode, and the attack starts beside x, where a divergence from clean has no gradient. clean_weight: A of "mixed A", 0
-    for "ce", None for all others.
+    Attributes:
+        loss: See ObjectiveLoss. The logits are at least float32. If the threat is clean, both
+            batches are one tensor.
+        name: Name for records and messages; by default that of the function.
+        uses_clean: Whether the loss needs the clean batch.
+        uses_attacked: Whether the loss needs the attacked batch. An objective that uses both sees
+            them in one train-mode pass.
+        attack_loss: The loss that the attack maximises, starting from x.
+        attack_compares_with_clean: Call attack_loss(logits, y, clean) with the clean logits in eval
+            mode, and start the attack beside x, where a divergence from them has a gradient.
+        clean_weight: A of "mixed A", 0 for "ce", None for any other objective.
+
+    Raises:
+        ThreatError: If loss is not a function, or neither batch is used.
     """
 
-    loss: Combined = field(compare=False)
+    loss: ObjectiveLoss = field(compare=False)
     name: str = ""
-    clean: bool = True
-    attacked: bool = True
-    climbs: Loss = ce
-    compares: bool = False
+    uses_clean: bool = True
+    uses_attacked: bool = True
+    attack_loss: Loss = ce
+    attack_compares_with_clean: bool = False
     clean_weight: float | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.loss) or not (self.clean or self.attacked):
+        """Check the loss and name the objective after it."""
+        if not callable(self.loss) or not (self.uses_clean or self.uses_attacked):
             raise ThreatError(
-                f"objective: got {self.loss!r}, expected a function that needs a clean or an attacked batch"
+                f"objective: got {self.loss!r}, expected a function "
+                "that needs a clean or an attacked batch"
             )
-        object.__setattr__(self, "name", self.name or _name(self.loss))
+        object.__setattr__(self, "name", self.name or _import_path(self.loss))
 
     @classmethod
-    def parse(cls, given: "str | Objective | Combined") -> "Objective":
-        """Read "ce", "mixed 0.4", "trades", "trades 5" or "package.module:function"; or take a function as it is.
+    def parse(cls, value: "str | Objective | ObjectiveLoss") -> "Objective":
+        """Return the objective that a text or a function describes.
 
-        A function needs both batches and its attack climbs the cross-entropy; for anything else make an Objective of it
-        (which "package.module:name" may name too).
+        Args:
+            value: A spelling of the catalog such as "ce", "mixed 0.4", "trades" or "trades 5";
+                "package.module:name", which names a loss function or an Objective; or either of
+                these themselves. A plain function gets both batches, and its attack maximises the
+                cross-entropy.
 
-        Raises ThreatError.
+        Raises:
+            ThreatError: If the text names no objective or its numbers are out of range.
         """
-        if isinstance(given, Objective):
-            return given
-        if callable(given):
-            return cls(given)
-        text = str(given).strip()
-        if (weight := clean_weight(text)) is not None:
-            return mixed(weight)
-        name, _, rest = text.partition(" ")
-        if name == "trades" and (not rest or _number(rest) is not None):
-            return trades(_number(rest) if rest else 6.0)
+        if isinstance(value, Objective):
+            return value
+        if callable(value):
+            return cls(value)
+        text = str(value).strip()
         if ":" in text:
-            return _found(text)
-        raise ThreatError(f'objective: got "{text}", expected {SPELLINGS}')
+            return _import_objective(text)
+        name, *numbers = text.split() or [""]
+        entry = OBJECTIVES.find(name)
+        if entry is None or not all(map(_is_number, numbers)):
+            raise _unknown_objective(text)
+        build, parameters = entry.load(), [float(number) for number in numbers]
+        try:
+            inspect.signature(build).bind(*parameters)
+        except TypeError:
+            raise _unknown_objective(text) from None
+        return build(*parameters)
 
-    def smoothed(self, label_smoothing: float) -> "Objective":
-        """The same with its labels smoothed. Raises ThreatError for a function that has no parameter label_smoothing."""
+    def with_label_smoothing(self, label_smoothing: float) -> "Objective":
+        """Return the objective with smoothed labels.
+
+        Args:
+            label_smoothing: Share of each label that is spread over all classes, in [0, 1).
+
+        Raises:
+            ThreatError: If the loss has no parameter label_smoothing.
+        """
         if not label_smoothing:
             return self
         if "label_smoothing" not in inspect.signature(self.loss).parameters:
             raise ThreatError(
-                f"label_smoothing: the objective {self} takes none; give it a parameter label_smoothing, or leave it out"
+                f"label_smoothing: the objective {self} does not support it; "
+                "give its function a parameter label_smoothing, or leave it out"
             )
         return replace(self, loss=partial(self.loss, label_smoothing=label_smoothing))
 
     @property
-    def mark(self) -> str | None:
-        """What tells two objectives of one name apart: a digest of their code and flags, or None for a built-in one."""
-        if isinstance(self.loss, partial) and self.loss.func in _OWN:
+    def fingerprint(self) -> str | None:
+        """Digest of the code and flags of a user's objective; None for a built-in one."""
+        if isinstance(self.loss, partial) and self.loss.func in (mixed_loss, trades_loss):
             return None
-        climbs = self.climbs.__name__ if self.climbs in (ce, kl) else fingerprint.mark(self.climbs)
-        flags = (self.clean, self.attacked, self.compares, climbs)
+        if self.attack_loss in (ce, kl):
+            attack_loss = self.attack_loss.__name__
+        else:
+            attack_loss = fingerprint.mark(self.attack_loss)
+        flags = (
+            self.uses_clean,
+            self.uses_attacked,
+            self.attack_compares_with_clean,
+            attack_loss,
+        )
         return hashlib.sha256(f"{fingerprint.mark(self.loss)} {flags}".encode()).hexdigest()[:32]
 
     def __str__(self) -> str:
+        """Return the name."""
         return self.name
 
 
-def clean_weight(text: str) -> float | None:
-    """A of "mixed A", 0 for "ce", and None for any other objective, which is not even looked for."""
-    name, _, rest = str(text).strip().partition(" ")
-    if name == "ce" and not rest:
-        return 0.0
-    return _number(rest) if name == "mixed" else None
+def cross_entropy() -> Objective:
+    """Return the cross-entropy on attacked images, the paper's Eq. 1: "ce"."""
+    return mixed(0.0)
 
 
-def mixed(weight: float) -> Objective:
-    """weight * L(clean) + (1 - weight) * L(attack), the paper's Eq. 1 (weight 0, called "ce") and Eq. 2.
+def mixed(clean_weight: float) -> Objective:
+    """Return A * L(clean) + (1 - A) * L(attacked), the paper's Eq. 2: "mixed A".
 
-    The paper calls the second TRADES; it is not the KL objective of Zhang et al. 2019, which is `trades`.
+    The paper calls it TRADES; the KL objective of Zhang et al. 2019 is `trades`.
+
+    Args:
+        clean_weight: A, in [0, 1]; 0 is "ce".
+
+    Raises:
+        ThreatError: If the weight is outside [0, 1].
+
+    Source: Huang, Adversarial Learned Soups, Eq. 2.
     """
-    if not 0 <= weight <= 1:
-        raise ThreatError(f"objective: the clean weight is {weight}, expected a number in [0, 1]")
+    if not 0 <= clean_weight <= 1:
+        raise ThreatError(
+            f"objective: the clean weight is {clean_weight}, expected a number in [0, 1]"
+        )
     return Objective(
-        partial(_mixed, weight=weight),
-        f"mixed {weight:g}" if weight else "ce",
-        clean=weight > 0,
-        attacked=weight < 1,
-        clean_weight=weight,
+        partial(mixed_loss, weight=clean_weight),
+        f"mixed {clean_weight:g}" if clean_weight else "ce",
+        uses_clean=clean_weight > 0,
+        uses_attacked=clean_weight < 1,
+        clean_weight=clean_weight,
     )
 
 
 def trades(beta: float = 6.0) -> Objective:
-    """L(clean) + beta * KL(p_clean || p_attacked), whose attack climbs the KL; the gradient goes through both.
+    """Return L(clean) + B * KL(p_clean || p_attacked), whose attack maximises the KL: "trades B".
+
+    The gradient flows through both distributions.
+
+    Args:
+        beta: B, at least 0 and finite.
+
+    Raises:
+        ThreatError: If beta is out of range.
 
     Source: Zhang et al. 2019, arXiv:1901.08573, Eq. 5.
     """
@@ -127,10 +175,15 @@ def trades(beta: float = 6.0) -> Objective:
         raise ThreatError(
             f"objective: trades has the weight {beta}, expected a number of at least 0"
         )
-    return Objective(partial(_trades, beta=beta), f"trades {beta:g}", climbs=kl, compares=True)
+    return Objective(
+        partial(trades_loss, beta=beta),
+        f"trades {beta:g}",
+        attack_loss=kl,
+        attack_compares_with_clean=True,
+    )
 
 
-def _mixed(
+def mixed_loss(
     clean: Tensor | None,
     attacked: Tensor | None,
     y: Tensor,
@@ -138,46 +191,55 @@ def _mixed(
     weight: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    parts = [ce(logits, y, label_smoothing) for logits in (clean, attacked) if logits is not None]
-    if len(parts) == 1 or clean is attacked:
-        return parts[0]
-    of_clean, of_attacked = torch.stack(parts).mean(1)
-    return weight * of_clean + (1 - weight) * of_attacked
+    """Return the loss of `mixed`: (b,) if one batch is used, else the weighted mean, a scalar."""
+    losses = [ce(logits, y, label_smoothing) for logits in (clean, attacked) if logits is not None]
+    if len(losses) == 1 or clean is attacked:
+        return losses[0]
+    clean_mean, attacked_mean = stack(losses).mean(1)
+    return weight * clean_mean + (1 - weight) * attacked_mean
 
 
-def _trades(
+def trades_loss(
     clean: Tensor, attacked: Tensor, y: Tensor, *, beta: float, label_smoothing: float = 0.0
 ) -> Tensor:
+    """Return the loss of `trades` for each sample, (b,)."""
     return ce(clean, y, label_smoothing) + beta * kl(attacked, y, clean)
 
 
-_OWN = (_mixed, _trades)
+def clean_weight(text: str) -> float | None:
+    """Return A of "mixed A", 0 for "ce", None for any other objective, without importing it."""
+    name, _, rest = text.strip().partition(" ")
+    if name == "ce" and not rest:
+        return 0.0
+    return float(rest) if name == "mixed" and _is_number(rest) else None
 
 
-def _name(function: Any) -> str:
+def _import_path(function: ObjectiveLoss) -> str:
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{getattr(function, '__module__', None) or '?'}:{name}"
 
 
-def _number(text: str) -> float | None:
+def _is_number(text: str) -> bool:
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return None
+        return False
+    return True
 
 
-def _found(text: str) -> Objective:
-    """The function, or Objective, that "package.module:name" names, under that name."""
-    module, _, name = text.partition(":")
-    try:
-        there = importlib.import_module(module)
-    except (ImportError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ThreatError(
-            f'objective "{text}": {reason}; is it on the Python path? Else expected {SPELLINGS}'
-        ) from None
-    if (found := getattr(there, name, None)) is None:
-        raise ThreatError(f'objective "{text}": module "{module}" has no "{name}"')
-    if not isinstance(found, Objective) and not callable(found):
-        raise ThreatError(f'objective "{text}": got {type(found).__name__}, expected a function')
-    return replace(found, name=text) if isinstance(found, Objective) else Objective(found, text)
+def _unknown_objective(text: str) -> ThreatError:
+    spellings = OBJECTIVES.spellings()
+    return ThreatError(
+        f'objective: got "{text}", expected one of {spellings}, or package.module:function'
+    )
+
+
+def _import_objective(text: str) -> Objective:
+    """Return the loss function or the Objective called "package.module:name", under that name."""
+    label = f'objective "{text}"'
+    value = import_by_name(text, label=label, error=ThreatError)
+    if isinstance(value, Objective):
+        return replace(value, name=text)
+    if not callable(value):
+        raise ThreatError(f"{label}: got {type(value).__name__}, expected a function")
+    return Objective(value, text)

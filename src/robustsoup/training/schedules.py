@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as functions of how far a run has come."""
+"""Learning-rate schedules: functions of how much of a run is done."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,67 +7,84 @@ from typing import Any
 from robustsoup.errors import RequestError
 
 Schedule = str | Mapping[str, Any]
-
+"""A name, or {"milestones": [epochs], "gamma": factor}."""
 
 WARM_UP = 0.25
-"""The share of a run in which one-cycle rises, as in Rade's and Wang et al.'s training; PyTorch's own default is 0.3."""
+"""Share of a run in which one-cycle rises, as Rade and Wang et al. train; PyTorch's own is 0.3."""
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Raise RequestError unless it is "constant", "cosine", "one-cycle", "one-cycle P", "cyclic" or {"milestones", "gamma"}."""
-    known = isinstance(schedule, str) and (
-        schedule in ("constant", "cosine", "cyclic") or _warm_up(schedule) is not None
-    )
-    if not (known or _is_steps(schedule)):
+    """Check that a schedule is known and complete.
+
+    Args:
+        schedule: "constant", "cosine", "one-cycle", "one-cycle P", "cyclic" or a mapping with
+            "milestones" and "gamma".
+
+    Raises:
+        RequestError: For anything else.
+    """
+    if isinstance(schedule, str):
+        known = schedule in ("constant", "cosine", "cyclic") or _warm_up_share(schedule) is not None
+    else:
+        known = _is_milestones(schedule)
+    if not known:
         raise RequestError(
-            f'schedule: got {schedule!r}, expected "constant", "cosine", "one-cycle" (or "one-cycle P", rising in the share '
-            'P of the run), "cyclic" or {milestones = [75, 113], gamma = 0.1}'
+            f'schedule: got {schedule!r}, expected "constant", "cosine", "one-cycle" '
+            '(or "one-cycle P" with P the share of the run in which the rate rises), "cyclic" '
+            "or {milestones = [75, 113], gamma = 0.1}"
         )
 
 
-def _is_steps(schedule: Schedule) -> bool:
-    if not isinstance(schedule, Mapping) or set(schedule) != {"milestones", "gamma"}:
-        return False
-    milestones = schedule["milestones"]
-    return isinstance(milestones, Sequence) and all(
-        map(_is_number, [*milestones, schedule["gamma"]])
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def rate(
-    schedule: Schedule, lr: float, epochs_done: float, epochs: int, per_epoch: int = 1
+def learning_rate(
+    schedule: Schedule, lr: float, epochs_done: float, epochs: int, steps_per_epoch: int = 1
 ) -> float:
-    """The learning rate after `epochs_done` (a fraction counts) of `epochs`, of `per_epoch` steps each.
+    """Return the learning rate of the next step.
 
-    cosine: lr/2 * (1 + cos(pi * done)), changed every step; milestones: lr * gamma^(milestones reached); one-cycle: from
-    lr/25 up to lr in a quarter of the run (or "one-cycle P", the share P of it), then down to lr/250000, both along
-    cosines, to the step as PyTorch's OneCycleLR, momentum left alone; cyclic: straight up from 0 to lr in two fifths of the
-    run, straight down to 0 at its last step.
-    Sources: one-cycle: Smith and Topin 2018, arXiv:1708.07120, as Wang et al. 2023, arXiv:2302.04638, train; cyclic:
-    Wong et al. 2020, arXiv:2001.03994.
+    cosine: lr/2 * (1 + cos(pi * epochs_done / epochs)), changed every step. milestones:
+    lr * gamma^(milestones reached). one-cycle: from lr/25 up to lr in a quarter of the run (share P
+    for "one-cycle P"), then down to lr/250000, both along cosines and step for step as PyTorch's
+    OneCycleLR; momentum stays. cyclic: linearly up from 0 to lr in two fifths of the run, then
+    linearly down to 0 at its last step.
+
+    Args:
+        schedule: A valid schedule; see `check_schedule`.
+        lr: The peak rate.
+        epochs_done: Epochs behind the run, with a fraction.
+        epochs: Epochs of the whole run.
+        steps_per_epoch: Steps of each epoch.
+
+    Source: one-cycle: Smith and Topin 2018, arXiv:1708.07120, as in Wang et al. 2023,
+        arXiv:2302.04638; cyclic: Wong et al. 2020, arXiv:2001.03994.
     """
     if schedule == "constant":
         return lr
     if schedule == "cosine":
         return 0.5 * lr * (1 + math.cos(math.pi * epochs_done / epochs))
     if schedule == "cyclic":
-        done = (epochs_done + 1 / per_epoch) / epochs
+        done = (epochs_done + 1 / steps_per_epoch) / epochs
         return lr * max(min(done / 0.4, (1 - done) / 0.6), 0.0)
     if isinstance(schedule, str):
-        return _one_cycle(
-            lr, _warm_up(schedule), round(epochs_done * per_epoch), epochs * per_epoch
-        )
-    return lr * schedule["gamma"] ** sum(
-        epochs_done >= milestone for milestone in schedule["milestones"]
-    )
+        step, steps = round(epochs_done * steps_per_epoch), epochs * steps_per_epoch
+        return _one_cycle_rate(lr, _warm_up_share(schedule) or WARM_UP, step, steps)
+    reached = sum(epochs_done >= milestone for milestone in schedule["milestones"])
+    return lr * schedule["gamma"] ** reached
 
 
-def _warm_up(schedule: str) -> float | None:
-    """P of "one-cycle P", 0.25 where it does not say; None for anything else."""
+def _is_milestones(schedule: Any) -> bool:
+    if not isinstance(schedule, Mapping) or set(schedule) != {"milestones", "gamma"}:
+        return False
+    milestones = schedule["milestones"]
+    if not isinstance(milestones, Sequence):
+        return False
+    return all(_is_finite_number(value) for value in [*milestones, schedule["gamma"]])
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _warm_up_share(schedule: str) -> float | None:
+    """Return P of "one-cycle P", WARM_UP for "one-cycle", None for anything else."""
     name, _, rest = schedule.strip().partition(" ")
     if name != "one-cycle":
         return None
@@ -78,13 +95,13 @@ def _warm_up(schedule: str) -> float | None:
     return share if 0 < share < 1 else None
 
 
-def _one_cycle(lr: float, warm_up: float, step: int, steps: int) -> float:
-    """Step 0 has the least rate of the rise, step warm_up * steps - 1 the highest, the last step the lowest."""
-    peak, low, end = warm_up * steps - 1, lr / 25, lr / 25 / 1e4
+def _one_cycle_rate(lr: float, warm_up: float, step: int, steps: int) -> float:
+    """Step 0 has the lowest rising rate, step warm_up * steps - 1 the peak, the last the lowest."""
+    peak, start, end = warm_up * steps - 1, lr / 25, lr / 25 / 1e4
     if step <= peak and peak > 0:
-        return _along_cosine(low, lr, step / peak)
-    return _along_cosine(lr, end, (step - max(peak, 0)) / max(steps - 1 - max(peak, 0), 1))
+        return _cosine_between(start, lr, step / peak)
+    return _cosine_between(lr, end, (step - max(peak, 0)) / max(steps - 1 - max(peak, 0), 1))
 
 
-def _along_cosine(start: float, end: float, part: float) -> float:
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
+def _cosine_between(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))

@@ -1,0 +1,71 @@
+"""Whether checkpoints belong to one network, and which checkpoint they were fine-tuned from."""
+
+from collections.abc import Sequence
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.errors import CheckpointError, IngredientMismatch
+
+
+def check_ingredients(ingredients: Sequence[Checkpoint]) -> None:
+    """Check that checkpoints share the names, shapes and dtypes of their tensors.
+
+    Raises:
+        CheckpointError: If there is no ingredient.
+        IngredientMismatch: Names the first tensor that differs from the first ingredient's.
+    """
+    if not ingredients:
+        raise CheckpointError("ingredients: got none, expected at least one checkpoint")
+    first = ingredients[0]
+    for other in ingredients[1:]:
+        for name in [*first.tensors, *other.tensors]:
+            _check_tensor(name, first, other)
+
+
+def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:
+    for owner, lacking in ((first, other), (other, first)):
+        if name not in lacking.tensors:
+            raise IngredientMismatch(
+                f"{name}: {owner.name} has it, {lacking.name} does not; not the same network"
+            )
+    a, b = first.tensors[name], other.tensors[name]
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise IngredientMismatch(
+            f"{name}: {tuple(a.shape)} {a.dtype} in {first.name}, "
+            f"{tuple(b.shape)} {b.dtype} in {other.name}; "
+            "ingredients must share names, shapes and dtypes"
+        )
+
+
+def common_ancestor(ingredients: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Return the checkpoint that all ingredients were fine-tuned from.
+
+    The provenance records must agree on it, and it must be an ingredient or lie beside one.
+
+    Returns:
+        The ancestor, or None if there is none or its file cannot be found.
+    """
+    parent_files = [
+        {parent["digest"]: parent.get("file") for parent in item.provenance.get("parents", [])}
+        for item in ingredients
+    ]
+    lines = [set(files) for files in parent_files]
+    if len(ingredients) > 1:  # an ingredient may be the ancestor of the others
+        for line, item in zip(lines, ingredients, strict=True):
+            line.add(item.digest)
+    for digest in sorted(set.intersection(*lines)):
+        for item in ingredients:
+            if item.digest == digest:
+                return item
+        for item, files in zip(ingredients, parent_files, strict=True):
+            ancestor = _open_beside(item, files.get(digest))
+            if ancestor is not None and ancestor.digest == digest:
+                return ancestor
+    return None
+
+
+def _open_beside(item: Checkpoint, file: str | None) -> Checkpoint | None:
+    """Open the file of that name in the folder of a checkpoint, if there is one."""
+    if item.path is None or not file:
+        return None
+    path = item.path.parent / file
+    return Checkpoint.open(path) if path.is_file() else None

@@ -1,0 +1,66 @@
+"""The buffer policies: what becomes of BatchNorm's running statistics in a soup.
+
+To add a policy, write a function of an UnfinishedSoup that returns Buffers, and register it in
+`robustsoup.catalog.BUFFER_POLICIES`.
+"""
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.errors import RequestError
+from robustsoup.soups.ancestry import check_ingredients, common_ancestor
+from robustsoup.soups.batchnorm import average_statistics, recalibrate
+from robustsoup.soups.mixing import Buffers, UnfinishedSoup
+from robustsoup.threats import CLEAN, ThreatModel
+
+
+def copy_base(soup: UnfinishedSoup) -> Buffers:
+    """Copy all buffers of the base: the named one, the common ancestor or the first ingredient."""
+    first = soup.ingredients[0]
+    if soup.base is not None:
+        source = Checkpoint.open(soup.base)
+    else:
+        source = common_ancestor(soup.ingredients) or first
+    check_ingredients([first, source])
+    mixed = {*first.parameters, *first.tied}
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in mixed}
+    return Buffers(tensors, {"base": source.digest})
+
+
+def average(soup: UnfinishedSoup) -> Buffers:
+    """Average the statistics with the coefficients of their BatchNorm's weight."""
+    return Buffers(average_statistics(soup.ingredients, soup.coefficients))
+
+
+def recalibrate_clean(soup: UnfinishedSoup) -> Buffers:
+    """Measure the statistics on training samples."""
+    return _recalibrate(soup, CLEAN)
+
+
+def recalibrate_adversarial(soup: UnfinishedSoup) -> Buffers:
+    """Measure the statistics on attacked training samples."""
+    return _recalibrate(soup, soup.calibration.threat)
+
+
+def take_tracked(soup: UnfinishedSoup) -> Buffers:
+    """Take the statistics that learning tracked."""
+    return Buffers(soup.coefficients.tracked)
+
+
+def _recalibrate(soup: UnfinishedSoup, threat: ThreatModel) -> Buffers:
+    how = soup.calibration
+    if how.data is None:
+        raise RequestError("buffers: requires training data; give calibrate_on (--data)")
+    tensors = recalibrate(
+        soup.network(),
+        how.data,
+        threat=threat,
+        attack_steps=how.attack_steps,
+        samples=how.samples,
+        seed=how.seed,
+        precision=how.precision,
+    )
+    record = {
+        "samples": min(how.samples, len(how.data)),
+        "threat": str(threat),
+        "attack_steps": how.attack_steps,
+    }
+    return Buffers(tensors, record)

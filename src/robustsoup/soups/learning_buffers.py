@@ -1,0 +1,80 @@
+"""What BatchNorm's running statistics do while a soup is learned."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from robustsoup.catalog import BUFFER_POLICIES
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import Split
+from robustsoup.settings import LearnSettings
+from robustsoup.soups.batchnorm import norm_layers
+from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.mixing import BufferPolicy, Calibration, UnfinishedSoup, mix
+
+
+def mix_start(
+    ingredients: Sequence[Checkpoint],
+    base: Checkpoint | str | os.PathLike[str] | None,
+    policy: str,
+) -> Checkpoint:
+    """Return the uniform soup with the statistics that learning starts from.
+
+    They are those of the policy if it computes them at the start only, else averaged ones.
+    """
+    starts = _update_time(policy) == "start"
+    alpha = [1 / len(ingredients)] * len(ingredients)
+    return mix(ingredients, alpha, buffers=policy if starts else "average", base=base)
+
+
+class LearningBuffers:
+    """Applies a buffer policy to the network that learns, whenever the policy is due."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ingredients: Sequence[Checkpoint],
+        data: Split,
+        settings: LearnSettings,
+    ) -> None:
+        self.model, self.ingredients = model, ingredients
+        self.update_time = _update_time(settings.buffers)
+        self.compute: BufferPolicy = BUFFER_POLICIES.get_entry(settings.buffers).load()
+        self.calibration = Calibration(
+            data,
+            threat=settings.threat,
+            attack_steps=settings.attack_steps,
+            precision=settings.precision,
+            seed=settings.seed,
+        )
+        if self.update_time != "train":
+            for layer in norm_layers(model).values():
+                layer.momentum = 0.0  # the train-mode pass must not change the statistics
+
+    def end_step(self, coefficients: Coefficients) -> None:
+        """Compute the statistics again if the policy follows every step."""
+        if self.update_time == "step":
+            self._apply(coefficients)
+
+    def end_epoch(self, coefficients: Coefficients) -> None:
+        """Compute the statistics again if the policy follows every epoch."""
+        if self.update_time == "epoch":
+            self._apply(coefficients)
+
+    @torch.no_grad()
+    def _apply(self, coefficients: Coefficients) -> None:
+        soup = UnfinishedSoup(
+            self.ingredients,
+            coefficients,
+            network=lambda: self.model,
+            calibration=self.calibration,
+        )
+        for name, tensor in self.compute(soup).tensors.items():
+            self.model.get_buffer(name).copy_(tensor)
+
+
+def _update_time(policy: str) -> str:
+    """Return when a policy computes statistics during learning; see catalog.BUFFER_POLICIES."""
+    return BUFFER_POLICIES.get_entry(policy).facts.get("learning", "epoch")

@@ -1,0 +1,389 @@
+"""The run that learns coefficients: its state, its steps and its results."""
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import Split, batches
+from robustsoup.data.batches import Batch
+from robustsoup.errors import Diverged
+from robustsoup.models.fit import check_fit
+from robustsoup.seeding import keyed_generator
+from robustsoup.settings import EarlyStop, LearnSettings, to_record
+from robustsoup.soups.batchnorm import norm_layers
+from robustsoup.soups.coefficients import Coefficients, Dial
+from robustsoup.soups.granularity import layer_groups
+from robustsoup.soups.ingredients import Ingredients
+from robustsoup.soups.learning_buffers import LearningBuffers, mix_start
+from robustsoup.soups.summation import canonical_order
+from robustsoup.threats import ThreatModel
+from robustsoup.training.adversarial_loss import attack_batch, measure_objective, objective_loss
+from robustsoup.training.loop import History, check_step_loss
+from robustsoup.training.objectives import Objective, mixed
+from robustsoup.training.schedules import learning_rate
+
+
+@dataclass(frozen=True)
+class LearningInputs:
+    """What a soup is learned from, and where.
+
+    Attributes:
+        ingredients: n opened checkpoints of one network.
+        data: The training split.
+        val: Split to measure the objective on, or None.
+        network: The network to run; by default the one that the ingredients record.
+        base: Checkpoint for the buffer policy "base".
+        place: "device", "memory" or "files": where the ingredients' parameters are kept.
+        device: Where the network runs.
+    """
+
+    ingredients: list[Checkpoint]
+    data: Split
+    val: Split | None
+    network: nn.Module | None
+    base: Checkpoint | str | os.PathLike[str] | None
+    place: str
+    device: torch.device
+
+
+class LearningRun:
+    """The state of one learning run; a `StepwiseRun`.
+
+    The learned line has shape (k, layers, n): logits(t) = sum_k basis_k(t) * line_k with k = 1 for
+    a soup and k = 2 for a dial. Its columns follow the digests of the ingredients, so the order in
+    which they are listed changes nothing.
+    """
+
+    verb = "learn"
+
+    def __init__(self, inputs: LearningInputs, settings: LearnSettings) -> None:
+        self.inputs, self.settings = inputs, settings
+        self.objective: Objective = settings.objective
+        self.epochs, self.precision = settings.epochs, settings.precision
+        self.data = inputs.data.to(inputs.device)
+        self.val = _split_to_measure(inputs, settings)
+        self.digests = [item.digest for item in inputs.ingredients]
+        self.order = canonical_order(self.digests)
+        ordered = [inputs.ingredients[i] for i in self.order]
+        self.model, self.base_digest = _start_network(inputs, settings)
+        self.parameters = dict(self.model.named_parameters())
+        self.groups = layer_groups(self.model, settings.granularity)
+        self.layers = list(self.groups)
+        self.ingredients = Ingredients(ordered, list(self.parameters), inputs.device, inputs.place)
+        self.buffers = LearningBuffers(self.model, ordered, self.data, settings)
+        self.start = self._initial_line()
+        self.line = self.start.clone()
+        self.velocity = torch.zeros_like(self.line)
+        self.slope_sums = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.slope_counts = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
+        self.step, self.t = 0, 0.5
+        self.loss_sum = torch.zeros((), device=inputs.device)
+        self.history: History = []
+        self.best: dict[str, Any] | None = None
+        self.mix_layers(range(len(self.layers)))
+        self.buffers.end_epoch(self._current_coefficients())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings as coefficients record them."""
+        return {**to_record(self.settings), "base": self.base_digest}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Continue from a saved state, if there is one."""
+        if state is None:
+            return
+        self.line, self.velocity = state["line"], state["velocity"]
+        self.slope_sums, self.slope_counts = state["slope_sums"], state["slope_counts"]
+        self.step, self.t = state["step"], state["t"]
+        self.loss_sum = state["loss_sum"].to(self.inputs.device)
+        self.history, self.best = state["history"], state["best"]
+        self.model.load_state_dict(state["buffers"], strict=False)
+        self.mix_layers(range(len(self.layers)))
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that `restore` needs; the mixed weights follow from the line."""
+        return {
+            "line": self.line,
+            "velocity": self.velocity,
+            "slope_sums": self.slope_sums,
+            "slope_counts": self.slope_counts,
+            "step": self.step,
+            "t": self.t,
+            "loss_sum": self.loss_sum,
+            "history": self.history,
+            "best": self.best,
+            "buffers": self._model_buffers(),
+        }
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch from number `skip` on."""
+        s = self.settings
+        return batches(self.data, s.batch_size, seed=s.seed, epoch=epoch, skip=skip)
+
+    def take_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step on a batch and return its loss."""
+        s = self.settings
+        self._turn_dial()
+        threat, objective = self._goal()
+        x_adv = attack_batch(
+            self.model,
+            x,
+            y,
+            threat,
+            objective,
+            steps=s.attack_steps,
+            precision=s.precision,
+            key=(s.seed, self.step),
+        )
+        active = self._draw_active_layers()
+        trained = self._require_gradients(active)
+        with torch.set_grad_enabled(bool(active)):
+            loss = objective_loss(self.model, x, x_adv, y, objective, s.precision)
+        check_step_loss(self, loss, x_adv)
+        if loss.requires_grad:  # the network may not use any active layer
+            grads = torch.autograd.grad(
+                loss, list(trained.values()), allow_unused=True, materialize_grads=True
+            )
+            self.update_line(active, dict(zip(trained, grads, strict=True)), self._learning_rate())
+            self.mix_layers(active)
+        return loss.detach()
+
+    def update_line(self, active: Sequence[int], grads: dict[str, Tensor], lr: float) -> None:
+        """Take a step of SGD with momentum on some layers; the others keep theirs.
+
+        Args:
+            active: Numbers of the layers to update.
+            grads: dL/dtheta of each of their parameters, by name.
+            lr: Learning rate.
+
+        Raises:
+            Diverged: If the gradient of a layer is not finite; names the layer.
+        """
+        inner = dict(zip(grads, self.ingredients.inner(grads), strict=True))
+        zero = torch.zeros(len(self.digests), dtype=torch.float64)
+        by_alpha = torch.stack(
+            [sum((inner[name] for name in self.groups[self.layers[i]]), zero) for i in active]
+        )
+        self._check_gradients(active, by_alpha)
+        by_logits = logits_gradient(by_alpha, self._alpha()[active])
+        self.slope_sums[active] += by_logits.norm(dim=1)
+        self.slope_counts[active] += 1
+        by_line = (self._basis().view(-1, 1, 1) * by_logits).to(self.velocity)
+        self.velocity[:, active] = self.settings.momentum * self.velocity[:, active] + by_line
+        self.line[:, active] -= lr * self.velocity[:, active]
+
+    @torch.no_grad()
+    def mix_layers(self, active: Sequence[int]) -> None:
+        """Mix some layers into the network with the present coefficients."""
+        self.ingredients.check()
+        alpha = self._alpha()
+        for i in active:
+            for name in self.groups[self.layers[i]]:
+                self.ingredients.mix_into(name, alpha[i].tolist(), self.parameters[name])
+        self.buffers.end_step(self._current_coefficients())
+
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Measure the objective on val, and keep the line if it is the lowest so far."""
+        self.buffers.end_epoch(self._current_coefficients())
+        if self.val is None:
+            return
+        stop = self.settings.early_stop
+        loss = measure_objective(
+            self.model,
+            self.val,
+            self.settings.threat,
+            self.objective,
+            steps=(stop or EarlyStop()).steps,
+            precision=self.precision,
+        )
+        entry["val_loss"] = loss
+        lowest = min((past["val_loss"] for past in self.history), default=math.inf)
+        if stop and loss < lowest:
+            buffers = {name: tensor.clone() for name, tensor in self._model_buffers().items()}
+            self.best = {"line": self.line.clone(), "buffers": buffers, "epoch": entry["epoch"]}
+
+    def find_non_finite_layer(self) -> str | None:
+        """Return the first layer whose logits are not finite, or None."""
+        finite = self.line.isfinite().all(-1).all(0).tolist()
+        return None if all(finite) else self.layers[finite.index(False)]
+
+    def coefficients(self) -> Coefficients:
+        """Return the learned coefficients, columns in the order of the listed ingredients."""
+        best = self.best or {"line": self.line, "buffers": self._model_buffers()}
+        start, alpha = (
+            torch.softmax(line[0].double(), 1)[:, self._columns()]
+            for line in (self.start, best["line"])
+        )
+        return Coefficients(
+            alpha,
+            tuple(self.layers),
+            tuple(self.digests),
+            self._result_record(),
+            self._tracked_statistics(best["buffers"]),
+            self._layer_of_parameter(),
+            start,
+            self._mean_slopes(),
+        )
+
+    def dial(self) -> Dial:
+        """Return the learned line, columns in the order of the listed ingredients."""
+        return Dial(
+            self.line[..., self._columns()].double(),
+            tuple(self.layers),
+            tuple(self.digests),
+            self._result_record(),
+            self._tracked_statistics(self._model_buffers()),
+            self._layer_of_parameter(),
+            self.start[..., self._columns()].double(),
+            self._mean_slopes(),
+        )
+
+    def _initial_line(self) -> Tensor:
+        s = self.settings
+        start = initial_logits(len(self.layers), len(self.digests), s.init, s.seed)
+        return torch.stack([start, torch.zeros_like(start)] if s.dial else [start])
+
+    def _learning_rate(self) -> float:
+        s = self.settings
+        epochs_done = self.step / self.steps_per_epoch
+        return learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
+
+    def _turn_dial(self) -> None:
+        """Draw a new t and mix the whole network again, if this step is due to."""
+        dial = self.settings.dial
+        if dial is not None and self.step % dial.turn_every == 0:
+            generator = keyed_generator("dial", self.settings.seed, self.step)
+            self.t = float(torch.rand((), generator=generator))
+            self.mix_layers(range(len(self.layers)))
+
+    def _goal(self) -> tuple[ThreatModel, Objective]:
+        """Return the threat and the objective of this step, which a dial changes."""
+        threat, dial = self.settings.threat, self.settings.dial
+        if dial is None:
+            return threat, self.objective
+        if dial.by == "eps":
+            return ThreatModel(threat.norm, threat.eps * (1 - self.t)), self.objective
+        return threat, mixed(self.t)
+
+    def _draw_active_layers(self) -> list[int]:
+        """Draw the layers that this step updates: each is left out with probability `detach`."""
+        generator = keyed_generator("detach", self.settings.seed, self.step)
+        active = torch.rand(len(self.layers), generator=generator) >= self.settings.detach
+        return active.nonzero().flatten().tolist()
+
+    def _require_gradients(self, active: Sequence[int]) -> dict[str, nn.Parameter]:
+        """Let only the parameters of the active layers require gradients, and return them."""
+        names = {name for layer in active for name in self.groups[self.layers[layer]]}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+        return {name: p for name, p in self.parameters.items() if name in names}
+
+    def _check_gradients(self, active: Sequence[int], by_alpha: Tensor) -> None:
+        finite = by_alpha.isfinite().all(1).tolist()
+        if not all(finite):
+            layer = self.layers[active[finite.index(False)]]
+            raise Diverged(
+                f"learn: the gradient of layer {layer} is not finite at step {self.step}; "
+                "the state saved before is kept; try a smaller lr"
+            )
+
+    def _basis(self) -> Tensor:
+        values = [1.0, 2 * self.t - 1] if self.settings.dial else [1.0]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _alpha(self) -> Tensor:
+        """Return the present coefficients, (layers, n) float64, columns in canonical order."""
+        return torch.softmax(torch.tensordot(self._basis(), self.line.double(), 1), 1)
+
+    def _current_coefficients(self) -> Coefficients:
+        parameters = self._layer_of_parameter()
+        return Coefficients(self._alpha(), tuple(self.layers), parameters=parameters)
+
+    def _model_buffers(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self.parameters}
+
+    def _columns(self) -> list[int]:
+        return [self.order.index(i) for i in range(len(self.digests))]
+
+    def _mean_slopes(self) -> Tensor:
+        return self.slope_sums / self.slope_counts.clamp(min=1)
+
+    def _layer_of_parameter(self) -> dict[str, str]:
+        """Map each parameter to its layer, if that has another name."""
+        return {
+            name: layer for layer, names in self.groups.items() for name in names if name != layer
+        }
+
+    def _tracked_statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        layers = norm_layers(self.model)
+        return {
+            name: tensor.cpu().clone()
+            for name, tensor in buffers.items()
+            if name.rpartition(".")[0] in layers
+        }
+
+    def _result_record(self) -> dict[str, Any]:
+        record = {
+            "learning": self.record,
+            "history": self.history,
+            "data": self.data.record,
+            "trained_on": [self.data.name],
+            "early_stopped_at": self.best and self.best["epoch"],
+        }
+        if len(self.digests) == 1:
+            record["warnings"] = [
+                "a single ingredient: there is nothing to learn; the soup is the ingredient"
+            ]
+        return record
+
+
+def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
+    """Return the logits that learning starts from.
+
+    Args:
+        layers: Number of layers.
+        n: Number of ingredients.
+        init: "xavier" (uniform within sqrt(6 / (1 + n))) or "zeros" (the uniform soup).
+        seed: Seed of the draw.
+
+    Returns:
+        (layers, n) float32.
+    """
+    if init == "zeros":
+        return torch.zeros(layers, n)
+    bound = math.sqrt(6 / (1 + n))
+    return torch.empty(layers, n).uniform_(-bound, bound, generator=keyed_generator("logits", seed))
+
+
+def logits_gradient(by_alpha: Tensor, alpha: Tensor) -> Tensor:
+    """Return dL/dlogits (layers, n) from dL/dalpha and alpha = softmax(logits), of that shape."""
+    return alpha * (by_alpha - (alpha * by_alpha).sum(-1, keepdim=True))
+
+
+def _split_to_measure(inputs: LearningInputs, settings: LearnSettings) -> Split | None:
+    if inputs.val is None:
+        return None
+    samples = settings.early_stop.samples if settings.early_stop else None
+    return inputs.val.first(samples).to(inputs.device)
+
+
+def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.Module, str | None]:
+    """Return the uniform soup as a network on the device, and the digest of its base."""
+    if inputs.network is not None:
+        model = copy.deepcopy(inputs.network)
+    else:
+        model = inputs.ingredients[0].network()
+    start = mix_start(inputs.ingredients, inputs.base, settings.buffers)
+    start.load_into(model)
+    check_fit(model, inputs.data)
+    model.to(inputs.device, memory_format=torch.channels_last)
+    return model, start.provenance["buffers"].get("base")

@@ -1,0 +1,51 @@
+"""The provenance record of a soup."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
+
+SHARED_ENTRIES = ("network", "parameters", "tied")
+"""Entries that a soup has in common with its first ingredient."""
+
+
+def make_soup_record(
+    ingredients: Sequence[Checkpoint], coefficients: Coefficients
+) -> dict[str, Any]:
+    """Return what all ingredients agree on, and how they were mixed."""
+    first = ingredients[0].provenance
+    record = {key: first[key] for key in SHARED_ENTRIES if key in first}
+    record |= _data_entries(ingredients)
+    record["trained_on"] = sorted(
+        {split for item in ingredients for split in item.provenance.get("trained_on", [])}
+    )
+    record["parents"] = [
+        {"digest": item.digest, "file": item.path.name if item.path else None}
+        for item in ingredients
+    ]
+    rows = coefficients.alpha.tolist()
+    if coefficients.layers == (EVERY_LAYER,):
+        record["coefficients"] = rows[0]
+    else:
+        record["coefficients"] = dict(zip(coefficients.layers, rows, strict=True))
+    record["learned"] = coefficients.record or None
+    return record
+
+
+def _data_entries(ingredients: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return the data that the ingredients were fitted on, and all other data behind them."""
+    entries: dict[str, Any] = {}
+    records = [item.provenance.get("data") for item in ingredients]
+    if all(record == records[0] for record in records):
+        if records[0] is not None:
+            entries["data"] = records[0]
+    elif all(records) and len({record["digest"] for record in records}) == 1:
+        # Between them, the ingredients have seen every sample of several splits of one data set.
+        entries["data"] = {**records[0], "split_digest": "several"}
+    earlier = [data for item in ingredients for data in item.provenance.get("earlier_data", [])]
+    if earlier:
+        entries["earlier_data"] = [
+            data for i, data in enumerate(earlier) if data not in earlier[:i]
+        ]
+    return entries

@@ -1,0 +1,43 @@
+"""Weighted sums of tensors in an order that does not depend on how the ingredients are listed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return sum_i weights[i] * tensors[i], skipping zero weights.
+
+    Args:
+        tensors: n tensors of one shape and dtype.
+        weights: n numbers, at least one of them not 0.
+
+    Returns:
+        The sum, taken and returned in at least float32; a copy of the only tensor with a weight if
+        that weight is 1.
+    """
+    terms = [
+        (tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0
+    ]
+    first, first_weight = terms[0]
+    if len(terms) == 1 and first_weight == 1:
+        return first.clone()
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    total = first.to(dtype) * first_weight
+    for tensor, weight in terms[1:]:
+        total.add_(tensor.to(dtype), alpha=weight)
+    return total
+
+
+def canonical_sum(
+    tensors: Sequence[Tensor], weights: Sequence[float], digests: Sequence[str]
+) -> Tensor:
+    """Return the weighted sum in the order of the ingredients' digests; ties go by weight."""
+    order = sorted(range(len(weights)), key=lambda i: (digests[i], weights[i]))
+    return weighted_sum([tensors[i] for i in order], [weights[i] for i in order])
+
+
+def canonical_order(digests: Sequence[str]) -> list[int]:
+    """Return the positions of the ingredients, sorted by digest."""
+    return sorted(range(len(digests)), key=lambda i: digests[i])
