@@ -7,13 +7,48 @@ from pathlib import Path
 
 import robustsoup
 
-NAMES = """
-Accuracy AttackSettings BufferSettings Candidate Checkpoint Coefficients Comparison Data Dial
-DialSettings EarlyStop Evaluation Landscape LandscapeSettings LearnSettings Objective
-RobustsoupError SearchSettings Selection Soupability Split Synthetic ThreatModel TrainSettings apgd
-apgd_train check compare evaluate landscape learn learn_dial load_data load_model mix pareto_front
-pgd search select train
-""".split()
+NAMES = [
+    "Accuracy",
+    "AttackSettings",
+    "BufferSettings",
+    "Candidate",
+    "Checkpoint",
+    "Coefficients",
+    "Comparison",
+    "Data",
+    "Dial",
+    "DialSettings",
+    "EarlyStop",
+    "Evaluation",
+    "Landscape",
+    "LandscapeSettings",
+    "LearnSettings",
+    "Objective",
+    "RobustsoupError",
+    "SearchSettings",
+    "Selection",
+    "Soupability",
+    "Split",
+    "Synthetic",
+    "ThreatModel",
+    "TrainSettings",
+    "apgd",
+    "apgd_train",
+    "check",
+    "compare",
+    "evaluate",
+    "landscape",
+    "learn",
+    "learn_dial",
+    "load_data",
+    "load_model",
+    "mix",
+    "pareto_front",
+    "pgd",
+    "search",
+    "select",
+    "train",
+]
 
 
 def test_the_public_names_are_these_and_sorted():

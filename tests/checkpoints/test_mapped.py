@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.mapped import Source, map_safetensors
+from robustsoup.checkpoints.mapped import MappedFile, map_safetensors
 from robustsoup.errors import CheckpointError
 from robustsoup.models import load_model
 
@@ -63,7 +63,7 @@ def test_every_format_can_be_opened(tmp_path, ending):
     opened, loaded = Checkpoint.open(path), Checkpoint.load(path)
     same(opened, loaded)
     assert (opened.tied, opened.wrapping) == (loaded.tied, loaded.wrapping)
-    assert opened.source == Source.of(path)
+    assert opened.source == MappedFile.of(path)
     assert loaded.source is None
 
 
@@ -151,14 +151,14 @@ def test_a_file_cut_short_is_refused_when_it_is_opened(tmp_path, keep):
 def test_what_happens_to_the_file_later_is_named(tmp_path):
     path = Checkpoint({"w": torch.ones(10)}).save(tmp_path / "w.safetensors")
     source = Checkpoint.open(path).source
-    source.check()
+    source.check_unchanged()
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
     with pytest.raises(CheckpointError, match=r"w\.safetensors: cut short.*to .* bytes"):
-        source.check()
+        source.check_unchanged()
     path.write_bytes(whole + b"x")
     with pytest.raises(CheckpointError, match=r"w\.safetensors: the file was changed"):
-        source.check()
+        source.check_unchanged()
     path.unlink()
     with pytest.raises(CheckpointError, match=r"w\.safetensors: the file is gone.*put it back"):
-        source.check()
+        source.check_unchanged()

@@ -95,5 +95,5 @@ def test_the_arguments_of_network_override_the_record():
     wide = load_model("resnet9:width=2,channels=3")
     item = Checkpoint(wide.state_dict(), {"network": RECORDED.as_record()})
     assert item.network(channels=3).prep[0].in_channels == 3
-    with pytest.raises(ModelError, match="normalize.mean: got shape"):
+    with pytest.raises(ModelError, match=r"normalize\.mean: got shape"):
         item.network()

@@ -115,7 +115,7 @@ PAGE = b"<!DOCTYPE html><title>Google Drive - Virus scan warning</title>"
         ),
         (
             {"body": saved(load_model("resnet9:width=2").state_dict())},
-            "conv_2d.weight: the network has it, the file does not",
+            "conv_2d.weight: the network has this tensor, the file does not",
         ),
         (
             {

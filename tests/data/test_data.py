@@ -133,9 +133,9 @@ def test_first():
     assert split.first(None) is split
     assert torch.equal(split.first(7).ids, split.ids[:7])
     assert len(split.first(50)) == 50
-    with pytest.raises(DataError, match="small train: asked for 51 samples, expected 1 to 50"):
+    with pytest.raises(DataError, match="small train: requested 51 samples, expected 1 to 50"):
         split.first(51)
-    with pytest.raises(DataError, match="asked for 0 samples"):
+    with pytest.raises(DataError, match="requested 0 samples"):
         split.first(0)
 
 

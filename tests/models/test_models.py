@@ -371,6 +371,6 @@ def test_a_file_that_lacks_more_than_counters_is_refused(tmp_path):
     }
     torch.save(state, tmp_path / "half.pth")
     with pytest.raises(
-        ModelError, match=r"half\.pth: .*running_var: the network has it, the file does not"
+        ModelError, match=r"half\.pth: .*running_var: the network has this tensor, the file does not"
     ):
         Checkpoint.load(tmp_path / "half.pth").network(SMALL["wide_resnet"])

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.provenance import check_leakage
+from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.cli.tables import print_results
 from robustsoup.data import load_data
 from robustsoup.diagnosis.landscape import landscape
@@ -665,7 +665,7 @@ def test_a_run_by_the_papers_protocol_says_so(copied):
     assert low.provenance["data"]["val"] == 0
     assert low.provenance["data"]["split_digest"] != DATA.record["split_digest"]
     assert selection.best.evaluation.accuracy["clean"].n == 64
-    with pytest.raises(LeakageError, match="trained with another split"):
+    with pytest.raises(LeakageError, match="trained on another split"):
         check_leakage([low], DATA.val)
     assert results["selection"]["require"]
     assert (
@@ -817,7 +817,7 @@ def test_more_samples_than_there_are_is_said_before_any_work():
     ):
         value = {"samples": 100_000} if place[-1] == "early_stop" else 100_000
         with pytest.raises(
-            DataError, match=rf"digits {said}: asked for 100000 samples, expected 1 to"
+            DataError, match=rf"digits {said}: requested 100000 samples, expected 1 to"
         ):
             plan_of((place, value))
 
@@ -866,7 +866,7 @@ def test_a_plane_alone_looks_at_test_alone(copied):
         },
     }
     assert (
-        prepare(parse_recipe(mapped, "mapped", Path("/nowhere")), device="cpu").leakage[0]
+        prepare(parse_recipe(mapped, "mapped", Path("/nowhere")), device="cpu").leakage.status
         == "known"
     )
     with pytest.raises(LeakageError, match="another split"):
@@ -1263,9 +1263,10 @@ def test_ingredients_that_saw_the_judging_samples_are_refused(files):
     with pytest.raises(LeakageError, match=r"another split \(seed 0\).*allow-leakage"):
         prepare(of_files(files, seed=1), device="cpu")
     assert (
-        prepare(of_files(files, seed=1, allow_leakage=True), device="cpu").leakage[0] == "violated"
+        prepare(of_files(files, seed=1, allow_leakage=True), device="cpu").leakage.status
+        == "violated"
     )
-    assert prepare(of_files(files), device="cpu").leakage == ("known", "")
+    assert prepare(of_files(files), device="cpu").leakage == Leakage()
     low = Checkpoint.load(files / "low.safetensors")
     low.with_provenance(trained_on=["train", "val"]).save(files / "low.safetensors")
     with pytest.raises(LeakageError, match="was trained on the val split itself"):
@@ -1273,7 +1274,7 @@ def test_ingredients_that_saw_the_judging_samples_are_refused(files):
     dataclasses.replace(low, provenance={"network": MODEL.as_record()}).save(
         files / "low.safetensors"
     )
-    assert prepare(of_files(files), device="cpu").leakage[0] == "unknown"
+    assert prepare(of_files(files), device="cpu").leakage.status == "unknown"
 
 
 def test_an_ingredient_near_chance_is_refused_with_a_hint(files, tmp_path):

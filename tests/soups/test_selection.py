@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.provenance import KNOWN, UNKNOWN, VIOLATED, check_leakage, split_status
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import CheckpointError, LeakageError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
@@ -348,110 +347,9 @@ def test_what_stands_alone_on_the_front_is_confirmed_and_what_is_beaten_is_not()
     assert asked[0] in ("alone", "twin")
 
 
-# leakage
-
-
 @pytest.fixture(scope="module")
 def data():
     return load_data("digits")
-
-
-def trained(data, on=("train",), seed=0, value=0.0, **changes):
-    record = {**data.record, **changes} if data is not None else None
-    provenance = {} if record is None else {"data": record, "trained_on": list(on)}
-    return Checkpoint({"w": torch.full((2,), value)}, provenance)
-
-
-def test_other_samples_of_the_same_split_are_known_to_be_fresh(data):
-    ingredients = [trained(data), trained(data, value=1.0)]
-    for split in (data.val, data.test):
-        assert split_status(ingredients, split) == (KNOWN, "")
-        assert check_leakage(ingredients, split) == (KNOWN, "")
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_without_a_record_it_is_unknown(data, split):
-    status, why = split_status([trained(data), trained(None)], data.split(split))
-    assert status == UNKNOWN
-    assert "no record" in why
-    assert check_leakage([trained(None)], data.split(split))[0] == UNKNOWN
-
-
-def test_fine_tuning_does_not_hide_what_the_network_saw_before(data):
-    net, quick = (
-        load_model("resnet9:width=2", channels=1),
-        {"threat": "clean", "epochs": 1, "lr": 0.01, "device": "cpu"},
-    )
-    foreign = Checkpoint.of(net)
-    tuned = train(foreign, data.train.first(64), **quick)
-    assert split_status([tuned], data.val)[0] == UNKNOWN
-    assert (
-        split_status(
-            [mix([tuned, train(net, data.train.first(64), **quick)], [0.5, 0.5])], data.test
-        )[0]
-        == UNKNOWN
-    )
-    elsewhere = train(net, load_data("digits", seed=1).train.first(64), **quick)
-    again = train(train(elsewhere, data.train.first(64), **quick), data.train.first(64), **quick)
-    assert split_status([again], data.val)[0] == VIOLATED
-    assert split_status([again], data.test)[0] == KNOWN
-    fresh = train(train(net, data.train.first(64), **quick), data.train.first(64), **quick)
-    assert split_status([fresh], data.val) == (KNOWN, "")
-    assert "earlier_data" not in fresh.provenance
-
-
-def test_after_training_on_other_data_it_is_unknown(data):
-    status, why = split_status([trained(data, digest="other", name="cifar10")], data.val)
-    assert status == UNKNOWN
-    assert "trained on other data (cifar10)" in why
-
-
-@pytest.mark.parametrize("others", [[], ["known"], ["unknown"]])
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_that_was_trained_on_is_violated_whatever_the_others(data, others, split):
-    ingredients = [trained(data if other == "known" else None) for other in others]
-    ingredients.append(trained(data, on=("train", split)))
-    status, why = split_status(ingredients, data.split(split))
-    assert status == VIOLATED
-    assert f"was trained on the {split} split" in why
-    with pytest.raises(LeakageError, match=f"the {split} split itself.*--allow-leakage"):
-        check_leakage(ingredients, data.split(split))
-    assert check_leakage(ingredients, data.split(split), allow=True) == (VIOLATED, why)
-
-
-def test_another_split_of_the_same_data_is_violated_on_val_alone(data):
-    other = trained(load_data("digits", seed=1))
-    status, why = split_status([trained(data), other], data.val)
-    assert status == VIOLATED
-    assert "another split (seed 1)" in why
-    assert split_status([trained(data), other], data.test)[0] == KNOWN
-    with pytest.raises(LeakageError):
-        check_leakage([trained(data), other], data.val)
-
-
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_a_soup_remembers_what_any_of_its_ingredients_was_trained_on(data, order):
-    ingredients = [trained(data), trained(data, on=("train", "val"), value=1.0)]
-    soup = mix([ingredients[i] for i in order], [0.5, 0.5])
-    assert split_status([soup], data.val)[0] == VIOLATED
-
-
-def test_a_soup_of_the_unknown_is_not_known(data):
-    assert (
-        split_status([mix([trained(data), trained(None, value=1.0)], [0.5, 0.5])], data.val)[0]
-        == UNKNOWN
-    )
-    assert (
-        split_status([mix([trained(None, value=1.0), trained(data)], [0.5, 0.5])], data.val)[0]
-        == UNKNOWN
-    )
-
-
-def test_a_soup_of_fresh_ingredients_is_fresh(data):
-    assert split_status([mix([trained(data), trained(data, value=1.0)], [0.5, 0.5])], data.val) == (
-        KNOWN,
-        "",
-    )
 
 
 # scores and the greedy soup

@@ -1,98 +1,120 @@
-"""Checkpoints: weights and where they come from, in safetensors or in whatever a user's own script saved."""
+"""Checkpoints: the weights of one network and a record of where they come from."""
 
 import hashlib
 import os
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from robustsoup.checkpoints.formats import (
-    Wrapping,
-    _copied,
-    _mapped,
-    _save_safetensors,
-    _tensors_and_record,
-)
-from robustsoup.checkpoints.mapped import Source
-from robustsoup.errors import CheckpointError, ModelError, RequestError
-from robustsoup.files import atomic_path, write_torch
+from robustsoup.checkpoints.formats import Wrapping, read_checkpoint, write_checkpoint
+from robustsoup.checkpoints.mapped import MappedFile
+from robustsoup.errors import ModelError, RequestError
 from robustsoup.models import NetworkSettings, build_network, network_settings_of
 from robustsoup.models.network import channel_constants
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
-_PREFIXES = ("module.", "model.", "0.")
 NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state dict of one network under its own names, and a JSON-able record of its provenance.
+    """The state dict of one network under its own names, and a record of its provenance.
 
-    tensors: name -> tensor on the CPU. provenance: what made it; empty for a foreign file. Keys that the library reads:
-    "network" {spec, classes, channels, normalize}, "parameters" [names], "tied" {alias: name}, "parents" [{digest,
-    file}], "data" (the record of the data it was fitted on), "trained_on" [splits].
-    path: where it was read; wrapping: how a foreign file held it; source: the file that the tensors still lie in (`open`).
+    Attributes:
+        tensors: name -> tensor on the CPU.
+        provenance: JSON-able record of how the weights were made; empty for a foreign file. Keys
+            that the library reads: "network" {spec, classes, channels, normalize}, "parameters"
+            [names], "tied" {alias: name}, "parents" [{digest, file}], "data" (the record of the
+            data that the weights were fitted on), "earlier_data" (those of its ancestors),
+            "trained_on" [splits].
+        path: the file that was read.
+        wrapping: how a foreign file held the state dict.
+        source: the file, if the tensors are still in it (see `open`).
     """
 
     tensors: Mapping[str, Tensor]
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
-    wrapping: "Wrapping | None" = None
-    source: Source | None = None
+    wrapping: Wrapping | None = None
+    source: MappedFile | None = None
 
     @classmethod
-    def load(cls, path: "str | os.PathLike | Checkpoint") -> "Checkpoint":
-        """Read .safetensors, or .pt/.pth/.bin with weights_only=True, taking off common wrappers and prefixes.
+    def load(cls, path: "CheckpointLike") -> "Checkpoint":
+        """Read .safetensors, or .pt/.pth/.bin with weights_only=True.
 
-        Raises CheckpointError, naming the file, if it is missing, cut short, holds no tensors, or holds NaN or infinity.
+        Common wrappers around the state dict and prefixes of its names are removed.
+
+        Raises:
+            CheckpointError: the file is missing, cut short, holds no tensors, or holds NaN or
+                infinity; the error names the file.
         """
-        return path if isinstance(path, Checkpoint) else _read(Path(path), mapped=False)
+        return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=False)
 
     @classmethod
-    def open(cls, path: "str | os.PathLike | Checkpoint") -> "Checkpoint":
-        """As `load`, but the tensors stay in the file: read-only views of it that cost no memory of the process.
+    def open(cls, path: "CheckpointLike") -> "Checkpoint":
+        """Read as `load` does, but leave the tensors in the file, as read-only views of it.
 
-        Call `check_source` before reading them later on; a file must not be overwritten in place while it is open.
+        Call `check_source` before reading them later, and do not overwrite the file in place
+        meanwhile.
         """
-        return path if isinstance(path, Checkpoint) else _read(Path(path), mapped=True)
-
-    def check_source(self) -> None:
-        """Raise CheckpointError if the tensors lie in a file that is gone, cut short or changed since it was opened."""
-        if self.source is not None:
-            self.source.check()
+        return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=True)
 
     @classmethod
-    def of(cls, model: "nn.Module", provenance: dict[str, Any] | None = None) -> "Checkpoint":
-        """A copy of the weights of `model`; its parameters, tied parameters and, from load_model, network are recorded."""
+    def _read(cls, path: Path, *, mapped: bool) -> "Checkpoint":
+        stored = read_checkpoint(path, mapped=mapped)
+        return cls(stored.tensors, stored.record, path, stored.wrapping, stored.source)
+
+    @classmethod
+    def of(cls, model: nn.Module, provenance: dict[str, Any] | None = None) -> "Checkpoint":
+        """Copy the weights of `model`.
+
+        The record gains the names of its parameters and tied parameters, and, if `load_model`
+        built it, its network.
+        """
         tensors = {
             name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()
         }
-        record = {**(provenance or {}), **_parameters_of(model)}
+        record = {**(provenance or {}), **_parameter_record(model)}
         if (settings := network_settings_of(model)) is not None:
             record.setdefault("network", settings.as_record())
         return cls(tensors, record)
 
+    def check_source(self) -> None:
+        """Check that mapped tensors can still be read.
+
+        Raises:
+            CheckpointError: their file is gone, cut short or changed since it was opened.
+        """
+        if self.source is not None:
+            self.source.check_unchanged()
+
     @cached_property
     def digest(self) -> str:
-        """sha256 over names, dtypes, shapes and bytes of the tensors (hex); the file's own bytes play no part."""
-        total = hashlib.sha256()
+        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, whatever the file."""
+        digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach().contiguous().cpu()
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The name for messages: the path, else the beginning of the digest."""
+        return str(self.path) if self.path else f"checkpoint {self.digest[:12]}"
 
     @property
     def parameters(self) -> list[str]:
-        """Names of what is mixed: the recorded parameters, else every float tensor that is no running statistic."""
+        """Names of the tensors that mixing averages.
+
+        The recorded parameters; without a record, every untied float tensor that is no running
+        statistic.
+        """
         if "parameters" in self.provenance:
             return list(self.provenance["parameters"])
         tied = self.tied
@@ -100,7 +122,7 @@ class Checkpoint:
             name
             for name, tensor in self.tensors.items()
             if tensor.is_floating_point()
-            and name.rpartition(".")[2] not in _STATISTICS
+            and name.rpartition(".")[2] not in _RUNNING_STATISTICS
             and name not in tied
         ]
 
@@ -139,216 +161,133 @@ class Checkpoint:
             raise ModelError(
                 f"{self.name}: the file does not record its network; {NAME_THE_NETWORK}"
             )
-        settings = recorded or NetworkSettings(spec)
+        defaults = recorded or NetworkSettings(spec)
         settings = NetworkSettings(
             spec,
-            settings.classes if classes is None else classes,
-            settings.channels if channels is None else channels,
-            channel_constants(normalize) or settings.normalize,
+            defaults.classes if classes is None else classes,
+            defaults.channels if channels is None else channels,
+            channel_constants(normalize) or defaults.normalize,
         )
         model = build_network(settings)
         self.load_into(model)
         return model.eval()
 
     def named_for(self, model: nn.Module) -> "Checkpoint":
-        """The same weights with the part of a removed prefix put back that belongs to the names of `model`, if any does."""
-        names = set(model.state_dict())
-        if self.wrapping is None or _same_names(self.tensors, names):
+        """Put back that part of a removed prefix which belongs to the names of `model`.
+
+        Returns:
+            This checkpoint, if its names fit already or no part of the prefix makes them fit.
+        """
+        expected = set(model.state_dict())
+        if self.wrapping is None or _have_same_names(self.tensors, expected):
             return self
         prefix = self.wrapping.prefix
-        for start in [0, *(i + 1 for i, letter in enumerate(prefix[:-1]) if letter == ".")]:
+        starts = [0, *(i + 1 for i, letter in enumerate(prefix[:-1]) if letter == ".")]
+        for start in starts:
             tail = prefix[start:]
-            if tail and _same_names({tail + name for name in self.tensors}, names):
-                tensors = {tail + name: tensor for name, tensor in self.tensors.items()}
+            if tail and _have_same_names({tail + name for name in self.tensors}, expected):
                 tied = {tail + alias: tail + name for alias, name in self.tied.items()}
-                wrapping = replace(self.wrapping, prefix=prefix[:start])
                 return replace(
                     self,
-                    tensors=tensors,
+                    tensors={tail + name: tensor for name, tensor in self.tensors.items()},
                     provenance={**self.provenance, "tied": tied},
-                    wrapping=wrapping,
+                    wrapping=replace(self.wrapping, prefix=prefix[:start]),
                 )
         return self
 
     def described_by(self, model: nn.Module) -> "Checkpoint":
-        """`named_for`, with a record of which tensors are parameters and which of them are tied, if it has none."""
-        item = self.named_for(model)
-        if "parameters" in item.provenance or not _same_names(item.tensors, model.state_dict()):
-            return item
-        return item.with_provenance(**_parameters_of(model))
+        """Name the tensors as `named_for` does and record the parameters, unless recorded."""
+        renamed = self.named_for(model)
+        if "parameters" in renamed.provenance:
+            return renamed
+        if not _have_same_names(renamed.tensors, model.state_dict()):
+            return renamed
+        return renamed.with_provenance(**_parameter_record(model))
 
     def load_into(self, model: nn.Module) -> None:
-        """Copy the weights into `model`, strictly; BatchNorm's counters, which old files lack, start at zero where they do.
+        """Copy the weights into `model`; every name and shape must match.
 
-        Raises ModelError naming the first name or shape that differs.
+        BatchNorm's counters, which files from before PyTorch 0.4.1 lack, start at zero.
+
+        Raises:
+            ModelError: names the first name or shape that differs.
         """
-        if (fitting := self.named_for(model)) is not self:
-            return fitting.load_into(model)
-        theirs = model.state_dict()
-        if _same_names(self.tensors, theirs):
-            theirs = {name: tensor for name, tensor in theirs.items() if name in self.tensors}
-        for name in [*theirs, *self.tensors]:
-            if name not in self.tensors or name not in theirs:
-                where = (
-                    "the network has it, the file does not"
-                    if name in theirs
-                    else "the file has it, the network does not"
-                )
-                raise ModelError(f"{self.name}: {name}: {where}; is --model right?")
-            if theirs[name].shape != self.tensors[name].shape:
-                got, expected = tuple(self.tensors[name].shape), tuple(theirs[name].shape)
+        renamed = self.named_for(model)
+        expected = model.state_dict()
+        counters: dict[str, Tensor] = {}
+        if _have_same_names(renamed.tensors, expected):
+            for name in [name for name in expected if name not in renamed.tensors]:
+                counters[name] = torch.zeros_like(expected.pop(name))
+        renamed._check_fits(expected)
+        model.load_state_dict(counters | dict(renamed.tensors))
+
+    def _check_fits(self, expected: dict[str, Tensor]) -> None:
+        for name in [*expected, *self.tensors]:
+            if name not in self.tensors:
                 raise ModelError(
-                    f"{self.name}: {name}: got shape {got}, the network expects {expected}"
+                    f"{self.name}: {name}: the network has this tensor, the file does not; "
+                    "is --model right?"
                 )
-        counters = {
-            name: torch.zeros_like(t)
-            for name, t in model.state_dict().items()
-            if name not in self.tensors
-        }
-        model.load_state_dict(counters | dict(self.tensors))
+            if name not in expected:
+                raise ModelError(
+                    f"{self.name}: {name}: the file has this tensor, the network does not; "
+                    "is --model right?"
+                )
+            if expected[name].shape != self.tensors[name].shape:
+                raise ModelError(
+                    f"{self.name}: {name}: got shape {tuple(self.tensors[name].shape)}, "
+                    f"the network expects {tuple(expected[name].shape)}"
+                )
 
-    @property
-    def name(self) -> str:
-        """What to call it in a message: its path, else the beginning of its digest."""
-        return str(self.path) if self.path else f"checkpoint {self.digest[:12]}"
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the checkpoint atomically and return its path.
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write to `path`, whole or not at all: .safetensors, or .pt/.pth/.bin in the wrapping it was read with.
+        Args:
+            path: .safetensors, or .pt, .pth or .bin, which keep the wrapping that the checkpoint
+                was read with, so that existing loading code works unchanged.
 
-        Raises StorageError where the file cannot be written, CheckpointError for another ending.
+        Raises:
+            StorageError: the file cannot be written.
+            CheckpointError: the path has another ending.
         """
         path = Path(path)
-        if path.suffix == ".safetensors":
-            with atomic_path(path) as temporary:
-                tensors = {
-                    name: tensor.detach().cpu().contiguous().clone()
-                    for name, tensor in self.tensors.items()
-                }
-                _save_safetensors(tensors, temporary, self.provenance)
-        elif path.suffix in (".pt", ".pth", ".bin"):
-            content = (self.wrapping or Wrapping({}, None, "")).wrap(dict(self.tensors))
-            write_torch(path, content)
-        else:
-            raise CheckpointError(
-                f"{path}: got the ending {path.suffix!r}, expected .safetensors, .pt, .pth or .bin"
-            )
+        write_checkpoint(path, self.tensors, self.provenance, self.wrapping)
         return path
 
     def with_provenance(self, **entries: Any) -> "Checkpoint":
-        """The same weights with these entries added to the record."""
+        """Return the same weights with these entries added to the record."""
         return replace(self, provenance={**self.provenance, **entries})
 
 
-def _read(path: Path, *, mapped: bool) -> Checkpoint:
-    if not path.is_file():
-        what = "is a folder, expected a file" if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: {what}; give a .safetensors, .pt, .pth or .bin checkpoint")
-    source = Source.of(path) if mapped else None
-    if path.suffix == ".safetensors":
-        tensors, record = _tensors_and_record(path, _mapped if mapped else _copied)
-        if not tensors:
-            raise CheckpointError(f"{path}: holds no tensors")
-        if record.get("kind") in ("coefficients", "dial"):
-            raise CheckpointError(
-                f"{path}: holds coefficients, not a network; give it to mix as --coefficients"
-            )
-        checkpoint = Checkpoint(tensors, record, path, source=source)
-    else:
-        checkpoint = replace(_read_foreign(path, mapped=mapped), source=source)
-    for name, tensor in checkpoint.tensors.items():
-        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 cannot be asked
-        if tensor.is_floating_point() and not bool(wide.isfinite().all()):
-            raise CheckpointError(
-                f"{path}: {name} holds NaN or infinity; this checkpoint is broken"
-            )
-    return checkpoint
+CheckpointLike: TypeAlias = Checkpoint | str | os.PathLike[str]
 
 
-def _read_foreign(path: Path, *, mapped: bool) -> Checkpoint:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mapped = mapped and zipfile.is_zipfile(
-                path
-            )  # torch maps no file of its format before 1.6
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # the unpickler also raises IndexError, TypeError and AssertionError on broken bytes
-        reason = (
-            str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        )
-        raise CheckpointError(
-            f"{path}: not a checkpoint that can be read with weights_only=True: {reason}"
-        ) from None
-    return _unwrap(content, path)
+def _parameter_record(model: nn.Module) -> dict[str, Any]:
+    """Return the names of the parameters, and alias -> name for those with two names."""
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {
+        name: first_names[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first_names[id(parameter)] != name
+    }
+    return {"parameters": list(first_names.values()), "tied": tied}
 
 
-def _unwrap(content: Any, path: Path) -> Checkpoint:
-    key, others, state = None, {}, content
-    if isinstance(content, Mapping) and not _is_state(content):
-        key = next(
-            (k for k in _WRAPPERS if isinstance(content.get(k), Mapping) and _is_state(content[k])),
-            None,
-        )
-        if key is None:
-            raise CheckpointError(
-                f"{path}: found no state dict; got keys {list(content)[:5]}, "
-                f"expected tensors by name, or one of {', '.join(_WRAPPERS)}"
-            )
-        state, others = content[key], {k: v for k, v in content.items() if k != key}
-    if not isinstance(state, Mapping) or not _is_state(state):
-        raise CheckpointError(
-            f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)"
-        )
-    prefix = ""
-    while shared := next(
-        (p for p in _PREFIXES if all(name.startswith(prefix + p) for name in state)), None
-    ):
-        prefix += shared
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{path}: {name} is sparse or quantized; expected plain tensors")
-    tensors = {name[len(prefix) :]: tensor.detach() for name, tensor in state.items()}
-    if any(not name for name in tensors):
-        raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
-    return Checkpoint(tensors, {"tied": _tied(tensors)}, path, Wrapping(others, key, prefix))
-
-
-def _parameters_of(model: nn.Module) -> dict[str, Any]:
-    """What a record says of the parameters: their names, and the other names of tied ones."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    tied = {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
-    return {"parameters": list(first.values()), "tied": tied}
-
-
-def _is_state(content: Mapping) -> bool:
-    return bool(content) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+def _have_same_names(names: Iterable[str], expected: Iterable[str]) -> bool:
+    """Compare a file's names with a network's; BatchNorm's counters may be missing in the file."""
+    names = set(names)
+    differing = names.symmetric_difference(expected)
+    return differing.isdisjoint(names) and all(
+        name.endswith(".num_batches_tracked") for name in differing
     )
 
 
-def _same_names(names: Iterable[str], network: Iterable[str]) -> bool:
-    """Whether a file has the names of a network, but for counters of BatchNorm: files from before PyTorch 0.4.1 have none."""
-    missing = set(network).symmetric_difference(names)
-    return all(name.endswith(".num_batches_tracked") for name in missing) and missing.isdisjoint(
-        names
-    )
+def as_network(network: nn.Module | CheckpointLike) -> nn.Module:
+    """Return a module as it is; build the network of a Checkpoint or a path.
 
-
-def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    first: dict[tuple, str] = {}
-    tied = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if place in first:
-            tied[name] = first[place]
-        else:
-            first[place] = name
-    return tied
-
-
-def as_network(network: "nn.Module | Checkpoint | str | os.PathLike") -> nn.Module:
-    """A network from a network (as it is), a Checkpoint or a path. Raises RequestError for anything else."""
+    Raises:
+        RequestError: the argument is none of these.
+    """
     if isinstance(network, nn.Module):
         return network
     if isinstance(network, (Checkpoint, str, os.PathLike)):

@@ -1,88 +1,268 @@
-"""Readers and writers of checkpoint files."""
+"""Read and write checkpoint files: safetensors, and the pickles that users' scripts save."""
 
 import copy
 import json
 import os
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustsoup.checkpoints.mapped import map_safetensors
+from robustsoup.checkpoints.mapped import MappedFile, map_safetensors
 from robustsoup.errors import CheckpointError
-from robustsoup.files import atomic_path
+from robustsoup.files import atomic_path, write_torch
 
 RECORD_KEY = "robustsoup"
+"""The metadata entry of a .safetensors file that holds the provenance record."""
+PICKLE_ENDINGS = (".pt", ".pth", ".bin")
+_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
+_REMOVABLE_PREFIXES = ("module.", "model.", "0.")
 
 
 @dataclass(frozen=True)
 class Wrapping:
-    """How a foreign file held its state dict: other entries beside it, the key it was under, the prefix of its names."""
+    """How a pickled file held its state dict.
+
+    Attributes:
+        others: the entries beside the state dict.
+        key: the entry that held the state dict; None if the state dict was the whole file.
+        prefix: the common prefix that was removed from the names.
+    """
 
     others: dict[str, Any]
     key: str | None
     prefix: str
 
-    def wrap(self, tensors: dict[str, Tensor]) -> Any:
-        """The content of a file that the code which wrote the first one can read."""
-        state = {self.prefix + name: tensor for name, tensor in tensors.items()}
+    def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the content of a file in this wrapping, which existing loading code can read."""
+        state: dict[str, Any] = {self.prefix + name: tensor for name, tensor in tensors.items()}
         return state if self.key is None else {**copy.copy(self.others), self.key: state}
 
 
-def write_tensors(
-    path: str | os.PathLike, tensors: dict[str, Tensor], record: dict[str, Any]
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The parts of a checkpoint file.
+
+    Attributes:
+        tensors: name -> tensor on the CPU.
+        record: the provenance record; for a pickled file, only its tied tensors.
+        wrapping: how a pickled file held the tensors; None for a .safetensors file.
+        source: the file, if the tensors are mapped.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    wrapping: Wrapping | None
+    source: MappedFile | None
+
+
+def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
+    """Read a .safetensors file, or a pickled one with weights_only=True.
+
+    Args:
+        path: the file; every ending but .safetensors is read as a pickle.
+        mapped: whether the tensors stay in the file, as read-only views.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or holds no tensors, coefficients, or NaN
+            or infinity.
+    """
+    if not path.is_file():
+        reason = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise CheckpointError(
+            f"{path}: {reason}; give a .safetensors, .pt, .pth or .bin checkpoint"
+        )
+    source = MappedFile.of(path) if mapped else None
+    if path.suffix == ".safetensors":
+        tensors, record = _read_safetensors(path, mapped=mapped)
+        wrapping = None
+        if record.get("kind") in ("coefficients", "dial"):
+            raise CheckpointError(
+                f"{path}: holds coefficients, not a network; give it to mix as --coefficients"
+            )
+    else:
+        tensors, wrapping = _unwrap_state_dict(_read_pickle(path, mapped=mapped), path)
+        record = {"tied": _find_tied_tensors(tensors)}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    _check_finite(tensors, path)
+    return StoredCheckpoint(tensors, record, wrapping, source)
+
+
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any], wrapping: Wrapping | None
 ) -> None:
-    """Write tensors and a JSON record to a .safetensors file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        _save_safetensors(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            record,
+    """Write a checkpoint file atomically.
+
+    Args:
+        path: .safetensors, or .pt, .pth or .bin.
+        tensors: name -> tensor.
+        record: the provenance record; only .safetensors files hold it.
+        wrapping: how a pickled file holds the tensors; None writes a plain state dict.
+
+    Raises:
+        CheckpointError: the path has another ending.
+        StorageError: the file cannot be written.
+    """
+    if path.suffix == ".safetensors":
+        write_tensors(path, tensors, record)
+    elif path.suffix in PICKLE_ENDINGS:
+        write_torch(path, (wrapping or Wrapping({}, None, "")).wrap(tensors))
+    else:
+        raise CheckpointError(
+            f"{path}: got the ending {path.suffix!r}, expected .safetensors, .pt, .pth or .bin"
         )
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON record of a .safetensors file. Raises CheckpointError naming the file."""
-    return _tensors_and_record(Path(path), _copied)
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: dict[str, Any]
+) -> None:
+    """Write tensors and a JSON record to a .safetensors file atomically.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        # The format refuses tensors that share memory, as tied ones do.
+        copies = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+        }
+        try:
+            save_file(copies, temporary, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
-def _tensors_and_record(
-    path: Path, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the JSON record of a .safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or holds another program's record.
+    """
+    return _read_safetensors(Path(path), mapped=False)
+
+
+def _read_safetensors(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        tensors, metadata = read(path)
+        tensors, metadata = _map_or_copy(path) if mapped else _copy_safetensors(path)
         record = json.loads(metadata.get(RECORD_KEY, "{}"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: not a whole .safetensors file ({error}); was the copy cut short?"
+            f"{path}: not a complete .safetensors file ({error}); was the copy cut short?"
         ) from None
     if not isinstance(record, dict):
         raise CheckpointError(
-            f"{path}: its {RECORD_KEY} record is no table; was it written by another program?"
+            f"{path}: the {RECORD_KEY} record is not a JSON object; "
+            "was the file written by another program?"
         )
     return tensors, record
 
 
-def _copied(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _copy_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
-def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _map_or_copy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return map_safetensors(path)
-    except NotImplementedError:  # a type that has no place in a map
-        return _copied(path)
+    except NotImplementedError:  # a type that cannot be mapped, such as float8
+        return _copy_safetensors(path)
 
 
-def _save_safetensors(tensors: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
+def _read_pickle(path: Path, *, mapped: bool) -> object:
     try:
-        save_file(tensors, path, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # torch maps only its zip format, not the one from before PyTorch 1.6.
+            mapped = mapped and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        # On broken bytes the unpickler raises IndexError, TypeError, AssertionError and others.
+        text = str(error).strip()
+        reason = text.splitlines()[0][:160] if text else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a checkpoint that can be read with weights_only=True: {reason}"
+        ) from None
+
+
+def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], Wrapping]:
+    """Find the state dict in the content of a pickled file; remove prefixes that all names share."""
+    key, state = None, _as_state_dict(content)
+    others: dict[str, Any] = {}
+    if state is None and isinstance(content, Mapping):
+        candidates = {name: _as_state_dict(content.get(name)) for name in _WRAPPER_KEYS}
+        key = next((name for name in _WRAPPER_KEYS if candidates[name] is not None), None)
+        if key is None:
+            raise CheckpointError(
+                f"{path}: found no state dict; got keys {list(content)[:5]}, "
+                f"expected tensors by name, or one of {', '.join(_WRAPPER_KEYS)}"
+            )
+        state = candidates[key]
+        others = {name: value for name, value in content.items() if name != key}
+    if state is None:
+        raise CheckpointError(
+            f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)"
+        )
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: {name} is sparse or quantized; expected plain tensors")
+    prefix = _common_prefix(state)
+    if prefix in state:
+        raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
+    tensors = {name[len(prefix) :]: tensor.detach() for name, tensor in state.items()}
+    return tensors, Wrapping(others, key, prefix)
+
+
+def _as_state_dict(content: object) -> dict[str, Tensor] | None:
+    """Return a non-empty mapping of names to tensors as a dict, None for anything else."""
+    if not isinstance(content, Mapping) or not content:
+        return None
+    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    return state if len(state) == len(content) else None
+
+
+def _common_prefix(state: dict[str, Tensor]) -> str:
+    """Return the longest chain of removable prefixes that starts every name."""
+    prefix = ""
+    while shared := next(
+        (p for p in _REMOVABLE_PREFIXES if all(name.startswith(prefix + p) for name in state)),
+        None,
+    ):
+        prefix += shared
+    return prefix
+
+
+def _find_tied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return alias -> first name for tensors that are views of the same memory."""
+    first_names: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if place in first_names:
+            tied[name] = first_names[place]
+        else:
+            first_names[place] = name
+    return tied
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # isfinite is not implemented for float8.
+        readable = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if not bool(readable.isfinite().all()):
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinity; this checkpoint is broken"
+            )

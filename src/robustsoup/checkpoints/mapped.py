@@ -1,4 +1,4 @@
-"""Tensors that stay in their file: read-only memory maps, whose pages come and go and are not the process's own memory."""
+"""Map the tensors of a .safetensors file into memory, so that they take no memory of the process."""
 
 import json
 import mmap
@@ -25,63 +25,85 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LARGEST_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class Source:
-    """The file that mapped tensors lie in, as it was when it was opened."""
+class MappedFile:
+    """The file behind mapped tensors, with its state when it was opened.
+
+    Attributes:
+        path: the file.
+        size: bytes.
+        modified_ns: time of the last modification, in nanoseconds.
+    """
 
     path: Path
     size: int
-    changed: int
+    modified_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> "Source":
-        """What the file is now."""
+    def of(cls, path: Path) -> "MappedFile":
+        """Read the present state of a file."""
         state = os.stat(path)
         return cls(path, state.st_size, state.st_mtime_ns)
 
-    def check(self) -> None:
-        """Raise CheckpointError if the file is gone or is not what it was: reading on could end the process."""
+    def check_unchanged(self) -> None:
+        """Check that the tensors can be read; reading past the end of a file ends the process.
+
+        Raises:
+            CheckpointError: the file is gone, cut short or modified.
+        """
         try:
-            now = Source.of(self.path)
+            now = MappedFile.of(self.path)
         except OSError:
             raise CheckpointError(
-                f"{self.path}: the file is gone since it was opened; put it back and run the same command again"
+                f"{self.path}: the file was removed after it was opened; "
+                "restore it and run the same command again"
             ) from None
         if now.size < self.size:
             raise CheckpointError(
-                f"{self.path}: cut short since it was opened, from {self.size:,} to {now.size:,} bytes; "
-                "put the whole file back and run the same command again"
+                f"{self.path}: the file was cut short after it was opened, "
+                f"from {self.size:,} to {now.size:,} bytes; "
+                "restore the whole file and run the same command again"
             )
         if now != self:
             raise CheckpointError(
-                f"{self.path}: the file was changed since it was opened; run the command again"
+                f"{self.path}: the file was changed after it was opened; run the command again"
             )
 
 
 def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file as read-only views of it, and its metadata.
+    """Map a .safetensors file.
 
-    They must not be written to, and `Source.check` must hold when they are read: a file cut short under a map ends the process.
+    Args:
+        path: the file; it must not be overwritten in place while the tensors are in use, and
+            `MappedFile.check_unchanged` must pass before they are read.
 
-    Raises ValueError or OSError for a file that is not whole, NotImplementedError for a type that cannot be mapped.
-    Source: the format, https://github.com/huggingface/safetensors#format
+    Returns:
+        The tensors as read-only views of the file, and the file's metadata.
+
+    Raises:
+        ValueError: the file is incomplete or is not in this format.
+        OSError: the file cannot be opened.
+        NotImplementedError: a tensor has a type that cannot be mapped.
+
+    Source: https://github.com/huggingface/safetensors#format
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
-        if size < 8 or start > min(size, _LARGEST_HEADER):
+        if size < 8 or start > min(size, _MAX_HEADER_BYTES):
             raise ValueError(f"a header of {start - 8:,} bytes in a file of {size:,}")
         header = json.loads(file.read(start - 8))
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     metadata = header.pop("__metadata__", {})
-    tensors = {name: _view(view, start, size, entry) for name, entry in header.items()}
+    tensors = {name: _tensor_view(view, start, size, entry) for name, entry in header.items()}
     return tensors, metadata
 
 
-def _view(view: mmap.mmap, start: int, size: int, entry: dict[str, Any]) -> Tensor:
+def _tensor_view(view: mmap.mmap, start: int, size: int, entry: dict[str, Any]) -> Tensor:
+    """Return the tensor of one header entry; `start` is the offset of the data in the file."""
     dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
     begin, end = (start + offset for offset in entry["data_offsets"])
     if dtype is None:
@@ -92,7 +114,6 @@ def _view(view: mmap.mmap, start: int, size: int, entry: dict[str, Any]) -> Tens
     if not count:
         return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch warns that the buffer is read-only; nothing writes to it
+        # torch warns that the buffer is read-only; nothing writes to it.
+        warnings.simplefilter("ignore")
         return torch.frombuffer(view, dtype=dtype, count=count, offset=begin).view(shape)

@@ -1,81 +1,139 @@
 """Whether a split is fresh to every ingredient: known, unknown or violated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split
+from robustsoup.data import DataRecord, Split
 from robustsoup.errors import LeakageError
 
-KNOWN, UNKNOWN, VIOLATED = "known", "unknown", "violated"
+LeakageStatus = Literal["known", "unknown", "violated"]
+_BY_SEVERITY: tuple[LeakageStatus, ...] = ("known", "unknown", "violated")
 
 
-def split_status(checkpoints: Sequence[Checkpoint], data: Split) -> tuple[str, str]:
-    """("known" | "unknown" | "violated", why) for using `data` to judge these checkpoints.
+@dataclass(frozen=True)
+class Leakage:
+    """What the records say about a split that is used to evaluate or select checkpoints.
 
-    known: every record says that the checkpoint, and what it was fine-tuned from, was fitted on other samples of the same
-    split of the same data. unknown: there is no record, or one of other data. violated: fitted on this split, or the split
-    differs.
+    Attributes:
+        status: "known": every record says that the checkpoint, and what it was fine-tuned from,
+            was fitted on other samples of the same split of the same data. "unknown": a record is
+            missing or names other data. "violated": a checkpoint was fitted on this split, or on
+            another split of the same data.
+        why: the first checkpoint that is not known to be clean, and the reason; empty if known.
     """
-    unknown = ""
-    for checkpoint, theirs in [(item, data) for item in checkpoints for data in _seen(item)]:
-        if not theirs:
-            unknown = (
-                unknown or f"{checkpoint.name}: no record of all the samples it was trained on"
-            )
-        elif theirs["digest"] != data.record["digest"]:
-            unknown = unknown or f"{checkpoint.name}: trained on other data ({theirs['name']})"
-        elif data.name in checkpoint.provenance.get("trained_on", []):
-            return VIOLATED, f"{checkpoint.name}: was trained on the {data.name} split itself"
-        elif theirs["split_digest"] != data.record["split_digest"] and data.name != "test":
-            return VIOLATED, (
-                f"{checkpoint.name}: was trained with another split (seed {theirs['seed']}), so samples of this "
-                f"{data.name} split (seed {data.record['seed']}) may have been in its training set"
-            )
-    return (UNKNOWN, unknown) if unknown else (KNOWN, "")
+
+    status: LeakageStatus = "known"
+    why: str = ""
+
+    def as_record(self) -> dict[str, str]:
+        """Return the JSON form that results and evaluations hold."""
+        return asdict(self)
 
 
-def _seen(checkpoint: Checkpoint) -> list[dict | None]:
-    """The records of what a checkpoint was fitted on, its own first, then its ancestors'; None where there is none."""
-    return [checkpoint.provenance.get("data"), *checkpoint.provenance.get("earlier_data", [])]
+def worst_leakage(findings: Iterable[Leakage]) -> Leakage:
+    """Return the first finding of the most severe status."""
+    return max(findings, key=lambda finding: _BY_SEVERITY.index(finding.status))
 
 
-def earlier_data(origin: Checkpoint, data: Split) -> list[dict | None]:
-    """What is recorded of a checkpoint that is fitted to `data` from `origin`: all other data that went into it."""
-    return [theirs for theirs in _seen(origin) if theirs != data.record]
+def find_leakage(checkpoints: Sequence[Checkpoint], data: Split) -> Leakage:
+    """Compare what the checkpoints were fitted on with a split that is to judge them.
+
+    Args:
+        checkpoints: the ingredients, or a single checkpoint.
+        data: the split that evaluates or selects them.
+    """
+    first_unknown = ""
+    for checkpoint in checkpoints:
+        for record in _fitted_data(checkpoint):
+            finding = _compare_split(checkpoint, record, data)
+            if finding.status == "violated":
+                return finding
+            first_unknown = first_unknown or finding.why
+    return Leakage("unknown", first_unknown) if first_unknown else Leakage()
+
+
+def _compare_split(checkpoint: Checkpoint, fitted: DataRecord | None, data: Split) -> Leakage:
+    """Compare one data set that a checkpoint was fitted on with `data`."""
+    if not fitted:
+        why = f"{checkpoint.name}: no record of all the samples that it was trained on"
+        return Leakage("unknown", why)
+    if fitted["digest"] != data.record["digest"]:
+        return Leakage("unknown", f"{checkpoint.name}: trained on other data ({fitted['name']})")
+    if data.name in checkpoint.provenance.get("trained_on", []):
+        why = f"{checkpoint.name}: was trained on the {data.name} split itself"
+        return Leakage("violated", why)
+    if fitted["split_digest"] != data.record["split_digest"] and data.name != "test":
+        why = (
+            f"{checkpoint.name}: was trained on another split (seed {fitted['seed']}), so its "
+            f"training set may contain samples of this {data.name} split "
+            f"(seed {data.record['seed']})"
+        )
+        return Leakage("violated", why)
+    return Leakage()
+
+
+def _fitted_data(checkpoint: Checkpoint) -> list[DataRecord | None]:
+    """Return the records of the data behind a checkpoint and its ancestors; None if unrecorded."""
+    provenance = checkpoint.provenance
+    return [provenance.get("data"), *provenance.get("earlier_data", [])]
+
+
+def earlier_data(origin: Checkpoint, data: Split) -> list[DataRecord | None]:
+    """Return the records of all other data behind a checkpoint that is now fitted to `data`.
+
+    Args:
+        origin: the checkpoint that is fine-tuned.
+        data: the split that it is fine-tuned on.
+    """
+    return [record for record in _fitted_data(origin) if record != data.record]
 
 
 def check_leakage(
     checkpoints: Sequence[Checkpoint], data: Split, *, allow: bool = False
-) -> tuple[str, str]:
-    """`split_status`, but violated is refused unless `allow`. Raises LeakageError, which says why."""
-    status, why = split_status(checkpoints, data)
-    if status == VIOLATED and not allow:
+) -> Leakage:
+    """Find leakage and refuse a violated split.
+
+    Args:
+        checkpoints: the ingredients.
+        data: the split that selects among their soups.
+        allow: whether to return a violation instead of raising it.
+
+    Raises:
+        LeakageError: a checkpoint was fitted on samples of `data`; the error says which and why.
+    """
+    finding = find_leakage(checkpoints, data)
+    if finding.status == "violated" and not allow:
         raise LeakageError(
-            f"{why}; selecting on it would flatter the soup. Use the same split, or --allow-leakage"
+            f"{finding.why}; selecting on it would overestimate the soup. "
+            "Use the same split, or --allow-leakage"
         )
-    return status, why
+    return finding
 
 
 def check_same_split(
     checkpoints: Sequence[Checkpoint], data: Split, *, allow: bool = False
 ) -> None:
-    """Refuse ingredients that were fitted on another split of `data` than the one it belongs to, unless `allow`.
+    """Refuse ingredients that were fitted on another split of the data than `data`.
 
-    What one of them was trained on another would hold out, so no sample is left to judge their soup on.
-    Nothing but test is held out where `data` is train and val together (Data.unsplit), and any of them will do.
-    Raises LeakageError, naming the first such file. Files without a record are let through.
+    Such ingredients leave no sample to select or evaluate their soup on: what one of them holds
+    out, another was trained on. If `data` is train and val together (Data.unsplit), only test is
+    held out and every split passes. Checkpoints without a record pass.
+
+    Raises:
+        LeakageError: names the first such checkpoint; not raised if `allow`.
     """
-    if data.record["val"] == 0:
+    if allow or data.record["val"] == 0:
         return
     for checkpoint in checkpoints:
-        theirs = checkpoint.provenance.get("data") or {}
-        if (
-            theirs.get("digest") == data.record["digest"]
-            and theirs["split_digest"] != data.record["split_digest"]
-            and not allow
-        ):
+        fitted: DataRecord | None = checkpoint.provenance.get("data")
+        if not fitted or fitted.get("digest") != data.record["digest"]:
+            continue
+        if fitted["split_digest"] != data.record["split_digest"]:
             raise LeakageError(
-                f"{checkpoint.name}: was trained with another split of {theirs['name']} (seed {theirs['seed']}) than this one "
-                f"(seed {data.record['seed']}), so no sample is fresh to all ingredients. Use ingredients of one split, "
+                f"{checkpoint.name}: was trained on another split of {fitted['name']} "
+                f"(seed {fitted['seed']}) than this one (seed {data.record['seed']}), so no "
+                "sample is fresh to all ingredients. Use ingredients of one split, "
                 "or --allow-leakage"
             )

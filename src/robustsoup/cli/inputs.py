@@ -10,7 +10,7 @@ import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
-from robustsoup.checkpoints.provenance import UNKNOWN, VIOLATED, check_leakage
+from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.checkpoints.published import fetch_published
 from robustsoup.cli.progress import Bar, stderr
 from robustsoup.data import Data, fetch_cifar10, load_data
@@ -119,20 +119,20 @@ def check_output(path: Path, endings: set[str]) -> None:
 
 def warn_leakage(checkpoints: list[Checkpoint], data: Data, *, allow: bool) -> None:
     """Warn where checkpoints may have seen val; refuse where they did, unless allowed."""
-    say_leakage(*check_leakage(checkpoints, data.val, allow=allow))
+    say_leakage(check_leakage(checkpoints, data.val, allow=allow))
 
 
-def say_leakage(status: str, why: str) -> None:
+def say_leakage(leakage: Leakage) -> None:
     """Warn of what `check_leakage` found."""
-    if status == UNKNOWN:
+    if leakage.status == "unknown":
         stderr.print(
-            f"robustsoup: warning: split unknown: {why}; if it saw val or test, its figures flatter it",
+            f"robustsoup: warning: split unknown: {leakage.why}; if it saw val or test, its figures flatter it",
             markup=False,
             soft_wrap=True,
         )
-    if status == VIOLATED:
+    if leakage.status == "violated":
         stderr.print(
-            f"robustsoup: warning: leakage allowed: {why}; every table and figure says so",
+            f"robustsoup: warning: leakage allowed: {leakage.why}; every table and figure says so",
             markup=False,
             soft_wrap=True,
         )

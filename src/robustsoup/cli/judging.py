@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.provenance import split_status
+from robustsoup.checkpoints.provenance import find_leakage
 from robustsoup.cli.app import app, stdout
 from robustsoup.cli.inputs import (
     load,
@@ -122,10 +122,11 @@ def evaluate_command(
                 on_progress=bar,
                 **asked,
             )
-        status, why = split_status([checkpoint], loaded.split(split))
-        result.record["leakage"] = {"status": status, "why": why}
-        if status != "known":
-            stderr.print(f"robustsoup: split {status}: {why}", markup=False, soft_wrap=True)
+        leakage = find_leakage([checkpoint], loaded.split(split))
+        result.record["leakage"] = leakage.as_record()
+        if leakage.status != "known":
+            text = f"robustsoup: split {leakage.status}: {leakage.why}"
+            stderr.print(text, markup=False, soft_wrap=True)
         for warning in result.warnings:
             stderr.print(f"robustsoup: warning: {name}: {warning}", markup=False, soft_wrap=True)
         if output:

@@ -320,7 +320,7 @@ def _finish(
 ) -> int:
     """Run a recipe into `folder`, report, print where to look; 3 if nothing meets the requirements."""
     prepared = _prepare(recipe, device, data_root)
-    say_leakage(*prepared.leakage)
+    say_leakage(prepared.leakage)
     ensure_folder(folder)
     with RunReporter(prepared.context, folder) as reporter:
         results, selection = run_prepared(prepared, folder, reporter)

@@ -3,13 +3,14 @@
 from robustsoup.data.batches import augment, batches, passes, to_float
 from robustsoup.data.cifar import data_root, fetch_cifar10
 from robustsoup.data.sources import DATASETS, load_data
-from robustsoup.data.splits import Augmentation, Data, Split
+from robustsoup.data.splits import Augmentation, Data, DataRecord, Split
 from robustsoup.data.synthetic import Synthetic, mixed_batches
 
 __all__ = [
     "DATASETS",
     "Augmentation",
     "Data",
+    "DataRecord",
     "Split",
     "Synthetic",
     "augment",

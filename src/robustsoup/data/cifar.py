@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from robustsoup.data.download import Progress, download
-from robustsoup.data.splits import Augmentation, Data, Samples, Source, assemble, hold_out
+from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
 from robustsoup.errors import DataError
 from robustsoup.files import atomic_path, cache_folder
 
@@ -47,7 +47,7 @@ def load_cifar10(root: str | os.PathLike | None, seed: int) -> Data:
     pool, test = _read(folder, TRAIN_FILES), _read(folder, TEST_FILES)
     train, val = (pool.take(rows) for rows in hold_out(len(pool), VAL, seed))
     digest = hashlib.sha256("".join(FILE_MD5.values()).encode()).hexdigest()
-    source = Source("cifar10", digest, CLASSES, MEAN, STD, Augmentation(pad=4, flip=True))
+    source = DataDescription("cifar10", digest, CLASSES, MEAN, STD, Augmentation(pad=4, flip=True))
     return assemble(source, train, val, test, seed=seed)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from robustsoup.data.splits import (
     Data,
+    DataDescription,
     Samples,
-    Source,
     assemble,
     channel_statistics,
     content_digest,
@@ -33,7 +33,7 @@ def load_digits(seed: int) -> Data:
     others, test = (samples.take(rows) for rows in hold_out(len(samples), TEST, "digits test"))
     train, val = (others.take(rows) for rows in hold_out(len(others), VAL, seed))
     mean, std = channel_statistics(others.images)
-    source = Source("digits", content_digest(samples), tuple("0123456789"), mean, std)
+    source = DataDescription("digits", content_digest(samples), tuple("0123456789"), mean, std)
     return assemble(source, train, val, test, seed=seed)
 
 

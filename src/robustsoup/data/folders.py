@@ -7,7 +7,7 @@ import numpy
 import torch
 
 from robustsoup.data.decoded import Files, Parts, load_decoded
-from robustsoup.data.splits import Augmentation, Data, Samples, Source, assemble, hold_out
+from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
 from robustsoup.errors import DataError
 from robustsoup.progress import Progress
 
@@ -59,7 +59,7 @@ def load_folder(
     _check_classes_trained(root, parts.classes, train)
     decoded = load_decoded(root, parts, size, lambda file: _read_image(file, size), on_progress)
     augmentation = Augmentation(pad=size // 8, flip=True)
-    source = Source(
+    source = DataDescription(
         f"folder:{path}", decoded.digest, parts.classes, decoded.mean, decoded.std, augmentation
     )
     train, val, test = (

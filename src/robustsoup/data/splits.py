@@ -1,21 +1,57 @@
-"""What every data set is once loaded: three splits of uint8 images that share one record of where they came from."""
+"""A loaded data set: three splits of uint8 images that share one record of their origin."""
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
 
 import torch
 
 from robustsoup.errors import DataError
 from robustsoup.seeding import keyed_generator
 
-# Images that are looked at together: few, so that images which lie in a file never all have to be in memory.
+SplitName = Literal["train", "val", "test"]
+
 CHUNK = 256
+"""Images that are processed together; few, so that memory-mapped images are never all in memory."""
+
+
+class DataRecord(TypedDict):
+    """The origin of the samples, JSON-able; the same for the three splits of one Data.
+
+    Attributes:
+        name: what the user requested, such as "cifar10" or "folder:PATH".
+        digest: sha256 (hex) of the source.
+        split_digest: sha256 (hex) of the source and of which samples are in train and in val.
+        seed: the seed that decides which samples are in val.
+        val: number of samples in val.
+        classes: names of the classes.
+        channels: channels of an image.
+        size: [height, width] of an image.
+        mean: mean of each channel, in [0, 1].
+        std: standard deviation of each channel, in [0, 1].
+    """
+
+    name: str
+    digest: str
+    split_digest: str
+    seed: int
+    val: int
+    classes: list[str]
+    channels: int
+    size: list[int]
+    mean: list[float]
+    std: list[float]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training may do to an image: a random crop after `pad` zero pixels on each side, and a mirror image."""
+    """How training images are augmented.
+
+    Attributes:
+        pad: zero pixels added on each side before a random crop to the original size.
+        flip: whether an image is mirrored with probability 1/2.
+    """
 
     pad: int = 0
     flip: bool = False
@@ -23,22 +59,24 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set: in memory, or mapped into it from a file and read as it is used.
+    """One part of a data set, in memory or memory-mapped.
 
-    images: uint8 (n, c, h, w), contiguous; where they are mapped, writing to them changes this process's copy only.
-    labels: int64 (n,) in 0..classes-1.
-    ids: int64 (n,), each sample's number in the source; train and val share one numbering, test may have its own.
-    name: "train", "val" or "test".
-    record: where the samples came from, JSON-able, the same for the three splits of one Data: name, digest (of the
-    source), split_digest (also of who is in train and who in val), seed, val (number of samples), classes (names),
-    channels, size [h, w], mean and std (per channel, in [0, 1]).
+    Attributes:
+        images: uint8 (n, c, h, w), contiguous; writing to mapped images changes this process's
+            copy only.
+        labels: int64 (n,) in 0..classes-1.
+        ids: int64 (n,), the number of each sample in the source; train and val share one
+            numbering, test may have its own.
+        name: "train", "val" or "test".
+        record: the origin of the samples.
+        augmentation: how training augments the images.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
-    name: str
-    record: dict
+    name: SplitName
+    record: DataRecord
     augmentation: Augmentation = Augmentation()
 
     def __len__(self) -> int:
@@ -51,77 +89,96 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) over which samples these are, of which data and split."""
+        """sha256 (hex) over the ids of the samples and over their data and split."""
         return hashlib.sha256(
             self.ids.cpu().numpy().tobytes() + self.record["split_digest"].encode()
         ).hexdigest()
 
     def to(self, device: str | torch.device) -> "Split":
-        """The same split with its tensors on `device`."""
+        """Return the split with its tensors on `device`."""
         images, labels, ids = (tensor.to(device) for tensor in (self.images, self.labels, self.ids))
         return replace(self, images=images, labels=labels, ids=ids)
 
     def first(self, n: int | None) -> "Split":
-        """The first n samples, all of them for None; no split is sorted by class, so these are a fair sample.
+        """Return the first n samples, or all of them if n is None.
 
-        Raises DataError if n is below 1 or above the number of samples.
+        No split is sorted by class, so the first samples are representative.
+
+        Raises:
+            DataError: n is below 1 or above the number of samples.
         """
         if n is None:
             return self
-        if not 1 <= n <= len(self):
-            raise DataError(
-                f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}"
-            )
+        self._check_count(n)
         return replace(self, images=self.images[:n], labels=self.labels[:n], ids=self.ids[:n])
 
     def sample(self, n: int, seed: int) -> "Split":
-        """n samples drawn by `seed` without replacement, in the order of the split; all of them where n is their number.
+        """Return n samples drawn without replacement, in the order of the split.
 
-        Raises DataError if n is below 1 or above the number of samples.
+        Raises:
+            DataError: n is below 1 or above the number of samples.
         """
-        if not 1 <= n <= len(self):
-            raise DataError(
-                f"{self.record['name']} {self.name}: asked for {n} samples, expected 1 to {len(self)}"
-            )
+        self._check_count(n)
         order = torch.randperm(len(self), generator=keyed_generator("sample", seed))
         rows = order[:n].sort().values.to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows], ids=self.ids[rows])
 
+    def _check_count(self, n: int) -> None:
+        if not 1 <= n <= len(self):
+            raise DataError(
+                f"{self.record['name']} {self.name}: requested {n} samples, "
+                f"expected 1 to {len(self)}"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set: train to fit, val to select, test to report."""
+    """A data set.
+
+    Attributes:
+        name: what the user requested, such as "cifar10".
+        train: the samples that weights and coefficients are fitted on.
+        val: the samples that select.
+        test: the samples that the results are reported on.
+        record: the origin of the samples.
+    """
 
     name: str
     train: Split
     val: Split
     test: Split
-    record: dict
+    record: DataRecord
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises DataError for a name other than train, val and test."""
-        if name not in ("train", "val", "test"):
+        """Return the split of that name.
+
+        Raises:
+            DataError: the name is not train, val or test.
+        """
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        if name not in splits:
             raise DataError(f'{self.name}: no split "{name}"; expected train, val or test')
-        return getattr(self, name)
+        return splits[name]
 
     def unsplit(self) -> Split:
-        """train and val together, in the order of their ids: all that may be fitted on where nothing is held out but test."""
+        """Join train and val, in the order of their ids, for fits that hold out test alone."""
         ids = torch.cat([self.train.ids, self.val.ids])
         order = ids.argsort()
         digest = hashlib.sha256(f"unsplit {self.record['digest']}".encode()).hexdigest()
+        record: DataRecord = {**self.record, "split_digest": digest, "val": 0}
         return Split(
             torch.cat([self.train.images, self.val.images])[order],
             torch.cat([self.train.labels, self.val.labels])[order],
             ids[order],
             "train",
-            self.record | {"split_digest": digest, "val": 0},
+            record,
             self.train.augmentation,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images, labels and ids as in Split, before it is decided which split they belong to."""
+    """Images, labels and ids as in Split, before they are assigned to a split."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -131,14 +188,16 @@ class Samples:
         return len(self.images)
 
     def take(self, rows: torch.Tensor) -> "Samples":
-        return Samples(
-            *(tensor.index_select(0, rows) for tensor in (self.images, self.labels, self.ids))
+        """Return the samples of these rows, in their order."""
+        images, labels, ids = (
+            tensor.index_select(0, rows) for tensor in (self.images, self.labels, self.ids)
         )
+        return Samples(images, labels, ids)
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a data set says of itself, whatever the seed."""
+class DataDescription:
+    """The part of a data record that does not depend on the seed; see DataRecord."""
 
     name: str
     digest: str
@@ -149,13 +208,17 @@ class Source:
 
 
 def hold_out(n: int, held: int, *key: str | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers 0..n-1, shuffled by `key` and cut into (the other n - held, held)."""
+    """Shuffle the rows 0..n-1 by `key` and cut them in two.
+
+    Returns:
+        The n - held rows that stay, and the `held` rows that are held out.
+    """
     order = torch.randperm(n, generator=keyed_generator("hold out", *key))
     return order[held:], order[:held]
 
 
 def content_digest(*samples: Samples) -> str:
-    """sha256 (hex) over shapes, images and labels, in the order given."""
+    """Return the sha256 (hex) over shapes, images and labels, in the order of the arguments."""
     return streamed_digest(
         (tuple(part.images.shape), part.images.split(CHUNK), part.labels) for part in samples
     )
@@ -164,7 +227,11 @@ def content_digest(*samples: Samples) -> str:
 def streamed_digest(
     parts: Iterable[tuple[tuple[int, ...], Iterable[torch.Tensor], torch.Tensor]],
 ) -> str:
-    """content_digest of parts given as (shape of all images, these images piece by piece, labels)."""
+    """Return `content_digest` of images that are read piece by piece.
+
+    Args:
+        parts: for each part, the shape of all its images, the images in pieces, and the labels.
+    """
     digest = hashlib.sha256()
     for shape, pieces, labels in parts:
         digest.update(str(shape).encode())
@@ -175,21 +242,33 @@ def streamed_digest(
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images (n, c, h, w), in [0, 1]; see statistics_of_counts."""
-    return statistics_of_counts(sum(channel_counts(chunk) for chunk in images.split(CHUNK)))
+    """Return mean and standard deviation of each channel, in [0, 1]; see `statistics_of_counts`.
+
+    Args:
+        images: uint8 (n, c, h, w).
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chunk in images.split(CHUNK):
+        counts += channel_counts(chunk)
+    return statistics_of_counts(counts)
 
 
 def channel_counts(images: torch.Tensor) -> torch.Tensor:
-    """How often each value occurs in each channel of uint8 images (n, c, h, w): int64 (c, 256)."""
+    """Count each value in each channel: uint8 (n, c, h, w) -> int64 (c, 256)."""
     return torch.stack(
         [torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)]
     )
 
 
 def statistics_of_counts(counts: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in [0, 1], exactly, from its channel_counts (c, 256).
+    """Compute mean and standard deviation of each channel, in [0, 1], from its value counts.
 
-    A std below 1/255 is reported as 1/255, so that normalising a constant channel does not divide by zero.
+    Args:
+        counts: int64 (c, 256), see `channel_counts`.
+
+    Returns:
+        The means and the standard deviations; a standard deviation is at least 1/255, so that
+        normalizing a constant channel does not divide by zero.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
@@ -202,28 +281,43 @@ def statistics_of_counts(counts: torch.Tensor) -> tuple[tuple[float, ...], tuple
     return tuple(means), tuple(stds)
 
 
-def assemble(source: Source, train: Samples, val: Samples, test: Samples, *, seed: int) -> Data:
-    """Put three parts and the source's description together."""
+def assemble(
+    description: DataDescription, train: Samples, val: Samples, test: Samples, *, seed: int
+) -> Data:
+    """Build the Data of three parts and the description of their source.
+
+    Args:
+        description: name, digest, classes and channel statistics.
+        train: the training samples.
+        val: the validation samples.
+        test: the test samples.
+        seed: the seed that decided which samples are in val.
+    """
     digest = hashlib.sha256(train.ids.numpy())
     digest.update(b"val")
     digest.update(val.ids.numpy())
-    digest.update(source.digest.encode())
-    record = {
-        "name": source.name,
-        "digest": source.digest,
+    digest.update(description.digest.encode())
+    record: DataRecord = {
+        "name": description.name,
+        "digest": description.digest,
         "split_digest": digest.hexdigest(),
         "seed": seed,
         "val": len(val),
-        "classes": list(source.classes),
+        "classes": list(description.classes),
         "channels": train.images.shape[1],
         "size": list(train.images.shape[2:]),
-        "mean": list(source.mean),
-        "std": list(source.std),
+        "mean": list(description.mean),
+        "std": list(description.std),
     }
-    parts = {
-        name: Split(
-            part.images.contiguous(), part.labels, part.ids, name, record, source.augmentation
-        )
-        for name, part in (("train", train), ("val", val), ("test", test))
-    }
-    return Data(source.name, parts["train"], parts["val"], parts["test"], record)
+
+    def build_split(name: SplitName, part: Samples) -> Split:
+        images = part.images.contiguous()
+        return Split(images, part.labels, part.ids, name, record, description.augmentation)
+
+    return Data(
+        description.name,
+        build_split("train", train),
+        build_split("val", val),
+        build_split("test", test),
+        record,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import StorageError
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import link, remove, write_text
@@ -70,7 +71,7 @@ def fill(
     context: Context,
     store: Store,
     selection: Selection | None,
-    leakage: tuple[str, str],
+    leakage: Leakage,
 ) -> dict[str, Any]:
     """Put recipe, checkpoints, coefficients, evaluations, the chosen soup and results.json into `folder`.
 
@@ -87,7 +88,7 @@ def fill(
         "recipe": plan.recipe.model_dump(mode="json", exclude_none=True),
         "data": context.data.record,
         "model": context.model.spec,
-        "leakage": {"status": leakage[0], "why": leakage[1]},
+        "leakage": leakage.as_record(),
         "figures": list(plan.recipe.report.figures),
         "protocol": _protocol(plan, rows),
         "versions": {

@@ -460,7 +460,7 @@ class _Planner:
         there = len(self.data.split(split))
         if samples is not None and samples > there:
             raise DataError(
-                f"{self.recipe.data} {split}: asked for {samples} samples, expected 1 to {there}"
+                f"{self.recipe.data} {split}: requested {samples} samples, expected 1 to {there}"
             )
         return samples or there
 

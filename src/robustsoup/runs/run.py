@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from robustsoup.checkpoints.network import resolve_network
-from robustsoup.checkpoints.provenance import KNOWN, UNKNOWN, VIOLATED, check_leakage
+from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
 from robustsoup.data import Synthetic, load_data
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
@@ -22,12 +22,12 @@ from robustsoup.soups.selection import Selection
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan and all that is needed to execute or price it; leakage is (status, why)."""
+    """A plan and all that is needed to execute or price it."""
 
     plan: Plan
     context: Context
     store: Store
-    leakage: tuple[str, str]
+    leakage: Leakage
 
 
 def prepare(
@@ -67,15 +67,10 @@ def prepare(
         check_fit(context.describe(files[0]).network(), data.test)
     selects = recipe.soups or recipe.select
     looked_at = dict.fromkeys([*([recipe.select_on] if selects else []), recipe.evaluate.report_on])
-    statuses = [
+    leakage = worst_leakage(
         check_leakage(files, data.split(name), allow=recipe.allow_leakage) for name in looked_at
-    ]
-    return Prepared(
-        plan,
-        context,
-        Store(),
-        max(statuses, key=lambda status: (KNOWN, UNKNOWN, VIOLATED).index(status[0])),
     )
+    return Prepared(plan, context, Store(), leakage)
 
 
 def run_prepared(

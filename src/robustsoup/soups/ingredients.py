@@ -45,7 +45,7 @@ class Ingredients:
     def check(self) -> None:
         """Raise CheckpointError, naming the file, if one that is read from is gone, cut short or changed."""
         for source in self.sources:
-            source.check()
+            source.check_unchanged()
 
     def inner(self, grads: dict[str, Tensor]) -> Tensor:
         """{name: dL/dtheta of a parameter} -> (len(grads), n) float64 on the CPU: <dL/dtheta, theta_i> of each."""

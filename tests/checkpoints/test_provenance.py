@@ -1,0 +1,115 @@
+"""Leakage: whether a split is fresh to what ingredients, their ancestors and soups were fitted on."""
+
+import pytest
+import torch
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import Leakage, check_leakage, find_leakage, worst_leakage
+from robustsoup.data import load_data
+from robustsoup.errors import LeakageError
+from robustsoup.models import load_model
+from robustsoup.soups.mixing import mix
+from robustsoup.training.train import train
+
+FRESH = Leakage("known", "")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits")
+
+
+def trained(data, on=("train",), value=0.0, **changes):
+    """A checkpoint whose record says that it was fitted on splits of `data`; None: no record."""
+    record = {"data": {**data.record, **changes}, "trained_on": list(on)} if data else {}
+    return Checkpoint({"w": torch.full((2,), value)}, record)
+
+
+def test_other_samples_of_the_same_split_are_known_to_be_fresh(data):
+    ingredients = [trained(data), trained(data, value=1.0)]
+    for split in (data.val, data.test):
+        assert find_leakage(ingredients, split) == FRESH
+        assert check_leakage(ingredients, split) == FRESH
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_without_a_record_it_is_unknown(data, split):
+    leakage = find_leakage([trained(data), trained(None)], data.split(split))
+    assert leakage.status == "unknown"
+    assert "no record" in leakage.why
+    assert check_leakage([trained(None)], data.split(split)).status == "unknown"
+
+
+def test_fine_tuning_keeps_the_record_of_earlier_data(data):
+    net = load_model("resnet9:width=2", channels=1)
+
+    def tune(origin, split):
+        return train(origin, split, threat="clean", epochs=1, lr=0.01, device="cpu")
+
+    fit = data.train.first(64)
+    tuned = tune(Checkpoint.of(net), fit)
+    assert find_leakage([tuned], data.val).status == "unknown"
+    soup = mix([tuned, tune(net, fit)], [0.5, 0.5])
+    assert find_leakage([soup], data.test).status == "unknown"
+    elsewhere = tune(net, load_data("digits", seed=1).train.first(64))
+    twice = tune(tune(elsewhere, fit), fit)
+    assert find_leakage([twice], data.val).status == "violated"
+    assert find_leakage([twice], data.test).status == "known"
+    fresh = tune(tune(net, fit), fit)
+    assert find_leakage([fresh], data.val) == FRESH
+    assert "earlier_data" not in fresh.provenance
+
+
+def test_after_training_on_other_data_it_is_unknown(data):
+    leakage = find_leakage([trained(data, digest="other", name="cifar10")], data.val)
+    assert leakage.status == "unknown"
+    assert "trained on other data (cifar10)" in leakage.why
+
+
+@pytest.mark.parametrize("others", [[], ["known"], ["unknown"]])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_that_was_trained_on_is_violated_whatever_the_others(data, others, split):
+    ingredients = [trained(data if other == "known" else None) for other in others]
+    ingredients.append(trained(data, on=("train", split)))
+    leakage = find_leakage(ingredients, data.split(split))
+    assert leakage.status == "violated"
+    assert f"was trained on the {split} split" in leakage.why
+    with pytest.raises(LeakageError, match=rf"the {split} split itself.*--allow-leakage"):
+        check_leakage(ingredients, data.split(split))
+    assert check_leakage(ingredients, data.split(split), allow=True) == leakage
+
+
+def test_another_split_of_the_same_data_is_violated_on_val_alone(data):
+    ingredients = [trained(data), trained(load_data("digits", seed=1))]
+    leakage = find_leakage(ingredients, data.val)
+    assert leakage.status == "violated"
+    assert "another split (seed 1)" in leakage.why
+    assert find_leakage(ingredients, data.test).status == "known"
+    with pytest.raises(LeakageError):
+        check_leakage(ingredients, data.val)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_soup_inherits_the_record_of_every_ingredient(data, order):
+    ingredients = [trained(data), trained(data, on=("train", "val"), value=1.0)]
+    soup = mix([ingredients[i] for i in order], [0.5, 0.5])
+    assert find_leakage([soup], data.val).status == "violated"
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_soup_with_an_unknown_ingredient_is_unknown(data, order):
+    ingredients = [trained(data), trained(None, value=1.0)]
+    soup = mix([ingredients[i] for i in order], [0.5, 0.5])
+    assert find_leakage([soup], data.val).status == "unknown"
+
+
+def test_a_soup_of_fresh_ingredients_is_fresh(data):
+    soup = mix([trained(data), trained(data, value=1.0)], [0.5, 0.5])
+    assert find_leakage([soup], data.val) == FRESH
+
+
+def test_the_first_of_the_worst_findings_is_reported():
+    findings = [FRESH, Leakage("unknown", "a"), Leakage("violated", "b"), Leakage("violated", "c")]
+    assert worst_leakage(findings) == findings[2]
+    assert worst_leakage(findings[:2]) == findings[1]
+    assert findings[1].as_record() == {"status": "unknown", "why": "a"}
