@@ -497,7 +497,9 @@ def test_a_missing_and_a_surplus_tensor_are_told_apart():
     state = dict(model.state_dict())
     before = {name: tensor.clone() for name, tensor in state.items()}
     lacking = {name: tensor + 1 for name, tensor in state.items() if name != "linear.weight"}
-    with pytest.raises(ModelError, match=r"linear\.weight: the network has this tensor, the file does not"):
+    with pytest.raises(
+        ModelError, match=r"linear\.weight: the network has this tensor, the file does not"
+    ):
         Checkpoint(lacking).load_into(model)
     with pytest.raises(ModelError, match="extra: the file has this tensor, the network does not"):
         Checkpoint(

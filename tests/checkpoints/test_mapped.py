@@ -154,11 +154,13 @@ def test_what_happens_to_the_file_later_is_named(tmp_path):
     source.check_unchanged()
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    with pytest.raises(CheckpointError, match=r"w\.safetensors: cut short.*to .* bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"w\.safetensors: the file was cut short.*to .* bytes"
+    ):
         source.check_unchanged()
     path.write_bytes(whole + b"x")
     with pytest.raises(CheckpointError, match=r"w\.safetensors: the file was changed"):
         source.check_unchanged()
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"w\.safetensors: the file is gone.*put it back"):
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: the file was removed.*restore it"):
         source.check_unchanged()
