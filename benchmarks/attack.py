@@ -1,32 +1,45 @@
-"""APGD-CE-100 on a robust network: against the physical limit, and against pyautoattack at its best batch size.
+"""APGD-CE on a robust network: against the physical limit, and against pyautoattack.
 
-    python benchmarks/attack.py [--samples 1000] [--rounds 3]
+    python benchmarks/attack.py [--samples 1000] [--rounds 3] [--small]
 
-Each round times, in turn: one pass (forward and gradient by the input) at both precisions, at the best of several batch
-sizes; robustsoup in float32 and with bfloat16 search; pyautoattack at batches of 64, 125, 250 and 500. The physical limit is
-the passes that cannot be avoided (every attacked sample's, up to the step that breaks it) times the time of one.
+Each round times, in turn: one pass (forward and gradient by the input) in both precisions, at the
+best of several batch sizes; robustsoup's evaluation in float32 and with bfloat16 search; and
+pyautoattack at batches of 64, 125, 250 and 500. The physical limit is the number of passes that
+cannot be avoided (for each attacked sample, up to the step that breaks it) times the time of one.
 """
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from common import LINF, arguments, checkpoint, frozen, images, machine, ratio, table
+from common import (
+    channels_last,
+    describe_machine,
+    first_images,
+    freeze,
+    parse_arguments,
+    print_times,
+    ratio,
+    workload,
+)
 from pyautoattack.autopgd_base import APGDAttack
+from torch import Tensor, nn
 
-from robustsoup.attacks import Settings, run_attack
+import robustsoup as rs
 from robustsoup.attacks.forward import gradient
 from robustsoup.attacks.losses import ce
 
-STEPS = 100
 BATCHES = (64, 125, 250, 500)
+T = TypeVar("T")
 
 
-def one_pass(network, x, y, precision):
-    """Seconds for one image's forward and gradient, at the best of the batch sizes."""
+def time_one_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> float:
+    """Return the seconds of one image's forward and input gradient, at the best batch size."""
     best = float("inf")
     for batch in BATCHES:
-        part = x[:batch].contiguous(memory_format=torch.channels_last)
+        part = channels_last(x[:batch])
         times = []
         for _ in range(7):
             started = time.perf_counter()
@@ -36,68 +49,88 @@ def one_pass(network, x, y, precision):
     return best
 
 
-def theirs(network, x, y, batch):
-    """Robust or not, by pyautoattack, in chunks."""
+def attack_with_pyautoattack(
+    network: nn.Module, x: Tensor, y: Tensor, threat: rs.ThreatModel, steps: int, batch: int
+) -> Tensor:
+    """Return whether each sample is robust, (n,) bool, by pyautoattack in batches."""
     attack = APGDAttack(
-        network, n_iter=STEPS, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0
+        network, n_iter=steps, norm="Linf", eps=threat.eps, loss="ce", device=x.device.type, seed=0
     )
-    points = torch.cat(
-        [attack.perturb(a, b) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
-    )
+    parts = zip(x.split(batch), y.split(batch), strict=True)
+    points = torch.cat([attack.perturb(images, labels) for images, labels in parts])
     with torch.no_grad():
         return torch.cat([network(part).argmax(1) for part in points.split(250)]) == y
 
 
-def main():
-    """Time everything in turn, and print medians and ratios."""
-    wanted = arguments(__doc__, samples=1000, rounds=3)
-    plain = frozen(checkpoint("eps8").network())
-    network = frozen(checkpoint("eps8").network()).to(memory_format=torch.channels_last)
-    x, y = images(wanted.samples)
-    nhwc = x.contiguous(memory_format=torch.channels_last)
-    times, robust, passes = {}, {}, {}
+def count_passes(verdicts: rs.Evaluation, threat: rs.ThreatModel, steps: int) -> int:
+    """Return the passes that no attack of this length can avoid, given when samples broke."""
+    by, step = (getattr(verdicts.threats[str(threat)], name) for name in ("by", "step"))
+    broken_under_attack = by > 0
+    return int((step[broken_under_attack] + 1).sum()) + steps * int((by < 0).sum())
 
-    def timed(name, work):
+
+def main() -> None:
+    """Time everything in turn, and print medians and ratios."""
+    options = parse_arguments(__doc__, samples=1000, rounds=3, steps=100)
+    if options.small:
+        options.samples, options.rounds, options.steps = 64, 1, 5
+    task = workload(small=options.small)
+    data, checkpoint = task.load_data(), task.train_ingredient(8)
+    split = data.test.first(min(options.samples, len(data.test)))
+    plain, fast = (freeze(checkpoint.network()) for _ in range(2))
+    fast = fast.to(memory_format=torch.channels_last)
+    x, y = first_images(split, len(split))
+    times: dict[str, list[float]] = {}
+    robust: dict[str, Tensor] = {}
+
+    def record(name: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()
         result = work()
         times.setdefault(name, []).append(time.perf_counter() - started)
         return result
 
-    for _ in range(wanted.rounds):
+    for _ in range(options.rounds):
         for precision in ("float32", "bfloat16"):
-            settings = Settings(steps=STEPS, precision=precision)
-            result = timed(
-                f"robustsoup, {precision}", lambda s=settings: run_attack(network, nhwc, y, LINF, s)
-            )
-            attacked = result.step[result.by >= 0]
-            robust[precision] = ~result.broken
-            passes[precision] = int((attacked + 1).sum()) + STEPS * int((~result.broken).sum())
-            limit = passes[precision] * one_pass(network, x, y, precision)
+
+            def evaluate(precision: str = precision) -> rs.Evaluation:
+                return rs.evaluate(
+                    fast, split, [task.threat], steps=options.steps, precision=precision
+                )
+
+            name = f"robustsoup, {precision}"
+            verdicts = record(name, evaluate)
+            robust[name] = verdicts.threats[str(task.threat)].robust
+            passes = count_passes(verdicts, task.threat, options.steps)
+            limit = passes * time_one_pass(fast, x, y, precision)
             times.setdefault(f"limit, {precision}", []).append(limit)
         for batch in BATCHES:
-            robust[batch] = timed(
-                f"pyautoattack, batch {batch}", lambda b=batch: theirs(plain, x, y, b)
+            name = f"pyautoattack, batch {batch}"
+            robust[name] = record(
+                name,
+                lambda batch=batch: attack_with_pyautoattack(
+                    plain, x, y, task.threat, options.steps, batch
+                ),
             )
     print(
-        f"{machine()}\n{wanted.samples} images, APGD-CE-{STEPS}, {LINF}, {wanted.rounds} rounds; medians [least, most]\n"
+        f"{describe_machine()}\n{task.model} on {task.data_name}, {len(y)} images, "
+        f"APGD-CE-{options.steps}, {task.threat}, {options.rounds} rounds; "
+        "medians [minimum, maximum]\n\n| | time | robust |\n|---|---|---|"
     )
-    shares = {f"robustsoup, {p}": robust[p] for p in ("float32", "bfloat16")}
-    shares |= {f"pyautoattack, batch {b}": robust[b] for b in BATCHES}
-    print("| | time | robust |\n|---|---|---|")
-    table(
+    print_times(
         times,
-        lambda name: f"{100 * float(shares[name].float().mean()):.1f} %" if name in shares else "",
+        lambda name: f"{100 * float(robust[name].float().mean()):.1f} %" if name in robust else "",
     )
-    best = min(BATCHES, key=lambda b: statistics.median(times[f"pyautoattack, batch {b}"]))
-    differ = int((robust["float32"] != robust[best]).sum())
-    print(
-        f"\nbest batch of pyautoattack: {best}; verdicts that differ from its in float32: {differ} of {len(y)}"
+    best = min(
+        (name for name in times if name.startswith("pyautoattack")),
+        key=lambda name: statistics.median(times[name]),
     )
+    differ = int((robust["robustsoup, float32"] != robust[best]).sum())
+    print(f"\nbest of pyautoattack: {best}; verdicts that differ in float32: {differ} of {len(y)}")
     for precision in ("float32", "bfloat16"):
         ours = f"robustsoup, {precision}"
         print(
             f"{precision}: {ratio(times, ours, f'limit, {precision}'):.2f} x the limit; "
-            f"{ratio(times, f'pyautoattack, batch {best}', ours):.2f} x as fast as pyautoattack"
+            f"{ratio(times, best, ours):.2f} x as fast as pyautoattack"
         )
 
 

@@ -1,71 +1,183 @@
-"""What the benchmarks share: the robust network and images they time on, and how times are told."""
+"""What the benchmark scripts share: robust networks and images to time on, tables and ratios.
+
+Every script makes what it needs: the networks are trained once, with a progress bar, and kept in
+the user's cache folder. With --small a script runs in seconds on the embedded digits, to show that
+it works; its times then mean nothing.
+"""
 
 import argparse
 import os
 import platform
 import statistics
 import subprocess
-import sys
+import time
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import robustsoup as rs
-from robustsoup.recipes import load_recipe
-from robustsoup.runs.run import prepare
-from robustsoup.runs.store import Store
+from robustsoup.data import Data, Split
+from robustsoup.device import resolve_precision
+from robustsoup.files import cache_folder
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "two_cores" / "eps_soups.toml"
 LINF = rs.ThreatModel("Linf", 8 / 255)
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a 95 % interval over so many seeds."""
+"""Student's t for a 95 % interval over that many seeds."""
+CPU = torch.device("cpu")
 
 
-def arguments(description: str, **defaults: int) -> argparse.Namespace:
-    """Numbers that can be changed on the command line."""
+@dataclass(frozen=True)
+class Workload:
+    """The data, network and training that a benchmark times on."""
+
+    data_name: str
+    model: str
+    threat: rs.ThreatModel
+    pretrain_epochs: int
+    finetune_epochs: int
+    pretrain_samples: int | None
+
+    def load_data(self) -> Data:
+        """Load the data set."""
+        return rs.load_data(self.data_name)
+
+    def train_ingredient(self, eps: int) -> rs.Checkpoint:
+        """Return a network fine-tuned at Linf eps/255; trained on the first call, then cached."""
+        data = self.load_data()
+        train = data.train.first(self.pretrain_samples)
+        base = self._train_once(
+            "pretrained",
+            lambda: rs.load_model(
+                self.model,
+                channels=data.record["channels"],
+                mean=data.record["mean"],
+                std=data.record["std"],
+            ),
+            train,
+            threat=self.threat,
+            epochs=self.pretrain_epochs,
+            lr=0.1,
+        )
+        threat = rs.ThreatModel("Linf", self.threat.eps * eps / 8)
+        return self._train_once(
+            f"eps{eps}",
+            lambda: base,
+            train,
+            threat=threat,
+            epochs=self.finetune_epochs,
+            lr=0.02,
+        )
+
+    def _train_once(
+        self,
+        name: str,
+        start: Callable[[], nn.Module | rs.Checkpoint],
+        train: Split,
+        *,
+        threat: rs.ThreatModel,
+        epochs: int,
+        lr: float,
+    ) -> rs.Checkpoint:
+        label = f"{self.data_name}-{self.model}-{self.pretrain_epochs}".replace(":", "-")
+        path = cache_folder() / "benchmarks" / label / f"{name}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = path.with_suffix(".state.pt")
+            trained = rs.train(
+                start(),
+                train,
+                threat=threat,
+                epochs=epochs,
+                lr=lr,
+                state_path=state,
+                on_progress=print_progress(f"training {name} of {self.model} once"),
+            )
+            trained.save(path)
+            state.unlink(missing_ok=True)
+        return rs.Checkpoint.load(path)
+
+
+FULL = Workload("cifar10", "resnet9:width=16", LINF, 12, 2, None)
+SMALL = Workload("digits", "resnet9:width=4", rs.ThreatModel("Linf", 16 / 255), 3, 1, 768)
+
+
+def print_progress(title: str) -> Callable[[int, int, str], None]:
+    """Return an on_progress callback that keeps one line of standard error up to date."""
+    from robustsoup.cli.progress import Bar
+
+    bar = Bar(title)
+    bar.__enter__()
+
+    def update(done: int, total: int, figures: str) -> None:
+        bar(done, total, figures)
+        if done == total:
+            bar.__exit__(None, None, None)
+
+    return update
+
+
+def parse_arguments(description: str | None, **defaults: int) -> argparse.Namespace:
+    """Parse --small, and one integer option for each default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument(
+        "--small", action="store_true", help="run in seconds on digits; the times mean nothing"
+    )
     return parser.parse_args()
 
 
-def checkpoint(name: str) -> rs.Checkpoint:
-    """A checkpoint of the small recipe, from the store."""
-    prepared = prepare(load_recipe(RECIPE))
-    key = next(
-        step.key
-        for step in prepared.plan.steps
-        if step.name == name and step.kind in ("pretrain", "finetune")
-    )
-    store = Store()
-    if not store.has(key):
-        sys.exit(f"{name} is not in the store; first run: robustsoup run {RECIPE}")
-    return rs.Checkpoint.load(store.path(key) / "checkpoint.safetensors")
+def workload(*, small: bool) -> Workload:
+    """Return what to time on."""
+    return SMALL if small else FULL
 
 
-def images(n: int) -> tuple[Tensor, Tensor]:
-    """The first n test images of CIFAR-10 as float32 in [0, 1], NCHW, and their labels."""
-    test = rs.load_data("cifar10").test.first(n)
-    return test.images.float() / 255, test.labels
+def first_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
+    """Return the first n images as float32 (n, c, h, w) in [0, 1], and their labels (n,)."""
+    part = split.first(min(n, len(split)))
+    return part.images.float() / 255, part.labels
 
 
-def frozen(network: nn.Module) -> nn.Module:
-    """In eval mode and without gradients for weights, as every tool is given it."""
+def freeze(network: nn.Module) -> nn.Module:
+    """Put a network in eval mode without gradients for its weights, as attack tools expect it."""
     return network.eval().requires_grad_(False)
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """Return the tensor in channels_last memory format."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+class StepTimer:
+    """An on_progress callback that records the seconds between steps, without the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def __call__(self, done: int, total: int, figures: str) -> None:
+        """Record the time since the step before."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
 def ratio(times: dict[str, list[float]], of: str, to: str) -> float:
-    """Median of `of` over median of `to`."""
+    """Return the median time of `of` over that of `to`."""
     return statistics.median(times[of]) / statistics.median(times[to])
 
 
-def table(times: dict[str, list[float]], extra: Callable[[str], str] = lambda name: "") -> None:
-    """A row for each: median, least and most seconds."""
+def print_times(
+    times: dict[str, list[float]], extra: Callable[[str], str] = lambda name: ""
+) -> None:
+    """Print a table row for each name: median, minimum and maximum seconds."""
     for name, values in times.items():
         median = statistics.median(values)
         print(
@@ -74,21 +186,49 @@ def table(times: dict[str, list[float]], extra: Callable[[str], str] = lambda na
         )
 
 
-def machine() -> str:
-    """One line on what this ran on."""
-    lines = subprocess.run(
-        ["lscpu"], capture_output=True, text=True, check=False
-    ).stdout.splitlines()
-    cpu = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("Model name")),
-        platform.processor(),
+def describe_machine() -> str:
+    """Return one line about the processor, the threads and the versions."""
+    try:
+        listing = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        listing = ""
+    models = [line.split(":")[1].strip() for line in listing.splitlines() if "Model name" in line]
+    cpu = models[0] if models else platform.processor() or platform.machine()
+    bf16 = "" if resolve_precision("auto", CPU) == "bfloat16" else "no "
+    own = f"torch {torch.__version__}, robustsoup {version('robustsoup')}"
+    peers = [
+        f"{name} {found}"
+        for name in ("pyautoattack", "torchattacks")
+        if (found := installed_version(name))
+    ]
+    return (
+        f"{cpu} ({torch.backends.cpu.get_cpu_capability()}, {bf16}native bfloat16), "
+        f"{torch.get_num_threads()} threads on {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, {', '.join([own, *peers])}"
     )
-    peers = []
-    for name in ("pyautoattack", "torchattacks"):
-        try:
-            peers.append(f"{name} {version(name)}")
-        except ImportError:
-            continue
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    own = f"Python {platform.python_version()}, torch {torch.__version__}, robustsoup {version('robustsoup')}"
-    return f"{cpu}, {threads}; {own}, {', '.join(peers)}"
+
+
+def installed_version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def make_near_copies(folder: Path, n: int, model: str) -> list[Path]:
+    """Write n checkpoints near one network, about as far apart as fine-tuned ones.
+
+    Each weight is moved by about a tenth of its size. How long a step of learning takes does not
+    depend on the values of the weights.
+    """
+    base = rs.load_model(model)
+    paths = []
+    for seed in range(n):
+        near = rs.Checkpoint.of(base)
+        generator = torch.Generator().manual_seed(seed)
+        for name in near.parameters:
+            noise = torch.randn(near.tensors[name].shape, generator=generator)
+            near.tensors[name].mul_(1 + 0.1 * noise)
+        paths.append(near.save(folder / f"{seed}.safetensors"))
+    return paths

@@ -1,104 +1,146 @@
 """A grid of 21 soups: `search` with screening against a loop of pyautoattack over the soups.
 
-    python benchmarks/grid.py [--samples 1000]
+    python benchmarks/grid.py [--samples 1000] [--small]
 
-The soups of the small recipe's three ingredients at a step of 0.2, APGD-CE-100. Ours confirms its front in full ("front"), or
-only what can win one choice ("choice": the most robust soup with clean accuracy of at least 60 %). Theirs attacks every
-soup, at the best of two batch sizes. The choices are compared by their verdicts, paired.
+The soups of three ingredients (Linf 4, 8 and 16/255) at a step of 0.2, attacked by APGD-CE-100.
+robustsoup confirms the front in full ("front"), or only what can still win one choice ("choice":
+the most robust soup with clean accuracy of at least 60 %). The loop attacks every soup, at the
+better of two batch sizes. The two choices are compared by the loop's verdicts, paired.
 """
 
 import statistics
 import time
 
 import torch
-from attack import STEPS, theirs
-from common import LINF, arguments, checkpoint, frozen, images, machine
+from attack import attack_with_pyautoattack
+from common import Workload, describe_machine, first_images, freeze, parse_arguments, workload
+from torch import Tensor, nn
 
 import robustsoup as rs
-from robustsoup.evaluation.intervals import Accuracy, Difference
+from robustsoup.data import Split
+from robustsoup.evaluation.intervals import Difference
 from robustsoup.soups.grid import candidates
 
-REQUIRE = 0.6
+REQUIRED_CLEAN = 0.6
+Masks = tuple[Tensor, Tensor]
+"""Whether each sample is right, (n,) bool: clean, and under attack."""
 
 
-def chosen(scores):
-    """The name with the highest robust count among those clean enough; scores: name -> (clean, robust) masks."""
-    least = REQUIRE * len(next(iter(scores.values()))[0])
-    meeting = {name: masks for name, masks in scores.items() if int(masks[0].sum()) >= least}
-    return max(meeting, key=lambda name: (int(meeting[name][1].sum()), int(meeting[name][0].sum())))
+def choose(scores: dict[str, Masks]) -> str:
+    """Return the name with the highest robust count among those that are clean enough.
+
+    Falls back to all names where none is clean enough.
+    """
+    n = len(next(iter(scores.values()))[0])
+    eligible = {
+        name: masks for name, masks in scores.items() if int(masks[0].sum()) >= REQUIRED_CLEAN * n
+    } or scores
+    return max(
+        eligible, key=lambda name: (int(eligible[name][1].sum()), int(eligible[name][0].sum()))
+    )
 
 
-def main():
-    """Time both, print the ratio and how far the choices are apart."""
-    wanted = arguments(__doc__, samples=1000)
-    ingredients = [checkpoint(name) for name in ("eps4", "eps8", "eps16")]
-    split = rs.load_data("cifar10").test.first(wanted.samples)
-    x, y = images(wanted.samples)
-    asked = {"steps": STEPS, "precision": "bfloat16", "screen": True, "allow_leakage": True}
-    took, found = {}, {}
-    for mode, extra in (
-        ("front", {}),
-        ("choice", {"maximise": LINF, "require": [f"clean>={REQUIRE}"], "point": True}),
-    ):
-        started = time.perf_counter()
-        found[mode] = rs.search(ingredients, split, [LINF], **asked, **extra)
-        took[mode] = time.perf_counter() - started
-        confirmed = sum(c.confirmed for c in found[mode])
-        print(
-            f"robustsoup, {mode}: {took[mode]:.0f} s, {confirmed} of {len(found[mode])} soups attacked in full",
-            flush=True,
-        )
-    networks = {
-        c.name: frozen(rs.mix(ingredients, alpha, buffers="average").network())
-        for c, alpha in zip(found["front"], candidates("grid", 3, 0.2), strict=True)
-    }
+def attack_every_soup(
+    networks: dict[str, nn.Module], split: Split, threat: rs.ThreatModel, steps: int
+) -> tuple[dict[str, Masks], list[float], int]:
+    """Attack all soups in a loop; return their masks, the seconds of each, and the batch size."""
+    x, y = first_images(split, len(split))
     first = next(iter(networks.values()))
     speed = {}
     for batch in (125, 250):
         started = time.perf_counter()
-        theirs(first, x[:250], y[:250], batch)
+        attack_with_pyautoattack(first, x[:250], y[:250], threat, steps, batch)
         speed[batch] = time.perf_counter() - started
-    batch = min(speed, key=speed.get)
-    times, loop = [], {}
+    batch = min(speed, key=lambda size: speed[size])
+    scores, seconds = {}, []
     for name, network in networks.items():
         started = time.perf_counter()
-        robust = theirs(network, x, y, batch)
-        times.append(time.perf_counter() - started)
+        robust = attack_with_pyautoattack(network, x, y, threat, steps, batch)
+        seconds.append(time.perf_counter() - started)
         with torch.no_grad():
             clean = torch.cat([network(part).argmax(1) for part in x.split(250)]) == y
-        loop[name] = (clean, robust)
+        scores[name] = (clean, robust)
+    return scores, seconds, batch
+
+
+def search_both_ways(
+    task: Workload, ingredients: list[rs.Checkpoint], split: Split, steps: int
+) -> tuple[dict[str, list[rs.Candidate]], dict[str, float]]:
+    """Search with screening, for the front and for one choice; return candidates and seconds."""
+    choice = {"maximise": task.threat, "require": [f"clean>={REQUIRED_CLEAN}"], "point": True}
+    searches, seconds = {}, {}
+    for mode, extra in (("front", {}), ("choice", choice)):
+        started = time.perf_counter()
+        searches[mode] = rs.search(
+            ingredients,
+            split,
+            [task.threat],
+            steps=steps,
+            precision="bfloat16",
+            screen=True,
+            allow_leakage=True,
+            **extra,
+        )
+        seconds[mode] = time.perf_counter() - started
+        confirmed = sum(candidate.confirmed for candidate in searches[mode])
+        print(
+            f"robustsoup, {mode}: {seconds[mode]:.1f} s, {confirmed} of {len(searches[mode])} "
+            "soups attacked in full",
+            flush=True,
+        )
+    return searches, seconds
+
+
+def main() -> None:
+    """Time both, print the ratio and how far apart the choices are."""
+    options = parse_arguments(__doc__, samples=1000, steps=100)
+    if options.small:
+        options.samples, options.steps = 64, 5
+    task = workload(small=options.small)
+    ingredients = [task.train_ingredient(eps) for eps in (4, 8, 16)]
+    test = task.load_data().test
+    split = test.first(min(options.samples, len(test)))
+    searches, seconds = search_both_ways(task, ingredients, split, options.steps)
+    networks = {
+        candidate.name: freeze(rs.mix(ingredients, alpha, buffers="average").network())
+        for candidate, alpha in zip(searches["front"], candidates("grid", 3, 0.2), strict=True)
+    }
+    loop, times, batch = attack_every_soup(networks, split, task.threat, options.steps)
     print(
-        f"pyautoattack, batch {batch}: {sum(times):.0f} s, {statistics.median(times):.1f} s a soup\n{machine()}\n"
+        f"pyautoattack, batch {batch}: {sum(times):.1f} s, {statistics.median(times):.2f} s a soup"
+        f"\n{describe_machine()}\n"
     )
-    best = chosen(loop)
-    for mode in took:
-        ours = {
-            c.name: (
-                c.evaluation.prediction == c.evaluation.labels,
-                c.evaluation.threats[str(LINF)].robust,
-            )
-            for c in found[mode]
+    best = choose(loop)
+    for mode, tried in searches.items():
+        confirmed = {
+            c.name: (c.evaluation.hits()["clean"], c.evaluation.hits()[str(task.threat)])
+            for c in tried
             if c.confirmed
         }
-        name = chosen(ours)
-        a, b = loop[best][1], loop[name][1]
-        n = len(y)
-        apart = Difference(
-            Accuracy(int(a.sum()), n),
-            Accuracy(int(b.sum()), n),
-            int((a & ~b).sum()),
-            int((b & ~a).sum()),
-        )
+        name = choose(confirmed)
         print(
-            f"{mode}: {sum(times) / took[mode]:.1f} x as fast; chosen {name}, by the loop {best}; "
-            f"robust, by the loop's verdicts: {apart}"
+            f"{mode}: {sum(times) / seconds[mode]:.1f} x as fast; chosen {name}, by the loop "
+            f"{best}; robust, by the loop's verdicts: {difference(loop[best][1], loop[name][1])}"
         )
-    front = [c for c in found["front"] if c.confirmed]
     gaps = [
-        float(c.evaluation.accuracy[LINF]) - float(loop[c.name][1].float().mean()) for c in front
+        c.evaluation.accuracy[task.threat].value - float(loop[c.name][1].float().mean())
+        for c in searches["front"]
+        if c.confirmed
     ]
     print(
-        f"confirmed soups: robust less the loop's, points: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f}"
+        "confirmed soups: robust accuracy minus the loop's, in points: "
+        f"{100 * min(gaps):+.1f} to {100 * max(gaps):+.1f}"
+    )
+
+
+def difference(a: Tensor, b: Tensor) -> Difference:
+    """Return the paired difference b - a of two masks."""
+    n = len(a)
+    return Difference(
+        rs.Accuracy(int(a.sum()), n),
+        rs.Accuracy(int(b.sum()), n),
+        int((a & ~b).sum()),
+        int((b & ~a).sum()),
     )
 
 

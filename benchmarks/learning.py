@@ -1,54 +1,47 @@
-"""A step of a learned soup: against a step of adversarial training, and against the paper's way of mixing in the graph.
+"""A step of a learned soup: against a step of adversarial training, and against the paper's way.
 
-    python benchmarks/learning.py [--ingredients 72] [--width 64] [--batch 128] [--rounds 5] [--folder /tmp/soup72]
+    python benchmarks/learning.py [--ingredients 72] [--width 64] [--batch 128] [--rounds 5]
+                                  [--steps 3] [--small]
 
-resnet18 on CIFAR-10 shapes, APGD-2, one softmax a parameter, detach 0.8. The paper's way keeps all ingredients stacked in
-memory and mixes them by einsum and functional_call in every forward pass, those of the attack too. It is given our attack on
-the whole batch, no gradient to the coefficients inside the attack, and the same precision. Every step is taken in turn.
-`--folder` is where the ingredients' files are made (45 MB each at width 64); they are removed at the end.
+resnet18 on CIFAR-10 shapes, APGD-2, one softmax for each parameter, detach 0.8. The paper's way
+keeps all ingredients stacked in memory and mixes them by einsum and functional_call in every
+forward pass, those of the attack too. It gets the same attack (APGD-2 from x) on the whole batch,
+no gradient to the coefficients inside the attack, and the same precision. Rounds alternate between
+all ways.
+The ingredients (45 MB each at width 64) are made in a temporary folder and removed at the end.
 """
 
-import argparse
-import shutil
+import statistics
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import LINF, machine, ratio, table
-from torch import nn
+from common import (
+    CPU,
+    LINF,
+    StepTimer,
+    channels_last,
+    describe_machine,
+    make_near_copies,
+    parse_arguments,
+    print_times,
+    ratio,
+)
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import robustsoup as rs
-from robustsoup.attacks.apgd import _highest_loss
-from robustsoup.attacks.forward import frozen_eval
 from robustsoup.attacks.losses import ce
+from robustsoup.data import Split
 from robustsoup.device import autocast, resolve_precision
-from robustsoup.soups import learning
-from robustsoup.training.objectives import Objective
-from robustsoup.training.train import _Run as Training
-
-CPU = torch.device("cpu")
 
 
-def make_ingredients(folder: Path, n: int, width: int) -> list[Path]:
-    """n files near one resnet18, as far apart as fine-tuned ones: each weight moved by about a tenth of its size."""
-    base = rs.load_model(f"resnet18:width={width}")
-    paths = []
-    for seed in range(n):
-        near = rs.Checkpoint.of(base)
-        generator = torch.Generator().manual_seed(seed)
-        for name in near.parameters:
-            near.tensors[name].mul_(
-                1 + 0.1 * torch.randn(near.tensors[name].shape, generator=generator)
-            )
-        paths.append(near.save(folder / f"{seed}.safetensors"))
-    return paths
-
-
-class Stacked(nn.Module):
+class StackedSoup(nn.Module):
     """The paper's way: all ingredients in one module, mixed in every forward pass."""
 
-    def __init__(self, paths: list[Path], precision: str) -> None:
+    def __init__(self, paths: Sequence[Path], precision: str) -> None:
         super().__init__()
         items = [rs.Checkpoint.load(path) for path in paths]
         self.network = items[0].network()
@@ -58,127 +51,129 @@ class Stacked(nn.Module):
         self.velocity = [torch.zeros(len(paths)) for _ in self.names]
         self.precision = precision
 
-    def forward(self, x: torch.Tensor, alphas: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """x (b, c, h, w) -> logits (b, classes)."""
+    def forward(self, x: Tensor, alphas: Sequence[Tensor] | None = None) -> Tensor:
+        """Map x (b, c, h, w) to logits (b, classes)."""
         alphas = alphas or [torch.softmax(logits, 0) for logits in self.logits]
         with torch.autocast("cpu", enabled=False):
-            pairs = zip(alphas, self.stacks, strict=True)
-            theta = dict(
-                zip(self.names, (torch.einsum("n,n...->...", a, s) for a, s in pairs), strict=True)
-            )
-        return functional_call(self.network, theta, (x,))
+            weights = [
+                torch.einsum("n,n...->...", alpha, stack)
+                for alpha, stack in zip(alphas, self.stacks, strict=True)
+            ]
+        return functional_call(self.network, dict(zip(self.names, weights, strict=True)), (x,))
 
-    def take_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Attack, one train-mode pass, SGD with momentum on the layers that are not detached."""
+    def attack(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the highest-loss points of APGD-2 from x, (b, c, h, w): three passes, two gradients."""
         self.network.eval()
-        with frozen_eval(self):
-            x_adv = _highest_loss(self, x, y, LINF, 2, ce, self.precision)
+        alphas = [torch.softmax(logits.detach(), 0) for logits in self.logits]
+        low, high = (x - LINF.eps).clamp(0, 1), (x + LINF.eps).clamp(0, 1)
+        point = best = before = x
+        best_loss = torch.full((len(x),), -torch.inf)
+        for number in range(3):
+            point = point.detach().requires_grad_(number < 2)
+            with torch.set_grad_enabled(number < 2), autocast(CPU, self.precision):
+                loss = ce(self(point, alphas), y)
+            rises = loss.detach() > best_loss
+            best = torch.where(rises.view(-1, 1, 1, 1), point.detach(), best)
+            best_loss = torch.maximum(best_loss, loss.detach())
+            if number < 2:
+                (gradient,) = torch.autograd.grad(loss.sum(), point)
+                current = point.detach()
+                ahead = (current + 2 * LINF.eps * gradient.sign()).clamp(low, high)
+                mixed = current + 0.75 * (ahead - current) + 0.25 * (current - before)
+                point, before = (mixed if number else ahead).clamp(low, high), current
+        return best
+
+    def take_step(self, x: Tensor, y: Tensor) -> None:
+        """Attack, one train-mode pass, SGD with momentum on the layers that are not detached."""
+        x_adv = self.attack(x, y)
         self.network.train()
         active = [bool(torch.rand(()) >= 0.8) for _ in self.names]
         alphas = [
-            torch.softmax(logits if wanted else logits.detach(), 0)
-            for logits, wanted in zip(self.logits, active, strict=True)
+            torch.softmax(logits if learns else logits.detach(), 0)
+            for logits, learns in zip(self.logits, active, strict=True)
         ]
         with autocast(CPU, self.precision):
             logits = self(x_adv, alphas)
-        ce(logits, y).mean().backward()
+        if any(active):
+            ce(logits, y).mean().backward()
         with torch.no_grad():
-            for i, logits in enumerate(self.logits):
-                if logits.grad is not None:
-                    self.velocity[i] = 0.9 * self.velocity[i] + logits.grad
-                    logits -= 10 * self.velocity[i]
-                    logits.grad = None
+            for i, parameter in enumerate(self.logits):
+                if parameter.grad is not None:
+                    self.velocity[i] = 0.9 * self.velocity[i] + parameter.grad
+                    parameter -= 10 * self.velocity[i]
+                    parameter.grad = None
 
 
-def ours(paths: list[Path], place: str, batch: int):
-    """One learning run, ready to take steps."""
-    settings = learning._settings(
-        threat=LINF,
-        objective="ce",
-        attack_steps=2,
-        epochs=30,
-        batch_size=batch,
-        lr=10.0,
-        momentum=0.9,
-        schedule="constant",
-        detach=0.8,
-        init="xavier",
-        granularity="parameter",
-        buffers="tracked",
-        early_stop=False,
-        early_stop_steps=1,
-        seed=0,
-    )
-    data = rs.load_data("cifar10").train.first(batch * 100)
-    return learning._start(
-        paths, data, None, settings, None, None, place, None, True, "cpu", "auto"
-    )
+def make_data(samples: int) -> Split:
+    """Return training images with CIFAR-10's shape; how long a step takes ignores their values."""
+    from robustsoup.data.splits import Augmentation, Samples, Source, assemble
 
+    generator = torch.Generator().manual_seed(0)
 
-def training(path: Path, batch: int):
-    """One adversarial fine-tuning run, ready to take steps."""
-    network = rs.Checkpoint.load(path).network().to(memory_format=torch.channels_last)
-    settings = {
-        "lr": 0.01,
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "batch_size": batch,
-        "schedule": "constant",
-        "epochs": 30,
-        "attack_steps": 2,
-        "precision": resolve_precision("auto", CPU),
-        "early_stop": False,
-    }
-    data = rs.load_data("cifar10").train.first(batch * 100)
-    return Training(network, data, None, LINF, Objective(), settings)
+    def draw(n: int, first: int) -> Samples:
+        shape = (n, 3, 32, 32)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 10, (n,), generator=generator)
+        return Samples(images, labels, torch.arange(first, first + n))
+
+    classes = tuple(str(number) for number in range(10))
+    source = Source("noise", "0" * 64, classes, (0.5,) * 3, (0.25,) * 3, Augmentation())
+    parts = draw(samples, 0), draw(10, samples), draw(10, samples + 10)
+    return assemble(source, *parts, seed=0).train
 
 
 def main() -> None:
     """Take steps in turn, print medians and ratios."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, value in {"ingredients": 72, "width": 64, "batch": 128, "rounds": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/soup72"))
-    asked = parser.parse_args()
-    n, batch = asked.ingredients, asked.batch
-    try:
-        paths = make_ingredients(asked.folder, n, asked.width)
+    options = parse_arguments(__doc__, ingredients=72, width=64, batch=128, rounds=5, steps=3)
+    if options.small:
+        options.ingredients, options.width, options.batch, options.rounds = 4, 4, 16, 1
+    n, batch, steps = options.ingredients, options.batch, options.steps
+    model = f"resnet18:width={options.width}"
+    data = make_data(batch * (steps + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_near_copies(Path(folder), n, model)
         precision = resolve_precision("auto", CPU)
-        runs = {
-            "adversarial training": training(paths[0], batch),
-            "learned, 3 resident": ours(paths[:3], "memory", batch),
-            f"learned, {n} from files": ours(paths, "files", batch),
-            "paper's way, 3": Stacked(paths[:3], precision),
-            f"paper's way, {n}": Stacked(paths, precision),
+        few, many = StackedSoup(paths[:3], precision), StackedSoup(paths, precision)
+        common = {"threat": LINF, "epochs": 1, "batch_size": batch, "schedule": "constant"}
+
+        def train(timer: StepTimer) -> None:
+            rs.train(paths[0], data, lr=0.01, on_progress=timer, **common)
+
+        def learn(timer: StepTimer, count: int, place: str) -> None:
+            chosen = paths[:count]
+            rs.learn(chosen, data, place=place, allow_leakage=True, on_progress=timer, **common)
+
+        def step_stacked(timer: StepTimer, soup: StackedSoup) -> None:
+            for number in range(steps + 1):
+                part = slice(number * batch, (number + 1) * batch)
+                soup.take_step(channels_last(data.images[part] / 255), data.labels[part])
+                timer(number, steps, "")
+
+        ways: dict[str, Callable[[StepTimer], None]] = {
+            "adversarial training": train,
+            "learned, 3 in memory": lambda timer: learn(timer, 3, "memory"),
+            f"learned, {n} from files": lambda timer: learn(timer, n, "files"),
+            "paper's way, 3": lambda timer: step_stacked(timer, few),
+            f"paper's way, {n}": lambda timer: step_stacked(timer, many),
         }
-        train = rs.load_data("cifar10").train
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(asked.rounds + 1):
-            x = (train.images[number * batch : (number + 1) * batch] / 255).contiguous(
-                memory_format=torch.channels_last
-            )
-            y = train.labels[number * batch : (number + 1) * batch]
-            for name, run in runs.items():
-                started = time.perf_counter()
-                run.take_step(x, y)
-                if number:
-                    times[name].append(time.perf_counter() - started)
-                if not isinstance(run, Stacked):
-                    run.step += 1
-    finally:
-        shutil.rmtree(asked.folder, ignore_errors=True)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        started = time.perf_counter()
+        for _ in range(options.rounds):
+            for name, way in ways.items():
+                timer = StepTimer()
+                way(timer)
+                times[name].append(statistics.median(timer.seconds))
     print(
-        f"{machine()}\nresnet18:width={asked.width}, batch {batch}, {LINF}, {precision}, {asked.rounds} steps each in turn\n"
+        f"{describe_machine()}\n{model}, batch {batch}, {LINF}, {precision}, {options.rounds} "
+        f"rounds of {steps} steps each in turn, {time.perf_counter() - started:.0f} s in all\n\n"
+        "| | a step | relative to adversarial training |\n|---|---|---|"
     )
-    print("| | a step | of adversarial training's |\n|---|---|---|")
-    table(times, lambda name: f"{ratio(times, name, 'adversarial training'):.2f} x")
-    for mine, theirs in (
-        ("learned, 3 resident", "paper's way, 3"),
+    print_times(times, lambda name: f"{ratio(times, name, 'adversarial training'):.2f} x")
+    for ours, peer in (
+        ("learned, 3 in memory", "paper's way, 3"),
         (f"learned, {n} from files", f"paper's way, {n}"),
     ):
-        print(f"\n{mine}: {ratio(times, theirs, mine):.2f} x as fast as {theirs}")
+        print(f"\n{ours}: {ratio(times, peer, ours):.2f} x as fast as {peer}")
 
 
 if __name__ == "__main__":

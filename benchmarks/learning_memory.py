@@ -1,38 +1,41 @@
-"""Learning 72 ingredients within the memory of training one of them, enforced by the operating system.
+"""Learning 72 ingredients within the memory of training one, enforced by the operating system.
 
-    python benchmarks/learning_memory.py [--ingredients 72] [--width 64] [--batch 128] [--steps 3] [--folder /tmp/soup72]
+    python benchmarks/learning_memory.py [--ingredients 72] [--width 64] [--batch 128] [--steps 3]
+                                         [--small]
 
-One process trains resnet18 adversarially and watches its private writable memory (VmData: what RLIMIT_DATA limits) and its
-anonymous resident memory (RssAnon). A second one learns a soup of all files under RLIMIT_DATA = that peak plus twice the
-largest layer: if it needed more, the system would refuse and it would fail. A third does it the paper's way, without a limit.
+One process trains resnet18 adversarially and watches its private writable memory (VmData: what
+RLIMIT_DATA limits) and its anonymous resident memory (RssAnon). A second process learns a soup of
+all files under RLIMIT_DATA = that peak plus twice the largest layer: if it needed more, the system
+would refuse and it would fail. A third does it the paper's way, without a limit. Linux only.
 """
 
-import argparse
 import resource
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-PAGE = 2**10
+KIB = 2**10
 
 
-def memory(kind: str) -> int:
-    """This process's VmData or RssAnon now, in bytes (Linux)."""
+def process_memory(kind: str) -> int:
+    """Return this process's VmData or RssAnon in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * PAGE
-    raise SystemExit(f"{kind}: not in /proc/self/status; this needs Linux")
+            return int(line.split()[1]) * KIB
+    raise SystemExit(f"{kind}: not in /proc/self/status; this script requires Linux")
 
 
-def peaks(work) -> tuple[int, int]:
-    """The highest VmData and RssAnon while `work` runs, looked at every two milliseconds."""
-    seen, over = [(memory("VmData"), memory("RssAnon"))], threading.Event()
+def measure_peaks(work: Callable[[], None]) -> tuple[int, int]:
+    """Return the highest VmData and RssAnon while `work` runs, sampled every two milliseconds."""
+    samples = [(process_memory("VmData"), process_memory("RssAnon"))]
+    over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.002):
-            seen.append((memory("VmData"), memory("RssAnon")))
+            samples.append((process_memory("VmData"), process_memory("RssAnon")))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -41,88 +44,75 @@ def peaks(work) -> tuple[int, int]:
     finally:
         over.set()
         watcher.join()
-    return tuple(map(max, zip(*seen, strict=True)))
+    return max(data for data, _ in samples), max(anonymous for _, anonymous in samples)
 
 
-def child(kind: str, folder: Path, batch: int, steps: int, limit: int) -> None:
+def run_child(kind: str, folder: Path, batch: int, steps: int, limit: int) -> None:
     """Take a few steps of one kind under a limit (0: none), and print the peaks."""
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    import learning as bench
-    import torch
+    from common import CPU, LINF, channels_last
+    from learning import StackedSoup, make_data
 
     import robustsoup as rs
+    from robustsoup.device import resolve_precision
 
     paths = sorted(folder.glob("*.safetensors"))
-    data = rs.load_data("cifar10").train.first(batch * steps)
+    data = make_data(batch * steps)
+    common = {"threat": LINF, "epochs": 1, "batch_size": batch}
 
     def work() -> None:
         if kind == "train":
-            rs.train(paths[0], data, threat=bench.LINF, epochs=1, batch_size=batch, lr=0.01)
+            rs.train(paths[0], data, lr=0.01, **common)
         elif kind == "learn":
-            rs.learn(paths, data, threat=bench.LINF, epochs=1, batch_size=batch, place="files")
+            rs.learn(paths, data, place="files", allow_leakage=True, **common)
         else:
-            run = bench.Stacked(paths, bench.resolve_precision("auto", torch.device("cpu")))
-            for x, y, _ in rs.data.batches(data, batch, seed=0, epoch=0):
-                run.take_step(x.contiguous(memory_format=torch.channels_last), y)
+            soup = StackedSoup(paths, resolve_precision("auto", CPU))
+            for x, y in zip(data.images.split(batch), data.labels.split(batch), strict=True):
+                soup.take_step(channels_last(x / 255), y)
 
-    print(*peaks(work))
+    print(*measure_peaks(work))
 
 
 def main() -> None:
     """Run the three processes and print a row for each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, value in {"ingredients": 72, "width": 64, "batch": 128, "steps": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/soup72"))
-    asked = parser.parse_args()
-
-    def measured(kind: str, limit: int = 0) -> tuple[int, int]:
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            kind,
-            asked.folder,
-            asked.batch,
-            asked.steps,
-            limit,
-        ]
-        out = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
-        return tuple(int(number) for number in out.stdout.split()[-2:])
-
-    import learning as bench
+    from common import describe_machine, make_near_copies, parse_arguments
 
     import robustsoup as rs
 
-    try:
-        first = rs.Checkpoint.open(
-            bench.make_ingredients(asked.folder, asked.ingredients, asked.width)[0]
-        )
-        largest = max(first.tensors[name].nbytes for name in first.parameters)
-        whole = sum(first.tensors[name].nbytes for name in first.parameters)
-        one = measured("train")
-        limit = one[0] + 2 * largest
+    options = parse_arguments(__doc__, ingredients=72, width=64, batch=128, steps=3)
+    if options.small:
+        options.ingredients, options.width, options.batch = 6, 16, 32
+    n, model = options.ingredients, f"resnet18:width={options.width}"
+    with tempfile.TemporaryDirectory() as folder:
+        first = rs.Checkpoint.open(make_near_copies(Path(folder), n, model)[0])
+        sizes = [first.tensors[name].nbytes for name in first.parameters]
+
+        def measure(kind: str, limit: int = 0) -> tuple[int, int]:
+            numbers = [str(number) for number in (options.batch, options.steps, limit)]
+            command = [sys.executable, __file__, "--child", kind, folder, *numbers]
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            data, anonymous = out.stdout.split()[-2:]
+            return int(data), int(anonymous)
+
+        train = measure("train")
+        limit = train[0] + 2 * max(sizes)
         rows = {
-            "adversarial training of one": one,
-            f"learning {asked.ingredients}, under the limit": measured("learn", limit),
+            "adversarial training of one": train,
+            f"learning {n}, under the limit": measure("learn", limit),
+            f"the paper's way, {n}": measure("stacked"),
         }
-        rows[f"the paper's way, {asked.ingredients}"] = measured("stacked")
-    finally:
-        shutil.rmtree(asked.folder, ignore_errors=True)
     print(
-        f"{bench.machine()}\nresnet18:width={asked.width} ({whole / 2**20:.1f} MiB, largest layer {largest / 2**20:.1f}), "
-        f"batch {asked.batch}, {asked.steps} steps; the limit is {limit / 2**20:.0f} MiB of RLIMIT_DATA\n"
+        f"{describe_machine()}\n{model} ({sum(sizes) / 2**20:.1f} MiB, largest layer "
+        f"{max(sizes) / 2**20:.1f}), batch {options.batch}, {options.steps} steps; the limit is "
+        f"{limit / 2**20:.0f} MiB of RLIMIT_DATA\n\n| | peak VmData | peak RssAnon |\n|---|---|---|"
     )
-    print("| | peak VmData | peak RssAnon |\n|---|---|---|")
     for name, (data, anonymous) in rows.items():
         print(f"| {name} | {data / 2**20:.0f} MiB | {anonymous / 2**20:.0f} MiB |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))
+        run_child(sys.argv[2], Path(sys.argv[3]), *(int(text) for text in sys.argv[4:]))
     else:
         main()

@@ -1,9 +1,9 @@
-"""Peak memory of an attack on 500 images, over the network's own: ours against pyautoattack at a batch of 500.
+"""Peak memory of an attack on 500 images, beyond the network's own: against pyautoattack.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--images 500] [--small]
 
-Each runs in a process of its own that loads nothing but the network and the images; what is told is by how much
-its resident memory grows at most during the attack.
+Each tool runs in a process of its own that loads only the network and the images. The script
+prints by how much the resident memory grows at most during the attack. Linux only.
 """
 
 import resource
@@ -11,26 +11,28 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import LINF, checkpoint, frozen, images, machine
+from common import describe_machine, first_images, freeze, parse_arguments, workload
+from torch import Tensor
 
 import robustsoup as rs
 
 
-def resident():
-    """This process's resident memory now, in MiB (Linux)."""
+def resident_memory() -> float:
+    """Return this process's resident memory in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def growth(work):
-    """By how much the resident memory grows at most while `work` runs, looked at every millisecond."""
-    before, seen, over = resident(), [], threading.Event()
+def measure_growth(work: Callable[[], object]) -> float:
+    """Return by how many MiB the resident memory grows at most, sampled every millisecond."""
+    before, seen, over = resident_memory(), [resident_memory()], threading.Event()
 
-    def watch():
+    def watch() -> None:
         while not over.wait(0.001):
-            seen.append(resident())
+            seen.append(resident_memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -40,43 +42,57 @@ def growth(work):
     return max(seen) - before
 
 
-def child(folder, tool):
-    """Attack, and print the growth of the peak."""
-    network = frozen(rs.Checkpoint.load(folder / "network.safetensors").network())
-    x, y = torch.load(folder / "images.pt")
+def attack_once(tool: str, folder: Path) -> None:
+    """Attack the images of the folder with one tool, and print the growth."""
+    network = freeze(rs.Checkpoint.load(folder / "network.safetensors").network())
+    x, y, eps = torch.load(folder / "images.pt", weights_only=True)
+    threat = rs.ThreatModel("Linf", eps)
     with torch.no_grad():
         network(x[:8])
+    print(measure_growth(lambda: run_tool(tool, network, x, y, threat)))
+
+
+def run_tool(
+    tool: str, network: torch.nn.Module, x: Tensor, y: Tensor, threat: rs.ThreatModel
+) -> None:
+    """Attack with pyautoattack, or with robustsoup in the precision that `tool` names."""
     if tool == "pyautoattack":
         from pyautoattack.autopgd_base import APGDAttack
 
         attack = APGDAttack(
-            network, n_iter=10, norm="Linf", eps=LINF.eps, loss="ce", device="cpu", seed=0
+            network, n_iter=10, norm="Linf", eps=threat.eps, loss="ce", device="cpu", seed=0
         )
-        print(growth(lambda: attack.perturb(x, y)))
+        attack.perturb(x, y)
     else:
-        from robustsoup.attacks import Settings, run_attack
-
-        settings = Settings(steps=10, precision=tool, batch_size=500)
-        print(growth(lambda: run_attack(network, x, y, LINF, settings)))
+        rs.apgd(network, x, y, threat, steps=10, precision=tool, batch_size=len(x))
 
 
-def main():
+def main() -> None:
     """Print a row for each tool."""
-    grown = {}
+    options = parse_arguments(__doc__, images=500)
+    task, growth = workload(small=options.small), {}
+    count = 64 if options.small else options.images
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint("eps8").save(Path(folder) / "network.safetensors")
-        torch.save(images(500), Path(folder) / "images.pt")
+        task.train_ingredient(8).save(Path(folder) / "network.safetensors")
+        x, y = first_images(task.load_data().test, count)
+        torch.save((x, y, task.threat.eps), Path(folder) / "images.pt")
         for tool in ("pyautoattack", "float32", "bfloat16"):
-            command = [sys.executable, __file__, folder, tool]
+            command = [sys.executable, __file__, "--child", tool, folder]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            grown[tool] = float(out.stdout.split()[-1])
+            growth[tool] = float(out.stdout.split()[-1])
     print(
-        f"{machine()}\n500 images, batch size 500, growth of the peak resident memory\n\n| | MiB |\n|---|---|"
+        f"{describe_machine()}\n{count} images in one batch, growth of the peak resident memory"
+        "\n\n| | MiB |\n|---|---|"
     )
-    for tool, value in grown.items():
+    for tool, value in growth.items():
         print(f"| {tool if tool == 'pyautoattack' else f'robustsoup, {tool}'} | {value:.0f} |")
-    print(f"\npyautoattack takes {grown['pyautoattack'] / grown['float32']:.1f} x ours in float32")
+    if growth["float32"] > 0:
+        ratio = growth["pyautoattack"] / growth["float32"]
+        print(f"\npyautoattack takes {ratio:.1f} x as much as robustsoup in float32")
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 1 else main()
+    if sys.argv[1:2] == ["--child"]:
+        attack_once(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()
