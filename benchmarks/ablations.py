@@ -1,23 +1,29 @@
-"""What came out of recipes/two_cores/learning.toml for several seeds: tables for docs/results.md.
+"""Tables of docs/results.md from run folders of recipes/two_cores/learning.toml.
 
-    python benchmarks/ablations.py runs/learning-0 runs/learning-1 runs/learning-2 [--figures docs/figures]
-        [--buffers runs/buffers-0 runs/buffers-1 runs/buffers-2]
+    python benchmarks/ablations.py runs/learning-0 runs/learning-1 runs/learning-2
+        [--figures docs/figures] [--buffers runs/buffers-0 runs/buffers-1 runs/buffers-2]
+    python benchmarks/ablations.py --small
 
-A cell is the mean over the run folders, each one seed, and its 95 % interval: Student's t over the seeds of the difference to
-the reference of the same seed (so what a seed does to both cancels), in points, on test. "outside" is how far a soup lies above
-the line between the ingredients with the least and the greatest eps, in points of robust accuracy at its clean accuracy.
---figures draws, for the first folder, what was learned and where the dial lies. --buffers: run folders of
-recipes/two_cores/learning_buffers.toml of the same seeds, for the table of statistics while learning.
+A cell is the mean over the run folders, each one seed, and its 95 % interval: Student's t over the
+seeds of the difference to the reference of the same seed (so the effect of a seed on both cancels),
+in points, on test. "outside" is how far a soup lies above the line between the ingredients with the
+smallest and the largest eps, in points of robust accuracy at its clean accuracy. --figures draws,
+for the first folder, the learned coefficients and where the dial lies. --buffers takes run folders
+of recipes/two_cores/learning_buffers.toml of the same seeds, for the table of statistics while
+learning. --small runs both recipes on digits first.
 """
 
 import argparse
 import json
 import math
 import statistics
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from common import T95
+from common import T95, run_recipe_small
 from matplotlib import rc_context
 
 import robustsoup as rs
@@ -26,102 +32,119 @@ from robustsoup.reports.style import STYLE
 from robustsoup.reports.tradeoff import draw_tradeoff
 
 REFERENCE = "learned-linf-8-255-ce"
-LEAST, GREATEST = "eps4", "eps16"
+SMALLEST_EPS, LARGEST_EPS = "eps4", "eps16"
+POLICIES = ("average", "base", "recalibrate", "adversarial")
+Row = dict[str, Any]
+Point = tuple[float, float]
+"""Clean and robust accuracy in percent."""
 
 
-class Run:
-    """One run folder: its rows by name."""
+class SeedRun:
+    """The rows of one run folder by name, joined with those of a second folder of the same seed."""
 
-    def __init__(self, folder: Path, other: Path | None = None) -> None:
+    def __init__(self, folder: Path, buffers_folder: Path | None = None) -> None:
         self.folder = folder
         self.results = json.loads((folder / "results.json").read_text())
-        self.rows = {row["name"]: row for row in self.results["rows"]}
-        if other:
-            theirs = json.loads((other / "results.json").read_text())
-            assert theirs["data"]["split_digest"] == self.results["data"]["split_digest"], (
-                f"{other}: another seed"
-            )
-            self.rows = {row["name"]: row for row in theirs["rows"]} | self.rows
+        self.rows: dict[str, Row] = {row["name"]: row for row in self.results["rows"]}
+        if buffers_folder:
+            second = json.loads((buffers_folder / "results.json").read_text())
+            if second["data"]["split_digest"] != self.results["data"]["split_digest"]:
+                raise SystemExit(f"{buffers_folder}: its seed differs from that of {folder}")
+            self.rows = {row["name"]: row for row in second["rows"]} | self.rows
         self.threat = next(t for t in self.results["protocol"]["threats"] if t != "clean")
 
-    def point(self, name: str) -> tuple[float, float]:
-        """Clean and robust accuracy on test, in percent."""
-        return tuple(100 * self.rows[name]["test"][key]["value"] for key in ("clean", self.threat))
+    def point(self, name: str) -> Point:
+        """Return clean and robust accuracy on test, in percent."""
+        test = self.rows[name]["test"]
+        return 100 * test["clean"]["value"], 100 * test[self.threat]["value"]
 
     def outside(self, name: str) -> float:
-        """Robust accuracy less that of the line between two ingredients at the same clean accuracy, in points."""
-        (c0, r0), (c1, r1) = self.point(LEAST), self.point(GREATEST)
+        """Return the robust accuracy above the line between two ingredients, in points."""
+        (clean0, robust0), (clean1, robust1) = self.point(SMALLEST_EPS), self.point(LARGEST_EPS)
         clean, robust = self.point(name)
-        return robust - (r0 + (clean - c0) * (r1 - r0) / (c1 - c0))
+        if clean1 == clean0:
+            return robust - robust0
+        return robust - (robust0 + (clean - clean0) * (robust1 - robust0) / (clean1 - clean0))
 
     def coefficients(self, name: str) -> rs.Coefficients:
-        """What was learned."""
+        """Return the coefficients of a learned soup."""
         return rs.Coefficients.load(self.folder / self.rows[name]["coefficients_file"])
 
+    def names(self, keep: Callable[[Row], bool]) -> list[str]:
+        """Return the names of the rows for which `keep` holds."""
+        return [row["name"] for row in self.results["rows"] if keep(row)]
 
-def spread(values: list[float]) -> str:
-    """Mean and half the 95 % interval of Student's t over the seeds."""
+
+def format_difference(values: Sequence[float]) -> str:
+    """Return the mean and half the 95 % interval of Student's t over the seeds."""
     n = len(values)
     if n == 1:
         return f"{values[0]:+.1f}"
-    return (
-        f"{statistics.mean(values):+.1f} ± {T95[n] * statistics.stdev(values) / math.sqrt(n):.1f}"
-    )
+    half = T95[n] * statistics.stdev(values) / math.sqrt(n)
+    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
 
 
-def mean(values: list[float], digits: int = 1) -> str:
-    """Mean over the seeds, and the least and the most."""
-    return (
-        f"{statistics.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-    )
+def format_range(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean over the seeds with minimum and maximum."""
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def compared(runs: list[Run], names: list[str], reference: str) -> None:
-    """Each network, and how it differs from the reference."""
-    print(
-        f"| | clean | robust | clean, less {reference} | robust, less {reference} | outside |\n|---|---|---|---|---|---|"
-    )
-    every = runs
+def table_head(*columns: str) -> str:
+    """Return the header of a Markdown table."""
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def print_comparison(runs: Sequence[SeedRun], names: Sequence[str], reference: str) -> None:
+    """Print each network and its difference to the reference."""
+    differences = (f"clean, less {reference}", f"robust, less {reference}")
+    print(table_head("", "clean", "robust", *differences, "outside"))
     for name in [reference, *(n for n in names if n != reference)]:
-        runs = [run for run in every if name in run.rows]
-        points, base = ([run.point(n) for run in runs] for n in (name, reference))
-        cells = [mean([p[k] for p in points]) for k in (0, 1)]
-        cells += [
-            ""
-            if name == reference
-            else spread([p[k] - b[k] for p, b in zip(points, base, strict=True)])
-            for k in (0, 1)
-        ]
-        shown = name + (f" ({len(runs)} seed)" if len(runs) < len(every) else "")
-        print(f"| {shown} | {' | '.join(cells)} | {spread([run.outside(name) for run in runs])} |")
+        with_name = [run for run in runs if name in run.rows]
+        points = [run.point(name) for run in with_name]
+        references = [run.point(reference) for run in with_name]
+        cells = [format_range([point[axis] for point in points]) for axis in (0, 1)]
+        for axis in (0, 1):
+            gains = [p[axis] - r[axis] for p, r in zip(points, references, strict=True)]
+            cells.append("" if name == reference else format_difference(gains))
+        cells.append(format_difference([run.outside(name) for run in with_name]))
+        note = f" ({len(with_name)} seed)" if len(with_name) < len(runs) else ""
+        print(f"| {name}{note} | {' | '.join(cells)} |")
 
 
-def measures(coefficients: rs.Coefficients) -> dict[str, float]:
-    """Entropy as a share of log n, movement and slope, of all layers and of their first and last third."""
-    c, third = coefficients, max(len(coefficients.layers) // 3, 1)
+def summarise_coefficients(coefficients: rs.Coefficients) -> dict[str, float]:
+    """Return entropy (as a share of log n), movement and slope, for all layers and thirds."""
+    third = max(len(coefficients.layers) // 3, 1)
+    moved, slopes = coefficients.movement(), coefficients.slopes
+    assert moved is not None, "the coefficients were not learned"
+    assert slopes is not None, "the coefficients were not learned"
     return {
-        "entropy / log n": float(c.entropy().mean()) / math.log(c.alpha.shape[1]),
-        "moved": float(c.movement().mean()),
-        "moved, first third": float(c.movement()[:third].mean()),
-        "moved, last third": float(c.movement()[-third:].mean()),
-        "slope, first third": float(c.slopes[:third].mean()),
-        "slope, last third": float(c.slopes[-third:].mean()),
+        "entropy / log n": float(coefficients.entropy().mean())
+        / math.log(coefficients.alpha.shape[1]),
+        "moved": float(moved.mean()),
+        "moved, first third": float(moved[:third].mean()),
+        "moved, last third": float(moved[-third:].mean()),
+        "slope, first third": float(slopes[:third].mean()),
+        "slope, last third": float(slopes[-third:].mean()),
     }
 
 
-def learned(runs: list[Run], names: list[str]) -> None:
-    """What was learned, by name of the soup."""
+def print_learned(runs: Sequence[SeedRun], names: Sequence[str]) -> None:
+    """Print a summary of the coefficients of each learned soup."""
     for number, name in enumerate(names):
-        found = [measures(run.coefficients(name)) for run in runs]
+        summaries = [summarise_coefficients(run.coefficients(name)) for run in runs]
         if number == 0:
-            print(f"| | {' | '.join(found[0])} |\n|{'---|' * (len(found[0]) + 1)}")
-        cells = [mean([f[key] for f in found], 4 if "slope" in key else 2) for key in found[0]]
+            print(table_head("", *summaries[0]))
+        cells = [
+            format_range([summary[key] for summary in summaries], 4 if "slope" in key else 2)
+            for key in summaries[0]
+        ]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def draw(run: Run, folder: Path) -> None:
-    """What was learned under several settings, and the dial between the grid and soups learned one by one."""
-    shown = {
+def draw_figures(run: SeedRun, folder: Path) -> None:
+    """Draw the learned coefficients of several settings, and the dial beside grid and soups."""
+    labels = {
         REFERENCE: "reference",
         "zeros-linf-8-255": "zeros",
         "lr0.1-linf-8-255": "lr 0.1",
@@ -129,150 +152,141 @@ def draw(run: Run, folder: Path) -> None:
         "learned-linf-8-255-mixed-0.5": "mixed 0.5",
         "learned-linf-8-255-mixed-1": "clean",
     }
-    names = run.rows[REFERENCE]["ingredients"]
-    plot = draw_dial(
-        [(label, run.coefficients(name)) for name, label in shown.items()],
-        names,
-        "what was learned",
-    )
+    ingredients = run.rows[REFERENCE]["ingredients"]
+    panels = [(label, run.coefficients(name)) for name, label in labels.items()]
+    plot = draw_dial(panels, ingredients, "what was learned")
     save(replace(plot, stem="learning_two_cores_coefficients"), folder)
     rows = [
-        r
-        for r in run.results["rows"]
-        if r["role"] == "ingredient" or r["soup"] in ("grid", "learned", "dial")
+        row
+        for row in run.results["rows"]
+        if row["role"] == "ingredient" or row["soup"] in ("grid", "learned", "dial")
     ]
     with rc_context(STYLE):
         (plot,), _ = draw_tradeoff(run.results | {"rows": rows, "name": "the dial"}, run.folder)
     save(replace(plot, stem="learning_two_cores_dial"), folder)
 
 
-def main() -> None:
-    """Print every table that the run folders have rows for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--figures", type=Path)
-    parser.add_argument("--buffers", nargs="+", type=Path)
-    asked = parser.parse_args()
-    runs = [
-        Run(*both)
-        for both in zip(asked.folders, asked.buffers or [None] * len(asked.folders), strict=True)
-    ]
-    if asked.figures:
-        draw(runs[0], asked.figures)
-    rows = runs[0].results["rows"]
-    print(
-        f"{len(runs)} seeds, {runs[0].results['protocol']['samples']['test']} test samples, {runs[0].threat}\n"
-    )
-    single = [r["name"] for r in rows if r["role"] == "learned" and "-base-" not in r["name"]]
-    single = [
-        name
-        for name in single
-        if not any(p in name for p in ("learned-average", "learned-recal", "learned-adv"))
-    ]
-    print("### Ingredients and learned soups, one setting changed at a time\n")
-    compared(runs, ["pretrained", "eps4", "eps8", "eps16", *single], REFERENCE)
-    print("\n### What was learned\n")
-    learned(runs, single)
-    for title, reference, prefix in (
-        ("Statistics of learned soups", REFERENCE, "learned-"),
-        ("Statistics of the grid", "half-average", "half-"),
-    ):
-        print(f"\n### {title}\n")
-        if prefix == "learned-":
-            names = [
-                r["name"]
-                for r in rows
-                if r["role"] == "learned" and r["name"].endswith("linf-8-255")
-            ]
-            compared(runs, [n for n in names if n.startswith("learned-")], reference)
-        else:
-            grid_policies(runs)
-    if asked.buffers:
-        print("\n### Statistics while learning\n")
-        compared(runs, [name for name in runs[0].rows if name.startswith("learned-on-")], REFERENCE)
-    print("\n### The dial, soups learned one by one, and the grid\n")
-    compared(
-        runs,
-        [r["name"] for r in rows if r["role"] == "dial"]
-        + [n for n in single if n.startswith("learned-")],
-        REFERENCE,
-    )
-    print()
-    frontier(runs)
-    for name in (REFERENCE, "model-linf-8-255"):
-        less = spread([best_of_grid(run) - run.outside(name) for run in runs])
-        print(f"\nthe grid's best lies farther outside than {name} by {less} points")
-
-
-def grid_policies(runs: list[Run]) -> None:
-    """The grid at a step of a half under each policy: mean over ingredients or over midpoints, less that of the average."""
+def print_grid_policies(runs: Sequence[SeedRun]) -> None:
+    """Print the grid at a step of a half under each policy, less the average policy."""
     for title, points in (
-        ("midpoints", ["0-0.5-0.5", "0.5-0-0.5", "0.5-0.5-0"]),
-        ("ingredients", ["0-0-1", "0-1-0", "1-0-0"]),
+        ("midpoints", ("0-0.5-0.5", "0.5-0-0.5", "0.5-0.5-0")),
+        ("ingredients", ("0-0-1", "0-1-0", "1-0-0")),
     ):
-        print(
-            f"\n| the three {title} | clean | robust | clean, less average | robust, less average |\n|---|---|---|---|---|"
-        )
-        policies(runs, points)
+        columns = ("clean", "robust", "clean, less average", "robust, less average")
+        print("\n" + table_head(f"the three {title}", *columns))
+        means = {
+            policy: [
+                [mean_of_points(run, f"half-{policy}", points, axis) for run in runs]
+                for axis in (0, 1)
+            ]
+            for policy in POLICIES
+        }
+        for policy, scores in means.items():
+            cells = [format_range(scores[axis]) for axis in (0, 1)]
+            for axis in (0, 1):
+                pairs = zip(scores[axis], means["average"][axis], strict=True)
+                gains = [a - b for a, b in pairs]
+                cells.append("" if policy == "average" else format_difference(gains))
+            print(f"| {policy} | {' | '.join(cells)} |")
 
 
-def policies(runs: list[Run], mids: list[str]) -> None:
-    """A row for each policy."""
-    for policy in ("average", "base", "recalibrate", "adversarial"):
-        scores = [
-            [statistics.mean(run.point(f"half-{policy}-{mid}")[k] for mid in mids) for run in runs]
-            for k in (0, 1)
-        ]
-        base = [
-            [statistics.mean(run.point(f"half-average-{mid}")[k] for mid in mids) for run in runs]
-            for k in (0, 1)
-        ]
-        less = [spread([a - b for a, b in zip(scores[k], base[k], strict=True)]) for k in (0, 1)]
-        print(
-            f"| {policy} | {mean(scores[0])} | {mean(scores[1])} | {' | '.join(less if policy != 'average' else ['', ''])} |"
-        )
+def mean_of_points(run: SeedRun, prefix: str, points: Sequence[str], axis: int) -> float:
+    """Return the mean clean (axis 0) or robust (axis 1) accuracy of some soups of a grid."""
+    return statistics.mean(run.point(f"{prefix}-{point}")[axis] for point in points)
 
 
-def frontier(runs: list[Run]) -> None:
-    """How far outside the line each way lies: its points' mean, and how much of the grid's frontier it reaches."""
-    ways = {
+def print_frontier(runs: Sequence[SeedRun]) -> None:
+    """Print how far outside the line the points of each method lie."""
+    methods: dict[str, Callable[[Row], bool]] = {
         "grid": lambda row: row["role"] == "grid" and row["soup"] == "grid",
         "learned one by one": lambda row: row["soup"] == "learned",
         "dial": lambda row: row["soup"] == "dial",
         "dial, tracked": lambda row: row["soup"] == "dial-tracked",
         "dial, eps": lambda row: row["soup"] == "dial-eps",
     }
-    print("| | points | best outside | mean outside | clean from | to |\n|---|---|---|---|---|---|")
-    for way, belongs in ways.items():
-        cells: dict[str, list[float]] = {"best": [], "mean": [], "low": [], "high": []}
-        for run in runs:
-            names = [row["name"] for row in run.results["rows"] if belongs(row)]
-            if not names:
-                continue
-            found = len(names)
-            outside = [run.outside(name) for name in names]
-            cleans = [run.point(name)[0] for name in names]
-            for key, value in (
-                ("best", max(outside)),
-                ("mean", statistics.mean(outside)),
-                ("low", min(cleans)),
-                ("high", max(cleans)),
-            ):
-                cells[key].append(value)
-        row = [
-            spread(cells["best"]),
-            spread(cells["mean"]),
-            mean(cells["low"]),
-            mean(cells["high"]),
+    print(table_head("", "points", "best outside", "mean outside", "clean from", "to"))
+    for method, belongs in methods.items():
+        names = {run.folder: run.names(belongs) for run in runs}
+        present = [run for run in runs if names[run.folder]]
+        outside = [[run.outside(name) for name in names[run.folder]] for run in present]
+        clean = [[run.point(name)[0] for name in names[run.folder]] for run in present]
+        if not present:
+            continue
+        cells = [
+            format_difference([max(values) for values in outside]),
+            format_difference([statistics.mean(values) for values in outside]),
+            format_range([min(values) for values in clean]),
+            format_range([max(values) for values in clean]),
         ]
-        print(f"| {way} | {found} | {' | '.join(row)} |")
+        print(f"| {method} | {len(outside[-1])} | {' | '.join(cells)} |")
 
 
-def best_of_grid(run: Run) -> float:
-    """The farthest that a soup of the grid lies outside the line."""
-    return max(run.outside(row["name"]) for row in run.results["rows"] if row["soup"] == "grid")
+def best_of_grid(run: SeedRun) -> float:
+    """Return how far outside the line the best soup of the grid lies."""
+    return max(run.outside(name) for name in run.names(lambda row: row["soup"] == "grid"))
+
+
+def print_tables(runs: Sequence[SeedRun], *, with_buffers: bool) -> None:
+    """Print every table."""
+    results = runs[0].results
+    samples = results["protocol"]["samples"]["test"]
+    print(f"{len(runs)} seeds, {samples} test samples, {runs[0].threat}\n")
+    learned = runs[0].names(lambda row: row["role"] == "learned" and "-base-" not in row["name"])
+    policies = ("learned-average", "learned-recal", "learned-adv")
+    single = [name for name in learned if not name.startswith(policies)]
+    print("### Ingredients and learned soups, one setting changed at a time\n")
+    print_comparison(runs, ["pretrained", "eps4", "eps8", "eps16", *single], REFERENCE)
+    print("\n### What was learned\n")
+    print_learned(runs, single)
+    print("\n### Statistics of learned soups\n")
+    by_policy = runs[0].names(
+        lambda row: (
+            row["role"] == "learned"
+            and row["name"].startswith("learned-")
+            and row["name"].endswith("linf-8-255")
+        )
+    )
+    print_comparison(runs, by_policy, REFERENCE)
+    print("\n### Statistics of the grid\n")
+    print_grid_policies(runs)
+    if with_buffers:
+        print("\n### Statistics while learning\n")
+        on_policies = [name for name in runs[0].rows if name.startswith("learned-on-")]
+        print_comparison(runs, on_policies, REFERENCE)
+    print("\n### The dial, soups learned one by one, and the grid\n")
+    dials = runs[0].names(lambda row: row["role"] == "dial")
+    one_by_one = [name for name in single if name.startswith("learned-")]
+    print_comparison(runs, [*dials, *one_by_one], REFERENCE)
+    print()
+    print_frontier(runs)
+    for name in (REFERENCE, "model-linf-8-255"):
+        gains = format_difference([best_of_grid(run) - run.outside(name) for run in runs])
+        print(f"\nthe grid's best lies {gains} points farther outside than {name}")
+
+
+def main() -> None:
+    """Parse the options and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--figures", type=Path)
+    parser.add_argument("--buffers", nargs="+", type=Path)
+    parser.add_argument("--small", action="store_true", help="run tiny recipes on digits first")
+    options = parser.parse_args()
+    if bool(options.folders) == options.small:
+        parser.error("give run folders, or --small")
+    with tempfile.TemporaryDirectory() as place:
+        if options.small:
+            recipes = ("learning", "learning_buffers")
+            folder, buffers = (run_recipe_small(name, Path(place) / name) for name in recipes)
+            options.folders, options.buffers = [folder], [buffers]
+            options.figures = Path(place) / "figures"
+        second = options.buffers or [None] * len(options.folders)
+        runs = [SeedRun(*folders) for folders in zip(options.folders, second, strict=True)]
+        if options.figures:
+            draw_figures(runs[0], options.figures)
+        print_tables(runs, with_buffers=bool(options.buffers))
 
 
 if __name__ == "__main__":

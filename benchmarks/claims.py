@@ -1,32 +1,41 @@
-"""The paper's claims on grids, lines, learned soups and planes, as numbers from run folders: tables for docs/results.md.
+"""The paper's claims on grids, lines, learned soups and planes, measured from run folders.
 
     python benchmarks/claims.py [--every] RUN_DIR [RUN_DIR ...]
+    python benchmarks/claims.py --small
 
-Folders of one recipe with several seeds are put together. What is best is chosen on val (on test under the paper's protocol)
-and measured on test. With one seed an interval is a percentile bootstrap over the test samples, drawn jointly for all networks
-of a folder (so differences are paired), 5,000 draws; with several it is Student's t over the seeds. All are 95 %, in points.
-A gap is robust accuracy less that of a straight line between two networks at the same clean accuracy.
+Prints the tables of docs/results.md. Folders of one recipe with several seeds are combined. The
+best network is chosen on val (on test under the paper's protocol) and measured on test. With one
+seed an interval is a percentile bootstrap over the test samples, drawn jointly for all networks of
+a folder (so differences are paired), 5,000 draws; with several seeds it is Student's t over the
+seeds. All intervals are 95 %, in points. A gap is robust accuracy minus that of a straight line
+between two networks at the same clean accuracy. --small runs a tiny recipe on digits first.
 """
 
 import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from functools import partial
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from common import T95
+from common import T95, run_recipe_small
 
 from robustsoup.reports.surface import survey
 
 DRAWS = 5000
-Row = dict
+Row = dict[str, Any]
+Ends = tuple[str, str]
+SMALL_RECIPES = ("eps_soups", "wise_ft", "landscape")
 
 
-class Run:
-    """One run folder: accuracies on the split that selects, and draws of those on test, the last one the estimate."""
+class RunResults:
+    """Results of one run folder, with bootstrap draws of the accuracies on test.
+
+    `draw_accuracy` returns DRAWS bootstrap values followed by the estimate itself.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.results = folder, json.loads((folder / "results.json").read_text())
@@ -34,249 +43,297 @@ class Run:
         self.select_on, self.report_on = protocol["select_on"], protocol["report_on"]
         self.threats = [threat for threat in protocol["threats"] if threat != "clean"]
         self.rows: dict[str, Row] = {row["name"]: row for row in self.results["rows"]}
-        self._draws: dict[str, dict[str, np.ndarray]] = {}
+        self._accuracies: dict[str, dict[str, np.ndarray]] = {}
         self._weights: np.ndarray | None = None
 
-    def section(self, role: str) -> dict[str, list[Row]]:
-        """Rows of a role by their section of the recipe."""
-        found: dict[str, list[Row]] = {}
+    def rows_by_section(self, role: str) -> dict[str, list[Row]]:
+        """Return the rows of a role, grouped by their section of the recipe."""
+        sections: dict[str, list[Row]] = {}
         for row in self.results["rows"]:
             if row["role"] == role:
-                found.setdefault(row["soup"], []).append(row)
-        return found
+                sections.setdefault(row["soup"], []).append(row)
+        return sections
 
-    def chosen(self, rows: list[Row], measure: str) -> str:
-        """The best of rows at a measure, on the split that selects."""
+    def best_row(self, rows: Sequence[Row], measure: str) -> str:
+        """Return the name of the best row at a measure, on the split that selects."""
         return max(rows, key=lambda row: row[self.select_on][measure]["value"])["name"]
 
-    def on(self, name: str, measure: str) -> np.ndarray:
-        """Accuracy on test in percent: (DRAWS + 1,)."""
-        if name not in self._draws:
-            with np.load(self.folder / "evaluations" / f"{name}.{self.report_on}.npz") as file:
-                right = {"clean": file["prediction"] == file["labels"]}
-                right |= {threat: file[f"robust_{k}"] for k, threat in enumerate(self.threats)}
-            n = len(right["clean"])
-            if self._weights is None:
-                drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)
-                self._weights = np.vstack([drawn, np.ones(n)]) / n
-            self._draws[name] = {key: 100 * (self._weights @ value) for key, value in right.items()}
-        return self._draws[name][measure]
+    def draw_accuracy(self, name: str, measure: str) -> np.ndarray:
+        """Return the accuracy on test in percent, (DRAWS + 1,)."""
+        if name not in self._accuracies:
+            path = self.folder / "evaluations" / f"{name}.{self.report_on}.npz"
+            with np.load(path) as arrays:
+                hits = {"clean": arrays["prediction"] == arrays["labels"]}
+                hits |= {
+                    threat: arrays[f"robust_{number}"] for number, threat in enumerate(self.threats)
+                }
+            weights = self._sample_weights(len(hits["clean"]))
+            self._accuracies[name] = {key: 100 * (weights @ value) for key, value in hits.items()}
+        return self._accuracies[name][measure]
 
-    def seen_gap(self, name: str, ends: tuple[str, str], threat: str) -> float:
-        """The gap on the split that selects; 0 where the ends are equally clean."""
-        points = [
-            [self.rows[n][self.select_on][k]["value"] for k in ("clean", threat)]
-            for n in (*ends, name)
-        ]
-        (c0, r0), (c1, r1), (c, r) = points
-        return r - (r0 + (c - c0) * (r1 - r0) / (c1 - c0)) if c1 != c0 else 0.0
+    def _sample_weights(self, n: int) -> np.ndarray:
+        if self._weights is None:
+            drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)
+            self._weights = np.vstack([drawn, np.ones(n)]) / n
+        return self._weights
 
-    def gap(self, name: str, ends: tuple[str, str], threat: str) -> np.ndarray:
-        """Points of robust accuracy above the line between two networks."""
-        (c0, c1), (r0, r1) = ([self.on(end, key) for end in ends] for key in ("clean", threat))
+    def gap_on_selection(self, name: str, ends: Ends, threat: str) -> float:
+        """Return the gap on the split that selects; 0 where the ends are equally clean."""
+        (clean0, robust0), (clean1, robust1), (clean, robust) = (
+            [self.rows[row][self.select_on][key]["value"] for key in ("clean", threat)]
+            for row in (*ends, name)
+        )
+        if clean1 == clean0:
+            return 0.0
+        return robust - (robust0 + (clean - clean0) * (robust1 - robust0) / (clean1 - clean0))
+
+    def draw_gap(self, name: str, ends: Ends, threat: str) -> np.ndarray:
+        """Return the points of robust accuracy above the line between two networks, on test."""
+        clean0, clean1 = (self.draw_accuracy(end, "clean") for end in ends)
+        robust0, robust1 = (self.draw_accuracy(end, threat) for end in ends)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self.on(name, threat) - (
-                r0 + (self.on(name, "clean") - c0) * (r1 - r0) / (c1 - c0)
-            )
+            slope = (robust1 - robust0) / (clean1 - clean0)
+            line = robust0 + (self.draw_accuracy(name, "clean") - clean0) * slope
+        return self.draw_accuracy(name, threat) - line
 
 
-def seeds(runs: list) -> str:
-    """How many runs there are."""
+def count_seeds(runs: Sequence[object]) -> str:
+    """Return "one seed", "3 seeds" and so on."""
     return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
-def told(values: list[np.ndarray], sign: bool = True) -> str:
-    """One seed: estimate [bootstrap]; several: mean ± t."""
+def format_interval(draws: list[np.ndarray], *, sign: bool = True) -> str:
+    """Return estimate [bootstrap interval] for one seed, mean ± half interval for several."""
     plus = "+" if sign else ""
-    ends = [float(value[-1]) for value in values]
-    if len(values) == 1:
-        drawn = values[0][:-1]
-        if not np.isfinite(drawn).all():
+    estimates = [float(values[-1]) for values in draws]
+    if len(draws) == 1:
+        if not np.isfinite(draws[0][:-1]).all():
             return "-"
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        return f"{ends[0]:{plus}.1f} [{low:{plus}.1f}, {high:{plus}.1f}]"
-    half = T95[len(ends)] * statistics.stdev(ends) / math.sqrt(len(ends))
-    return f"{statistics.mean(ends):{plus}.1f} ± {half:.1f}"
+        low, high = np.percentile(draws[0][:-1], [2.5, 97.5])
+        return f"{estimates[0]:{plus}.1f} [{low:{plus}.1f}, {high:{plus}.1f}]"
+    n = len(estimates)
+    half = T95[n] * statistics.stdev(estimates) / math.sqrt(n)
+    return f"{statistics.mean(estimates):{plus}.1f} ± {half:.1f}"
 
 
-def grids(runs: list[Run]) -> Iterator[str]:
+def table_head(*columns: str) -> str:
+    """Return the header of a Markdown table."""
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def grid_tables(runs: list[RunResults]) -> Iterator[str]:
     """F2, F3: where the best soup of each grid lies, and what mixing adds to the best corner."""
-    for soup in runs[0].section("grid"):
-        yield f"\n**{runs[0].results['name']}, {soup}** ({seeds(runs)})\n"
-        yield "| measure | best on val | best mixture less best corner | R² of a quadratic |\n|---|---|---|---|"
+    for soup in runs[0].rows_by_section("grid"):
+        yield f"\n**{runs[0].results['name']}, {soup}** ({count_seeds(runs)})\n"
+        yield table_head(
+            "measure", "best on val", "best mixture less best corner", "R² of a quadratic"
+        )
         for measure in ("clean", *runs[0].threats):
-            best, less, smooth = [], [], []
+            best, gains, fits = [], [], []
             for run in runs:
-                if measure not in run.rows[run.section("grid")[soup][0]["name"]][run.report_on]:
+                rows = run.rows_by_section("grid")[soup]
+                if measure not in run.rows[rows[0]["name"]][run.report_on]:
                     continue
-                rows = run.section("grid")[soup]
-                corner = run.chosen([row for row in rows if max(row["coefficients"]) == 1], measure)
-                inner = run.chosen([row for row in rows if max(row["coefficients"]) < 1], measure)
-                best.append(run.chosen(rows, measure).removeprefix(f"{soup}-"))
-                less.append(run.on(inner, measure) - run.on(corner, measure))
-                smooth.append(quadratic(rows, [run.on(row["name"], measure)[-1] for row in rows]))
-            r2 = ", ".join(f"{value:.2f}" for value in smooth)
-            yield f"| {measure} | {'; '.join(best)} | {told(less)} | {r2} |"
+                corners = [row for row in rows if max(row["coefficients"]) == 1]
+                mixtures = [row for row in rows if max(row["coefficients"]) < 1]
+                corner, mixture = (run.best_row(part, measure) for part in (corners, mixtures))
+                best.append(run.best_row(rows, measure).removeprefix(f"{soup}-"))
+                gains.append(
+                    run.draw_accuracy(mixture, measure) - run.draw_accuracy(corner, measure)
+                )
+                values = [run.draw_accuracy(row["name"], measure)[-1] for row in rows]
+                fits.append(fit_quadratic(rows, values))
+            r2 = ", ".join(f"{value:.2f}" for value in fits)
+            yield f"| {measure} | {'; '.join(best)} | {format_interval(gains)} | {r2} |"
 
 
-def quadratic(rows: list[Row], values: list[float]) -> float:
-    """How much of the variance over a grid a quadratic in the coefficients explains."""
+def fit_quadratic(rows: Sequence[Row], values: Sequence[float]) -> float:
+    """Return the share of the variance that a quadratic in the coefficients explains."""
     alpha = np.array([row["coefficients"] for row in rows])[:, :-1]
-    k = alpha.shape[1]
-    terms = [
-        np.ones(len(alpha)),
-        *alpha.T,
-        *(alpha[:, i] * alpha[:, j] for i in range(k) for j in range(i, k)),
-    ]
-    design, y = np.stack(terms, axis=1), np.array(values)
-    left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    return 1 - float((left**2).sum() / ((y - y.mean()) ** 2).sum())
+    n = alpha.shape[1]
+    products = [alpha[:, i] * alpha[:, j] for i in range(n) for j in range(i, n)]
+    design = np.stack([np.ones(len(alpha)), *alpha.T, *products], axis=1)
+    y = np.array(values)
+    residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    total = float(((y - y.mean()) ** 2).sum())
+    return 1 - float((residual**2).sum()) / total if total > 1e-12 else 1.0
 
 
-def lines(runs: list[Run]) -> Iterator[str]:
-    """F4: how far each line bends outward, at the point that bends most on the split that selects."""
+def line_tables(runs: list[RunResults]) -> Iterator[str]:
+    """F4: how far each line bends outward, at the point that bends most on val."""
     run = runs[0]
     for threat in run.threats:
         yield f"\n**{run.results['name']}, {threat}**\n"
-        yield "| to | clean | robust | bends most on val at | gap there, on test | gap at the middle |\n|---|---|---|---|---|---|"
-        for rows in run.section("line").values():
-            rows = sorted(rows, key=lambda row: row["coefficients"][1])
-            ends = (rows[0]["name"], rows[-1]["name"])
-
-            most = max(
-                rows[1:-1],
-                key=lambda row, ends=ends, threat=threat: run.seen_gap(row["name"], ends, threat),
-            )
-            middle = [
-                told([run.gap(row["name"], ends, threat)])
-                for row in rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]
-            ]
-            to = [f"{run.on(ends[1], key)[-1]:.1f}" for key in ("clean", threat)]
-            gap = told([run.gap(most["name"], ends, threat)])
-            cells = [
-                rows[0]["ingredients"][1],
-                *to,
-                f"{most['coefficients'][1]:g}",
-                gap,
-                "; ".join(middle),
-            ]
-            yield f"| {' | '.join(cells)} |"
+        yield table_head(
+            "to",
+            "clean",
+            "robust",
+            "bends most on val at",
+            "gap there, on test",
+            "gap at the middle",
+        )
+        for section in run.rows_by_section("line").values():
+            rows = sorted(section, key=lambda row: row["coefficients"][1])
+            yield line_row(run, rows, threat)
 
 
-def learned(runs: list[Run], every: bool) -> Iterator[str]:
-    """F5, F6: learned soups, or all of them, against the two best soups of the grid."""
-    threat = runs[0].threats[0]
-    grid = next(iter(runs[0].section("grid")))
-    ends = [
-        tuple(run.chosen(run.section("grid")[grid], key) for key in ("clean", threat))
-        for run in runs
+def line_row(run: RunResults, rows: list[Row], threat: str) -> str:
+    """Return one row of the table of lines: `rows` run from one end to the other."""
+    ends = (rows[0]["name"], rows[-1]["name"])
+    most = max(rows[1:-1], key=lambda row: run.gap_on_selection(row["name"], ends, threat))
+    middle = rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]
+    cells = [
+        rows[0]["ingredients"][1],
+        *(f"{run.draw_accuracy(ends[1], key)[-1]:.1f}" for key in ("clean", threat)),
+        f"{most['coefficients'][1]:g}",
+        format_interval([run.draw_gap(most["name"], ends, threat)]),
+        "; ".join(format_interval([run.draw_gap(row["name"], ends, threat)]) for row in middle),
     ]
+    return f"| {' | '.join(cells)} |"
+
+
+def learned_tables(runs: list[RunResults], *, every: bool) -> Iterator[str]:
+    """F5, F6: learned soups (every network with `every`) against the two best soups of the grid."""
+    threat = runs[0].threats[0]
+    grid = next(iter(runs[0].rows_by_section("grid")))
+    ends = []
+    for run in runs:
+        rows = run.rows_by_section("grid")[grid]
+        ends.append((run.best_row(rows, "clean"), run.best_row(rows, threat)))
     best = "; ".join(map(" and ".join, ends))
-    yield f"\n**{runs[0].results['name']}, {threat}** ({seeds(runs)}); the grid's two best: {best}\n"
-    yield "| soup | clean | robust | gap to the line | robust less grid's best | clean less grid's best |"
-    yield "|---|---|---|---|---|---|"
+    yield (
+        f"\n**{runs[0].results['name']}, {threat}** ({count_seeds(runs)}); "
+        f"the grid's two best: {best}\n"
+    )
+    yield table_head(
+        "soup",
+        "clean",
+        "robust",
+        "gap to the line",
+        "robust less grid's best",
+        "clean less grid's best",
+    )
     names = [
         row["name"]
         for row in runs[0].results["rows"]
         if every or row["role"] in ("ingredient", "learned")
     ]
-    for name in [*(f"the grid's best {k}" for k in ("clean", "robust")), *names]:
-        who = [
-            (run, end)
-            for run, end in zip(runs, ends, strict=True)
-            if name in run.rows or name.startswith("the grid")
-        ]
-
-        def pick(end: tuple[str, str], name: str = name) -> str:
-            return {"the grid's best clean": end[0], "the grid's best robust": end[1]}.get(
-                name, name
-            )
-
-        cells = [
-            told([run.on(pick(end), key) for run, end in who], sign=False)
-            for key in ("clean", threat)
-        ]
-        cells.append(told([run.gap(pick(end), end, threat) for run, end in who]))
-        cells.append(told([run.on(pick(end), threat) - run.on(end[1], threat) for run, end in who]))
-        cells.append(
-            told([run.on(pick(end), "clean") - run.on(end[0], "clean") for run, end in who])
-        )
-        few = f" ({seeds(who)})" * (len(who) < len(runs))
-        yield f"| {name}{few} | {' | '.join(cells)} |"
-    yield from spans(runs, threat)
+    for label, place in (("the grid's best clean", 0), ("the grid's best robust", 1)):
+        chosen = [(run, end, end[place]) for run, end in zip(runs, ends, strict=True)]
+        yield learned_row(label, chosen, threat, len(runs))
+    for name in names:
+        chosen = [(run, end, name) for run, end in zip(runs, ends, strict=True) if name in run.rows]
+        yield learned_row(name, chosen, threat, len(runs))
+    yield from span_table(runs, threat)
 
 
-def spans(runs: list[Run], threat: str) -> Iterator[str]:
-    """How much of clean and robust accuracy each learned section goes over."""
-    yield "\n| section | clean, from least to most | robust, from least to most |\n|---|---|---|"
-    for soup in runs[0].section("learned"):
+def learned_row(
+    label: str, chosen: list[tuple[RunResults, Ends, str]], threat: str, seeds: int
+) -> str:
+    """Return one row: the network of each run beside that run's two best soups of the grid."""
+    clean = [run.draw_accuracy(name, "clean") for run, _, name in chosen]
+    robust = [run.draw_accuracy(name, threat) for run, _, name in chosen]
+    gaps = [run.draw_gap(name, end, threat) for run, end, name in chosen]
+    best_robust = [run.draw_accuracy(end[1], threat) for run, end, _ in chosen]
+    best_clean = [run.draw_accuracy(end[0], "clean") for run, end, _ in chosen]
+    cells = [
+        format_interval(clean, sign=False),
+        format_interval(robust, sign=False),
+        format_interval(gaps),
+        format_interval([a - b for a, b in zip(robust, best_robust, strict=True)]),
+        format_interval([a - b for a, b in zip(clean, best_clean, strict=True)]),
+    ]
+    note = f" ({count_seeds(chosen)})" if len(chosen) < seeds else ""
+    return f"| {label}{note} | {' | '.join(cells)} |"
+
+
+def span_table(runs: list[RunResults], threat: str) -> Iterator[str]:
+    """How much of clean and robust accuracy each learned section spans."""
+    yield "\n" + table_head("section", "clean, from least to most", "robust, from least to most")
+    for soup in runs[0].rows_by_section("learned"):
         cells = []
         for key in ("clean", threat):
-            ranges = []
+            spans = []
             for run in runs:
-                if rows := run.section("learned").get(soup):
-                    every = np.stack([run.on(row["name"], key) for row in rows])
-                    low, high = every[:, -1].argmin(), every[:, -1].argmax()
-                    ranges.append(every[high] - every[low])
-            cells.append(told(ranges))
+                if rows := run.rows_by_section("learned").get(soup):
+                    values = np.stack([run.draw_accuracy(row["name"], key) for row in rows])
+                    spans.append(values[values[:, -1].argmax()] - values[values[:, -1].argmin()])
+            cells.append(format_interval(spans))
         yield f"| {soup} | {' | '.join(cells)} |"
 
 
-def planes(runs: list[Run]) -> Iterator[str]:
+def plane_table(runs: list[RunResults]) -> Iterator[str]:
     """F7: whether the robust loss is convex on planes."""
     run = runs[0]
     yield f"\n**{run.results['name']}**\n"
-    yield "| plane | loss, least to most | minima inside | not convex, triangle | largest | not convex, all | largest |"
-    yield "|---|---|---|---|---|---|---|"
+    yield table_head(
+        "plane",
+        "loss, least to most",
+        "minima inside",
+        "not convex, triangle",
+        "largest",
+        "not convex, all",
+        "largest",
+    )
     for entry in run.results["planes"]:
-        held = json.loads((run.folder / entry["file"]).read_text())
+        landscape = json.loads((run.folder / entry["file"]).read_text())
         for key, what in (("loss", "robust"), ("clean_loss", "clean")):
-            x, y, loss = (np.array(held[k], dtype=float) for k in ("x", "y", key))
-            frame = np.array(
-                [[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]]
-            )  # a triangle around the whole grid
-            inner, whole = (
-                survey(x, y, loss, np.array(held["positions"])),
-                survey(x, y, loss, frame),
-            )
-            depths = [depth(loss, *at) for at in whole.minima]
-            deep = f"{len(depths)}, at most {max(depths):.4f} deep" if depths else "0"
-            cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", deep]
-            for found in (inner, whole):
-                cells += [f"{found.violations} of {found.triples}", f"{found.worst:.3f}"]
+            x, y, loss = (np.array(landscape[k], dtype=float) for k in ("x", "y", key))
+            # a triangle around the whole grid
+            around = np.array([[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]])
+            inside = survey(x, y, loss, np.array(landscape["positions"]))
+            whole = survey(x, y, loss, around)
+            depths = [minimum_depth(loss, *place) for place in whole.minima]
+            minima = f"{len(depths)}, at most {max(depths):.4f} deep" if depths else "0"
+            cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", minima]
+            for part in (inside, whole):
+                cells += [f"{part.violations} of {part.triples}", f"{part.worst:.3f}"]
             yield f"| {entry['name']}, {what} | {' | '.join(cells)} |"
 
 
-def depth(loss: np.ndarray, row: int, column: int) -> float:
-    """How far a minimum lies below the lowest of its eight neighbours."""
+def minimum_depth(loss: np.ndarray, row: int, column: int) -> float:
+    """Return how far a minimum lies below the lowest of its eight neighbours."""
     around = loss[row - 1 : row + 2, column - 1 : column + 2].ravel()
     return float(np.delete(around, 4).min() - loss[row, column])
 
 
-def main() -> None:
+def print_tables(folders: Sequence[Path], *, every: bool) -> None:
     """Print every table that the folders have rows for."""
+    groups: dict[str, list[RunResults]] = {}
+    for folder in folders:
+        run = RunResults(folder)
+        groups.setdefault(run.results["name"], []).append(run)
+    for runs in groups.values():
+        lines: list[str] = []
+        if runs[0].rows_by_section("grid"):
+            lines += grid_tables(runs)
+        if runs[0].rows_by_section("line"):
+            lines += line_tables(runs)
+        if runs[0].rows_by_section("learned") and runs[0].rows_by_section("grid"):
+            lines += learned_tables(runs, every=every)
+        if runs[0].results.get("planes"):
+            lines += plane_table(runs)
+        print("\n".join(lines))
+
+
+def main() -> None:
+    """Parse the options and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument(
         "--every", action="store_true", help="compare every network with the grid's two best soups"
     )
-    asked = parser.parse_args()
-    groups: dict[str, list[Run]] = {}
-    for folder in asked.folders:
-        run = Run(folder)
-        groups.setdefault(run.results["name"], []).append(run)
-    for runs in groups.values():
-        parts: dict[str, Callable[[list[Run]], Iterator[str]]]
-        parts = {"grid": grids, "line": lines, "learned": partial(learned, every=asked.every)}
-        for role, part in parts.items():
-            if runs[0].section(role):
-                for line in part(runs):
-                    print(line)
-        if runs[0].results.get("planes"):
-            for line in planes(runs):
-                print(line)
+    parser.add_argument("--small", action="store_true", help="run tiny recipes on digits first")
+    options = parser.parse_args()
+    if bool(options.folders) == options.small:
+        parser.error("give run folders, or --small")
+    if not options.small:
+        return print_tables(options.folders, every=options.every)
+    with tempfile.TemporaryDirectory() as place:
+        folders = [run_recipe_small(name, Path(place) / name) for name in SMALL_RECIPES]
+        return print_tables(folders, every=options.every)
 
 
 if __name__ == "__main__":

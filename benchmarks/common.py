@@ -10,11 +10,14 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from robustsoup.data import Data, Split
 from robustsoup.device import resolve_precision
 from robustsoup.files import cache_folder
 
+RECIPES = Path(__file__).parent.parent / "recipes" / "two_cores"
 LINF = rs.ThreatModel("Linf", 8 / 255)
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for a 95 % interval over that many seeds."""
@@ -103,6 +107,63 @@ class Workload:
 
 FULL = Workload("cifar10", "resnet9:width=16", LINF, 12, 2, None)
 SMALL = Workload("digits", "resnet9:width=4", rs.ThreatModel("Linf", 16 / 255), 3, 1, 768)
+
+
+def run_recipe_small(name: str, folder: Path) -> Path:
+    """Run recipes/two_cores/NAME.toml on digits with a tiny network; return the run folder.
+
+    Everything of the recipe stays but sizes: one epoch, two attack steps, few samples and points.
+    """
+    import tomli_w
+
+    recipe = RECIPES / f"{name}.toml"
+    folder.mkdir(parents=True, exist_ok=True)
+    small = folder / "small.toml"
+    small.write_text(tomli_w.dumps({"extends": str(recipe), **shrink(read_toml(recipe))}))
+    command = [sys.executable, "-m", "robustsoup", "run", str(small), "-o", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 3):  # 3: no soup met the requirement
+        sys.exit(f"{name}: {done.stderr}")
+    return folder
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a recipe and of the recipe that it extends."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    if "extends" not in content:
+        return content
+    base = read_toml(path.parent / content.pop("extends"))
+    tables = {key: base.get(key, {}) | value for key, value in content.items() if is_table(value)}
+    return base | content | tables
+
+
+def is_table(value: object) -> bool:
+    """Return whether a TOML value is a table."""
+    return isinstance(value, dict)
+
+
+def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that make a recipe run in seconds on digits."""
+    learns = ("learned", "dial")
+    soups = {
+        name: ({"epochs": 1} if soup["method"] in learns else {})
+        | ({"step": 0.5} if soup["method"] == "grid" else {})
+        | {"calibrate_samples": 64}
+        for name, soup in recipe.get("soups", {}).items()
+    }
+    planes = {
+        name: {"points": 4, "samples": 16, "calibrate_samples": 64, "attack_steps": 1}
+        for name in recipe.get("planes", {})
+    }
+    return {
+        "data": "digits",
+        "model": "wide_resnet:depth=10,width=1" if "wide" in recipe["name"] else "resnet9:width=2",
+        "pretrain": {"epochs": 3, "early_stop": False},
+        "finetune": {"epochs": 1},
+        "evaluate": {"steps": 2, "select_samples": 60, "report_samples": 60},
+        **({"soups": soups} if soups else {}),
+        **({"planes": planes} if planes else {}),
+    }
 
 
 def print_progress(title: str) -> Callable[[int, int, str], None]:
@@ -216,13 +277,13 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def make_near_copies(folder: Path, n: int, model: str) -> list[Path]:
+def make_near_copies(folder: Path, n: int, model: str, *, channels: int = 3) -> list[Path]:
     """Write n checkpoints near one network, about as far apart as fine-tuned ones.
 
     Each weight is moved by about a tenth of its size. How long a step of learning takes does not
     depend on the values of the weights.
     """
-    base = rs.load_model(model)
+    base = rs.load_model(model, channels=channels)
     paths = []
     for seed in range(n):
         near = rs.Checkpoint.of(base)

@@ -62,7 +62,7 @@ class StackedSoup(nn.Module):
         return functional_call(self.network, dict(zip(self.names, weights, strict=True)), (x,))
 
     def attack(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the highest-loss points of APGD-2 from x, (b, c, h, w): three passes, two gradients."""
+        """Return the points of highest loss of APGD-2 from x (b, c, h, w)."""
         self.network.eval()
         alphas = [torch.softmax(logits.detach(), 0) for logits in self.logits]
         low, high = (x - LINF.eps).clamp(0, 1), (x + LINF.eps).clamp(0, 1)

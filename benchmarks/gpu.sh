@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that is to be run on a new GPU, in one command of under six minutes.
+#
+#   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small]
+#
+# FOLDER holds cifar-10-batches-py. Requires a Python with PyTorch, numpy and safetensors; uses
+# pytest and pyautoattack where they are installed, and says what was left out. Nothing is installed
+# or downloaded. Writes OUT/gpu.json and OUT/gpu.md, the table for docs/benchmarks.md.
+# To try the whole script without a GPU: benchmarks/gpu.sh --device cpu --small
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+"$python" - <<'CHECK'
+import sys
+
+missing = []
+for package in ("torch", "numpy", "safetensors"):
+    try:
+        __import__(package)
+    except ImportError:
+        missing.append(package)
+sys.exit(f"gpu.sh: {sys.executable} lacks {', '.join(missing)}" if missing else 0)
+CHECK
+PYTHONPATH="$here/src:$here/benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 \
+    exec "$python" "$here/benchmarks/gpu.py" "$@"

@@ -1,0 +1,73 @@
+"""Every script under benchmarks/ runs in its small form."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+TIMED = ("attack", "grid", "learning", "learning_memory", "memory", "training_attack")
+READ_RUN_FOLDERS = ("ablations", "claims")
+LIBRARIES = ("common",)
+LINUX_ONLY = ("learning_memory", "memory")
+
+
+def run_script(path, *arguments, cache):
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHON": sys.executable}
+    return subprocess.run(
+        [*path, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmarks")
+
+
+def test_every_script_is_run_here():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert names == {*TIMED, *READ_RUN_FOLDERS, *LIBRARIES, "gpu"}
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_it_runs_small_and_prints_the_machine_and_a_ratio(name, cache):
+    if name in LINUX_ONLY and sys.platform != "linux":
+        pytest.skip("reads /proc")
+    done = run_script([sys.executable, BENCHMARKS / f"{name}.py"], "--small", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "threads on" in done.stdout
+    assert "|---|" in done.stdout or " x as fast" in done.stdout
+
+
+def test_the_gpu_script_runs_small_on_a_cpu(tmp_path, cache):
+    script = ["bash", BENCHMARKS / "gpu.sh"]
+    done = run_script(script, "--device", "cpu", "--small", "-o", tmp_path, cache=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert set(results) == {"machine", "tests", "attack", "steps", "pretraining"}
+    assert not [name for name, section in results.items() if "error" in section]
+    assert results["steps"]["float32"]["learning_step_seconds"] > 0
+    assert all(row["float32"]["limit_seconds"] > 0 for row in results["attack"]["rows"])
+    table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "step of training" in table
+    assert "Pre-training resnet9" in table
+
+
+def test_the_gpu_script_without_a_gpu_says_how_to_try_it():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = ["bash", BENCHMARKS / "gpu.sh"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2
+    assert "no CUDA device; to try the script: --device cpu --small" in done.stderr
