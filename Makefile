@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test test-kernels test-oldest lint lint-next types docs dist clean
+.PHONY: demo test test-slow test-kernels test-oldest lint lint-next types docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2
+
+# The longer tests: every family of recipes on digits, many kills.
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 -m slow --durations=10
 
 # The numeric tests again, with the kernels of older processors: no verdict may depend on the processor.
 test-kernels: $(VENV)/.installed-dev
@@ -53,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps robustbench
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps robustbench torchattacks
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from common import RECIPES, run_recipe_small
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -45,6 +46,23 @@ def test_it_runs_small_and_prints_the_machine_and_a_ratio(name, cache):
     assert done.returncode == 0, done.stderr
     assert "threads on" in done.stdout
     assert "|---|" in done.stdout or " x as fast" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ_RUN_FOLDERS)
+def test_it_runs_recipes_on_digits_and_prints_tables(name, cache):
+    done = run_script([sys.executable, BENCHMARKS / f"{name}.py"], "--small", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|---|") >= 4
+    assert "nan" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[!_]*.toml")), ids=lambda path: path.stem)
+def test_each_family_of_recipes_runs_on_digits(recipe, tmp_path):
+    folder = run_recipe_small(recipe.stem, tmp_path)
+    assert (folder / "results.json").is_file()
+    assert (folder / "report.html").is_file()
 
 
 def test_the_gpu_script_runs_small_on_a_cpu(tmp_path, cache):
