@@ -1,9 +1,12 @@
-"""MART (Wang et al. 2020, ICLR) as an objective of one's own: one function of the two batches' logits.
+"""MART (Wang et al. 2020, ICLR) as a custom objective: a function of the logits of two batches.
 
-    robustsoup train --model resnet9 --data cifar10 --threat "Linf 8/255" --objective mart:mart -o mart.safetensors
+In the folder of this file, on the command line:
 
-where this file lies; in Python rs.train(..., objective=mart); in a recipe objective = "mart:mart". The attack climbs the
-cross-entropy, as for every plain function; for another one make a robustsoup.Objective of it.
+    robustsoup train --model resnet9 --data cifar10 --threat "Linf 8/255" --objective mart:mart \
+        -o mart.safetensors
+
+In Python: `rs.train(..., objective=mart)`. In a recipe: `objective = "mart:mart"`. The attack
+maximises the cross-entropy, as for every plain function; a `robustsoup.Objective` can change it.
 """
 
 from torch import Tensor
@@ -11,14 +14,22 @@ from torch.nn import functional
 
 
 def mart(clean: Tensor, attacked: Tensor, y: Tensor, weight: float = 6.0) -> Tensor:
-    """Boosted cross-entropy, plus the KL from clean to attacked, weighed by how wrong the network is on the clean image.
+    """Return boosted cross-entropy plus a KL divergence, weighted by the error on the clean image.
 
-    clean, attacked: logits (b, classes); y: (b,) -> (b,). Source: Wang et al. 2020, section 3.3.
+    Args:
+        clean: (b, classes) logits of the clean images.
+        attacked: (b, classes) logits of the attacked images.
+        y: (b,) int64 labels.
+        weight: Weight of the KL divergence from clean to attacked predictions.
+
+    Returns:
+        (b,) loss of each sample.
+
+    Source: Wang et al. 2020, section 3.3.
     """
     p, q = clean.softmax(1), attacked.softmax(1)
-    likeliest_other = q.scatter(1, y.view(-1, 1), 0.0).amax(1)
-    boosted = (
-        functional.cross_entropy(attacked, y, reduction="none") - (1.0001 - likeliest_other).log()
-    )
+    largest_wrong = q.scatter(1, y.view(-1, 1), 0.0).amax(1)
+    cross_entropy = functional.cross_entropy(attacked, y, reduction="none")
+    boosted = cross_entropy - (1.0001 - largest_wrong).log()
     kl = (p * (clean.log_softmax(1) - attacked.log_softmax(1))).sum(1)
     return boosted + weight * kl * (1 - p.gather(1, y.view(-1, 1)).squeeze(1))
