@@ -76,18 +76,20 @@ def test_the_commands_of_the_readme_and_the_learn_page_run(tmp_path, monkeypatch
         assert (tmp_path / written).exists(), written
 
 
-PYTHON_EXAMPLES = [
-    pytest.param(code, id=f"{page_name(page)}-{number}")
-    for page in PAGES
-    for number, code in enumerate(code_blocks(page, "python"), 1)
-]
+PAGES_WITH_PYTHON = [page for page in PAGES if code_blocks(page, "python")]
 
 
-@pytest.mark.parametrize("code", PYTHON_EXAMPLES)
-def test_python_examples_run(code, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=page_name)
+def test_python_examples_run(page, tmp_path, monkeypatch, capsys):
+    """Run the blocks of a page in order; a block that begins with "# NAME.py" becomes that file."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
-    assert capsys.readouterr().out.strip(), "an example prints its result"
+    monkeypatch.syspath_prepend(tmp_path)
+    for code in code_blocks(page, "python"):
+        if file_name := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / file_name[1]).write_text(code, encoding="utf-8")
+            continue
+        exec(compile(code, page.name, "exec"), {"__name__": "example"})
+        assert capsys.readouterr().out.strip(), "an example prints its result"
 
 
 RECIPES = [code for page in PAGES for code in code_blocks(page, "toml") if "name = " in code]
