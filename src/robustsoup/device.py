@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch import nn
 
 from robustsoup.errors import RequestError
 
@@ -40,3 +41,9 @@ def autocast(device: torch.device, precision: str):
     if precision == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def move_network(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device in the channels-last memory format, in place, and return it."""
+    # PyTorch's annotations lack Module.to(memory_format=...).
+    return model.to(device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]

@@ -95,7 +95,7 @@ def test_a_pattern_groups_by_what_it_matches():
     [
         ("layers", 'got "layers", expected one of parameter, module, block, model'),
         ("re:(", "pattern"),
-        ("re:nothing", "matches no parameter; they are called prep.0.weight"),
+        ("re:nothing", "matches no parameter; their names are prep.0.weight"),
         ("", "expected one of"),
     ],
 )

@@ -219,7 +219,7 @@ def test_layers_longer_than_a_stretch_are_the_same(monkeypatch):
         for item in ingredients()
     ]
     whole = Ingredients(items, list(grads), CPU, "memory").inner(grads)
-    monkeypatch.setitem(module.STRETCH, "cpu", 7)
+    monkeypatch.setitem(module.CHUNK, "cpu", 7)
     parts = Ingredients(items, list(grads), CPU, "memory")
     assert torch.allclose(parts.inner(grads), whole, rtol=1e-12)
     wanted = torch.stack(

@@ -35,7 +35,8 @@ def running_statistics(item: Checkpoint) -> dict[str, str]:
     parameter before it: the layer that it normalises.
     """
     parameters = item.parameters
-    known, owners = set(parameters), {}
+    known = set(parameters)
+    owners: dict[str, str] = {}
     latest = parameters[0] if parameters else None
     for name in item.tensors:
         prefix, _, last = name.rpartition(".")

@@ -14,17 +14,25 @@ from robustsoup.checkpoints.formats import read_tensors, write_tensors
 from robustsoup.errors import CoefficientError
 
 EVERY_LAYER = "*"
+"""The layer of coefficients that hold for the whole network."""
 TOLERANCE = 1e-6
+"""How far from 1 the sum of a row may be."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """alpha: (layers, n) float64, each row sums to 1. layers: names of parameters or of groups of them; "*" is all.
+    """The weights of n ingredients in a soup, for the whole network or for each layer.
 
-    ingredients: the digests of the n ingredients in the order of the columns; empty where they are not fixed.
-    record: how they were made. tracked: the BatchNorm statistics followed while learning, by name.
-    parameters: parameter -> its layer, where that has another name. start: (layers, n), alpha before learning.
-    slopes: (layers,), the mean norm of dL/dlogits over the steps that the layer took part in.
+    Attributes:
+        alpha: (layers, n) float64, each row sums to 1.
+        layers: Names of parameters or of groups of them; ("*",) for the whole network.
+        ingredients: Digests of the n ingredients, in the order of the columns; empty if they are
+            not fixed.
+        record: How the coefficients were made.
+        tracked: BatchNorm statistics that learning tracked, by name.
+        parameters: Layer of each parameter whose layer has another name.
+        start: (layers, n), alpha before learning; None if not learned.
+        slopes: (layers,), mean norm of dL/dlogits over the steps that updated the layer.
     """
 
     alpha: Tensor
@@ -40,7 +48,15 @@ class Coefficients:
     def of(
         cls, alpha: "Coefficients | Tensor | Sequence[float] | Mapping[str, Sequence[float]]"
     ) -> "Coefficients":
-        """From (n,) numbers for the whole network, or {parameter name: (n,)}; Coefficients are returned as they are."""
+        """Return coefficients from plain numbers.
+
+        Args:
+            alpha: (n,) numbers for the whole network, {parameter name: (n,)}, or Coefficients,
+                which are returned as they are.
+
+        Raises:
+            CoefficientError: If alpha is none of these.
+        """
         if isinstance(alpha, Coefficients):
             return alpha
         try:
@@ -54,72 +70,100 @@ class Coefficients:
             ) from None
 
     def row(self, parameter: str) -> list[float]:
-        """The n weights of a parameter. Raises CoefficientError if there are none for it."""
+        """Return the n weights of a parameter.
+
+        Raises:
+            CoefficientError: If no layer holds the parameter.
+        """
         if self.layers == (EVERY_LAYER,):
             return self.alpha[0].tolist()
-        try:
-            return self.alpha[self.layers.index(self.parameters.get(parameter, parameter))].tolist()
-        except ValueError:
+        layer = self.parameters.get(parameter, parameter)
+        if layer not in self.layers:
             raise CoefficientError(
                 f"coefficients: none for layer {parameter}; they are for another network"
-            ) from None
+            )
+        return self.alpha[self.layers.index(layer)].tolist()
 
     def check(self, n: int, *, affine: bool = False) -> None:
-        """Raise CoefficientError unless there are n weights a row, finite, at least 0 (not if affine), summing to 1."""
+        """Check that each row holds n finite weights that sum to 1.
+
+        Args:
+            n: Number of ingredients.
+            affine: Allow negative weights.
+
+        Raises:
+            CoefficientError: Names the first row that is wrong.
+        """
         if self.alpha.shape[1] != n:
             raise CoefficientError(
                 f"coefficients: got {self.alpha.shape[1]}, expected {n}, one for each ingredient"
             )
         for layer, row in zip(self.layers, self.alpha.tolist(), strict=True):
             where = "" if layer == EVERY_LAYER else f"{layer}: "
+            got = f"coefficients: {where}got {_format_row(row)}"
             if not all(map(math.isfinite, row)) or abs(sum(row) - 1) > TOLERANCE:
-                raise CoefficientError(
-                    f"coefficients: {where}got {_short(row)} with sum {sum(row):.6g}, expected sum 1"
-                )
+                raise CoefficientError(f"{got} with sum {sum(row):.6g}, expected sum 1")
             if not affine and min(row) < 0:
-                raise CoefficientError(
-                    f"coefficients: {where}got {_short(row)}, expected none below 0"
-                )
+                raise CoefficientError(f"{got}, expected none below 0")
 
     def for_ingredients(self, digests: Sequence[str]) -> "Coefficients":
-        """The same coefficients with columns in the order of `digests`.
+        """Return the same coefficients with columns in the order of `digests`.
 
-        Raises CoefficientError if they were made for other ingredients.
+        Raises:
+            CoefficientError: If they were made for other ingredients.
         """
         if not self.ingredients or tuple(digests) == self.ingredients:
             return self
         if sorted(digests) != sorted(self.ingredients):
+            expected = ", ".join(digest[:12] for digest in self.ingredients)
             raise CoefficientError(
-                "coefficients: they were made for other ingredients; expected the checkpoints with digests "
-                + ", ".join(digest[:12] for digest in self.ingredients)
+                "coefficients: they were made for other ingredients; "
+                f"expected the checkpoints with digests {expected}"
             )
         columns = [self.ingredients.index(digest) for digest in digests]
-        start = self.start if self.start is None else self.start[:, columns]
+        start = None if self.start is None else self.start[:, columns]
         return replace(self, alpha=self.alpha[:, columns], ingredients=tuple(digests), start=start)
 
     def entropy(self) -> Tensor:
-        """(layers,): the entropy of each row in nats; log(n) is the uniform soup, 0 a single ingredient."""
+        """Return the entropy of each row in nats, (layers,), from 0 (one ingredient) to log(n)."""
         return -torch.special.xlogy(self.alpha, self.alpha).sum(1)
 
     def movement(self) -> Tensor | None:
-        """(layers,): the share that moved from one ingredient to another while learning, 0 to 1; None if not learned."""
+        """Return how much of each row learning moved to other ingredients, (layers,) in [0, 1].
+
+        None if the coefficients were not learned.
+        """
         return None if self.start is None else (self.alpha - self.start).abs().sum(1) / 2
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write one .safetensors file, whole or not at all."""
-        return _save(self, path, {"kind": "coefficients", "alpha": self.alpha})
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one .safetensors file atomically and return its path."""
+        return _save_layered(self, path, "coefficients", "alpha")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Coefficients":
-        """Read what `save` wrote. Raises CheckpointError or CoefficientError, naming the file."""
-        return _load(cls, path, "coefficients", "alpha")
+    def load(cls, path: str | os.PathLike[str]) -> "Coefficients":
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+            CoefficientError: If it holds something else; a dial requires --at.
+        """
+        fields = _load_layered(path, "coefficients", "alpha")
+        return cls(alpha=fields.pop("main"), **fields)
 
 
 @dataclass(frozen=True)
 class Dial:
-    """A line of coefficients: logits(t) = a + b (2t - 1) for each layer, t in [0, 1] from robust (0) to clean (1).
+    """A line of soups, from t = 0 (robust) to 1 (clean): logits(t) = a + b * (2t - 1) per layer.
 
-    line: (2, layers, n) float64, a and b; start: the same before learning. The rest as in Coefficients.
+    Attributes:
+        line: (2, layers, n) float64, a and b.
+        layers: As in Coefficients, and so are the other attributes.
+        ingredients: Digests of the n ingredients, in the order of the columns.
+        record: How the dial was made.
+        tracked: BatchNorm statistics that learning tracked, by name.
+        parameters: Layer of each parameter whose layer has another name.
+        start: (2, layers, n), the line before learning.
+        slopes: (layers,), mean norm of dL/dlogits.
     """
 
     line: Tensor
@@ -132,97 +176,120 @@ class Dial:
     slopes: Tensor | None = None
 
     def at(self, t: float) -> Coefficients:
-        """The coefficients at t. Raises CoefficientError for t outside [0, 1]."""
+        """Return the coefficients at t.
+
+        Args:
+            t: From 0 (robust) to 1 (clean).
+
+        Raises:
+            CoefficientError: If t is outside [0, 1].
+        """
         if not 0 <= t <= 1:
             raise CoefficientError(f"--at: got {t}, expected a number from 0 (robust) to 1 (clean)")
-
-        order = sorted(
-            range(len(self.ingredients)), key=lambda i: self.ingredients[i]
-        )  # so that permuting changes no bit
-        back = [order.index(i) for i in range(len(order))]
-
-        def alpha(line: Tensor) -> Tensor:
-            return torch.softmax((line[0] + line[1] * (2 * t - 1))[:, order], 1)[:, back]
-
-        start = None if self.start is None else alpha(self.start)
         return Coefficients(
-            alpha(self.line),
+            self._alpha_at(self.line, t),
             self.layers,
             self.ingredients,
             {**self.record, "at": t},
             self.tracked,
             self.parameters,
-            start,
+            None if self.start is None else self._alpha_at(self.start, t),
             self.slopes,
         )
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write one .safetensors file, whole or not at all."""
-        return _save(self, path, {"kind": "dial", "line": self.line})
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one .safetensors file atomically and return its path."""
+        return _save_layered(self, path, "dial", "line")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Dial":
-        """Read what `save` wrote. Raises CheckpointError or CoefficientError, naming the file."""
-        return _load(cls, path, "dial", "line")
+    def load(cls, path: str | os.PathLike[str]) -> "Dial":
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+            CoefficientError: If it holds something else.
+        """
+        fields = _load_layered(path, "dial", "line")
+        return cls(line=fields.pop("main"), **fields)
+
+    def _alpha_at(self, line: Tensor, t: float) -> Tensor:
+        """Return (layers, n); the softmax sums by digest, so that permuting changes no bit."""
+        order = sorted(range(len(self.ingredients)), key=lambda i: self.ingredients[i])
+        columns = [order.index(i) for i in range(len(order))]
+        logits = line[0] + line[1] * (2 * t - 1)
+        return torch.softmax(logits[:, order], 1)[:, columns]
 
 
-def load_coefficients(path: str | os.PathLike, at: float | None = None) -> Coefficients:
-    """Coefficients from a file of them, or of a dial at t. Raises CoefficientError where `at` and the file do not go together."""
+def load_coefficients(path: str | os.PathLike[str], at: float | None = None) -> Coefficients:
+    """Read coefficients, or those of a dial at t.
+
+    Args:
+        path: A file of coefficients; a dial if `at` is set.
+        at: t of the dial, from 0 (robust) to 1 (clean).
+
+    Raises:
+        CoefficientError: If the kind of file does not fit `at`.
+    """
     if at is not None:
         return Dial.load(path).at(at)
     return Coefficients.load(path)
 
 
 def uniform(n: int) -> Coefficients:
-    """1/n for each of n ingredients."""
+    """Return 1/n for each of n ingredients."""
     return Coefficients.of([1 / n] * n)
 
 
-def _save(item: Coefficients | Dial, path: str | os.PathLike, own: dict[str, Any]) -> Path:
-    tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    tensors |= {
-        name: getattr(item, name) for name in ("start", "slopes") if getattr(item, name) is not None
-    }
+def _save_layered(
+    item: Coefficients | Dial, path: str | os.PathLike[str], kind: str, main: str
+) -> Path:
+    """Write coefficients or a dial; `main` names the attribute that `kind` consists of."""
+    tensors: dict[str, Tensor] = {main: getattr(item, main)}
     tensors |= {f"tracked.{name}": tensor for name, tensor in item.tracked.items()}
+    if item.start is not None:
+        tensors["start"] = item.start
+    if item.slopes is not None:
+        tensors["slopes"] = item.slopes
     record = {
-        "kind": own["kind"],
+        "kind": kind,
         "layers": list(item.layers),
         "ingredients": list(item.ingredients),
+        "of_parameters": dict(item.parameters),
+        **item.record,
     }
-    write_tensors(path, tensors, {**record, "of_parameters": dict(item.parameters), **item.record})
+    write_tensors(path, tensors, record)
     return Path(path)
 
 
-def _load(cls: type, path: str | os.PathLike, kind: str, main: str) -> Any:
+def _load_layered(path: str | os.PathLike[str], kind: str, main: str) -> dict[str, Any]:
+    """Read what `_save_layered` wrote: attributes by name, the main tensor as "main"."""
     tensors, record = read_tensors(path)
     got = record.pop("kind", None)
     if got == "dial" and kind == "coefficients":
         raise CoefficientError(
-            f"{path}: a dial, a whole line of soups; say which with --at, from 0 (robust) to 1 (clean)"
+            f"{path}: a dial, which holds a whole line of soups; "
+            "choose one with --at, from 0 (robust) to 1 (clean)"
         )
     if got != kind or main not in tensors:
-        made = "learn --dial" if kind == "dial" else "learn"
+        command = "learn --dial" if kind == "dial" else "learn"
         raise CoefficientError(
-            f"{path}: not a {kind} file; expected what `robustsoup {made}` writes"
+            f"{path}: not a {kind} file; expected what `robustsoup {command}` writes"
         )
-    layers, ingredients = tuple(record.pop("layers")), tuple(record.pop("ingredients"))
-    tracked = {
-        name.removeprefix("tracked."): t
-        for name, t in tensors.items()
-        if name.startswith("tracked.")
+    return {
+        "main": tensors[main],
+        "layers": tuple(record.pop("layers")),
+        "ingredients": tuple(record.pop("ingredients")),
+        "parameters": record.pop("of_parameters", {}),
+        "record": record,
+        "tracked": {
+            name.removeprefix("tracked."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("tracked.")
+        },
+        "start": tensors.get("start"),
+        "slopes": tensors.get("slopes"),
     }
-    parameters = record.pop("of_parameters", {})
-    return cls(
-        tensors[main],
-        layers,
-        ingredients,
-        record,
-        tracked,
-        parameters,
-        tensors.get("start"),
-        tensors.get("slopes"),
-    )
 
 
-def _short(row: list[float]) -> str:
+def _format_row(row: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in row) + "]"

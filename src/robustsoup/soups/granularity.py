@@ -1,43 +1,50 @@
 """Granularity: which parameters share one set of coefficients."""
 
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
 from robustsoup.errors import RequestError
 
 GRANULARITIES = ("parameter", "module", "block", "model")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, list[str]]:
-    """layer -> the names of its parameters, in the network's order; every named parameter is in one layer.
+    """Group the parameters of a network into layers.
 
-    "parameter": each by itself, as in the paper. "module": those of one convolution, BatchNorm, linear layer. "block": those of
-    one residual block: a row of blocks, as a stage is one, is opened. "model": one layer,
-    "*", the control of the paper's section 4.4. "re:PATTERN": parameters whose names match the pattern to the same text (its
-    groups joined by ".", where it has any) share a layer; the others are layers by themselves.
+    Args:
+        model: The network.
+        granularity: "parameter": each parameter is a layer, as in the paper. "module": the
+            parameters of one convolution, BatchNorm or linear layer. "block": those of one residual
+            block; a sequence of blocks, such as a stage, is opened. "model": one layer "*", the
+            control of the paper's section 4.4. "re:PATTERN": parameters share a layer if the
+            pattern matches their names with the same text (its groups joined by ".", if it has
+            any); a parameter that it does not match is a layer by itself.
 
-    Raises RequestError for another word, or a pattern that is broken or matches nothing.
+    Returns:
+        The names of each layer's parameters, in the order of the network. Every named parameter is
+        in exactly one layer.
+
+    Raises:
+        RequestError: For an unknown granularity, or a pattern that is invalid or matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     if granularity.startswith("re:"):
-        layer_of = _matched(names, granularity.removeprefix("re:"))
+        layer_of = _match_pattern(names, granularity.removeprefix("re:"))
     elif granularity == "parameter":
         layer_of = {name: name for name in names}
     elif granularity == "module":
         layer_of = {name: name.rpartition(".")[0] or name for name in names}
     elif granularity == "block":
-        blocks = sorted(_blocks(*_unwrapped(model, "")), key=len, reverse=True)
-        layer_of = {
-            name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in names
-        }
+        layer_of = _innermost_blocks(model, names)
     elif granularity == "model":
         layer_of = dict.fromkeys(names, "*")
     else:
-        known = ", ".join(GRANULARITIES)
         raise RequestError(
-            f'granularity: got "{granularity}", expected one of {known}, or re:PATTERN on parameter names'
+            f'granularity: got "{granularity}", expected one of {", ".join(GRANULARITIES)}, '
+            "or re:PATTERN on parameter names"
         )
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -45,55 +52,70 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
     return groups
 
 
-def _unwrapped(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The one module inside `module` that has all its parameters, and its name; wrappers hold a network so."""
-    inner = {
-        child: part
-        for child, part in module.named_children()
-        if any(True for _ in part.parameters())
-    }
-    if len(inner) != 1 or any(True for _ in module.parameters(recurse=False)):
+def _innermost_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Map each parameter to the innermost block around it, or to itself outside all blocks."""
+    blocks = sorted(_block_names(*_unwrap(model, "")), key=len, reverse=True)
+    return {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in names}
+
+
+def _unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the only child that holds all parameters, and its name, as long as there is one."""
+    children = [(n, child) for n, child in module.named_children() if _has_parameters(child)]
+    if len(children) != 1 or _has_own_parameters(module):
         return module, name
-    (child, part) = next(iter(inner.items()))
-    return _unwrapped(part, f"{name}.{child}" if name else child)
+    [(child_name, child)] = children
+    return _unwrap(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _blocks(module: nn.Module, name: str) -> list[str]:
-    """The names of the blocks inside `module`, which is opened."""
-    found = []
-    for child, inner in module.named_children():
-        whole = f"{name}.{child}" if name else child
-        if _opens(inner):
-            found += [whole, *_blocks(inner, whole)]
-        elif any(True for _ in inner.parameters()):
-            found.append(whole)
-    return found
+def _block_names(module: nn.Module, name: str) -> list[str]:
+    """Return the names of the blocks inside `module`, those of opened sequences included."""
+    names: list[str] = []
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if _is_sequence_of_blocks(child):
+            names += [path, *_block_names(child, path)]
+        elif _has_parameters(child):
+            names.append(path)
+    return names
 
 
-def _opens(module: nn.Module) -> bool:
-    """Whether a module is no block itself: a row of blocks (modules of a class of their own), or a wrapper around such a row."""
-    inner = [child for child in module.children() if any(True for _ in child.parameters())]
-    if not inner or any(True for _ in module.parameters(recurse=False)):
+def _is_sequence_of_blocks(module: nn.Module) -> bool:
+    """Return whether a module is a container of blocks, or a wrapper around one, not a block."""
+    children = [child for child in module.children() if _has_parameters(child)]
+    if not children or _has_own_parameters(module):
         return False
-    if not all(any(True for _ in child.children()) for child in inner):
+    if not all(list(child.children()) for child in children):
         return False
-    if isinstance(module, _CONTAINERS):
-        return any(not isinstance(child, _CONTAINERS) or _opens(child) for child in inner)
-    return len(inner) == 1
+    if isinstance(module, CONTAINERS):
+        return any(
+            not isinstance(child, CONTAINERS) or _is_sequence_of_blocks(child) for child in children
+        )
+    return len(children) == 1
 
 
-def _matched(names: list[str], pattern: str) -> dict[str, str]:
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _match_pattern(names: Sequence[str], pattern: str) -> dict[str, str]:
+    """Map each parameter to the text that the pattern matches in its name, else to itself."""
     try:
-        found = {name: re.search(pattern, name) for name in names}
+        matches = {name: re.search(pattern, name) for name in names}
     except re.error as error:
         raise RequestError(f'granularity: got the pattern "{pattern}": {error}') from None
-    if not any(found.values()):
+    if not any(matches.values()):
         raise RequestError(
-            f'granularity: the pattern "{pattern}" matches no parameter; they are called {names[0]}, ...'
+            f'granularity: the pattern "{pattern}" matches no parameter; '
+            f"their names are {names[0]}, ..."
         )
-    return {
-        name: name
-        if match is None
-        else ".".join(part or "" for part in match.groups()) or match.group() or name
-        for name, match in found.items()
-    }
+    return {name: _matched_text(match) or name for name, match in matches.items()}
+
+
+def _matched_text(match: re.Match[str] | None) -> str:
+    if match is None:
+        return ""
+    return ".".join(part or "" for part in match.groups()) or match.group()

@@ -1,9 +1,10 @@
-"""The weights of many ingredients, wherever they lie: inner products with them and sums of them, a stretch at a time."""
+"""The weights of many ingredients, wherever they are kept: inner products with them, and sums."""
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,16 +14,26 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
 from robustsoup.soups.summation import weighted_sum
 
+T = TypeVar("T")
+
 PLACES = ("auto", "device", "memory", "files")
-STRETCH = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""How many numbers of a layer are worked on at once; on a CPU 1 MiB in float32, which stays in a core's cache."""
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Numbers of a parameter to work on at once. On a CPU they take 1 MiB in float32, which stays in
+the cache of a core."""
 
 
 class Ingredients:
-    """n checkpoints of one network in the order given, in their stored dtype; what is read of them comes to `device`.
+    """The parameters of n checkpoints of one network, in their stored dtype.
 
-    place: "device" and "memory" keep their parameters there (the same on a CPU); "files" reads them from their memory-mapped
-    files each time (a checkpoint without an open file stays in memory). Every place gives the same bits.
+    Every place gives the same bits.
+
+    Args:
+        checkpoints: n checkpoints; their order is that of all results.
+        names: Names of the parameters.
+        device: Where results are computed.
+        place: "device" and "memory" keep the parameters there (on a CPU they are the same); "files"
+            reads them from their memory-mapped files each time. A checkpoint without an open file
+            stays in memory.
     """
 
     def __init__(
@@ -32,71 +43,83 @@ class Ingredients:
         device: torch.device,
         place: str,
     ) -> None:
-        self.device, self.place, self.stretch = device, place, STRETCH.get(device.type, 1 << 24)
-        self.sources = (
-            [item.source for item in checkpoints if item.source is not None]
-            if place == "files"
-            else []
-        )
+        self.device, self.place = device, place
+        self.chunk = CHUNK.get(device.type, CHUNK["cuda"])
+        self.sources = []
+        if place == "files":
+            self.sources = [item.source for item in checkpoints if item.source is not None]
         self.rows = {
-            name: [_kept(item, name, device, place) for item in checkpoints] for name in names
+            name: [_place_parameter(item, name, device, place) for item in checkpoints]
+            for name in names
         }
 
     def check(self) -> None:
-        """Raise CheckpointError, naming the file, if one that is read from is gone, cut short or changed."""
+        """Raise CheckpointError if a mapped file is gone, cut short or changed; names the file."""
         for source in self.sources:
             source.check_unchanged()
 
     def inner(self, grads: dict[str, Tensor]) -> Tensor:
-        """{name: dL/dtheta of a parameter} -> (len(grads), n) float64 on the CPU: <dL/dtheta, theta_i> of each."""
+        """Return the inner products of gradients with the parameters of each ingredient.
+
+        Args:
+            grads: dL/dtheta of some parameters, by name.
+
+        Returns:
+            (len(grads), n) float64 on the CPU: <dL/dtheta, theta_i>.
+        """
         self.check()
-        return torch.stack([self._inner(name, grad) for name, grad in grads.items()])
-
-    def _inner(self, name: str, grad: Tensor) -> Tensor:
-        rows, flat = self.rows[name], grad.contiguous().view(-1)
-
-        def part(begin: int) -> Tensor:
-            piece = flat[begin : begin + self.stretch]
-            product = torch.empty_like(
-                piece
-            )  # summed from memory of its own, so that where theta lies changes no bit
-            there = (row[begin : begin + self.stretch].to(piece) for row in rows)
-            return torch.stack(
-                [torch.sum(torch.mul(piece, theta, out=product)) for theta in there]
-            ).double()
-
-        return sum(
-            self._parts(part, len(flat)),
-            torch.zeros(len(rows), dtype=torch.float64, device=self.device),
-        ).cpu()
+        return torch.stack([self._inner_products(name, grad) for name, grad in grads.items()])
 
     @torch.no_grad()
     def mix_into(self, name: str, weights: Sequence[float], parameter: Tensor) -> None:
-        """Copy sum_i weights[i] * theta_i of one parameter into `parameter`, summed in at least float32."""
+        """Overwrite `parameter` with sum_i weights[i] * theta_i, summed in at least float32."""
         rows = self.rows[name]
         dtype = torch.promote_types(rows[0].dtype, torch.float32)
         flat = torch.empty(parameter.numel(), dtype=dtype, device=self.device)
 
-        def part(begin: int) -> None:
-            pieces = [row[begin : begin + self.stretch].to(self.device) for row in rows]
-            flat[begin : begin + self.stretch] = weighted_sum(pieces, weights)
+        def mix_chunk(begin: int) -> None:
+            pieces = [row[begin : begin + self.chunk].to(self.device) for row in rows]
+            flat[begin : begin + self.chunk] = weighted_sum(pieces, weights)
 
-        self._parts(part, len(flat))
+        self._map_chunks(mix_chunk, len(flat))
         parameter.copy_(flat.view(parameter.shape))
 
-    def _parts(self, part: Callable[[int], Tensor | None], length: int) -> list[Tensor | None]:
-        begins = range(0, length, self.stretch)
+    def _inner_products(self, name: str, grad: Tensor) -> Tensor:
+        rows, flat = self.rows[name], grad.contiguous().view(-1)
+
+        def chunk_products(begin: int) -> Tensor:
+            piece = flat[begin : begin + self.chunk]
+            # Products are summed from memory of their own, so the place of theta changes no bit.
+            product = torch.empty_like(piece)
+            thetas = (row[begin : begin + self.chunk].to(piece) for row in rows)
+            sums = [torch.sum(torch.mul(piece, theta, out=product)) for theta in thetas]
+            return torch.stack(sums).double()
+
+        zero = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+        return sum(self._map_chunks(chunk_products, len(flat)), zero).cpu()
+
+    def _map_chunks(self, function: Callable[[int], T], length: int) -> list[T]:
+        """Call a function with the start of each chunk; on a CPU the cores share the calls."""
+        begins = range(0, length, self.chunk)
         if len(begins) == 1:
-            return [part(0)]
-        return in_lanes([partial(part, begin) for begin in begins], self.device)
+            return [function(0)]
+        return in_lanes([partial(function, begin) for begin in begins], self.device)
 
 
 def choose_place(
     place: str, budget: float | None, checkpoints: Sequence[Checkpoint], device: torch.device
 ) -> str:
-    """Where ingredients are kept: as told, else on the device if they take at most `budget` GiB, else in their files.
+    """Choose where ingredients are kept.
 
-    budget: by default a quarter of the memory that is available on the device. Raises RequestError for another place.
+    Args:
+        place: "device", "memory" or "files" is returned as it is; "auto" is "device" if the
+            ingredients fit the budget, else "files".
+        budget: GiB, at least 0; by default a quarter of the memory available on the device.
+        checkpoints: The ingredients.
+        device: Where the soup is learned.
+
+    Raises:
+        RequestError: For an unknown place or a negative budget.
     """
     if place not in PLACES:
         raise RequestError(f'place: got "{place}", expected one of {", ".join(PLACES)}')
@@ -109,36 +132,38 @@ def choose_place(
 
 
 def total_bytes(checkpoints: Sequence[Checkpoint]) -> int:
-    """What the parameters of all checkpoints take, in their stored dtype."""
+    """Return the bytes that the parameters of all checkpoints take, in their stored dtype."""
     return sum(item.tensors[name].nbytes for item in checkpoints for name in item.parameters)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device; on a CPU, of the machine or of the control group that the process is in."""
+    """Return the bytes that can still be allocated on a device.
+
+    On a CPU they are those of the machine, or of the control group of the process if it has less.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = (
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if hasattr(os, "sysconf")
-        else 8 * 2**30
-    )
-    for line in _lines("/proc/meminfo"):
+    free = 8 * 2**30
+    if hasattr(os, "sysconf"):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _read_lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit, used = (_read_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit and used and limit[0].isdigit():
         free = min(free, int(limit[0]) - int(used[0]))
     return max(free, 0)
 
 
-def _lines(path: str) -> list[str]:
+def _read_lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
 
 
-def _kept(item: Checkpoint, name: str, device: torch.device, place: str) -> Tensor:
+def _place_parameter(item: Checkpoint, name: str, device: torch.device, place: str) -> Tensor:
+    """Return a parameter as a flat tensor at its place; "files" keeps the mapped view."""
     tensor = item.tensors[name].detach()
     if place == "device":
         tensor = tensor.to(device)

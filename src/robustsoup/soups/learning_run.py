@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
+from robustsoup.device import move_network
 from robustsoup.errors import Diverged
 from robustsoup.models.fit import check_fit
 from robustsoup.seeding import keyed_generator
@@ -385,5 +386,5 @@ def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.
     start = mix_start(inputs.ingredients, inputs.base, settings.buffers)
     start.load_into(model)
     check_fit(model, inputs.data)
-    model.to(inputs.device, memory_format=torch.channels_last)
+    move_network(model, inputs.device)
     return model, start.provenance["buffers"].get("base")

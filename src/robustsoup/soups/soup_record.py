@@ -36,13 +36,14 @@ def make_soup_record(
 def _data_entries(ingredients: Sequence[Checkpoint]) -> dict[str, Any]:
     """Return the data that the ingredients were fitted on, and all other data behind them."""
     entries: dict[str, Any] = {}
-    records = [item.provenance.get("data") for item in ingredients]
-    if all(record == records[0] for record in records):
-        if records[0] is not None:
-            entries["data"] = records[0]
-    elif all(records) and len({record["digest"] for record in records}) == 1:
+    records: list[dict[str, Any]] = [item.provenance.get("data") or {} for item in ingredients]
+    first = records[0]
+    if all(record == first for record in records):
+        if first:
+            entries["data"] = first
+    elif all(records) and all(record["digest"] == first["digest"] for record in records):
         # Between them, the ingredients have seen every sample of several splits of one data set.
-        entries["data"] = {**records[0], "split_digest": "several"}
+        entries["data"] = {**first, "split_digest": "several"}
     earlier = [data for item in ingredients for data in item.provenance.get("earlier_data", [])]
     if earlier:
         entries["earlier_data"] = [

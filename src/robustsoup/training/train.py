@@ -16,7 +16,7 @@ from robustsoup.checkpoints.provenance import earlier_data
 from robustsoup.data import Split, Synthetic, batches, mixed_batches
 from robustsoup.data.batches import Batch
 from robustsoup.data.synthetic import check_fraction
-from robustsoup.device import resolve_device, resolve_precision
+from robustsoup.device import move_network, resolve_device, resolve_precision
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.fingerprint import network_mark
 from robustsoup.models.fit import check_fit
@@ -103,8 +103,8 @@ def train(
         objective=Objective.parse(settings.objective),
         precision=resolve_precision(settings.precision, where),
     )
-    origin = _as_checkpoint(network)
-    model = copy.deepcopy(as_network(origin or network))
+    model = copy.deepcopy(as_network(network))
+    origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
     check_fit(model, data)
     _check_trainable(model)
     start = Checkpoint.of(model)
@@ -165,7 +165,7 @@ class TrainingRun:
         self.inputs = inputs
         self.settings = settings = inputs.settings
         self.device = inputs.data.images.device
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = move_network(model, self.device)
         self.objective: Objective = settings.objective.with_label_smoothing(
             settings.label_smoothing
         )
@@ -299,13 +299,6 @@ def _check_trainable(model: nn.Module) -> None:
         )
 
 
-def _as_checkpoint(network: nn.Module | Checkpoint | str | os.PathLike[str]) -> Checkpoint | None:
-    """Return the checkpoint that training starts from; None for a module."""
-    if isinstance(network, str | os.PathLike):
-        return Checkpoint.load(network)
-    return network if isinstance(network, Checkpoint) else None
-
-
 def _open_synthetic(settings: TrainSettings, data: Split) -> Synthetic | None:
     """Open the synthetic images and check that they fit the data and the batch size."""
     source = settings.synthetic
@@ -349,14 +342,17 @@ def _inherited_record(
     """Return the entries that continue the record of the parent: parents, splits, other data."""
     data, synthetic = run.inputs.data, run.inputs.synthetic
     inherited = origin.provenance if origin is not None else {}
-    record = {key: value for key, value in inherited.items() if key not in OUTDATED_ENTRIES}
+    record: dict[str, Any] = {
+        key: value for key, value in inherited.items() if key not in OUTDATED_ENTRIES
+    }
     record["trained_on"] = sorted({*record.get("trained_on", []), data.name})
-    record["parents"] = []
+    parents: list[dict[str, str | None]] = []
     if origin is not None:
         file = origin.path.name if origin.path else None
-        record["parents"] = [{"digest": start_digest, "file": file}]
+        parents = [{"digest": start_digest, "file": file}]
         if earlier := earlier_data(origin, data):
             record["earlier_data"] = earlier
+    record["parents"] = parents
     if synthetic is not None:
         source = {
             "file": synthetic.path.name,
