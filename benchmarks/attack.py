@@ -28,7 +28,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 import robustsoup as rs
-from robustsoup.attacks.forward import gradient
+from robustsoup.attacks.forward import input_gradient
 from robustsoup.attacks.losses import ce
 
 BATCHES = (64, 125, 250, 500)
@@ -43,7 +43,7 @@ def time_one_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> f
         times = []
         for _ in range(7):
             started = time.perf_counter()
-            gradient(network, part, y[:batch], ce, precision)
+            input_gradient(network, part, y[:batch], ce, precision)
             times.append(time.perf_counter() - started)
         best = min(best, statistics.median(times[2:]) / len(part))
     return best

@@ -28,7 +28,7 @@ from common import LINF, freeze, make_near_copies
 from torch import nn
 
 import robustsoup as rs
-from robustsoup.attacks.forward import gradient
+from robustsoup.attacks.forward import input_gradient
 from robustsoup.attacks.losses import ce
 from robustsoup.data import Data, Split, to_float
 
@@ -121,7 +121,7 @@ def time_pass(plan: Plan, network: nn.Module, split: Split, precision: str) -> f
         y = split.labels[:batch].to(plan.device)
 
         def take_pass(x: torch.Tensor = x, y: torch.Tensor = y) -> None:
-            gradient(network, x, y, ce, precision)
+            input_gradient(network, x, y, ce, precision)
 
         take_pass()
         best = min(best, statistics.median(plan.seconds_of(take_pass) for _ in range(5)) / batch)

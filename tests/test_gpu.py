@@ -1,22 +1,32 @@
 """On a GPU: what the CPU finds but for rounding, and no waiting for the device within a window of steps."""
 
+import copy
+import random
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from digits import check_inside, digits_network
 from torch import nn
 
-from robustsoup.attacks import Settings, apgd_train, run_attack
-from robustsoup.attacks.engine import Job, Outcome, _captured, _Lane
-from robustsoup.attacks.forward import frozen_eval, predict
-from robustsoup.attacks.losses import LOSSES, ce
+from robustsoup.attacks import apgd_train, run_attack
+from robustsoup.attacks.attempts import list_attempts
+from robustsoup.attacks.cuda_graph import capture_step
+from robustsoup.attacks.engine import DeviceRows, Search, begin_search, take_step
+from robustsoup.attacks.forward import frozen_eval, input_gradient, predict_logits
+from robustsoup.attacks.losses import ce
+from robustsoup.attacks.outcome import Samples
 from robustsoup.attacks.projections import norms
-from robustsoup.attacks.steps import Schedule
+from robustsoup.attacks.steps import StepSchedule
+from robustsoup.catalog import LOSSES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
 from robustsoup.diagnosis.landscape import landscape
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
+from robustsoup.settings import AttackSettings
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
@@ -49,9 +59,10 @@ def on_gpu(trained):
     return copied.eval().requires_grad_(False).cuda(), x.cuda(), y.cuda()
 
 
-def check_broken(model, result, x, y, threat, rows=500):
+def check_broken(model, result, x, y, threat, size=500):
+    """Broken is exactly what the network misclassifies in float32 at x_adv, inside the ball."""
     with frozen_eval(model):
-        logits = predict(model, lambda at: result.x_adv[at.to(x.device)], len(x), rows, x.device)
+        logits = predict_logits(model, lambda at: result.x_adv[at.cuda()], len(x), size, x.device)
     assert torch.equal(result.broken.cpu(), logits.argmax(1) != y.cpu())
     check_inside(result.x_adv, x, threat)
 
@@ -59,137 +70,251 @@ def check_broken(model, result, x, y, threat, rows=500):
 @by_precision
 @pytest.mark.parametrize("loss", LOSSES)
 @by_threat
-def test_verdicts_are_the_cpus_but_for_rounding(trained, on_gpu, threat, loss, precision):
-    settings = Settings(steps=20, loss=loss, targets=2, restarts=2, precision=precision)
-    here, there = run_attack(*trained, threat, settings), run_attack(*on_gpu, threat, settings)
-    assert there.attempts == here.attempts
-    check_broken(on_gpu[0], there, *on_gpu[1:], threat)
-    assert 0 < int(there.broken.sum()) < N
-    assert (
-        int((here.broken ^ there.broken.cpu()).sum())
-        <= (0.02 if precision == "float32" else 0.05) * N
-    )
+def test_verdicts_equal_those_of_the_cpu_up_to_rounding(trained, on_gpu, threat, loss, precision):
+    settings = AttackSettings(steps=20, loss=loss, targets=2, restarts=2, precision=precision)
+    cpu, gpu = run_attack(*trained, threat, settings), run_attack(*on_gpu, threat, settings)
+    assert gpu.attempts == cpu.attempts
+    check_broken(on_gpu[0], gpu, *on_gpu[1:], threat)
+    assert 0 < int(gpu.broken.sum()) < N
+    different = int((cpu.broken ^ gpu.broken.cpu()).sum())
+    assert different <= (0.02 if precision == "float32" else 0.05) * N
 
 
 @by_precision
 @by_threat
-def test_verdicts_do_not_depend_on_the_company(on_gpu, threat, precision):
+def test_verdicts_do_not_depend_on_other_samples(on_gpu, threat, precision):
     model, x, y = on_gpu
-    settings, ids = Settings(steps=20, precision=precision), torch.arange(N) * 7
+    settings, ids = AttackSettings(steps=20, precision=precision), torch.arange(N) * 7
     whole = run_attack(model, x, y, threat, settings, ids=ids)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     for rows in (order, *order.split(120)):
         at = rows.to(x.device)
-        again = run_attack(model, x[at], y[at], threat, settings, ids=ids[rows])
-        assert torch.equal(again.broken, whole.broken[rows])
-        assert torch.equal(again.step, whole.step[rows])
+        part = run_attack(model, x[at], y[at], threat, settings, ids=ids[rows])
+        assert torch.equal(part.broken, whole.broken[rows])
+        assert torch.equal(part.step, whole.step[rows])
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 97])
 @by_threat
 def test_a_window_of_steps_finds_what_single_steps_find(on_gpu, threat, steps, monkeypatch):
     model, x, y = on_gpu
-    settings = Settings(steps=steps)
+    settings = AttackSettings(steps=steps)
     windowed = run_attack(model, x, y, threat, settings)
-    make = Job.__init__
-
-    def one_by_one(self, *arguments, **more):
-        make(self, *arguments, **more)
-        self.window = 1
-
-    monkeypatch.setattr(Job, "__init__", one_by_one)
+    monkeypatch.setattr("robustsoup.attacks.engine.MAX_WINDOW", 1)
     single = run_attack(model, x, y, threat, settings)
     assert torch.equal(windowed.broken, single.broken)
     assert torch.equal(windowed.step, single.step)
     assert torch.equal(windowed.x_adv, single.x_adv)
 
 
+# CUDA graphs
+
+
+@by_precision
 @by_threat
-def test_a_captured_step_is_the_step(on_gpu, threat, monkeypatch):
-    """As a CUDA graph or launch by launch: the same points."""
+def test_a_captured_step_equals_the_step(on_gpu, threat, precision, monkeypatch):
     model, x, y = on_gpu
-    captured = run_attack(model, x, y, threat, Settings(steps=20))
-    monkeypatch.setattr("robustsoup.attacks.engine._captured", lambda step, state: step)
-    plain = run_attack(model, x, y, threat, Settings(steps=20))
+    settings = AttackSettings(steps=20, precision=precision)
+    captured = run_attack(model, x, y, threat, settings)
+    monkeypatch.setattr("robustsoup.attacks.engine.capture_step", lambda step, state, result: step)
+    plain = run_attack(model, x, y, threat, settings)
     assert torch.equal(captured.broken, plain.broken)
     torch.testing.assert_close(captured.x_adv, plain.x_adv, rtol=0, atol=1e-6)
 
 
-def lane_of(model, x, y, threat, loss="ce", steps=20):
-    schedule = Schedule.of(threat, steps)
-    samples = list(range(len(x)))
-    job = Job(
-        model,
-        lambda at: x[at.to(x.device)],
-        y.cpu(),
-        torch.arange(len(x)),
-        samples,
-        Settings(loss=loss).attempts(10)[0],
-        0,
-        1,
-        schedule,
-        Outcome.blank(len(x)),
+def step_of(model, x, y, threat, loss="ce", steps=20):
+    """The search of the first 64 samples, its rows at their starting points, and its step."""
+    with torch.no_grad():
+        logits = model(x).cpu()
+    samples = Samples(lambda at: x[at.to(x.device)], y.cpu(), torch.arange(len(x)), logits)
+    search = Search(
+        model=model,
+        search_model=model,
+        samples=samples,
+        attempt=list_attempts(AttackSettings(loss=loss), 10)[0],
+        index=0,
+        attempts=1,
+        schedule=StepSchedule.for_threat(threat, steps),
         seed=0,
-        rows=64,
         precision="float32",
         eot=1,
-        targets=(y.cpu() + 1) % 10 if loss == "targeted dlr" else None,
+        pass_size=64,
         device=x.device,
     )
-    lane = _Lane(job)
     with torch.no_grad():
-        lane._fill()
-    return lane
+        rows = DeviceRows.from_state(begin_search(search, torch.arange(64)).state)
+    periods = search.schedule.check_periods().to(x.device)
+    return search, rows, partial(take_step, search, rows, periods)
+
+
+def capture(rows, step):
+    return capture_step(step, rows.tensors(), rows.state.loss_best)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @by_threat
 def test_a_step_does_not_wait_for_the_device(on_gpu, threat, loss):
-    lane = lane_of(*on_gpu, threat, loss)
+    search, rows, step = step_of(*on_gpu, threat, loss)
+    assert search.window > 1
     with torch.no_grad():
-        lane._step()  # libraries set themselves up
+        step()  # libraries initialise themselves
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(lane.job.window):
-                lane._step()
+            for _ in range(search.window):
+                step()
             with pytest.raises(RuntimeError, match="synchroniz"):
-                bool(lane.found.any())  # the probe works
+                bool(rows.found.any())  # the mode does detect a wait
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert lane.job.window > 1
 
 
 @by_threat
-def test_a_step_can_be_captured_and_leaves_the_state_as_it_was(on_gpu, threat):
-    lane = lane_of(*on_gpu, threat)
-    state = [*lane.rows.tensors(), lane.found, lane.points, lane.found_step]
+def test_capturing_a_step_restores_the_state(on_gpu, threat):
+    _, rows, step = step_of(*on_gpu, threat)
+    state = rows.tensors()
     with torch.no_grad():
         before = [tensor.clone() for tensor in state]
-        replay = _captured(lane._step, state)
-        assert replay != lane._step
-        assert all(torch.equal(tensor, was) for tensor, was in zip(state, before, strict=True))
+        replay = capture(rows, step)
+        assert replay is not step
+        assert all(torch.equal(tensor, value) for tensor, value in zip(state, before, strict=True))
         replay()
         replayed = [tensor.clone() for tensor in state]
-        for tensor, was in zip(state, before, strict=True):
-            tensor.copy_(was)
-        lane._step()
-        for tensor, was in zip(state, replayed, strict=True):
-            torch.testing.assert_close(tensor, was, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        step()
+        for tensor, value in zip(state, replayed, strict=True):
+            torch.testing.assert_close(tensor, value, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_a_network_that_cannot_be_captured_is_attacked_all_the_same(on_gpu):
+class Synchronises(nn.Module):
+    """A network that reads a value from the device in every pass, so it cannot be captured."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x) * (1.0 if float(x.sum()) > -1 else 2.0)
+
+
+class HostNoise(nn.Module):
+    """A stochastic defence that draws a number on the host, which a graph would record once."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.random = network, random.Random(0)
+
+    def forward(self, x):
+        return self.network(x) * (1 + self.random.random())
+
+
+class DeviceNoise(nn.Module):
+    """A stochastic defence that draws its noise on the device, which a graph draws again."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x + 0.01 * torch.randn_like(x))
+
+
+def test_a_network_that_synchronises_is_attacked_without_a_graph(on_gpu):
     model, x, y = on_gpu
-
-    class Asks(nn.Module):
-        def forward(self, x):
-            return model(x) * (1.0 if float(x.sum()) > -1 else 2.0)
-
     threat = THREATS[0]
-    found = run_attack(Asks(), x, y, threat, Settings(steps=10))
-    check_broken(model, found, x, y, threat)
-    plain = run_attack(model, x, y, threat, Settings(steps=10))
-    assert int((found.broken ^ plain.broken).sum()) <= 0.02 * N
+    result = run_attack(Synchronises(model), x, y, threat, AttackSettings(steps=10))
+    check_broken(model, result, x, y, threat)
+    plain = run_attack(model, x, y, threat, AttackSettings(steps=10))
+    assert int((result.broken ^ plain.broken).sum()) <= 0.02 * N
+
+
+def test_a_failed_capture_leaves_stream_random_numbers_and_memory_as_they_were(on_gpu):
+    model, x, y = on_gpu
+    _, rows, step = step_of(Synchronises(model), x, y, THREATS[0])
+    stream, state = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+    with torch.no_grad():
+        before = [tensor.clone() for tensor in rows.tensors()]
+        assert capture(rows, step) is step
+        values = zip(rows.tensors(), before, strict=True)
+        assert all(torch.equal(tensor, value) for tensor, value in values)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert torch.rand(10, device=GPU).isfinite().all()  # the generator is not in capture mode
+    _, rows, step = step_of(model, x, y, THREATS[0])
+    with torch.no_grad():
+        assert capture(rows, step) is not step  # a later capture succeeds
+    torch.cuda.empty_cache()
+
+
+def test_noise_of_the_host_is_not_frozen_into_a_graph(on_gpu):
+    model, x, y = on_gpu
+    for network, is_captured in ((HostNoise(model), False), (DeviceNoise(model), True)):
+        _, rows, step = step_of(network, x, y, THREATS[0])
+        with torch.no_grad():
+            assert (capture(rows, step) is not step) == is_captured
+
+
+def test_a_step_that_raises_leaves_the_state_as_it_was(on_gpu):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 2:
+                raise ZeroDivisionError
+            return model(x)
+
+    model, x, y = on_gpu
+    _, rows, step = step_of(model, x, y, THREATS[0])
+    before = [tensor.clone() for tensor in rows.tensors()]
+    search = replace(step.args[0], search_model=Fails())
+    failing = partial(take_step, search, rows, step.args[2])
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        capture(rows, failing)
+    values = zip(rows.tensors(), before, strict=True)
+    assert all(torch.equal(tensor, value) for tensor, value in values)
+
+
+def test_an_attack_runs_on_the_callers_stream(on_gpu):
+    """Images that the caller's stream is still computing are attacked as they will be."""
+    model, x, y = on_gpu
+    settings = AttackSettings(steps=10)
+    expected = run_attack(model, x, y, THREATS[0], settings)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(100_000_000)  # cycles of the device
+        late.copy_(x)
+        result = run_attack(model, late, y, THREATS[0], settings)
+        assert torch.cuda.current_stream() == side
+    side.synchronize()
+    assert torch.equal(result.broken, expected.broken)
+    torch.testing.assert_close(result.x_adv, expected.x_adv, rtol=0, atol=1e-6)
+
+
+def test_a_float32_attack_ignores_the_callers_autocast(on_gpu):
+    model, x, y = on_gpu
+    expected = apgd_train(model, x, y, THREATS[1])
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        torch.testing.assert_close(apgd_train(model, x, y, THREATS[1]), expected)
+        logits, _, _ = input_gradient(model, x, y, ce, "float32")
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_second_device_has_a_graph_of_its_own(on_gpu):
+    """After a capture on the first device, the default capture stream belongs to that device."""
+    model, x, y = on_gpu
+    settings = AttackSettings(steps=10)
+    first = run_attack(model, x, y, THREATS[0], settings)
+    second = run_attack(
+        copy.deepcopy(model).to("cuda:1"), x.to("cuda:1"), y.to("cuda:1"), THREATS[0], settings
+    )
+    assert torch.equal(second.broken, first.broken)
 
 
 @by_precision

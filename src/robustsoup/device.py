@@ -1,4 +1,4 @@
-"""Which arithmetic a network runs in: float32, or bfloat16 by autocast with float32 weights."""
+"""Devices, and the arithmetic of a network: float32, or bfloat16 by autocast."""
 
 import contextlib
 
@@ -6,41 +6,60 @@ import torch
 from torch import nn
 
 from robustsoup.errors import RequestError
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from robustsoup.settings import PRECISIONS
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """The device called `name`: "auto" is CUDA where there is one, else the CPU. Raises RequestError if it is absent."""
+    """Return the device called `name`; "auto" is CUDA if available, else the CPU.
+
+    Raises:
+        RequestError: If the device does not exist on this machine.
+    """
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RequestError(
-            f'device: "{name}" cannot be used: {str(error).splitlines()[0]}'
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise RequestError(f'device: "{name}" cannot be used: {reason}') from None
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16": "auto" is bfloat16 where the device computes in it natively, else float32."""
+    """Return "float32" or "bfloat16"; "auto" is bfloat16 where the device has native support.
+
+    Raises:
+        RequestError: For any other name.
+    """
     if name not in PRECISIONS:
         raise RequestError(f'precision: got "{name}", expected one of {", ".join(PRECISIONS)}')
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if device.type == "cpu" and native() else "float32"
+    supports_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if device.type == "cpu" and supports_bfloat16() else "float32"
 
 
-def autocast(device: torch.device, precision: str):
-    """A context in which forward passes run in `precision` ("float32": nothing changes)."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+def autocast(
+    device: torch.device, precision: str, *, cache: bool = True
+) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which forward passes run in `precision`.
+
+    Weights stay in float32. Under "float32" an enclosing autocast of the caller is disabled.
+
+    Args:
+        device: Device of the network.
+        precision: "float32" or "bfloat16".
+        cache: Whether a weight that is used several times is cast once.
+    """
+    enabled = precision == "bfloat16"
+    if not enabled and not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cache and enabled
+    )
 
 
 def move_network(model: nn.Module, device: torch.device) -> nn.Module:

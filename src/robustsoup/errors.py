@@ -1,63 +1,68 @@
-"""The exception tree. The command line turns a RequestError into exit code 2 and a WorkError into exit code 1.
+"""Exceptions that robustsoup raises on purpose.
 
-RobustsoupError
-├── RequestError               the request was wrong; nothing was done
-│   ├── ThreatError            a threat model or objective that does not parse, eps below 0
-│   ├── ModelError             a network that cannot be built, or does not fit the data or the weights
-│   ├── DataError              data that is missing, broken, empty or of the wrong shape
-│   ├── CheckpointError        a file that is not a checkpoint, is cut short, or holds NaN
-│   │   └── IngredientMismatch ingredients whose names, shapes or dtypes differ
-│   ├── CoefficientError       coefficients of the wrong number, negative, or not summing to 1
-│   ├── RecipeError            an unknown key or a wrong value in a recipe
-│   └── LeakageError           selection on samples that an ingredient was trained on
-└── WorkError                  the request was fine; the work failed
-    ├── Diverged               a loss or a weight became NaN or infinite
-    └── StorageError           a result could not be written (no space left, no permission)
+The command line exits with code 2 for a RequestError and with code 1 for a WorkError.
+
+    RobustsoupError
+    ├── RequestError               the request is wrong; nothing was done
+    │   ├── ThreatError            a threat model or objective that cannot be parsed, or eps < 0
+    │   ├── ModelError             a network that cannot be built or does not fit data or weights
+    │   ├── DataError              data that is missing, corrupt, empty or of the wrong shape
+    │   ├── CheckpointError        a file that is no checkpoint, is truncated or contains NaN
+    │   │   └── IngredientMismatch ingredients that differ in a name, shape or dtype
+    │   ├── CoefficientError       coefficients of the wrong number, negative, or not summing to 1
+    │   ├── RecipeError            an unknown key or an invalid value in a recipe
+    │   └── LeakageError           selection on samples that an ingredient was trained on
+    └── WorkError                  the request is valid; the work failed
+        ├── Diverged               a loss or a weight became NaN or infinite
+        └── StorageError           a result cannot be written (disk full, no permission)
 """
 
 
 class RobustsoupError(Exception):
-    """Every error that robustsoup raises on purpose. Its text is one line: what, where, got, expected, what to do."""
+    """Base class of all errors that robustsoup raises on purpose.
+
+    The text is one line: what is wrong, where, the value found, the value expected, what to do.
+    """
 
 
 class RequestError(RobustsoupError):
-    """The request was wrong; nothing was done and nothing was changed."""
+    """The request is wrong; nothing was done and nothing was changed."""
 
 
 class ThreatError(RequestError):
-    """A threat model or objective that cannot be parsed or makes no sense."""
+    """A threat model or objective cannot be parsed or is impossible."""
 
 
 class ModelError(RequestError):
-    """A network that cannot be built, or does not fit the data or the weights."""
+    """A network cannot be built, or does not fit the data or the weights."""
 
 
 class DataError(RequestError):
-    """Data that is missing, broken, empty or of the wrong shape."""
+    """Data is missing, corrupt, empty or of the wrong shape."""
 
 
 class CheckpointError(RequestError):
-    """A file that is not a readable checkpoint."""
+    """A file is not a readable checkpoint."""
 
 
 class IngredientMismatch(CheckpointError):
-    """Ingredients that do not share names, shapes and dtypes."""
+    """Ingredients differ in the names, shapes or dtypes of their tensors."""
 
 
 class CoefficientError(RequestError):
-    """Coefficients of the wrong number, negative, or not summing to 1."""
+    """Coefficients have the wrong number, are negative, or do not sum to 1."""
 
 
 class RecipeError(RequestError):
-    """An unknown key or a wrong value in a recipe."""
+    """A recipe has an unknown key or an invalid value."""
 
 
 class LeakageError(RequestError):
-    """Selection on samples that an ingredient was trained on."""
+    """Samples used for selection were used to train an ingredient."""
 
 
 class WorkError(RobustsoupError):
-    """The request was fine; the work failed."""
+    """The request is valid, but the work failed."""
 
 
 class Diverged(WorkError):
@@ -65,4 +70,4 @@ class Diverged(WorkError):
 
 
 class StorageError(WorkError):
-    """A result could not be written."""
+    """A result cannot be written."""

@@ -1,4 +1,4 @@
-"""Writing files so that each is complete or absent, and where the user's cache folder is."""
+"""Atomic file writes, and the location of the user's cache folder."""
 
 import contextlib
 import os
@@ -12,43 +12,65 @@ import torch
 
 from robustsoup.errors import StorageError
 
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)
-
 
 @contextlib.contextmanager
-def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success flush it to disk and rename it to `target`.
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target`, then flush it to disk and rename it to `target`.
 
-    On any error the temporary file is removed and what was at `target` before is untouched.
-    Raises StorageError where the system refuses to write (no space left, no permission).
+    The temporary file exists and is empty when it is yielded. If an error occurs, the temporary
+    file is removed and `target` stays as it was. The written file has the permissions of any new
+    file of this process, whatever the writer sets.
+
+    Args:
+        target: Path of the file to write; missing parent folders are created.
+
+    Raises:
+        StorageError: If the file system refuses to write (disk full, no permission).
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        mode = _create_empty_file(temporary)
         yield temporary
-        with open(temporary, "rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)
-        os.replace(temporary, target)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
+        temporary.replace(target)
     except OSError as error:
         raise StorageError(
-            f"{target}: cannot be written: {error.strerror or error}; nothing was changed there"
+            f"{target}: cannot be written: {error.strerror or error}; it was left unchanged"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write_text(target: str | os.PathLike, text: str) -> None:
-    """Write `text` to `target` as UTF-8, whole or not at all."""
+def _create_empty_file(path: Path) -> int:
+    """Create `path` and return its mode: 0o666 less the umask, which the kernel applies.
+
+    `os.umask` cannot tell the umask without changing it for the whole process.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+
+
+def write_text(target: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `target` atomically, as UTF-8."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_torch(target: str | os.PathLike, content: object) -> None:
-    """torch.save `content` to `target`, whole or not at all; its writer's errors become StorageError too."""
+def write_torch(target: str | os.PathLike[str], content: object) -> None:
+    """Write `content` to `target` atomically with `torch.save`.
+
+    Raises:
+        StorageError: If the file cannot be written; this includes torch.save's RuntimeError.
+    """
     with atomic_path(target) as temporary:
         try:
             torch.save(content, temporary)
@@ -56,19 +78,24 @@ def write_torch(target: str | os.PathLike, content: object) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, by a hard link where the file system can, else a copy."""
-    if target.exists() and os.path.samefile(source, target):
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy if the file system has no hard links."""
+    if target.exists() and target.samefile(source):
         return
     with atomic_path(target) as temporary:
+        temporary.unlink()
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
 
 
-def remove(path: Path) -> None:
-    """Remove a file if it is there. Raises StorageError where the system refuses."""
+def remove_file(path: Path) -> None:
+    """Remove a file if it exists.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -76,7 +103,11 @@ def remove(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for robustsoup: XDG_CACHE_HOME on Linux, the platform's own place elsewhere."""
+    """Return robustsoup's cache folder.
+
+    It lies in XDG_CACHE_HOME (by default ~/.cache) on Linux, in ~/Library/Caches on macOS and in
+    LOCALAPPDATA on Windows.
+    """
     home = Path.home()
     if sys.platform == "darwin":
         base = home / "Library" / "Caches"

@@ -1,4 +1,4 @@
-"""What tells two pieces of a user's code apart: digests of their source."""
+"""Fingerprints of code and networks: digests that change when results may change."""
 
 import ast
 import hashlib
@@ -7,57 +7,72 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import CodeType
-from typing import Any
 
 from torch import nn
 
+SMALL_BUFFER = 1000
+"""Buffers with fewer elements than this enter a network's fingerprint by value."""
 
-def mark(function: Callable) -> str:
-    """A digest of a function: its name, all the code of its file (comments and blank lines apart), what a partial binds.
 
-    What that file imports is not in it. Where several may have one name, inside a function or without a file (in a notebook,
-    say), the function's own compiled code counts.
+def code_fingerprint(function: Callable[..., object]) -> str:
+    """Return a digest of a function's name, the code of its file and any arguments it binds.
+
+    Comments and blank lines do not matter; modules that the file imports are not included.
+    The function's bytecode is included where several functions can share one name (lambdas and
+    nested functions), and stands for the file where there is none (in a notebook).
+
+    Args:
+        function: A function, a class, a partial or a callable object.
+
+    Returns:
+        32 hexadecimal digits.
     """
-    return hashlib.sha256(repr(_parts(function)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr(_describe_callable(function)).encode()).hexdigest()[:32]
 
 
-def _parts(function: Callable) -> tuple[Any, ...]:
+def network_fingerprint(model: nn.Module) -> str:
+    """Return a digest of a network without its weights.
+
+    It covers the printed architecture, `network_settings` and small non-persistent buffers (such
+    as normalisation constants). Saved state resumes only for the same fingerprint.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    persistent = model.state_dict()
+    constants = {
+        name: tensor.tolist()
+        for name, tensor in model.named_buffers()
+        if name not in persistent and tensor.numel() < SMALL_BUFFER
+    }
+    text = f"{model} {getattr(model, 'network_settings', None)} {constants}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe_callable(function: Callable[..., object]) -> tuple[object, ...]:
     if isinstance(function, partial):
-        return _parts(function.func), function.args, sorted(function.keywords.items())
+        bound = sorted(function.keywords.items())
+        return _describe_callable(function.func), function.args, bound
     function = inspect.unwrap(function)
-    if inspect.isroutine(function) or inspect.isclass(function):
-        several = "<" in function.__qualname__ and hasattr(
-            function, "__code__"
-        )  # <lambda>, <locals>
-        return (
-            function.__qualname__,
-            _code(function),
-            _compiled(function.__code__) if several else None,
-        )
-    return _parts(type(function)), sorted(vars(function).items())  # an object that can be called
+    if not (inspect.isroutine(function) or inspect.isclass(function)):
+        return _describe_callable(type(function)), sorted(vars(function).items())
+    code = getattr(function, "__code__", None)
+    name_is_shared = "<" in function.__qualname__  # <lambda>, <locals>
+    bytecode = _describe_bytecode(code) if name_is_shared and code is not None else None
+    return function.__qualname__, _describe_source(function), bytecode
 
 
-def _code(function: Callable) -> Any:
+def _describe_source(function: Callable[..., object]) -> object:
+    """Return the normalised source of the function's file, else its bytecode or module name."""
     try:
         return ast.unparse(ast.parse(Path(inspect.getfile(function)).read_bytes()))
     except (OSError, SyntaxError, TypeError, ValueError):
-        return (
-            _compiled(function.__code__) if hasattr(function, "__code__") else function.__module__
-        )
+        code = getattr(function, "__code__", None)
+        return function.__module__ if code is None else _describe_bytecode(code)
 
 
-def _compiled(code: CodeType) -> tuple[Any, ...]:
-    inner = [_compiled(item) if isinstance(item, CodeType) else item for item in code.co_consts]
-    return code.co_code, code.co_names, inner
-
-
-def network_mark(model: nn.Module) -> str:
-    """What a network is, apart from its weights: a saved state goes on under no other one."""
-    kept = model.state_dict()
-    hidden = {
-        name: tensor.tolist()
-        for name, tensor in model.named_buffers()
-        if name not in kept and tensor.numel() < 1000
-    }
-    text = f"{model} {getattr(model, 'network_settings', None)} {hidden}"
-    return hashlib.sha256(text.encode()).hexdigest()
+def _describe_bytecode(code: CodeType) -> tuple[object, ...]:
+    constants = [
+        _describe_bytecode(item) if isinstance(item, CodeType) else item for item in code.co_consts
+    ]
+    return code.co_code, code.co_names, constants

@@ -1,4 +1,4 @@
-"""What long work tells its caller, and state that survives a kill."""
+"""Progress callbacks, and loop state that survives a killed process."""
 
 import os
 import time
@@ -9,51 +9,64 @@ from typing import Any
 import torch
 
 from robustsoup.errors import CheckpointError
-from robustsoup.files import write_torch
+from robustsoup.files import remove_file, write_torch
 
 Progress = Callable[[int, int, str], None]
-"""on_progress(done, total, figures): called often; `figures` is a short text such as "loss 1.23"."""
+"""on_progress(done, total, figures), called often; `figures` is short, such as "loss 1.23"."""
 
 
 class SavedState:
-    """The state of a loop in one file, written at most every `every` seconds; with path None it does nothing.
+    """Saves the state of a loop to one file, at most once per interval.
 
-    `fingerprint` says which work the state belongs to: a file left by other work is refused, not resumed.
+    Args:
+        path: File to save to; None disables saving.
+        fingerprint: Identifies the work. A file saved by other work is refused, not resumed.
+        interval: Minimum time between two saves, in seconds.
     """
 
     def __init__(
-        self, path: str | os.PathLike | None, fingerprint: str, every: float = 30.0
+        self, path: str | os.PathLike[str] | None, fingerprint: str, interval: float = 30.0
     ) -> None:
-        self.path = Path(path) if path is not None else None
-        self.fingerprint, self.every, self.last = fingerprint, every, time.monotonic()
+        self.path = None if path is None else Path(path)
+        self.fingerprint = fingerprint
+        self.interval = interval
+        self.last_save = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The state last saved, or None. Raises CheckpointError if it belongs to other work or cannot be read."""
+        """Return the saved state with its tensors on the CPU, or None if nothing was saved.
+
+        Raises:
+            CheckpointError: If the file cannot be read or was saved by other work.
+        """
         if self.path is None or not self.path.exists():
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"{self.path}: the saved state cannot be read ({error}); delete it to begin anew"
+                f"{self.path}: the saved state cannot be read ({error}); delete it to start again"
             ) from None
         if state.pop("fingerprint", None) != self.fingerprint:
             raise CheckpointError(
-                f"{self.path}: saved by work with other settings; delete it or choose another place"
+                f"{self.path}: saved by work with other settings; delete it or choose another path"
             )
         return state
 
     def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.path is not None and time.monotonic() - self.last >= self.every
+        """Return whether the interval since the last save has passed."""
+        return self.path is not None and time.monotonic() - self.last_save >= self.interval
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state atomically.
+
+        Raises:
+            StorageError: If the file cannot be written.
+        """
         if self.path is not None:
             write_torch(self.path, {**state, "fingerprint": self.fingerprint})
-            self.last = time.monotonic()
+            self.last_save = time.monotonic()
 
     def clear(self) -> None:
-        """Remove the file: the work is done."""
+        """Remove the file, because the work is complete."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            remove_file(self.path)

@@ -1,4 +1,4 @@
-"""Random generators keyed by what they are used for."""
+"""Random generators with named streams."""
 
 import hashlib
 
@@ -6,8 +6,11 @@ import torch
 
 
 def keyed_generator(*key: str | int) -> torch.Generator:
-    """A CPU generator that depends on every part of `key`, so that neighbouring keys share no stream."""
+    """Return a CPU generator seeded by a hash of `key`.
+
+    Every part of the key matters, and similar keys (such as consecutive epochs) give unrelated
+    streams.
+    """
     text = ":".join(str(part) for part in key)
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-    )
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))

@@ -1,4 +1,4 @@
-"""Threat models: a norm and a radius, and the geometry of the ball intersected with the box [0, 1]."""
+"""Threat models: how far an attacker may perturb an input."""
 
 import math
 import re
@@ -12,29 +12,42 @@ _EXAMPLES = '"Linf 8/255", "L2 0.5", "L1 12" or "clean"'
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What an attacker may do: perturb x in [0,1] by at most `eps` in `norm`, staying in [0,1].
+    """The set of allowed perturbations: an lp ball around x, intersected with the box [0, 1].
 
-    norm: "Linf", "L2" or "L1"; eps: radius in units of x, at least 0. eps = 0 means no attack ("clean").
-    `ThreatModel.parse(str(threat)) == threat`.
+    `ThreatModel.parse(str(threat)) == threat` holds for every threat model.
 
-    Raises ThreatError for another norm, a negative or non-finite eps.
+    Attributes:
+        norm: "Linf", "L2" or "L1"; always "Linf" if eps is 0.
+        eps: Radius of the ball in units of x, at least 0; 0 means no attack ("clean").
+
+    Raises:
+        ThreatError: If the norm is unknown, or eps is negative or not finite.
     """
 
     norm: str
     eps: float
 
     def __post_init__(self) -> None:
+        """Check the values and normalise them."""
         if self.norm not in NORMS:
             raise ThreatError(f'norm: got "{self.norm}", expected one of {", ".join(NORMS)}')
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"eps: got {self.eps}, expected a finite number of at least 0")
-        object.__setattr__(self, "eps", float(self.eps))  # a numpy float's repr does not parse
-        if self.eps == 0:  # no attack is the same in every norm
+        object.__setattr__(
+            self, "eps", float(self.eps)
+        )  # the repr of a NumPy float is not a number
+        if self.eps == 0:
             object.__setattr__(self, "norm", "Linf")
 
     @classmethod
     def parse(cls, text: "str | ThreatModel") -> "ThreatModel":
-        """Read "Linf 8/255", "L2 0.5", "L1 12" or "clean" (which is Linf 0); a ThreatModel is returned as it is."""
+        """Parse "Linf 8/255", "L2 0.5", "L1 12" or "clean" (Linf 0).
+
+        The norm may be in lower case. A ThreatModel is returned unchanged.
+
+        Raises:
+            ThreatError: If the text is not a threat model.
+        """
         if isinstance(text, ThreatModel):
             return text
         if str(text).strip() == "clean":
@@ -43,25 +56,25 @@ class ThreatModel:
         if not match:
             raise ThreatError(f'threat model: got "{text}", expected {_EXAMPLES}')
         norm, numerator, denominator = match.groups()
-        known = {name.lower(): name for name in NORMS}
         try:
             eps = float(numerator) / (float(denominator) if denominator else 1.0)
         except (ValueError, ZeroDivisionError):
             raise ThreatError(
                 f'threat model "{text}": the radius is not a number; expected {_EXAMPLES}'
             ) from None
-        if norm.lower() not in known:
+        spelling = {name.lower(): name for name in NORMS}.get(norm.lower())
+        if spelling is None:
             raise ThreatError(
                 f'threat model "{text}": norm {norm} is unknown; expected {_EXAMPLES}'
             )
         try:
-            return cls(known[norm.lower()], eps)
+            return cls(spelling, eps)
         except ThreatError as error:
             raise ThreatError(f'threat model "{text}": {error}') from None
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing may be perturbed."""
+        """Whether the radius is 0, so that nothing may be perturbed."""
         return self.eps == 0
 
     def __str__(self) -> str:

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robustsoup.attacks import Settings, apgd, apgd_train, run_attack
+from robustsoup.attacks import apgd, apgd_train, run_attack
 from robustsoup.attacks.losses import ce
-from robustsoup.attacks.steps import Schedule
+from robustsoup.attacks.steps import StepSchedule
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import DataError, Diverged, ModelError, RequestError
 from robustsoup.models import load_model
+from robustsoup.settings import AttackSettings
 from robustsoup.threats import CLEAN, NORMS, ThreatModel
 
 few = settings(max_examples=20, deadline=None)
@@ -26,7 +27,7 @@ by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
 
 
 def run(model, x, y, threat, *, ids=None, known_correct=None, on_progress=None, **settings):
-    settings = Settings(**settings)
+    settings = AttackSettings(**settings)
     return run_attack(
         model, x, y, threat, settings, ids=ids, known_correct=known_correct, on_progress=on_progress
     )
@@ -364,20 +365,22 @@ def test_no_samples_are_no_work():
 
 @pytest.mark.parametrize("steps", [3, 5, 10, 33, 100])
 def test_l1_spends_the_steps_at_3_2_and_1_eps(steps):
-    stages = Schedule.of(ThreatModel("L1", 4.0), steps).stages
+    stages = StepSchedule.for_threat(ThreatModel("L1", 4.0), steps).stages
     assert [eps for eps, _ in stages] == [12.0, 8.0, 4.0]
     assert sum(count for _, count in stages) == steps
     assert stages[0][1] == stages[1][1] == math.ceil(0.3 * steps)
-    assert Schedule.of(ThreatModel("L2", 4.0), steps).stages == ((4.0, steps),)
+    assert StepSchedule.for_threat(ThreatModel("L2", 4.0), steps).stages == ((4.0, steps),)
 
 
 @pytest.mark.parametrize("eps", [0.5, 1.0])
 def test_l1_in_stages_breaks_at_least_as_much_as_plain_l1(trained, monkeypatch, eps):
     model, x, y = trained
     staged = run(model, x, y, ThreatModel("L1", eps), steps=40)
-    whole = Schedule.of
+    whole = StepSchedule.for_threat
     monkeypatch.setattr(
-        Schedule, "of", lambda threat, steps, adaptive: whole(threat, steps, staged=False)
+        StepSchedule,
+        "for_threat",
+        lambda threat, steps, adaptive: whole(threat, steps, staged=False),
     )
     plain = run(model, x, y, ThreatModel("L1", eps), steps=40)
     assert not torch.equal(staged.x_adv, plain.x_adv)

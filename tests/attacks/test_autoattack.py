@@ -3,6 +3,7 @@
 import logging
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,12 @@ import torch
 from torch import nn
 
 from robustsoup.attacks import autoattack
-from robustsoup.attacks.autoattack import ATTACKS, Standard, attack_chunk, plan_autoattack
+from robustsoup.attacks.autoattack import (
+    STANDARD_ATTACKS,
+    AutoAttackPlan,
+    attack_chunk,
+    plan_autoattack,
+)
 from robustsoup.errors import RequestError
 from robustsoup.models import load_model
 from robustsoup.threats import CLEAN, ThreatModel
@@ -23,6 +29,7 @@ THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.1), ThreatModel("L1", 
 """Each breaks some of the samples of `problem`, by every attack, and not all."""
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
 FEW = {"queries": 30, "steps": 8}
+"""Budget of a plan that is run for speed."""
 
 
 def problem(n=16, *, classes=10, channels=1, side=8):
@@ -59,8 +66,8 @@ class Flat(nn.Module):
         return torch.arange(10.0) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
-def only(*attacks):
-    return Standard(attacks, 9, "standard")
+def only(*attacks, **budget):
+    return AutoAttackPlan(attacks, 9, "standard", **budget)
 
 
 def check_real(model, x, y, threat, x_adv, by):
@@ -83,10 +90,14 @@ def check_real(model, x, y, threat, x_adv, by):
 
 def test_ten_classes_are_the_standard_and_fewer_are_not():
     threat = THREATS[0]
-    assert plan_autoattack(10, threat) == Standard(ATTACKS, 9, "standard")
-    assert plan_autoattack(1000, threat) == Standard(ATTACKS, 9, "standard")
-    assert plan_autoattack(9, threat) == Standard(ATTACKS, 8, "non-standard (8 targets)")
-    assert plan_autoattack(4, threat) == Standard(ATTACKS, 3, "non-standard (3 targets)")
+    assert plan_autoattack(10, threat) == AutoAttackPlan(STANDARD_ATTACKS, 9, "standard")
+    assert plan_autoattack(1000, threat) == AutoAttackPlan(STANDARD_ATTACKS, 9, "standard")
+    assert plan_autoattack(9, threat) == AutoAttackPlan(
+        STANDARD_ATTACKS, 8, "non-standard (8 targets)"
+    )
+    assert plan_autoattack(4, threat) == AutoAttackPlan(
+        STANDARD_ATTACKS, 3, "non-standard (3 targets)"
+    )
 
 
 def test_under_four_classes_are_refused():
@@ -94,7 +105,7 @@ def test_under_four_classes_are_refused():
         plan_autoattack(3, ThreatModel("Linf", 8 / 255))
     assert str(error.value) == (
         "autoattack on Linf 8/255: got 3 classes, expected at least 4, which its targeted DLR loss compares; "
-        "take the attack apgd"
+        "use the attack apgd"
     )
 
 
@@ -105,7 +116,7 @@ def test_without_pyautoattack_the_error_says_what_to_install(monkeypatch):
         plan_autoattack(10, THREATS[0])
     assert str(error.value) == text
     with pytest.raises(RequestError) as error:
-        attack_chunk(*problem(2), THREATS[0], standard=only("apgd-ce"), seed=0)
+        attack_chunk(*problem(2), THREATS[0], plan=only("apgd-ce"), seed=0)
     assert str(error.value) == text
 
 
@@ -119,7 +130,7 @@ def test_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
             x,
             y,
             ThreatModel(norm, 0.1),
-            standard=only(*ATTACKS),
+            plan=only(*STANDARD_ATTACKS),
             seed=0,
             on_progress=lambda *at: told.append(at),
         )
@@ -134,7 +145,7 @@ def test_square_in_linf_takes_the_sizes_that_it_cannot_tile_in_l2():
         x,
         y,
         threat,
-        *attack_chunk(model, x, y, threat, standard=only("square"), seed=0, **FEW),
+        *attack_chunk(model, x, y, threat, plan=only("square", **FEW), seed=0),
     )
 
 
@@ -148,12 +159,12 @@ def test_apgd_ce_is_what_pyautoattack_finds_with_the_same_seed(threat):
         model,
         norm=threat.norm,
         eps=threat.eps,
-        seed=autoattack._seed(11, "apgd-ce"),
+        seed=autoattack._seed_of_attack(11, "apgd-ce"),
         version="standard",
     )
     theirs.attacks_to_run = ["apgd-ce"]
     points, labels = theirs.run_standard_evaluation(x, y)
-    x_adv, by = attack_chunk(model, x, y, threat, standard=only("apgd-ce"), seed=11)
+    x_adv, by = attack_chunk(model, x, y, threat, plan=only("apgd-ce"), seed=11)
     assert torch.equal(by >= 0, labels != y)
     assert 0 < int((by >= 0).sum()) < len(x)
     torch.testing.assert_close(x_adv, points, rtol=0, atol=0 if threat.norm != "L1" else 1e-6)
@@ -162,7 +173,7 @@ def test_apgd_ce_is_what_pyautoattack_finds_with_the_same_seed(threat):
 @by_threat
 def test_all_four_are_the_standard_version_run_in_one_go(threat, monkeypatch):
     monkeypatch.setattr(
-        autoattack, "_seed", lambda seed, name: seed
+        autoattack, "_seed_of_attack", lambda seed, name: seed
     )  # the standard gives all four the same
     model, x, y = problem(6)
     theirs = pyautoattack.AutoAttack(
@@ -171,7 +182,7 @@ def test_all_four_are_the_standard_version_run_in_one_go(threat, monkeypatch):
     theirs.square.n_queries = 100
     _, labels = theirs.run_standard_evaluation(x, y)
     _, by = attack_chunk(
-        model, x, y, threat, standard=plan_autoattack(10, threat), seed=11, queries=100
+        model, x, y, threat, plan=replace(plan_autoattack(10, threat), queries=100), seed=11
     )
     assert torch.equal(by >= 0, labels != y)
     assert 0 < int((by >= 0).sum()) < len(x)
@@ -181,16 +192,14 @@ def test_in_l1_the_standard_aims_apgd_t_at_five_classes():
     targets = []
     for threat, classes in ((THREATS[0], 10), (THREATS[2], 10), (THREATS[2], 5)):
         standard = plan_autoattack(classes, threat)
-        runner = autoattack._runner(
-            "apgd-t", Flat(), torch.device("cpu"), threat, standard, 1, 5000, 100
-        )
+        runner = autoattack._make_runner("apgd-t", Flat(), torch.device("cpu"), threat, standard, 1)
         targets.append((runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes))
     assert targets == [(9, 9), (5, 9), (4, 4)]
 
 
 def test_fewer_steps_are_what_pyautoattack_makes_of_them():
-    runner = autoattack._runner(
-        "apgd-t", Flat(), torch.device("cpu"), THREATS[0], only("apgd-t"), 1, 5000, 50
+    runner = autoattack._make_runner(
+        "apgd-t", Flat(), torch.device("cpu"), THREATS[0], only("apgd-t", steps=50), 1
     )
     theirs = autopgd_base.APGDAttack(Flat(), n_iter=50, eps=1.0)
     for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
@@ -205,10 +214,10 @@ def test_fewer_steps_are_what_pyautoattack_makes_of_them():
 
 
 @by_threat
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", STANDARD_ATTACKS)
 def test_what_each_attack_breaks_is_broken(name, threat):
     model, x, y = problem()
-    x_adv, by = attack_chunk(model, x, y, threat, standard=only(name), seed=1, **FEW)
+    x_adv, by = attack_chunk(model, x, y, threat, plan=only(name, **FEW), seed=1)
     check_real(model, x, y, threat, x_adv, by)
     assert set(by.tolist()) == {-1, 0}
     assert by.dtype == torch.int64
@@ -222,7 +231,7 @@ def test_a_channels_last_residual_network_is_attacked(threat):
         model.to(memory_format=torch.channels_last),
         x.contiguous(memory_format=torch.channels_last),
     )
-    x_adv, by = attack_chunk(model, x, y, threat, standard=only(*ATTACKS), seed=1, **FEW)
+    x_adv, by = attack_chunk(model, x, y, threat, plan=only(*STANDARD_ATTACKS, **FEW), seed=1)
     check_real(model, x, y, threat, x_adv, by)
     assert int((by >= 0).sum()) > 0
 
@@ -235,9 +244,8 @@ def test_one_image_of_the_digits_size_is_attacked(threat):
         x,
         y,
         ThreatModel(threat.norm, threat.eps / 100),
-        standard=only(*ATTACKS),
+        plan=only(*STANDARD_ATTACKS, **FEW),
         seed=1,
-        **FEW,
     )
     assert by.tolist() == [-1]
     assert torch.equal(x_adv, x)
@@ -247,8 +255,8 @@ def test_an_attack_is_only_given_what_those_before_it_left():
     """Square first and for few queries, so that it leaves most of what the second breaks."""
     model, x, y = problem()
     threat = THREATS[0]
-    alone = attack_chunk(model, x, y, threat, standard=only("square"), seed=1, **FEW)
-    x_adv, by = attack_chunk(model, x, y, threat, standard=only("square", "apgd-ce"), seed=1, **FEW)
+    alone = attack_chunk(model, x, y, threat, plan=only("square", **FEW), seed=1)
+    x_adv, by = attack_chunk(model, x, y, threat, plan=only("square", "apgd-ce", **FEW), seed=1)
     assert set(by.tolist()) >= {0, 1}
     assert torch.equal(by == 0, alone[1] == 0)
     assert torch.equal(x_adv[by == 0], alone[0][by == 0])
@@ -260,7 +268,7 @@ def test_fewer_classes_are_attacked_by_all_four(classes):
     threat = THREATS[0]
     model, x, y = problem(6, classes=classes)
     x_adv, by = attack_chunk(
-        model, x, y, threat, standard=plan_autoattack(classes, threat), seed=1, **FEW
+        model, x, y, threat, plan=replace(plan_autoattack(classes, threat), **FEW), seed=1
     )
     check_real(model, x, y, threat, x_adv, by)
 
@@ -284,7 +292,7 @@ def test_a_linear_network_is_broken_wherever_it_can_be():
     threat = ThreatModel("Linf", float(ranked[9] + ranked[10]) / 2)
     assert threat.eps < 0.3
     x_adv, by = attack_chunk(
-        model, x, y, threat, standard=plan_autoattack(10, threat), seed=0, queries=30
+        model, x, y, threat, plan=replace(plan_autoattack(10, threat), queries=30), seed=0
     )
     assert torch.equal(by >= 0, distance < threat.eps)
     check_real(model, x, y, threat, x_adv, by)
@@ -294,13 +302,13 @@ def test_no_point_is_believed_unchecked():
     """Of the four: misclassified but far away, NaN, in the ball but classified right, and a real one."""
     model, x, y = problem(4)
     far = ThreatModel("Linf", 0.5)
-    real, by = attack_chunk(model, x, y, far, standard=only("apgd-ce"), seed=0, steps=10)
+    real, by = attack_chunk(model, x, y, far, plan=only("apgd-ce", steps=10), seed=0)
     assert by.tolist() == [0] * 4
     threat = ThreatModel("Linf", 1e-7)
     points = torch.stack([real[0], torch.full_like(x[1], torch.nan), x[2], real[3]])
-    _, broken = autoattack._check_points(model, points, x, y, threat)
+    _, broken = autoattack._certify_points(model, points, x, y, threat)
     assert broken.tolist() == [False] * 4
-    _, broken = autoattack._check_points(model, points, x, y, far)
+    _, broken = autoattack._certify_points(model, points, x, y, far)
     assert broken.tolist() == [True, False, False, True]
 
 
@@ -309,12 +317,16 @@ def test_what_rounding_left_outside_the_l1_ball_is_brought_back():
     model, x, y = residual(12, side=32)
     threat = ThreatModel("L1", 12.0)
     theirs = pyautoattack.AutoAttack(
-        model, norm="L1", eps=12.0, seed=autoattack._seed(1, "apgd-ce"), version="standard"
+        model,
+        norm="L1",
+        eps=12.0,
+        seed=autoattack._seed_of_attack(1, "apgd-ce"),
+        version="standard",
     )
     theirs.attacks_to_run = ["apgd-ce"]
     points, labels = theirs.run_standard_evaluation(x, y)
     assert float((points.double() - x.double()).abs().flatten(1).sum(1).max()) > 12 + 1e-6
-    x_adv, by = attack_chunk(model, x, y, threat, standard=only("apgd-ce"), seed=1)
+    x_adv, by = attack_chunk(model, x, y, threat, plan=only("apgd-ce"), seed=1)
     assert torch.equal(by >= 0, labels != y)
     check_real(model, x, y, threat, x_adv, by)
 
@@ -322,7 +334,7 @@ def test_what_rounding_left_outside_the_l1_ball_is_brought_back():
 @pytest.mark.parametrize(("n", "threat"), [(0, THREATS[0]), (3, CLEAN)])
 def test_no_samples_or_no_radius_break_nothing(n, threat):
     model, x, y = problem(3)
-    x_adv, by = attack_chunk(model, x[:n], y[:n], threat, standard=only(*ATTACKS), seed=0)
+    x_adv, by = attack_chunk(model, x[:n], y[:n], threat, plan=only(*STANDARD_ATTACKS), seed=0)
     assert torch.equal(x_adv, x[:n])
     assert by.tolist() == [-1] * n
 
@@ -336,7 +348,9 @@ def test_the_seed_alone_decides():
     found = []
     for state, seed in ((0, 1), (99, 1), (0, 2)):
         torch.manual_seed(state)
-        found.append(attack_chunk(model, x, y, threat, standard=only(*ATTACKS), seed=seed, **FEW))
+        found.append(
+            attack_chunk(model, x, y, threat, plan=only(*STANDARD_ATTACKS, **FEW), seed=seed)
+        )
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][0], found[2][0])
@@ -344,7 +358,13 @@ def test_the_seed_alone_decides():
 
 def test_every_attack_and_seed_has_noise_of_its_own():
     assert (
-        len({autoattack._seed(seed, name) for seed in (-1, 0, 1, 2, 2**40) for name in ATTACKS})
+        len(
+            {
+                autoattack._seed_of_attack(seed, name)
+                for seed in (-1, 0, 1, 2, 2**40)
+                for name in STANDARD_ATTACKS
+            }
+        )
         == 20
     )
 
@@ -367,7 +387,7 @@ def test_random_state_network_and_tracing_are_as_they_were():
     old = sys.gettrace()
     sys.settrace(trace)
     try:
-        attack_chunk(model, x, y, THREATS[0], standard=only(*ATTACKS), seed=0, **FEW)
+        attack_chunk(model, x, y, THREATS[0], plan=only(*STANDARD_ATTACKS, **FEW), seed=0)
         left = sys.gettrace()
     finally:
         sys.settrace(old)
@@ -397,12 +417,12 @@ def test_its_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
     records, keep = [], Keep()
     logger.addHandler(keep)
     try:
-        attack_chunk(Flat(), x, y, THREATS[0], standard=only("apgd-t"), seed=0, **FEW)
+        attack_chunk(Flat(), x, y, THREATS[0], plan=only("apgd-t", **FEW), seed=0)
     finally:
         logger.removeHandler(keep)
     assert any("zero gradient" in text for text in records)
     assert logger.handlers == kept
-    attack_chunk(Flat(), x, y, THREATS[0], standard=only(*ATTACKS), seed=0, **FEW)
+    attack_chunk(Flat(), x, y, THREATS[0], plan=only(*STANDARD_ATTACKS, **FEW), seed=0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -414,9 +434,8 @@ def test_progress_counts_samples_times_attacks():
         x,
         y,
         THREATS[0],
-        standard=only("square", "apgd-ce", "apgd-t"),
+        plan=only("square", "apgd-ce", "apgd-t", **FEW),
         seed=1,
-        **FEW,
         on_progress=lambda done, total: told.append((done, total)),
     )
     square, others = int((by == 0).sum()), int((by != 0).sum())

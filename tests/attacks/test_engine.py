@@ -10,17 +10,21 @@ from digits import check_inside, digits_network
 from torch import nn
 from torch.nn import functional
 
-from robustsoup.attacks import Settings, apgd, apgd_train, pgd, run_attack
-from robustsoup.attacks.attack import Samples, try_points
-from robustsoup.attacks.engine import Job, Outcome, _Lane
-from robustsoup.attacks.folding import folded
-from robustsoup.attacks.forward import frozen_eval, gradient, pass_rows, predict
-from robustsoup.attacks.losses import LOSSES, ce
+from robustsoup.attacks import apgd, apgd_train, pgd, run_attack
+from robustsoup.attacks import losses
+from robustsoup.attacks.attempts import check_points, list_attempts
+from robustsoup.attacks.engine import DeviceRows, Search, take_step
+from robustsoup.attacks.folding import fold_batchnorm
+from robustsoup.attacks.forward import frozen_eval, input_gradient, pass_size, predict_logits
+from robustsoup.attacks.losses import ce
+from robustsoup.attacks.outcome import Samples
 from robustsoup.attacks.projections import norms, project
-from robustsoup.attacks.steps import Schedule, cold_start, start_rows
+from robustsoup.attacks.steps import StepSchedule, cold_start, initial_state
+from robustsoup.catalog import LOSSES
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import RequestError
 from robustsoup.models import load_model
+from robustsoup.settings import AttackSettings
 from robustsoup.threats import NORMS, ThreatModel
 
 N = 100  # more than a pass takes, so that rows are refilled
@@ -50,14 +54,15 @@ def threads():
 
 
 def run(model, x, y, threat, *, ids=None, **settings):
-    return run_attack(model, x, y, threat, Settings(**{"steps": 10, **settings}), ids=ids)
+    return run_attack(model, x, y, threat, AttackSettings(**{"steps": 10, **settings}), ids=ids)
 
 
 def right(model, x, y):
     """(n,) bool: what the network gets right, in passes of the one shape that verdicts are made in."""
     with frozen_eval(model):
         return (
-            predict(model, lambda at: x[at], len(x), pass_rows(x.device), x.device).argmax(1) == y
+            predict_logits(model, lambda at: x[at], len(x), pass_size(x.device), x.device).argmax(1)
+            == y
         )
 
 
@@ -272,7 +277,7 @@ def test_the_best_point_of_a_bfloat16_search_is_judged_too(seed):
 def test_what_attempts_are_called():
     names = [
         attempt.name
-        for attempt in Settings(loss="targeted dlr", targets=2, restarts=2).attempts(10)
+        for attempt in list_attempts(AttackSettings(loss="targeted dlr", targets=2, restarts=2), 10)
     ]
     assert names == [
         "apgd-t target 1",
@@ -280,13 +285,15 @@ def test_what_attempts_are_called():
         "apgd-t target 1 restart 2",
         "apgd-t target 2 restart 2",
     ]
-    assert [a.name for a in Settings("pgd", "dlr", restarts=2).attempts(10)] == [
+    assert [
+        a.name for a in list_attempts(AttackSettings(attack="pgd", loss="dlr", restarts=2), 10)
+    ] == [
         "pgd-dlr",
         "pgd-dlr restart 2",
     ]
-    assert [a.name for a in Settings(targets=3).attempts(10)] == ["apgd-ce"]
+    assert [a.name for a in list_attempts(AttackSettings(targets=3), 10)] == ["apgd-ce"]
     for classes, targets in ((4, 3), (7, 6), (10, 9), (100, 9)):
-        assert len(Settings(loss="targeted dlr").attempts(classes)) == targets
+        assert len(list_attempts(AttackSettings(loss="targeted dlr"), classes)) == targets
 
 
 @by_threat
@@ -334,13 +341,13 @@ def test_every_restart_seed_and_sample_starts_elsewhere(norm):
 
 def test_more_targets_break_no_less_and_each_is_another_class(trained, monkeypatch):
     model, x, y = trained
-    threat, whole, asked = ThreatModel("Linf", 0.06), LOSSES["targeted dlr"], []
+    threat, whole, asked = ThreatModel("Linf", 0.06), losses.targeted_dlr, []
 
     def spy(logits, labels, target):
         asked.append((labels.clone(), target.clone()))
         return whole(logits, labels, target)
 
-    monkeypatch.setitem(LOSSES, "targeted dlr", spy)
+    monkeypatch.setattr(losses, "targeted_dlr", spy)
     one, three = (
         run(model, x, y, threat, loss="targeted dlr", targets=targets) for targets in (1, 3)
     )
@@ -363,7 +370,7 @@ def test_targets_are_the_likeliest_other_classes(monkeypatch):
             first = functional.one_hot((x[:, 0, 0, 0] * 5).long(), 5)
             return x.flatten(1).sum(1, keepdim=True) * 0 + 1 - torch.arange(5) / 10 + first
 
-    monkeypatch.setitem(LOSSES, "targeted dlr", spy)
+    monkeypatch.setattr(losses, "targeted_dlr", spy)
     x = (torch.arange(3.0) / 5 + 0.1).view(3, 1, 1, 1)
     run(
         Scores(),
@@ -389,7 +396,7 @@ def test_a_loss_that_needs_more_classes_is_refused(loss, classes, least, attack)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
     x, y = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
     with pytest.raises(
-        RequestError, match=rf'loss: "{loss}" needs {least} classes or more, got {classes}; take ce'
+        RequestError, match=rf'loss: "{loss}" needs {least} classes or more, got {classes}; use ce'
     ):
         attack(network, x, y, "Linf 0.1", loss=loss)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, least))
@@ -433,9 +440,10 @@ class Changing(nn.Module):
 def test_eot_averages_losses_and_gradients():
     w = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     x, y = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(1)), torch.arange(5) % 3
-    _, loss, grad = gradient(Changing(w), x, y, ce, "float32", eot=3)
+    _, loss, grad = input_gradient(Changing(w), x, y, ce, "float32", eot=3)
     parts = [
-        gradient(lambda x, k=k: x.flatten(1) @ (w * k), x, y, ce, "float32") for k in (1, 2, 3)
+        input_gradient(lambda x, k=k: x.flatten(1) @ (w * k), x, y, ce, "float32")
+        for k in (1, 2, 3)
     ]
     torch.testing.assert_close(loss, sum(part[1] for part in parts) / 3)
     torch.testing.assert_close(grad, sum(part[2] for part in parts) / 3)
@@ -618,7 +626,7 @@ def batchnorms(model):
 def test_what_follows_a_convolution_is_folded_into_it():
     model = Fold().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    light = folded(model, images())
+    light = fold_batchnorm(model, images())
     assert light is not model
     assert (batchnorms(light), batchnorms(model)) == (0, 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -633,7 +641,7 @@ def test_what_follows_a_convolution_is_folded_into_it():
 
 def test_a_resnet_is_folded_through_its_shortcuts(trained):
     model, x, _ = trained
-    light = folded(model, x[:16])
+    light = fold_batchnorm(model, x[:16])
     assert (batchnorms(light), batchnorms(model)) == (0, 8)
     with torch.no_grad():
         torch.testing.assert_close(light(x), model(x), rtol=1e-3, atol=1e-4)
@@ -647,7 +655,7 @@ def test_a_resnet_is_folded_through_its_shortcuts(trained):
 def test_what_cannot_be_folded_is_left_alone(network):
     model = network().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert folded(model, images()) is model
+    assert fold_batchnorm(model, images()) is model
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -659,7 +667,7 @@ def test_one_branch_is_folded_where_another_cannot_be():
             return self.head(self.norm2(self.second(x) + x).relu().flatten(1))
 
     model = Half().eval()
-    light = folded(model, images())
+    light = fold_batchnorm(model, images())
     assert isinstance(light.norm1, nn.Identity)
     assert isinstance(light.norm2, nn.BatchNorm2d)
     with torch.no_grad():
@@ -675,10 +683,10 @@ def test_ready_made_points_are_judged_in_float32(trained, threat):
     found = run(model, x, y, threat)
     samples = Samples(lambda at: x[at], y, torch.arange(N), model(x))
     which = torch.arange(5, 97)
-    broken, margin = try_points(model, samples, lambda at: found.x_adv[at], which, 32, x.device)
+    broken, margin = check_points(model, samples, lambda at: found.x_adv[at], which, 32, x.device)
     assert torch.equal(broken, found.broken[which])
     assert torch.equal(margin < 0, broken)
-    nothing, _ = try_points(model, samples, lambda at: found.x_adv[at], which[:0], 32, x.device)
+    nothing, _ = check_points(model, samples, lambda at: found.x_adv[at], which[:0], 32, x.device)
     assert len(nothing) == 0
     assert nothing.dtype == torch.bool
 
@@ -690,66 +698,51 @@ def test_ready_made_points_are_judged_in_float32(trained, threat):
 @pytest.mark.parametrize("loss", LOSSES)
 @by_threat
 def test_a_step_asks_the_device_nothing(threat, loss, attack):
-    """On PyTorch's "meta" device tensors have no values: whatever would wait for one raises an error there."""
+    """Tensors on PyTorch's "meta" device have no values: waiting for one raises an error."""
     meta = torch.device("meta")
-    settings = Settings(attack, loss)
-    attempt = settings.attempts(10)[0]
-    schedule = Schedule.of(threat, 20, adaptive=attack == "apgd")
     x, y = torch.empty(6, 1, 8, 8, device=meta), torch.empty(6, dtype=torch.long, device=meta)
-    job = Job(
-        load_model("resnet9:width=2", channels=1).eval().requires_grad_(False).to(meta),
-        lambda at: x[at],
-        y,
-        y,
-        [],
-        attempt,
-        0,
-        1,
-        schedule,
-        Outcome.blank(6),
-        seed=0,
-        rows=6,
-        precision="float32",
-        eot=2,
-        targets=y,
-        device=meta,
-    )
-    lane = _Lane(job)
-    lane.rows = start_rows(x, y, schedule.stages[0][0], x, schedule, target=y)
-    lane.found, lane.points = torch.zeros_like(lane.rows.last), lane.rows.x_adv.clone()
-    lane.found_step = lane.rows.step.clone()
+    model = load_model("resnet9:width=2", channels=1).eval().requires_grad_(False).to(meta)
+    settings = AttackSettings(attack=attack, loss=loss, steps=20, eot=2)
+    search = search_of(model, Samples(lambda rows: x[rows], y, y, y), threat, settings, 10)
+    schedule = search.schedule
+    rows = DeviceRows.from_state(initial_state(x, y, schedule.stages[0][0], x, schedule, target=y))
     with pytest.raises(RuntimeError):
-        bool(lane.found.any())  # the probe works
-    assert job.window > 1
-    for _ in range(job.window):
-        lane._step()
+        bool(rows.found.any())  # reading a value does raise
+    assert search.window > 1
+    with torch.no_grad():
+        for _ in range(search.window):
+            take_step(search, rows, schedule.check_periods().to(meta))
 
 
-def test_windows_fit_every_stage():
-    for threat in THREATS:
-        for steps in (1, 2, 7, 10, 20, 50, 97, 100):
-            schedule = Schedule.of(threat, steps)
-            job = Job(
-                nn.Identity(),
-                None,
-                None,
-                None,
-                [],
-                Settings().attempts(10)[0],
-                0,
-                1,
-                schedule,
-                Outcome.blank(1),
-                seed=0,
-                rows=1,
-                precision="float32",
-                eot=1,
-                targets=None,
-                device=torch.device("meta"),
-            )
-            assert 1 <= job.window <= 10
-            assert all(count % job.window == 0 for _, count in schedule.stages)
-    assert job.window == 10
+def search_of(model, samples, threat, settings, classes):
+    """The work of the first attempt, on the device of the samples' labels."""
+    schedule = StepSchedule.for_threat(threat, settings.steps, adaptive=settings.attack == "apgd")
+    return Search(
+        model=model,
+        search_model=model,
+        samples=samples,
+        attempt=list_attempts(settings, classes)[0],
+        index=0,
+        attempts=1,
+        schedule=schedule,
+        seed=settings.seed,
+        precision=settings.precision,
+        eot=settings.eot,
+        pass_size=6,
+        device=samples.y.device,
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 20, 50, 97, 100])
+@by_threat
+def test_the_window_divides_every_stage(threat, steps):
+    nothing = torch.empty(0, device="meta")
+    samples = Samples(lambda rows: rows, nothing, nothing, nothing)
+    search = search_of(nn.Identity(), samples, threat, AttackSettings(steps=steps), 10)
+    assert 1 <= search.window <= 10
+    assert all(count % search.window == 0 for _, count in search.schedule.stages)
+    if steps == 100:
+        assert search.window == 10
 
 
 # training's attack

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from robustsoup.attacks.apgd import apgd_train
-from robustsoup.attacks.forward import frozen_eval, gradient
-from robustsoup.attacks.losses import LOSSES
+from robustsoup.attacks.forward import frozen_eval, input_gradient
 from robustsoup.attacks.projections import random_start
-from robustsoup.attacks.steps import Schedule, advance, observe, start_rows
+from robustsoup.attacks.steps import StepSchedule, advance, initial_state, observe
+from robustsoup.catalog import LOSSES
 from robustsoup.data import load_data, to_float
 from robustsoup.models import load_model
 from robustsoup.threats import ThreatModel
@@ -32,17 +32,17 @@ def target_of(model, x, y, rank):
 
 
 def ours(model, x, y, threat, steps, start, loss="ce", rank=0):
-    schedule = Schedule.of(threat, steps, staged=False)
+    schedule = StepSchedule.for_threat(threat, steps, staged=False)
     target = target_of(model, x, y, rank) if rank else None
-    rows = start_rows(x, y, threat.eps, start, schedule, target=target)
+    rows = initial_state(x, y, threat.eps, start, schedule, target=target)
     ever = torch.zeros(len(x), dtype=torch.bool)
     with frozen_eval(model):
         for step in range(steps + 1):
-            logits, value, grad = gradient(
-                model, rows.x_adv, y, LOSSES[loss], "float32", target=target
+            logits, value, grad = input_gradient(
+                model, rows.x_adv, y, LOSSES[loss].load(), "float32", target=target
             )
             ever |= logits.argmax(1) != y
-            observe(rows, value, grad, schedule.checks(), threat.norm)
+            observe(rows, value, grad, schedule.check_periods(), threat.norm)
             if step < steps:
                 advance(rows, threat.norm)
     return rows.x_best, rows.loss_best, ~ever

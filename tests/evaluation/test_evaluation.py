@@ -1,6 +1,5 @@
 """Evaluation: verdicts per sample that add up, come back from their files, and depend on the seed alone."""
 
-import functools
 import json
 import os
 import random
@@ -19,9 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from robustsoup.attacks import Settings, run_attack
-from robustsoup.attacks.engine import Outcome
-from robustsoup.attacks.forward import pass_rows, predict
+from robustsoup.attacks import run_attack
+from robustsoup.attacks.forward import pass_size, predict_logits
+from robustsoup.attacks.outcome import Outcome
 from robustsoup.attacks.projections import norms
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, load_data, to_float
@@ -32,6 +31,7 @@ from robustsoup.evaluation.evaluate import check_above_chance, evaluate
 from robustsoup.evaluation.intervals import Accuracy, wilson
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts
 from robustsoup.models import load_model
+from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
 few = settings(max_examples=30, deadline=None)
@@ -160,7 +160,9 @@ def test_verdicts_are_those_of_the_attack(evaluation, model, data):
     torch.testing.assert_close(evaluation.margin, right - others, rtol=1e-4, atol=1e-5)
     assert torch.equal(evaluation.margin > 0, evaluation.prediction == evaluation.labels)
     for threat in (LINF, L2, L1):
-        result = run_attack(model, x, data.labels, threat, Settings(steps=5, seed=3), ids=data.ids)
+        result = run_attack(
+            model, x, data.labels, threat, AttackSettings(steps=5, seed=3), ids=data.ids
+        )
         found = evaluation.threats[str(threat)]
         assert torch.equal(found.robust, ~result.broken)
         assert torch.equal(found.step, result.step)
@@ -241,7 +243,7 @@ def test_every_batch_has_one_shape():
             return x.flatten(1)
 
     x = torch.rand(10, 1, 2, 2)
-    assert torch.equal(predict(Probe(), lambda at: x[at], 10, 4, x.device), x.flatten(1))
+    assert torch.equal(predict_logits(Probe(), lambda at: x[at], 10, 4, x.device), x.flatten(1))
     assert shapes == {(4, 1, 2, 2)}
 
 
@@ -439,8 +441,8 @@ def test_kept_points_are_what_the_verdicts_say(kept, evaluation, model, data):
     for name, verdicts in kept.threats.items():
         threat = ThreatModel.parse(name)
         fooled = (
-            predict(
-                model, lambda at, v=verdicts: v.x_adv[at], 60, pass_rows(x.device), x.device
+            predict_logits(
+                model, lambda at, v=verdicts: v.x_adv[at], 60, pass_size(x.device), x.device
             ).argmax(1)
             != data.labels
         )
@@ -541,7 +543,9 @@ def test_points_of_one_network_are_tried_on_another(kept, other, data, passes):
     for name, found in pooled.threats.items():
         points = kept.threats[name].x_adv
         transferred = (
-            predict(other, lambda at, p=points: p[at], 60, pass_rows(x.device), x.device).argmax(1)
+            predict_logits(
+                other, lambda at, p=points: p[at], 60, pass_size(x.device), x.device
+            ).argmax(1)
             != data.labels
         )
         transferred &= pooled.prediction == data.labels
@@ -676,8 +680,12 @@ def test_warnings_are_handed_on(kept, model, data):
 def brief_autoattack(monkeypatch):
     """AutoAttack with fewer steps and queries than the standard has."""
     pytest.importorskip("pyautoattack")
-    brief = functools.partial(attackers.attack_chunk, queries=5, steps=2)
-    monkeypatch.setattr(attackers, "attack_chunk", brief)
+    plan = attackers.plan_autoattack
+
+    def plan_briefly(classes, threat):
+        return replace(plan(classes, threat), queries=5, steps=2)
+
+    monkeypatch.setattr(attackers, "plan_autoattack", plan_briefly)
 
 
 def test_autoattack_goes_by_the_same_rules(model, data, passes, brief_autoattack):
@@ -1015,7 +1023,7 @@ def test_a_state_of_other_settings_or_another_network_is_refused(
     state.write_bytes(before[:100])
     with pytest.raises(
         CheckpointError,
-        match=r"state\.pt: the saved state cannot be read .*; delete it to begin anew",
+        match=r"state\.pt: the saved state cannot be read .*; delete it to start again",
     ):
         evaluate(**asked, state_path=state)
 

@@ -10,7 +10,7 @@ from ingredients import perturbed
 from markers import model_zoo, needs_robustbench
 from torch import nn
 
-from robustsoup.attacks.folding import folded
+from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
 from robustsoup.data import load_data
@@ -241,7 +241,7 @@ def test_what_follows_a_convolution_is_folded(spec, left):
     """What is left stands before its convolution: the first of each block (but for a stem that nothing else reads), the last."""
     model = randomised(load_model(spec))
     x = images(16)
-    light = folded(model, x[:8])
+    light = fold_batchnorm(model, x[:8])
     assert batchnorms(light) == left < batchnorms(model)
     torch.testing.assert_close(logits(light, x), logits(model, x), rtol=1e-3, atol=1e-5)
 
@@ -371,6 +371,7 @@ def test_a_file_that_lacks_more_than_counters_is_refused(tmp_path):
     }
     torch.save(state, tmp_path / "half.pth")
     with pytest.raises(
-        ModelError, match=r"half\.pth: .*running_var: the network has this tensor, the file does not"
+        ModelError,
+        match=r"half\.pth: .*running_var: the network has this tensor, the file does not",
     ):
         Checkpoint.load(tmp_path / "half.pth").network(SMALL["wide_resnet"])

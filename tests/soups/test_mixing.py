@@ -394,7 +394,11 @@ def test_tracked_takes_the_statistics_followed_while_learning():
         ({"buffers": "tracked"}, RequestError, "only coefficients made by `learn`"),
         ({"buffers": "best"}, RequestError, 'got "best", expected one of base, average'),
         ({"buffers": "recalibrate"}, RequestError, "requires training data; give calibrate_on"),
-        ({"buffers": "recalibrate-adversarial"}, RequestError, "requires training data; give calibrate_on"),
+        (
+            {"buffers": "recalibrate-adversarial"},
+            RequestError,
+            "requires training data; give calibrate_on",
+        ),
         ({"buffers": "average", "affine": True}, CoefficientError, "variances can turn negative"),
         ({"buffers": "base", "base": "absent.pth"}, CheckpointError, r"absent\.pth: no such file"),
         (

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.forward import frozen_eval, gradient
+from robustsoup.attacks.forward import frozen_eval, input_gradient
 from robustsoup.attacks.losses import ce, kl
 from robustsoup.data import batches, load_data, to_float
 from robustsoup.errors import CheckpointError, ThreatError
@@ -274,7 +274,7 @@ def test_at_x_itself_the_kl_has_no_gradient_and_a_start_is_where_the_attack_begi
     x, y = to_float(DIGITS.val.images[:40]), DIGITS.val.labels[:40]
     clean = model(x)
     at_home, aside = (
-        gradient(model, point, y, kl, "float32", target=clean)[2]
+        input_gradient(model, point, y, kl, "float32", target=clean)[2]
         for point in (x, (x + 0.01).clamp(0, 1))
     )
     assert float(at_home.abs().max()) < 1e-5 < 1e-3 < float(aside.abs().max())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.folding import folded
+from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import batches, load_data, to_float
 from robustsoup.errors import CheckpointError, Diverged, ModelError, RequestError
@@ -105,7 +105,7 @@ def test_the_robust_loss_is_float32s_on_the_points_of_the_attack(precision):
     start = load_model("resnet9:width=4", channels=1)
     network = trained(start, DIGITS.train.first(512), epochs=3, lr=0.2).network().eval()
     x = to_float(VAL.images).contiguous(memory_format=torch.channels_last)
-    searched = network if precision == "float32" else folded(network, x[:2])
+    searched = network if precision == "float32" else fold_batchnorm(network, x[:2])
     x_adv = apgd_train(
         searched, x, VAL.labels, ThreatModel.parse(LINF), steps=5, precision=precision
     )

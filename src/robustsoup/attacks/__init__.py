@@ -1,8 +1,6 @@
-"""Attacks: functions of (model, x, y, threat) to x_adv."""
+"""Attacks: functions of (model, x, y, threat) that return x_adv."""
 
-from robustsoup.attacks.apgd import apgd_train
-from robustsoup.attacks.attack import AttackResult, Settings, apgd, pgd, run_attack
+from robustsoup.attacks.apgd import apgd, apgd_train, pgd
+from robustsoup.attacks.attempts import AttackResult, run_attack
 
-ATTACKS = ("apgd", "pgd", "autoattack")
-
-__all__ = ["ATTACKS", "AttackResult", "Settings", "apgd", "apgd_train", "pgd", "run_attack"]
+__all__ = ["AttackResult", "apgd", "apgd_train", "pgd", "run_attack"]

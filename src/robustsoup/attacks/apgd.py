@@ -1,26 +1,167 @@
-"""AutoPGD as adversarial training uses it. The evaluation form is in `queue`; they are not the same function."""
+"""APGD and PGD as plain functions of (model, x, y, threat).
+
+`apgd` and `pgd` are for evaluation, `apgd_train` is for adversarial training. The two forms of
+APGD differ: see their docstrings.
+"""
 
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.forward import frozen_eval, gradient
-from robustsoup.attacks.lanes import in_lanes, lane_count
+from robustsoup.attacks.attempts import run_attack
+from robustsoup.attacks.forward import frozen_eval, input_gradient, loss_without_gradient
+from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import Loss, ce
-from robustsoup.attacks.steps import Schedule, advance, column, observe, start_rows
+from robustsoup.attacks.projections import as_column
+from robustsoup.attacks.steps import Stage, StepSchedule, advance, initial_state, observe
 from robustsoup.errors import RequestError
+from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
-LEAST = 16
-"""The fewest images that a lane is worth."""
+MIN_LANE_IMAGES = 16
+"""Fewest images for which a lane of its own is worthwhile in training."""
+TRAINING_TOPK = 0.05
+"""First share of pixels that a step in L1 moves in training, as in Croce and Hein 2021."""
 
 
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    *,
+    steps: int = 100,
+    loss: str | Loss = "ce",
+    restarts: int = 1,
+    targets: int = 9,
+    eot: int = 1,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    batch_size: int | None = None,
+    precision: str = "float32",
+) -> Tensor:
+    """Attack images with AutoPGD, in the form that evaluations use.
+
+    The result for an image depends on the image, its id and the seed alone, not on the batch: each
+    image has its own noise, and every pass over the network has one fixed, padded shape. An image
+    that the network misclassifies is returned unchanged. In L1, the search spends 30 % of the
+    steps at 3 eps, 30 % at 2 eps and 40 % at eps, as AutoAttack does.
+
+    The network is attacked in eval mode and left as it was; no global random state is used.
+
+    Args:
+        model: Network that maps (b, ...) images to (b, classes) logits. Normalisation belongs
+            inside the network.
+        x: (n, ...) float images in [0, 1], on the network's device.
+        y: (n,) int64 labels.
+        threat: Norm and radius in units of x, such as "Linf 8/255", "L2 0.5" or "L1 12"; "clean"
+            returns a copy of x.
+        steps: Number of steps, at least 1.
+        loss: Loss to maximise: "ce", "dlr" (3 classes or more), "targeted dlr" (4 or more), or a
+            function (logits (b, classes), y (b,)) -> (b,).
+        restarts: Number of random starts; each attacks what the earlier ones left unbroken.
+        targets: Number of most likely other classes that "targeted dlr" tries in turn.
+        eot: Number of passes to average each gradient over, for stochastic networks (expectation
+            over transformation).
+        seed: Seed of the random starts.
+        ids: (n,) int64 sample numbers, which seed each image's noise; 0..n-1 by default.
+        batch_size: Largest number of images in a pass; 32 on a CPU (which is also the most it
+            takes) and 500 on a GPU by default.
+        precision: Arithmetic of the search: "float32", "bfloat16" or "auto". Every reported
+            adversarial example is misclassified in float32.
+
+    Returns:
+        (n, ...) images in [0, 1] and within eps of x: the first misclassified point of each
+        search, else its point of highest loss.
+
+    Raises:
+        RequestError: If a setting is invalid, or the loss needs more classes.
+        DataError: If x is not float in [0, 1], or x and y differ in length.
+        ModelError: If the network does not return (b, classes) logits, or a label has no class.
+        Diverged: If the network's logits contain NaN or infinity.
+
+    Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
+    """
+    settings = AttackSettings(
+        attack="apgd",
+        loss=loss,
+        steps=steps,
+        restarts=restarts,
+        targets=targets,
+        eot=eot,
+        seed=seed,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    return run_attack(model, x, y, ThreatModel.parse(threat), settings, ids=ids).x_adv
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    *,
+    steps: int = 20,
+    loss: str | Loss = "ce",
+    restarts: int = 1,
+    targets: int = 9,
+    eot: int = 1,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    batch_size: int | None = None,
+    precision: str = "float32",
+) -> Tensor:
+    """Attack images with projected gradient descent, a baseline that is weaker than `apgd`.
+
+    Every search has a random start and `steps` steps of fixed size 2.5 eps / steps, without
+    momentum. In L1, a step moves the fifth of the pixels with the largest gradients.
+
+    Args:
+        model: As for `apgd`.
+        x: (n, ...) float images in [0, 1], on the network's device.
+        y: (n,) int64 labels.
+        threat: Norm and radius in units of x, such as "Linf 8/255"; "clean" returns a copy of x.
+        steps: Number of steps, at least 1.
+        loss: As for `apgd`.
+        restarts: Number of random starts.
+        targets: Number of most likely other classes that "targeted dlr" tries in turn.
+        eot: Number of passes to average each gradient over.
+        seed: Seed of the random starts.
+        ids: (n,) int64 sample numbers, which seed each image's noise; 0..n-1 by default.
+        batch_size: As for `apgd`.
+        precision: As for `apgd`.
+
+    Returns:
+        (n, ...) images in [0, 1] and within eps of x: the first misclassified point of each
+        search, else its point of highest loss.
+
+    Raises:
+        RequestError, DataError, ModelError, Diverged: As for `apgd`.
+
+    Source: Madry et al. 2018, arXiv:1706.06083.
+    """
+    settings = AttackSettings(
+        attack="pgd",
+        loss=loss,
+        steps=steps,
+        restarts=restarts,
+        targets=targets,
+        eot=eot,
+        seed=seed,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    return run_attack(model, x, y, ThreatModel.parse(threat), settings, ids=ids).x_adv
+
+
+@torch.no_grad()
 def apgd_train(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    threat: ThreatModel,
+    threat: ThreatModel | str,
     *,
     steps: int = 2,
     loss: Loss = ce,
@@ -28,51 +169,83 @@ def apgd_train(
     start: Tensor | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
-    """APGD as adversarial training uses it: from x itself, the point of highest loss, for every sample.
+    """Attack a training batch with AutoPGD, in the form that adversarial training uses.
 
-    x: (b, ...) float in [0,1]; y: (b,) int64. Samples already misclassified, or never fooled, are perturbed too.
-    start: (b, ...) points in the ball and the box to begin at instead of x. target: (b, ...), one row a sample, for a
-    loss that is to be called as loss(logits, y, target).
-    The network is attacked in eval mode and left as it was. `steps` steps take steps + 1 forward passes and `steps`
-    gradients by the input. eps = 0 returns x. No randomness. On a CPU the batch is shared out among its cores.
+    Unlike `apgd`, the search starts at x and returns the point of highest loss of every image,
+    including images that are misclassified already and images that are never fooled. It uses no
+    randomness, and one cold stage in L1. It takes steps + 1 forward passes and `steps` gradients.
 
-    Raises RequestError for steps below 1.
+    The network is attacked in eval mode and left as it was. On a CPU the batch is divided among
+    the cores.
+
+    Args:
+        model: Network that maps (b, ...) images to (b, classes) logits.
+        x: (b, ...) float images in [0, 1], on the network's device; not checked.
+        y: (b,) int64 labels, on the same device.
+        threat: Norm and radius in units of x, such as "Linf 8/255"; "clean" returns x itself.
+        steps: Number of steps, at least 1.
+        loss: Loss to maximise, a function (logits (b, classes), y (b,)) -> (b,).
+        precision: "float32" or "bfloat16" (autocast).
+        start: (b, ...) points in the ball and the box to start from; x by default.
+        target: (b, ...) one row for each image; the loss is then called as
+            loss(logits, y, target).
+
+    Returns:
+        (b, ...) images in [0, 1] and within eps of x.
+
+    Raises:
+        RequestError: If `steps` is below 1.
+        ThreatError: If `threat` cannot be parsed.
+
     Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
     """
+    threat = ThreatModel.parse(threat)
     if threat.is_clean:
         return x
     if steps < 1:
         raise RequestError(f"attack steps: got {steps}, expected at least 1")
-    given = [x, y, x if start is None else start, *([] if target is None else [target])]
-
-    def attack(x: Tensor, y: Tensor, start: Tensor, target: Tensor | None = None) -> Tensor:
-        return _highest_loss(model, x, y, start, target, threat, steps, loss, precision)
-
-    parts = max(1, min(lane_count(x.device), len(x) // LEAST))
+    schedule = StepSchedule.for_threat(threat, steps, staged=False)
+    attack = partial(highest_loss_points, model, schedule=schedule, loss=loss, precision=precision)
+    batch = [x, y, x if start is None else start, *([] if target is None else [target])]
+    parts = max(1, min(lane_count(x.device), len(x) // MIN_LANE_IMAGES))
     with frozen_eval(model):
         if parts == 1:
-            return attack(*given)
-        shares = zip(*(tensor.tensor_split(parts) for tensor in given), strict=True)
-        return torch.cat(in_lanes([partial(attack, *share) for share in shares], x.device))
+            return attack(*batch)
+        shares = zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True)
+        return torch.cat(run_in_lanes([partial(attack, *share) for share in shares], x.device))
 
 
-def _highest_loss(
+@torch.no_grad()
+def highest_loss_points(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     start: Tensor,
-    target: Tensor | None,
-    threat: ThreatModel,
-    steps: int,
+    target: Tensor | None = None,
+    *,
+    schedule: StepSchedule,
     loss: Loss,
     precision: str,
 ) -> Tensor:
-    schedule = Schedule.of(threat, steps, staged=False)
-    rows = start_rows(x, y, threat.eps, start, schedule, topk=0.05)
-    periods = schedule.checks().to(x.device)
+    """Return the point of highest loss that APGD visits, for each image, in one thread.
+
+    Args:
+        model: Network in eval mode; see `frozen_eval`.
+        x: (b, ...) images.
+        y: (b,) labels.
+        start: (b, ...) points to start from.
+        target: (b, ...) third argument of a targeted loss.
+        schedule: A schedule of one stage.
+        loss: Loss to maximise.
+        precision: "float32" or "bfloat16".
+    """
+    ((eps, steps),) = schedule.stages
+    stage = Stage(topk=TRAINING_TOPK)
+    state = initial_state(x, y, eps, start, schedule, stage=stage)
+    periods = schedule.check_periods().to(x.device)
     for _ in range(steps):
-        _, value, grad = gradient(model, rows.x_adv, y, loss, precision, target=target)
-        observe(rows, value, grad, periods, threat.norm)
-        advance(rows, threat.norm)
-    _, value, _ = gradient(model, rows.x_adv, y, loss, precision, needed=False, target=target)
-    return torch.where(column(value > rows.loss_best, x), rows.x_adv, rows.x_best)
+        _, value, grad = input_gradient(model, state.x_adv, y, loss, precision, target=target)
+        observe(state, value, grad, periods, schedule.norm)
+        advance(state, schedule.norm)
+    value = loss_without_gradient(model, state.x_adv, y, loss, precision, target=target)
+    return torch.where(as_column(value > state.loss_best, x), state.x_adv, state.x_best)

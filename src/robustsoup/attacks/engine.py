@@ -1,482 +1,512 @@
-"""The evaluation form: samples wait in a queue, and a row whose sample is fooled or finished takes the next one.
+"""The engine of evaluation attacks: a queue of samples, and lanes that keep their passes full.
 
-Every pass has one fixed shape, and a sample's noise and state are its own, so its verdict depends on neither batch size,
-nor order, nor the samples beside it. A point that fools the network in bfloat16 is judged again in float32 before it
-counts, and so are the last point of every sample, which needs no gradient, and the best: such samples are set aside until
-there are enough of them for a pass of their own.
+A lane holds a fixed number of rows. When the sample of a row is broken or finished, the row takes
+the next sample from the queue. Every pass has the same shape, and every sample has its own noise
+and state, so its verdict depends on neither the batch size, nor the order, nor other samples.
+
+The search may run in bfloat16. A point that fools the network in the search is checked in
+float32 before it counts. So are the last point of every sample (which needs no gradient) and its
+best point. Rows to check are set aside until they fill a pass of their own.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.forward import gradient, judge
-from robustsoup.attacks.lanes import in_lanes, lane_count
-from robustsoup.attacks.losses import Loss
-from robustsoup.attacks.projections import norms
+from robustsoup.attacks.cuda_graph import capture_step
+from robustsoup.attacks.forward import input_gradient, padded_loss
+from robustsoup.attacks.lanes import lane_count, run_in_lanes
+from robustsoup.attacks.losses import Loss, logit_margin
+from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.projections import as_column
 from robustsoup.attacks.steps import (
-    Rows,
-    Schedule,
+    SearchState,
+    Stage,
+    StepSchedule,
     advance,
     cold_start,
-    joined,
-    next_stage,
+    concat_states,
+    initial_state,
     observe,
-    start_rows,
+    start_next_stage,
 )
 from robustsoup.threats import ThreatModel
+
+MAX_WINDOW = 10
+"""Most steps that a GPU takes between two looks of the host."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attack from one start: what it is called, what it climbs, the rank of its target (0: untargeted), its restart."""
+    """One start of an attack.
+
+    Attributes:
+        name: Name in records, such as "apgd-t target 2".
+        loss: Loss to maximise.
+        target_rank: Rank of the target class among the other classes; 0 if untargeted.
+        restart: Number of the restart, from 0.
+    """
 
     name: str
     loss: Loss
-    target: int = 0
+    target_rank: int = 0
     restart: int = 0
 
 
-@dataclass
-class Outcome:
-    """What attempts, one after the other, did to n samples; all on the CPU.
+@dataclass(frozen=True)
+class Search:
+    """The work of one attempt.
 
-    settled: (n,) int64, how many attempts are over (all of them once broken); broken: (n,) bool; by: (n,) int64, the
-    attempt that broke it, -1 if none did; step: (n,) int64, at which step; norm: (n,) float32, of the perturbation
-    that was found; excess: (n,) float64, by how much it leaves the ball or the box (NaN: no point yet); margin: (n,)
-    float32, the least margin (right logit less the largest other) under attack; attacked, blind, nan: (n,) bool, taken from
-    the queue, without a gradient at a start, NaN at a point; x_adv: (n, ...) or None.
+    Attributes:
+        model: Network in eval mode that decides, in float32, whether a point is adversarial.
+        search_model: Network whose gradients are followed: `model` or a faster copy of it.
+        samples: All samples of the attack.
+        attempt: The attempt.
+        index: Index of the attempt.
+        attempts: Number of attempts of the attack.
+        schedule: How the steps are spent.
+        seed: Seed of the noise.
+        precision: Arithmetic of the search, "float32" or "bfloat16".
+        eot: Passes that each gradient is averaged over.
+        pass_size: Number of images in every pass.
+        device: Device of the networks.
     """
 
-    settled: Tensor
-    broken: Tensor
-    by: Tensor
-    step: Tensor
-    norm: Tensor
-    excess: Tensor
-    margin: Tensor
-    attacked: Tensor
-    blind: Tensor
-    nan: Tensor
-    x_adv: Tensor | None = None
+    model: nn.Module
+    search_model: nn.Module
+    samples: Samples
+    attempt: Attempt
+    index: int
+    attempts: int
+    schedule: StepSchedule
+    seed: int
+    precision: str
+    eot: int
+    pass_size: int
+    device: torch.device
 
-    @classmethod
-    def blank(cls, n: int, x: Tensor | None = None) -> "Outcome":
-        """Nothing attacked yet; x: where to keep the points, holding the clean images."""
-        minus = torch.full((n,), -1)
-        return cls(
-            torch.zeros(n, dtype=torch.long),
-            torch.zeros(n, dtype=torch.bool),
-            minus,
-            minus.clone(),
-            torch.zeros(n),
-            torch.full((n,), torch.nan, dtype=torch.float64),
-            torch.full((n,), torch.inf),
-            *torch.zeros(3, n, dtype=torch.bool),
-            x,
-        )
+    @property
+    def threat(self) -> ThreatModel:
+        """The threat model that every reported point satisfies."""
+        return ThreatModel(self.schedule.norm, self.schedule.stages[-1][0])
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy to save while lanes go on: `settled` first, for what it says is final."""
-        return {name: value.clone() for name, value in vars(self).items() if value is not None}
+    @property
+    def window(self) -> int:
+        """Number of steps between two looks of the host.
 
-    def restore(self, saved: dict[str, Tensor], attempts: int) -> None:
-        """Go on from a snapshot; whatever was being written at that moment is dropped."""
-        for name, value in saved.items():
-            getattr(self, name).copy_(value)
-        self.broken &= self.settled == attempts
-        self.by[~self.broken] = self.step[~self.broken] = -1
+        A GPU is left alone for several steps. The number divides the length of every stage, so
+        that every row is looked at when its stage ends.
+        """
+        if self.device.type == "cpu":
+            return 1
+        common = gcd(*(steps for _, steps in self.schedule.stages))
+        return max(k for k in range(1, MAX_WINDOW + 1) if common % k == 0)
+
+    def needs_check(self) -> bool:
+        """Whether a hit of the search must be checked in float32."""
+        return self.precision != "float32"
 
 
-class Job:
-    """One attempt on the samples in `waiting`, by as many lanes as the device has."""
+class SampleQueue:
+    """The samples that wait for a row, shared by all lanes.
+
+    Args:
+        waiting: Samples, first to last.
+        surviving: Number of samples of the attack that are not broken yet.
+        stop_below: Stop the attack once fewer samples survive; None for never.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        fetch: Callable[[Tensor], Tensor],
-        y: Tensor,
-        ids: Tensor,
-        waiting: Sequence[int],
-        attempt: Attempt,
-        number: int,
-        attempts: int,
-        schedule: Schedule,
-        outcome: Outcome,
-        *,
-        seed: int,
-        rows: int,
-        precision: str,
-        eot: int,
-        targets: Tensor | None,
-        device: torch.device,
-        stop_below: int | None = None,
-        searched: nn.Module | None = None,
+        self, waiting: Sequence[int], *, surviving: int = 0, stop_below: int | None = None
     ) -> None:
-        self.searched = model if searched is None else searched
-        self.model, self.fetch, self.y, self.ids, self.targets = model, fetch, y, ids, targets
-        self.attempt, self.number, self.attempts, self.schedule, self.outcome = (
-            attempt,
-            number,
-            attempts,
-            schedule,
-            outcome,
-        )
-        self.seed, self.rows, self.precision, self.eot, self.device = (
-            seed,
-            rows,
-            precision,
-            eot,
-            device,
-        )
-        self.waiting, self.lock, self.stopped = list(waiting)[::-1], threading.Lock(), False
-        self.periods = schedule.checks().to(device)
-        self.ends = torch.tensor([0, *(steps for _, steps in schedule.stages)]).cumsum(0)
-        self.surviving, self.stop_below = None, stop_below
-        outcome.attacked[self.waiting] = True
-        # A GPU is asked for news every few steps only; these divide every stage, so that each row is asked at its own end.
-        self.window = (
-            1 if device.type == "cpu" else _divisor([steps for _, steps in schedule.stages])
-        )
+        self.stopped = False
+        self._waiting = list(waiting)[::-1]
+        self._surviving = surviving
+        self._stop_below = stop_below
+        self._lock = threading.Lock()
 
-    def run(self, poll: Callable[[], None] | None) -> None:
-        """Attack them all, or until `stop`."""
-        count = min(lane_count(self.device), -(-len(self.waiting) // self.rows))
-        in_lanes([_Lane(self).run for _ in range(count)], self.device, poll=poll, stop=self.stop)
-
-    def stop(self) -> None:
-        """Make the lanes return soon; what is unfinished stays unsettled."""
-        self.stopped = True
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def take(self, count: int) -> list[int]:
-        """The next samples from the queue."""
-        with self.lock:
-            return [self.waiting.pop() for _ in range(min(count, len(self.waiting)))]
+        """Remove and return up to `count` samples."""
+        with self._lock:
+            return [self._waiting.pop() for _ in range(min(count, len(self._waiting)))]
 
-    def settle(
-        self, at: Tensor, rows: Rows, points: Tensor, step: Tensor | None, margin: Tensor
-    ) -> None:
-        """Write down what was found for samples `at`: broken at `step`, or (None) not broken."""
-        x, outcome = rows.x, self.outcome
-        if step is not None or self.number == 0:
-            outcome.norm[at] = norms(points - x, self.schedule.norm).float().cpu()
-            outcome.excess[at] = excess_of(
-                points, x, ThreatModel(self.schedule.norm, self.schedule.stages[-1][0])
-            ).cpu()
-            if outcome.x_adv is not None:
-                outcome.x_adv[at] = points.to(outcome.x_adv)
-        outcome.margin[at] = torch.fmin(outcome.margin[at], margin.float().cpu())
-        outcome.nan[at] |= (margin.isnan() | rows.margin.isnan()).cpu()
-        if step is not None:
-            outcome.step[at], outcome.by[at], outcome.broken[at] = step, self.number, True
-        outcome.settled[at] = self.attempts if step is not None else self.number + 1
-        if step is not None and self.stop_below is not None:
-            with self.lock:
-                self.surviving -= len(at)
-            if self.surviving < self.stop_below:
-                self.stop()
+    def count_broken(self, count: int) -> None:
+        """Count broken samples, and stop if too few survive."""
+        with self._lock:
+            self._surviving -= count
+            if self._stop_below is not None and self._surviving < self._stop_below:
+                self.stopped = True
+
+    def stop(self) -> None:
+        """Make the lanes return soon; unfinished samples stay unsettled."""
+        self.stopped = True
+
+
+def run_search(
+    search: Search, queue: SampleQueue, outcome: Outcome, poll: Callable[[], None] | None = None
+) -> None:
+    """Attack the samples of the queue until it is empty or stopped, writing to `outcome`.
+
+    Args:
+        search: The work.
+        queue: The samples to attack; each must be classified correctly and not broken yet.
+        outcome: Written as samples are settled.
+        poll: Called in this thread several times a second.
+    """
+    lanes = min(lane_count(search.device), -(-len(queue) // search.pass_size))
+    tasks = [partial(_run_lane, search, queue, outcome)] * lanes
+    run_in_lanes(tasks, search.device, poll=poll, stop=queue.stop)
+
+
+@torch.no_grad()
+def _run_lane(search: Search, queue: SampleQueue, outcome: Outcome) -> None:
+    samples = torch.tensor(queue.take(search.pass_size), dtype=torch.long)
+    if len(samples):
+        outcome.attacked[samples] = True
+        Lane(search, queue, outcome, begin_search(search, samples)).run()
 
 
 @dataclass
-class _Aside:
-    """Rows set aside to be judged in float32: whose they are, the point in question, and at which step it was found.
+class DeviceRows:
+    """What a step changes, all on the device.
 
-    over: whether the row has taken all steps of its stage; hit: whether the point fooled the network in the search;
-    best: whether it is the best point, the last one being judged already.
+    Attributes:
+        state: State of every row.
+        found: (b,) bool, whether a point fooled the network since the host last looked.
+        points: (b, ...) the first such point.
+        found_step: (b,) int64, the step of its stage at which it was found.
     """
 
-    owner: Tensor
+    state: SearchState
+    found: Tensor
+    points: Tensor
+    found_step: Tensor
+
+    @classmethod
+    def from_state(cls, state: SearchState) -> "DeviceRows":
+        """Return rows in which nothing was found."""
+        found = torch.zeros_like(state.final_stage)
+        return cls(state, found, state.x_adv.clone(), state.step.clone())
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor that a step changes."""
+        return [*self.state.tensors(), self.found, self.points, self.found_step]
+
+
+def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
+    """Take one step of every row, without waiting for the device.
+
+    Args:
+        search: The work.
+        rows: Rows to update in place.
+        periods: The schedule's table of checks, on the device.
+    """
+    state, norm = rows.state, search.schedule.norm
+    target = state.target if search.attempt.target_rank else None
+    logits, loss, grad = input_gradient(
+        search.search_model,
+        state.x_adv,
+        state.y,
+        search.attempt.loss,
+        search.precision,
+        target=target,
+        eot=search.eot,
+    )
+    margin = logit_margin(logits, state.y).to(state.margin)
+    is_new = (logits.argmax(1) != state.y) & state.final_stage & ~rows.found
+    if search.needs_check():  # after float32 refuted a hit, only a deeper one is checked
+        is_new &= ~(margin >= state.margin)
+    torch.where(as_column(is_new, state.x), state.x_adv, rows.points, out=rows.points)
+    torch.where(is_new, state.step, rows.found_step, out=rows.found_step)
+    rows.found |= is_new
+    smallest = torch.minimum(state.margin, margin)
+    state.margin.copy_(torch.where(state.final_stage, smallest, state.margin))
+    observe(state, loss, grad, periods, norm)
+    advance(state, norm, momentum=search.schedule.adaptive)
+
+
+@dataclass
+class Pending:
+    """Rows without a place in a lane: new ones, ones to check in float32, and ones to put back.
+
+    The bookkeeping is on the CPU, `points` and `state` are on the device.
+
+    Attributes:
+        sample: (b,) int64 samples.
+        stage: (b,) int64 stage of the schedule.
+        points: (b, ...) points to check.
+        step: (b,) int64 step at which each point was reached, counted over all stages.
+        finished: (b,) bool, whether the row has taken all steps of its stage.
+        hit: (b,) bool, whether the point fooled the network in the search.
+        is_best: (b,) bool, whether the point is the best one, the last one being checked already.
+        state: State of the rows.
+    """
+
+    sample: Tensor
     stage: Tensor
     points: Tensor
     step: Tensor
-    over: Tensor
+    finished: Tensor
     hit: Tensor
-    best: Tensor
-    rows: Rows
-
-    def take(self, at: Tensor) -> "_Aside":
-        at_device = at.to(self.points.device)
-        host = {
-            name: getattr(self, name)[at]
-            for name in ("owner", "stage", "step", "over", "hit", "best")
-        }
-        return _Aside(**host, points=self.points[at_device], rows=self.rows.take(at_device))
-
-    def where(self, mask: Tensor) -> "_Aside":
-        return self.take(mask.nonzero().flatten())
+    is_best: Tensor
+    state: SearchState
 
     def __len__(self) -> int:
-        return len(self.owner)
+        return len(self.sample)
+
+    def select(self, rows: Tensor) -> "Pending":
+        """Return a copy of some rows; `rows` is int64 on the CPU."""
+        device_rows = rows.to(self.points.device)
+        return Pending(
+            sample=self.sample[rows],
+            stage=self.stage[rows],
+            points=self.points[device_rows],
+            step=self.step[rows],
+            finished=self.finished[rows],
+            hit=self.hit[rows],
+            is_best=self.is_best[rows],
+            state=self.state.select(device_rows),
+        )
+
+    def where(self, mask: Tensor) -> "Pending":
+        """Return a copy of the rows where `mask` (b,) bool is true."""
+        return self.select(mask.nonzero().flatten())
 
 
-def _together(parts: list[_Aside]) -> _Aside:
-    names = ("owner", "stage", "points", "step", "over", "hit", "best")
-    return _Aside(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in names),
-        rows=joined([p.rows for p in parts]),
-    )
+def begin_search(search: Search, samples: Tensor) -> Pending:
+    """Return samples (b,) int64 at their random starting points."""
+    schedule, data = search.schedule, search.samples
+    x = data.fetch(samples)
+    eps, _ = schedule.stages[0]
+    ids = data.ids[samples]
+    start = cold_start(x, eps, schedule.norm, search.seed, ids, search.attempt.restart)
+    target = None
+    if search.attempt.target_rank:
+        target = data.ranked_target(samples, search.attempt.target_rank).to(x.device)
+    y = data.y[samples].to(x.device)
+    stage = Stage(final=len(schedule.stages) == 1)
+    state = initial_state(x, y, eps, start, schedule, target=target, stage=stage)
+    zero, no = torch.zeros_like(samples), torch.zeros(len(samples), dtype=torch.bool)
+    return Pending(samples, zero, x, zero, no, no, no, state)
 
 
-class _Lane:
-    """Rows of one fixed number, kept full."""
+class Lane:
+    """Rows of a fixed number, kept full from the queue.
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.rows = job, None
-        self.owner = torch.full((job.rows,), -1)
-        self.stage = torch.zeros(job.rows, dtype=torch.long)
-        self.step = torch.zeros(
-            job.rows, dtype=torch.long
-        )  # of the stage; the host's copy of rows.step
-        self.aside: list[_Aside] = []
-        self.back: list[_Aside] = []
-        self.found = self.points = self.found_step = self.step_once = None
+    Args:
+        search: The work.
+        queue: Where new samples come from.
+        outcome: Where results go.
+        first: The first rows, at least 1 and at most the size of a pass.
+    """
+
+    def __init__(
+        self, search: Search, queue: SampleQueue, outcome: Outcome, first: Pending
+    ) -> None:
+        self.search, self.queue, self.outcome = search, queue, outcome
+        self.window = search.window
+        size, stages = search.pass_size, search.schedule.stages
+        self.stage_steps = torch.tensor([steps for _, steps in stages])
+        self.steps_before = self.stage_steps.cumsum(0) - self.stage_steps
+        # The host's view of the rows: sample (-1: free), stage, and step within the stage.
+        self.sample = torch.full((size,), -1)
+        self.stage = torch.zeros(size, dtype=torch.long)
+        self.step = torch.zeros(size, dtype=torch.long)
+        self.to_check: list[Pending] = []
+        self.to_place: list[Pending] = []
+        # Rows that stay free hold copies of the first ones, so that every pass is full.
+        filling = (torch.arange(size) % len(first)).to(search.device)
+        self.rows = DeviceRows.from_state(first.state.select(filling))
+        self._place(torch.arange(len(first)), first)
+        periods = search.schedule.check_periods().to(search.device)
+        self.take_step: Callable[[], None] = partial(take_step, search, self.rows, periods)
+        if search.device.type == "cuda":
+            state = self.rows.state
+            self.take_step = capture_step(self.take_step, self.rows.tensors(), state.loss_best)
 
     def run(self) -> None:
-        """Take samples until the queue is empty and all of them are settled."""
-        with torch.no_grad(), self._on_device():
-            while not self.job.stopped:
-                self._fill()
-                if bool((self.owner >= 0).any()):
-                    self._window()
-                elif not self.aside:
-                    return
-                while self.aside and (
-                    sum(map(len, self.aside)) >= self.job.rows or not bool((self.owner >= 0).any())
-                ):
-                    self._judge()
+        """Attack until the queue is empty and every row is settled, or until it is stopped."""
+        while not self.queue.stopped:
+            if self._is_busy():
+                self._run_window()
+            elif not self.to_check:
+                return
+            while self._check_is_due():
+                self._check_pass()
+            self._refill()
 
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        return (
-            torch.cuda.device(self.job.device)
-            if self.job.device.type == "cuda"
-            else contextlib.nullcontext()
-        )
+    def _is_busy(self) -> bool:
+        return bool((self.sample >= 0).any())
 
-    def _fill(self) -> None:
-        free = (self.owner < 0).nonzero().flatten()
-        if self.back and len(free):
-            back = _together(self.back)
-            now, later = torch.arange(len(back)).tensor_split([len(free)])
-            self.back = [back.take(later)] if len(later) else []
-            self._place(free[: len(now)], back.take(now))
+    def _check_is_due(self) -> bool:
+        pending = sum(len(part) for part in self.to_check)
+        return pending >= self.search.pass_size or (pending > 0 and not self._is_busy())
+
+    def _refill(self) -> None:
+        free = (self.sample < 0).nonzero().flatten()
+        if self.to_place and len(free):
+            pending = _concat_pending(self.to_place)
+            now, later = torch.arange(len(pending)).tensor_split([len(free)])
+            self.to_place = [pending.select(later)] if len(later) else []
+            self._place(free[: len(now)], pending.select(now))
             free = free[len(now) :]
-        samples = self.job.take(len(free)) if len(free) else []
-        if samples:
-            self._place(free[: len(samples)], self._fresh(torch.tensor(samples)))
+        samples = torch.tensor(self.queue.take(len(free)), dtype=torch.long)
+        if len(samples):
+            self.outcome.attacked[samples] = True
+            self._place(free[: len(samples)], begin_search(self.search, samples))
 
-    def _fresh(self, samples: Tensor) -> _Aside:
-        job = self.job
-        x = job.fetch(samples)
-        eps, _ = job.schedule.stages[0]
-        start = cold_start(
-            x, eps, job.schedule.norm, job.seed, job.ids[samples], job.attempt.restart
+    def _place(self, rows: Tensor, items: Pending) -> None:
+        self.rows.state.overwrite(rows.to(self.search.device), items.state)
+        self.sample[rows], self.stage[rows] = items.sample, items.stage
+        self.step[rows] = items.state.step.cpu()
+
+    def _run_window(self) -> None:
+        """Take a few steps of all rows, then take out those that were hit or have finished."""
+        self.rows.found.zero_()
+        starting = (self.step == 0) & (self.stage == 0) & (self.sample >= 0)
+        self.take_step()
+        zero_gradient = self._zero_gradient(starting)
+        for _ in range(self.window - 1):
+            self.take_step()
+        self.step += self.window
+        busy = self.sample >= 0
+        hit = self.rows.found.cpu() & busy
+        finished = (self.step == self.stage_steps[self.stage]) & busy
+        if zero_gradient is not None:
+            self.outcome.zero_gradient[self.sample[starting]] |= zero_gradient.cpu()
+        self._reset_steps((~busy).nonzero().flatten())
+        certain = hit & (not self.search.needs_check())
+        if bool(certain.any()):
+            rows = certain.nonzero().flatten()
+            broken = self._take_out(rows, finished[rows], hit[rows])
+            self._settle(broken, broken.state.margin, is_broken=True)
+        uncertain = (finished | hit) & ~certain
+        if bool(uncertain.any()):
+            rows = uncertain.nonzero().flatten()
+            self.to_check.append(self._take_out(rows, finished[rows], hit[rows]))
+
+    def _zero_gradient(self, starting: Tensor) -> Tensor | None:
+        """Return, on the device, whether the gradient of each row that just started was 0."""
+        if not bool(starting.any()):
+            return None
+        rows = starting.nonzero().flatten().to(self.search.device)
+        return self.rows.state.grad[rows].flatten(1).abs().amax(1) == 0
+
+    def _reset_steps(self, rows: Tensor) -> None:
+        """Set free rows back to step 0, so that they stay inside the table of checks."""
+        if not len(rows):
+            return
+        device_rows = rows.to(self.search.device)
+        self.step[rows] = 0
+        self.rows.state.step[device_rows] = 0
+        self.rows.state.offset[device_rows] = 0
+
+    def _take_out(self, rows: Tensor, finished: Tensor, hit: Tensor) -> Pending:
+        """Free some rows and return them, with the hit or else the current point of each."""
+        device_rows = rows.to(self.search.device)
+        state, stage = self.rows.state.select(device_rows), self.stage[rows]
+        is_hit = as_column(hit.to(self.search.device), state.x)
+        points = torch.where(is_hit, self.rows.points[device_rows], state.x_adv)
+        step = torch.where(hit, self.rows.found_step[device_rows].cpu(), self.step[rows])
+        step = step + self.steps_before[stage]
+        sample, no = self.sample[rows], torch.zeros_like(hit)
+        self.sample[rows] = -1
+        self._reset_steps(rows)
+        return Pending(sample, stage, points, step, finished, hit, no, state)
+
+    def _check_pass(self) -> None:
+        """Check one pass of pending points in float32, and decide what becomes of each row."""
+        pending = _concat_pending(self.to_check)
+        now, later = torch.arange(len(pending)).tensor_split([self.search.pass_size])
+        self.to_check = [pending.select(later)] if len(later) else []
+        items = pending.select(now)
+        state, attempt = items.state, self.search.attempt
+        logits, loss = padded_loss(
+            self.search.model,
+            items.points,
+            state.y,
+            attempt.loss,
+            self.search.pass_size,
+            target=state.target if attempt.target_rank else None,
         )
-        target = job.targets[samples].to(x.device) if job.targets is not None else None
-        rows = start_rows(
-            x,
-            job.y[samples].to(x.device),
-            eps,
-            start,
-            job.schedule,
-            target=target,
-            last=len(job.schedule.stages) == 1,
-        )
-        zero = torch.zeros_like(samples)
-        return _Aside(samples, zero, x, zero, zero > 0, zero > 0, zero > 0, rows)
-
-    def _place(self, at: Tensor, items: _Aside) -> None:
-        if self.rows is None:  # the first rows also fill what is still empty
-            self.rows = items.rows.take(
-                (torch.arange(self.job.rows) % len(items)).to(items.points.device)
-            )
-            self.found = torch.zeros_like(self.rows.last)
-            self.points, self.found_step = self.rows.x_adv.clone(), self.rows.step.clone()
-            self.step_once = self._step
-            if self.job.device.type == "cuda":
-                self.step_once = _captured(
-                    self._step, [*self.rows.tensors(), self.found, self.points, self.found_step]
-                )
-        self.rows.put(at.to(items.points.device), items.rows)
-        self.owner[at], self.stage[at] = items.owner, items.stage
-        self.step[at] = items.rows.step.cpu()
-
-    def _window(self) -> None:
-        """A few steps of all rows without asking how they went; then take out who is fooled or at the end."""
-        job = self.job
-        self.found.zero_()
-        fresh = (self.step == 0) & (self.stage == 0)
-        for number in range(job.window):
-            self.step_once()
-            if number == 0 and bool(fresh.any()):
-                self._count_zeros(fresh)
-        self.step += job.window
-        idle = self.owner < 0
-        hit = self.found.cpu() & ~idle
-        over = (self.step == (self.job.ends[self.stage + 1] - self.job.ends[self.stage])) & ~idle
-        self.step[idle] = 0
-        self.rows.step.masked_fill_(idle.to(job.device), 0)
-        self.rows.base.masked_fill_(idle.to(job.device), 0)
-        sure = hit & (job.precision == "float32")
-        if bool(sure.any()):
-            at = sure.nonzero().flatten()
-            out = self._take_out(at)
-            job.settle(out.owner, out.rows, out.points, out.step, out.rows.margin)
-        rest = (over | hit) & ~sure
-        if bool(rest.any()):
-            at = rest.nonzero().flatten()
-            self.aside.append(self._take_out(at, over=over[at], hit=hit[at]))
-
-    def _step(self) -> None:
-        """One step of every row, on the device alone."""
-        job, rows = self.job, self.rows
-        logits, loss, grad = gradient(
-            job.searched,
-            rows.x_adv,
-            rows.y,
-            job.attempt.loss,
-            job.precision,
-            target=rows.target if job.attempt.target else None,
-            eot=job.eot,
-        )
-        margin = margin_of(logits, rows.y).to(rows.margin)
-        new = (logits.argmax(1) != rows.y) & rows.last & ~self.found
-        if (
-            job.precision != "float32"
-        ):  # a hit that float32 refuted is not asked about again before a deeper one
-            new &= ~(margin >= rows.margin)
-        torch.where(
-            new.view(-1, *[1] * (rows.x.dim() - 1)), rows.x_adv, self.points, out=self.points
-        )
-        torch.where(new, rows.step, self.found_step, out=self.found_step)
-        self.found |= new
-        rows.margin.copy_(torch.where(rows.last, torch.minimum(rows.margin, margin), rows.margin))
-        observe(rows, loss, grad, job.periods, job.schedule.norm)
-        advance(rows, job.schedule.norm, momentum=job.schedule.adaptive)
-
-    def _count_zeros(self, fresh: Tensor) -> None:
-        at = (fresh & (self.owner >= 0)).nonzero().flatten()
-        zero = self.rows.grad[at.to(self.job.device)].flatten(1).abs().amax(1) == 0
-        self.job.outcome.blind[self.owner[at]] |= zero.cpu()
-
-    def _take_out(
-        self, at: Tensor, over: Tensor | None = None, hit: Tensor | None = None
-    ) -> _Aside:
-        on = at.to(self.job.device)
-        over = torch.zeros_like(at, dtype=torch.bool) if over is None else over
-        hit = ~over if hit is None else hit
-        rows, stage = self.rows.take(on), self.stage[at]
-        points = torch.where(
-            hit.to(on.device).view(-1, *[1] * (rows.x.dim() - 1)), self.points[on], rows.x_adv
-        )
-        step = torch.where(hit, self.found_step[on].cpu(), self.step[at]) + self.job.ends[stage]
-        out = _Aside(self.owner[at], stage, points, step, over, hit, torch.zeros_like(hit), rows)
-        self.owner[at] = -1
-        self.step[at] = 0
-        self.rows.step[on] = 0
-        self.rows.base[on] = 0
-        return out
-
-    def _judge(self) -> None:
-        """One float32 pass, without a gradient, over what was set aside: settle it, or send it back."""
-        job = self.job
-        everything = _together(self.aside)
-        now, later = torch.arange(len(everything)).tensor_split([job.rows])
-        self.aside = [everything.take(later)] if len(later) else []
-        items = everything.take(now)
-        rows = items.rows
-        targets = rows.target if job.attempt.target else None
-        logits, loss = judge(
-            job.model, items.points, rows.y, job.attempt.loss, job.rows, target=targets
-        )
-        margin = margin_of(logits, rows.y).to(rows.margin)
-        fooled = ((logits.argmax(1) != rows.y) & rows.last).cpu()
-        ended = items.over & ~items.hit & ~fooled
-        self._keep_best(items, loss, ended & ~items.best)
-        rows.margin = torch.where(rows.last, torch.minimum(rows.margin, margin), rows.margin)
-        last = items.stage == len(job.schedule.stages) - 1
-        unsure = ended & last & ~items.best & (job.precision != "float32")
+        margin = logit_margin(logits, state.y).to(state.margin)
+        fooled = ((logits.argmax(1) != state.y) & state.final_stage).cpu()
+        ended = items.finished & ~items.hit & ~fooled
+        _keep_if_best(items, loss, ended & ~items.is_best)
+        smallest = torch.minimum(state.margin, margin)
+        state.margin = torch.where(state.final_stage, smallest, state.margin)
         if len(broken := items.where(fooled)):
-            job.settle(
-                broken.owner,
-                broken.rows,
-                broken.points,
-                broken.step,
-                margin[fooled.to(margin.device)],
-            )
-        if len(done := items.where(ended & last & ~unsure)):
-            job.settle(done.owner, done.rows, done.rows.x_best, None, done.rows.margin.clamp(min=0))
-        if len(on := items.where(ended & ~last)):
-            on.stage += 1
-            on.rows = next_stage(on.rows, on.stage.to(job.device), job.schedule)
-            self.back.append(on)
-        missed = items.hit & ~fooled
-        if len(on := items.where(missed & ~items.over)):
-            self.back.append(on)
-        if len(again := items.where(missed & items.over)):  # its last point is still to be judged
-            again.points, again.hit = again.rows.x_adv, torch.zeros_like(again.hit)
-            again.step = again.rows.step.cpu() + job.ends[again.stage]
-            self.aside.append(again)
-        if len(best := items.where(unsure)):
-            best.points, best.best = best.rows.x_best, torch.ones_like(best.best)
-            best.step = best.rows.step_best.cpu() + job.ends[best.stage]
-            self.aside.append(best)
+            self._settle(broken, margin[fooled.to(margin.device)], is_broken=True)
+        self._sort_ended(items, ended)
+        self._sort_refuted(items, items.hit & ~fooled)
 
-    @staticmethod
-    def _keep_best(items: _Aside, loss: Tensor, which: Tensor) -> None:
-        """Take the point that was judged as the best one, where its loss is the highest."""
-        rows = items.rows
-        better = which.to(loss.device) & (loss > rows.loss_best)
-        rows.x_best = torch.where(
-            better.view(-1, *[1] * (rows.x.dim() - 1)), items.points, rows.x_best
-        )
-        rows.step_best = torch.where(better, rows.step, rows.step_best)
+    def _sort_ended(self, items: Pending, ended: Tensor) -> None:
+        """Settle the rows that survived; continue with the next stage, or with the best point."""
+        final = items.stage == len(self.stage_steps) - 1
+        best_is_unchecked = ended & final & ~items.is_best & self.search.needs_check()
+        if len(survived := items.where(ended & final & ~best_is_unchecked)):
+            self._settle(survived, survived.state.margin.clamp(min=0), is_broken=False)
+        if len(continued := items.where(ended & ~final)):
+            continued.stage += 1
+            stage = continued.stage.to(self.search.device)
+            continued.state = start_next_stage(continued.state, stage, self.search.schedule)
+            self.to_place.append(continued)
+        if len(best := items.where(best_is_unchecked)):
+            best.points, best.is_best = best.state.x_best, torch.ones_like(best.is_best)
+            best.step = best.state.step_best.cpu() + self.steps_before[best.stage]
+            self.to_check.append(best)
 
+    def _sort_refuted(self, items: Pending, refuted: Tensor) -> None:
+        """Continue refuted hits; where the search has ended, check its last point instead."""
+        if len(continued := items.where(refuted & ~items.finished)):
+            self.to_place.append(continued)
+        if len(last := items.where(refuted & items.finished)):
+            last.points, last.hit = last.state.x_adv, torch.zeros_like(last.hit)
+            last.step = last.state.step.cpu() + self.steps_before[last.stage]
+            self.to_check.append(last)
 
-def _captured(step: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """`step` as a CUDA graph, one launch instead of hundreds; `step` itself if the network cannot be captured.
-
-    state: every tensor that `step` changes, all of them in place; they are left as they were.
-    """
-    kept = [tensor.clone() for tensor in state]
-    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # libraries choose their kernels before anything is recorded
-                step()
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-    except RuntimeError:
-        return step
-    finally:
-        for tensor, before in zip(state, kept, strict=True):
-            tensor.copy_(before)
-    return graph.replay
+    def _settle(self, items: Pending, margin: Tensor, *, is_broken: bool) -> None:
+        """Write the result of this attempt for some samples."""
+        samples, state, outcome = items.sample, items.state, self.outcome
+        if is_broken:
+            outcome.record_points(samples, items.points, state.x, self.search.threat)
+        elif self.search.index == 0:
+            outcome.record_points(samples, state.x_best, state.x, self.search.threat)
+        outcome.margin[samples] = torch.fmin(outcome.margin[samples], margin.float().cpu())
+        outcome.nan[samples] |= (margin.isnan() | state.margin.isnan()).cpu()
+        if is_broken:
+            outcome.step[samples], outcome.by[samples] = items.step, self.search.index
+            outcome.broken[samples] = True
+        # Last: a snapshot counts only what is settled.
+        outcome.settled[samples] = self.search.attempts if is_broken else self.search.index + 1
+        if is_broken:
+            self.queue.count_broken(len(samples))
 
 
-def excess_of(points: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
-    """(b,) float64: by how much points (b, ...) leave the ball around x or the box [0, 1]; at most 0 inside both."""
-    wide = points.double()
-    length = norms(wide - x.double(), threat.norm) - threat.eps
-    return torch.maximum(
-        length, torch.maximum(-wide.flatten(1).amin(1), wide.flatten(1).amax(1) - 1)
+def _concat_pending(parts: list[Pending]) -> Pending:
+    return Pending(
+        sample=torch.cat([part.sample for part in parts]),
+        stage=torch.cat([part.stage for part in parts]),
+        points=torch.cat([part.points for part in parts]),
+        step=torch.cat([part.step for part in parts]),
+        finished=torch.cat([part.finished for part in parts]),
+        hit=torch.cat([part.hit for part in parts]),
+        is_best=torch.cat([part.is_best for part in parts]),
+        state=concat_states([part.state for part in parts]),
     )
 
 
-def margin_of(logits: Tensor, y: Tensor) -> Tensor:
-    """The right logit less the largest other: logits (b, classes), y (b,) -> (b,) in the logits' dtype."""
-    right = logits.gather(1, y.view(-1, 1)).squeeze(1)
-    return right - logits.scatter(1, y.view(-1, 1), -torch.inf).amax(1)
-
-
-def _divisor(stages: Sequence[int]) -> int:
-    common = 0
-    for steps in stages:
-        common = gcd(common, steps)
-    return max(k for k in range(1, 11) if common % k == 0)
+def _keep_if_best(items: Pending, loss: Tensor, rows: Tensor) -> None:
+    """Make the checked point the best one in `rows` (b,) bool where its loss is the highest."""
+    state = items.state
+    better = rows.to(loss.device) & (loss > state.loss_best)
+    state.x_best = torch.where(as_column(better, state.x), items.points, state.x_best)
+    state.step_best = torch.where(better, state.step, state.step_best)

@@ -1,75 +1,94 @@
-"""A network for searching: BatchNorm folded into the convolution before it, which in eval mode is the same function.
+"""BatchNorm folding: a faster copy of a network for the search.
 
-Only the search in bfloat16 uses it, where its hits are judged again by the network itself: rounding may differ.
+In eval mode a BatchNorm after a convolution is an affine map and can be merged into its weights.
+The result is the same function up to rounding. Only searches in bfloat16 use the copy, because
+the network itself checks every point that they find.
 """
 
 import copy
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-LARGEST_CHANGE = 1e-3
-"""How far the logits of a folded network may be from the network's own, relative to the largest."""
+MAX_RELATIVE_CHANGE = 1e-3
+"""Largest allowed change of the logits, relative to the largest logit."""
 
 
 @torch.no_grad()
-def folded(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy of `model` (in eval mode) with what can be folded; the model itself if nothing can, or it would change it.
+def fold_batchnorm(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a copy of `model` with BatchNorm folded into convolutions where possible.
 
-    x: (b, ...) images that show which BatchNorm follows which convolution, and whether anything else reads between them.
+    Args:
+        model: Network in eval mode; it is not changed.
+        x: (b, ...) images. A pass over them shows which BatchNorm follows which convolution, and
+            whether folding changes the logits.
+
+    Returns:
+        The copy, or `model` itself if nothing can be folded.
     """
-    pairs, expected = _pairs(model, x)
+    pairs, expected = _find_pairs(model, x)
     if not pairs:
         return model
-    light = _fold(model, pairs)
-    if _close(light(x), expected):
-        return light
-    # Something reads one of them, as a shortcut reads the stem of a pre-activation network: fold those that can be folded alone.
-    pairs = [pair for pair in pairs if _close(_fold(model, [pair])(x), expected)]
-    light = _fold(model, pairs)
-    return light if pairs and _close(light(x), expected) else model
+    copied = _fold_pairs(model, pairs)
+    if _logits_are_close(copied(x), expected):
+        return copied
+    # Something else reads an intermediate output, as a shortcut reads the stem of a pre-activation
+    # network. Keep the pairs that can be folded on their own.
+    pairs = [p for p in pairs if _logits_are_close(_fold_pairs(model, [p])(x), expected)]
+    copied = _fold_pairs(model, pairs)
+    return copied if pairs and _logits_are_close(copied(x), expected) else model
 
 
-def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
+def _fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     copied = copy.deepcopy(model)
-    for conv, norm in pairs:
-        fused = fuse_conv_bn_eval(copied.get_submodule(conv), copied.get_submodule(norm))
-        _replace(copied, conv, fused.requires_grad_(False))
-        _replace(copied, norm, nn.Identity())
+    for convolution, batchnorm in pairs:
+        fused = fuse_conv_bn_eval(
+            copied.get_submodule(convolution), copied.get_submodule(batchnorm)
+        )
+        _replace_module(copied, convolution, fused.requires_grad_(False))
+        _replace_module(copied, batchnorm, nn.Identity())
     return copied
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
-    return float((got - expected).abs().max()) <= LARGEST_CHANGE * float(expected.abs().max())
+def _logits_are_close(logits: Tensor, expected: Tensor) -> bool:
+    change = float((logits - expected).abs().max())
+    return change <= MAX_RELATIVE_CHANGE * float(expected.abs().max())
 
 
-def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
-    """(convolution, BatchNorm) by name, where the one's output is the other's input and both are called once."""
-    made: dict[int, str] = {}
-    kept: list[Tensor] = []  # so that no two outputs share an id
+def _find_pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
+    """Return (convolution, BatchNorm) names where the second reads the first, and the logits.
+
+    Both modules of a pair are called exactly once in the pass.
+    """
+    convolution_of: dict[int, str] = {}  # by id of its output
+    outputs: list[Tensor] = []  # kept alive, so that ids stay unique
     calls: Counter[str] = Counter()
-    pairs = []
+    pairs: list[tuple[str, str]] = []
 
-    def watch(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def record_call(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         calls[name] += 1
         if isinstance(module, nn.Conv2d):
-            made[id(output)] = name
-            kept.append(output)
-        elif inputs and id(inputs[0]) in made and module.track_running_stats:
-            pairs.append((made[id(inputs[0])], name))
+            convolution_of[id(output)] = name
+            outputs.append(output)
+        elif inputs and id(inputs[0]) in convolution_of and module.track_running_stats:
+            pairs.append((convolution_of[id(inputs[0])], name))
 
-    named = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.BatchNorm2d)}
-    hooks = [m.register_forward_hook(lambda *a, n=n: watch(n, *a)) for n, m in named.items()]
+    hooks = [
+        module.register_forward_hook(lambda *call, name=name: record_call(name, *call))
+        for name, module in model.named_modules()
+        if type(module) in (nn.Conv2d, nn.BatchNorm2d)
+    ]
     try:
-        logits = model(x)
+        logits: Tensor = model(x)
     finally:
         for hook in hooks:
             hook.remove()
     return [pair for pair in pairs if all(calls[name] == 1 for name in pair)], logits
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

@@ -1,4 +1,7 @@
-"""How an attack asks a network: eval mode, no gradients for weights, logits judged in at least float32."""
+"""The one place where attacks adapt and call a network.
+
+Networks are called in eval mode, without gradients for their weights, in passes of one fixed size.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,143 +10,225 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.lanes import in_lanes
+from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import Loss
 from robustsoup.device import autocast
 from robustsoup.errors import DataError, Diverged, ModelError
 
+CPU_PASS_SIZE = 32
+"""Largest pass on a CPU; larger passes are no faster there."""
+GPU_PASS_SIZE = 500
+"""Default pass on a GPU."""
+
 
 @contextlib.contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, ask no weight for a gradient, and let float32 be float32; leave all as it was found."""
-    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    """Freeze a network for an attack, and restore its state afterwards.
+
+    Every module is in eval mode (so BatchNorm's running statistics stay fixed), no weight requires
+    a gradient, and TF32 is off, so that float32 means float32.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    allow_tf32 = cudnn.allow_tf32, matmul.allow_tf32
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
-    for parameter in wanted:
+    for parameter in trainable:
         parameter.requires_grad_(False)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
-        for module, mode in modes:
-            module.training = mode
-        for parameter in wanted:
+        cudnn.allow_tf32, matmul.allow_tf32 = allow_tf32
+        for module, training in modes:
+            module.training = training
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
-def pass_rows(device: torch.device, batch_size: int | None = None) -> int:
-    """How many images a pass takes: at most batch_size, and on a CPU at most 32, where more at once gain nothing.
+def pass_size(device: torch.device, batch_size: int | None = None) -> int:
+    """Return the number of images in a pass.
 
-    So that verdicts have the same bits at every batch size above that.
+    A CPU takes at most 32, so that verdicts have the same bits for every larger `batch_size`.
+
+    Args:
+        device: Device of the network.
+        batch_size: Requested number, at least 1; None for the device's default.
     """
-    most = 32 if device.type == "cpu" else 500
-    return min(batch_size, most) if batch_size and device.type == "cpu" else batch_size or most
+    if device.type == "cpu":
+        return min(batch_size or CPU_PASS_SIZE, CPU_PASS_SIZE)
+    return batch_size or GPU_PASS_SIZE
 
 
-def gradient(
+def input_gradient(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     loss: Loss,
     precision: str,
     *,
-    needed: bool = True,
     target: Tensor | None = None,
     eot: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass: logits (b, classes), loss (b,) and its gradient by x (b, ...); the gradient is zero if not `needed`.
+    """Return logits, loss, and the gradient of the loss with respect to x.
 
-    eot: how many passes the loss and the gradient are averaged over, for networks that answer at random (expectation
-    over transformation); the logits are the last pass's.
+    Args:
+        model: Network in eval mode.
+        x: (b, ...) images.
+        y: (b,) int64 labels.
+        loss: Loss per sample.
+        precision: "float32" or "bfloat16" (autocast).
+        target: (b, ...) third argument of a targeted loss.
+        eot: Number of passes to average loss and gradient over, for stochastic networks
+            (expectation over transformation).
+
+    Returns:
+        Logits (b, classes) of the last pass, loss (b,), gradient (b, ...). The gradient is 0 where
+        the network is not differentiable.
     """
-    value, grad = 0.0, 0.0
-    for _ in range(eot):
-        point = x.detach().requires_grad_(needed)
-        with torch.set_grad_enabled(needed), autocast(x.device, precision):
-            logits = model(point)
-        with torch.set_grad_enabled(needed):
-            each = _loss(loss, logits, y, target)
-            part = None
-            if (
-                needed and each.requires_grad
-            ):  # not where the network rounds, say, without a gradient
-                part = torch.autograd.grad(each.sum(), point, allow_unused=True)[0]
-            part = torch.zeros_like(x) if part is None else part
-        value, grad = value + each.detach().to(x.dtype), grad + part if eot > 1 else part
+    logits, value, grad = _one_gradient(model, x, y, loss, precision, target)
+    for _ in range(eot - 1):
+        logits, next_value, next_grad = _one_gradient(model, x, y, loss, precision, target)
+        value, grad = value + next_value, grad + next_grad
     if eot > 1:
         value, grad = value / eot, grad / eot
-    return logits.detach(), value, grad
+    return logits, value, grad
 
 
-def _loss(loss: Loss, logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+@torch.no_grad()
+def loss_without_gradient(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    precision: str,
+    *,
+    target: Tensor | None = None,
+) -> Tensor:
+    """Return the loss (b,) of one pass; arguments as for `input_gradient`."""
+    return _logits_and_loss(model, x, y, loss, precision, target)[1].to(x.dtype)
+
+
+@torch.no_grad()
+def padded_loss(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, size: int, *, target: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return logits (b, classes) and loss (b,), without autocast, in one pass of `size` images.
+
+    Args:
+        model: Network in eval mode.
+        x: (b, ...) images, b <= size.
+        y: (b,) int64 labels.
+        loss: Loss per sample.
+        size: Number of images in the pass; it is padded with copies of the first image.
+        target: (b, ...) third argument of a targeted loss.
+    """
+    logits = _padded_logits(model, x, size)
+    return logits, _apply_loss(loss, logits, y, target).to(x.dtype)
+
+
+def predict_logits(
+    model: nn.Module,
+    fetch: Callable[[Tensor], Tensor],
+    n: int,
+    size: int,
+    device: torch.device,
+    poll: Callable[[], None] | None = None,
+) -> Tensor:
+    """Return the logits of samples 0..n-1.
+
+    Args:
+        model: Network; its mode is not changed.
+        fetch: fetch(samples (b,) int64) -> (b, ...) images on `device`.
+        n: Number of samples, at least 1.
+        size: Number of images in every pass.
+        device: Device of the network.
+        poll: Called in this thread several times a second.
+
+    Returns:
+        (n, classes) on the CPU, at least float32.
+    """
+
+    @torch.no_grad()
+    def predict_pass(samples: Tensor) -> Tensor:
+        logits = _padded_logits(model, fetch(samples), size)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
+
+    passes = [partial(predict_pass, samples) for samples in torch.arange(n).split(size)]
+    return torch.cat(run_in_lanes(passes, device, poll=poll))
+
+
+def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Check images, labels and network before an attack.
+
+    Args:
+        model: Network; called once on two images.
+        x: (n, ...) float images in [0, 1].
+        y: (n,) int64 labels.
+
+    Returns:
+        The number of classes; 0 if there are no images.
+
+    Raises:
+        DataError: If x and y differ in length, or x is not float in [0, 1].
+        ModelError: If the network does not return (b, classes) logits, or a label has no class.
+        Diverged: If the logits contain NaN or infinity.
+    """
+    if len(x) != len(y):
+        raise DataError(f"x and y: got {len(x)} images and {len(y)} labels, expected equal numbers")
+    if len(x) == 0:
+        return 0
+    low, high = float(x.min()), float(x.max())
+    if not (x.is_floating_point() and low >= 0 and high <= 1):  # NaN fails both comparisons
+        raise DataError(f"x: got {x.dtype} in [{low:g}, {high:g}], expected floats in [0, 1]")
+    probe = x[:2]
+    with frozen_eval(model), torch.no_grad():
+        logits = model(probe)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(probe):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"network: got an output of shape {got} for {len(probe)} images, "
+            "expected (b, classes) logits"
+        )
+    if not bool(logits.isfinite().all()):
+        raise Diverged("network: the logits contain NaN or infinity; the weights may be corrupt")
+    classes, first, last = logits.shape[1], int(y.min()), int(y.max())
+    if first < 0 or last >= classes:
+        raise ModelError(
+            f"labels: got {first}..{last}, but the network has {classes} classes; "
+            "use a network for this data"
+        )
+    return classes
+
+
+def _one_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        logits, value = _logits_and_loss(model, point, y, loss, precision, target)
+        grad = None
+        if value.requires_grad:  # false if, for example, the network rounds its input
+            (grad,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+    grad = torch.zeros_like(x) if grad is None else grad
+    return logits.detach(), value.detach().to(x.dtype), grad
+
+
+def _logits_and_loss(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, target: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # No cache: the weights are frozen, and a captured CUDA graph must not refer to cached casts.
+    with autocast(x.device, precision, cache=False):
+        logits = model(x)
+    return logits, _apply_loss(loss, logits, y, target)
+
+
+def _apply_loss(loss: Loss, logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return loss(logits, y) if target is None else loss(logits, y, target)
 
 
-@torch.no_grad()
-def judge(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, rows: int, *, target: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits (b, classes) and loss (b,) without autocast for b <= rows images, in one pass padded to `rows`."""
-    logits = model(torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])]))[: len(x)]
-    return logits, _loss(loss, logits, y, target).to(x.dtype)
-
-
-def predict(
-    model: nn.Module,
-    fetch: Callable[[Tensor], Tensor],
-    n: int,
-    rows: int,
-    device: torch.device,
-    poll: Callable[[], None] | None = None,
-) -> Tensor:
-    """Logits (n, classes), at least float32, on the CPU; in passes of one padded shape; the mode is not touched.
-
-    fetch(samples (b,) int64) -> (b, ...) images on `device`.
-    """
-
-    @torch.no_grad()
-    def part(samples: Tensor) -> Tensor:
-        x = fetch(samples)
-        logits = model(torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])]))[: len(x)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
-
-    return torch.cat(
-        in_lanes(
-            [partial(part, samples) for samples in torch.arange(n).split(rows)], device, poll=poll
-        )
-    )
-
-
-def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Refuse what no attack can work on: x outside [0,1], labels outside the classes, logits of a wrong shape or NaN.
-
-    Returns the number of classes (0 without images). Raises DataError, ModelError or Diverged.
-    """
-    if len(x) != len(y):
-        raise DataError(
-            f"x and y: got {len(x)} images and {len(y)} labels, expected as many of both"
-        )
-    if len(x) == 0:
-        return 0
-    if not (x.is_floating_point() and float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN fails too
-        raise DataError(
-            f"x: got {x.dtype} in [{float(x.min()):g}, {float(x.max()):g}], expected floats in [0, 1]"
-        )
-    with frozen_eval(model), torch.no_grad():
-        logits = model(x[:2])
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x[:2]):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(
-            f"network: got an answer of shape {got} for {len(x[:2])} images, expected (b, classes) logits"
-        )
-    if not bool(logits.isfinite().all()):
-        raise Diverged("network: its logits hold NaN or infinity; the weights may be broken")
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise ModelError(
-            f"labels: got {low}..{high}, but the network has {logits.shape[1]} classes; it does not fit this data"
-        )
-    return logits.shape[1]
+def _padded_logits(model: nn.Module, x: Tensor, size: int) -> Tensor:
+    padding = x[:1].expand(size - len(x), *x.shape[1:])
+    logits: Tensor = model(torch.cat([x, padding]))
+    return logits[: len(x)]

@@ -1,40 +1,55 @@
-"""Lanes: CPU threads that each take whole passes, one core a lane.
+"""Lanes: CPU threads that each run whole forward and backward passes on one core.
 
-A pass over a few dozen images keeps one core busy from its own cache; a pass that is spread over the cores waits for
-the slowest one at every layer. And a pass on one core gives the same bits whatever the number of threads.
+A pass over a few dozen images keeps one core busy from its own cache. A pass that is split over
+all cores waits for the slowest core at every layer. A pass on one core also gives the same bits
+whatever the number of threads.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 
 def lane_count(device: torch.device) -> int:
-    """How many lanes there are: as many as PyTorch has threads on a CPU, else one."""
+    """Return the number of lanes: PyTorch's number of threads on a CPU, else 1."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def in_lanes(
-    tasks: Sequence[Callable[[], Any]],
+def run_in_lanes(
+    tasks: Sequence[Callable[[], T]],
     device: torch.device,
     *,
     poll: Callable[[], None] | None = None,
     stop: Callable[[], None] | None = None,
-) -> list[Any]:
-    """Call every task, as many at a time as there are lanes, and return their results in order.
+) -> list[T]:
+    """Run every task, as many at a time as there are lanes.
 
-    poll is called in this thread several times a second meanwhile. If it, a task or Ctrl-C raises, `stop` is called once
-    (it should make the tasks return soon), and the error is raised when all of them have ended.
+    Tasks on a GPU use the stream that is current for the caller, so they run after whatever the
+    caller launched before. Tasks do not inherit the caller's autocast or gradient mode.
+
+    Args:
+        tasks: Functions without arguments.
+        device: Device that the tasks compute on.
+        poll: Called in the caller's thread several times a second until all tasks have ended.
+        stop: Called once if a task or `poll` raises, or on Ctrl-C; it should make the running
+            tasks return soon. The error is raised after all tasks have ended.
+
+    Returns:
+        The results, in the order of the tasks.
     """
     threads = torch.get_num_threads()
-    pool = _pool(os.getpid(), lane_count(device))
-    futures = [pool.submit(task) for task in tasks]
+    pool = _thread_pool(os.getpid(), lane_count(device))
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    futures = [pool.submit(partial(_run_on_stream, task, stream)) for task in tasks]
     try:
-        _await(futures, poll)
+        _await_futures(futures, poll)
     except BaseException:
         if stop:
             stop()
@@ -43,11 +58,18 @@ def in_lanes(
         wait(futures)
         raise
     finally:
-        torch.set_num_threads(threads)  # the lanes' own setting also became that of threads to come
+        # Each lane limits itself to one thread, which also lowers the default of later threads.
+        torch.set_num_threads(threads)
     return [future.result() for future in futures]
 
 
-def _await(futures: Sequence[Future], poll: Callable[[], None] | None) -> None:
+def _run_on_stream(task: Callable[[], T], stream: torch.cuda.Stream | None) -> T:
+    # torch.cuda.stream also selects the stream's device.
+    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        return task()
+
+
+def _await_futures(futures: Sequence[Future[T]], poll: Callable[[], None] | None) -> None:
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=0.1 if poll else None, return_when=FIRST_EXCEPTION)
@@ -58,6 +80,6 @@ def _await(futures: Sequence[Future], poll: Callable[[], None] | None) -> None:
 
 
 @lru_cache(maxsize=4)
-def _pool(process: int, count: int) -> ThreadPoolExecutor:
-    """One pool for each process (threads do not survive a fork) and number of lanes."""
-    return ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(1,))
+def _thread_pool(process: int, lanes: int) -> ThreadPoolExecutor:
+    """Return the thread pool of this process, since threads do not survive a fork."""
+    return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(1,))

@@ -1,4 +1,4 @@
-"""Losses per sample, which attacks maximise."""
+"""Losses per sample, which attacks maximise; the catalog lists them by name."""
 
 from collections.abc import Callable
 
@@ -7,51 +7,92 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[..., Tensor]
-"""loss(logits, y) -> (b,): what an attack climbs; a targeted one is called as loss(logits, y, target)."""
+"""loss(logits, y) -> (b,); a targeted loss is called as loss(logits, y, target)."""
 
 
 def ce(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each sample: logits (b, classes), y (b,) int64 -> (b,) in the logits' dtype, at least float32.
+    """Return the cross-entropy of each sample.
 
-    label_smoothing: the share of the target that is spread evenly over all classes.
+    Args:
+        logits: (b, classes).
+        y: (b,) int64 labels.
+        label_smoothing: Share of each label that is spread evenly over all classes, in [0, 1).
+
+    Returns:
+        (b,) in the dtype of the logits, but at least float32.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
 
 
 def kl(logits: Tensor, y: Tensor, clean: Tensor) -> Tensor:
-    """KL(p_clean || p) of each sample, p the softmax of logits: logits and clean (b, classes) -> (b,). y is not looked at.
+    """Return KL(softmax(clean) || softmax(logits)) of each sample.
+
+    Args:
+        logits: (b, classes) at the attacked points.
+        y: Unused.
+        clean: (b, classes) logits of the clean images.
+
+    Returns:
+        (b,).
 
     Source: Zhang et al. 2019, arXiv:1901.08573.
     """
-    return F.kl_div(
-        logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True
-    ).sum(1)
+    log_p, log_p_clean = logits.log_softmax(1), clean.log_softmax(1)
+    return F.kl_div(log_p, log_p_clean, reduction="none", log_target=True).sum(1)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio: logits (b, classes >= 3), y (b,) -> (b,); above 0 where misclassified.
+    """Return the difference of logits ratio; above 0 where misclassified.
 
-    Unlike cross-entropy it does not change when the logits are scaled, and its gradient does not vanish with them.
+    Unlike cross-entropy, the loss is invariant to the scale of the logits, and its gradient does
+    not vanish where the network is confident.
+
+    Args:
+        logits: (b, classes), 3 classes or more.
+        y: (b,) int64 labels.
+
+    Returns:
+        (b,).
+
     Source: Croce and Hein 2020, arXiv:2003.01690, Eq. 6.
     """
     ordered = logits.sort(dim=1).values
     right = logits.gather(1, y.view(-1, 1)).squeeze(1)
-    first = logits.argmax(1) == y
-    other = torch.where(first, ordered[:, -2], ordered[:, -1])
-    return -(right - other) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+    correct = logits.argmax(1) == y
+    best_other = torch.where(correct, ordered[:, -2], ordered[:, -1])
+    return -(right - best_other) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """The targeted difference of logits ratio: logits (b, classes >= 4), y and target (b,) -> (b,).
+    """Return the targeted difference of logits ratio.
+
+    Args:
+        logits: (b, classes), 4 classes or more.
+        y: (b,) int64 labels.
+        target: (b,) int64 classes to move to, each other than the label.
+
+    Returns:
+        (b,).
 
     Source: Croce and Hein 2020, arXiv:2003.01690, Eq. 7.
     """
     ordered = logits.sort(dim=1).values
-    right, wanted = (logits.gather(1, which.view(-1, 1)).squeeze(1) for which in (y, target))
-    return -(right - wanted) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12)
+    right = logits.gather(1, y.view(-1, 1)).squeeze(1)
+    wanted = logits.gather(1, target.view(-1, 1)).squeeze(1)
+    scale = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12
+    return -(right - wanted) / scale
 
 
-LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "targeted dlr": targeted_dlr}
-LEAST_CLASSES = {"dlr": 3, "targeted dlr": 4}
-"""How many classes a loss needs; 2 where it is not named."""
+def logit_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the logit of the label minus the largest other logit; below 0 where misclassified.
+
+    Args:
+        logits: (b, classes).
+        y: (b,) int64 labels.
+
+    Returns:
+        (b,) in the dtype of the logits.
+    """
+    right = logits.gather(1, y.view(-1, 1)).squeeze(1)
+    return right - logits.scatter(1, y.view(-1, 1), -torch.inf).amax(1)

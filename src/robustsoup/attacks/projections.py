@@ -1,76 +1,116 @@
-"""Norms, and projections onto the ball of a threat model intersected with the box [0, 1]."""
+"""Norms of perturbations, and projections onto an lp ball intersected with the box [0, 1]."""
 
 import torch
 from torch import Tensor
 
+from robustsoup.threats import ThreatModel
 
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.dim() - 1))
+
+def as_column(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape `values` (b,) to (b, 1, ..., 1), so that it broadcasts with `like` (b, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def norms(delta: Tensor, norm: str) -> Tensor:
-    """The norm of each row of `delta` (b, ...): (b,)."""
+    """Return the norm of each sample of `delta` (b, ...), as (b,)."""
     flat = delta.flatten(1)
-    if norm == "L2":  # as the reference sums it, so that L2 steps agree bit for bit
+    if norm == "L2":  # summed as in the reference, so that L2 steps are bit-equal
         return (flat**2).sum(1).sqrt()
     return flat.abs().sum(1) if norm == "L1" else flat.abs().amax(1)
 
 
-def project(z: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
-    """Bring each z (b, ...) into the ball of radius eps (b,) around x (b, ...) in [0,1], and into the box [0,1].
+def constraint_excess(points: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    """Return by how much each point leaves the ball around x or the box [0, 1].
 
-    Linf and L1 give the nearest point of the intersection; L2 scales into the ball and then clamps, as AutoPGD does
-    (a feasible point, not always the nearest one).
-    Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208, section 2.
+    Args:
+        points: (b, ...) images to check.
+        x: (b, ...) clean images.
+        threat: Norm and radius of the ball.
+
+    Returns:
+        (b,) float64; at most 0 for a point that satisfies both constraints, NaN for NaN.
     """
+    points = points.double()
+    ball = norms(points - x.double(), threat.norm) - threat.eps
+    box = torch.maximum(-points.flatten(1).amin(1), points.flatten(1).amax(1) - 1)
+    return torch.maximum(ball, box)
+
+
+def project(z: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
+    """Project each z into the ball of radius eps around x, and into the box [0, 1].
+
+    Linf and L1 return the nearest point of the intersection. L2 scales into the ball and then
+    clamps, as AutoPGD does: the result is feasible, but not always the nearest point.
+
+    Args:
+        z: (b, ...) points to project.
+        x: (b, ...) centres in [0, 1].
+        eps: (b,) radii.
+        norm: "Linf", "L2" or "L1".
+
+    Returns:
+        (b, ...) points.
+
+    Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208,
+        section 2.
+    """
+    radius = as_column(eps, x)
     if norm == "Linf":
-        radius = _column(eps, x)
         return torch.minimum(torch.maximum(z, x - radius), x + radius).clamp(0.0, 1.0)
     if norm == "L2":
         delta = z - x
-        length = _column(norms(delta, "L2"), x)
-        return (x + delta / (length + 1e-12) * torch.minimum(_column(eps, x), length)).clamp(
-            0.0, 1.0
-        )
+        length = as_column(norms(delta, "L2"), x)
+        return (x + delta / (length + 1e-12) * torch.minimum(radius, length)).clamp(0.0, 1.0)
     delta = _project_l1(z - x, x, eps)
     point = x + delta
-    # d roundings away from x can add up to more than 1e-6; one step of the last bit towards x undoes each.
+    # The d rounding errors of the sum can add up to more than 1e-6 of L1 norm. Moving a point that
+    # was rounded away from x by one unit in the last place undoes its error.
     return torch.where((point - x).abs() > delta.abs(), torch.nextafter(point, x), point)
 
 
 def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-    """The nearest point to delta (b, ...) with ||.||_1 <= eps and x + . in [0,1].
+    """Return the perturbation nearest to delta (b, ...) of L1 norm <= eps with x + it in [0, 1].
 
-    The answer is sign(delta) * clamp(|delta| - t, 0, room) with the least t >= 0 that meets the radius. Its norm falls
-    piecewise linearly in t with 2d breakpoints; they are sorted and the segment that crosses eps is solved exactly.
+    The solution is sign(delta) * clamp(|delta| - t, 0, room) with the smallest t >= 0 whose norm
+    is at most eps; room is the distance to the box. The norm is piecewise linear and falls in t,
+    with 2 d breakpoints: sort them, find the segment that crosses eps, and solve it exactly.
     """
-    flat, point = (
-        delta.flatten(1).double(),
-        x.flatten(1).double(),
-    )  # thousands of float32 terms would drift by 1e-5
+    # float64, because a float32 sum of thousands of terms drifts by 1e-5
+    flat, point = delta.flatten(1).double(), x.flatten(1).double()
     size = flat.abs()
     room = torch.where(flat > 0, 1.0 - point, point).clamp(min=0.0)
-    breaks = torch.cat([(size - room).clamp(min=0.0), size], dim=1)
-    bends = torch.cat([-torch.ones_like(size), torch.ones_like(size)], dim=1)
-    breaks, order = breaks.sort(dim=1)
-    slopes = bends.gather(1, order).cumsum(1)
-    start = torch.minimum(size, room).sum(1, keepdim=True)
-    falls = (slopes[:, :-1] * (breaks[:, 1:] - breaks[:, :-1])).cumsum(1)
-    lengths = torch.cat([start, start + falls], dim=1)
-    radius = eps.to(lengths).view(-1, 1)
-    segment = (lengths > radius).sum(1, keepdim=True).sub(1).clamp(0, lengths.shape[1] - 2)
+    breakpoints = torch.cat([(size - room).clamp(min=0.0), size], dim=1)
+    slope_changes = torch.cat([-torch.ones_like(size), torch.ones_like(size)], dim=1)
+    breakpoints, order = breakpoints.sort(dim=1)
+    slopes = slope_changes.gather(1, order).cumsum(1)
+    norm_at_0 = torch.minimum(size, room).sum(1, keepdim=True)
+    falls = (slopes[:, :-1] * (breakpoints[:, 1:] - breakpoints[:, :-1])).cumsum(1)
+    norm_at = torch.cat([norm_at_0, norm_at_0 + falls], dim=1)
+    radius = eps.to(norm_at).view(-1, 1)
+    segment = (norm_at > radius).sum(1, keepdim=True).sub(1).clamp(0, norm_at.shape[1] - 2)
     slope = slopes.gather(1, segment).clamp(max=-1.0)
-    t = breaks.gather(1, segment) + (radius - lengths.gather(1, segment)) / slope
-    t = torch.where(start > radius, t, torch.zeros_like(t)).clamp(min=0.0)
+    t = breakpoints.gather(1, segment) + (radius - norm_at.gather(1, segment)) / slope
+    t = torch.where(norm_at_0 > radius, t, torch.zeros_like(t)).clamp(min=0.0)
     return (flat.sign() * torch.minimum((size - t).clamp(min=0.0), room)).to(delta).view_as(delta)
 
 
 def random_start(x: Tensor, noise: Tensor, eps: Tensor, norm: str) -> Tensor:
-    """A random point of the ball and the box, made from `noise` (b, ...): uniform in (-1,1) for Linf, else Gaussian.
+    """Return a random point of the ball and the box, as AutoPGD starts.
 
-    Linf: x + eps * t / max|t|; L2: x + eps * t / ||t||_2, both clamped; L1: x + t projected. As AutoPGD starts.
+    Linf: x + eps t / max|t|; L2: x + eps t / ||t||_2, both clamped; L1: x + t, projected.
+
+    Args:
+        x: (b, ...) centres in [0, 1].
+        noise: (b, ...) t above: uniform in (-1, 1) for Linf, else Gaussian.
+        eps: (b,) radii.
+        norm: "Linf", "L2" or "L1".
+
+    Returns:
+        (b, ...) points.
+
+    Source: Croce and Hein 2020, arXiv:2003.01690.
     """
     if norm == "L1":
         return project(x + noise, x, eps, norm)
-    unit = noise / (_column(norms(noise, norm), x) + 1e-12)
-    return (x + _column(eps, x) * unit).clamp(0.0, 1.0)
+    unit = noise / (as_column(norms(noise, norm), x) + 1e-12)
+    return (x + as_column(eps, x) * unit).clamp(0.0, 1.0)

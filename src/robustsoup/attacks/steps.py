@@ -1,7 +1,11 @@
-"""The steps of APGD and PGD, row by row: a point is observed (loss, gradient, best point, step size), the next one is
-proposed. Rows of one batch may be at different steps, and all of it happens in place and on the device.
+"""The per-sample state of APGD and PGD, and one step of it.
 
-Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208; PGD: Madry et al. 2018.
+A step observes the loss and gradient at the current point, then moves to the next point. The rows
+of a batch may be at different steps. Everything happens in place and on the device, so that a
+step can be captured in a CUDA graph.
+
+Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208;
+PGD: Madry et al. 2018, arXiv:1706.06083.
 """
 
 import math
@@ -11,62 +15,98 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from robustsoup.attacks.projections import norms, project, random_start
+from robustsoup.attacks.projections import as_column, norms, project, random_start
 from robustsoup.threats import ThreatModel
 
-_MASK = (1 << 63) - 1
+_MASK_63_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How an attack spends its steps: (eps, steps) of each stage, and whether step sizes adapt (APGD) or not (PGD)."""
+class StepSchedule:
+    """How an attack spends its steps.
+
+    Attributes:
+        norm: Norm of the threat model.
+        stages: (eps, steps) of each stage; the last eps is that of the threat model.
+        adaptive: Whether step sizes adapt and steps have momentum (APGD), or neither (PGD).
+    """
 
     norm: str
     stages: tuple[tuple[float, int], ...]
     adaptive: bool = True
 
     @classmethod
-    def of(
+    def for_threat(
         cls, threat: ThreatModel, steps: int, *, adaptive: bool = True, staged: bool = True
     ) -> Self:
-        """The schedule of `steps` steps; for L1 they are spent as in AutoAttack where `staged`.
+        """Return the schedule of `steps` steps against a threat model.
 
-        Staged: .3 of the steps at 3 eps, .3 at 2 eps, .4 at eps, each warm-started from the last.
+        Args:
+            threat: Threat model.
+            steps: Number of steps, at least 1.
+            adaptive: True for APGD, False for PGD.
+            staged: Let APGD in L1 spend 30 % of the steps at 3 eps, 30 % at 2 eps and 40 % at eps,
+                each stage starting from the best point of the last, as AutoAttack does.
         """
         first = math.ceil(0.3 * steps)
         if not (staged and adaptive) or threat.norm != "L1" or steps <= 2 * first:
             return cls(threat.norm, ((threat.eps, steps),), adaptive)
-        return cls(
-            "L1",
-            ((3 * threat.eps, first), (2 * threat.eps, first), (threat.eps, steps - 2 * first)),
-        )
+        last = steps - 2 * first
+        return cls("L1", ((3 * threat.eps, first), (2 * threat.eps, first), (threat.eps, last)))
 
-    def checks(self) -> Tensor:
-        """int64, the stages' tables one after another: at step k the length of the period that ends there, else 0."""
-        return torch.cat([_checks(steps, self.norm, self.adaptive) for _, steps in self.stages])
+    def check_periods(self) -> Tensor:
+        """Return a table, int64: the length of the period that a check at step k ends, else 0.
 
+        The tables of the stages follow one another; a stage of n steps has n + 1 entries.
+        """
+        return torch.cat([self._stage_periods(steps) for _, steps in self.stages])
 
-def _checks(steps: int, norm: str, adaptive: bool) -> Tensor:
-    periods = torch.zeros(steps + 1, dtype=torch.long)
-    if not adaptive:
+    def stage_offsets(self) -> Tensor:
+        """Return where each stage begins in the table of `check_periods`; (stages,) int64."""
+        return torch.tensor([0, *(steps + 1 for _, steps in self.stages[:-1])]).cumsum(0)
+
+    def _stage_periods(self, steps: int) -> Tensor:
+        periods = torch.zeros(steps + 1, dtype=torch.long)
+        if not self.adaptive:
+            return periods
+        if self.norm == "L1":
+            period = max(int(0.04 * steps), 1)
+            periods[period::period] = period
+            return periods
+        period, shortening, shortest = (max(int(p * steps), 1) for p in (0.22, 0.03, 0.06))
+        step = period
+        while step <= steps:
+            periods[step] = period
+            period = max(period - shortening, shortest)
+            step += period
         return periods
-    if norm == "L1":
-        period = max(int(0.04 * steps), 1)
-        periods[period::period] = period
-        return periods
-    period, shorter, least = (max(int(part * steps), 1) for part in (0.22, 0.03, 0.06))
-    at = period
-    while at <= steps:
-        periods[at] = period
-        period = max(period - shorter, least)
-        at += period
-    return periods
 
 
 @dataclass
-class Rows:
-    """The state of b samples, one row each; `step` counts a row's steps in its stage, `base` is where the stage begins
-    in the table of checks. `lower` and `upper` are the ball and the box together, for Linf.
+class SearchState:
+    """The state of b searches, one row each.
+
+    Attributes:
+        x: (b, ...) clean images.
+        y: (b,) labels.
+        target: (b,) target classes (or (b, ...) for a custom loss).
+        eps: (b,) radius of the row's stage.
+        lower, upper: (b, ...) bounds of ball and box for Linf; unused for other norms.
+        x_adv, x_prev: (b, ...) current and previous point.
+        x_best: (b, ...) point of highest loss so far.
+        grad, grad_best: (b, ...) gradient at x_adv and x_best.
+        loss_prev: (b,) loss at the previous step.
+        loss_best, step_best: (b,) loss at x_best, and the step that reached it.
+        loss_best_at_check: (b,) loss_best at the last check.
+        rises: (b,) steps since the last check in which the loss rose.
+        halved: (b,) whether the last check halved the step size.
+        step_size: (b,) step size.
+        topk: (b,) share of pixels that a step in L1 moves.
+        support: (b,) number of pixels that x_best changed at the last check (L1).
+        step: (b,) steps taken in the stage.
+        offset: (b,) where the stage begins in the table of checks.
+        final_stage: (b,) whether the stage is the last, so that its points count.
+        margin: (b,) smallest logit margin of the points that count.
     """
 
     x: Tensor
@@ -76,237 +116,273 @@ class Rows:
     lower: Tensor
     upper: Tensor
     x_adv: Tensor
-    x_old: Tensor
+    x_prev: Tensor
     x_best: Tensor
     grad: Tensor
     grad_best: Tensor
-    loss_last: Tensor
+    loss_prev: Tensor
     loss_best: Tensor
     loss_best_at_check: Tensor
     step_best: Tensor
     rises: Tensor
-    reduced: Tensor
-    eta: Tensor
+    halved: Tensor
+    step_size: Tensor
     topk: Tensor
     support: Tensor
     step: Tensor
-    base: Tensor
-    last: Tensor
+    offset: Tensor
+    final_stage: Tensor
     margin: Tensor
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def take(self, at: Tensor) -> "Rows":
-        """A copy of some rows."""
-        return Rows(*(tensor[at] for tensor in self.tensors()))
-
     def tensors(self) -> list[Tensor]:
-        """All of the state."""
+        """Return all tensors of the state."""
         return [getattr(self, field.name) for field in fields(self)]
 
-    def put(self, at: Tensor, other: "Rows") -> None:
-        """Overwrite some rows."""
-        for field in fields(self):
-            getattr(self, field.name)[at] = getattr(other, field.name)
+    def select(self, rows: Tensor) -> "SearchState":
+        """Return a copy of some rows; `rows` is int64 on the state's device."""
+        return SearchState(*(tensor[rows] for tensor in self.tensors()))
+
+    def overwrite(self, rows: Tensor, source: "SearchState") -> None:
+        """Overwrite some rows in place."""
+        for target, values in zip(self.tensors(), source.tensors(), strict=True):
+            target[rows] = values
 
 
-def joined(parts: list[Rows]) -> Rows:
-    """Several rows as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(
-        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rows))
-    )
+def concat_states(states: list[SearchState]) -> SearchState:
+    """Concatenate the rows of several states."""
+    if len(states) == 1:
+        return states[0]
+    columns = zip(*(state.tensors() for state in states), strict=True)
+    return SearchState(*(torch.cat(column) for column in columns))
 
 
-def start_rows(
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the stages of a search.
+
+    Attributes:
+        topk: First share of pixels that a step in L1 moves, a number or (b,).
+        offset: Where the stage begins in the table of checks, a number or (b,).
+        final: Whether it is the last stage, a bool or (b,).
+    """
+
+    topk: float | Tensor = 0.2
+    offset: int | Tensor = 0
+    final: bool | Tensor = True
+
+
+def initial_state(
     x: Tensor,
     y: Tensor,
     eps: float | Tensor,
     start: Tensor,
-    schedule: Schedule,
+    schedule: StepSchedule,
     *,
     target: Tensor | None = None,
-    topk: float | Tensor = 0.2,
-    base: Tensor | int = 0,
-    last: Tensor | bool = True,
-) -> Rows:
-    """Rows at their starting point. x, start: (b, ...); eps: a number or (b,); topk: L1's first share of pixels."""
-    zero = torch.zeros(len(x), device=x.device, dtype=x.dtype)
-    eps = zero + eps
-    size = float(x[0].numel())
-    support = torch.full_like(eps, size) if isinstance(topk, float) else topk * 1.5 * size
+    stage: Stage | None = None,
+) -> SearchState:
+    """Return the state of searches at their starting points.
+
+    Args:
+        x: (b, ...) clean images.
+        y: (b,) int64 labels.
+        eps: Radius, a number or (b,).
+        start: (b, ...) starting points in the ball and the box.
+        schedule: How the steps are spent.
+        target: (b,) target classes.
+        stage: The stage that begins; by default the only one.
+    """
+    stage = stage or Stage()
+    zeros = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+    eps = zeros + eps
+    pixels = float(x[0].numel())
+    topk = stage.topk
+    support = topk * 1.5 * pixels if isinstance(topk, Tensor) else torch.full_like(eps, pixels)
     if schedule.adaptive:
-        eta = eps.clone() if schedule.norm == "L1" else 2 * eps
-    else:  # Madry et al.: so that the ball can be crossed more than twice
-        eta = 2.5 * eps / schedule.stages[0][1]
-    radius = column(eps, x)
-    near = schedule.norm == "Linf"
-    return Rows(
+        step_size = eps.clone() if schedule.norm == "L1" else 2 * eps
+    else:  # 2.5 eps / steps lets PGD cross the ball more than once (Madry et al.)
+        step_size = 2.5 * eps / schedule.stages[0][1]
+    radius = as_column(eps, x)
+    has_bounds = schedule.norm == "Linf"
+    return SearchState(
         x=x,
         y=y,
         target=torch.zeros_like(y) if target is None else target,
         eps=eps,
-        lower=(x - radius).clamp_(min=0.0) if near else x,
-        upper=(x + radius).clamp_(max=1.0) if near else x,
+        lower=(x - radius).clamp_(min=0.0) if has_bounds else x,
+        upper=(x + radius).clamp_(max=1.0) if has_bounds else x,
         x_adv=start.clone(),
-        x_old=start.clone(),
+        x_prev=start.clone(),
         x_best=start.clone(),
         grad=torch.zeros_like(x),
         grad_best=torch.zeros_like(x),
-        loss_last=zero.clone(),
+        loss_prev=zeros.clone(),
         loss_best=torch.full_like(eps, -math.inf),
-        loss_best_at_check=zero.clone(),
+        loss_best_at_check=zeros.clone(),
         step_best=torch.zeros_like(y),
-        rises=zero.clone(),
-        reduced=torch.ones_like(eps, dtype=torch.bool),
-        eta=eta,
-        topk=topk + zero,
+        rises=zeros.clone(),
+        halved=torch.ones_like(eps, dtype=torch.bool),
+        step_size=step_size,
+        topk=topk + zeros,
         support=support,
         step=torch.zeros_like(y),
-        base=torch.zeros_like(y) + base,
-        last=torch.zeros_like(y, dtype=torch.bool) | last,
+        offset=torch.zeros_like(y) + stage.offset,
+        final_stage=torch.zeros_like(y, dtype=torch.bool) | stage.final,
         margin=torch.full_like(eps, math.inf),
     )
 
 
-def next_stage(rows: Rows, stage: Tensor, schedule: Schedule) -> Rows:
-    """Rows at the start of `stage` (b,) int64, which is not the first: from the best point, brought into the smaller ball."""
-    eps = torch.tensor(
-        [radius for radius, _ in schedule.stages], device=rows.x.device, dtype=rows.x.dtype
-    )[stage]
-    taken = (
-        torch.tensor([0, *(steps + 1 for _, steps in schedule.stages)]).cumsum(0).to(stage.device)
-    )
-    start = project(rows.x_best, rows.x, eps, schedule.norm)
-    topk = (start != rows.x).flatten(1).sum(1).to(rows.x) / rows.x[0].numel() / 1.5
-    fresh = start_rows(
-        rows.x,
-        rows.y,
-        eps,
-        start,
-        schedule,
-        target=rows.target,
-        topk=topk,
-        base=taken[stage],
-        last=stage == len(schedule.stages) - 1,
-    )
-    fresh.margin = rows.margin
-    return fresh
+def start_next_stage(state: SearchState, stage: Tensor, schedule: StepSchedule) -> SearchState:
+    """Return the state at the start of `stage` (b,) int64, which is not the first.
+
+    The search starts from the best point of the last stage, projected into the smaller ball.
+    """
+    x = state.x
+    radii = torch.tensor([eps for eps, _ in schedule.stages], device=x.device, dtype=x.dtype)
+    eps = radii[stage]
+    start = project(state.x_best, x, eps, schedule.norm)
+    topk = (start != x).flatten(1).sum(1).to(x) / x[0].numel() / 1.5
+    offset = schedule.stage_offsets().to(stage.device)[stage]
+    begun = Stage(topk=topk, offset=offset, final=stage == len(schedule.stages) - 1)
+    result = initial_state(x, state.y, eps, start, schedule, target=state.target, stage=begun)
+    result.margin = state.margin
+    return result
 
 
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """(b,) as (b, 1, ...), to go with `like` (b, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+def observe(state: SearchState, loss: Tensor, grad: Tensor, periods: Tensor, norm: str) -> None:
+    """Record loss and gradient at x_adv; where a check is due, adapt the step size.
 
+    A check may move a row back to its best point.
 
-def observe(rows: Rows, loss: Tensor, grad: Tensor, periods: Tensor, norm: str) -> None:
-    """Take in the loss (b,) and gradient (b, ...) at x_adv; where a check falls, adapt and maybe go back to the best."""
-    better = loss > rows.loss_best
-    rows.grad.copy_(grad).nan_to_num_(0.0)
-    torch.where(column(better, grad), rows.x_adv, rows.x_best, out=rows.x_best)
-    torch.where(column(better, grad), rows.grad, rows.grad_best, out=rows.grad_best)
-    torch.where(better, loss, rows.loss_best, out=rows.loss_best)
-    torch.where(better, rows.step, rows.step_best, out=rows.step_best)
-    stepped = rows.step > 0
-    torch.where(stepped, rows.loss_best_at_check, loss, out=rows.loss_best_at_check)
-    # As in the reference, the first step is compared with a loss of zero, not with the starting point's.
-    rows.rises.add_(stepped & (loss > rows.loss_last))
-    torch.where(stepped, loss, rows.loss_last, out=rows.loss_last)
-    period = periods[rows.base + rows.step]
+    Args:
+        state: State to update in place.
+        loss: (b,) loss at x_adv.
+        grad: (b, ...) gradient at x_adv; NaN counts as 0.
+        periods: The table of `StepSchedule.check_periods`, on the device.
+        norm: Norm of the threat model.
+    """
+    better = loss > state.loss_best
+    better_column = as_column(better, grad)
+    state.grad.copy_(grad).nan_to_num_(0.0)
+    torch.where(better_column, state.x_adv, state.x_best, out=state.x_best)
+    torch.where(better_column, state.grad, state.grad_best, out=state.grad_best)
+    torch.where(better, loss, state.loss_best, out=state.loss_best)
+    torch.where(better, state.step, state.step_best, out=state.step_best)
+    has_moved = state.step > 0
+    torch.where(has_moved, state.loss_best_at_check, loss, out=state.loss_best_at_check)
+    # As in the reference, the first step compares with a loss of 0, not with that of the start.
+    state.rises.add_(has_moved & (loss > state.loss_prev))
+    torch.where(has_moved, loss, state.loss_prev, out=state.loss_prev)
+    period = periods[state.offset + state.step]
     if period.device.type != "cpu" or bool((period > 0).any()):
-        (_check_l1 if norm == "L1" else _check)(rows, period)
+        (_check_l1 if norm == "L1" else _check_l2_linf)(state, period)
 
 
-def _check(rows: Rows, period: Tensor) -> None:
+def _check_l2_linf(state: SearchState, period: Tensor) -> None:
     due = period > 0
-    halve = rows.rises <= 0.75 * period
-    halve = due & (halve | (~rows.reduced & (rows.loss_best_at_check >= rows.loss_best)))
-    torch.where(due, halve, rows.reduced, out=rows.reduced)
-    torch.where(due, rows.loss_best, rows.loss_best_at_check, out=rows.loss_best_at_check)
-    rows.rises.masked_fill_(due, 0.0)
-    torch.where(halve, rows.eta / 2, rows.eta, out=rows.eta)
-    _back_to_best(rows, halve)
+    few_rises = state.rises <= 0.75 * period
+    stalled = ~state.halved & (state.loss_best_at_check >= state.loss_best)
+    halve = due & (few_rises | stalled)
+    torch.where(due, halve, state.halved, out=state.halved)
+    torch.where(due, state.loss_best, state.loss_best_at_check, out=state.loss_best_at_check)
+    state.rises.masked_fill_(due, 0.0)
+    torch.where(halve, state.step_size / 2, state.step_size, out=state.step_size)
+    _return_to_best(state, halve)
 
 
-def _check_l1(rows: Rows, period: Tensor) -> None:
+def _check_l1(state: SearchState, period: Tensor) -> None:
     due = period > 0
-    support = (rows.x_best != rows.x).flatten(1).sum(1).to(rows.eps)
-    sparser = due & (support / rows.support < 0.95)
-    eta = torch.where(sparser, rows.eps, rows.eta / 1.5)
-    eta = torch.minimum(torch.maximum(eta, rows.eps / 10), rows.eps)
-    torch.where(due, support / rows.x[0].numel() / 1.5, rows.topk, out=rows.topk)
-    torch.where(due, eta, rows.eta, out=rows.eta)
-    torch.where(due, support, rows.support, out=rows.support)
-    _back_to_best(rows, sparser)
+    support = (state.x_best != state.x).flatten(1).sum(1).to(state.eps)
+    sparser = due & (support / state.support < 0.95)
+    step_size = torch.where(sparser, state.eps, state.step_size / 1.5)
+    step_size = torch.minimum(torch.maximum(step_size, state.eps / 10), state.eps)
+    torch.where(due, support / state.x[0].numel() / 1.5, state.topk, out=state.topk)
+    torch.where(due, step_size, state.step_size, out=state.step_size)
+    torch.where(due, support, state.support, out=state.support)
+    _return_to_best(state, sparser)
 
 
-def _back_to_best(rows: Rows, where: Tensor) -> None:
-    torch.where(column(where, rows.x), rows.x_best, rows.x_adv, out=rows.x_adv)
-    torch.where(column(where, rows.x), rows.grad_best, rows.grad, out=rows.grad)
+def _return_to_best(state: SearchState, rows: Tensor) -> None:
+    mask = as_column(rows, state.x)
+    torch.where(mask, state.x_best, state.x_adv, out=state.x_adv)
+    torch.where(mask, state.grad_best, state.grad, out=state.grad)
 
 
-def advance(rows: Rows, norm: str, *, momentum: bool = True) -> None:
-    """Move every row to its next point."""
-    new = _propose(rows, norm, momentum)
-    rows.x_old.copy_(rows.x_adv)
-    rows.x_adv.copy_(new)
-    rows.step.add_(1)
+def advance(state: SearchState, norm: str, *, momentum: bool = True) -> None:
+    """Move every row to its next point, in place."""
+    x_next = _next_l1(state) if norm == "L1" else _next_l2_linf(state, norm, momentum)
+    state.x_prev.copy_(state.x_adv)
+    state.x_adv.copy_(x_next)
+    state.step.add_(1)
 
 
-def _propose(rows: Rows, norm: str, momentum: bool) -> Tensor:
-    if norm == "L1":
-        direction = _sparse_sign(rows.grad, rows.topk)
-        count = direction.abs().flatten(1).sum(1)
-        return project(
-            rows.x_adv + column(rows.eta / (count + 1e-10), rows.x) * direction,
-            rows.x,
-            rows.eps,
-            norm,
-        )
+def _next_l1(state: SearchState) -> Tensor:
+    direction = _sparse_sign(state.grad, state.topk)
+    moved = direction.abs().flatten(1).sum(1)
+    scale = as_column(state.step_size / (moved + 1e-10), state.x)
+    return project(state.x_adv + scale * direction, state.x, state.eps, "L1")
+
+
+def _next_l2_linf(state: SearchState, norm: str, momentum: bool) -> Tensor:
     if norm == "Linf":
-        direction = rows.grad.sign()
+        direction = state.grad.sign()
     else:
-        direction = rows.grad / column(norms(rows.grad, "L2") + 1e-12, rows.x)
-    z = _into(direction.mul_(column(rows.eta, rows.x)).add_(rows.x_adv), rows, norm)
+        direction = state.grad / as_column(norms(state.grad, "L2") + 1e-12, state.x)
+    step = direction.mul_(as_column(state.step_size, state.x))
+    z = _into_ball_and_box(step.add_(state.x_adv), state, norm)
     if not momentum:
         return z
-    a = column(1.0 - 0.25 * (rows.step > 0).to(rows.eps), rows.x)
-    moved = z.sub_(rows.x_adv).mul_(a).add_(rows.x_adv)
-    return _into(moved.add_((rows.x_adv - rows.x_old).mul_(1 - a)), rows, norm)
+    a = as_column(1.0 - 0.25 * (state.step > 0).to(state.eps), state.x)
+    x_next = z.sub_(state.x_adv).mul_(a).add_(state.x_adv)
+    x_next.add_((state.x_adv - state.x_prev).mul_(1 - a))
+    return _into_ball_and_box(x_next, state, norm)
 
 
-def _into(z: Tensor, rows: Rows, norm: str) -> Tensor:
+def _into_ball_and_box(z: Tensor, state: SearchState, norm: str) -> Tensor:
     if norm == "Linf":
-        return torch.clamp(z, rows.lower, rows.upper, out=z)
-    return project(z, rows.x, rows.eps, norm)
+        return torch.clamp(z, state.lower, state.upper, out=z)
+    return project(z, state.x, state.eps, norm)
 
 
 def _sparse_sign(grad: Tensor, topk: Tensor) -> Tensor:
-    flat = grad.abs().flatten(1)
-    size = flat.shape[1]
-    at = ((1.0 - topk) * size).clamp(0, size - 1).long()
-    threshold = flat.sort(dim=1)[0].gather(1, at.view(-1, 1))
-    return grad.sign() * (grad.abs() >= column(threshold, grad))
+    """Return the sign of the gradient where its size is among the largest `topk` (b,), else 0."""
+    size = grad.abs().flatten(1)
+    pixels = size.shape[1]
+    rank = ((1.0 - topk) * pixels).clamp(0, pixels - 1).long()
+    threshold = size.sort(dim=1)[0].gather(1, rank.view(-1, 1))
+    return grad.sign() * (grad.abs() >= as_column(threshold, grad))
 
 
 def cold_start(
     x: Tensor, eps: float, norm: str, seed: int, ids: Tensor, restart: int = 0
 ) -> Tensor:
-    """A random point for each row of x (b, ...), from (seed, id, restart) alone, so that it is the same on every device."""
+    """Return a random starting point for each sample.
+
+    The noise of a sample depends on (seed, id, restart) alone and is the same on every device.
+
+    Args:
+        x: (b, ...) clean images.
+        eps: Radius.
+        norm: Norm of the threat model.
+        seed: Seed of the attack.
+        ids: (b,) int64 sample numbers.
+        restart: Number of the restart, from 0.
+
+    Returns:
+        (b, ...) points in the ball and the box.
+    """
     generator = torch.Generator()
     noise = torch.empty(x.shape, dtype=x.dtype)
-    for row, number in zip(noise, ids.tolist(), strict=True):
-        key = (
-            seed * 0x9E3779B97F4A7C15
-            + number * 0xBF58476D1CE4E5B9
-            + restart * 0x94D049BB133111EB
-            + 1
-        )
-        generator.manual_seed(key & _MASK)
-        row.uniform_(-1, 1, generator=generator) if norm == "Linf" else row.normal_(
-            generator=generator
-        )
+    for row, sample in zip(noise, ids.tolist(), strict=True):
+        key = seed * 0x9E3779B97F4A7C15 + sample * 0xBF58476D1CE4E5B9
+        key += restart * 0x94D049BB133111EB + 1
+        generator.manual_seed(key & _MASK_63_BITS)
+        if norm == "Linf":
+            row.uniform_(-1, 1, generator=generator)
+        else:
+            row.normal_(generator=generator)
     radius = torch.full((len(x),), eps, device=x.device, dtype=x.dtype)
     return random_start(x, noise.to(x.device), radius, norm)

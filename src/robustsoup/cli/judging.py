@@ -44,7 +44,7 @@ from robustsoup.data import Data
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.comparison import compare
-from robustsoup.evaluation.evaluate import evaluate, check_above_chance
+from robustsoup.evaluation.evaluate import check_above_chance, evaluate
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.execute import Context
 from robustsoup.runs.store import Store

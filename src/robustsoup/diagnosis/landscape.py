@@ -18,7 +18,7 @@ from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
-from robustsoup.fingerprint import network_mark
+from robustsoup.fingerprint import network_fingerprint
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import LandscapeSettings
 from robustsoup.soups.ancestry import check_ingredients
@@ -234,7 +234,7 @@ def landscape(
         subset.digest,
         calibrate_on and calibrate_on.digest,
         base and base.digest,
-        network_mark(model),
+        network_fingerprint(model),
         *(item.digest for item in opened),
     ]
     where = resolve_device(device)

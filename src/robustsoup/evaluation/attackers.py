@@ -7,12 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks import Settings
-from robustsoup.attacks.attack import Samples, run_attempts, try_points
-from robustsoup.attacks.autoattack import Standard, attack_chunk, plan_autoattack
-from robustsoup.attacks.engine import Outcome, excess_of
-from robustsoup.attacks.forward import pass_rows
-from robustsoup.attacks.projections import norms
+from robustsoup.attacks.attempts import check_classes, check_points, list_attempts, run_attempts
+from robustsoup.attacks.autoattack import AutoAttackPlan, attack_chunk, plan_autoattack
+from robustsoup.attacks.forward import pass_size
+from robustsoup.attacks.outcome import Outcome, Samples
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
@@ -73,24 +71,7 @@ class QueueAttacker:
     @property
     def attempts(self) -> tuple[str, ...]:
         """One name for each restart and target."""
-        return tuple(attempt.name for attempt in self.engine_settings.attempts(self.classes))
-
-    @property
-    def engine_settings(self) -> Settings:
-        """The settings as the queue takes them."""
-        s = self.settings
-        return Settings(
-            s.attack,
-            s.loss,
-            s.steps,
-            s.restarts,
-            s.targets,
-            s.eot,
-            s.seed,
-            s.precision,
-            s.batch_size,
-            self.stop_below,
-        )
+        return tuple(attempt.name for attempt in list_attempts(self.settings, self.classes))
 
     def protocol(self) -> dict[str, Any]:
         """Return the settings that decide the verdicts."""
@@ -117,9 +98,10 @@ class QueueAttacker:
             target.model,
             target.samples,
             threat,
-            self.engine_settings,
+            self.settings,
             outcome,
             target.device,
+            stop_below=self.stop_below,
             poll=poll,
         )
 
@@ -129,24 +111,24 @@ class AutoAttacker:
     """Standard AutoAttack, one chunk of samples at a time.
 
     Args:
-        standard: the attacks that are possible with the classes of the data.
+        plan: the attacks that are possible with the classes of the data.
         seed: seed of the noise.
     """
 
-    standard: Standard
+    plan: AutoAttackPlan
     seed: int
 
     @property
     def attempts(self) -> tuple[str, ...]:
         """The attacks of AutoAttack."""
-        return tuple(self.standard.attacks)
+        return tuple(self.plan.attacks)
 
     def protocol(self) -> dict[str, Any]:
         """Return the settings that decide the verdicts."""
         return {
             "attack": "autoattack",
-            "version": self.standard.label,
-            "targets": self.standard.targets,
+            "version": self.plan.label,
+            "targets": self.plan.targets,
             "chunk": AUTOATTACK_CHUNK,
             "search_precision": "float32",
         }
@@ -184,17 +166,17 @@ class AutoAttacker:
             x,
             target.samples.y[chunk].to(target.device),
             threat,
-            standard=self.standard,
+            plan=self.plan,
             seed=seed,
             on_progress=poll,
         )
         by = by.cpu()
-        write_points(outcome, chunk, x, points, threat)
+        outcome.record_points(chunk, points, x, threat)
 
         def fetch_points(at: Tensor) -> Tensor:
             return points[torch.searchsorted(chunk, at)]
 
-        _, margin = try_points(
+        _, margin = check_points(
             target.model, target.samples, fetch_points, chunk, target.rows, target.device
         )
         outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
@@ -221,27 +203,9 @@ def make_attacker(
         RequestError: if the attack is impossible with so many classes, or not installed.
     """
     name = "apgd" if settings.attack == "autoattack" else settings.attack
-    rows = pass_rows(device, settings.batch_size)
+    rows = pass_size(device, settings.batch_size)
     queue = QueueAttacker(replace(settings, attack=name), classes, rows, stop_below)
-    queue.engine_settings.check(classes)
+    check_classes(settings, classes)
     if settings.attack == "autoattack" and threats:
         return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
     return queue
-
-
-def write_points(
-    outcome: Outcome, at: Tensor, x: Tensor, points: Tensor, threat: ThreatModel
-) -> None:
-    """Record adversarial points of samples, and how far they are from the clean images.
-
-    Args:
-        outcome: where to record them.
-        at: (b,) int64 numbers of the samples.
-        x: (b, c, h, w) clean images.
-        points: (b, c, h, w) adversarial images.
-        threat: the threat model under which the points were found.
-    """
-    outcome.norm[at] = norms(points - x, threat.norm).float().cpu()
-    outcome.excess[at] = excess_of(points, x, threat).cpu()
-    if outcome.x_adv is not None:
-        outcome.x_adv[at] = points.cpu()

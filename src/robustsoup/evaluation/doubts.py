@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from robustsoup.attacks.engine import Outcome
+from robustsoup.attacks.outcome import Outcome
 from robustsoup.evaluation.verdicts import Record, Verdicts
 from robustsoup.threats import ThreatModel
 
@@ -65,7 +65,7 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
 def warn_of_attacks(outcomes: Sequence[Outcome]) -> list[str]:
     """Warn of gradients that vanish and of logits that hold NaN."""
     attacked = sum(int(outcome.attacked.sum()) for outcome in outcomes)
-    blind = sum(int(outcome.blind.sum()) for outcome in outcomes)
+    blind = sum(int(outcome.zero_gradient.sum()) for outcome in outcomes)
     nan = sum(int(outcome.nan.sum()) for outcome in outcomes)
     warnings = []
     if blind:

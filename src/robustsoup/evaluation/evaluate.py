@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustsoup.attacks.attack import Samples
-from robustsoup.attacks.engine import Outcome, margin_of
-from robustsoup.attacks.forward import frozen_eval, predict
+from robustsoup.attacks.forward import frozen_eval, predict_logits
+from robustsoup.attacks.losses import logit_margin
+from robustsoup.attacks.outcome import Outcome, Samples
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, to_float
 from robustsoup.errors import Diverged, ModelError
@@ -137,15 +137,15 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     if after is not None and request.settings.loss != "targeted dlr":
         return _CleanPass(labels, after.prediction[:n], after.margin[:n])
     model, rows, device = request.model, request.rows, request.device
-    logits = predict(model, request.fetch, n, rows, device)
+    logits = predict_logits(model, request.fetch, n, rows, device)
     if not bool(logits.isfinite().all()):
         raise Diverged(
             "evaluate: the network's logits hold NaN or infinity; "
             "its weights or statistics are broken"
         )
-    again = predict(model, request.fetch, min(n, rows), rows, device)
+    again = predict_logits(model, request.fetch, min(n, rows), rows, device)
     difference = (again - logits[: len(again)]).abs().max() / logits.abs().max().clamp(min=1e-6)
-    margin = margin_of(logits, labels).float()
+    margin = logit_margin(logits, labels).float()
     return _CleanPass(labels, logits.argmax(1), margin, logits, float(difference))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.forward import pass_rows
+from robustsoup.attacks.forward import pass_size
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import Split, to_float
 from robustsoup.device import resolve_device, resolve_precision
@@ -57,7 +57,7 @@ class CheckedRequest:
     @property
     def rows(self) -> int:
         """Images in one pass."""
-        return pass_rows(self.device, self.settings.batch_size)
+        return pass_size(self.device, self.settings.batch_size)
 
     @property
     def broken_by(self) -> list[str]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustsoup.attacks.attack import try_points
-from robustsoup.attacks.engine import Outcome
+from robustsoup.attacks.attempts import check_points
+from robustsoup.attacks.outcome import Outcome
 from robustsoup.data import Split
 from robustsoup.errors import RequestError
-from robustsoup.evaluation.attackers import AUTOATTACK_CHUNK, Target, write_points
+from robustsoup.evaluation.attackers import AUTOATTACK_CHUNK, Target
 from robustsoup.evaluation.verdicts import Evaluation, Record
 from robustsoup.threats import ThreatModel
 
@@ -103,11 +103,11 @@ def try_pool(
             on_device = points[at].to(target.device)
             return on_device.contiguous(memory_format=torch.channels_last)
 
-        broken, margin = try_points(
+        broken, margin = check_points(
             target.model, target.samples, fetch, waiting, target.rows, target.device
         )
         for part in waiting[broken].split(AUTOATTACK_CHUNK):
-            write_points(outcome, part, target.samples.fetch(part), fetch(part), threat)
+            outcome.record_points(part, fetch(part), target.samples.fetch(part), threat)
         at = waiting[broken]
         outcome.margin[at] = margin[broken]
         outcome.by[at], outcome.broken[at], outcome.settled[at] = by, True, attempts

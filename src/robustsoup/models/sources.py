@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from robustsoup import fingerprint
 from robustsoup.errors import ModelError
+from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models.network import ChannelConstants, NetworkSettings, channel_constants
 from robustsoup.models.preact_resnet import preact_resnet18
 from robustsoup.models.resnet import resnet18, resnet50
@@ -101,7 +101,7 @@ def code_fingerprint(spec: str) -> str | None:
     name, _, rest = spec.partition(":")
     if name in MODELS:
         return None
-    return fingerprint.mark(_import_factory(name, rest.partition(":")[0], spec))
+    return code_fingerprint(_import_factory(name, rest.partition(":")[0], spec))
 
 
 def normalize_inputs(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:

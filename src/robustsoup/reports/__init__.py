@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 
 from robustsoup.errors import RequestError
-from robustsoup.files import remove, write_text
+from robustsoup.files import remove_file, write_text
 from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
 from robustsoup.reports.curves import draw_curves
 from robustsoup.reports.html import page
@@ -75,7 +75,7 @@ def write_report(folder: Path) -> Path:
     )
     for old in (folder / "figures").glob("*.*"):  # of other settings
         if ours.fullmatch(old.name) and old.stem not in stems:
-            remove(old)
+            remove_file(old)
     left_out += write_coefficient_tables(results["rows"], folder)
     pictures = [
         (

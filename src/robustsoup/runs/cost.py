@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from robustsoup.attacks.forward import frozen_eval, gradient, pass_rows
-from robustsoup.attacks.lanes import in_lanes, lane_count
+from robustsoup.attacks.forward import frozen_eval, input_gradient, pass_size
+from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import ce
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Step
@@ -20,18 +20,18 @@ SURVIVING = 0.55
 
 def measure(context: Context, precision: str) -> float:
     """Seconds for one forward pass of one sample (half of a forward and input gradient), the median of a few passes."""
-    device, rows = context.device, pass_rows(context.device)
+    device, rows = context.device, pass_size(context.device)
     network = context.fresh_network(0).to(device, memory_format=torch.channels_last)
     shape = (rows, context.data.record["channels"], *context.data.record["size"])
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.zeros(rows, dtype=torch.long, device=device)
-    tasks = [lambda: gradient(network, x, y, ce, precision)] * lane_count(device)
+    tasks = [lambda: input_gradient(network, x, y, ce, precision)] * lane_count(device)
     times = []
     with frozen_eval(network):
         for _ in range(6):
             started = time.perf_counter()
-            in_lanes(tasks, device)
+            run_in_lanes(tasks, device)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)

@@ -18,17 +18,17 @@ from robustsoup.diagnosis.landscape import landscape
 from robustsoup.errors import DataError, RobustsoupError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.files import link, write_text
+from robustsoup.files import link_file, write_text
 from robustsoup.models import NetworkSettings, build_network
 from robustsoup.progress import Progress
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
+from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import Alpha, alpha_name, corners
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
-from robustsoup.soups.greedy import greedy
 from robustsoup.soups.selection import Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -200,7 +200,7 @@ class _Worker:
 
     def _snapshot(self, step: Step, folder: Path, on_progress: Progress) -> str:
         made = self.store.path(step.parents[0]) / f"epoch{step.settings['epoch']}.safetensors"
-        link(made, folder / "checkpoint.safetensors")
+        link_file(made, folder / "checkpoint.safetensors")
         return f"epoch {step.settings['epoch']}"
 
     def _synthetic(self, step: Step) -> Synthetic:

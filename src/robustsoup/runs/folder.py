@@ -13,7 +13,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import StorageError
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.files import link, remove, write_text
+from robustsoup.files import link_file, remove_file, write_text
 from robustsoup.recipes import slug
 from robustsoup.runs.execute import Context
 from robustsoup.runs.plan import Plan, Row
@@ -109,7 +109,7 @@ def fill(
         results["soup"] = _save_soup(folder, plan, store, selection).name
     write_text(folder / "results.json", json.dumps(results, indent=1))
     for stale in earlier - _numbers(folder):
-        remove(folder / stale)
+        remove_file(folder / stale)
     return results
 
 
@@ -148,15 +148,15 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
     entry |= {"checkpoint": None, "coefficients_file": None, "val": None, "test": None}
     if not row.key.startswith("file:"):
         entry["checkpoint"] = f"checkpoints/{row.name}.safetensors"
-        link(store.path(row.key) / "checkpoint.safetensors", folder / entry["checkpoint"])
+        link_file(store.path(row.key) / "checkpoint.safetensors", folder / entry["checkpoint"])
     if row.learned:
         entry["coefficients_file"] = f"coefficients/{row.name}.safetensors"
-        link(
+        link_file(
             store.path(row.learned) / "coefficients.safetensors",
             folder / entry["coefficients_file"],
         )
     if row.dial:
-        link(
+        link_file(
             store.path(row.dial) / "dial.safetensors",
             folder / "coefficients" / f"{row.soup}-{slug(row.threat)}.dial.safetensors",
         )
@@ -169,8 +169,8 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
                 store.path(key) / "evaluation.json",
                 folder / "evaluations" / f"{row.name}.{split}.json",
             )
-            link(source.with_suffix(".npz"), target.with_suffix(".npz"))
-            link(source, target)
+            link_file(source.with_suffix(".npz"), target.with_suffix(".npz"))
+            link_file(source, target)
             record = json.loads(source.read_text())
             entry[split] = record["accuracy"]
             if record.get("screened"):
@@ -178,9 +178,9 @@ def _row(folder: Path, row: Row, plan: Plan, store: Store) -> dict[str, Any]:
             if record["warnings"]:
                 entry["warnings"] = sorted({*entry.get("warnings", ()), *record["warnings"]})
             if (points := source.with_suffix(".points.npz")).exists():
-                link(points, target.with_suffix(".points.npz"))
+                link_file(points, target.with_suffix(".points.npz"))
             else:
-                remove(target.with_suffix(".points.npz"))
+                remove_file(target.with_suffix(".points.npz"))
     return entry
 
 

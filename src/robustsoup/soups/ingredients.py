@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from robustsoup.attacks.lanes import in_lanes
+from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
 from robustsoup.soups.summation import weighted_sum
@@ -103,7 +103,7 @@ class Ingredients:
         begins = range(0, length, self.chunk)
         if len(begins) == 1:
             return [function(0)]
-        return in_lanes([partial(function, begin) for begin in begins], self.device)
+        return run_in_lanes([partial(function, begin) for begin in begins], self.device)
 
 
 def choose_place(

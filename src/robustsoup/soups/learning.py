@@ -14,7 +14,7 @@ from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import RequestError
-from robustsoup.fingerprint import network_mark
+from robustsoup.fingerprint import network_fingerprint
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import DialSettings, LearnSettings, accepts_settings, make_settings
 from robustsoup.soups.coefficients import Coefficients, Dial
@@ -196,7 +196,7 @@ def _finish_run(
     """Resume the run from its saved state, if there is one, and take the remaining steps."""
     val = run.inputs.val
     work = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
-    work += [network_mark(run.model), run.objective.fingerprint]
+    work += [network_fingerprint(run.model), run.objective.fingerprint]
     saved = SavedState(state_path, json.dumps(work, sort_keys=True))
     run.restore(saved.load())
     run_epochs(run, saved, on_progress)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.folding import folded
+from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.attacks.losses import ce
 from robustsoup.attacks.projections import project
@@ -203,4 +203,4 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 def _model_for_attack(model: nn.Module, data: Split, precision: str) -> nn.Module:
     """Return the network that an attack in `precision` searches with: folded for bfloat16."""
-    return folded(model, next(passes(data))[0][:2]) if precision == "bfloat16" else model
+    return fold_batchnorm(model, next(passes(data))[0][:2]) if precision == "bfloat16" else model

@@ -9,10 +9,10 @@ from functools import partial
 
 from torch import Tensor, stack
 
-from robustsoup import fingerprint
 from robustsoup.attacks.losses import Loss, ce, kl
 from robustsoup.catalog import OBJECTIVES, import_by_name
 from robustsoup.errors import ThreatError
+from robustsoup.fingerprint import code_fingerprint
 
 ObjectiveLoss = Callable[..., Tensor]
 """loss(clean, attacked, y): logits (b, classes), None for a batch that the objective does not use,
@@ -113,14 +113,14 @@ class Objective:
         if self.attack_loss in (ce, kl):
             attack_loss = self.attack_loss.__name__
         else:
-            attack_loss = fingerprint.mark(self.attack_loss)
+            attack_loss = code_fingerprint(self.attack_loss)
         flags = (
             self.uses_clean,
             self.uses_attacked,
             self.attack_compares_with_clean,
             attack_loss,
         )
-        return hashlib.sha256(f"{fingerprint.mark(self.loss)} {flags}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{code_fingerprint(self.loss)} {flags}".encode()).hexdigest()[:32]
 
     def __str__(self) -> str:
         """Return the name."""

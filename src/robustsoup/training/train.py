@@ -18,7 +18,7 @@ from robustsoup.data.batches import Batch
 from robustsoup.data.synthetic import check_fraction
 from robustsoup.device import move_network, resolve_device, resolve_precision
 from robustsoup.errors import ModelError, RequestError
-from robustsoup.fingerprint import network_mark
+from robustsoup.fingerprint import network_fingerprint
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import (
@@ -110,7 +110,7 @@ def train(
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_synthetic(settings, data), settings)
     run = TrainingRun(model, inputs.to(where))
-    work = [run.record, start.digest, data.digest, val and val.digest, network_mark(model)]
+    work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every]
     saved = SavedState(state_path, json.dumps(work, sort_keys=True))
     run.restore(saved.load())

@@ -1,0 +1,265 @@
+"""The evaluation form of APGD and PGD: checks the request, then runs attempt after attempt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustsoup.attacks.engine import Attempt, SampleQueue, Search, run_search
+from robustsoup.attacks.folding import fold_batchnorm
+from robustsoup.attacks.forward import (
+    check_inputs,
+    frozen_eval,
+    padded_loss,
+    pass_size,
+    predict_logits,
+)
+from robustsoup.attacks.lanes import run_in_lanes
+from robustsoup.attacks.losses import ce, logit_margin
+from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.steps import StepSchedule
+from robustsoup.catalog import LOSSES
+from robustsoup.device import resolve_precision
+from robustsoup.errors import RequestError
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
+
+FOLDING_IMAGES = 16
+"""Number of images that show how a network can be folded."""
+_SHORT_NAMES = {"targeted dlr": "t"}
+
+
+class Poll(Protocol):
+    """Receives progress several times a second; both numbers count samples times attempts."""
+
+    def __call__(self, done: int, total: int, /) -> None:
+        """Report that `done` of `total` are settled."""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """The result of an attack on n samples.
+
+    A sample that is misclassified without an attack is broken at step 0 by no attempt.
+
+    Attributes:
+        x_adv: (n, ...) the first misclassified point, else the point of highest loss.
+        broken: (n,) bool, whether an adversarial example was found.
+        step: (n,) int64, step at which the sample broke (0: the starting point), else -1.
+        by: (n,) int64, index in `attempts` of the attempt that broke the sample, else -1.
+        attempts: Names of the attempts, in order.
+    """
+
+    x_adv: Tensor
+    broken: Tensor
+    step: Tensor
+    by: Tensor
+    attempts: tuple[str, ...]
+
+
+def check_classes(settings: AttackSettings, classes: int) -> None:
+    """Check that the loss can be used with this number of classes.
+
+    Raises:
+        RequestError: If the loss needs more classes.
+    """
+    required = LOSSES[settings.loss].facts["classes"] if isinstance(settings.loss, str) else 2
+    if classes < required:
+        raise RequestError(
+            f'loss: "{settings.loss_name}" needs {required} classes or more, got {classes}; use ce'
+        )
+
+
+def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
+    """Return every start of an attack: restart by restart, and target by target in each.
+
+    Args:
+        settings: The attack; "autoattack" has no attempts of its own.
+        classes: Number of classes.
+    """
+    if isinstance(settings.loss, str):
+        entry = LOSSES[settings.loss]
+        loss, is_targeted = entry.load(), entry.facts.get("targeted", False)
+    else:
+        loss, is_targeted = settings.loss, False
+    ranks = range(1, min(settings.targets, classes - 1) + 1) if is_targeted else (0,)
+    name = f"{settings.attack}-{_SHORT_NAMES.get(settings.loss_name, settings.loss_name)}"
+    attempts = []
+    for restart in range(settings.restarts):
+        suffix = f" restart {restart + 1}" if restart else ""
+        for rank in ranks:
+            target = f" target {rank}" if rank else ""
+            attempts.append(Attempt(f"{name}{target}{suffix}", loss, rank, restart))
+    return attempts
+
+
+def run_attempts(
+    model: nn.Module,
+    samples: Samples,
+    threat: ThreatModel,
+    settings: AttackSettings,
+    outcome: Outcome,
+    device: torch.device,
+    *,
+    stop_below: int | None = None,
+    poll: Poll | None = None,
+) -> None:
+    """Attack every sample that is classified correctly and not settled yet.
+
+    Args:
+        model: Network in eval mode; see `frozen_eval`.
+        samples: The samples.
+        threat: Threat model with eps above 0.
+        settings: The attack, "apgd" or "pgd".
+        outcome: Read to resume, and written as samples are settled.
+        device: Device of the network.
+        stop_below: Stop once fewer samples survive; None for never.
+        poll: Receives progress.
+    """
+    attempts = list_attempts(settings, samples.classes)
+    correct = samples.correct
+    precision = resolve_precision(settings.precision, device)
+    search_model = model
+    if precision != "float32" and bool(correct.any()):
+        probe = samples.fetch(correct.nonzero().flatten()[:FOLDING_IMAGES])
+        search_model = fold_batchnorm(model, probe)
+    search = Search(
+        model=model,
+        search_model=search_model,
+        samples=samples,
+        attempt=attempts[0],
+        index=0,
+        attempts=len(attempts),
+        schedule=StepSchedule.for_threat(
+            threat, settings.steps, adaptive=settings.attack == "apgd"
+        ),
+        seed=settings.seed,
+        precision=precision,
+        eot=settings.eot,
+        pass_size=pass_size(device, settings.batch_size),
+        device=device,
+    )
+
+    def report_progress() -> None:
+        if poll:
+            poll(int(outcome.settled[correct].sum()), int(correct.sum()) * len(attempts))
+
+    for index, attempt in enumerate(attempts):
+        waiting = _order_waiting(samples, outcome, index, likely_first=stop_below is not None)
+        surviving = int((correct & ~outcome.broken).sum())
+        queue = SampleQueue(waiting, surviving=surviving, stop_below=stop_below)
+        attempt_search = replace(search, attempt=attempt, index=index)
+        run_search(attempt_search, queue, outcome, report_progress if poll else None)
+        if queue.stopped:
+            break
+
+
+def _order_waiting(
+    samples: Samples, outcome: Outcome, index: int, *, likely_first: bool
+) -> list[int]:
+    """Return the samples that wait for attempt `index`, in the order in which to attack them.
+
+    Samples that are likely to break come first if the attack may stop early. Otherwise they come
+    last, so that short searches fill the rows at the end.
+    """
+    is_waiting = samples.correct & (outcome.settled == index) & ~outcome.broken
+    waiting = is_waiting.nonzero().flatten()
+    rank = outcome.margin if likely_first else -logit_margin(samples.logits, samples.y)
+    order: list[int] = waiting[rank[waiting].argsort(stable=True)].tolist()
+    return order
+
+
+def check_points(
+    model: nn.Module,
+    samples: Samples,
+    fetch_points: Callable[[Tensor], Tensor],
+    which: Tensor,
+    size: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Check ready-made points in float32.
+
+    Args:
+        model: Network in eval mode; see `frozen_eval`.
+        samples: The samples.
+        fetch_points: fetch_points(samples (b,)) -> (b, ...) points on the device.
+        which: (k,) int64 samples to check.
+        size: Number of images in a pass.
+        device: Device of the network.
+
+    Returns:
+        Whether each point is misclassified (k,) bool, and its logit margin (k,) float32.
+    """
+
+    def check_pass(part: Tensor) -> tuple[Tensor, Tensor]:
+        y = samples.y[part].to(device)
+        logits, _ = padded_loss(model, fetch_points(part), y, ce, size)
+        return (logits.argmax(1) != y).cpu(), logit_margin(logits, y).float().cpu()
+
+    if len(which) == 0:
+        return torch.zeros(0, dtype=torch.bool), torch.zeros(0)
+    passes = [partial(check_pass, part) for part in which.split(size)]
+    broken, margin = zip(*run_in_lanes(passes, device), strict=True)
+    return torch.cat(broken), torch.cat(margin)
+
+
+def run_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    settings: AttackSettings,
+    *,
+    ids: Tensor | None = None,
+    known_correct: Tensor | None = None,
+    on_progress: Poll | None = None,
+) -> AttackResult:
+    """Attack images, and return the points with their record.
+
+    Args:
+        model: Network; its state is restored.
+        x: (n, ...) float images in [0, 1], on the network's device.
+        y: (n,) int64 labels.
+        threat: Threat model.
+        settings: The attack, "apgd" or "pgd".
+        ids: (n,) int64 sample numbers that seed the noise; 0..n-1 by default.
+        known_correct: (n,) bool, clean verdicts if already known; saves a pass over the data
+            unless the loss is targeted.
+        on_progress: Called several times a second with (done, total).
+
+    Raises:
+        RequestError, DataError, ModelError: Before any work, if the settings, the images or the
+            network do not fit.
+    """
+    if settings.attack not in ("apgd", "pgd"):
+        raise RequestError(f'attack: got "{settings.attack}", expected apgd or pgd')
+    if ids is not None and len(ids) != len(x):
+        raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")
+    classes = check_inputs(model, x, y)
+    outcome = Outcome.blank(len(x), x.clone())
+    if threat.is_clean or len(x) == 0:
+        return AttackResult(x.clone(), outcome.broken, outcome.step, outcome.by, ())
+    check_classes(settings, classes)
+    attempts = list_attempts(settings, classes)
+
+    def fetch(samples: Tensor) -> Tensor:
+        return x[samples.to(x.device)]
+
+    y = y.cpu()
+    with frozen_eval(model):
+        if known_correct is None or attempts[0].target_rank:
+            size = pass_size(x.device, settings.batch_size)
+            logits = predict_logits(model, fetch, len(x), size, x.device)
+        else:  # any logits with the same verdicts
+            prediction = torch.where(known_correct.cpu(), y, (y + 1) % classes)
+            logits = functional.one_hot(prediction, classes).float()
+        samples = Samples(fetch, y, torch.arange(len(x)) if ids is None else ids.cpu(), logits)
+        run_attempts(model, samples, threat, settings, outcome, x.device, poll=on_progress)
+    outcome.broken[~samples.correct], outcome.step[~samples.correct] = True, 0
+    points = x if outcome.x_adv is None else outcome.x_adv
+    names = tuple(attempt.name for attempt in attempts)
+    return AttackResult(points, outcome.broken, outcome.step, outcome.by, names)
