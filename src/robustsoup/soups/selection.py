@@ -314,7 +314,8 @@ def worth_confirming(tried: Sequence[Candidate]) -> list[Candidate]:
 
     The result together with the confirmed candidates covers the front: every candidate of the
     front has one among them that is as accurate under every measure, up to 0.5 / sqrt(n), which is
-    half the half-width of a 95 % interval at n samples.
+    half the half-width of a 95 % interval at n samples. Accuracies are those of `tried`: for
+    screened candidates upper bounds, from which a full evaluation may take more than this.
 
     Args:
         tried: screened and confirmed candidates, all on the same n samples; at least one.

@@ -1,0 +1,309 @@
+"""search: the soups of a method, evaluated on one split, in full or screened."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import load_data, to_float
+from robustsoup.errors import CheckpointError, LeakageError, RequestError
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.models import load_model
+from robustsoup.settings import AttackSettings, SearchSettings
+from robustsoup.soups.grid import grid
+from robustsoup.soups.mixing import mix
+from robustsoup.soups.search import search
+from robustsoup.soups.selection import Requirement, select, worth_confirming
+from robustsoup.threats import ThreatModel
+from robustsoup.training.train import train
+
+WEAK = ["Linf 0.01"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def ingredients(data):
+    network = {"spec": "resnet9:width=2", "channels": 1}
+    record = {"network": network, "data": data.record, "trained_on": ["train"]}
+    return [
+        Checkpoint.of(load_model("resnet9:width=2", channels=1, seed=seed), record)
+        for seed in range(2)
+    ]
+
+
+def labelled_by(network, split):
+    """Return the split with the network's predictions as labels, so that it is 100 % accurate."""
+    with torch.no_grad():
+        return replace(split, labels=network(to_float(split.images)).argmax(1))
+
+
+def same_evaluation(a, b):
+    return (
+        torch.equal(a.prediction, b.prediction)
+        and torch.equal(a.margin, b.margin)
+        and all(
+            torch.equal(getattr(a.threats[threat], part), getattr(b.threats[threat], part))
+            for threat in a.threats
+            for part in ("robust", "step", "norm")
+        )
+    )
+
+
+@pytest.mark.parametrize("buffers", ["average", "recalibrate"])
+def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
+    mixing = {"buffers": buffers, "calibrate_on": data.train.first(64)}
+    attack = {"steps": 2, "seed": 4, "samples": 30}
+    split = labelled_by(
+        mix(ingredients, [0.5, 0.5], seed=4, **mixing).network(), data.val.first(40)
+    )
+    reports = []
+    candidates = search(
+        ingredients,
+        split,
+        WEAK,
+        step=0.5,
+        on_progress=lambda *report: reports.append(report),
+        **mixing,
+        **attack,
+    )
+    assert [c.alpha for c in candidates] == grid(2, 0.5)
+    assert [c.name for c in candidates] == ["0-1", "0.5-0.5", "1-0"]
+    assert [(done, total) for done, total, _ in reports] == [(1, 3), (2, 3), (3, 3)]
+    for c in candidates:
+        soup = mix(ingredients, c.alpha, seed=4, **mixing)
+        assert same_evaluation(c.evaluation, evaluate(soup, split, WEAK, **attack))
+        assert c.evaluation.record["seed"] == 4
+    assert candidates[1].evaluation.accuracy["clean"].hits == 30
+    assert len({tuple(c.evaluation.margin.tolist()) for c in candidates}) == 3
+
+
+def test_settings_objects_and_keywords_say_the_same(ingredients, data):
+    split = data.val.first(20)
+    by_keywords = search(ingredients, split, WEAK, step=0.5, steps=2, seed=4)
+    settings, attack = SearchSettings(step=0.5), AttackSettings(steps=2, seed=0)
+    by_objects = search(ingredients, split, WEAK, settings, attack, seed=4)
+    assert [c.name for c in by_objects] == [c.name for c in by_keywords]
+    for a, b in zip(by_objects, by_keywords, strict=True):
+        assert same_evaluation(a.evaluation, b.evaluation)
+
+
+def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
+    split, reports = labelled_by(ingredients[0].network(), data.val.first(40)), []
+    greedy = {"method": "greedy", "steps": 2}
+    candidates = search(
+        ingredients,
+        split,
+        WEAK,
+        score="clean",
+        on_progress=lambda *report: reports.append(report),
+        **greedy,
+    )
+    assert {c.name for c in candidates} == {"1-0", "0-1", "0.5-0.5"}
+    assert candidates[-1].name == "1-0"  # the labels are its own predictions
+    assert [(done, total) for done, total, _ in reports] == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(LeakageError, match="trained on the train split"):
+        search(ingredients, data.train.first(40), WEAK, **greedy)
+    with pytest.raises(RequestError, match=r'score: "L2 0\.5" was not evaluated'):
+        search(ingredients, split, WEAK, score="L2 0.5", **greedy)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "greedy", "screen": True}, "greedy method evaluates every soup in full"),
+        ({"attack": "autoattack", "screen": True}, 'screen requires attack "apgd" or "pgd"'),
+        ({"method": "learned"}, 'method "learned" learns its coefficients; use learn'),
+        ({"method": "gird"}, 'methods: got "gird", .*did you mean "grid"'),
+        ({"step": 0.3}, r"step: got 0\.3, expected a fraction of 1"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"require": ["clean>85"]}, 'require: got "clean>85"'),
+        ({"maximise": "robust"}, 'got "robust"'),
+        ({"score": "best", "method": "greedy"}, "score: got 'best'"),
+        ({"retsarts": 2}, 'unknown setting "retsarts"; did you mean "restarts"'),
+    ],
+)
+def test_a_wrong_request_is_refused(ingredients, data, wrong, message):
+    with pytest.raises(RequestError, match=message):
+        search(ingredients, data.val.first(4), WEAK, **wrong)
+
+
+def test_search_leaves_a_given_network_unchanged(ingredients, data, tmp_path):
+    paths = []
+    for number, ingredient in enumerate(ingredients):
+        torch.save(dict(ingredient.tensors), tmp_path / f"{number}.pth")
+        paths.append(tmp_path / f"{number}.pth")
+    network = load_model("resnet9:width=2", channels=1, seed=9)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    candidates = search(paths, data.val.first(20), [], method="uniform", network=network)
+    assert [c.alpha for c in candidates] == [(0.5, 0.5)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    expected = evaluate(mix(ingredients, [0.5, 0.5], buffers="average"), data.val.first(20))
+    assert torch.equal(candidates[0].evaluation.margin, expected.margin)
+
+
+def test_search_refuses_what_the_ingredients_were_trained_on(ingredients, data):
+    with pytest.raises(LeakageError, match="trained on the train split itself"):
+        search(ingredients, data.train.first(10), [], method="uniform")
+    assert search(ingredients, data.train.first(10), [], method="uniform", allow_leakage=True)
+
+
+def test_search_refuses_missing_files(data):
+    with pytest.raises(CheckpointError, match="no such file"):
+        search(["absent.pth"], data.val, [])
+
+
+# screened searches
+
+
+THREAT = "Linf 48/255"
+FULL = {"steps": 20, "seed": 1}
+SHORT = {"steps": 3, "seed": 1, "precision": "auto"}
+SCREEN = {"step": 0.1, "screen": True, "screen_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def split(data):
+    return data.val.first(100)
+
+
+@pytest.fixture(scope="module")
+def ends(data):
+    """Two ingredients of one loss basin: one tends to clean accuracy, one to robustness."""
+    settings = {"batch_size": 64, "device": "cpu", "precision": "float32"}
+    network = load_model("resnet9:width=4", channels=1)
+    base = train(network, data.train, threat="Linf 32/255", epochs=6, lr=0.2, **settings)
+    return [
+        train(base, data.train, threat=threat, epochs=3, lr=0.02, **settings)
+        for threat in ("Linf 4/255", "Linf 96/255")
+    ]
+
+
+@pytest.fixture(scope="module")
+def full(ends, split):
+    """The candidates of a search without screening."""
+    return search(ends, split, [THREAT], step=0.1, **FULL)
+
+
+@pytest.fixture(scope="module")
+def pool(ends, split):
+    """The full evaluations of the ingredients, with their adversarial points."""
+    return [evaluate(end, split, [THREAT], keep_points=True, **FULL) for end in ends]
+
+
+@pytest.fixture(scope="module")
+def short(ends, split, full, pool):
+    """What a screening evaluates first, by name: short attacks, but the ingredients in full."""
+    return {
+        c.name: evaluate(
+            mix(ends, c.alpha, buffers="average", seed=1),
+            split,
+            [THREAT],
+            pool=pool,
+            **(FULL if 1.0 in c.alpha else SHORT),
+        )
+        for c in full
+    }
+
+
+def survivors(evaluation):
+    return evaluation.threats[str(ThreatModel.parse(THREAT))].robust
+
+
+def hits(candidate):
+    return candidate.evaluation.accuracy[THREAT].hits
+
+
+def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, full, short):
+    reports = []
+    candidates = search(
+        ends,
+        split,
+        [THREAT],
+        on_progress=lambda *report: reports.append(report[:2]),
+        **SCREEN,
+        **FULL,
+    )
+    assert [(c.name, c.alpha) for c in candidates] == [(c.name, c.alpha) for c in full]
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+    for c, in_full in zip(candidates, full, strict=True):
+        assert torch.equal(c.evaluation.prediction, in_full.evaluation.prediction)
+        record, bound = c.evaluation.record, survivors(short[c.name])
+        if c.confirmed:  # by the pool, the short attack and the full one
+            assert torch.equal(survivors(c.evaluation), survivors(in_full.evaluation) & bound)
+            assert (record["steps"], record["search_precision"]) == (20, "float32")
+        else:
+            assert torch.equal(survivors(c.evaluation), bound)
+            assert (record["screened"], record["steps"]) == (True, 3)
+    screened = []
+    for c in full:
+        mark = {} if 1.0 in c.alpha else {"screened": True}
+        evaluation = replace(short[c.name], record=short[c.name].record | mark)
+        screened.append(replace(c, evaluation=evaluation))
+    expected = {c.name for c in worth_confirming(screened)} | {"0-1", "1-0"}
+    assert {c.name for c in candidates if c.confirmed} == expected
+    assert len(expected) < len(full)
+    assert select(candidates, maximise=THREAT).best.confirmed
+
+
+def median_clean(candidates):
+    """Return a requirement that half of the candidates meet, whatever the training gave."""
+    ordered = sorted(c.evaluation.accuracy["clean"].value for c in candidates)
+    return Requirement("clean", ordered[len(ordered) // 2])
+
+
+def test_every_soup_has_a_confirmed_one_that_screened_as_well_up_to_noise(ends, split, short):
+    candidates = search(ends, split, [THREAT], **SCREEN, **FULL)
+    confirmed = [short[c.name].accuracy for c in candidates if c.confirmed]
+    noise = 0.5 / 100**0.5 + 1e-9
+    for c in candidates:
+        bounds = short[c.name].accuracy
+        assert any(all(a[key].value >= bounds[key].value - noise for key in a) for a in confirmed)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_with_the_goal_known_the_choice_is_exact(ends, split, full, short, required):
+    """The choice is the best soup under the pool, the short attack and the full one together."""
+    require = [median_clean(full)] if required else []
+    wanted = {"maximise": THREAT, "require": require, "point": True}
+    candidates = search(ends, split, [THREAT], **SCREEN, **FULL, **wanted)
+    truth = []
+    for c in full:
+        survived = survivors(c.evaluation) & survivors(short[c.name])
+        threats = {
+            name: replace(verdicts, robust=survived)
+            for name, verdicts in c.evaluation.threats.items()
+        }
+        truth.append(replace(c, evaluation=replace(c.evaluation, threats=threats)))
+    best, chosen = select(truth, **wanted).best, select(candidates, **wanted).best
+    assert chosen.name == best.name
+    assert torch.equal(survivors(chosen.evaluation), survivors(best.evaluation))
+    for c, true in zip(candidates, truth, strict=True):
+        bound, survived = survivors(c.evaluation), survivors(true.evaluation)
+        assert bool((survived <= bound).all())
+        eligible = all(r.met_by(c.evaluation.accuracy, point=True) for r in require)
+        if c.confirmed:
+            assert torch.equal(bound, survived)
+        elif c.evaluation.record.get("stopped") or eligible:
+            assert hits(c) < hits(chosen)  # it could not win
+    assert not all(c.confirmed for c in candidates)
+
+
+def test_a_screened_search_works_without_a_front_to_confirm(ingredients, data):
+    split = data.val.first(20)
+    candidates = search(ingredients, split, WEAK, step=0.5, screen=True, steps=2)
+    assert [c.name for c in candidates] == ["0-1", "0.5-0.5", "1-0"]
+    clean = search(ingredients, split, [], step=0.5, screen=True)
+    assert [list(c.evaluation.accuracy) for c in clean] == [["clean"]] * 3
+
+
+def test_with_clean_accuracy_as_the_goal_the_cleanest_soup_is_chosen(ends, data):
+    brief = {"step": 0.1, "steps": 5, "screen": True, "screen_steps": 2}
+    candidates = search(ends, data.val.first(250), [THREAT], maximise="clean", **brief)
+    best = max(c.evaluation.accuracy["clean"].hits for c in candidates)
+    chosen = select(candidates, maximise="clean").best
+    assert chosen.evaluation.accuracy["clean"].hits == best
