@@ -20,6 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.cli.tables import print_results
@@ -37,12 +38,15 @@ from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.models import NetworkSettings, load_model
 from robustsoup.recipes import load_recipe, parse_recipe, slug
-from robustsoup.runs.execute import _Watch
-from robustsoup.runs.plan import confirmed, make_plan
-from robustsoup.runs.run import prepare, run_prepared
+from robustsoup.recipes.sections import METHOD_KEYS
+from robustsoup.runs.execute import StepClock
+from robustsoup.runs.results import Results
+from robustsoup.runs.run import prepare_run, run_prepared
+from robustsoup.runs.soup_rows import SOUP_PLANNERS, plan_recipe
 from robustsoup.runs.store import Store
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.mixing import mix
+from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.training.train import train
 
 TINY = """
@@ -130,7 +134,7 @@ def recipe_of(changes=(), text=TINY):
 
 
 def plan_of(*changes, precision="float32"):
-    return make_plan(recipe_of(changes), DATA, MODEL, precision)
+    return plan_recipe(recipe_of(changes), DATA, MODEL, precision).plan
 
 
 def tree(folder):
@@ -152,8 +156,9 @@ def leftovers(folder):
 
 def run(recipe, folder, told=None):
     told = told or Told()
-    results, selection = run_prepared(prepare(recipe, device="cpu"), folder, told)
-    return results, selection, told
+    results, selection = run_prepared(prepare_run(recipe, device="cpu"), folder, told)
+    assert Results.load(folder / "results.json") == results
+    return results.to_json(), selection, told
 
 
 # plan
@@ -167,7 +172,7 @@ def test_a_plan_writes_nothing_and_draws_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
     generator = torch.random.get_rng_state()
-    prepared = prepare(recipe_of(), device="cpu")
+    prepared = prepare_run(recipe_of(), device="cpu")
     assert [row.name for row in prepared.plan.rows] == ROWS
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(generator, torch.random.get_rng_state())
@@ -185,27 +190,13 @@ def test_the_same_recipe_has_the_same_keys_in_another_process_too(tmp_path):
     assert keys(plan_of()) == keys(plan_of())
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
-    script = "import sys, json; from robustsoup.recipes import load_recipe; from robustsoup.runs.run import prepare; "
-    script += "print(json.dumps([s.key for s in prepare(load_recipe(sys.argv[1]), device='cpu').plan.steps]))"
+    script = "import sys, json; from robustsoup.recipes import load_recipe; from robustsoup.runs.run import prepare_run; "
+    script += "print(json.dumps([s.key for s in prepare_run(load_recipe(sys.argv[1]), device='cpu').plan.steps]))"
     env = {**os.environ, "PYTHONHASHSEED": "7", "ROBUSTSOUP_STORE": str(tmp_path / "store")}
     told = subprocess.run(
         [sys.executable, "-c", script, path], env=env, capture_output=True, text=True, check=True
     )
     assert json.loads(told.stdout) == list(keys(plan_of()).values())
-
-
-STORED = {
-    ("pretrain", "pretrained"): "3f4b0925524e307421337fceb2e93183",
-    ("finetune", "low"): "443eb08e1fad7256c132a7d1f44855f4",
-    ("finetune", "high"): "8813b0bb3ab8e56b0bd8f21fbbc66cc1",
-    ("learn", "learned-linf-32-255"): "6d57d220e62d69accad64e81f70a99c5",
-}
-
-
-def test_keys_of_what_was_stored_before_there_were_more_settings():
-    """Written down from a plan of then: a setting at its default is in no key."""
-    found = keys(plan_of())
-    assert {step: found[step] for step in STORED} == STORED
 
 
 def test_another_function_of_one_name_has_another_key(tmp_path, monkeypatch):
@@ -266,7 +257,7 @@ def test_a_run_with_all_methods_of_training(tmp_path):
 def test_a_one_hot_grid_point_is_its_ingredient():
     plan = plan_of()
     rows = {row.name: row for row in plan.rows}
-    assert rows["grid-1-0"].key == rows["low"].key
+    assert rows["grid-1-0"].network == rows["low"].network
     assert rows["grid-1-0"].val == rows["low"].val
     assert rows["grid-0-1"].test == rows["high"].test
     assert [name for kind, name in keys(plan) if kind == "mix"] == [
@@ -342,12 +333,12 @@ def test_the_code_of_ones_own_network_is_in_the_keys_of_all_that_it_made(tmp_pat
     def planned(code):
         file.write_text(code)
         return keys(
-            make_plan(
+            plan_recipe(
                 recipe_of(()),
                 DATA,
                 dataclasses.replace(MODEL, spec="own_network_of_the_keys:net"),
                 "float32",
-            )
+            ).plan
         )
 
     before = planned(OWN)
@@ -367,11 +358,11 @@ def test_by_the_papers_protocol_ingredients_see_everything_and_test_selects():
     )  # it is early-stopped on val
     for name in ("low", "high"):
         step = after.step(keys(after)["finetune", name])
-        assert step.settings["everything"]
+        assert step.task.fits_on_val
         assert step.passes > before.step(keys(before)["finetune", name]).passes
     for row in after.rows:
         assert row.val == row.test
-        assert after.step(row.test).settings["split"] == "test"
+        assert after.step(row.test).task.settings.split == "test"
 
 
 def test_as_many_soups_as_are_asked_for_are_planned():
@@ -396,43 +387,26 @@ def steps_of(plan):
 def test_screened_soups_get_the_ingredients_points_and_a_short_attack():
     plan = plan_of(*SCREENED)
     steps, made = steps_of(plan), keys(plan)
-    pool = [made["evaluate", f"{name}.pool.val"] for name in ("low", "high")]
+    pool = tuple(made["evaluate", f"{name}.pool.val"] for name in ("low", "high"))
     for name in ("low", "high"):
-        step = steps["evaluate", f"{name}.pool.val"]
-        assert step.parents == (made["finetune", name],)
-        assert (step.settings["keep_points"], step.settings["steps"], step.settings["pool"]) == (
-            True,
-            3,
-            [],
-        )
-        own = steps["evaluate", f"{name}.val"]
-        assert own.parents == (made["finetune", name], *pool)
-        assert (own.settings["after"], own.settings["screened"]) == (
-            made["evaluate", f"{name}.pool.val"],
-            False,
-        )
+        task = steps["evaluate", f"{name}.pool.val"].task
+        assert task.parents == (made["finetune", name],)
+        assert (task.keep_points, task.settings.attack.steps, task.pool) == (True, 3, ())
+        task = steps["evaluate", f"{name}.val"].task
+        assert task.parents == (made["finetune", name], *pool)
+        assert (task.after, task.short) == (made["evaluate", f"{name}.pool.val"], False)
     for name in ("grid-0.25-0.75", "grid-0.5-0.5", "grid-0.75-0.25"):
-        step = steps["evaluate", f"{name}.val"]
-        assert step.parents == (made["mix", name], *pool)
-        wanted = {"steps": 2, "restarts": 1, "screened": True, "pool": pool, "after": None}
-        assert {key: step.settings[key] for key in wanted} == wanted
-    learned = steps[
-        "evaluate", "learned-linf-32-255.val"
-    ]  # one of its kind: nothing to screen it against
-    assert (learned.settings["screened"], learned.settings["steps"], learned.settings["pool"]) == (
-        False,
-        3,
-        pool,
-    )
-    rows = {row.name: row for row in plan.rows}
-    assert rows["grid-1-0"].val == rows["low"].val
+        task = steps["evaluate", f"{name}.val"].task
+        assert task.parents == (made["mix", name], *pool)
+        assert (task.settings.attack.steps, task.settings.attack.restarts) == (2, 1)
+        assert (task.short, task.pool, task.after) == (True, pool, None)
+    # A learned soup is the only one of its kind: there is nothing to screen it against.
+    task = steps["evaluate", "learned-linf-32-255.val"].task
+    assert (task.short, task.settings.attack.steps, task.pool) == (False, 3, pool)
+    assert plan.row("grid-1-0").val == plan.row("low").val
     for step in plan.steps:
         if step.name.endswith(".test"):
-            assert (step.settings["pool"], step.settings["after"], step.settings["screened"]) == (
-                [],
-                None,
-                False,
-            )
+            assert (step.task.pool, step.task.after, step.task.short) == ((), None, False)
 
 
 def test_screening_changes_the_keys_of_what_selects_and_of_nothing_else():
@@ -447,31 +421,37 @@ def test_screening_changes_the_keys_of_what_selects_and_of_nothing_else():
     assert changed == {"grid-0.25-0.75.val", "grid-0.5-0.5.val", "grid-0.75-0.25.val"}
 
 
-def test_what_is_confirmed_goes_on_from_the_screening():
-    plan = plan_of(*SCREENED)
-    more = confirmed(plan, DATA, ["grid-0.5-0.5"], MODEL, "float32")
-    assert more.steps[: len(plan.steps)] == plan.steps
-    (step,) = more.steps[len(plan.steps) :]
-    row, was = (next(r for r in p.rows if r.name == "grid-0.5-0.5") for p in (more, plan))
-    assert row.val == step.key
-    assert step.name == "grid-0.5-0.5.val"
-    assert (step.settings["after"], step.settings["steps"], step.settings["screened"]) == (
-        was.val,
-        3,
-        False,
-    )
-    assert step.settings["pool"] == plan.step(was.val).settings["pool"]
-    assert set(step.parents) == {row.key, was.val, *step.settings["pool"]}
-    others = [r for r in more.rows if r.name != "grid-0.5-0.5"]
-    assert others == [r for r in plan.rows if r.name != "grid-0.5-0.5"]
+def test_a_confirmation_starts_from_the_screening():
+    planner = plan_recipe(recipe_of(SCREENED), DATA, MODEL, "float32")
+    plan = planner.plan
+    steps, rows, name = plan.steps, plan.rows, "grid-0.5-0.5"
+    first = planner.screening().first_request(planner.contender(plan.row(name)))
+    request = EvaluationRequest(name, pool=first.pool, after=first, stop_below=7)
+    key = planner.add_confirmation(request)
+    assert plan.steps[:-1] == steps
+    (step,) = plan.steps[len(steps) :]
+    before = next(row for row in rows if row.name == name)
+    assert (plan.row(name).val, step.key, step.name) == (key, key, "grid-0.5-0.5.val")
+    task = step.task
+    assert (task.after, task.settings.attack.steps, task.short) == (before.val, 3, False)
+    assert (task.stop_below, task.attacked_before) == (7, False)
+    assert task.pool == plan.step(before.val).task.pool
+    assert set(task.parents) == {before.network, before.val, *task.pool}
+    assert [row for row in plan.rows if row.name != name] == [r for r in rows if r.name != name]
+
+
+def test_methods_that_need_more_than_coefficients_have_planners():
+    needing = [name for name, entry in SOUP_METHODS.items() if entry.facts.get("needs")]
+    assert list(SOUP_PLANNERS) == needing
+    assert list(METHOD_KEYS) == list(SOUP_METHODS)
 
 
 def test_data_network_and_precision_are_in_every_training_key():
     before = keys(plan_of())
-    other_data = make_plan(recipe_of(), load_data("digits", seed=1), MODEL, "float32")
-    other_model = make_plan(
+    other_data = plan_recipe(recipe_of(), load_data("digits", seed=1), MODEL, "float32").plan
+    other_model = plan_recipe(
         recipe_of(), DATA, dataclasses.replace(MODEL, spec="resnet9:width=4"), "float32"
-    )
+    ).plan
     for after in (keys(other_data), keys(other_model)):
         assert not set(before.values()) & set(after.values())
     bfloat = keys(plan_of(precision="bfloat16"))
@@ -725,9 +705,9 @@ def test_whose_statistics_a_soup_has_is_in_its_key(tmp_path):
                 ),
             ]
         )
-        plan = make_plan(recipe, DATA, MODEL, "float32")
+        plan = plan_recipe(recipe, DATA, MODEL, "float32").plan
         made.append(
-            (keys(plan)["mix", "flat"], plan.step(keys(plan)["mix", "flat"]).settings["base"])
+            (keys(plan)["mix", "flat"], plan.step(keys(plan)["mix", "flat"]).task.mixing.base)
         )
     assert made[0][0] != made[1][0]
     assert made[1][1] == f"file:{base.digest}"
@@ -753,15 +733,15 @@ def test_a_plane_costs_what_its_points_samples_and_steps_say():
 
 
 def test_seconds_before_a_kill_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(_Watch, "EVERY", 0.0)
+    monkeypatch.setattr(StepClock, "SAVE_EVERY", 0.0)
     kept, told, step = tmp_path / "seconds.txt", Told(), plan_of().steps[0]
-    killed = _Watch(kept, told, step)
+    killed = StepClock(kept, told, step)
     killed(1, 4, "")
     assert told.shares == [0.25]
     kept.write_text(f"{float(kept.read_text()) + 100:.3f}")  # as if it had worked so long
-    assert 100 < _Watch(kept, told, step).stop() < 200
+    assert 100 < StepClock(kept, told, step).stop() < 200
     assert not kept.exists()
-    assert _Watch(kept, told, step).stop() < 100
+    assert StepClock(kept, told, step).stop() < 100
 
 
 def test_nothing_that_is_fitted_depends_on_test(tmp_path, monkeypatch):
@@ -794,7 +774,7 @@ def test_nothing_that_is_fitted_depends_on_test(tmp_path, monkeypatch):
         calibrated.append(calibrate_on.digest)
         return landscape(*given, calibrate_on=calibrate_on, **more)
 
-    monkeypatch.setattr("robustsoup.runs.execute.landscape", watched)
+    monkeypatch.setattr("robustsoup.runs.worker.landscape", watched)
     for name, data in (("own", DATA), ("noise", other)):
         monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / f"store-{name}"))
         monkeypatch.setattr("robustsoup.runs.run.load_data", lambda *given, data=data, **more: data)
@@ -866,11 +846,11 @@ def test_a_plane_alone_looks_at_test_alone(copied):
         },
     }
     assert (
-        prepare(parse_recipe(mapped, "mapped", Path("/nowhere")), device="cpu").leakage.status
+        prepare_run(parse_recipe(mapped, "mapped", Path("/nowhere")), device="cpu").leakage.status
         == "known"
     )
     with pytest.raises(LeakageError, match="another split"):
-        prepare(
+        prepare_run(
             parse_recipe(mapped | {"select": {"maximise": "clean"}}, "mapped", Path("/nowhere")),
             device="cpu",
         )
@@ -1249,32 +1229,32 @@ def of_files(folder, **changes):
 
 
 def test_a_recipe_of_files_names_them_by_their_weights(files):
-    before = keys(prepare(of_files(files), device="cpu").plan)
+    before = keys(prepare_run(of_files(files), device="cpu").plan)
     moved = files / "moved"
     moved.mkdir()
     for name in ("low", "high"):
         (files / f"{name}.safetensors").rename(moved / f"{name}.safetensors")
-    assert keys(prepare(of_files(moved), device="cpu").plan) == before
+    assert keys(prepare_run(of_files(moved), device="cpu").plan) == before
     shutil.copy(moved / "low.safetensors", moved / "high.safetensors")
-    assert keys(prepare(of_files(moved), device="cpu").plan) != before
+    assert keys(prepare_run(of_files(moved), device="cpu").plan) != before
 
 
 def test_ingredients_that_saw_the_judging_samples_are_refused(files):
     with pytest.raises(LeakageError, match=r"another split \(seed 0\).*allow-leakage"):
-        prepare(of_files(files, seed=1), device="cpu")
+        prepare_run(of_files(files, seed=1), device="cpu")
     assert (
-        prepare(of_files(files, seed=1, allow_leakage=True), device="cpu").leakage.status
+        prepare_run(of_files(files, seed=1, allow_leakage=True), device="cpu").leakage.status
         == "violated"
     )
-    assert prepare(of_files(files), device="cpu").leakage == Leakage()
+    assert prepare_run(of_files(files), device="cpu").leakage == Leakage()
     low = Checkpoint.load(files / "low.safetensors")
     low.with_provenance(trained_on=["train", "val"]).save(files / "low.safetensors")
     with pytest.raises(LeakageError, match="was trained on the val split itself"):
-        prepare(of_files(files), device="cpu")
+        prepare_run(of_files(files), device="cpu")
     dataclasses.replace(low, provenance={"network": MODEL.as_record()}).save(
         files / "low.safetensors"
     )
-    assert prepare(of_files(files), device="cpu").leakage.status == "unknown"
+    assert prepare_run(of_files(files), device="cpu").leakage.status == "unknown"
 
 
 def test_an_ingredient_near_chance_is_refused_with_a_hint(files, tmp_path):
@@ -1287,7 +1267,7 @@ def test_an_ingredient_near_chance_is_refused_with_a_hint(files, tmp_path):
 def test_a_missing_file_is_named(files):
     (files / "low.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"low\.safetensors: no such file"):
-        prepare(of_files(files), device="cpu")
+        prepare_run(of_files(files), device="cpu")
 
 
 # the store

@@ -19,9 +19,9 @@ from robustsoup.data import batches, load_data, to_float
 from robustsoup.errors import CheckpointError, ThreatError
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
-from robustsoup.runs.plan import _step_passes
+from robustsoup.runs.tasks import step_passes
 from robustsoup.soups.learning import learn
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import attack_batch, measure_objective, objective_loss
 from robustsoup.training.objectives import Objective, clean_weight, trades
 from robustsoup.training.train import train
@@ -179,17 +179,17 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
         assert torch.allclose(given_text.tensors[name], tensor, atol=1e-4), name
     assert trained(objective=only).digest == trained(objective="mixed 1").digest
     assert (
-        _step_passes("Linf 8/255", "own_losses:half", 2),
-        _step_passes("Linf 8/255", "own_losses:only_clean", 2),
+        step_passes(LINF, "own_losses:half", 2),
+        step_passes(LINF, "own_losses:only_clean", 2),
     ) == (11, 3)
 
 
 def test_passes_count_the_pass_that_trades_compares_with():
-    assert _step_passes("Linf 8/255", "ce", 2) == 5 + 3
-    assert _step_passes("Linf 8/255", "mixed 0.4", 2) == 5 + 6
-    assert _step_passes("Linf 8/255", "mixed 1", 2) == 3
-    assert _step_passes("Linf 8/255", "trades 5", 2) == 5 + 6 + 1
-    assert _step_passes("clean", "trades", 2) == 3
+    assert step_passes(LINF, "ce", 2) == 5 + 3
+    assert step_passes(LINF, "mixed 0.4", 2) == 5 + 6
+    assert step_passes(LINF, "mixed 1", 2) == 3
+    assert step_passes(LINF, "trades 5", 2) == 5 + 6 + 1
+    assert step_passes(CLEAN, "trades", 2) == 3
 
 
 def test_what_is_no_loss_for_each_sample_is_refused():

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe
 from robustsoup.checkpoints.provenance import find_leakage
 from robustsoup.cli.app import app, stdout
 from robustsoup.cli.inputs import (
@@ -46,7 +47,7 @@ from robustsoup.errors import RequestError
 from robustsoup.evaluation.comparison import compare
 from robustsoup.evaluation.evaluate import check_above_chance, evaluate
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.runs.execute import Context
+from robustsoup.runs.context import Context
 from robustsoup.runs.store import Store
 
 
@@ -93,7 +94,7 @@ def evaluate_command(
         loaded, model_settings(model, normalize, loaded, checkpoints), resolve_device(device)
     )
     described = {
-        name: context.describe(Checkpoint.load(path))
+        name: describe(Checkpoint.load(path), context.network)
         for name, path in names_of(checkpoints).items()
     }
     for checkpoint in described.values():

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe
 from robustsoup.cli.app import app, stdout
 from robustsoup.cli.inputs import (
     check_output,
@@ -46,7 +47,7 @@ from robustsoup.diagnosis.check import check
 from robustsoup.errors import CoefficientError, ModelError, RequestError
 from robustsoup.models import build_network
 from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv
-from robustsoup.runs.execute import Context
+from robustsoup.runs.context import Context
 from robustsoup.runs.folder import ensure_folder
 from robustsoup.soups.coefficients import Coefficients, Dial, load_coefficients, uniform
 from robustsoup.soups.ingredients import choose_place, total_bytes
@@ -126,7 +127,9 @@ def train_command(
         model_settings(model, normalize, loaded, [start] if start else []),
         resolve_device(device),
     )
-    network = context.describe(Checkpoint.load(start)) if start else context.fresh_network(seed)
+    network = (
+        describe(Checkpoint.load(start), context.network) if start else context.fresh_network(seed)
+    )
     if start:
         warn_leakage([network], loaded, allow=True)
     made = None
@@ -213,7 +216,7 @@ def check_command(
         context = Context(
             source, model_settings(model, normalize, source, checkpoints), resolve_device(device)
         )
-        split, network = source.val, build_network(context.model)
+        split, network = source.val, build_network(context.network)
     with Bar("checking") as bar:
         found = check(
             checkpoints,
@@ -281,7 +284,7 @@ def mix_command(
         context = Context(
             source, model_settings(model, normalize, source, checkpoints), resolve_device(device)
         )
-        loaded = [context.describe(item) for item in loaded]
+        loaded = [describe(item, context.network) for item in loaded]
         network = loaded[0].network()
     soup = mix(
         loaded,
@@ -402,7 +405,7 @@ def learn_command(
         model_settings(model, normalize, loaded_data, checkpoints),
         resolve_device(device),
     )
-    opened = [context.describe(item) for item in open_all(checkpoints)]
+    opened = [describe(item, context.network) for item in open_all(checkpoints)]
     warn_leakage(opened, loaded_data, allow=allow_leakage)
     kept = choose_place(place, budget, opened, context.device)
     if kept == "files":

@@ -9,8 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from robustsoup.runs.cost import seconds_of
-from robustsoup.runs.execute import Context
+from robustsoup.runs.context import Context
+from robustsoup.runs.cost import estimate_seconds
 from robustsoup.runs.plan import Plan, Step
 
 stderr = Console(stderr=True, highlight=False)
@@ -83,7 +83,7 @@ class RunReporter:
     def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
         """Price what is missing and start the bar."""
         kept = len(plan.steps) - len(missing)
-        self.estimates = seconds_of(missing, self.context) if missing else {}
+        self.estimates = estimate_seconds(missing, self.context) if missing else {}
         self.total, self.before = sum(self.estimates.values()), 0.0
         self.count, self.number, self.started = len(missing), 0, time.monotonic()
         if missing:

@@ -47,9 +47,9 @@ from robustsoup.cli.tables import as_bytes, print_results
 from robustsoup.errors import RequestError
 from robustsoup.recipes import Recipe, load_recipe, parse_recipe, with_files
 from robustsoup.reports import write_report
-from robustsoup.runs.cost import bytes_of, seconds_of
+from robustsoup.runs.cost import estimate_bytes, estimate_seconds
 from robustsoup.runs.folder import ensure_folder
-from robustsoup.runs.run import Prepared, prepare, run_prepared
+from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 
 
 @app.command()
@@ -108,7 +108,7 @@ def plan(
     use_threads(threads)
     prepared = _prepare(load_recipe(recipe, sets), device, data_root)
     steps, store = prepared.plan.steps, prepared.store
-    cost = seconds_of(steps, prepared.context)
+    cost = estimate_seconds(steps, prepared.context)
     rows = [
         {
             "kind": s.kind,
@@ -123,9 +123,9 @@ def plan(
     todo = [step for step in steps if not store.has(step.key)]
     price = {
         "seconds": missing,
-        "bytes": bytes_of(todo, prepared.context),
+        "bytes": estimate_bytes(todo, prepared.context),
         "passes": sum(step.passes for step in todo),
-        "epochs": sum(step.settings["epochs"] for step in todo if "epochs" in step.settings),
+        "epochs": sum(step.task.epochs for step in todo),
     }
     if as_json:
         return print_json({"recipe": prepared.plan.recipe.name, "steps": rows, **price})
@@ -323,7 +323,8 @@ def _finish(
     say_leakage(prepared.leakage)
     ensure_folder(folder)
     with RunReporter(prepared.context, folder) as reporter:
-        results, selection = run_prepared(prepared, folder, reporter)
+        run, selection = run_prepared(prepared, folder, reporter)
+    results = run.to_json()
     page = write_report(folder)
     if as_json:
         print_json(
@@ -337,8 +338,8 @@ def _finish(
     return 3 if selection is not None and not selection.met else 0
 
 
-def _prepare(recipe: Recipe, device: str, data_root: str | None) -> Prepared:
+def _prepare(recipe: Recipe, device: str, data_root: str | None) -> PreparedRun:
     fetch_data(recipe.data, data_root)
     recipe = with_files(recipe, lambda name: fetch_checkpoint(name, data_root, None)["path"])
     with Bar(f"reading {recipe.data}") as bar:
-        return prepare(recipe, device=device, data_root=data_root, on_progress=bar)
+        return prepare_run(recipe, device=device, data_root=data_root, on_progress=bar)

@@ -1,7 +1,7 @@
-"""Recipes: TOML files, validated into frozen settings."""
+"""Recipes: TOML files, validated into settings."""
 
 from robustsoup.recipes.reading import load_recipe, parse_recipe, with_files
-from robustsoup.recipes.recipe import Recipe, slug
+from robustsoup.recipes.recipe import Recipe, slug, threat_slug
 from robustsoup.recipes.sections import Figure, Ingredient, Plane, Soup, Training
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "slug",
+    "threat_slug",
     "with_files",
 ]

@@ -1,18 +1,18 @@
-"""From a TOML file, and what it extends, to a recipe. An unknown key is an error that names the nearest valid one."""
+"""Read a recipe from a TOML file and the files that it extends."""
 
 import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from robustsoup.errors import RecipeError
 from robustsoup.recipes.recipe import Recipe
 from robustsoup.recipes.sections import (
     PUBLISHED,
-    EarlyStop,
+    EarlyStopSection,
     Evaluate,
     Ingredient,
     Plane,
@@ -21,152 +21,185 @@ from robustsoup.recipes.sections import (
     Select,
     Soup,
     Training,
-    nearest,
 )
+from robustsoup.settings import suggest
+
+_TABLES: dict[str, type[BaseModel]] = {
+    "pretrain": Pretrain,
+    "finetune": Training,
+    "evaluate": Evaluate,
+    "select": Select,
+    "report": Report,
+}
+_NAMED_TABLES: dict[str, type[BaseModel]] = {
+    "ingredients": Ingredient,
+    "soups": Soup,
+    "planes": Plane,
+}
 
 
-def load_recipe(path: str | os.PathLike, sets: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe; sets: "a.b=value" overrides, values in TOML (a bare word is a string).
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
 
-    extends = "other.toml", or several in a list, the last one first: what those files say, table by table, where this one says
-    nothing else. They need not be whole recipes; their paths are relative to the recipe that is read.
+    A recipe may extend others: `extends = "other.toml"`, or a list of files, of which later ones
+    take precedence. The tables of the files are merged, and the recipe itself takes precedence.
+    Extended files need not be complete; their paths are relative to the recipe that is read.
 
-    Raises RecipeError with the file, the key, what is wrong and, for an unknown key, the nearest valid one.
+    Args:
+        path: A TOML file.
+        overrides: "a.b=value" with a TOML value; a bare word is text.
+
+    Raises:
+        RecipeError: Names the file, the key and the problem; for an unknown key, the nearest one.
     """
     path = Path(path)
-    content = _read(path, ())
-    for setting in sets:
-        _apply(content, setting)
+    content = _read_toml(path, ())
+    for override in overrides:
+        _apply_override(content, override)
     return parse_recipe(content, str(path), path.parent)
 
 
-def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The content of a recipe with what it extends; `below`: who asked for it."""
+def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
+    """Validate a recipe.
+
+    Args:
+        content: The parsed TOML.
+        where: Names the recipe in errors.
+        folder: What paths in the recipe are relative to.
+
+    Raises:
+        RecipeError: Names the key and the problem.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_describe_first_error(error)}") from None
+    return _resolve_paths(recipe, folder)
+
+
+def with_files(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
+    """Replace published checkpoints, "robustbench:NAME", by paths.
+
+    Args:
+        recipe: A recipe.
+        locate: Returns the path of the published checkpoint NAME.
+    """
+
+    def path_of(checkpoint: str | None) -> str | None:
+        if checkpoint is None or not checkpoint.startswith(PUBLISHED):
+            return checkpoint
+        return locate(checkpoint.removeprefix(PUBLISHED))
+
+    return _map_checkpoints(recipe, path_of)
+
+
+def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the content of a recipe merged with the files it extends.
+
+    Args:
+        path: The recipe.
+        extending: The recipes that extend this one, to detect circles.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"{path}: no such file; recipes are TOML files; `robustsoup demo` leaves one as runs/quickstart/recipe.toml"
+            f"{path}: no such file; expected a recipe in TOML; "
+            "`robustsoup demo` writes an example, runs/quickstart/recipe.toml"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
     if "extends" not in content:
         return content
-    named = content.pop("extends")
-    under: dict[str, Any] = {}
-    for other in named if isinstance(named, list) else [named]:
-        if not isinstance(other, str) or (path.parent / other).resolve() in {
-            p.resolve() for p in (path, *below)
-        }:
+    extends = content.pop("extends")
+    opened = {other.resolve() for other in (path, *extending)}
+    base: dict[str, Any] = {}
+    for name in extends if isinstance(extends, list) else [extends]:
+        if not isinstance(name, str) or (path.parent / name).resolve() in opened:
             raise RecipeError(
-                f"{path}: extends: got {other!r}, expected the name of another recipe, in no circle"
+                f"{path}: extends: got {name!r}, "
+                "expected the name of another recipe that does not extend this one"
             )
-        under = _merged(under, _read(path.parent / other, (path, *below)))
-    return _merged(under, content)
+        base = _merge_tables(base, _read_toml(path.parent / name, (path, *extending)))
+    return _merge_tables(base, content)
 
 
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`under` with what `over` says: tables are merged, all else is replaced."""
-    both = {
-        k: _merged(under[k], v)
-        for k, v in over.items()
-        if isinstance(v, dict) and isinstance(under.get(k), dict)
+def _merge_tables(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` updated with `content`, table by table."""
+    merged = {
+        key: _merge_tables(base[key], value)
+        for key, value in content.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
-    return under | over | both
+    return base | content | merged
 
 
-def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
-    """Validate a recipe that is at hand as a dict; paths are made relative to `folder`. Raises RecipeError."""
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(error)}") from None
-    return _resolve_paths(recipe, folder)
-
-
-def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
-    def absolute(path: str | None) -> str | None:
-        if path is None or path.startswith(PUBLISHED):
-            return path
-        return str((folder / Path(path).expanduser()).resolve())
-
-    ingredients = {
-        name: ingredient.model_copy(update={"checkpoint": absolute(ingredient.checkpoint)})
-        for name, ingredient in recipe.ingredients.items()
-    }
-    data = recipe.data
-    if data.startswith("folder:"):
-        data = f"folder:{absolute(data.removeprefix('folder:'))}"
-    sections = {
-        name: section and section.model_copy(update={"synthetic": absolute(section.synthetic)})
-        for name, section in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune))
-    }
-    return recipe.model_copy(
-        update={
-            "ingredients": ingredients,
-            "checkpoint": absolute(recipe.checkpoint),
-            "data": data,
-            **sections,
-        }
-    )
-
-
-def _apply(content: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
     if not equals:
-        raise RecipeError(f'--set {setting}: expected a.b=value, as in "soups.learned.epochs=2"')
+        raise RecipeError(f'--set {override}: expected KEY=VALUE, such as "soups.learned.epochs=2"')
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value
+        value = text
     *tables, last = key.strip().split(".")
     for table in tables:
         content = content.setdefault(table, {})
         if not isinstance(content, dict):
-            raise RecipeError(f"--set {setting}: {table} is not a table")
-    content[last] = parsed
+            raise RecipeError(f"--set {override}: {table} is not a table")
+    content[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Make the paths of a recipe absolute; they are relative to `folder`."""
+
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    def absolute_checkpoint(path: str | None) -> str | None:
+        return path if path is None or path.startswith(PUBLISHED) else absolute(path)
+
+    updates: dict[str, Any] = {}
+    kind, colon, place = recipe.data.partition(":")
+    if kind == "folder" and colon:
+        updates["data"] = f"{kind}:{absolute(place)}"
+    for name in ("pretrain", "finetune"):
+        section = recipe[name]
+        if section and section["synthetic"]:
+            path = absolute(section["synthetic"])
+            updates[name] = section.model_copy(update={"synthetic": path})
+    return _map_checkpoints(recipe.model_copy(update=updates), absolute_checkpoint)
+
+
+def _map_checkpoints(recipe: Recipe, path_of: Callable[[str | None], str | None]) -> Recipe:
+    ingredients = {
+        name: item.model_copy(update={"checkpoint": path_of(item.checkpoint)})
+        for name, item in recipe.ingredients.items()
+    }
+    checkpoint = path_of(recipe.checkpoint)
+    return recipe.model_copy(update={"ingredients": ingredients, "checkpoint": checkpoint})
+
+
+def _describe_first_error(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    location = first["loc"]
+    place = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        return f"{place}: unknown key{nearest(str(first['loc'][-1]), _keys_at(first['loc'][:-1]))}"
+        hint = suggest(str(location[-1]), sorted(_known_keys(location[:-1])))
+        return f"{place}: unknown key{hint}"
     if first["type"] == "missing":
         return f"{place}: missing"
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] == "value_error" else f"; got {first['input']!r}"
-    return f"{place}: {message}{got}" if place else f"{message}{got}"
+    if first["type"] != "value_error":
+        message += f"; got {first['input']!r}"
+    return f"{place}: {message}" if place else message
 
 
-def _keys_at(place: tuple) -> list[str]:
-    """The valid keys of the table at `place` in a recipe."""
-    tables = {
-        "pretrain": Pretrain,
-        "finetune": Training,
-        "evaluate": Evaluate,
-        "select": Select,
-        "report": Report,
-    }
-    if not place:
-        return list(Recipe.model_fields)
-    if place[-1] == "early_stop":
-        return list(EarlyStop.model_fields)
-    named = {"ingredients": Ingredient, "soups": Soup, "planes": Plane}
-    return list((named[place[0]] if place[0] in named else tables[place[0]]).model_fields)
-
-
-def with_files(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
-    """The recipe with a path, place(NAME), for each published checkpoint "robustbench:NAME" that it names."""
-
-    def found(checkpoint: str | None) -> str | None:
-        named = checkpoint is not None and checkpoint.startswith(PUBLISHED)
-        return place(checkpoint.removeprefix(PUBLISHED)) if named else checkpoint
-
-    ingredients = {
-        name: item.model_copy(update={"checkpoint": found(item.checkpoint)})
-        for name, item in recipe.ingredients.items()
-    }
-    return recipe.model_copy(
-        update={"ingredients": ingredients, "checkpoint": found(recipe.checkpoint)}
-    )
+def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:
+    """Return the valid keys of the table at a place in a recipe."""
+    if not location:
+        return Recipe.model_fields
+    if location[-1] == "early_stop":
+        return EarlyStopSection.model_fields
+    name = str(location[0])
+    return (_NAMED_TABLES.get(name) or _TABLES[name]).model_fields

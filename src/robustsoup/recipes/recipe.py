@@ -1,11 +1,11 @@
-"""A whole recipe: its tables, and what is wrong with them together."""
+"""A whole recipe: its tables, and the checks across them."""
 
 import re
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
 
 import tomli_w
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from robustsoup.errors import RequestError
 from robustsoup.recipes.sections import (
@@ -18,237 +18,161 @@ from robustsoup.recipes.sections import (
     Select,
     Soup,
     Training,
-    nearest,
+    check_training,
+    one_of,
+    raises_value_error,
 )
-from robustsoup.soups.grid import alpha_name, candidates, grid_size
-from robustsoup.soups.selection import Score
+from robustsoup.settings import PRECISIONS, SEED_LIMIT, TrainSettings, suggest
+from robustsoup.soups.grid import Alpha, alpha_name, candidates, grid_size
+from robustsoup.soups.selection import Goal, Score
 from robustsoup.threats import ThreatModel
+
+PRETRAINED = "pretrained"
+"""Name of the network that [pretrain] trains or `checkpoint` names."""
 
 
 class Recipe(Section):
-    """All settings of a run. Paths in it are relative to the recipe's own folder.
+    """All settings of a run, validated and parsed.
 
-    protocol: "split" trains on `train` and selects on `val`. "paper" fine-tunes and learns on both together and selects on
-    `test`, as the paper does; every table and figure then says so. (Pre-training is early-stopped on `val` if it is at all, and
-    then fits on `train` alone.)
+    With protocol "split", networks are trained on `train` and soups are selected on `val`. With
+    protocol "paper", networks are fine-tuned and soups learned on both together, and soups are
+    selected on `test`, as in the paper; every table and figure then says so. Pre-training with
+    early stopping uses `train` alone in both.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     data: str
     model: str | None = None
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT)
     image_size: int | None = Field(None, ge=8)
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Annotated[str, AfterValidator(one_of(PRECISIONS))] = "auto"
     allow_leakage: bool = False
-    protocol: Literal["split", "paper"] = "split"
+    protocol: Annotated[str, AfterValidator(one_of(("split", "paper")))] = "split"
     checkpoint: str | None = None
     pretrain: Pretrain | None = None
     finetune: Training = Training()
     ingredients: dict[str, Ingredient] = Field(min_length=1)
-    soups: dict[str, Soup] = Field({})
-    planes: dict[str, Plane] = Field({})
+    soups: dict[str, Soup] = Field(default_factory=dict[str, Soup])
+    planes: dict[str, Plane] = Field(default_factory=dict[str, Plane])
     evaluate: Evaluate = Evaluate()
     select: Select | None = None
     report: Report = Report()
 
     @model_validator(mode="before")
     @classmethod
-    def _runs(cls, content: Any) -> Any:
-        """One ingredient for each checkpoint that a run leaves."""
+    def _expand_checkpoint_every(cls, content: Any) -> Any:
+        """Replace an ingredient with `checkpoint_every` by one ingredient for each checkpoint."""
         tables, finetune = content.get("ingredients"), content.get("finetune")
         if not isinstance(tables, dict):
             return content
-        default = finetune.get("epochs", 10) if isinstance(finetune, dict) else 10
-        left = [item for name, table in tables.items() for item in _left(name, table, default)]
-        for name in dict(left):
-            if sum(name == other for other, _ in left) > 1:
-                raise ValueError(f"two ingredients would be called {name!r}; rename one")
-        return content | {"ingredients": dict(left)}
+        default = TrainSettings().epochs
+        epochs = finetune.get("epochs", default) if isinstance(finetune, dict) else default
+        items = [
+            item
+            for name, table in tables.items()
+            for item in _expand_ingredient(name, table, epochs)
+        ]
+        if duplicate := _first_duplicate(name for name, _ in items):
+            raise ValueError(f'two ingredients would be called "{duplicate}"; rename one')
+        return content | {"ingredients": dict(items)}
 
     @field_validator("ingredients", mode="before")
     @classmethod
-    def _paths(cls, value: Any) -> Any:
+    def _accept_paths(cls, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: {"checkpoint": v} if isinstance(v, str) else v for k, v in value.items()}
         return value
 
     @model_validator(mode="after")
-    def _whole(self) -> "Recipe":
+    def _check_tables_together(self) -> "Recipe":
+        self._check_starting_points()
         self._check_ingredients()
-        known = {*self.ingredients, *(["pretrained"] if self.pretrain or self.checkpoint else [])}
-        for name, soup in self.soups.items():
-            self._check_known(f"soups.{name}.ingredients", soup.ingredients or (), known)
-            if len(set(soup.ingredients or ())) < len(soup.ingredients or ()):
-                raise ValueError(
-                    f"soups.{name}.ingredients: got {list(soup.ingredients)}, expected each once"
-                )
-            self._check_count(name, soup)
-            if soup.early_stop and self.protocol == "paper":
-                raise ValueError(
-                    f'soups.{name}.early_stop: by protocol = "paper" ingredients are fitted on val too, so nothing is left to '
-                    "stop on; leave it out"
-                )
-        for name, plane in self.planes.items():
-            if len(set(plane.checkpoints)) < 3:
-                raise ValueError(
-                    f"planes.{name}.checkpoints: got {list(plane.checkpoints)}, expected three different ones"
-                )
-            self._check_known(f"planes.{name}.checkpoints", plane.checkpoints, known)
-        if self.evaluate.screen and self.protocol == "paper":
-            raise ValueError(
-                'evaluate.screen: by protocol = "paper" the split that selects is reported too, and is judged in full'
-            )
         self._check_names()
-        self._check_select()
         for name, soup in self.soups.items():
-            self._check_measured(name, soup)
+            self._check_soup(name, soup)
+        for name, plane in self.planes.items():
+            self._check_plane(name, plane)
+        self._check_row_names()
+        self._check_protocol()
+        self._check_measures()
         return self
 
-    def _check_ingredients(self) -> None:
-        if self.pretrain and self.checkpoint:
-            raise ValueError("got both pretrain and checkpoint, expected one of them")
-        trained = [
-            name for name, ingredient in self.ingredients.items() if not ingredient.checkpoint
-        ]
-        if trained and not (self.pretrain or self.checkpoint):
-            raise ValueError(
-                f"ingredients.{trained[0]} is to be fine-tuned, but from what? give [pretrain] or checkpoint"
-            )
-        for name in trained:
-            epoch, epochs = (
-                self.ingredients[name].epoch,
-                self.ingredients[name].epochs or self.finetune.epochs,
-            )
-            if epoch is not None and self.finetune.early_stop:
-                raise ValueError(
-                    f"ingredients.{name}: a run that leaves checkpoints is not stopped early; set finetune.early_stop = false"
-                )
-            if epoch is not None and epoch > epochs:
-                raise ValueError(
-                    f"ingredients.{name}.epoch: got {epoch}, expected one of the {epochs} epochs of its run"
-                )
-            try:
-                self.finetune.overridden(self.ingredients[name]).check_together()
-            except ValueError as error:
-                raise ValueError(f"ingredients.{name}: {error}") from None
-        if self.pretrain and not self.model:
-            raise ValueError(
-                'model: missing; [pretrain] needs one, as in model = "resnet9:width=16"'
-            )
-        for name in [*self.ingredients, *self.soups, *self.planes]:
-            if not re.fullmatch(r"[\w.-]+", name) or name == "pretrained":
-                raise ValueError(
-                    f"{name!r}: not a usable name; letters, digits, - and _ only, and not pretrained"
-                )
-
-    def _check_known(self, place: str, names: Iterable[str], known: set[str]) -> None:
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{place}: {name!r} is unknown{nearest(name, known)}")
-
-    def _check_count(self, name: str, soup: Soup) -> None:
-        count = len(soup.ingredients or self.ingredients)
-        if soup.method == "line" and count != 2:
-            raise ValueError(f'soups.{name}: method = "line" joins 2 ingredients, got {count}')
-        if (
-            soup.method in ("grid", "line")
-            and (made := grid_size(count, soup.step)) > soup.max_soups
-        ):
-            attacks = sum(threat != "clean" for threat in self.evaluate.threats)
-            passes = made * 1000 * (1 + 2 * attacks * self.evaluate.steps * self.evaluate.restarts)
-            raise ValueError(
-                f"soups.{name}: step {soup.step:g} makes {made:,} soups, each to be mixed and judged: up to {passes:.1e} "
-                f"forward passes for every 1,000 samples. max_soups is {soup.max_soups:,}; take a larger step or a learned "
-                "soup, or raise it"
-            )
-
-    def _check_measured(self, name: str, soup: Soup) -> None:
-        for key in Score.parse(self.score_of(soup)).keys if soup.method == "greedy" else ():
-            if key not in self._measures():
-                raise ValueError(
-                    f'soups.{name}.score: "{key}" is not evaluated; expected {", ".join(self._measures())}'
-                )
-        if soup.method == "dial" and "clean" in self.threats_of(soup):
-            raise ValueError(
-                f"soups.{name}.threats: a dial turns from robust to clean; expected threats, got clean"
-            )
+    # What the tables mean.
 
     @property
     def select_on(self) -> str:
-        """The split that selects."""
-        return self.evaluate.report_on if self.protocol == "paper" else self.evaluate.select_on
+        """The split that selects soups."""
+        evaluate = self.evaluate
+        return evaluate.report_on if self.protocol == "paper" else evaluate.select_on
 
-    def _check_names(self) -> None:
-        rows = [*self.ingredients, "pretrained"]
-        for section in self.soups:
-            rows += self.soup_names(section)
-        for name in rows:
-            if rows.count(name) > 1:
-                raise ValueError(
-                    f"two networks would be called {name!r}; rename a soup or an ingredient"
-                )
+    @property
+    def select_samples(self) -> int | None:
+        """Number of samples that select; None for all."""
+        evaluate = self.evaluate
+        return evaluate.report_samples if self.protocol == "paper" else evaluate.select_samples
 
-    def threats_of(self, soup: Soup) -> tuple[str, ...]:
-        """What the soups of a learned section are trained against: the base's threat where it names none."""
-        return soup.threats or ((self.pretrain or self.finetune).threat,)
+    @property
+    def fits_on_val(self) -> bool:
+        """Whether networks are fine-tuned, and soups learned, on `val` too."""
+        return self.protocol == "paper"
+
+    @property
+    def base_threat(self) -> ThreatModel:
+        """The threat model of [pretrain], else of [finetune]."""
+        return (self.pretrain or self.finetune)["threat"]
+
+    @property
+    def measures(self) -> list[str]:
+        """What evaluations measure: "clean", each threat, and "union" for several threats."""
+        threats = dict.fromkeys(str(t) for t in self.evaluate.threats if not t.is_clean)
+        return ["clean", *threats, *(["union"] if len(threats) > 1 else [])]
+
+    @property
+    def default_measure(self) -> str:
+        """The measure that is maximised unless the recipe names one: the first threat."""
+        return str(next(iter(self.evaluate.threats), "clean"))
+
+    @property
+    def goal(self) -> Goal | None:
+        """What the selection maximises and requires; None if the recipe selects no soup."""
+        return None if self.select is None else self.select.goal(self.default_measure)
+
+    def training(self, name: str, *, precision: str = "auto") -> TrainSettings:
+        """Return how an ingredient is trained: [finetune] with the ingredient's own values.
+
+        Raises:
+            RequestError: The values do not go together.
+        """
+        overrides = self.ingredients[name].overrides()
+        return self.finetune.settings(seed=self.seed, precision=precision, overrides=overrides)
+
+    def ingredients_of(self, soup: Soup) -> tuple[str, ...]:
+        """Return the names of a soup's ingredients: all of the recipe unless it names some."""
+        return soup.ingredients or tuple(self.ingredients)
+
+    def threats_of(self, soup: Soup) -> tuple[ThreatModel, ...]:
+        """Return the threats that soups are learned against, by default the base's."""
+        return soup.threats or (self.base_threat,)
+
+    def score_of(self, soup: Soup) -> Score:
+        """Return the score that a greedy soup must not lower; by default the maximised measure."""
+        maximised = self.select["maximise"] if self.select else None
+        return soup["score"] or Score.parse(maximised or self.default_measure)
 
     def soup_names(self, section: str) -> list[str]:
-        """What the soups of a section are called, in order: one for each coefficients, or each threat and objective."""
-        soup = self.soups[section]
-        if soup.method in ("uniform", "greedy"):
-            return [section]
-        if soup.method == "dial":
-            threats = self.threats_of(soup)
-            return [
-                f"{section}{f'-{slug(threat)}' * (len(threats) > 1)}-t{t:g}"
-                for threat in threats
-                for t in soup.at
-            ]
-        if soup.method == "learned":
-            several = len(soup.objectives) > 1
-            return [
-                f"{section}-{slug(threat)}" + (f"-{slug(objective)}" if several else "")
-                for threat in self.threats_of(soup)
-                for objective in soup.objectives
-            ]
-        return [
-            f"{section}-{alpha_name(alpha)}"
-            for alpha in _candidates(soup, len(soup.ingredients or self.ingredients))
-        ]
+        """Return the names of the soups of a section, in order."""
+        name_soups = _SOUP_NAMES.get(self.soups[section].method, _name_by_coefficients)
+        return name_soups(self, section)
 
-    def score_of(self, soup: Soup) -> str:
-        """What a greedy soup must not lose: as its section says, else what the recipe maximises."""
-        return (
-            soup.score
-            or (self.select and self.select.maximise)
-            or next(iter(self.evaluate.threats), "clean")
-        )
-
-    def _measures(self) -> list[str]:
-        """What an evaluation will have: "clean", each threat, and "union" where there are several."""
-        threats = list(
-            dict.fromkeys(str(ThreatModel.parse(text)) for text in self.evaluate.threats)
-        )
-        attacks = [text for text in threats if text != "clean"]
-        return ["clean", *attacks, *(["union"] if len(attacks) > 1 else [])]
-
-    def _check_select(self) -> None:
-        if self.select is None:
-            return
-        known = self._measures()
-        if self.select.maximise is None and not self.evaluate.threats:
-            raise ValueError(
-                "select.maximise: missing, and evaluate.threats is empty; by what is to be selected?"
-            )
-        for key in self.select.looked_at():
-            if key not in known:
-                raise ValueError(
-                    f'select: "{key}" is not evaluated; expected one of {", ".join(known)}'
-                )
+    def alphas_of(self, soup: Soup) -> list[Alpha]:
+        """Return the coefficients of a method that lists them, such as "uniform" or "grid"."""
+        settings = soup.search_settings()
+        count = len(self.ingredients_of(soup))
+        return candidates(soup.method, count, settings.step, settings.max_soups)
 
     def to_toml(self) -> str:
-        """The resolved recipe as TOML, every default written out; reading it back gives the same recipe."""
+        """Return the recipe as TOML with every default; reading it returns an equal recipe."""
         content = self.model_dump(mode="json")
         for name, soup in self.soups.items():
             content["soups"][name] = {
@@ -259,32 +183,212 @@ class Recipe(Section):
                 del content[section]["synthetic_fraction"]
         return tomli_w.dumps(_without_none(content))
 
+    # Checks across the tables.
 
-def _left(name: str, table: Any, default: int) -> list[tuple[str, Any]]:
-    """The ingredients that a table stands for: itself, or one for each checkpoint that its run leaves."""
+    def _check_starting_points(self) -> None:
+        if self.pretrain and self.checkpoint:
+            raise ValueError("got both [pretrain] and checkpoint, expected one of them")
+        if self.pretrain and not self.model:
+            raise ValueError(
+                'model: missing; [pretrain] requires a network, such as model = "resnet9:width=16"'
+            )
+        for name, ingredient in self.ingredients.items():
+            if not (ingredient.checkpoint or self.pretrain or self.checkpoint):
+                raise ValueError(
+                    f"ingredients.{name}: needs a starting point; "
+                    "add a [pretrain] table or set checkpoint"
+                )
+
+    def _check_ingredients(self) -> None:
+        for name, ingredient in self.ingredients.items():
+            if ingredient.checkpoint:
+                continue
+            try:
+                settings = self.training(name)
+                check_training(settings)
+            except (RequestError, ValueError) as error:
+                raise ValueError(f"ingredients.{name}: {error}") from None
+            if ingredient.epoch is None:
+                continue
+            if settings.early_stop:
+                raise ValueError(
+                    f"ingredients.{name}: checkpoint_every does not go with early stopping; "
+                    "set finetune.early_stop = false"
+                )
+            if ingredient.epoch > settings.epochs:
+                raise ValueError(
+                    f"ingredients.{name}.epoch: got {ingredient.epoch}, "
+                    f"expected one of the {settings.epochs} epochs of its run"
+                )
+
+    def _check_names(self) -> None:
+        for name in [*self.ingredients, *self.soups, *self.planes]:
+            if not re.fullmatch(r"[\w.-]+", name) or name == PRETRAINED:
+                raise ValueError(
+                    f'"{name}": not a valid name; expected letters, digits, ".", "-" and "_", '
+                    f'and not "{PRETRAINED}"'
+                )
+
+    def _check_known_networks(self, place: str, names: Iterable[str]) -> None:
+        base = [PRETRAINED] if self.pretrain or self.checkpoint else []
+        known = sorted([*self.ingredients, *base])
+        for name in names:
+            if name not in known:
+                raise ValueError(f'{place}: "{name}" is unknown{suggest(name, known)}')
+
+    def _check_soup(self, name: str, soup: Soup) -> None:
+        names = soup.ingredients or ()
+        self._check_known_networks(f"soups.{name}.ingredients", names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"soups.{name}.ingredients: got {list(names)}, expected each once")
+        if soup.method == "line" and len(self.ingredients_of(soup)) != 2:
+            raise ValueError(
+                f'soups.{name}: method = "line" requires 2 ingredients, '
+                f"got {len(self.ingredients_of(soup))}"
+            )
+        if soup.method in ("grid", "line"):
+            self._check_grid_size(name, soup)
+        if soup.method == "dial" and any(threat.is_clean for threat in self.threats_of(soup)):
+            raise ValueError(
+                f"soups.{name}.threats: got clean, expected threats with a radius above 0; "
+                "a dial turns from robust to clean"
+            )
+
+    def _check_grid_size(self, name: str, soup: Soup) -> None:
+        settings, attack = soup.search_settings(), self.evaluate.attack_settings(seed=0)
+        count = grid_size(len(self.ingredients_of(soup)), settings.step)
+        if count <= settings.max_soups:
+            return
+        attacks = sum(not threat.is_clean for threat in self.evaluate.threats)
+        passes = count * 1000 * (1 + 2 * attacks * attack.steps * attack.restarts)
+        raise ValueError(
+            f"soups.{name}: step {settings.step:g} makes {count:,} soups; mixing and evaluating "
+            f"them takes up to {passes:.1e} forward passes for every 1,000 samples. max_soups is "
+            f"{settings.max_soups:,}; choose a larger step or a learned soup, or raise max_soups"
+        )
+
+    def _check_plane(self, name: str, plane: Plane) -> None:
+        if len(set(plane.checkpoints)) < 3:
+            raise ValueError(
+                f"planes.{name}.checkpoints: got {list(plane.checkpoints)}, "
+                "expected three different networks"
+            )
+        self._check_known_networks(f"planes.{name}.checkpoints", plane.checkpoints)
+
+    def _check_row_names(self) -> None:
+        names = [PRETRAINED, *self.ingredients]
+        for section in self.soups:
+            names += self.soup_names(section)
+        if duplicate := _first_duplicate(names):
+            raise ValueError(
+                f'two networks would be called "{duplicate}"; rename a soup or an ingredient'
+            )
+
+    def _check_protocol(self) -> None:
+        if self.protocol != "paper":
+            return
+        for name, soup in self.soups.items():
+            if soup["early_stop"]:
+                raise ValueError(
+                    f'soups.{name}.early_stop: with protocol = "paper", ingredients are fitted on '
+                    "val too, so no held-out samples are left to stop on; remove early_stop"
+                )
+        if self.evaluate.screens:
+            raise ValueError(
+                'evaluate.screen: with protocol = "paper", the split that selects is also '
+                "reported and must be evaluated in full; remove screen"
+            )
+
+    def _check_measures(self) -> None:
+        if self.select and self.select["maximise"] is None and not self.evaluate.threats:
+            raise ValueError(
+                "select.maximise: missing; evaluate.threats is empty, so there is no default"
+            )
+        goal = self.goal
+        keys = [goal.maximise, *(r.key for r in goal.require)] if goal else []
+        self._check_measured("select", [key for key in keys if key is not None])
+        for name, soup in self.soups.items():
+            if soup.method == "greedy":
+                self._check_measured(f"soups.{name}.score", self.score_of(soup).keys)
+
+    def _check_measured(self, place: str, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key not in self.measures:
+                raise ValueError(
+                    f'{place}: "{key}" is not evaluated; expected one of {", ".join(self.measures)}'
+                )
+
+
+def slug(text: str) -> str:
+    """Return text for a file name: "Linf 8/255" -> "linf-8-255"."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def threat_slug(threat: ThreatModel) -> str:
+    """Return a threat for a file name: "L1 12.0" -> "l1-12"."""
+    return slug(str(threat).removesuffix(".0"))
+
+
+def _name_one_soup(recipe: Recipe, section: str) -> list[str]:
+    return [section]
+
+
+def _name_by_coefficients(recipe: Recipe, section: str) -> list[str]:
+    alphas = raises_value_error(recipe.alphas_of)(recipe.soups[section])
+    return [f"{section}-{alpha_name(alpha)}" for alpha in alphas]
+
+
+def _name_by_threat_and_objective(recipe: Recipe, section: str) -> list[str]:
+    soup = recipe.soups[section]
+    several = len(soup.objectives) > 1
+    return [
+        f"{section}-{threat_slug(threat)}" + (f"-{slug(objective)}" if several else "")
+        for threat in recipe.threats_of(soup)
+        for objective in soup.objectives
+    ]
+
+
+def _name_by_position(recipe: Recipe, section: str) -> list[str]:
+    soup = recipe.soups[section]
+    threats = recipe.threats_of(soup)
+    return [
+        f"{section}{f'-{threat_slug(threat)}' if len(threats) > 1 else ''}-t{t:g}"
+        for threat in threats
+        for t in soup.at
+    ]
+
+
+_SOUP_NAMES: Mapping[str, Callable[[Recipe, str], list[str]]] = {
+    "uniform": _name_one_soup,
+    "greedy": _name_one_soup,
+    "learned": _name_by_threat_and_objective,
+    "dial": _name_by_position,
+}
+
+
+def _expand_ingredient(name: str, table: Any, default_epochs: Any) -> list[tuple[str, Any]]:
+    """Return the ingredients that a table stands for: itself, or one for each checkpoint."""
     every = table.get("checkpoint_every") if isinstance(table, dict) else None
     if not isinstance(every, int) or every < 1 or "epoch" in table:
         return [(name, table)]
-    epochs = table.get("epochs", default)
+    epochs = table.get("epochs", default_epochs)
     if not isinstance(epochs, int) or epochs % every:
         raise ValueError(
-            f"ingredients.{name}.checkpoint_every: got {every}, expected a part of its {epochs} epochs"
+            f"ingredients.{name}.checkpoint_every: got {every}, "
+            f"expected a divisor of its {epochs} epochs"
         )
     return [
         (f"{name}-{epoch}", {**table, "epoch": epoch}) for epoch in range(every, epochs + 1, every)
     ]
 
 
-def slug(text: str) -> str:
-    """Text for a file name: "Linf 8/255" -> "linf-8-255"."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def _candidates(soup: Soup, n: int) -> list[tuple[float, ...]]:
-    try:
-        return candidates(soup.method, n, soup.step, soup.max_soups)
-    except RequestError as error:
-        raise ValueError(str(error)) from None
+def _first_duplicate(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _without_none(value: Any) -> Any:

@@ -1,366 +1,537 @@
-"""The tables of a recipe: frozen settings. What is wrong with one by itself is found here."""
+"""The tables of a recipe.
 
-import difflib
-from typing import Any, Literal
+The keys that a table shares with a Python function are declared once, as the fields of a settings
+class in `robustsoup.settings`; `declares` adds them to the table with their types, defaults and
+ranges. What only a recipe has (ingredients, methods, files) is declared here. A validated table
+holds parsed values: a threat is a ThreatModel, a requirement a Requirement.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from robustsoup.catalog import BUFFER_POLICIES
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from robustsoup.catalog import LOSSES, SOUP_METHODS
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.verdicts import parse_measure
+from robustsoup.settings import (
+    PRETRAIN_DEFAULTS,
+    AttackSettings,
+    BufferSettings,
+    DialSettings,
+    EarlyStop,
+    LandscapeSettings,
+    LearnSettings,
+    Rule,
+    SearchSettings,
+    TrainSettings,
+    rules,
+)
 from robustsoup.soups.granularity import GRANULARITIES
-from robustsoup.soups.grid import MAX_SOUPS
-from robustsoup.soups.selection import Requirement, Score
+from robustsoup.soups.selection import Goal, Requirement, Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
 
 Figure = Literal["ternary", "lines", "tradeoff", "curves", "landscape", "coefficients"]
+PUBLISHED = "robustbench:"
+"""Prefix of a checkpoint that is named as `robustsoup fetch` names it, not by a path."""
+
+S = TypeVar("S")
+T = TypeVar("T", bound="Section")
 
 
 class Section(BaseModel):
-    """A table of a recipe: frozen, and nothing unknown in it."""
+    """A table of a recipe: frozen, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("threat", "threats", "calibrate_threat", mode="after", check_fields=False)
-    @classmethod
-    def _threat(cls, value: Any) -> Any:
-        for text in [value] if isinstance(value, str) else value or []:
-            _as_value_error(ThreatModel.parse, text)
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of a key."""
+        return getattr(self, key)
+
+    def seed_or(self, seed: int) -> int:
+        """Return the seed that the table sets, else `seed`."""
+        return seed if self["seed"] is None else self["seed"]
+
+
+# Values: text in the file, an object in the recipe.
+
+
+def raises_value_error(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `parse` with its RequestError turned into the ValueError that pydantic collects."""
+
+    def parse_value(value: Any) -> Any:
+        try:
+            return parse(value)
+        except RequestError as error:
+            raise ValueError(str(error)) from None
+
+    return parse_value
+
+
+def _parse_text_with(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def parse_text(value: Any) -> Any:
+        if not isinstance(value, str | ThreatModel | Requirement | Score):
+            raise ValueError("expected text")
+        return parse(value)
+
+    return raises_value_error(parse_text)
+
+
+def _check_objective(text: str) -> str:
+    Objective.parse(text)
+    return text
+
+
+def _check_schedule(value: Any) -> Any:
+    check_schedule(value)
+    return value
+
+
+def _check_granularity(text: str) -> str:
+    if text not in GRANULARITIES and not text.startswith("re:"):
+        raise ValueError(f'got "{text}", expected one of {", ".join(GRANULARITIES)}, or re:PATTERN')
+    return text
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Return a validator that accepts the names in `known` alone."""
+    names = list(known)
+
+    def check_name(name: str) -> str:
+        if name not in names:
+            raise ValueError(f'got "{name}", expected one of {", ".join(names)}')
+        return name
+
+    return check_name
+
+
+def _check_method(name: str) -> str:
+    if SOUP_METHODS.find(name) is None:
+        known = ", ".join(SOUP_METHODS.all_entries())
+        raise ValueError(f'got "{name}", expected one of {known}')
+    return name
+
+
+def _none_for_false(value: Any) -> Any:
+    """Let `early_stop = false` override a table of the recipe that this one extends."""
+    return None if value is False else value
+
+
+_AS_TEXT = PlainSerializer(str, return_type=str)
+ThreatValue = Annotated[ThreatModel, PlainValidator(_parse_text_with(ThreatModel.parse)), _AS_TEXT]
+RequirementValue = Annotated[
+    Requirement, PlainValidator(_parse_text_with(Requirement.parse)), _AS_TEXT
+]
+ScoreValue = Annotated[Score, PlainValidator(_parse_text_with(Score.parse)), _AS_TEXT]
+MeasureValue = Annotated[str, PlainValidator(_parse_text_with(parse_measure)), _AS_TEXT]
+ObjectiveValue = Annotated[str, AfterValidator(raises_value_error(_check_objective))]
+ScheduleValue = Annotated[str | dict[str, Any], AfterValidator(raises_value_error(_check_schedule))]
+_VALUE_TYPES: dict[str, Any] = {
+    "objective": ObjectiveValue,
+    "schedule": ScheduleValue,
+    "synthetic": str | None,
+    "loss": Annotated[str, AfterValidator(one_of(LOSSES))],
+    "granularity": Annotated[str, AfterValidator(_check_granularity)],
+    "score": ScoreValue | None,
+    "require": tuple[RequirementValue, ...],
+    "maximise": MeasureValue | None,
+}
+"""Types of fields that are text in a file, where the settings class allows more."""
+
+
+def _check_range(rule: Rule) -> Callable[[Any], Any]:
+    def check_value(value: Any) -> Any:
+        if not rule.allows(value):
+            text = f'"{value}"' if isinstance(value, str) else value
+            raise ValueError(f"got {text}, expected {rule.describe_range()}")
         return value
 
-    @field_validator("objective", "objectives", mode="after", check_fields=False)
-    @classmethod
-    def _objective(cls, value: Any) -> Any:
-        for text in [value] if isinstance(value, str) else value or []:
-            _as_value_error(Objective.parse, text)
-        return value
-
-    @field_validator("schedule", mode="after", check_fields=False)
-    @classmethod
-    def _schedule(cls, value: Any) -> Any:
-        if value is not None:
-            _as_value_error(check_schedule, value)
-        return value
-
-    @field_validator("early_stop", mode="before", check_fields=False)
-    @classmethod
-    def _early_stop(cls, value: Any) -> Any:
-        return (
-            None if value is False else value
-        )  # as a recipe says where the one that it extends stops early
-
-    @field_validator("buffers", "learning_buffers", mode="after", check_fields=False)
-    @classmethod
-    def _buffers(cls, value: str | None) -> str | None:
-        if value is not None and value not in BUFFER_POLICIES:
-            raise ValueError(f"got {value!r}, expected one of {', '.join(BUFFER_POLICIES)}")
-        return value
+    return check_value
 
 
-def _as_value_error(function: Any, value: Any) -> None:
-    try:
-        function(value)
-    except RequestError as error:
-        raise ValueError(str(error)) from None
+def declares(
+    settings_type: type,
+    *,
+    only: tuple[str, ...] = (),
+    omit: tuple[str, ...] = (),
+    rename: Mapping[str, str] | None = None,
+    optional: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[type[T]], type[T]]:
+    """Add the fields of a settings class to a table.
+
+    Args:
+        settings_type: The settings class.
+        only: Names of the fields to add; all by default.
+        omit: Names of fields to leave out.
+        rename: Keys in the recipe for fields that are called differently there.
+        optional: Keys that may be left out because something else supplies the value; "*" for all.
+        defaults: Defaults that differ from those of the settings class.
+
+    Returns:
+        A decorator for the table.
+    """
+    rename, defaults = rename or {}, defaults or {}
+
+    def add_fields(section: type[T]) -> type[T]:
+        declared = rules(settings_type)
+        added: dict[str, Any] = {}
+        for field in dataclasses.fields(settings_type):
+            if field.name in omit or (only and field.name not in only):
+                continue
+            key = rename.get(field.name, field.name)
+            value_type = _VALUE_TYPES.get(field.name, field.type)
+            if value_type is ThreatModel:
+                value_type = ThreatValue
+            default = defaults.get(field.name, field.default)
+            if key in optional or "*" in optional:
+                value_type, default = value_type | None, None
+            checked = Annotated[value_type, AfterValidator(_check_range(declared[field.name]))]
+            added[key] = (checked, Field(default, description=declared[field.name].help))
+        return create_model(
+            section.__name__,
+            __base__=section,
+            __module__=section.__module__,
+            __doc__=section.__doc__,
+            **added,
+        )
+
+    return add_fields
 
 
-class EarlyStop(Section):
-    """Keep the epoch with the least robust loss on `val`, measured after each epoch by APGD with `steps` steps."""
+def settings_from(section: Section, settings_type: type[S], **values: Any) -> S:
+    """Return settings from the keys of a table.
+
+    Args:
+        section: A table that declares the fields of the settings class.
+        settings_type: The settings class.
+        **values: Values that the table does not have under the names of the settings class.
+
+    Raises:
+        RequestError: The values do not go together.
+    """
+    for field in dataclasses.fields(settings_type):  # type: ignore[arg-type]
+        if field.name not in values and field.name in type(section).model_fields:
+            value = getattr(section, field.name)
+            values[field.name] = value.settings() if isinstance(value, EarlyStopSection) else value
+    return settings_type(**values)
+
+
+@declares(EarlyStop)
+class EarlyStopSection(Section):
+    """Return the epoch with the lowest robust loss on `val`, measured after every epoch."""
 
     split: Literal["val"] = "val"
     metric: Literal["robust_loss"] = "robust_loss"
-    steps: int = Field(10, ge=1)
-    samples: int | None = Field(None, ge=1)
+
+    def settings(self) -> EarlyStop:
+        """Return the settings."""
+        return settings_from(self, EarlyStop)
 
 
-PUBLISHED = "robustbench:"
-"""How a checkpoint begins that is named as `robustsoup fetch` names it, not by a path."""
-LATER = ("label_smoothing", "weight_decay_bn", "nesterov", "clip_grad", "bn_momentum", "ema")
-"""Settings of Training that are in no key at their default, so that steps which were done before they came stay done."""
+_VALUE_TYPES["early_stop"] = Annotated[EarlyStopSection | None, BeforeValidator(_none_for_false)]
 
 
+@declares(TrainSettings, omit=("precision",), optional=("seed",))
 class Training(Section):
-    """How a network is trained; an ingredient may override what [finetune] says."""
-
-    threat: str = "Linf 8/255"
-    objective: str = "ce"
-    attack_steps: int = Field(2, ge=1)
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(128, ge=2)
-    lr: float = Field(1e-3, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: str | dict[str, Any] = "cosine"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    weight_decay_bn: bool = True
-    nesterov: bool = False
-    clip_grad: float | None = Field(None, gt=0)
-    bn_momentum: float | None = Field(None, gt=0, le=1)
-    ema: float = Field(0.0, ge=0, lt=1)
-    synthetic: str | None = None
-    synthetic_fraction: float = Field(0.7, ge=0, lt=1)
-    early_stop: EarlyStop | None = None
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    """How networks are fine-tuned; an ingredient may override any key but the files."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "Training":
-        if "synthetic_fraction" in self.model_fields_set and self.synthetic is None:
+    def _check_together(self) -> "Training":
+        if "synthetic_fraction" in self.model_fields_set and not self.has_synthetic:
             raise ValueError(
-                'synthetic_fraction: of what? give synthetic, as in synthetic = "1m.npz"'
+                "synthetic_fraction: requires generated images; "
+                'set synthetic, such as synthetic = "1m.npz"'
             )
-        self.check_together()
+        check_training(self.settings(seed=0))
         return self
 
-    def check_together(self) -> None:
-        """Raise ValueError for settings that do not go together."""
-        if self.nesterov and not self.momentum:
-            raise ValueError(
-                "nesterov: got momentum 0, expected a momentum above 0; leave nesterov out"
-            )
-        _as_value_error(Objective.parse(self.objective).with_label_smoothing, self.label_smoothing)
+    @property
+    def has_synthetic(self) -> bool:
+        """Whether generated images are mixed into each batch."""
+        return self["synthetic"] is not None
 
-    def overridden(self, ingredient: "Ingredient") -> "Training":
-        """How an ingredient is trained: as this says, but for what the ingredient says itself."""
-        return self.model_copy(
-            update=ingredient.model_dump(exclude_none=True, exclude={"checkpoint_every", "epoch"})
-        )
+    def settings(
+        self,
+        *,
+        seed: int,
+        precision: str = "auto",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> TrainSettings:
+        """Return the settings.
 
-    def settings(self) -> dict[str, Any]:
-        """What `train` is to be told and a step's key is made of: of settings that came later, only what is not as usual."""
-        content = self.model_dump(mode="json", exclude={"synthetic", "synthetic_fraction"})
-        return {
-            name: value
-            for name, value in content.items()
-            if name not in LATER or value != type(self).model_fields[name].default
-        }
+        Args:
+            seed: Seed, unless the table or the overrides set one.
+            precision: Arithmetic of training.
+            overrides: Values of an ingredient, which replace those of the table.
+
+        Raises:
+            RequestError: The values do not go together.
+        """
+        values = {"seed": self.seed_or(seed), "precision": precision} | dict(overrides or {})
+        return settings_from(self, TrainSettings, **values)
 
 
+@raises_value_error
+def check_training(settings: TrainSettings) -> None:
+    """Raise ValueError if the objective cannot smooth labels and the settings ask for it."""
+    Objective.parse(settings.objective).with_label_smoothing(settings.label_smoothing)
+
+
+@declares(TrainSettings, omit=("precision",), optional=("seed",), defaults=PRETRAIN_DEFAULTS)
 class Pretrain(Training):
     """Training from fresh weights; the defaults are the paper's."""
 
-    epochs: int = Field(150, ge=1)
-    lr: float = Field(0.1, gt=0)
-    schedule: str | dict[str, Any] = {"milestones": [75, 113], "gamma": 0.1}
 
-
+@declares(
+    TrainSettings,
+    omit=("precision", "synthetic", "synthetic_fraction", "early_stop"),
+    optional=("*",),
+)
 class Ingredient(Section):
-    """A checkpoint that exists already, or what differs from [finetune].
+    """A checkpoint, or what differs from [finetune] for a network that the run trains.
 
-    checkpoint_every = k: one run gives an ingredient every k epochs; `run = { epochs = 50, checkpoint_every = 10 }` stands for
-    run-10, run-20, ..., run-50, each with its epoch.
+    `checkpoint_every = k` makes one ingredient of every k-th epoch: `run = { epochs = 50,
+    checkpoint_every = 10 }` stands for run-10, run-20, ..., run-50, each with its `epoch`.
     """
 
     checkpoint: str | None = None
-    threat: str | None = None
-    objective: str | None = None
-    attack_steps: int | None = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=2)
-    lr: float | None = Field(None, gt=0)
-    momentum: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
-    schedule: str | dict[str, Any] | None = None
-    label_smoothing: float | None = Field(None, ge=0, lt=1)
-    weight_decay_bn: bool | None = None
-    nesterov: bool | None = None
-    clip_grad: float | None = Field(None, gt=0)
-    bn_momentum: float | None = Field(None, gt=0, le=1)
-    ema: float | None = Field(None, ge=0, lt=1)
     checkpoint_every: int | None = Field(None, ge=1)
     epoch: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
-    def _either(self) -> "Ingredient":
-        others = [
-            name
-            for name in type(self).model_fields
-            if name != "checkpoint" and getattr(self, name) is not None
+    def _check_together(self) -> "Ingredient":
+        trained = [
+            key
+            for key in type(self).model_fields
+            if key != "checkpoint" and getattr(self, key) is not None
         ]
-        if self.checkpoint and others:
-            raise ValueError(f"an ingredient with a checkpoint is not trained; remove {others[0]}")
-        if (self.epoch is None) != (self.checkpoint_every is None) or (self.epoch or 0) % (
-            self.checkpoint_every or 1
+        if self.checkpoint and trained:
+            raise ValueError(f"an ingredient with a checkpoint is not trained; remove {trained[0]}")
+        if (self.epoch is None) != (self.checkpoint_every is None) or (
+            self.epoch and self.checkpoint_every and self.epoch % self.checkpoint_every
         ):
             raise ValueError(
-                f"got epoch {self.epoch} and checkpoint_every {self.checkpoint_every}, expected a multiple and its part"
+                f"got epoch {self.epoch} and checkpoint_every {self.checkpoint_every}, "
+                "expected both or neither, and epoch a multiple of checkpoint_every"
             )
         return self
 
-
-class Soup(Section):
-    """One family of soups of the same ingredients. Coefficients by method; what belongs to another method is refused."""
-
-    method: Literal["uniform", "grid", "line", "greedy", "learned", "dial"]
-    ingredients: tuple[str, ...] | None = None
-    buffers: str | None = None
-    calibrate_samples: int = Field(10_000, ge=2)
-    calibrate_threat: str = "Linf 8/255"
-    step: float = Field(0.2, gt=0, le=1)
-    max_soups: int = Field(MAX_SOUPS, ge=1)
-    score: str | None = None
-    threats: tuple[str, ...] = ()
-    objectives: tuple[str, ...] = ("ce",)
-    attack_steps: int = Field(2, ge=1)
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(128, ge=2)
-    lr: float = Field(10.0, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    schedule: str | dict[str, Any] = "cosine"
-    detach: float = Field(0.8, ge=0, le=1)
-    init: Literal["xavier", "zeros"] = "xavier"
-    granularity: str = "parameter"
-    learning_buffers: str = "tracked"
-    early_stop: EarlyStop | None = None
-    dial: Literal["objective", "eps"] = "objective"
-    turn_every: int = Field(4, ge=1)
-    at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-
-    @property
-    def settable(self) -> set[str]:
-        """The keys that have a meaning with this method."""
-        every = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
-        stepped, turned = {"step", "max_soups"}, {"dial", "turn_every", "at"}
-        learned = set(type(self).model_fields) - stepped - {"score"}
+    def overrides(self) -> dict[str, Any]:
+        """Return the training settings that the ingredient sets itself."""
+        own = ("checkpoint", "checkpoint_every", "epoch")
         return {
-            "uniform": every,
-            "grid": every | stepped,
-            "line": every | stepped,
-            "greedy": every | {"score"},
-            "learned": learned - turned,
-            "dial": learned - {"objectives", "early_stop"},
-        }[self.method]
+            key: value
+            for key in type(self).model_fields
+            if key not in own and (value := getattr(self, key)) is not None
+        }
 
-    @field_validator("granularity")
-    @classmethod
-    def _granularity(cls, value: str) -> str:
-        if value not in GRANULARITIES and not value.startswith("re:"):
-            raise ValueError(
-                f"got {value!r}, expected one of {', '.join(GRANULARITIES)}, or re:PATTERN"
-            )
-        return value
 
-    @field_validator("score")
-    @classmethod
-    def _score(cls, value: str | None) -> str | None:
-        if value is not None:
-            _as_value_error(Score.parse, value)
-        return value
+_MIXED_KEYS = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
+_GRID_KEYS = _MIXED_KEYS | {"step", "max_soups"}
+_LEARNED_KEYS = _MIXED_KEYS | {
+    *("threats", "attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach"),
+    *("init", "granularity", "learning_buffers", "seed"),
+}
+METHOD_KEYS = {
+    "uniform": _MIXED_KEYS,
+    "grid": _GRID_KEYS,
+    "line": _GRID_KEYS,
+    "greedy": _MIXED_KEYS | {"score"},
+    "learned": _LEARNED_KEYS | {"objectives", "early_stop"},
+    "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
+}
+"""The keys of [soups.X] that have a meaning with each method; others take those of "grid"."""
+
+
+@declares(
+    LearnSettings,
+    omit=("threat", "objective", "dial", "precision"),
+    rename={"buffers": "learning_buffers"},
+    optional=("seed",),
+)
+@declares(DialSettings, rename={"by": "dial"})
+@declares(SearchSettings, only=("step", "max_soups", "score"))
+@declares(BufferSettings, only=("buffers", "calibrate_samples", "calibrate_threat"))
+class Soup(Section):
+    """One family of soups of the same ingredients. Keys of other methods are refused."""
+
+    method: Annotated[str, AfterValidator(_check_method)]
+    ingredients: tuple[str, ...] | None = None
+    threats: tuple[ThreatValue, ...] = ()
+    objectives: tuple[ObjectiveValue, ...] = ("ce",)
+    at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
     @field_validator("at")
     @classmethod
-    def _at(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_positions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or any(not 0 <= t <= 1 for t in value):
             raise ValueError(f"got {list(value)}, expected numbers from 0 (robust) to 1 (clean)")
         return value
 
     @model_validator(mode="after")
-    def _belongs(self) -> "Soup":
-        for name in sorted(self.model_fields_set - self.settable):
-            raise ValueError(f'{name} has no meaning with method = "{self.method}"; remove it')
-        if self.buffers == "tracked" and self.method not in ("learned", "dial"):
-            raise ValueError('buffers = "tracked": only a learned soup has tracked statistics')
-        if abs(round(1 / self.step) * self.step - 1) > 1e-9:
-            raise ValueError(f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25")
+    @raises_value_error
+    def _check_together(self) -> "Soup":
+        for key in sorted(self.model_fields_set - self.settable):
+            raise ValueError(f'{key} has no meaning with method = "{self.method}"; remove it')
+        if self["buffers"] == "tracked" and self.method not in ("learned", "dial"):
+            raise ValueError('buffers = "tracked": only learned soups have tracked statistics')
+        self.search_settings()
         return self
 
+    @property
+    def settable(self) -> set[str]:
+        """The keys that have a meaning with the table's method."""
+        return METHOD_KEYS.get(self.method, _GRID_KEYS)
 
+    def search_settings(self) -> SearchSettings:
+        """Return the step and the size of a grid."""
+        return settings_from(self, SearchSettings, score=None)
+
+    def buffer_settings(self, *, seed: int, policy: str) -> BufferSettings:
+        """Return what becomes of BatchNorm's running statistics.
+
+        Args:
+            seed: Seed, unless the table sets one.
+            policy: Policy, unless the table sets one.
+        """
+        buffers = self["buffers"] or policy
+        return settings_from(self, BufferSettings, buffers=buffers, seed=self.seed_or(seed))
+
+    def learn_settings(
+        self, threat: ThreatModel, objective: str, *, seed: int, precision: str
+    ) -> LearnSettings:
+        """Return how the coefficients of one soup, or of one dial, are learned.
+
+        Args:
+            threat: Threat model, one of those of the table.
+            objective: Objective, one of those of the table.
+            seed: Seed, unless the table sets one.
+            precision: Arithmetic of learning.
+        """
+        dial = DialSettings(by=self["dial"], turn_every=self["turn_every"])
+        return settings_from(
+            self,
+            LearnSettings,
+            threat=threat,
+            objective=objective,
+            buffers=self["learning_buffers"],
+            dial=dial if self.method == "dial" else None,
+            seed=self.seed_or(seed),
+            precision=precision,
+        )
+
+
+@declares(LandscapeSettings, omit=("precision",), optional=("threat", "seed"))
 class Plane(Section):
-    """The plane through three networks of the recipe, and the loss on points x points of it (the paper's Fig. 7).
+    """The plane through three networks of the recipe, and the loss on a grid of its points.
 
-    checkpoints: at the origin, off the x axis, at the end of the x axis. samples: at most so many, drawn by the seed.
+    `checkpoints` names the network at the origin, one off the x axis, and the one at the end of the
+    x axis (the paper's Fig. 7).
     """
 
     checkpoints: tuple[str, str, str]
-    threat: str | None = None
-    attack_steps: int = Field(10, ge=1)
-    points: int = Field(21, ge=2)
-    samples: int = Field(2000, ge=1)
-    buffers: Literal["base", "recalibrate", "recalibrate-adversarial"] = "recalibrate"
-    calibrate_samples: int = Field(10_000, ge=2)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+
+    def settings(
+        self, *, threat: ThreatModel, seed: int, samples: int, precision: str
+    ) -> LandscapeSettings:
+        """Return the settings.
+
+        Args:
+            threat: Threat model, unless the table sets one.
+            seed: Seed, unless the table sets one.
+            samples: Most samples that there are.
+            precision: Arithmetic of the attack.
+        """
+        return settings_from(
+            self,
+            LandscapeSettings,
+            threat=self["threat"] or threat,
+            seed=self.seed_or(seed),
+            samples=min(self["samples"], samples),
+            precision=precision,
+        )
 
 
+@declares(AttackSettings, optional=("seed",))
+@declares(SearchSettings, only=("screen", "screen_steps"))
 class Evaluate(Section):
-    """How every checkpoint is judged, on the split that selects and on the one that reports.
+    """How networks are evaluated on the split that selects and on the one that reports.
 
-    precision is the search's; every verdict is float32's. screen: on the split that selects, soups of a grid or line get the
-    ingredients' adversarial points and a short attack (screen_steps, bfloat16 where the device has it), and those that no
-    other one beats are confirmed in full.
+    With `screen`, soups of a grid or line first meet a short attack of `screen_steps` steps and the
+    adversarial points of the ingredients; those that can still win are confirmed in full.
     """
 
-    threats: tuple[str, ...] = ("Linf 8/255",)
-    attack: Literal["apgd", "pgd", "autoattack"] = "apgd"
-    loss: Literal["ce", "dlr", "targeted dlr"] = "ce"
-    steps: int = Field(100, ge=1)
-    restarts: int = Field(1, ge=1)
-    eot: int = Field(1, ge=1)
-    screen: bool = False
-    screen_steps: int = Field(10, ge=1)
-    select_on: Literal["val"] = (
-        "val"  # "test" under the paper's protocol, which is asked for by that name alone
-    )
+    threats: tuple[ThreatValue, ...] = (ThreatModel("Linf", 8 / 255),)
+    select_on: Literal["val"] = "val"
     report_on: Literal["test"] = "test"
     select_samples: int | None = Field(None, ge=1)
     report_samples: int | None = Field(None, ge=1)
     report: Literal["all", "chosen"] = "all"
-    batch_size: int | None = Field(None, ge=1)
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     keep_points: bool = False
-    seed: int | None = Field(None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
-    def _screens(self) -> "Evaluate":
-        if self.screen and all(threat == "clean" for threat in self.threats):
-            raise ValueError("screen: there is no attack to shorten; give threats")
-        if self.screen and self.attack == "autoattack":
+    def _check_together(self) -> "Evaluate":
+        if self.screens and all(threat.is_clean for threat in self.threats):
+            raise ValueError("screen: there is no attack to shorten; set threats")
+        if self.screens and self["attack"] == "autoattack":
             raise ValueError(
-                'screen: soups are screened by a short apgd; it does not go with attack = "autoattack"'
+                'screen: screening uses a short apgd; it does not go with attack = "autoattack"'
             )
         return self
 
+    @property
+    def screens(self) -> bool:
+        """Whether soups are screened with a short attack."""
+        return self["screen"]
 
+    def attack_settings(self, *, seed: int, precision: str = "auto") -> AttackSettings:
+        """Return the attack of the full protocol.
+
+        Args:
+            seed: Seed, unless the table sets one.
+            precision: Arithmetic of the search where the table says "auto".
+        """
+        own = self["precision"]
+        return settings_from(
+            self,
+            AttackSettings,
+            seed=self.seed_or(seed),
+            precision=precision if own == "auto" else own,
+        )
+
+    def short_attack_settings(self, *, seed: int, precision: str) -> AttackSettings:
+        """Return the short attack of screening, which runs in `precision`."""
+        full = self.attack_settings(seed=seed, precision=precision)
+        return dataclasses.replace(
+            full, steps=self["screen_steps"], restarts=1, precision=precision
+        )
+
+
+@declares(SearchSettings, only=("maximise", "require", "point"))
 class Select(Section):
-    """Which soup to choose on `select_on`."""
+    """Which soup to choose on the split that selects."""
 
-    maximise: str | None = None
-    require: tuple[str, ...] = ()
-    point: bool = False
-
-    @field_validator("maximise")
-    @classmethod
-    def _maximise(cls, value: str | None) -> str | None:
-        if value not in (None, "clean", "union"):
-            _as_value_error(ThreatModel.parse, value)
-        return value
-
-    @field_validator("require")
-    @classmethod
-    def _require(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            _as_value_error(Requirement.parse, text)
-        return value
-
-    def looked_at(self) -> list[str]:
-        """What the choice looks at: "clean", "union" or threat models as text."""
-        maximise = [] if self.maximise is None else [self.maximise]
-        keys = [
-            key if key in ("clean", "union") else str(ThreatModel.parse(key)) for key in maximise
-        ]
-        return keys + [Requirement.parse(text).key for text in self.require]
+    def goal(self, default: str) -> Goal:
+        """Return the goal; it maximises `default` unless the table names a measure."""
+        return Goal(self["maximise"] or default, self["require"], self["point"])
 
 
 class Report(Section):
     """Which figures to draw."""
 
     figures: tuple[Figure, ...] = ("ternary", "tradeoff", "coefficients")
-
-
-def nearest(name: str, known: Any) -> str:
-    """What to say of a name that is unknown: the one it comes near to, else all that are known."""
-    near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
-    return (
-        f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(sorted(known))}"
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 
@@ -235,23 +236,6 @@ class SelectionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leakage:
-    """Whether networks were trained on samples that evaluate them.
-
-    Attributes:
-        status: "known" (they were not), "unknown" or "violated".
-        why: The reason in one line; "" for "known".
-    """
-
-    status: str
-    why: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-able values."""
-        return _field_values(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that a run measured.
 
@@ -296,7 +280,7 @@ class Results:
         content = _field_values(self) | {
             "recipe": dict(self.recipe),
             "data": dict(self.data),
-            "leakage": self.leakage and self.leakage.to_json(),
+            "leakage": self.leakage and self.leakage.as_record(),
             "figures": None if self.figures is None else list(self.figures),
             "protocol": self.protocol.to_json(),
             "versions": dict(self.versions),

@@ -1,48 +1,123 @@
-"""run_recipe: from a recipe to a filled run folder."""
+"""Run a recipe: plan, execute, confirm screened soups, select, report, write the run folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from robustsoup.checkpoints.network import resolve_network
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe, resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
-from robustsoup.data import Synthetic, load_data
+from robustsoup.data import Data, Synthetic, load_data
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe
-from robustsoup.runs.execute import Context, Reporter, execute
-from robustsoup.runs.folder import fill, select_row, to_confirm
-from robustsoup.runs.plan import Plan, chosen_on_test, confirmed, make_plan
+from robustsoup.runs.choose import confirm_screened_soups, select_soup
+from robustsoup.runs.context import Context
+from robustsoup.runs.execute import Reporter, execute_plan
+from robustsoup.runs.folder import write_run_folder
+from robustsoup.runs.plan import Plan
+from robustsoup.runs.planner import Planner
+from robustsoup.runs.results import Results
+from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import Store
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.selection import Selection
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A plan and all that is needed to execute or price it."""
+class PreparedRun:
+    """A planned run: all that is needed to execute or price it.
 
-    plan: Plan
+    Attributes:
+        planner: The planner with the plan.
+        context: Data, network and device.
+        store: Finished steps.
+        leakage: Whether networks were trained on samples that evaluate them.
+    """
+
+    planner: Planner
     context: Context
     store: Store
     leakage: Leakage
 
+    @property
+    def plan(self) -> Plan:
+        """The plan so far."""
+        return self.planner.plan
 
-def prepare(
+
+def prepare_run(
     recipe: Recipe,
     *,
     device: str = "auto",
     data_root: str | None = None,
     on_progress: Progress | None = None,
-) -> Prepared:
-    """Load the data (telling on_progress), read the checkpoints that the recipe names, and plan. Runs nothing.
+) -> PreparedRun:
+    """Load the data, read the checkpoints that a recipe names, and plan; run no step.
 
-    Raises LeakageError where a checkpoint was trained on the samples that select (unless the recipe allows it), and
-    whatever makes the data, the files or the network unusable.
+    Args:
+        recipe: The recipe.
+        device: "auto", "cpu", "cuda" or a device.
+        data_root: Folder of the data sets.
+        on_progress: Receives (done, all, figures) while data is read.
+
+    Raises:
+        LeakageError: A checkpoint was trained on samples that evaluate it, and the recipe does not
+            allow that.
+        RobustsoupError: The data, a file or the network cannot be used.
     """
-    where = resolve_device(device)
+    resolved = resolve_device(device)
+    data = _load_all_data(recipe, data_root, on_progress)
+    named = [item.checkpoint for item in recipe.ingredients.values() if item.checkpoint]
+    paths = [*named, *([recipe.checkpoint] if recipe.checkpoint else [])]
+    network = resolve_network(
+        recipe.model, normalize=recipe.normalize, data=data, checkpoints=paths
+    )
+    context = Context(data, network, resolved)
+    planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
+    files = list(planner.plan.files.values())
+    if files:
+        check_ingredients(files)
+        check_fit(describe(files[0], network).network(), data.test)
+    return PreparedRun(planner, context, Store(), _find_leakage(recipe, files, data))
+
+
+def run_prepared(
+    prepared: PreparedRun, folder: Path, reporter: Reporter
+) -> tuple[Results, Selection | None]:
+    """Execute what is missing, select a soup, report it on `test`, and write the run folder.
+
+    Args:
+        prepared: The planned run.
+        folder: The run folder; must exist.
+        reporter: Receives progress events.
+
+    Returns:
+        The results and the chosen soup, or None if the recipe selects none.
+    """
+    planner, context, store = prepared.planner, prepared.context, prepared.store
+    plan, recipe = planner.plan, planner.recipe
+    _refuse_files_near_chance(plan, context)
+
+    def execute() -> None:
+        execute_plan(plan, context, store, reporter)
+
+    execute()
+    if recipe.evaluate.screens:
+        confirm_screened_soups(planner, store, execute)
+    selection = select_soup(plan, store)
+    if selection is not None and recipe.evaluate.report == "chosen":
+        planner.add_report(selection.best.name)
+        execute()
+    results = write_run_folder(
+        folder, plan, context, store, selection=selection, leakage=prepared.leakage
+    )
+    return results, selection
+
+
+def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress | None) -> Data:
+    """Load the data, and read generated images once so that their digest is known."""
     data = load_data(
         recipe.data,
         root=data_root,
@@ -50,48 +125,25 @@ def prepare(
         image_size=recipe.image_size,
         on_progress=on_progress,
     )
-    for training in (recipe.pretrain, recipe.finetune):
-        if training and training.synthetic:
-            Synthetic.open(
-                training.synthetic, on_progress
-            )  # reads the whole file once, and tells how far it is
-    paths = [i.checkpoint for i in recipe.ingredients.values() if i.checkpoint] + [
-        recipe.checkpoint
-    ] * bool(recipe.checkpoint)
-    model = resolve_network(recipe.model, normalize=recipe.normalize, data=data, checkpoints=paths)
-    context = Context(data, model, where)
-    plan = make_plan(recipe, data, model, resolve_precision(recipe.precision, where))
-    files = list(plan.files.values())
-    if files:
-        check_ingredients(files)
-        check_fit(context.describe(files[0]).network(), data.test)
+    for section in (recipe.pretrain, recipe.finetune):
+        if section is not None and section["synthetic"]:
+            Synthetic.open(section["synthetic"], on_progress)
+    return data
+
+
+def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakage:
+    """Return the worst leakage on the splits that select and report."""
     selects = recipe.soups or recipe.select
-    looked_at = dict.fromkeys([*([recipe.select_on] if selects else []), recipe.evaluate.report_on])
-    leakage = worst_leakage(
-        check_leakage(files, data.split(name), allow=recipe.allow_leakage) for name in looked_at
+    splits = {recipe.evaluate.report_on} | ({recipe.select_on} if selects else set())
+    return worst_leakage(
+        check_leakage(files, data.split(name), allow=recipe.allow_leakage)
+        for name in sorted(splits, reverse=True)
     )
-    return Prepared(plan, context, Store(), leakage)
 
 
-def run_prepared(
-    prepared: Prepared, folder: Path, reporter: Reporter
-) -> tuple[dict[str, Any], Selection | None]:
-    """Do what is missing, select, judge the chosen soup on the reporting split, and fill the run folder."""
-    plan, context, store = prepared.plan, prepared.context, prepared.store
+def _refuse_files_near_chance(plan: Plan, context: Context) -> None:
+    """Raise ModelError if a checkpoint guesses; mostly it was loaded into a wrong network."""
     for checkpoint in plan.files.values():
-        check_above_chance(
-            context.describe(checkpoint),
-            context.data.val,
-            checkpoint.name,
-            device=str(context.device),
-        )
-    execute(plan, context, store, reporter)
-    precision = resolve_precision(plan.recipe.precision, context.device)
-    if plan.recipe.evaluate.screen:
-        plan = confirmed(plan, context.data, to_confirm(plan, store), context.model, precision)
-        execute(plan, context, store, reporter)
-    selection = select_row(plan, store)
-    if selection is not None and plan.recipe.evaluate.report == "chosen":
-        plan = chosen_on_test(plan, context.data, selection.best.name, context.model, precision)
-        execute(plan, context, store, reporter)
-    return fill(folder, plan, context, store, selection, prepared.leakage), selection
+        described = describe(checkpoint, context.network)
+        device = str(context.device)
+        check_above_chance(described, context.data.val, checkpoint.name, device=device)

@@ -1,4 +1,4 @@
-"""The store: finished steps by key, so that recipes share bases, ingredients and evaluations."""
+"""The store: outputs of finished steps by key, which recipes share."""
 
 import contextlib
 import json
@@ -13,46 +13,62 @@ from filelock import FileLock
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder, write_text
 
+RECORD = "step.json"
+
 
 class Store:
-    """A folder of finished steps. A step's folder is complete or absent: it is filled under another name and renamed."""
+    """A folder of finished steps.
 
-    def __init__(self, root: str | os.PathLike | None = None) -> None:
+    The folder of a step is complete or absent: it is filled under another name, then renamed.
+
+    Args:
+        root: The folder; by default $ROBUSTSOUP_STORE, else `store` in the user's cache.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
         self.root = Path(root or os.environ.get("ROBUSTSOUP_STORE") or cache_folder() / "store")
 
     def path(self, key: str) -> Path:
-        """Where the output of the step `key` is, or will be."""
+        """Return the folder of a step, whether it exists or not."""
         return self.root / key[:2] / key
 
     def has(self, key: str) -> bool:
-        """Whether the step is finished."""
-        return (self.path(key) / "step.json").is_file()
+        """Return whether a step is finished."""
+        return (self.path(key) / RECORD).is_file()
+
+    def record(self, key: str) -> dict[str, Any]:
+        """Return the record of a finished step."""
+        return json.loads((self.path(key) / RECORD).read_text(encoding="utf-8"))
 
     @contextlib.contextmanager
     def filling(self, key: str, record: dict[str, Any]) -> Iterator[Path | None]:
-        """Yield the folder to put the step's output into, or None if another process finished it meanwhile.
+        """Yield the folder for the output of a step.
 
-        On success the folder becomes the finished step, with `record` as its step.json; on an error or a kill it stays
-        as it is, and the next attempt is given it with whatever state it holds. One process at a time. A file named
-        state.pt in it is dropped at the end.
+        On success, the folder becomes the finished step and state.pt in it is removed. On an error
+        or a kill, it stays as it is, and the next attempt receives it. A lock admits one process.
+
+        Args:
+            key: The step.
+            record: Content of its record, written on success; may be changed until then.
+
+        Yields:
+            The folder, or None if another process finished the step meanwhile.
+
+        Raises:
+            StorageError: The store cannot be written.
         """
         final = self.path(key)
-        partial = final.with_name(f"{key}.partial")
+        partial, lock = final.with_name(f"{key}.partial"), final.with_name(f"{key}.lock")
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(final.with_name(f"{key}.lock"))
-            with lock:
+            with FileLock(lock):
                 if self.has(key):
                     yield None
                     return
                 partial.mkdir(parents=True, exist_ok=True)
                 yield partial
-                for leftover in (
-                    partial / "state.pt",
-                    *partial.rglob(".*.tmp"),
-                ):  # the latter of killed writes
-                    leftover.unlink(missing_ok=True)
-                write_text(partial / "step.json", json.dumps(record, indent=1, sort_keys=True))
+                _remove_leftovers(partial)
+                write_text(partial / RECORD, json.dumps(record, indent=1, sort_keys=True))
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(partial, final)
@@ -61,4 +77,10 @@ class Store:
                 f"{final}: the store cannot be written: {error.strerror or error}"
             ) from error
         with contextlib.suppress(OSError):
-            final.with_name(f"{key}.lock").unlink()
+            lock.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the state of a loop, and the temporary files of killed attempts."""
+    for path in (folder / "state.pt", *folder.rglob(".*.tmp")):
+        path.unlink(missing_ok=True)

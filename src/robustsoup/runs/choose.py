@@ -1,0 +1,55 @@
+"""Select a soup by the stored evaluations, and confirm screened soups first."""
+
+from collections.abc import Callable
+
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.runs.plan import Plan
+from robustsoup.runs.planner import Planner
+from robustsoup.runs.store import Store
+from robustsoup.runs.tasks import Key
+from robustsoup.runs.worker import EVALUATION
+from robustsoup.soups.screening import EvaluationRequest
+from robustsoup.soups.selection import Candidate, Selection, select
+
+
+def load_evaluation(store: Store, key: Key) -> Evaluation:
+    """Load the output of an evaluation from the store."""
+    return Evaluation.load(store.path(key) / EVALUATION)
+
+
+def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[], None]) -> None:
+    """Extend the plan by the full evaluations of screened soups that can still win, and run them.
+
+    Args:
+        planner: The planner, whose first evaluations are finished.
+        store: Finished steps.
+        execute: Runs the missing steps of the plan.
+    """
+    screening = planner.screening()
+    results: dict[EvaluationRequest, Evaluation] = {}
+    batch = screening.first_requests()
+    while batch:
+        for request in batch:
+            results[request] = load_evaluation(store, planner.add_request(request))
+        batch = screening.next_requests(results)
+        for request in batch:
+            planner.add_confirmation(request)
+        if batch:
+            execute()
+
+
+def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
+    """Return the soups of a plan with their evaluations on the split that selects."""
+    return [
+        Candidate(row.name, row.coefficients or (), load_evaluation(store, row.val))
+        for row in plan.rows
+        if row.soup is not None and row.val is not None
+    ]
+
+
+def select_soup(plan: Plan, store: Store) -> Selection | None:
+    """Select a soup as the recipe says; None if it selects none, or there is no soup."""
+    goal, candidates = plan.recipe.goal, soup_candidates(plan, store)
+    if goal is None or goal.maximise is None or not candidates:
+        return None
+    return select(candidates, maximise=goal.maximise, require=goal.require, point=goal.point)

@@ -1,0 +1,38 @@
+"""What all steps of a run share: the data, the network and the device."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from robustsoup.data import Data, Split
+from robustsoup.models import NetworkSettings, build_network
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all steps of a run share.
+
+    Attributes:
+        data: The data.
+        network: How the network is built.
+        device: Where steps run.
+    """
+
+    data: Data
+    network: NetworkSettings
+    device: torch.device
+
+    @cached_property
+    def train_and_val(self) -> Split:
+        """All samples that the paper's protocol fits on."""
+        return self.data.unsplit()
+
+    def fresh_network(self, seed: int) -> nn.Module:
+        """Return the network with weights drawn by `seed`.
+
+        A built-in network normalises by the data's mean and standard deviation.
+        """
+        record = self.data.record
+        return build_network(self.network, mean=record["mean"], std=record["std"], seed=seed)

@@ -1,0 +1,304 @@
+"""The planner: turns a recipe into steps, and extends the plan while the run goes on."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import Data, Synthetic
+from robustsoup.models import NetworkSettings, code_fingerprint
+from robustsoup.recipes import Plane, Recipe, Soup
+from robustsoup.recipes.recipe import PRETRAINED
+from robustsoup.runs.plan import Plan, PlannedRow, Step, step_key
+from robustsoup.runs.tasks import (
+    EvaluateNetwork,
+    EvaluationSettings,
+    Key,
+    LearnCoefficients,
+    MapPlane,
+    Mixing,
+    MixSoup,
+    TakeSnapshot,
+    Task,
+    TrainNetwork,
+)
+from robustsoup.settings import BufferSettings, EarlyStop, TrainSettings
+from robustsoup.soups.ancestry import common_ancestor
+from robustsoup.soups.screening import Contender, EvaluationRequest, Screening
+from robustsoup.soups.selection import Goal
+from robustsoup.training.objectives import Objective
+
+
+class Planner:
+    """Builds the plan of a recipe step by step.
+
+    Every `add_` method adds the steps that are missing and returns a key; adding the same work
+    twice gives one step. `robustsoup.runs.soup_rows` plans the soups of each method.
+
+    Args:
+        recipe: The recipe.
+        data: Its data.
+        network: How the network is built.
+        precision: Arithmetic of training on this device.
+
+    Attributes:
+        plan: The plan so far.
+        networks: Keys of the base and the ingredients by name.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Data, network: NetworkSettings, precision: str
+    ) -> None:
+        self.recipe = recipe
+        self.data = data
+        self.precision = precision
+        self.plan = Plan(recipe)
+        self.networks: dict[str, Key] = {}
+        self._requests: dict[EvaluationRequest, Key] = {}
+        self._surroundings: dict[str, object] = {
+            "data": data.record["split_digest"],
+            "model": network.as_record(),
+            "code": code_fingerprint(network.spec),
+        }
+
+    # Steps of any kind.
+
+    def add_step(self, name: str, task: Task) -> Key:
+        """Add a task and return its key."""
+        surroundings = dict(self._surroundings)
+        if isinstance(task, TrainNetwork | LearnCoefficients):
+            # The recipe names a function; its code decides what the step computes.
+            surroundings["objective"] = Objective.parse(task.settings.objective).fingerprint
+        key = step_key(task, surroundings)
+        step = Step(key, name, task, task.count_passes(self.data))
+        self.plan.steps_by_key.setdefault(key, step)
+        return key
+
+    def add_file(self, path: str) -> Key:
+        """Add a checkpoint that exists and return its key."""
+        return self._add_checkpoint(Checkpoint.open(path))
+
+    def _add_checkpoint(self, checkpoint: Checkpoint) -> Key:
+        key = f"file:{checkpoint.digest}"
+        self.plan.files.setdefault(key, checkpoint)
+        return key
+
+    def add_row(self, row: PlannedRow) -> None:
+        """Add a row, or replace the one of its name."""
+        self.plan.rows_by_name[row.name] = row
+
+    # The base and the ingredients.
+
+    def add_base(self) -> None:
+        """Add the network that ingredients are fine-tuned from, if the recipe has one."""
+        recipe, threat = self.recipe, None
+        if recipe.checkpoint:
+            key = self.add_file(recipe.checkpoint)
+        elif recipe.pretrain:
+            settings = recipe.pretrain.settings(seed=recipe.seed, precision=self.precision)
+            key, threat = self._add_training(PRETRAINED, settings), str(settings.threat)
+        else:
+            return
+        self.networks[PRETRAINED] = key
+        self.add_row(PlannedRow(name=PRETRAINED, role="pretrained", network=key, threat=threat))
+
+    def add_ingredient(self, name: str) -> None:
+        """Add an ingredient: a checkpoint that exists, or a network to fine-tune."""
+        ingredient = self.recipe.ingredients[name]
+        if ingredient.checkpoint:
+            key = self.add_file(ingredient.checkpoint)
+            row = PlannedRow(name=name, role="ingredient", network=key)
+        else:
+            settings = self.recipe.training(name, precision=self.precision)
+            key = self._add_finetuning(name, settings)
+            row = PlannedRow(
+                name=name,
+                role="ingredient",
+                network=key,
+                threat=str(settings.threat),
+                objective=str(settings.objective),
+            )
+        self.networks[name] = key
+        self.add_row(row)
+
+    def _add_finetuning(self, name: str, settings: TrainSettings) -> Key:
+        ingredient, start = self.recipe.ingredients[name], self.networks[PRETRAINED]
+        if ingredient.epoch is None:
+            return self._add_training(name, settings, start)
+        run_name, every = name.removesuffix(f"-{ingredient.epoch}"), ingredient.checkpoint_every
+        run = self._add_training(run_name, settings, start, checkpoint_every=every)
+        return self.add_step(name, TakeSnapshot(run, ingredient.epoch))
+
+    def _add_training(
+        self,
+        name: str,
+        settings: TrainSettings,
+        start: Key | None = None,
+        *,
+        checkpoint_every: int | None = None,
+    ) -> Key:
+        digest = None
+        if settings.synthetic:
+            synthetic = Synthetic.open(settings.synthetic)
+            synthetic.check_fit(self.data.train)
+            digest = synthetic.digest
+        self.check_early_stop(settings.early_stop)
+        task = TrainNetwork(
+            settings,
+            start,
+            digest,
+            checkpoint_every,
+            fits_on_val=self.recipe.fits_on_val and settings.early_stop is None,
+        )
+        return self.add_step(name, task)
+
+    def check_early_stop(self, stop: EarlyStop | None) -> None:
+        """Raise DataError if `val` has fewer samples than early stopping measures."""
+        if stop is not None:
+            self.data.val.first(stop.samples)
+
+    # Soups.
+
+    def ingredient_keys(self, soup: Soup) -> tuple[Key, ...]:
+        """Return the keys of a soup's ingredients."""
+        return tuple(self.networks[name] for name in self.recipe.ingredients_of(soup))
+
+    def base_key(self, ingredients: Sequence[Key]) -> Key:
+        """Return the checkpoint whose statistics the policy "base" takes.
+
+        This is the base of the recipe, else the common ancestor of the ingredients, else the first.
+        """
+        if PRETRAINED in self.networks:
+            return self.networks[PRETRAINED]
+        ancestor = common_ancestor([self.plan.files[key] for key in ingredients])
+        return ingredients[0] if ancestor is None else self._add_checkpoint(ancestor)
+
+    def mixing_of(self, soup: Soup) -> Mixing:
+        """Return what becomes of running statistics in a soup."""
+        policy = "tracked" if soup.method == "learned" else "average"
+        buffers = soup.buffer_settings(seed=self.recipe.seed, policy=policy)
+        if not str(buffers.buffers).startswith("recalibrate"):
+            buffers = BufferSettings(buffers=buffers.buffers)  # the rest has no effect
+        takes_base = buffers.buffers == "base"
+        return Mixing(buffers, self.base_key(self.ingredient_keys(soup)) if takes_base else None)
+
+    def add_mix(
+        self,
+        name: str,
+        ingredients: tuple[Key, ...],
+        mixing: Mixing,
+        *,
+        alpha: tuple[float, ...] | None = None,
+        coefficients: Key | None = None,
+        at: float | None = None,
+    ) -> Key:
+        """Add a soup.
+
+        Args:
+            name: Name of the soup.
+            ingredients: Its ingredients.
+            mixing: What becomes of running statistics.
+            alpha: One coefficient for each ingredient, or None.
+            coefficients: Step whose output holds the coefficients, or None.
+            at: Position on a dial.
+        """
+        return self.add_step(name, MixSoup(ingredients, mixing, alpha, coefficients, at))
+
+    # Planes.
+
+    def add_plane(self, name: str, section: Plane) -> None:
+        """Add a plane of loss values."""
+        split = self.recipe.evaluate.report_on
+        settings = section.settings(
+            threat=self.recipe.base_threat,
+            seed=self.recipe.seed,
+            samples=len(self.data.split(split)),
+            precision=self.precision,
+        )
+        networks = tuple(self.networks[checkpoint] for checkpoint in section.checkpoints)
+        base = self.networks.get(PRETRAINED, networks[0]) if settings.buffers == "base" else None
+        self.plan.planes[name] = self.add_step(name, MapPlane(networks, settings, split, base))
+
+    # Evaluations.
+
+    def selecting_settings(self) -> EvaluationSettings:
+        """Return what networks are evaluated with on the split that selects."""
+        return self._evaluation_settings(self.recipe.select_on, self.recipe.select_samples)
+
+    def reporting_settings(self) -> EvaluationSettings:
+        """Return what networks are evaluated with on the split that reports."""
+        evaluate = self.recipe.evaluate
+        return self._evaluation_settings(evaluate.report_on, evaluate.report_samples)
+
+    def _evaluation_settings(self, split: str, samples: int | None) -> EvaluationSettings:
+        self.data.split(split).first(samples)  # raises DataError if the split has fewer samples
+        evaluate = self.recipe.evaluate
+        attack = evaluate.attack_settings(seed=self.recipe.seed, precision=self.precision)
+        return EvaluationSettings(split, samples, evaluate.threats, attack)
+
+    def add_evaluation(self, name: str, network: Key, settings: EvaluationSettings) -> Key:
+        """Add the full evaluation of a network."""
+        task = EvaluateNetwork(network, settings, keep_points=self.recipe.evaluate.keep_points)
+        return self.add_step(f"{name}.{settings.split}", task)
+
+    def add_evaluations(self) -> None:
+        """Add the evaluations of every row that depend on no result."""
+        screening = self.screening()
+        for row in self.plan.rows:
+            if self.recipe.evaluate.screens:
+                val = self.add_request(screening.first_request(self.contender(row)))
+            else:
+                val = self.add_evaluation(row.name, row.network, self.selecting_settings())
+            self.add_row(dataclasses.replace(row, val=val))
+            if self.recipe.evaluate.report == "all":
+                self.add_report(row.name)
+
+    def add_report(self, name: str) -> None:
+        """Add the evaluation of a row on the split that reports."""
+        row = self.plan.row(name)
+        test = self.add_evaluation(name, row.network, self.reporting_settings())
+        self.add_row(dataclasses.replace(row, test=test))
+
+    # Screening.
+
+    def contender(self, row: PlannedRow) -> Contender:
+        """Return how a row takes part in a screening."""
+        names = [n for n in self.recipe.ingredients if self.networks[n] == row.network]
+        short = row.role in ("grid", "line") and not names
+        return Contender(row.name, names[0] if names else None, "short" if short else "full")
+
+    def screening(self) -> Screening:
+        """Return the screening of the recipe's soups."""
+        soups = [row for row in self.plan.rows if row.soup is not None]
+        goal = self.recipe.goal or Goal()
+        return Screening(tuple(self.recipe.ingredients), tuple(map(self.contender, soups)), goal)
+
+    def add_request(self, request: EvaluationRequest) -> Key:
+        """Add an evaluation that a screening needs, and those that it starts from."""
+        if request not in self._requests:
+            self._requests[request] = self._add_new_request(request)
+        return self._requests[request]
+
+    def _add_new_request(self, request: EvaluationRequest) -> Key:
+        evaluate, name = self.recipe.evaluate, request.candidate
+        settings = self.selecting_settings()
+        if request.mode == "short":
+            attack = evaluate.short_attack_settings(seed=self.recipe.seed, precision=self.precision)
+            settings = dataclasses.replace(settings, attack=attack)
+        in_pool = request.keep_points
+        task = EvaluateNetwork(
+            self.networks[name] if in_pool else self.plan.row(name).network,
+            settings,
+            keep_points=in_pool or evaluate.keep_points,
+            pool=tuple(map(self.add_request, request.pool)),
+            after=None if request.after is None else self.add_request(request.after),
+            attacked_before=request.after is not None and request.after.mode == request.mode,
+            short=request.mode == "short",
+            stop_below=request.stop_below,
+        )
+        return self.add_step(f"{name}{'.pool' if in_pool else ''}.{settings.split}", task)
+
+    def add_confirmation(self, request: EvaluationRequest) -> Key:
+        """Add the full evaluation of a screened soup; its row then refers to this one."""
+        key = self.add_request(request)
+        self.add_row(dataclasses.replace(self.plan.row(request.candidate), val=key))
+        return key

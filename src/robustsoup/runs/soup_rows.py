@@ -1,0 +1,173 @@
+"""Plan the soups of a recipe: one function for each method."""
+
+import itertools
+from collections.abc import Callable, Mapping
+
+from robustsoup.data import Data
+from robustsoup.models import NetworkSettings
+from robustsoup.recipes import Recipe, Soup, threat_slug
+from robustsoup.runs.plan import PlannedRow
+from robustsoup.runs.planner import Planner
+from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients
+from robustsoup.threats import ThreatModel
+
+
+def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision: str) -> Planner:
+    """Plan all steps of a recipe that depend on no result.
+
+    Args:
+        recipe: The recipe.
+        data: Its data.
+        network: How the network is built.
+        precision: Arithmetic of training on this device.
+
+    Returns:
+        The planner, which can extend its plan.
+
+    Raises:
+        CheckpointError, DataError: A checkpoint or generated images cannot be used, or a split has
+            fewer samples than the recipe evaluates.
+    """
+    planner = Planner(recipe, data, network, precision)
+    planner.add_base()
+    for name in recipe.ingredients:
+        planner.add_ingredient(name)
+    for section, soup in recipe.soups.items():
+        plan_soups = SOUP_PLANNERS.get(soup.method, plan_mixed_soups)
+        for row in plan_soups(planner, section, soup):
+            planner.add_row(row)
+    planner.add_evaluations()
+    for name, plane in recipe.planes.items():
+        planner.add_plane(name, plane)
+    return planner
+
+
+def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
+    """Plan the soups of a method that lists coefficients, such as "uniform" and "grid"."""
+    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
+    mixing = planner.mixing_of(soup)
+    rows: list[PlannedRow] = []
+    names = recipe.soup_names(section)
+    for name, alpha in zip(names, recipe.alphas_of(soup), strict=True):
+        if (
+            mixing.policy == "average" and 1.0 in alpha
+        ):  # the soup equals this ingredient bit for bit
+            network = ingredients[alpha.index(1.0)]
+        else:
+            network = planner.add_mix(name, ingredients, mixing, alpha=alpha)
+        rows.append(
+            PlannedRow(
+                name=name,
+                role=soup.method,
+                network=network,
+                soup=section,
+                ingredients=recipe.ingredients_of(soup),
+                coefficients=alpha,
+            )
+        )
+    return rows
+
+
+def plan_learned_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
+    """Plan a learned soup for each threat and objective."""
+    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
+    mixing = planner.mixing_of(soup)
+    rows: list[PlannedRow] = []
+    pairs = itertools.product(recipe.threats_of(soup), soup.objectives)
+    for name, (threat, objective) in zip(recipe.soup_names(section), pairs, strict=True):
+        learned = _add_learning(planner, name, soup, threat, objective)
+        rows.append(
+            PlannedRow(
+                name=name,
+                role="learned",
+                network=planner.add_mix(name, ingredients, mixing, coefficients=learned),
+                soup=section,
+                ingredients=recipe.ingredients_of(soup),
+                learned=learned,
+                threat=str(threat),
+                objective=objective,
+            )
+        )
+    return rows
+
+
+def plan_dials(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
+    """Plan a dial for each threat, and a soup for each position."""
+    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
+    mixing = planner.mixing_of(soup)
+    rows: list[PlannedRow] = []
+    names = iter(recipe.soup_names(section))
+    for threat in recipe.threats_of(soup):
+        dial = _add_learning(planner, f"{section} {threat}", soup, threat, "ce")
+        for t in soup.at:
+            name = next(names)
+            network = planner.add_mix(name, ingredients, mixing, coefficients=dial, at=t)
+            rows.append(
+                PlannedRow(
+                    name=name,
+                    role="dial",
+                    network=network,
+                    soup=section,
+                    ingredients=recipe.ingredients_of(soup),
+                    learned=network,
+                    threat=str(threat),
+                    at=t,
+                    dial=dial,
+                )
+            )
+    return rows
+
+
+def plan_greedy_soup(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
+    """Plan the greedy soup of a section."""
+    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
+    names, settings = recipe.ingredients_of(soup), planner.selecting_settings()
+    mixing = planner.mixing_of(soup)
+    evaluations: tuple[Key, ...] = ()
+    if mixing.policy == "average":  # otherwise a soup of one ingredient differs from it
+        evaluations = tuple(
+            planner.add_evaluation(name, key, settings)
+            for name, key in zip(names, ingredients, strict=True)
+        )
+    task = BuildGreedySoup(recipe.score_of(soup), ingredients, evaluations, mixing, settings)
+    coefficients = planner.add_step(section, task)
+    network = planner.add_mix(section, ingredients, mixing, coefficients=coefficients)
+    return [
+        PlannedRow(
+            name=section,
+            role="greedy",
+            network=network,
+            soup=section,
+            ingredients=names,
+            learned=coefficients,
+        )
+    ]
+
+
+SOUP_PLANNERS: Mapping[str, Callable[[Planner, str, Soup], list[PlannedRow]]] = {
+    "greedy": plan_greedy_soup,
+    "learned": plan_learned_soups,
+    "dial": plan_dials,
+}
+"""Planners of the methods in `SOUP_METHODS` that need evaluations or training."""
+
+
+def dial_file(row: PlannedRow) -> str:
+    """Return the name of a dial's file in the run folder."""
+    threat = threat_slug(ThreatModel.parse(row.threat or "clean"))
+    return f"{row.soup}-{threat}.dial.safetensors"
+
+
+def _add_learning(
+    planner: Planner, name: str, soup: Soup, threat: ThreatModel, objective: str
+) -> Key:
+    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
+    settings = soup.learn_settings(threat, objective, seed=recipe.seed, precision=planner.precision)
+    planner.check_early_stop(settings.early_stop)
+    task = LearnCoefficients(
+        settings,
+        ingredients,
+        base=planner.base_key(ingredients) if settings.buffers == "base" else None,
+        fits_on_val=recipe.fits_on_val and settings.early_stop is None,
+    )
+    return planner.add_step(name, task)

@@ -1,0 +1,448 @@
+"""The kinds of work that a run consists of, each one a frozen dataclass.
+
+A task holds its settings and the keys of what it reads; its output depends on these and the data
+alone. It knows what it costs. `robustsoup.runs.worker` has the function that carries it out.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robustsoup.data import Data
+from robustsoup.settings import (
+    AttackSettings,
+    BufferSettings,
+    EarlyStop,
+    LandscapeSettings,
+    LearnSettings,
+    TrainSettings,
+    to_record,
+)
+from robustsoup.soups.selection import Score
+from robustsoup.threats import ThreatModel
+from robustsoup.training.objectives import Objective
+
+Key = str
+"""Key of a step, or "file:DIGEST" of a checkpoint that existed before the run."""
+
+SETTINGS = (TrainSettings, LearnSettings, AttackSettings, BufferSettings, LandscapeSettings)
+BYTES_PER_VERDICT = 30
+
+
+@dataclass(frozen=True)
+class TrainNetwork:
+    """Train a network from fresh weights ("pretrain") or from a checkpoint ("finetune").
+
+    Attributes:
+        settings: How to train.
+        start: The checkpoint to start from; None for fresh weights drawn by the settings' seed.
+        synthetic: Digest of the generated images that `settings.synthetic` names.
+        checkpoint_every: Number of epochs between stored checkpoints; None for the last one alone.
+        fits_on_val: Whether `val` is trained on too.
+    """
+
+    settings: TrainSettings
+    start: Key | None = None
+    synthetic: str | None = None
+    checkpoint_every: int | None = None
+    fits_on_val: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind of task."""
+        return "pretrain" if self.start is None else "finetune"
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        return () if self.start is None else (self.start,)
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.settings.precision
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training or learning."""
+        return self.settings.epochs
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that the task is worth."""
+        settings = self.settings
+        return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(settings, data)
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return about how many bytes the output takes."""
+        every = self.checkpoint_every
+        return network_bytes * (1 + (self.epochs // every if every else 0))
+
+
+@dataclass(frozen=True)
+class TakeSnapshot:
+    """Take the checkpoint of one epoch from a training run that stored several.
+
+    Attributes:
+        run: The training run.
+        epoch: The epoch.
+    """
+
+    run: Key
+    epoch: int
+    kind = "snapshot"
+    precision = "float32"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        return (self.run,)
+
+    def count_passes(self, data: Data) -> int:
+        """Return 0: the task runs no network."""
+        return 0
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return 0: the output is a link."""
+        return 0
+
+
+@dataclass(frozen=True)
+class LearnCoefficients:
+    """Learn the coefficients of one soup ("learn") or of a whole line of soups ("dial").
+
+    Attributes:
+        settings: How to learn; with `settings.dial`, a dial.
+        ingredients: The ingredients.
+        base: Checkpoint whose BatchNorm statistics the policy "base" takes.
+        fits_on_val: Whether `val` is learned on too.
+    """
+
+    settings: LearnSettings
+    ingredients: tuple[Key, ...]
+    base: Key | None = None
+    fits_on_val: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind of task."""
+        return "learn" if self.settings.dial is None else "dial"
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        return self.ingredients
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.settings.precision
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training or learning."""
+        return self.settings.epochs
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that the task is worth."""
+        settings = self.settings
+        if settings.dial is not None and settings.dial.by == "objective":
+            settings = dataclasses.replace(settings, objective="mixed 0.5")
+        return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(settings, data)
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return 0: coefficients are small."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What becomes of BatchNorm's running statistics when ingredients are mixed.
+
+    Attributes:
+        buffers: The policy and its settings.
+        base: Checkpoint whose statistics the policy "base" takes.
+    """
+
+    buffers: BufferSettings
+    base: Key | None = None
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return self.buffers.buffers or "average"
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that one mix is worth."""
+        if not self.policy.startswith("recalibrate"):
+            return 0
+        samples = min(self.buffers.calibrate_samples, len(data.train))
+        attacked = self.policy == "recalibrate-adversarial"
+        return samples * (2 + 2 * self.buffers.attack_steps if attacked else 1)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What a network is evaluated with.
+
+    Attributes:
+        split: Name of the split.
+        samples: Number of samples; None for all.
+        threats: Threat models.
+        attack: The attack.
+    """
+
+    split: str
+    samples: int | None
+    threats: tuple[ThreatModel, ...]
+    attack: AttackSettings
+
+    def count_samples(self, data: Data) -> int:
+        """Return the number of samples."""
+        return self.samples or len(data.split(self.split))
+
+    def count_passes(self, data: Data, *, points: int = 0, attack: bool = True) -> int:
+        """Return the number of forward passes of one sample that one evaluation is worth.
+
+        Args:
+            data: The data.
+            points: Adversarial points that are tried on each sample before the attack.
+            attack: Whether the attack runs at all.
+        """
+        threats = sum(not threat.is_clean for threat in self.threats)
+        steps = self.attack.steps * self.attack.restarts if attack else 0
+        return self.count_samples(data) * (1 + threats * (points // 2 + steps))
+
+
+@dataclass(frozen=True)
+class BuildGreedySoup:
+    """Build a greedy soup: evaluate soups of ever more ingredients, one after the other.
+
+    Attributes:
+        score: Score that another ingredient must not lower.
+        ingredients: The ingredients.
+        evaluations: Evaluations of the ingredients; empty if they must be evaluated as soups.
+        mixing: How the soups are mixed.
+        evaluation: How they are evaluated.
+    """
+
+    score: Score
+    ingredients: tuple[Key, ...]
+    evaluations: tuple[Key, ...]
+    mixing: Mixing
+    evaluation: EvaluationSettings
+    kind = "greedy"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        return (*self.ingredients, *self.evaluations)
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.evaluation.attack.precision
+
+    @property
+    def rounds(self) -> int:
+        """Number of soups that are evaluated."""
+        return 2 * len(self.ingredients) - 1 - len(self.evaluations)
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that the task is worth."""
+        each = self.evaluation.count_passes(data) + self.mixing.count_passes(data)
+        return self.rounds * each
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return about how many bytes the output takes."""
+        attacks = len(self.evaluation.threats)
+        samples = self.evaluation.count_samples(data)
+        return self.rounds * samples * attacks * BYTES_PER_VERDICT
+
+
+@dataclass(frozen=True)
+class MixSoup:
+    """Mix ingredients into a soup.
+
+    Attributes:
+        ingredients: The ingredients.
+        mixing: What becomes of running statistics.
+        alpha: One coefficient for each ingredient; None to take those of `coefficients`.
+        coefficients: Step whose output holds the coefficients.
+        at: Position on a dial.
+    """
+
+    ingredients: tuple[Key, ...]
+    mixing: Mixing
+    alpha: tuple[float, ...] | None = None
+    coefficients: Key | None = None
+    at: float | None = None
+    kind = "mix"
+    precision = "float32"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        return self.ingredients + (() if self.coefficients is None else (self.coefficients,))
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that the task is worth."""
+        return self.mixing.count_passes(data)
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return about how many bytes the output takes."""
+        return network_bytes
+
+
+@dataclass(frozen=True)
+class EvaluateNetwork:
+    """Evaluate one network.
+
+    Attributes:
+        network: The network.
+        settings: What it is evaluated with.
+        keep_points: Whether the adversarial images are stored.
+        pool: Evaluations whose adversarial points are tried before the attack.
+        after: Earlier evaluation of the network, whose verdicts this one starts from.
+        attacked_before: Whether `after` ran the same attack, so that no sample is attacked again.
+        short: Whether the attack is a short one, and robust accuracies are upper bounds.
+        stop_below: Number of surviving samples below which the evaluation gives up.
+    """
+
+    network: Key
+    settings: EvaluationSettings
+    keep_points: bool = False
+    pool: tuple[Key, ...] = ()
+    after: Key | None = None
+    attacked_before: bool = False
+    short: bool = False
+    stop_below: int | None = None
+    kind = "evaluate"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        after = () if self.after is None or self.after in self.pool else (self.after,)
+        return (self.network, *self.pool, *after)
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.settings.attack.precision
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that the task is worth."""
+        return self.settings.count_passes(
+            data, points=len(self.pool), attack=not self.attacked_before
+        )
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return about how many bytes the output takes."""
+        channels, (height, width) = data.record["channels"], data.record["size"]
+        each = BYTES_PER_VERDICT + 4 * channels * height * width * self.keep_points
+        return self.settings.count_samples(data) * len(self.settings.threats) * each
+
+
+@dataclass(frozen=True)
+class MapPlane:
+    """Measure the loss on a grid of points of the plane through three networks.
+
+    Attributes:
+        networks: The three networks.
+        settings: The grid, the attack and the running statistics.
+        split: Name of the split to measure on.
+        base: Checkpoint whose statistics the policy "base" takes.
+    """
+
+    networks: tuple[Key, ...]
+    settings: LandscapeSettings
+    split: str
+    base: Key | None = None
+    kind = "plane"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of what the task reads."""
+        return self.networks
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.settings.precision
+
+    def count_passes(self, data: Data) -> int:
+        """Return the number of forward passes of one sample that the task is worth."""
+        settings = self.settings
+        each = settings.samples * (2 * settings.attack_steps + 3)
+        if settings.buffers.startswith("recalibrate"):
+            each += min(settings.calibrate_samples, len(data.train))
+        return settings.points**2 * each
+
+    def count_bytes(self, data: Data, network_bytes: int) -> int:
+        """Return 0: the losses are small."""
+        return 0
+
+
+Task = (
+    TrainNetwork
+    | TakeSnapshot
+    | LearnCoefficients
+    | BuildGreedySoup
+    | MixSoup
+    | EvaluateNetwork
+    | MapPlane
+)
+
+
+def task_record(task: Task) -> dict[str, Any]:
+    """Return a task as JSON-able values, for its key and its record."""
+    record = _as_record(task)
+    if isinstance(task, TrainNetwork) and task.settings.synthetic is not None:
+        # The images count, not the place where they lie.
+        record["settings"] = record["settings"] | {"synthetic": task.synthetic}
+    return record
+
+
+def _as_record(value: Any) -> Any:
+    if isinstance(value, SETTINGS):
+        return to_record(value)
+    if isinstance(value, ThreatModel | Score):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_as_record(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _as_record(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        return {f.name: _as_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def step_passes(threat: ThreatModel, objective: str | Objective, attack_steps: int) -> int:
+    """Return the forward passes of one sample in one training step.
+
+    The attack takes a forward and a backward pass for each step and one pass at the end, and one
+    more where its loss compares with clean logits. The update takes 3 for each batch that the
+    objective needs.
+    """
+    parsed = Objective.parse(objective)
+    attacked = not threat.is_clean and parsed.uses_attacked
+    attack = 2 * attack_steps + 1 + parsed.attack_compares_with_clean if attacked else 0
+    return attack + 3 * (2 if attacked and parsed.uses_clean else 1)
+
+
+def _fitting_passes(settings: TrainSettings | LearnSettings, data: Data, fits_on_val: bool) -> int:
+    samples = len(data.train) + (len(data.val) if fits_on_val else 0)
+    each = step_passes(settings.threat, settings.objective, settings.attack_steps)
+    return samples * settings.epochs * each
+
+
+def _stopping_passes(settings: TrainSettings | LearnSettings, data: Data) -> int:
+    stop: EarlyStop | None = settings.early_stop
+    if stop is None:
+        return 0
+    return settings.epochs * (stop.samples or len(data.val)) * (2 * stop.steps + 2)

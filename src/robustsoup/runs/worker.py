@@ -1,0 +1,363 @@
+"""The worker carries out one step: one function for each kind of task."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import assert_never
+
+from torch import nn
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe
+from robustsoup.data import Split, Synthetic
+from robustsoup.diagnosis.landscape import landscape
+from robustsoup.errors import DataError
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.files import link_file
+from robustsoup.progress import Progress
+from robustsoup.runs.context import Context
+from robustsoup.runs.plan import Step
+from robustsoup.runs.store import Store
+from robustsoup.runs.tasks import (
+    BuildGreedySoup,
+    EvaluateNetwork,
+    EvaluationSettings,
+    Key,
+    LearnCoefficients,
+    MapPlane,
+    Mixing,
+    MixSoup,
+    TakeSnapshot,
+    TrainNetwork,
+)
+from robustsoup.settings import EarlyStop
+from robustsoup.soups.coefficients import Coefficients, load_coefficients
+from robustsoup.soups.greedy import greedy
+from robustsoup.soups.grid import Alpha, alpha_name, corners
+from robustsoup.soups.learning import learn, learn_dial
+from robustsoup.soups.mixing import mix
+from robustsoup.soups.screening import mark_screened
+from robustsoup.training.train import train
+
+CHECKPOINT = "checkpoint.safetensors"
+COEFFICIENTS = "coefficients.safetensors"
+DIAL = "dial.safetensors"
+EVALUATION = "evaluation.json"
+LANDSCAPE = "landscape.json"
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Carries out steps: reads what they need from the store and writes their output.
+
+    Attributes:
+        context: Data, network and device.
+        store: Finished steps.
+        files: Checkpoints that existed before the run, by key.
+        allow_leakage: Whether ingredients may have been trained on another split.
+        warn: Receives what makes a result doubtful, in one line.
+    """
+
+    context: Context
+    store: Store
+    files: Mapping[Key, Checkpoint]
+    allow_leakage: bool
+    warn: Callable[[str], None]
+
+    def run_step(self, step: Step, folder: Path, on_progress: Progress) -> str:
+        """Carry out one step.
+
+        Args:
+            step: The step; its parents are finished.
+            folder: Receives the output; may hold the state of an interrupted attempt.
+            on_progress: Receives (parts done, all parts, figures).
+
+        Returns:
+            The figures of the result in one line.
+        """
+        task = step.task
+        match task:
+            case TrainNetwork():
+                return train_network(self, task, folder, on_progress)
+            case TakeSnapshot():
+                return take_snapshot(self, task, folder)
+            case LearnCoefficients():
+                return learn_coefficients(self, step.name, task, folder, on_progress)
+            case BuildGreedySoup():
+                return build_greedy_soup(self, task, folder, on_progress)
+            case MixSoup():
+                return mix_soup(self, task, folder)
+            case EvaluateNetwork():
+                return evaluate_network(self, step.name, task, folder, on_progress)
+            case MapPlane():
+                return map_plane(self, task, folder, on_progress)
+            case _:
+                assert_never(task)
+
+    def checkpoint(self, key: Key) -> Checkpoint:
+        """Return a checkpoint: the output of a step, or a file."""
+        return self._open_checkpoint(key)
+
+    def optional_checkpoint(self, key: Key | None) -> Checkpoint | None:
+        """Return a checkpoint; None for None."""
+        return None if key is None else self.checkpoint(key)
+
+    def evaluation(self, key: Key) -> Evaluation:
+        """Return the output of an evaluation."""
+        return self._load_evaluation(key)
+
+    @cached_property
+    def _open_checkpoint(self) -> Callable[[Key], Checkpoint]:
+        def open_checkpoint(key: Key) -> Checkpoint:
+            if key in self.files:
+                return describe(self.files[key], self.context.network)
+            return Checkpoint.open(self.store.path(key) / CHECKPOINT)
+
+        return lru_cache(maxsize=8)(open_checkpoint)
+
+    @cached_property
+    def _load_evaluation(self) -> Callable[[Key], Evaluation]:
+        def load_evaluation(key: Key) -> Evaluation:
+            return Evaluation.load(self.store.path(key) / EVALUATION)
+
+        return lru_cache(maxsize=8)(load_evaluation)
+
+    def fitting_split(self, fits_on_val: bool) -> Split:
+        """Return the samples to fit on."""
+        return self.context.train_and_val if fits_on_val else self.context.data.train
+
+    def stopping_split(self, stop: EarlyStop | None) -> Split | None:
+        """Return the samples that early stopping measures on."""
+        return None if stop is None else self.context.data.val.first(stop.samples)
+
+
+def train_network(worker: Worker, task: TrainNetwork, folder: Path, on_progress: Progress) -> str:
+    """Train a network and write its checkpoint, and those of earlier epochs if requested."""
+    settings = task.settings
+    network: Checkpoint | nn.Module
+    if task.start is None:
+        network = worker.context.fresh_network(settings.seed)
+    else:
+        network = worker.checkpoint(task.start)
+    if settings.synthetic is not None:
+        settings = replace(settings, synthetic=_open_synthetic(task))
+
+    def save_epoch(epoch: int, checkpoint: Checkpoint) -> None:
+        checkpoint.save(folder / f"epoch{epoch}.safetensors")
+
+    trained = train(
+        network,
+        worker.fitting_split(task.fits_on_val),
+        settings,
+        val=worker.stopping_split(settings.early_stop),
+        checkpoint_every=task.checkpoint_every,
+        on_checkpoint=save_epoch if task.checkpoint_every else None,
+        device=worker.context.device,
+        state_path=folder / STATE,
+        on_progress=on_progress,
+    )
+    trained.save(folder / CHECKPOINT)
+    history = trained.provenance["history"]
+    figures = f"loss {history[-1]['loss']:.3f}"
+    if settings.early_stop is None:
+        return figures
+    epoch = trained.provenance["early_stopped_at"]
+    best = next(entry for entry in history if entry["epoch"] == epoch)
+    return (
+        f"{figures}, stopped at epoch {epoch}: val robust loss {best['robust_loss']:.3f}, "
+        f"robust {best['robust_accuracy']:.1%}"
+    )
+
+
+def _open_synthetic(task: TrainNetwork) -> Synthetic:
+    """Open the generated images; they must be those that the plan saw."""
+    synthetic = Synthetic.open(task.settings.synthetic)
+    if synthetic.digest != task.synthetic:
+        raise DataError(
+            f"{synthetic.path}: changed since the run was planned; run the same command again"
+        )
+    return synthetic
+
+
+def take_snapshot(worker: Worker, task: TakeSnapshot, folder: Path) -> str:
+    """Link the checkpoint of one epoch."""
+    link_file(worker.store.path(task.run) / f"epoch{task.epoch}.safetensors", folder / CHECKPOINT)
+    return f"epoch {task.epoch}"
+
+
+def learn_coefficients(
+    worker: Worker, name: str, task: LearnCoefficients, folder: Path, on_progress: Progress
+) -> str:
+    """Learn the coefficients of a soup, or a dial, and write them."""
+    settings = task.settings
+    ingredients = [worker.checkpoint(key) for key in task.ingredients]
+    data = worker.fitting_split(task.fits_on_val)
+    base, device = worker.optional_checkpoint(task.base), worker.context.device
+    if settings.dial is not None:
+        dial = learn_dial(
+            ingredients,
+            data,
+            settings,
+            base=base,
+            allow_leakage=worker.allow_leakage,
+            device=device,
+            state_path=folder / STATE,
+            on_progress=on_progress,
+        )
+        dial.save(folder / DIAL)
+        loss = dial.record["history"][-1]["loss"]
+        robust, clean = _describe_shares(dial.at(0)), _describe_shares(dial.at(1))
+        return f"loss {loss:.3f}; robust end: {robust}; clean end: {clean}"
+    coefficients = learn(
+        ingredients,
+        data,
+        settings,
+        val=worker.stopping_split(settings.early_stop),
+        base=base,
+        allow_leakage=worker.allow_leakage,
+        device=device,
+        state_path=folder / STATE,
+        on_progress=on_progress,
+    )
+    coefficients.save(folder / COEFFICIENTS)
+    for warning in coefficients.record.get("warnings", ()):
+        worker.warn(f"{name}: {warning}")
+    loss = coefficients.record["history"][-1]["loss"]
+    return f"loss {loss:.3f}, {_describe_shares(coefficients)}"
+
+
+def build_greedy_soup(
+    worker: Worker, task: BuildGreedySoup, folder: Path, on_progress: Progress
+) -> str:
+    """Build a greedy soup and write its coefficients.
+
+    Every evaluation stays in the folder until the step ends, so an interrupted step resumes.
+    """
+    ingredients = [worker.checkpoint(key) for key in task.ingredients]
+    split = worker.context.data.split(task.evaluation.split)
+    evaluated = 0
+
+    def evaluate_soup(alpha: Alpha) -> Evaluation:
+        nonlocal evaluated
+        path = folder / f"{alpha_name(alpha)}.json"
+        if not path.exists():
+            soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
+            evaluate(
+                soup,
+                split,
+                task.evaluation.threats,
+                task.evaluation.attack,
+                samples=task.evaluation.samples,
+                device=str(worker.context.device),
+            ).save(path)
+        evaluated += 1
+        evaluation = Evaluation.load(path)
+        figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
+        on_progress(evaluated, task.rounds, figures)
+        return evaluation
+
+    stored = [worker.evaluation(key) for key in task.evaluations]
+    alone = stored or [evaluate_soup(alpha) for alpha in corners(len(ingredients))]
+    tried = greedy(alone, evaluate_soup, task.score)
+    trace = [{"alpha": list(c.alpha), "score": task.score.of(c.evaluation.accuracy)} for c in tried]
+    best = tried[-1].alpha
+    coefficients = replace(
+        Coefficients.of(best),
+        ingredients=tuple(item.digest for item in ingredients),
+        record={"greedy": {"score": str(task.score), "tried": trace, "split": split.name}},
+    )
+    coefficients.save(folder / COEFFICIENTS)
+    used = sum(share > 0 for share in best)
+    return f"{used} of {len(best)} ingredients, {task.score}: {trace[-1]['score']:.1%}"
+
+
+def mix_soup(worker: Worker, task: MixSoup, folder: Path) -> str:
+    """Mix a soup and write its checkpoint; for a position on a dial, its coefficients too."""
+    ingredients = [worker.checkpoint(key) for key in task.ingredients]
+    if task.coefficients is None:
+        coefficients = Coefficients.of(task.alpha or ())
+    elif task.at is None:
+        coefficients = load_coefficients(worker.store.path(task.coefficients) / COEFFICIENTS)
+    else:
+        coefficients = load_coefficients(worker.store.path(task.coefficients) / DIAL, task.at)
+        coefficients.save(folder / COEFFICIENTS)
+    soup = _mix_checkpoints(worker, ingredients, coefficients, task.mixing)
+    soup.save(folder / CHECKPOINT)
+    return f"buffers {task.mixing.policy}"
+
+
+def _mix_checkpoints(
+    worker: Worker, ingredients: list[Checkpoint], coefficients: Coefficients, mixing: Mixing
+) -> Checkpoint:
+    settings = mixing.buffers
+    return mix(
+        ingredients,
+        coefficients,
+        buffers=mixing.policy,
+        base=worker.optional_checkpoint(mixing.base),
+        calibrate_on=worker.context.data.train,
+        calibrate_samples=settings.calibrate_samples,
+        threat=settings.calibrate_threat,
+        attack_steps=settings.attack_steps,
+        seed=settings.seed,
+        device=worker.context.device,
+    )
+
+
+def evaluate_network(
+    worker: Worker, name: str, task: EvaluateNetwork, folder: Path, on_progress: Progress
+) -> str:
+    """Evaluate a network and write its verdicts."""
+    settings: EvaluationSettings = task.settings
+    evaluation = evaluate(
+        worker.checkpoint(task.network),
+        worker.context.data.split(settings.split),
+        settings.threats,
+        settings.attack,
+        samples=settings.samples,
+        keep_points=task.keep_points,
+        pool=[worker.evaluation(key) for key in task.pool],
+        after=None if task.after is None else worker.evaluation(task.after),
+        stop_below=task.stop_below,
+        device=str(worker.context.device),
+        state_path=folder / STATE,
+        on_progress=on_progress,
+    )
+    if task.short:
+        evaluation = mark_screened(evaluation)
+    evaluation.save(folder / EVALUATION)
+    for warning in evaluation.warnings:
+        worker.warn(f"{name}: {warning}")
+    return describe_scores(evaluation) + (" (screened: upper bounds)" if task.short else "")
+
+
+def map_plane(worker: Worker, task: MapPlane, folder: Path, on_progress: Progress) -> str:
+    """Measure the loss on a plane and write it."""
+    plane = landscape(
+        [worker.checkpoint(key) for key in task.networks],
+        worker.context.data.split(task.split),
+        **vars(task.settings),
+        base=worker.optional_checkpoint(task.base),
+        calibrate_on=worker.context.data.train,
+        device=str(worker.context.device),
+        state_path=folder / STATE,
+        on_progress=on_progress,
+    )
+    plane.save(folder / LANDSCAPE)
+    finite = [value for row in plane.loss for value in row if value is not None]
+    if not finite:
+        return "no loss is finite"
+    return f"robust loss {min(finite):.3f} to {max(finite):.3f}"
+
+
+def describe_scores(evaluation: Evaluation) -> str:
+    """Return the accuracies in one line."""
+    return ", ".join(f"{name} {accuracy}" for name, accuracy in evaluation.accuracy.items())
+
+
+def _describe_shares(coefficients: Coefficients) -> str:
+    means = ", ".join(f"{value:.2f}" for value in coefficients.alpha.mean(0).tolist())
+    return f"mean coefficients {means}, mean entropy {float(coefficients.entropy().mean()):.2f}"
