@@ -96,7 +96,7 @@ def build_network(
     return model
 
 
-def code_fingerprint(spec: str) -> str | None:
+def factory_fingerprint(spec: str) -> str | None:
     """Return the fingerprint of a factory's source file; None for a built-in network."""
     name, _, rest = spec.partition(":")
     if name in MODELS:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
-from robustsoup.models import NetworkSettings, code_fingerprint
+from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
 from robustsoup.recipes.recipe import PRETRAINED
 from robustsoup.runs.plan import Plan, PlannedRow, Step, step_key
@@ -57,7 +57,7 @@ class Planner:
         self._surroundings: dict[str, object] = {
             "data": data.record["split_digest"],
             "model": network.as_record(),
-            "code": code_fingerprint(network.spec),
+            "code": factory_fingerprint(network.spec),
         }
 
     # Steps of any kind.
