@@ -6,10 +6,10 @@ names what has no help text; tests/docs/test_reference.py fails when the list is
 
 import dataclasses
 import inspect
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -239,14 +239,19 @@ def recipe_row(name: str, field: FieldInfo) -> str:
 
 def type_text(annotation: Any) -> str:
     """Return a type as a reader of TOML writes it."""
-    text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
-    text = text.replace("typing.", "").replace("NoneType", "None")
-    text = re.sub(r" \| None$", "", text)
-    literal = re.fullmatch(r"Literal\[(.*)\]", text)
-    if literal:
-        return " or ".join(f"`{choice.strip()}`" for choice in literal[1].split(","))
-    names = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-    return re.sub(r"\b(str|int|float|bool)\b", lambda match: names[match[0]], text)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0])
+    if origin in (Union, UnionType):
+        return " or ".join(type_text(a) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if origin is tuple:
+        return f"list of {type_text(arguments[0])}s"
+    if origin in (dict, Mapping):
+        return "table"
+    names = {int: "integer", float: "number", bool: "boolean"}
+    return names.get(annotation, "string")  # threat models, scores and requirements are text
 
 
 def value_text(value: Any) -> str:

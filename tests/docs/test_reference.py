@@ -21,7 +21,7 @@ def load_generator():
 generate_reference = load_generator()
 
 
-@pytest.mark.xfail(reason="the recipe tables do not derive their help from the settings yet")
+@pytest.mark.xfail(reason="the commands do not derive their help from the settings yet")
 def test_nothing_public_is_undocumented():
     assert generate_reference.find_undocumented() == []
 

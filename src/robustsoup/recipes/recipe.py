@@ -31,6 +31,10 @@ PRETRAINED = "pretrained"
 """Name of the network that [pretrain] trains or `checkpoint` names."""
 
 
+_NO_SOUPS: dict[str, Soup] = {}
+_NO_PLANES: dict[str, Plane] = {}
+
+
 class Recipe(Section):
     """All settings of a run, validated and parsed.
 
@@ -40,24 +44,44 @@ class Recipe(Section):
     early stopping uses `train` alone in both.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    data: str
-    model: str | None = None
-    seed: int = Field(0, ge=0, lt=SEED_LIMIT)
-    image_size: int | None = Field(None, ge=8)
-    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    precision: Annotated[str, AfterValidator(one_of(PRECISIONS))] = "auto"
-    allow_leakage: bool = False
-    protocol: Annotated[str, AfterValidator(one_of(("split", "paper")))] = "split"
-    checkpoint: str | None = None
-    pretrain: Pretrain | None = None
-    finetune: Training = Training()
-    ingredients: dict[str, Ingredient] = Field(min_length=1)
-    soups: dict[str, Soup] = Field(default_factory=dict[str, Soup])
-    planes: dict[str, Plane] = Field(default_factory=dict[str, Plane])
-    evaluate: Evaluate = Evaluate()
-    select: Select | None = None
-    report: Report = Report()
+    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the run.")
+    data: str = Field(description="Data set: digits, cifar10 or folder:PATH.")
+    model: str | None = Field(
+        None,
+        description="Network, such as resnet9:width=16 or package.module:factory; by default the "
+        "one that the checkpoints record.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=SEED_LIMIT, description="Seed of the split and of tables without their own."
+    )
+    image_size: int | None = Field(
+        None, ge=8, description="Side of the images of a folder in pixels."
+    )
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = Field(
+        None, description="Mean and standard deviation by channel that the network expects."
+    )
+    precision: Annotated[str, AfterValidator(one_of(PRECISIONS))] = Field(
+        "auto", description="Arithmetic of training, learning, screening and planes."
+    )
+    allow_leakage: bool = Field(
+        False, description="Accept checkpoints that were trained on samples that evaluate them."
+    )
+    protocol: Annotated[str, AfterValidator(one_of(("split", "paper")))] = Field(
+        "split", description="split selects on val; paper fits on val too and selects on test."
+    )
+    checkpoint: str | None = Field(
+        None, description="Checkpoint that ingredients are fine-tuned from, instead of [pretrain]."
+    )
+    pretrain: Pretrain | None = Field(None, description="Training from fresh weights.")
+    finetune: Training = Field(Training(), description="How ingredients are fine-tuned.")
+    ingredients: dict[str, Ingredient] = Field(
+        min_length=1, description="The ingredients: paths of checkpoints, or what to train."
+    )
+    soups: dict[str, Soup] = Field(_NO_SOUPS, description="The soups.")
+    planes: dict[str, Plane] = Field(_NO_PLANES, description="Planes of loss values.")
+    evaluate: Evaluate = Field(Evaluate(), description="How networks are evaluated.")
+    select: Select | None = Field(None, description="Which soup to choose; none if absent.")
+    report: Report = Field(Report(), description="What to draw.")
 
     @model_validator(mode="before")
     @classmethod

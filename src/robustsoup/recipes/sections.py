@@ -27,6 +27,7 @@ from robustsoup.catalog import LOSSES, SOUP_METHODS
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.verdicts import parse_measure
 from robustsoup.settings import (
+    LINF_8,
     PRETRAIN_DEFAULTS,
     AttackSettings,
     BufferSettings,
@@ -235,8 +236,8 @@ def settings_from(section: Section, settings_type: type[S], **values: Any) -> S:
 class EarlyStopSection(Section):
     """Return the epoch with the lowest robust loss on `val`, measured after every epoch."""
 
-    split: Literal["val"] = "val"
-    metric: Literal["robust_loss"] = "robust_loss"
+    split: Literal["val"] = Field("val", description="Split to measure on.")
+    metric: Literal["robust_loss"] = Field("robust_loss", description="What to minimise.")
 
     def settings(self) -> EarlyStop:
         """Return the settings."""
@@ -309,9 +310,13 @@ class Ingredient(Section):
     checkpoint_every = 10 }` stands for run-10, run-20, ..., run-50, each with its `epoch`.
     """
 
-    checkpoint: str | None = None
-    checkpoint_every: int | None = Field(None, ge=1)
-    epoch: int | None = Field(None, ge=1)
+    checkpoint: str | None = Field(
+        None, description="A file, or robustbench:NAME; such an ingredient is not trained."
+    )
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="Epochs between checkpoints, each of which is an ingredient."
+    )
+    epoch: int | None = Field(None, ge=1, description="The epoch that this ingredient is of.")
 
     @model_validator(mode="after")
     def _check_together(self) -> "Ingredient":
@@ -370,11 +375,22 @@ METHOD_KEYS = {
 class Soup(Section):
     """One family of soups of the same ingredients. Keys of other methods are refused."""
 
-    method: Annotated[str, AfterValidator(_check_method)]
-    ingredients: tuple[str, ...] | None = None
-    threats: tuple[ThreatValue, ...] = ()
-    objectives: tuple[ObjectiveValue, ...] = ("ce",)
-    at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    method: Annotated[str, AfterValidator(_check_method)] = Field(
+        description=f"How coefficients are found: {', '.join(SOUP_METHODS)}."
+    )
+    ingredients: tuple[str, ...] | None = Field(
+        None, description="Names of the ingredients; all by default."
+    )
+    threats: tuple[ThreatValue, ...] = Field(
+        (), description="Threat models to learn a soup against, each; by default the base's."
+    )
+    objectives: tuple[ObjectiveValue, ...] = Field(
+        ("ce",), description="Objectives to learn a soup with, each."
+    )
+    at: tuple[float, ...] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        description="Positions on a dial, from 0 (robust) to 1 (clean), each a soup.",
+    )
 
     @field_validator("at")
     @classmethod
@@ -444,7 +460,9 @@ class Plane(Section):
     x axis (the paper's Fig. 7).
     """
 
-    checkpoints: tuple[str, str, str]
+    checkpoints: tuple[str, str, str] = Field(
+        description="Names of three networks: ingredients, or pretrained."
+    )
 
     def settings(
         self, *, threat: ThreatModel, seed: int, samples: int, precision: str
@@ -476,13 +494,19 @@ class Evaluate(Section):
     adversarial points of the ingredients; those that can still win are confirmed in full.
     """
 
-    threats: tuple[ThreatValue, ...] = (ThreatModel("Linf", 8 / 255),)
-    select_on: Literal["val"] = "val"
-    report_on: Literal["test"] = "test"
-    select_samples: int | None = Field(None, ge=1)
-    report_samples: int | None = Field(None, ge=1)
-    report: Literal["all", "chosen"] = "all"
-    keep_points: bool = False
+    threats: tuple[ThreatValue, ...] = Field((LINF_8,), description="Threat models to attack with.")
+    select_on: Literal["val"] = Field("val", description="Split that selects.")
+    report_on: Literal["test"] = Field("test", description="Split that reports.")
+    select_samples: int | None = Field(
+        None, ge=1, description="Samples of the split that selects; all by default."
+    )
+    report_samples: int | None = Field(
+        None, ge=1, description="Samples of the split that reports; all by default."
+    )
+    report: Literal["all", "chosen"] = Field(
+        "all", description="Networks to evaluate on the split that reports."
+    )
+    keep_points: bool = Field(False, description="Store the adversarial images.")
 
     @model_validator(mode="after")
     def _check_together(self) -> "Evaluate":
@@ -534,4 +558,6 @@ class Select(Section):
 class Report(Section):
     """Which figures to draw."""
 
-    figures: tuple[Figure, ...] = ("ternary", "tradeoff", "coefficients")
+    figures: tuple[Figure, ...] = Field(
+        ("ternary", "tradeoff", "coefficients"), description="Figures, in this order."
+    )
