@@ -1177,7 +1177,7 @@ BAD = {
     "missing folder": (
         NOTHING,
         ("evaluate", "low.safetensors", "--data", "folder:nowhere"),
-        ["nowhere", "one folder a class"],
+        ["nowhere", "one sub-folder for each class"],
     ),
     "unknown data": (
         NOTHING,

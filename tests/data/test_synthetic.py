@@ -110,7 +110,7 @@ def test_members_with_long_names_and_extra_fields_are_found_where_they_lie(tmp_p
 
 def test_the_digest_is_of_the_whole_file_and_taken_once(made, cache, monkeypatch):
     seen = []
-    monkeypatch.setattr(synthetic_file, "BLOCK", 1000)
+    monkeypatch.setattr(synthetic_file, "READ_BLOCK_BYTES", 1000)
     digest = Synthetic.open(made, lambda done, total, figures: seen.append(done)).digest
     assert digest == hashlib.sha256(made.read_bytes()).hexdigest()
     assert len(seen) == -(-made.stat().st_size // 1000)
@@ -176,10 +176,10 @@ def test_files_that_cannot_be_mapped_are_named(tmp_path, made):
 def test_a_file_that_changes_under_a_run_is_named(made):
     opened = Synthetic.open(made)
     written(made, **arrays(DIGITS.val, 100))
-    with pytest.raises(DataError, match=r"made\.npz: gone or changed since it was opened"):
+    with pytest.raises(DataError, match=r"made\.npz: removed or changed after it was opened"):
         opened.take(torch.tensor([0]))
     made.unlink()
-    with pytest.raises(DataError, match="gone or changed"):
+    with pytest.raises(DataError, match="removed or changed"):
         opened.take(torch.tensor([0]))
 
 
@@ -189,7 +189,7 @@ def test_images_of_another_size_and_labels_of_other_classes_do_not_fit(tmp_path)
         image=numpy.zeros((4, 8, 9, 1), numpy.uint8),
         label=numpy.zeros(4, int),
     )
-    with pytest.raises(DataError, match=r"\(8, 9, 1\), expected \(8, 8, 1\) as digits has"):
+    with pytest.raises(DataError, match=r"\(8, 9, 1\), expected \(8, 8, 1\) as in digits"):
         trained(synthetic=wide)
     for label in (10, -1):
         path = written(

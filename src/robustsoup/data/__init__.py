@@ -1,16 +1,18 @@
-"""Data sets, in memory or memory-mapped, split into train, val and test, and batches from them."""
+"""Data sets, split into train, val and test, and batches from them."""
 
 from robustsoup.data.batches import augment, batches, passes, to_float
-from robustsoup.data.cifar import data_root, fetch_cifar10
-from robustsoup.data.sources import DATASETS, load_data
+from robustsoup.data.cifar import fetch_cifar10
+from robustsoup.data.download import data_root
+from robustsoup.data.request import DataRequest
+from robustsoup.data.sources import load_data
 from robustsoup.data.splits import Augmentation, Data, DataRecord, Split
 from robustsoup.data.synthetic import Synthetic, mixed_batches
 
 __all__ = [
-    "DATASETS",
     "Augmentation",
     "Data",
     "DataRecord",
+    "DataRequest",
     "Split",
     "Synthetic",
     "augment",

@@ -1,4 +1,4 @@
-"""CIFAR-10: found or downloaded once, and every file checked against its published digest before it is opened."""
+"""CIFAR-10: downloaded once; every file is verified against its published digest before use."""
 
 import hashlib
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from robustsoup.data.download import Progress, download
+from robustsoup.data.download import DownloadProgress, FileKind, data_root, download
+from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
 from robustsoup.errors import DataError
-from robustsoup.files import atomic_path, cache_folder
+from robustsoup.files import atomic_path
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -31,96 +32,90 @@ FILE_MD5 = {
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2471, 0.2435, 0.2616)
-VAL = 5000
+VAL_SAMPLES = 5000
+GZIP = FileKind("a gzip archive", (b"\x1f\x8b",))
+REDOWNLOAD = "delete it and load again to download it again"
 
 
-def load_cifar10(root: str | os.PathLike | None, seed: int) -> Data:
-    """CIFAR-10: 45000 train, 5000 val, 10000 test; images uint8 (n, 3, 32, 32). The seed decides who is in val.
+def load_cifar10(request: DataRequest) -> Data:
+    """Load CIFAR-10: 45000 train, 5000 val, 10000 test; images uint8 (n, 3, 32, 32).
 
-    root: as in fetch_cifar10, which is asked for files that are missing.
-    ids are 0..49999 over the five training files in order, and 0..9999 over the test file.
+    The seed decides which samples are in val. ids are 0..49999 over the five training files in
+    order, and 0..9999 over the test file. Missing files are downloaded, see `fetch_cifar10`.
 
-    Raises DataError, naming the file, if a file cannot be had or its md5 is not the published one.
+    Raises:
+        DataError: a file cannot be downloaded, or its md5 is not the published one; the error
+            names the file.
+
     Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
-    folder = fetch_cifar10(root)
-    pool, test = _read(folder, TRAIN_FILES), _read(folder, TEST_FILES)
-    train, val = (pool.take(rows) for rows in hold_out(len(pool), VAL, seed))
+    folder = fetch_cifar10(request.root)
+    pool = _read_cifar_files(folder, TRAIN_FILES)
+    test = _read_cifar_files(folder, TEST_FILES)
+    train, val = (pool.take(rows) for rows in hold_out(len(pool), VAL_SAMPLES, request.seed))
     digest = hashlib.sha256("".join(FILE_MD5.values()).encode()).hexdigest()
-    source = DataDescription("cifar10", digest, CLASSES, MEAN, STD, Augmentation(pad=4, flip=True))
-    return assemble(source, train, val, test, seed=seed)
-
-
-def data_root(root: str | os.PathLike | None = None) -> Path:
-    """Where data is kept: `root`, else $ROBUSTSOUP_DATA, else "data" in the user's cache folder."""
-    return Path(root or os.environ.get("ROBUSTSOUP_DATA") or cache_folder() / "data").expanduser()
+    augmentation = Augmentation(pad=4, flip=True)
+    description = DataDescription("cifar10", digest, CLASSES, MEAN, STD, augmentation)
+    return assemble(description, train, val, test, seed=request.seed)
 
 
 def fetch_cifar10(
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     *,
     url: str = URL,
     archive_md5: str = ARCHIVE_MD5,
     file_md5: Mapping[str, str] = FILE_MD5,
-    on_progress: Progress | None = None,
+    on_progress: DownloadProgress | None = None,
 ) -> Path:
-    """The folder cifar-10-batches-py under data_root(root), with any missing file first unpacked from the archive.
+    """Return the folder cifar-10-batches-py under data_root(root), downloading missing files.
 
-    An archive cifar-10-python.tar.gz in that root is used; else it is downloaded from `url`, and removed once unpacked.
-    on_progress(done, total) gets bytes; total is None where the server does not say.
+    An archive cifar-10-python.tar.gz in that root is unpacked and stays; a downloaded one is
+    removed. On any failure, no incomplete file is left under a final name.
 
-    Raises DataError if the root is a file, the download fails, is cut short or is not the archive, or an archived file
-    is not the published one; StorageError if it cannot be written. Whatever fails, no incomplete file is left
-    under a final name.
+    Args:
+        root: see `data_root`.
+        url: the address of the archive.
+        archive_md5: the archive's digest.
+        file_md5: digest of each file that is unpacked.
+        on_progress: called with (done, total) in bytes; total is None if the server does not
+            announce it.
+
+    Raises:
+        DataError: the root is a file, the download fails or is incomplete, or the archive or a
+            file in it is not the published one.
+        StorageError: a file cannot be written.
     """
-    place = data_root(root)
-    if place.exists() and not place.is_dir():
+    folder_of_data = data_root(root)
+    if folder_of_data.exists() and not folder_of_data.is_dir():
         raise DataError(
-            f"{place}: got a file, expected a folder to keep data in; name another root"
+            f"{folder_of_data}: got a file, expected a folder for data; set another root"
         )
-    folder, archive = place / FOLDER, place / ARCHIVE
+    folder, archive = folder_of_data / FOLDER, folder_of_data / ARCHIVE
     missing = [name for name in file_md5 if not (folder / name).is_file()]
     if not missing:
         return folder
-    if archive.is_file():
-        _unpack(archive, folder, missing, file_md5, archive_md5)
-        return folder
-    with atomic_path(archive) as temporary:
-        advice = f"try again, or put {ARCHIVE} there by hand: {place}"
-        download(
-            url,
-            temporary,
-            begins=(b"\x1f\x8b",),
-            kind="a gzip archive",
-            advice=advice,
-            on_progress=on_progress,
-        )
-        _check(
-            _file_md5(temporary),
-            archive_md5,
-            url,
-            f"try again later, or put the right {ARCHIVE} into {place}",
-        )
-    _unpack(archive, folder, missing, file_md5, archive_md5)
-    archive.unlink(missing_ok=True)
+    downloaded = not archive.is_file()
+    if downloaded:
+        with atomic_path(archive) as temporary:
+            advice = f"try again, or download {ARCHIVE} yourself into {folder_of_data}"
+            download(url, temporary, kind=GZIP, advice=advice, on_progress=on_progress)
+            advice = f"try again later, or put the right {ARCHIVE} into {folder_of_data}"
+            _check_md5(_md5_of_file(temporary), archive_md5, url, advice)
+    _check_md5(_md5_of_file(archive), archive_md5, archive, REDOWNLOAD)
+    _unpack_members(archive, folder, {name: file_md5[name] for name in missing})
+    if downloaded:
+        archive.unlink(missing_ok=True)
     return folder
 
 
-def _unpack(
-    archive: Path, folder: Path, names: list[str], file_md5: Mapping[str, str], archive_md5: str
-) -> None:
-    """Write the named members only, each by its known name, so that no path in the archive is ever followed."""
-    _check(_file_md5(archive), archive_md5, archive, "delete it and load again to download it anew")
+def _unpack_members(archive: Path, folder: Path, file_md5: Mapping[str, str]) -> None:
+    """Write the named members under their known names, so that no path in the archive is used."""
+    advice = "delete the archive and load again"
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            for name in names:
-                content = _member(tar, f"{FOLDER}/{name}", archive)
-                _check(
-                    _md5(content),
-                    file_md5[name],
-                    f"{archive}: {name}",
-                    "delete the archive and load again",
-                )
+            for name, md5 in file_md5.items():
+                content = _read_member(tar, f"{FOLDER}/{name}", archive)
+                _check_md5(_md5_of_bytes(content), md5, f"{archive}: {name}", advice)
                 with atomic_path(folder / name) as temporary:
                     temporary.write_bytes(content)
     except (tarfile.TarError, EOFError) as error:
@@ -129,7 +124,7 @@ def _unpack(
         ) from error
 
 
-def _member(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:
+def _read_member(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:
     try:
         file = tar.extractfile(name)
     except KeyError:
@@ -139,17 +134,13 @@ def _member(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:
     return file.read()
 
 
-def _read(folder: Path, names: tuple[str, ...]) -> Samples:
-    """The samples of the named files, in order. A file is unpickled only once its md5 is the published one."""
-    images, labels = [], []
+def _read_cifar_files(folder: Path, names: tuple[str, ...]) -> Samples:
+    """Read the samples of the files in order; a file is unpickled only after its md5 matches."""
+    images: list[torch.Tensor] = []
+    labels: list[int] = []
     for name in names:
         content = (folder / name).read_bytes()
-        _check(
-            _md5(content),
-            FILE_MD5[name],
-            folder / name,
-            "delete it and load again to download it anew",
-        )
+        _check_md5(_md5_of_bytes(content), FILE_MD5[name], folder / name, REDOWNLOAD)
         stored = pickle.loads(content, encoding="bytes")
         images.append(torch.from_numpy(stored[b"data"]))
         labels += stored[b"labels"]
@@ -158,15 +149,15 @@ def _read(folder: Path, names: tuple[str, ...]) -> Samples:
     )
 
 
-def _check(got: str, expected: str, where: str | Path, advice: str) -> None:
+def _check_md5(got: str, expected: str, where: str | Path, advice: str) -> None:
     if got != expected:
         raise DataError(f"{where}: wrong content: got md5 {got}, expected {expected}; {advice}")
 
 
-def _md5(content: bytes) -> str:
+def _md5_of_bytes(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _file_md5(path: Path) -> str:
+def _md5_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,4 +1,4 @@
-"""The images of a folder, decoded once into files of the user's cache folder and mapped into memory from there."""
+"""Decode the images of a folder once, into files of the user's cache folder, and map them."""
 
 import contextlib
 import errno
@@ -18,24 +18,31 @@ from typing import BinaryIO
 import numpy
 import torch
 
-from robustsoup.data.splits import channel_counts, statistics_of_counts, streamed_digest
+from robustsoup.data.splits import (
+    channel_counts,
+    statistics_of_counts,
+    streamed_digest,
+    tensor_bytes,
+)
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder
 from robustsoup.progress import Progress
 
-# To be raised whenever the same files are to be decoded to other pixels, or stored in another way.
 FORMAT = 1
+"""Version of the cache; raise it when the same files decode to other pixels or another layout."""
 PARTS = ("train", "val", "test")
-ABOUT = "about.json"
+SUMMARY_FILE = "about.json"
 LEFTOVER_SECONDS = 24 * 3600
 ADVICE = "free space there, permit writing, or set XDG_CACHE_HOME to another folder"
 
-Read = Callable[[str], torch.Tensor]
-Write = Callable[[int, torch.Tensor], None]
+ReadImage = Callable[[str], torch.Tensor]
+"""Decodes the image of a path to uint8 (3, size, size), contiguous."""
+WriteImage = Callable[[int, torch.Tensor], None]
+"""Writes an image to a row of a file."""
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class ImageFiles:
     """Image files that are not decoded yet, with labels and ids as in Samples."""
 
     paths: tuple[str, ...]
@@ -45,30 +52,41 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def take(self, rows: torch.Tensor) -> "Files":
-        return Files(
-            tuple(self.paths[row] for row in rows.tolist()), self.labels[rows], self.ids[rows]
-        )
+    def take(self, rows: torch.Tensor) -> "ImageFiles":
+        """Return the files of these rows, in their order."""
+        paths = tuple(self.paths[row] for row in rows.tolist())
+        return ImageFiles(paths, self.labels[rows], self.ids[rows])
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """What is not test (`pool`), which of its rows are train and which val (each row is one of them), and test."""
+class FolderParts:
+    """The files of a folder, assigned to train, val and test.
+
+    Attributes:
+        classes: names of the classes.
+        pool: the files that are not test.
+        rows: the rows of `pool` that are train, and those that are val; together all rows.
+        test: the test files.
+    """
 
     classes: tuple[str, ...]
-    pool: Files
+    pool: ImageFiles
     rows: tuple[torch.Tensor, torch.Tensor]
-    test: Files
+    test: ImageFiles
 
     def __len__(self) -> int:
         return len(self.pool) + len(self.test)
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    """Images of train, val and test, each uint8 (n, 3, size, size); content_digest of pool and test; pool's statistics.
+class DecodedImages:
+    """Decoded images, mapped from files; the system may drop their pages from memory any time.
 
-    The images are mapped from files: only those in use are in memory, and the system may drop them at any time.
+    Attributes:
+        images: train, val and test, each uint8 (n, 3, size, size).
+        digest: content_digest of pool and test.
+        mean: mean of each channel of the pool, in [0, 1].
+        std: standard deviation of each channel of the pool, in [0, 1].
     """
 
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -78,118 +96,129 @@ class Decoded:
 
 
 def load_decoded(
-    root: Path, parts: Parts, size: int, read: Read, on_progress: Progress | None = None
-) -> Decoded:
-    """The parts' images: decoded by read(path) -> uint8 (3, size, size), contiguous, unless the cache folder has them.
+    root: Path, parts: FolderParts, size: int, read: ReadImage, on_progress: Progress | None = None
+) -> DecodedImages:
+    """Map the decoded images of a folder; decode them first if the cache folder lacks them.
 
-    on_progress(done, total, figures) counts images as they are decoded.
+    Args:
+        root: the folder.
+        parts: its files.
+        size: pixels a side.
+        read: decodes one file.
+        on_progress: called with (done, total, figures) after each decoded image.
 
-    Raises whatever `read` raises, and StorageError if the cache folder is full or cannot be written.
+    Raises:
+        StorageError: the cache folder is full or cannot be written.
+        DataError: whatever `read` raises.
     """
-    place = cache_folder() / "folders" / _key(root, parts, size)
-    # Asked before it is opened: a folder that appears in between is another process's work, whole and not broken.
-    existed = os.path.exists(place)
-    found = _open(place, parts, size)
-    if found is not None:
-        return found
-    with _filled(place, replace=existed) as folder:
-        _check_space(folder, len(parts) * 3 * size * size)
-        _decode(
-            folder, parts, size, _counted(read, len(parts), on_progress) if on_progress else read
-        )
-    found = _open(place, parts, size)
-    if found is None:
+    target = cache_folder() / "folders" / _cache_key(root, parts, size)
+    # Tested before the folder is opened: one that appears in between is another process's work,
+    # which is complete and must not be replaced.
+    existed = os.path.exists(target)
+    decoded = _open_decoded(target, parts, size)
+    if decoded is not None:
+        return decoded
+    with _fill_folder(target, replace=existed) as folder:
+        _check_free_space(folder, len(parts) * 3 * size * size)
+        counted = _count_images(read, len(parts), on_progress) if on_progress else read
+        _decode_parts(folder, parts, size, counted)
+    decoded = _open_decoded(target, parts, size)
+    if decoded is None:
         raise StorageError(
-            f"{place}: the images decoded there cannot be mapped into memory; {ADVICE}"
+            f"{target}: the images decoded there cannot be mapped into memory; {ADVICE}"
         )
-    return found
+    return decoded
 
 
-def _key(root: Path, parts: Parts, size: int) -> str:
-    """Changes with any file's name, size or time and with the order. Two folders never share, even with equal times."""
+def _cache_key(root: Path, parts: FolderParts, size: int) -> str:
+    """Return a key of the folder's path and of each file's name, size, time and order."""
     digest = hashlib.sha256(os.fsencode(root.resolve()) + f"\0{FORMAT} {size}\0".encode())
     for path in (*parts.pool.paths, *parts.test.paths):
-        digest.update(os.fsencode(Path(path).relative_to(root)) + f"\0{_stamp(path)}\0".encode())
+        relative = os.fsencode(Path(path).relative_to(root))
+        digest.update(relative + f"\0{_image_file_state(path)}\0".encode())
     for rows in parts.rows:
         digest.update(f"{len(rows)}\0".encode())
-        digest.update(rows.numpy())
+        digest.update(tensor_bytes(rows))
     return digest.hexdigest()[:32]
 
 
-def _stamp(path: str) -> str:
+def _image_file_state(path: str) -> str:
     try:
         stat = os.stat(path)
     except OSError:
-        return (
-            secrets.token_hex()
-        )  # unlike any other, so that it is decoded, where the error names it
+        # A unique state, so that the file is decoded and the error there names it.
+        return secrets.token_hex()
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _shapes(parts: Parts, size: int) -> list[tuple[int, ...]]:
+def _part_shapes(parts: FolderParts, size: int) -> list[tuple[int, ...]]:
     return [(n, 3, size, size) for n in (*map(len, parts.rows), len(parts.test))]
 
 
-def _open(place: Path, parts: Parts, size: int) -> Decoded | None:
-    """What lies at `place`, or None if it is absent or, say after a disk failed, not whole."""
+def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages | None:
+    """Map the files of `target`; None if they are absent or incomplete, as after a disk failure."""
     try:
-        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-        # "c", copy on write: torch refuses arrays that cannot be written to.
-        maps = [numpy.load(place / f"{name}.npy", mmap_mode="c") for name in PARTS]
-        known = about["digest"], tuple(about["mean"]), tuple(about["std"])
+        summary = json.loads((target / SUMMARY_FILE).read_text(encoding="utf-8"))
+        # Copy on write ("c"): torch refuses read-only arrays.
+        arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in PARTS]
+        digest, mean, std = summary["digest"], tuple(summary["mean"]), tuple(summary["std"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    if [(found.dtype, found.shape) for found in maps] != [
-        (numpy.uint8, shape) for shape in _shapes(parts, size)
-    ]:
+    if [array.shape for array in arrays] != _part_shapes(parts, size):
         return None
-    return Decoded(tuple(map(torch.from_numpy, maps)), *known)
+    if any(array.dtype != numpy.uint8 for array in arrays):
+        return None
+    train, val, test = (torch.from_numpy(array) for array in arrays)
+    return DecodedImages((train, val, test), digest, mean, std)
 
 
 @contextlib.contextmanager
-def _filled(place: Path, *, replace: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `place` on success and is removed otherwise.
+def _fill_folder(target: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` on success and is removed otherwise.
 
-    Where another process was faster, its folder stays. replace: what is at `place` is broken, and makes way.
+    Args:
+        target: the final folder; if another process created it meanwhile, that one stays.
+        replace: whether `target` held a broken folder, which is removed.
     """
-    temporary = _temporary(place)
+    temporary = _temporary_sibling(target)
     try:
         temporary.mkdir(parents=True)
-        _remove_leftovers(place.parent)
+        _remove_leftovers(target.parent)
         yield temporary
         if replace:
-            _remove(place)
-        _put(temporary, place)
+            _remove_folder(target)
+        _rename_folder(temporary, target)
     except OSError as error:
         raise StorageError(
-            f"{place.parent}: decoded images cannot be kept there: {error.strerror or error}; {ADVICE}"
+            f"{target.parent}: decoded images cannot be stored there: "
+            f"{error.strerror or error}; {ADVICE}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(place: Path) -> Path:
-    return place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+def _temporary_sibling(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def _put(temporary: Path, place: Path) -> None:
+def _rename_folder(temporary: Path, target: Path) -> None:
     try:
-        os.replace(temporary, place)
+        os.replace(temporary, target)
     except OSError:
-        if not (place / ABOUT).is_file():
+        if not (target / SUMMARY_FILE).is_file():
             raise
 
 
-def _remove(place: Path) -> None:
-    """By way of another name, so that a kill half-way leaves nothing at `place`."""
-    condemned = _temporary(place)
+def _remove_folder(folder: Path) -> None:
+    """Rename the folder, then remove it, so that a kill leaves no partial folder at its path."""
+    renamed = _temporary_sibling(folder)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(place, condemned)
-    shutil.rmtree(condemned, ignore_errors=True)
+        os.replace(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left; a live one changes some file in its folder far more often than daily."""
+    """Remove what killed processes left; a live one changes its folder far more than daily."""
     for leftover in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             changed = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
@@ -197,88 +226,94 @@ def _remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    """Before hours of decoding rather than after."""
+def _check_free_space(folder: Path, needed: int) -> None:
+    """Fail before hours of decoding rather than after."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"got {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB")
 
 
-def _decode(folder: Path, parts: Parts, size: int, read: Read) -> None:
-    """Write the images of each part, and what is known of them, into `folder`, with one image at a time in memory.
+def _decode_parts(folder: Path, parts: FolderParts, size: int, read: ReadImage) -> None:
+    """Decode every image into `folder`, one at a time, and write digest and statistics.
 
-    They are decoded in the order in which content_digest takes them, and each goes to its final place at once.
+    Images are decoded in the order of content_digest and written straight to their final rows.
     """
     counts = torch.zeros(3, 256, dtype=torch.int64)
-    n = len(parts.rows[0])
-    places = torch.empty(len(parts.pool), dtype=torch.int64)
-    places[torch.cat(parts.rows)] = torch.arange(len(parts.pool))
+    n_train = len(parts.rows[0])
+    final_rows = torch.empty(len(parts.pool), dtype=torch.int64)
+    final_rows[torch.cat(parts.rows)] = torch.arange(len(parts.pool))
     with contextlib.ExitStack() as stack:
-        train, val, test = (
-            stack.enter_context(_rows_file(folder / f"{name}.npy", shape))
-            for name, shape in zip(PARTS, _shapes(parts, size), strict=True)
+        write_train, write_val, write_test = (
+            stack.enter_context(_open_rows_file(folder / f"{name}.npy", shape))
+            for name, shape in zip(PARTS, _part_shapes(parts, size), strict=True)
         )
 
-        def pool(place: int, image: torch.Tensor) -> None:
+        def write_pool(row: int, image: torch.Tensor) -> None:
             counts.add_(channel_counts(image[None]))
-            if place < n:
-                train(place, image)
+            if row < n_train:
+                write_train(row, image)
             else:
-                val(place - n, image)
+                write_val(row - n_train, image)
 
-        ways = ((parts.pool, places.tolist(), pool), (parts.test, range(len(parts.test)), test))
+        jobs: tuple[tuple[ImageFiles, Iterable[int], WriteImage], ...] = (
+            (parts.pool, final_rows.tolist(), write_pool),
+            (parts.test, range(len(parts.test)), write_test),
+        )
         digest = streamed_digest(
-            ((len(files), 3, size, size), _stored(files.paths, where, read, write), files.labels)
-            for files, where, write in ways
+            (
+                (len(files), 3, size, size),
+                _decode_and_write(files.paths, rows, read, write),
+                files.labels,
+            )
+            for files, rows, write in jobs
         )
     mean, std = statistics_of_counts(counts)
-    with _synced(folder / ABOUT) as file:
+    with _open_synced(folder / SUMMARY_FILE) as file:
         file.write(json.dumps({"digest": digest, "mean": mean, "std": std}).encode())
 
 
-def _stored(
-    paths: Iterable[str], places: Iterable[int], read: Read, write: Write
+def _decode_and_write(
+    paths: Iterable[str], rows: Iterable[int], read: ReadImage, write: WriteImage
 ) -> Iterator[torch.Tensor]:
-    for path, place in zip(paths, places, strict=True):
+    for path, row in zip(paths, rows, strict=True):
         image = read(path)
-        write(place, image)
+        write(row, image)
         yield image
 
 
 @contextlib.contextmanager
-def _rows_file(path: Path, shape: tuple[int, ...]) -> Iterator[Write]:
-    """An .npy file of uint8 (n, ...); yields write(row, image), to be called once for each row, in any order.
+def _open_rows_file(path: Path, shape: tuple[int, ...]) -> Iterator[WriteImage]:
+    """Create an .npy file of uint8 (n, ...); yield write(row, image), for each row in any order.
 
-    Written as a file, not through a map: on a full disk that is an error, and not a signal that ends the process.
+    The file is written, not mapped: on a full disk, a write raises, and a map ends the process.
     """
-    with _synced(path) as file:
-        numpy.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-        )
-        start, width = file.tell(), math.prod(shape[1:])
+    with _open_synced(path) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        numpy.lib.format.write_array_header_1_0(file, header)
+        start, row_bytes = file.tell(), math.prod(shape[1:])
 
-        def write(row: int, image: torch.Tensor) -> None:
-            file.seek(start + row * width)
-            file.write(image.numpy())
+        def write_row(row: int, image: torch.Tensor) -> None:
+            file.seek(start + row * row_bytes)
+            file.write(tensor_bytes(image))
 
-        yield write
+        yield write_row
 
 
 @contextlib.contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when the context ends, before its folder gets the name that says so."""
+def _open_synced(path: Path) -> Iterator[BinaryIO]:
+    """Create a file that is on the disk at the end, before its folder gets its final name."""
     with open(path, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
-def _counted(read: Read, total: int, on_progress: Progress) -> Read:
-    done = itertools.count(1)
+def _count_images(read: ReadImage, total: int, on_progress: Progress) -> ReadImage:
+    numbers = itertools.count(1)
 
-    def counted(path: str) -> torch.Tensor:
+    def read_and_count(path: str) -> torch.Tensor:
         image = read(path)
-        on_progress(next(done), total, "images decoded")
+        on_progress(next(numbers), total, "images decoded")
         return image
 
-    return counted
+    return read_and_count

@@ -1,7 +1,8 @@
-"""The digits data set, embedded: 1797 real handwritten digits of 8x8 grey pixels, so that a first run needs no network.
+"""The digits data set, embedded: 1797 handwritten digits of 8x8 grey pixels, for work offline.
 
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998,
-doi:10.24432/C50P49, licensed CC BY 4.0; its test part, in the order in which scikit-learn's load_digits gives it.
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
+Learning Repository, 1998, doi:10.24432/C50P49, licensed CC BY 4.0; its test part, in the order of
+scikit-learn's load_digits.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import (
     Data,
     DataDescription,
@@ -19,25 +21,29 @@ from robustsoup.data.splits import (
     hold_out,
 )
 
-TEST = 500
-VAL = 297
+TEST_SAMPLES = 500
+VAL_SAMPLES = 297
 
 
-def load_digits(seed: int) -> Data:
-    """Read the embedded digits: 1000 train, 297 val, 500 test; images uint8 (n, 1, 8, 8).
+def load_digits(request: DataRequest) -> Data:
+    """Load the embedded digits: 1000 train, 297 val, 500 test; images uint8 (n, 1, 8, 8).
 
-    The source's 0..16 become round(v * 255 / 16). The seed decides who is in val; the test part is always the same.
-    ids are the source's row numbers in all three splits. mean and std are of train and val together.
+    The source's values 0..16 become round(v * 255 / 16). The seed decides which samples are in
+    val; test is always the same. ids are the source's row numbers in all three splits. mean and
+    std are of train and val together.
     """
-    samples = _read()
-    others, test = (samples.take(rows) for rows in hold_out(len(samples), TEST, "digits test"))
-    train, val = (others.take(rows) for rows in hold_out(len(others), VAL, seed))
+    samples = _read_digits()
+    others, test = (
+        samples.take(rows) for rows in hold_out(len(samples), TEST_SAMPLES, "digits test")
+    )
+    train, val = (others.take(rows) for rows in hold_out(len(others), VAL_SAMPLES, request.seed))
     mean, std = channel_statistics(others.images)
-    source = DataDescription("digits", content_digest(samples), tuple("0123456789"), mean, std)
-    return assemble(source, train, val, test, seed=seed)
+    classes = tuple("0123456789")
+    description = DataDescription("digits", content_digest(samples), classes, mean, std)
+    return assemble(description, train, val, test, seed=request.seed)
 
 
-def _read() -> Samples:
+def _read_digits() -> Samples:
     with numpy.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
         images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
     scaled = (images.double() * 255 / 16).round().to(torch.uint8)

@@ -1,55 +1,80 @@
-"""Downloading a file, so that what arrives is what was asked for: whole, and no web page in its place."""
+"""Download files: the complete file of the expected kind, or an error."""
 
 import http.client
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from robustsoup.errors import DataError
+from robustsoup.files import cache_folder
 
-BLOCK = 1 << 20
+DOWNLOAD_BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
 
-Progress = Callable[[int, int | None], None]
+DownloadProgress = Callable[[int, int | None], None]
+"""on_progress(done, total) in bytes; total is None if the server does not announce it."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file, recognized by its first bytes.
+
+    Attributes:
+        name: the kind in words, for errors.
+        signatures: the bytes that a file of this kind may start with.
+    """
+
+    name: str
+    signatures: tuple[bytes, ...]
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """Return `root`, else $ROBUSTSOUP_DATA, else the folder "data" in the cache folder."""
+    return Path(root or os.environ.get("ROBUSTSOUP_DATA") or cache_folder() / "data").expanduser()
 
 
 def download(
     url: str,
     target: Path,
     *,
-    begins: tuple[bytes, ...],
-    kind: str,
+    kind: FileKind,
     advice: str,
-    on_progress: Progress | None = None,
+    on_progress: DownloadProgress | None = None,
 ) -> None:
-    """Write what `url` gives to `target`. begins: the bytes that a file of this kind may begin with; kind: its name.
+    """Download `url` to `target`.
 
-    on_progress(done, total) gets bytes; total is None where the server does not say.
+    Args:
+        url: the address of the file.
+        target: the file to write.
+        kind: the expected kind; a login or quota page in its place is an error.
+        advice: what to do on failure; ends the error.
+        on_progress: called after each block.
 
-    Raises DataError, ending in `advice`, if the transfer fails or is cut short, or begins otherwise (a login or quota page).
+    Raises:
+        DataError: the transfer fails or is cut short, or the content is of another kind.
     """
     with open(target, "wb") as file:
-        for block, total in _blocks(url, begins, kind, advice):
+        for block, total in _download_blocks(url, kind, advice):
             file.write(block)
             if on_progress:
                 on_progress(file.tell(), total)
 
 
-def _blocks(
-    url: str, begins: tuple[bytes, ...], kind: str, advice: str
-) -> Iterator[tuple[bytes, int | None]]:
-    """Yield (bytes, total) from `url`; every way in which a transfer fails becomes one DataError."""
-    done = 0
+def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[bytes, int | None]]:
+    """Yield (block, total bytes); every way in which a transfer fails becomes one DataError."""
+    done, total = 0, None
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
-            while block := response.read(BLOCK):
-                if not done and not block.startswith(begins):
+            while block := response.read(DOWNLOAD_BLOCK_BYTES):
+                if not done and not block.startswith(kind.signatures):
                     got = response.headers.get_content_type()
                     raise DataError(
-                        f"{url}: got {got} starting {block[:15]!r}, expected {kind}; {advice}"
+                        f"{url}: got {got} starting {block[:15]!r}, expected {kind.name}; {advice}"
                     )
                 done += len(block)
                 yield block, total
@@ -68,4 +93,4 @@ def _blocks(
     if total is not None and done < total:
         raise DataError(f"{url}: cut short: got {done} bytes, expected {total}; {advice}")
     if not done:
-        raise DataError(f"{url}: got 0 bytes, expected {kind}; {advice}")
+        raise DataError(f"{url}: got 0 bytes, expected {kind.name}; {advice}")

@@ -1,4 +1,4 @@
-"""Image folders: one folder a class, already split into train and test, or not."""
+"""Image folders: one sub-folder for each class, split by folders or by a seed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,118 +6,148 @@ from pathlib import Path
 import numpy
 import torch
 
-from robustsoup.data.decoded import Files, Parts, load_decoded
+from robustsoup.data.decoded import FolderParts, ImageFiles, load_decoded
+from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
 from robustsoup.errors import DataError
-from robustsoup.progress import Progress
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-IMAGE_SIZE = 32
+DEFAULT_IMAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Image files, sorted by class and then by name, and the class number of each."""
+class ImageListing:
+    """Image files, sorted by class and then by name.
+
+    Attributes:
+        files: paths.
+        labels: the class number of each file.
+        classes: names of the classes.
+    """
 
     files: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
 
 
-def load_folder(
-    path: str, seed: int, image_size: int | None = None, *, on_progress: Progress | None = None
-) -> Data:
-    """Read PATH/train/CLASS/*, PATH/test/CLASS/* and perhaps PATH/val/CLASS/*; or PATH/CLASS/*, split 70/10/20.
+def load_folder(request: DataRequest) -> Data:
+    """Load PATH/train/CLASS/*, PATH/test/CLASS/* and optionally PATH/val/CLASS/*, or PATH/CLASS/*.
 
-    Images become RGB, uint8 (n, 3, image_size, image_size): shorter side resized (bilinear, antialiased), centre crop.
-    image_size: 32 unless given. Classes are the sorted folder names. Hidden and other files are ignored.
-    Where there is no val folder the seed decides who is in val (1/8 of what is not test); test is always the same.
-    ids are row numbers in sorted order; train and val share one numbering, and test too where PATH was not split.
-    mean and std are of train and val together, so that they do not change with the seed.
-    Images are decoded once, into the user's cache folder, and mapped from there: memory does not grow with the data.
-    They are decoded anew where a file was added, removed or changed (its size or time), for another image_size, and
-    for another seed if it decides who is in val.
-    on_progress(done, total, figures) counts images as they are decoded; it is not called if they already were.
+    PATH/CLASS/* is split 70/10/20. Images become RGB, uint8 (n, 3, image_size, image_size): the
+    shorter side is resized (bilinear, antialiased), then the centre is cropped. Classes are the
+    sorted folder names. Hidden files and files of other types are ignored. Without a val folder,
+    the seed decides which samples are in val (1/8 of what is not test); test is always the same.
+    ids are row numbers in sorted order; train and val share one numbering, and test too if PATH is
+    not split. mean and std are of train and val together, so they do not depend on the seed.
 
-    Raises DataError if the path is missing, a folder holds no images, there are fewer than two classes, the classes
-    of the parts differ, a class has no image left to train on, or an image cannot be read (it is named);
-    StorageError if the cache folder cannot be written or is full.
+    Images are decoded once, into the user's cache folder, and mapped from there, so memory does not
+    grow with the data. They are decoded again if a file was added, removed or changed (size or
+    time), for another image_size, and for another seed if it decides which samples are in val.
+
+    Args:
+        request: `place` is the path; `image_size` defaults to 32; `on_progress` counts images as
+            they are decoded, and is not called if they are in the cache.
+
+    Raises:
+        DataError: the path is missing, a folder holds no images, there are fewer than two classes,
+            the parts have different classes, a class has no image left to train on, or an image
+            cannot be read; the error names the file.
+        StorageError: the cache folder is full or cannot be written.
     """
-    size = IMAGE_SIZE if image_size is None else image_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise DataError(
-            f"folder:{path}: got image_size {size!r}, expected a whole number of pixels above 0"
-        )
-    root = Path(path).expanduser()
+    size = _image_size(request)
+    root = Path(request.place).expanduser()
     if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
+        got = "a file" if root.exists() else "nothing"
         raise DataError(
-            f"{root}: got {found}, expected a folder with one folder a class; check the path"
+            f"{root}: got {got}, expected a folder with one sub-folder for each class; "
+            "check the path"
         )
-    parts = _read_split(root, seed) if _is_split(root) else _split_whole(root, seed)
+    has_split = _has_split_folders(root)
+    parts = _list_split(root, request.seed) if has_split else _split_listing(root, request.seed)
     train, val = (parts.pool.take(rows) for rows in parts.rows)
     _check_classes_trained(root, parts.classes, train)
-    decoded = load_decoded(root, parts, size, lambda file: _read_image(file, size), on_progress)
-    augmentation = Augmentation(pad=size // 8, flip=True)
-    source = DataDescription(
-        f"folder:{path}", decoded.digest, parts.classes, decoded.mean, decoded.std, augmentation
+    decoded = load_decoded(
+        root, parts, size, lambda file: _read_image(file, size), request.on_progress
     )
-    train, val, test = (
+    description = DataDescription(
+        request.spec,
+        decoded.digest,
+        parts.classes,
+        decoded.mean,
+        decoded.std,
+        Augmentation(pad=size // 8, flip=True),
+    )
+    train_samples, val_samples, test_samples = (
         Samples(images, files.labels, files.ids)
         for images, files in zip(decoded.images, (train, val, parts.test), strict=True)
     )
-    return assemble(source, train, val, test, seed=seed)
+    return assemble(description, train_samples, val_samples, test_samples, seed=request.seed)
 
 
-def _is_split(root: Path) -> bool:
-    """A lone folder called "train" that holds images itself is a class, of trains."""
+def _image_size(request: DataRequest) -> int:
+    size = DEFAULT_IMAGE_SIZE if request.image_size is None else request.image_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(
+            f"{request.spec}: got image_size {size!r}, expected an integer of at least 1"
+        )
+    return size
+
+
+def _has_split_folders(root: Path) -> bool:
+    """Return whether `root` holds train and test; a lone "train" that holds images is a class."""
     return (root / "train").is_dir() and (
-        (root / "test").is_dir() or bool(_folders(root / "train"))
+        (root / "test").is_dir() or bool(_class_folders(root / "train"))
     )
 
 
-def _read_split(root: Path, seed: int) -> Parts:
+def _list_split(root: Path, seed: int) -> FolderParts:
+    """List PATH/train, PATH/val if it exists, and PATH/test."""
     train = _list_images(root / "train")
-    val = _list_images(root / "val") if (root / "val").is_dir() else Listing((), (), train.classes)
+    val = ImageListing((), (), train.classes)
+    if (root / "val").is_dir():
+        val = _list_images(root / "val")
     test = _list_images(root / "test")
     for name, part in (("val", val), ("test", test)):
         if part.classes != train.classes:
+            differing = sorted(set(part.classes) ^ set(train.classes))
             raise DataError(
-                f"{root / name}: got classes {_some(part.classes)}, expected those of train, {_some(train.classes)} "
-                f"(only in one: {_some(sorted(set(part.classes) ^ set(train.classes)))}); make the folders agree"
+                f"{root / name}: got classes {_abbreviate(part.classes)}, expected those of "
+                f"train, {_abbreviate(train.classes)} (in only one of them: "
+                f"{_abbreviate(differing)}); make the folders agree"
             )
-    pool = _number(train.files + val.files, train.labels + val.labels)
+    pool = _number_files(train.files + val.files, train.labels + val.labels)
     n = len(train.files)
-    given = _shuffled(n), n + _shuffled(len(val.files))
-    rows = given if val.files else hold_out(n, max(1, n // 8), seed)
-    tested = _number(test.files, test.labels)
-    return Parts(train.classes, pool, rows, tested.take(_shuffled(len(tested))))
+    if val.files:
+        rows = _fixed_order(n), n + _fixed_order(len(val.files))
+    else:
+        rows = hold_out(n, max(1, n // 8), seed)
+    test_files = _number_files(test.files, test.labels)
+    return FolderParts(train.classes, pool, rows, test_files.take(_fixed_order(len(test_files))))
 
 
-def _split_whole(root: Path, seed: int) -> Parts:
+def _split_listing(root: Path, seed: int) -> FolderParts:
+    """List PATH/CLASS/* and hold out test and val."""
     listing = _list_images(root)
-    files = _number(listing.files, listing.labels)
-    others, test = (
-        files.take(rows) for rows in hold_out(len(files), max(1, len(files) // 5), "folder test")
-    )
-    return Parts(
-        listing.classes, others, hold_out(len(others), max(1, len(others) // 8), seed), test
-    )
+    files = _number_files(listing.files, listing.labels)
+    held_out = hold_out(len(files), max(1, len(files) // 5), "folder test")
+    pool, test = (files.take(rows) for rows in held_out)
+    rows = hold_out(len(pool), max(1, len(pool) // 8), seed)
+    return FolderParts(listing.classes, pool, rows, test)
 
 
-def _shuffled(n: int) -> torch.Tensor:
-    """Always the same order of 0..n-1. Files are listed class by class, so their first k are no fair sample."""
+def _fixed_order(n: int) -> torch.Tensor:
+    """Return a fixed shuffle of 0..n-1; in listing order the first files are all of one class."""
     return hold_out(n, 0, "folder order")[0]
 
 
-def _folders(path: Path) -> list[Path]:
+def _class_folders(path: Path) -> list[Path]:
     return sorted(
         child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")
     )
 
 
-def _images(path: Path) -> list[str]:
-    """As strings, which need less memory than paths: there may be millions."""
+def _image_paths(path: Path) -> list[str]:
+    """Return the sorted images of a folder, as strings: millions of Path objects are large."""
     images = sorted(
         child
         for child in path.iterdir()
@@ -126,49 +156,55 @@ def _images(path: Path) -> list[str]:
     return [str(image) for image in images]
 
 
-def _list_images(path: Path) -> Listing:
-    expected = "expected two or more folders of images, one a class"
+def _list_images(path: Path) -> ImageListing:
+    expected = "expected two or more folders of images, one for each class"
     if not path.is_dir():
         raise DataError(
-            f"{path}: got nothing there, {expected}; add it, or leave the data unsplit (PATH/CLASS/*)"
+            f"{path}: got nothing there, {expected}; "
+            "add it, or do not split the data by folders (PATH/CLASS/*)"
         )
-    folders = _folders(path)
+    folders = _class_folders(path)
     if len(folders) < 2:
         raise DataError(
-            f"{path}: got {len(folders)} class folders, {expected}; put each class into its own folder"
+            f"{path}: got {len(folders)} class folders, {expected}; "
+            "put each class into its own folder"
         )
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[int] = []
     for number, folder in enumerate(folders):
-        images = _images(folder)
+        images = _image_paths(folder)
         if not images:
             raise DataError(
-                f"{folder}: got no images, expected {', '.join(SUFFIXES)}; add some or remove the folder"
+                f"{folder}: got no images, expected {', '.join(SUFFIXES)}; "
+                "add some or remove the folder"
             )
         files += images
         labels += [number] * len(images)
-    return Listing(tuple(files), tuple(labels), tuple(folder.name for folder in folders))
+    return ImageListing(tuple(files), tuple(labels), tuple(folder.name for folder in folders))
 
 
-def _check_classes_trained(root: Path, classes: tuple[str, ...], train: Files) -> None:
+def _check_classes_trained(root: Path, classes: tuple[str, ...], train: ImageFiles) -> None:
     counts = torch.bincount(train.labels, minlength=len(classes)).tolist()
     for name, count in zip(classes, counts, strict=True):
         if count == 0:
             raise DataError(
-                f"{root}: class {name}: got 0 images to train on after val and test were taken, expected 1 or more; "
-                "add images of it, or split the data into train, val and test folders"
+                f"{root}: class {name}: got 0 images to train on after val and test were taken, "
+                "expected 1 or more; add images of the class, or split the data into train, val "
+                "and test folders"
             )
 
 
-def _number(files: tuple[str, ...], labels: tuple[int, ...]) -> Files:
-    return Files(files, torch.tensor(labels), torch.arange(len(files)))
+def _number_files(files: tuple[str, ...], labels: tuple[int, ...]) -> ImageFiles:
+    return ImageFiles(files, torch.tensor(labels), torch.arange(len(files)))
 
 
 def _read_image(file: str, size: int) -> torch.Tensor:
+    """Decode an image file to uint8 (3, size, size)."""
     try:
         from PIL import Image
     except ImportError as error:
         raise DataError(
-            f"{file}: reading images needs Pillow; install it with: pip install pillow"
+            f"{file}: reading images requires Pillow; install it with: pip install pillow"
         ) from error
     try:
         with Image.open(file) as opened:
@@ -187,6 +223,6 @@ def _read_image(file: str, size: int) -> torch.Tensor:
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _some(names: tuple[str, ...] | list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown}, ... ({len(names)})" if len(names) > 5 else shown
+def _abbreviate(names: tuple[str, ...] | list[str]) -> str:
+    first = ", ".join(names[:5])
+    return f"{first}, ... ({len(names)})" if len(names) > 5 else first

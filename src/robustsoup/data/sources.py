@@ -1,61 +1,89 @@
-"""From what a user writes, "digits", "cifar10" or "folder:PATH", to the data."""
+"""Load a data set by its name; the catalog lists the built-in sources."""
 
-import difflib
+import importlib
 import os
 
-from robustsoup.data.cifar import load_cifar10
-from robustsoup.data.digits import load_digits
-from robustsoup.data.folders import load_folder
+from robustsoup.catalog import DATA_SOURCES
+from robustsoup.data.request import DataRequest, DataSource
 from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
 from robustsoup.progress import Progress
 
-# Each takes (place, root, seed, image_size, on_progress) and passes on what its data set has a use for.
-DATASETS = {
-    "cifar10": lambda place, root, seed, image_size, on_progress: load_cifar10(root, seed),
-    "digits": lambda place, root, seed, image_size, on_progress: load_digits(seed),
-    "folder": lambda place, root, seed, image_size, on_progress: load_folder(
-        place, seed, image_size, on_progress=on_progress
-    ),
-}
-SPELLINGS = "digits, cifar10, folder:PATH"
-
 
 def load_data(
-    spec: str,
+    spec: str | DataSource,
     *,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     seed: int = 0,
     image_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> Data:
-    """Load a data set and split it into train, val and test; images are uint8 (n, c, h, w), in memory or memory-mapped.
+    """Load a data set, split into train, val and test.
 
-    spec: "digits" (embedded), "cifar10" (found under root, else $ROBUSTSOUP_DATA, else the user's cache folder, where
-    it is downloaded once and checked), or "folder:PATH" (one folder of images a class; see load_folder).
-    seed: a whole number >= 0 that decides who is in val; test is the same for every seed.
-    image_size: pixels a side, for "folder:PATH" only (32 unless given). Folders are decoded once, into the user's cache
-    folder; on_progress(done, total, figures) is then called for each image.
+    Args:
+        spec: "digits" (embedded in the package), "cifar10" (read from `root`, where it is
+            downloaded once and verified), "folder:PATH" (one sub-folder of images for each class,
+            decoded once into the user's cache folder), "package.module:function[:PLACE]", or a
+            function that takes a DataRequest and returns Data.
+        root: folder for downloads; default: $ROBUSTSOUP_DATA, else the user's cache folder.
+        seed: decides which samples are in val; an integer of at least 0. test does not depend on
+            it.
+        image_size: pixels a side, for "folder:PATH" only; default: 32.
+        on_progress: called with (done, total, figures) as images are decoded.
 
-    Raises DataError if the spec is unknown, the seed is negative, or the data is missing, broken or empty;
-    StorageError if decoded images cannot be kept.
+    Returns:
+        The data; images are uint8 (n, c, h, w), in memory or memory-mapped.
+
+    Raises:
+        DataError: the spec is unknown, the seed is negative, or the data is missing, broken or
+            empty.
+        StorageError: decoded images cannot be stored.
     """
-    name, colon, place = spec.partition(":")
-    if name not in DATASETS:
-        raise DataError(f'data "{spec}": unknown; expected one of {SPELLINGS}{_nearest(name)}')
-    if name == "folder" and not place:
-        raise DataError(f'data "{spec}": got no path, expected folder:PATH')
-    if name != "folder" and colon:
-        raise DataError(f'data "{spec}": got "{place}" after the name, expected "{name}" alone')
-    if name != "folder" and image_size is not None:
-        raise DataError(
-            f'data "{spec}": got image_size {image_size}, which only folder:PATH takes; leave it out'
-        )
+    text = spec if isinstance(spec, str) else f"{spec.__module__}:{spec.__qualname__}"
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise DataError(f'data "{spec}": got seed {seed!r}, expected a whole number >= 0')
-    return DATASETS[name](place, root, seed, image_size, on_progress)
+        raise DataError(f'data "{text}": got seed {seed!r}, expected an integer of at least 0')
+    if isinstance(spec, str):
+        source, place = _find_data_source(spec, image_size)
+    else:
+        source, place = spec, ""
+    data = source(DataRequest(text, place, root, seed, image_size, on_progress))
+    if not isinstance(data, Data):
+        raise DataError(
+            f'data "{text}": the source returned {type(data).__name__}, expected robustsoup.Data'
+        )
+    return data
 
 
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.4)
-    return f'; did you mean "{close[0]}"?' if close else ""
+def _find_data_source(spec: str, image_size: int | None) -> tuple[DataSource, str]:
+    """Return the source that a spec names, and the place that follows the name."""
+    name, colon, place = spec.partition(":")
+    if "." in name and colon:
+        return _import_data_source(spec)
+    entry = DATA_SOURCES.get_entry(name, error=DataError)
+    if entry.facts.get("takes_place", name not in DATA_SOURCES):
+        if not place and name in DATA_SOURCES:
+            raise DataError(f'data "{spec}": got no path, expected {entry.spelling}')
+    elif colon:
+        raise DataError(f'data "{spec}": got "{place}" after the name, expected "{name}" alone')
+    if image_size is not None and not entry.facts.get("takes_image_size", name not in DATA_SOURCES):
+        resizable = [e.spelling for e in DATA_SOURCES.values() if e.facts.get("takes_image_size")]
+        raise DataError(
+            f'data "{spec}": got image_size {image_size}, which only {", ".join(resizable)} '
+            "supports; leave it out"
+        )
+    return entry.load(), place
+
+
+def _import_data_source(spec: str) -> tuple[DataSource, str]:
+    """Import the function of "package.module:function[:PLACE]"."""
+    module, _, rest = spec.partition(":")
+    function, _, place = rest.partition(":")
+    try:
+        source = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f'data "{spec}": module "{error.name}" cannot be found; is it on the Python path?'
+        ) from None
+    if not callable(source):
+        raise DataError(f'data "{spec}": module "{module}" has no function "{function}"')
+    return source, place

@@ -217,6 +217,11 @@ def hold_out(n: int, held: int, *key: str | int) -> tuple[torch.Tensor, torch.Te
     return order[held:], order[:held]
 
 
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor, for digests and files."""
+    return tensor.contiguous().numpy().data
+
+
 def content_digest(*samples: Samples) -> str:
     """Return the sha256 (hex) over shapes, images and labels, in the order of the arguments."""
     return streamed_digest(
@@ -236,8 +241,8 @@ def streamed_digest(
     for shape, pieces, labels in parts:
         digest.update(str(shape).encode())
         for piece in pieces:
-            digest.update(piece.contiguous().numpy())
-        digest.update(labels.contiguous().numpy())
+            digest.update(tensor_bytes(piece))
+        digest.update(tensor_bytes(labels))
     return digest.hexdigest()
 
 
@@ -271,7 +276,8 @@ def statistics_of_counts(counts: torch.Tensor) -> tuple[tuple[float, ...], tuple
         normalizing a constant channel does not divide by zero.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
+    means: list[float] = []
+    stds: list[float] = []
     for count in counts:
         share = count.double() / count.sum()
         mean = (share * values).sum()
@@ -293,9 +299,9 @@ def assemble(
         test: the test samples.
         seed: the seed that decided which samples are in val.
     """
-    digest = hashlib.sha256(train.ids.numpy())
+    digest = hashlib.sha256(tensor_bytes(train.ids))
     digest.update(b"val")
-    digest.update(val.ids.numpy())
+    digest.update(tensor_bytes(val.ids))
     digest.update(description.digest.encode())
     record: DataRecord = {
         "name": description.name,

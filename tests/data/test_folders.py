@@ -1,0 +1,190 @@
+"""Image folders: how they are split, and which ones are refused."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from small_data import all_ids, write_images
+
+from robustsoup.data import (
+    Augmentation,
+    load_data,
+)
+from robustsoup.errors import DataError
+
+
+def test_unsplit_folder(tmp_path):
+    write_images(tmp_path / "cat", 30)
+    write_images(tmp_path / "ant", 20, colour=(200, 0, 0), suffix="bmp")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / "._000.png").write_text("left by another system")
+    (tmp_path / ".hidden").mkdir()
+    data = load_data(f"folder:{tmp_path}", image_size=16)
+    assert [len(data.train), len(data.val), len(data.test)] == [35, 5, 10]
+    assert data.record["classes"] == ["ant", "cat"]
+    assert data.record["size"] == [16, 16]
+    assert data.train.augmentation == Augmentation(pad=2, flip=True)
+    assert torch.equal(all_ids(data.train, data.val, data.test), torch.arange(50))
+    for split in (data.train, data.val, data.test):
+        assert split.images.is_contiguous()
+        assert split.images.shape[1:] == (3, 16, 16)
+        assert torch.equal(split.labels, (split.ids >= 20).long())
+        number = split.ids - 20 * split.labels
+        assert torch.equal(
+            split.images[:, 0, 5, 5].long(), torch.where(split.labels == 1, 10, 200) + number
+        )
+    other = load_data(f"folder:{tmp_path}", seed=1, image_size=16)
+    assert torch.equal(other.test.ids, data.test.ids)
+    assert other.record["digest"] == data.record["digest"]
+    assert other.record["split_digest"] != data.record["split_digest"]
+    assert (other.record["mean"], other.record["std"]) == (data.record["mean"], data.record["std"])
+
+
+def test_split_folder_without_val(tmp_path):
+    for part, count in (("train", 40), ("test", 12)):
+        for name in ("a", "b"):
+            write_images(tmp_path / part / name, count)
+    data = load_data(f"folder:{tmp_path}")
+    assert [len(data.train), len(data.val), len(data.test)] == [70, 10, 24]
+    assert torch.equal(all_ids(data.train, data.val), torch.arange(80))
+    assert torch.equal(all_ids(data.test), torch.arange(24))
+    assert data.record["size"] == [32, 32]
+    assert len(data.test.first(12).labels.unique()) == 2
+    assert torch.equal(load_data(f"folder:{tmp_path}", seed=9).test.ids, data.test.ids)
+
+
+def test_split_folder_with_val(tmp_path):
+    for part, count in (("train", 5), ("val", 3), ("test", 2)):
+        for name in ("a", "b"):
+            write_images(tmp_path / part / name, count)
+    data, other = (load_data(f"folder:{tmp_path}", seed=seed) for seed in (0, 1))
+    assert torch.equal(all_ids(data.train), torch.arange(10))
+    assert torch.equal(all_ids(data.val), torch.arange(10, 16))
+    assert data.record["split_digest"] == other.record["split_digest"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path / "train", 10)
+    write_images(tmp_path / "tram", 10)
+    assert load_data(f"folder:{tmp_path}").record["classes"] == ["train", "tram"]
+
+
+def test_digest_follows_the_pixels(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 10)
+    before = load_data(f"folder:{tmp_path}").record["digest"]
+    Image.new("RGB", (10, 10), (255, 255, 255)).save(tmp_path / "b" / "004.png")
+    assert load_data(f"folder:{tmp_path}").record["digest"] != before
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40)])
+def test_images_are_cropped_at_the_centre(tmp_path, size):
+    """The middle square is white, all else black; half a pixel of blur at its edge is what resizing costs."""
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 5)
+        image = Image.new("L", size, 0)
+        image.paste(
+            255,
+            ((size[0] - 20) // 2, (size[1] - 20) // 2, (size[0] + 20) // 2, (size[1] + 20) // 2),
+        )
+        for number in range(5):
+            image.save(tmp_path / name / f"{number:03}.png")
+    images = load_data(f"folder:{tmp_path}", image_size=10).train.images
+    assert images.shape[1:] == (3, 10, 10)
+    assert (images[:, :, 1:-1, 1:-1] == 255).all()
+    assert (images > 150).all()
+
+
+def prepare(tmp_path, case):
+    if case == "file":
+        (tmp_path / "data").write_text("")
+    elif case == "empty":
+        (tmp_path / "data").mkdir()
+    elif case != "missing":
+        write_images(tmp_path / "data" / "a", 10)
+    if case in ("class without images", "broken", "cut short", "classes differ", "too few"):
+        write_images(tmp_path / "data" / "b", 10)
+    if case == "class without images":
+        (tmp_path / "data" / "c").mkdir()
+    if case == "broken":
+        (tmp_path / "data" / "b" / "003.png").write_text("not a picture")
+    if case == "cut short":
+        file = tmp_path / "data" / "b" / "003.png"
+        Image.effect_noise((64, 64), 50).save(file)
+        file.write_bytes(file.read_bytes()[:1000])
+    if case == "too few":
+        shutil.rmtree(tmp_path / "data")
+        for name in ("a", "b"):
+            write_images(tmp_path / "data" / name, 1)
+    if case == "classes differ":
+        whole = tmp_path / "data"
+        for part in ("train", "test"):
+            shutil.copytree(whole / "a", whole / part / "a")
+            shutil.copytree(whole / "b", whole / part / ("b" if part == "train" else "B"))
+    if case == "no test":
+        for name in ("a", "b"):
+            write_images(tmp_path / "data" / "train" / name, 3)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "text"),
+    [
+        (
+            "missing",
+            "",
+            "got nothing, expected a folder with one sub-folder for each class; check the path",
+        ),
+        (
+            "file",
+            "",
+            "got a file, expected a folder with one sub-folder for each class; check the path",
+        ),
+        (
+            "empty",
+            "",
+            "got 0 class folders, expected two or more folders of images, one for each class; put each class",
+        ),
+        ("one class", "", "got 1 class folders, expected two or more folders of images"),
+        (
+            "class without images",
+            "c",
+            "got no images, expected .bmp, .jpeg, .jpg, .png, .webp; add some or remove",
+        ),
+        (
+            "broken",
+            "b/003.png",
+            "cannot be read (not an image), expected an image; replace or remove it",
+        ),
+        ("cut short", "b/003.png", "cannot be read ("),
+        (
+            "too few",
+            "",
+            "got 0 images to train on after val and test were taken, expected 1 or more",
+        ),
+        (
+            "classes differ",
+            "test",
+            "got classes B, a, expected those of train, a, b (in only one of them: B, b); make",
+        ),
+        (
+            "no test",
+            "test",
+            "got nothing there, expected two or more folders of images, one for each class; add it",
+        ),
+    ],
+)
+def test_wrong_folder(tmp_path, case, place, text):
+    data = prepare(tmp_path, case)
+    with pytest.raises(DataError) as caught:
+        load_data(f"folder:{data}")
+    message = str(caught.value)
+    assert message.startswith(f"{data / place}: ")
+    assert text in message
+    assert "\n" not in message
+
+
+def test_wrong_image_size(tmp_path):
+    with pytest.raises(DataError, match="got image_size 0, expected an integer of at least 1"):
+        load_data(f"folder:{tmp_path}", image_size=0)
