@@ -11,12 +11,13 @@ from markers import model_zoo, needs_robustbench
 from torch import nn
 
 from robustsoup.attacks.folding import fold_batchnorm
+from robustsoup.catalog import MODELS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.models import MODELS, load_model
+from robustsoup.models import load_model
 from robustsoup.models.wide_resnet import MEAN, STD
 from robustsoup.soups.batchnorm import recalibrate
 from robustsoup.soups.mixing import mix

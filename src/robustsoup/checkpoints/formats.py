@@ -197,7 +197,7 @@ def _read_pickle(path: Path, *, mapped: bool) -> object:
 
 
 def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], Wrapping]:
-    """Find the state dict in the content of a pickled file; remove prefixes that all names share."""
+    """Find the state dict in a pickled file and remove prefixes that all its names share."""
     key, state = None, _as_state_dict(content)
     others: dict[str, Any] = {}
     if state is None and isinstance(content, Mapping):

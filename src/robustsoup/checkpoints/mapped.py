@@ -1,4 +1,4 @@
-"""Map the tensors of a .safetensors file into memory, so that they take no memory of the process."""
+"""Map the tensors of a .safetensors file, so that they take no memory of the process."""
 
 import json
 import mmap

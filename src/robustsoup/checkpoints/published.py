@@ -1,4 +1,4 @@
-"""Published robust checkpoints: where they are, downloaded once, and checked before they are used."""
+"""Published robust checkpoints: downloaded once and verified before use."""
 
 import difflib
 import hashlib
@@ -9,20 +9,25 @@ from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import data_root
-from robustsoup.data.download import Progress, download
+from robustsoup.data.download import DownloadProgress, FileKind, download
 from robustsoup.errors import CheckpointError, DataError, ModelError, RequestError
 from robustsoup.files import atomic_path, write_text
 from robustsoup.models import load_model
 
-BEGINS = (b"PK\x03\x04", b"\x80")
-"""The first bytes of what torch.save writes: a zip archive, or a pickle from before PyTorch 1.6."""
+TORCH_SAVE = FileKind("a file of torch.save", (b"PK\x03\x04", b"\x80"))
+"""A zip archive, or a pickle from before PyTorch 1.6."""
+SIGNATURE_BYTES = 15
 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint of RobustBench's CIFAR-10 model zoo: its file on Google Drive, its network and its threat model.
+    """A checkpoint of RobustBench's CIFAR-10 model zoo; no digest of these files is published.
 
-    mirror: where its authors have it. No digest of any of these files is published.
+    Attributes:
+        drive_id: the file on Google Drive.
+        model: the network, as `load_model` takes it.
+        threat: the threat model that the checkpoint was trained for.
+        mirror: the authors' own copy.
     """
 
     drive_id: str
@@ -32,15 +37,17 @@ class Published:
 
     @property
     def url(self) -> str:
-        """The file itself, past the page that says it is too large for a virus scan."""
-        return f"https://drive.usercontent.google.com/download?id={self.drive_id}&export=download&confirm=t"
+        """The address of the file itself, without the page about the virus scan."""
+        return (
+            "https://drive.usercontent.google.com/download"
+            f"?id={self.drive_id}&export=download&confirm=t"
+        )
 
     @property
     def page(self) -> str:
-        """Where a person finds the file."""
-        return f"https://drive.google.com/file/d/{self.drive_id}/view" + (
-            f" or {self.mirror}" if self.mirror else ""
-        )
+        """The addresses where a person finds the file."""
+        page = f"https://drive.google.com/file/d/{self.drive_id}/view"
+        return f"{page} or {self.mirror}" if self.mirror else page
 
 
 WANG = "https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/checkpoint"
@@ -63,14 +70,19 @@ PUBLISHED: dict[str, Published] = {
         f"{WANG}/cifar10_l2_wrn28-10.pt",
     ),
 }
-"""Source: robustbench 1.1.1, model_zoo/cifar10.py; the README of github.com/wzekai99/DM-Improves-AT."""
+"""Source: robustbench 1.1.1, model_zoo/cifar10.py; README of github.com/wzekai99/DM-Improves-AT."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A published checkpoint on this machine: its file, what was published, and the sha256 of the file (hex).
+    """A published checkpoint on this machine.
 
-    first_seen: the digest was recorded just now, so nothing but the file itself vouches for it.
+    Attributes:
+        path: the file.
+        published: its description.
+        sha256: digest of the file (hex).
+        first_seen: whether the digest was recorded just now, so that nothing but the file itself
+            confirms it.
     """
 
     path: Path
@@ -79,107 +91,132 @@ class Fetched:
     first_seen: bool
 
 
+@dataclass(frozen=True)
+class ExpectedDigest:
+    """A sha256 (hex) that a file must have, and its origin as the end of a sentence."""
+
+    sha256: str
+    origin: str
+
+
 def fetch_published(
     name: str,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     *,
     sha256: str | None = None,
     url: str | None = None,
-    on_progress: Progress | None = None,
+    on_progress: DownloadProgress | None = None,
 ) -> Fetched:
-    """The named checkpoint under data_root(root), downloaded (from `url`, else its own) if it is not there.
+    """Return a published checkpoint under data_root(root); download it if it is absent.
 
-    The file must have the digest `sha256`, if one is given, and the one that was recorded beside it (NAME.pt.json) when it
-    was first fetched; and it must load, with weights_only=True and strictly, into its network. A file put there by hand
-    is taken if it passes. on_progress(done, total) gets bytes.
+    The file must have the digest `sha256`, if given, and the digest recorded beside it
+    (NAME.pt.json) when it was first fetched, and must load with weights_only=True into its network.
+    A file that the user put there is accepted if it passes these checks. On failure, no new file
+    is left under the final name.
 
-    Raises RequestError for an unknown name, DataError if it cannot be downloaded or has another digest, CheckpointError
-    if it is not that network's, StorageError if it cannot be written. Then no file is left under its final name that was
-    not there before.
+    Args:
+        name: a key of PUBLISHED.
+        root: see `data_root`.
+        sha256: the expected digest, 64 hexadecimal digits.
+        url: another address of the file.
+        on_progress: called with (done, total) in bytes.
+
+    Raises:
+        RequestError: the name is unknown or `sha256` is no digest.
+        DataError: the file cannot be downloaded or has another digest.
+        CheckpointError: the file does not fit the network.
+        StorageError: the file cannot be written.
     """
-    published = _find(name)
-    path = (
-        data_root(root)
-        / "robustbench"
-        / "cifar10"
-        / f"{name if '/' in name else f'Linf/{name}'}.pt"
-    )
-    expected = _expected(path, sha256)
+    published = _look_up_published(name)
+    key = name if "/" in name else f"Linf/{name}"
+    path = data_root(root) / "robustbench" / "cifar10" / f"{key}.pt"
+    expected = _expected_digests(path, sha256)
     if path.exists():
-        where, advice = str(path), f"delete it and fetch again, or see {published.page}"
-        digest = _check(path, published, expected, where, advice)
+        source = str(path)
+        advice = f"delete it and fetch again, or see {published.page}"
+        digest = _verify_published(path, published, expected, source, advice)
     else:
-        where = url or published.url
-        advice = f"try again later, or put the file of {published.page} there by hand: {path}"
+        source = url or published.url
+        advice = f"try again later, or save the file from {published.page} as {path}"
         with atomic_path(path) as temporary:
-            kind = "a file of torch.save"
-            download(
-                where, temporary, begins=BEGINS, kind=kind, advice=advice, on_progress=on_progress
-            )
-            digest = _check(temporary, published, expected, where, advice)
-    known = _note(path).is_file()
-    if not known:
-        record = {"name": name, "from": where, "sha256": digest, "bytes": path.stat().st_size}
-        write_text(_note(path), json.dumps(record, indent=1) + "\n")
-    return Fetched(path, published, digest, not known)
+            download(source, temporary, kind=TORCH_SAVE, advice=advice, on_progress=on_progress)
+            digest = _verify_published(temporary, published, expected, source, advice)
+    first_seen = not _digest_record_path(path).is_file()
+    if first_seen:
+        size = path.stat().st_size
+        record = {"name": name, "from": source, "sha256": digest, "bytes": size}
+        write_text(_digest_record_path(path), json.dumps(record, indent=1) + "\n")
+    return Fetched(path, published, digest, first_seen)
 
 
-def _find(name: str) -> Published:
+def _look_up_published(name: str) -> Published:
     if name not in PUBLISHED:
-        near = difflib.get_close_matches(name, PUBLISHED, 1)
-        hint = f'did you mean "{near[0]}"? It is one of' if near else "expected one of"
+        close = difflib.get_close_matches(name, PUBLISHED, 1)
+        hint = f'did you mean "{close[0]}"? It is one of' if close else "expected one of"
         raise RequestError(f'robustbench: got "{name}"; {hint} {", ".join(PUBLISHED)}')
     return PUBLISHED[name]
 
 
-def _note(path: Path) -> Path:
+def _digest_record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _expected(path: Path, sha256: str | None) -> dict[str, str]:
-    """digest -> who says so, as the end of a sentence."""
-    expected = {}
-    note = _note(path)
-    if note.is_file():
+def _expected_digests(path: Path, sha256: str | None) -> list[ExpectedDigest]:
+    """Return the digest recorded beside the file, if any, and the requested one, if any."""
+    expected: list[ExpectedDigest] = []
+    record_path = _digest_record_path(path)
+    if record_path.is_file():
         try:
-            expected[json.loads(note.read_text(encoding="utf-8"))["sha256"]] = (
-                f"as {note} recorded it"
-            )
+            recorded = json.loads(record_path.read_text(encoding="utf-8"))["sha256"]
         except (ValueError, KeyError, TypeError, OSError):
             raise DataError(
-                f"{note}: not a record of a digest; delete it and fetch again"
+                f"{record_path}: not a record of a digest; delete it and fetch again"
             ) from None
+        expected.append(ExpectedDigest(recorded, f"recorded in {record_path}"))
     if sha256 is not None:
-        digest = sha256.strip().lower().removeprefix("sha256:")
-        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        requested = sha256.strip().lower().removeprefix("sha256:")
+        if len(requested) != 64 or set(requested) - set("0123456789abcdef"):
             raise RequestError(f'--sha256: got "{sha256}", expected 64 hexadecimal digits')
-        expected[digest] = "as asked for"
+        expected.append(ExpectedDigest(requested, "as requested"))
     return expected
 
 
-def _check(
-    file: Path, published: Published, expected: dict[str, str], where: str, advice: str
+def _verify_published(
+    file: Path, published: Published, expected: list[ExpectedDigest], where: str, advice: str
 ) -> str:
-    """The sha256 of `file`. Raises DataError or CheckpointError, naming `where`, if it is not what was expected."""
+    """Check a file's kind, digests and network, and return its sha256 (hex).
+
+    Args:
+        file: the file to read.
+        published: its description.
+        expected: the digests that it must have.
+        where: names the file in errors.
+        advice: ends the errors.
+
+    Raises:
+        DataError: the file cannot be read, or has another kind or digest.
+        CheckpointError: the file does not fit the network.
+    """
     try:
         with open(file, "rb") as opened:
-            start = opened.read(15)
+            start = opened.read(SIGNATURE_BYTES)
             opened.seek(0)
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}); {advice}") from error
-    if not start.startswith(BEGINS):
-        raise DataError(f"{where}: starts with {start!r}, expected a file of torch.save; {advice}")
-    for wanted, why in expected.items():
-        if wanted != digest:
+    if not start.startswith(TORCH_SAVE.signatures):
+        raise DataError(f"{where}: starts with {start!r}, expected {TORCH_SAVE.name}; {advice}")
+    for wanted in expected:
+        if wanted.sha256 != digest:
             raise DataError(
-                f"{where}: wrong content: got sha256 {digest}, expected {wanted}, {why}; {advice}"
+                f"{where}: wrong content: got sha256 {digest}, expected {wanted.sha256}, "
+                f"{wanted.origin}; {advice}"
             )
     try:
         Checkpoint.load(file).load_into(load_model(published.model))
     except (CheckpointError, ModelError) as error:
         reason = str(error).removeprefix(f"{file}: ").removesuffix("; is --model right?")
         raise CheckpointError(
-            f"{where}: no checkpoint of {published.model}: {reason}; {advice}"
+            f"{where}: not a checkpoint of {published.model}: {reason}; {advice}"
         ) from error
     return digest

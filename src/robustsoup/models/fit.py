@@ -1,29 +1,34 @@
-"""Whether a network fits a data set."""
+"""Check that a network fits a data set."""
 
 import torch
 from torch import nn
 
+from robustsoup.attacks.forward import frozen_eval
 from robustsoup.data import Split, to_float
 from robustsoup.errors import ModelError
 
 
 def check_fit(model: nn.Module, data: Split) -> None:
-    """Raise ModelError unless the network takes the data's images and has as many classes as they have."""
-    modes = [(module, module.training) for module in model.modules()]
-    probe = to_float(data.images[:2]).to(next(model.parameters()).device)
+    """Check that a network takes the images of a data set and has as many classes.
+
+    Args:
+        model: the network; its training mode stays.
+        data: any split with at least one sample.
+
+    Raises:
+        ModelError: the network cannot take images of this shape, or its logits are not
+            (b, classes).
+    """
+    x = to_float(data.images[:2]).to(next(model.parameters()).device)
     try:
-        with torch.no_grad():
-            logits = model.eval()(probe)
+        with frozen_eval(model), torch.no_grad():
+            logits = model(x)
     except (RuntimeError, ValueError) as error:
         shape = tuple(data.images.shape[1:])
-        raise ModelError(
-            f"network: does not take images of shape {shape}: {str(error).splitlines()[0]}"
-        ) from None
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"network: does not take images of shape {shape}: {reason}") from None
     if logits.dim() != 2 or logits.shape[1] != data.classes:
         raise ModelError(
-            f"network: got logits of shape {tuple(logits.shape)} for {len(probe)} images, expected {data.classes} classes, "
-            f"as {data.record['name']} has"
+            f"network: got logits of shape {tuple(logits.shape)} for {len(x)} images, "
+            f"expected {data.classes} classes as in {data.record['name']}"
         )

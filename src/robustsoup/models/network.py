@@ -86,6 +86,12 @@ def channel_constants(
     return mean, std
 
 
+def attach_network_settings(model: nn.Module, settings: NetworkSettings) -> None:
+    """Store the settings in the attribute `network_settings` of the network that they built."""
+    # nn.Module declares assigned attributes to be tensors or modules.
+    vars(model)["network_settings"] = settings
+
+
 def network_settings_of(model: nn.Module) -> NetworkSettings | None:
     """Return the settings that `build_network` attached to a network, if it built this one."""
     settings = getattr(model, "network_settings", None)

@@ -1,18 +1,18 @@
-"""The pre-activation ResNet-18 with SiLU of Gowal et al. 2021, under the names of its published checkpoint."""
+"""The pre-activation ResNet-18 with SiLU of Gowal et al. 2021, with its checkpoint's names."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustsoup.models.resnet9 import Normalize
-from robustsoup.models.wide_resnet import constants, padded, pooled
+from robustsoup.models.normalize import Normalize
+from robustsoup.models.wide_resnet import average_pool, pad_same, published_constants
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation, two 3x3 convolutions and a shortcut: (b, channels, h, w) -> (b, out, h / stride, w / stride).
+    """Pre-activation block: (b, channels, h, w) -> (b, out, h/stride, w/stride).
 
-    Where the shape changes, the shortcut is a 3x3 convolution of x itself.
+    Two 3x3 convolutions and a shortcut: a 3x3 convolution of x if the shape changes, else x itself.
     """
 
     def __init__(self, channels: int, out: int, stride: int, momentum: float) -> None:
@@ -22,24 +22,24 @@ class PreActBlock(nn.Module):
         self.conv_2d_1 = nn.Conv2d(channels, out, 3, stride, padding, bias=False)
         self.batchnorm_1 = nn.BatchNorm2d(out, momentum=momentum)
         self.conv_2d_2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        changes = stride != 1 or channels != out
-        self.shortcut = (
-            nn.Conv2d(channels, out, 3, stride, padding, bias=False) if changes else None
-        )
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Conv2d(channels, out, 3, stride, padding, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, channels, h, w) -> (b, out, h / stride, w / stride)."""
+        """Map x (b, channels, h, w) to (b, out, h/stride, w/stride)."""
         out = functional.silu(self.batchnorm_0(x))
-        skip = self.shortcut(padded(x, self.shortcut)) if self.shortcut is not None else x
-        out = self.conv_2d_1(padded(out, self.conv_2d_1))
+        skip = self.shortcut(pad_same(x, self.shortcut)) if self.shortcut is not None else x
+        out = self.conv_2d_1(pad_same(out, self.conv_2d_1))
         return self.conv_2d_2(functional.silu(self.batchnorm_1(out))) + skip
 
 
 class PreActResNet(nn.Module):
-    """Images (b, channels, h, w) in [0,1], h and w at least 8 -> logits (b, classes).
+    """Images (b, channels, h, w) in [0, 1], h and w at least 8 -> logits (b, classes).
 
-    A 3x3 stem, four stages of two blocks to 1, 2, 4 and 8 times width at strides 1, 2, 2, 2, BatchNorm, SiLU,
-    average-pool, linear.
+    A 3x3 stem, four stages of two blocks to 1, 2, 4 and 8 times width at strides 1, 2, 2, 2,
+    BatchNorm, SiLU, average-pool, linear.
+
     Source: He et al. 2016, arXiv:1603.05027, in the form of Gowal et al. 2021, arXiv:2110.09468.
     """
 
@@ -55,22 +55,24 @@ class PreActResNet(nn.Module):
         super().__init__()
         self.normalize = Normalize(mean, std, persistent=False)
         self.conv_2d = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        inner = width
-        for stage in range(4):
-            out = width * 2**stage
-            first = PreActBlock(inner, out, 2 if stage else 1, momentum)
-            setattr(
-                self, f"layer_{stage}", nn.Sequential(first, PreActBlock(out, out, 1, momentum))
-            )
-            inner = out
-        self.batchnorm = nn.BatchNorm2d(inner, momentum=momentum)
-        self.logits = nn.Linear(inner, classes)
+        self.layer_0 = _preact_stage(width, width, 1, momentum)
+        self.layer_1 = _preact_stage(width, 2 * width, 2, momentum)
+        self.layer_2 = _preact_stage(2 * width, 4 * width, 2, momentum)
+        self.layer_3 = _preact_stage(4 * width, 8 * width, 2, momentum)
+        self.batchnorm = nn.BatchNorm2d(8 * width, momentum=momentum)
+        self.logits = nn.Linear(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, channels, h, w) in [0,1] -> logits (b, classes)."""
+        """Map x (b, channels, h, w) in [0, 1] to logits (b, classes)."""
         x = self.conv_2d(self.normalize(x))
         x = self.layer_3(self.layer_2(self.layer_1(self.layer_0(x))))
-        return self.logits(pooled(functional.silu(self.batchnorm(x))))
+        return self.logits(average_pool(functional.silu(self.batchnorm(x))))
+
+
+def _preact_stage(channels: int, out: int, stride: int, momentum: float) -> nn.Sequential:
+    return nn.Sequential(
+        PreActBlock(channels, out, stride, momentum), PreActBlock(out, out, 1, momentum)
+    )
 
 
 def preact_resnet18(
@@ -82,9 +84,12 @@ def preact_resnet18(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> PreActResNet:
-    """A PreActResNet-18 with fresh weights: 12,548,426 parameters in 56 tensors at width 64 and 10 classes.
+    """Build a PreActResNet-18 with fresh weights.
 
-    mean, std, bn_momentum: as for `wide_resnet`.
+    At width 64 and 10 classes: 12,548,426 parameters in 56 tensors. `mean`, `std` and
+    `bn_momentum` are those of `wide_resnet`.
     """
-    own = constants(channels)
-    return PreActResNet(width, classes, channels, bn_momentum, mean or own[0], std or own[1])
+    default_mean, default_std = published_constants(channels)
+    return PreActResNet(
+        width, classes, channels, bn_momentum, mean or default_mean, std or default_std
+    )

@@ -1,21 +1,24 @@
-"""Wide ResNets with SiLU, under the names of the published checkpoints of Gowal et al. 2021 and Wang et al. 2023."""
+"""Wide ResNets with SiLU, named as in the checkpoints of Gowal et al. and Wang et al."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustsoup.models.resnet9 import Normalize
+from robustsoup.models.normalize import Normalize
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2471, 0.2435, 0.2616)
-"""What every published checkpoint of these networks normalises by; their files hold neither."""
+"""The constants by which all published checkpoints of these networks normalize; the files hold
+neither."""
 
 
 class WideBlock(nn.Module):
-    """Pre-activation, two 3x3 convolutions and a shortcut: (b, channels, h, w) -> (b, out, h / stride, w / stride).
+    """Pre-activation block: (b, channels, h, w) -> (b, out, h/stride, w/stride).
 
-    Where channels change, the shortcut is a 1x1 convolution after BatchNorm and SiLU; elsewhere it is x itself.
+    Two 3x3 convolutions and a shortcut: a 1x1 convolution after BatchNorm and SiLU if the channels
+    change, else x itself.
     """
 
     def __init__(self, channels: int, out: int, stride: int, momentum: float) -> None:
@@ -27,40 +30,48 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False) if channels != out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, channels, h, w) -> (b, out, h / stride, w / stride)."""
+        """Map x (b, channels, h, w) to (b, out, h/stride, w/stride)."""
         out = functional.silu(self.batchnorm_0(x))
         skip = self.shortcut(out) if self.shortcut is not None else x
-        out = functional.silu(self.batchnorm_1(self.conv_0(padded(out, self.conv_0))))
+        out = functional.silu(self.batchnorm_1(self.conv_0(pad_same(out, self.conv_0))))
         return skip + self.conv_1(out)
 
 
 class BlockGroup(nn.Module):
-    """A row of blocks, of which the first may change channels and stride; called `block`, as in the published files."""
+    """A sequence of blocks, of which the first may change channels and stride."""
 
     def __init__(self, depth: int, channels: int, out: int, stride: int, momentum: float) -> None:
         super().__init__()
         first = WideBlock(channels, out, stride, momentum)
-        self.block = nn.Sequential(
-            first, *(WideBlock(out, out, 1, momentum) for _ in range(depth - 1))
-        )
+        others = (WideBlock(out, out, 1, momentum) for _ in range(depth - 1))
+        self.block = nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, channels, h, w) -> (b, out, h / stride, w / stride)."""
+        """Map x (b, channels, h, w) to (b, out, h/stride, w/stride)."""
         return self.block(x)
 
 
-class WideResNet(nn.Module):
-    """Images (b, channels, h, w) in [0,1], h and w at least 4 -> logits (b, classes).
+@dataclass(frozen=True)
+class WideResNetSize:
+    """The size of a WideResNet: depth 6 n + 4, and the widening factor."""
 
-    A 3x3 stem to 16 channels, three groups of (depth - 4) / 6 blocks to 16, 32 and 64 times width at strides 1, 2, 2,
-    BatchNorm, SiLU, average-pool, linear.
-    Source: Zagoruyko & Komodakis 2016, arXiv:1605.07146, in the form of Gowal et al. 2021, arXiv:2110.09468.
+    depth: int
+    width: int
+
+
+class WideResNet(nn.Module):
+    """Images (b, channels, h, w) in [0, 1], h and w at least 4 -> logits (b, classes).
+
+    A 3x3 stem to 16 channels, three groups of (depth - 4) / 6 blocks to 16, 32 and 64 times width
+    at strides 1, 2, 2, BatchNorm, SiLU, average-pool, linear.
+
+    Source: Zagoruyko & Komodakis 2016, arXiv:1605.07146, in the form of Gowal et al. 2021,
+    arXiv:2110.09468.
     """
 
     def __init__(
         self,
-        depth: int,
-        width: int,
+        size: WideResNetSize,
         classes: int,
         channels: int,
         momentum: float,
@@ -68,37 +79,38 @@ class WideResNet(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
+        depth, width = size.depth, size.width
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth: got {depth}, expected 10, 16, 22, 28, ... (6 n + 4)")
         self.normalize = Normalize(mean, std, persistent=False)
         self.init_conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        groups, inner = [], 16
-        for number in range(3):
-            out = 16 * 2**number * width
-            groups.append(BlockGroup((depth - 4) // 6, inner, out, 2 if number else 1, momentum))
-            inner = out
-        self.layer = nn.Sequential(*groups)
-        self.batchnorm = nn.BatchNorm2d(inner, momentum=momentum)
-        self.logits = nn.Linear(inner, classes)
+        outs = [16 * 2**number * width for number in range(3)]
+        self.layer = nn.Sequential(
+            BlockGroup((depth - 4) // 6, 16, outs[0], 1, momentum),
+            BlockGroup((depth - 4) // 6, outs[0], outs[1], 2, momentum),
+            BlockGroup((depth - 4) // 6, outs[1], outs[2], 2, momentum),
+        )
+        self.batchnorm = nn.BatchNorm2d(outs[2], momentum=momentum)
+        self.logits = nn.Linear(outs[2], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, channels, h, w) in [0,1] -> logits (b, classes)."""
+        """Map x (b, channels, h, w) in [0, 1] to logits (b, classes)."""
         x = self.layer(self.init_conv(self.normalize(x)))
-        return self.logits(pooled(functional.silu(self.batchnorm(x))))
+        return self.logits(average_pool(functional.silu(self.batchnorm(x))))
 
 
-def padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """x (b, c, h, w), with a zero row below and a zero column to the right if the 3x3 `conv` has stride 2 ("SAME")."""
+def pad_same(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Pad x (b, c, h, w) below and on the right by one zero if the 3x3 `conv` has stride 2."""
     return functional.pad(x, (0, 1, 0, 1)) if conv.stride == (2, 2) else x
 
 
-def pooled(x: Tensor) -> Tensor:
-    """The mean over all pixels: x (b, c, h, w) -> (b, c)."""
+def average_pool(x: Tensor) -> Tensor:
+    """Average over all pixels: (b, c, h, w) -> (b, c)."""
     return functional.avg_pool2d(x, x.shape[2:]).flatten(1)
 
 
-def constants(channels: int) -> tuple[list[float], list[float]]:
-    """The published mean and std for colour images, 0 and 1 for others."""
+def published_constants(channels: int) -> tuple[list[float], list[float]]:
+    """Return the published (mean, std) for colour images, zeros and ones for others."""
     return (list(MEAN), list(STD)) if channels == 3 else ([0.0] * channels, [1.0] * channels)
 
 
@@ -112,9 +124,21 @@ def wide_resnet(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> WideResNet:
-    """A WideResNet with fresh weights: 36,479,194 parameters in 80 tensors at depth 28, width 10 and 10 classes.
+    """Build a WideResNet with fresh weights.
 
-    mean, std: no part of the state dict; without them, the published ones. bn_momentum: 0.01 in Wang et al.'s training.
+    At depth 28, width 10 and 10 classes: 36,479,194 parameters in 80 tensors.
+
+    Args:
+        depth: 6 n + 4, at least 10.
+        width: the widening factor.
+        classes: number of classes.
+        channels: number of input channels.
+        bn_momentum: momentum of BatchNorm; 0.01 in the training of Wang et al.
+        mean: one number for each channel; no part of the state dict; default: published constants.
+        std: as `mean`.
     """
-    own = constants(channels)
-    return WideResNet(depth, width, classes, channels, bn_momentum, mean or own[0], std or own[1])
+    default_mean, default_std = published_constants(channels)
+    size = WideResNetSize(depth, width)
+    return WideResNet(
+        size, classes, channels, bn_momentum, mean or default_mean, std or default_std
+    )
