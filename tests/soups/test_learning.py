@@ -1,6 +1,5 @@
-"""The learned soup: its gradients are autograd's, it survives a kill bit for bit, and one network is in the graph."""
+"""The learned soup: gradients equal autograd's, one network in the graph, kills, and records."""
 
-import copy
 import itertools
 import math
 
@@ -8,13 +7,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from learning_helpers import (
+    LAYERS,
+    assert_same_coefficients,
+    learn_digits,
+    relative_error,
+    resnet_ingredients,
+    small_ingredients,
+)
 from torch.func import functional_call
+from training_helpers import DATA, LINF, STEPS_PER_EPOCH, interrupt_at
 
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.losses import ce
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import batches, load_data
+from robustsoup.data import batches
 from robustsoup.errors import (
     CheckpointError,
     Diverged,
@@ -23,7 +30,6 @@ from robustsoup.errors import (
     RequestError,
 )
 from robustsoup.models import load_model
-from robustsoup.progress import SavedState
 from robustsoup.soups import learning_run
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.ingredients import Ingredients
@@ -33,78 +39,10 @@ from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
-DATA = load_data("digits").train.first(96)
-LINF = ThreatModel("Linf", 32 / 255)
-PER_EPOCH = 3
 
-
-class Small(nn.Module):
-    """Two convolutions with BatchNorm, computing in float64 whatever it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.norm2 = (
-            nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(6),
-        )
-        self.linear = nn.Linear(6, 10)
-        self.double()
-
-    def forward(self, x):
-        x = torch.nn.functional.silu(self.norm1(self.conv1(x.double())))
-        return self.linear(torch.nn.functional.silu(self.norm2(self.conv2(x))).mean((2, 3)))
-
-
-def perturbed(model, seed, scale=0.3):
-    """A checkpoint near `model`: every float tensor moved, variances kept positive."""
-    generator = torch.Generator().manual_seed(seed)
-    near = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, tensor in near.state_dict().items():
-            if tensor.is_floating_point() and not name.startswith("normalize."):
-                noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * scale
-                tensor.mul_(1 + noise.abs()) if name.endswith("running_var") else tensor.add_(noise)
-    return Checkpoint.of(near)
-
-
-def small_ingredients(n=3):
-    torch.manual_seed(0)
-    base = Small()
-    return base, [perturbed(base, seed) for seed in range(n)]
-
-
-def ingredients(n=3):
-    base = load_model("resnet9:width=2", channels=1)
-    return [perturbed(base, seed, 0.1) for seed in range(n)]
-
-
-def learned(items=None, **changed):
-    chosen = {
-        "threat": LINF,
-        "epochs": 2,
-        "batch_size": 32,
-        "device": "cpu",
-        "precision": "float32",
-        "detach": 0.5,
-    }
-    return learn(items or ingredients(), DATA, **(chosen | changed))
-
-
-def start(n=3, init="xavier", seed=0, layers=None):
-    layers = layers or len(ingredients(1)[0].parameters)
-    return torch.softmax(initial_logits(layers, n, init, seed).double(), 1)
-
-
-def same(one, two):
-    assert torch.equal(one.alpha, two.alpha)
-    assert one.tracked.keys() == two.tracked.keys()
-    for name, tensor in one.tracked.items():
-        assert torch.equal(tensor, two.tracked[name]), name
-
-
-def error(got, expected):
-    return float((got - expected).norm() / expected.norm())
+def start_alpha(n=3, init="xavier", seed=0):
+    """Return the coefficients that learning starts from, columns by digest."""
+    return torch.softmax(initial_logits(LAYERS, n, init, seed).double(), 1)
 
 
 # gradients
@@ -114,7 +52,7 @@ def error(got, expected):
 @given(
     st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 10**6)
 )
-def test_logits_gradient_is_that_of_autograd(n, shape, seed):
+def test_logits_gradient_equals_autograds(n, shape, seed):
     generator = torch.Generator().manual_seed(seed)
     thetas = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
     grad = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -127,7 +65,7 @@ def test_logits_gradient_is_that_of_autograd(n, shape, seed):
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_coefficient_gradients_are_those_of_autograd_with_all_networks_in_the_graph():
+def test_coefficient_gradients_equal_autograds_with_all_networks_in_the_graph():
     net, items = small_ingredients()
     names = [name for name, _ in net.named_parameters()]
     x, y, _ = next(iter(batches(DATA, 32, seed=0, epoch=0)))
@@ -147,14 +85,14 @@ def test_coefficient_gradients_are_those_of_autograd_with_all_networks_in_the_gr
     )
     got = logits_gradient(inner, alpha.detach())
     for i, name in enumerate(names):
-        if name == "conv1.bias":  # BatchNorm takes it away again: both gradients are rounding
+        if name == "conv1.bias":  # BatchNorm removes it: rounding only
             assert got[i].abs().max() < 1e-12 > expected[i].abs().max()
         else:
-            assert error(got[i], expected[i]) < 1e-9, name
+            assert relative_error(got[i], expected[i]) < 1e-9, name
 
 
-def reference(net, items, steps, *, lr, momentum, objective, threat):
-    """The learned soup as autograd computes it: softmax and mixing in the graph, torch's own SGD and cosine."""
+def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat):
+    """Learn with softmax and mixing in the graph, PyTorch's SGD and its cosine schedule."""
     names = [name for name, _ in net.named_parameters()]
     logits = initial_logits(len(names), len(items), "xavier", 0).double().requires_grad_()
     optimizer = torch.optim.SGD([logits], lr=lr, momentum=momentum)
@@ -167,7 +105,7 @@ def reference(net, items, steps, *, lr, momentum, objective, threat):
         for name, tensor in buffers.items()
     }
     for step in range(steps):
-        epoch, number = divmod(step, PER_EPOCH)
+        epoch, number = divmod(step, STEPS_PER_EPOCH)
         x, y, _ = list(batches(DATA, 32, seed=0, epoch=epoch))[number]
         alpha = torch.softmax(logits, 1)
         theta = {
@@ -200,12 +138,14 @@ def reference(net, items, steps, *, lr, momentum, objective, threat):
         (2, "mixed 0.4", LINF),
     ],
 )
-def test_whole_steps_are_those_of_autograd(monkeypatch, epochs, objective, threat):
+def test_whole_steps_equal_autograds(monkeypatch, epochs, objective, threat):
     net, items = small_ingredients()
-    items.sort(key=lambda item: item.digest)  # the order in which the first logits are dealt out
+    items.sort(key=lambda item: item.digest)  # the order of the initial logits
     real = initial_logits
-    monkeypatch.setattr(learning_run, "initial_logits", lambda *given: real(*given).double())
-    got = learned(
+    monkeypatch.setattr(
+        learning_run, "initial_logits", lambda *arguments: real(*arguments).double()
+    )
+    got = learn_digits(
         items,
         network=net,
         detach=0.0,
@@ -215,72 +155,77 @@ def test_whole_steps_are_those_of_autograd(monkeypatch, epochs, objective, threa
         objective=objective,
         threat=threat,
     )
-    alpha, buffers = reference(
-        net, items, epochs * PER_EPOCH, lr=5.0, momentum=0.9, objective=objective, threat=threat
+    alpha, buffers = learn_by_autograd(
+        net,
+        items,
+        epochs * STEPS_PER_EPOCH,
+        lr=5.0,
+        momentum=0.9,
+        objective=objective,
+        threat=threat,
     )
     first = torch.softmax(real(len(got.layers), 3, "xavier", 0).double(), 1)
     assert (alpha - first).abs().max() > 1e-3
-    assert error(got.alpha - first, alpha - first) < 1e-9
+    assert relative_error(got.alpha - first, alpha - first) < 1e-9
     for name, tensor in got.tracked.items():
         assert torch.allclose(tensor, buffers[name], rtol=1e-10), name
 
 
-def leaves(loss):
-    found, waiting, seen = {}, [loss.grad_fn], set()
+def graph_leaves(loss):
+    """Return the leaf tensors of the graph of a loss, by id."""
+    leaves, waiting, seen = {}, [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
+            leaves[id(node.variable)] = node.variable
         waiting += [before for before, _ in node.next_functions]
-    return found
+    return leaves
 
 
-def test_the_graph_holds_one_network_only(monkeypatch):
-    real, counts = learning_run.objective_loss, []
+def test_the_graph_holds_one_network(monkeypatch):
+    real, sizes = learning_run.objective_loss, []
 
-    def watched(model, *rest):
+    def checked_loss(model, *rest):
         loss = real(model, *rest)
-        wanted = {id(p) for p in model.parameters() if p.requires_grad}
-        found = leaves(loss) if loss.requires_grad else {}
-        assert set(found) == wanted
-        counts.append(sum(v.numel() for v in found.values()))
+        leaves = graph_leaves(loss) if loss.requires_grad else {}
+        assert set(leaves) == {id(p) for p in model.parameters() if p.requires_grad}
+        sizes.append(sum(leaf.numel() for leaf in leaves.values()))
         return loss
 
-    monkeypatch.setattr(learning_run, "objective_loss", watched)
-    items = ingredients(4)
+    monkeypatch.setattr(learning_run, "objective_loss", checked_loss)
+    items = resnet_ingredients(4)
     total = sum(items[0].tensors[name].numel() for name in items[0].parameters)
-    learned(items, detach=0.0)
-    assert counts == [total] * 2 * PER_EPOCH
-    counts.clear()
-    learned(items, detach=0.8)
-    assert 0 < max(counts) < total
+    learn_digits(items, detach=0.0)
+    assert sizes == [total] * 2 * STEPS_PER_EPOCH
+    sizes.clear()
+    learn_digits(items, detach=0.8)
+    assert 0 < max(sizes) < total
 
 
 # detach dropout
 
 
-def test_everything_detached_moves_no_coefficient_but_tracks_statistics():
-    items = sorted(ingredients(), key=lambda item: item.digest)
-    alpha = learned(items, detach=1.0)
-    assert torch.equal(alpha.alpha, start())
+def test_with_all_layers_detached_only_statistics_change():
+    items = sorted(resnet_ingredients(), key=lambda item: item.digest)
+    alpha = learn_digits(items, detach=1.0)
+    assert torch.equal(alpha.alpha, start_alpha())
     averaged = mix(items, [1 / 3] * 3, buffers="average").tensors
     assert all(not torch.equal(tensor, averaged[name]) for name, tensor in alpha.tracked.items())
 
 
-def test_a_detached_layer_gets_no_update_and_keeps_its_momentum(monkeypatch, tmp_path):
-    monkeypatch.setattr(SavedState, "due", lambda self: True)
+def test_a_detached_layer_gets_no_update_and_keeps_its_momentum(save_every_step, tmp_path):
     states, path = [], tmp_path / "state.pt"
 
-    def keep(done, total, figures):
+    def read_state(done, total, figures):
         if path.exists():
             states.append(torch.load(path, weights_only=True))
 
-    learned(epochs=6, detach=0.7, state_path=path, on_progress=keep)
+    learn_digits(epochs=6, detach=0.7, state_path=path, on_progress=read_state)
     states.append(torch.load(path, weights_only=True))
-    assert [state["step"] for state in states] == list(range(1, 6 * PER_EPOCH + 1))
+    assert [state["step"] for state in states] == list(range(1, 6 * STEPS_PER_EPOCH + 1))
     rested, moved, resting_with_speed = 0, 0, 0
     for before, after in itertools.pairwise(states):
         still = (before["line"][0] == after["line"][0]).all(1)
@@ -296,16 +241,17 @@ def test_a_detached_layer_gets_no_update_and_keeps_its_momentum(monkeypatch, tmp
 # start and seeds
 
 
-def test_zeros_are_the_uniform_soup():
+def test_zeros_give_the_uniform_soup():
     assert torch.equal(initial_logits(7, 4, "zeros", 0), torch.zeros(7, 4))
     assert torch.equal(
-        learned(init="zeros", detach=1.0).alpha, torch.full((25, 3), 1 / 3, dtype=torch.float64)
+        learn_digits(init="zeros", detach=1.0).alpha,
+        torch.full((25, 3), 1 / 3, dtype=torch.float64),
     )
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 10**6))
-def test_xavier_fills_its_bounds(n, seed):
+def test_xavier_is_uniform_within_its_bounds(n, seed):
     bound, logits = math.sqrt(6 / (1 + n)), initial_logits(400, n, "xavier", seed)
     assert logits.shape == (400, n)
     assert 0.95 * bound < logits.max() <= bound
@@ -313,20 +259,20 @@ def test_xavier_fills_its_bounds(n, seed):
     assert abs(float(logits.mean())) < 0.2 * bound
 
 
-def test_the_seed_decides():
-    first = learned(seed=1)
-    same(first, learned(seed=1))
-    assert not torch.equal(first.alpha, learned(seed=2).alpha)
-    assert not torch.equal(first.alpha, start(seed=1))
+def test_the_seed_determines_the_result():
+    first = learn_digits(seed=1)
+    assert_same_coefficients(first, learn_digits(seed=1))
+    assert not torch.equal(first.alpha, learn_digits(seed=2).alpha)
+    assert not torch.equal(first.alpha, start_alpha(seed=1))
 
 
-def test_learning_leaves_its_inputs_and_the_global_generator_alone():
+def test_learning_changes_neither_its_inputs_nor_the_global_generator():
     net, items = small_ingredients()
     before = [
         {k: v.clone() for k, v in item.tensors.items()} for item in [*items, Checkpoint.of(net)]
     ]
     generator = torch.random.get_rng_state()
-    learned(items, network=net)
+    learn_digits(items, network=net)
     assert torch.equal(generator, torch.random.get_rng_state())
     for item, old in zip([*items, Checkpoint.of(net)], before, strict=True):
         assert all(torch.equal(tensor, old[name]) for name, tensor in item.tensors.items())
@@ -334,9 +280,9 @@ def test_learning_leaves_its_inputs_and_the_global_generator_alone():
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (1, 2, 0)])
-def test_permuted_ingredients_give_permuted_coefficients(order):
-    items = ingredients()
-    straight, turned = learned(items), learned([items[i] for i in order])
+def test_permuting_ingredients_permutes_coefficients(order):
+    items = resnet_ingredients()
+    straight, turned = learn_digits(items), learn_digits([items[i] for i in order])
     assert torch.equal(turned.alpha, straight.alpha[:, list(order)])
     assert turned.ingredients == tuple(straight.ingredients[i] for i in order)
     soups = [
@@ -346,13 +292,13 @@ def test_permuted_ingredients_give_permuted_coefficients(order):
     assert soups[0].digest == soups[1].digest
 
 
-# the result
+# results
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_rows_sum_to_one_and_name_every_parameter(n):
-    items = ingredients(n)
-    alpha = learned(items)
+    items = resnet_ingredients(n)
+    alpha = learn_digits(items)
     assert alpha.alpha.shape == (25, n)
     assert alpha.alpha.dtype == torch.float64
     assert alpha.alpha.min() > 0
@@ -363,16 +309,16 @@ def test_rows_sum_to_one_and_name_every_parameter(n):
     alpha.check(n)
 
 
-def test_a_single_ingredient_is_its_own_soup():
-    items = ingredients(1)
-    alpha = learned(items)
+def test_the_soup_of_a_single_ingredient_equals_it():
+    items = resnet_ingredients(1)
+    alpha = learn_digits(items)
     soup = mix(items, alpha, buffers="average")
     assert all(torch.equal(soup.tensors[name], tensor) for name, tensor in items[0].tensors.items())
 
 
-def test_tracked_statistics_go_into_the_soup_and_through_a_file(tmp_path):
-    items = ingredients()
-    alpha = learned(items)
+def test_tracked_statistics_reach_the_soup_and_survive_a_file(tmp_path):
+    items = resnet_ingredients()
+    alpha = learn_digits(items)
     expected = {
         name
         for name in items[0].tensors
@@ -380,27 +326,27 @@ def test_tracked_statistics_go_into_the_soup_and_through_a_file(tmp_path):
     }
     assert set(alpha.tracked) == expected
     assert all(
-        int(t) == 2 * PER_EPOCH
+        int(t) == 2 * STEPS_PER_EPOCH
         for name, t in alpha.tracked.items()
         if name.endswith("num_batches_tracked")
     )
-    read = Coefficients.load(alpha.save(tmp_path / "alpha.safetensors"))
-    same(alpha, read)
-    assert (read.layers, read.ingredients, read.record) == (
+    loaded = Coefficients.load(alpha.save(tmp_path / "alpha.safetensors"))
+    assert_same_coefficients(alpha, loaded)
+    assert (loaded.layers, loaded.ingredients, loaded.record) == (
         alpha.layers,
         alpha.ingredients,
         alpha.record,
     )
-    soup = mix(items, read, buffers="tracked")
+    soup = mix(items, loaded, buffers="tracked")
     assert all(torch.equal(soup.tensors[name], tensor) for name, tensor in alpha.tracked.items())
     assert torch.isfinite(soup.network()(torch.rand(4, 1, 8, 8))).all()
     for name, row in zip(alpha.layers, alpha.alpha, strict=True):
-        wanted = sum(a * item.tensors[name].double() for a, item in zip(row, items, strict=True))
-        assert torch.allclose(soup.tensors[name].double(), wanted, atol=1e-6), name
+        expected = sum(a * item.tensors[name].double() for a, item in zip(row, items, strict=True))
+        assert torch.allclose(soup.tensors[name].double(), expected, atol=1e-6), name
 
 
-def test_the_record_says_how():
-    alpha = learned(objective="mixed 0.2", lr=3.0, seed=5)
+def test_the_record_holds_the_settings_and_the_data():
+    alpha = learn_digits(objective="mixed 0.2", lr=3.0, seed=5)
     record = alpha.record
     assert (
         record["learning"]
@@ -414,12 +360,12 @@ def test_the_record_says_how():
 
 
 def test_learning_lowers_the_loss_it_minimises():
-    good, bad = ingredients(1)[0], ingredients(1)[0]
+    good, bad = resnet_ingredients(1)[0], resnet_ingredients(1)[0]
     bad = Checkpoint(
         {k: -t if k == "linear.weight" else t for k, t in bad.tensors.items()}, bad.provenance
     )
     good = train(good, DATA, threat="clean", epochs=8, batch_size=32, lr=0.1, precision="float32")
-    alpha = learned([good, bad], threat="clean", epochs=4, detach=0.0, init="zeros")
+    alpha = learn_digits([good, bad], threat="clean", epochs=4, detach=0.0, init="zeros")
     assert alpha.record["history"][-1]["loss"] < alpha.record["history"][0]["loss"]
     assert alpha.alpha[alpha.layers.index("linear.weight"), 0] > 0.7
 
@@ -429,57 +375,54 @@ def test_learning_lowers_the_loss_it_minimises():
     [("mixed 0.4", LINF), ("mixed 1", LINF), ("mixed 0.4", "clean"), ("ce", "clean")],
 )
 def test_objectives_and_threats_run(objective, threat):
-    alpha = learned(objective=objective, threat=threat)
+    alpha = learn_digits(objective=objective, threat=threat)
     alpha.check(3)
-    assert not torch.equal(alpha.alpha, start())
+    assert not torch.equal(alpha.alpha, start_alpha())
 
 
-def test_the_mixed_ends_are_the_pure_objectives():
-    same(learned(objective="mixed 0"), learned(objective="ce"))
-    same(learned(objective="mixed 1"), learned(objective="ce", threat="clean"))
-    assert not torch.equal(learned(objective="mixed 0.5").alpha, learned(objective="ce").alpha)
+def test_the_ends_of_mixed_equal_the_pure_objectives():
+    assert_same_coefficients(learn_digits(objective="mixed 0"), learn_digits(objective="ce"))
+    assert_same_coefficients(
+        learn_digits(objective="mixed 1"), learn_digits(objective="ce", threat="clean")
+    )
+    assert not torch.equal(
+        learn_digits(objective="mixed 0.5").alpha, learn_digits(objective="ce").alpha
+    )
 
 
 # kill and resume
 
 
-def stop_at(step):
-    def on_progress(done, total, figures):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_progress
-
-
 @pytest.mark.parametrize("kills", [[1], [2], [3], [5], [2, 4, 4], [9]])
-def test_a_killed_run_goes_on_bit_for_bit(monkeypatch, tmp_path, kills):
-    monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
-    items, path, seen = ingredients(), tmp_path / "state.pt", []
+def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
+    items, path, seen = resnet_ingredients(), tmp_path / "state.pt", []
     for step in kills:
         with pytest.raises(KeyboardInterrupt):
-            learned(items, epochs=3, state_path=path, on_progress=stop_at(step))
+            learn_digits(items, epochs=3, state_path=path, on_progress=interrupt_at(step))
     assert path.exists() == (kills[-1] > 1)
-    resumed = learned(
+    resumed = learn_digits(
         items,
         epochs=3,
         state_path=path,
         on_progress=lambda done, total, _: seen.append((done, total)),
     )
     assert seen == [(done, 9) for done in range(kills[-1], 10)]
-    whole = learned(items, epochs=3)
-    same(resumed, whole)
+    whole = learn_digits(items, epochs=3)
+    assert_same_coefficients(resumed, whole)
     assert resumed.record == whole.record
 
 
-def test_a_finished_run_is_not_done_again(tmp_path):
+def test_a_finished_run_takes_no_more_steps(tmp_path):
     path, seen = tmp_path / "state.pt", []
-    whole = learned(state_path=path)
-    same(whole, learned(state_path=path, on_progress=lambda *now: seen.append(now)))
+    whole = learn_digits(state_path=path)
+    assert_same_coefficients(
+        whole, learn_digits(state_path=path, on_progress=lambda *event: seen.append(event))
+    )
     assert seen == []
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "changes",
     [
         {"lr": 2.0},
         {"threat": "clean"},
@@ -488,42 +431,42 @@ def test_a_finished_run_is_not_done_again(tmp_path):
         {"items": True},
     ],
 )
-def test_a_state_of_other_work_is_refused(tmp_path, changed):
+def test_the_state_of_another_run_is_refused(tmp_path, changes):
     path = tmp_path / "state.pt"
-    learned(state_path=path)
+    learn_digits(state_path=path)
     before = path.read_bytes()
-    items = ingredients(2) if changed.pop("items", False) else None
+    items = resnet_ingredients(2) if changes.pop("items", False) else None
     with pytest.raises(CheckpointError, match=r"state\.pt.*other settings.*delete it"):
-        learned(items, state_path=path, **changed)
+        learn_digits(items, state_path=path, **changes)
     assert path.read_bytes() == before
 
 
 # what is refused
 
 
-def test_ingredients_of_other_shapes_are_named():
+def test_ingredients_of_other_shapes_are_refused():
     wide = Checkpoint.of(load_model("resnet9:width=4", channels=1))
     with pytest.raises(
         IngredientMismatch, match=r"prep\.0\.weight.*\(2, 1, 3, 3\).*\(4, 1, 3, 3\)"
     ):
-        learned([*ingredients(1), wide])
+        learn_digits([*resnet_ingredients(1), wide])
 
 
-def test_a_loss_that_is_not_finite_is_an_error():
+def test_a_non_finite_loss_is_an_error():
     broken = [
         Checkpoint({**c.tensors, "linear.weight": c.tensors["linear.weight"] * 1e38}, c.provenance)
-        for c in ingredients()
+        for c in resnet_ingredients()
     ]
     with pytest.raises(
         Diverged, match=r"learn: the loss became (nan|inf) at step 0, first in layer"
     ):
-        learned(broken)
+        learn_digits(broken)
 
 
-def test_a_network_of_other_classes_is_an_error():
+def test_a_network_with_other_classes_is_refused():
     other = Checkpoint.of(load_model("resnet9:width=2", channels=1, classes=7))
     with pytest.raises(ModelError, match=r"\(2, 7\).*expected 10 classes.*digits"):
-        learned([other, other])
+        learn_digits([other, other])
 
 
 @pytest.mark.parametrize(
@@ -544,7 +487,7 @@ def test_a_network_of_other_classes_is_an_error():
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(RequestError) as caught:
-        learned(**wrong)
+        learn_digits(**wrong)
     assert "\n" not in str(caught.value)
     assert next(iter(wrong)) in str(caught.value) or "eps" in str(caught.value)
 

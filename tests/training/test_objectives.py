@@ -1,4 +1,4 @@
-"""Objectives: their text forms, the loss that they are, what their attack climbs, and functions of one's own."""
+"""Objectives: their spellings, their losses, their attacks, and objectives of a user."""
 
 import copy
 import importlib.util
@@ -11,71 +11,81 @@ import torch.nn.functional as F
 from digits import check_inside, digits_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_helpers import DATA, DIGITS, LINF, fresh_network, interrupt_at, train_digits
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.forward import frozen_eval, input_gradient
+from robustsoup.attacks.forward import input_gradient
 from robustsoup.attacks.losses import ce, kl
-from robustsoup.data import batches, load_data, to_float
+from robustsoup.data import batches, to_float
 from robustsoup.errors import CheckpointError, ThreatError
-from robustsoup.models import load_model
-from robustsoup.progress import SavedState
 from robustsoup.runs.tasks import step_passes
 from robustsoup.soups.learning import learn
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import attack_batch, measure_objective, objective_loss
 from robustsoup.training.objectives import Objective, clean_weight, trades
-from robustsoup.training.train import train
 
-DIGITS = load_data("digits")
-DATA = DIGITS.train.first(96)
-LINF = ThreatModel("Linf", 32 / 255)
 THREATS = [LINF, ThreatModel("L2", 0.5), ThreatModel("L1", 3.0)]
+OWN_LOSSES = """
+from functools import partial
+
+from robustsoup.attacks.losses import ce, kl
+from robustsoup.training.objectives import Objective
 
 
-def fresh(**options):
-    return load_model("resnet9:width=2", channels=1, **options)
+def half(clean, attacked, y):
+    return (ce(clean, y) + ce(attacked, y)) / 2
 
 
-def trained(network=None, data=DATA, **changed):
-    chosen = {
-        "threat": LINF,
-        "epochs": 2,
-        "batch_size": 32,
-        "lr": 0.1,
-        "device": "cpu",
-        "precision": "float32",
-    }
-    return train(fresh() if network is None else network, data, **(chosen | changed))
+def smooth(clean, attacked, y, label_smoothing=0.0):
+    return ce(attacked, y)
 
 
-def example():
-    spec = importlib.util.spec_from_file_location(
-        "mart", Path(__file__).parents[2] / "examples" / "mart.py"
-    )
+class Weighted:
+    def __init__(self, beta):
+        self.beta = beta
+
+    def __call__(self, clean, attacked, y):
+        return ce(attacked, y)
+
+
+steep = Objective(partial(half, y=2.0))
+steeper = Objective(partial(half, y=3.0))
+kl_attack = Objective(half, attack_loss=kl, attack_compares_with_clean=True)
+weighted = Objective(Weighted(2.0))
+only_clean = Objective(lambda clean, attacked, y: ce(clean, y), uses_attacked=False)
+"""
+
+
+def load_mart():
+    path = Path(__file__).parents[2] / "examples" / "mart.py"
+    spec = importlib.util.spec_from_file_location("mart", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.mart
 
 
 def trades_by_hand(clean, adv, y, beta):
-    """As in Zhang et al.'s own code: batch means, gradient through both."""
+    """Compute TRADES as in Zhang et al.'s own code: batch means, gradient through both."""
     natural = F.cross_entropy(clean, y)
-    return natural + beta / len(y) * F.kl_div(
-        F.log_softmax(adv, 1), F.softmax(clean, 1), reduction="sum"
-    )
+    divergence = F.kl_div(F.log_softmax(adv, 1), F.softmax(clean, 1), reduction="sum")
+    return natural + beta / len(y) * divergence
 
 
-def logits_of(seed, b=9, classes=5):
+def random_logits(seed, b=9, classes=5):
     generator = torch.Generator().manual_seed(seed)
     clean, adv = (3 * torch.randn(2, b, classes, generator=generator)).unbind(0)
     return clean, adv, torch.randint(classes, (b,), generator=generator)
 
 
-# text forms
+def kl_attack(model, x, y, threat, *, steps, key):
+    return attack_batch(model, x, y, threat, trades(), steps=steps, precision="float32", key=key)
+
+
+# spellings
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "name"),
     [
         ("ce", "ce"),
         ("mixed 0", "ce"),
@@ -87,10 +97,10 @@ def logits_of(seed, b=9, classes=5):
         ("trades 0.5", "trades 0.5"),
     ],
 )
-def test_text_and_back(text, said):
+def test_text_and_back(text, name):
     objective = Objective.parse(text)
-    assert str(objective) == said
-    assert Objective.parse(said) == objective
+    assert str(objective) == name
+    assert Objective.parse(name) == objective
     assert Objective.parse(objective) is objective
     assert objective.clean_weight == clean_weight(text)
     assert objective.fingerprint is None
@@ -106,6 +116,7 @@ def test_text_and_back(text, said):
         "mixed x",
         "mixed 1.5",
         "mixed nan",
+        "mixed 0.1 0.2",
         "trades x",
         "trades -1",
         "trades inf",
@@ -117,138 +128,127 @@ def test_text_and_back(text, said):
         "a b:c",
     ],
 )
-def test_wrong_text_is_one_line(text):
+def test_wrong_text_is_refused_in_one_line(text):
     with pytest.raises(ThreatError, match="objective") as caught:
         Objective.parse(text)
     assert "\n" not in str(caught.value)
 
 
-def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
-    (tmp_path / "own_losses.py").write_text(
-        "from functools import partial\nfrom robustsoup.attacks.losses import ce, kl\nfrom robustsoup.training.objectives import Objective\n"
-        "def half(clean, attacked, y):\n    return (ce(clean, y) + ce(attacked, y)) / 2\n"
-        "def smooth(clean, attacked, y, label_smoothing=0.0):\n    return ce(attacked, y)\n"
-        "steep = Objective(partial(half, y=2.0))\nsteeper = Objective(partial(half, y=3.0))\n"
-        "other_climb = Objective(half, attack_loss=kl, attack_compares_with_clean=True)\n"
-        "class Held:\n    def __init__(self, beta):\n        self.beta = beta\n"
-        "    def __call__(self, clean, attacked, y):\n        return ce(attacked, y)\n"
-        "held = Objective(Held(2.0))\n"
-        "only_clean = Objective(lambda clean, attacked, y: ce(clean, y), uses_attacked=False)\n"
+def test_an_unknown_objective_is_answered_with_the_spellings():
+    with pytest.raises(ThreatError) as caught:
+        Objective.parse("trade")
+    assert str(caught.value) == (
+        'objective: got "trade", expected one of ce, "mixed A" as in "mixed 0.4", '
+        'trades, or "trades B" as in "trades 5", or package.module:function'
     )
+    with pytest.raises(ThreatError, match='module "nowhere" cannot be found; is it on the Python'):
+        Objective.parse("nowhere.at_all:fn")
+
+
+@pytest.fixture
+def own_losses(tmp_path, monkeypatch):
+    """Put a module of a user's objectives on the Python path."""
+    (tmp_path / "own_losses.py").write_text(OWN_LOSSES)
     monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_an_objective_is_imported_by_name(own_losses):
     half = Objective.parse("own_losses:half")
-    assert (
-        str(half),
-        half.uses_clean,
-        half.uses_attacked,
-        half.attack_loss,
-        half.clean_weight,
-    ) == (
-        "own_losses:half",
-        True,
-        True,
-        ce,
-        None,
-    )
-    assert half.fingerprint not in (None, "unknown")
-    marks = [
-        Objective.parse(f"own_losses:{name}").fingerprint
-        for name in ("smooth", "steep", "steeper", "other_climb", "held")
-    ]
-    assert (
-        len(
-            {
-                half.fingerprint,
-                *marks,
-                Objective.parse("own_losses:smooth").with_label_smoothing(0.1).fingerprint,
-            }
-        )
-        == 7
-    )
-    assert Objective.parse("ce").with_label_smoothing(0.1).fingerprint is None
+    assert str(half) == "own_losses:half"
+    assert (half.uses_clean, half.uses_attacked) == (True, True)
+    assert (half.attack_loss, half.clean_weight) == (ce, None)
     only = Objective.parse("own_losses:only_clean")
-    assert (str(only), only.uses_clean, only.uses_attacked) == (
-        "own_losses:only_clean",
-        True,
-        False,
+    assert str(only) == "own_losses:only_clean"
+    assert (only.uses_clean, only.uses_attacked) == (True, False)
+
+
+def test_the_fingerprint_differs_by_code_flags_and_bound_values(own_losses):
+    names = ["half", "smooth", "steep", "steeper", "kl_attack", "weighted"]
+    fingerprints = {Objective.parse(f"own_losses:{name}").fingerprint for name in names}
+    smoothed = Objective.parse("own_losses:smooth").with_label_smoothing(0.1)
+    assert len({*fingerprints, smoothed.fingerprint}) == 7
+    assert None not in fingerprints
+    assert Objective.parse("ce").with_label_smoothing(0.1).fingerprint is None
+
+
+def test_training_with_an_imported_objective(own_losses):
+    by_name, by_weight = (
+        train_digits(objective="own_losses:half"),
+        train_digits(objective="mixed 0.5"),
     )
-    # CE on both batches with equal weights is what "mixed 0.5" is
-    given_text, by_mix = trained(objective="own_losses:half"), trained(objective="mixed 0.5")
-    assert given_text.provenance["training"]["objective"] == "own_losses:half"
-    for name, tensor in by_mix.tensors.items():
-        assert torch.allclose(given_text.tensors[name], tensor, atol=1e-4), name
-    assert trained(objective=only).digest == trained(objective="mixed 1").digest
-    assert (
-        step_passes(LINF, "own_losses:half", 2),
-        step_passes(LINF, "own_losses:only_clean", 2),
-    ) == (11, 3)
+    assert by_name.provenance["training"]["objective"] == "own_losses:half"
+    for name, tensor in by_weight.tensors.items():  # they are one function
+        assert torch.allclose(by_name.tensors[name], tensor, atol=1e-4), name
+    only_clean = train_digits(objective="own_losses:only_clean")
+    assert only_clean.digest == train_digits(objective="mixed 1").digest
 
 
-def test_passes_count_the_pass_that_trades_compares_with():
+def test_the_passes_of_a_step_are_counted(own_losses):
     assert step_passes(LINF, "ce", 2) == 5 + 3
     assert step_passes(LINF, "mixed 0.4", 2) == 5 + 6
     assert step_passes(LINF, "mixed 1", 2) == 3
     assert step_passes(LINF, "trades 5", 2) == 5 + 6 + 1
     assert step_passes(CLEAN, "trades", 2) == 3
+    assert step_passes(LINF, "own_losses:half", 2) == 5 + 6
+    assert step_passes(LINF, "own_losses:only_clean", 2) == 3
 
 
-def test_what_is_no_loss_for_each_sample_is_refused():
+def test_an_objective_must_return_a_loss_for_each_sample():
     with pytest.raises(ThreatError, match=r"wrong.*returned \(32, 10\) for 32 samples"):
-        trained(objective=Objective(lambda clean, attacked, y: clean, "wrong"))
+        train_digits(objective=Objective(lambda clean, attacked, y: clean, "wrong"))
     with pytest.raises(ThreatError, match="expected a function"):
         Objective(0.4)
     with pytest.raises(ThreatError, match="needs a clean or an attacked batch"):
         Objective(ce, uses_clean=False, uses_attacked=False)
 
 
-# the losses
+# losses
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 6.0]))
-def test_trades_and_its_gradient_are_those_of_a_literal_implementation(seed, beta):
-    clean, adv, y = logits_of(seed)
-    found = []
+def test_trades_and_its_gradient_equal_a_literal_implementation(seed, beta):
+    clean, adv, y = random_logits(seed)
+    results = []
     for function in (
         lambda c, a: trades(beta).loss(c, a, y).mean(),
         lambda c, a: trades_by_hand(c, a, y, beta),
     ):
         leaves = [clean.clone().requires_grad_(), adv.clone().requires_grad_()]
         value = function(*leaves)
-        found.append(
-            [value, *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)]
-        )
-    for got, wanted in zip(*found, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+        grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        results.append([value, *grads])
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
-def test_kl_is_zero_at_home_and_above_it_elsewhere(seed):
-    clean, adv, y = logits_of(seed)
+def test_kl_is_zero_for_equal_logits_and_positive_for_others(seed):
+    clean, adv, y = random_logits(seed)
     assert torch.equal(kl(clean, y, clean), torch.zeros(len(y)))
     assert bool((kl(adv, y, clean) > 0).all())
 
 
 @pytest.mark.parametrize("objective", ["ce", "mixed 0.4", "trades"])
-def test_label_smoothing_is_torchs_and_leaves_the_kl_alone(objective):
-    clean, adv, y = logits_of(3)
+def test_label_smoothing_equals_pytorchs_and_spares_the_kl(objective):
+    clean, adv, y = random_logits(3)
     got = Objective.parse(objective).with_label_smoothing(0.1).loss(clean, adv, y).mean()
     smooth = [F.cross_entropy(logits, y, label_smoothing=0.1) for logits in (clean, adv)]
-    wanted = {
+    expected = {
         "ce": smooth[1],
         "mixed 0.4": 0.4 * smooth[0] + 0.6 * smooth[1],
         "trades": smooth[0] + 6 * kl(adv, y, clean).mean(),
     }
-    assert float(got) == pytest.approx(float(wanted[objective]), rel=1e-5)
+    assert float(got) == pytest.approx(float(expected[objective]), rel=1e-5)
 
 
-def test_a_function_without_smoothing_says_so():
+def test_a_function_without_label_smoothing_is_refused():
     with pytest.raises(ThreatError, match=r"label_smoothing: the objective .*does not support it"):
-        trained(objective=lambda clean, attacked, y: ce(attacked, y), label_smoothing=0.1)
+        train_digits(objective=lambda clean, attacked, y: ce(attacked, y), label_smoothing=0.1)
 
 
-# the attack of trades
+# the attack of TRADES
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
@@ -256,54 +256,52 @@ def test_the_kl_attack_stays_inside_and_raises_the_kl(threat):
     model = digits_network(4)
     x, y = to_float(DIGITS.val.images[:40]), DIGITS.val.labels[:40]
     generator = torch.random.get_rng_state()
-    x_adv = attack_batch(model, x, y, threat, trades(), steps=3, precision="float32", key=(0, 7))
+    x_adv = kl_attack(model, x, y, threat, steps=3, key=(0, 7))
     assert torch.equal(generator, torch.random.get_rng_state())
     check_inside(x_adv, x, threat)
     with torch.no_grad():
         clean, adv = model(x), model(x_adv)
         beside = model((x + 0.001 * torch.randn(x.shape)).clamp(0, 1))
     assert float(kl(adv, y, clean).mean()) > 20 * float(kl(beside, y, clean).mean())
-    again = attack_batch(model, x, y, threat, trades(), steps=3, precision="float32", key=(0, 7))
-    other = attack_batch(model, x, y, threat, trades(), steps=3, precision="float32", key=(0, 8))
-    assert torch.equal(x_adv, again)
-    assert not torch.equal(x_adv, other)
+    assert torch.equal(x_adv, kl_attack(model, x, y, threat, steps=3, key=(0, 7)))
+    assert not torch.equal(x_adv, kl_attack(model, x, y, threat, steps=3, key=(0, 8)))
 
 
-def test_at_x_itself_the_kl_has_no_gradient_and_a_start_is_where_the_attack_begins():
+def test_the_kl_has_no_gradient_at_x_so_its_attack_starts_beside():
     model = digits_network(4)
     x, y = to_float(DIGITS.val.images[:40]), DIGITS.val.labels[:40]
     clean = model(x)
-    at_home, aside = (
+    at_x, beside_x = (
         input_gradient(model, point, y, kl, "float32", target=clean)[2]
         for point in (x, (x + 0.01).clamp(0, 1))
     )
-    assert float(at_home.abs().max()) < 1e-5 < 1e-3 < float(aside.abs().max())
+    assert float(at_x.abs().max()) < 1e-5 < 1e-3 < float(beside_x.abs().max())
     start = (x + 0.001).clamp(0, 1)
-    moved = apgd_train(
+    result = apgd_train(
         model, x, y, LINF, steps=1, loss=lambda logits, y: 0 * logits.sum(1), start=start
     )
-    assert torch.equal(moved, start)  # nothing is higher than where it began
+    assert torch.equal(result, start)  # no point has a higher loss than the start
 
 
-def test_points_for_the_kl_do_not_depend_on_how_the_batch_is_shared_out():
+def test_the_kl_attack_does_not_depend_on_the_number_of_threads():
     model = digits_network(4)
     x, y = to_float(DIGITS.val.images[:64]), DIGITS.val.labels[:64]
     threads = torch.get_num_threads()
-    alone = attack_batch(model, x, y, LINF, trades(), steps=2, precision="float32", key=(0, 0))
+    alone = kl_attack(model, x, y, LINF, steps=2, key=(0, 0))
     try:
         torch.set_num_threads(2)
-        shared = attack_batch(model, x, y, LINF, trades(), steps=2, precision="float32", key=(0, 0))
+        shared = kl_attack(model, x, y, LINF, steps=2, key=(0, 0))
     finally:
         torch.set_num_threads(threads)
     assert float((alone - shared).abs().amax(dim=(1, 2, 3)).median()) < 1e-6
 
 
-def test_a_step_of_trades_is_that_written_by_hand():
-    data, start = DATA.first(32), fresh()
-    got = trained(start, data, objective="trades 5", epochs=1)
+def test_a_step_of_trades_equals_one_written_by_hand():
+    data, start = DATA.first(32), fresh_network()
+    got = train_digits(start, data, objective="trades 5", epochs=1)
     by_hand = copy.deepcopy(start)
     x, y, _ = next(iter(batches(data, 32, seed=0, epoch=0)))
-    x_adv = attack_batch(by_hand, x, y, LINF, trades(5), steps=2, precision="float32", key=(0, 0))
+    x_adv = kl_attack(by_hand, x, y, LINF, steps=2, key=(0, 0))
     by_hand.train()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
     clean, adv = by_hand(torch.cat([x, x_adv])).split(32)
@@ -316,72 +314,66 @@ def test_a_step_of_trades_is_that_written_by_hand():
 
 @pytest.mark.parametrize("objective", ["trades", "mixed 0.4"])
 def test_with_a_clean_threat_one_pass_sees_one_batch(objective):
-    model, (x, y, _) = fresh(), next(iter(batches(DATA, 32, seed=0, epoch=0)))
+    model, (x, y, _) = fresh_network(), next(iter(batches(DATA, 32, seed=0, epoch=0)))
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     loss = objective_loss(model, x, x, y, Objective.parse(objective), "float32")
     assert seen == [32]
-    seen.clear()
-    assert float(loss.detach()) == pytest.approx(
-        float(F.cross_entropy(model(x), y).detach()), rel=1e-5
-    )
+    expected = F.cross_entropy(model(x), y)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_trades_lowers_its_objective_and_resumes(monkeypatch, tmp_path):
-    monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
+def test_training_with_trades_lowers_its_objective():
+    val = DIGITS.val.first(64)
+    before = measure_objective(fresh_network(), val, LINF, trades(), steps=3)
+    trained = train_digits(data=DIGITS.train.first(512), objective="trades", epochs=8)
+    after = measure_objective(trained.network(), val, LINF, trades(), steps=3)
+    assert after < before - 0.2
 
-    def stop(done, total, figures):
-        if done == 2:
-            raise KeyboardInterrupt
 
+def test_training_with_trades_resumes_bit_for_bit(save_every_step, tmp_path):
+    path = tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
-        trained(objective="trades", state_path=tmp_path / "s.pt", on_progress=stop)
-    resumed, whole = (
-        trained(objective="trades", state_path=tmp_path / "s.pt"),
-        trained(objective="trades"),
-    )
+        train_digits(objective="trades", state_path=path, on_progress=interrupt_at(2))
+    resumed = train_digits(objective="trades", state_path=path)
+    whole = train_digits(objective="trades")
     assert (resumed.digest, resumed.provenance) == (whole.digest, whole.provenance)
-    before = measure_objective(fresh(), DIGITS.val.first(64), LINF, trades(), steps=3)
-    longer = trained(data=DIGITS.train.first(512), objective="trades", epochs=8, lr=0.1)
-    assert (
-        measure_objective(longer.network(), DIGITS.val.first(64), LINF, trades(), steps=3)
-        < before - 0.2
-    )
 
 
 def test_learning_takes_trades_and_functions():
-    items = [trained(threat=f"Linf {eps}/255", epochs=1) for eps in (8, 64)]
-    chosen = {
+    items = [train_digits(threat=f"Linf {eps}/255", epochs=1) for eps in (8, 64)]
+    arguments = {
         "threat": LINF,
         "epochs": 1,
         "batch_size": 32,
         "device": "cpu",
         "precision": "float32",
     }
-    by_text = learn(items, DATA, objective="trades", val=DIGITS.val.first(32), **chosen)
+    by_text = learn(items, DATA, objective="trades", val=DIGITS.val.first(32), **arguments)
     assert by_text.record["learning"]["objective"] == "trades 6"
     assert math.isfinite(by_text.record["history"][0]["val_loss"])
-    again = learn(items, DATA, objective=trades(6), val=DIGITS.val.first(32), **chosen)
+    again = learn(items, DATA, objective=trades(6), val=DIGITS.val.first(32), **arguments)
     assert torch.equal(by_text.alpha, again.alpha)
-    assert not torch.equal(by_text.alpha, learn(items, DATA, **chosen).alpha)
-    assert not torch.equal(by_text.alpha, learn(items, DATA, objective=example(), **chosen).alpha)
+    with_ce = learn(items, DATA, **arguments)
+    with_mart = learn(items, DATA, objective=load_mart(), **arguments)
+    assert not torch.equal(by_text.alpha, with_ce.alpha)
+    assert not torch.equal(by_text.alpha, with_mart.alpha)
 
 
-def test_a_state_of_another_function_of_that_name_is_refused(tmp_path):
-    def loss(clean, attacked, y):
+def test_the_state_of_another_function_with_that_name_is_refused(tmp_path):
+    def single(clean, attacked, y):
         return ce(attacked, y)
 
-    trained(objective=Objective(loss, "own", uses_clean=False), state_path=tmp_path / "s.pt")
-    first = trained(
-        objective=Objective(loss, "own", uses_clean=False), state_path=tmp_path / "s.pt"
-    )
-    assert first.digest == trained().digest
-
-    def loss(clean, attacked, y):
+    def double(clean, attacked, y):
         return 2 * ce(attacked, y)
 
+    path = tmp_path / "state.pt"
+    objective = Objective(single, "own", uses_clean=False)
+    train_digits(objective=objective, state_path=path)
+    finished = train_digits(objective=objective, state_path=path)
+    assert finished.digest == train_digits().digest
     with pytest.raises(CheckpointError, match="other settings"):
-        trained(objective=Objective(loss, "own", uses_clean=False), state_path=tmp_path / "s.pt")
+        train_digits(objective=Objective(double, "own", uses_clean=False), state_path=path)
 
 
 # MART, the example
@@ -389,30 +381,29 @@ def test_a_state_of_another_function_of_that_name_is_refused(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
-def test_mart_is_a_literal_transcription_of_its_formula(seed):
-    clean, adv, y = logits_of(seed)
+def test_mart_equals_its_formula(seed):
+    clean, adv, y = random_logits(seed)
     total = 0.0
     for c, a, label in zip(clean.double(), adv.double(), y.tolist(), strict=True):
         p, q = (torch.exp(row) / torch.exp(row).sum() for row in (c, a))
         others = [float(q[k]) for k in range(len(q)) if k != label]
         boosted = -math.log(float(q[label])) - math.log(1.0001 - max(others))
-        total += boosted + 6 * sum(
-            float(p[k]) * math.log(float(p[k] / q[k])) for k in range(len(p))
-        ) * (1 - float(p[label]))
-    assert float(example()(clean, adv, y).mean()) == pytest.approx(total / len(y), rel=1e-4)
+        divergence = sum(float(p[k]) * math.log(float(p[k] / q[k])) for k in range(len(p)))
+        total += boosted + 6 * divergence * (1 - float(p[label]))
+    assert float(load_mart()(clean, adv, y).mean()) == pytest.approx(total / len(y), rel=1e-4)
 
 
 def test_a_network_is_trained_with_mart():
-    mart = example()
-    start = load_model("resnet9:width=4", channels=1)
-    got = trained(start, DIGITS.train.first(512), objective=mart, threat="Linf 16/255", epochs=6)
-    assert got.provenance["training"]["objective"] == "mart:mart"
-    history = [entry["loss"] for entry in got.provenance["history"]]
-    assert history[-1] < history[0] - 0.2
-    with frozen_eval(got.network()), torch.no_grad():
-        right = (
-            (got.network().eval()(to_float(DIGITS.val.images)).argmax(1) == DIGITS.val.labels)
-            .float()
-            .mean()
-        )
-    assert right > 0.5
+    trained = train_digits(
+        fresh_network(4),
+        DIGITS.train.first(512),
+        objective=load_mart(),
+        threat="Linf 16/255",
+        epochs=6,
+    )
+    assert trained.provenance["training"]["objective"] == "mart:mart"
+    losses = [entry["loss"] for entry in trained.provenance["history"]]
+    assert losses[-1] < losses[0] - 0.2
+    with torch.no_grad():
+        predictions = trained.network().eval()(to_float(DIGITS.val.images)).argmax(1)
+    assert float((predictions == DIGITS.val.labels).float().mean()) > 0.5
