@@ -25,7 +25,7 @@ Poll = Callable[[int, int], None]
 class Target:
     """A network under attack, and the samples on which it is attacked.
 
-    Args:
+    Attributes:
         model: network on `device`, in eval mode.
         samples: images, labels, ids and clean logits of n samples.
         device: where the network is.
@@ -56,7 +56,7 @@ class Attacker(Protocol):
 class QueueAttacker:
     """APGD or PGD, by the queue of `robustsoup.attacks.engine`.
 
-    Args:
+    Attributes:
         settings: the attack, with its precision resolved.
         classes: number of classes.
         rows: images in one pass.
@@ -110,7 +110,7 @@ class QueueAttacker:
 class AutoAttacker:
     """Standard AutoAttack, one chunk of samples at a time.
 
-    Args:
+    Attributes:
         plan: the attacks that are possible with the classes of the data.
         seed: seed of the noise.
     """

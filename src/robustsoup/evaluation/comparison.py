@@ -32,7 +32,7 @@ UPPER_BOUND_KEYS = ("screened", "stopped")
 class Comparison:
     """How evaluation b differs from evaluation a on their n common samples.
 
-    Args:
+    Attributes:
         rows: differences by measure: "clean", each threat model of both, "union".
         n: number of common samples.
         notes: what a reader must know of how the two were made, one line each.

@@ -111,7 +111,7 @@ def evaluate(
 class _CleanPass:
     """Predictions without an attack, for n samples, on the CPU.
 
-    Args:
+    Attributes:
         labels, prediction: (n,) int64.
         margin: (n,) float32, the correct logit less the largest other.
         logits: (n, classes); None if the predictions of an earlier evaluation are reused.

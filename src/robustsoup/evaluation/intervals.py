@@ -11,7 +11,7 @@ Z95 = 1.959963984540054
 class Accuracy:
     """A share of n samples with its 95 % Wilson interval; `float(accuracy)` is the share.
 
-    Args:
+    Attributes:
         hits: number of correct samples.
         n: number of samples, at least 1.
     """
@@ -77,7 +77,7 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
 class Difference:
     """The accuracy of b less that of a on the same n samples; `float(difference)` is its value.
 
-    Args:
+    Attributes:
         a, b: the two accuracies.
         only_a: number of samples that a alone gets right.
         only_b: number of samples that b alone gets right.

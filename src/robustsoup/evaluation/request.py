@@ -32,7 +32,7 @@ from robustsoup.threats import ThreatModel
 class CheckedRequest:
     """A request that passed all checks.
 
-    Args:
+    Attributes:
         model: copy of the network on `device`.
         checkpoint_digest: digest of the checkpoint; None for a module.
         data: the samples.

@@ -40,7 +40,7 @@ def parse_measure(text: str | ThreatModel) -> str:
 class Verdicts:
     """What an attack under one threat model did to each of n samples.
 
-    Args:
+    Attributes:
         robust: (n,) bool, correct without and under attack.
         by: (n,) int64, what broke the sample, as an index of the record's "broken_by" (0: wrong
             without an attack); -1 where robust.
@@ -86,7 +86,7 @@ class Accuracies(Mapping[str, Accuracy]):
 class Evaluation:
     """Verdicts for n samples, and the record of how they were made.
 
-    Args:
+    Attributes:
         ids: (n,) int64 sample ids.
         labels: (n,) int64.
         prediction: (n,) int64, predicted class without an attack.

@@ -43,7 +43,7 @@ from robustsoup.soups.selection import Candidate, Goal, select, worth_confirming
 class EvaluationRequest:
     """One evaluation that a screening needs.
 
-    Args:
+    Attributes:
         candidate: name of the ingredient (with `keep_points`) or of the contender.
         mode: "full" runs the whole protocol, "short" a brief attack.
         keep_points: whether the adversarial points are kept for the pool.
@@ -67,7 +67,7 @@ Results = Mapping[EvaluationRequest, Evaluation]
 class Contender:
     """A soup that takes part in a screening.
 
-    Args:
+    Attributes:
         name: unique among the contenders.
         ingredient: name of the ingredient with the same weights and buffers, if there is one: its
             evaluation is reused.
@@ -94,7 +94,7 @@ class Screening:
     - Otherwise the contenders of `worth_confirming` are confirmed, and the one that the goal would
       choose by its upper bounds.
 
-    Args:
+    Attributes:
         ingredients: names of the ingredients.
         contenders: the soups, in the order that breaks ties.
         goal: what is chosen at the end; `Goal()` if no soup is chosen.

@@ -23,7 +23,7 @@ Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
 class Candidate:
     """An evaluated soup.
 
-    Args:
+    Attributes:
         name: unique name among the candidates.
         alpha: (n,) coefficients of the n ingredients; empty where no single vector describes them.
         evaluation: verdicts on the split that selects.
@@ -44,7 +44,7 @@ class Candidate:
 class Requirement:
     """Lower limit on one accuracy.
 
-    Args:
+    Attributes:
         key: "clean", "union" or a threat model as text.
         threshold: least accuracy, in [0, 1].
     """
@@ -99,7 +99,7 @@ class Requirement:
 class Score:
     """A weighted sum of accuracies.
 
-    Args:
+    Attributes:
         terms: pairs (weight, measure); a measure is "clean", "union" or a threat model as text.
     """
 
@@ -157,7 +157,7 @@ def _parse_score_term(text: str) -> tuple[float, str]:
 class Goal:
     """What a selection maximises, and under which requirements.
 
-    Args:
+    Attributes:
         maximise: "clean", "union" or a threat model as text; None if nothing is to be chosen.
         require: requirements that the choice must meet.
         point: whether estimates, not 95 % lower bounds, are compared with the thresholds.
@@ -198,7 +198,7 @@ class Goal:
 class Selection:
     """The chosen candidate.
 
-    Args:
+    Attributes:
         best: the choice, or the closest candidate if none meets the requirements.
         met: whether `best` meets every requirement.
         maximise: the maximised measure.

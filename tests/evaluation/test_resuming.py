@@ -1,0 +1,191 @@
+"""An evaluation that is interrupted or killed resumes sample by sample, with the same verdicts."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluated_networks import (
+    L2,
+    LINF,
+    Counted,
+    N,
+    interrupt_at_gate,
+    rounding,
+    same_verdicts,
+)
+
+from robustsoup.attacks.outcome import Outcome
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import load_data
+from robustsoup.errors import CheckpointError
+from robustsoup.evaluation.evaluate import evaluate
+
+
+@pytest.mark.parametrize(
+    ("precision", "share", "left"),
+    [("float32", 0.4, 1.0), ("bfloat16", 0.4, 1.0), ("float32", 0.8, 0.6)],
+)
+def test_an_interrupted_evaluation_resumes(model, data, tmp_path, passes, precision, share, left):
+    """Interrupted after a share of its passes, it does less than `left` of them again."""
+    state, reports = tmp_path / "deep" / "state.pt", []
+    settings = {"steps": 20, "seed": 3, "restarts": 2, "batch_size": 8, "precision": precision}
+    whole = evaluate(Counted(model), data, [LINF, L2], keep_points=True, **settings)
+    cost = passes[True]
+
+    def interrupt(done, total, figures):
+        reports.append(done)
+        interrupt_at_gate(done, total, figures)
+
+    Counted.reset(gate_after=int(share * cost))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            Counted(model),
+            data,
+            [LINF, L2],
+            keep_points=True,
+            state_path=state,
+            on_progress=interrupt,
+            **settings,
+        )
+    assert state.exists()
+    reached, later = reports[-1], []
+    Counted.reset()
+    resumed = evaluate(
+        Counted(model),
+        data,
+        [LINF, L2],
+        keep_points=True,
+        state_path=state,
+        on_progress=lambda *report: later.append(report[0]),
+        **settings,
+    )
+    assert 0 < passes[True] < left * cost
+    assert same_verdicts(resumed, whole)
+    for name, verdicts in resumed.threats.items():
+        assert torch.equal(verdicts.x_adv, whole.threats[name].x_adv)
+    assert resumed.record["certificate"] == whole.record["certificate"]
+    assert reached < max(later) == 3 * N
+    assert not state.exists()
+
+
+def test_a_half_written_sample_is_dropped_from_the_saved_state():
+    """`settled` is written last and saved first; a sample that is not settled may be half done."""
+    state = Outcome.blank(4).snapshot()
+    state["settled"] = torch.tensor([2, 0, 1, 2])
+    state["broken"] = torch.tensor([True, True, False, False])
+    state["by"], state["step"] = torch.tensor([1, 0, 0, -1]), torch.tensor([5, 3, 3, -1])
+    outcome = Outcome.blank(4)
+    outcome.restore(state, 2)
+    assert outcome.broken.tolist() == [True, False, False, False]
+    assert outcome.by.tolist() == [1, -1, -1, -1]
+    assert outcome.step.tolist() == [5, -1, -1, -1]
+    assert outcome.settled.tolist() == [2, 0, 1, 2]
+
+
+def test_a_resumed_evaluation_keeps_its_warnings(model, data, tmp_path, passes):
+    network, settings = Counted(rounding(model)), {"steps": 20, "batch_size": 8}
+    whole = evaluate(network, data, [LINF], **settings)
+    Counted.reset(gate_after=passes[True] // 2)
+    state = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network, data, [LINF], state_path=state, on_progress=interrupt_at_gate, **settings)
+    assert state.exists()
+    Counted.reset()
+    resumed = evaluate(network, data, [LINF], state_path=state, **settings)
+    assert resumed.warnings == whole.warnings
+    assert len(whole.warnings) == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from evaluated_networks import Counted
+from robustsoup import Checkpoint, evaluate, load_data
+from robustsoup.progress import SavedState
+
+torch.set_num_threads(1)
+SavedState.__init__.__defaults__ = (0.0,)  # save at every report, not every 30 s
+path, state, gate_after = sys.argv[1:]
+Counted.reset(gate_after=int(gate_after))
+
+def kill_at_gate(done, total, figures):
+    if Counted.reached_gate() and Path(state).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+evaluate(Counted(Checkpoint.load(path).network()), load_data("digits").test.first(60),
+         ["Linf 0.1", "L2 0.5"], steps=20, seed=3, restarts=8, state_path=state,
+         on_progress=kill_at_gate)
+"""
+
+
+def test_a_killed_evaluation_resumes(model, tmp_path, passes):
+    network = {"spec": "resnet9:width=4", "channels": 1}
+    path = Checkpoint.of(model, {"network": network}).save(tmp_path / "a.safetensors")
+    counted = Counted(Checkpoint.load(path).network())
+    data, settings = load_data("digits").test.first(60), {"steps": 20, "seed": 3, "restarts": 8}
+    whole = evaluate(counted, data, [LINF, L2], **settings)
+    cost, state = passes[True], tmp_path / "state.pt"
+    tests, python_path = Path(__file__).parent, list(filter(None, [os.environ.get("PYTHONPATH")]))
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(state), str(cost // 2)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(tests), *python_path]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("state")] == ["state.pt"]
+    Counted.reset()
+    resumed = evaluate(counted, data, [LINF, L2], state_path=state, **settings)
+    assert same_verdicts(resumed, whole)
+    assert passes[True] < 0.75 * cost  # settled samples are not attacked again
+    assert not state.exists()
+
+
+def test_a_state_of_other_settings_or_another_network_is_refused(
+    with_points, model, neighbour, data, tmp_path
+):
+    state = tmp_path / "state.pt"
+
+    def interrupt_attack(done, total, figures):
+        if done > N:
+            raise KeyboardInterrupt
+
+    request = {"network": model, "data": data, "threats": [LINF], "steps": 5, "seed": 3}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(**request, state_path=state, on_progress=interrupt_attack)
+    before = state.read_bytes()
+    for change in (
+        {"steps": 6},
+        {"seed": 4},
+        {"loss": "dlr"},
+        {"attack": "pgd"},
+        {"restarts": 2},
+        {"eot": 2},
+        {"network": neighbour},
+        {"precision": "bfloat16"},
+        {"batch_size": 10},
+        {"keep_points": True},
+        {"pool": [with_points]},
+        {"after": with_points},
+        {"stop_below": 3},
+        {"data": data.first(N - 1)},
+    ):
+        with pytest.raises(CheckpointError, match=r"state\.pt: saved by work with other settings"):
+            evaluate(**(request | change), state_path=state)
+        assert state.read_bytes() == before
+    state.write_bytes(before[:100])
+    with pytest.raises(
+        CheckpointError,
+        match=r"state\.pt: the saved state cannot be read .*; delete it to start again",
+    ):
+        evaluate(**request, state_path=state)

@@ -1,0 +1,211 @@
+"""What an evaluation reuses: points of other networks, an earlier evaluation; and stopping."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluated_networks import L1, L2, LINF, PARTS, WRONG, Counted, N, same_verdicts
+
+from robustsoup.attacks.forward import pass_size, predict_logits
+from robustsoup.data import load_data
+from robustsoup.errors import RequestError
+from robustsoup.evaluation import attackers
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.threats import ThreatModel
+
+FIVE_STEPS = {"steps": 5, "seed": 3}
+
+
+# pools of points
+
+
+def test_points_of_one_network_are_tried_on_another(with_points, neighbour, data, passes):
+    threats = [LINF, L2]
+    alone = evaluate(neighbour, data, threats, **FIVE_STEPS)
+    pooled = evaluate(
+        Counted(neighbour), data, threats, pool=[with_points], keep_points=True, **FIVE_STEPS
+    )
+    assert pooled.record["broken_by"] == ["clean", "apgd-ce", "pool"]
+    assert torch.equal(pooled.prediction, alone.prediction)
+    correct, device = pooled.prediction == data.labels, data.images.device
+    for name, verdicts in pooled.threats.items():
+        points = with_points.threats[name].x_adv
+        logits = predict_logits(neighbour, lambda at, p=points: p[at], N, pass_size(device), device)
+        transferred = (logits.argmax(1) != data.labels) & correct
+        assert 0 < int(transferred.sum()) < int(correct.sum())
+        assert torch.equal(verdicts.by == 2, transferred)
+        assert bool((verdicts.step[transferred] == -1).all())
+        assert bool((verdicts.margin[transferred] < 0).all())
+        assert torch.equal(verdicts.x_adv[transferred], points[transferred])
+        norm = with_points.threats[name].norm
+        assert torch.equal(verdicts.norm[transferred], norm[transferred])
+        for part in PARTS:  # the rest was attacked as if there were no pool
+            assert torch.equal(
+                getattr(verdicts, part)[~transferred],
+                getattr(alone.threats[name], part)[~transferred],
+            )
+        certificate = pooled.record["certificate"][name]
+        assert certificate["points"] == int(correct.sum())
+        assert certificate["outside"] == 0
+    assert passes[True] > 0
+
+
+def test_a_pool_must_have_points_of_the_same_samples_and_threats(
+    with_points, evaluation, model, data
+):
+    for request in (
+        {"pool": [evaluation]},
+        {"pool": [with_points], "threats": ["Linf 0.2"]},
+        {"pool": [with_points, evaluation]},
+    ):
+        with pytest.raises(
+            RequestError,
+            match=r"pool: an evaluation kept no points for .* again with keep_points=True",
+        ):
+            evaluate(model, data, **{"threats": [LINF], **request})
+    shifted, longer = replace(data, ids=data.ids + 1), load_data("digits").test.first(N + 1)
+    for request in ({"pool": [with_points]}, {"after": with_points}):
+        for split in (shifted, longer):
+            with pytest.raises(
+                RequestError, match="pool and after must be evaluations of the same samples"
+            ):
+                evaluate(model, split, [LINF], **request)
+
+
+# an earlier evaluation of the same network
+
+
+def test_after_the_very_same_attack_nothing_is_attacked_again(with_points, model, data, passes):
+    network = Counted(model)
+    again = evaluate(
+        network, data, [LINF, L2, L1], after=with_points, keep_points=True, **FIVE_STEPS
+    )
+    assert passes == {True: 0, False: 1}  # the check whether the network fits the data
+    assert same_verdicts(again, with_points)
+    assert torch.equal(again.prediction, with_points.prediction)
+    assert torch.equal(again.margin, with_points.margin)
+    for name, verdicts in again.threats.items():
+        assert torch.equal(verdicts.x_adv, with_points.threats[name].x_adv)
+    assert again.record["after"]["steps"] == 5
+    fewer = evaluate(network, data, [L2], samples=20, after=with_points, **FIVE_STEPS)
+    assert torch.equal(fewer.threats["L2 0.5"].step, with_points.threats["L2 0.5"].step[:20])
+    assert passes[True] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 10},
+        {"seed": 4},
+        {"loss": "dlr"},
+        {"attack": "pgd"},
+        {"restarts": 2},
+        {"eot": 2},
+        {"batch_size": 16},
+        {"precision": "bfloat16"},
+        {"loss": "targeted dlr", "targets": 2},
+    ],
+    ids=str,
+)
+def test_after_another_attack_broken_samples_stay_broken_and_the_rest_is_attacked(
+    evaluation, model, data, passes, changes
+):
+    settings = {**FIVE_STEPS, **changes}
+    again = evaluate(Counted(model), data, [LINF], after=evaluation, **settings)
+    alone = evaluate(model, data, [LINF], **settings).threats["Linf 0.1"]
+    earlier, verdicts = evaluation.threats["Linf 0.1"], again.threats["Linf 0.1"]
+    assert passes[True] > 0
+    assert torch.equal(verdicts.robust, earlier.robust & alone.robust)
+    broken = ~earlier.robust
+    for part in ("step", "norm", "margin"):
+        ours, before, fresh = (getattr(v, part) for v in (verdicts, earlier, alone))
+        assert torch.equal(ours[broken], before[broken])
+        expected = torch.minimum(before, fresh) if part == "margin" else fresh
+        assert torch.equal(ours[~broken], expected[~broken])
+    names = again.record["broken_by"]
+    assert {names[by] for by in verdicts.by[broken].tolist()} == {"clean", "apgd-ce"}
+    assert torch.equal(again.prediction, evaluation.prediction)
+    assert len(again.after_each(LINF)) == len(names) == len(set(names))
+
+
+def test_a_threat_that_was_not_evaluated_earlier_is_attacked(evaluation, model, data):
+    again = evaluate(model, data, ["Linf 0.05", L2], after=evaluation, **FIVE_STEPS)
+    assert same_verdicts(again, evaluate(model, data, ["Linf 0.05", L2], **FIVE_STEPS))
+
+
+def test_the_pool_keeps_its_name_in_later_evaluations(with_points, neighbour, data):
+    pooled = evaluate(neighbour, data, [LINF], pool=[with_points], **FIVE_STEPS)
+    again = evaluate(neighbour, data, [LINF], steps=8, loss="dlr", after=pooled)
+    assert again.record["broken_by"] == ["clean", "apgd-dlr", "apgd-ce", "pool"]
+    before, after = pooled.threats["Linf 0.1"].by, again.threats["Linf 0.1"].by
+    assert torch.equal(after == 3, before == 2)
+    assert torch.equal(after == 2, before == 1)
+    assert bool((before[after == 1] == -1).all())
+
+
+# AutoAttack
+
+
+@pytest.fixture
+def brief_autoattack(monkeypatch):
+    """Replace AutoAttack's steps and queries by fewer than the standard has."""
+    pytest.importorskip("pyautoattack")
+    plan = attackers.plan_autoattack
+
+    def plan_briefly(classes, threat):
+        return replace(plan(classes, threat), queries=5, steps=2)
+
+    monkeypatch.setattr(attackers, "plan_autoattack", plan_briefly)
+
+
+def test_autoattack_follows_the_same_rules(model, data, passes, brief_autoattack):
+    threats, network = [ThreatModel("Linf", 0.03)], Counted(model)
+    evaluation = evaluate(network, data, threats, attack="autoattack", keep_points=True)
+    assert evaluation.record["broken_by"] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    verdicts = evaluation.threats["Linf 0.03"]
+    assert torch.equal(verdicts.margin < 0, ~verdicts.robust)
+    assert evaluation.record["certificate"]["Linf 0.03"]["outside"] == 0
+    assert 0 < evaluation.accuracy["Linf 0.03"].hits < N - WRONG
+    passes[True] = 0
+    again = evaluate(network, data, threats, attack="autoattack", after=evaluation)
+    assert passes[True] == 0
+    assert same_verdicts(again, evaluation)
+
+
+@pytest.mark.parametrize("reuse", ["pool", "after"])
+def test_samples_broken_before_autoattack_stay_broken(neighbour, data, reuse, brief_autoattack):
+    strong = evaluate(neighbour, data, [LINF], steps=50, restarts=3, keep_points=True)
+    earlier = {"pool": [strong]} if reuse == "pool" else {"after": strong}
+    evaluation = evaluate(neighbour, data, [LINF], attack="autoattack", **earlier)
+    robust = [e.threats["Linf 0.1"].robust for e in (evaluation, strong)]
+    assert bool((robust[0] <= robust[1]).all())
+
+
+# giving up early
+
+
+def test_stop_below_gives_up_once_fewer_samples_survive(model, data, passes):
+    settings = {**FIVE_STEPS, "restarts": 3}
+    whole = evaluate(Counted(model), data, [LINF], **settings)
+    cost, left, clean = passes[True], whole.accuracy[LINF].hits, N - WRONG
+    Counted.reset()
+    stopped = evaluate(Counted(model), data, [LINF], stop_below=clean, **settings)
+    assert passes[True] < cost
+    assert stopped.record["stopped"] is True
+    assert stopped.record["stop_below"] == clean
+    assert left < stopped.accuracy[LINF].hits < clean
+    robust = [e.threats["Linf 0.1"].robust for e in (whole, stopped)]
+    assert bool((robust[0] <= robust[1]).all())
+    for threshold in (left, left - 1, 1):  # never fewer survive: nothing changes
+        same = evaluate(model, data, [LINF], stop_below=threshold, **settings)
+        assert "stopped" not in same.record
+        assert same_verdicts(same, whole)
+    again = evaluate(model, data, [LINF], after=stopped, **settings)
+    assert "stopped" not in again.record
+    assert same_verdicts(again, whole)
+
+
+@pytest.mark.parametrize("threats", [[], ["clean"], [LINF, L2]])
+def test_stop_below_takes_one_threat(model, data, threats):
+    with pytest.raises(RequestError, match=r"stop_below: got \d threats, expected one"):
+        evaluate(model, data, threats, stop_below=3)
