@@ -27,9 +27,10 @@ from common import T95, run_recipe_small
 from matplotlib import rc_context
 
 import robustsoup as rs
-from robustsoup.reports import draw_dial, save
+from robustsoup.reports import StoredRun, draw_dial, save_plot
 from robustsoup.reports.style import STYLE
 from robustsoup.reports.tradeoff import draw_tradeoff
+from robustsoup.runs.results import Results
 
 REFERENCE = "learned-linf-8-255-ce"
 SMALLEST_EPS, LARGEST_EPS = "eps4", "eps16"
@@ -155,15 +156,17 @@ def draw_figures(run: SeedRun, folder: Path) -> None:
     ingredients = run.rows[REFERENCE]["ingredients"]
     panels = [(label, run.coefficients(name)) for name, label in labels.items()]
     plot = draw_dial(panels, ingredients, "what was learned")
-    save(replace(plot, stem="learning_two_cores_coefficients"), folder)
-    rows = [
+    save_plot(replace(plot, stem="learning_two_cores_coefficients"), folder)
+    results = Results.from_json(run.results, str(run.folder / "results.json"))
+    rows = tuple(
         row
-        for row in run.results["rows"]
-        if row["role"] == "ingredient" or row["soup"] in ("grid", "learned", "dial")
-    ]
+        for row in results.rows
+        if row.role == "ingredient" or row.soup in ("grid", "learned", "dial")
+    )
     with rc_context(STYLE):
-        (plot,), _ = draw_tradeoff(run.results | {"rows": rows, "name": "the dial"}, run.folder)
-    save(replace(plot, stem="learning_two_cores_dial"), folder)
+        dial = replace(results, rows=rows, name="the dial")
+        (plot,), _ = draw_tradeoff(StoredRun(dial, run.folder))
+    save_plot(replace(plot, stem="learning_two_cores_dial"), folder)
 
 
 def print_grid_policies(runs: Sequence[SeedRun]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from common import T95, run_recipe_small
 
-from robustsoup.reports.surface import survey
+from robustsoup.reports.convexity import survey_loss
 
 DRAWS = 5000
 Row = dict[str, Any]
@@ -281,8 +281,8 @@ def plane_table(runs: list[RunResults]) -> Iterator[str]:
             x, y, loss = (np.array(landscape[k], dtype=float) for k in ("x", "y", key))
             # a triangle around the whole grid
             around = np.array([[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]])
-            inside = survey(x, y, loss, np.array(landscape["positions"]))
-            whole = survey(x, y, loss, around)
+            inside = survey_loss(x, y, loss, np.array(landscape["positions"]))
+            whole = survey_loss(x, y, loss, around)
             depths = [minimum_depth(loss, *place) for place in whole.minima]
             minima = f"{len(depths)}, at most {max(depths):.4f} deep" if depths else "0"
             cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", minima]

@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_is_none():
         ({"points": 1}, "points: got 1, expected at least 2"),
         ({"attack_steps": 0}, "attack_steps: got 0"),
         ({"buffers": "average"}, 'buffers: got "average", expected one of base, recalibrate'),
-        ({"calibrate_on": None}, "no data to measure on"),
+        ({"calibrate_on": None}, "requires training data"),
     ],
 )
 def test_invalid_settings_are_errors(three, options, message):

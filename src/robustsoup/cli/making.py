@@ -46,7 +46,7 @@ from robustsoup.device import resolve_device
 from robustsoup.diagnosis.check import check
 from robustsoup.errors import CoefficientError, ModelError, RequestError
 from robustsoup.models import build_network
-from robustsoup.reports import draw_dial, draw_learned, save, write_coefficient_csv
+from robustsoup.reports import draw_dial, draw_learned, save_plot, write_coefficient_csv
 from robustsoup.runs.context import Context
 from robustsoup.runs.folder import ensure_folder
 from robustsoup.soups.coefficients import Coefficients, Dial, load_coefficients, uniform
@@ -459,7 +459,7 @@ def learn_command(
     else:
         _write_soup(opened, found, policy, base, ThreatModel.parse(threat), context, seed, output)
         write_coefficient_csv(found, names, output / "coefficients.csv")
-        save(draw_learned(found, names, "coefficients by layer"), output)
+        save_plot(draw_learned(found, names, "coefficients by layer"), output)
         told = [f"{output}: mean coefficients {_means(found, names)}"]
     for warning in found.record.get("warnings", ()):
         stderr.print(f"robustsoup: warning: {warning}", markup=False, soft_wrap=True)
@@ -473,7 +473,7 @@ def _keep_dial(dial: Dial, names: list[str], output: Path) -> list[str]:
     _remove_others(output, {"dial.safetensors"})
     dial.save(output / "dial.safetensors")
     turned = [(f"t = {t:g}", dial.at(t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    save(draw_dial(turned, names, "dial: coefficients by layer"), output)
+    save_plot(draw_dial(turned, names, "dial: coefficients by layer"), output)
     ends = "; ".join(f"t = {t:g}: {_means(dial.at(t), names)}" for t in (0, 1))
     return [
         f"{output}: mean coefficients at the robust and the clean end: {ends}",

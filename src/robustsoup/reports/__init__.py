@@ -1,19 +1,20 @@
-"""Figures and the HTML report of a run. They read stored results and never run a model."""
+"""Figures and the HTML report of a run, from stored results; no network is ever run."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
+from matplotlib import rc_context
 
 from robustsoup.errors import RequestError
 from robustsoup.files import remove_file, write_text
 from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
 from robustsoup.reports.curves import draw_curves
-from robustsoup.reports.html import page
 from robustsoup.reports.lines import draw_lines
+from robustsoup.reports.measures import StoredRun
+from robustsoup.reports.page import ReportFigure, render_report
 from robustsoup.reports.planes import draw_landscape
-from robustsoup.reports.results import read_results
-from robustsoup.reports.style import STYLE, save
+from robustsoup.reports.style import STYLE, Plot, save_plot
 from robustsoup.reports.tables import (
     coefficient_table,
     write_coefficient_csv,
@@ -21,18 +22,20 @@ from robustsoup.reports.tables import (
 )
 from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import draw_tradeoff
+from robustsoup.runs.results import Results
 
 __all__ = [
     "FIGURES",
+    "StoredRun",
     "coefficient_table",
     "draw_dial",
     "draw_learned",
-    "save",
+    "save_plot",
     "write_coefficient_csv",
     "write_report",
 ]
 
-FIGURES = {
+FIGURES: dict[str, Callable[[StoredRun], tuple[list[Plot], str]]] = {
     "ternary": draw_ternary,
     "lines": draw_lines,
     "tradeoff": draw_tradeoff,
@@ -40,45 +43,42 @@ FIGURES = {
     "landscape": draw_landscape,
     "coefficients": draw_coefficients,
 }
+"""The figures that a recipe may request; each returns its plots, and why something is left out."""
+
+_FIGURE_FILE = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
 
 
 def write_report(folder: Path) -> Path:
-    """Draw the figures that folder/results.json asks for and write folder/report.html; returns its path.
+    """Draw the figures that folder/results.json requests, and write folder/report.html.
 
-    Each figure goes to folder/figures as .png (200 dpi), .svg and .pdf, and the coefficients of each soup that has a
-    file of them to folder/coefficients as .csv. What does not apply is left out, and the report says why. Needs no
-    display and no network, and touches no matplotlib settings of the caller.
+    Each figure is saved in folder/figures as .png (200 dpi), .svg and .pdf, and the coefficients of
+    each soup with a file of them in folder/coefficients as .csv. Figures that do not apply are left
+    out, and the report states the reason. Needs no display and no network, and does not change
+    matplotlib's settings.
 
-    Raises RequestError for a missing or broken results.json or an unknown figure, StorageError if a file cannot be
-    written.
+    Args:
+        folder: A folder that `robustsoup run` wrote.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RequestError: results.json is missing or broken, or requests an unknown figure.
+        StorageError: A file cannot be written.
     """
     folder = Path(folder)
-    results = read_results(folder / "results.json")
-    wanted = results.get("figures")
-    wanted = list(FIGURES) if wanted is None else wanted
-    for name in wanted:
+    run = StoredRun(Results.load(folder / "results.json"), folder)
+    requested = list(FIGURES) if run.results.figures is None else run.results.figures
+    for name in requested:
         if name not in FIGURES:
             raise RequestError(
                 f'{folder / "results.json"}: figures: got "{name}", expected {", ".join(FIGURES)}'
             )
-    plots, left_out = [], []
-    with matplotlib.rc_context(STYLE):
-        for name in wanted:
-            drawn, reason = FIGURES[name](results, folder)
-            for plot in drawn:
-                save(plot, folder / "figures")
-            plots += drawn
-            left_out += [(name, reason)] if reason else []
-    ours, stems = (
-        re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)"),
-        {plot.stem for plot in plots},
-    )
-    for old in (folder / "figures").glob("*.*"):  # of other settings
-        if ours.fullmatch(old.name) and old.stem not in stems:
-            remove_file(old)
-    left_out += write_coefficient_tables(results["rows"], folder)
-    pictures = [
-        (
+    plots, left_out = _draw_figures(run, requested)
+    _remove_old_figures(folder / "figures", {plot.stem for plot in plots})
+    left_out += write_coefficient_tables(run.results.rows, folder)
+    figures = [
+        ReportFigure(
             plot.stem,
             (folder / "figures" / f"{plot.stem}.svg").read_bytes(),
             plot.caption,
@@ -87,5 +87,31 @@ def write_report(folder: Path) -> Path:
         for plot in plots
     ]
     target = folder / "report.html"
-    write_text(target, page(results, pictures, left_out))
+    write_text(target, render_report(run.results, figures, left_out))
     return target
+
+
+def _draw_figures(run: StoredRun, names: Iterable[str]) -> tuple[list[Plot], list[tuple[str, str]]]:
+    """Draw and save figures.
+
+    Returns:
+        The plots, and (name, reason) of what was left out.
+    """
+    plots: list[Plot] = []
+    left_out: list[tuple[str, str]] = []
+    with rc_context(STYLE):
+        for name in names:
+            drawn, reason = FIGURES[name](run)
+            for plot in drawn:
+                save_plot(plot, run.folder / "figures")
+            plots += drawn
+            if reason:
+                left_out.append((name, reason))
+    return plots, left_out
+
+
+def _remove_old_figures(folder: Path, stems: set[str]) -> None:
+    """Remove figures of earlier settings; files that no report writes stay."""
+    for path in folder.glob("*.*"):
+        if _FIGURE_FILE.fullmatch(path.name) and path.stem not in stems:
+            remove_file(path)

@@ -1,10 +1,9 @@
-"""What was learned, layer by layer: the share of each ingredient, the entropy, how far it moved, how steep the loss was."""
+"""Coefficients by layer: shares of the ingredients, entropy, movement and slope of the loss."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -15,52 +14,62 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.image import AxesImage
 
 from robustsoup.errors import CoefficientError, RequestError
-from robustsoup.reports.results import BY_LAYER, Row, sections
+from robustsoup.reports.learned_curves import group_into_curves
+from robustsoup.reports.measures import LAYERWISE_ROLES, StoredRun, group_by_section
 from robustsoup.reports.style import (
     INK,
     MUTED,
     PALETTE,
     STYLE,
     Plot,
-    footer,
+    add_footer,
+    add_title,
+    clean_text,
     new_figure,
-    numbered,
-    plain,
-    shades,
+    number_stem,
 )
-from robustsoup.reports.tables import ingredient_names, layer_name, soup_table
-from robustsoup.reports.tradeoff import curves
+from robustsoup.reports.tables import name_ingredients, name_layer, tabulate_soup
+from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.coefficients import Coefficients
 
-COLUMNS = 3
-MOST_NAMES = 40
-MOST_LETTERS = 34
-WIDEST, MEASURE_WIDTH = 8.0, 0.5  # inches
+MAX_COLUMNS = 3
+MAX_NAMES = 40
+MAX_LAYER_LETTERS = 34
+MAX_WIDTH, MEASURE_WIDTH = 8.0, 0.5  # inches
+MOVED_LIMITS = (0.1, 0.2, 0.5, 1.0)
 MEASURES = {
     "entropy": "its entropy",
     "moved": "how far it moved from the start",
     "slope": "how steep the loss was",
 }
-MOVED_LIMITS = (0.1, 0.2, 0.5, 1.0)
+"""Narrow columns beside the shares, and their names in captions."""
 
-Soups = Sequence[tuple[str, Coefficients]]
+LabelledSoups = Sequence[tuple[str, Coefficients]]
 
 
-def draw_coefficients(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]:
-    """One figure for each section of learned soups or of a dial's, from the files in `folder`.
+def draw_coefficients(run: StoredRun) -> tuple[list[Plot], str]:
+    """Draw one figure for each section of learned or dialled soups, from files of the run.
 
-    Also the reason, in one line, if there is none or a section had to be left out.
+    Returns:
+        The figures, and the reason if there is none or a section was left out.
     """
-    plots, reason = [], ""
-    for section, rows in sections(results["rows"], *BY_LAYER).items():
+    plots: list[Plot] = []
+    reason = ""
+    results = run.results
+    for section, rows in group_by_section(results.rows, *LAYERWISE_ROLES).items():
+        ordered = [row for curve in group_into_curves(rows) for row in curve.rows]
         try:
-            found = _load([row for _, curve in curves(rows) for _, row in curve], folder)
-            if found:
-                names = ingredient_names(*found[0])
-                title = f"{plain(results['name'])}: coefficients by layer, {plain(section)}"
-                soups = [(_label(row), coefficients) for row, coefficients in found]
-                stem = numbered("coefficients", len(plots))
-                plots.append(_plot(soups, names, title, stem, f" ({section})", results))
+            soups = _load_soups(ordered, run.folder)
+            if soups:
+                plot = _plot_coefficients(
+                    [(_label_soup(row), coefficients) for row, coefficients in soups],
+                    name_ingredients(*soups[0]),
+                    f"{clean_text(results.name)}: coefficients by layer, {clean_text(section)}",
+                    stem=number_stem("coefficients", len(plots)),
+                    section=section,
+                    results=results,
+                )
+                plots.append(plot)
         except RequestError as error:
             reason = str(error)
     return plots, reason or ("" if plots else "no soup was learned")
@@ -68,237 +77,281 @@ def draw_coefficients(results: dict[str, Any], folder: Path) -> tuple[list[Plot]
 
 @rc_context(STYLE)
 def draw_learned(coefficients: Coefficients, names: Sequence[str], title: str) -> Plot:
-    """The figure "coefficients" of one soup: what `style.save` writes as .png, .svg and .pdf.
+    """Draw the coefficients of one soup.
 
-    Raises CoefficientError unless there is a name for each ingredient.
+    Args:
+        coefficients: The coefficients.
+        names: One name for each ingredient.
+        title: Title of the figure.
+
+    Returns:
+        The figure "coefficients", for `save_plot`.
+
+    Raises:
+        CoefficientError: The number of names differs from the number of ingredients.
     """
-    return _plot([("", coefficients)], names, plain(title, 60))
+    return _plot_coefficients([("", coefficients)], names, clean_text(title, 60))
 
 
 @rc_context(STYLE)
-def draw_dial(dials: Sequence[tuple[str, Coefficients]], names: Sequence[str], title: str) -> Plot:
-    """The figure "coefficients" of several soups of one network and the same ingredients, each with its label.
+def draw_dial(dials: LabelledSoups, names: Sequence[str], title: str) -> Plot:
+    """Draw the coefficients of several soups of one network and the same ingredients.
 
-    Raises CoefficientError unless there is a name for each ingredient, and at least one soup.
+    Args:
+        dials: (label, coefficients) of each soup.
+        names: One name for each ingredient.
+        title: Title of the figure.
+
+    Returns:
+        The figure "coefficients", for `save_plot`.
+
+    Raises:
+        CoefficientError: There is no soup, the number of names differs from the number of
+            ingredients, or the soups are of different layers or ingredients.
     """
     if not dials:
         raise CoefficientError("dials: got none, expected at least one soup to draw")
-    return _plot(dials, names, plain(title, 60))
+    return _plot_coefficients(dials, names, clean_text(title, 60))
 
 
-def _load(rows: list[Row], folder: Path) -> list[tuple[Row, Coefficients]]:
-    """Each row with its coefficients, those of one network: the first row's layers and number of ingredients."""
-    found = [
-        (row, Coefficients.load(folder / row["coefficients_file"]))
+def _load_soups(rows: Sequence[ResultRow], folder: Path) -> list[tuple[ResultRow, Coefficients]]:
+    """Load the coefficients of rows, as far as they have the first one's layers and ingredients."""
+    soups = [
+        (row, Coefficients.load(folder / row.coefficients_file))
         for row in rows
-        if row.get("coefficients_file")
+        if row.coefficients_file
     ]
-    return [item for item in found if _shape(item[1]) == _shape(found[0][1])]
+    return [soup for soup in soups if _layout_of(soup[1]) == _layout_of(soups[0][1])]
 
 
-def _shape(coefficients: Coefficients) -> tuple[tuple[str, ...], int]:
+def _layout_of(coefficients: Coefficients) -> tuple[tuple[str, ...], int]:
     return coefficients.layers, coefficients.alpha.shape[1]
 
 
-def _label(row: Row) -> str:
-    threat, objective, at = row.get("threat"), row.get("objective"), row.get("at")
-    if at is not None:
-        return f"t = {at:g}" + (f", {threat}" if threat else "")
-    return (threat or row["name"]) + (f", {objective}" if objective and objective != "ce" else "")
+def _label_soup(row: ResultRow) -> str:
+    if row.at is not None:
+        return f"t = {row.at:g}" + (f", {row.threat}" if row.threat else "")
+    objective = f", {row.objective}" if row.objective and row.objective != "ce" else ""
+    return (row.threat or row.name) + objective
 
 
-def _plot(
-    soups: Soups,
+def _plot_coefficients(
+    soups: LabelledSoups,
     names: Sequence[str],
     title: str,
+    *,
     stem: str = "coefficients",
-    of: str = "",
-    results: dict[str, Any] | None = None,
+    section: str = "",
+    results: Results | None = None,
 ) -> Plot:
-    tables = tuple(soup_table(label, coefficients, names) for label, coefficients in soups)
-    if len({_shape(coefficients) for _, coefficients in soups}) > 1:
+    tables = tuple(tabulate_soup(label, coefficients, names) for label, coefficients in soups)
+    if len({_layout_of(coefficients) for _, coefficients in soups}) > 1:
         raise CoefficientError(
             "coefficients: soups of different layers or ingredients; expected those of one network"
         )
-    frame = _Frame.around(soups)
-    figure, blocks = _sheet(soups, frame)
+    scales = _choose_scales(soups)
+    figure, blocks = _new_coefficient_figure(soups, scales)
+    image = None
     for (label, coefficients), block in zip(soups, blocks, strict=True):
-        shares = figure.add_subplot(block[0])
-        shares.set_title(plain(label, 26), loc="left", fontsize=9)
-        image = _shares(shares, coefficients, names, frame)
-        _layer_axis(shares, coefficients.layers, named=block[0].is_first_col())
-        for measure, place in zip(frame.measures, block[1:], strict=True):
-            values = _measured(coefficients, measure)
+        axes = figure.add_subplot(block[0])
+        axes.set_title(clean_text(label, 26), loc="left", fontsize=9)
+        image = _draw_shares(axes, coefficients, names, scales.largest_share)
+        _format_layer_axis(axes, coefficients.layers, named=block[0].is_first_col())
+        for measure, place in zip(scales.measures, block[1:], strict=True):
+            values = _measure_layers(coefficients, measure)
             if values is not None:
                 axes = figure.add_subplot(place)
-                frame.draw(axes, measure, values, len(names))
-                _layer_axis(axes, coefficients.layers, named=False)
+                _draw_measure(axes, measure, values, len(names), scales)
+                _format_layer_axis(axes, coefficients.layers, named=False)
     if image is None:
-        _legend(figure, names, title)
+        _add_share_legend(figure, names, title)
     else:
-        _colour_bar(figure, image, len(names), title)
-    footer(figure, frame.notes(), results)
-    what = f"{len(soups)} learned soups" if len(soups) > 1 else "a learned soup"
-    also = " and ".join(MEASURES[measure] for measure in frame.measures)
-    return Plot(
-        stem, figure, f"Share of each ingredient in every layer of {what}{of}, with {also}.", tables
+        _add_share_bar(figure, image, len(names), scales.largest_share, title)
+    add_footer(figure, _describe_columns(scales), results)
+    subject = f"{len(soups)} learned soups" if len(soups) > 1 else "a learned soup"
+    measures = " and ".join(MEASURES[measure] for measure in scales.measures)
+    caption = (
+        f"Share of each ingredient in every layer of {subject}"
+        f"{f' ({section})' if section else ''}, with {measures}."
     )
+    return Plot(stem, figure, caption, tables)
 
 
-def _sheet(soups: Soups, frame: "_Frame") -> tuple[Figure, list[list[SubplotSpec]]]:
-    """An empty figure, and the places of each soup in it: its shares, then its measures."""
-    layers, n = _shape(soups[0][1])
-    heat = n > len(PALETTE)
-    widths = [
-        float(np.clip(0.13 * n, 1.4, 5.4)) if heat else 1.15,
-        *[MEASURE_WIDTH] * len(frame.measures),
-    ]
-    lines = math.ceil(len(soups) / max(1, min(COLUMNS, int(WIDEST / sum(widths)))))
+def _new_coefficient_figure(
+    soups: LabelledSoups, scales: "_MeasureScales"
+) -> tuple[Figure, list[list[SubplotSpec]]]:
+    """Create an empty figure and the places of each soup: its shares, then its measures."""
+    layers, n = _layout_of(soups[0][1])
+    is_heat_map = n > len(PALETTE)
+    share_width = float(np.clip(0.13 * n, 1.4, 5.4)) if is_heat_map else 1.15
+    widths = [share_width, *[MEASURE_WIDTH] * len(scales.measures)]
+    lines = math.ceil(len(soups) / max(1, min(MAX_COLUMNS, int(MAX_WIDTH / sum(widths)))))
     columns = math.ceil(len(soups) / lines)
-    height = float(np.clip(0.15 * len(layers), 0.9, 7.5)) + (1.1 if heat else 0)
-    letters = min(MOST_LETTERS, max(len(layer_name(layer)) for layer in layers))
+    height = float(np.clip(0.15 * len(layers), 0.9, 7.5)) + (1.1 if is_heat_map else 0)
+    letters = min(MAX_LAYER_LETTERS, max(len(name_layer(layer)) for layer in layers))
     width = max(0.7 + 0.055 * letters + columns * sum(widths), 5.2)
-    figure = new_figure(width, lines * (height + 0.8) + 1.4)
-    figure.get_layout_engine().set(
-        w_pad=0.04, wspace=0.0, rect=(0.1 / width, 0, 1 - 0.2 / width, 1)
+    figure = new_figure(
+        width,
+        lines * (height + 0.8) + 1.4,
+        w_pad=0.04,
+        wspace=0.0,
+        rect=(0.1 / width, 0, 1 - 0.2 / width, 1),
     )
     grid = figure.add_gridspec(lines, columns * len(widths), width_ratios=widths * columns)
-    firsts = [(i // columns, i % columns * len(widths)) for i in range(len(soups))]
-    return figure, [[grid[line, first + k] for k in range(len(widths))] for line, first in firsts]
+    starts = [(i // columns, i % columns * len(widths)) for i in range(len(soups))]
+    return figure, [[grid[line, start + k] for k in range(len(widths))] for line, start in starts]
 
 
-def _measured(coefficients: Coefficients, measure: str) -> np.ndarray | None:
-    """(layers,): entropy, moved or slope; None where the file does not hold it."""
-    held = {
+def _measure_layers(coefficients: Coefficients, measure: str) -> np.ndarray | None:
+    """Return (layers,): entropy, moved or slope; None where the file does not hold it."""
+    values = {
         "entropy": coefficients.entropy(),
         "moved": coefficients.movement(),
         "slope": coefficients.slopes,
-    }
-    return None if held[measure] is None else held[measure].double().numpy()
+    }[measure]
+    return None if values is None else values.double().numpy()
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """The measures that a figure shows and the scales that its soups share, so that they can be compared."""
+class _MeasureScales:
+    """Scales that the soups of a figure share, so that they can be compared.
+
+    Attributes:
+        measures: The measures that some soup has.
+        largest_share: The largest share of an ingredient.
+        moved_limit: Right end of the axis "moved".
+        slope_decades: Exponents of both ends of the axis "slope"; None if no slope is positive.
+        equal_slopes: Whether several soups all have the same slopes.
+    """
 
     measures: tuple[str, ...]
-    most_share: float
-    most_moved: float
-    decades: tuple[int, int] | None
-    same_slope: bool
+    largest_share: float
+    moved_limit: float
+    slope_decades: tuple[int, int] | None
+    equal_slopes: bool
 
-    @classmethod
-    def around(cls, soups: Soups) -> "_Frame":
-        found = {
-            measure: [values for _, c in soups if (values := _measured(c, measure)) is not None]
-            for measure in MEASURES
-        }
-        moved = max((float(values.max()) for values in found["moved"]), default=0.0)
-        slopes = np.concatenate([np.empty(0), *found["slope"]])
-        return cls(
-            tuple(measure for measure, values in found.items() if values),
-            max(float(c.alpha.max()) for _, c in soups),
-            next((limit for limit in MOVED_LIMITS if moved <= limit), 1.0),
-            _decades(slopes[slopes > 0]),
-            len(soups) == len(found["slope"]) > 1
-            and all(np.array_equal(v, found["slope"][0]) for v in found["slope"]),
-        )
 
-    def draw(self, axes: Axes, measure: str, values: np.ndarray, n: int) -> None:
-        """One of the narrow columns: a measure (layers,) of a soup of n ingredients."""
-        {"entropy": self._entropy, "moved": self._moved, "slope": self._slope}[measure](
-            axes, values, n
-        )
-        axes.set_xlabel(measure, fontsize=8)
-
-    def _entropy(self, axes: Axes, values: np.ndarray, n: int) -> None:
-        most = math.log(n)
-        _trace(axes, values)
-        axes.axvline(most, color=MUTED, linestyle=":", linewidth=1)
-        axes.set_xlim(0, 1.08 * most if most else 1)
-        _end_ticks(axes, 0, math.floor(2 * most) / 2 or 1)
-
-    def _moved(self, axes: Axes, values: np.ndarray, n: int) -> None:
-        _trace(axes, values)
-        axes.set_xlim(0, self.most_moved)
-        _end_ticks(axes, 0, self.most_moved)
-
-    def _slope(self, axes: Axes, values: np.ndarray, n: int) -> None:
-        low, high = self.decades or (0, 1)
-        flat = values <= 0
-        axes.set_xscale("log")
-        axes.set_xlim(10.0**low, 10.0**high)
-        _trace(axes, np.where(flat, 10.0**low, values))
-        if flat.any():
-            axes.plot(
-                np.full(flat.sum(), 10.0**low),
-                flat.nonzero()[0],
-                "o",
-                color=INK,
-                markerfacecolor="white",
-                markersize=2.8,
-                markeredgewidth=0.7,
-                clip_on=False,
-                zorder=4,
-            )
-        axes.minorticks_off()
-        labels = [f"1e{low}", f"1e{high}"] if self.decades else ["0", ""]
-        _end_ticks(axes, 10.0**low, 10.0**high, labels)
-
-    def notes(self) -> str:
-        """The small print."""
-        moved = "moved: share of the weight that changed ingredient"
-        same = ", the same for all soups" * self.same_slope
-        slope = f"slope: mean norm of dL/dlogits{same}, log scale; open dots: 0"
-        said = [
-            "layers in the network's order · entropy in nats; the dotted line is the uniform soup's"
+def _choose_scales(soups: LabelledSoups) -> _MeasureScales:
+    values = {
+        measure: [
+            layers
+            for _, coefficients in soups
+            if (layers := _measure_layers(coefficients, measure)) is not None
         ]
-        said += [f"{moved} while learning"] * ("moved" in self.measures) + [slope] * (
-            "slope" in self.measures
-        )
-        return " · ".join(said)
+        for measure in MEASURES
+    }
+    largest_move = max((float(layers.max()) for layers in values["moved"]), default=0.0)
+    slopes = np.concatenate([np.empty(0), *values["slope"]])
+    return _MeasureScales(
+        measures=tuple(measure for measure, layers in values.items() if layers),
+        largest_share=max(float(coefficients.alpha.max()) for _, coefficients in soups),
+        moved_limit=next((limit for limit in MOVED_LIMITS if largest_move <= limit), 1.0),
+        slope_decades=_find_decades(slopes[slopes > 0]),
+        equal_slopes=len(soups) == len(values["slope"]) > 1
+        and all(np.array_equal(layers, values["slope"][0]) for layers in values["slope"]),
+    )
 
 
-def _decades(positive: np.ndarray) -> tuple[int, int] | None:
+def _find_decades(positive: np.ndarray) -> tuple[int, int] | None:
     if not positive.size:
         return None
     low, high = math.floor(np.log10(positive.min())), math.ceil(np.log10(positive.max()))
     return low, max(high, low + 1)
 
 
-def _trace(axes: Axes, values: np.ndarray) -> None:
-    size = 2.2 if len(values) <= MOST_NAMES else 1
+def _draw_measure(
+    axes: Axes, measure: str, values: np.ndarray, n: int, scales: _MeasureScales
+) -> None:
+    """Draw one of the narrow columns: a measure (layers,) of a soup of n ingredients."""
+    if measure == "entropy":
+        _draw_entropy(axes, values, math.log(n))
+    elif measure == "moved":
+        _draw_layer_line(axes, values)
+        axes.set_xlim(0, scales.moved_limit)
+        _set_end_ticks(axes, 0, scales.moved_limit)
+    else:
+        _draw_slope(axes, values, scales.slope_decades)
+    axes.set_xlabel(measure, fontsize=8)
+
+
+def _draw_entropy(axes: Axes, values: np.ndarray, log_n: float) -> None:
+    _draw_layer_line(axes, values)
+    axes.axvline(log_n, color=MUTED, linestyle=":", linewidth=1)
+    axes.set_xlim(0, 1.08 * log_n if log_n else 1)
+    _set_end_ticks(axes, 0, math.floor(2 * log_n) / 2 or 1)
+
+
+def _draw_slope(axes: Axes, values: np.ndarray, decades: tuple[int, int] | None) -> None:
+    low, high = decades or (0, 1)
+    zero = values <= 0
+    axes.set_xscale("log")
+    axes.set_xlim(10.0**low, 10.0**high)
+    _draw_layer_line(axes, np.where(zero, 10.0**low, values))
+    if zero.any():
+        axes.plot(
+            np.full(zero.sum(), 10.0**low),
+            zero.nonzero()[0],
+            "o",
+            color=INK,
+            markerfacecolor="white",
+            markersize=2.8,
+            markeredgewidth=0.7,
+            clip_on=False,
+            zorder=4,
+        )
+    axes.minorticks_off()
+    labels = [f"1e{low}", f"1e{high}"] if decades else ["0", ""]
+    _set_end_ticks(axes, 10.0**low, 10.0**high, labels)
+
+
+def _describe_columns(scales: _MeasureScales) -> str:
+    """Explain the columns, for the footer."""
+    parts = [
+        "layers in the network's order · entropy in nats; the dotted line is the uniform soup's"
+    ]
+    if "moved" in scales.measures:
+        parts.append("moved: share of the weight that changed ingredient while learning")
+    if "slope" in scales.measures:
+        equal = ", the same for all soups" if scales.equal_slopes else ""
+        parts.append(f"slope: mean norm of dL/dlogits{equal}, log scale; open dots: 0")
+    return " · ".join(parts)
+
+
+def _draw_layer_line(axes: Axes, values: np.ndarray) -> None:
+    size = 2.2 if len(values) <= MAX_NAMES else 1
     axes.plot(
         values, range(len(values)), "-o", color=INK, linewidth=0.8, markersize=size, clip_on=False
     )
 
 
-def _end_ticks(axes: Axes, low: float, high: float, labels: Sequence[str] = ()) -> None:
+def _set_end_ticks(axes: Axes, low: float, high: float, labels: Sequence[str] = ()) -> None:
     axes.set_xticks([low, high], labels or [f"{low:g}", f"{high:g}"])
-    for text, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-        text.set_horizontalalignment(side)
+    left, right = axes.get_xticklabels()
+    left.set_horizontalalignment("left")
+    right.set_horizontalalignment("right")
 
 
-def _shares(
-    axes: Axes, coefficients: Coefficients, names: Sequence[str], frame: _Frame
+def _draw_shares(
+    axes: Axes, coefficients: Coefficients, names: Sequence[str], largest: float
 ) -> AxesImage | None:
+    """Draw bars, or a heat map (returned) if there are more ingredients than colours."""
     if len(names) > len(PALETTE):
-        return _heat(axes, coefficients, names, frame.most_share)
-    _bars(axes, coefficients)
+        return _draw_share_map(axes, coefficients, names, largest)
+    _draw_share_bars(axes, coefficients)
     return None
 
 
-def _bars(axes: Axes, coefficients: Coefficients) -> None:
+def _draw_share_bars(axes: Axes, coefficients: Coefficients) -> None:
     alpha = coefficients.alpha.numpy()
     layers, n = alpha.shape
     left = np.zeros(layers)
-    for i, colour in enumerate(shades(n)):
+    for i, colour in enumerate(PALETTE[:n]):
         axes.barh(
             range(layers),
             alpha[:, i],
             left=left,
             color=colour,
-            height=0.86 if layers <= MOST_NAMES else 1.0,
+            height=0.86 if layers <= MAX_NAMES else 1.0,
         )
         left += alpha[:, i]
     axes.set_xlim(0, 1)
@@ -306,57 +359,56 @@ def _bars(axes: Axes, coefficients: Coefficients) -> None:
     axes.set_xlabel("share", fontsize=8)
 
 
-def _heat(axes: Axes, coefficients: Coefficients, names: Sequence[str], most: float) -> AxesImage:
-    """One cell for each layer and ingredient, for more ingredients than there are colours to tell apart."""
+def _draw_share_map(
+    axes: Axes, coefficients: Coefficients, names: Sequence[str], largest: float
+) -> AxesImage:
     n = len(names)
     image = axes.imshow(
         coefficients.alpha.numpy(),
         aspect="auto",
         interpolation="nearest",
         cmap="Blues",
-        norm=PowerNorm(0.5, 0, most),
+        norm=PowerNorm(0.5, 0, largest),
     )
-    shown = range(0, n, math.ceil(n / MOST_NAMES))
-    axes.set_xticks(shown, [plain(names[i], 18) for i in shown], rotation=90)
+    named = range(0, n, math.ceil(n / MAX_NAMES))
+    axes.set_xticks(named, [clean_text(names[i], 18) for i in named], rotation=90)
     axes.set_xlabel("ingredient", fontsize=8)
     return image
 
 
-def _legend(figure: Figure, names: Sequence[str], title: str) -> None:
-    shown = [plain(name, 20) for name in names]
-    room = int(figure.get_figwidth() / (0.5 + 0.07 * max(map(len, shown))))
+def _add_share_legend(figure: Figure, names: Sequence[str], title: str) -> None:
+    labels = [clean_text(name, 20) for name in names]
+    columns = int(figure.get_figwidth() / (0.5 + 0.07 * max(map(len, labels))))
     figure.legend(
-        figure.axes[0].containers,
-        shown,
+        [bars[0] for bars in figure.axes[0].containers],
+        labels,
         loc="outside upper left",
-        ncols=min(len(names), max(room, 1)),
+        ncols=min(len(names), max(columns, 1)),
         alignment="left",
         title=title,
         title_fontproperties={"weight": "bold", "size": 11},
     )
 
 
-def _colour_bar(figure: Figure, image: AxesImage, n: int, title: str) -> None:
-    figure.suptitle(title, x=0.1 / figure.get_figwidth(), ha="left", fontsize=11, weight="bold")
+def _add_share_bar(figure: Figure, image: AxesImage, n: int, largest: float, title: str) -> None:
+    add_title(figure, title, x=0.1 / figure.get_figwidth())
     bar = figure.colorbar(
         image, ax=figure.axes, location="top", shrink=0.4, aspect=30, anchor=(0.0, 0.5), pad=0.01
     )
     bar.set_label("share (square-root scale)", fontsize=8)
     ticks = {0.0: "0", 1 / n: f"1/{n}"}
-    if (most := image.norm.vmax) > 4 / n:
-        ticks[most] = f"{most:.2g}"
+    if largest > 4 / n:
+        ticks[largest] = f"{largest:.2g}"
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.ax.tick_params(length=2, labelsize=7)
     bar.outline.set_visible(False)
 
 
-def _layer_axis(axes: Axes, layers: tuple[str, ...], *, named: bool) -> None:
+def _format_layer_axis(axes: Axes, layers: tuple[str, ...], *, named: bool) -> None:
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.tick_params(length=2, labelsize=7)
-    step = math.ceil(len(layers) / MOST_NAMES)
-    shown = range(0, len(layers), step)
+    ticks = range(0, len(layers), math.ceil(len(layers) / MAX_NAMES)) if named else ()
     axes.set_yticks(
-        shown if named else [],
-        [plain(layer_name(layers[i]), MOST_LETTERS) for i in shown] if named else [],
+        list(ticks), [clean_text(name_layer(layers[i]), MAX_LAYER_LETTERS) for i in ticks]
     )
     axes.tick_params(axis="y", labelsize=7 if len(layers) <= 20 else 6)

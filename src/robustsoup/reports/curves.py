@@ -1,263 +1,283 @@
-"""The curves of learned soups against the two best soups of a grid (the paper's Figs. 5 and 6), on axes that are shared."""
+"""Learned soups against the two best soups of a grid (Figs. 5 and 6 of Huang 2023)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from robustsoup.reports.lines import GAPS, gap_line
-from robustsoup.reports.results import (
-    BY_LAYER,
+from robustsoup.reports.labels import (
+    Label,
+    get_root_figure,
+    place_labels,
+    spread_over_line,
+)
+from robustsoup.reports.learned_curves import CURVE_COLOURS, LearnedCurve, group_into_curves
+from robustsoup.reports.lines import GAP_SUMMARY, tabulate_gaps
+from robustsoup.reports.measures import (
     CLEAN,
-    Points,
-    Row,
-    robust_measures,
-    sections,
-    shown_split,
-    two_best,
-    with_measures,
+    LAYERWISE_ROLES,
+    PlotScale,
+    StoredRun,
+    choose_split,
+    find_two_best,
+    group_by_section,
+    list_robust_measures,
+    rows_with_measures,
 )
 from robustsoup.reports.style import (
-    FAINT,
     Plot,
-    attack_line,
-    footer,
+    add_accuracy_grid,
+    add_footer,
+    choose_columns,
+    clean_text,
+    describe_attack,
+    draw_intervals,
     new_figure,
-    numbered,
-    place_labels,
-    plain,
+    number_stem,
 )
-from robustsoup.reports.tables import Table
-from robustsoup.reports.tradeoff import CURVES, INGREDIENT, curves
+from robustsoup.reports.tables import Cell, Table
+from robustsoup.reports.tradeoff import INGREDIENT_COLOUR
+from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 
-COLUMNS = 3
-LOOKS = (("-", "o"), ("-.", "D"), (":", "v"), ("-", "P"))
-GRID = "best clean and best robust soup of the grid"
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.lines import Line2D
+
+CURVE_LOOKS = (("-", "o"), ("-.", "D"), (":", "v"), ("-", "P"))
+GRID_LABEL = "best clean and best robust soup of the grid"
+LEARNED_LABEL, INGREDIENT_LABEL = "learned soup", "ingredient"
 
 
-def draw_curves(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]:
-    """One figure for each threat, with a panel for each section of two or more learned or dialled soups.
+def draw_curves(run: StoredRun) -> tuple[list[Plot], str]:
+    """Draw one figure for each threat, with a panel for each section of learned or dialled soups.
 
-    Also the reason, in one line, if there is none or a section had to be left out. folder is not read.
+    Returns:
+        The figures, and the reason if there is none or a section has a single soup.
     """
-    plots, single = [], []
-    split = shown_split(results["rows"], results["protocol"])
-    for measure in robust_measures(results):
-        measured = with_measures(results["rows"], split, CLEAN, measure)
-        found = sections(measured, *BY_LAYER)
-        shown = {
-            section: rows
-            for section, rows in found.items()
-            if any(len(curve) > 1 for _, curve in curves(rows))
-        }
-        single += [section for section in found if section not in shown]
-        if shown:
-            panels = [
-                _Panel.of(section, rows, measured, results["protocol"], measure)
-                for section, rows in shown.items()
-            ]
-            plots.append(
-                _plot(results, panels, Points(split, measure), numbered("curves", len(plots)))
-            )
+    results = run.results
+    plots: list[Plot] = []
+    single: list[str] = []
+    split = choose_split(results.rows, results.protocol)
+    for measure in list_robust_measures(results):
+        measured = rows_with_measures(results.rows, split, CLEAN, measure)
+        panels = []
+        for section, rows in group_by_section(measured, *LAYERWISE_ROLES).items():
+            curves = group_into_curves(rows)
+            if any(len(curve.rows) > 1 for curve in curves):
+                panels.append(
+                    _make_curve_panel(section, curves, measured, results.protocol, measure)
+                )
+            else:
+                single.append(section)
+        if panels:
+            stem = number_stem("curves", len(plots))
+            plots.append(_plot_curves(results, panels, PlotScale(split, measure), stem))
     if not plots:
         return [], "no section has two learned soups, which a curve needs"
-    few = ", ".join(dict.fromkeys(single))
-    return plots, f"{few}: one soup is not a curve" if few else ""
+    names = ", ".join(dict.fromkeys(single))
+    return plots, f"{names}: one soup is not a curve" if names else ""
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """The rows of a section, those of its ingredients, and the two best soups of the largest grid of the same ones."""
+class _CurvePanel:
+    """One section of learned soups.
+
+    Attributes:
+        section: Name of the section.
+        curves: Its curves.
+        ingredients: Rows of its ingredients.
+        two_best: The two best soups of the largest grid of the same ingredients.
+    """
 
     section: str
-    rows: list[Row]
-    ingredients: list[Row]
-    best: tuple[Row, Row] | None
-
-    @classmethod
-    def of(
-        cls, section: str, rows: list[Row], every: list[Row], protocol: dict[str, Any], measure: str
-    ) -> "_Panel":
-        names = set(rows[0].get("ingredients") or [])
-        alone = [
-            row
-            for row in every
-            if row["role"] in ("ingredient", "pretrained") and row["name"] in names
-        ]
-        grids = [
-            grid
-            for grid in sections(every, "grid").values()
-            if names and names == set(grid[0].get("ingredients") or [])
-        ]
-        grid = max(grids, key=len, default=[])
-        best = two_best(
-            grid, measure, select_on=protocol["select_on"], report_on=protocol["report_on"]
-        )
-        return cls(section, rows, alone, best)
+    curves: list[LearnedCurve]
+    ingredients: list[ResultRow]
+    two_best: tuple[ResultRow, ResultRow] | None
 
     @property
-    def labels(self) -> str:
+    def rows(self) -> list[ResultRow]:
+        """The learned soups."""
+        return [row for curve in self.curves for row in curve.rows]
+
+    @property
+    def label_meaning(self) -> str:
         """What the numbers on the curves are."""
-        if any(row.get("at") is not None for row in self.rows):
+        if any(row.at is not None for row in self.rows):
             return "t"
-        return "clean weight" if len({row.get("threat") for row in self.rows}) == 1 else "eps"
+        return "clean weight" if len({row.threat for row in self.rows}) == 1 else "eps"
 
 
-def _plot(results: dict[str, Any], panels: list[_Panel], points: Points, stem: str) -> Plot:
-    columns = 2 if len(panels) in (2, 4) else min(COLUMNS, len(panels))
+def _make_curve_panel(
+    section: str,
+    curves: list[LearnedCurve],
+    measured: Sequence[ResultRow],
+    protocol: EvaluationProtocol,
+    measure: str,
+) -> _CurvePanel:
+    names = set(curves[0].rows[0].ingredients or ())
+    ingredients = [
+        row for row in measured if row.role in ("ingredient", "pretrained") and row.name in names
+    ]
+    grids = [
+        grid
+        for grid in group_by_section(measured, "grid").values()
+        if names and names == set(grid[0].ingredients or ())
+    ]
+    largest = max(grids, key=len, default=[])
+    return _CurvePanel(section, curves, ingredients, find_two_best(largest, measure, protocol))
+
+
+def _plot_curves(
+    results: Results, panels: Sequence[_CurvePanel], scale: PlotScale, stem: str
+) -> Plot:
+    columns = choose_columns(len(panels))
     lines = math.ceil(len(panels) / columns)
-    wide = 4.6 if columns == 1 else 3.6
-    figure = new_figure(max(wide * columns, 5.4), 0.8 * wide * lines + 1.15)
-    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
-    drawn: list[Axes] = []
-    for number, panel in enumerate(panels):
-        first = drawn[0] if drawn else None
-        axes = figure.add_subplot(lines, columns, number + 1, sharex=first, sharey=first)
-        _draw(axes, panel, points)
-        axes.set_title(f"{plain(panel.section, 24)}: {panel.labels}", loc="left")
-        if number % columns == 0:
-            axes.set_ylabel(f"robust accuracy, {plain(points.measure)} (%)")
-        if number + columns >= len(panels):
-            axes.set_xlabel(f"clean accuracy on {plain(points.split)} (%)")
-        drawn.append(axes)
-    _legend(figure, drawn, f"{plain(results['name'])}: learned soups against the grid")
-    every = [row for panel in panels for row in panel.rows]
-    measured = attack_line(results["protocol"], points.split, every)
-    footer(figure, f"one scale for all panels · {measured} · bars: 95 % Wilson intervals", results)
-    drawn[0].autoscale_view()
-    drawn[0].autoscale(False)
-    figure.draw_without_rendering()  # what marks cover is known only now
-    for axes, panel in zip(drawn, panels, strict=True):
-        _name(axes, panel, points)
-    squares = "; the squares are the grid's best soups" * any(panel.best for panel in panels)
-    caption = (
-        f"Clean accuracy against robust accuracy at {points.measure} on {points.split} of {len(every)} learned soups, by "
-        f"section{squares}."
+    width = 4.6 if columns == 1 else 3.6
+    figure = new_figure(
+        max(width * columns, 5.4), 0.8 * width * lines + 1.15, w_pad=0.07, h_pad=0.07
     )
-    return Plot(stem, figure, caption, _tables(panels, points))
+    all_axes: list[Axes] = []
+    for number, panel in enumerate(panels):
+        first = all_axes[0] if all_axes else None
+        axes = figure.add_subplot(lines, columns, number + 1, sharex=first, sharey=first)
+        _draw_curve_panel(axes, panel, scale)
+        axes.set_title(f"{clean_text(panel.section, 24)}: {panel.label_meaning}", loc="left")
+        if number % columns == 0:
+            axes.set_ylabel(f"robust accuracy, {clean_text(scale.measure)} (%)")
+        if number + columns >= len(panels):
+            axes.set_xlabel(f"clean accuracy on {clean_text(scale.split)} (%)")
+        all_axes.append(axes)
+    _add_curve_legend(
+        figure, all_axes, f"{clean_text(results.name)}: learned soups against the grid"
+    )
+    rows = [row for panel in panels for row in panel.rows]
+    attack = describe_attack(results.protocol, scale.split, rows)
+    add_footer(
+        figure, f"one scale for all panels · {attack} · bars: 95 % Wilson intervals", results
+    )
+    all_axes[0].autoscale_view()
+    all_axes[0].autoscale(False)
+    figure.draw_without_rendering()
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _label_curve_panel(axes, panel, scale)
+    squares = "; the squares are the grid's best soups" * any(panel.two_best for panel in panels)
+    caption = (
+        f"Clean accuracy against robust accuracy at {scale.measure} on {scale.split} of "
+        f"{len(rows)} learned soups, by section{squares}."
+    )
+    return Plot(stem, figure, caption, _tabulate_curves(panels, scale))
 
 
-def _draw(axes: Axes, panel: _Panel, points: Points) -> None:
-    if panel.best:
-        xy = points.of(list(panel.best))
+def _draw_curve_panel(axes: Axes, panel: _CurvePanel, scale: PlotScale) -> None:
+    if panel.two_best:
         axes.plot(
-            *xy.T, "--", marker="s", color="black", markersize=7, linewidth=1, zorder=3, label=GRID
+            *scale.coordinates(panel.two_best).T,
+            "--",
+            marker="s",
+            color="black",
+            markersize=7,
+            linewidth=1,
+            zorder=3,
+            label=GRID_LABEL,
         )
     if panel.ingredients:
-        xy = points.of(panel.ingredients)
         axes.plot(
-            *xy.T,
+            *scale.coordinates(panel.ingredients).T,
             "^",
-            color=INGREDIENT,
+            color=INGREDIENT_COLOUR,
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.6,
             zorder=4,
-            label="ingredient",
+            label=INGREDIENT_LABEL,
         )
-    found = curves(panel.rows)
     handles: list[Line2D] = []
-    for number, (apart, curve) in enumerate(found):
-        colour, (line, marker) = CURVES[number % len(CURVES)], LOOKS[number % len(LOOKS)]
-        members = [row for _, row in curve]
-        xy = points.of(members)
-        axes.errorbar(
-            *xy.T,
-            **points.bars(members),
-            fmt="none",
-            ecolor=colour,
-            alpha=0.3,
-            elinewidth=0.7,
-            zorder=2,
-        )
-        label = "learned soup" if len(found) == 1 else plain(apart, 24)
+    for number, curve in enumerate(panel.curves):
+        colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
+        line, marker = CURVE_LOOKS[number % len(CURVE_LOOKS)]
+        draw_intervals(axes, scale, curve.rows, colour=colour, opacity=0.3, zorder=2)
         handles += axes.plot(
-            *xy.T,
+            *scale.coordinates(curve.rows).T,
             line,
             marker=marker,
             color=colour,
             markersize=5.5,
             markeredgecolor="white",
             zorder=6,
-            label=label,
+            label=LEARNED_LABEL if len(panel.curves) == 1 else clean_text(curve.name, 24),
         )
-    if len(found) > 1:
+    if len(panel.curves) > 1:
         axes.legend(handles=handles, loc="lower left", fontsize=7)
-    axes.margins(0.1)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
+    add_accuracy_grid(axes, 0.1)
 
 
-def _legend(figure: Figure, drawn: list[Axes], title: str) -> None:
-    known = {"learned soup": None, GRID: None, "ingredient": None}
-    for axes in drawn:
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
-            if text in known:
-                known[text] = known[text] or handle
-    shown = {text: handle for text, handle in known.items() if handle}
+def _add_curve_legend(figure: Figure, all_axes: Sequence[Axes], title: str) -> None:
+    handles: dict[str, Artist] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = [label for label in (LEARNED_LABEL, GRID_LABEL, INGREDIENT_LABEL) if label in handles]
     figure.legend(
-        shown.values(),
-        shown.keys(),
+        [handles[label] for label in labels],
+        labels,
         loc="outside upper left",
-        ncols=len(shown) if figure.get_figwidth() > 5.5 else 2,
+        ncols=len(labels) if figure.get_figwidth() > 5.5 else 2,
         alignment="left",
         title=title,
         title_fontproperties={"weight": "bold", "size": 11},
     )
 
 
-def _name(axes: Axes, panel: _Panel, points: Points) -> None:
-    labels, crowd = [], []
-    shares = np.linspace(0, 1, 20)[:, None]
-    marks = [
-        _around(axes, points.of(rows))
-        for rows in (panel.ingredients, list(panel.best or ()))
-        if rows
-    ]
-    for number, (_, curve) in enumerate(curves(panel.rows)):
-        xy = points.of([row for _, row in curve])
-        colour = CURVES[number % len(CURVES)]
+def _label_curve_panel(axes: Axes, panel: _CurvePanel, scale: PlotScale) -> None:
+    labels: list[Label] = []
+    obstacles: list[np.ndarray] = []
+    for number, curve in enumerate(panel.curves):
+        xy = scale.coordinates(curve.rows)
+        colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
         labels += [
-            (*point, plain(label), colour) for (label, _), point in zip(curve, xy, strict=True)
+            (*point, clean_text(label), colour)
+            for label, point in zip(curve.labels, xy, strict=True)
         ]
-        crowd += [np.repeat(xy, 5, axis=0), *[a + shares * (b - a) for a, b in pairwise(xy)]]
-    if panel.best:
-        first, second = points.of(list(panel.best))
-        crowd.append(first + shares * (second - first))
-    place_labels(axes, labels, np.concatenate([*crowd, *marks]), size=7.5)
+        obstacles.append(np.repeat(xy, 5, axis=0))
+        obstacles += [spread_over_line(start, end) for start, end in pairwise(xy)]
+    if panel.two_best:
+        obstacles.append(spread_over_line(*scale.coordinates(panel.two_best)))
+    for rows in (panel.ingredients, panel.two_best):
+        if rows:
+            obstacles.append(_spread_over_markers(axes, scale.coordinates(rows)))
+    place_labels(axes, labels, np.concatenate(obstacles), size=7.5)
 
 
-def _around(axes: Axes, xy: np.ndarray) -> np.ndarray:
-    """(9 k, 2): points spread over the marks at xy (k, 2)."""
-    half = 4 * axes.figure.dpi / 72
+def _spread_over_markers(axes: Axes, xy: np.ndarray) -> np.ndarray:
+    """Return (9 k, 2) points spread over the markers at xy (k, 2)."""
+    half = 4 * get_root_figure(axes).dpi / 72
     offsets = half * np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)])
     pixels = axes.transData.transform(xy)[:, None] + offsets
     return axes.transData.inverted().transform(pixels.reshape(-1, 2))
 
 
-def _tables(panels: list[_Panel], points: Points) -> tuple[Table, ...]:
-    lines = []
+def _tabulate_curves(panels: Sequence[_CurvePanel], scale: PlotScale) -> tuple[Table, ...]:
+    lines: list[dict[str, Cell]] = []
     for panel in panels:
-        for apart, curve in curves(panel.rows) if panel.best else []:
-            clean, robust = panel.best
-            xy = points.of([row for _, row in curve])
-            said = {
+        if panel.two_best is None:
+            continue
+        clean, robust = panel.two_best
+        for curve in panel.curves:
+            ends: dict[str, Cell] = {
                 "section": panel.section,
-                "curve": apart or panel.labels,
-                "from": clean["name"],
-                "to": robust["name"],
+                "curve": curve.name or panel.label_meaning,
+                "from": clean.name,
+                "to": robust.name,
             }
-            lines.append(
-                said | gap_line(points.of([clean, robust]), xy, [label for label, _ in curve])
-            )
+            corners = scale.coordinates(panel.two_best)
+            points = scale.coordinates(curve.rows)
+            lines.append(ends | tabulate_gaps(corners, points, curve.labels))
     if not lines:
         return ()
-    return (
-        Table(f"Above the line between the grid's two best soups, {points.measure}", GAPS, lines),
-    )
+    title = f"Above the line between the grid's two best soups, {scale.measure}"
+    return (Table(title, GAP_SUMMARY, lines),)

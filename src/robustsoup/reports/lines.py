@@ -1,72 +1,87 @@
-"""From one network to another (wise-ft, the paper's Fig. 4): clean against robust accuracy along the line between them."""
+"""Accuracy on lines between two networks (WiSE-FT; Fig. 4 of Huang 2023)."""
 
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from robustsoup.reports.results import (
+from robustsoup.reports.labels import Label, place_labels, spread_over_line
+from robustsoup.reports.measures import (
     CLEAN,
-    Points,
-    Row,
-    robust_measures,
-    sections,
-    shown_split,
-    with_measures,
+    PlotScale,
+    StoredRun,
+    choose_split,
+    group_by_section,
+    list_robust_measures,
+    rows_with_measures,
 )
 from robustsoup.reports.style import (
-    FAINT,
     INK,
     MUTED,
     Plot,
-    attack_line,
-    footer,
+    add_accuracy_grid,
+    add_footer,
+    add_title,
+    clean_text,
+    describe_attack,
+    draw_intervals,
     new_figure,
-    numbered,
-    place_labels,
-    plain,
+    number_stem,
 )
-from robustsoup.reports.tables import Table
+from robustsoup.reports.tables import Cell, Table
+from robustsoup.runs.results import ResultRow, Results
 
-COLUMNS = 4
-LEAST = 3  # points: fewer are no curve
-LINE, END = "#0072B2", "#D55E00"
-Lines = dict[str, list[Row]]
+MAX_COLUMNS = 4
+MIN_POINTS = 3
+LINE_COLOUR, END_COLOUR = "#0072B2", "#D55E00"
+GAP_SUMMARY = (
+    "largest gap: robust accuracy less that of the line at the same clean accuracy, in points, by "
+    "the estimates alone (no interval); not comparable: soups whose clean accuracy is not between "
+    "those of the line's ends"
+)
+
+Lines = dict[str, list[ResultRow]]
 
 
-def draw_lines(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]:
-    """One figure for each threat, with a panel for each line of soups of two networks. folder is not read.
+def draw_lines(run: StoredRun) -> tuple[list[Plot], str]:
+    """Draw one figure for each threat, with a panel for each line of soups of two networks.
 
-    Also the reason, in one line, if there is none or a section had to be left out.
+    Returns:
+        The figures, and the reason if there is none or a line was left out.
     """
-    plots, reasons = [], []
-    split = shown_split(results["rows"], results["protocol"])
-    for measure in robust_measures(results):
-        found: Lines = {}
-        for section, rows in sections(results["rows"], "line").items():
-            rows = _along(with_measures(rows, split, CLEAN, measure))
+    results = run.results
+    plots: list[Plot] = []
+    reasons: list[str] = []
+    split = choose_split(results.rows, results.protocol)
+    for measure in list_robust_measures(results):
+        lines: Lines = {}
+        for section, section_rows in group_by_section(results.rows, "line").items():
+            rows = _order_along_line(rows_with_measures(section_rows, split, CLEAN, measure))
             if rows:
-                found[section] = rows
+                lines[section] = rows
             else:
                 reasons.append(
                     f"{section}: needs both ends and a soup between them, measured on {split}"
                 )
-        if found:
-            plots.append(
-                _plot(results, found, Points(split, measure), numbered("lines", len(plots)))
-            )
-    return plots, "; ".join(dict.fromkeys(reasons)) or (
-        "" if plots else "no line of soups of two networks was measured"
-    )
+        if lines:
+            scale = PlotScale(split, measure)
+            plots.append(_plot_lines(results, lines, scale, number_stem("lines", len(plots))))
+    if not plots and not reasons:
+        reasons.append("no line of soups of two networks was measured")
+    return plots, "; ".join(dict.fromkeys(reasons))
 
 
-def above_line(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(k,): robust accuracy less that of the straight line between two ends at the same clean accuracy.
+def gaps_above_chord(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Subtract the robust accuracy of the line between two ends at the same clean accuracy.
 
-    ends: (2, 2), points: (k, 2), each (clean, robust). NaN for a point whose clean accuracy is not between those of the
-    ends; for all of them where the ends have the same.
+    Args:
+        ends: (2, 2), each (clean, robust).
+        points: (k, 2), each (clean, robust).
+
+    Returns:
+        (k,); NaN for a point whose clean accuracy is not between those of the ends, and for all
+        points if the ends are equally clean.
     """
     (clean_0, robust_0), (clean_1, robust_1) = ends
     if clean_0 == clean_1:
@@ -76,119 +91,116 @@ def above_line(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.where((share >= 0) & (share <= 1), gaps, np.nan)
 
 
-def gap_line(ends: np.ndarray, points: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    """The cells of a table that say where points lie farthest above the line between two ends."""
-    gaps = above_line(ends, points)
-    between = np.isfinite(gaps)
-    best = int(np.nanargmax(gaps)) if between.any() else None
+def tabulate_gaps(ends: np.ndarray, points: np.ndarray, labels: Sequence[str]) -> dict[str, Cell]:
+    """Tabulate how far points lie above the line between two ends, as cells of one line."""
+    gaps = gaps_above_chord(ends, points)
+    comparable = np.isfinite(gaps)
+    best = int(np.nanargmax(gaps)) if comparable.any() else None
     return {
         "largest gap": None if best is None else f"{gaps[best]:+.1f}",
         "at": None if best is None else labels[best],
-        "above the line": f"{int((gaps[between] > 0).sum())} of {int(between.sum())}",
-        "not comparable": int((~between).sum()),
+        "above the line": f"{int((gaps[comparable] > 0).sum())} of {int(comparable.sum())}",
+        "not comparable": int((~comparable).sum()),
     }
 
 
-GAPS = (
-    "largest gap: robust accuracy less that of the line at the same clean accuracy, in points, by the estimates alone (no "
-    "interval); not comparable: soups whose clean accuracy is not between those of the line's ends"
-)
-
-
-def _along(rows: list[Row]) -> list[Row]:
-    """The rows in order of the second network's weight; none unless both ends and a soup between them are there."""
+def _order_along_line(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Order rows by the second network's weight; empty without both ends and a soup between."""
     rows = [
-        row
-        for row in rows
-        if len(row.get("ingredients") or []) == len(row.get("coefficients") or []) == 2
+        row for row in rows if len(row.ingredients or ()) == 2 and len(row.coefficients or ()) == 2
     ]
-    rows = sorted(rows, key=_weight)
-    whole = (
-        len(rows) >= LEAST and abs(_weight(rows[0])) < 1e-9 and abs(_weight(rows[-1]) - 1) < 1e-9
+    rows = sorted(rows, key=_second_weight)
+    complete = (
+        len(rows) >= MIN_POINTS
+        and abs(_second_weight(rows[0])) < 1e-9
+        and abs(_second_weight(rows[-1]) - 1) < 1e-9
     )
-    return rows if whole else []
+    return rows if complete else []
 
 
-def _weight(row: Row) -> float:
-    return row["coefficients"][1]
+def _second_weight(row: ResultRow) -> float:
+    return (row.coefficients or ())[1]
 
 
-def _plot(results: dict[str, Any], found: Lines, points: Points, stem: str) -> Plot:
-    columns = min(COLUMNS, len(found)) if len(found) != COLUMNS + 1 else 3
-    lines = math.ceil(len(found) / columns)
-    wide = {1: 4.6, 2: 3.8}.get(columns, 3.1)
-    figure = new_figure(max(wide * columns, 5.4), 0.85 * wide * lines + 0.75)
-    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
-    panels = []
-    for number, (section, rows) in enumerate(found.items()):
-        axes = figure.add_subplot(lines, columns, number + 1)
-        _panel(axes, rows, points)
-        axes.set_title(plain(section, 34), loc="left")
+def _plot_lines(results: Results, lines: Lines, scale: PlotScale, stem: str) -> Plot:
+    columns = 3 if len(lines) == MAX_COLUMNS + 1 else min(MAX_COLUMNS, len(lines))
+    panel_rows = math.ceil(len(lines) / columns)
+    width = {1: 4.6, 2: 3.8}.get(columns, 3.1)
+    figure = new_figure(
+        max(width * columns, 5.4), 0.85 * width * panel_rows + 0.75, w_pad=0.07, h_pad=0.07
+    )
+    panels: list[tuple[Axes, list[ResultRow]]] = []
+    for number, (section, rows) in enumerate(lines.items()):
+        axes = figure.add_subplot(panel_rows, columns, number + 1)
+        _draw_line_panel(axes, rows, scale)
+        axes.set_title(clean_text(section, 34), loc="left")
         if number % columns == 0:
-            axes.set_ylabel(f"robust accuracy, {plain(points.measure)} (%)")
-        if number + columns >= len(found):
-            axes.set_xlabel(f"clean accuracy on {plain(points.split)} (%)")
+            axes.set_ylabel(f"robust accuracy, {clean_text(scale.measure)} (%)")
+        if number + columns >= len(lines):
+            axes.set_xlabel(f"clean accuracy on {clean_text(scale.split)} (%)")
         panels.append((axes, rows))
-    title = f"{plain(results['name'])}: from one network to another"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
-    every = [row for rows in found.values() for row in rows]
-    measured = attack_line(results["protocol"], points.split, every)
-    footer(
+    add_title(figure, f"{clean_text(results.name)}: from one network to another")
+    all_rows = [row for rows in lines.values() for row in rows]
+    add_footer(
         figure,
-        f"numbers: the weight of the second network · dashed: straight line between the ends · {measured} · bars: 95 % "
-        "Wilson intervals",
+        "numbers: the weight of the second network · dashed: straight line between the ends · "
+        f"{describe_attack(results.protocol, scale.split, all_rows)} · bars: 95 % Wilson intervals",
         results,
     )
-    for axes, rows in panels:
+    for axes, _ in panels:
         axes.autoscale_view()
         axes.autoscale(False)
-        _name(axes, rows, points)
+    figure.draw_without_rendering()
+    for axes, rows in panels:
+        _label_line_panel(axes, rows, scale)
     caption = (
-        f"Clean accuracy against robust accuracy at {points.measure} on {points.split}, along {len(found)} line(s) "
-        "between two networks."
+        f"Clean accuracy against robust accuracy at {scale.measure} on {scale.split}, along "
+        f"{len(lines)} line(s) between two networks."
     )
-    return Plot(stem, figure, caption, (_table(found, points),))
+    return Plot(stem, figure, caption, (_tabulate_lines(lines, scale),))
 
 
-def _panel(axes: Axes, rows: list[Row], points: Points) -> None:
-    xy = points.of(rows)
-    axes.errorbar(
-        *xy.T, **points.bars(rows), fmt="none", ecolor=LINE, alpha=0.28, elinewidth=0.7, zorder=2
-    )
+def _draw_line_panel(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -> None:
+    xy = scale.coordinates(rows)
+    draw_intervals(axes, scale, rows, colour=LINE_COLOUR, opacity=0.28, zorder=2)
     axes.plot(*xy[[0, -1]].T, "--", color=MUTED, linewidth=1, zorder=3)
     axes.plot(
-        *xy.T, "-o", color=LINE, linewidth=1.3, markersize=4.5, markeredgecolor="white", zorder=5
+        *xy.T,
+        "-o",
+        color=LINE_COLOUR,
+        linewidth=1.3,
+        markersize=4.5,
+        markeredgecolor="white",
+        zorder=5,
     )
-    axes.plot(*xy[[0, -1]].T, "s", color=END, markersize=6, markeredgecolor="white", zorder=6)
-    axes.margins(0.1)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.plot(
+        *xy[[0, -1]].T, "s", color=END_COLOUR, markersize=6, markeredgecolor="white", zorder=6
+    )
+    add_accuracy_grid(axes, 0.1)
 
 
-def _name(axes: Axes, rows: list[Row], points: Points) -> None:
-    xy = points.of(rows)
-    first, second = (plain(name, 20) for name in rows[0]["ingredients"])
-    texts = [f"0 ({first})", *[f"{_weight(row):.3g}" for row in rows[1:-1]], f"1 ({second})"]
-    labels = [(*point, text, INK) for point, text in zip(xy, texts, strict=True)]
-    order = [
-        *range(1, len(labels) - 1),
-        0,
-        len(labels) - 1,
-    ]  # the long ones have room outside the line
-    shares = np.linspace(0, 1, 20)[:, None]
-    pieces = [xy[i] + shares * (xy[i + 1] - xy[i]) for i in range(len(xy) - 1)]
-    crowd = np.concatenate([np.repeat(xy, 5, axis=0), *pieces, xy[0] + shares * (xy[-1] - xy[0])])
-    place_labels(axes, [labels[i] for i in order], crowd, size=7.5)
+def _label_line_panel(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -> None:
+    xy = scale.coordinates(rows)
+    first, second = (clean_text(name, 20) for name in rows[0].ingredients or ())
+    texts = [
+        f"0 ({first})",
+        *[f"{_second_weight(row):.3g}" for row in rows[1:-1]],
+        f"1 ({second})",
+    ]
+    labels: list[Label] = [(*point, text, INK) for point, text in zip(xy, texts, strict=True)]
+    # The long labels of the ends come last: they have room outside the line.
+    labels = [*labels[1:-1], labels[0], labels[-1]]
+    pieces = [spread_over_line(xy[i], xy[i + 1]) for i in range(len(xy) - 1)]
+    avoid = np.concatenate([np.repeat(xy, 5, axis=0), *pieces, spread_over_line(xy[0], xy[-1])])
+    place_labels(axes, labels, avoid, size=7.5)
 
 
-def _table(found: Lines, points: Points) -> Table:
-    lines = []
-    for section, rows in found.items():
-        xy = points.of(rows)
-        weights = [f"{_weight(row):.3g}" for row in rows[1:-1]]
-        first, second = rows[0]["ingredients"]
-        lines.append(
-            {"line": section, "from": first, "to": second}
-            | gap_line(xy[[0, -1]], xy[1:-1], weights)
-        )
-    return Table(f"Above the straight line, {points.measure}", GAPS, lines)
+def _tabulate_lines(lines: Lines, scale: PlotScale) -> Table:
+    table_lines: list[dict[str, Cell]] = []
+    for section, rows in lines.items():
+        xy = scale.coordinates(rows)
+        weights = [f"{_second_weight(row):.3g}" for row in rows[1:-1]]
+        first, second = rows[0].ingredients or ()
+        ends: dict[str, Cell] = {"line": section, "from": first, "to": second}
+        table_lines.append(ends | tabulate_gaps(xy[[0, -1]], xy[1:-1], weights))
+    return Table(f"Above the straight line, {scale.measure}", GAP_SUMMARY, table_lines)

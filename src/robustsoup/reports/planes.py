@@ -1,7 +1,8 @@
-"""The robust loss on planes through three checkpoints (the paper's Fig. 7): contour maps, and what they say of convexity."""
+"""Robust loss on planes through three checkpoints (Fig. 7 of Huang 2023), as contour maps."""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,50 +15,56 @@ from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 
 from robustsoup.errors import RequestError
+from robustsoup.reports.convexity import mask_triangle, survey_loss
+from robustsoup.reports.labels import (
+    Label,
+    label_contour,
+    place_labels,
+    spread_over_box,
+    spread_over_line,
+)
+from robustsoup.reports.measures import StoredRun
 from robustsoup.reports.style import (
     FAINT,
     INK,
+    SEQUENTIAL_COLOURS,
     Plot,
-    footer,
-    label_contour,
+    add_footer,
+    add_title,
+    choose_columns,
+    clean_text,
+    format_percent,
     new_figure,
-    numbered,
-    outline,
-    percent,
-    place_labels,
-    plain,
 )
-from robustsoup.reports.surface import Surface, in_triangle, survey
-from robustsoup.reports.tables import Table
+from robustsoup.reports.tables import Cell, Table
+from robustsoup.runs.results import Results
 
-COLUMNS = 3
-LEVELS, LABELLED = 16, 3  # contour lines, and every which of them has its number
-COLOURS, DARK = "viridis", 0.55  # below this share of the scale lines are white
+LEVELS = 16
+LABELLED_STEP = 3
+"""Every third level has its number written on it."""
+DARK_SHARE = 0.55
+"""Contour lines are white below this share of the scale."""
 MARKERS = ("o", "s", "^")
-DEEPEST = 1e-4  # the least loss that is told apart from 0, as a share of the greatest
-_HINT = "expected what `robustsoup run` writes; run it again"
-
-
-def draw_landscape(results: dict[str, Any], folder: Path) -> tuple[list[Plot], str]:
-    """One figure with a panel for each plane of the run, from the files in `folder`.
-
-    Also the reason, in one line, if there is none or a plane had to be left out.
-    """
-    planes, reasons = [], []
-    for entry in results.get("planes") or []:
-        try:
-            planes.append(_Plane.load(folder, entry))
-        except RequestError as error:
-            reasons.append(str(error))
-    plots = [_plot(results, planes, numbered("landscape", 0))] if planes else []
-    return plots, "; ".join(reasons) or (
-        "" if plots else "no plane through three checkpoints was measured"
-    )
+MIN_RELATIVE_LOSS = 1e-4
+"""Smaller losses count as this fraction of the greatest one."""
+LISTED_MINIMA = 6
 
 
 @dataclass(frozen=True)
-class _Plane:
-    """loss, accuracy, clean_loss: (rows, columns), NaN where not finite; corners: (3, 2); said: how it was measured."""
+class LossPlane:
+    """Losses on a plane through three checkpoints.
+
+    Attributes:
+        name: Name of the plane.
+        checkpoints: Names of the three checkpoints.
+        x: (columns,) coordinates in even steps.
+        y: (rows,) coordinates in even steps.
+        corners: (3, 2) positions of the checkpoints.
+        loss: (rows, columns) robust loss in nats; NaN where not finite.
+        accuracy: (rows, columns) robust accuracy, or None.
+        clean_loss: (rows, columns) clean loss in nats, or None.
+        settings: How the plane was measured, for the footer.
+    """
 
     name: str
     checkpoints: tuple[str, ...]
@@ -67,54 +74,18 @@ class _Plane:
     loss: np.ndarray
     accuracy: np.ndarray | None
     clean_loss: np.ndarray | None
-    said: str
+    settings: str
 
-    @classmethod
-    def load(cls, folder: Path, entry: Any) -> "_Plane":
-        """Raises RequestError, in one line, if the entry of results.json or its file is missing or broken."""
-        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-            raise RequestError(f"planes: got {entry!r}, expected an object with a file; {_HINT}")
-        path = folder / entry["file"]
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            plane = cls._of(held)
-        except FileNotFoundError:
-            raise RequestError(f"{path}: no such file; {_HINT}") from None
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RequestError(f"{path}: not a plane ({reason}); {_HINT}") from None
-        return plane
-
-    @classmethod
-    def _of(cls, held: dict[str, Any]) -> "_Plane":
-        x, y, corners = (np.array(held[key], dtype=float) for key in ("x", "y", "positions"))
-        maps = {
-            key: None if held.get(key) is None else _finite(held[key])
-            for key in ("accuracy", "clean_loss")
-        }
-        plane = cls(
-            str(held["name"]),
-            tuple(map(str, held["checkpoints"])),
-            x,
-            y,
-            corners,
-            _finite(held["loss"]),
-            **maps,
-            said=_measured(held),
-        )
-        plane._check()
-        return plane
-
-    def _check(self) -> None:
-        shape = (*self.y.shape, *self.x.shape)
-        found = [
-            self.loss,
-            *(values for values in (self.accuracy, self.clean_loss) if values is not None),
+    def __post_init__(self) -> None:
+        """Check shapes and values; raises ValueError."""
+        shape = (len(self.y), len(self.x))
+        shapes = [
+            values.shape
+            for values in (self.loss, self.accuracy, self.clean_loss)
+            if values is not None
         ]
-        if len(shape) != 2 or min(shape) < 2 or any(values.shape != shape for values in found):
-            raise ValueError(
-                f"got maps of {[values.shape for values in found]}, expected (len(y), len(x)), each 2 or more"
-            )
+        if min(shape) < 2 or any(other != shape for other in shapes):
+            raise ValueError(f"got maps of {shapes}, expected (len(y), len(x)), each 2 or more")
         if (
             self.corners.shape != (3, 2)
             or len(self.checkpoints) != 3
@@ -127,105 +98,181 @@ class _Plane:
         if not (self.loss > 0).any():
             raise ValueError("loss: expected a number above 0")
 
-    def nearest(self, corner: np.ndarray) -> tuple[int, int]:
-        """(row, column) of the grid's point nearest to a place."""
-        return int(np.abs(self.y - corner[1]).argmin()), int(np.abs(self.x - corner[0]).argmin())
+    def find_nearest(self, place: np.ndarray) -> tuple[int, int]:
+        """Return (row, column) of the point of the grid nearest to a place."""
+        return int(np.abs(self.y - place[1]).argmin()), int(np.abs(self.x - place[0]).argmin())
 
-    @property
-    def in_triangle(self) -> np.ndarray:
-        """(k,): the finite losses in the triangle between the checkpoints, and at those."""
-        kept = in_triangle(self.x, self.y, self.corners)
+    def losses_in_triangle(self) -> np.ndarray:
+        """Return (k,): finite losses between the checkpoints and at the points nearest to them."""
+        inside = mask_triangle(self.x, self.y, self.corners)
         for corner in self.corners:
-            kept[self.nearest(corner)] = True
-        return self.loss[kept & np.isfinite(self.loss)]
+            inside[self.find_nearest(corner)] = True
+        return self.loss[inside & np.isfinite(self.loss)]
 
 
-def _finite(rows: Any) -> np.ndarray:
+def draw_landscape(run: StoredRun) -> tuple[list[Plot], str]:
+    """Draw one figure with a panel for each plane of the run.
+
+    Returns:
+        The figure, and the reason if there is none or a plane was left out.
+    """
+    planes: list[LossPlane] = []
+    reasons: list[str] = []
+    for entry in run.results.planes:
+        try:
+            planes.append(load_plane(run.folder / entry.file, entry.name))
+        except RequestError as error:
+            reasons.append(str(error))
+    if not planes and not reasons:
+        reasons.append("no plane through three checkpoints was measured")
+    plots = [_plot_planes(run.results, planes)] if planes else []
+    return plots, "; ".join(reasons)
+
+
+def load_plane(path: Path, name: str) -> LossPlane:
+    """Read a plane that a run wrote.
+
+    Args:
+        path: Its JSON file.
+        name: Name to show.
+
+    Raises:
+        RequestError: The file is missing or broken.
+    """
+    hint = "expected a file that `robustsoup run` wrote; run the recipe again"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return LossPlane(
+            name=name,
+            checkpoints=tuple(map(str, content["checkpoints"])),
+            x=np.array(content["x"], dtype=float),
+            y=np.array(content["y"], dtype=float),
+            corners=np.array(content["positions"], dtype=float),
+            loss=_parse_map(content["loss"]),
+            accuracy=_parse_optional_map(content.get("accuracy")),
+            clean_loss=_parse_optional_map(content.get("clean_loss")),
+            settings=_describe_settings(content),
+        )
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; {hint}") from None
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(f"{path}: not a plane ({reason}); {hint}") from None
+
+
+def _parse_map(rows: Any) -> np.ndarray:
     values = np.array(rows, dtype=float)  # None becomes NaN
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _measured(held: dict[str, Any]) -> str:
+def _parse_optional_map(rows: Any) -> np.ndarray | None:
+    return None if rows is None else _parse_map(rows)
+
+
+def _describe_settings(content: dict[str, Any]) -> str:
     parts = [
-        held.get("threat"),
-        held.get("attack_steps") and f"{held['attack_steps']} steps",
-        held.get("samples") and f"{held['samples']} {held.get('split') or ''} samples",
-        held.get("buffers") and f"buffers: {held['buffers']}",
-        held.get("precision"),
+        content.get("threat"),
+        content.get("attack_steps") and f"{content['attack_steps']} steps",
+        content.get("samples") and f"{content['samples']} {content.get('split') or ''} samples",
+        content.get("buffers") and f"buffers: {content['buffers']}",
+        content.get("precision"),
     ]
-    return " · ".join(plain(part, 60) for part in parts if part)
+    return " · ".join(clean_text(part, 60) for part in parts if part)
 
 
-def _plot(results: dict[str, Any], planes: list[_Plane], stem: str) -> Plot:
-    columns = 2 if len(planes) in (2, 4) else min(COLUMNS, len(planes))
+def _plot_planes(results: Results, planes: Sequence[LossPlane]) -> Plot:
+    columns = choose_columns(len(planes))
     lines = math.ceil(len(planes) / columns)
-    wide = 4.2 if columns == 1 else 3.4
-    ratio = float(np.clip(max(np.ptp(p.y) / np.ptp(p.x) for p in planes), 0.4, 1.5))
-    figure = new_figure(wide * columns + 0.9, (0.88 * wide * ratio + 0.4) * lines + 0.7)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-    levels, above = _levels(planes)
-    drawn = []
+    width = 4.2 if columns == 1 else 3.4
+    ratio = float(np.clip(max(np.ptp(plane.y) / np.ptp(plane.x) for plane in planes), 0.4, 1.5))
+    figure = new_figure(
+        width * columns + 0.9, (0.88 * width * ratio + 0.4) * lines + 0.7, w_pad=0.06, h_pad=0.06
+    )
+    levels, exceeded = _choose_levels(planes)
+    panels: list[tuple[LossPlane, Axes, ContourSet]] = []
+    filled: list[ContourSet] = []
     for number, plane in enumerate(planes):
         axes = figure.add_subplot(lines, columns, number + 1)
-        drawn.append((plane, axes, *_panel(axes, plane, levels, above)))
-        axes.set_title(plain(plane.name, 40), loc="left")
+        filled.append(_fill_contours(axes, plane, levels, exceeded))
+        panels.append((plane, axes, _draw_contour_lines(axes, plane, levels)))
+        _draw_corners(axes, plane)
+        axes.set_title(clean_text(plane.name, 40), loc="left")
         if number % columns == 0:
             axes.set_ylabel("distance in weight space")
         if number + columns >= len(planes):
             axes.set_xlabel("distance in weight space")
-    figure.suptitle(
-        f"{plain(results['name'])}: robust loss on planes",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-        weight="bold",
-    )
-    _colour_bar(figure, drawn[0][2], levels)
+    add_title(figure, f"{clean_text(results.name)}: robust loss on planes")
+    _add_loss_bar(figure, filled[0], levels)
     gaps = " · grey: not finite" * any(np.isnan(plane.loss).any() for plane in planes)
-    said = " / ".join(dict.fromkeys(plane.said for plane in planes))
-    footer(figure, f"{said} · levels spaced by a constant factor{gaps}", results)
-    for plane, axes, _, contours in drawn:
-        _annotate(axes, plane, contours, levels)
+    settings = " / ".join(dict.fromkeys(plane.settings for plane in planes))
+    add_footer(figure, f"{settings} · levels spaced by a constant factor{gaps}", results)
+    figure.draw_without_rendering()
+    for plane, axes, contours in panels:
+        _label_plane(axes, plane, contours, levels)
     names = "; ".join(f"{plane.name}: {', '.join(plane.checkpoints)}" for plane in planes)
-    caption = f"Robust loss (nats) of the weighted averages on planes through three checkpoints ({names}), on one scale."
-    return Plot(stem, figure, caption, tuple(_table(plane) for plane in planes))
-
-
-def _levels(planes: list[_Plane]) -> tuple[np.ndarray, bool]:
-    """Log-spaced levels from the least loss to the 95th percentile or to what a triangle holds; whether any is above."""
-    every = np.concatenate([plane.loss[np.isfinite(plane.loss)] for plane in planes])
-    high = max(
-        float(np.percentile(every, 95)), *(float(p.in_triangle.max(initial=0)) for p in planes), 0.0
+    caption = (
+        "Robust loss (nats) of the weighted averages on planes through three checkpoints "
+        f"({names}), on one scale."
     )
-    high = high if high > 0 else float(every.max())
-    low = max(float(every.min()), DEEPEST * high)
-    above = bool(every.max() > high)
+    return Plot("landscape", figure, caption, tuple(_tabulate_plane(plane) for plane in planes))
+
+
+def _choose_levels(planes: Sequence[LossPlane]) -> tuple[np.ndarray, bool]:
+    """Choose log-spaced levels from the least loss to the 95th percentile of all losses.
+
+    The levels reach at least the greatest loss in a triangle.
+
+    Returns:
+        The levels, and whether a loss exceeds them.
+    """
+    losses = np.concatenate([plane.loss[np.isfinite(plane.loss)] for plane in planes])
+    high = max(
+        float(np.percentile(losses, 95)),
+        *(float(plane.losses_in_triangle().max(initial=0)) for plane in planes),
+        0.0,
+    )
+    high = high if high > 0 else float(losses.max())
+    low = max(float(losses.min()), MIN_RELATIVE_LOSS * high)
+    exceeded = bool(losses.max() > high)
     if high < 1.001 * low:
         low, high = 0.97 * low, 1.03 * high
-    return np.geomspace(low, high, LEVELS), above
+    return np.geomspace(low, high, LEVELS), exceeded
 
 
-def _panel(
-    axes: Axes, plane: _Plane, levels: np.ndarray, above: bool
-) -> tuple[ContourSet, ContourSet]:
+def _clip_loss(plane: LossPlane, levels: np.ndarray) -> np.ma.MaskedArray[Any, Any]:
+    return np.ma.masked_invalid(np.maximum(plane.loss, levels[0]))
+
+
+def _fill_contours(axes: Axes, plane: LossPlane, levels: np.ndarray, exceeded: bool) -> ContourSet:
     axes.set_facecolor(FAINT)
     axes.set_aspect("equal")
-    loss = np.ma.masked_invalid(np.maximum(plane.loss, levels[0]))
-    norm = LogNorm(levels[0], levels[-1])
-    filled = axes.contourf(
+    return axes.contourf(
         plane.x,
         plane.y,
-        loss,
+        _clip_loss(plane, levels),
         levels=levels,
-        norm=norm,
-        cmap=COLOURS,
-        extend="max" if above else "neither",
+        norm=LogNorm(levels[0], levels[-1]),
+        cmap=SEQUENTIAL_COLOURS,
+        extend="max" if exceeded else "neither",
         zorder=1,
     )
-    colours = ["white" if share < DARK else INK for share in np.linspace(0, 1, LEVELS)]
-    lines = axes.contour(
-        plane.x, plane.y, loss, levels=levels, colors=colours, linewidths=0.5, alpha=0.8, zorder=2
+
+
+def _draw_contour_lines(axes: Axes, plane: LossPlane, levels: np.ndarray) -> ContourSet:
+    colours = ["white" if share < DARK_SHARE else INK for share in np.linspace(0, 1, LEVELS)]
+    return axes.contour(
+        plane.x,
+        plane.y,
+        _clip_loss(plane, levels),
+        levels=levels,
+        colors=colours,
+        linewidths=0.5,
+        alpha=0.8,
+        zorder=2,
     )
+
+
+def _draw_corners(axes: Axes, plane: LossPlane) -> None:
     axes.plot(
         *plane.corners[[0, 1, 2, 0]].T,
         "--",
@@ -247,85 +294,93 @@ def _panel(
         )
     axes.set_xlim(plane.x[0], plane.x[-1])
     axes.set_ylim(plane.y[0], plane.y[-1])
-    return filled, lines
 
 
-def _colour_bar(figure: Figure, filled: ContourSet, levels: np.ndarray) -> None:
+def _add_loss_bar(figure: Figure, filled: ContourSet, levels: np.ndarray) -> None:
     bar = figure.colorbar(filled, ax=figure.axes, shrink=0.85, pad=0.02, aspect=25)
-    bar.set_ticks(levels[::LABELLED], labels=_written(levels)[::LABELLED])
+    bar.set_ticks(levels[::LABELLED_STEP].tolist(), labels=format_levels(levels)[::LABELLED_STEP])
     bar.ax.minorticks_off()
     bar.set_label("robust loss (nats, log scale)")
     bar.outline.set_visible(False)
 
 
-def _written(levels: np.ndarray) -> list[str]:
-    """The levels with as many digits as it takes for no two of the labelled ones to read alike, three at least."""
-    shown = levels[::LABELLED]
+def format_levels(levels: np.ndarray) -> list[str]:
+    """Format levels with three digits, or with as many as it takes to distinguish all labels."""
+    labelled = levels[::LABELLED_STEP]
     digits = next(
-        (d for d in range(3, 9) if len({f"{level:.{d}g}" for level in shown}) == len(shown)), 9
+        (n for n in range(3, 9) if len({f"{level:.{n}g}" for level in labelled}) == len(labelled)),
+        9,
     )
     return [f"{level:.{digits}g}" for level in levels]
 
 
-def _annotate(axes: Axes, plane: _Plane, contours: ContourSet, levels: np.ndarray) -> None:
-    shares = np.linspace(0, 1, 30)[:, None]
+def _label_plane(axes: Axes, plane: LossPlane, contours: ContourSet, levels: np.ndarray) -> None:
     edges = [
-        a + shares * (b - a)
-        for a, b in zip(plane.corners, np.roll(plane.corners, -1, axis=0), strict=True)
+        spread_over_line(start, end, 30)
+        for start, end in zip(plane.corners, np.roll(plane.corners, -1, axis=0), strict=True)
     ]
-    crowd = np.concatenate([*edges, *[np.repeat(plane.corners, 5, axis=0)]])
-    names = [
-        (*corner, plain(name, 18), INK)
+    obstacles = np.concatenate([*edges, np.repeat(plane.corners, 5, axis=0)])
+    names: list[Label] = [
+        (*corner, clean_text(name, 18), INK)
         for corner, name in zip(plane.corners, plane.checkpoints, strict=True)
     ]
-    boxes = place_labels(axes, names, crowd, size=8.5)
-    ends = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
+    boxes = place_labels(axes, names, obstacles, size=8.5)
+    frame = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
     rim = np.concatenate(
-        [a + shares * (b - a) for a, b in zip(ends, np.roll(ends, -1, axis=0), strict=True)]
+        [
+            spread_over_line(start, end, 30)
+            for start, end in zip(frame, np.roll(frame, -1, axis=0), strict=True)
+        ]
     )
-    pixels = [axes.transData.transform(crowd), axes.transAxes.transform(rim)]
-    near = np.concatenate([*pixels, *[outline(box) for box in boxes]])
-    for number, (text, pieces) in enumerate(zip(_written(levels), contours.allsegs, strict=True)):
-        if number and number % LABELLED == 0:  # the first is a point, the least loss
-            near = label_contour(axes, text, pieces, near)
+    pixels = [axes.transData.transform(obstacles), axes.transAxes.transform(rim)]
+    avoid = np.concatenate([*pixels, *[spread_over_box(box) for box in boxes]])
+    texts = format_levels(levels)
+    for number in range(LABELLED_STEP, LEVELS, LABELLED_STEP):  # level 0 is a single point
+        avoid = label_contour(axes, texts[number], contours.allsegs[number], avoid)
 
 
-def _table(plane: _Plane) -> Table:
-    found = survey(plane.x, plane.y, plane.loss, plane.corners)
-    lines = []
+def _tabulate_plane(plane: LossPlane) -> Table:
+    lines: list[dict[str, Cell]] = []
     for name, corner in zip(plane.checkpoints, plane.corners, strict=True):
-        row, column = plane.nearest(corner)
-        off = math.dist(corner, (plane.x[column], plane.y[row]))
-        lines.append(
-            {"point": f"nearest to {name}", "distance to it": off} | _cells(plane, row, column)
-        )
-    row, column = np.unravel_index(np.nanargmin(plane.loss), plane.loss.shape)
-    lines.append(
-        {"point": "least loss of the grid", "distance to it": None} | _cells(plane, row, column)
+        row, column = plane.find_nearest(corner)
+        distance = math.dist(corner, (plane.x[column], plane.y[row]))
+        point: dict[str, Cell] = {"point": f"nearest to {name}", "distance to it": distance}
+        lines.append(point | _tabulate_point(plane, row, column))
+    least = int(np.nanargmin(plane.loss))
+    row, column = divmod(least, len(plane.x))
+    point = {"point": "least loss of the grid", "distance to it": None}
+    lines.append(point | _tabulate_point(plane, row, column))
+    return Table(plane.name, _summarise_shape(plane), lines)
+
+
+def _tabulate_point(plane: LossPlane, row: int, column: int) -> dict[str, Cell]:
+    def format_loss(values: np.ndarray | None) -> str | None:
+        loss = None if values is None else values[row, column]
+        return None if loss is None or np.isnan(loss) else f"{loss:.4f}"
+
+    accuracy = None if plane.accuracy is None else plane.accuracy[row, column]
+    measured = accuracy is not None and np.isfinite(accuracy)
+    return {
+        "x": float(plane.x[column]),
+        "y": float(plane.y[row]),
+        "robust loss": format_loss(plane.loss),
+        "clean loss": format_loss(plane.clean_loss),
+        "robust accuracy": format_percent(accuracy) if measured else None,
+    }
+
+
+def _summarise_shape(plane: LossPlane) -> str:
+    shape = survey_loss(plane.x, plane.y, plane.loss, plane.corners)
+    listed = ", ".join(
+        f"({plane.x[column]:.3g}, {plane.y[row]:.3g})"
+        for row, column in shape.minima[:LISTED_MINIMA]
     )
-    return Table(plane.name, _summary(plane, found), lines)
-
-
-def _cells(plane: _Plane, row: int, column: int) -> dict[str, Any]:
-    maps = {"robust loss": plane.loss, "clean loss": plane.clean_loss}
-    cells: dict[str, Any] = {"x": float(plane.x[column]), "y": float(plane.y[row])}
-    for name, values in maps.items():
-        known = values is not None and np.isfinite(values[row, column])
-        cells[name] = f"{values[row, column]:.4f}" if known else None
-    known = plane.accuracy is not None and np.isfinite(plane.accuracy[row, column])
-    return cells | {"robust accuracy": percent(plane.accuracy[row, column]) if known else None}
-
-
-def _summary(plane: _Plane, found: Surface) -> str:
-    places = ", ".join(
-        f"({plane.x[column]:.3g}, {plane.y[row]:.3g})" for row, column in found.minima[:6]
-    )
-    places = f" at {places}" * bool(places) + f" and {len(found.minima) - 6} more" * (
-        len(found.minima) > 6
-    )
+    rest = len(shape.minima) - LISTED_MINIMA
+    places = (f" at {listed}" if listed else "") + (f" and {rest} more" if rest > 0 else "")
     rows, columns = plane.loss.shape
     return (
-        f"robust loss on {columns} x {rows} points; strict local minima inside the grid: {len(found.minima)}{places}; between "
-        f"the checkpoints {found.violations} of {found.triples} triples of neighbours bend against convexity by more than "
-        f"{found.margin:g} nats, by {found.worst:.3g} at most"
+        f"robust loss on {columns} x {rows} points; strict local minima inside the grid: "
+        f"{len(shape.minima)}{places}; between the checkpoints {shape.violations} of "
+        f"{shape.triples} triples of neighbours violate convexity by more than {shape.margin:g} "
+        f"nats, by {shape.worst:.3g} at most"
     )

@@ -1,4 +1,4 @@
-"""The look that the figures share: type, colours, labels that keep out of each other's way, and how files are saved."""
+"""The look that all figures share, and how figures are saved."""
 
 import functools
 import textwrap
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib import colormaps, patheffects, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.transforms import Bbox
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from robustsoup.files import atomic_path
-from robustsoup.reports.results import Row, caveats, samples
+from robustsoup.reports.measures import PlotScale, count_samples, list_caveats
 from robustsoup.reports.tables import Table
+from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 
 FONT = "DejaVu Sans"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
-# Okabe and Ito 2008: eight colours that the colour-blind tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7f7f7f")
-LETTERS_PER_INCH = 19  # of the small print
-HALO = [patheffects.withStroke(linewidth=2.2, foreground="white")]
+"""Eight colours that the colour-blind can distinguish. Source: Okabe and Ito 2008."""
+SEQUENTIAL_COLOURS = "viridis"
+FOOTER_LETTERS_PER_INCH = 19
 STYLE: dict[str, Any] = {
     "font.family": FONT,
     "font.size": 9,
@@ -59,7 +59,14 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with the name of its files (without ending), a sentence that says what it shows, and tables beside it."""
+    """A figure for the report.
+
+    Attributes:
+        stem: Name of its files without the ending.
+        figure: The figure.
+        caption: One sentence that says what it shows.
+        tables: Tables to show with it.
+    """
 
     stem: str
     figure: Figure
@@ -67,174 +74,138 @@ class Plot:
     tables: tuple[Table, ...] = ()
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches that needs no display and arranges its parts by itself."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(
+    width: float,
+    height: float,
+    *,
+    w_pad: float | None = None,
+    h_pad: float | None = None,
+    wspace: float | None = None,
+    rect: tuple[float, float, float, float] = (0, 0, 1, 1),
+) -> Figure:
+    """Create an empty figure that needs no display and arranges its parts itself.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        w_pad: Padding on the left and right of axes, in inches.
+        h_pad: Padding above and below axes, in inches.
+        wspace: Space between columns of axes, as a fraction of the width of the axes.
+        rect: (left, bottom, width, height) of the used part, as fractions of the figure.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=w_pad, h_pad=h_pad, wspace=wspace, rect=rect)
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
+def choose_columns(panels: int) -> int:
+    """Choose the number of columns for panels side by side, at most three."""
+    return 2 if panels in (2, 4) else min(panels, 3)
+
+
 @rc_context(STYLE)
-def save(plot: Plot, folder: Path) -> None:
-    """Write folder/<stem>.png, .svg and .pdf, each whole or not at all. The parts are arranged once for all three."""
+def save_plot(plot: Plot, folder: Path) -> None:
+    """Write folder/<stem>.png, .svg and .pdf, each whole or not at all.
+
+    The parts are arranged once for all three formats.
+    """
     plot.figure.draw_without_rendering()
     plot.figure.set_layout_engine("none")
-    for axes in (
-        plot.figure.axes
-    ):  # the solver's last bits differ from run to run, and would be in the ids of the SVG
-        axes.set_position(np.round(axes.get_position(original=True).bounds, 6))
+    for axes in plot.figure.axes:
+        # The layout's last bits differ from run to run and would enter the ids of the SVG.
+        left, bottom, width, height = axes.get_position(original=True).bounds
+        axes.set_position((round(left, 6), round(bottom, 6), round(width, 6), round(height, 6)))
     for ending, options in FORMATS.items():
         with atomic_path(folder / f"{plot.stem}.{ending}") as temporary:
             plot.figure.savefig(temporary, format=ending, **options)
 
 
-def numbered(stem: str, number: int) -> str:
-    """stem for the first of several figures, stem-2 for the second."""
+def number_stem(stem: str, number: int) -> str:
+    """Return `stem` for figure number 0, "stem-2" for number 1."""
     return stem if number == 0 else f"{stem}-{number + 1}"
 
 
 @functools.cache
-def _glyphs() -> frozenset[str]:
+def _font_glyphs() -> frozenset[str]:
     return frozenset(map(chr, get_font(findfont(FONT)).get_charmap()))
 
 
-def plain(text: str, limit: int = 30) -> str:
-    """`text` as a figure may show it: "Linf 8/255" as "L∞ 8/255", no mathematics, "?" for a glyph that the font lacks."""
-    text = "".join(
-        letter if letter in _glyphs() else "?" for letter in str(text).replace("Linf ", "L∞ ")
-    )
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return text.replace("$", r"\$")
+def clean_text(text: object, limit: int = 30) -> str:
+    """Prepare text for a figure.
+
+    "Linf 8/255" becomes "L∞ 8/255", glyphs that the font lacks become "?", dollar signs start no
+    mathematics, and text over `limit` letters is cut.
+    """
+    letters = str(text).replace("Linf ", "L∞ ")
+    letters = "".join(letter if letter in _font_glyphs() else "?" for letter in letters)
+    letters = letters if len(letters) <= limit else letters[: limit - 1] + "…"
+    return letters.replace("$", r"\$")
 
 
-def percent(value: float) -> str:
-    """0.7132 -> "71.3 %"."""
+def format_percent(value: float) -> str:
+    """Format 0.7132 as "71.3 %"."""
     return f"{100 * value:.1f} %"
 
 
-def attack_line(protocol: dict[str, Any], split: str, rows: Sequence[Row]) -> str:
-    """The attack and the number of samples, for the small print below a figure."""
-    restarts = protocol.get("restarts", 1)
-    bounded = protocol.get("screened") and split == protocol["select_on"]
-    parts = [
-        f"{protocol.get('attack', 'attack not recorded')}"
-        + (f" on {protocol['loss']}" if protocol.get("loss") else "")
-        + (f", {protocol['steps']} steps" if protocol.get("steps") else "")
-        + (f", {restarts} restarts" if restarts != 1 else ""),
-        f"{samples(rows, split)} {split} samples",
-        *([protocol["precision"]] if protocol.get("precision") else []),
-        *(["beaten soups were only screened: upper bounds"] if bounded else []),
-    ]
-    return plain(" · ".join(parts), 200)
+def describe_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[ResultRow]) -> str:
+    """Describe the attack and the number of samples, for the footer of a figure."""
+    attack = (
+        protocol.attack
+        + (f" on {protocol.loss}" if protocol.loss else "")
+        + (f", {protocol.steps} steps" if protocol.steps else "")
+        + (f", {protocol.restarts} restarts" if protocol.restarts != 1 else "")
+    )
+    parts = [attack, f"{count_samples(rows, split)} {split} samples"]
+    if protocol.precision:
+        parts.append(protocol.precision)
+    if protocol.screened and split == protocol.select_on:
+        parts.append("beaten soups were only screened: upper bounds")
+    return clean_text(" · ".join(parts), 200)
 
 
-def footer(figure: Figure, text: str, results: dict[str, Any] | None) -> None:
-    """Small print at the lower left of the figure, below what flatters the run's numbers; results: None for no run."""
-    warned = caveats(results) if results else []
-    width = int(LETTERS_PER_INCH * figure.get_figwidth())
-    lines = textwrap.wrap(" · ".join(warned), width) + textwrap.wrap(text, width)
+def add_title(figure: Figure, title: str, x: float = 0.01) -> None:
+    """Write the title at the upper left."""
+    figure.suptitle(title, x=x, ha="left", fontsize=11, weight="bold")
+
+
+def add_footer(figure: Figure, text: str, results: Results | None) -> None:
+    """Write small print at the lower left, below what flatters the numbers of the run."""
+    caveats = list_caveats(results) if results else []
+    width = int(FOOTER_LETTERS_PER_INCH * figure.get_figwidth())
+    lines = textwrap.wrap(" · ".join(caveats), width) + textwrap.wrap(text, width)
     figure.supxlabel(
-        "\n".join(lines), x=0.01, ha="left", fontsize=7, color=INK if warned else MUTED
+        "\n".join(lines), x=0.01, ha="left", fontsize=7, color=INK if caveats else MUTED
     )
 
 
-def shades(n: int) -> list[Any]:
-    """n colours to tell parts apart, the first eight safe for the colour-blind."""
-    return (
-        list(PALETTE[:n]) if n <= len(PALETTE) else list(colormaps["viridis"](np.linspace(0, 1, n)))
-    )
+def add_accuracy_grid(axes: Axes, margin: float) -> None:
+    """Give a plot of accuracies its margins and grid lines."""
+    axes.margins(margin)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
-_SIDES = [(1, 0.7), (-1, 0.7), (1, -0.7), (-1, -0.7), (0, 1), (0, -1), (1, 0), (-1, 0)]
-
-
-def place_labels(
+def draw_intervals(
     axes: Axes,
-    labels: Sequence[tuple[float, float, str, str]],
-    avoid: np.ndarray,
+    scale: PlotScale,
+    rows: Sequence[ResultRow],
     *,
-    size: float = 8,
-) -> list[Bbox]:
-    """Write each (x, y, text, colour) beside its point, where it covers least of `avoid` (k, 2) and of other labels.
-
-    Limits and layout must be final: the sides are compared in pixels. Returns the box of each label, in pixels.
-    """
-    axes.figure.draw_without_rendering()
-    pixels = axes.figure.dpi / 72
-    obstacles = axes.transData.transform(avoid)
-    taken: list[Bbox] = []
-    for x, y, text, colour in labels:
-        note = axes.annotate(
-            text,
-            (x, y),
-            xycoords=axes.transData,
-            xytext=(0, 0),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=size,
-            color=colour,
-            zorder=8,
-            annotation_clip=False,
-            path_effects=HALO,
-        )
-        note.set_in_layout(False)
-        box = note.get_window_extent()
-        choices = []
-        for order, (side_x, side_y, gap) in enumerate(
-            (a, b, gap) for gap in (8, 15, 23) for a, b in _SIDES
-        ):
-            shift = (
-                side_x * (gap * pixels + box.width / 2),
-                side_y * (gap * pixels + box.height / 2),
-            )
-            choices.append(
-                (_cost(box.translated(*shift), obstacles, taken, axes.bbox) + order / 100, shift)
-            )
-        _, shift = min(choices)
-        note.set_position((shift[0] / pixels, shift[1] / pixels))
-        taken.append(box.translated(*shift))
-    return taken
-
-
-def _cost(box: Bbox, obstacles: np.ndarray, taken: Sequence[Bbox], frame: Bbox) -> float:
-    wide = box.padded(2)
-    inside = (obstacles > (wide.x0, wide.y0)) & (obstacles < (wide.x1, wide.y1))
-    outside = wide.x0 < frame.x0 or wide.x1 > frame.x1 or wide.y0 < frame.y0 or wide.y1 > frame.y1
-    return (
-        inside.all(axis=1).sum() + 50 * sum(wide.overlaps(other) for other in taken) + 20 * outside
+    colour: str,
+    opacity: float,
+    zorder: int,
+) -> None:
+    """Draw the confidence intervals of both accuracies of each row."""
+    x, y = scale.coordinates(rows).T
+    x_lengths, y_lengths = scale.interval_lengths(rows)
+    axes.errorbar(
+        x,
+        y,
+        xerr=x_lengths,
+        yerr=y_lengths,
+        fmt="none",
+        ecolor=colour,
+        alpha=opacity,
+        elinewidth=0.7,
+        zorder=zorder,
     )
-
-
-def outline(box: Bbox) -> np.ndarray:
-    """(24, 2): points spread over a box, for other labels to keep clear of."""
-    x, y = np.meshgrid(np.linspace(box.x0, box.x1, 8), np.linspace(box.y0, box.y1, 3))
-    return np.column_stack([x.ravel(), y.ravel()])
-
-
-def label_contour(axes: Axes, text: str, pieces: list[np.ndarray], near: np.ndarray) -> np.ndarray:
-    """Write `text` on the contour at its widest gap, if there is room; returns `near` (k, 2), in pixels, with it added."""
-    pieces = [piece for piece in pieces if len(piece) > 1]
-    if not pieces:
-        return near
-    shares = np.linspace(0, 1, 8)[:, None, None]
-    spots = np.concatenate(
-        [(piece[:-1] + shares * (piece[1:] - piece[:-1])).reshape(-1, 2) for piece in pieces]
-    )
-    pixels = axes.transData.transform(spots)
-    room = np.linalg.norm(pixels[:, None] - near[None], axis=2).min(1)
-    widest = int(room.argmax())
-    if room[widest] < 9 * axes.figure.dpi / 72:
-        return near
-    note = axes.annotate(
-        text,
-        spots[widest],
-        xycoords=axes.transData,
-        ha="center",
-        va="center",
-        fontsize=7,
-        color=INK,
-        zorder=3,
-        path_effects=HALO,
-    )
-    return np.concatenate([near, outline(note.get_window_extent())])

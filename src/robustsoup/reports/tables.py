@@ -1,4 +1,4 @@
-"""What was learned as numbers: one line a layer, for a CSV file and for the report."""
+"""Coefficients by layer as tables: for CSV files and for the report."""
 
 import csv
 import io
@@ -7,45 +7,60 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robustsoup.errors import RequestError
 from robustsoup.files import write_text
-from robustsoup.reports.results import Row
+from robustsoup.runs.results import ResultRow
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
 
-OWN = ("layer", "entropy", "moved", "slope")
-FEW = 3
+FIXED_COLUMNS = ("layer", "entropy", "moved", "slope")
+LISTED_LAYERS = 3
+
+Cell = str | float | None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines with the same columns, a title, and one sentence that sums them up."""
+    """A table of the report.
+
+    Attributes:
+        title: Title.
+        summary: One sentence that sums the table up.
+        lines: Cells by column; all lines have the same columns.
+    """
 
     title: str
     summary: str
-    lines: list[dict[str, Any]]
+    lines: Sequence[dict[str, Cell]]
 
 
-def coefficient_table(coefficients: Coefficients, names: Sequence[str]) -> list[dict[str, Any]]:
-    """One dict a layer, in the network's order: layer, the share of each ingredient by name, entropy, moved, slope.
+def coefficient_table(coefficients: Coefficients, names: Sequence[str]) -> list[dict[str, Cell]]:
+    """Tabulate coefficients by layer.
 
-    entropy in nats; moved: the share that went from one ingredient to another while learning, 0 to 1; slope: the mean
-    norm of dL/dlogits. None for what the file does not hold. An ingredient named like another column, or like another
-    ingredient, has "ingredient" put before it.
+    Args:
+        coefficients: The coefficients of one soup.
+        names: One name for each ingredient. "ingredient" is put before a name that equals another
+            column.
 
-    Raises CoefficientError unless there is a name for each ingredient.
+    Returns:
+        One dict for each layer in the network's order: its name ("layer"); the share of each
+        ingredient by name; the entropy of the shares in nats; "moved", the share in [0, 1] that
+        went from one ingredient to another while learning; "slope", the mean norm of dL/dlogits.
+        None where the file does not hold a value.
+
+    Raises:
+        CoefficientError: The number of names differs from the number of ingredients.
     """
     coefficients.check(len(names), affine=True)
-    columns = _columns(names)
+    columns = _ingredient_columns(names)
     moved, slopes = coefficients.movement(), coefficients.slopes
-    none = [None] * len(coefficients.layers)
+    missing = [None] * len(coefficients.layers)
     parts = zip(
         coefficients.layers,
         coefficients.alpha.tolist(),
-        (coefficients.entropy() + 0.0).tolist(),  # no -0
-        none if moved is None else moved.tolist(),
-        none if slopes is None else slopes.tolist(),
+        (coefficients.entropy() + 0.0).tolist(),  # turns -0 into 0
+        missing if moved is None else moved.tolist(),
+        missing if slopes is None else slopes.tolist(),
         strict=True,
     )
     return [
@@ -53,95 +68,118 @@ def coefficient_table(coefficients: Coefficients, names: Sequence[str]) -> list[
             "layer": layer,
             **dict(zip(columns, shares, strict=True)),
             "entropy": entropy,
-            "moved": move,
+            "moved": layer_moved,
             "slope": slope,
         }
-        for layer, shares, entropy, move, slope in parts
+        for layer, shares, entropy, layer_moved, slope in parts
     ]
 
 
 def write_coefficient_csv(
-    coefficients: Coefficients, names: Sequence[str], path: str | os.PathLike
+    coefficients: Coefficients, names: Sequence[str], path: str | os.PathLike[str]
 ) -> Path:
-    """Write `coefficient_table` as CSV, 6 significant digits, an empty cell for None; whole or not at all."""
+    """Write `coefficient_table` as CSV with 6 significant digits, whole or not at all.
+
+    Args:
+        coefficients: The coefficients of one soup.
+        names: One name for each ingredient.
+        path: File to write; a missing value is an empty cell.
+
+    Returns:
+        The path.
+
+    Raises:
+        CoefficientError: The number of names differs from the number of ingredients.
+        StorageError: The file cannot be written.
+    """
     lines = coefficient_table(coefficients, names)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({column: _digits(cell) for column, cell in line.items()} for line in lines)
+    for line in lines:
+        writer.writerow(
+            {
+                column: f"{cell:.6g}" if isinstance(cell, float) else cell
+                for column, cell in line.items()
+            }
+        )
     write_text(path, text.getvalue())
     return Path(path)
 
 
-def write_coefficient_tables(rows: Iterable[Row], folder: Path) -> list[tuple[str, str]]:
-    """Write folder/coefficients/NAME.csv for each row that has such a file; returns (file, reason) for what cannot be.
+def write_coefficient_tables(rows: Iterable[ResultRow], folder: Path) -> list[tuple[str, str]]:
+    """Write folder/coefficients/NAME.csv for each row that has a file of coefficients.
 
-    Raises StorageError if a file cannot be written.
+    Returns:
+        (file, reason) for each table that could not be made.
+
+    Raises:
+        StorageError: A file cannot be written.
     """
-    left_out = []
+    failures = []
     for row in rows:
-        if not row.get("coefficients_file"):
+        if not row.coefficients_file:
             continue
-        name = f"coefficients/{Path(row['coefficients_file']).stem}.csv"
+        name = f"coefficients/{Path(row.coefficients_file).stem}.csv"
         try:
-            coefficients = Coefficients.load(folder / row["coefficients_file"])
-            write_coefficient_csv(coefficients, ingredient_names(row, coefficients), folder / name)
+            coefficients = Coefficients.load(folder / row.coefficients_file)
+            names = name_ingredients(row, coefficients)
+            write_coefficient_csv(coefficients, names, folder / name)
         except RequestError as error:
-            left_out.append((name, str(error)))
-    return left_out
+            failures.append((name, str(error)))
+    return failures
 
 
-def ingredient_names(row: Row, coefficients: Coefficients) -> list[str]:
-    """The names that the row has for its ingredients, or "ingredient 1", ... where it has none."""
+def name_ingredients(row: ResultRow, coefficients: Coefficients) -> list[str]:
+    """Return the row's names of its ingredients, or "ingredient 1", ... if they do not fit."""
     n = coefficients.alpha.shape[1]
-    names = list(row.get("ingredients") or [])
+    names = list(row.ingredients or ())
     return names if len(names) == n else [f"ingredient {i + 1}" for i in range(n)]
 
 
-def layer_name(layer: str) -> str:
-    """The name of a layer as people read it."""
+def name_layer(layer: str) -> str:
+    """Return the name of a layer for people."""
     return "whole network" if layer == EVERY_LAYER else layer
 
 
-def soup_table(title: str, coefficients: Coefficients, names: Sequence[str]) -> Table:
-    """The table of one soup for the report."""
+def tabulate_soup(title: str, coefficients: Coefficients, names: Sequence[str]) -> Table:
+    """Make the table of one soup for the report."""
     lines = [
-        line | {"layer": layer_name(line["layer"])}
-        for line in coefficient_table(coefficients, names)
+        line | {"layer": name_layer(layer)}
+        for line, layer in zip(
+            coefficient_table(coefficients, names), coefficients.layers, strict=True
+        )
     ]
-    return Table(title, _summary(coefficients), lines)
+    return Table(title, _summarise_coefficients(coefficients), lines)
 
 
-def _summary(coefficients: Coefficients) -> str:
-    """Mean entropy, mean movement, and which layers moved least and most."""
-    most, moved = math.log(coefficients.alpha.shape[1]), coefficients.movement()
-    said = (
-        [f"mean entropy {100 * float(coefficients.entropy().mean()) / most:.1f} % of log n"]
-        if most
-        else []
-    )
+def _summarise_coefficients(coefficients: Coefficients) -> str:
+    """State the mean entropy, the mean movement, and which layers moved least and most."""
+    log_n, moved = math.log(coefficients.alpha.shape[1]), coefficients.movement()
+    parts = []
+    if log_n:
+        share = 100 * float(coefficients.entropy().mean()) / log_n
+        parts.append(f"mean entropy {share:.1f} % of log n")
     if moved is None:
-        return "; ".join([*said, "movement not recorded"])
-    said.append(f"mean movement {float(moved.mean()):.3g}")
-    few = min(FEW, len(moved) // 2)
+        return "; ".join([*parts, "movement not recorded"])
+    parts.append(f"mean movement {float(moved.mean()):.3g}")
+    count = min(LISTED_LAYERS, len(moved) // 2)
     order = moved.argsort(stable=True).tolist()
-    for what, chosen in (("least", order[:few]), ("most", order[::-1][:few])):
-        if chosen:
-            layers = ", ".join(f"{coefficients.layers[i]} ({float(moved[i]):.2g})" for i in chosen)
-            said.append(f"moved {what}: {layers}")
-    return "; ".join(said)
+    for word, numbers in (("least", order[:count]), ("most", order[::-1][:count])):
+        if numbers:
+            layers = ", ".join(f"{coefficients.layers[i]} ({float(moved[i]):.2g})" for i in numbers)
+            parts.append(f"moved {word}: {layers}")
+    return "; ".join(parts)
 
 
-def _columns(names: Sequence[str]) -> list[str]:
-    taken = set(OWN)
-    found = []
+def _ingredient_columns(names: Sequence[str]) -> list[str]:
+    """Make the names distinct from each other and from the fixed columns."""
+    taken = set(FIXED_COLUMNS)
+    columns = []
     for name in names:
-        while name in taken:
-            name = f"ingredient {name}"
-        taken.add(name)
-        found.append(name)
-    return found
-
-
-def _digits(cell: Any) -> Any:
-    return f"{cell:.6g}" if isinstance(cell, float) else cell
+        column = name
+        while column in taken:
+            column = f"ingredient {column}"
+        taken.add(column)
+        columns.append(column)
+    return columns
