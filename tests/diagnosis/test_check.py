@@ -14,7 +14,6 @@ from torch import nn
 from robustsoup.attacks.losses import ce
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
-from robustsoup.cli.app import stdout
 from robustsoup.data import load_data, to_float
 from robustsoup.diagnosis import geometry
 from robustsoup.diagnosis.barriers import LINE_POINTS, Curve
@@ -563,7 +562,7 @@ def run_check(*arguments):
 
 
 def test_the_command_accepts_related_networks(related, capsys, monkeypatch):
-    monkeypatch.setattr(stdout, "width", 200)
+    monkeypatch.setenv("COLUMNS", "200")
     assert run_check(*related, "--data", "digits", "--threat", LINF, "--samples", SAMPLES) == 0
     output = capsys.readouterr().out
     assert output.startswith("these 2 can be mixed\n")
@@ -572,7 +571,7 @@ def test_the_command_accepts_related_networks(related, capsys, monkeypatch):
         "barrier, clean",
         f"accuracy drop, {LINF}",
         "BatchNorm: 8 layers",
-        "a step of learn",
+        "one step of `learn`",
         "base.safetensors",
     ):
         assert text in output, text
@@ -598,6 +597,6 @@ def test_the_command_exits_with_3_for_independent_networks(folder, related, caps
 
 def test_the_command_without_data_says_what_was_not_measured(related, capsys):
     assert run_check(*related) == 0
-    assert "as far as their weights tell; --data" in capsys.readouterr().out
+    assert "judging by their weights; --data" in capsys.readouterr().out
     assert run_check(*related, "--threat", LINF) == 2
-    assert "give --data" in capsys.readouterr().err
+    assert "--data" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import io
 import json
 import linecache
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from rich.console import Console
 
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -636,7 +634,7 @@ def test_by_the_papers_protocol_soups_are_learned_of_whatever_fits_on_less(copie
     assert any(row["role"] == "learned" for row in results["rows"])
 
 
-def test_a_run_by_the_papers_protocol_says_so(copied):
+def test_a_run_by_the_papers_protocol_says_so(copied, capsys, monkeypatch):
     folder, _ = copied
     results, selection, _ = run(recipe_of([(("protocol",), "paper")]), folder.with_name("paper"))
     assert results["protocol"]["select_on"] == results["protocol"]["report_on"] == "test"
@@ -651,9 +649,9 @@ def test_a_run_by_the_papers_protocol_says_so(copied):
     assert (
         results["selection"]["held_on_test"] is None
     )  # the samples that chose it cannot confirm it
-    said = Console(file=io.StringIO(), width=200)
-    print_results(said, results, folder / "report.html")
-    assert "the paper's protocol: selected on test" in said.file.getvalue()
+    monkeypatch.setenv("COLUMNS", "200")
+    print_results(Results.from_json(results, "results"), folder / "report.html")
+    assert "the paper's protocol: selected on test" in capsys.readouterr().out
 
 
 def test_one_run_leaves_several_ingredients(copied):

@@ -4,52 +4,76 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.checkpoints.published import PUBLISHED
-from robustsoup.cli.app import app, stdout
-from robustsoup.cli.inputs import fetch_checkpoint, fetch_data, print_json
-from robustsoup.cli.options import AsJson, DataRoot
-from robustsoup.data import fetch_cifar10
+from robustsoup.cli.options import AsJson
+from robustsoup.cli.running import DataRoot
+from robustsoup.cli.terminal import print_json, print_line
 from robustsoup.errors import RequestError
 
 
-@app.command()
-def fetch(
-    what: Annotated[
+def fetch_command(
+    name: Annotated[
         str,
-        typer.Argument(metavar="WHAT", help="cifar10, or robustbench:NAME.", show_default=False),
+        typer.Argument(metavar="NAME", help="cifar10 or robustbench:NAME.", show_default=False),
     ],
     sha256: Annotated[
-        str | None, typer.Option(help="Refuse a checkpoint that has not this digest.")
+        str | None, typer.Option(help="Expected digest of a checkpoint's file (64 hex digits).")
     ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download data or a published checkpoint, once, and check it; say where it is and what to do next.
+    """Download data or a published checkpoint, and verify it.
 
-    No digests of RobustBench's files are published: the first one seen is recorded beside the file, and holds from then on.
+    Downloads once and prints where the file is. RobustBench publishes no digests of its files: the
+    first digest seen is recorded beside the file, and the file must keep it.
 
     Example: `robustsoup fetch robustbench:Wang2023Better_WRN-28-10`
     """
-    if what == "cifar10":
+    if name == "cifar10":
         if sha256:
             raise RequestError(
-                "--sha256: CIFAR-10 is checked against its published digests; leave it out"
+                "--sha256: does not apply to cifar10, which is checked against published digests"
             )
-        fetch_data(what, data_root)
-        answer = {
-            "path": str(fetch_cifar10(data_root)),
-            "next": "robustsoup train --model resnet9 --data cifar10 --threat "
-            '"Linf 8/255" -o base.safetensors',
-        }
-    elif what.startswith("robustbench:"):
-        answer = fetch_checkpoint(what.removeprefix("robustbench:"), data_root, sha256)
+        answer = _fetch_data(name, data_root)
+    elif name.startswith("robustbench:"):
+        answer = _fetch_checkpoint(name.removeprefix("robustbench:"), data_root, sha256)
     else:
-        known = ", ".join(["cifar10", *(f"robustbench:{name}" for name in PUBLISHED)])
-        raise RequestError(f'fetch: got "{what}", expected one of {known}')
+        from robustsoup.checkpoints.published import PUBLISHED
+
+        known = ", ".join(["cifar10", *(f"robustbench:{key}" for key in PUBLISHED)])
+        raise RequestError(f'fetch: got "{name}", expected one of {known}')
     if as_json:
-        return print_json(answer)
-    stdout.print(answer["path"], markup=False, soft_wrap=True)
+        print_json(answer)
+        return
+    print_line(str(answer["path"]))
     if "sha256" in answer:
-        seen = "first seen now; no digest is published" if answer["first_seen"] else "as recorded"
-        stdout.print(f"sha256 {answer['sha256']} ({seen})", markup=False, soft_wrap=True)
-    stdout.print(f"next: {answer['next']}", markup=False, soft_wrap=True)
+        origin = "seen for the first time" if answer["first_seen"] else "as recorded"
+        print_line(f"sha256 {answer['sha256']} ({origin})")
+    print_line(f"next: {answer['next']}")
+
+
+def _fetch_data(name: str, data_root: str | None) -> dict[str, object]:
+    from robustsoup.cli.inputs import download_data
+    from robustsoup.data import fetch_cifar10
+
+    download_data(name, data_root)
+    return {
+        "path": str(fetch_cifar10(data_root)),
+        "next": "robustsoup train --model resnet9 --data cifar10 --threat "
+        '"Linf 8/255" -o base.safetensors',
+    }
+
+
+def _fetch_checkpoint(name: str, data_root: str | None, sha256: str | None) -> dict[str, object]:
+    from robustsoup.cli.inputs import download_checkpoint
+
+    fetched = download_checkpoint(name, data_root, sha256)
+    model, threat = fetched.published.model, fetched.published.threat
+    return {
+        "path": str(fetched.path),
+        "model": model,
+        "threat": threat,
+        "sha256": fetched.sha256,
+        "first_seen": fetched.first_seen,
+        "next": f'robustsoup evaluate "{fetched.path}" --model {model} --data cifar10 '
+        f'--threat "{threat}" --attack autoattack',
+    }

@@ -1,77 +1,91 @@
-"""From what a command was told to what it works on: data, checkpoints, networks; and what it says on the way."""
+"""From the words of a command to its inputs: data, checkpoints and networks."""
 
-import json
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage
-from robustsoup.checkpoints.published import fetch_published
-from robustsoup.cli.progress import Bar, stderr
+from robustsoup.checkpoints.published import Fetched, fetch_published
+from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
+from robustsoup.cli.progress import Bar
+from robustsoup.cli.terminal import print_warning
+from robustsoup.cli.user_code import import_named_module
 from robustsoup.data import Data, fetch_cifar10, load_data
-from robustsoup.errors import ModelError, RequestError
-from robustsoup.models import NetworkSettings, build_network
+from robustsoup.device import resolve_device
+from robustsoup.errors import RequestError
+from robustsoup.models import build_network
+from robustsoup.runs.context import Context
 
 
-def use_threads(count: int | None) -> None:
-    """Let PyTorch use so many threads; None leaves it alone."""
-    if count:
-        torch.set_num_threads(count)
+def load_requested_data(options: DataOptions) -> Data:
+    """Load the data, with a bar; download it first if necessary."""
+    import_named_module(options.data)
+    download_data(options.data, options.data_root)
+    with Bar(f"reading {options.data}") as bar:
+        return load_data(
+            options.data,
+            root=options.data_root,
+            seed=options.seed,
+            image_size=options.image_size,
+            on_progress=bar,
+        )
 
 
-def load(spec: str, root: str | None, seed: int, image_size: int | None) -> Data:
-    """The data, downloaded if need be, with a bar."""
-    fetch_data(spec, root)
-    with Bar(f"reading {spec}") as bar:
-        return load_data(spec, root=root, seed=seed, image_size=image_size, on_progress=bar)
-
-
-def fetch_data(spec: str, root: str | None) -> None:
-    """Download what `spec` needs, with a bar, if it is not there."""
-    if spec == "cifar10":
+def download_data(source: str, root: str | None) -> None:
+    """Download what a data source needs, with a bar, unless it is there."""
+    if source == "cifar10":
         with Bar("downloading CIFAR-10") as bar:
             fetch_cifar10(root, on_progress=bar)
 
 
-def fetch_checkpoint(name: str, root: str | None, sha256: str | None) -> dict[str, Any]:
-    """Download a published checkpoint, with a bar; what to say of it."""
+def download_checkpoint(name: str, root: str | None, sha256: str | None = None) -> Fetched:
+    """Download a published checkpoint, with a bar, unless it is there."""
     with Bar(f"downloading {name}") as bar:
-        found = fetch_published(name, root, sha256=sha256, on_progress=bar)
-    model, threat = found.published.model, found.published.threat
-    return {
-        "path": str(found.path),
-        "model": model,
-        "threat": threat,
-        "sha256": found.sha256,
-        "first_seen": found.first_seen,
-        "next": f'robustsoup evaluate "{found.path}" --model {model} --data cifar10 --threat "{threat}" --attack autoattack',
-    }
+        return fetch_published(name, root, sha256=sha256, on_progress=bar)
 
 
-def open_all(paths: list[Path]) -> list[Checkpoint]:
-    """The checkpoints, checked, with a bar: their tensors stay in the files."""
-    opened = []
+def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
+    """Open and verify checkpoints, with a bar; their tensors stay in the files."""
+    opened: list[Checkpoint] = []
     with Bar("opening checkpoints") as bar:
         for path in paths:
             opened.append(Checkpoint.open(path))
-            bar(len(opened), len(paths), Path(path).name)
+            bar(len(opened), len(paths), path.name)
     return opened
 
 
-def names_of(paths: list[Path]) -> dict[str, Path]:
-    """A short unique name for each file: its stem, with the folder's name or a number where stems repeat."""
+def make_context(
+    data: Data, network: NetworkOptions, run: RunOptions, checkpoints: Sequence[Path] = ()
+) -> Context:
+    """Return the data, the network and the device that a command works with.
+
+    Args:
+        data: gives the number of classes and channels.
+        network: names the network; if it does not, the first file that records its network does.
+        run: names the device.
+        checkpoints: files to read a recorded network from.
+    """
+    import_named_module(network.model)
+    settings = resolve_network(
+        network.model, normalize=network.constants, data=data, checkpoints=checkpoints
+    )
+    if network.model:
+        build_network(settings)  # reports a wrong --model before any work
+    return Context(data, settings, resolve_device(run.device))
+
+
+def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return a short unique name for each file.
+
+    The name is the file's stem; where stems repeat, the name of its folder or a number is added.
+    """
     names: dict[str, Path] = {}
     for path in paths:
-        name = re.sub(r"[^\w.-]+", "-", Path(path).stem)
+        name = re.sub(r"[^\w.-]+", "-", path.stem)
         if name in names or name == "pretrained":
-            name = re.sub(
-                r"[^\w.-]+", "-", f"{Path(path).absolute().parent.name}-{Path(path).stem}"
-            )
+            name = re.sub(r"[^\w.-]+", "-", f"{path.absolute().parent.name}-{path.stem}")
         number = 2
         while name in names:
             name, number = f"{name.rstrip('0123456789')}{number}", number + 1
@@ -79,65 +93,24 @@ def names_of(paths: list[Path]) -> dict[str, Path]:
     return names
 
 
-def model_settings(
-    spec: str | None, normalize: tuple[str, str] | None, data: Data, paths: list[Path]
-) -> NetworkSettings:
-    """Return how the network is built: from --model, else from the first file that records it."""
-    constants = [numbers(part) for part in normalize] if normalize else None
-    settings = resolve_network(spec, normalize=constants, data=data, checkpoints=paths)
-    if spec:
-        build_network(settings)  # reports a wrong --model before any work
-    return settings
+def check_suffix(path: Path, suffixes: set[str]) -> None:
+    """Raise RequestError unless the output file has one of the suffixes."""
+    if path.suffix not in suffixes:
+        expected = " or ".join(sorted(suffixes))
+        raise RequestError(f'-o {path}: got the suffix "{path.suffix}", expected {expected}')
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers by channel, with commas between them."""
-    try:
-        return [float(part) for part in re.split(r"[,\s]+", text.strip())]
-    except ValueError:
-        raise ModelError(
-            f'normalize: got "{text}", expected numbers by channel, as in "0.49,0.48,0.45"'
-        ) from None
-
-
-def absolute_folder(data: str) -> str:
-    """The data with a folder's path made absolute."""
-    return (
-        f"folder:{Path(data.removeprefix('folder:')).absolute()}"
-        if data.startswith("folder:")
-        else data
-    )
-
-
-def check_output(path: Path, endings: set[str]) -> None:
-    """Raise RequestError for a file of another ending."""
-    if path.suffix not in endings:
-        raise RequestError(
-            f"-o {path}: got the ending {path.suffix!r}, expected {' or '.join(sorted(endings))}"
-        )
-
-
-def warn_leakage(checkpoints: list[Checkpoint], data: Data, *, allow: bool) -> None:
+def warn_of_leakage(checkpoints: Sequence[Checkpoint], data: Data, *, allow: bool) -> None:
     """Warn where checkpoints may have seen val; refuse where they did, unless allowed."""
-    say_leakage(check_leakage(checkpoints, data.val, allow=allow))
+    print_leakage(check_leakage(checkpoints, data.val, allow=allow))
 
 
-def say_leakage(leakage: Leakage) -> None:
-    """Warn of what `check_leakage` found."""
+def print_leakage(leakage: Leakage) -> None:
+    """Print a warning for the result of `check_leakage`."""
     if leakage.status == "unknown":
-        stderr.print(
-            f"robustsoup: warning: split unknown: {leakage.why}; if it saw val or test, its figures flatter it",
-            markup=False,
-            soft_wrap=True,
+        print_warning(
+            f"split unknown: {leakage.why}; accuracies are too high if a checkpoint was trained on "
+            "the samples that evaluate it"
         )
     if leakage.status == "violated":
-        stderr.print(
-            f"robustsoup: warning: leakage allowed: {leakage.why}; every table and figure says so",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def print_json(content: Any) -> None:
-    """JSON on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+        print_warning(f"leakage allowed: {leakage.why}; every table and figure says so")

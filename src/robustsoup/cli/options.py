@@ -1,95 +1,344 @@
-"""Options that several commands share."""
+"""Command-line options: each derives from the field of a settings class.
 
+A command is a function. Its parameters may be settings objects, such as `settings: TrainSettings`
+or `run: RunOptions`; `expand` shows typer one option for each of their fields and builds the
+objects from what the user types. `Annotated[TrainSettings, Fields(...)]` adapts the options of one
+command. Fields with the same option name in several classes, such as `seed`, share one option.
+"""
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
+
+from robustsoup.catalog import DATA_SOURCES, MODELS
+from robustsoup.errors import ModelError, RequestError
+from robustsoup.settings import SEED_LIMIT, Rule, check_ranges, rules, setting
+from robustsoup.threats import ThreatModel
 
 Files = Annotated[
     list[Path],
     typer.Argument(help="Checkpoints: .safetensors, .pt, .pth or .bin.", show_default=False),
 ]
-DataOption = Annotated[str, typer.Option("--data", help="digits, cifar10 or folder:PATH.")]
-ThreatOption = Annotated[
-    str, typer.Option("--threat", help='As in "Linf 8/255", "L2 0.5", "L1 12" or clean.')
+Threats = Annotated[
+    list[str], typer.Option("--threat", help='Threat model, such as "Linf 8/255"; repeatable.')
 ]
-Threats = Annotated[list[str], typer.Option("--threat", help='As in "Linf 8/255"; repeatable.')]
-Model = Annotated[
-    str | None,
+Samples = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
+Base = Annotated[
+    Path | None,
     typer.Option(
-        help="resnet50, resnet9:width=16 or package.module:factory; where files do not say."
+        help="Checkpoint whose statistics --buffers base copies; the common ancestor by default."
     ),
 ]
-Normalize = Annotated[
-    tuple[str, str] | None,
-    typer.Option(
-        help='MEAN STD, by channel, for networks that expect it outside: "0.49,0.48,0.45" "0.25,0.24,0.26".'
-    ),
-]
-Objective = Annotated[
-    str,
-    typer.Option(
-        help='ce, "mixed 0.4" (0.4 is the weight of the clean loss), trades, "trades 5" (the weight of the KL term) or '
-        "package.module:function."
-    ),
-]
-ScheduleOption = Annotated[
-    str, typer.Option("--schedule", help='cosine, constant, one-cycle, "one-cycle 0.1" or cyclic.')
-]
-AttackSteps = Annotated[int, typer.Option(help="APGD steps of each training attack.")]
-Steps = Annotated[int, typer.Option(help="APGD or PGD steps of the evaluation.")]
-Attack = Annotated[
-    str,
-    typer.Option(help="apgd, pgd or autoattack (the standard four; needs robustsoup[autoattack])."),
-]
-Loss = Annotated[str, typer.Option(help='What the attack climbs: ce, dlr or "targeted dlr".')]
-Restarts = Annotated[int, typer.Option(help="Cold starts of the attack.")]
-Eot = Annotated[
-    int,
-    typer.Option(
-        help="Passes that a gradient is averaged over, for networks that answer at random."
-    ),
-]
-SearchPrecision = Annotated[
-    str,
-    typer.Option(
-        help="The attack's: auto, float32 or bfloat16. Every verdict is judged in float32."
-    ),
-]
-Samples = Annotated[int | None, typer.Option(help="Judge only the first so many samples.")]
-Buffers = Annotated[
-    str | None,
-    typer.Option(
-        help="BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked."
-    ),
-]
-Seed = Annotated[
-    int,
-    typer.Option(
-        min=0, max=2**63 - 1, help="The seed of the split, the order of samples and all noise."
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; results are bit-equal at equal numbers.")
-]
-Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
-DataRoot = Annotated[
-    str | None,
-    typer.Option(help="Where data is; else $ROBUSTSOUP_DATA, else the user's cache folder."),
-]
-ImageSize = Annotated[int | None, typer.Option(help="Pixels a side, for folder:PATH.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the answer as JSON on standard output.")
-]
-Granularity = Annotated[
-    str, typer.Option(help="What has one softmax: parameter, module, block, model or re:PATTERN.")
-]
-Leakage = Annotated[
+AllowLeakage = Annotated[
     bool,
-    typer.Option("--allow-leakage", help="Judge on samples that an ingredient was trained on."),
+    typer.Option(
+        "--allow-leakage", help="Allow selection on samples that an ingredient was trained on."
+    ),
 ]
-Sets = Annotated[
-    list[str],
-    typer.Option("--set", help="Override a setting, as in soups.learned.epochs=2; repeatable."),
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class Given(frozenset[str]):
+    """The options that the user typed, such as {"lr", "early_stop"}; a command may ask for them."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How a command shows the fields of one of its settings classes.
+
+    Attributes:
+        only: the fields to show, or None for all.
+        omit: fields to leave out.
+        required: fields that the user must give, whatever their default.
+        names: option name of a field where it differs from the field's name.
+        defaults: defaults that differ from those of the class.
+        helps: help texts that differ from those of the class.
+    """
+
+    only: Sequence[str] | None = None
+    omit: Sequence[str] = ()
+    required: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    helps: Mapping[str, str] = field(default_factory=dict)
+
+    def shows(self, name: str) -> bool:
+        """Return whether the field is an option of the command."""
+        return name not in self.omit and (self.only is None or name in self.only)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which data a command reads."""
+
+    data: str = setting(dataclasses.MISSING, f"Data: {DATA_SOURCES.spellings()}.")
+    seed: int = setting(
+        0, "Seed of the data split, sample order and all noise.", ge=0, lt=SEED_LIMIT
+    )
+    data_root: str | None = setting(
+        None, "Folder of the data; by default $ROBUSTSOUP_DATA, else the user's cache folder."
+    )
+    image_size: int | None = setting(None, "Width and height of images in pixels, for folders.")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """How a command builds the network."""
+
+    model: str | None = setting(
+        None,
+        "Network, such as resnet50, resnet9:width=16 or package.module:factory; needed if the "
+        "checkpoints do not record theirs.",
+    )
+    normalize: tuple[str, str] | None = setting(
+        None,
+        "MEAN STD by channel, for a network that expects normalized inputs, such as "
+        '"0.49,0.48,0.45" "0.25,0.24,0.26".',
+    )
+
+    @property
+    def constants(self) -> tuple[list[float], list[float]] | None:
+        """The mean and std as numbers; raises ModelError for other text."""
+        if self.normalize is None:
+            return None
+        return _parse_channels(self.normalize[0]), _parse_channels(self.normalize[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a command computes."""
+
+    device: str = setting("auto", "Device: auto, cpu or cuda.")
+    threads: int | None = setting(
+        None, "CPU threads; results are bit-equal for equal numbers of threads.", ge=1
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self)
+
+    def use_threads(self) -> None:
+        """Set PyTorch's number of threads, if one is requested."""
+        if self.threads:
+            import torch
+
+            torch.set_num_threads(self.threads)
+
+
+def _parse_channels(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ModelError(
+            f'--normalize: got "{text}", expected numbers by channel, such as "0.49,0.48,0.45"'
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One option of a command, made from a field of a settings class."""
+
+    name: str
+    field_name: str
+    kind: Any
+    default: Any
+    rule: Rule
+    help: str
+    nested: type | None
+
+    def is_unset(self, values: Mapping[str, Any]) -> bool:
+        """Return whether the field takes the default of its class, since the user typed nothing."""
+        return values[self.name] is None and self.nested is None
+
+    def convert(self, value: Any) -> Any:
+        """Return the value of the field for what the user typed."""
+        if self.nested is not None:
+            return self.nested() if value else None
+        return tuple(value) if isinstance(value, list) else value
+
+    def parameter(self) -> inspect.Parameter:
+        """Return the parameter that typer reads."""
+        names = [_flag(self.name)]
+        if self.kind is bool and self.default is True:
+            names = [f"{_flag(self.name)}/--no-{_flag(self.name)[2:]}"]
+        option = typer.Option(
+            *names, help=self.help, autocompletion=_make_completion(self.name, self.rule)
+        )
+        default = inspect.Parameter.empty if self.default is dataclasses.MISSING else self.default
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[self.kind, option],
+        )
+
+
+Command = Callable[..., int | None]
+"""A command returns its exit code; None is 0."""
+
+
+def expand(command: Command) -> Callable[..., int | None]:
+    """Return the function that typer registers for a command: one parameter for each option.
+
+    Args:
+        command: a function whose parameters are options, arguments, settings classes or `Given`.
+
+    Returns:
+        A function with a flat signature that builds the settings objects and calls `command`.
+    """
+    flat: dict[str, inspect.Parameter] = {}
+    groups: dict[str, tuple[type, list[_Option]]] = {}
+    wants_given: str | None = None
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        settings_type, fields = _split_annotation(parameter.annotation)
+        if parameter.annotation is Given:
+            wants_given = name
+        elif dataclasses.is_dataclass(settings_type):
+            options = _make_options(settings_type, fields)
+            groups[name] = (settings_type, options)
+            for option in options:
+                flat.setdefault(option.name, option.parameter())
+        else:
+            flat[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+
+    def run_command(context: typer.Context, **values: Any) -> int | None:
+        del values["debug"]  # read by run_command_line, before the words are parsed
+        arguments = {name: value for name, value in values.items() if name not in from_settings}
+        for name, (settings_type, options) in groups.items():
+            arguments[name] = _build_settings(settings_type, options, values)
+        if wants_given is not None:
+            arguments[wants_given] = _find_given(context, values)
+        return command(**arguments)
+
+    from_settings = {option.name for _, options in groups.values() for option in options}
+    parameters = [*flat.values(), *_COMMON]
+    functools.update_wrapper(run_command, command)
+    del run_command.__wrapped__  # type: ignore[attr-defined]  # typer would read its signature
+    run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run_command
+
+
+_COMMON = (
+    inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    inspect.Parameter(
+        "debug",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--debug", hidden=True)],
+    ),
+)
+
+
+def _split_annotation(annotation: Any) -> tuple[Any, Fields]:
+    """Return the type of a parameter and how its fields are shown."""
+    if get_origin(annotation) is Annotated:
+        kind, *extras = get_args(annotation)
+        return kind, next((extra for extra in extras if isinstance(extra, Fields)), Fields())
+    return annotation, Fields()
+
+
+def _make_options(settings_type: type, shown: Fields) -> list[_Option]:
+    hints = get_type_hints(settings_type)
+    options: list[_Option] = []
+    for name, rule in rules(settings_type).items():
+        if not shown.shows(name):
+            continue
+        default = settings_type.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        default = shown.defaults.get(name, default)
+        kind, nested = _option_kind(hints[name], default)
+        if name in shown.required:
+            default = dataclasses.MISSING
+        if nested is not None:
+            default = False
+        help_text = shown.helps.get(name, rule.help)
+        options.append(
+            _Option(
+                shown.names.get(name, name),
+                name,
+                kind,
+                str(default) if isinstance(default, ThreatModel) else default,
+                rule,
+                help_text + _describe_limits(rule, help_text),
+                nested,
+            )
+        )
+    return options
+
+
+def _option_kind(annotation: Any, default: Any) -> tuple[Any, type | None]:
+    """Return the type that typer parses, and the class of nested settings, which become a flag."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    members = get_args(annotation) if union else (annotation,)
+    kind: Any = str
+    for member in members:
+        if dataclasses.is_dataclass(member) and member is not ThreatModel:
+            return bool, member if isinstance(member, type) else None
+        if member in (bool, int, float):
+            kind = member
+        elif get_origin(member) is tuple:
+            kind = list[str] if Ellipsis in get_args(member) else member
+    return (kind | None if default is None else kind), None
+
+
+def _describe_limits(rule: Rule, text: str) -> str:
+    """Return the valid range as the end of a help text, unless the text lists the choices."""
+    if rule.choices is not None:
+        listed = all(choice in text for choice in rule.choices)
+        return "" if listed else f" One of {', '.join(rule.choices)}."
+    bounds = (rule.ge, rule.gt, rule.le, rule.lt)
+    if all(bound is None for bound in bounds) or rule.lt == SEED_LIMIT:
+        return ""
+    limits = rule.describe_range().removeprefix("a finite number ").removeprefix("a number ")
+    return f" {limits[0].upper()}{limits[1:]}."
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _make_completion(name: str, rule: Rule) -> Callable[[str], list[str]] | None:
+    """Return the shell completion of an option's value, or None where anything may follow."""
+    registries = {"model": MODELS, "data": DATA_SOURCES}
+    choices = rule.choices or tuple(registries.get(name, ()))
+    if not choices:
+        return None
+
+    def complete_choice(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete_choice
+
+
+def _build_settings(
+    settings_type: type, options: Sequence[_Option], values: Mapping[str, Any]
+) -> Any:
+    """Return the settings object; an error of a field names the option instead."""
+    given = {o.field_name: o.convert(values[o.name]) for o in options if not o.is_unset(values)}
+    try:
+        return settings_type(**given)
+    except RequestError as error:
+        name, _, reason = str(error).partition(": ")
+        for option in options:
+            if option.field_name == name:
+                raise type(error)(f"{_flag(option.name)}: {reason}") from None
+        raise
+
+
+def _find_given(context: typer.Context, values: Mapping[str, Any]) -> Given:
+    def is_typed(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    return Given(name for name in values if is_typed(name))

@@ -1,23 +1,26 @@
-"""What a run tells on the terminal: a bar with the time left, one line for each finished step, a log in the run folder."""
+"""Progress on the terminal: bars with the time left, and a log in the run folder."""
 
 import datetime
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 
+from robustsoup.cli.terminal import make_console
 from robustsoup.runs.context import Context
 from robustsoup.runs.cost import estimate_seconds
 from robustsoup.runs.plan import Plan, Step
 
-stderr = Console(stderr=True, highlight=False)
+MIN_ELAPSED = 2.0
+"""Seconds after which the time left is estimated."""
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: "8 s", "4 min", "1 h 20 min"."""
+def format_duration(seconds: float) -> str:
+    """Return a duration for people: "8 s", "4 min", "1 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -26,15 +29,16 @@ def duration(seconds: float) -> str:
 
 
 class Bar:
-    """A progress bar for one piece of work: an on_progress callback that shows the time left."""
+    """A progress bar for one piece of work; the object itself is the `on_progress` callback."""
 
     def __init__(self, title: str) -> None:
-        self.progress = _progress()
-        self.task: TaskID = self.progress.add_task(title, total=None, left="", figures="")
+        self.display = _make_display()
+        self.task: TaskID = self.display.add_task(title, total=None, left="", figures="")
         self.started = time.monotonic()
+        self.figures = ""
 
-    def __enter__(self) -> "Bar":
-        self.progress.start()
+    def __enter__(self) -> Self:
+        self.display.start()
         return self
 
     def __exit__(
@@ -43,31 +47,44 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        self.display.stop()
 
     def __call__(self, done: int, total: int | None, figures: str = "") -> None:
-        elapsed = time.monotonic() - self.started
-        left = (
-            f"{duration(elapsed * (total - done) / done)} left"
-            if done and total and elapsed > 2
-            else ""
-        )
-        fields = {"figures": figures} if figures else {}
-        self.progress.update(self.task, completed=done, total=total, left=left, **fields)
+        """Show that `done` of `total` parts are done; `figures` stay until others arrive."""
+        left = _format_time_left(self.started, done, total)
+        self.figures = figures or self.figures
+        self.display.update(self.task, completed=done, total=total, left=left, figures=self.figures)
 
 
 class RunReporter:
-    """Tells of a whole run. Estimates of each step weigh the bar; the time left follows from what was really needed."""
+    """Receives the progress events of a run: one bar for all steps, and lines in the log.
+
+    Attributes:
+        context: what the estimates of the steps are measured with.
+        log: the log file in the run folder.
+        figures: the latest figures of a step, such as "loss 1.23".
+        estimates: estimated seconds of each missing step, by key.
+        total: estimated seconds of all missing steps.
+        finished_share: estimated seconds of the finished ones.
+        step_count: number of missing steps.
+        finished_count: number of finished ones.
+    """
 
     def __init__(self, context: Context, folder: Path) -> None:
-        self.context, self.log = context, folder / "log.txt"
-        self.bar = _progress()
-        self.task: TaskID | None = None
+        self.context = context
+        self.log = folder / "log.txt"
+        self.display = _make_display()
+        self.task: TaskID = self.display.add_task("", total=None, left="", figures="")
+        self.started = time.monotonic()
+        self.figures = ""
         self.estimates: dict[str, float] = {}
-        self.before, self.total, self.count, self.number = 0.0, 0.0, 0, 0
+        self.total = 0.0
+        self.finished_share = 0.0
+        self.step_count = 0
+        self.finished_count = 0
 
-    def __enter__(self) -> "RunReporter":
-        self.bar.start()
+    def __enter__(self) -> Self:
+        self.display.start()
         return self
 
     def __exit__(
@@ -76,61 +93,61 @@ class RunReporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.bar.stop()
+        self.display.stop()
         if error is not None:
-            self.write(f"stopped: {type(error).__name__}: {error}")
+            self.write_log(f"stopped: {type(error).__name__}: {error}")
 
     def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
-        """Price what is missing and start the bar."""
-        kept = len(plan.steps) - len(missing)
+        """Estimate the missing steps and start the bar again."""
         self.estimates = estimate_seconds(missing, self.context) if missing else {}
-        self.total, self.before = sum(self.estimates.values()), 0.0
-        self.count, self.number, self.started = len(missing), 0, time.monotonic()
+        self.total = sum(self.estimates.values())
+        self.finished_share, self.finished_count = 0.0, 0
+        self.step_count, self.started = len(missing), time.monotonic()
         if missing:
-            steps = f"{len(missing)} step{'s' * (len(missing) > 1)}"
-            self.say(
-                f"{plan.recipe.name}: {steps} to do, {kept} already in the store; about {duration(self.total)}"
+            stored = len(plan.steps) - len(missing)
+            steps = f"{len(missing)} step{'s' if len(missing) > 1 else ''}"
+            self.print_and_log(
+                f"{plan.recipe.name}: {steps} to do, {stored} already in the store; "
+                f"about {format_duration(self.total)}"
             )
-            if self.task is None:
-                self.task = self.bar.add_task("", total=self.total, left="", figures="")
-
-    def progress_of(self, step: Step, share: float, figures: str) -> None:
-        """Show how far the run is when `share` of `step` is done."""
-        done = self.before + share * self.estimates[step.key]
-        elapsed = time.monotonic() - self.started
-        left = (
-            f"{duration(elapsed * (self.total - done) / done)} left" if done and elapsed > 2 else ""
-        )
-        title = f"{self.number + 1}/{self.count} {step.name}"
-        fields = {"figures": figures} if figures else {}
-        self.bar.update(
-            self.task, description=title, completed=done, total=self.total, left=left, **fields
-        )
 
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
-        """As `progress_of`, from parts."""
-        self.progress_of(step, done / max(total, 1), figures)
+        """Show that `done` of `total` parts of a step are done."""
+        share = self.finished_share + done / max(total, 1) * self.estimates[step.key]
+        self.figures = figures or self.figures
+        self.display.update(
+            self.task,
+            description=f"{self.finished_count + 1}/{self.step_count} {step.name}",
+            completed=share,
+            total=self.total,
+            left=_format_time_left(self.started, share, self.total),
+            figures=self.figures,
+        )
 
     def finished(self, step: Step, figures: str, seconds: float) -> None:
-        """One line for a finished step."""
-        self.before += self.estimates[step.key]
-        self.number += 1
+        """Print and log one line for a finished step; quick mixes are only logged."""
+        self.finished_share += self.estimates[step.key]
+        self.finished_count += 1
         line = (
-            f"{self.number}/{self.count} {step.kind} {step.name}: {figures} ({duration(seconds)})"
+            f"{self.finished_count}/{self.step_count} {step.kind} {step.name}: {figures} "
+            f"({format_duration(seconds)})"
         )
-        (self.write if step.kind == "mix" and seconds < 2 else self.say)(line)
+        if step.kind == "mix" and seconds < MIN_ELAPSED:
+            self.write_log(line)
+        else:
+            self.print_and_log(line)
 
     def warn(self, text: str) -> None:
-        """A line about what makes a result doubtful."""
-        self.say(f"warning: {text}")
+        """Print and log what makes a result doubtful."""
+        self.print_and_log(f"warning: {text}")
 
-    def say(self, line: str) -> None:
+    def print_and_log(self, line: str) -> None:
         """Print a line above the bar and write it to the log."""
-        self.bar.console.print(line, markup=False, soft_wrap=True)
-        self.write(line)
+        self.display.console.print(line, markup=False, soft_wrap=True)
+        self.write_log(line)
 
-    def write(self, line: str) -> None:
-        """Append a line with the time to the run folder's log."""
+    def write_log(self, line: str) -> None:
+        """Append a line with the time to the log; a log that cannot be written stops no run."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             with self.log.open("a", encoding="utf-8") as file:
@@ -139,16 +156,25 @@ class RunReporter:
             pass
 
 
-def _progress() -> Progress:
-    return Progress(
+def _format_time_left(started: float, done: float, total: float | None) -> str:
+    """Return the estimated time left, or "" while too little is known."""
+    elapsed = time.monotonic() - started
+    if not done or not total or elapsed <= MIN_ELAPSED:
+        return ""
+    return f"{format_duration(elapsed * (total - done) / done)} left"
+
+
+def _make_display() -> RichProgress:
+    console = make_console(stderr=True)
+    return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[figures]}", markup=False),
-        console=stderr,
+        console=console,
         transient=True,
         refresh_per_second=4,
-        disable=not stderr.is_terminal,
+        disable=not console.is_terminal,
     )

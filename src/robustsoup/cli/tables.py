@@ -1,162 +1,207 @@
-"""What commands answer, as text and tables for people."""
+"""Results of commands as text and tables for people."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
+from robustsoup.cli.progress import format_duration
+from robustsoup.cli.terminal import print_line, print_table
 from robustsoup.diagnosis.barriers import Pair
 from robustsoup.diagnosis.check import Soupability
+from robustsoup.evaluation.comparison import Comparison
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.runs.results import ResultRow, Results, SelectionResult
+
+Scores = Mapping[str, Accuracy]
 
 
-def print_results(stdout: Console, results: dict[str, Any], page: Path) -> None:
-    """The table of a run, what was chosen, and where to look."""
-    protocol = results["protocol"]
-    split = (
-        protocol["report_on"]
-        if results["recipe"]["evaluate"]["report"] == "all"
-        else protocol["select_on"]
-    )
-    shown = {
-        row["name"]: row[split] for row in results["rows"] if row["role"] not in ("grid", "line")
+def print_results(results: Results, page: Path) -> None:
+    """Print the accuracies of a run, the chosen soup, and the path of the report."""
+    protocol = results.protocol
+    reports_all = results.recipe["evaluate"]["report"] == "all"
+    split = protocol.report_on if reports_all else protocol.select_on
+    rows = {row.name: row.scores(split) for row in results.rows if row.role not in ("grid", "line")}
+    measured = {name: scores for name, scores in rows.items() if scores is not None}
+    if measured:
+        selects_on_test = protocol.select_on == protocol.report_on
+        note = " (the paper's protocol: selected on test)" if selects_on_test else ""
+        print_table(make_accuracy_table(measured, f"on {split}{note}"))
+    if results.selection:
+        print_line(f"on {protocol.select_on}: {results.selection.message}")
+        chosen = results.row(results.selection.chosen)
+        if chosen.test:
+            print_line(_describe_test(chosen, results.selection))
+        print_line(f"soup: {page.parent / str(results.soup)}")
+    print_line(f"report: {page}")
+
+
+def _describe_test(chosen: ResultRow, selection: SelectionResult) -> str:
+    """Return the accuracies of the chosen soup on test, and whether the requirements hold there."""
+    scores = ", ".join(f"{measure} {accuracy}" for measure, accuracy in (chosen.test or {}).items())
+    verdicts = {
+        None: "",
+        True: "; the requirement also holds there",
+        False: "; the requirement does not hold there",
     }
-    by_test = protocol["select_on"] == protocol["report_on"]
-    if shown:
-        stdout.print(
-            accuracy_table(
-                shown, f"on {split}" + " (the paper's protocol: selected on test)" * by_test
-            )
-        )
-    chosen = results["selection"]
-    if chosen:
-        stdout.print(
-            f"on {protocol['select_on']}: {chosen['message']}", markup=False, soft_wrap=True
-        )
-        row = next(row for row in results["rows"] if row["name"] == chosen["chosen"])
-        if row["test"]:
-            text = ", ".join(
-                f"{key} {_interval(accuracy)}" for key, accuracy in row["test"].items()
-            )
-            held = {
-                None: "",
-                True: "; the requirement also holds there",
-                False: "; the requirement does not hold there",
-            }
-            stdout.print(
-                f"on test: {text}{held[chosen['held_on_test']]}", markup=False, soft_wrap=True
-            )
-        stdout.print(f"soup: {page.parent / results['soup']}", markup=False, soft_wrap=True)
-    stdout.print(f"look at: {page}", markup=False, soft_wrap=True)
+    return f"on test: {scores}{verdicts[selection.held_on_test]}"
 
 
-def accuracy_table(rows: dict[str, dict[str, Any]], title: str | None = None) -> Table:
-    """{name: {measure: accuracy as JSON}} as a table."""
-    keys = list(next(iter(rows.values())))
-    table = Table(
-        Column("checkpoint", overflow="fold"), *keys, box=None, title=title, title_justify="left"
-    )
-    for name, accuracy in rows.items():
-        table.add_row(name, *(_interval(accuracy[key]) for key in keys))
+def make_accuracy_table(rows: Mapping[str, Scores], title: str | None = None) -> Table:
+    """Return a table of accuracies: one row for each name, one column for each measure."""
+    measures = list(next(iter(rows.values())))
+    name_column = Column("checkpoint", overflow="fold")
+    table = Table(name_column, *measures, box=None, title=title, title_justify="left")
+    for name, scores in rows.items():
+        table.add_row(name, *(str(scores[measure]) for measure in measures))
     return table
 
 
-def _interval(accuracy: dict[str, Any]) -> str:
-    return str(Accuracy(accuracy["hits"], accuracy["n"]))
+def print_plan(price: Mapping[str, Any], device: str) -> None:
+    """Print the steps of a plan and what the missing ones cost.
+
+    Args:
+        price: what `price_plan` returned.
+        device: type of the device that the cost was measured on.
+    """
+    table = Table("step", "name", "store", "about", box=None)
+    for step in price["steps"]:
+        seconds = "" if step["done"] else format_duration(step["seconds"])
+        table.add_row(step["kind"], step["name"], "done" if step["done"] else "-", seconds)
+    print_table(table)
+    missing = sum(not step["done"] for step in price["steps"])
+    print_line(
+        f"{len(price['steps'])} steps, {missing} to do: {price['epochs']} epochs, "
+        f"{price['passes']:.1e} forward passes, about {format_duration(price['seconds'])} on this "
+        f"{device} and {format_bytes(price['bytes'])} of disk"
+    )
 
 
-def protocol(record: dict[str, Any]) -> str:
-    """How an evaluation attacked, for the end of a line; nothing if it did not."""
+def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None:
+    """Print the accuracies of checkpoints and how they were attacked."""
+    print_table(make_accuracy_table({name: e.accuracy for name, e in evaluations.items()}))
+    record = next(iter(evaluations.values())).record
+    attack = describe_attack(record)
+    print_line(f"{record['samples']} samples of {split}, 95 % Wilson intervals{attack}")
+    for name, evaluation in evaluations.items():
+        if len(evaluation.record["broken_by"]) <= 2:
+            continue
+        for threat in evaluation.threats:
+            attempts = evaluation.after_each(threat).items()
+            left = ", ".join(f"{attempt} {accuracy.value:.1%}" for attempt, accuracy in attempts)
+            print_line(f"{name}, {threat}, accuracy after each attack: {left}")
+
+
+def describe_attack(record: Mapping[str, Any]) -> str:
+    """Return the attack of an evaluation as the end of a line; "" if there was none."""
     if not record["threats"]:
         return ""
     if record["attack"] == "autoattack":
         return f", AutoAttack, {record['version']}"
-    searched = (
-        ""
-        if record["search_precision"] == "float32"
-        else f", searched in {record['search_precision']}"
+    precision = record["search_precision"]
+    search = "" if precision == "float32" else f", search in {precision}"
+    restarts = f"{record['restarts']} restart{'s' if record['restarts'] > 1 else ''}"
+    name = f"{record['attack'].upper()}-{record['loss'].upper()}"
+    return f", {name} {record['steps']} steps, {restarts}, float32{search}"
+
+
+def print_comparison(comparison: Comparison, names: Sequence[str]) -> None:
+    """Print two evaluations side by side, and their paired differences."""
+    table = Table("", *names, "second - first", box=None)
+    for measure, row in comparison.rows.items():
+        table.add_row(measure, f"{row.a.value:.1%}", f"{row.b.value:.1%}", str(row))
+    print_table(table)
+    print_line(
+        f"{comparison.n} paired samples; 95 % score intervals (Tango), exact p-values (McNemar)"
     )
-    starts = f"{record['restarts']} restart{'s' * (record['restarts'] > 1)}"
-    return f", {record['attack'].upper()}-{record['loss'].upper()} {record['steps']} steps, {starts}, float32{searched}"
+    for note in comparison.notes:
+        print_line(f"note: {note}")
 
 
-def print_soupability(stdout: Console, found: Soupability, names: list[str], most: int) -> None:
-    """The verdict, the pairs that are farthest apart (at most `most`), what was measured, and the warnings."""
-    n = len(names)
-    for number, problem in enumerate(found.problems):
-        stdout.print(
-            f"{'also' if number else 'cannot be mixed'}: {problem}", markup=False, soft_wrap=True
-        )
-    if found.soupable and n > 1:
-        seen = (
+def print_soupability(result: Soupability, names: Sequence[str], limit: int) -> None:
+    """Print whether checkpoints can be mixed, and why not.
+
+    Args:
+        result: what `check` returned.
+        names: one name for each checkpoint.
+        limit: print at most this many pairs, the most distant ones.
+    """
+    for number, problem in enumerate(result.problems):
+        print_line(f"{'also' if number else 'cannot be mixed'}: {problem}")
+    if result.soupable and len(names) > 1:
+        weights_only = (
             ""
-            if found.measured
-            else ", as far as their weights tell; --data measures the loss between them"
+            if result.measured
+            else (", judging by their weights; --data measures the loss between them")
         )
-        stdout.print(f"these {n} can be mixed{seen}", soft_wrap=True)
-    if found.pairs:
-        shown = sorted(found.pairs, key=lambda pair: -pair.distance)[:most]
-        stdout.print(_pair_table(shown, names))
-        if len(shown) < len(found.pairs):
-            stdout.print(
-                f"the {len(shown)} of {len(found.pairs)} pairs that are farthest apart; --pairs asks for more"
+        print_line(f"these {len(names)} can be mixed{weights_only}")
+    if result.pairs:
+        pairs = sorted(result.pairs, key=lambda pair: -pair.distance)[:limit]
+        print_table(_make_pair_table(pairs, names))
+        if len(pairs) < len(result.pairs):
+            print_line(
+                f"the {len(pairs)} most distant of {len(result.pairs)} pairs; --pairs shows more"
             )
-    for line in _soupability_lines(found):
-        stdout.print(line, markup=False, soft_wrap=True)
-    for warning in found.warnings:
-        stdout.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    for line in _describe_measurements(result):
+        print_line(line)
+    for warning in result.warnings:
+        print_line(f"warning: {warning}")
 
 
-def _pair_table(pairs: list[Pair], names: list[str]) -> Table:
-    threats = list(pairs[0].curves)
-    columns = [f"{what}, {threat}" for threat in threats for what in ("barrier", "accuracy drop")]
+def _make_pair_table(pairs: Sequence[Pair], names: Sequence[str]) -> Table:
+    columns = [
+        f"{what}, {threat}" for threat in pairs[0].curves for what in ("barrier", "accuracy drop")
+    ]
     table = Table("first", "second", "distance", "cosine", *columns, box=None)
     for pair in pairs:
-        cosine = "-" if pair.cosine is None else f"{pair.cosine:.3f}"
-        curves = [
+        cells = [
             text
-            for c in pair.curves.values()
-            for text in (f"{c.barrier:.3f}", f"{100 * c.drop:.1f} points")
+            for curve in pair.curves.values()
+            for text in (f"{curve.barrier:.3f}", f"{100 * curve.drop:.1f} points")
         ]
-        table.add_row(
-            names[pair.a],
-            names[pair.b],
-            f"{pair.distance:.3g} ({pair.relative:.1%})",
-            cosine,
-            *curves,
-        )
+        distance = f"{pair.distance:.3g} ({pair.relative:.1%})"
+        cosine = "-" if pair.cosine is None else f"{pair.cosine:.3f}"
+        table.add_row(names[pair.a], names[pair.b], distance, cosine, *cells)
     return table
 
 
-def _soupability_lines(found: Soupability) -> list[str]:
-    """What was measured where, the statistics, and what the ingredients take, a line each."""
-    lines, cost, kept = [], found.cost, found.statistics
-    if found.geometry and found.pairs:
-        of = "what fine-tuning changed in" if found.geometry.base else "the weights of"
-        on = f"; barrier and drop on {found.samples} samples of val" if found.measured else ""
-        lines.append(f"distance and cosine of {of} {found.geometry.base or 'the networks'}{on}")
-    if kept:
-        apart = f", at most {kept.difference:.0%} apart ({kept.tensor})" if kept.difference else ""
-        lines.append(
-            f"BatchNorm: {kept.layers} layers{apart}"
-            if kept.layers
-            else "BatchNorm: none that keeps statistics"
+def _describe_measurements(result: Soupability) -> list[str]:
+    """Return one line each for what was measured, the running statistics, and the cost."""
+    lines: list[str] = []
+    cost, statistics = result.cost, result.statistics
+    if result.geometry and result.pairs:
+        base = result.geometry.base
+        vectors = f"the changes from {base}" if base else "the weights"
+        measured = (
+            f"; barrier and drop on {result.samples} samples of val" if result.measured else ""
         )
+        lines.append(f"distance and cosine of {vectors}{measured}")
+    if statistics and statistics.layers:
+        difference = (
+            f"; statistics differ by up to {statistics.difference:.0%} ({statistics.tensor})"
+            if statistics.difference
+            else ""
+        )
+        lines.append(f"BatchNorm: {statistics.layers} layers{difference}")
+    elif statistics:
+        lines.append("BatchNorm: no layer with running statistics")
     step = (
-        f"; a step of learn at batch 128 takes about {cost.step_seconds:.2g} s here"
+        f"; one step of `learn` with batch size 128 takes about {cost.step_seconds:.2g} s here"
         if cost.step_seconds
         else ""
     )
+    largest, size = cost.largest_layer
     lines.append(
-        f"memory: {as_bytes(max(cost.bytes))} each, {as_bytes(sum(cost.bytes))} together; {cost.layers} layers, "
-        f"the largest {cost.largest_layer[0]} ({as_bytes(cost.largest_layer[1])}){step}"
+        f"memory: {format_bytes(max(cost.bytes))} each, {format_bytes(sum(cost.bytes))} together; "
+        f"{cost.layers} layers, the largest {largest} ({format_bytes(size)}){step}"
     )
     return lines
 
 
-def as_bytes(count: int) -> str:
-    """Bytes as people say them: "512 B", "3.1 MiB"."""
+def format_bytes(count: int) -> str:
+    """Return a size for people: "512 B", "3.1 MiB"."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:

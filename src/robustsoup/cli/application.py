@@ -1,0 +1,109 @@
+"""The typer application: its commands and its exit codes.
+
+0 done; 1 the work failed; 2 the request was wrong; 3 done, and the answer is no (nothing meets
+--require, or `check` finds files that cannot be mixed); 130 interrupted. Commands import PyTorch
+and other slow libraries inside their bodies, so that help, a mistyped option and shell completion
+are quick.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from robustsoup.cli.checking import check_command
+from robustsoup.cli.doctor import doctor_command
+from robustsoup.cli.evaluating import compare_command, evaluate_command
+from robustsoup.cli.fetching import fetch_command
+from robustsoup.cli.learning import learn_command
+from robustsoup.cli.mixing import mix_command
+from robustsoup.cli.options import expand
+from robustsoup.cli.running import demo_command, plan_command, report_command, run_command
+from robustsoup.cli.searching import landscape_command, search_command
+from robustsoup.cli.terminal import print_error, print_line
+from robustsoup.cli.training import train_command
+from robustsoup.cli.versions import list_versions, package_version
+from robustsoup.errors import RequestError, RobustsoupError
+
+COMMANDS = {
+    "demo": demo_command,
+    "run": run_command,
+    "plan": plan_command,
+    "report": report_command,
+    "search": search_command,
+    "landscape": landscape_command,
+    "train": train_command,
+    "check": check_command,
+    "mix": mix_command,
+    "learn": learn_command,
+    "evaluate": evaluate_command,
+    "compare": compare_command,
+    "fetch": fetch_command,
+    "doctor": doctor_command,
+}
+"""The commands, in the order of `robustsoup --help`."""
+
+app = typer.Typer(
+    help=(
+        "Turn several adversarially fine-tuned checkpoints of one network into one, at the "
+        "trade-off between clean and robust accuracy that you need."
+    ),
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command_name, command in COMMANDS.items():
+    app.command(command_name)(expand(command))
+
+
+@app.callback(invoke_without_command=True)
+def show_version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="With --version, list dependencies too.")
+    ] = False,
+) -> None:
+    """Print versions, or help if there is no command."""
+    if version:
+        print_line(f"robustsoup {package_version('robustsoup')}")
+        if verbose:
+            for name, installed in list_versions().items():
+                print_line(f"{name} {installed or 'not installed'}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print_line(context.get_help())
+
+
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; an error is printed in one line.
+
+    Args:
+        arguments: the words after `robustsoup`. With --debug, errors are raised instead.
+    """
+    debug = "--debug" in arguments
+    try:
+        code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
+    except RobustsoupError as error:
+        if debug:
+            raise
+        print_error(str(error))
+        return 2 if isinstance(error, RequestError) else 1
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        if debug or not hasattr(error, "exit_code"):
+            raise
+        print_error(_describe_usage_error(error, arguments))
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _describe_usage_error(error: Exception, arguments: Sequence[str]) -> str:
+    """Return what is wrong with the words, the value of a wrong option, and where help is."""
+    text = error.format_message().rstrip(".") if hasattr(error, "format_message") else str(error)
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        if option in arguments[:-1]:
+            text += f", got {arguments[arguments.index(option) + 1]}"
+    command = getattr(getattr(error, "ctx", None), "command_path", "robustsoup")
+    return f"{text}; see {command} --help"

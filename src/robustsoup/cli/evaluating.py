@@ -1,0 +1,155 @@
+"""Commands that evaluate checkpoints and compare evaluations."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustsoup.cli.options import (
+    AsJson,
+    DataOptions,
+    Fields,
+    Files,
+    NetworkOptions,
+    RunOptions,
+    Samples,
+    Threats,
+)
+from robustsoup.cli.terminal import print_error, print_json, print_warning
+from robustsoup.errors import RequestError
+from robustsoup.settings import AttackSettings, to_record
+
+if TYPE_CHECKING:
+    from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.data import Split
+    from robustsoup.evaluation.verdicts import Evaluation
+
+
+def evaluate_command(
+    checkpoints: Files,
+    data: DataOptions,
+    attack: Annotated[AttackSettings, Fields(omit=("targets",))],
+    network: NetworkOptions,
+    run: RunOptions,
+    threat: Threats = [],
+    split: Annotated[str, typer.Option(help="Split: train, val or test.")] = "test",
+    samples: Samples = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", help="Folder for one record of each checkpoint (.json and .npz)."),
+    ] = None,
+    keep_points: Annotated[
+        bool, typer.Option("--keep-points", help="Also write the adversarial images (.points.npz).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate checkpoints, clean and under attack.
+
+    Prints accuracies with 95 % Wilson intervals. The same command resumes an interrupted
+    evaluation.
+
+    Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits
+    --threat "Linf 56/255" --steps 20`
+    """
+    from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.checkpoints.network import describe
+    from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
+    from robustsoup.cli.progress import Bar
+    from robustsoup.cli.tables import print_evaluations
+    from robustsoup.evaluation.evaluate import check_above_chance, evaluate
+
+    if keep_points and not output:
+        raise RequestError("--keep-points: requires -o FOLDER")
+    run.use_threads()
+    loaded = load_requested_data(data)
+    context = make_context(loaded, network, run, checkpoints)
+    part = loaded.split(split)
+    described = {
+        name: describe(Checkpoint.load(path), context.network)
+        for name, path in name_checkpoints(checkpoints).items()
+    }
+    for checkpoint in described.values():
+        check_above_chance(checkpoint, part, checkpoint.name, device=run.device)
+    evaluations: dict[str, Evaluation] = {}
+    for name, checkpoint in described.items():
+        request = [to_record(attack), threat, samples, keep_points, run.device]
+        with Bar(f"evaluating {name}") as bar:
+            evaluation = evaluate(
+                checkpoint,
+                part,
+                threat,
+                attack,
+                samples=samples,
+                device=run.device,
+                keep_points=keep_points,
+                state_path=_locate_state(request, checkpoint, part),
+                on_progress=bar,
+            )
+        _warn_of_evaluation(name, checkpoint, part, evaluation)
+        if output:
+            evaluation.save(output / f"{name}.{split}.json")
+        evaluations[name] = evaluation
+    if as_json:
+        print_json({name: evaluation.to_json() for name, evaluation in evaluations.items()})
+    else:
+        print_evaluations(evaluations, split)
+
+
+def _warn_of_evaluation(
+    name: str, checkpoint: "Checkpoint", part: "Split", evaluation: "Evaluation"
+) -> None:
+    """Record and print whether the checkpoint saw the samples, and print what makes it doubtful."""
+    from robustsoup.checkpoints.provenance import find_leakage
+
+    leakage = find_leakage([checkpoint], part)
+    evaluation.record["leakage"] = leakage.as_record()
+    if leakage.status != "known":
+        print_error(f"split {leakage.status}: {leakage.why}")
+    for warning in evaluation.warnings:
+        print_warning(f"{name}: {warning}")
+
+
+def _locate_state(request: object, checkpoint: "Checkpoint", part: "Split") -> Path:
+    """Return the file beside the store in which an interrupted evaluation leaves its state."""
+    from robustsoup.runs.store import Store
+
+    key = json.dumps([request, checkpoint.digest, part.digest])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Store().root / "unfinished" / f"{name}.pt"
+
+
+def compare_command(
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A.json", help="Record that `evaluate -o` wrote.", show_default=False
+        ),
+    ],
+    second: Annotated[
+        Path,
+        typer.Argument(
+            metavar="B.json", help="Another record of the same split.", show_default=False
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two evaluations sample by sample.
+
+    Prints the differences B - A with 95 % intervals and McNemar's exact p-values.
+
+    Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits
+    --threat "Linf 56/255" --steps 20 -o verdicts`, then
+    `robustsoup compare verdicts/eps16.test.json verdicts/eps96.test.json`
+    """
+    from robustsoup.cli.inputs import name_checkpoints
+    from robustsoup.cli.tables import print_comparison
+    from robustsoup.evaluation.comparison import compare
+    from robustsoup.evaluation.verdicts import Evaluation
+
+    comparison = compare(Evaluation.load(first), Evaluation.load(second))
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        print_comparison(comparison, list(name_checkpoints([first, second])))

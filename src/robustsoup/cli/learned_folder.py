@@ -1,0 +1,106 @@
+"""The folder that `robustsoup learn` writes: coefficients and their soup, or a dial."""
+
+from pathlib import Path
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.reports import draw_dial, draw_learned, save_plot, write_coefficient_csv
+from robustsoup.runs.context import Context
+from robustsoup.settings import LearnSettings
+from robustsoup.soups.coefficients import Coefficients, Dial
+from robustsoup.soups.mixing import mix
+
+FILES = (
+    *(f"soup{suffix}" for suffix in (".safetensors", ".pt", ".pth", ".bin")),
+    "coefficients.safetensors",
+    "coefficients.csv",
+    "dial.safetensors",
+)
+DIAL_POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class LearnedFolder:
+    """Writes what was learned; files of an earlier run that it does not replace are removed.
+
+    Attributes:
+        path: the folder.
+        names: one name for each ingredient.
+    """
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path = path
+        self.names = names
+
+    def write(
+        self,
+        learned: Coefficients | Dial,
+        ingredients: list[Checkpoint],
+        context: Context,
+        *,
+        policy: str,
+        base: Path | None,
+        settings: LearnSettings,
+    ) -> list[str]:
+        """Write coefficients, soup, table and figure, or a dial and its figure.
+
+        Args:
+            learned: what `learn` or `learn_dial` returned.
+            ingredients: the checkpoints that the soup mixes.
+            context: gives the data for the recalibrating policies, and the device.
+            policy: BatchNorm statistics of the soup.
+            base: checkpoint whose statistics the policy "base" copies.
+            settings: gives the threat model and seed for the recalibrating policies.
+
+        Returns:
+            Lines that describe the result.
+        """
+        if isinstance(learned, Dial):
+            return self._write_dial(learned)
+        soup = mix(
+            ingredients,
+            learned,
+            buffers=policy,
+            base=base if policy == "base" else None,
+            calibrate_on=context.data.train,
+            threat=settings.threat,
+            device=context.device,
+            seed=settings.seed,
+        )
+        self._write_soup(learned, soup, _soup_names(ingredients[0]))
+        return [f"{self.path}: mean coefficients {self._describe_means(learned)}"]
+
+    def _write_soup(self, learned: Coefficients, soup: Checkpoint, soup_names: set[str]) -> None:
+        self._remove_others({"coefficients.safetensors", "coefficients.csv", *soup_names})
+        learned.save(self.path / "coefficients.safetensors")
+        for name in sorted(soup_names):
+            soup.save(self.path / name)
+        write_coefficient_csv(learned, self.names, self.path / "coefficients.csv")
+        save_plot(draw_learned(learned, self.names, "coefficients by layer"), self.path)
+
+    def _write_dial(self, dial: Dial) -> list[str]:
+        self._remove_others({"dial.safetensors"})
+        file = self.path / "dial.safetensors"
+        dial.save(file)
+        positions = [(f"t = {t:g}", dial.at(t)) for t in DIAL_POSITIONS]
+        save_plot(draw_dial(positions, self.names, "dial: coefficients by layer"), self.path)
+        ends = "; ".join(f"t = {t:g}: {self._describe_means(dial.at(t))}" for t in (0, 1))
+        return [
+            f"{self.path}: mean coefficients at the robust and the clean end: {ends}",
+            f"next: robustsoup mix ... --coefficients {file} --at 0.7 -o soup.safetensors",
+        ]
+
+    def _remove_others(self, written: set[str]) -> None:
+        for name in FILES:
+            if name not in written:
+                (self.path / name).unlink(missing_ok=True)
+
+    def _describe_means(self, coefficients: Coefficients) -> str:
+        means = coefficients.alpha.mean(0).tolist()
+        return " ".join(f"{name} {mean:.2f}" for name, mean in zip(self.names, means, strict=True))
+
+
+def _soup_names(first: Checkpoint) -> set[str]:
+    """Return the soup's files: .safetensors, and one in the format of a foreign ingredient."""
+    names = {"soup.safetensors"}
+    if first.wrapping is not None and first.path is not None:
+        names.add(f"soup{first.path.suffix}")
+    return names

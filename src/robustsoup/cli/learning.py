@@ -1,0 +1,148 @@
+"""The command that learns mixing coefficients."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustsoup.cli.options import (
+    AllowLeakage,
+    Base,
+    DataOptions,
+    Fields,
+    Files,
+    Given,
+    NetworkOptions,
+    RunOptions,
+)
+from robustsoup.cli.terminal import print_error, print_line, print_warning
+from robustsoup.errors import RequestError
+from robustsoup.settings import BufferSettings, DialSettings, LearnSettings
+
+if TYPE_CHECKING:
+    from robustsoup.checkpoints.checkpoint import Checkpoint
+
+
+def learn_command(
+    checkpoints: Files,
+    data: DataOptions,
+    settings: Annotated[
+        LearnSettings, Fields(required=("threat",), names={"buffers": "learning_buffers"})
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", help="Folder for the soup and its coefficients, or the dial.")
+    ],
+    dial: Annotated[DialSettings, Fields(only=("by",), names={"by": "dial_by"})],
+    soup: Annotated[BufferSettings, Fields(only=("buffers",))],
+    network: NetworkOptions,
+    run: RunOptions,
+    given: Given,
+    place: Annotated[
+        str, typer.Option(help="Where ingredients are kept: auto, device, memory or files.")
+    ] = "auto",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB that ingredients may take with --place auto; by default a quarter of the "
+            "free memory."
+        ),
+    ] = None,
+    base: Base = None,
+    allow_leakage: AllowLeakage = False,
+) -> None:
+    """Learn mixing coefficients for each layer under attack.
+
+    Writes the coefficients and their soup. With --dial, learns the whole trade-off in one run;
+    `mix --at` then chooses a point on it. The same command resumes an interrupted run.
+
+    Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits
+    --threat "Linf 64/255" --epochs 5 -o learned`; the whole trade-off:
+    `robustsoup learn eps16.safetensors eps96.safetensors --data digits --threat "Linf 64/255"
+    --epochs 5 --dial -o turned`, then `robustsoup mix eps16.safetensors eps96.safetensors
+    --coefficients turned/dial.safetensors --at 0.7 -o cleaner.safetensors`
+    """
+    from robustsoup.checkpoints.network import describe
+    from robustsoup.cli.inputs import (
+        load_requested_data,
+        make_context,
+        name_checkpoints,
+        open_checkpoints,
+        warn_of_leakage,
+    )
+    from robustsoup.cli.learned_folder import LearnedFolder
+    from robustsoup.cli.progress import Bar
+    from robustsoup.cli.user_code import import_named_module
+    from robustsoup.runs.folder import ensure_folder
+    from robustsoup.soups.ingredients import choose_place
+    from robustsoup.soups.learning import learn, learn_dial
+    from robustsoup.soups.mixing import check_buffer_policy
+
+    _check_learn_options(settings, soup, base, given)
+    if settings.dial is not None:
+        settings = replace(settings, dial=dial)
+    policy = soup.buffers or "tracked"
+    run.use_threads()
+    import_named_module(settings.objective)
+    source = load_requested_data(data)
+    check_buffer_policy(policy, source.train, settings.threat)
+    context = make_context(source, network, run, checkpoints)
+    ingredients = [describe(item, context.network) for item in open_checkpoints(checkpoints)]
+    warn_of_leakage(ingredients, source, allow=allow_leakage)
+    place = choose_place(place, budget, ingredients, context.device)
+    if place == "files":
+        print_error(_describe_streaming(ingredients))
+    ensure_folder(output)
+    state = output / ".state.pt"
+    val = source.val if settings.early_stop else None
+    learn_with = partial(learn, val=val) if settings.dial is None else learn_dial
+    with Bar("learning") as bar:
+        learned = learn_with(
+            ingredients,
+            source.train,
+            settings,
+            base=base,
+            place=place,
+            allow_leakage=allow_leakage,
+            device=run.device,
+            state_path=state,
+            on_progress=bar,
+        )
+    folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
+    lines = folder.write(learned, ingredients, context, policy=policy, base=base, settings=settings)
+    for warning in learned.record.get("warnings", ()):
+        print_warning(warning)
+    state.unlink(missing_ok=True)
+    for line in lines:
+        print_line(line)
+
+
+def _check_learn_options(
+    settings: LearnSettings, soup: BufferSettings, base: Path | None, given: Given
+) -> None:
+    """Raise RequestError for options that do not apply together."""
+    if settings.dial is None and "dial_by" in given:
+        raise RequestError("--dial-by: requires --dial")
+    unused = {
+        "--objective": settings.objective != "ce",
+        "--early-stop": settings.early_stop is not None,
+        "--buffers": soup.buffers is not None,
+    }
+    for option, is_given in unused.items():
+        if settings.dial is not None and is_given:
+            raise RequestError(
+                f"{option}: does not apply to --dial (choose --buffers in `mix --at`)"
+            )
+    if base and "base" not in (soup.buffers, settings.buffers):
+        raise RequestError("--base: requires --buffers base or --learning-buffers base")
+
+
+def _describe_streaming(ingredients: list["Checkpoint"]) -> str:
+    from robustsoup.soups.ingredients import total_bytes
+
+    size = total_bytes(ingredients) / 2**30
+    return (
+        f"{len(ingredients)} ingredients of {size:.2f} GiB are read from their files at each step; "
+        "change that with --budget or --place"
+    )

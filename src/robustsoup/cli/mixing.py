@@ -1,0 +1,129 @@
+"""The command that mixes checkpoints."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustsoup.cli.options import (
+    Base,
+    DataOptions,
+    Fields,
+    Files,
+    NetworkOptions,
+    RunOptions,
+)
+from robustsoup.cli.terminal import print_line
+from robustsoup.errors import CoefficientError, RequestError
+from robustsoup.settings import BufferSettings
+from robustsoup.threats import ThreatModel
+
+if TYPE_CHECKING:
+    from robustsoup.soups.coefficients import Coefficients
+
+
+def mix_command(
+    checkpoints: Files,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", help="Soup to write: .safetensors, or .pth in the format of the first checkpoint."
+        ),
+    ],
+    data: Annotated[
+        DataOptions,
+        Fields(
+            defaults={"data": ""},
+            helps={"data": "Data for the recalibrating --buffers; uses its training split."},
+        ),
+    ],
+    soup: Annotated[BufferSettings, Fields(only=("buffers",))],
+    network: NetworkOptions,
+    run: RunOptions,
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            help="One number for each checkpoint, such as 1/3,1/3,1/3, or a coefficients file; "
+            "uniform by default."
+        ),
+    ] = None,
+    at: Annotated[
+        float | None,
+        typer.Option(help="Position on a dial, from 0 (robust) to 1 (clean).", show_default=False),
+    ] = None,
+    base: Base = None,
+    threat: Annotated[
+        str, typer.Option(help="Threat model of --buffers recalibrate-adversarial.")
+    ] = "clean",
+) -> None:
+    """Average checkpoints with given coefficients.
+
+    Writes one ordinary checkpoint of the same network.
+
+    Example: `robustsoup mix eps16.safetensors eps96.safetensors --coefficients 0.5,0.5
+    -o soup.safetensors`
+    """
+    from robustsoup.checkpoints.network import describe
+    from robustsoup.cli.inputs import (
+        check_suffix,
+        load_requested_data,
+        make_context,
+        open_checkpoints,
+    )
+    from robustsoup.device import resolve_device
+    from robustsoup.soups.mixing import default_buffer_policy, mix
+
+    check_suffix(output, {".safetensors", ".pt", ".pth", ".bin"})
+    if base and soup.buffers != "base":
+        raise RequestError("--base: requires --buffers base")
+    run.use_threads()
+    alpha = parse_coefficients(coefficients, len(checkpoints), at)
+    ingredients = open_checkpoints(checkpoints)
+    policy = soup.buffers or default_buffer_policy(alpha)
+    module, split = None, None
+    if data.data:
+        source = load_requested_data(data)
+        context = make_context(source, network, run, checkpoints)
+        ingredients = [describe(item, context.network) for item in ingredients]
+        module, split = ingredients[0].network(), source.train
+    mixed = mix(
+        ingredients,
+        alpha,
+        buffers=policy,
+        base=base,
+        calibrate_on=split,
+        threat=ThreatModel.parse(threat),
+        network=module,
+        device=resolve_device(run.device),
+        seed=data.seed,
+    )
+    mixed.save(output)
+    print_line(f"{output}: {len(ingredients)} ingredients mixed, BatchNorm statistics: {policy}")
+
+
+def parse_coefficients(text: str | None, count: int, at: float | None) -> "Coefficients":
+    """Return the coefficients that --coefficients and --at name.
+
+    Args:
+        text: numbers with commas between them, a coefficients file, or None for uniform ones.
+        count: number of ingredients, for uniform coefficients.
+        at: position on a dial; requires the file of one.
+
+    Raises:
+        CoefficientError: the text is no list of numbers, or `at` is given without a dial.
+    """
+    from robustsoup.soups.coefficients import Coefficients, load_coefficients, uniform
+
+    if text is not None and Path(text).suffix == ".safetensors":
+        return load_coefficients(text, at)
+    if at is not None:
+        raise CoefficientError("--at: requires a dial, such as --coefficients DIR/dial.safetensors")
+    if text is None:
+        return uniform(count)
+    try:
+        return Coefficients.of([float(Fraction(value.strip())) for value in text.split(",")])
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise CoefficientError(
+            f"--coefficients: got {text}, expected numbers such as 1/3,1/3,1/3 or a file"
+        ) from None

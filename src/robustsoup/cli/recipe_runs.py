@@ -1,0 +1,80 @@
+"""Run or price one recipe with progress on the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from robustsoup.cli.inputs import download_checkpoint, download_data, print_leakage
+from robustsoup.cli.options import RunOptions
+from robustsoup.cli.progress import Bar, RunReporter
+from robustsoup.cli.tables import print_results
+from robustsoup.cli.terminal import print_json
+from robustsoup.cli.user_code import import_named_module
+from robustsoup.recipes import Recipe, with_files
+from robustsoup.reports import write_report
+from robustsoup.runs.cost import estimate_bytes, estimate_seconds
+from robustsoup.runs.folder import ensure_folder
+from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
+
+JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
+
+
+def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None) -> PreparedRun:
+    """Download what a recipe needs, load it with a bar, and plan the recipe."""
+    run.use_threads()
+    import_named_module(recipe.model)
+    download_data(recipe.data, data_root)
+    recipe = with_files(recipe, lambda name: str(download_checkpoint(name, data_root).path))
+    with Bar(f"reading {recipe.data}") as bar:
+        return prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
+
+
+def run_recipe(
+    recipe: Recipe,
+    folder: Path,
+    run: RunOptions,
+    *,
+    data_root: str | None = None,
+    as_json: bool = False,
+) -> int:
+    """Run a recipe into a folder, write its report and print the results.
+
+    Returns:
+        The exit code: 3 if no soup meets the requirements, else 0.
+    """
+    prepared = prepare_recipe(recipe, run, data_root)
+    print_leakage(prepared.leakage)
+    ensure_folder(folder)
+    with RunReporter(prepared.context, folder) as reporter:
+        results, selection = run_prepared(prepared, folder, reporter)
+    page = write_report(folder)
+    if as_json:
+        content = results.to_json()
+        print_json({key: content.get(key) for key in JSON_KEYS})
+    else:
+        print_results(results, page)
+    return 3 if selection is not None and not selection.met else 0
+
+
+def price_plan(prepared: PreparedRun) -> dict[str, Any]:
+    """Return the steps of a plan and the cost of those that the store lacks, JSON-able."""
+    plan, store, context = prepared.plan, prepared.store, prepared.context
+    seconds = estimate_seconds(plan.steps, context)
+    rows = [
+        {
+            "kind": step.kind,
+            "name": step.name,
+            "key": step.key,
+            "done": store.has(step.key),
+            "seconds": round(seconds[step.key], 2),
+        }
+        for step in plan.steps
+    ]
+    missing = [step for step in plan.steps if not store.has(step.key)]
+    return {
+        "recipe": plan.recipe.name,
+        "steps": rows,
+        "seconds": sum(row["seconds"] for row in rows if not row["done"]),
+        "bytes": estimate_bytes(missing, context),
+        "passes": sum(step.passes for step in missing),
+        "epochs": sum(step.task.epochs for step in missing),
+    }

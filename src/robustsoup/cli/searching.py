@@ -1,0 +1,178 @@
+"""Commands that build a recipe from their options and run it: search and landscape."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robustsoup.cli.options import (
+    AllowLeakage,
+    AsJson,
+    DataOptions,
+    Fields,
+    Files,
+    NetworkOptions,
+    RunOptions,
+    Samples,
+    Threats,
+)
+from robustsoup.errors import RequestError
+from robustsoup.settings import AttackSettings, BufferSettings, LandscapeSettings, SearchSettings
+
+if TYPE_CHECKING:
+    from robustsoup.recipes import Recipe
+
+
+def search_command(
+    checkpoints: Files,
+    data: DataOptions,
+    threat: Threats,
+    output: Annotated[Path, typer.Option("-o", help="Run folder: soup, table, figures, report.")],
+    search: Annotated[SearchSettings, Fields(omit=("max_soups", "screen_steps"))],
+    attack: Annotated[AttackSettings, Fields(omit=("targets", "eot", "seed", "batch_size"))],
+    soup: Annotated[BufferSettings, Fields(only=("buffers",))],
+    network: NetworkOptions,
+    run: RunOptions,
+    samples: Samples = None,
+    allow_leakage: AllowLeakage = False,
+    as_json: AsJson = False,
+) -> int:
+    """Choose the most robust soup that meets --require.
+
+    Evaluates soups on val, reports the chosen one on test, and writes it with a table, figures and
+    a report. Exit code 3 if no soup meets the requirements. The same command resumes an interrupted
+    search.
+
+    Example: `robustsoup search eps16.safetensors eps64.safetensors eps96.safetensors --data digits
+    --threat "Linf 56/255" --require "clean>=0.5" --steps 20 -o best`
+    """
+    from robustsoup.cli.inputs import name_checkpoints
+    from robustsoup.cli.recipe_runs import run_recipe
+
+    names = name_checkpoints(checkpoints)
+    content = _recipe_content("search", data, network, names, allow_leakage=allow_leakage)
+    content |= {
+        "soups": _soup_section(search, soup, names),
+        "evaluate": {
+            "threats": threat,
+            "attack": attack.attack,
+            "loss": attack.loss,
+            "steps": attack.steps,
+            "restarts": attack.restarts,
+            "precision": attack.precision,
+            "screen": search.screen,
+            "select_samples": samples,
+            "report_samples": samples,
+            "report": "chosen",
+        },
+        "select": {
+            "maximise": search.maximise,
+            "require": list(search.require),
+            "point": search.point,
+        },
+        "report": {"figures": ["ternary", "tradeoff"]},
+    }
+    recipe = _parse_content(content)
+    return run_recipe(recipe, output, run, data_root=data.data_root, as_json=as_json)
+
+
+def landscape_command(
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="W0",
+            help="Checkpoint at the origin, such as the pre-trained network.",
+            show_default=False,
+        ),
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="W1", help="Checkpoint off the x axis.", show_default=False)
+    ],
+    third: Annotated[
+        Path, typer.Argument(metavar="W2", help="Checkpoint on the x axis.", show_default=False)
+    ],
+    data: DataOptions,
+    output: Annotated[Path, typer.Option("-o", help="Run folder: losses, figure, report.")],
+    settings: Annotated[LandscapeSettings, Fields(required=("threat",))],
+    network: NetworkOptions,
+    run: RunOptions,
+    allow_leakage: AllowLeakage = False,
+    as_json: AsJson = False,
+) -> int:
+    """Map the robust loss on the plane through three checkpoints.
+
+    The same command resumes an interrupted map at the point that it had reached.
+
+    Example: `robustsoup landscape base.safetensors eps16.safetensors eps96.safetensors
+    --data digits --threat "Linf 56/255" --points 5 --samples 200 -o plane`
+    """
+    from robustsoup.cli.inputs import name_checkpoints
+    from robustsoup.cli.recipe_runs import run_recipe
+
+    names = name_checkpoints([first, second, third])
+    content = _recipe_content("landscape", data, network, names, allow_leakage=allow_leakage)
+    content |= {
+        "precision": settings.precision,
+        "planes": {
+            "plane": {
+                "checkpoints": list(names),
+                "threat": str(settings.threat),
+                "points": settings.points,
+                "samples": settings.samples,
+                "buffers": settings.buffers,
+                "attack_steps": settings.attack_steps,
+                "calibrate_samples": settings.calibrate_samples,
+            }
+        },
+        "evaluate": {"threats": []},
+        "report": {"figures": ["landscape"]},
+    }
+    recipe = _parse_content(content)
+    return run_recipe(recipe, output, run, data_root=data.data_root, as_json=as_json)
+
+
+def _recipe_content(
+    name: str,
+    data: DataOptions,
+    network: NetworkOptions,
+    checkpoints: dict[str, Path],
+    *,
+    allow_leakage: bool,
+) -> dict[str, Any]:
+    """Return the entries that the recipes of both commands share; paths become absolute."""
+    source = data.data
+    if source.startswith("folder:"):
+        source = f"folder:{Path(source.removeprefix('folder:')).absolute()}"
+    return {
+        "name": name,
+        "data": source,
+        "seed": data.seed,
+        "image_size": data.image_size,
+        "model": network.model,
+        "normalize": network.constants and list(network.constants),
+        "allow_leakage": allow_leakage,
+        "ingredients": {key: str(path.absolute()) for key, path in checkpoints.items()},
+    }
+
+
+def _soup_section(
+    search: SearchSettings, soup: BufferSettings, checkpoints: dict[str, Path]
+) -> dict[str, Any]:
+    """Return the [soups] table; its section must not have the name of an ingredient."""
+    if search.method == "greedy" and search.screen:
+        raise RequestError(
+            "--screen: does not apply to --method greedy, which evaluates each soup in full"
+        )
+    section: dict[str, Any] = {"method": search.method, "buffers": soup.buffers}
+    if search.method in ("grid", "line"):
+        section["step"] = search.step
+    if search.score is not None:
+        section["score"] = search.score
+    name = search.method if search.method not in checkpoints else f"{search.method}-soup"
+    return {name: section}
+
+
+def _parse_content(content: dict[str, Any]) -> "Recipe":
+    from robustsoup.recipes import parse_recipe
+
+    return parse_recipe(content, content["name"], Path.cwd())

@@ -1,0 +1,89 @@
+"""The command that trains."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustsoup.cli.options import DataOptions, Fields, Given, NetworkOptions, RunOptions
+from robustsoup.cli.terminal import print_line
+from robustsoup.errors import ModelError, RequestError
+from robustsoup.settings import PRETRAIN_DEFAULTS, TrainSettings
+
+
+def train_command(
+    data: DataOptions,
+    settings: Annotated[
+        TrainSettings,
+        Fields(
+            required=("threat",),
+            defaults={"lr": None},
+            helps={"lr": "Learning rate; by default 0.1 for fresh weights and 0.001 with --from."},
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", help="Checkpoint to write (.safetensors).")],
+    network: NetworkOptions,
+    run: RunOptions,
+    given: Given,
+    start: Annotated[Path | None, typer.Option("--from", help="Checkpoint to fine-tune.")] = None,
+) -> None:
+    """Train a network adversarially, or fine-tune a checkpoint.
+
+    Starts from fresh weights (--model) or from a checkpoint (--from). The same command resumes an
+    interrupted training.
+
+    Example: `robustsoup train --model resnet9:width=8 --data digits --threat "Linf 48/255" --lr 0.1
+    -o base.safetensors`, then `robustsoup train --from base.safetensors --data digits
+    --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`
+    """
+    from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.checkpoints.network import describe
+    from robustsoup.cli.inputs import (
+        check_suffix,
+        load_requested_data,
+        make_context,
+        warn_of_leakage,
+    )
+    from robustsoup.cli.progress import Bar
+    from robustsoup.cli.user_code import import_named_module
+    from robustsoup.data import Synthetic
+    from robustsoup.training.train import train
+
+    check_suffix(output, {".safetensors"})
+    if start is None and network.model is None:
+        raise ModelError(
+            "train: requires --model for fresh weights, or --from with a checkpoint to fine-tune"
+        )
+    if "synthetic_fraction" in given and settings.synthetic is None:
+        raise RequestError("--synthetic-fraction: requires --synthetic FILE.npz")
+    if start is None and "lr" not in given:
+        settings = replace(settings, lr=PRETRAIN_DEFAULTS["lr"])
+    run.use_threads()
+    import_named_module(settings.objective)
+    loaded = load_requested_data(data)
+    context = make_context(loaded, network, run, [start] if start else [])
+    if start is None:
+        initial = context.fresh_network(data.seed)
+    else:
+        initial = describe(Checkpoint.load(start), context.network)
+        warn_of_leakage([initial], loaded, allow=True)
+    if settings.synthetic is not None:
+        with Bar(f"reading {Path(settings.synthetic).name}") as bar:
+            images = Synthetic.open(settings.synthetic, on_progress=bar)
+        settings = replace(settings, synthetic=images)
+    state = output.with_name(f".{output.name}.state.pt")
+    with Bar(f"training {output.name}") as bar:
+        trained = train(
+            initial,
+            loaded.train,
+            settings,
+            val=loaded.val if settings.early_stop else None,
+            device=run.device,
+            state_path=state,
+            on_progress=bar,
+        )
+    trained.save(output)
+    state.unlink(missing_ok=True)
+    loss = trained.provenance["history"][-1]["loss"]
+    print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")

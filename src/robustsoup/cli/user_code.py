@@ -1,0 +1,38 @@
+"""Importing the user's own code that a command names, such as --model my_script:Net."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from robustsoup.catalog import DATA_SOURCES, MODELS, OBJECTIVES
+
+
+@contextlib.contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """Put the current folder on the import path while the block runs.
+
+    Only names that the user typed are imported in such a block; a network that a checkpoint
+    records must be importable without it.
+    """
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def import_named_module(spec: object) -> None:
+    """Import the module of a "module:name" that the user typed, which may lie in this folder.
+
+    A name of the catalog needs no import. A module that cannot be found is reported later, by the
+    code that uses the name.
+    """
+    module, colon, _ = str(spec or "").partition(":")
+    if not colon or any(module in names for names in (DATA_SOURCES, MODELS, OBJECTIVES)):
+        return
+    with current_folder_importable(), contextlib.suppress(ModuleNotFoundError, ValueError):
+        importlib.import_module(module)

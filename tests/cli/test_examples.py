@@ -1,0 +1,117 @@
+"""The examples in --help run one after another, whatever the trained networks score.
+
+They run with small settings, on networks that the tests of all commands share. Exit code 3 counts
+where the printed JSON says that the answer is no.
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+from command_line import list_examples, run
+
+from robustsoup.cli import running
+from robustsoup.recipes import load_recipe
+
+SMALL = {
+    "train": ("--epochs", 1),
+    "check": ("--samples", 32, "--json"),
+    "learn": ("--epochs", 1),
+    "evaluate": ("--steps", 2, "--samples", 64),
+    "search": ("--steps", 2, "--samples", 32, "--step", 0.5, "--json"),
+    "landscape": ("--points", 2, "--samples", 16, "--attack-steps", 1, "--calibrate-samples", 64),
+}
+SMALL_QUICKSTART = (
+    *("pretrain.epochs=1", "finetune.epochs=1", "soups.learned.epochs=1", "soups.grid.step=0.5"),
+    *('soups.learned.threats=["Linf 16/255"]', "evaluate.steps=1"),
+    *("evaluate.select_samples=16", "evaluate.report_samples=16", 'model="resnet9:width=2"'),
+)
+EXAMPLES = list_examples()
+
+
+@pytest.fixture
+def small_quickstart(tmp_path, monkeypatch):
+    """Make `robustsoup demo` run the quickstart recipe with small settings."""
+    recipe = load_recipe(running.locate_quickstart(), SMALL_QUICKSTART)
+    path = tmp_path / "small.toml"
+    path.write_text(recipe.to_toml())
+    monkeypatch.setattr(running, "locate_quickstart", lambda: path)
+
+
+def run_example(words, capsys):
+    """Run an example with small settings and check its exit code."""
+    command = words[1]
+    code = run(*words[1:], *SMALL.get(command, ()))
+    printed = capsys.readouterr()
+    expected = 0
+    if command == "search":
+        expected = 0 if json.loads(printed.out)["selection"]["met"] else 3
+    if command == "check":
+        expected = 0 if json.loads(printed.out)["soupable"] else 3
+    assert code == expected, (words, printed.err)
+
+
+def test_every_command_has_an_example():
+    assert len(EXAMPLES) >= 14
+    for name, lines in EXAMPLES.items():
+        assert any(words[1] == name for words in lines), name
+
+
+def test_help_shows_the_examples(capsys):
+    for name in EXAMPLES:
+        assert run(name, "--help") == 0
+        text = capsys.readouterr().out
+        assert "Example" in text
+        assert f"robustsoup {name}" in text
+
+
+def test_the_examples_of_train_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in EXAMPLES["train"]:
+        run_example(words, capsys)
+    assert (tmp_path / "base.safetensors").exists()
+    assert (tmp_path / "eps16.safetensors").exists()
+
+
+def test_the_examples_about_checkpoints_run(trained_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    networks = {"base": "base", "eps16": "low", "eps64": "base", "eps96": "high"}
+    for name, source in networks.items():
+        shutil.copy(trained_files / f"{source}.safetensors", f"{name}.safetensors")
+    for command in ("check", "mix", "learn", "evaluate", "compare", "search", "landscape"):
+        for words in EXAMPLES[command]:
+            run_example(words, capsys)
+    for written in (
+        *("soup.safetensors", "learned/soup.safetensors", "learned/coefficients.safetensors"),
+        *("turned/dial.safetensors", "turned/coefficients.svg", "cleaner.safetensors"),
+        *("best/soup.safetensors", "best/report.html", "plane/report.html"),
+    ):
+        assert (tmp_path / written).exists(), written
+    assert not [path for path in tmp_path.rglob(".*") if "store" not in path.parts]
+
+
+def test_the_examples_about_recipes_run(small_quickstart, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in ("demo", "run", "plan", "report"):
+        for words in EXAMPLES[command]:
+            code = run(*words[1:])
+            printed = capsys.readouterr()
+            assert code in (0, 3), (words, printed.err)
+            if words[1] == "run":
+                assert (code == 3) == ("no candidate meets" in printed.out)
+    results = json.loads((tmp_path / "runs" / "ten" / "results.json").read_text())
+    assert results["protocol"]["steps"] == 10
+    for written in (
+        *("runs/quickstart/report.html", "runs/quickstart/results.json"),
+        *("runs/ten/results.json", "runs/ten/soup.safetensors"),
+    ):
+        assert (tmp_path / written).exists(), written
+    figures = {path.stem for path in (tmp_path / "runs" / "quickstart" / "figures").iterdir()}
+    assert {"ternary", "tradeoff"} <= {figure.split("-")[0] for figure in figures}
+
+
+def test_the_example_of_doctor_runs(capsys):
+    for words in EXAMPLES["doctor"]:
+        assert run(*words[1:]) == 0
+    assert f"python {sys.version.split()[0]}" in capsys.readouterr().out

@@ -1,0 +1,121 @@
+"""Exit codes of failed and interrupted work, and what it leaves behind."""
+
+import contextlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from command_line import LINF, MIX, SEARCH, read_files, run, start
+
+import robustsoup
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.cli import main
+
+TUNE = ("train", "--from", "base.safetensors", *LINF, "-o", "new.safetensors")
+DEADLINE = 120  # seconds after which a process that never saves its state fails the test
+
+
+def test_debug_raises_the_error(here):
+    with pytest.raises(robustsoup.RobustsoupError, match=r"nowhere\.safetensors"):
+        main(["evaluate", "nowhere.safetensors", *LINF, "--debug"])
+
+
+def test_failed_work_is_exit_code_1(here, capsys):
+    assert run(*TUNE, "--lr", "1e30", "--epochs", 1) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"robustsoup: train: the loss became (nan|inf).*lr\n", error)
+    assert not (here / "new.safetensors").exists()
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Let no file grow over 4 kB; the system then answers much as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [MIX, ("mix", "low.pth", "high.pth", "-o", "soup.pth"), (*SEARCH, "-o", ".")],
+    ids=["safetensors", "pth", "search"],
+)
+def test_a_full_disk_is_exit_code_1_and_earlier_files_stay(here, capsys, command):
+    shutil.copy("low.pth", "high.pth")
+    for name in ("soup.safetensors", "soup.pth"):
+        (here / name).write_text("an earlier result")
+    before = read_files(here)
+    capsys.readouterr()
+    with full_disk():
+        code = run(*command)
+    error = capsys.readouterr().err
+    assert code == 1, error
+    last = error.splitlines()[-1]
+    assert re.fullmatch(r"robustsoup: .*(soup|store).* cannot be written: .+", last)
+    after = read_files(here)
+    assert before.items() <= after.items()
+    assert set(after) - set(before) <= {"log.txt"}
+
+
+WAIT_ONCE_SAVED = """
+import sys, time
+from robustsoup.cli import main
+from robustsoup.progress import SavedState
+
+save = SavedState.save
+
+def save_and_wait(self, state):
+    save(self, state)
+    time.sleep(600)  # until the test interrupts this process
+
+SavedState.save = save_and_wait
+main(sys.argv[1:])
+"""
+
+
+def test_interrupted_training_resumes(here, tmp_path):
+    """Ctrl-C: exit code 130, one line, and the same command finishes the work."""
+    command = (*TUNE, "--epochs", 3, "--lr", 0.01, "--threads", 1)
+    process = start(*command, store=tmp_path / "store", script=("-c", WAIT_ONCE_SAVED))
+    state, deadline = here / ".new.safetensors.state.pt", time.monotonic() + DEADLINE
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert error == "robustsoup: interrupted; run the same command again to resume\n"
+    assert not (here / "new.safetensors").exists()
+    interrupted = torch.load(state, weights_only=True)["history"]
+    assert len(interrupted) == 1
+    assert run(*command) == 0
+    assert not state.exists()
+    history = Checkpoint.load("new.safetensors").provenance["history"]
+    assert len(history) == 3
+    assert history[0] == interrupted[0]
+
+
+def test_an_interrupt_during_imports_is_one_line():
+    script = """
+import sys
+from robustsoup.cli import main
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+main(["evaluate", "x.safetensors", "--data", "digits"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "robustsoup: interrupted; run the same command again to resume\n"

@@ -1,0 +1,56 @@
+"""robustsoup mix: coefficients and BatchNorm statistics."""
+
+import pytest
+import torch
+from command_line import LINF, MIX, PAIR, run
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.soups.mixing import mix
+
+
+@pytest.mark.parametrize(
+    ("spelled", "alpha"),
+    [
+        ("1/4,3/4", [0.25, 0.75]),
+        ("0.25,0.75", [0.25, 0.75]),
+        ("0.25, 0.75", [0.25, 0.75]),
+        ("1,0", [1.0, 0.0]),
+        ("25e-2,7.5e-1", [0.25, 0.75]),
+    ],
+)
+def test_coefficients_are_one_word_with_commas(here, spelled, alpha):
+    assert run(*MIX, "--coefficients", spelled) == 0
+    expected = mix(PAIR, alpha, buffers="average")
+    assert Checkpoint.load("soup.safetensors").digest == expected.digest
+    if alpha == [1.0, 0.0]:
+        assert expected.digest == Checkpoint.load("low.safetensors").digest
+
+
+def test_coefficients_are_uniform_by_default_and_may_come_first(here):
+    assert run("mix", *PAIR, "-o", "a.safetensors") == 0
+    options = ("--coefficients", "1/2,1/2", "--buffers", "average")
+    assert run("mix", *options, *PAIR, "-o", "b.safetensors") == 0
+    assert run("mix", *PAIR, "--coefficients=0.5,0.5", "-o", "c.safetensors") == 0
+    assert len({Checkpoint.load(f"{name}.safetensors").digest for name in "abc"}) == 1
+
+
+def test_statistics_can_be_measured_again(here):
+    base = ("mix", *PAIR, "--data", "digits")
+    assert run(*base, "--buffers", "recalibrate", "-o", "clean.safetensors") == 0
+    attacked = ("--buffers", "recalibrate-adversarial", "--threat", "Linf 48/255")
+    assert run(*base, *attacked, "-o", "attacked.safetensors") == 0
+    first, second = Checkpoint.load("clean.safetensors"), Checkpoint.load("attacked.safetensors")
+    assert torch.equal(first.tensors["linear.weight"], second.tensors["linear.weight"])
+    mean = "prep.1.running_mean"
+    assert not torch.equal(first.tensors[mean], second.tensors[mean])
+    assert second.provenance["buffers"]["threat"] == "Linf 48/255"
+
+
+def test_the_base_gives_its_statistics(here):
+    options = ("--buffers", "base", "--base", "base.safetensors")
+    learn = ("learn", *PAIR, *LINF, "--epochs", 1, "--learning-buffers", "base")
+    assert run(*learn, *options, "-o", "out") == 0
+    assert run(*MIX, *options) == 0
+    base = Checkpoint.load("base.safetensors").tensors["prep.1.running_mean"]
+    for soup in ("out/soup.safetensors", "soup.safetensors"):
+        assert torch.equal(Checkpoint.load(soup).tensors["prep.1.running_mean"], base)
