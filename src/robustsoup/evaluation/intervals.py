@@ -21,7 +21,7 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """hits / n."""
+        """The share, hits / n."""
         return self.hits / self.n
 
     @property
@@ -45,9 +45,11 @@ class Accuracy:
         }
 
     def __float__(self) -> float:
+        """Return the share."""
         return self.value
 
     def __str__(self) -> str:
+        """Return the share and its interval in percent."""
         return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
@@ -114,9 +116,11 @@ class Difference:
         return mcnemar(self.only_a, self.only_b)
 
     def __float__(self) -> float:
+        """Return the difference of the shares."""
         return self.value
 
     def __str__(self) -> str:
+        """Return the difference and its interval in points, and the p-value."""
         digits = 1 if self.n <= 5000 else 2  # with 1 digit a narrow interval would print as 0
         value, low, high = (
             f"{100 * share:+z.{digits}f}" for share in (self.value, self.low, self.high)

@@ -92,6 +92,7 @@ class Requirement:
         return (accuracy.value if point else accuracy.low) >= self.threshold
 
     def __str__(self) -> str:
+        """Return the requirement as `parse` reads it."""
         return f"{self.key}>={self.threshold:g}"
 
 
@@ -140,6 +141,7 @@ class Score:
         return sum(weight * scores[key].value for weight, key in self.terms)
 
     def __str__(self) -> str:
+        """Return the score as `parse` reads it."""
         if len(self.terms) == 1:
             return self.terms[0][1]
         return " + ".join(f"{weight:g} {key}" for weight, key in self.terms)
