@@ -72,11 +72,13 @@ class Registry(Mapping[str, Entry]):
     """Entries by name, in the order in which help lists them.
 
     Entry points of the group "robustsoup.NAME" follow the built-in entries; they are looked up
-    when a name is not built in, or when the registry is iterated with `all_entries`.
+    when a name is not built in, or when the registry is iterated with `all_entries`. With
+    `takes_functions`, `find` accepts "package.module:function" too.
     """
 
-    def __init__(self, name: str, *entries: Entry) -> None:
+    def __init__(self, name: str, *entries: Entry, takes_functions: bool = False) -> None:
         self.name = name
+        self.takes_functions = takes_functions
         self._entries = {entry.name: entry for entry in entries}
 
     def __getitem__(self, name: str) -> Entry:
@@ -99,6 +101,8 @@ class Registry(Mapping[str, Entry]):
 
     def find(self, name: str) -> Entry | None:
         """Return the entry called `name`, or None; installed packages are searched last."""
+        if self.takes_functions and ":" in name:
+            return Entry(name, name, "A function by its name.")
         return self._entries.get(name) or self._plugins().get(name)
 
     def get_entry(self, name: str, *, error: type[RequestError] = RequestError) -> Entry:
@@ -257,6 +261,7 @@ SOUP_METHODS = Registry(
         "A whole line of learned soups, from robust to clean.",
         facts={"needs": "training"},
     ),
+    takes_functions=True,
 )
 """A target is called as (n, step, max_soups) and returns a list of coefficients (n,), unless its
 facts say what it "needs": "evaluations" of the ingredients, or "training"."""

@@ -419,8 +419,8 @@ class BufferSettings:
 class SearchSettings:
     """Which soups a search tries, and how it chooses."""
 
-    method: str = setting(
-        "grid", "Soups to try: grid, line, uniform or greedy; or a method of an installed package."
+    method: str | Callable[..., Any] = setting(
+        "grid", "Soups to try: grid, line, uniform, greedy or package.module:function."
     )
     step: float = setting(0.2, "Step of the grid, a fraction of 1.", gt=0, le=1)
     max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1)
@@ -441,7 +441,8 @@ class SearchSettings:
         """Check the ranges."""
         object.__setattr__(self, "require", tuple(self.require))
         check_ranges(self)
-        SOUP_METHODS.get_entry(self.method)
+        if isinstance(self.method, str):
+            SOUP_METHODS.get_entry(self.method)
         if abs(round(1 / self.step) * self.step - 1) > 1e-9:
             raise RequestError(
                 f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25"

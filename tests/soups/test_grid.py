@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustsoup.errors import CoefficientError
+from robustsoup.errors import CoefficientError, RequestError
+from robustsoup.settings import SearchSettings
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.grid import alpha_name, candidates, corners, grid, grid_size
 
@@ -68,3 +69,29 @@ def test_each_method_lists_its_coefficients():
 def test_coefficients_are_named_by_their_digits():
     assert alpha_name((0.2, 0.4, 0.4)) == "0.2-0.4-0.4"
     assert alpha_name((1 / 3, 2 / 3)) == "0.333333-0.666667"
+
+
+def corners_only(n, step, max_soups):
+    """A soup method of the tests: each ingredient alone, as lists."""
+    return [list(alpha) for alpha in corners(n)]
+
+
+def test_a_function_is_a_method_too():
+    assert candidates(corners_only, 3) == corners(3)
+    settings = SearchSettings(method=corners_only)
+    assert candidates(settings.method, 3) == corners(3)
+
+
+def test_a_method_can_be_named_by_its_module():
+    method = SearchSettings(method="robustsoup.soups.grid:uniform").method
+    assert candidates(method, 4) == [(0.25,) * 4]
+    with pytest.raises(RequestError, match="no_such_module"):
+        candidates("no_such_module:corners", 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "need"), [("greedy", "evaluations"), ("learned", "training"), ("dial", "training")]
+)
+def test_methods_that_need_more_have_no_list(method, need):
+    with pytest.raises(CoefficientError, match=f'method "{method}" needs {need}'):
+        candidates(method, 3)

@@ -2,13 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.errors import CoefficientError
 
 Alpha = tuple[float, ...]
 """(n,) coefficients of n ingredients."""
+
+SoupMethod = Callable[[int, float, int], Sequence[Sequence[float]]]
+"""method(n, step, max_soups) -> coefficients (n,) of each soup."""
 
 MAX_SOUPS = 2000
 """Largest grid that is made unless the caller raises the limit."""
@@ -74,12 +77,15 @@ def uniform(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha
     return [(1 / n,) * n]
 
 
-def candidates(method: str, n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
+def candidates(
+    method: str | SoupMethod, n: int, step: float = 0.2, max_soups: int = MAX_SOUPS
+) -> list[Alpha]:
     """Return the coefficients that a method tries.
 
     Args:
-        method: an entry of `catalog.SOUP_METHODS` that needs neither evaluations nor training:
-            "uniform", "grid", "line", or a method that an installed package adds.
+        method: a function, or an entry of `catalog.SOUP_METHODS` that needs neither evaluations
+            nor training: "uniform", "grid", "line", "package.module:function", or the method of
+            an installed package.
         n: number of ingredients.
         step: step of a grid or line.
         max_soups: largest number of soups.
@@ -87,11 +93,14 @@ def candidates(method: str, n: int, step: float = 0.2, max_soups: int = MAX_SOUP
     Raises:
         CoefficientError: for another method, and for numbers that the method cannot take.
     """
-    entry = SOUP_METHODS.get_entry(method, error=CoefficientError)
-    if needs := entry.facts.get("needs"):
-        raise CoefficientError(f'method "{method}" needs {needs}; it has no list of coefficients')
-    alphas: list[Alpha] = entry.load()(n, step, max_soups)
-    return alphas
+    if isinstance(method, str):
+        entry = SOUP_METHODS.get_entry(method, error=CoefficientError)
+        if needs := entry.facts.get("needs"):
+            raise CoefficientError(
+                f'method "{method}" needs {needs}; it has no list of coefficients'
+            )
+        method = entry.load()
+    return [tuple(alpha) for alpha in method(n, step, max_soups)]
 
 
 def alpha_name(alpha: Sequence[float]) -> str:

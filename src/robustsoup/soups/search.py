@@ -124,9 +124,10 @@ def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None
         raise RequestError(
             "search: the greedy method evaluates every soup in full; leave out screen"
         )
-    if SOUP_METHODS.get_entry(settings.method).facts.get("needs") == "training":
+    method = settings.method
+    if isinstance(method, str) and SOUP_METHODS.get_entry(method).facts.get("needs") == "training":
         raise RequestError(
-            f'search: method "{settings.method}" learns its coefficients; use learn or learn_dial'
+            f'search: method "{method}" learns its coefficients; use learn or learn_dial'
         )
 
 
