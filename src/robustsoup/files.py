@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from robustsoup.errors import StorageError
 
 
 @contextlib.contextmanager
-def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
     """Yield a temporary path beside `target`, then flush it to disk and rename it to `target`.
 
     The temporary file exists and is empty when it is yielded. If an error occurs, the temporary

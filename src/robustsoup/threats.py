@@ -50,9 +50,10 @@ class ThreatModel:
         """
         if isinstance(text, ThreatModel):
             return text
-        if str(text).strip() == "clean":
+        spelled = f"{text}".strip()
+        if spelled == "clean":
             return CLEAN
-        match = re.fullmatch(r"\s*(\w+)\s+([^\s/]+)\s*(?:/\s*([^\s/]+))?\s*", str(text))
+        match = re.fullmatch(r"(\w+)\s+([^\s/]+)\s*(?:/\s*([^\s/]+))?", spelled)
         if not match:
             raise ThreatError(f'threat model: got "{text}", expected {_EXAMPLES}')
         norm, numerator, denominator = match.groups()

@@ -324,7 +324,7 @@ def test_restarts_add_breaks_and_take_none_back(trained, threat):
 def test_every_restart_seed_and_sample_starts_elsewhere(norm):
     x = torch.full((3, 1, 6, 6), 0.5)
     starts = [
-        cold_start(x, 0.2, norm, seed, torch.tensor(ids), restart)
+        cold_start(x, 0.2, norm, seed=seed, ids=torch.tensor(ids), restart=restart)
         for seed, ids, restart in (
             (0, [1, 2, 3], 0),
             (1, [1, 2, 3], 0),
@@ -335,7 +335,7 @@ def test_every_restart_seed_and_sample_starts_elsewhere(norm):
     points = torch.cat(starts).flatten(1)
     assert len({tuple(point.tolist()) for point in points}) == 12
     assert float(norms(points.double() - 0.5, norm).max()) <= 0.2 + 1e-6
-    again = cold_start(x[:1], 0.2, norm, 0, torch.tensor([2]), 0)
+    again = cold_start(x[:1], 0.2, norm, seed=0, ids=torch.tensor([2]))
     assert torch.equal(again[0], starts[0][1])  # whoever stands beside it
 
 
@@ -526,7 +526,7 @@ def test_pgd_is_its_textbook(norm, steps):
         "L2": w / w.norm(),
         "L1": w.sign() * (w.abs() >= w.abs().flatten().sort()[0][20]) / 5,
     }
-    point = cold_start(x, threat.eps, norm, 0, torch.arange(len(x)))
+    point = cold_start(x, threat.eps, norm, seed=0, ids=torch.arange(len(x)))
     points = [point]
     for _ in range(steps):
         point = project(point + 2.5 * threat.eps / steps * direction[norm], x, eps, norm)
@@ -683,10 +683,14 @@ def test_ready_made_points_are_judged_in_float32(trained, threat):
     found = run(model, x, y, threat)
     samples = Samples(lambda at: x[at], y, torch.arange(N), model(x))
     which = torch.arange(5, 97)
-    broken, margin = check_points(model, samples, lambda at: found.x_adv[at], which, 32, x.device)
+    broken, margin = check_points(
+        model, samples, lambda at: found.x_adv[at], which, size=32, device=x.device
+    )
     assert torch.equal(broken, found.broken[which])
     assert torch.equal(margin < 0, broken)
-    nothing, _ = check_points(model, samples, lambda at: found.x_adv[at], which[:0], 32, x.device)
+    nothing, _ = check_points(
+        model, samples, lambda at: found.x_adv[at], which[:0], size=32, device=x.device
+    )
     assert len(nothing) == 0
     assert nothing.dtype == torch.bool
 

@@ -103,8 +103,8 @@ def run_attempts(
     threat: ThreatModel,
     settings: AttackSettings,
     outcome: Outcome,
-    device: torch.device,
     *,
+    device: torch.device,
     stop_below: int | None = None,
     poll: Poll | None = None,
 ) -> None:
@@ -178,6 +178,7 @@ def check_points(
     samples: Samples,
     fetch_points: Callable[[Tensor], Tensor],
     which: Tensor,
+    *,
     size: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
@@ -258,7 +259,7 @@ def run_attack(
             prediction = torch.where(known_correct.cpu(), y, (y + 1) % classes)
             logits = functional.one_hot(prediction, classes).float()
         samples = Samples(fetch, y, torch.arange(len(x)) if ids is None else ids.cpu(), logits)
-        run_attempts(model, samples, threat, settings, outcome, x.device, poll=on_progress)
+        run_attempts(model, samples, threat, settings, outcome, device=x.device, poll=on_progress)
     outcome.broken[~samples.correct], outcome.step[~samples.correct] = True, 0
     points = x if outcome.x_adv is None else outcome.x_adv
     names = tuple(attempt.name for attempt in attempts)

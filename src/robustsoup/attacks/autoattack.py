@@ -9,8 +9,9 @@ Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:21
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def plan_autoattack(classes: int, threat: ThreatModel) -> AutoAttackPlan:
             f"autoattack on {threat}: got {classes} classes, expected at least {_MIN_CLASSES}, "
             "which its targeted DLR loss compares; use the attack apgd"
         )
-    _require_pyautoattack()
+    _import_pyautoattack()
     targets = min(classes - 1, _MAX_TARGETS)
     is_standard = targets == _MAX_TARGETS
     label = "standard" if is_standard else f"non-standard ({targets} targets)"
@@ -102,7 +103,7 @@ def attack_chunk(
         RequestError: Before any work, if pyautoattack is not installed or its Square attack
             cannot tile images of this size.
     """
-    _require_pyautoattack()
+    _import_pyautoattack()
     # NCHW, because pyautoattack reshapes tensors like x into rows.
     x_adv, by = x.clone(memory_format=torch.contiguous_format), torch.full_like(y, -1)
     if threat.is_clean or len(x) == 0:
@@ -116,7 +117,7 @@ def attack_chunk(
             left = (by < 0).nonzero().flatten()
             if len(left):
                 attack_seed = _seed_of_attack(seed, name)
-                runner = _make_runner(name, model, x.device, threat, plan, attack_seed)
+                runner = _make_runner(name, model, threat, plan, seed=attack_seed, device=x.device)
                 clean, labels = x_adv[left], y[left]
                 points, _ = runner.run_standard_evaluation(clean, labels, batch_size=len(left))
                 points, broken = _certify_points(model, points, clean, labels, threat)
@@ -127,13 +128,14 @@ def attack_chunk(
     return x_adv, by
 
 
-def _require_pyautoattack() -> None:
+def _import_pyautoattack() -> ModuleType:
     try:
-        import pyautoattack  # noqa: F401
+        import pyautoattack
     except ImportError:
         raise RequestError(
             "autoattack: pyautoattack is not installed; pip install 'robustsoup[autoattack]'"
         ) from None
+    return pyautoattack
 
 
 def _seed_of_attack(seed: int, name: str) -> int:
@@ -143,13 +145,14 @@ def _seed_of_attack(seed: int, name: str) -> int:
 def _make_runner(
     name: str,
     model: nn.Module,
-    device: torch.device,
     threat: ThreatModel,
     plan: AutoAttackPlan,
+    *,
     seed: int,
+    device: torch.device,
 ) -> Any:
     """Return pyautoattack's standard version, narrowed to one attack."""
-    from pyautoattack import AutoAttack
+    AutoAttack: Any = _import_pyautoattack().AutoAttack  # noqa: N806 (a class; its types are wrong)
 
     # version="custom" would take five restarts where the standard takes one.
     runner = AutoAttack(
@@ -196,8 +199,11 @@ def _check_square_tiling(shape: tuple[int, ...], threat: ThreatModel) -> None:
     """
     from pyautoattack.square import SquareAttack
 
+    def two_classes(x: Tensor) -> Tensor:
+        return torch.tensor([[1.0, 0.0]]).repeat(len(x), 1)
+
     square = SquareAttack(
-        lambda x: torch.tensor([[1.0, 0.0]]).repeat(len(x), 1),
+        two_classes,
         norm=threat.norm,
         eps=threat.eps,
         n_queries=0,
@@ -214,7 +220,7 @@ def _check_square_tiling(shape: tuple[int, ...], threat: ThreatModel) -> None:
 
 
 @contextlib.contextmanager
-def _contained_side_effects() -> Iterator[None]:
+def _contained_side_effects() -> Generator[None, None, None]:
     """Restore the global random state and the trace function, and keep warnings off the screen.
 
     pyautoattack reseeds the global generators and drops the trace function of coverage tools and

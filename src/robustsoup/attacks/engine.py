@@ -286,8 +286,14 @@ def begin_search(search: Search, samples: Tensor) -> Pending:
     schedule, data = search.schedule, search.samples
     x = data.fetch(samples)
     eps, _ = schedule.stages[0]
-    ids = data.ids[samples]
-    start = cold_start(x, eps, schedule.norm, search.seed, ids, search.attempt.restart)
+    start = cold_start(
+        x,
+        eps,
+        schedule.norm,
+        seed=search.seed,
+        ids=data.ids[samples],
+        restart=search.attempt.restart,
+    )
     target = None
     if search.attempt.target_rank:
         target = data.ranked_target(samples, search.attempt.target_rank).to(x.device)

@@ -7,6 +7,7 @@ the network itself checks every point that they find.
 
 import copy
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,10 @@ def fold_batchnorm(model: nn.Module, x: Tensor) -> nn.Module:
 def _fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     copied = copy.deepcopy(model)
     for convolution, batchnorm in pairs:
-        fused = fuse_conv_bn_eval(
-            copied.get_submodule(convolution), copied.get_submodule(batchnorm)
-        )
+        conv, bn = copied.get_submodule(convolution), copied.get_submodule(batchnorm)
+        assert isinstance(conv, nn.Conv2d)  # _find_pairs looks for these types alone
+        assert isinstance(bn, nn.BatchNorm2d)
+        fused = fuse_conv_bn_eval(conv, bn)
         _replace_module(copied, convolution, fused.requires_grad_(False))
         _replace_module(copied, batchnorm, nn.Identity())
     return copied
@@ -77,7 +79,7 @@ def _find_pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Ten
             pairs.append((convolution_of[id(inputs[0])], name))
 
     hooks = [
-        module.register_forward_hook(lambda *call, name=name: record_call(name, *call))
+        module.register_forward_hook(partial(record_call, name))
         for name, module in model.named_modules()
         if type(module) in (nn.Conv2d, nn.BatchNorm2d)
     ]

@@ -4,7 +4,7 @@ Networks are called in eval mode, without gradients for their weights, in passes
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ GPU_PASS_SIZE = 500
 
 
 @contextlib.contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[None]:
+def frozen_eval(model: nn.Module) -> Generator[None, None, None]:
     """Freeze a network for an attack, and restore its state afterwards.
 
     Every module is in eval mode (so BatchNorm's running statistics stay fixed), no weight requires
@@ -86,9 +86,9 @@ def input_gradient(
         Logits (b, classes) of the last pass, loss (b,), gradient (b, ...). The gradient is 0 where
         the network is not differentiable.
     """
-    logits, value, grad = _one_gradient(model, x, y, loss, precision, target)
+    logits, value, grad = _one_gradient(model, x, y, loss, precision, target=target)
     for _ in range(eot - 1):
-        logits, next_value, next_grad = _one_gradient(model, x, y, loss, precision, target)
+        logits, next_value, next_grad = _one_gradient(model, x, y, loss, precision, target=target)
         value, grad = value + next_value, grad + next_grad
     if eot > 1:
         value, grad = value / eot, grad / eot
@@ -106,7 +106,7 @@ def loss_without_gradient(
     target: Tensor | None = None,
 ) -> Tensor:
     """Return the loss (b,) of one pass; arguments as for `input_gradient`."""
-    return _logits_and_loss(model, x, y, loss, precision, target)[1].to(x.dtype)
+    return _logits_and_loss(model, x, y, loss, precision, target=target)[1].to(x.dtype)
 
 
 @torch.no_grad()
@@ -133,6 +133,7 @@ def predict_logits(
     n: int,
     size: int,
     device: torch.device,
+    *,
     poll: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return the logits of samples 0..n-1.
@@ -202,11 +203,11 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 def _one_gradient(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, target: Tensor | None
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, *, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        logits, value = _logits_and_loss(model, point, y, loss, precision, target)
+        logits, value = _logits_and_loss(model, point, y, loss, precision, target=target)
         grad = None
         if value.requires_grad:  # false if, for example, the network rounds its input
             (grad,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
@@ -215,7 +216,7 @@ def _one_gradient(
 
 
 def _logits_and_loss(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, target: Tensor | None
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, *, target: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     # No cache: the weights are frozen, and a captured CUDA graph must not refer to cached casts.
     with autocast(x.device, precision, cache=False):

@@ -80,6 +80,6 @@ def _await_futures(futures: Sequence[Future[T]], poll: Callable[[], None] | None
 
 
 @lru_cache(maxsize=4)
-def _thread_pool(process: int, lanes: int) -> ThreadPoolExecutor:
-    """Return the thread pool of this process, since threads do not survive a fork."""
+def _thread_pool(_process: int, lanes: int) -> ThreadPoolExecutor:
+    """Return the thread pool of a process; a fork needs a new one, as threads do not survive."""
     return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(1,))

@@ -25,12 +25,12 @@ def ce(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
 
 
-def kl(logits: Tensor, y: Tensor, clean: Tensor) -> Tensor:
+def kl(logits: Tensor, _y: Tensor, clean: Tensor) -> Tensor:
     """Return KL(softmax(clean) || softmax(logits)) of each sample.
 
     Args:
         logits: (b, classes) at the attacked points.
-        y: Unused.
+        _y: Unused; every loss is called with the labels.
         clean: (b, classes) logits of the clean images.
 
     Returns:

@@ -357,7 +357,7 @@ def _sparse_sign(grad: Tensor, topk: Tensor) -> Tensor:
 
 
 def cold_start(
-    x: Tensor, eps: float, norm: str, seed: int, ids: Tensor, restart: int = 0
+    x: Tensor, eps: float, norm: str, *, seed: int, ids: Tensor, restart: int = 0
 ) -> Tensor:
     """Return a random starting point for each sample.
 

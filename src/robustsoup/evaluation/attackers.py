@@ -100,7 +100,7 @@ class QueueAttacker:
             threat,
             self.settings,
             outcome,
-            target.device,
+            device=target.device,
             stop_below=self.stop_below,
             poll=poll,
         )
@@ -177,7 +177,12 @@ class AutoAttacker:
             return points[torch.searchsorted(chunk, at)]
 
         _, margin = check_points(
-            target.model, target.samples, fetch_points, chunk, target.rows, target.device
+            target.model,
+            target.samples,
+            fetch_points,
+            chunk,
+            size=target.rows,
+            device=target.device,
         )
         outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
         outcome.settled[chunk] = len(self.attempts)

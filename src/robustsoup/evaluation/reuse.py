@@ -104,7 +104,7 @@ def try_pool(
             return on_device.contiguous(memory_format=torch.channels_last)
 
         broken, margin = check_points(
-            target.model, target.samples, fetch, waiting, target.rows, target.device
+            target.model, target.samples, fetch, waiting, size=target.rows, device=target.device
         )
         for part in waiting[broken].split(AUTOATTACK_CHUNK):
             outcome.record_points(part, fetch(part), target.samples.fetch(part), threat)
