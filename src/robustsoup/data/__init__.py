@@ -5,20 +5,35 @@ from robustsoup.data.cifar import fetch_cifar10
 from robustsoup.data.download import data_root
 from robustsoup.data.request import DataRequest
 from robustsoup.data.sources import load_data
-from robustsoup.data.splits import Augmentation, Data, DataRecord, Split
+from robustsoup.data.splits import (
+    Augmentation,
+    Data,
+    DataDescription,
+    DataRecord,
+    Samples,
+    Split,
+    assemble,
+    content_digest,
+    hold_out,
+)
 from robustsoup.data.synthetic import Synthetic, mixed_batches
 
 __all__ = [
     "Augmentation",
     "Data",
+    "DataDescription",
     "DataRecord",
     "DataRequest",
+    "Samples",
     "Split",
     "Synthetic",
+    "assemble",
     "augment",
     "batches",
+    "content_digest",
     "data_root",
     "fetch_cifar10",
+    "hold_out",
     "load_data",
     "mixed_batches",
     "passes",

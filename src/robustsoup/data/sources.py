@@ -1,6 +1,7 @@
 """Load a data set by its name; the catalog lists the built-in sources."""
 
 import importlib
+import importlib.util
 import os
 
 from robustsoup.catalog import DATA_SOURCES
@@ -57,7 +58,7 @@ def load_data(
 def _find_data_source(spec: str, image_size: int | None) -> tuple[DataSource, str]:
     """Return the source that a spec names, and the place that follows the name."""
     name, colon, place = spec.partition(":")
-    if "." in name and colon:
+    if colon and DATA_SOURCES.find(name) is None and ("." in name or _is_module(name)):
         return _import_data_source(spec)
     entry = DATA_SOURCES.get_entry(name, error=DataError)
     if entry.facts.get("takes_place", name not in DATA_SOURCES):
@@ -72,6 +73,10 @@ def _find_data_source(spec: str, image_size: int | None) -> tuple[DataSource, st
             "supports; leave it out"
         )
     return entry.load(), place
+
+
+def _is_module(name: str) -> bool:
+    return name.isidentifier() and importlib.util.find_spec(name) is not None
 
 
 def _import_data_source(spec: str) -> tuple[DataSource, str]:

@@ -25,6 +25,8 @@ from robustsoup.errors import DataError
         ("digits", {"seed": True}, "got seed True"),
         ("digits", {"seed": 1.0}, "got seed 1.0"),
         ("digits", {"image_size": 32}, "got image_size 32, which only folder:PATH supports"),
+        ("no_such:load", {}, 'data: got "no_such", expected one of'),
+        ("json:no_such", {}, 'module "json" has no function "no_such"'),
         ("no_such.module:load", {}, 'module "no_such" cannot be found; is it on the Python path?'),
         ("json.tool:load", {}, 'module "json.tool" has no function "load"'),
         ("json.tool:main", {"seed": -1}, "got seed -1"),

@@ -1,0 +1,90 @@
+"""Network sources: built-in names, functions, factories in modules, and installed plugins."""
+
+import pytest
+import torch
+from plugins import write_plugin
+from torch import nn
+
+from robustsoup.catalog import MODELS
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.errors import ModelError
+from robustsoup.models import NetworkSettings, factory_fingerprint, load_model
+
+OWN_NETWORK = """
+from torch import nn
+
+def load(classes=10, width=3):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, classes))
+"""
+
+
+def linear_network(classes=10, channels=3):
+    """A factory at the top level of this module."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_in_the_catalog_can_be_built(name):
+    model = load_model(f"{name}:width=1", classes=7)
+    assert model.network_settings == NetworkSettings(f"{name}:width=1", classes=7)
+    assert factory_fingerprint(name) is None
+
+
+@pytest.mark.parametrize("module", ["own_networks", "own_package.networks"])
+def test_a_factory_in_a_module_gets_the_options_that_it_names(tmp_path, monkeypatch, module):
+    folder = tmp_path / "own_package" if "." in module else tmp_path
+    folder.mkdir(exist_ok=True)
+    write_plugin(folder, module.rpartition(".")[2], OWN_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_model(f"{module}:load:width=5", classes=4, channels=1)
+    assert (model[1].out_features, model[2].out_features) == (5, 4)
+    rebuilt = Checkpoint.of(model).network()
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(rebuilt(x), model(x))
+    assert len(factory_fingerprint(f"{module}:load:width=5")) == 32
+
+
+def test_an_entry_point_of_an_installed_package_is_a_network(tmp_path, monkeypatch):
+    write_plugin(tmp_path, "own_network_plugin", OWN_NETWORK, "robustsoup.models", "own-net")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_model("own-net", classes=4)[2].out_features == 4
+    model = load_model("own-net:width=6")
+    assert model[1].out_features == 6
+    assert Checkpoint.of(model).network()[1].out_features == 6
+    assert factory_fingerprint("own-net:width=6") == factory_fingerprint("own_network_plugin:load")
+    with pytest.raises(ModelError, match='did you mean "own-net"'):
+        load_model("own-ned")
+
+
+def test_a_function_is_a_network_and_is_recorded_by_its_module(tmp_path, monkeypatch):
+    write_plugin(tmp_path, "own_function", OWN_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    from own_function import load
+
+    model = load_model(load, classes=4)
+    assert model.network_settings == NetworkSettings("own_function:load", classes=4)
+    assert Checkpoint.of(model).network()[2].out_features == 4
+
+
+def test_a_function_that_cannot_be_recorded_is_refused():
+    for factory in (lambda: linear_network(), nn.Module.cpu):
+        with pytest.raises(ModelError, match="define it at the top level of a module"):
+            load_model(factory)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("resnet8", 'models: got "resnet8", expected one of resnet9'),
+        ("no_such:net", 'module "no_such" cannot be found; is it on the Python path?'),
+        ("json:no_such", 'module "json" has no "no_such"'),
+        ("json:dumps", "cannot be built with"),
+        ("json:JSONDecoder", "the factory returned JSONDecoder, expected a torch.nn.Module"),
+        ("resnet9:width", 'got "width", expected key=value'),
+    ],
+)
+def test_a_wrong_spec_is_refused_in_one_line(spec, text):
+    with pytest.raises(ModelError) as caught:
+        load_model(spec)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
