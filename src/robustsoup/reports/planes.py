@@ -35,6 +35,7 @@ from robustsoup.reports.style import (
     clean_text,
     format_percent,
     new_figure,
+    settle_layout,
 )
 from robustsoup.reports.tables import Cell, Table
 from robustsoup.runs.results import Results
@@ -206,7 +207,7 @@ def _plot_planes(results: Results, planes: Sequence[LossPlane]) -> Plot:
     gaps = " · grey: not finite" * any(np.isnan(plane.loss).any() for plane in planes)
     settings = " / ".join(dict.fromkeys(plane.settings for plane in planes))
     add_footer(figure, f"{settings} · levels spaced by a constant factor{gaps}", results)
-    figure.draw_without_rendering()
+    settle_layout(figure)
     for plane, axes, contours in panels:
         _label_plane(axes, plane, contours, levels)
     names = "; ".join(f"{plane.name}: {', '.join(plane.checkpoints)}" for plane in planes)

@@ -25,6 +25,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 """Eight colours that the colour-blind can distinguish. Source: Okabe and Ito 2008."""
 SEQUENTIAL_COLOURS = "viridis"
 FOOTER_LETTERS_PER_INCH = 19
+LAYOUT_PASSES = 2
 STYLE: dict[str, Any] = {
     "font.family": FONT,
     "font.size": 9,
@@ -97,6 +98,12 @@ def new_figure(
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def settle_layout(figure: Figure) -> None:
+    """Arrange the parts of a figure; axes of fixed aspect need several passes."""
+    for _ in range(LAYOUT_PASSES):
+        figure.draw_without_rendering()
 
 
 def choose_columns(panels: int) -> int:

@@ -28,6 +28,7 @@ from robustsoup.reports.style import (
     describe_attack,
     new_figure,
     number_stem,
+    settle_layout,
 )
 from robustsoup.runs.results import ResultRow, Results
 
@@ -96,7 +97,7 @@ def _plot_ternary(
     attack = describe_attack(results.protocol, split, rows)
     footer = f"{len(rows)} soups (dots) · {attack} · ring: the best of the panel (each, if tied)"
     add_footer(figure, footer, results)
-    figure.draw_without_rendering()
+    settle_layout(figure)
     for axes, values in panels:
         _label_ternary_panel(axes, rows, values)
     caption = (
