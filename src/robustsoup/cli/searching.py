@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.cli.options import (
     AllowLeakage,
     AsJson,
@@ -159,17 +160,18 @@ def _soup_section(
     search: SearchSettings, soup: BufferSettings, checkpoints: dict[str, Path]
 ) -> dict[str, Any]:
     """Return the [soups] table; its section must not have the name of an ingredient."""
-    if search.method == "greedy" and search.screen:
+    method = str(search.method)
+    if method == "greedy" and search.screen:
         raise RequestError(
             "--screen: does not apply to --method greedy, which evaluates each soup in full"
         )
-    section: dict[str, Any] = {"method": search.method, "buffers": soup.buffers}
-    if search.method in ("grid", "line"):
+    section: dict[str, Any] = {"method": method, "buffers": soup.buffers}
+    if method in ("grid", "line") or method not in SOUP_METHODS:
         section["step"] = search.step
     if search.score is not None:
         section["score"] = search.score
-    name = search.method if search.method not in checkpoints else f"{search.method}-soup"
-    return {name: section}
+    name = method.rpartition(":")[2]
+    return {name if name not in checkpoints else f"{name}-soup": section}
 
 
 def _parse_content(content: dict[str, Any]) -> "Recipe":

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.data import Data
 from robustsoup.models import NetworkSettings
 from robustsoup.recipes import Recipe, Soup, threat_slug
@@ -43,7 +44,8 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
 
 
 def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
-    """Plan the soups of a method that lists coefficients, such as "uniform" and "grid"."""
+    """Plan the soups of a method that lists coefficients; unknown methods are shown as grids."""
+    role = soup.method if soup.method in SOUP_METHODS else "grid"
     recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
     mixing = planner.mixing_of(soup)
     rows: list[PlannedRow] = []
@@ -58,7 +60,7 @@ def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[Planned
         rows.append(
             PlannedRow(
                 name=name,
-                role=soup.method,
+                role=role,
                 network=network,
                 soup=section,
                 ingredients=recipe.ingredients_of(soup),
