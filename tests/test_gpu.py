@@ -1,4 +1,4 @@
-"""On a GPU: what the CPU finds but for rounding, and no waiting for the device within a window of steps."""
+"""On a GPU: the results of the CPU up to rounding, and steps that never wait for the device."""
 
 import copy
 import random
@@ -44,7 +44,7 @@ by_precision = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small network that tells the digits apart, and 200 of them, on the CPU."""
+    """A small network that classifies digits, and 200 digits, on the CPU."""
     data = load_data("digits")
     model = digits_network(8)
     return model, to_float(data.test.images[:N]), data.test.labels[:N]
@@ -319,39 +319,39 @@ def test_a_second_device_has_a_graph_of_its_own(on_gpu):
 
 @by_precision
 @by_threat
-def test_training_perturbs_as_on_the_cpu(trained, on_gpu, threat, precision):
+def test_the_training_attack_is_as_strong_as_on_the_cpu(trained, on_gpu, threat, precision):
     model, x, y = trained
-    here = apgd_train(model, x, y, threat, precision=precision)
-    there = apgd_train(*on_gpu, threat, precision=precision)
-    assert there.device.type == "cuda"
-    length = norms(there.cpu().double() - x.double(), threat.norm)
+    cpu = apgd_train(model, x, y, threat, precision=precision)
+    gpu = apgd_train(*on_gpu, threat, precision=precision)
+    assert gpu.device.type == "cuda"
+    length = norms(gpu.cpu().double() - x.double(), threat.norm)
     assert float(length.max()) <= threat.eps + 1e-6 * max(1, threat.eps)
     with torch.no_grad():
-        losses = [float(ce(model(point), y).mean()) for point in (x, here, there.cpu())]
+        losses = [float(ce(model(point), y).mean()) for point in (x, cpu, gpu.cpu())]
     assert losses[2] - losses[0] >= 0.9 * (losses[1] - losses[0]) > 0
 
 
 @by_precision
-def test_evaluate_runs_where_the_device_is(trained, precision):
+def test_evaluate_runs_on_the_requested_device(trained, precision):
     data = load_data("digits").test.first(N)
-    here, there = (
+    cpu, gpu = (
         evaluate(trained[0], data, THREATS, steps=20, precision=precision, device=device)
         for device in ("cpu", "cuda")
     )
-    assert (here.record["device"], there.record["device"]) == ("cpu", "cuda")
-    for name, verdicts in there.threats.items():
+    assert (cpu.record["device"], gpu.record["device"]) == ("cpu", "cuda")
+    for name, verdicts in gpu.threats.items():
         assert (
-            int((verdicts.robust ^ here.threats[name].robust).sum())
+            int((verdicts.robust ^ cpu.threats[name].robust).sum())
             <= (0.02 if precision == "float32" else 0.05) * N
         )
-        assert there.record["certificate"][name]["outside"] == 0
+        assert gpu.record["certificate"][name]["outside"] == 0
     resumed = evaluate(
-        trained[0], data, THREATS, steps=20, precision=precision, device="cuda", after=there
+        trained[0], data, THREATS, steps=20, precision=precision, device="cuda", after=gpu
     )
-    assert resumed.accuracy == there.accuracy
+    assert resumed.accuracy == gpu.accuracy
 
 
-# training, learning, planes: a few steps in float32, before rounding has grown
+# training, learning and landscapes: a few steps in float32, before rounding errors grow
 
 
 DATA = load_data("digits")
@@ -365,8 +365,8 @@ def start(trained):
 
 
 @pytest.fixture(scope="module")
-def three(start):
-    """Checkpoints that were fine-tuned apart, on the CPU."""
+def ingredients(start):
+    """Three checkpoints, fine-tuned separately on the CPU."""
     few = DATA.train.first(512)
     return [
         train(start, few, **{**FEW, "threat": f"Linf {eps}/255"}, epochs=2, lr=0.02, device="cpu")
@@ -374,12 +374,12 @@ def three(start):
     ]
 
 
-def check_near(here, there, within=1e-3):
-    assert here.tensors.keys() == there.tensors.keys()
-    for name, tensor in there.tensors.items():
+def check_near(cpu, gpu, within=1e-3):
+    assert cpu.tensors.keys() == gpu.tensors.keys()
+    for name, tensor in gpu.tensors.items():
         assert tensor.device.type == "cpu"
         if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, here.tensors[name], rtol=within, atol=within)
+            torch.testing.assert_close(tensor, cpu.tensors[name], rtol=within, atol=within)
 
 
 @pytest.mark.parametrize(
@@ -401,74 +401,76 @@ def check_near(here, there, within=1e-3):
     ],
     ids=str,
 )
-def test_training_takes_the_cpus_steps(start, more):
+def test_training_takes_the_steps_of_the_cpu(start, more):
     settings, few = {**FEW, "epochs": 1, "lr": 0.01, **more}, DATA.train.first(256)
-    here, there = (train(start, few, **settings, device=device) for device in ("cpu", GPU))
-    check_near(here, there)
-    assert there.provenance["versions"]["device"] == GPU
+    cpu, gpu = (train(start, few, **settings, device=device) for device in ("cpu", GPU))
+    check_near(cpu, gpu)
+    assert gpu.provenance["versions"]["device"] == GPU
 
 
 @by_precision
-def test_training_there_lowers_the_robust_loss(start, precision):
+def test_training_on_the_gpu_lowers_the_robust_loss(start, precision):
     settings = FEW | {"precision": precision, "threat": "Linf 64/255"}
-    got = train(
+    trained = train(
         start, DATA.train.first(512), **settings, epochs=4, lr=0.05, val=DATA.val, device=GPU
     )
     assert (
-        got.provenance["history"][-1]["robust_loss"] < got.provenance["history"][0]["robust_loss"]
+        trained.provenance["history"][-1]["robust_loss"]
+        < trained.provenance["history"][0]["robust_loss"]
     )
 
 
 @pytest.mark.parametrize("work", ["train", "learn"])
-def test_what_is_stopped_there_goes_on(start, three, tmp_path, monkeypatch, work):
+def test_interrupted_work_resumes(start, ingredients, tmp_path, monkeypatch, work):
     monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
     few, settings = DATA.train.first(512), FEW | {"device": GPU, "epochs": 3}
 
-    def do(**more):
+    def run(**more):
         if work == "train":
             return train(start, few, **settings, lr=0.01, **more).tensors["linear.weight"]
-        return learn(three, few, **settings, lr=1.0, **more).alpha
+        return learn(ingredients, few, **settings, lr=1.0, **more).alpha
 
     def stop(done, total, figures):
         if done == 13:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        do(state_path=tmp_path / "state.pt", on_progress=stop)
-    seen = []
-    resumed = do(
-        state_path=tmp_path / "state.pt", on_progress=lambda done, total, figures: seen.append(done)
+        run(state_path=tmp_path / "state.pt", on_progress=stop)
+    steps = []
+    resumed = run(
+        state_path=tmp_path / "state.pt",
+        on_progress=lambda done, total, figures: steps.append(done),
     )
-    assert seen[0] == 13
-    torch.testing.assert_close(resumed, do(), rtol=0, atol=1e-3)
+    assert steps[0] == 13
+    torch.testing.assert_close(resumed, run(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("place", ["device", "memory", "files"])
 @pytest.mark.parametrize("granularity", ["parameter", "block", "model"])
-def test_learning_takes_the_cpus_steps_wherever_the_ingredients_are(
-    three, tmp_path, place, granularity
+def test_learning_takes_the_steps_of_the_cpu_wherever_the_ingredients_are(
+    ingredients, tmp_path, place, granularity
 ):
     files = [tmp_path / f"{k}.safetensors" for k in range(3)]
-    for item, file in zip(three, files, strict=True):
+    for item, file in zip(ingredients, files, strict=True):
         item.save(file)
     settings = FEW | {"epochs": 1, "lr": 1.0, "granularity": granularity}
-    here = learn(files, DATA.train.first(512), **settings, device="cpu")
-    there = learn(files, DATA.train.first(512), **settings, device=GPU, place=place)
-    torch.testing.assert_close(there.alpha, here.alpha, rtol=0, atol=1e-3)
-    check_near(mix(files, here), mix(files, there))
+    cpu = learn(files, DATA.train.first(512), **settings, device="cpu")
+    gpu = learn(files, DATA.train.first(512), **settings, device=GPU, place=place)
+    torch.testing.assert_close(gpu.alpha, cpu.alpha, rtol=0, atol=1e-3)
+    check_near(mix(files, cpu), mix(files, gpu))
 
 
-def test_a_dial_is_learned_there(three):
+def test_a_dial_is_learned_as_on_the_cpu(ingredients):
     settings = FEW | {"epochs": 1, "lr": 1.0}
-    here, there = (
-        learn_dial(three, DATA.train.first(512), **settings, device=device)
+    cpu, gpu = (
+        learn_dial(ingredients, DATA.train.first(512), **settings, device=device)
         for device in ("cpu", GPU)
     )
-    torch.testing.assert_close(there.line, here.line, rtol=0, atol=1e-3)
+    torch.testing.assert_close(gpu.line, cpu.line, rtol=0, atol=1e-3)
 
 
 @by_precision
-def test_a_plane_is_the_cpus(three, precision):
+def test_a_landscape_equals_that_of_the_cpu(ingredients, precision):
     settings = {
         "threat": "Linf 32/255",
         "points": 2,
@@ -476,11 +478,11 @@ def test_a_plane_is_the_cpus(three, precision):
         "calibrate_on": DATA.train,
         "precision": precision,
     }
-    here, there = (
-        landscape(three, DATA.test, **settings, device=device) for device in ("cpu", GPU)
+    cpu, gpu = (
+        landscape(ingredients, DATA.test, **settings, device=device) for device in ("cpu", GPU)
     )
     for measure in ("loss", "clean_loss", "accuracy", "clean_accuracy"):
-        wanted = torch.tensor(getattr(here, measure))
+        wanted = torch.tensor(getattr(cpu, measure))
         torch.testing.assert_close(
-            torch.tensor(getattr(there, measure)), wanted, rtol=0.02, atol=0.02
+            torch.tensor(getattr(gpu, measure)), wanted, rtol=0.02, atol=0.02
         )

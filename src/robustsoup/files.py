@@ -40,7 +40,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
         temporary.replace(target)
     except OSError as error:
         raise StorageError(
-            f"{target}: cannot be written: {error.strerror or error}; it was left unchanged"
+            f"{target}: cannot be written: {error.strerror or error}; nothing was changed"
         ) from error
     finally:
         with contextlib.suppress(OSError):

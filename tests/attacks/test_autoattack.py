@@ -1,4 +1,4 @@
-"""AutoAttack through pyautoattack: its verdicts are the official ones, its points are real, and it leaves no trace."""
+"""AutoAttack: the verdicts are the official ones, the points are real, no side effect remains."""
 
 import logging
 import random
@@ -26,14 +26,14 @@ autopgd_base = pytest.importorskip("pyautoattack.autopgd_base")
 
 ORD = {"Linf": torch.inf, "L2": 2, "L1": 1}
 THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.1), ThreatModel("L1", 0.3)]
-"""Each breaks some of the samples of `problem`, by every attack, and not all."""
+"""Under each, every attack breaks some but not all samples of `problem`."""
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
 FEW = {"queries": 30, "steps": 8}
 """Budget of a plan that is run for speed."""
 
 
 def problem(n=16, *, classes=10, channels=1, side=8):
-    """A network of random weights, and images that it gets right by its own account."""
+    """A network with random weights, random images, and its own predictions as labels."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         inner = 6 * ((side - 3) // 2 + 1) ** 2
@@ -45,10 +45,10 @@ def problem(n=16, *, classes=10, channels=1, side=8):
         )
     model = nn.Sequential(*layers).eval()
     x = torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(5))
-    return model, x, answers(model, x)
+    return model, x, predict_labels(model, x)
 
 
-def answers(model, x):
+def predict_labels(model, x):
     with torch.no_grad():
         return model(x).argmax(1)
 
@@ -56,11 +56,11 @@ def answers(model, x):
 def residual(n, *, side):
     model = load_model("resnet9:width=4", seed=3).eval()
     x = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(5))
-    return model, x, answers(model, x)
+    return model, x, predict_labels(model, x)
 
 
 class Flat(nn.Module):
-    """A network whose gradient is zero, of which pyautoattack warns."""
+    """A network whose gradient is zero, which makes pyautoattack warn."""
 
     def forward(self, x):
         return torch.arange(10.0) + 0 * x.flatten(1).sum(1, keepdim=True)
@@ -71,7 +71,7 @@ def only(*attacks, **budget):
 
 
 def check_real(model, x, y, threat, x_adv, by):
-    """Whoever is broken is so in the ball, the box and float32; the others are given back as they came."""
+    """Broken images are feasible and misclassified; all others are returned unchanged."""
     broken = by >= 0
     assert x_adv.shape == x.shape
     assert x_adv.is_contiguous()
@@ -82,10 +82,10 @@ def check_real(model, x, y, threat, x_adv, by):
     assert bool(
         (torch.linalg.vector_norm(delta, ORD[threat.norm], dim=1) <= threat.eps + 1e-6).all()
     )
-    assert bool((answers(model, x_adv[broken]) != y[broken]).all())
+    assert bool((predict_labels(model, x_adv[broken]) != y[broken]).all())
 
 
-# what it is given
+# plans
 
 
 def test_ten_classes_are_the_standard_and_fewer_are_not():
@@ -100,16 +100,16 @@ def test_ten_classes_are_the_standard_and_fewer_are_not():
     )
 
 
-def test_under_four_classes_are_refused():
+def test_fewer_than_four_classes_are_refused():
     with pytest.raises(RequestError) as error:
         plan_autoattack(3, ThreatModel("Linf", 8 / 255))
     assert str(error.value) == (
-        "autoattack on Linf 8/255: got 3 classes, expected at least 4, which its targeted DLR loss compares; "
-        "use the attack apgd"
+        "autoattack on Linf 8/255: got 3 classes, expected at least 4, "
+        "which its targeted DLR loss compares; use the attack apgd"
     )
 
 
-def test_without_pyautoattack_the_error_says_what_to_install(monkeypatch):
+def test_without_pyautoattack_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     text = "autoattack: pyautoattack is not installed; pip install 'robustsoup[autoattack]'"
     with pytest.raises(RequestError) as error:
@@ -121,9 +121,9 @@ def test_without_pyautoattack_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["L2", "L1"])
-def test_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
+def test_image_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
     model, x, y = problem(2, side=12)
-    told = []
+    reports = []
     with pytest.raises(RequestError, match="Square cannot tile images of 12 x 12 in " + norm):
         attack_chunk(
             model,
@@ -132,12 +132,12 @@ def test_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
             ThreatModel(norm, 0.1),
             plan=only(*STANDARD_ATTACKS),
             seed=0,
-            on_progress=lambda *at: told.append(at),
+            on_progress=lambda *at: reports.append(at),
         )
-    assert told == []
+    assert reports == []
 
 
-def test_square_in_linf_takes_the_sizes_that_it_cannot_tile_in_l2():
+def test_square_in_linf_accepts_sizes_that_it_cannot_tile_in_l2():
     model, x, y = problem(2, side=12)
     threat = ThreatModel("Linf", 0.1)
     check_real(
@@ -149,21 +149,21 @@ def test_square_in_linf_takes_the_sizes_that_it_cannot_tile_in_l2():
     )
 
 
-# the same as pyautoattack
+# equal to pyautoattack
 
 
 @by_threat
-def test_apgd_ce_is_what_pyautoattack_finds_with_the_same_seed(threat):
+def test_apgd_ce_equals_pyautoattack_with_the_same_seed(threat):
     model, x, y = problem(channels=3, side=16)
-    theirs = pyautoattack.AutoAttack(
+    reference = pyautoattack.AutoAttack(
         model,
         norm=threat.norm,
         eps=threat.eps,
         seed=autoattack._seed_of_attack(11, "apgd-ce"),
         version="standard",
     )
-    theirs.attacks_to_run = ["apgd-ce"]
-    points, labels = theirs.run_standard_evaluation(x, y)
+    reference.attacks_to_run = ["apgd-ce"]
+    points, labels = reference.run_standard_evaluation(x, y)
     x_adv, by = attack_chunk(model, x, y, threat, plan=only("apgd-ce"), seed=11)
     assert torch.equal(by >= 0, labels != y)
     assert 0 < int((by >= 0).sum()) < len(x)
@@ -171,16 +171,15 @@ def test_apgd_ce_is_what_pyautoattack_finds_with_the_same_seed(threat):
 
 
 @by_threat
-def test_all_four_are_the_standard_version_run_in_one_go(threat, monkeypatch):
-    monkeypatch.setattr(
-        autoattack, "_seed_of_attack", lambda seed, name: seed
-    )  # the standard gives all four the same
+def test_all_four_equal_one_run_of_the_standard_version(threat, monkeypatch):
+    # The standard version gives all four attacks the same seed.
+    monkeypatch.setattr(autoattack, "_seed_of_attack", lambda seed, name: seed)
     model, x, y = problem(6)
-    theirs = pyautoattack.AutoAttack(
+    reference = pyautoattack.AutoAttack(
         model, norm=threat.norm, eps=threat.eps, seed=11, version="standard"
     )
-    theirs.square.n_queries = 100
-    _, labels = theirs.run_standard_evaluation(x, y)
+    reference.square.n_queries = 100
+    _, labels = reference.run_standard_evaluation(x, y)
     _, by = attack_chunk(
         model, x, y, threat, plan=replace(plan_autoattack(10, threat), queries=100), seed=11
     )
@@ -188,34 +187,41 @@ def test_all_four_are_the_standard_version_run_in_one_go(threat, monkeypatch):
     assert 0 < int((by >= 0).sum()) < len(x)
 
 
-def test_in_l1_the_standard_aims_apgd_t_at_five_classes():
+def test_apgd_t_has_at_most_five_targets_in_l1():
     targets = []
     for threat, classes in ((THREATS[0], 10), (THREATS[2], 10), (THREATS[2], 5)):
-        standard = plan_autoattack(classes, threat)
-        runner = autoattack._make_runner("apgd-t", Flat(), torch.device("cpu"), threat, standard, 1)
+        plan = plan_autoattack(classes, threat)
+        runner = autoattack._make_runner(
+            "apgd-t", Flat(), threat, plan, seed=1, device=torch.device("cpu")
+        )
         targets.append((runner.apgd_targeted.n_target_classes, runner.fab.n_target_classes))
     assert targets == [(9, 9), (5, 9), (4, 4)]
 
 
-def test_fewer_steps_are_what_pyautoattack_makes_of_them():
+def test_fewer_steps_scale_the_schedule_as_in_pyautoattack():
     runner = autoattack._make_runner(
-        "apgd-t", Flat(), torch.device("cpu"), THREATS[0], only("apgd-t", steps=50), 1
+        "apgd-t",
+        Flat(),
+        THREATS[0],
+        only("apgd-t", steps=50),
+        seed=1,
+        device=torch.device("cpu"),
     )
-    theirs = autopgd_base.APGDAttack(Flat(), n_iter=50, eps=1.0)
+    reference = autopgd_base.APGDAttack(Flat(), n_iter=50, eps=1.0)
     for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
         assert (
             getattr(runner.apgd, name)
             == getattr(runner.apgd_targeted, name)
-            == getattr(theirs, name)
+            == getattr(reference, name)
         )
 
 
-# what it finds
+# results
 
 
 @by_threat
 @pytest.mark.parametrize("name", STANDARD_ATTACKS)
-def test_what_each_attack_breaks_is_broken(name, threat):
+def test_each_attack_returns_real_adversarial_examples(name, threat):
     model, x, y = problem()
     x_adv, by = attack_chunk(model, x, y, threat, plan=only(name, **FEW), seed=1)
     check_real(model, x, y, threat, x_adv, by)
@@ -225,7 +231,7 @@ def test_what_each_attack_breaks_is_broken(name, threat):
 
 @by_threat
 def test_a_channels_last_residual_network_is_attacked(threat):
-    """pyautoattack views gradients as rows, which fails on channels_last ones."""
+    """pyautoattack reshapes gradients with view, which fails on channels_last tensors."""
     model, x, y = residual(6, side=16)
     model, x = (
         model.to(memory_format=torch.channels_last),
@@ -237,7 +243,7 @@ def test_a_channels_last_residual_network_is_attacked(threat):
 
 
 @by_threat
-def test_one_image_of_the_digits_size_is_attacked(threat):
+def test_a_single_small_image_is_attacked(threat):
     model, x, y = problem(1)
     x_adv, by = attack_chunk(
         model,
@@ -251,8 +257,8 @@ def test_one_image_of_the_digits_size_is_attacked(threat):
     assert torch.equal(x_adv, x)
 
 
-def test_an_attack_is_only_given_what_those_before_it_left():
-    """Square first and for few queries, so that it leaves most of what the second breaks."""
+def test_an_attack_receives_only_what_earlier_attacks_left():
+    """Square with few queries comes first, and leaves most images to the second attack."""
     model, x, y = problem()
     threat = THREATS[0]
     alone = attack_chunk(model, x, y, threat, plan=only("square", **FEW), seed=1)
@@ -273,9 +279,11 @@ def test_fewer_classes_are_attacked_by_all_four(classes):
     check_real(model, x, y, threat, x_adv, by)
 
 
-def test_a_linear_network_is_broken_wherever_it_can_be():
-    """In Linf the class k is reached iff eps * ||w_k - w_y||_1 exceeds the gap of the logits; x is too deep in the box for
-    that to matter."""
+def test_a_linear_network_is_broken_wherever_that_is_possible():
+    """In Linf, class k is reached iff eps ||w_k - w_y||_1 exceeds the gap of the logits.
+
+    The images lie deep enough in the box for this to hold.
+    """
     generator = torch.Generator().manual_seed(2)
     linear = nn.Linear(16, 10)
     linear.weight.data = torch.randn(10, 16, generator=generator)
@@ -298,8 +306,8 @@ def test_a_linear_network_is_broken_wherever_it_can_be():
     check_real(model, x, y, threat, x_adv, by)
 
 
-def test_no_point_is_believed_unchecked():
-    """Of the four: misclassified but far away, NaN, in the ball but classified right, and a real one."""
+def test_every_point_is_checked():
+    """The four points: too far away, NaN, feasible but classified correctly, and a real one."""
     model, x, y = problem(4)
     far = ThreatModel("Linf", 0.5)
     real, by = attack_chunk(model, x, y, far, plan=only("apgd-ce", steps=10), seed=0)
@@ -312,19 +320,19 @@ def test_no_point_is_believed_unchecked():
     assert broken.tolist() == [True, False, False, True]
 
 
-def test_what_rounding_left_outside_the_l1_ball_is_brought_back():
-    """At this radius pyautoattack's own points leave the ball by up to 1e-5."""
+def test_points_that_rounding_left_outside_the_l1_ball_are_projected():
+    """At this radius, the points of pyautoattack leave the ball by up to 1e-5."""
     model, x, y = residual(12, side=32)
     threat = ThreatModel("L1", 12.0)
-    theirs = pyautoattack.AutoAttack(
+    reference = pyautoattack.AutoAttack(
         model,
         norm="L1",
         eps=12.0,
         seed=autoattack._seed_of_attack(1, "apgd-ce"),
         version="standard",
     )
-    theirs.attacks_to_run = ["apgd-ce"]
-    points, labels = theirs.run_standard_evaluation(x, y)
+    reference.attacks_to_run = ["apgd-ce"]
+    points, labels = reference.run_standard_evaluation(x, y)
     assert float((points.double() - x.double()).abs().flatten(1).sum(1).max()) > 12 + 1e-6
     x_adv, by = attack_chunk(model, x, y, threat, plan=only("apgd-ce"), seed=1)
     assert torch.equal(by >= 0, labels != y)
@@ -332,17 +340,17 @@ def test_what_rounding_left_outside_the_l1_ball_is_brought_back():
 
 
 @pytest.mark.parametrize(("n", "threat"), [(0, THREATS[0]), (3, CLEAN)])
-def test_no_samples_or_no_radius_break_nothing(n, threat):
+def test_without_samples_or_radius_nothing_is_broken(n, threat):
     model, x, y = problem(3)
     x_adv, by = attack_chunk(model, x[:n], y[:n], threat, plan=only(*STANDARD_ATTACKS), seed=0)
     assert torch.equal(x_adv, x[:n])
     assert by.tolist() == [-1] * n
 
 
-# what it leaves behind
+# side effects
 
 
-def test_the_seed_alone_decides():
+def test_only_the_seed_determines_the_noise():
     model, x, y = problem()
     threat = THREATS[0]
     found = []
@@ -356,7 +364,7 @@ def test_the_seed_alone_decides():
     assert not torch.equal(found[0][0], found[2][0])
 
 
-def test_every_attack_and_seed_has_noise_of_its_own():
+def test_every_attack_and_seed_has_its_own_noise():
     assert (
         len(
             {
@@ -373,7 +381,7 @@ def random_state():
     return torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
-def test_random_state_network_and_tracing_are_as_they_were():
+def test_random_state_network_and_trace_function_are_restored():
     model, x, y = problem(4)
     model[0].train()
     modes = [part.training for part in model.modules()]
@@ -399,16 +407,15 @@ def test_random_state_network_and_tracing_are_as_they_were():
     assert torch.equal(x, image)
 
 
-def test_its_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
-    monkeypatch.setattr(
-        logging.getLogger(), "handlers", []
-    )  # pytest's, which would keep them from being printed
+def test_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
+    # pytest's handlers would keep the warnings from being printed.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     x, y, logger = (
         torch.full((2, 1, 8, 8), 0.5),
         torch.tensor([9, 9]),
         logging.getLogger("auto-attack"),
     )
-    kept = list(logger.handlers)
+    handlers = list(logger.handlers)
 
     class Keep(logging.Handler):
         def emit(self, record):
@@ -421,14 +428,14 @@ def test_its_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
     finally:
         logger.removeHandler(keep)
     assert any("zero gradient" in text for text in records)
-    assert logger.handlers == kept
+    assert logger.handlers == handlers
     attack_chunk(Flat(), x, y, THREATS[0], plan=only(*STANDARD_ATTACKS, **FEW), seed=0)
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_counts_samples_times_attacks():
     model, x, y = problem(10)
-    told = []
+    reports = []
     _, by = attack_chunk(
         model,
         x,
@@ -436,10 +443,10 @@ def test_progress_counts_samples_times_attacks():
         THREATS[0],
         plan=only("square", "apgd-ce", "apgd-t", **FEW),
         seed=1,
-        on_progress=lambda done, total: told.append((done, total)),
+        on_progress=lambda done, total: reports.append((done, total)),
     )
     square, others = int((by == 0).sum()), int((by != 0).sum())
-    assert told[0] == (3 * square + others, 30)
-    assert told == sorted(told)
-    assert told[-1] == (30, 30)
-    assert len(told) == 3
+    assert reports[0] == (3 * square + others, 30)
+    assert reports == sorted(reports)
+    assert reports[-1] == (30, 30)
+    assert len(reports) == 3

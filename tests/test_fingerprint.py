@@ -1,0 +1,101 @@
+"""Fingerprints change exactly when the code or the network may give other results."""
+
+import importlib.util
+from functools import partial
+
+import torch
+from torch import nn
+
+from robustsoup.fingerprint import code_fingerprint, network_fingerprint
+from robustsoup.models import load_model
+
+
+def load_function(path, source, name="loss"):
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def test_comments_and_blank_lines_do_not_matter_but_code_does(tmp_path):
+    path = tmp_path / "own.py"
+    first = code_fingerprint(load_function(path, "def loss(x):\n    return 2 * x\n"))
+    commented = "# twice\n\n\ndef loss(x):\n    # here\n    return 2 * x\n"
+    assert code_fingerprint(load_function(path, commented)) == first
+    changed = "def loss(x):\n    return 3 * x\n"
+    assert code_fingerprint(load_function(path, changed)) != first
+    assert len(first) == 32
+
+
+def test_other_code_of_the_file_and_the_name_matter(tmp_path):
+    path = tmp_path / "own.py"
+    source = (
+        "FACTOR = 2\ndef loss(x):\n    return FACTOR * x\ndef other(x):\n    return FACTOR * x\n"
+    )
+    loss = load_function(path, source)
+    first = code_fingerprint(loss)
+    assert code_fingerprint(load_function(path, source, "other")) != first
+    assert code_fingerprint(load_function(path, source.replace("= 2", "= 3"))) != first
+
+
+def scale(x, factor, offset=0):
+    return factor * x + offset
+
+
+def test_arguments_of_a_partial_matter():
+    prints = {
+        code_fingerprint(partial(scale, factor=2)),
+        code_fingerprint(partial(scale, factor=3)),
+        code_fingerprint(partial(scale, factor=3, offset=1)),
+        code_fingerprint(scale),
+    }
+    assert len(prints) == 4
+    assert code_fingerprint(partial(scale, offset=1, factor=3)) in prints
+
+
+def test_lambdas_of_one_file_differ_by_their_bytecode():
+    twice, thrice, again = (lambda x: 2 * x), (lambda x: 3 * x), (lambda x: 2 * x)
+    assert code_fingerprint(twice) == code_fingerprint(again)
+    assert code_fingerprint(twice) != code_fingerprint(thrice)
+
+
+class Callable:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+def test_attributes_of_a_callable_object_matter():
+    assert code_fingerprint(Callable(2)) == code_fingerprint(Callable(2))
+    assert code_fingerprint(Callable(2)) != code_fingerprint(Callable(3))
+    assert code_fingerprint(Callable) != code_fingerprint(Callable(2))
+
+
+def test_code_without_a_file_has_a_fingerprint():
+    spaces = [{"__name__": "notebook"} for _ in range(3)]
+    for space, factor in zip(spaces, (2, 2, 3), strict=True):
+        exec(f"def loss(x):\n    return {factor} * x\n", space)
+    same, again, other = (code_fingerprint(space["loss"]) for space in spaces)
+    assert same == again
+    assert same != other
+    assert code_fingerprint(len) != code_fingerprint(max)  # built-in functions have no bytecode
+
+
+def test_a_network_is_identified_without_its_weights():
+    first = network_fingerprint(load_model("resnet9:width=2", seed=0))
+    assert network_fingerprint(load_model("resnet9:width=2", seed=1)) == first
+    assert network_fingerprint(load_model("resnet9:width=4", seed=0)) != first
+
+
+def test_constants_outside_the_state_dict_identify_a_network():
+    def normalised(mean, *, persistent=False):
+        model = nn.Sequential(nn.Flatten())
+        model.register_buffer("mean", torch.tensor([mean]), persistent=persistent)
+        return network_fingerprint(model)
+
+    assert normalised(0.4) == normalised(0.4)
+    assert normalised(0.4) != normalised(0.5)
+    assert normalised(0.4, persistent=True) == normalised(0.5, persistent=True)
