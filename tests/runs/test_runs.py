@@ -447,7 +447,8 @@ def test_methods_that_need_more_than_coefficients_have_planners():
 def test_the_soups_of_a_users_method_are_planned_as_a_grid_and_screened(tmp_path, monkeypatch):
     (tmp_path / "my_soups.py").write_text("def thirds(*_):\n    return [[1 / 3, 2 / 3]]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    plan = plan_of((("soups", "mine"), {"method": "my_soups:thirds"}), (("evaluate", "screen"), True))
+    method = (("soups", "mine"), {"method": "my_soups:thirds"})
+    plan = plan_of(method, (("evaluate", "screen"), True))
     (row,) = [row for row in plan.rows if row.soup == "mine"]
     assert (row.name, row.role) == ("mine-0.333333-0.666667", "grid")
     assert row.coefficients == (1 / 3, 2 / 3)

@@ -105,9 +105,15 @@ def test_a_choice_passes_over_what_misses_the_clean_requirement():
     assert [c.name for c in final if not c.confirmed] == ["high", "low"]
 
 
-def test_where_nothing_meets_the_requirement_all_stay_eligible():
-    _, log = run(TRUTHS, Goal.parse(LINF, ["clean>=0.999"]))
+def test_if_no_soup_meets_the_requirement_the_closest_compete():
+    goal = Goal.parse(LINF, ["clean>=0.999"])
+    _, log = run(TRUTHS, goal)
+    assert [r.candidate for r in log if r.after is not None] == ["a", "b"]  # a is the closest
+    truths = {**TRUTHS, "high": Truth(195, 110, 20), "middle": Truth(195, 100, 30)}
+    final, log = run(truths, goal)
     assert [r.candidate for r in log if r.after is not None] == ["a", "b", "high", "middle"]
+    selection = select(final, maximise=LINF, require=goal.require)
+    assert (selection.best.name, selection.met) == ("middle", False)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +176,8 @@ def test_the_choice_is_the_one_of_a_full_search(rows, least):
     wanted = {"maximise": LINF, "require": {"clean": least}, "point": True}
     chosen, best = select(final, **wanted), select(full, **wanted)
     assert chosen.met == best.met
-    if best.met:
-        hits = [s.best.evaluation.accuracy[LINF].hits for s in (chosen, best)]
+    for measure in (LINF, "clean"):
+        hits = [s.best.evaluation.accuracy[measure].hits for s in (chosen, best)]
         assert hits[0] == hits[1]
 
 

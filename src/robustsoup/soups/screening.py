@@ -90,7 +90,8 @@ class Screening:
 
     - If the goal maximises accuracy under the one threat that is evaluated, and requires nothing
       but clean accuracy, only contenders that can still win are confirmed, the most promising
-      first, and a confirmation stops as soon as its contender has lost.
+      first, and a confirmation stops as soon as its contender has lost. If no contender meets the
+      requirements, those closest to them compete.
     - Otherwise the contenders of `worth_confirming` are confirmed, and the one that the goal would
       choose by its upper bounds.
 
@@ -168,7 +169,7 @@ class Screening:
         return EvaluationRequest(contender.name, pool=self.pool, after=first, stop_below=stop_below)
 
     def _decisive_measure(self, screened: Sequence[Candidate]) -> str | None:
-        """Return the one attacked measure that decides the choice; None if more than it counts."""
+        """Return the attacked measure that alone decides the choice; None if others count too."""
         attacked = list(screened[0].evaluation.threats)
         clean_only = all(requirement.key == CLEAN_KEY for requirement in self.goal.require)
         return self.goal.maximise if attacked == [self.goal.maximise] and clean_only else None
@@ -191,7 +192,7 @@ class Screening:
         """Confirm the screened contender with the most survivors, unless it has lost already."""
         latest = self.final_evaluations(results)
         candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
-        eligible = [c for c in candidates if self.goal.met_by(c)] or candidates
+        eligible = self.goal.eligible(candidates)
         hits = {c.name: c.evaluation.accuracy[measure].hits for c in eligible}
         waiting = [c for c in eligible if c.evaluation.record.get("screened")]
         leading = max((hits[c.name] for c in eligible if c.confirmed), default=None)

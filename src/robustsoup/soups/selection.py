@@ -195,6 +195,14 @@ class Goal:
         scores = candidate.evaluation.accuracy
         return sum(item.shortfall(scores, point=self.point) for item in self.require)
 
+    def eligible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Return the candidates that meet the requirements, else those with the least shortfall."""
+        meeting = [candidate for candidate in candidates if self.met_by(candidate)]
+        if meeting or not candidates:
+            return meeting
+        least = min(map(self.shortfall, candidates))
+        return [candidate for candidate in candidates if self.shortfall(candidate) == least]
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -266,17 +274,13 @@ def select(
     _require_measures("select", keys, tried[0].evaluation.accuracy)
     if not unconfirmed:
         tried = [candidate for candidate in tried if candidate.confirmed] or tried
-    meeting = [candidate for candidate in tried if goal.met_by(candidate)]
-    met = bool(meeting)
-    if not met:
-        least = min(map(goal.shortfall, tried))
-        meeting = [candidate for candidate in tried if goal.shortfall(candidate) == least]
 
     def rank(candidate: Candidate) -> tuple[float, float]:
         scores = candidate.evaluation.accuracy
         return scores[measure].value, scores[CLEAN_KEY].value
 
-    return Selection(max(meeting, key=rank), met, measure, goal.require, point)
+    best = max(goal.eligible(tried), key=rank)
+    return Selection(best, goal.met_by(best), measure, goal.require, point)
 
 
 def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) -> list[Candidate]:
