@@ -253,7 +253,7 @@ def test_save_and_load(three, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_none():
-    assert landscape_module._loss_rows([1.0, math.nan, math.inf, 2.0], 2) == (
+    assert landscape_module._split_losses([1.0, math.nan, math.inf, 2.0], 2) == (
         (1.0, None),
         (None, 2.0),
     )

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -224,7 +224,6 @@ def landscape(
     check_buffer_policy(buffers, calibrate_on, settings.threat)
     opened = [Checkpoint.open(item) for item in checkpoints]
     plane = plane_through(opened)
-    x, y = plane.axes(points)
     subset = data.sample(settings.samples, seed)
     base = (Checkpoint.open(base) if base is not None else opened[0]) if buffers == "base" else None
     model = copy.deepcopy(network) if network is not None else opened[0].network()
@@ -238,82 +237,109 @@ def landscape(
         *(item.digest for item in opened),
     ]
     where = resolve_device(device)
-    # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
-    model, subset = model.to(where, memory_format=torch.channels_last), subset.to(where)
-
-    def measure_point(x: float, y: float) -> list[float]:
-        soup = mix(
-            opened,
-            plane.alpha(x, y),
-            affine=True,
-            buffers=buffers,
-            base=base,
-            calibrate_on=calibrate_on,
-            calibrate_samples=calibrate_samples,
-            threat=settings.threat,
-            attack_steps=min(attack_steps, 2),
-            network=network,
-            device=where,
-            precision=settings.precision,
-            seed=seed,
-        )
-        soup.load_into(model)
-        clean = measure_robust_loss(model, subset, CLEAN)
-        robust = measure_robust_loss(
-            model, subset, settings.threat, steps=attack_steps, precision=settings.precision
-        )
-        return [*clean, *robust]
-
-    values = _measure_grid(
-        [(u, v) for v in y for u in x],
-        measure_point,
-        SavedState(state_path, json.dumps(fingerprint, sort_keys=True)),
-        on_progress,
+    evaluator = _PlaneEvaluator(
+        settings=settings,
+        plane=plane,
+        checkpoints=opened,
+        base=base,
+        calibrate_on=calibrate_on,
+        network=network,
+        # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
+        model=model.to(where, memory_format=torch.channels_last),
+        data=subset.to(where),
     )
-    clean_loss, clean_accuracy, loss, accuracy = zip(*values, strict=True)
-    return Landscape(
-        checkpoints=tuple(item.name for item in opened),
-        x=x,
-        y=y,
-        positions=plane.positions,
-        loss=_loss_rows(loss, points),
-        accuracy=_split_rows(accuracy, points),
-        clean_loss=_loss_rows(clean_loss, points),
-        clean_accuracy=_split_rows(clean_accuracy, points),
-        threat=str(settings.threat),
-        attack_steps=attack_steps,
-        samples=settings.samples,
-        split=data.name,
-        buffers=buffers,
-        seed=seed,
-        precision=settings.precision,
-    )
+    saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
+    return evaluator.measure_grid(saved, on_progress)
 
 
-def _measure_grid(
-    points: Sequence[tuple[float, float]],
-    measure_point: Callable[[float, float], list[float]],
-    saved: SavedState,
-    on_progress: Progress | None,
-) -> list[list[float]]:
-    """Measure every point; resumes from the saved state and saves it from time to time.
+@dataclass(frozen=True)
+class _PlaneEvaluator:
+    """Evaluates networks on a plane.
 
-    Returns:
-        Clean loss, clean accuracy, robust loss and robust accuracy of each point.
+    Attributes:
+        settings: The settings of the landscape.
+        plane: The plane through the checkpoints.
+        checkpoints: The three checkpoints.
+        base: Source of the running statistics under the policy "base".
+        calibrate_on: Training split of the recalibrating policies.
+        network: The module that the caller passed, or None.
+        model: A network on the device; its weights are overwritten.
+        data: The samples, on the device.
     """
-    state = saved.load()
-    values: list[list[float]] = state["values"] if state else []
-    for x, y in points[len(values) :]:
-        values.append(measure_point(x, y))
-        if saved.due():
-            saved.save({"values": values})
-        if on_progress:
-            on_progress(len(values), len(points), f"robust loss {values[-1][2]:.3f}")
-    saved.save({"values": values})
-    return values
+
+    settings: LandscapeSettings
+    plane: Plane
+    checkpoints: Sequence[Checkpoint]
+    base: Checkpoint | None
+    calibrate_on: Split | None
+    network: nn.Module | None
+    model: nn.Module
+    data: Split
+
+    def measure_grid(self, saved: SavedState, on_progress: Progress | None) -> Landscape:
+        """Measure all points; resumes from the saved state and saves it from time to time."""
+        settings, columns = self.settings, self.settings.points
+        x, y = self.plane.axes(columns)
+        points = [(u, v) for v in y for u in x]
+        state = saved.load()
+        values: list[tuple[float, ...]] = state["values"] if state else []
+        for point in points[len(values) :]:
+            values.append(self.measure_point(*point))
+            if saved.due():
+                saved.save({"values": values})
+            if on_progress:
+                on_progress(len(values), len(points), f"robust loss {values[-1][2]:.3f}")
+        saved.save({"values": values})
+        clean_loss, clean_accuracy, loss, accuracy = zip(*values, strict=True)
+        return Landscape(
+            checkpoints=tuple(item.name for item in self.checkpoints),
+            x=x,
+            y=y,
+            positions=self.plane.positions,
+            loss=_split_losses(loss, columns),
+            accuracy=_split_rows(accuracy, columns),
+            clean_loss=_split_losses(clean_loss, columns),
+            clean_accuracy=_split_rows(clean_accuracy, columns),
+            threat=str(settings.threat),
+            attack_steps=settings.attack_steps,
+            samples=settings.samples,
+            split=self.data.name,
+            buffers=settings.buffers,
+            seed=settings.seed,
+            precision=settings.precision,
+        )
+
+    def measure_point(self, x: float, y: float) -> tuple[float, float, float, float]:
+        """Return clean loss, clean accuracy, robust loss and robust accuracy at a point."""
+        settings = self.settings
+        soup = mix(
+            self.checkpoints,
+            self.plane.alpha(x, y),
+            affine=True,
+            buffers=settings.buffers,
+            base=self.base,
+            calibrate_on=self.calibrate_on,
+            calibrate_samples=settings.calibrate_samples,
+            threat=settings.threat,
+            attack_steps=min(settings.attack_steps, 2),
+            network=self.network,
+            device=self.data.images.device,
+            precision=settings.precision,
+            seed=settings.seed,
+        )
+        soup.load_into(self.model)
+        clean = measure_robust_loss(self.model, self.data, CLEAN)
+        robust = measure_robust_loss(
+            self.model,
+            self.data,
+            settings.threat,
+            steps=settings.attack_steps,
+            precision=settings.precision,
+        )
+        return (*clean, *robust)
 
 
-def _loss_rows(losses: Sequence[float], columns: int) -> tuple[tuple[float | None, ...], ...]:
+def _split_losses(losses: Sequence[float], columns: int) -> tuple[tuple[float | None, ...], ...]:
     """Split losses into rows; a loss that is not finite becomes None."""
     return _split_rows([loss if math.isfinite(loss) else None for loss in losses], columns)
 
