@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,29 @@ def test_python_examples_run(page, tmp_path, monkeypatch, capsys):
     """Run the blocks of a page in order; a block that begins with "# NAME.py" becomes that file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    install_entry_points(page, tmp_path)
+    names = {"__name__": "example"}
     for code in code_blocks(page, "python"):
         if file_name := re.match(r"# (\w+\.py)\n", code):
             (tmp_path / file_name[1]).write_text(code, encoding="utf-8")
             continue
-        exec(compile(code, page.name, "exec"), {"__name__": "example"})
+        exec(compile(code, page.name, "exec"), names)
         assert capsys.readouterr().out.strip(), "an example prints its result"
+
+
+def install_entry_points(page, folder):
+    """Write the entry points of the TOML blocks of a page as an installed package has them."""
+    blocks = [code for code in code_blocks(page, "toml") if "entry-points" in code]
+    if not blocks:
+        return
+    groups = tomllib.loads("\n".join(blocks))["project"]["entry-points"]
+    lines = []
+    for group, entries in groups.items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    metadata = folder / "example-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
 
 
 RECIPES = [code for page in PAGES for code in code_blocks(page, "toml") if "name = " in code]
