@@ -359,11 +359,10 @@ class AttackSettings:
     Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
     """
 
-    attack: str = setting(
+    attack: str | Callable[..., Any] = setting(
         "apgd",
-        "Attack: apgd, pgd (a baseline) or autoattack (the standard four; requires the extra "
-        "robustsoup[autoattack]).",
-        choices=tuple(ATTACKS),
+        "Attack: apgd, pgd (a baseline), autoattack (the standard four; requires the extra "
+        "robustsoup[autoattack]) or package.module:function.",
     )
     loss: str | Callable[..., Any] = setting(
         "ce", 'Loss that the attack maximises: ce, dlr or "targeted dlr".'
@@ -383,8 +382,17 @@ class AttackSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_ranges(self)
+        attack = self.attack
+        if isinstance(attack, str) and ":" not in attack and ATTACKS.find(attack) is None:
+            known = ", ".join(ATTACKS.all_entries())
+            raise RequestError(f'attack: got "{attack}", expected one of {known}')
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise RequestError(f'loss: got "{self.loss}", expected one of {", ".join(LOSSES)}')
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the queue of `robustsoup.attacks.engine` runs the attack: apgd and pgd."""
+        return self.attack in ("apgd", "pgd")
 
     @property
     def loss_name(self) -> str:

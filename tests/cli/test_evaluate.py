@@ -76,6 +76,15 @@ def test_the_output_names_the_attack(here, capsys, options, record, text):
     assert not list(here.glob("verdicts/*.points.npz"))
 
 
+def test_an_attack_may_be_a_function_in_this_folder(here, capsys):
+    code = "def stay(model, x, y, threat, *, seed):\n    return x\n"
+    (here / "idle_attacks.py").write_text(code)
+    assert run(*LOW, "--attack", "idle_attacks:stay", "-o", "verdicts") == 0
+    assert "95 % Wilson intervals, idle_attacks:stay" in capsys.readouterr().out
+    record = Evaluation.load("verdicts/low.test.json").record
+    assert record["attack"] == "idle_attacks:stay"
+
+
 def test_the_output_lists_the_accuracy_after_each_attack(here, capsys):
     assert run(*LOW, "--loss", "targeted dlr", "-o", "verdicts") == 0
     lines = capsys.readouterr().out.splitlines()

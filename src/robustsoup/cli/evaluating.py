@@ -58,11 +58,13 @@ def evaluate_command(
     from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_evaluations
+    from robustsoup.cli.user_code import import_named_module
     from robustsoup.evaluation.evaluate import check_above_chance, evaluate
 
     if keep_points and not output:
         raise RequestError("--keep-points: requires -o FOLDER")
     run.use_threads()
+    import_named_module(attack.attack)
     loaded = load_requested_data(data)
     context = make_context(loaded, network, run, checkpoints)
     part = loaded.split(split)

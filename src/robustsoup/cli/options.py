@@ -17,7 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from robustsoup.catalog import DATA_SOURCES, MODELS
+from robustsoup.catalog import ATTACKS, DATA_SOURCES, MODELS
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.settings import SEED_LIMIT, Rule, check_ranges, rules, setting
 from robustsoup.threats import ThreatModel
@@ -310,7 +310,7 @@ def _flag(name: str) -> str:
 
 def _make_completion(name: str, rule: Rule) -> Callable[[str], list[str]] | None:
     """Return the shell completion of an option's value, or None where anything may follow."""
-    registries = {"model": MODELS, "data": DATA_SOURCES}
+    registries = {"model": MODELS, "data": DATA_SOURCES, "attack": ATTACKS}
     choices = rule.choices or tuple(registries.get(name, ()))
     if not choices:
         return None

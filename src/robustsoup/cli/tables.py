@@ -100,6 +100,8 @@ def describe_attack(record: Mapping[str, Any]) -> str:
         return ""
     if record["attack"] == "autoattack":
         return f", AutoAttack, {record['version']}"
+    if "code" in record:
+        return f", {record['attack']}"
     precision = record["search_precision"]
     search = "" if precision == "float32" else f", search in {precision}"
     restarts = f"{record['restarts']} restart{'s' if record['restarts'] > 1 else ''}"

@@ -8,14 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.attempts import check_classes, check_points, list_attempts, run_attempts
-from robustsoup.attacks.autoattack import AutoAttackPlan, attack_chunk, plan_autoattack
+from robustsoup.attacks.autoattack import (
+    POINT_TOLERANCE,
+    AutoAttackPlan,
+    attack_chunk,
+    plan_autoattack,
+)
 from robustsoup.attacks.forward import pass_size
 from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.projections import constraint_excess
+from robustsoup.catalog import ATTACKS, import_by_name
+from robustsoup.errors import RequestError
+from robustsoup.fingerprint import code_fingerprint
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
-AUTOATTACK_CHUNK = 500
-"""Samples in one batch of AutoAttack, whose effect on a sample depends on the rest of the batch."""
+CHUNK_SAMPLES = 500
+"""Samples in one call of AutoAttack or of an added attack, whose effect on a sample may depend on
+the rest of the batch."""
 
 Poll = Callable[[int, int], None]
 """poll(done, total): called several times a second; counts samples times attempts."""
@@ -106,6 +116,98 @@ class QueueAttacker:
         )
 
 
+class AttackFunction(Protocol):
+    """An added attack: it returns one point for each image."""
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            model: network in eval mode; its parameters need no gradient.
+            x: (b, c, h, w) float32 images in [0, 1].
+            y: (b,) int64 labels.
+            threat: threat model.
+            seed: seed of the noise, if there is any.
+
+        Returns:
+            (b, c, h, w) points in the ball and the box.
+        """
+
+
+@dataclass(frozen=True)
+class FunctionAttacker:
+    """An added attack, one chunk of samples at a time.
+
+    Args:
+        name: what records call it.
+        function: the attack.
+        seed: seed of the noise.
+    """
+
+    name: str
+    function: AttackFunction
+    seed: int
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """The attack itself is the only attempt."""
+        return (self.name,)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings that decide the verdicts."""
+        return {
+            "attack": self.name,
+            "code": code_fingerprint(self.function),
+            "chunk": CHUNK_SAMPLES,
+            "seed": self.seed,
+            "search_precision": "float32",
+        }
+
+    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+        """Attack chunk by chunk; chunks hold the same samples whatever is settled already."""
+        correct = target.samples.correct.nonzero().flatten()
+        for chunk in correct.split(CHUNK_SAMPLES):
+            if bool((outcome.settled[chunk] == 0).any()):
+                self._attack_chunk(target, threat, outcome, chunk)
+            poll(int(outcome.settled[correct].sum()), len(correct))
+
+    def _attack_chunk(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, chunk: Tensor
+    ) -> None:
+        x, y = target.samples.fetch(chunk), target.samples.y[chunk].to(target.device)
+        seed = self.seed + int(target.samples.ids[chunk[0]])
+        with torch.enable_grad():
+            points = self.function(target.model, x, y, threat, seed=seed).detach()
+        self._check_shape(points, x)
+        excess = float(constraint_excess(points, x, threat).max())
+        if excess > POINT_TOLERANCE:
+            raise RequestError(
+                f'attack "{self.name}": a point lies {excess:.2g} outside the ball or the box of '
+                f"{threat}; project the points"
+            )
+        outcome.record_points(chunk, points, x, threat)
+
+        def fetch_points(at: Tensor) -> Tensor:
+            return points[torch.searchsorted(chunk, at)]
+
+        broken, margin = check_points(
+            target.model, target.samples, fetch_points, chunk, target.rows, target.device
+        )
+        outcome.attacked[chunk] = True
+        outcome.broken[chunk], outcome.margin[chunk] = broken, margin
+        outcome.by[chunk] = torch.where(broken, 0, -1)
+        outcome.settled[chunk] = 1
+
+    def _check_shape(self, points: Tensor, x: Tensor) -> None:
+        if points.shape != x.shape or not points.is_floating_point():
+            raise RequestError(
+                f'attack "{self.name}": returned {tuple(points.shape)} {points.dtype}, '
+                f"expected {tuple(x.shape)} {x.dtype}"
+            )
+
+
 @dataclass(frozen=True)
 class AutoAttacker:
     """Standard AutoAttack, one chunk of samples at a time.
@@ -129,7 +231,7 @@ class AutoAttacker:
             "attack": "autoattack",
             "version": self.plan.label,
             "targets": self.plan.targets,
-            "chunk": AUTOATTACK_CHUNK,
+            "chunk": CHUNK_SAMPLES,
             "search_precision": "float32",
         }
 
@@ -138,8 +240,8 @@ class AutoAttacker:
         attempts = len(self.attempts)
         correct = target.samples.correct.nonzero().flatten()
         total = len(correct) * attempts
-        for start in range(0, len(correct), AUTOATTACK_CHUNK):
-            chunk = correct[start : start + AUTOATTACK_CHUNK]
+        for start in range(0, len(correct), CHUNK_SAMPLES):
+            chunk = correct[start : start + CHUNK_SAMPLES]
             seed = self.seed + int(target.samples.ids[chunk[0]])
             chunk = chunk[outcome.settled[chunk] < attempts]
             if not len(chunk):
@@ -207,10 +309,21 @@ def make_attacker(
     Raises:
         RequestError: if the attack is impossible with so many classes, or not installed.
     """
-    name = "apgd" if settings.attack == "autoattack" else settings.attack
-    rows = pass_size(device, settings.batch_size)
-    queue = QueueAttacker(replace(settings, attack=name), classes, rows, stop_below)
     check_classes(settings, classes)
     if settings.attack == "autoattack" and threats:
         return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
-    return queue
+    if settings.is_queued or settings.attack == "autoattack":
+        name = settings.attack if settings.is_queued else "apgd"
+        rows = pass_size(device, settings.batch_size)
+        return QueueAttacker(replace(settings, attack=name), classes, rows, stop_below)
+    name, function = _find_attack_function(settings.attack)
+    return FunctionAttacker(name, function, settings.seed)
+
+
+def _find_attack_function(attack: str | AttackFunction) -> tuple[str, AttackFunction]:
+    """Return the name and the function of an added attack."""
+    if not isinstance(attack, str):
+        return getattr(attack, "__name__", type(attack).__name__), attack
+    if ":" in attack:
+        return attack, import_by_name(attack, label=f'attack "{attack}"')
+    return attack, ATTACKS.get_entry(attack).load()

@@ -10,7 +10,7 @@ from robustsoup.attacks.attempts import check_points
 from robustsoup.attacks.outcome import Outcome
 from robustsoup.data import Split
 from robustsoup.errors import RequestError
-from robustsoup.evaluation.attackers import AUTOATTACK_CHUNK, Target
+from robustsoup.evaluation.attackers import CHUNK_SAMPLES, Target
 from robustsoup.evaluation.verdicts import Evaluation, Record
 from robustsoup.threats import ThreatModel
 
@@ -106,7 +106,7 @@ def try_pool(
         broken, margin = check_points(
             target.model, target.samples, fetch, waiting, size=target.rows, device=target.device
         )
-        for part in waiting[broken].split(AUTOATTACK_CHUNK):
+        for part in waiting[broken].split(CHUNK_SAMPLES):
             outcome.record_points(part, fetch(part), target.samples.fetch(part), threat)
         at = waiting[broken]
         outcome.margin[at] = margin[broken]

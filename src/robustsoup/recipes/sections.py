@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from robustsoup.catalog import LOSSES, SOUP_METHODS
+from robustsoup.catalog import ATTACKS, LOSSES, SOUP_METHODS
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.verdicts import parse_measure
 from robustsoup.settings import (
@@ -145,6 +145,7 @@ _VALUE_TYPES: dict[str, Any] = {
     "objective": ObjectiveValue,
     "schedule": ScheduleValue,
     "synthetic": str | None,
+    "attack": Annotated[str, AfterValidator(one_of(ATTACKS))],
     "loss": Annotated[str, AfterValidator(one_of(LOSSES))],
     "granularity": Annotated[str, AfterValidator(_check_granularity)],
     "score": ScoreValue | None,

@@ -115,7 +115,7 @@ def _sort_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None:
-    if settings.screen and attack.attack == "autoattack":
+    if settings.screen and not attack.is_queued:
         raise RequestError(
             'search: screen requires attack "apgd" or "pgd", which can be shortened; '
             'got "autoattack"'
