@@ -57,7 +57,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps robustbench torchattacks
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchattacks
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --force-reinstall robustbench
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

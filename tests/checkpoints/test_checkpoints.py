@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, foreign files in their own wrapping, and what each broken file is told."""
+"""Checkpoints: round trips, foreign files in their wrapping, and the errors of broken files."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def same(left, right):
 
 
 def files(folder):
-    """What is in a folder, to see that nothing in it was changed or left behind."""
+    """The contents of a folder, to check that nothing was changed or left behind."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
@@ -70,7 +70,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_safetensors_come_back_bit_for_bit_with_their_provenance(tmp_path, dtype):
-    held = {
+    state = {
         "w": (torch.arange(24).view(2, 3, 4) * 3.7).to(dtype),
         "one": torch.tensor(1.0).to(dtype),
         "none": torch.empty(0, 3, dtype=dtype),
@@ -81,34 +81,34 @@ def test_safetensors_come_back_bit_for_bit_with_their_provenance(tmp_path, dtype
         "eps": 8 / 255,
         "parents": [{"digest": "ab", "file": None}],
     }
-    made = Checkpoint(held, provenance)
-    assert made.save(tmp_path / "new" / "a.safetensors") == tmp_path / "new" / "a.safetensors"
+    checkpoint = Checkpoint(state, provenance)
+    assert checkpoint.save(tmp_path / "new" / "a.safetensors") == tmp_path / "new" / "a.safetensors"
     read = Checkpoint.load(tmp_path / "new" / "a.safetensors")
-    assert same(dict(sorted(read.tensors.items())), dict(sorted(held.items())))
+    assert same(dict(sorted(read.tensors.items())), dict(sorted(state.items())))
     assert read.provenance == provenance
-    assert read.digest == made.digest
+    assert read.digest == checkpoint.digest
     assert read.path == tmp_path / "new" / "a.safetensors"
     assert Checkpoint.load(read) is read
     assert os.listdir(tmp_path / "new") == ["a.safetensors"]
 
 
-def test_minus_0_and_the_smallest_numbers_survive(tmp_path):
+def test_negative_zero_and_subnormal_numbers_survive(tmp_path):
     Checkpoint({"w": torch.tensor([-0.0, 1e-45])}).save(tmp_path / "a.safetensors")
     read = Checkpoint.load(tmp_path / "a.safetensors").tensors["w"]
     assert torch.equal(read.view(torch.int32), torch.tensor([-0.0, 1e-45]).view(torch.int32))
 
 
 def test_a_foreign_safetensors_file_has_no_provenance(tmp_path):
-    save_file(tensors(), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    read = Checkpoint.load(tmp_path / "theirs.safetensors")
+    save_file(tensors(), tmp_path / "foreign.safetensors", metadata={"format": "pt"})
+    read = Checkpoint.load(tmp_path / "foreign.safetensors")
     assert read.provenance == {}
     assert same(dict(sorted(read.tensors.items())), dict(sorted(tensors().items())))
 
 
-def test_saving_again_leaves_the_same_tensors_in_the_same_network(tmp_path):
+def test_a_saved_network_computes_the_same(tmp_path):
     model = load_model("resnet9:width=2", channels=1, seed=3).eval()
-    made = Checkpoint.of(model)
-    read = Checkpoint.load(made.save(tmp_path / "a.safetensors"))
+    checkpoint = Checkpoint.of(model)
+    read = Checkpoint.load(checkpoint.save(tmp_path / "a.safetensors"))
     x = torch.rand(3, 1, 8, 8)
     again = read.network("resnet9:width=2", channels=1)
     assert not again.training
@@ -119,25 +119,25 @@ def test_saving_again_leaves_the_same_tensors_in_the_same_network(tmp_path):
 
 def test_a_checkpoint_of_a_network_is_a_copy():
     model = nn.Linear(3, 2)
-    made = Checkpoint.of(model, {"seed": 5})
-    before = made.tensors["weight"].clone()
+    checkpoint = Checkpoint.of(model, {"seed": 5})
+    before = checkpoint.tensors["weight"].clone()
     with torch.no_grad():
         model.weight.zero_()
-    assert torch.equal(made.tensors["weight"], before)
-    assert made.provenance["seed"] == 5
-    assert not any(tensor.requires_grad for tensor in made.tensors.values())
+    assert torch.equal(checkpoint.tensors["weight"], before)
+    assert checkpoint.provenance["seed"] == 5
+    assert not any(tensor.requires_grad for tensor in checkpoint.tensors.values())
 
 
 # the digest
 
 
-def test_the_digest_is_of_the_tensors_alone(tmp_path):
-    made = Checkpoint(tensors(), {"seed": 0})
+def test_the_digest_depends_on_the_tensors_alone(tmp_path):
+    checkpoint = Checkpoint(tensors(), {"seed": 0})
     others = [
         Checkpoint(tensors(), {"seed": 1, "note": "x"}),
         Checkpoint(dict(reversed(tensors().items()))),
-        Checkpoint.load(made.save(tmp_path / "a.safetensors")),
-        Checkpoint.load(made.save(tmp_path / "b.pth")),
+        Checkpoint.load(checkpoint.save(tmp_path / "a.safetensors")),
+        Checkpoint.load(checkpoint.save(tmp_path / "b.pth")),
         Checkpoint(
             {
                 name: tensor.clone(memory_format=torch.contiguous_format)
@@ -146,8 +146,8 @@ def test_the_digest_is_of_the_tensors_alone(tmp_path):
         ),
         Checkpoint({name: channels_last(tensor) for name, tensor in tensors().items()}),
     ]
-    assert {other.digest for other in others} == {made.digest}
-    assert len(made.digest) == 64
+    assert {other.digest for other in others} == {checkpoint.digest}
+    assert len(checkpoint.digest) == 64
 
 
 def channels_last(tensor):
@@ -157,16 +157,16 @@ def channels_last(tensor):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda held: held | {"bn.bias": held["bn.bias"] + 1e-6},
-        lambda held: held | {"bn.bias": held["bn.bias"].double()},
-        lambda held: held | {"bn.bias": held["bn.bias"].view(2, 2)},
-        lambda held: held | {"bn.num_batches_tracked": torch.tensor(8)},
-        lambda held: held | {"bn.bias": held["bn.weight"], "bn.weight": held["bn.bias"]},
-        lambda held: {f"net.{name}": tensor for name, tensor in held.items()},
-        lambda held: {name: tensor for name, tensor in held.items() if name != "bn.bias"},
+        lambda state: state | {"bn.bias": state["bn.bias"] + 1e-6},
+        lambda state: state | {"bn.bias": state["bn.bias"].double()},
+        lambda state: state | {"bn.bias": state["bn.bias"].view(2, 2)},
+        lambda state: state | {"bn.num_batches_tracked": torch.tensor(8)},
+        lambda state: state | {"bn.bias": state["bn.weight"], "bn.weight": state["bn.bias"]},
+        lambda state: {f"net.{name}": tensor for name, tensor in state.items()},
+        lambda state: {name: tensor for name, tensor in state.items() if name != "bn.bias"},
     ],
 )
-def test_the_digest_sees_values_types_shapes_and_names(change):
+def test_the_digest_depends_on_values_types_shapes_and_names(change):
     assert Checkpoint(change(tensors())).digest != Checkpoint(tensors()).digest
 
 
@@ -178,14 +178,14 @@ def test_the_digest_sees_values_types_shapes_and_names(change):
     "key", [None, "state_dict", "model_state_dict", "model", "net", "ema_state_dict"]
 )
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".bin"])
-def test_wrappers_come_off_and_go_back_on(tmp_path, prefix, key, ending):
+def test_wrappers_are_removed_and_restored(tmp_path, prefix, key, ending):
     state = {prefix + name: tensor for name, tensor in tensors().items()}
     optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1}]}
     content = state if key is None else {"epoch": 12, key: state, "optimizer": optimizer}
-    torch.save(content, tmp_path / f"theirs{ending}")
-    read = Checkpoint.load(tmp_path / f"theirs{ending}")
+    torch.save(content, tmp_path / f"foreign{ending}")
+    read = Checkpoint.load(tmp_path / f"foreign{ending}")
     assert same(read.tensors, tensors())
-    again = torch.load(read.save(tmp_path / f"ours{ending}"), weights_only=True)
+    again = torch.load(read.save(tmp_path / f"saved{ending}"), weights_only=True)
     if key is None:
         assert same(again, state)
     else:
@@ -193,10 +193,10 @@ def test_wrappers_come_off_and_go_back_on(tmp_path, prefix, key, ending):
         assert again == {"epoch": 12, "optimizer": optimizer}
 
 
-def test_a_file_written_back_loads_where_it_came_from(tmp_path):
-    """Plain PyTorch, as in a user's own script: DataParallel around the network, an epoch beside it."""
-    theirs = nn.DataParallel(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
-    torch.save({"state_dict": theirs.state_dict(), "epoch": 9}, tmp_path / "a.pth")
+def test_a_soup_loads_into_the_script_that_saved_the_checkpoint(tmp_path):
+    """As a user's script saves it: DataParallel around the network, an epoch beside it."""
+    original = nn.DataParallel(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+    torch.save({"state_dict": original.state_dict(), "epoch": 9}, tmp_path / "a.pth")
     read = Checkpoint.load(tmp_path / "a.pth")
     assert next(iter(read.tensors)) == "0.weight"
     read.save(tmp_path / "b.pth")
@@ -204,35 +204,35 @@ def test_a_file_written_back_loads_where_it_came_from(tmp_path):
     loaded = torch.load(tmp_path / "b.pth")
     assert loaded["epoch"] == 9
     fresh.load_state_dict(loaded["state_dict"], strict=True)
-    assert same(fresh.state_dict(), theirs.state_dict())
+    assert same(fresh.state_dict(), original.state_dict())
 
 
-def test_a_prefix_that_only_some_names_have_stays(tmp_path):
+def test_a_prefix_of_only_some_names_stays(tmp_path):
     state = {"module.a": torch.ones(1), "b": torch.ones(1)}
     torch.save(state, tmp_path / "a.pth")
     assert list(Checkpoint.load(tmp_path / "a.pth").tensors) == ["module.a", "b"]
 
 
-def test_a_network_whose_own_names_share_a_prefix_loads_again(tmp_path):
-    """All names of Sequential(Linear) begin with "0.": that is the network's, not a wrapper."""
+def test_a_network_whose_names_share_a_prefix_loads_again(tmp_path):
+    """All names of Sequential(Linear) begin with "0.", which belongs to the network."""
     torch.save(nn.Sequential(nn.Linear(3, 2)).state_dict(), tmp_path / "a.pth")
     read = Checkpoint.load(tmp_path / "a.pth")
     read.load_into(nn.Sequential(nn.Linear(3, 2)))
 
 
-def test_a_file_in_the_old_format_is_read(tmp_path):
+def test_a_file_from_before_torch_1_6_is_read(tmp_path):
     torch.save(tensors(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert same(Checkpoint.load(tmp_path / "old.pt").tensors, tensors())
 
 
-def test_parameters_that_were_saved_as_such_carry_no_gradients(tmp_path):
+def test_saved_parameters_require_no_gradients(tmp_path):
     torch.save(dict(nn.Linear(3, 2).named_parameters()), tmp_path / "a.pth")
     read = Checkpoint.load(tmp_path / "a.pth")
     assert sorted(read.parameters) == ["bias", "weight"]
     assert not any(tensor.requires_grad for tensor in read.tensors.values())
 
 
-def test_without_a_record_the_parameters_are_the_floats_that_are_no_statistics(tmp_path):
+def test_without_a_record_parameters_are_the_floats_that_are_not_statistics(tmp_path):
     torch.save(tensors(), tmp_path / "a.pth")
     assert Checkpoint.load(tmp_path / "a.pth").parameters == ["conv.weight", "bn.weight", "bn.bias"]
 
@@ -262,7 +262,7 @@ def test_tied_parameters_are_one_parameter_under_two_names(tmp_path, ending):
 
 
 def corrupt(folder):
-    """Files that are no checkpoints: name -> what the message must say besides the name."""
+    """Write files that are not checkpoints, and return their names."""
     good = Checkpoint(tensors()).save(folder / "good.safetensors").read_bytes()
     torch.save(tensors(), folder / "good.pth")
     zipped = (folder / "good.pth").read_bytes()
@@ -362,7 +362,7 @@ BROKEN = [
 ]
 
 
-def test_every_broken_file_is_in_the_list(broken_files):
+def test_the_list_names_every_broken_file(broken_files):
     assert set(broken_files[1]) == {
         name for name in BROKEN if not name.startswith(("absent", "good"))
     }
@@ -372,9 +372,9 @@ def test_every_broken_file_is_in_the_list(broken_files):
 def test_a_broken_file_is_refused_in_one_line_that_names_it(broken_files, name):
     folder, _ = broken_files
     before = files(folder)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         Checkpoint.load(folder / name)
-    message = str(told.value)
+    message = str(caught.value)
     assert message.startswith(f"{folder / name}: ")
     assert "\n" not in message
     assert len(message) < len(str(folder)) + 400
@@ -397,7 +397,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(broken_files, name):
         ("empty.safetensors", "no tensors"),
     ],
 )
-def test_the_message_says_what_is_wrong(broken_files, name, text):
+def test_the_error_says_what_is_wrong(broken_files, name, text):
     with pytest.raises(CheckpointError, match=text):
         Checkpoint.load(broken_files[0] / name)
 
@@ -408,7 +408,7 @@ def test_the_message_says_what_is_wrong(broken_files, name, text):
     ending=st.sampled_from([".pth", ".safetensors"]),
     old=st.booleans(),
 )
-def test_no_beginning_of_a_file_is_a_checkpoint(tmp_path_factory, cut, ending, old):
+def test_no_truncated_file_is_a_checkpoint(tmp_path_factory, cut, ending, old):
     path = tmp_path_factory.mktemp("cut") / f"a{ending}"
     if ending == ".pth":
         torch.save(tensors(), path, _use_new_zipfile_serialization=not old)
@@ -422,17 +422,17 @@ def test_no_beginning_of_a_file_is_a_checkpoint(tmp_path_factory, cut, ending, o
 
 @settings(max_examples=30, deadline=None)
 @given(content=st.one_of(st.binary(max_size=40), st.text(max_size=40).map(str.encode)))
-def test_no_bytes_at_random_are_more_than_a_checkpoint_error(tmp_path_factory, content):
+def test_random_bytes_raise_a_checkpoint_error(tmp_path_factory, content):
     for ending in (".pth", ".safetensors"):
         path = tmp_path_factory.mktemp("random") / f"a{ending}"
         path.write_bytes(content)
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as caught:
             Checkpoint.load(path)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("record", ["[1]", '"text"', "5", "{"])
-def test_a_record_that_is_no_record_is_refused(tmp_path, record):
+def test_a_record_that_is_not_a_json_object_is_refused(tmp_path, record):
     save_file(tensors(), tmp_path / "a.safetensors", metadata={"robustsoup": record})
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         Checkpoint.load(tmp_path / "a.safetensors")
@@ -445,13 +445,13 @@ def test_the_network_is_built_from_the_record(tmp_path):
     model = load_model("resnet9:width=2", channels=1, classes=4)
     settings_ = {"spec": "resnet9:width=2", "channels": 1, "classes": 4}
     path = Checkpoint.of(model, {"network": settings_}).save(tmp_path / "a.safetensors")
-    for made in (
+    for checkpoint in (
         Checkpoint.load(path).network(),
         as_network(path),
         as_network(str(path)),
         as_network(Checkpoint.load(path)),
     ):
-        assert same(made.state_dict(), model.state_dict())
+        assert same(checkpoint.state_dict(), model.state_dict())
     assert as_network(model) is model
     with pytest.raises(
         RequestError, match=r"got int, expected an nn\.Module, a Checkpoint or a path"
@@ -459,7 +459,7 @@ def test_the_network_is_built_from_the_record(tmp_path):
         as_network(5)
 
 
-def test_a_checkpoint_of_a_built_network_knows_it():
+def test_a_checkpoint_of_a_built_network_records_it():
     model = load_model(
         "resnet9:width=2", channels=1, classes=4, seed=9, normalize=([0.5], [0.2])
     ).eval()
@@ -484,15 +484,15 @@ def test_without_a_record_a_network_must_be_named():
         ({"classes": 5}, r"linear\.weight: got shape \(10, 16\), the network expects \(5, 16\)"),
     ],
 )
-def test_a_wrong_network_is_told_by_the_first_tensor_that_differs(change, text):
-    made = Checkpoint.of(load_model("resnet9:width=2", channels=1))
+def test_the_error_for_a_wrong_network_names_the_first_differing_tensor(change, text):
+    checkpoint = Checkpoint.of(load_model("resnet9:width=2", channels=1))
     spec = f"resnet9:width={change.pop('width', 2)}"
-    with pytest.raises(ModelError, match=text) as told:
-        made.network(spec, **{"channels": 1, **change})
-    assert "\n" not in str(told.value)
+    with pytest.raises(ModelError, match=text) as caught:
+        checkpoint.network(spec, **{"channels": 1, **change})
+    assert "\n" not in str(caught.value)
 
 
-def test_a_missing_and_a_surplus_tensor_are_told_apart():
+def test_missing_and_surplus_tensors_are_distinguished():
     model = load_model("resnet9:width=2", channels=1)
     state = dict(model.state_dict())
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -512,17 +512,17 @@ def test_a_missing_and_a_surplus_tensor_are_told_apart():
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_target_below_a_file_cannot_be_written_and_the_file_stays(tmp_path, ending):
+def test_a_path_below_a_file_cannot_be_written_and_the_file_stays(tmp_path, ending):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match=r"cannot be written.*nothing was changed") as told:
+    with pytest.raises(StorageError, match=r"cannot be written.*nothing was changed") as caught:
         Checkpoint(tensors()).save(tmp_path / "file" / f"a{ending}")
-    assert f"a{ending}" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert f"a{ending}" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert files(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_target_that_is_a_folder_stays_one(tmp_path, ending):
+def test_a_path_that_is_a_folder_stays_a_folder(tmp_path, ending):
     (tmp_path / f"a{ending}").mkdir()
     with pytest.raises(StorageError, match="cannot be written"):
         Checkpoint(tensors()).save(tmp_path / f"a{ending}")
@@ -538,8 +538,8 @@ def test_another_ending_is_refused(tmp_path, name):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX")
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_without_space_the_old_file_stays_and_nothing_is_left_behind(tmp_path, ending):
-    """A limit on the size of files stands in for a full disk."""
+def test_on_a_full_disk_the_old_file_stays_and_nothing_is_left_behind(tmp_path, ending):
+    """A limit on the size of files simulates a full disk."""
     target = tmp_path / f"a{ending}"
     Checkpoint(tensors()).save(target)
     before = files(tmp_path)
@@ -568,7 +568,7 @@ except StorageError as error:
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path):
-    """The record cannot be written as JSON: the failure comes in the middle of the work."""
+    """The record is not JSON-able, so that the save fails half-way."""
     target = tmp_path / "a.safetensors"
     Checkpoint(tensors()).save(target)
     before = files(tmp_path)

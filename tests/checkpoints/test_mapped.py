@@ -1,4 +1,4 @@
-"""Checkpoints that stay in their files: the same tensors, no memory of the process, and a named error when a file is lost."""
+"""Mapped checkpoints: the same tensors, no memory of the process, errors when a file changes."""
 
 import json
 import os
@@ -27,11 +27,11 @@ DTYPES = [
 ]
 
 
-def same(one, two):
-    assert one.tensors.keys() == two.tensors.keys()
-    for name, tensor in one.tensors.items():
-        assert tensor.dtype == two.tensors[name].dtype
-        assert torch.equal(tensor, two.tensors[name]), name
+def check_same_tensors(left, right):
+    assert left.tensors.keys() == right.tensors.keys()
+    for name, tensor in left.tensors.items():
+        assert tensor.dtype == right.tensors[name].dtype
+        assert torch.equal(tensor, right.tensors[name]), name
 
 
 @settings(max_examples=30, deadline=None)
@@ -42,14 +42,14 @@ def same(one, two):
         max_size=5,
     )
 )
-def test_open_gives_what_load_gives(tmp_path_factory, kinds):
+def test_open_and_load_return_the_same(tmp_path_factory, kinds):
     path = tmp_path_factory.mktemp("mapped") / "a.safetensors"
     tensors = {
         f"t{i}": torch.randint(0, 2, shape).to(dtype) for i, (dtype, shape) in enumerate(kinds)
     }
     Checkpoint(tensors, {"note": "x"}).save(path)
     opened, loaded = Checkpoint.open(path), Checkpoint.load(path)
-    same(opened, loaded)
+    check_same_tensors(opened, loaded)
     assert (opened.provenance, opened.digest, opened.path) == (
         loaded.provenance,
         loaded.digest,
@@ -61,31 +61,30 @@ def test_open_gives_what_load_gives(tmp_path_factory, kinds):
 def test_every_format_can_be_opened(tmp_path, ending):
     path = Checkpoint.of(load_model("resnet9:width=2")).save(tmp_path / f"net{ending}")
     opened, loaded = Checkpoint.open(path), Checkpoint.load(path)
-    same(opened, loaded)
+    check_same_tensors(opened, loaded)
     assert (opened.tied, opened.wrapping) == (loaded.tied, loaded.wrapping)
     assert opened.source == MappedFile.of(path)
     assert loaded.source is None
 
 
-def test_a_file_of_the_old_format_is_read_whole(tmp_path):
+def test_a_file_from_before_torch_1_6_is_read_into_memory(tmp_path):
     path = tmp_path / "old.pt"
     torch.save({"w": torch.arange(5.0)}, path, _use_new_zipfile_serialization=False)
     assert torch.equal(Checkpoint.open(path).tensors["w"], torch.arange(5.0))
 
 
-def test_an_opened_file_takes_no_memory_of_the_process(tmp_path):
+def test_a_mapped_file_takes_no_memory_of_the_process(tmp_path):
     path = Checkpoint({"w": torch.ones(16 << 20)}).save(tmp_path / "big.safetensors")
 
-    def anonymous():
+    def anonymous_mib():
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) // 1024
 
-    before = anonymous()
+    before = anonymous_mib()
     opened = Checkpoint.open(path)
     assert float(opened.tensors["w"].sum()) == 16 << 20
-    assert (
-        anonymous() - before < 32
-    )  # the file has 64 MiB; the check for NaN takes a quarter of it, once
+    # The file has 64 MiB; the check for NaN needs a quarter of it, once.
+    assert anonymous_mib() - before < 32
 
 
 def test_views_cannot_change_the_file(tmp_path):
@@ -95,7 +94,7 @@ def test_views_cannot_change_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def write(path, header, data=b"\0" * 16):
+def write_safetensors(path, header, data=b"\0" * 16):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
@@ -115,8 +114,8 @@ def write(path, header, data=b"\0" * 16):
         b"",
     ],
 )
-def test_a_broken_header_is_refused_by_name(tmp_path, header):
-    path = write(tmp_path / "broken.safetensors", header)
+def test_the_error_for_a_broken_header_names_the_file(tmp_path, header):
+    path = write_safetensors(tmp_path / "broken.safetensors", header)
     for read in (Checkpoint.open, Checkpoint.load):
         with pytest.raises(CheckpointError, match=r"broken\.safetensors"):
             read(path)
@@ -129,14 +128,14 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path):
         Checkpoint.open(path)
 
 
-def test_a_type_that_cannot_be_mapped_is_read_whole(tmp_path):
-    path = write(
+def test_a_type_that_cannot_be_mapped_is_read_into_memory(tmp_path):
+    path = write_safetensors(
         tmp_path / "f8.safetensors",
         {"w": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}},
     )
     with pytest.raises(NotImplementedError, match="F8_E4M3"):
         map_safetensors(path)
-    same(Checkpoint.open(path), Checkpoint.load(path))
+    check_same_tensors(Checkpoint.open(path), Checkpoint.load(path))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -1])
@@ -148,7 +147,7 @@ def test_a_file_cut_short_is_refused_when_it_is_opened(tmp_path, keep):
         Checkpoint.open(path)
 
 
-def test_what_happens_to_the_file_later_is_named(tmp_path):
+def test_a_file_that_changes_after_it_was_opened_is_named(tmp_path):
     path = Checkpoint({"w": torch.ones(10)}).save(tmp_path / "w.safetensors")
     source = Checkpoint.open(path).source
     source.check_unchanged()

@@ -1,4 +1,4 @@
-"""Leakage: whether a split is fresh to what ingredients, their ancestors and soups were fitted on."""
+"""Leakage: whether a split is fresh to ingredients, their ancestors and soups."""
 
 import pytest
 import torch

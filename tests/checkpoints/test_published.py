@@ -1,4 +1,4 @@
-"""Published checkpoints: the download, against a server on this machine, its checks, and the command."""
+"""Published checkpoints: the download from a server on this machine, its checks, the command."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ DIGEST = hashlib.sha256(BODY).hexdigest()
 
 
 class Code:
-    """What a pickle may run."""
+    """An object whose pickle would run code."""
 
     def __reduce__(self):
         return print, ("unpickled",)
@@ -57,7 +57,7 @@ def run(*arguments):
     return end.value.code
 
 
-def test_it_is_downloaded_once_checked_and_recorded(tmp_path):
+def test_a_checkpoint_is_downloaded_once_verified_and_recorded(tmp_path):
     progress = []
     with serving(BODY, kind="application/octet-stream") as (url, requests):
         first = fetch_published(
@@ -81,7 +81,7 @@ def test_each_threat_model_has_a_folder(tmp_path):
     assert path == tmp_path / "robustbench/cifar10/L2/Wang2023Better_WRN-28-10.pt"
 
 
-def test_an_old_pickle_is_taken(tmp_path):
+def test_a_pickle_from_before_torch_1_6_is_accepted(tmp_path):
     with serving(saved(STATE, _use_new_zipfile_serialization=False)) as (url, _):
         assert fetch_published(NAME, tmp_path, url=url).first_seen
 
@@ -111,7 +111,8 @@ PAGE = b"<!DOCTYPE html><title>Google Drive - Virus scan warning</title>"
         ({"body": saved({"epoch": 3})}, "found no state dict"),
         (
             {"body": saved(load_model("preact_resnet18:width=4").state_dict())},
-            r"no checkpoint of preact_resnet18:width=2: conv_2d.weight: got shape (4, 3, 3, 3), the network expects (2, 3, 3, 3)",
+            "not a checkpoint of preact_resnet18:width=2: conv_2d.weight: "
+            "got shape (4, 3, 3, 3), the network expects (2, 3, 3, 3)",
         ),
         (
             {"body": saved(load_model("resnet9:width=2").state_dict())},
@@ -127,7 +128,7 @@ PAGE = b"<!DOCTYPE html><title>Google Drive - Virus scan warning</title>"
         ),
     ],
 )
-def test_what_is_not_that_checkpoint_is_refused_and_leaves_nothing(tmp_path, capsys, served, text):
+def test_a_wrong_download_is_refused_and_leaves_no_file(tmp_path, capsys, served, text):
     with serving(**served) as (url, _), pytest.raises((DataError, CheckpointError)) as caught:
         fetch_published(NAME, tmp_path, url=url)
     message = str(caught.value)
@@ -136,37 +137,36 @@ def test_what_is_not_that_checkpoint_is_refused_and_leaves_nothing(tmp_path, cap
     assert "\n" not in message
     assert "tmp" not in message.replace(str(tmp_path), "")
     assert message.endswith(
-        "try again later, or put the file of https://drive.google.com/file/d/1-0EuCJashqSXEkkd1DOzFA4tH8KL2kim/view "
-        f"there by hand: {tmp_path / PLACE}"
+        f"try again later, or save the file from {REAL[NAME].page} as {tmp_path / PLACE}"
     )
     assert files_below(tmp_path) == []
     assert "unpickled" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", ["asked", "recorded"])
-def test_a_wrong_digest_is_refused(tmp_path, how):
-    expected, why = "0" * 64, "as asked for"
-    asked = {"sha256": expected}
-    if how == "recorded":
-        asked, why = {}, f"as {tmp_path / PLACE}.json recorded it"
+@pytest.mark.parametrize("source", ["requested", "recorded"])
+def test_a_wrong_digest_is_refused(tmp_path, source):
+    expected, origin = "0" * 64, "as requested"
+    options = {"sha256": expected}
+    if source == "recorded":
+        options, origin = {}, f"recorded in {tmp_path / PLACE}.json"
         (tmp_path / PLACE).parent.mkdir(parents=True)
         (tmp_path / f"{PLACE}.json").write_text(json.dumps({"sha256": expected}))
     before = files_below(tmp_path)
     with serving(BODY) as (url, _), pytest.raises(DataError) as caught:
-        fetch_published(NAME, tmp_path, url=url, **asked)
-    said = f"{url}: wrong content: got sha256 {DIGEST}, expected {expected}, {why}; try again"
-    assert str(caught.value).startswith(said)
+        fetch_published(NAME, tmp_path, url=url, **options)
+    text = f"{url}: wrong content: got sha256 {DIGEST}, expected {expected}, {origin}; try again"
+    assert str(caught.value).startswith(text)
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("spelled", [DIGEST, DIGEST.upper(), f"sha256:{DIGEST}"])
-def test_the_right_digest_is_taken(tmp_path, spelled):
+@pytest.mark.parametrize("spelling", [DIGEST, DIGEST.upper(), f"sha256:{DIGEST}"])
+def test_every_spelling_of_the_right_digest_is_accepted(tmp_path, spelling):
     with serving(BODY) as (url, _):
-        assert fetch_published(NAME, tmp_path, url=url, sha256=spelled).sha256 == DIGEST
+        assert fetch_published(NAME, tmp_path, url=url, sha256=spelling).sha256 == DIGEST
 
 
 @pytest.mark.parametrize("change", ["bits", "page"])
-def test_a_file_that_changed_since_is_refused(tmp_path, change):
+def test_a_file_that_changed_after_the_download_is_refused(tmp_path, change):
     with serving(BODY) as (url, _):
         path = fetch_published(NAME, tmp_path, url=url).path
     path.write_bytes(BODY[:-1] + b"x" if change == "bits" else PAGE)
@@ -181,7 +181,7 @@ def test_a_file_that_changed_since_is_refused(tmp_path, change):
     assert "delete it and fetch again" in str(caught.value)
 
 
-def test_a_file_put_there_by_hand_is_taken_if_it_is_right(tmp_path):
+def test_a_file_that_the_user_saved_is_verified(tmp_path):
     (tmp_path / PLACE).parent.mkdir(parents=True)
     (tmp_path / PLACE).write_bytes(BODY)
     fetched = fetch_published(NAME, tmp_path, url="http://127.0.0.1:9/refused")
@@ -189,11 +189,11 @@ def test_a_file_put_there_by_hand_is_taken_if_it_is_right(tmp_path):
     assert json.loads((tmp_path / f"{PLACE}.json").read_text())["sha256"] == DIGEST
     (tmp_path / PLACE).write_bytes(saved(load_model("resnet9:width=2").state_dict()))
     (tmp_path / f"{PLACE}.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint of preact_resnet18"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of preact_resnet18"):
         fetch_published(NAME, tmp_path)
 
 
-def test_what_cannot_be_asked_for(tmp_path):
+def test_wrong_requests_are_refused(tmp_path):
     with pytest.raises(
         RequestError,
         match=r'got "Wang2023Better_WRN-28"; did you mean "Wang2023Better_WRN-28-10"\?',
@@ -210,14 +210,14 @@ def test_what_cannot_be_asked_for(tmp_path):
     assert files_below(tmp_path) == [f"{PLACE}.json"]
 
 
-def test_where_nothing_can_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "robustbench").write_text("a file")
     with serving(BODY) as (url, _), pytest.raises(StorageError, match="cannot be written"):
         fetch_published(NAME, tmp_path, url=url)
 
 
 @needs_robustbench
-def test_the_published_files_are_those_that_robustbench_names():
+def test_the_table_matches_robustbench():
     source = (model_zoo() / "cifar10.py").read_text(encoding="utf-8")
     for name, published in REAL.items():
         entries = re.findall(rf"\('{name.removeprefix('L2/')}', \{{(.*?)\}}\)", source, re.DOTALL)
@@ -229,13 +229,13 @@ def test_the_published_files_are_those_that_robustbench_names():
 # the command
 
 
-def test_the_command_says_where_it_is_and_what_is_next(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_path_digest_and_next_step(tmp_path, monkeypatch, capsys):
     with serving(BODY) as (url, _):
         monkeypatch.setattr(Published, "url", url)
         assert run("fetch", f"robustbench:{NAME}", "--data-root", tmp_path) == 0
         path, digest, after = capsys.readouterr().out.splitlines()
     assert path == str(tmp_path / PLACE)
-    assert digest == f"sha256 {DIGEST} (first seen now; no digest is published)"
+    assert digest == f"sha256 {DIGEST} (seen for the first time)"
     evaluate = (
         f'evaluate "{path}" --model {SPEC} --data cifar10 --threat "Linf 8/255" --attack autoattack'
     )
@@ -259,37 +259,43 @@ def test_the_command_says_where_it_is_and_what_is_next(tmp_path, monkeypatch, ca
     [
         (
             (f"robustbench:{NAME}",),
-            ["127.0.0.1:9/refused: cannot be downloaded", "drive.google.com/file/d/", "by hand: "],
+            [
+                "127.0.0.1:9/refused: cannot be downloaded",
+                "save the file from https://drive.google.com/file/d/",
+            ],
         ),
         (("robustbench:Nobody2021",), ['got "Nobody2021"', NAME]),
         (("mnist",), ['got "mnist", expected one of cifar10, robustbench:']),
         (
             ("cifar10", "--sha256", DIGEST),
-            ["--sha256: CIFAR-10 is checked against its published digests"],
+            ["--sha256: does not apply to cifar10, which is checked against published digests"],
         ),
     ],
 )
 def test_the_command_fails_in_one_line(tmp_path, monkeypatch, capsys, arguments, parts):
     monkeypatch.setattr(Published, "url", "http://127.0.0.1:9/refused")
     assert run("fetch", *arguments, "--data-root", tmp_path) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert len(told.err.splitlines()) == 1
-    assert all(part in told.err for part in parts), told.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert all(part in captured.err for part in parts), captured.err
     shutil.rmtree(tmp_path / "robustbench", ignore_errors=True)
     assert files_below(tmp_path) == []
 
 
-def test_a_recipe_names_one_as_fetch_does(tmp_path, capsys, monkeypatch):
+def test_a_recipe_names_a_published_checkpoint_as_fetch_does(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
     recipe = tmp_path / "a.toml"
     recipe.write_text(
-        f'name = "a"\ndata = "digits"\nmodel = "{SPEC}"\n[ingredients]\none = "robustbench:{NAME}"\n'
+        f'name = "a"\ndata = "digits"\nmodel = "{SPEC}"\n'
+        f'[ingredients]\none = "robustbench:{NAME}"\n'
         "[evaluate]\nthreats = []\n"
     )
     (tmp_path / PLACE).parent.mkdir(parents=True)
     (tmp_path / PLACE).write_bytes(BODY)
-    assert run("plan", recipe, "--data-root", tmp_path) == 2  # it takes three channels
+    assert (
+        run("plan", recipe, "--data-root", tmp_path) == 2
+    )  # the network has three channels, the data one
     assert f"{PLACE}: conv_2d.weight: got shape" in capsys.readouterr().err
     recipe.write_text(recipe.read_text().replace(NAME, "Gowal"))
     assert run("plan", recipe, "--data-root", tmp_path) == 2

@@ -19,7 +19,7 @@ from robustsoup.errors import DataError, StorageError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Where decoded image folders are kept, on Linux; not in tmp_path, which is itself an image folder in some tests."""
+    """The cache of decoded folders on Linux; outside of tmp_path, which some tests decode."""
     home = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     return home / "robustsoup" / "folders"
@@ -57,7 +57,7 @@ def write_noise(root, layout, seed=0):
 
 
 def decode_plainly(root, size):
-    """Samples of PATH/CLASS/* in sorted order, all at once."""
+    """Decode PATH/CLASS/* in sorted order, all at once."""
     images, labels = [], []
     for label, folder in enumerate(sorted(root.iterdir())):
         for file in sorted(folder.iterdir()):
@@ -74,7 +74,7 @@ def decode_plainly(root, size):
 
 
 def split_plainly(root, size, seed):
-    """(train, val, test, pool) by the rules that load_folder states."""
+    """Split (train, val, test, pool) by the rules in the docstring of load_folder."""
     if not (root / "train").is_dir():
         samples = decode_plainly(root, size)
         pool, test = (
@@ -99,20 +99,20 @@ def split_plainly(root, size, seed):
     return *(pool.take(chosen) for chosen in rows), test, pool
 
 
-def same_data(left, right):
+def check_same_data(left, right):
     assert left.record == right.record
     for name in ("train", "val", "test"):
-        one, other = left.split(name), right.split(name)
-        assert one.digest == other.digest
+        first, second = left.split(name), right.split(name)
+        assert first.digest == second.digest
         assert all(
-            torch.equal(getattr(one, key), getattr(other, key))
+            torch.equal(getattr(first, key), getattr(second, key))
             for key in ("images", "labels", "ids")
         )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_folder_is_what_plain_decoding_makes_of_it(tmp_path, layout, seed):
+def test_a_folder_equals_plain_decoding(tmp_path, layout, seed):
     root = tmp_path / "data"
     write_noise(root, LAYOUTS[layout])
     *expected, pool = split_plainly(root, 12, seed)
@@ -133,10 +133,10 @@ def test_a_folder_is_what_plain_decoding_makes_of_it(tmp_path, layout, seed):
         assert (data.record["mean"], data.record["std"]) == tuple(
             map(list, channel_statistics(pool.images))
         )
-    same_data(first, again)
+    check_same_data(first, again)
 
 
-def spoil(file):
+def overwrite_content(file):
     """Make the file unreadable, leaving its size and time as they are."""
     times = file.stat()
     file.write_bytes(bytes(times.st_size))
@@ -148,8 +148,8 @@ def test_an_unchanged_folder_is_not_decoded_again(tmp_path, cache):
     write_noise(root, LAYOUTS["split with val"])
     first = load_folder(root)
     file = root / "val" / "b" / "001.png"
-    spoil(file)
-    same_data(load_folder(root), first)
+    overwrite_content(file)
+    check_same_data(load_folder(root), first)
     assert load_folder(root, 1).record["split_digest"] == first.record["split_digest"]
     assert len(list(cache.iterdir())) == 1
     os.utime(file, (1, 1))
@@ -158,7 +158,7 @@ def test_an_unchanged_folder_is_not_decoded_again(tmp_path, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_spellings_of_one_folder_share_what_was_decoded(tmp_path, cache, monkeypatch):
+def test_spellings_of_one_folder_share_one_cache_entry(tmp_path, cache, monkeypatch):
     write_noise(tmp_path / "data", LAYOUTS["whole"])
     (tmp_path / "link").symlink_to(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -167,8 +167,8 @@ def test_spellings_of_one_folder_share_what_was_decoded(tmp_path, cache, monkeyp
     assert len(list(cache.iterdir())) == 1
 
 
-def test_folders_that_differ_in_pixels_alone_are_not_confused(tmp_path):
-    """As unpacked from two archives without times: names, sizes and times are the same."""
+def test_folders_that_differ_only_in_pixels_have_separate_entries(tmp_path):
+    """Names, sizes and times are equal, as unpacked from two archives without times."""
     for place, colour in (("one", (1, 2, 3)), ("two", (90, 80, 70))):
         for name in ("a", "b"):
             write_images(tmp_path / place / name, 8, suffix="bmp", colour=colour)
@@ -208,7 +208,7 @@ def test_damaged_files_are_decoded_again(tmp_path, cache, damage):
         (place / "about.json").unlink()
     if damage in ("broken record", "other record"):
         (place / "about.json").write_text("{" if damage == "broken record" else "[]")
-    same_data(load_folder(tmp_path / "data"), expected)
+    check_same_data(load_folder(tmp_path / "data"), expected)
     assert list(cache.iterdir()) == [place]
 
 
@@ -225,7 +225,7 @@ load_data(f"folder:{sys.argv[1]}", on_progress=exit_at_five)
 """
 
 
-def test_a_killed_load_leaves_nothing_that_looks_whole(tmp_path, cache):
+def test_a_killed_load_leaves_no_folder_that_looks_complete(tmp_path, cache):
     root = tmp_path / "data"
     write_noise(root, LAYOUTS["whole"])
     assert run_script(LOAD_AND_DIE, root).returncode == 9
@@ -242,24 +242,24 @@ def test_a_killed_load_leaves_nothing_that_looks_whole(tmp_path, cache):
     assert not leftover.exists()
 
 
-LOAD_AND_TELL = """
+LOAD_AND_PRINT = """
 import sys
 from robustsoup.data import load_data
 print(load_data(f"folder:{sys.argv[1]}").test.images.sum().item())
 """
 
 
-def test_processes_that_decode_at_once_agree(tmp_path, cache):
+def test_processes_that_decode_at_the_same_time_agree(tmp_path, cache):
     root = tmp_path / "data"
     write_noise(root, LAYOUTS["whole"])
-    command = [sys.executable, "-c", LOAD_AND_TELL, str(root)]
+    command = [sys.executable, "-c", LOAD_AND_PRINT, str(root)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0] for process in processes]
-    assert told == [f"{load_folder(root).test.images.sum().item()}\n"] * 2
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert printed == [f"{load_folder(root).test.images.sum().item()}\n"] * 2
     assert len(list(cache.iterdir())) == 1
 
 
-def test_who_loses_the_race_uses_the_winners_files(tmp_path, cache):
+def test_the_slower_of_two_loads_uses_the_folder_of_the_faster(tmp_path, cache):
     root = tmp_path / "data"
     write_noise(root, LAYOUTS["whole"])
     winners = []
@@ -268,12 +268,12 @@ def test_who_loses_the_race_uses_the_winners_files(tmp_path, cache):
         if done == total:
             winners.append(load_folder(root))
 
-    same_data(load_folder(root, 0, on_progress=race), winners[0])
+    check_same_data(load_folder(root, 0, on_progress=race), winners[0])
     assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link"])
-def test_what_only_looks_like_an_image_is_named(tmp_path, cache, kind):
+def test_the_error_for_a_file_that_only_looks_like_an_image_names_it(tmp_path, cache, kind):
     write_noise(tmp_path / "data", LAYOUTS["whole"])
     odd = tmp_path / "data" / "a" / "x.png"
     odd.mkdir() if kind == "folder" else odd.symlink_to(tmp_path / "nowhere")
@@ -290,12 +290,12 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(StorageError) as caught:
         load_folder(tmp_path / "data")
     assert str(caught.value) == (
-        f"{tmp_path / 'file' / 'robustsoup' / 'folders'}: decoded images cannot be stored there: Not a directory; "
-        "free space there, permit writing, or set XDG_CACHE_HOME to another folder"
+        f"{tmp_path / 'file' / 'robustsoup' / 'folders'}: decoded images cannot be stored there: "
+        "Not a directory; free space there, permit writing, or set XDG_CACHE_HOME to another folder"
     )
 
 
-def test_too_little_space_is_told_before_decoding(tmp_path, cache):
+def test_too_little_space_is_an_error_before_decoding(tmp_path, cache):
     write_noise(tmp_path / "data", LAYOUTS["whole"])
     with pytest.raises(
         StorageError, match=r"GB free, needed 3360\.00 GB; free space there"
@@ -318,8 +318,8 @@ except StorageError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-def test_a_disk_that_fills_up(tmp_path, cache):
-    """A limit on the size of files stands in for the disk: both refuse a write half-way through."""
+def test_a_disk_that_becomes_full(tmp_path, cache):
+    """A limit on the size of files simulates a full disk: a write fails half-way."""
     write_noise(tmp_path / "data", LAYOUTS["whole"])
     done = run_script(LOAD_ON_A_FULL_DISK, tmp_path / "data")
     assert done.stdout.startswith(
@@ -356,7 +356,7 @@ print(*(growth for _, growth in results[1:]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_does_not_grow_with_the_folder(tmp_path):
-    """The most memory that no file backs, while 16 and 63 MiB of images are decoded and used, and then used again."""
+    """Peak anonymous memory while 16 and 63 MiB of images are decoded and used, twice."""
     pixels = numpy.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=numpy.uint8)
     roots = [tmp_path / name for name in ("warm", "small", "large")]
     for root, count in zip(roots, (30, 300, 1200), strict=True):

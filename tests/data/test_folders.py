@@ -70,7 +70,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load_data(f"folder:{tmp_path}").record["classes"] == ["train", "tram"]
 
 
-def test_digest_follows_the_pixels(tmp_path):
+def test_the_digest_depends_on_the_pixels(tmp_path):
     for name in ("a", "b"):
         write_images(tmp_path / name, 10)
     before = load_data(f"folder:{tmp_path}").record["digest"]
@@ -80,7 +80,7 @@ def test_digest_follows_the_pixels(tmp_path):
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40)])
 def test_images_are_cropped_at_the_centre(tmp_path, size):
-    """The middle square is white, all else black; half a pixel of blur at its edge is what resizing costs."""
+    """The middle square is white, the rest black; resizing blurs its edge by half a pixel."""
     for name in ("a", "b"):
         write_images(tmp_path / name, 5)
         image = Image.new("L", size, 0)
@@ -96,7 +96,7 @@ def test_images_are_cropped_at_the_centre(tmp_path, size):
     assert (images > 150).all()
 
 
-def prepare(tmp_path, case):
+def write_wrong_folder(tmp_path, case):
     if case == "file":
         (tmp_path / "data").write_text("")
     elif case == "empty":
@@ -144,7 +144,8 @@ def prepare(tmp_path, case):
         (
             "empty",
             "",
-            "got 0 class folders, expected two or more folders of images, one for each class; put each class",
+            "got 0 class folders, expected two or more folders of images, one for each class; "
+            "put each class",
         ),
         ("one class", "", "got 1 class folders, expected two or more folders of images"),
         (
@@ -175,8 +176,8 @@ def prepare(tmp_path, case):
         ),
     ],
 )
-def test_wrong_folder(tmp_path, case, place, text):
-    data = prepare(tmp_path, case)
+def test_the_error_for_a_wrong_folder_names_it(tmp_path, case, place, text):
+    data = write_wrong_folder(tmp_path, case)
     with pytest.raises(DataError) as caught:
         load_data(f"folder:{data}")
     message = str(caught.value)
@@ -185,6 +186,6 @@ def test_wrong_folder(tmp_path, case, place, text):
     assert "\n" not in message
 
 
-def test_wrong_image_size(tmp_path):
+def test_a_wrong_image_size_is_refused(tmp_path):
     with pytest.raises(DataError, match="got image_size 0, expected an integer of at least 1"):
         load_data(f"folder:{tmp_path}", image_size=0)

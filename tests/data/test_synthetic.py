@@ -1,4 +1,4 @@
-"""Synthetic images: mapped from an .npz, drawn from all of it, mixed into each batch; what is wrong with a file is named."""
+"""Synthetic images: mapped from an .npz file, drawn from all of it, mixed into each batch."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def arrays(split, n=None):
-    """Real images as a generative model's file has them: sorted by class, channels last."""
+    """Real images in the form of a synthetic file: sorted by class, channels last."""
     order = split.labels[:n].argsort(stable=True)
     return {
         "image": numpy.ascontiguousarray(split.images[:n][order].permute(0, 2, 3, 1).numpy()),
@@ -39,26 +39,26 @@ def arrays(split, n=None):
     }
 
 
-def written(path, **content):
+def write_npz(path, **content):
     numpy.savez(path, **content)
     return path
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """Synthetic images that lie in a file, sorted by class."""
+    """Opened synthetic images, sorted by class."""
     return Synthetic.open(
-        written(tmp_path_factory.mktemp("made") / "made.npz", **arrays(DIGITS.val))
+        write_npz(tmp_path_factory.mktemp("made") / "made.npz", **arrays(DIGITS.val))
     )
 
 
 @pytest.fixture
-def made(tmp_path):
-    return written(tmp_path / "made.npz", **arrays(DIGITS.val))
+def npz_file(tmp_path):
+    return write_npz(tmp_path / "made.npz", **arrays(DIGITS.val))
 
 
 def trained(**changed):
-    chosen = {
+    defaults = {
         "threat": "Linf 16/255",
         "epochs": 2,
         "batch_size": 32,
@@ -66,27 +66,27 @@ def trained(**changed):
         "device": "cpu",
         "precision": "float32",
     }
-    return train(load_model("resnet9:width=2", channels=1), DATA, **(chosen | changed))
+    return train(load_model("resnet9:width=2", channels=1), DATA, **(defaults | changed))
 
 
 # reading
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8"])
-def test_what_is_in_the_file_is_mapped_not_read(tmp_path, dtype):
+def test_the_arrays_of_a_file_are_mapped(tmp_path, dtype):
     content = arrays(DIGITS.val)
-    path = written(
+    path = write_npz(
         tmp_path / "made.npz",
         label=content["label"].astype(dtype),
         image=content["image"],
         other=numpy.ones(3),
     )
-    made = Synthetic.open(path)
-    assert isinstance(made.images, numpy.memmap)
-    assert isinstance(made.labels, numpy.memmap)
-    assert len(made) == len(DIGITS.val)
-    assert numpy.array_equal(made.images, content["image"])
-    images, labels = made.take(torch.tensor([5, 200, 5]))
+    synthetic = Synthetic.open(path)
+    assert isinstance(synthetic.images, numpy.memmap)
+    assert isinstance(synthetic.labels, numpy.memmap)
+    assert len(npz_file) == len(DIGITS.val)
+    assert numpy.array_equal(synthetic.images, content["image"])
+    images, labels = synthetic.take(torch.tensor([5, 200, 5]))
     assert (images.dtype, labels.dtype, tuple(images.shape)) == (
         torch.uint8,
         torch.int64,
@@ -94,11 +94,11 @@ def test_what_is_in_the_file_is_mapped_not_read(tmp_path, dtype):
     )
     assert torch.equal(images, torch.from_numpy(content["image"][[5, 200, 5]]).permute(0, 3, 1, 2))
     assert labels.tolist() == content["label"][[5, 200, 5]].tolist()
-    made.check_fit(DATA)
+    synthetic.check_fit(DATA)
 
 
-def test_members_with_long_names_and_extra_fields_are_found_where_they_lie(tmp_path):
-    """Archives over 4 GB carry an extra field in front of the data; here it is forced."""
+def test_members_with_extra_fields_are_mapped(tmp_path):
+    """Archives over 4 GB have an extra field before the data; here it is forced."""
     content, path = arrays(DIGITS.val), tmp_path / "big.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in ("image", "label"):
@@ -108,24 +108,24 @@ def test_members_with_long_names_and_extra_fields_are_found_where_they_lie(tmp_p
     assert numpy.array_equal(Synthetic.open(path).labels, content["label"])
 
 
-def test_the_digest_is_of_the_whole_file_and_taken_once(made, cache, monkeypatch):
+def test_the_digest_covers_the_whole_file_and_is_computed_once(npz_file, cache, monkeypatch):
     seen = []
     monkeypatch.setattr(synthetic_file, "READ_BLOCK_BYTES", 1000)
-    digest = Synthetic.open(made, lambda done, total, figures: seen.append(done)).digest
-    assert digest == hashlib.sha256(made.read_bytes()).hexdigest()
-    assert len(seen) == -(-made.stat().st_size // 1000)
+    digest = Synthetic.open(npz_file, lambda done, total, figures: seen.append(done)).digest
+    assert digest == hashlib.sha256(npz_file.read_bytes()).hexdigest()
+    assert len(seen) == -(-npz_file.stat().st_size // 1000)
     assert len(list(cache.iterdir())) == 1
     seen.clear()
-    assert Synthetic.open(made, lambda done, total, figures: seen.append(done)).digest == digest
+    assert Synthetic.open(npz_file, lambda done, total, figures: seen.append(done)).digest == digest
     assert not seen
-    content = bytearray(made.read_bytes())
+    content = bytearray(npz_file.read_bytes())
     content[2000] ^= 1  # one bit of one image
-    made.write_bytes(content)
-    os.utime(made, ns=(1, 1))
-    assert Synthetic.open(made).digest == hashlib.sha256(content).hexdigest() != digest
-    for kept in cache.iterdir():
-        kept.write_text("{")
-    assert Synthetic.open(made).digest == hashlib.sha256(content).hexdigest()
+    npz_file.write_bytes(content)
+    os.utime(npz_file, ns=(1, 1))
+    assert Synthetic.open(npz_file).digest == hashlib.sha256(content).hexdigest() != digest
+    for cached in cache.iterdir():
+        cached.write_text("{")
+    assert Synthetic.open(npz_file).digest == hashlib.sha256(content).hexdigest()
 
 
 CONTENT = arrays(DIGITS.val, 40)
@@ -150,21 +150,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_content_is_named(tmp_path, name):
-    content, said = WRONG[name]
-    path = written(tmp_path / "wrong.npz", **content)
-    with pytest.raises(DataError, match=rf"wrong\.npz: .*{said}") as caught:
+def test_the_error_for_wrong_content_names_the_file(tmp_path, name):
+    content, text = WRONG[name]
+    path = write_npz(tmp_path / "wrong.npz", **content)
+    with pytest.raises(DataError, match=rf"wrong\.npz: .*{text}") as caught:
         Synthetic.open(path)
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_cannot_be_mapped_are_named(tmp_path, made):
+def test_the_error_for_a_file_that_cannot_be_mapped_names_it(tmp_path, npz_file):
     numpy.savez_compressed(tmp_path / "small.npz", **CONTENT)
     with pytest.raises(
         DataError, match=r"small\.npz: compressed.*rewrite it once: python -c .*savez"
     ):
         Synthetic.open(tmp_path / "small.npz")
-    (tmp_path / "cut.npz").write_bytes(made.read_bytes()[:5000])
+    (tmp_path / "cut.npz").write_bytes(npz_file.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"cut\.npz: not a readable \.npz file"):
         Synthetic.open(tmp_path / "cut.npz")
     with pytest.raises(DataError, match="no such file"):
@@ -173,18 +173,18 @@ def test_files_that_cannot_be_mapped_are_named(tmp_path, made):
         Synthetic.open(tmp_path)
 
 
-def test_a_file_that_changes_under_a_run_is_named(made):
-    opened = Synthetic.open(made)
-    written(made, **arrays(DIGITS.val, 100))
+def test_a_file_that_changes_after_it_was_opened_is_named(npz_file):
+    opened = Synthetic.open(npz_file)
+    write_npz(npz_file, **arrays(DIGITS.val, 100))
     with pytest.raises(DataError, match=r"made\.npz: removed or changed after it was opened"):
         opened.take(torch.tensor([0]))
-    made.unlink()
+    npz_file.unlink()
     with pytest.raises(DataError, match="removed or changed"):
         opened.take(torch.tensor([0]))
 
 
 def test_images_of_another_size_and_labels_of_other_classes_do_not_fit(tmp_path):
-    wide = written(
+    wide = write_npz(
         tmp_path / "wide.npz",
         image=numpy.zeros((4, 8, 9, 1), numpy.uint8),
         label=numpy.zeros(4, int),
@@ -192,7 +192,7 @@ def test_images_of_another_size_and_labels_of_other_classes_do_not_fit(tmp_path)
     with pytest.raises(DataError, match=r"\(8, 9, 1\), expected \(8, 8, 1\) as in digits"):
         trained(synthetic=wide)
     for label in (10, -1):
-        path = written(
+        path = write_npz(
             tmp_path / f"{label}.npz", image=CONTENT["image"], label=numpy.full(40, label)
         )
         with pytest.raises(DataError, match=rf"got labels {label}\.\.{label}, expected 0\.\.9"):
@@ -200,15 +200,15 @@ def test_images_of_another_size_and_labels_of_other_classes_do_not_fit(tmp_path)
 
 
 @pytest.mark.parametrize("fraction", [1.0, -0.1, 1.5, float("nan")])
-def test_a_fraction_out_of_range_is_refused(made, fraction):
+def test_a_fraction_out_of_range_is_refused(npz_file, fraction):
     with pytest.raises(RequestError, match=r"synthetic_fraction: got .*\[0, 1\)"):
-        trained(synthetic=made, synthetic_fraction=fraction)
+        trained(synthetic=npz_file, synthetic_fraction=fraction)
 
 
 # batches
 
 
-def test_each_epoch_and_each_batch_draws_images_of_its_own(opened):
+def test_each_batch_of_each_epoch_draws_other_images(opened):
     drawn = [
         ids[ids < 0].tolist()
         for epoch in range(2)
@@ -217,9 +217,9 @@ def test_each_epoch_and_each_batch_draws_images_of_its_own(opened):
     assert len({tuple(sorted(ids)) for ids in drawn}) == len(drawn) == 4
 
 
-def test_a_fraction_that_leaves_no_real_image_is_refused(made):
+def test_a_fraction_that_leaves_no_real_image_is_refused(npz_file):
     with pytest.raises(RequestError, match=r"0\.999 of a batch of 32 leaves no real image"):
-        trained(synthetic=made, synthetic_fraction=0.999, batch_size=32)
+        trained(synthetic=npz_file, synthetic_fraction=0.999, batch_size=32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -230,12 +230,12 @@ def test_a_fraction_that_leaves_no_real_image_is_refused(made):
     skip=st.integers(0, 4),
     n=st.integers(2, 150),
 )
-def test_each_batch_has_its_share_and_skip_gives_the_rest(
+def test_each_batch_has_its_share_and_skip_yields_the_rest(
     opened, fraction, batch_size, epoch, skip, n
 ):
     assume(round(fraction * batch_size) < batch_size)
-    made, data = opened, DIGITS.train.first(n)
-    whole = list(mixed_batches(data, made, fraction, batch_size, seed=3, epoch=epoch))
+    data = DIGITS.train.first(n)
+    whole = list(mixed_batches(data, opened, fraction, batch_size, seed=3, epoch=epoch))
     assert (
         len(whole)
         == max(n // batch_size, 1)
@@ -247,11 +247,11 @@ def test_each_batch_has_its_share_and_skip_gives_the_rest(
         assert int((ids < 0).sum()) == count
         assert len(x) == len(y) == len(ids) == count + min(batch_size - count, n)
         real += ids[ids >= 0].tolist()
-        images, labels = made.take(-1 - ids[ids < 0])
+        images, labels = opened.take(-1 - ids[ids < 0])
         assert torch.equal(x[ids < 0], images.float() / 255)
         assert torch.equal(y[ids < 0], labels)
     assert len(set(real)) == len(real)  # a real image once an epoch at most
-    rest = list(mixed_batches(data, made, fraction, batch_size, seed=3, epoch=epoch, skip=skip))
+    rest = list(mixed_batches(data, opened, fraction, batch_size, seed=3, epoch=epoch, skip=skip))
     assert all(
         torch.equal(a, b)
         for one, two in zip(whole[skip:], rest, strict=True)
@@ -259,7 +259,7 @@ def test_each_batch_has_its_share_and_skip_gives_the_rest(
     )
 
 
-def test_a_sorted_file_is_drawn_from_all_over(opened):
+def test_images_are_drawn_from_the_whole_of_a_sorted_file(opened):
     seen = set()
     for epoch in range(3):
         for _, y, ids in mixed_batches(DATA, opened, 0.75, 32, seed=0, epoch=epoch):
@@ -273,7 +273,7 @@ def test_a_sorted_file_is_drawn_from_all_over(opened):
     assert first != other
 
 
-def test_both_kinds_are_augmented_alike(opened):
+def test_real_and_synthetic_images_are_augmented_alike(opened):
     moved = Split(
         DATA.images, DATA.labels, DATA.ids, "train", DATA.record, Augmentation(pad=2, flip=True)
     )
@@ -290,10 +290,10 @@ def test_both_kinds_are_augmented_alike(opened):
 # training
 
 
-def test_training_sees_them_records_them_and_resumes(made, monkeypatch, tmp_path):
+def test_training_uses_and_records_synthetic_images_and_resumes(npz_file, monkeypatch, tmp_path):
     monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
-    opened = Synthetic.open(made)
-    whole = trained(synthetic=made)
+    opened = Synthetic.open(npz_file)
+    whole = trained(synthetic=npz_file)
     assert (
         whole.digest == trained(synthetic=opened, synthetic_fraction=0.7).digest != trained().digest
     )
@@ -310,17 +310,17 @@ def test_training_sees_them_records_them_and_resumes(made, monkeypatch, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trained(synthetic=made, state_path=tmp_path / "s.pt", on_progress=stop)
+        trained(synthetic=npz_file, state_path=tmp_path / "s.pt", on_progress=stop)
     with pytest.raises(CheckpointError, match="other settings"):
         trained(state_path=tmp_path / "s.pt")
-    resumed = trained(synthetic=made, state_path=tmp_path / "s.pt")
+    resumed = trained(synthetic=npz_file, state_path=tmp_path / "s.pt")
     assert (resumed.digest, resumed.provenance) == (whole.digest, whole.provenance)
 
 
 @needs_cifar10
-def test_a_file_of_cifar10_images_is_trained_with(tmp_path):
+def test_training_with_a_file_of_cifar10_images(tmp_path):
     data = load_data("cifar10")
-    path = written(tmp_path / "cifar.npz", **arrays(data.val, 2000))
+    path = write_npz(tmp_path / "cifar.npz", **arrays(data.val, 2000))
     opened = Synthetic.open(path)
     assert opened.images.shape == (2000, 32, 32, 3)
     for x, y, ids in mixed_batches(data.train.first(512), opened, 0.7, 128, seed=0, epoch=0):

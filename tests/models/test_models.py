@@ -108,7 +108,7 @@ def test_images_become_logits(name, channels, size):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "text"),
     [
         ("resnet9:width=0", "width: got 0, expected an integer of at least 1"),
         ("resnet18:width=x", "width: got x"),
@@ -116,8 +116,8 @@ def test_images_become_logits(name, channels, size):
         ("resnet9:width=8,width=4", "got width twice"),
     ],
 )
-def test_sizes_that_no_network_has_are_refused(spec, said):
-    with pytest.raises(ModelError, match=re.escape(said)):
+def test_sizes_that_no_network_has_are_refused(spec, text):
+    with pytest.raises(ModelError, match=re.escape(text)):
         load_model(spec)
 
 
@@ -166,14 +166,14 @@ def test_other_constants_are_recorded_and_come_back(name, given, tmp_path):
 
 
 @pytest.mark.parametrize("name", PREACTIVATED)
-def test_normalising_outside_is_not_done_twice(name):
+def test_published_constants_given_as_normalize_are_applied_once(name):
     plain = load_model(SMALL[name])
-    told = load_model(SMALL[name], normalize=(MEAN, STD))
-    assert torch.equal(logits(plain, images()), logits(told, images()))
+    outside = load_model(SMALL[name], normalize=(MEAN, STD))
+    assert torch.equal(logits(plain, images()), logits(outside, images()))
 
 
 @pytest.mark.parametrize("name", PREACTIVATED)
-def test_what_was_trained_on_other_data_is_judged_with_its_constants(name, tmp_path):
+def test_a_network_trained_on_other_data_keeps_its_constants(name, tmp_path):
     record = DATA.record
     model = load_model(SMALL[name], channels=1, mean=record["mean"], std=record["std"])
     trained = train(
@@ -184,11 +184,11 @@ def test_what_was_trained_on_other_data_is_judged_with_its_constants(name, tmp_p
     assert loaded.normalize.std.flatten().tolist() == pytest.approx(record["std"])
 
 
-def test_the_command_that_trains_records_them_too(tmp_path):
+def test_the_train_command_records_the_constants_of_the_data(tmp_path):
     path = tmp_path / "wide.safetensors"
-    asked = "--model wide_resnet:depth=10,width=1 --data digits --threat clean --epochs 1 --device cpu -o"
+    options = "--model wide_resnet:depth=10,width=1 --data digits --threat clean --epochs 1"
     with pytest.raises(SystemExit) as end:
-        main(["train", *asked.split(), str(path)])
+        main(["train", *options.split(), "--device", "cpu", "-o", str(path)])
     assert end.value.code == 0
     network = Checkpoint.load(path).provenance["network"]
     assert network["normalize"] == [DATA.record["mean"], DATA.record["std"]]
@@ -238,8 +238,8 @@ def batchnorms(model):
         ("preact_resnet18:width=4", 9),
     ],
 )
-def test_what_follows_a_convolution_is_folded(spec, left):
-    """What is left stands before its convolution: the first of each block (but for a stem that nothing else reads), the last."""
+def test_batchnorm_after_a_convolution_is_folded(spec, left):
+    """A BatchNorm before a convolution stays: the first of each block and the last."""
     model = randomised(load_model(spec))
     x = images(16)
     light = fold_batchnorm(model, x[:8])
@@ -248,7 +248,7 @@ def test_what_follows_a_convolution_is_folded(spec, left):
 
 
 @pytest.mark.parametrize("name", ["resnet50", *PREACTIVATED])
-def test_they_can_be_mixed(name):
+def test_built_in_networks_can_be_mixed(name):
     net = randomised(load_model(SMALL[name]))
     items = [Checkpoint.of(net), perturbed(net, 1)]
     one_hot = mix(items, [0.0, 1.0], buffers="average")
@@ -263,7 +263,7 @@ def test_they_can_be_mixed(name):
 
 @cache
 def deepmind():
-    """RobustBench's file of these networks, by its path: importing the package would import torchvision."""
+    """RobustBench's module of these networks, loaded by path: the package needs torchvision."""
     spec = importlib.util.spec_from_file_location(
         "dm_wide_resnet", model_zoo() / "architectures" / "dm_wide_resnet.py"
     )
@@ -289,7 +289,7 @@ WRAPPINGS = {
         name: tensor for name, tensor in state.items() if "num_batches" not in name
     },
 }
-THEIRS = {
+REFERENCES = {
     "wide_resnet": lambda act: deepmind().DMWideResNet(activation_fn=act),
     "wide_resnet:depth=16,width=2": lambda act: deepmind().DMWideResNet(
         depth=16, width=2, activation_fn=act
@@ -312,22 +312,22 @@ THEIRS = {
     ],
 )
 def test_the_logits_are_those_of_robustbench(spec, wrapping, tmp_path):
-    theirs = randomised(THEIRS[spec](nn.SiLU))
+    reference = randomised(REFERENCES[spec](nn.SiLU))
     path = tmp_path / "published.pt"
-    torch.save(WRAPPINGS[wrapping](theirs.state_dict()), path)
+    torch.save(WRAPPINGS[wrapping](reference.state_dict()), path)
     ours = Checkpoint.load(path).network(spec)
-    assert torch.equal(logits(ours, images()), logits(theirs, images()))
+    assert torch.equal(logits(ours, images()), logits(reference, images()))
 
 
 @needs_robustbench
-@pytest.mark.parametrize("spec", list(THEIRS)[1:])
-def test_their_own_swish_rounds_otherwise(spec):
+@pytest.mark.parametrize("spec", list(REFERENCES)[1:])
+def test_the_swish_of_robustbench_differs_only_in_rounding(spec):
     """Gowal et al.'s networks compute SiLU as x * sigmoid(x)."""
-    theirs = randomised(THEIRS[spec](deepmind().Swish))
+    reference = randomised(REFERENCES[spec](deepmind().Swish))
     ours = load_model(spec)
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(reference.state_dict())
     torch.testing.assert_close(
-        logits(ours, images()), logits(theirs, images()), rtol=1e-5, atol=1e-6
+        logits(ours, images()), logits(reference, images()), rtol=1e-5, atol=1e-6
     )
 
 
@@ -343,7 +343,7 @@ def without_counters(model, path):
 
 
 @pytest.mark.parametrize("name", ["resnet9", "wide_resnet"])
-def test_a_file_without_counters_is_loaded_mixed_and_goes_home(name, tmp_path):
+def test_a_file_without_counters_is_loaded_mixed_and_saved(name, tmp_path):
     models = [randomised(load_model(SMALL[name], channels=1), seed) for seed in range(2)]
     paths = [
         without_counters(model, tmp_path / f"{number}.pth") for number, model in enumerate(models)

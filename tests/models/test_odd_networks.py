@@ -1,4 +1,4 @@
-"""Networks that are not a plain stack of convolutions and BatchNorms, and files that are nearly checkpoints."""
+"""Networks that are no plain stack of convolutions and BatchNorms, and unusual files."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ class Odd(nn.Module):
         return self.last(torch.relu(self.norm(self.first(x.flatten(1)))))
 
 
-def odd(kind, n=3):
+def odd_ingredients(kind, n=3):
     torch.manual_seed(0)
     net = Odd(kind)
     return net, [perturbed(net, seed) for seed in range(n)]
@@ -64,37 +64,37 @@ def odd(kind, n=3):
 @pytest.mark.parametrize("kind", ["plain", "none", "bare", "unused", "empty", "tied"])
 @pytest.mark.parametrize("buffers", ["tracked", "average"])
 def test_every_network_can_be_learned_mixed_and_checked(kind, buffers):
-    net, items = odd(kind)
+    net, items = odd_ingredients(kind)
     alpha = learned(items, network=net, buffers=buffers, detach=0.3)
     soup = mix(items, alpha, buffers=buffers, network=net)
     soup.load_into(Odd(kind))
     assert check(items, data=DATA.first(40), network=net).cost.layers == len(items[0].parameters)
 
 
-def test_an_unused_layer_stays_where_it_began():
-    net, items = odd("unused")
+def test_the_coefficients_of_an_unused_layer_do_not_move():
+    net, items = odd_ingredients("unused")
     alpha = learned(items, network=net, detach=0.3)
-    still = [alpha.layers.index(name) for name in ("unused.weight", "unused.bias")]
-    assert torch.equal(alpha.alpha[still], alpha.start[still])
+    unused = [alpha.layers.index(name) for name in ("unused.weight", "unused.bias")]
+    assert torch.equal(alpha.alpha[unused], alpha.start[unused])
     assert float(alpha.movement().max()) > 0
 
 
-def test_bare_statistics_follow_the_layer_that_they_normalise():
-    net, items = odd("bare")
+def test_statistics_without_weights_follow_the_layer_that_they_normalize():
+    net, items = odd_ingredients("bare")
     alpha = learned(items, network=net, buffers="average")
     soup = mix(items, alpha, buffers="average", network=net)
     row = alpha.row("first.bias")
     for name in ("norm.running_mean", "norm.running_var"):
-        wanted = sum(a * item.tensors[name].double() for a, item in zip(row, items, strict=True))
-        assert torch.allclose(soup.tensors[name].double(), wanted, rtol=1e-5), name
+        expected = sum(a * item.tensors[name].double() for a, item in zip(row, items, strict=True))
+        assert torch.allclose(soup.tensors[name].double(), expected, rtol=1e-5), name
         assert torch.equal(alpha.tracked[name], soup.tensors[name])
-    turned = mix(
+    reversed_soup = mix(
         items[::-1],
         alpha.for_ingredients([i.digest for i in items[::-1]]),
         buffers="average",
         network=net,
     )
-    assert turned.digest == soup.digest
+    assert reversed_soup.digest == soup.digest
     dial = learn_dial(
         items,
         DATA,
@@ -130,7 +130,7 @@ def test_a_soup_of_half_precision_files_can_be_mixed_with_them_again(tmp_path, d
 
 
 def test_tied_parameters_of_foreign_files_are_one_layer(tmp_path):
-    net, items = odd("tied")
+    net, items = odd_ingredients("tied")
     paths = []
     for i, item in enumerate(items):
         cloned = {name: tensor.clone() for name, tensor in item.tensors.items()}
@@ -142,7 +142,7 @@ def test_tied_parameters_of_foreign_files_are_one_layer(tmp_path):
     assert torch.equal(soup.tensors["again.weight"], soup.tensors["last.weight"])
 
 
-def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is(tmp_path):
+def test_a_gradient_that_is_not_finite_is_named_even_if_the_loss_is_finite(tmp_path):
     class Rooted(Odd):
         def __init__(self):
             super().__init__("plain")
@@ -161,13 +161,13 @@ def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is(tmp_path):
 
 
 @pytest.mark.parametrize("work", ["learn", "train"])
-def test_a_state_goes_on_under_no_other_network(tmp_path, monkeypatch, work):
+def test_a_saved_state_is_refused_for_another_network(tmp_path, monkeypatch, work):
     monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
 
     def normalising(mean):
         return load_model("resnet9:width=2", channels=1, normalize=([mean], [0.5]))
 
-    def do(mean, **more):
+    def run_work(mean, **more):
         net = normalising(mean)
         if work == "train":
             return train(
@@ -181,10 +181,10 @@ def test_a_state_goes_on_under_no_other_network(tmp_path, monkeypatch, work):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        do(0.1, state_path=tmp_path / "s.pt", on_progress=stop)
+        run_work(0.1, state_path=tmp_path / "s.pt", on_progress=stop)
     with pytest.raises(CheckpointError, match="other settings"):
-        do(0.9, state_path=tmp_path / "s.pt")
-    do(0.1, state_path=tmp_path / "s.pt")
+        run_work(0.9, state_path=tmp_path / "s.pt")
+    run_work(0.1, state_path=tmp_path / "s.pt")
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
@@ -192,24 +192,26 @@ def test_averaged_statistics_do_not_depend_on_files_that_are_in_memory(tmp_path,
     items = [perturbed(load_model("resnet9:width=2", channels=1), seed, 0.1) for seed in range(2)]
     paths = [item.save(tmp_path / f"{i}.safetensors") for i, item in enumerate(items)]
 
-    def harm(done, total, figures):
+    def damage_file(done, total, figures):
         if done == 2:
             size = paths[0].stat().st_size
             with open(paths[0], "r+b") as file:
                 file.truncate(200) if damage == "cut" else file.write(b"\0" * size)
 
-    harmed = learned(paths, buffers="average", place="memory", on_progress=harm)
-    assert torch.equal(harmed.alpha, learned(items, buffers="average").alpha)
-    assert all(bool(tensor.isfinite().all()) for tensor in harmed.tracked.values())
+    learned_beside_damage = learned(
+        paths, buffers="average", place="memory", on_progress=damage_file
+    )
+    assert torch.equal(learned_beside_damage.alpha, learned(items, buffers="average").alpha)
+    assert all(bool(tensor.isfinite().all()) for tensor in learned_beside_damage.tracked.values())
 
 
-def test_tracked_statistics_are_still_asked_for_where_there_are_any():
+def test_tracked_statistics_require_a_learned_soup():
     items = [perturbed(load_model("resnet9:width=2", channels=1), seed, 0.1) for seed in range(2)]
     with pytest.raises(RequestError, match="tracked"):
         mix(items, [0.5, 0.5], buffers="tracked")
 
 
-def test_coefficients_are_no_ingredient(tmp_path):
+def test_coefficients_are_refused_as_an_ingredient(tmp_path):
     path = Coefficients.of([0.5, 0.5]).save(tmp_path / "alpha.safetensors")
     for read in (Checkpoint.load, Checkpoint.open):
         with pytest.raises(
@@ -218,13 +220,13 @@ def test_coefficients_are_no_ingredient(tmp_path):
             read(path)
 
 
-def test_a_sparse_tensor_is_refused_by_name(tmp_path):
+def test_the_error_for_a_sparse_tensor_names_it(tmp_path):
     torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
     with pytest.raises(CheckpointError, match=r"sparse\.pt.*w is sparse"):
         Checkpoint.load(tmp_path / "sparse.pt")
 
 
-def test_a_file_of_eight_bits_is_read(tmp_path):
+def test_an_eight_bit_float_file_is_read(tmp_path):
     tensors = {"w": torch.randn(6).to(torch.float8_e4m3fn)}
     torch.save(tensors, tmp_path / "small.pt")
     Checkpoint(tensors, {}).save(tmp_path / "small.safetensors")
@@ -245,9 +247,9 @@ def test_a_file_of_eight_bits_is_read(tmp_path):
         },
     ],
 )
-def test_check_lives_with_half_a_norm(tensors):
-    found = check([Checkpoint(tensors, {}), Checkpoint({**tensors, "w": torch.zeros(3)}, {})])
-    assert found.statistics is not None
+def test_check_accepts_incomplete_batchnorm_statistics(tensors):
+    result = check([Checkpoint(tensors, {}), Checkpoint({**tensors, "w": torch.zeros(3)}, {})])
+    assert result.statistics is not None
 
 
 @pytest.mark.parametrize(
@@ -261,8 +263,8 @@ def test_learning_settings_that_make_no_sense_are_refused(wrong):
         )
 
 
-def test_a_mix_of_other_names_is_still_refused():
-    net, items = odd("plain")
+def test_coefficients_of_other_layers_are_refused():
+    net, items = odd_ingredients("plain")
     with pytest.raises(CoefficientError, match="none for layer first"):
         mix(
             items,
