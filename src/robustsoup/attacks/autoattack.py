@@ -152,10 +152,10 @@ def _make_runner(
     device: torch.device,
 ) -> Any:
     """Return pyautoattack's standard version, narrowed to one attack."""
-    AutoAttack: Any = _import_pyautoattack().AutoAttack  # noqa: N806 (a class; its types are wrong)
+    make_autoattack: Any = _import_pyautoattack().AutoAttack  # its annotations are too narrow
 
     # version="custom" would take five restarts where the standard takes one.
-    runner = AutoAttack(
+    runner = make_autoattack(
         model, norm=threat.norm, eps=threat.eps, seed=seed, device=device, version="standard"
     )
     runner.attacks_to_run, runner.verbose = [name], False

@@ -22,8 +22,10 @@ def capture_step(
     the host can, but every replay would repeat the recorded numbers; it differs between two calls
     from the same state while its replays agree.
 
+    The caller must keep every tensor alive that `step` reads: a graph holds addresses alone.
+
     Args:
-        step: Changes `state` in place on the current device; the first calls may raise.
+        step: Changes `state` in place on the current device.
         state: Every tensor that `step` changes; restored before this function returns or raises.
         result: The tensor of `state` to compare between calls.
     """

@@ -332,9 +332,10 @@ class Lane:
         filling = (torch.arange(size) % len(first)).to(search.device)
         self.rows = DeviceRows.from_state(first.state.select(filling))
         self._place(torch.arange(len(first)), first)
-        periods = search.schedule.check_periods().to(search.device)
-        self.take_step: Callable[[], None] = partial(take_step, search, self.rows, periods)
+        self.periods = search.schedule.check_periods().to(search.device)
+        self.take_step: Callable[[], None] = partial(take_step, search, self.rows, self.periods)
         if search.device.type == "cuda":
+            # The graph refers to the memory of rows, periods and networks, which this lane keeps.
             state = self.rows.state
             self.take_step = capture_step(self.take_step, self.rows.tensors(), state.loss_best)
 
@@ -379,7 +380,9 @@ class Lane:
         self.rows.found.zero_()
         starting = (self.step == 0) & (self.stage == 0) & (self.sample >= 0)
         self.take_step()
-        zero_gradient = self._zero_gradient(starting)
+        zero_gradient = None  # stays on the device until the end of the window
+        if bool(starting.any()):
+            zero_gradient = self.rows.state.grad.flatten(1).abs().amax(1) == 0
         for _ in range(self.window - 1):
             self.take_step()
         self.step += self.window
@@ -387,7 +390,7 @@ class Lane:
         hit = self.rows.found.cpu() & busy
         finished = (self.step == self.stage_steps[self.stage]) & busy
         if zero_gradient is not None:
-            self.outcome.zero_gradient[self.sample[starting]] |= zero_gradient.cpu()
+            self.outcome.zero_gradient[self.sample[starting]] |= zero_gradient.cpu()[starting]
         self._reset_steps((~busy).nonzero().flatten())
         certain = hit & (not self.search.needs_check())
         if bool(certain.any()):
@@ -398,13 +401,6 @@ class Lane:
         if bool(uncertain.any()):
             rows = uncertain.nonzero().flatten()
             self.to_check.append(self._take_out(rows, finished[rows], hit[rows]))
-
-    def _zero_gradient(self, starting: Tensor) -> Tensor | None:
-        """Return, on the device, whether the gradient of each row that just started was 0."""
-        if not bool(starting.any()):
-            return None
-        rows = starting.nonzero().flatten().to(self.search.device)
-        return self.rows.state.grad[rows].flatten(1).abs().amax(1) == 0
 
     def _reset_steps(self, rows: Tensor) -> None:
         """Set free rows back to step 0, so that they stay inside the table of checks."""
