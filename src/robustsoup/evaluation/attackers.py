@@ -193,7 +193,12 @@ class FunctionAttacker:
             return points[torch.searchsorted(chunk, at)]
 
         broken, margin = check_points(
-            target.model, target.samples, fetch_points, chunk, target.rows, target.device
+            target.model,
+            target.samples,
+            fetch_points,
+            chunk,
+            size=target.rows,
+            device=target.device,
         )
         outcome.attacked[chunk] = True
         outcome.broken[chunk], outcome.margin[chunk] = broken, margin
