@@ -1,0 +1,61 @@
+"""Recipes of checkpoints that exist already."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from tiny_runs import DATA, MODEL, keys_of, recipe_of_files, run_recipe
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.errors import CheckpointError, LeakageError, ModelError
+from robustsoup.models import load_model
+from robustsoup.runs.run import prepare_run
+
+
+def test_keys_of_files_follow_from_their_weights(files):
+    before = keys_of(prepare_run(recipe_of_files(files), device="cpu").plan)
+    moved = files / "moved"
+    moved.mkdir()
+    for name in ("low", "high"):
+        (files / f"{name}.safetensors").rename(moved / f"{name}.safetensors")
+    assert keys_of(prepare_run(recipe_of_files(moved), device="cpu").plan) == before
+    shutil.copy(moved / "low.safetensors", moved / "high.safetensors")
+    assert keys_of(prepare_run(recipe_of_files(moved), device="cpu").plan) != before
+
+
+def test_ingredients_that_were_trained_on_evaluated_samples_are_refused(files):
+    def leakage_of(**changes):
+        return prepare_run(recipe_of_files(files, **changes), device="cpu").leakage
+
+    with pytest.raises(LeakageError, match=r"another split \(seed 0\).*allow-leakage"):
+        leakage_of(seed=1)
+    assert leakage_of(seed=1, allow_leakage=True).status == "violated"
+    assert leakage_of() == Leakage()
+    path = files / "low.safetensors"
+    low = Checkpoint.load(path)
+    low.with_provenance(trained_on=["train", "val"]).save(path)
+    with pytest.raises(LeakageError, match="was trained on the val split itself"):
+        leakage_of()
+    dataclasses.replace(low, provenance={"network": MODEL.as_record()}).save(path)
+    assert leakage_of().status == "unknown"
+
+
+def test_an_ingredient_near_chance_is_refused_with_a_hint(files, tmp_path):
+    """With equal logits, every image is put into the first class."""
+    network = Checkpoint.of(load_model("resnet9:width=2", channels=1))
+    weight = torch.zeros_like(network.tensors["linear.weight"])
+    tensors = {**network.tensors, "linear.weight": weight}
+    dataclasses.replace(network, tensors=tensors).save(files / "low.safetensors")
+    share = float((DATA.val.labels[:1000] == 0).float().mean())
+    with pytest.raises(
+        ModelError, match=rf"accuracy {share:.1%} .*near chance \(10\.0%\).*--normalize"
+    ):
+        run_recipe(recipe_of_files(files), tmp_path / "run")
+
+
+def test_a_missing_file_is_named(files):
+    (files / "low.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"low\.safetensors: no such file"):
+        prepare_run(recipe_of_files(files), device="cpu")

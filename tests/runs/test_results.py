@@ -1,0 +1,104 @@
+"""The typed records of results.json: they survive a file, and errors name the place."""
+
+import json
+
+import pytest
+
+from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.errors import RequestError
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.runs.results import (
+    EvaluationProtocol,
+    PlaneResult,
+    ResultRow,
+    Results,
+    SelectionResult,
+)
+
+ROW = ResultRow(
+    name="grid-0.5-0.5",
+    role="grid",
+    soup="grid",
+    ingredients=("low", "high"),
+    coefficients=(0.5, 0.5),
+    checkpoint="checkpoints/grid-0.5-0.5.safetensors",
+    val={"clean": Accuracy(60, 64), "Linf 8/255": Accuracy(30, 64)},
+    screened=True,
+    warnings=("the gradient is zero",),
+)
+PROTOCOL = EvaluationProtocol(
+    select_on="val",
+    report_on="test",
+    samples={"val": 64, "test": None},
+    threats=("Linf 8/255",),
+)
+RESULTS = Results(
+    name="a",
+    created="2026-01-01T00:00:00Z",
+    recipe={"name": "a"},
+    data={"name": "digits"},
+    model="resnet9",
+    leakage=Leakage("unknown", "low: no record"),
+    figures=("ternary",),
+    protocol=PROTOCOL,
+    versions={"torch": "2.6"},
+    seconds=1.5,
+    rows=(ROW, ResultRow(name="low", role="ingredient")),
+    planes=(PlaneResult(name="p", checkpoints=("a", "b", "c"), file="landscapes/p.json"),),
+    selection=SelectionResult(
+        maximise="Linf 8/255", require=("clean>=0.5",), chosen=ROW.name, message="chosen"
+    ),
+    soup="soup.safetensors",
+)
+
+
+def test_reading_returns_what_was_written(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS.to_json()))
+    assert Results.load(path) == RESULTS
+
+
+def test_a_row_names_screening_and_warnings_only_if_there_are_any():
+    assert {"screened", "warnings"} <= ROW.to_json().keys()
+    assert not {"screened", "warnings"} & RESULTS.rows[1].to_json().keys()
+
+
+def test_accuracies_are_found_by_split_and_measure():
+    assert ROW.accuracy("val", "clean") == Accuracy(60, 64)
+    assert ROW.accuracy("val", "union") is None
+    assert ROW.accuracy("test", "clean") is None
+    assert RESULTS.row("low").scores("val") is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["name"], None, "name: got NoneType, expected str"),
+        (["rows"], {}, "rows: got dict, expected list"),
+        (["protocol", "threats"], "Linf", "protocol: threats: got str, expected list"),
+        (["rows", 0, "role"], "stew", r'rows\[0\]: role: got "stew", expected one of pretrained'),
+        (["rows", 0, "val"], [1], r"rows\[0\]: val: got list, expected accuracies by measure"),
+        (["rows", 0, "val", "clean"], {}, r"rows\[0\]: val: clean: value: got None, expected a"),
+        (["planes", 0, "file"], 3, r"planes\[0\]: file: got int, expected str"),
+        (["selection", "chosen"], 3, "selection: chosen: got int, expected str"),
+    ],
+)
+def test_a_wrong_entry_is_named(place, value, message):
+    content = RESULTS.to_json()
+    *tables, last = place
+    table = content
+    for key in tables:
+        table = table[key]
+    table[last] = value
+    with pytest.raises(RequestError, match=rf"^results\.json: {message}"):
+        Results.from_json(content, "results.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_a_file_that_is_not_json_is_named(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=r"results\.json: not JSON \("):
+        Results.load(path)
+    with pytest.raises(RequestError, match=r"absent\.json: no such file; expected a folder"):
+        Results.load(tmp_path / "absent.json")

@@ -1,0 +1,154 @@
+"""Greedy soups, dials, early stopping and buffer policies in a run."""
+
+import pytest
+import torch
+from tiny_runs import LEARNED, RecordingReporter, recipe_of, run_recipe
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.soups.coefficients import Coefficients, load_coefficients
+from robustsoup.soups.mixing import mix
+
+GREEDY = (("soups", "greedy"), {"method": "greedy", "score": "0.5 clean + 0.5 Linf 32/255"})
+DIAL = (
+    ("soups", "dial"),
+    {"method": "dial", "threats": ["Linf 32/255"], "epochs": 2, "at": [0, 1]},
+)
+
+
+def find_row(results, role):
+    return next(row for row in results["rows"] if row["role"] == role)
+
+
+def steps_of_kind(reporter, kind):
+    return [name for step_kind, name in reporter.finished_steps if step_kind == kind]
+
+
+@pytest.mark.parametrize("policy", ["base", "recalibrate", "recalibrate-adversarial"])
+def test_every_buffer_policy_runs(copied, policy):
+    folder = copied[0].with_name(policy)
+    changes = [(("soups", "grid", "buffers"), policy), ((*LEARNED, "buffers"), policy)]
+    results, _, _ = run_recipe(recipe_of(changes), folder)
+    for row in results["rows"][3:]:
+        record = Checkpoint.load(folder / row["checkpoint"]).provenance["buffers"]
+        assert record["policy"] == policy
+        assert (policy == "recalibrate-adversarial") == (record.get("threat", "clean") != "clean")
+
+
+def test_a_greedy_soup_reuses_the_evaluations_of_its_ingredients(copied):
+    folder = copied[0].with_name("greedy")
+    results, _, reporter = run_recipe(recipe_of([GREEDY]), folder)
+    assert steps_of_kind(reporter, "greedy") == ["greedy"]
+    assert all(name.startswith("greedy.") for name in steps_of_kind(reporter, "evaluate"))
+    row = find_row(results, "greedy")
+    coefficients = Coefficients.load(folder / row["coefficients_file"])
+    assert row["coefficients"] == coefficients.alpha[0].tolist()
+    record = coefficients.record["greedy"]
+    assert record["split"] == "val"
+    scores = {tuple(entry["alpha"]): entry["score"] for entry in record["tried"]}
+    assert set(scores) == {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
+    val = {row["name"]: row["val"] for row in results["rows"]}
+    best = record["tried"][-1]
+    for name, alpha in (
+        ("low", (1.0, 0.0)),
+        ("high", (0.0, 1.0)),
+        ("grid-0.5-0.5", (0.5, 0.5)),
+        ("greedy", tuple(best["alpha"])),
+    ):
+        clean, robust = (val[name][measure]["value"] for measure in ("clean", "Linf 32/255"))
+        assert scores[alpha] == pytest.approx(0.5 * clean + 0.5 * robust), name
+    assert best["score"] == max(scores.values())
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("base", {}),
+        ("recalibrate", {"calibrate_samples": 40}),
+        ("recalibrate-adversarial", {"calibrate_threat": "Linf 64/255"}),
+    ],
+)
+def test_a_greedy_soup_is_evaluated_with_the_statistics_it_is_written_with(
+    copied, policy, settings
+):
+    folder = copied[0].with_name(policy)
+    section = {"method": "greedy", "score": "clean", "buffers": policy, **settings}
+    results, _, _ = run_recipe(recipe_of([(("soups", "greedy"), section)]), folder)
+    row = find_row(results, "greedy")
+    record = Coefficients.load(folder / row["coefficients_file"]).record["greedy"]
+    scores = [entry["score"] for entry in record["tried"]]
+    assert len(scores) == 3
+    assert scores[-1] == max(scores) == row["val"]["clean"]["value"]
+
+
+def test_a_killed_greedy_step_keeps_its_evaluations(copied):
+    folder, store = copied
+    recipe = recipe_of(
+        [
+            GREEDY,
+            (("ingredients", "mid"), {"threat": "Linf 32/255", "epochs": 1}),
+            (("soups", "grid", "ingredients"), ["low", "high"]),
+        ]
+    )
+
+    class InterruptingReporter(RecordingReporter):
+        def progress(self, step, done, total, figures):
+            if step.kind == "greedy" and done == 1:
+                raise KeyboardInterrupt
+
+    def find_evaluations():
+        return {path.name: path.stat().st_mtime_ns for path in store.rglob("0*.json")}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, folder.with_name("greedy"), InterruptingReporter())
+    before = find_evaluations()
+    assert len(before) == 1
+    run_recipe(recipe, folder.with_name("greedy"))
+    after = find_evaluations()
+    assert before.items() <= after.items()
+    assert len(after) == 2
+
+
+def test_a_dial_is_learned_once_and_has_a_row_for_each_position(copied):
+    folder = copied[0].with_name("dial")
+    results, _, reporter = run_recipe(recipe_of([DIAL]), folder)
+    assert reporter.finished_steps[0] == ("dial", "dial Linf 32/255")
+    assert steps_of_kind(reporter, "mix") == ["dial-t0", "dial-t1"]
+    rows = [row for row in results["rows"] if row["role"] == "dial"]
+    assert [(row["name"], row["at"]) for row in rows] == [("dial-t0", 0.0), ("dial-t1", 1.0)]
+    dial = folder / "coefficients" / "dial-linf-32-255.dial.safetensors"
+    ingredients = [
+        Checkpoint.load(folder / "checkpoints" / f"{name}.safetensors") for name in ("low", "high")
+    ]
+    for row in rows:
+        coefficients = load_coefficients(dial, row["at"])
+        stored = Coefficients.load(folder / row["coefficients_file"])
+        assert torch.equal(stored.alpha, coefficients.alpha)
+        soup = mix(ingredients, coefficients, buffers="average")
+        assert soup.digest == Checkpoint.load(folder / row["checkpoint"]).digest
+
+
+def test_more_positions_of_a_dial_need_no_learning(copied):
+    folder = copied[0].with_name("dial")
+    run_recipe(recipe_of([DIAL]), folder)
+    recipe = recipe_of([DIAL, (("soups", "dial", "at"), [0, 0.5, 1])])
+    _, _, reporter = run_recipe(recipe, folder)
+    assert reporter.finished_steps == [
+        ("mix", "dial-t0.5"),
+        ("evaluate", "dial-t0.5.val"),
+        ("evaluate", "dial-t0.5.test"),
+    ]
+
+
+def test_learning_can_stop_early_on_val(copied):
+    folder = copied[0].with_name("stopped")
+    changes = [
+        ((*LEARNED, "early_stop"), {"samples": 32, "steps": 2}),
+        ((*LEARNED, "granularity"), "block"),
+    ]
+    results, _, _ = run_recipe(recipe_of(changes), folder)
+    coefficients = Coefficients.load(folder / results["rows"][-1]["coefficients_file"])
+    record = coefficients.record
+    assert record["early_stopped_at"] in (1, 2)
+    assert [set(entry) for entry in record["history"]] == [{"epoch", "loss", "val_loss"}] * 2
+    blocks = ("prep", "layer1", "residual1", "layer2", "layer3", "residual3", "linear")
+    assert coefficients.layers == blocks

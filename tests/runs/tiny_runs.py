@@ -1,0 +1,157 @@
+"""A tiny recipe on digits, and helpers to plan and run it."""
+
+import tomllib
+from pathlib import Path
+
+from robustsoup.data import load_data
+from robustsoup.models import NetworkSettings
+from robustsoup.recipes import parse_recipe
+from robustsoup.runs.results import Results
+from robustsoup.runs.run import prepare_run, run_prepared
+from robustsoup.runs.soup_rows import plan_recipe
+
+TINY = """
+name = "tiny"
+data = "digits"
+model = "resnet9:width=2"
+precision = "float32"
+
+[pretrain]
+threat = "Linf 32/255"
+epochs = 4
+lr = 0.2
+schedule = "cosine"
+early_stop = { steps = 2, samples = 64 }
+
+[finetune]
+epochs = 2
+lr = 0.05
+
+[ingredients]
+low = { threat = "Linf 16/255" }
+high = { threat = "Linf 64/255" }
+
+[soups.grid]
+method = "grid"
+step = 0.5
+
+[soups.learned]
+method = "learned"
+threats = ["Linf 32/255"]
+epochs = 2
+
+[evaluate]
+threats = ["Linf 32/255"]
+steps = 3
+select_samples = 64
+report_samples = 64
+
+[select]
+require = ["clean>=0"]
+"""
+DATA = load_data("digits")
+MODEL = NetworkSettings("resnet9:width=2", classes=10, channels=1)
+ROWS = ["pretrained", "low", "high", "grid-0-1", "grid-0.5-0.5", "grid-1-0", "learned-linf-32-255"]
+LEARNED = ("soups", "learned")
+SCREENED = [
+    (("evaluate", "screen"), True),
+    (("evaluate", "screen_steps"), 2),
+    (("soups", "grid", "step"), 0.25),
+]
+
+
+class RecordingReporter:
+    """Keeps the progress events of a run.
+
+    Args:
+        stop_after: Number of finished steps after which the run is interrupted.
+    """
+
+    def __init__(self, stop_after=None):
+        self.missing, self.finished_steps, self.shares, self.warnings = [], [], [], []
+        self.stop_after = stop_after
+
+    def begin(self, plan, missing):
+        self.missing.append([(step.kind, step.name) for step in missing])
+
+    def progress(self, step, done, total, figures):
+        self.shares.append(done / total)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def finished(self, step, figures, seconds):
+        assert figures
+        assert seconds >= 0
+        self.finished_steps.append((step.kind, step.name))
+        if len(self.finished_steps) == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def recipe_of(changes=()):
+    """Return the tiny recipe with some values replaced, such as (("finetune", "epochs"), 3)."""
+    content = tomllib.loads(TINY)
+    for keys, value in changes:
+        table = content
+        for name in keys[:-1]:
+            table = table.setdefault(name, {})
+        table[keys[-1]] = value
+    return parse_recipe(content, "tiny", Path("/nowhere"))
+
+
+def planner_of(changes=(), *, data=DATA, model=MODEL, precision="float32"):
+    """Return the planner of the tiny recipe with some values replaced."""
+    return plan_recipe(recipe_of(changes), data, model, precision)
+
+
+def plan_of(*changes, **surroundings):
+    """Return the plan of the tiny recipe with some values replaced."""
+    return planner_of(changes, **surroundings).plan
+
+
+def keys_of(plan):
+    """Return the key of each step by (kind, name)."""
+    return {(step.kind, step.name): step.key for step in plan.steps}
+
+
+def steps_of(plan):
+    """Return the steps by (kind, name)."""
+    return {(step.kind, step.name): step for step in plan.steps}
+
+
+def run_recipe(recipe, folder, reporter=None):
+    """Run a recipe; return its results as JSON, the selection and the reporter."""
+    reporter = reporter or RecordingReporter()
+    results, selection = run_prepared(prepare_run(recipe, device="cpu"), folder, reporter)
+    assert Results.load(folder / "results.json") == results
+    return results.to_json(), selection, reporter
+
+
+def modification_times(folder):
+    """Return every file below a folder with the time of its last change."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def find_leftovers(folder):
+    """Return the files below a folder that only unfinished work leaves."""
+    return [
+        str(path)
+        for path in Path(folder).rglob("*")
+        if path.name.startswith(".") or path.suffix in (".tmp", ".partial", ".lock", ".pt")
+    ]
+
+
+def recipe_of_files(folder, **changes):
+    """Return a recipe of the checkpoints low and high in a folder."""
+    content = {
+        "name": "files",
+        "data": "digits",
+        "ingredients": {name: str(folder / f"{name}.safetensors") for name in ("low", "high")},
+        "soups": {"grid": {"method": "grid", "step": 0.5}},
+        "evaluate": {"threats": ["Linf 32/255"], "steps": 2},
+    }
+    return parse_recipe(content | changes, "files", folder)
