@@ -1,4 +1,4 @@
-"""What several tests share: a small network that tells the digits apart, and what an attack's points must obey."""
+"""Shared by tests: a small network that classifies digits, and the constraints of attacks."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from robustsoup.models import load_model
 
 
 def digits_network(width: int, steps: int = 40) -> nn.Module:
-    """A resnet9 of that width after a few steps on digits, in eval mode, without gradients for weights."""
+    """Return a resnet9 trained for a few steps on digits, frozen, in eval mode."""
     train = load_data("digits").train
     model = load_model(f"resnet9:width={width}", channels=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
@@ -24,7 +24,7 @@ def digits_network(width: int, steps: int = 40) -> nn.Module:
 
 
 def check_inside(x_adv: torch.Tensor, x: torch.Tensor, threat) -> None:
-    """Every point lies in the box and, up to rounding, in the ball."""
+    """Check that every point lies in the box and, up to rounding, in the ball."""
     assert float(x_adv.min()) >= 0
     assert float(x_adv.max()) <= 1
     length = norms(x_adv.double() - x.double(), threat.norm)

@@ -195,7 +195,7 @@ class Synchronises(nn.Module):
         self.network = network
 
     def forward(self, x):
-        return self.network(x) * (1.0 if float(x.sum()) > -1 else 2.0)
+        return self.network(x) * (1.0 if float(x.detach().sum()) > -1 else 2.0)
 
 
 class HostNoise(nn.Module):
