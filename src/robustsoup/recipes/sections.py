@@ -132,7 +132,12 @@ def _none_for_false(value: Any) -> Any:
     return None if value is False else value
 
 
-_AS_TEXT = PlainSerializer(str, return_type=str)
+def _to_text(value: object) -> str:
+    """Return a parsed value as text; pydantic 2.7 cannot inspect the signature of `str`."""
+    return str(value)
+
+
+_AS_TEXT = PlainSerializer(_to_text, return_type=str)
 ThreatValue = Annotated[ThreatModel, PlainValidator(_parse_text_with(ThreatModel.parse)), _AS_TEXT]
 RequirementValue = Annotated[
     Requirement, PlainValidator(_parse_text_with(Requirement.parse)), _AS_TEXT
