@@ -213,8 +213,10 @@ def with_record(evaluation, **record):
         (
             "search_precision",
             "bfloat16",
-            "different search_precision: float32 and bfloat16; "
-            "the robust accuracies are not comparable",
+            (
+                "different search_precision: float32 and bfloat16; "
+                "the robust accuracies are not comparable"
+            ),
         ),
         (
             "screened",
@@ -243,23 +245,31 @@ def test_a_setting_that_one_record_lacks_is_not_compared(key):
     [
         (
             with_record(B, split="val"),
-            "compare: got test of digits (01234567) and val of digits (01234567), "
-            "expected one split of the same data; evaluate both on the same split",
+            (
+                "compare: got test of digits (01234567) and val of digits (01234567), "
+                "expected one split of the same data; evaluate both on the same split"
+            ),
         ),
         (
             with_record(B, data={"name": "cifar10", "digest": "fedcba9876543210"}),
-            "compare: got test of digits (01234567) and test of cifar10 (fedcba98), "
-            "expected one split of the same data; evaluate both on the same split",
+            (
+                "compare: got test of digits (01234567) and test of cifar10 (fedcba98), "
+                "expected one split of the same data; evaluate both on the same split"
+            ),
         ),
         (
             make_evaluation("111", ids=[10, 11, 12]),
-            "compare: got no common sample among 10 in the first and 3 in the second; "
-            "evaluate both on the same samples",
+            (
+                "compare: got no common sample among 10 in the first and 3 in the second; "
+                "evaluate both on the same samples"
+            ),
         ),
         (
             make_evaluation("111", ids=[2, 1, 0], labels=[2, 5, 0]),
-            "compare: sample 1: got label 1 in the first and 5 in the second, expected the same; "
-            "number the classes alike",
+            (
+                "compare: sample 1: got label 1 in the first and 5 in the second, "
+                "expected the same; number the classes alike"
+            ),
         ),
         (
             with_record(B, split=...),

@@ -252,10 +252,10 @@ class AutoAttacker:
             if not len(chunk):
                 continue
 
-            def poll_chunk(done: int, of: int, start: int = start) -> None:
+            def poll_chunk(done: int, _total: int, start: int = start) -> None:
                 poll(start * attempts + done, total)
 
-            self._attack_chunk(target, threat, outcome, chunk, seed, poll_chunk)
+            self._attack_chunk(target, threat, outcome, chunk, seed=seed, poll=poll_chunk)
             poll(int(outcome.settled[correct].sum()), total)
 
     def _attack_chunk(
@@ -264,6 +264,7 @@ class AutoAttacker:
         threat: ThreatModel,
         outcome: Outcome,
         chunk: Tensor,
+        *,
         seed: int,
         poll: Poll,
     ) -> None:

@@ -90,8 +90,8 @@ def evaluate(
         data.first(samples),
         threats,
         make_settings(AttackSettings, settings, changes),
-        Reuse(keep_points, tuple(pool), after, stop_below),
-        device,
+        reuse=Reuse(keep_points, tuple(pool), after, stop_below),
+        device=device,
     )
     saved = SavedState(state_path, request.fingerprint() if state_path is not None else "")
     started = time.perf_counter()
@@ -241,7 +241,7 @@ def _make_poll(
     """Return what an attacker calls during threat `number`: report, and save when it is time."""
     attempts = len(request.attacker.attempts)
 
-    def poll(done: int, total: int) -> None:
+    def poll(done: int, _total: int) -> None:
         progress.report_attack(number, done // attempts)
         if saved.due():
             saved.save(_state_of(outcomes))

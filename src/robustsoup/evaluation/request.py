@@ -99,6 +99,7 @@ def check_request(
     data: Split,
     threats: Sequence[ThreatModel | str],
     settings: AttackSettings,
+    *,
     reuse: Reuse,
     device: str,
 ) -> CheckedRequest:

@@ -156,7 +156,7 @@ class Evaluation:
         for number, verdicts in enumerate(self.threats.values()):
             for name in VERDICT_ARRAYS:
                 arrays[f"{name}_{number}"] = getattr(verdicts, name).numpy()
-        with atomic_path(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+        with atomic_path(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
         write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
         return path
@@ -170,7 +170,7 @@ class Evaluation:
         if not points:  # a file of an earlier evaluation would be read as this one's
             path.unlink(missing_ok=True)
             return
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **points)
 
     @classmethod
@@ -214,5 +214,5 @@ class Evaluation:
 
 
 def _load_arrays(path: Path) -> dict[str, Tensor]:
-    with open(path, "rb") as raw, np.load(raw) as file:
+    with path.open("rb") as raw, np.load(raw) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}

@@ -72,8 +72,8 @@ def line(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     return grid(n, step, max_soups)
 
 
-def uniform(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
-    """Return the average of n ingredients as the only soup; `step` and `max_soups` do nothing."""
+def uniform(n: int, *_: float) -> list[Alpha]:
+    """Return the average of n ingredients as the only soup; other arguments do nothing."""
     return [(1 / n,) * n]
 
 
