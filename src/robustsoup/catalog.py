@@ -85,6 +85,10 @@ class Registry(Mapping[str, Entry]):
         """Return the built-in entry called `name`."""
         return self._entries[name]
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether `find` knows an entry called `name`."""
+        return isinstance(name, str) and self.find(name) is not None
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the built-in entries."""
         return iter(self._entries)
@@ -298,6 +302,7 @@ BUFFER_POLICIES = Registry(
         "Take the statistics that learning tracked; learned soups only.",
         facts={"affine": True, "needs": ("tracked",), "learning": "train"},
     ),
+    takes_functions=True,
 )
 """A target takes an UnfinishedSoup and returns its Buffers (see robustsoup.soups.mixing).
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ class Rule:
     Attributes:
         help: One sentence for `--help` and the reference pages.
         ge, gt, le, lt: Bounds of a number (inclusive, exclusive, inclusive, exclusive).
-        choices: The allowed values, or None for no such limit.
+        choices: The allowed values, such as a registry; None for no such limit.
     """
 
     help: str
@@ -38,7 +38,7 @@ class Rule:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    choices: Sequence[str] | None = None
+    choices: Collection[str] | None = None
 
     def describe_range(self) -> str:
         """Return the valid range in words, such as "at least 1" or "in [0, 1)"."""
@@ -332,7 +332,7 @@ class LearnSettings:
     buffers: str = setting(
         "tracked",
         "BatchNorm statistics of the network that is attacked while learning.",
-        choices=tuple(BUFFER_POLICIES),
+        choices=BUFFER_POLICIES,
     )
     early_stop: EarlyStop | None = setting(
         None, "Return the epoch with the lowest objective on val, not the last one."
@@ -408,7 +408,7 @@ class BufferSettings:
         None,
         "BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked; "
         "by default tracked for learned coefficients, else average.",
-        choices=tuple(BUFFER_POLICIES),
+        choices=BUFFER_POLICIES,
     )
     calibrate_samples: int = setting(
         10_000, "Training samples that the recalibrating policies measure statistics on.", ge=2

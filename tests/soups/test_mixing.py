@@ -1,4 +1,4 @@
-"""Mixing: exact where it can be, refused where it makes no sense, and the running statistics by each policy."""
+"""Mixing: exact results, buffer policies, refusals, provenance, and coefficients files."""
 
 import math
 import random
@@ -33,7 +33,7 @@ COUNTERS = "num_batches_tracked"
 
 
 def ingredient(seed, dtype=torch.float32, **provenance):
-    """A small network whose running statistics and counter are its own too."""
+    """Return a small network with its own running statistics and counters."""
     model = load_model("resnet9:width=2", channels=1, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for layer in norm_layers(model).values():
@@ -43,10 +43,10 @@ def ingredient(seed, dtype=torch.float32, **provenance):
         layer.running_mean.normal_(0, 0.1, generator=generator)
         layer.running_var.uniform_(0.5, 2, generator=generator)
         layer.num_batches_tracked.fill_(100 + seed)
-    made = Checkpoint.of(model, provenance)
+    item = Checkpoint.of(model, provenance)
     return Checkpoint(
-        {n: t.to(dtype) if t.is_floating_point() else t for n, t in made.tensors.items()},
-        made.provenance,
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in item.tensors.items()},
+        item.provenance,
     )
 
 
@@ -55,20 +55,20 @@ PARAMETERS = FIVE[0].parameters
 STATISTICS = [n for n in FIVE[0].tensors if n.endswith(("running_mean", "running_var"))]
 
 
-def one_hot(n, at):
-    return [float(i == at) for i in range(n)]
+def one_hot(n, index):
+    return [float(i == index) for i in range(n)]
 
 
-def some_alpha(n, seed):
+def random_alpha(n, seed):
     weights = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (weights / weights.sum()).tolist()
 
 
-def rows_for_each_parameter(n, seed=0):
-    return {name: some_alpha(n, seed + number) for number, name in enumerate(PARAMETERS)}
+def random_alpha_by_parameter(n, seed=0):
+    return {name: random_alpha(n, seed + number) for number, name in enumerate(PARAMETERS)}
 
 
-def reference(ingredients, alpha, name):
+def exact_mix(ingredients, alpha, name):
     row = alpha[name] if isinstance(alpha, dict) else alpha
     return sum(
         weight * item.tensors[name].double() for weight, item in zip(row, ingredients, strict=True)
@@ -81,7 +81,7 @@ def reference(ingredients, alpha, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("rows", ["network", "parameters"])
-def test_a_one_hot_mix_is_its_ingredient_bit_for_bit(dtype, at, rows):
+def test_a_one_hot_mix_equals_its_ingredient_bit_for_bit(dtype, at, rows):
     ingredients = [ingredient(seed, dtype) for seed in range(3)]
     alpha = one_hot(3, at) if rows == "network" else dict.fromkeys(PARAMETERS, one_hot(3, at))
     soup = mix(ingredients, alpha, buffers="average")
@@ -102,7 +102,7 @@ def test_a_one_hot_mix_is_its_ingredient_bit_for_bit(dtype, at, rows):
 def test_permuting_ingredients_with_their_coefficients_changes_no_bit(n, seed, shuffle, by_layer):
     order = list(range(n))
     shuffle.shuffle(order)
-    alpha = rows_for_each_parameter(n, seed) if by_layer else some_alpha(n, seed)
+    alpha = random_alpha_by_parameter(n, seed) if by_layer else random_alpha(n, seed)
     if by_layer:
         permuted = {name: [row[i] for i in order] for name, row in alpha.items()}
     else:
@@ -114,7 +114,7 @@ def test_permuting_ingredients_with_their_coefficients_changes_no_bit(n, seed, s
         assert torch.equal(soup.tensors[name], again.tensors[name]), name
 
 
-def test_permuting_an_ingredient_that_is_there_twice_changes_no_bit():
+def test_permuting_an_ingredient_that_occurs_twice_changes_no_bit():
     twice, alpha = [FIVE[0], FIVE[0], FIVE[1]], [0.1, 0.7, 0.2]
     soup, again = mix(twice, alpha), mix(twice, [0.7, 0.1, 0.2])
     assert soup.digest == again.digest
@@ -122,12 +122,12 @@ def test_permuting_an_ingredient_that_is_there_twice_changes_no_bit():
 
 @few
 @given(n=st.integers(1, 5), seed=st.integers(0, 1000), by_layer=st.booleans())
-def test_a_mix_is_the_weighted_sum(n, seed, by_layer):
-    alpha = rows_for_each_parameter(n, seed) if by_layer else some_alpha(n, seed)
+def test_a_mix_equals_the_weighted_sum(n, seed, by_layer):
+    alpha = random_alpha_by_parameter(n, seed) if by_layer else random_alpha(n, seed)
     soup = mix(FIVE[:n], alpha)
     for name in PARAMETERS:
         torch.testing.assert_close(
-            soup.tensors[name].double(), reference(FIVE[:n], alpha, name), rtol=1e-6, atol=1e-6
+            soup.tensors[name].double(), exact_mix(FIVE[:n], alpha, name), rtol=1e-6, atol=1e-6
         )
 
 
@@ -136,10 +136,10 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(dtype):
     ingredients = [ingredient(seed, dtype) for seed in range(5)]
     soup = mix(ingredients, [0.2] * 5)
     for name in PARAMETERS:
-        found, exact = soup.tensors[name], reference(ingredients, [0.2] * 5, name)
-        assert found.dtype == dtype
+        mixed, exact = soup.tensors[name], exact_mix(ingredients, [0.2] * 5, name)
+        assert mixed.dtype == dtype
         torch.testing.assert_close(
-            found.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7
+            mixed.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7
         )
 
 
@@ -147,18 +147,18 @@ def test_float64_is_not_rounded_to_float32():
     ingredients = [ingredient(seed, torch.float64) for seed in range(2)]
     soup = mix(ingredients, [1 / 3, 2 / 3])
     for name in PARAMETERS:
-        exact = reference(ingredients, [1 / 3, 2 / 3], name)
+        exact = exact_mix(ingredients, [1 / 3, 2 / 3], name)
         torch.testing.assert_close(soup.tensors[name], exact, rtol=1e-14, atol=1e-15)
 
 
-def test_zero_coefficients_are_left_out():
+def test_ingredients_with_coefficient_zero_are_skipped():
     assert torch.equal(
         weighted_sum([torch.full((2,), torch.inf), torch.ones(2)], [0.0, 1.0]), torch.ones(2)
     )
-    broken = weighted_sum(
+    without_nan = weighted_sum(
         [torch.full((2,), torch.nan), torch.ones(2), 3 * torch.ones(2)], [0.0, 0.5, 0.5]
     )
-    assert torch.equal(broken, torch.full((2,), 2.0))
+    assert torch.equal(without_nan, torch.full((2,), 2.0))
 
 
 def test_a_mix_shares_no_memory_with_its_ingredients():
@@ -179,7 +179,7 @@ def test_integer_buffers_are_copied(buffers):
         assert int(soup.tensors[name]) == 100
 
 
-def test_parameters_with_gradients_mix_without_them(tmp_path):
+def test_parameters_that_require_gradients_mix_without_them(tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)
         torch.save(dict(nn.Linear(3, 2).named_parameters()), tmp_path / f"{seed}.pth")
@@ -190,13 +190,13 @@ def test_parameters_with_gradients_mix_without_them(tmp_path):
 # running statistics
 
 
-def test_base_takes_the_statistics_of_the_checkpoint_that_is_named():
+def test_base_copies_the_statistics_of_the_named_checkpoint():
     soup = mix(FIVE[:2], [0.5, 0.5], buffers="base", base=FIVE[3])
     for name in [*STATISTICS, *(name for name in soup.tensors if COUNTERS in name)]:
         assert torch.equal(soup.tensors[name], FIVE[3].tensors[name])
     assert soup.provenance["buffers"] == {"policy": "base", "base": FIVE[3].digest}
     torch.testing.assert_close(
-        soup.tensors["linear.weight"].double(), reference(FIVE[:2], [0.5, 0.5], "linear.weight")
+        soup.tensors["linear.weight"].double(), exact_mix(FIVE[:2], [0.5, 0.5], "linear.weight")
     )
 
 
@@ -222,7 +222,7 @@ def test_base_finds_the_common_ancestor_beside_the_ingredients(tmp_path):
         assert torch.equal(soup.tensors[name], theta.tensors[name])
 
 
-def test_the_ancestor_is_one_that_all_share_and_the_file_must_be_it(tmp_path):
+def test_the_ancestor_is_shared_by_all_and_its_file_is_checked(tmp_path):
     theta, other = FIVE[4], FIVE[3]
     shared = with_parents(FIVE[0], (theta, "theta.safetensors"))
     stranger = with_parents(FIVE[1], (other, "other.safetensors"))
@@ -243,16 +243,16 @@ def test_the_ancestor_is_one_that_all_share_and_the_file_must_be_it(tmp_path):
 def test_average_mixes_the_statistics_with_the_coefficients_of_their_batchnorm():
     soup = mix(FIVE[:3], [0.2, 0.3, 0.5], buffers="average")
     for name in STATISTICS:
-        exact = reference(FIVE[:3], [0.2, 0.3, 0.5], name)
+        exact = exact_mix(FIVE[:3], [0.2, 0.3, 0.5], name)
         torch.testing.assert_close(soup.tensors[name].double(), exact, rtol=1e-6, atol=1e-6)
-    alpha = rows_for_each_parameter(3)
+    alpha = random_alpha_by_parameter(3)
     soup = mix(FIVE[:3], alpha, buffers="average")
     owners = running_statistics(soup)
     assert sorted(owners) == sorted(STATISTICS)
     for name in STATISTICS:
         owner = name.replace("running_mean", "weight").replace("running_var", "weight")
         assert owners[name] == owner
-        exact = reference(FIVE[:3], {name: alpha[owner]}, name)
+        exact = exact_mix(FIVE[:3], {name: alpha[owner]}, name)
         torch.testing.assert_close(soup.tensors[name].double(), exact, rtol=1e-6, atol=1e-6)
 
 
@@ -262,7 +262,7 @@ def digits():
 
 
 def statistics_by_hand(model, inputs):
-    """The mean over batches of each BatchNorm's batch mean and unbiased variance, from the inputs of its layer."""
+    """Return the means over batches of each BatchNorm input's mean and unbiased variance."""
     seen = {name: [] for name in norm_layers(model)}
     model.train()
     for name, layer in norm_layers(model).items():
@@ -281,14 +281,14 @@ def statistics_by_hand(model, inputs):
     return by_hand
 
 
-def check_statistics(found, by_hand, count):
+def check_statistics(tensors, by_hand, count):
     assert len(by_hand) == 16
     for name, value in by_hand.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5)
-    assert {int(tensor) for name, tensor in found.items() if COUNTERS in name} == {count}
+        torch.testing.assert_close(tensors[name].double(), value, rtol=1e-4, atol=1e-5)
+    assert {int(tensor) for name, tensor in tensors.items() if COUNTERS in name} == {count}
 
 
-def test_recalibrate_measures_the_statistics_anew(digits):
+def test_recalibrate_measures_the_statistics(digits):
     soup = mix(FIVE[:2], [0.5, 0.5], buffers="recalibrate", calibrate_on=digits)
     inputs = [x for x, _, _ in batches(digits, 64, seed=0, epoch=0)]
     check_statistics(soup.tensors, statistics_by_hand(soup.network(), inputs), count=1)
@@ -302,16 +302,16 @@ def test_recalibrate_measures_the_statistics_anew(digits):
 def test_recalibrate_takes_one_pass_over_batches_with_cumulative_momentum(digits):
     model = FIVE[0].network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = recalibrate(model, digits, samples=48, batch_size=16, seed=3)
+    measured = recalibrate(model, digits, samples=48, batch_size=16, seed=3)
     inputs = [x for x, _, _ in batches(digits, 16, seed=3, epoch=0)][:3]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.training
-    check_statistics(found, statistics_by_hand(model, inputs), count=3)
+    check_statistics(measured, statistics_by_hand(model, inputs), count=3)
     other = recalibrate(model, digits, samples=48, batch_size=16, seed=4)
-    assert not torch.equal(found["prep.1.running_mean"], other["prep.1.running_mean"])
+    assert not torch.equal(measured["prep.1.running_mean"], other["prep.1.running_mean"])
 
 
-def test_recalibrate_adversarial_measures_them_on_attacked_samples(digits):
+def test_recalibrate_adversarial_measures_on_attacked_samples(digits):
     threat = ThreatModel("Linf", 0.2)
     soup = mix(
         FIVE[:2],
@@ -336,15 +336,19 @@ def test_recalibrate_adversarial_measures_them_on_attacked_samples(digits):
     assert clean.provenance["buffers"]["threat"] == "clean"
 
 
-@pytest.mark.parametrize(("asked", "used"), [(10_000, 64), (48, 48)])
-def test_the_record_says_how_many_samples_the_statistics_are_of(digits, asked, used):
+@pytest.mark.parametrize(("requested", "used"), [(10_000, 64), (48, 48)])
+def test_the_record_holds_the_number_of_calibration_samples(digits, requested, used):
     soup = mix(
-        FIVE[:2], [0.5, 0.5], buffers="recalibrate", calibrate_on=digits, calibrate_samples=asked
+        FIVE[:2],
+        [0.5, 0.5],
+        buffers="recalibrate",
+        calibrate_on=digits,
+        calibrate_samples=requested,
     )
     assert soup.provenance["buffers"]["samples"] == used
 
 
-def test_recalibrating_leaves_a_given_network_and_the_randomness_alone(digits):
+def test_recalibrating_changes_neither_the_network_nor_the_randomness(digits):
     model = load_model("resnet9:width=2", channels=1, seed=8).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     randomness = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
@@ -374,7 +378,7 @@ def test_a_network_without_batchnorm_has_nothing_to_recalibrate(digits):
         recalibrate(model, digits.first(1))
 
 
-def test_tracked_takes_the_statistics_followed_while_learning():
+def test_tracked_takes_the_statistics_of_learning():
     tracked = {name: torch.full_like(FIVE[0].tensors[name], 0.25) for name in STATISTICS}
     soup = mix(
         FIVE[:2],
@@ -413,9 +417,30 @@ def test_a_policy_without_what_it_needs_is_refused(wrong, error, text):
         mix(FIVE[:2], [0.5, 0.5], **wrong)
 
 
-def test_recalibrating_on_attacked_samples_needs_a_threat(digits):
+def test_recalibrating_on_attacked_samples_requires_a_threat(digits):
     with pytest.raises(RequestError, match="requires a threat to attack the samples with"):
         mix(FIVE[:2], [0.5, 0.5], buffers="recalibrate-adversarial", calibrate_on=digits)
+
+
+def test_a_policy_may_be_a_users_function(tmp_path, monkeypatch):
+    (tmp_path / "own_policies.py").write_text(
+        "from robustsoup.soups.mixing import Buffers\n"
+        "def ones(soup):\n"
+        "    names = [n for n in soup.ingredients[0].tensors if n.endswith('running_var')]\n"
+        "    tensors = {n: soup.ingredients[0].tensors[n] * 0 + 1 for n in names}\n"
+        "    return Buffers(tensors, {'ingredients': len(soup.ingredients)})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    soup = mix(FIVE[:2], [0.5, 0.5], buffers="own_policies:ones")
+    assert soup.provenance["buffers"] == {"policy": "own_policies:ones", "ingredients": 2}
+    for name in STATISTICS:
+        source = FIVE[0].tensors[name]
+        expected = torch.ones_like(source) if name.endswith("running_var") else source
+        assert torch.equal(soup.tensors[name], expected)
+    with pytest.raises(CoefficientError, match=r"own_policies:ones.*affine mix"):
+        mix(FIVE[:2], [1.5, -0.5], affine=True, buffers="own_policies:ones")
+    with pytest.raises(RequestError, match='module "nowhere" cannot be found'):
+        mix(FIVE[:2], [0.5, 0.5], buffers="nowhere:ones")
 
 
 # affine mixes and tied parameters
@@ -427,7 +452,7 @@ def test_negative_coefficients_are_for_affine_mixes_only():
         mix(FIVE[:3], alpha)
     soup = mix(FIVE[:3], alpha, affine=True)
     for name in PARAMETERS:
-        exact = reference(FIVE[:3], alpha, name)
+        exact = exact_mix(FIVE[:3], alpha, name)
         torch.testing.assert_close(soup.tensors[name].double(), exact, rtol=1e-5, atol=1e-5)
     with pytest.raises(CoefficientError, match="expected sum 1"):
         mix(FIVE[:2], [1.5, -0.2], affine=True)
@@ -445,14 +470,14 @@ class Tied(nn.Module):
 
 
 def test_tied_parameters_are_mixed_once_and_stay_tied(tmp_path):
-    made = [Checkpoint.of(Tied(seed)) for seed in range(2)]
+    items = [Checkpoint.of(Tied(seed)) for seed in range(2)]
     alpha = {
         "embed.weight": [0.25, 0.75],
         "out.bias": [0.5, 0.5],
-    }  # the alias needs no coefficients of its own
-    soup = mix(made, alpha)
+    }  # the alias has no coefficients
+    soup = mix(items, alpha)
     torch.testing.assert_close(
-        soup.tensors["embed.weight"].double(), reference(made, alpha, "embed.weight")
+        soup.tensors["embed.weight"].double(), exact_mix(items, alpha, "embed.weight")
     )
     assert torch.equal(soup.tensors["out.weight"], soup.tensors["embed.weight"])
     assert soup.tied == {"out.weight": "embed.weight"}
@@ -462,7 +487,7 @@ def test_tied_parameters_are_mixed_once_and_stay_tied(tmp_path):
     assert model.out.weight is model.embed.weight
 
 
-# what cannot be mixed
+# what is refused
 
 
 def changed(item, **tensors):
@@ -489,12 +514,12 @@ def changed(item, **tensors):
         ),
     ],
 )
-def test_ingredients_that_differ_are_refused_by_the_first_difference(other, text):
+def test_ingredients_that_differ_are_refused_with_the_first_difference(other, text):
     for ingredients in ([FIVE[0], other], [FIVE[0], FIVE[2], other]):
         n = len(ingredients)
-        with pytest.raises(IngredientMismatch, match=text) as told:
+        with pytest.raises(IngredientMismatch, match=text) as caught:
             mix(ingredients, [1 / n] * n)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -513,22 +538,22 @@ def test_ingredients_that_differ_are_refused_by_the_first_difference(other, text
         ({"prep.0.weight": [0.5, 0.5]}, r"none for layer prep\.1\.weight"),
         ({}, "expected n numbers or rows by name"),
         (
-            rows_for_each_parameter(2) | {"prep.0.weight": [0.5, 0.6]},
+            random_alpha_by_parameter(2) | {"prep.0.weight": [0.5, 0.6]},
             r"prep\.0\.weight: got .*expected sum 1",
         ),
         (
-            rows_for_each_parameter(2) | {"prep.0.weight": [0.2, 0.3, 0.5]},
+            random_alpha_by_parameter(2) | {"prep.0.weight": [0.2, 0.3, 0.5]},
             "expected n numbers or rows",
         ),
         (dict.fromkeys(PARAMETERS, 1.0), "coefficients: "),
     ],
 )
-def test_coefficients_that_make_no_sense_are_refused(alpha, text):
+def test_invalid_coefficients_are_refused(alpha, text):
     with pytest.raises(CoefficientError, match=text):
         mix(FIVE[:2], alpha)
 
 
-def test_thirds_that_do_not_quite_sum_to_1_are_accepted():
+def test_rounded_thirds_are_accepted():
     mix(FIVE[:3], [0.3333333, 0.3333333, 0.3333333])
 
 
@@ -537,10 +562,10 @@ def test_no_ingredients_are_refused():
         mix([], [])
 
 
-# what a soup is
+# the soup
 
 
-def test_a_soup_is_an_ordinary_checkpoint_that_knows_how_it_was_made(tmp_path):
+def test_a_soup_is_an_ordinary_checkpoint_with_a_record_of_its_mixing(tmp_path):
     paths = [FIVE[i].save(tmp_path / f"{i}.safetensors") for i in range(3)]
     soup = mix(paths, [0.2, 0.3, 0.5], buffers="average")
     read = Checkpoint.load(soup.save(tmp_path / "soup.safetensors"))
@@ -558,11 +583,11 @@ def test_a_soup_is_an_ordinary_checkpoint_that_knows_how_it_was_made(tmp_path):
 
 
 def test_a_soup_by_layer_records_its_rows():
-    alpha = rows_for_each_parameter(2)
+    alpha = random_alpha_by_parameter(2)
     assert mix(FIVE[:2], alpha).provenance["coefficients"] == alpha
 
 
-def test_a_soup_of_foreign_files_is_written_in_the_first_ones_wrapping(tmp_path):
+def test_a_soup_of_foreign_files_keeps_the_format_of_the_first(tmp_path):
     for i in range(2):
         state = {f"module.{name}": tensor for name, tensor in FIVE[i].tensors.items()}
         torch.save({"state_dict": state, "epoch": i}, tmp_path / f"{i}.pth")
@@ -570,20 +595,20 @@ def test_a_soup_of_foreign_files_is_written_in_the_first_ones_wrapping(tmp_path)
     soup.save(tmp_path / "soup.pth")
     loaded = torch.load(tmp_path / "soup.pth", weights_only=True)
     assert loaded["epoch"] == 0
-    theirs = nn.DataParallel(load_model("resnet9:width=2", channels=1))
-    theirs.load_state_dict(loaded["state_dict"])
+    network = nn.DataParallel(load_model("resnet9:width=2", channels=1))
+    network.load_state_dict(loaded["state_dict"])
     assert torch.equal(
-        theirs.module.linear.weight, mix(FIVE[:2], [0.5, 0.5]).tensors["linear.weight"]
+        network.module.linear.weight, mix(FIVE[:2], [0.5, 0.5]).tensors["linear.weight"]
     )
 
 
-# coefficients and their file
+# coefficients files
 
 
-def learned(n=3):
+def learned_coefficients(n=3):
     digests = tuple(item.digest for item in FIVE[:n])
     alpha = torch.tensor(
-        [some_alpha(n, seed) for seed in range(len(PARAMETERS))], dtype=torch.float64
+        [random_alpha(n, seed) for seed in range(len(PARAMETERS))], dtype=torch.float64
     )
     tracked = {name: torch.rand(FIVE[0].tensors[name].shape) for name in STATISTICS}
     return Coefficients(
@@ -591,24 +616,24 @@ def learned(n=3):
     )
 
 
-def test_coefficients_come_back_from_their_file_bit_for_bit(tmp_path):
-    made = learned()
-    path = made.save(tmp_path / "alpha.safetensors")
+def test_coefficients_survive_a_file_bit_for_bit(tmp_path):
+    original = learned_coefficients()
+    path = original.save(tmp_path / "alpha.safetensors")
     read = Coefficients.load(path)
-    assert torch.equal(read.alpha, made.alpha)
+    assert torch.equal(read.alpha, original.alpha)
     assert read.alpha.dtype == torch.float64
     assert (read.layers, read.ingredients, read.record) == (
-        made.layers,
-        made.ingredients,
-        made.record,
+        original.layers,
+        original.ingredients,
+        original.record,
     )
-    assert list(read.tracked) == sorted(made.tracked)
-    assert all(torch.equal(read.tracked[name], made.tracked[name]) for name in made.tracked)
-    assert read.row(PARAMETERS[3]) == made.alpha[3].tolist()
+    assert list(read.tracked) == sorted(original.tracked)
+    assert all(torch.equal(read.tracked[name], original.tracked[name]) for name in original.tracked)
+    assert read.row(PARAMETERS[3]) == original.alpha[3].tolist()
 
 
 def test_coefficients_follow_their_ingredients_into_another_order(tmp_path):
-    read = Coefficients.load(learned().save(tmp_path / "alpha.safetensors"))
+    read = Coefficients.load(learned_coefficients().save(tmp_path / "alpha.safetensors"))
     soup = mix(FIVE[:3], read, buffers="average")
     again = mix([FIVE[2], FIVE[0], FIVE[1]], read, buffers="average")
     for name in [*PARAMETERS, *STATISTICS]:
@@ -620,12 +645,12 @@ def test_coefficients_follow_their_ingredients_into_another_order(tmp_path):
 
 @pytest.mark.parametrize("others", [[0, 1, 3], [0, 1], [0, 1, 2, 3], [0, 0, 1]])
 def test_coefficients_are_refused_for_other_ingredients(others):
-    with pytest.raises(CoefficientError, match="made for other ingredients") as told:
-        mix([FIVE[i] for i in others], learned())
-    assert FIVE[2].digest[:12] in str(told.value)
+    with pytest.raises(CoefficientError, match="made for other ingredients") as caught:
+        mix([FIVE[i] for i in others], learned_coefficients())
+    assert FIVE[2].digest[:12] in str(caught.value)
 
 
-def test_a_file_that_holds_no_coefficients_is_refused(tmp_path):
+def test_a_file_without_coefficients_is_refused(tmp_path):
     path = FIVE[0].save(tmp_path / "a.safetensors")
     with pytest.raises(CoefficientError, match=r"a\.safetensors: not a coefficients file"):
         Coefficients.load(path)
@@ -642,7 +667,7 @@ def test_entropy_is_between_one_ingredient_and_the_uniform_soup():
     assert uniform(4).row("anything") == [0.25] * 4
 
 
-def test_the_policy_that_is_not_asked_for_is_what_was_measured_best():
+def test_the_default_policy_depends_on_the_coefficients():
     def policy(alpha, **more):
         return mix(FIVE[:2], alpha, **more).provenance["buffers"]["policy"]
 

@@ -1,0 +1,97 @@
+"""BatchNorm statistics while a soup is learned, by each policy."""
+
+import pytest
+import torch
+from learning_helpers import (
+    assert_same_coefficients,
+    learn_digits,
+    resnet_ingredients,
+)
+from training_helpers import DATA, LINF, interrupt_at
+
+from robustsoup.errors import RequestError
+from robustsoup.soups.mixing import mix
+from robustsoup.threats import CLEAN
+
+
+def means_and_variances(alpha):
+    return {
+        name: tensor
+        for name, tensor in alpha.tracked.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def test_averaged_statistics_follow_the_coefficients():
+    items = resnet_ingredients()
+    alpha = learn_digits(items, buffers="average", granularity="module")
+    assert not torch.equal(alpha.alpha, alpha.start)
+    expected = mix(items, alpha, buffers="average").tensors
+    for name, tensor in means_and_variances(alpha).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_statistics_of_the_base_stay():
+    items, base = resnet_ingredients(), resnet_ingredients(5)[4]
+    alpha = learn_digits(items, buffers="base", base=base)
+    for name, tensor in means_and_variances(alpha).items():
+        assert torch.equal(tensor, base.tensors[name])
+    assert alpha.record["learning"]["base"] == base.digest
+    without_base = learn_digits(items, buffers="base")  # no common ancestor is recorded
+    for name, tensor in means_and_variances(without_base).items():
+        assert torch.equal(tensor, items[0].tensors[name])
+    assert not torch.equal(without_base.alpha, alpha.alpha)
+
+
+def test_recalibrated_statistics_are_measured_after_each_epoch():
+    items = resnet_ingredients()
+    alpha = learn_digits(items, buffers="recalibrate")
+    expected = mix(items, alpha, buffers="recalibrate", calibrate_on=DATA, threat=CLEAN).tensors
+    for name, tensor in means_and_variances(alpha).items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_adversarial_recalibration_attacks_with_the_statistics_of_the_epoch_before():
+    items = resnet_ingredients()
+    alpha = learn_digits(items, buffers="recalibrate-adversarial")
+    averaged = mix(items, alpha, buffers="average").tensors
+    recalibrated = mix(
+        items, alpha, buffers="recalibrate-adversarial", calibrate_on=DATA, threat=LINF
+    ).tensors
+    name = next(iter(means_and_variances(alpha)))
+    tracked = alpha.tracked[name]
+    assert not torch.equal(tracked, averaged[name])
+    to_recalibrated = (tracked - recalibrated[name]).abs().max()
+    assert to_recalibrated < (tracked - averaged[name]).abs().max()
+
+
+@pytest.mark.parametrize("policy", ["average", "base", "recalibrate"])
+def test_a_killed_run_resumes_bit_for_bit_with_every_policy(policy, tmp_path, save_every_step):
+    path = tmp_path / "state.pt"
+    for step in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            learn_digits(epochs=2, buffers=policy, state_path=path, on_progress=interrupt_at(step))
+    resumed = learn_digits(epochs=2, buffers=policy, state_path=path)
+    assert_same_coefficients(resumed, learn_digits(epochs=2, buffers=policy))
+
+
+def test_a_users_policy_is_called_after_each_epoch(tmp_path, monkeypatch):
+    (tmp_path / "counting_policies.py").write_text(
+        "from robustsoup.soups.mixing import Buffers\n"
+        "calls = []\n"
+        "def count(soup):\n"
+        "    calls.append(soup.coefficients.alpha)\n"
+        "    name = next(n for n in soup.ingredients[0].tensors if n.endswith('running_var'))\n"
+        "    return Buffers({name: soup.ingredients[0].tensors[name] * 0 + len(calls)})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    alpha = learn_digits(buffers="counting_policies:count")
+    variance = next(t for name, t in alpha.tracked.items() if name.endswith("running_var"))
+    assert torch.equal(variance, torch.full_like(variance, 3))  # at the start and twice after
+
+
+def test_policies_without_what_they_need_are_refused():
+    with pytest.raises(RequestError, match='buffers: got "mean", expected one of base, average'):
+        learn_digits(buffers="mean")
+    with pytest.raises(RequestError, match="requires a threat to attack the samples with"):
+        learn_digits(buffers="recalibrate-adversarial", threat="clean")
