@@ -1,4 +1,4 @@
-"""Recipes: what is read is what was meant, whatever is wrong is named with its place, and writing one loses nothing."""
+"""Recipes: reading, writing, overriding and extending them; every error names its place."""
 
 import tomllib
 from pathlib import Path
@@ -9,8 +9,24 @@ from hypothesis import strategies as st
 
 import robustsoup
 from robustsoup.errors import RecipeError, RequestError
-from robustsoup.recipes import Ingredient, Recipe, Soup, Training, load_recipe, parse_recipe
+from robustsoup.recipes import (
+    Ingredient,
+    Plane,
+    Recipe,
+    Soup,
+    Training,
+    load_recipe,
+    parse_recipe,
+)
 from robustsoup.recipes.sections import EarlyStopSection, Evaluate, Pretrain, Report, Select
+from robustsoup.settings import (
+    PRETRAIN_DEFAULTS,
+    AttackSettings,
+    BufferSettings,
+    LandscapeSettings,
+    LearnSettings,
+    TrainSettings,
+)
 from robustsoup.soups.selection import Requirement
 from robustsoup.threats import CLEAN, ThreatModel
 
@@ -94,17 +110,17 @@ TUNED = MINIMAL + 'checkpoint = "base.safetensors"\n'
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_recipes_are_read_and_written_back(path):
+def test_shipped_recipes_survive_writing_and_reading(path):
     recipe = load_recipe(path)
     assert parse(recipe.to_toml()) == recipe
     assert recipe.soups or recipe.planes
 
 
-def test_some_recipes_are_shipped():
+def test_recipes_are_shipped():
     assert len(SHIPPED) >= 2
 
 
-def test_a_full_recipe_means_what_it_says():
+def test_a_full_recipe_is_parsed():
     recipe = parse(FULL)
     assert recipe.pretrain.schedule == {"milestones": [1], "gamma": 0.1}
     assert recipe.pretrain.early_stop == EarlyStopSection(split="val", steps=3)
@@ -140,13 +156,32 @@ def test_the_defaults_are_the_papers():
     assert (Training().lr, Training().schedule, Training().epochs) == (1e-3, "cosine", 10)
 
 
-def test_numbers_are_numbers_and_words_are_words(tmp_path):
+def test_an_empty_table_means_the_settings_that_python_functions_use():
+    soup = Soup(method="learned")
+    plane = Plane(checkpoints=("a", "b", "c"))
+    assert Training().settings(seed=0) == TrainSettings()
+    assert Pretrain().settings(seed=0) == TrainSettings(**PRETRAIN_DEFAULTS)
+    assert Evaluate().attack_settings(seed=0) == AttackSettings()
+    assert soup.learn_settings(LINF_8, "ce", seed=0, precision="auto") == LearnSettings()
+    assert soup.buffer_settings(seed=0, policy="tracked") == BufferSettings(buffers="tracked")
+    landscape = plane.settings(threat=LINF_8, seed=0, samples=10_000, precision="auto")
+    assert landscape == LandscapeSettings()
+
+
+def test_a_table_without_a_seed_takes_the_recipes():
+    recipe = parse(FULL)
+    assert recipe.training("low").seed == 3
+    assert recipe.training("high").seed == 7
+    assert recipe.evaluate.attack_settings(seed=recipe.seed).seed == 3
+
+
+def test_an_exponent_is_a_number(tmp_path):
     recipe = load_recipe(written(tmp_path, FULL.replace("epochs = 2\n", "epochs = 2\nlr = 1e-3\n")))
     assert recipe.pretrain.lr == 0.001
 
 
-def parsed(threat):
-    """Two spellings of one threat would give two soups one name."""
+def canonical(threat):
+    """Return the canonical spelling; two spellings of one threat would name two soups alike."""
     return str(ThreatModel.parse(threat))
 
 
@@ -190,7 +225,7 @@ SOUPS = st.one_of(
     st.fixed_dictionaries(
         {"method": st.just("learned")},
         optional={
-            "threats": st.lists(THREATS, min_size=1, max_size=3, unique_by=parsed),
+            "threats": st.lists(THREATS, min_size=1, max_size=3, unique_by=canonical),
             "objectives": st.lists(OBJECTIVES, min_size=1, max_size=3, unique=True),
             "detach": st.floats(0, 1),
             "init": st.sampled_from(["xavier", "zeros"]),
@@ -233,13 +268,13 @@ def contents(draw):
         content["select"] = {"require": ["clean>=0.5"], "point": draw(st.booleans())}
         content["normalize"] = [[draw(st.floats(0, 1))], [draw(st.floats(0.1, 1))]]
     if not content.get("evaluate", {}).get("threats", ["Linf 8/255"]):
-        content.pop("select", None)  # nothing to select by: refused, as another test shows
+        content.pop("select", None)  # refused without a measure, as another test shows
     return content
 
 
 @settings(max_examples=60, deadline=None)
 @given(contents())
-def test_writing_a_recipe_loses_nothing(content):
+def test_recipes_survive_writing_and_reading(content):
     recipe = parse_recipe(content, "a.toml", Path("/nowhere"))
     text = recipe.to_toml()
     again = parse_recipe(tomllib.loads(text), "b.toml", Path("/elsewhere"))
@@ -250,7 +285,7 @@ def test_writing_a_recipe_loses_nothing(content):
 # paths
 
 
-def test_a_path_to_synthetic_images_is_relative_to_the_recipe_and_written_back(tmp_path):
+def test_the_path_of_synthetic_images_is_relative_to_the_recipe(tmp_path):
     text = (
         TUNED + '[finetune]\nsynthetic = "../made.npz"\nsynthetic_fraction = 0.3\n[ingredients.x]\n'
     )
@@ -266,7 +301,8 @@ def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     text = MINIMAL.replace("digits", "folder:../images") + 'checkpoint = "base.safetensors"\n'
-    text += '[ingredients]\none = "one.pth"\ntwo = { checkpoint = "/abs/two.pth" }\nthree = { lr = 0.1 }\n'
+    text += '[ingredients]\none = "one.pth"\nthree = { lr = 0.1 }\n'
+    text += 'two = { checkpoint = "/abs/two.pth" }\n'
     path = tmp_path / "sub" / "a.toml"
     path.write_text(text)
     for given_path in (path, Path("sub/a.toml"), "sub/a.toml"):
@@ -305,7 +341,7 @@ LEVELS = [
 
 
 @pytest.mark.parametrize(("table", "place", "section", "wrong", "near"), LEVELS)
-def test_an_unknown_key_is_named_with_the_nearest(table, place, section, wrong, near):
+def test_an_unknown_key_is_named_with_the_nearest_one(table, place, section, wrong, near):
     assert near in section.model_fields
     body = "[ingredients.high]\n" if "ingredients" not in table else ""
     top = TUNED.replace("checkpoint", "model", 1) if "pretrain" in table else TUNED
@@ -314,7 +350,7 @@ def test_an_unknown_key_is_named_with_the_nearest(table, place, section, wrong, 
 
 
 @pytest.mark.parametrize(("table", "place", "section", "wrong", "near"), LEVELS)
-def test_a_key_like_no_other_is_told_what_there_is(table, place, section, wrong, near):
+def test_an_unknown_key_that_is_near_no_other_lists_all_keys(table, place, section, wrong, near):
     body = "[ingredients.high]\n" if "ingredients" not in table else ""
     top = TUNED.replace("checkpoint", "model", 1) if "pretrain" in table else TUNED
     message = refused(f"{top}{table}\nzzzzzzzz = 1\n{body}")
@@ -519,12 +555,12 @@ def test_a_wrong_value_is_named_with_its_place(text, parts):
 @pytest.mark.parametrize(
     "requirement", ["clean>0.5", "clean>=2", "Lint 8/255>=0.1", "", "clean>=abc"]
 )
-def test_a_wrong_requirement_is_refused_before_anything_runs(requirement):
+def test_a_wrong_requirement_is_refused(requirement):
     message = refused(f'{TUNED}[ingredients.x]\n[select]\nrequire = ["{requirement}"]')
     assert "select.require" in message
 
 
-def test_selecting_by_nothing_is_refused_before_anything_runs():
+def test_selecting_without_a_measure_is_refused():
     assert "threats" in refused(
         f"{TUNED}[ingredients.x]\n[evaluate]\nthreats = []\n[select]\nrequire = ['clean>=0.5']"
     )
@@ -533,14 +569,14 @@ def test_selecting_by_nothing_is_refused_before_anything_runs():
 @pytest.mark.parametrize(
     "keys", ['maximise = "L2 0.5"', 'require = ["L2 0.5>=0.1"]', 'require = ["union>=0.1"]']
 )
-def test_selecting_by_what_is_not_evaluated_is_refused_before_anything_runs(keys):
+def test_selecting_by_a_measure_that_is_not_evaluated_is_refused(keys):
     message = refused(
         f'{TUNED}[ingredients.x]\n[evaluate]\nthreats = ["Linf 8/255"]\n[select]\n{keys}'
     )
     assert "not evaluated" in message
 
 
-def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path):
+def test_a_file_that_is_missing_or_not_toml_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nowhere\.toml: no such file"):
         load_recipe(tmp_path / "nowhere.toml")
     for content in (b"name = ", b"\xff\xfe", b"PK\x03\x04"):
@@ -562,7 +598,7 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path):
         'a = { method = "learned", threats = ["clean"] }\na-clean = { method = "uniform" }',
     ],
 )
-def test_two_rows_of_one_name_are_refused(soups):
+def test_two_networks_of_one_name_are_refused(soups):
     message = refused(f"{TUNED}[ingredients]\nuniform = {{}}\ngrid-1-0 = {{}}\n[soups]\n{soups}")
     assert any(name in message for name in ("uniform", "grid-1-0", "learned-linf-8-255", "a-clean"))
 
@@ -623,7 +659,7 @@ def test_a_wrong_override_is_named(tmp_path, setting, parts):
         assert part in str(caught.value)
 
 
-def test_a_run_that_leaves_checkpoints_is_several_ingredients():
+def test_checkpoint_every_makes_several_ingredients():
     content = tomllib.loads(FULL)
     content["ingredients"] = {"run": {"epochs": 6, "checkpoint_every": 2}, "other": {"epochs": 1}}
     del content["finetune"]["early_stop"]
@@ -635,7 +671,7 @@ def test_a_run_that_leaves_checkpoints_is_several_ingredients():
 
 
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("run", "message"),
     [
         (
             {"epochs": 5, "checkpoint_every": 2},
@@ -651,17 +687,17 @@ def test_a_run_that_leaves_checkpoints_is_several_ingredients():
         ({"epoch": 2, "checkpoint_every": 2}, "got 2, expected one of the 1 epochs"),
     ],
 )
-def test_checkpoints_that_a_run_does_not_leave_are_refused(run, said):
+def test_epochs_without_a_checkpoint_are_refused(run, message):
     content = tomllib.loads(FULL) | {
         "ingredients": {"run": run},
         "soups": {},
         "finetune": {"epochs": 1},
     }
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         parse_recipe(content, "a.toml", Path())
 
 
-def test_a_run_that_leaves_checkpoints_is_not_stopped_early():
+def test_checkpoint_every_does_not_go_with_early_stopping():
     content = tomllib.loads(FULL) | {
         "ingredients": {"run": {"epochs": 4, "checkpoint_every": 2}},
         "soups": {},
@@ -672,7 +708,7 @@ def test_a_run_that_leaves_checkpoints_is_not_stopped_early():
         parse_recipe(content, "a.toml", Path())
 
 
-def test_early_stopping_that_another_recipe_asks_for_can_be_left_out(tmp_path):
+def test_false_removes_the_early_stopping_of_an_extended_recipe(tmp_path):
     (tmp_path / "under.toml").write_text(FULL)
     (tmp_path / "over.toml").write_text('extends = "under.toml"\n[finetune]\nearly_stop = false\n')
     recipe = load_recipe(tmp_path / "over.toml")
@@ -680,7 +716,7 @@ def test_early_stopping_that_another_recipe_asks_for_can_be_left_out(tmp_path):
     assert recipe.pretrain.early_stop is not None
 
 
-def test_what_is_not_there_is_not_called_pretrained():
+def test_pretrained_is_unknown_without_a_base():
     made = {"a": "a.safetensors", "b": "b.safetensors"}
     for more in (
         {"planes": {"p": {"checkpoints": ["pretrained", "a", "b"]}}},
@@ -692,7 +728,7 @@ def test_what_is_not_there_is_not_called_pretrained():
             )
 
 
-def test_a_plane_is_no_path():
+def test_the_name_of_a_plane_is_no_path():
     content = tomllib.loads(FULL) | {
         "planes": {"../../p": {"checkpoints": ["pretrained", "low", "high"]}}
     }
@@ -700,7 +736,7 @@ def test_a_plane_is_no_path():
         parse_recipe(content, "a.toml", Path())
 
 
-def test_by_the_papers_protocol_nothing_is_screened():
+def test_the_papers_protocol_does_not_go_with_screening():
     content = tomllib.loads(FULL) | {"protocol": "paper"}
     content["evaluate"]["screen"] = True
     with pytest.raises(RecipeError, match=r"evaluate\.screen: .*evaluated in full"):
@@ -737,7 +773,7 @@ def test_the_papers_protocol_selects_on_what_it_reports():
     )
 
 
-def test_by_the_papers_protocol_no_soup_is_stopped_on_what_its_ingredients_saw():
+def test_the_papers_protocol_does_not_go_with_early_stopping_of_soups():
     content = tomllib.loads(FULL)
     content["soups"]["learned"]["early_stop"] = {"samples": 10}
     assert parse_recipe(content, "a.toml", Path()).soups["learned"].early_stop.samples == 10
@@ -747,13 +783,14 @@ def test_by_the_papers_protocol_no_soup_is_stopped_on_what_its_ingredients_saw()
         parse_recipe(content | {"protocol": "paper"}, "a.toml", Path())
 
 
-def test_a_grid_beyond_the_limit_is_priced_and_refused_unless_it_is_asked_for_by_number():
+def test_a_grid_beyond_max_soups_is_priced_and_refused():
     content = tomllib.loads(FULL)
     content["ingredients"] = {f"i{n}": {} for n in range(6)}
     content["soups"] = {"grid": {"method": "grid", "step": 0.01}}
     with pytest.raises(
         RecipeError,
-        match=r"soups\.grid: step 0\.01 makes 96,560,646 soups.*1\.3e\+12 forward.*max_soups is 2,000",
+        match=r"soups\.grid: step 0\.01 makes 96,560,646 soups.*"
+        r"1\.3e\+12 forward.*max_soups is 2,000",
     ):
         parse_recipe(content, "a.toml", Path())
     content["soups"]["grid"] |= {"step": 0.1, "max_soups": 3003}
@@ -781,13 +818,13 @@ def test_a_recipe_extends_another_table_by_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('extends = "a.toml"', "that does not extend this one"),
         ("extends = 3", "got 3, expected the name"),
         ('extends = "gone.toml"', "gone.toml: no such file"),
     ],
 )
-def test_what_cannot_be_extended_is_named(tmp_path, text, said):
-    with pytest.raises(RecipeError, match=said):
+def test_wrong_extends_is_named(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
         load_recipe(written(tmp_path, text))
