@@ -1,4 +1,4 @@
-"""The real CIFAR-10: it loads, trains and is judged, in float32 and in bfloat16."""
+"""The real CIFAR-10: loading, training and evaluation in float32 and bfloat16."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def network(data):
 
 
 def trained(data, start=None, **changed):
-    asked = {
+    defaults = {
         "threat": LINF,
         "epochs": 2,
         "batch_size": 64,
@@ -39,11 +39,11 @@ def trained(data, start=None, **changed):
         "precision": "float32",
     }
     return train(
-        network(data) if start is None else start, data.train.first(256), **(asked | changed)
+        network(data) if start is None else start, data.train.first(256), **(defaults | changed)
     )
 
 
-def test_it_is_the_whole_data_set(data):
+def test_the_whole_data_set_is_loaded(data):
     assert [len(data.train), len(data.val), len(data.test)] == [45000, 5000, 10000]
     assert data.train.images.shape[1:] == (3, 32, 32)
     assert data.record["classes"][:3] == ["airplane", "automobile", "bird"]
@@ -52,11 +52,8 @@ def test_it_is_the_whole_data_set(data):
     assert data.train.augmentation == Augmentation(pad=4, flip=True)
     assert torch.bincount(data.test.labels).tolist() == [1000] * 10
     assert torch.bincount(torch.cat([data.train.labels, data.val.labels])).tolist() == [5000] * 10
-    for split in (
-        data.train,
-        data.val,
-        data.test,
-    ):  # the first samples of each split are a fair sample
+    # The first samples of each split are representative.
+    for split in (data.train, data.val, data.test):
         assert torch.bincount(split.labels[:1000], minlength=10).min() > 50
 
 
@@ -106,7 +103,7 @@ def test_bfloat16_is_near_float32(data):
     resolve_precision("auto", resolve_device("cpu")) != "bfloat16",
     reason="this CPU has no bfloat16",
 )
-def test_where_the_device_has_bfloat16_it_is_used(data):
+def test_auto_precision_is_bfloat16_where_the_device_has_it(data):
     auto, named = (
         trained(data, precision=precision, epochs=1) for precision in ("auto", "bfloat16")
     )
@@ -114,13 +111,13 @@ def test_where_the_device_has_bfloat16_it_is_used(data):
     assert auto.digest == named.digest
 
 
-def test_the_environment_says_where_it_is(data):
+def test_the_environment_names_the_folder(data):
     assert load_data("cifar10", seed=1).test.record["digest"] == data.record["digest"]
     assert load_data("cifar10", seed=1).record["split_digest"] != data.record["split_digest"]
 
 
-def test_training_that_is_killed_goes_on_bit_for_bit(data, tmp_path):
-    """As for digits, but with crops and mirror images drawn anew after the resume."""
+def test_interrupted_training_resumes_bit_for_bit(data, tmp_path):
+    """As for digits, but crops and mirror images are drawn again after the resume."""
     path = tmp_path / "state.pt"
 
     def stop(done, total, figures):

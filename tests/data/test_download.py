@@ -72,7 +72,7 @@ def test_a_missing_file_is_fetched_again(tmp_path):
     assert files_below(tmp_path) == UNPACKED
 
 
-def test_an_archive_put_there_by_hand_is_used_and_kept(tmp_path):
+def test_an_archive_that_the_user_saved_is_used_and_stays(tmp_path):
     body = make_archive(FILES)
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(body)
     fetch(tmp_path, "http://127.0.0.1:9/refused", body)

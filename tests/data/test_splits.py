@@ -1,4 +1,4 @@
-"""The splits of digits, and what every split offers."""
+"""Splits: those of digits, and the methods and statistics of every split."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from robustsoup.seeding import keyed_generator
 
 def test_digits_are_those_of_scikit_learn():
     datasets = pytest.importorskip("sklearn.datasets")
-    theirs = datasets.load_digits()
+    reference = datasets.load_digits()
     data = load_data("digits")
     for split in (data.train, data.val, data.test):
-        expected = numpy.round(theirs.images[split.ids.numpy()] * 255 / 16).astype(numpy.uint8)
+        expected = numpy.round(reference.images[split.ids.numpy()] * 255 / 16).astype(numpy.uint8)
         assert numpy.array_equal(split.images[:, 0].numpy(), expected)
-        assert numpy.array_equal(split.labels.numpy(), theirs.target[split.ids.numpy()])
+        assert numpy.array_equal(split.labels.numpy(), reference.target[split.ids.numpy()])
 
 
 def test_digits_shapes_and_record():

@@ -205,8 +205,8 @@ def test_constants_of_another_number_are_refused():
 @pytest.mark.parametrize("name", ["resnet50", *PREACTIVATED])
 def test_a_step_of_training_in_bfloat16(name):
     base = load_model(SMALL[name], channels=1)
-    asked = {"batch_size": 16, "lr": 0.1, "device": "cpu", "precision": "bfloat16"}
-    trained = train(base, DATA.train.first(32), threat="Linf 8/255", epochs=1, **asked)
+    options = {"batch_size": 16, "lr": 0.1, "device": "cpu", "precision": "bfloat16"}
+    trained = train(base, DATA.train.first(32), threat="Linf 8/255", epochs=1, **options)
     assert trained.provenance["training"]["precision"] == "bfloat16"
     assert all(tensor.isfinite().all() for tensor in trained.tensors.values())
     moved = [

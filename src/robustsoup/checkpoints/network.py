@@ -1,4 +1,4 @@
-"""Decide which network checkpoints belong to: what the user names, else what a file records."""
+"""Decide which network checkpoints belong to: the one the user names, else a recorded one."""
 
 import os
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ def worst_leakage(findings: Iterable[Leakage]) -> Leakage:
 
 
 def find_leakage(checkpoints: Sequence[Checkpoint], data: Split) -> Leakage:
-    """Compare what the checkpoints were fitted on with a split that is to judge them.
+    """Compare the data that checkpoints were fitted on with a split that evaluates them.
 
     Args:
         checkpoints: the ingredients, or a single checkpoint.

@@ -1,4 +1,4 @@
-"""What a data source is asked to load."""
+"""The request that `load_data` passes to a data source."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class DataRequest:
 
     Attributes:
         spec: the text that the user wrote; the name in the data's record.
-        place: what follows the name in `spec`, such as the path of a folder.
+        place: the text after the name in `spec`, such as the path of a folder.
         root: folder for downloads; None for the default, see `data_root`.
         seed: decides which samples are in val; an integer of at least 0.
         image_size: pixels a side; None for the source's default.

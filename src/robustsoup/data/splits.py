@@ -20,7 +20,7 @@ class DataRecord(TypedDict):
     """The origin of the samples, JSON-able; the same for the three splits of one Data.
 
     Attributes:
-        name: what the user requested, such as "cifar10" or "folder:PATH".
+        name: the spec of the data, such as "cifar10" or "folder:PATH".
         digest: sha256 (hex) of the source.
         split_digest: sha256 (hex) of the source and of which samples are in train and in val.
         seed: the seed that decides which samples are in val.
@@ -136,7 +136,7 @@ class Data:
     """A data set.
 
     Attributes:
-        name: what the user requested, such as "cifar10".
+        name: the spec of the data, such as "cifar10".
         train: the samples that weights and coefficients are fitted on.
         val: the samples that select.
         test: the samples that the results are reported on.
