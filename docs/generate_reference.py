@@ -362,6 +362,9 @@ def autodoc_lines(name: str) -> list[str]:
     if not inspect.isclass(public):
         return [f".. autofunction:: robustsoup.{name}"]
     lines = [f".. autoclass:: robustsoup.{name}", "   :members:"]
+    if dataclasses.is_dataclass(public):  # the class docstring documents the fields
+        fields = ", ".join(field.name for field in dataclasses.fields(public))
+        lines.append(f"   :exclude-members: {fields}")
     return lines + (["   :show-inheritance:"] if issubclass(public, Exception) else [])
 
 
