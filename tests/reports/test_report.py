@@ -64,13 +64,18 @@ def test_the_report_leaves_the_settings_of_matplotlib_alone(written):
     assert before == after
 
 
-def test_equal_results_give_equal_bytes(written, tmp_path):
-    folder, _, _ = written
-    write_and_read_report(tmp_path, make_results(tmp_path))
-    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+def test_equal_results_give_equal_bytes(tmp_path):
+    figures = ["ternary", "tradeoff", "coefficients"]
+    if matplotlib.__version_info__ < (3, 10):
+        figures.remove("ternary")  # matplotlib 3.9 puts memory addresses into its clip paths
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        write_and_read_report(folder, make_results(folder) | {"figures": figures})
+    files = [path.relative_to(first) for path in first.rglob("*") if path.is_file()]
     assert len(files) > 10
     for file in files:
-        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
 
 def test_figures_of_other_settings_are_removed_and_other_files_stay(written, tmp_path):
