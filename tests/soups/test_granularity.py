@@ -1,4 +1,4 @@
-"""Which parameters share coefficients."""
+"""Granularity: which parameters share one set of coefficients."""
 
 import pytest
 from torch import nn
@@ -68,7 +68,7 @@ def test_every_parameter_is_in_one_layer_and_in_order(spec, granularity):
         (PREACT, "module", 38),
     ],
 )
-def test_counts(spec, granularity, count):
+def test_the_number_of_layers(spec, granularity, count):
     assert len(layer_groups(NETS[spec], granularity)) == count
 
 
@@ -77,13 +77,13 @@ def test_blocks_are_residual_blocks(spec):
     assert list(layer_groups(NETS[spec], "block")) == BLOCKS[spec]
 
 
-def test_a_wrapper_is_looked_into():
+def test_a_wrapped_network_has_the_blocks_of_its_network():
     assert list(layer_groups(NETS["wrapped"], "block")) == [
         f"1.{name}" for name in BLOCKS["resnet18:width=2"]
     ]
 
 
-def test_a_pattern_groups_by_what_it_matches():
+def test_a_pattern_groups_by_the_text_it_matches():
     groups = layer_groups(NETS["resnet18:width=2"], r"re:layer(\d)")
     assert [name for name in groups if name.isdigit()] == ["1", "2", "3", "4"]
     assert all(name.startswith("layer3.") for name in groups["3"])
@@ -99,7 +99,7 @@ def test_a_pattern_groups_by_what_it_matches():
         ("", "expected one of"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(granularity, text):
+def test_other_granularities_are_refused(granularity, text):
     with pytest.raises(RequestError) as caught:
         layer_groups(NETS["resnet9:width=2"], granularity)
     assert text in str(caught.value)

@@ -188,8 +188,8 @@ def graph_leaves(loss):
 def test_the_graph_holds_one_network(monkeypatch):
     real, sizes = learning_run.objective_loss, []
 
-    def checked_loss(model, *rest):
-        loss = real(model, *rest)
+    def checked_loss(model, *rest, **options):
+        loss = real(model, *rest, **options)
         leaves = graph_leaves(loss) if loss.requires_grad else {}
         assert set(leaves) == {id(p) for p in model.parameters() if p.requires_grad}
         sizes.append(sum(leaf.numel() for leaf in leaves.values()))

@@ -172,10 +172,8 @@ def test_the_fingerprint_differs_by_code_flags_and_bound_values(own_losses):
 
 
 def test_training_with_an_imported_objective(own_losses):
-    by_name, by_weight = (
-        train_digits(objective="own_losses:half"),
-        train_digits(objective="mixed 0.5"),
-    )
+    by_name = train_digits(objective="own_losses:half")
+    by_weight = train_digits(objective="mixed 0.5")
     assert by_name.provenance["training"]["objective"] == "own_losses:half"
     for name, tensor in by_weight.tensors.items():  # they are one function
         assert torch.allclose(by_name.tensors[name], tensor, atol=1e-4), name
@@ -317,7 +315,7 @@ def test_with_a_clean_threat_one_pass_sees_one_batch(objective):
     model, (x, y, _) = fresh_network(), next(iter(batches(DATA, 32, seed=0, epoch=0)))
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    loss = objective_loss(model, x, x, y, Objective.parse(objective), "float32")
+    loss = objective_loss(model, x, x, y, Objective.parse(objective), precision="float32")
     assert seen == [32]
     expected = F.cross_entropy(model(x), y)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

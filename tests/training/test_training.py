@@ -54,7 +54,7 @@ def test_the_objective_is_computed_on_one_concatenated_batch(weight, seed):
     model = fresh_network(seed=seed).eval()
     by_hand = copy.deepcopy(model)
     expected = mixed_loss_by_hand(by_hand, x, x_adv, y, weight)
-    got = objective_loss(model, x, x_adv, y, mixed(weight), "float32")
+    got = objective_loss(model, x, x_adv, y, mixed(weight), precision="float32")
     assert torch.allclose(got, expected, rtol=1e-6)
     for name, tensor in model.state_dict().items():  # BatchNorm saw both batches, once
         assert torch.allclose(tensor, by_hand.state_dict()[name], rtol=1e-5, atol=1e-7), name

@@ -67,7 +67,7 @@ def measure_step_seconds(model: nn.Module, data: Split, threat: ThreatModel) -> 
     while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds) < 5):
         started = time.perf_counter()
         x_adv = apgd_train(model, x, y, threat, steps=2)
-        loss = objective_loss(model, x, x_adv, y, mixed(0), "float32")
+        loss = objective_loss(model, x, x_adv, y, mixed(0), precision="float32")
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         torch.autograd.grad(loss, trainable, allow_unused=True)
         if x.is_cuda:

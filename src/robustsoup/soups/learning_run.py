@@ -147,7 +147,7 @@ class LearningRun:
         active = self._draw_active_layers()
         trained = self._require_gradients(active)
         with torch.set_grad_enabled(bool(active)):
-            loss = objective_loss(self.model, x, x_adv, y, objective, s.precision)
+            loss = objective_loss(self.model, x, x_adv, y, objective, precision=s.precision)
         check_step_loss(self, loss, x_adv)
         if loss.requires_grad:  # the network may not use any active layer
             grads = torch.autograd.grad(

@@ -68,7 +68,13 @@ def attack_batch(
 
 
 def objective_loss(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, objective: Objective, precision: str
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    objective: Objective,
+    *,
+    precision: str,
 ) -> Tensor:
     """Return the objective on a batch, a scalar, from one train-mode pass.
 
@@ -86,7 +92,7 @@ def objective_loss(
         ThreatError: If the objective returns neither a loss for each sample nor a scalar.
     """
     model.train()
-    return _compute_objective(model, x, x_adv, y, objective, precision)
+    return _compute_objective(model, x, x_adv, y, objective, precision=precision)
 
 
 def measure_robust_loss(
@@ -136,7 +142,9 @@ def measure_objective(
     The arguments are those of `measure_robust_loss`.
     """
     if objective.clean_weight is None:
-        return _measure_other_objective(model, data, threat, objective, steps, precision)
+        return _measure_other_objective(
+            model, data, threat, objective, steps=steps, precision=precision
+        )
     weight, total = objective.clean_weight, 0.0
     if weight:
         total += weight * measure_robust_loss(model, data, CLEAN, precision=precision)[0]
@@ -151,6 +159,7 @@ def _measure_other_objective(
     data: Split,
     threat: ThreatModel,
     objective: Objective,
+    *,
     steps: int,
     precision: str,
 ) -> float:
@@ -168,21 +177,24 @@ def _measure_other_objective(
             key=("val", number),
         )
         with torch.no_grad():
-            loss = _compute_objective(model, x, x_adv, y, objective, "float32")
+            loss = _compute_objective(model, x, x_adv, y, objective, precision="float32")
         total += len(x) * float(loss)
     return total / len(data)
 
 
 def _compute_objective(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, objective: Objective, precision: str
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    objective: Objective,
+    *,
+    precision: str,
 ) -> Tensor:
     uses_both = objective.uses_clean and objective.uses_attacked and x_adv is not x
-    if uses_both:
-        inputs = torch.cat([x, x_adv])
-    else:
-        inputs = x_adv if objective.uses_attacked else x
+    single = x_adv if objective.uses_attacked else x
     with autocast(x.device, precision):
-        logits = model(inputs)
+        logits = model(torch.cat([x, x_adv]) if uses_both else single)
     logits = _at_least_float32(logits)
     clean, attacked = logits.chunk(2) if uses_both else (logits, logits)
     loss = objective.loss(

@@ -135,7 +135,7 @@ def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str:
     """Return the name of the first module whose output holds NaN or infinity."""
     broken: list[str] = []
 
-    def record_if_broken(name: str, module: nn.Module, inputs: object, output: object) -> None:
+    def record_if_broken(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and not bool(output.isfinite().all()):
             broken.append(name)
 

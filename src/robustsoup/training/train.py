@@ -251,7 +251,7 @@ class TrainingRun:
             key=(s.seed, self.step),
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = objective_loss(self.model, x, x_adv, y, self.objective, s.precision)
+        loss = objective_loss(self.model, x, x_adv, y, self.objective, precision=s.precision)
         check_step_loss(self, loss, x_adv)
         loss.backward()
         clip_gradients(self.model, s.clip_grad)
