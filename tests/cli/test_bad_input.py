@@ -559,7 +559,6 @@ REFUSED = [
         f"train --from low.safetensors {LINF} --objective nowhere:fn -o soup.safetensors",
         "nowhere:fn",
         "Python path",
-        "trades",
     ),
     refuse("unknown option", f"evaluate low.safetensors {LINF} --stepz 3", "--stepz"),
     refuse("missing option", "evaluate low.safetensors", "--data"),
