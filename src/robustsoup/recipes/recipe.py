@@ -353,7 +353,7 @@ def threat_slug(threat: ThreatModel) -> str:
     return slug(str(threat).removesuffix(".0"))
 
 
-def _name_one_soup(recipe: Recipe, section: str) -> list[str]:
+def _name_one_soup(_recipe: Recipe, section: str) -> list[str]:
     return [section]
 
 

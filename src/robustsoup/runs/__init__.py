@@ -1,1 +1,1 @@
-"""Runs: plan what a recipe asks for, keep what is finished, do what is missing."""
+"""Runs: plan a recipe, execute the steps that the store lacks, write the run folder."""

@@ -1,6 +1,7 @@
 """Select a soup by the stored evaluations, and confirm screened soups first."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.plan import Plan
@@ -8,8 +9,10 @@ from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import Key
 from robustsoup.runs.worker import EVALUATION
-from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.soups.selection import Candidate, Selection, select
+
+if TYPE_CHECKING:
+    from robustsoup.soups.screening import EvaluationRequest
 
 
 def load_evaluation(store: Store, key: Key) -> Evaluation:

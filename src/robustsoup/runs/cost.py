@@ -9,13 +9,24 @@ import torch
 from robustsoup.attacks.forward import frozen_eval, input_gradient, pass_size
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import ce
+from robustsoup.data import Data
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Step
-from robustsoup.runs.tasks import EvaluateNetwork
+from robustsoup.runs.tasks import (
+    BuildGreedySoup,
+    EvaluateNetwork,
+    EvaluationSettings,
+    MixSoup,
+    Task,
+    TrainNetwork,
+)
 
 SHARE_OF_ATTACK_STEPS = 0.55
 """Share of an evaluation's attack steps that run: samples leave the attack once misclassified."""
 SHORTEST_STEP = 0.02
+"""Seconds."""
+BYTES_PER_VERDICT = 30
+BYTES_PER_VALUE = 4
 
 
 def measure_pass_seconds(context: Context, precision: str) -> float:
@@ -46,7 +57,29 @@ def estimate_bytes(steps: Sequence[Step], context: Context) -> int:
     """Return about how many bytes the outputs of steps take on disk."""
     tensors = context.fresh_network(0).state_dict().values()
     network_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return sum(step.task.count_bytes(context.data, network_bytes) for step in steps)
+    return sum(_count_output_bytes(step.task, context.data, network_bytes) for step in steps)
+
+
+def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
+    """Return about how many bytes the output of a task takes; 0 for links and small files."""
+    match task:
+        case TrainNetwork():
+            every = task.checkpoint_every
+            return network_bytes * (1 + (task.epochs // every if every else 0))
+        case MixSoup():
+            return network_bytes
+        case EvaluateNetwork():
+            channels, (height, width) = data.record["channels"], data.record["size"]
+            points = BYTES_PER_VALUE * channels * height * width if task.keep_points else 0
+            return _count_verdicts(task.settings, data) * (BYTES_PER_VERDICT + points)
+        case BuildGreedySoup():
+            return task.rounds * _count_verdicts(task.evaluation, data) * BYTES_PER_VERDICT
+        case _:
+            return 0
+
+
+def _count_verdicts(settings: EvaluationSettings, data: Data) -> int:
+    return settings.count_samples(data) * len(settings.threats)
 
 
 def estimate_seconds(steps: Sequence[Step], context: Context) -> dict[str, float]:

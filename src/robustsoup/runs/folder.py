@@ -123,31 +123,24 @@ def _measured_files(folder: Path) -> set[str]:
 
 def _write_row(folder: Path, row: PlannedRow, plan: Plan, store: Store) -> ResultRow:
     """Link the files of a row into the run folder and return its results."""
-    checkpoint = coefficients_file = None
-    coefficients = row.coefficients
+    recipe = plan.recipe
+    checkpoint = None
     if row.network not in plan.files:
         checkpoint = f"checkpoints/{row.name}.safetensors"
         link_file(store.path(row.network) / CHECKPOINT, folder / checkpoint)
-    if row.learned is not None:
-        coefficients_file = f"coefficients/{row.name}.safetensors"
-        link_file(store.path(row.learned) / COEFFICIENTS, folder / coefficients_file)
-        if row.role == "greedy":
-            one_row = Coefficients.load(folder / coefficients_file).row("")
-            coefficients = tuple(float(share) for share in one_row)
-    if row.dial is not None:
-        link_file(store.path(row.dial) / DIAL, folder / "coefficients" / dial_file(row))
-    recipe = plan.recipe
+    coefficients_file, coefficients = _link_coefficients(folder, row, store)
     selecting = _link_evaluation(folder, row.name, recipe.select_on, row.val, store)
     reporting = _link_evaluation(folder, row.name, recipe.evaluate.report_on, row.test, store)
-    scores: dict[str, Scores] = {}
-    warnings: set[str] = set()
-    for split, evaluation in (
-        (recipe.select_on, selecting),
-        (recipe.evaluate.report_on, reporting),
-    ):
-        if evaluation is not None:
-            scores[split] = dict(evaluation.accuracy)
-            warnings.update(evaluation.warnings)
+    evaluations = {
+        split: evaluation
+        for split, evaluation in (
+            (recipe.select_on, selecting),
+            (recipe.evaluate.report_on, reporting),
+        )
+        if evaluation is not None
+    }
+    scores = {split: dict(evaluation.accuracy) for split, evaluation in evaluations.items()}
+    warnings = {text for evaluation in evaluations.values() for text in evaluation.warnings}
     return ResultRow(
         name=row.name,
         role=row.role,
@@ -164,6 +157,26 @@ def _write_row(folder: Path, row: PlannedRow, plan: Plan, store: Store) -> Resul
         screened=selecting is not None and not Candidate(row.name, (), selecting).confirmed,
         warnings=tuple(sorted(warnings)),
     )
+
+
+def _link_coefficients(
+    folder: Path, row: PlannedRow, store: Store
+) -> tuple[str | None, tuple[float, ...] | None]:
+    """Link the coefficients of a row into the run folder.
+
+    Returns:
+        The file, or None if one vector of the recipe describes the soup; and that vector, or the
+        one that a greedy soup found, or None.
+    """
+    if row.dial is not None:
+        link_file(store.path(row.dial) / DIAL, folder / "coefficients" / dial_file(row))
+    if row.learned is None:
+        return None, row.coefficients
+    file = f"coefficients/{row.name}.safetensors"
+    link_file(store.path(row.learned) / COEFFICIENTS, folder / file)
+    if row.role != "greedy":
+        return file, row.coefficients
+    return file, tuple(float(share) for share in Coefficients.load(folder / file).row(""))
 
 
 def _link_evaluation(
@@ -201,7 +214,7 @@ def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationPro
         return next((scores["clean"].n for row in rows if (scores := scores_of(row))), None)
 
     return EvaluationProtocol(
-        attack=attack.attack,
+        attack=str(attack.attack),
         loss=attack.loss_name,
         steps=attack.steps,
         restarts=attack.restarts,

@@ -71,7 +71,7 @@ class Store:
                 write_text(partial / RECORD, json.dumps(record, indent=1, sort_keys=True))
                 if final.exists():
                     shutil.rmtree(final)
-                os.replace(partial, final)
+                partial.replace(final)
         except OSError as error:
             raise StorageError(
                 f"{final}: the store cannot be written: {error.strerror or error}"

@@ -1,7 +1,8 @@
 """The kinds of work that a run consists of, each one a frozen dataclass.
 
 A task holds its settings and the keys of what it reads; its output depends on these and the data
-alone. It knows what it costs. `robustsoup.runs.worker` has the function that carries it out.
+alone. It counts the passes that it is worth. `robustsoup.runs.worker` has the function that carries
+it out.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ Key = str
 """Key of a step, or "file:DIGEST" of a checkpoint that existed before the run."""
 
 SETTINGS = (TrainSettings, LearnSettings, AttackSettings, BufferSettings, LandscapeSettings)
-BYTES_PER_VERDICT = 30
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,6 @@ class TrainNetwork:
         settings = self.settings
         return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(settings, data)
 
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return about how many bytes the output takes."""
-        every = self.checkpoint_every
-        return network_bytes * (1 + (self.epochs // every if every else 0))
-
 
 @dataclass(frozen=True)
 class TakeSnapshot:
@@ -99,12 +94,8 @@ class TakeSnapshot:
         """Keys of what the task reads."""
         return (self.run,)
 
-    def count_passes(self, data: Data) -> int:
+    def count_passes(self, _data: Data) -> int:
         """Return 0: the task runs no network."""
-        return 0
-
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return 0: the output is a link."""
         return 0
 
 
@@ -150,10 +141,6 @@ class LearnCoefficients:
         if settings.dial is not None and settings.dial.by == "objective":
             settings = dataclasses.replace(settings, objective="mixed 0.5")
         return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(settings, data)
-
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return 0: coefficients are small."""
-        return 0
 
 
 @dataclass(frozen=True)
@@ -255,12 +242,6 @@ class BuildGreedySoup:
         each = self.evaluation.count_passes(data) + self.mixing.count_passes(data)
         return self.rounds * each
 
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return about how many bytes the output takes."""
-        attacks = len(self.evaluation.threats)
-        samples = self.evaluation.count_samples(data)
-        return self.rounds * samples * attacks * BYTES_PER_VERDICT
-
 
 @dataclass(frozen=True)
 class MixSoup:
@@ -291,10 +272,6 @@ class MixSoup:
     def count_passes(self, data: Data) -> int:
         """Return the number of forward passes of one sample that the task is worth."""
         return self.mixing.count_passes(data)
-
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return about how many bytes the output takes."""
-        return network_bytes
 
 
 @dataclass(frozen=True)
@@ -340,12 +317,6 @@ class EvaluateNetwork:
             data, points=len(self.pool), attack=not self.attacked_before
         )
 
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return about how many bytes the output takes."""
-        channels, (height, width) = data.record["channels"], data.record["size"]
-        each = BYTES_PER_VERDICT + 4 * channels * height * width * self.keep_points
-        return self.settings.count_samples(data) * len(self.settings.threats) * each
-
 
 @dataclass(frozen=True)
 class MapPlane:
@@ -382,10 +353,6 @@ class MapPlane:
         if settings.buffers.startswith("recalibrate"):
             each += min(settings.calibrate_samples, len(data.train))
         return settings.points**2 * each
-
-    def count_bytes(self, data: Data, network_bytes: int) -> int:
-        """Return 0: the losses are small."""
-        return 0
 
 
 Task = (

@@ -4,9 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import assert_never
-
-from torch import nn
+from typing import TYPE_CHECKING, assert_never
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import describe
@@ -40,6 +38,9 @@ from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
 from robustsoup.training.train import train
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CHECKPOINT = "checkpoint.safetensors"
 COEFFICIENTS = "coefficients.safetensors"
@@ -81,21 +82,22 @@ class Worker:
         task = step.task
         match task:
             case TrainNetwork():
-                return train_network(self, task, folder, on_progress)
+                figures = train_network(self, task, folder, on_progress)
             case TakeSnapshot():
-                return take_snapshot(self, task, folder)
+                figures = take_snapshot(self, task, folder)
             case LearnCoefficients():
-                return learn_coefficients(self, step.name, task, folder, on_progress)
+                figures = learn_coefficients(self, step.name, task, folder, on_progress)
             case BuildGreedySoup():
-                return build_greedy_soup(self, task, folder, on_progress)
+                figures = build_greedy_soup(self, task, folder, on_progress)
             case MixSoup():
-                return mix_soup(self, task, folder)
+                figures = mix_soup(self, task, folder)
             case EvaluateNetwork():
-                return evaluate_network(self, step.name, task, folder, on_progress)
+                figures = evaluate_network(self, step.name, task, folder, on_progress)
             case MapPlane():
-                return map_plane(self, task, folder, on_progress)
+                figures = map_plane(self, task, folder, on_progress)
             case _:
                 assert_never(task)
+        return figures
 
     def checkpoint(self, key: Key) -> Checkpoint:
         """Return a checkpoint: the output of a step, or a file."""
