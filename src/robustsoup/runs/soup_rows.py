@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Callable, Mapping
 
-from robustsoup.catalog import SOUP_METHODS
 from robustsoup.data import Data
 from robustsoup.models import NetworkSettings
 from robustsoup.recipes import Recipe, Soup, threat_slug
 from robustsoup.runs.plan import PlannedRow
 from robustsoup.runs.planner import Planner
+from robustsoup.runs.results import ROLES
 from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients
 from robustsoup.threats import ThreatModel
 
@@ -44,17 +44,15 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
 
 
 def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
-    """Plan the soups of a method that lists coefficients; unknown methods are shown as grids."""
-    role = soup.method if soup.method in SOUP_METHODS else "grid"
+    """Plan the soups of a method that lists coefficients; a user's method counts as a grid."""
+    role = soup.method if soup.method in ROLES else "grid"
     recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
     mixing = planner.mixing_of(soup)
     rows: list[PlannedRow] = []
     names = recipe.soup_names(section)
     for name, alpha in zip(names, recipe.alphas_of(soup), strict=True):
-        if (
-            mixing.policy == "average" and 1.0 in alpha
-        ):  # the soup equals this ingredient bit for bit
-            network = ingredients[alpha.index(1.0)]
+        if mixing.policy == "average" and 1.0 in alpha:
+            network = ingredients[alpha.index(1.0)]  # the soup equals it bit for bit
         else:
             network = planner.add_mix(name, ingredients, mixing, alpha=alpha)
         rows.append(
