@@ -1,5 +1,6 @@
 """What BatchNorm's running statistics do while a soup is learned."""
 
+import copy
 import os
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from robustsoup.catalog import BUFFER_POLICIES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
 from robustsoup.settings import LearnSettings
-from robustsoup.soups.batchnorm import norm_layers
+from robustsoup.soups.batchnorm import norm_layers, running_statistics
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.mixing import BufferPolicy, Calibration, UnfinishedSoup, mix
 
@@ -39,7 +40,8 @@ class LearningBuffers:
         data: Split,
         settings: LearnSettings,
     ) -> None:
-        self.model, self.ingredients = model, ingredients
+        self.model = model
+        self.ingredients = [_copy_statistics(item) for item in ingredients]
         self.update_time = _update_time(settings.buffers)
         self.compute: BufferPolicy = BUFFER_POLICIES.get_entry(settings.buffers).load()
         self.calibration = Calibration(
@@ -73,6 +75,14 @@ class LearningBuffers:
         )
         for name, tensor in self.compute(soup).tensors.items():
             self.model.get_buffer(name).copy_(tensor)
+
+
+def _copy_statistics(item: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with its running statistics in memory, since its file may change."""
+    copies = {name: item.tensors[name].clone() for name in running_statistics(item)}
+    copied = copy.copy(item)  # keeps the digest, which dataclasses.replace would compute again
+    object.__setattr__(copied, "tensors", {**item.tensors, **copies})
+    return copied
 
 
 def _update_time(policy: str) -> str:
