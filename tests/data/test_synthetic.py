@@ -84,7 +84,7 @@ def test_the_arrays_of_a_file_are_mapped(tmp_path, dtype):
     synthetic = Synthetic.open(path)
     assert isinstance(synthetic.images, numpy.memmap)
     assert isinstance(synthetic.labels, numpy.memmap)
-    assert len(npz_file) == len(DIGITS.val)
+    assert len(synthetic) == len(DIGITS.val)
     assert numpy.array_equal(synthetic.images, content["image"])
     images, labels = synthetic.take(torch.tensor([5, 200, 5]))
     assert (images.dtype, labels.dtype, tuple(images.shape)) == (
