@@ -7,6 +7,7 @@ import linecache
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -25,17 +26,23 @@ from tiny_runs import (
     steps_of,
 )
 
+import robustsoup
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import DataError
 from robustsoup.models import load_model
-from robustsoup.recipes import slug, threat_slug
+from robustsoup.recipes import load_recipe, slug, threat_slug, with_files
 from robustsoup.recipes.sections import METHOD_KEYS
 from robustsoup.runs.run import prepare_run
-from robustsoup.runs.soup_rows import SOUP_PLANNERS
+from robustsoup.runs.soup_rows import SOUP_PLANNERS, plan_recipe
 from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.threats import ThreatModel
+
+SHIPPED = [
+    Path(robustsoup.__file__).parent / "quickstart.toml",
+    *sorted((Path(__file__).parents[2] / "recipes").rglob("[!_]*.toml")),
+]
 
 
 def test_planning_writes_no_file_and_draws_no_random_number(tmp_path, monkeypatch):
@@ -367,3 +374,31 @@ def test_the_mixing_of_a_greedy_soup_is_in_its_key():
 
     assert len({key(), key(calibrate_samples=41), key(buffers="base"), key(buffers="average")}) == 4
     assert key() == key()
+
+
+def repeat_split(split, times):
+    """Return a split whose samples appear several times, under ids of their own."""
+    n = len(split) * times
+    images, labels = split.images.repeat(times, 1, 1, 1), split.labels.repeat(times)
+    return dataclasses.replace(split, images=images, labels=labels, ids=torch.arange(n))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_recipe_can_be_planned(path, tmp_path):
+    """Digits stand in for CIFAR-10, and a small network for published checkpoints."""
+    data = dataclasses.replace(
+        DATA,
+        train=repeat_split(DATA.train, 4),
+        val=repeat_split(DATA.val, 20),
+        test=repeat_split(DATA.test, 30),
+    )
+    checkpoint = tmp_path / "published.safetensors"
+    Checkpoint.of(load_model("resnet9:width=2", channels=1)).save(checkpoint)
+    recipe = with_files(load_recipe(path), lambda _: str(checkpoint))
+    finetune = recipe.finetune.model_copy(update={"synthetic": None})
+    recipe = recipe.model_copy(update={"finetune": finetune})
+    plan = plan_recipe(recipe, data, MODEL, "float32").plan
+    soups = [name for section in recipe.soups for name in recipe.soup_names(section)]
+    assert [row.name for row in plan.rows if row.soup is not None] == soups
+    assert list(plan.planes) == list(recipe.planes)
+    assert all(row.val in plan.steps_by_key for row in plan.rows)
