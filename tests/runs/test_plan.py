@@ -96,6 +96,26 @@ def test_the_code_of_an_objective_is_in_the_key(tmp_path, monkeypatch):
     assert len(keys) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ((("evaluate", "attack"), "own_code_of_runs:function"), "evaluate"),
+        ((("soups", "grid", "buffers"), "own_code_of_runs:function"), "mix"),
+    ],
+)
+def test_the_code_of_an_attack_or_buffer_policy_is_in_the_key(tmp_path, monkeypatch, change, kind):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for result in (1, 2, 2):
+        code = f"def function(*_, **__):\n    return {result}\n"
+        (tmp_path / "own_code_of_runs.py").write_text(code)
+        importlib.invalidate_caches()
+        sys.modules.pop("own_code_of_runs", None)
+        steps = keys_of(plan_of(change))
+        keys.append(next(key for (step_kind, _), key in steps.items() if step_kind == kind))
+    assert keys[0] != keys[1] == keys[2]
+
+
 def test_the_content_of_synthetic_images_is_in_the_key(tmp_path):
     train, keys = load_data("digits").train.first(200), []
     images = train.images.permute(0, 2, 3, 1).numpy().copy()

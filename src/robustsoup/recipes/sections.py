@@ -127,6 +127,13 @@ def _check_method(name: str) -> str:
     return name
 
 
+def _check_attack(name: str) -> str:
+    if ":" not in name and ATTACKS.find(name) is None:
+        known = ", ".join(ATTACKS.all_entries())
+        raise ValueError(f'got "{name}", expected one of {known}, or package.module:function')
+    return name
+
+
 def _none_for_false(value: Any) -> Any:
     """Let `early_stop = false` override a table of the recipe that this one extends."""
     return None if value is False else value
@@ -150,7 +157,7 @@ _VALUE_TYPES: dict[str, Any] = {
     "objective": ObjectiveValue,
     "schedule": ScheduleValue,
     "synthetic": str | None,
-    "attack": Annotated[str, AfterValidator(one_of(ATTACKS))],
+    "attack": Annotated[str, AfterValidator(_check_attack)],
     "loss": Annotated[str, AfterValidator(one_of(LOSSES))],
     "granularity": Annotated[str, AfterValidator(_check_granularity)],
     "score": ScoreValue | None,

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 
+from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, Registry, import_by_name
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
+from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
 from robustsoup.recipes.recipe import PRETRAINED
 from robustsoup.runs.plan import Plan, PlannedRow, Step, step_key
 from robustsoup.runs.tasks import (
+    BuildGreedySoup,
     EvaluateNetwork,
     EvaluationSettings,
     Key,
@@ -26,6 +29,38 @@ from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.screening import Contender, EvaluationRequest, Screening
 from robustsoup.soups.selection import Goal
 from robustsoup.training.objectives import Objective
+
+
+def fingerprint_functions(task: Task) -> list[str | None]:
+    """Return the fingerprints of the user's functions that a task names; None for built-in ones.
+
+    A recipe names a function; the code of the function decides what the step computes.
+    """
+    match task:
+        case TrainNetwork():
+            return [Objective.parse(task.settings.objective).fingerprint]
+        case LearnCoefficients():
+            objective = Objective.parse(task.settings.objective).fingerprint
+            return [objective, _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)]
+        case MixSoup():
+            return [_fingerprint_named(BUFFER_POLICIES, task.mixing.policy)]
+        case EvaluateNetwork():
+            return [_fingerprint_named(ATTACKS, str(task.settings.attack.attack))]
+        case BuildGreedySoup():
+            return [
+                _fingerprint_named(BUFFER_POLICIES, task.mixing.policy),
+                _fingerprint_named(ATTACKS, str(task.evaluation.attack.attack)),
+            ]
+        case _:
+            return []
+
+
+def _fingerprint_named(registry: Registry, name: str) -> str | None:
+    if name in list(registry):
+        return None
+    entry = registry.find(name)
+    target = name if entry is None else entry.target
+    return code_fingerprint(import_by_name(target, label=f"{registry.name} {name}"))
 
 
 class Planner:
@@ -64,11 +99,7 @@ class Planner:
 
     def add_step(self, name: str, task: Task) -> Key:
         """Add a task and return its key."""
-        surroundings = dict(self._surroundings)
-        if isinstance(task, TrainNetwork | LearnCoefficients):
-            # The recipe names a function; its code decides what the step computes.
-            surroundings["objective"] = Objective.parse(task.settings.objective).fingerprint
-        key = step_key(task, surroundings)
+        key = step_key(task, self._surroundings | {"functions": fingerprint_functions(task)})
         step = Step(key, name, task, task.count_passes(self.data))
         self.plan.steps_by_key.setdefault(key, step)
         return key
