@@ -47,7 +47,7 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.display.stop()
+        _stop_display(self.display)
 
     def __call__(self, done: int, total: int | None, figures: str = "") -> None:
         """Show that `done` of `total` parts are done; `figures` stay until others arrive."""
@@ -93,7 +93,7 @@ class RunReporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.display.stop()
+        _stop_display(self.display)
         if error is not None:
             self.write_log(f"stopped: {type(error).__name__}: {error}")
 
@@ -162,6 +162,12 @@ def _format_time_left(started: float, done: float, total: float | None) -> str:
     if not done or not total or elapsed <= MIN_ELAPSED:
         return ""
     return f"{format_duration(elapsed * (total - done) / done)} left"
+
+
+def _stop_display(display: RichProgress) -> None:
+    """Remove a bar from the terminal; rich before 14.3 prints a line when it stops a disabled one."""
+    if not display.disable:
+        display.stop()
 
 
 def _make_display() -> RichProgress:

@@ -85,7 +85,7 @@ class Ingredients:
         parameter.copy_(flat.view(parameter.shape))
 
     def _inner_products(self, name: str, grad: Tensor) -> Tensor:
-        rows, flat = self.rows[name], grad.contiguous().view(-1)
+        rows, flat = self.rows[name], grad.detach().contiguous().view(-1)
 
         def chunk_products(begin: int) -> Tensor:
             piece = flat[begin : begin + self.chunk]
