@@ -16,6 +16,7 @@ ROOMS = (
     (
         "errors",
         "seeding",
+        "stamp",
         "device",
         "fingerprint",
         "files",

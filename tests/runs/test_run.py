@@ -34,6 +34,7 @@ from robustsoup.runs.results import Results
 from robustsoup.runs.run import prepare_run
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.mixing import mix
+from robustsoup.stamp import stamp_record
 from robustsoup.training.train import train
 
 
@@ -51,7 +52,8 @@ def test_a_run_executes_every_step_once(finished):
 
 def test_results_are_complete(finished):
     folder, results, selection = finished.folder, finished.results, finished.selection
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    stored = json.loads((folder / "results.json").read_text())
+    assert stored == json.loads(json.dumps(stamp_record(results)))
     assert [row["name"] for row in results["rows"]] == ROWS
     assert [row["role"] for row in results["rows"]] == [
         "pretrained",

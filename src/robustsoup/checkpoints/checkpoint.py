@@ -50,8 +50,8 @@ class Checkpoint:
         Common wrappers around the state dict and prefixes of its names are removed.
 
         Raises:
-            CheckpointError: the file is missing, cut short, holds no tensors, or holds NaN or
-                infinity; the error names the file.
+            CheckpointError: the file is missing, cut short, in a newer format, holds no tensors, or
+                holds NaN or infinity; the error names the file.
         """
         return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=False)
 

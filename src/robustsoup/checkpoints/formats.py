@@ -18,6 +18,7 @@ from torch import Tensor
 from robustsoup.checkpoints.mapped import MappedFile, map_safetensors
 from robustsoup.errors import CheckpointError
 from robustsoup.files import atomic_path, write_torch
+from robustsoup.stamp import stamp_record, unstamp_record
 
 RECORD_KEY = "robustsoup"
 """The metadata entry of a .safetensors file that holds the provenance record."""
@@ -71,8 +72,8 @@ def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
         mapped: whether the tensors stay in the file, as read-only views.
 
     Raises:
-        CheckpointError: the file is missing, cut short, or holds no tensors, coefficients, or NaN
-            or infinity.
+        CheckpointError: the file is missing, cut short, in a newer format, or holds no tensors,
+            coefficients, or NaN or infinity.
     """
     if not path.is_file():
         reason = "is a folder, expected a file" if path.is_dir() else "no such file"
@@ -134,8 +135,9 @@ def write_tensors(
         copies = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
+        text = json.dumps(stamp_record(record), sort_keys=True)
         try:
-            save_file(copies, temporary, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
+            save_file(copies, temporary, metadata={RECORD_KEY: text})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -144,7 +146,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """Read the tensors and the JSON record of a .safetensors file.
 
     Raises:
-        CheckpointError: the file is missing, cut short, or holds another program's record.
+        CheckpointError: the file is missing, cut short, in a newer format, or holds another
+            program's record.
     """
     return _read_safetensors(Path(path), mapped=False)
 
@@ -164,7 +167,7 @@ def _read_safetensors(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], d
             f"{path}: the {RECORD_KEY} record is not a JSON object; "
             "was the file written by another program?"
         )
-    return tensors, record
+    return tensors, unstamp_record(record, path)
 
 
 def _copy_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -165,7 +165,7 @@ def _format_time_left(started: float, done: float, total: float | None) -> str:
 
 
 def _stop_display(display: RichProgress) -> None:
-    """Remove a bar from the terminal; rich before 14.3 prints a line when it stops a disabled one."""
+    """Remove a bar from the terminal; rich before 14.3 prints a line for a disabled one."""
     if not display.disable:
         display.stop()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.files import atomic_path, write_text
+from robustsoup.stamp import stamp_record, unstamp_record
 from robustsoup.threats import ThreatModel
 
 CLEAN_KEY = "clean"
@@ -158,7 +159,7 @@ class Evaluation:
                 arrays[f"{name}_{number}"] = getattr(verdicts, name).numpy()
         with atomic_path(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(path, json.dumps(stamp_record(self.to_json()), indent=1) + "\n")
         return path
 
     def _save_points(self, path: Path) -> None:
@@ -181,11 +182,11 @@ class Evaluation:
             path: path of the JSON file.
 
         Raises:
-            CheckpointError: if a file is missing or broken; names the JSON file.
+            CheckpointError: if a file is missing, broken or in a newer format; names the JSON file.
         """
         path = Path(path)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = unstamp_record(json.loads(path.read_text(encoding="utf-8")), path)
             record.pop("accuracy")
             arrays = _load_arrays(path.with_suffix(".npz"))
             points_path = path.with_suffix(".points.npz")

@@ -32,6 +32,7 @@ from robustsoup.runs.tasks import Key
 from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS, DIAL, EVALUATION, LANDSCAPE
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.selection import Candidate, Selection
+from robustsoup.stamp import stamp_record
 
 RESULTS = "results.json"
 
@@ -98,7 +99,7 @@ def write_run_folder(
         selection=None if selection is None else _describe_selection(plan, store, selection),
         soup=None if selection is None else _write_soup(folder, plan, store, selection.best).name,
     )
-    write_text(folder / RESULTS, json.dumps(results.to_json(), indent=1))
+    write_text(folder / RESULTS, json.dumps(stamp_record(results.to_json()), indent=1))
     for stale in earlier - _measured_files(folder):
         remove_file(folder / stale)
     return results

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.stamp import unstamp_record
 
 Scores = dict[str, Accuracy]
 """Accuracies by measure: "clean", each threat model as text, and "union" for several threats."""
@@ -342,6 +343,7 @@ class Results:
 
         Raises:
             RequestError: The file is missing, is not JSON, or an entry is wrong.
+            CheckpointError: A newer release wrote it in a newer format.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -352,7 +354,7 @@ class Results:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RequestError(f"{path}: not JSON ({reason}); {_WRITTEN_BY_RUN}") from None
-        return cls.from_json(content, str(path))
+        return cls.from_json(unstamp_record(_as_table(content, str(path)), path), str(path))
 
 
 def _field_values(record: Any) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""The stamp of files that robustsoup writes: the number of their format and the release."""
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from robustsoup.errors import CheckpointError
+
+FORMAT = 1
+"""The newest format that this release reads and the one that it writes.
+
+A change that would make an older release misread a file raises this number.
+"""
+
+
+def stamp_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with the format number and the release that writes it."""
+    return {**record, "format": FORMAT, "robustsoup": _installed_release()}
+
+
+def unstamp_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a record without its stamp; foreign records have none.
+
+    Args:
+        record: What a file holds.
+        path: The file, for the error.
+
+    Raises:
+        CheckpointError: If a newer release wrote the file in a newer format.
+    """
+    number = record.get("format")
+    if isinstance(number, int) and number > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by a newer robustsoup (format {number}); update robustsoup"
+        )
+    return {key: value for key, value in record.items() if key not in ("format", "robustsoup")}
+
+
+@functools.cache
+def _installed_release() -> str | None:
+    try:
+        return importlib.metadata.version("robustsoup")
+    except importlib.metadata.PackageNotFoundError:
+        return None
