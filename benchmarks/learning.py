@@ -106,7 +106,7 @@ class StackedSoup(nn.Module):
 
 def make_data(samples: int) -> Split:
     """Return training images with CIFAR-10's shape; how long a step takes ignores their values."""
-    from robustsoup.data.splits import Augmentation, Samples, Source, assemble
+    from robustsoup.data.splits import Augmentation, DataDescription, Samples, assemble
 
     generator = torch.Generator().manual_seed(0)
 
@@ -117,9 +117,11 @@ def make_data(samples: int) -> Split:
         return Samples(images, labels, torch.arange(first, first + n))
 
     classes = tuple(str(number) for number in range(10))
-    source = Source("noise", "0" * 64, classes, (0.5,) * 3, (0.25,) * 3, Augmentation())
+    description = DataDescription(
+        "noise", "0" * 64, classes, (0.5,) * 3, (0.25,) * 3, Augmentation()
+    )
     parts = draw(samples, 0), draw(10, samples), draw(10, samples + 10)
-    return assemble(source, *parts, seed=0).train
+    return assemble(description, *parts, seed=0).train
 
 
 def main() -> None:

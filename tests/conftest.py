@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 
 from robustsoup.progress import SavedState
+from robustsoup.reports.style import FORMATS, STYLE
 
 # The tests' networks are tiny: one thread each is fastest, and pytest-xdist keeps both cores busy.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,6 +45,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name in NUMERIC_ROOMS:
             item.add_marker(pytest.mark.kernels)
+
+
+@pytest.fixture(scope="module")
+def quick_figures():
+    """Draw figures with few dots and simple fonts; tests/reports draws them as users get them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STYLE, "pdf.fonttype", 3)
+        patch.setitem(FORMATS["png"], "dpi", 40)
+        yield
 
 
 @pytest.fixture

@@ -8,17 +8,12 @@ import torch
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.models import load_model
-from robustsoup.reports.style import FORMATS, STYLE
 from robustsoup.training.train import train
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _quick_figures():
-    """Draw figures with few dots and simple fonts; tests/reports draws them as users get them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STYLE, "pdf.fonttype", 3)
-        patch.setitem(FORMATS["png"], "dpi", 40)
-        yield
+@pytest.fixture(autouse=True, scope="module")
+def _quick_figures(quick_figures):
+    """Draw all figures quickly."""
 
 
 @pytest.fixture(autouse=True)

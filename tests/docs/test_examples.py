@@ -57,6 +57,7 @@ def test_the_readme_and_the_tutorial_are_among_the_pages():
     assert {"README.md", "docs/tutorial.md", "docs/how-to/choose.md"} <= names
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_the_commands_of_the_readme_and_the_learn_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = shell_commands(ROOT / "README.md")
