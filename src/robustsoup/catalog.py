@@ -85,10 +85,6 @@ class Registry(Mapping[str, Entry]):
         """Return the built-in entry called `name`."""
         return self._entries[name]
 
-    def __contains__(self, name: object) -> bool:
-        """Return whether `find` knows an entry called `name`."""
-        return isinstance(name, str) and self.find(name) is not None
-
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the built-in entries."""
         return iter(self._entries)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, LOSSES, SOUP_METHODS
+from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, LOSSES, SOUP_METHODS, Registry
 from robustsoup.errors import RequestError
 from robustsoup.threats import ThreatModel
 
@@ -57,6 +57,8 @@ class Rule:
         """Return whether `value` lies in the valid range; None is always allowed."""
         if value is None:
             return True
+        if isinstance(self.choices, Registry):
+            return self.choices.find(value) is not None
         if self.choices is not None:
             return value in self.choices
         bounds = (self.ge, self.gt, self.le, self.lt)

@@ -364,13 +364,17 @@ def test_eot_finds_a_gradient_that_noise_hides():
 @by_threat
 def test_pgd_breaks_samples_and_stays_in_the_ball(trained, threat, precision):
     model, x, y = trained
-    threat = ThreatModel(threat.norm, threat.eps * 0.7)
-    result = attack(model, x, y, threat, attack="pgd", steps=20, precision=precision)
-    assert result.attempts == ("pgd-ce",)
-    check_broken(model, result, x, y, threat)
-    wrong = int((~classified_correctly(model, x, y)).sum())
-    assert wrong + 10 <= int(result.broken.sum()) < N
-    assert torch.equal(pgd(model, x, y, threat, precision=precision), result.x_adv)
+    broken = [~classified_correctly(model, x, y)]
+    for scale in (1e-6, 0.7, 3.0):
+        scaled = ThreatModel(threat.norm, threat.eps * scale)
+        result = attack(model, x, y, scaled, attack="pgd", steps=20, precision=precision)
+        assert result.attempts == ("pgd-ce",)
+        check_broken(model, result, x, y, scaled)
+        assert torch.equal(pgd(model, x, y, scaled, precision=precision), result.x_adv)
+        broken.append(result.broken)
+    wrong, nearby, _, far = broken
+    assert torch.equal(nearby, wrong)
+    assert wrong.sum() + 10 <= far.sum()
 
 
 # the queue, and ready-made points

@@ -587,5 +587,5 @@ def test_bad_input_is_refused_in_one_line(here, capsys, command, parts, prepare)
     assert lines[0].startswith("robustsoup: ")
     assert printed.out == ""
     for part in parts:
-        assert part in lines[0]
+        assert part.lower() in lines[0].lower()  # releases of typer spell arguments differently
     assert read_files(here) == before

@@ -16,8 +16,11 @@ from robustsoup.models import load_model
 
 
 def test_zero_gradients_are_reported_and_dlr_sees_through_them(model, data):
-    """With logits times 10,000, cross-entropy and its gradient are exactly 0 in float32."""
-    masked = Wrapped(model, after=lambda logits: 10_000 * logits)
+    """With logits times 2^14, cross-entropy and its gradient are exactly 0 in float32.
+
+    A power of two changes no bit of DLR and of its gradient.
+    """
+    masked = Wrapped(model, after=lambda logits: 2**14 * logits)
     by_ce, by_dlr = (
         evaluate(masked, data, ["Linf 0.05"], steps=5, loss=loss) for loss in ("ce", "dlr")
     )
@@ -28,7 +31,11 @@ def test_zero_gradients_are_reported_and_dlr_sees_through_them(model, data):
     assert int(counts[2]) == by_ce.accuracy["clean"].hits
     assert 0 < int(counts[1]) <= int(counts[2])
     assert "try loss dlr" in by_ce.warnings[0]
-    assert by_dlr.warnings == []
+    unmasked = evaluate(model, data, ["Linf 0.05"], steps=5, loss="dlr")
+    assert by_dlr.warnings == unmasked.warnings
+    for part in ("robust", "by", "step", "norm"):
+        found, expected = (getattr(e.threats["Linf 0.05"], part) for e in (by_dlr, unmasked))
+        assert torch.equal(found, expected), part
     assert by_dlr.accuracy["Linf 0.05"].hits < by_ce.accuracy["Linf 0.05"].hits
 
 
