@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test test-slow test-kernels test-oldest lint lint-next types docs dist clean
+.PHONY: demo test test-slow test-kernels test-everywhere test-oldest lint lint-next types docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -21,6 +21,19 @@ test-slow: $(VENV)/.installed-dev
 test-kernels: $(VENV)/.installed-dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 -m "kernels and not slow"
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m "kernels and not slow"
+
+# The suite with three kinds of kernels, two threads, a random order, other load and four more seeds.
+test-everywhere: $(VENV)/.installed-dev
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2
+	ROBUSTSOUP_TEST_THREADS=2 $(BIN)/pytest
+	order=$$(date +%s); echo "ROBUSTSOUP_TEST_ORDER=$$order"; ROBUSTSOUP_TEST_ORDER=$$order $(BIN)/pytest -n 2
+	for loop in 1 2; do timeout 1h sh -c 'while :; do :; done' & busy="$$busy $$!"; done; \
+	trap "kill $$busy" EXIT; $(BIN)/pytest -n 2
+	for seed in 1 2 3 4; do \
+		ROBUSTSOUP_TEST_SEED=$$seed $(BIN)/pytest -n 2 -m "trained and not slow" || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

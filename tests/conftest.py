@@ -1,4 +1,15 @@
+"""Settings and fixtures of all tests.
+
+Three environment variables change how the suite runs; no verdict may depend on them:
+
+- ROBUSTSOUP_TEST_THREADS (default 1): the number of threads of PyTorch.
+- ROBUSTSOUP_TEST_ORDER: a seed; shuffles the modules, and the tests within each module.
+- ROBUSTSOUP_TEST_SEED (default 0): the seed of the networks that tests train: initial weights and
+  sample order, not the split of the data (see trained_seed.py).
+"""
+
 import os
+import random
 
 import pytest
 import torch
@@ -8,8 +19,9 @@ from robustsoup.progress import SavedState
 from robustsoup.reports.style import FORMATS, STYLE
 
 # The tests' networks are tiny: one thread each is fastest, and pytest-xdist keeps both cores busy.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("ROBUSTSOUP_TEST_THREADS", "1"))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
 
 # The same examples everywhere, so that a test that passed here passes there;
 # `pytest --hypothesis-profile default` looks for others.
@@ -38,13 +50,28 @@ def _global_randomness_untouched():
 
 
 NUMERIC_ROOMS = ("attacks", "evaluation", "soups", "training")
+TRAINED_ROOMS = (*NUMERIC_ROOMS, "cli", "data", "diagnosis", "runs")
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the numeric tests: `make test-kernels` repeats them with older processors' kernels."""
+    """Mark numeric tests and tests of trained networks, and shuffle all tests if requested."""
     for item in items:
-        if item.path.parent.name in NUMERIC_ROOMS:
+        room = item.path.parent.name
+        if room in NUMERIC_ROOMS:
             item.add_marker(pytest.mark.kernels)
+        if room in TRAINED_ROOMS:
+            item.add_marker(pytest.mark.trained)
+    if order := os.environ.get("ROBUSTSOUP_TEST_ORDER"):
+        items[:] = shuffle_by_module(items, random.Random(int(order)))
+
+
+def shuffle_by_module(items, generator):
+    """Return the tests with the modules shuffled, and the tests within each module."""
+    modules = {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    shuffled = generator.sample(list(modules.values()), len(modules))
+    return [item for tests in shuffled for item in generator.sample(tests, len(tests))]
 
 
 @pytest.fixture(scope="module")

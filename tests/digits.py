@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional
+from trained_seed import trained_seed
 
 from robustsoup.attacks.projections import norms
 from robustsoup.data import load_data, to_float
@@ -12,11 +13,12 @@ from robustsoup.models import load_model
 def digits_network(width: int, steps: int = 40) -> nn.Module:
     """Return a resnet9 trained for a few steps on digits, frozen, in eval mode."""
     train = load_data("digits").train
-    model = load_model(f"resnet9:width={width}", channels=1)
+    model = load_model(f"resnet9:width={width}", channels=1, seed=trained_seed())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     x, y = to_float(train.images), train.labels
     for step in range(steps):
-        rows = slice(step % 10 * 100, step % 10 * 100 + 100)
+        first = (step + trained_seed()) % 10 * 100
+        rows = slice(first, first + 100)
         optimizer.zero_grad()
         functional.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from ingredients import perturbed
 from torch import Tensor, nn
+from trained_seed import trained_seed
 from training_helpers import DATA, LINF, fresh_network
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -35,15 +36,15 @@ class SmallNetwork(nn.Module):
 
 def small_ingredients(n: int = 3) -> tuple[SmallNetwork, list[Checkpoint]]:
     """Return a SmallNetwork and n checkpoints near it."""
-    torch.manual_seed(0)
+    torch.manual_seed(trained_seed())
     base = SmallNetwork()
-    return base, [perturbed(base, seed) for seed in range(n)]
+    return base, [perturbed(base, trained_seed(seed)) for seed in range(n)]
 
 
 def resnet_ingredients(n: int = 3) -> list[Checkpoint]:
     """Return n checkpoints near one small resnet9."""
     base = fresh_network()
-    return [perturbed(base, seed, 0.1) for seed in range(n)]
+    return [perturbed(base, trained_seed(seed), 0.1) for seed in range(n)]
 
 
 def learn_digits(items=None, **changes: Any) -> Coefficients:
@@ -55,6 +56,7 @@ def learn_digits(items=None, **changes: Any) -> Coefficients:
         "device": "cpu",
         "precision": "float32",
         "detach": 0.5,
+        "seed": trained_seed(),
     }
     return learn(items or resnet_ingredients(), DATA, **(arguments | changes))
 

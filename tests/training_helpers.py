@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trained_seed import trained_seed
+
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, load_data
 from robustsoup.models import load_model
@@ -17,7 +19,7 @@ STEPS_PER_EPOCH = 3
 
 def fresh_network(width: int = 2, **options: Any):
     """Return a small resnet9 for digits with fresh weights."""
-    return load_model(f"resnet9:width={width}", channels=1, **options)
+    return load_model(f"resnet9:width={width}", channels=1, **({"seed": trained_seed()} | options))
 
 
 def train_digits(network=None, data: Split = DATA, **changes: Any) -> Checkpoint:
@@ -29,6 +31,7 @@ def train_digits(network=None, data: Split = DATA, **changes: Any) -> Checkpoint
         "lr": 0.1,
         "device": "cpu",
         "precision": "float32",
+        "seed": trained_seed(),
     }
     return train(fresh_network() if network is None else network, data, **(arguments | changes))
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from trained_seed import trained_seed
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
@@ -37,7 +38,8 @@ def trained_files(tmp_path_factory, digits):
     """
     folder = tmp_path_factory.mktemp("trained")
     settings = {"batch_size": 32, "device": "cpu", "precision": "float32"}
-    fresh = load_model("resnet9:width=2", channels=1)
+    settings["seed"] = trained_seed()
+    fresh = load_model("resnet9:width=2", channels=1, seed=trained_seed())
     images = digits.train.first(512)
     base = train(fresh, images, threat="clean", epochs=4, lr=0.2, **settings)
     base.save(folder / "base.safetensors")

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from markers import needs_cifar10
+from trained_seed import trained_seed
 
 from robustsoup.data import Augmentation, load_data
 from robustsoup.device import resolve_device, resolve_precision
@@ -26,7 +27,8 @@ def data():
 
 
 def network(data):
-    return load_model("resnet9:width=4", mean=data.record["mean"], std=data.record["std"])
+    constants = {"mean": data.record["mean"], "std": data.record["std"]}
+    return load_model("resnet9:width=4", seed=trained_seed(), **constants)
 
 
 def trained(data, start=None, **changed):
@@ -37,6 +39,7 @@ def trained(data, start=None, **changed):
         "lr": 0.05,
         "device": "cpu",
         "precision": "float32",
+        "seed": trained_seed(),
     }
     return train(
         network(data) if start is None else start, data.train.first(256), **(defaults | changed)

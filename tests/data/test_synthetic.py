@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markers import needs_cifar10
+from trained_seed import trained_seed
 
 import robustsoup.data.synthetic as synthetic_file
 from robustsoup.data import Augmentation, Synthetic, batches, load_data, mixed_batches
@@ -65,8 +66,11 @@ def trained(**changed):
         "lr": 0.1,
         "device": "cpu",
         "precision": "float32",
+        "seed": trained_seed(),
     }
-    return train(load_model("resnet9:width=2", channels=1), DATA, **(defaults | changed))
+    return train(
+        load_model("resnet9:width=2", channels=1, seed=trained_seed()), DATA, **(defaults | changed)
+    )
 
 
 # reading

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from trained_seed import trained_seed
 
 from robustsoup.attacks.losses import ce
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -41,14 +42,14 @@ def fine_tune(start, seed, threat="clean", lr=0.1, epochs=4, data=DIGITS):
         epochs=epochs,
         lr=lr,
         batch_size=64,
-        seed=seed,
+        seed=trained_seed(seed),
         device="cpu",
         precision="float32",
     )
 
 
 def untrained(seed, width=4):
-    return load_model(f"resnet9:width={width}", channels=1, seed=seed)
+    return load_model(f"resnet9:width={width}", channels=1, seed=trained_seed(seed))
 
 
 @pytest.fixture(scope="module")

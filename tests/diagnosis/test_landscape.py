@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from trained_seed import trained_seed
 
 from robustsoup.attacks import apgd_train
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ def vector_checkpoints(*rows):
 
 @pytest.fixture(scope="module")
 def three():
-    base = Checkpoint.of(load_model("resnet9:width=4", channels=1, seed=1))
+    base = Checkpoint.of(load_model("resnet9:width=4", channels=1, seed=trained_seed(1)))
     base = train(
         base,
         DIGITS.train,
@@ -53,7 +54,7 @@ def three():
             epochs=1,
             lr=0.02,
             batch_size=64,
-            seed=3,
+            seed=trained_seed(3),
             device="cpu",
             precision="float32",
         )

@@ -19,6 +19,7 @@ from tiny_runs import (
     recipe_of_files,
     run_recipe,
 )
+from trained_seed import trained_seed
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_leakage
@@ -148,12 +149,12 @@ def test_running_again_executes_no_step(copied):
 def test_two_recipes_share_common_steps(copied):
     folder, store = copied
     before = modification_times(store)
-    # The uniform soup is a point of the grid, and 0 is the recipe's seed already.
+    # The uniform soup is a point of the grid, and the recipe has this seed already.
     more = recipe_of(
         [
             (("name",), "more"),
             (("soups", "flat"), {"method": "uniform"}),
-            (("ingredients", "high", "seed"), 0),
+            (("ingredients", "high", "seed"), trained_seed()),
         ]
     )
     results, _, reporter = run_recipe(more, folder.parent / "more")

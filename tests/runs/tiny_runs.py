@@ -3,6 +3,8 @@
 import tomllib
 from pathlib import Path
 
+from trained_seed import trained_seed
+
 from robustsoup.data import load_data
 from robustsoup.models import NetworkSettings
 from robustsoup.recipes import parse_recipe
@@ -90,7 +92,7 @@ class RecordingReporter:
 
 def recipe_of(changes=()):
     """Return the tiny recipe with some values replaced, such as (("finetune", "epochs"), 3)."""
-    content = tomllib.loads(TINY)
+    content = tomllib.loads(TINY) | {"seed": trained_seed()}
     for keys, value in changes:
         table = content
         for name in keys[:-1]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trained_seed import trained_seed
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
@@ -31,7 +32,7 @@ def ingredients(data):
     network = {"spec": "resnet9:width=2", "channels": 1}
     record = {"network": network, "data": data.record, "trained_on": ["train"]}
     return [
-        Checkpoint.of(load_model("resnet9:width=2", channels=1, seed=seed), record)
+        Checkpoint.of(load_model("resnet9:width=2", channels=1, seed=trained_seed(seed)), record)
         for seed in range(2)
     ]
 
@@ -175,7 +176,8 @@ def split(data):
 def ends(data):
     """Two ingredients of one loss basin: one tends to clean accuracy, one to robustness."""
     settings = {"batch_size": 64, "device": "cpu", "precision": "float32"}
-    network = load_model("resnet9:width=4", channels=1)
+    settings["seed"] = trained_seed()
+    network = load_model("resnet9:width=4", channels=1, seed=trained_seed())
     base = train(network, data.train, threat="Linf 32/255", epochs=6, lr=0.2, **settings)
     return [
         train(base, data.train, threat=threat, epochs=3, lr=0.02, **settings)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained_seed import trained_seed
 from training_helpers import (
     DATA,
     DIGITS,
@@ -276,7 +277,9 @@ def test_a_broken_state_is_named_and_not_deleted(tmp_path):
 
 
 def test_training_takes_settings_or_single_ones_by_name():
-    chosen = TrainSettings(threat=LINF, epochs=1, batch_size=32, lr=0.1, precision="float32")
+    chosen = TrainSettings(
+        threat=LINF, epochs=1, batch_size=32, lr=0.1, seed=trained_seed(), precision="float32"
+    )
     by_object = train(fresh_network(), DATA, chosen, device="cpu")
     assert by_object.digest == train_digits(epochs=1).digest
     changed = train(fresh_network(), DATA, chosen, epochs=2, device="cpu")
