@@ -1,4 +1,7 @@
-"""The order in which modules may import each other, and what the core may import from outside; read from the source."""
+"""Modules import each other in one order, and the core imports little from outside.
+
+Both are read from the source.
+"""
 
 import ast
 import graphlib
@@ -55,13 +58,13 @@ def modules():
 
 
 def imports(name, tree, known):
-    """(absolute name, where in the file) of everything that is imported, at the top or inside a function."""
+    """Yield (absolute name, node) of all imports, at the top or inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, (
-                f"{name or '__init__'}:{node.lineno}: a relative import; this test reads absolute ones"
+                f"{name or '__init__'}:{node.lineno}: a relative import; expected an absolute one"
             )
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -98,7 +101,8 @@ def test_imports_point_to_the_same_row_or_a_lower_one(name):
     for imported, node in inside(name, MODULES[name], MODULES):
         assert imported in MODULES, f"{name}:{node.lineno}: robustsoup.{imported} is no module"
         assert row(imported) <= row(name), (
-            f"{name or '__init__'}:{node.lineno} (row {row(name)}) imports {imported} (row {row(imported)})"
+            f"{name or '__init__'}:{node.lineno} (row {row(name)}) imports {imported} "
+            f"(row {row(imported)})"
         )
 
 
@@ -142,8 +146,10 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"pydantic", "typer", "rich", "matplotlib", "mpltern", "tomli_w", "filelock", "PIL",
-                                      "pyautoattack"}:
+        if name.partition(".")[0] in {
+            "pydantic", "typer", "rich", "matplotlib", "mpltern", "tomli_w", "filelock", "PIL",
+            "pyautoattack",
+        }:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())

@@ -98,7 +98,7 @@ def test_every_entry_has_help_and_its_code_can_be_imported(registry):
 
 
 def test_an_unknown_name_gets_the_nearest_one():
-    with pytest.raises(RequestError, match='models: got "resnet8", .*did you mean "resnet'):
+    with pytest.raises(RequestError, match=r'models: got "resnet8", .*did you mean "resnet'):
         catalog.MODELS.get_entry("resnet8")
 
 
