@@ -61,12 +61,13 @@ def _find_data_source(spec: str, image_size: int | None) -> tuple[DataSource, st
     if colon and DATA_SOURCES.find(name) is None and ("." in name or _is_module(name)):
         return _import_data_source(spec)
     entry = DATA_SOURCES.get_entry(name, error=DataError)
-    if entry.facts.get("takes_place", name not in DATA_SOURCES):
-        if not place and name in DATA_SOURCES:
+    is_plugin = DATA_SOURCES.get(name) is None
+    if entry.facts.get("takes_place", is_plugin):
+        if not place and not is_plugin:
             raise DataError(f'data "{spec}": got no path, expected {entry.spelling}')
     elif colon:
         raise DataError(f'data "{spec}": got "{place}" after the name, expected "{name}" alone')
-    if image_size is not None and not entry.facts.get("takes_image_size", name not in DATA_SOURCES):
+    if image_size is not None and not entry.facts.get("takes_image_size", is_plugin):
         resizable = [e.spelling for e in DATA_SOURCES.values() if e.facts.get("takes_image_size")]
         raise DataError(
             f'data "{spec}": got image_size {image_size}, which only {", ".join(resizable)} '

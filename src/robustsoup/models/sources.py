@@ -98,7 +98,7 @@ def build_network(
 def factory_fingerprint(spec: str) -> str | None:
     """Return the fingerprint of a factory's source file; None for a built-in network."""
     name, _, rest = spec.partition(":")
-    if name in MODELS:
+    if MODELS.get(name) is not None:
         return None
     if (plugin := MODELS.find(name)) is not None:
         return code_fingerprint(plugin.load())
