@@ -16,7 +16,7 @@ from robustsoup.attacks.cuda_graph import capture_step
 from robustsoup.attacks.engine import DeviceRows, Search, begin_search, take_step
 from robustsoup.attacks.forward import frozen_eval, input_gradient, predict_logits
 from robustsoup.attacks.losses import ce
-from robustsoup.attacks.outcome import Samples
+from robustsoup.attacks.outcome import AttackedSamples
 from robustsoup.attacks.projections import norms
 from robustsoup.attacks.steps import StepSchedule
 from robustsoup.catalog import LOSSES
@@ -126,7 +126,7 @@ def step_of(model, x, y, threat, loss="ce", steps=20):
     """The search of the first 64 samples, its rows at their starting points, and its step."""
     with torch.no_grad():
         logits = model(x).cpu()
-    samples = Samples(lambda at: x[at.to(x.device)], y.cpu(), torch.arange(len(x)), logits)
+    samples = AttackedSamples(lambda at: x[at.to(x.device)], y.cpu(), torch.arange(len(x)), logits)
     search = Search(
         model=model,
         search_model=model,

@@ -14,7 +14,7 @@ from robustsoup.attacks.attempts import check_points, list_attempts
 from robustsoup.attacks.engine import DeviceRows, SampleQueue, Search, take_step
 from robustsoup.attacks.forward import frozen_eval, pass_size, predict_logits
 from robustsoup.attacks.losses import ce
-from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import norms
 from robustsoup.attacks.steps import StepSchedule, cold_start, initial_state
 from robustsoup.catalog import LOSSES
@@ -403,7 +403,7 @@ def test_a_queue_without_a_threshold_stops_only_on_request():
 def test_ready_made_points_are_checked_in_float32(trained, threat):
     model, x, y = trained
     found = attack(model, x, y, threat)
-    samples = Samples(lambda at: x[at], y, torch.arange(N), model(x))
+    samples = AttackedSamples(lambda at: x[at], y, torch.arange(N), model(x))
     which, more = torch.arange(5, 97), {"size": 32, "device": x.device}
     broken, margin = check_points(model, samples, lambda at: found.x_adv[at], which, **more)
     assert torch.equal(broken, found.broken[which])
@@ -457,7 +457,7 @@ def test_a_step_never_reads_a_value_from_the_device(threat, loss, form):
     x, y = torch.empty(6, 1, 8, 8, device=meta), torch.empty(6, dtype=torch.long, device=meta)
     model = load_model("resnet9:width=2", channels=1).eval().requires_grad_(False).to(meta)
     settings = AttackSettings(attack=form, loss=loss, steps=20, eot=2)
-    search = search_of(model, Samples(lambda rows: x[rows], y, y, y), threat, settings)
+    search = search_of(model, AttackedSamples(lambda rows: x[rows], y, y, y), threat, settings)
     schedule = search.schedule
     rows = DeviceRows.from_state(initial_state(x, y, schedule.stages[0][0], x, schedule, target=y))
     with pytest.raises(RuntimeError):
@@ -472,7 +472,7 @@ def test_a_step_never_reads_a_value_from_the_device(threat, loss, form):
 @by_threat
 def test_the_window_divides_every_stage(threat, steps):
     nothing = torch.empty(0, device="meta")
-    samples = Samples(lambda rows: rows, nothing, nothing, nothing)
+    samples = AttackedSamples(lambda rows: rows, nothing, nothing, nothing)
     search = search_of(nn.Identity(), samples, threat, AttackSettings(steps=steps))
     assert 1 <= search.window <= 10
     assert all(count % search.window == 0 for _, count in search.schedule.stages)

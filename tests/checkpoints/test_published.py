@@ -13,7 +13,7 @@ from markers import model_zoo, needs_robustbench
 from web_server import files_below, serving
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.published import PUBLISHED, Published, fetch_published
+from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS, Published, fetch_published
 from robustsoup.cli import main
 from robustsoup.errors import CheckpointError, DataError, RequestError, StorageError
 from robustsoup.models import load_model
@@ -42,13 +42,17 @@ class Code:
         return print, ("unpickled",)
 
 
-REAL = dict(PUBLISHED)
+REAL = dict(PUBLISHED_CHECKPOINTS)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     for name in (NAME, L2):
-        monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(PUBLISHED[name], model=SPEC))
+        monkeypatch.setitem(
+            PUBLISHED_CHECKPOINTS,
+            name,
+            dataclasses.replace(PUBLISHED_CHECKPOINTS[name], model=SPEC),
+        )
 
 
 def run(*arguments):

@@ -18,7 +18,7 @@ from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
-from robustsoup.models.wide_resnet import MEAN, STD
+from robustsoup.models.wide_resnet import PUBLISHED_MEAN, PUBLISHED_STD
 from robustsoup.soups.batchnorm import recalibrate
 from robustsoup.soups.mixing import mix
 from robustsoup.training.train import train
@@ -140,12 +140,12 @@ def test_the_momentum_of_batchnorm_is_an_option(name):
 @pytest.mark.parametrize("name", PREACTIVATED)
 def test_the_published_constants_are_used_and_not_stored(name):
     model = load_model(SMALL[name])
-    assert model.normalize.mean.flatten().tolist() == pytest.approx(MEAN)
-    assert model.normalize.std.flatten().tolist() == pytest.approx(STD)
+    assert model.normalize.mean.flatten().tolist() == pytest.approx(PUBLISHED_MEAN)
+    assert model.normalize.std.flatten().tolist() == pytest.approx(PUBLISHED_STD)
     assert not [key for key in model.state_dict() if "normalize" in key]
     assert model.network_settings.normalize is None
-    data = load_model(SMALL[name], mean=MEAN, std=STD)  # CIFAR-10's own, as a training gives them
-    assert data.network_settings == model.network_settings
+    explicit = load_model(SMALL[name], mean=PUBLISHED_MEAN, std=PUBLISHED_STD)
+    assert explicit.network_settings == model.network_settings
 
 
 @pytest.mark.parametrize("name", PREACTIVATED)
@@ -153,7 +153,11 @@ def test_the_published_constants_are_used_and_not_stored(name):
     "given",
     [
         {"mean": (0.3, 0.4, 0.5), "std": (0.2, 0.3, 0.4)},
-        {"normalize": ((0.3, 0.4, 0.5), (0.2, 0.3, 0.4)), "mean": MEAN, "std": STD},
+        {
+            "normalize": ((0.3, 0.4, 0.5), (0.2, 0.3, 0.4)),
+            "mean": PUBLISHED_MEAN,
+            "std": PUBLISHED_STD,
+        },
     ],
 )
 def test_other_constants_are_recorded_and_come_back(name, given, tmp_path):
@@ -168,7 +172,7 @@ def test_other_constants_are_recorded_and_come_back(name, given, tmp_path):
 @pytest.mark.parametrize("name", PREACTIVATED)
 def test_published_constants_given_as_normalize_are_applied_once(name):
     plain = load_model(SMALL[name])
-    outside = load_model(SMALL[name], normalize=(MEAN, STD))
+    outside = load_model(SMALL[name], normalize=(PUBLISHED_MEAN, PUBLISHED_STD))
     assert torch.equal(logits(plain, images()), logits(outside, images()))
 
 

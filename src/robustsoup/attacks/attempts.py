@@ -20,7 +20,7 @@ from robustsoup.attacks.forward import (
 )
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import ce, logit_margin
-from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.steps import StepSchedule
 from robustsoup.catalog import LOSSES
 from robustsoup.device import resolve_precision
@@ -33,11 +33,11 @@ FOLDING_IMAGES = 16
 _SHORT_NAMES = {"targeted dlr": "t"}
 
 
-class Poll(Protocol):
-    """Receives progress several times a second; both numbers count samples times attempts."""
+class AttackProgress(Protocol):
+    """Receives the progress of an attack several times a second."""
 
     def __call__(self, done: int, total: int, /) -> None:
-        """Report that `done` of `total` are settled."""
+        """Report that `done` of `total` are settled; both count samples times attempts."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
 
 def run_attempts(
     model: nn.Module,
-    samples: Samples,
+    samples: AttackedSamples,
     threat: ThreatModel,
     settings: AttackSettings,
     outcome: Outcome,
     *,
     device: torch.device,
     stop_below: int | None = None,
-    poll: Poll | None = None,
+    poll: AttackProgress | None = None,
 ) -> None:
     """Attack every sample that is classified correctly and not settled yet.
 
@@ -159,11 +159,11 @@ def run_attempts(
 
 
 def _order_waiting(
-    samples: Samples, outcome: Outcome, index: int, *, likely_first: bool
+    samples: AttackedSamples, outcome: Outcome, index: int, *, likely_first: bool
 ) -> list[int]:
     """Return the samples that wait for attempt `index`, in the order in which to attack them.
 
-    Samples that are likely to break come first if the attack may stop early. Otherwise they come
+    If the attack may stop early, samples that are likely to break come first. Otherwise they come
     last, so that short searches fill the rows at the end.
     """
     is_waiting = samples.correct & (outcome.settled == index) & ~outcome.broken
@@ -175,7 +175,7 @@ def _order_waiting(
 
 def check_points(
     model: nn.Module,
-    samples: Samples,
+    samples: AttackedSamples,
     fetch_points: Callable[[Tensor], Tensor],
     which: Tensor,
     *,
@@ -217,7 +217,7 @@ def run_attack(
     *,
     ids: Tensor | None = None,
     known_correct: Tensor | None = None,
-    on_progress: Poll | None = None,
+    on_progress: AttackProgress | None = None,
 ) -> AttackResult:
     """Attack images, and return the points with their record.
 
@@ -258,7 +258,9 @@ def run_attack(
         else:  # any logits with the same verdicts
             prediction = torch.where(known_correct.cpu(), y, (y + 1) % classes)
             logits = functional.one_hot(prediction, classes).float()
-        samples = Samples(fetch, y, torch.arange(len(x)) if ids is None else ids.cpu(), logits)
+        samples = AttackedSamples(
+            fetch, y, torch.arange(len(x)) if ids is None else ids.cpu(), logits
+        )
         run_attempts(model, samples, threat, settings, outcome, device=x.device, poll=on_progress)
     outcome.broken[~samples.correct], outcome.step[~samples.correct] = True, 0
     points = x if outcome.x_adv is None else outcome.x_adv

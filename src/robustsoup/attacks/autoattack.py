@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robustsoup.attacks.forward import frozen_eval, pass_size, predict_logits
 from robustsoup.attacks.projections import as_column, constraint_excess, project
 from robustsoup.errors import RequestError
+from robustsoup.settings import SEED_LIMIT
 from robustsoup.threats import ThreatModel
 
 STANDARD_ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -28,7 +29,6 @@ POINT_TOLERANCE = 1e-6
 """How far a point may leave the ball or the box, in float64."""
 _MIN_CLASSES = 4
 _MAX_TARGETS = 9
-_MASK_63_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _import_pyautoattack() -> ModuleType:
 
 
 def _seed_of_attack(seed: int, name: str) -> int:
-    return (seed * 0x9E3779B97F4A7C15 + STANDARD_ATTACKS.index(name) + 1) & _MASK_63_BITS
+    return (seed * 0x9E3779B97F4A7C15 + STANDARD_ATTACKS.index(name) + 1) % SEED_LIMIT
 
 
 def _make_runner(

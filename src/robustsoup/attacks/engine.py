@@ -22,7 +22,7 @@ from robustsoup.attacks.cuda_graph import capture_step
 from robustsoup.attacks.forward import input_gradient, padded_loss
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import Loss, logit_margin
-from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column
 from robustsoup.attacks.steps import (
     SearchState,
@@ -79,7 +79,7 @@ class Search:
 
     model: nn.Module
     search_model: nn.Module
-    samples: Samples
+    samples: AttackedSamples
     attempt: Attempt
     index: int
     attempts: int
@@ -116,7 +116,7 @@ class SampleQueue:
     """The samples that wait for a row, shared by all lanes.
 
     Args:
-        waiting: Samples, first to last.
+        waiting: AttackedSamples, first to last.
         surviving: Number of samples of the attack that are not broken yet.
         stop_below: Stop the attack once fewer samples survive; None for never.
     """

@@ -12,7 +12,7 @@ from robustsoup.threats import ThreatModel
 
 
 @dataclass(frozen=True)
-class Samples:
+class AttackedSamples:
     """n samples under attack.
 
     Attributes:

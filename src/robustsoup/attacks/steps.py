@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from robustsoup.attacks.projections import as_column, norms, project, random_start
+from robustsoup.settings import SEED_LIMIT
 from robustsoup.threats import ThreatModel
-
-_MASK_63_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -379,7 +378,7 @@ def cold_start(
     for row, sample in zip(noise, ids.tolist(), strict=True):
         key = seed * 0x9E3779B97F4A7C15 + sample * 0xBF58476D1CE4E5B9
         key += restart * 0x94D049BB133111EB + 1
-        generator.manual_seed(key & _MASK_63_BITS)
+        generator.manual_seed(key % SEED_LIMIT)
         if norm == "Linf":
             row.uniform_(-1, 1, generator=generator)
         else:

@@ -51,7 +51,7 @@ class Published:
 
 
 WANG = "https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/checkpoint"
-PUBLISHED: dict[str, Published] = {
+PUBLISHED_CHECKPOINTS: dict[str, Published] = {
     "Gowal2021Improving_28_10_ddpm_100m": Published(
         "12L8YE6VBgUDKyW6GMSNefSYj2gg4LEKx", "wide_resnet"
     ),
@@ -115,7 +115,7 @@ def fetch_published(
     is left under the final name.
 
     Args:
-        name: a key of PUBLISHED.
+        name: a key of PUBLISHED_CHECKPOINTS.
         root: see `data_root`.
         sha256: the expected digest, 64 hexadecimal digits.
         url: another address of the file.
@@ -150,11 +150,11 @@ def fetch_published(
 
 
 def _look_up_published(name: str) -> Published:
-    if name not in PUBLISHED:
-        close = difflib.get_close_matches(name, PUBLISHED, 1)
+    if name not in PUBLISHED_CHECKPOINTS:
+        close = difflib.get_close_matches(name, PUBLISHED_CHECKPOINTS, 1)
         hint = f'did you mean "{close[0]}"? It is one of' if close else "expected one of"
-        raise RequestError(f'robustbench: got "{name}"; {hint} {", ".join(PUBLISHED)}')
-    return PUBLISHED[name]
+        raise RequestError(f'robustbench: got "{name}"; {hint} {", ".join(PUBLISHED_CHECKPOINTS)}')
+    return PUBLISHED_CHECKPOINTS[name]
 
 
 def _digest_record_path(path: Path) -> Path:

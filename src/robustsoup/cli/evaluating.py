@@ -14,7 +14,7 @@ from robustsoup.cli.options import (
     Files,
     NetworkOptions,
     RunOptions,
-    Samples,
+    SampleLimit,
     Threats,
 )
 from robustsoup.cli.terminal import print_error, print_json, print_warning
@@ -35,7 +35,7 @@ def evaluate_command(
     run: RunOptions,
     threat: Threats = [],
     split: Annotated[str, typer.Option(help="Split: train, val or test.")] = "test",
-    samples: Samples = None,
+    samples: SampleLimit = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", help="Folder for one record of each checkpoint (.json and .npz)."),

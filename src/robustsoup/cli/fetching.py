@@ -37,9 +37,9 @@ def fetch_command(
     elif name.startswith("robustbench:"):
         answer = _fetch_checkpoint(name.removeprefix("robustbench:"), data_root, sha256)
     else:
-        from robustsoup.checkpoints.published import PUBLISHED
+        from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 
-        known = ", ".join(["cifar10", *(f"robustbench:{key}" for key in PUBLISHED)])
+        known = ", ".join(["cifar10", *(f"robustbench:{key}" for key in PUBLISHED_CHECKPOINTS)])
         raise RequestError(f'fetch: got "{name}", expected one of {known}')
     if as_json:
         print_json(answer)

@@ -29,7 +29,7 @@ Files = Annotated[
 Threats = Annotated[
     list[str], typer.Option("--threat", help='Threat model, such as "Linf 8/255"; repeatable.')
 ]
-Samples = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
+SampleLimit = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
 Base = Annotated[
     Path | None,
     typer.Option(

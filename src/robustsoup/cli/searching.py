@@ -14,7 +14,7 @@ from robustsoup.cli.options import (
     Files,
     NetworkOptions,
     RunOptions,
-    Samples,
+    SampleLimit,
     Threats,
 )
 from robustsoup.errors import RequestError
@@ -34,7 +34,7 @@ def search_command(
     soup: Annotated[BufferSettings, Fields(only=("buffers",))],
     network: NetworkOptions,
     run: RunOptions,
-    samples: Samples = None,
+    samples: SampleLimit = None,
     allow_leakage: AllowLeakage = False,
     as_json: AsJson = False,
 ) -> int:

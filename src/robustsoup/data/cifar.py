@@ -29,10 +29,21 @@ FILE_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2471, 0.2435, 0.2616)
-VAL_SAMPLES = 5000
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+CIFAR10_VAL_SAMPLES = 5000
 GZIP = FileKind("a gzip archive", (b"\x1f\x8b",))
 REDOWNLOAD = "delete it and load again to download it again"
 
@@ -52,10 +63,14 @@ def load_cifar10(request: DataRequest) -> Data:
     folder = fetch_cifar10(request.root)
     pool = _read_cifar_files(folder, TRAIN_FILES)
     test = _read_cifar_files(folder, TEST_FILES)
-    train, val = (pool.take(rows) for rows in hold_out(len(pool), VAL_SAMPLES, request.seed))
+    train, val = (
+        pool.take(rows) for rows in hold_out(len(pool), CIFAR10_VAL_SAMPLES, request.seed)
+    )
     digest = hashlib.sha256("".join(FILE_MD5.values()).encode()).hexdigest()
     augmentation = Augmentation(pad=4, flip=True)
-    description = DataDescription("cifar10", digest, CLASSES, MEAN, STD, augmentation)
+    description = DataDescription(
+        "cifar10", digest, CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, augmentation
+    )
     return assemble(description, train, val, test, seed=request.seed)
 
 

@@ -183,7 +183,7 @@ def _fill_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     temporary = _temporary_sibling(target)
     try:
         temporary.mkdir(parents=True)
-        _remove_leftovers(target.parent)
+        _remove_stale_folders(target.parent)
         yield temporary
         if replace:
             _remove_folder(target)
@@ -217,7 +217,7 @@ def _remove_folder(folder: Path) -> None:
     shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_stale_folders(folder: Path) -> None:
     """Remove what killed processes left; a live one changes its folder far more than daily."""
     for leftover in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):

@@ -21,8 +21,8 @@ from robustsoup.data.splits import (
     hold_out,
 )
 
-TEST_SAMPLES = 500
-VAL_SAMPLES = 297
+DIGITS_TEST_SAMPLES = 500
+DIGITS_VAL_SAMPLES = 297
 
 
 def load_digits(request: DataRequest) -> Data:
@@ -33,11 +33,11 @@ def load_digits(request: DataRequest) -> Data:
     std are of train and val together.
     """
     samples = _read_digits()
-    others, test = (
-        samples.take(rows) for rows in hold_out(len(samples), TEST_SAMPLES, "digits test")
+    pool, test = (
+        samples.take(rows) for rows in hold_out(len(samples), DIGITS_TEST_SAMPLES, "digits test")
     )
-    train, val = (others.take(rows) for rows in hold_out(len(others), VAL_SAMPLES, request.seed))
-    mean, std = channel_statistics(others.images)
+    train, val = (pool.take(rows) for rows in hold_out(len(pool), DIGITS_VAL_SAMPLES, request.seed))
+    mean, std = channel_statistics(pool.images)
     classes = tuple("0123456789")
     description = DataDescription("digits", content_digest(samples), classes, mean, std)
     return assemble(description, train, val, test, seed=request.seed)

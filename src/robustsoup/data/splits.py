@@ -12,8 +12,8 @@ from robustsoup.seeding import keyed_generator
 
 SplitName = Literal["train", "val", "test"]
 
-CHUNK = 256
-"""Images that are processed together; few, so that memory-mapped images are never all in memory."""
+IMAGES_PER_CHUNK = 256
+"""Images processed at a time; a small number, so memory-mapped images are never all in memory."""
 
 
 class DataRecord(TypedDict):
@@ -225,7 +225,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 def content_digest(*samples: Samples) -> str:
     """Return the sha256 (hex) over shapes, images and labels, in the order of the arguments."""
     return streamed_digest(
-        (tuple(part.images.shape), part.images.split(CHUNK), part.labels) for part in samples
+        (tuple(part.images.shape), part.images.split(IMAGES_PER_CHUNK), part.labels)
+        for part in samples
     )
 
 
@@ -253,7 +254,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
         images: uint8 (n, c, h, w).
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for chunk in images.split(CHUNK):
+    for chunk in images.split(IMAGES_PER_CHUNK):
         counts += channel_counts(chunk)
     return statistics_of_counts(counts)
 

@@ -1,13 +1,18 @@
 """How an evaluation attacks one threat model: the queue of APGD and PGD, or standard AutoAttack."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.attempts import check_classes, check_points, list_attempts, run_attempts
+from robustsoup.attacks.attempts import (
+    AttackProgress,
+    check_classes,
+    check_points,
+    list_attempts,
+    run_attempts,
+)
 from robustsoup.attacks.autoattack import (
     POINT_TOLERANCE,
     AutoAttackPlan,
@@ -15,7 +20,7 @@ from robustsoup.attacks.autoattack import (
     plan_autoattack,
 )
 from robustsoup.attacks.forward import pass_size
-from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import constraint_excess
 from robustsoup.catalog import ATTACKS, import_by_name
 from robustsoup.errors import RequestError
@@ -26,9 +31,6 @@ from robustsoup.threats import ThreatModel
 CHUNK_SAMPLES = 500
 """Samples in one call of AutoAttack or of an added attack, whose effect on a sample may depend on
 the rest of the batch."""
-
-Poll = Callable[[int, int], None]
-"""poll(done, total): called several times a second; counts samples times attempts."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Target:
     """
 
     model: nn.Module
-    samples: Samples
+    samples: AttackedSamples
     device: torch.device
     rows: int
 
@@ -58,7 +60,9 @@ class Attacker(Protocol):
     def protocol(self) -> dict[str, Any]:
         """Return the settings that decide the verdicts, ready for JSON."""
 
-    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+    def attack(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
+    ) -> None:
         """Attack every correct sample that `outcome` does not settle yet, and settle it there."""
 
 
@@ -102,7 +106,9 @@ class QueueAttacker:
             protocol["stop_below"] = self.stop_below
         return protocol
 
-    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+    def attack(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
+    ) -> None:
         """Run the attempts one after the other."""
         run_attempts(
             target.model,
@@ -165,7 +171,9 @@ class FunctionAttacker:
             "search_precision": "float32",
         }
 
-    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+    def attack(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
+    ) -> None:
         """Attack chunk by chunk; chunks hold the same samples whatever is settled already."""
         correct = target.samples.correct.nonzero().flatten()
         for chunk in correct.split(CHUNK_SAMPLES):
@@ -240,7 +248,9 @@ class AutoAttacker:
             "search_precision": "float32",
         }
 
-    def attack(self, target: Target, threat: ThreatModel, outcome: Outcome, poll: Poll) -> None:
+    def attack(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
+    ) -> None:
         """Attack chunk by chunk; chunks hold the same samples whatever is settled already."""
         attempts = len(self.attempts)
         correct = target.samples.correct.nonzero().flatten()
@@ -266,7 +276,7 @@ class AutoAttacker:
         chunk: Tensor,
         *,
         seed: int,
-        poll: Poll,
+        poll: AttackProgress,
     ) -> None:
         x = target.samples.fetch(chunk)
         points, by = attack_chunk(

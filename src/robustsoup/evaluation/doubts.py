@@ -8,7 +8,7 @@ from robustsoup.attacks.outcome import Outcome
 from robustsoup.evaluation.verdicts import Record, Verdicts
 from robustsoup.threats import ThreatModel
 
-TOLERANCE = 1e-6
+CERTIFICATE_TOLERANCE = 1e-6
 """How far a point may leave the ball or the box, relative to max(1, eps)."""
 
 STOCHASTIC_DIFFERENCE = 1e-4
@@ -32,7 +32,7 @@ def certify_points(
     for threat in threats:
         excess = outcomes[str(threat)].excess
         excess = excess[~excess.isnan()]
-        tolerance = TOLERANCE * max(1.0, threat.eps)
+        tolerance = CERTIFICATE_TOLERANCE * max(1.0, threat.eps)
         certificate[str(threat)] = {
             "points": len(excess),
             "outside": int((excess > tolerance).sum()),

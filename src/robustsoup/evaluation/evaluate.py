@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustsoup.attacks.attempts import AttackProgress
 from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.attacks.losses import logit_margin
-from robustsoup.attacks.outcome import Outcome, Samples
+from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, to_float
 from robustsoup.errors import Diverged, ModelError
-from robustsoup.evaluation.attackers import Poll, Target
+from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
     certify_points,
     warn_above_clean,
@@ -210,11 +211,11 @@ def _attack_with_threats(
     return outcomes
 
 
-def _target_samples(request: CheckedRequest, clean: _CleanPass) -> Samples:
+def _target_samples(request: CheckedRequest, clean: _CleanPass) -> AttackedSamples:
     logits = clean.logits
     if logits is None:  # only their argmax is used
         logits = functional.one_hot(clean.prediction, request.data.classes).float()
-    return Samples(request.fetch, clean.labels, request.data.ids.cpu(), logits)
+    return AttackedSamples(request.fetch, clean.labels, request.data.ids.cpu(), logits)
 
 
 def _start_outcome(
@@ -237,7 +238,7 @@ def _make_poll(
     outcomes: Mapping[str, Outcome],
     saved: SavedState,
     progress: _EvaluationProgress,
-) -> Poll:
+) -> AttackProgress:
     """Return what an attacker calls during threat `number`: report, and save when it is time."""
     attempts = len(request.attacker.attempts)
 

@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from robustsoup.models.normalize import Normalize
 
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2471, 0.2435, 0.2616)
-"""The constants by which all published checkpoints of these networks normalize; the files hold
-neither."""
+PUBLISHED_MEAN = (0.4914, 0.4822, 0.4465)
+PUBLISHED_STD = (0.2471, 0.2435, 0.2616)
+"""The constants by which all published checkpoints of these networks normalize; their files do not
+hold them."""
 
 
 class WideBlock(nn.Module):
@@ -111,7 +111,11 @@ def average_pool(x: Tensor) -> Tensor:
 
 def published_constants(channels: int) -> tuple[list[float], list[float]]:
     """Return the published (mean, std) for colour images, zeros and ones for others."""
-    return (list(MEAN), list(STD)) if channels == 3 else ([0.0] * channels, [1.0] * channels)
+    return (
+        (list(PUBLISHED_MEAN), list(PUBLISHED_STD))
+        if channels == 3
+        else ([0.0] * channels, [1.0] * channels)
+    )
 
 
 def wide_resnet(

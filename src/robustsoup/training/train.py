@@ -108,7 +108,7 @@ def train(
     check_fit(model, data)
     _check_trainable(model)
     start = Checkpoint.of(model)
-    inputs = TrainingInputs(data, val, _open_synthetic(settings, data), settings)
+    inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     run = TrainingRun(model, inputs.to(where))
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every]
@@ -299,7 +299,7 @@ def _check_trainable(model: nn.Module) -> None:
         )
 
 
-def _open_synthetic(settings: TrainSettings, data: Split) -> Synthetic | None:
+def _open_checked_synthetic(settings: TrainSettings, data: Split) -> Synthetic | None:
     """Open the synthetic images and check that they fit the data and the batch size."""
     source = settings.synthetic
     if source is None:
