@@ -164,7 +164,7 @@ def test_a_step_does_not_wait_for_the_device(on_gpu, threat, loss):
             for _ in range(search.window):
                 step()
             with pytest.raises(RuntimeError, match="synchroniz"):
-                bool(rows.found.any())  # the mode does detect a wait
+                bool(rows.hit.any())  # the mode does detect a wait
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

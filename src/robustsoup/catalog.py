@@ -1,10 +1,10 @@
-"""The catalog: one registry for each kind of thing that people add.
+"""The catalog: one registry for each kind of component, such as attacks or networks.
 
-An entry says how a thing is spelled, what it is for, what it costs and where its code is
-("module:function", imported only when used). The command line, recipes, error messages and the
-reference pages read the catalog. Outsiders add a thing without changing it: by passing a function
-in Python, by writing "package.module:function", or by an entry point of their package in the
-group "robustsoup.<registry name>". This module imports the standard library only.
+An entry holds the name, spelling, help text and requirements of a component, and the location of
+its code ("module:function", imported only when used). The command line, recipes, error messages
+and the reference pages read the catalog. Users add a component without changing the catalog: by
+passing a function in Python, by writing "package.module:function", or by an entry point of their
+package in the group "robustsoup.<registry name>". This module imports the standard library only.
 """
 
 import difflib
@@ -19,15 +19,15 @@ from robustsoup.errors import RequestError
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be chosen by name.
+    """One component that can be chosen by name.
 
     Attributes:
-        name: How it is called.
-        target: Its code, "module:function"; "" for an option without code of its own.
-        help: One sentence for people.
-        spelling: How to write it where parameters follow the name, such as "mixed A".
-        source: Paper and arXiv number, where there is one.
-        facts: What its registry's users need to know about it before importing it.
+        name: Name to choose the component by.
+        target: Location of its code, "module:function"; "" for an option without code.
+        help: One sentence for help pages.
+        spelling: Name with its parameters, such as "mixed A"; "" if there are none.
+        source: Paper and arXiv number, if any.
+        facts: Properties that callers need before they import the code; each registry lists its own.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Entry:
 
 
 def import_by_name(target: str, *, label: str, error: type[RequestError] = RequestError) -> Any:
-    """Import what "package.module:name" names.
+    """Import the object that "package.module:name" refers to.
 
     Args:
         target: A module and a name in it.
-        label: What is imported, as error messages call it, such as 'objective "losses:half"'.
-        error: The class of the error that is raised.
+        label: Name of the object in error messages, such as 'objective "losses:half"'.
+        error: Class of the error to raise.
 
     Raises:
         RequestError: If the module cannot be imported or has no such name.
@@ -109,18 +109,19 @@ class Registry(Mapping[str, Entry]):
         """Return the entry called `name`.
 
         Raises:
-            RequestError: If there is none, or the given subclass of it; suggests the nearest name.
+            RequestError: If there is none; the class is `error`, and the text suggests the nearest
+                name.
         """
         entry = self.find(name)
         if entry is None:
-            known = self.all_entries()
-            near = difflib.get_close_matches(name, known, 1, 0.4)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise error(f'{self.name}: got "{name}", expected one of {", ".join(known)}{hint}')
+            names = self.all_entries()
+            nearest = difflib.get_close_matches(name, names, 1, 0.4)
+            hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+            raise error(f'{self.name}: got "{name}", expected one of {", ".join(names)}{hint}')
         return entry
 
     def spellings(self) -> str:
-        """Return how the entries are written, for error messages and help."""
+        """Return the spellings of the built-in entries, for error messages and help."""
         return ", ".join(entry.spelling or entry.name for entry in self._entries.values())
 
     def _plugins(self) -> dict[str, Entry]:

@@ -1,4 +1,4 @@
-"""Devices, and the arithmetic of a network: float32, or bfloat16 by autocast."""
+"""Select the device of a network and its precision: float32, or bfloat16 by autocast."""
 
 import contextlib
 

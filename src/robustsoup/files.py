@@ -50,7 +50,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
 def _create_empty_file(path: Path) -> int:
     """Create `path` and return its mode: 0o666 less the umask, which the kernel applies.
 
-    `os.umask` cannot tell the umask without changing it for the whole process.
+    `os.umask` cannot read the umask without changing it for the whole process.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

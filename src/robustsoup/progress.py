@@ -43,7 +43,7 @@ class SavedState:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
-            # PyTorch's own text has several lines, and recommends to load without safety checks.
+            # PyTorch's message has several lines and recommends loading without safety checks.
             reason = getattr(error, "strerror", None) or "corrupt, or another kind of file"
             raise CheckpointError(
                 f"{self.path}: the saved state cannot be read ({reason}); delete it to start again"

@@ -107,10 +107,10 @@ def make_settings(settings_type: type[S], base: S | None, changes: Mapping[str, 
     Raises:
         RequestError: For an unknown name (the nearest known one is suggested) or an invalid value.
     """
-    known = [f.name for f in dataclasses.fields(settings_type)]  # type: ignore[arg-type]
+    names = [f.name for f in dataclasses.fields(settings_type)]  # type: ignore[arg-type]
     for name in changes:
-        if name not in known:
-            raise RequestError(f'unknown setting "{name}"{suggest(name, known)}')
+        if name not in names:
+            raise RequestError(f'unknown setting "{name}"{suggest(name, names)}')
     if base is None:
         return settings_type(**changes)
     return dataclasses.replace(base, **changes)  # type: ignore[type-var]
@@ -145,10 +145,12 @@ def accepts_settings(settings_type: type, omit: Sequence[str] = ()) -> Callable[
     return decorate
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """Return '; did you mean "..."?' for an unknown name, or the list of known names."""
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f'; did you mean "{near[0]}"?' if near else f"; expected one of {', '.join(known)}"
+def suggest(name: str, valid_names: Sequence[str]) -> str:
+    """Return '; did you mean "..."?' with the nearest valid name, else the list of valid names."""
+    nearest = difflib.get_close_matches(name, valid_names, 1, 0.5)
+    if nearest:
+        return f'; did you mean "{nearest[0]}"?'
+    return f"; expected one of {', '.join(valid_names)}"
 
 
 def to_record(settings: Any) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def _parse_early_stop(settings: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStop:
-    """Return the epoch with the lowest robust loss on `val`, measured after every epoch."""
+    """Early stopping: return the epoch with the lowest robust loss on `val`, not the last one."""
 
     steps: int = setting(10, "APGD steps of the measurement.", ge=1)
     samples: int | None = setting(None, "Samples of val to measure on; all by default.", ge=1)
@@ -275,12 +277,12 @@ PRETRAIN_DEFAULTS: Mapping[str, Any] = {
     "lr": 0.1,
     "schedule": {"milestones": [75, 113], "gamma": 0.1},
 }
-"""What pre-training from fresh weights uses instead of TrainSettings' defaults."""
+"""Values that replace TrainSettings' defaults when a network is trained from fresh weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DialSettings:
-    """How a dial learns a whole line of soups, from robust (t = 0) to clean (t = 1)."""
+    """Settings of a dial, which learns a line of soups from robust (t = 0) to clean (t = 1)."""
 
     by: str = setting(
         "objective",
@@ -386,8 +388,8 @@ class AttackSettings:
         check_ranges(self)
         attack = self.attack
         if isinstance(attack, str) and ":" not in attack and ATTACKS.find(attack) is None:
-            known = ", ".join(ATTACKS.all_entries())
-            raise RequestError(f'attack: got "{attack}", expected one of {known}')
+            names = ", ".join(ATTACKS.all_entries())
+            raise RequestError(f'attack: got "{attack}", expected one of {names}')
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise RequestError(f'loss: got "{self.loss}", expected one of {", ".join(LOSSES)}')
 
@@ -404,7 +406,7 @@ class AttackSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferSettings:
-    """What becomes of BatchNorm's running statistics in a soup."""
+    """The policy for BatchNorm's running statistics in a soup."""
 
     buffers: str | None = setting(
         None,
@@ -427,7 +429,7 @@ class BufferSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """Which soups a search tries, and how it chooses."""
+    """The soups that a search tries, and the rules by which it selects one."""
 
     method: str | Callable[..., Any] = setting(
         "grid", "Soups to try: grid, line, uniform, greedy or package.module:function."

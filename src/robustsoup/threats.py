@@ -33,9 +33,8 @@ class ThreatModel:
             raise ThreatError(f'norm: got "{self.norm}", expected one of {", ".join(NORMS)}')
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"eps: got {self.eps}, expected a finite number of at least 0")
-        object.__setattr__(
-            self, "eps", float(self.eps)
-        )  # the repr of a NumPy float is not a number
+        # A NumPy float would print as "np.float64(0.03)", which parse cannot read.
+        object.__setattr__(self, "eps", float(self.eps))
         if self.eps == 0:
             object.__setattr__(self, "norm", "Linf")
 
@@ -50,10 +49,10 @@ class ThreatModel:
         """
         if isinstance(text, ThreatModel):
             return text
-        spelled = f"{text}".strip()
-        if spelled == "clean":
+        stripped = f"{text}".strip()
+        if stripped == "clean":
             return CLEAN
-        match = re.fullmatch(r"(\w+)\s+([^\s/]+)\s*(?:/\s*([^\s/]+))?", spelled)
+        match = re.fullmatch(r"(\w+)\s+([^\s/]+)\s*(?:/\s*([^\s/]+))?", stripped)
         if not match:
             raise ThreatError(f'threat model: got "{text}", expected {_EXAMPLES}')
         norm, numerator, denominator = match.groups()
@@ -63,13 +62,13 @@ class ThreatModel:
             raise ThreatError(
                 f'threat model "{text}": the radius is not a number; expected {_EXAMPLES}'
             ) from None
-        spelling = {name.lower(): name for name in NORMS}.get(norm.lower())
-        if spelling is None:
+        canonical_norm = {name.lower(): name for name in NORMS}.get(norm.lower())
+        if canonical_norm is None:
             raise ThreatError(
                 f'threat model "{text}": norm {norm} is unknown; expected {_EXAMPLES}'
             )
         try:
-            return cls(spelling, eps)
+            return cls(canonical_norm, eps)
         except ThreatError as error:
             raise ThreatError(f'threat model "{text}": {error}') from None
 

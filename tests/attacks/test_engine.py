@@ -461,7 +461,7 @@ def test_a_step_never_reads_a_value_from_the_device(threat, loss, form):
     schedule = search.schedule
     rows = DeviceRows.from_state(initial_state(x, y, schedule.stages[0][0], x, schedule, target=y))
     with pytest.raises(RuntimeError):
-        bool(rows.found.any())  # reading a value does raise
+        bool(rows.hit.any())  # reading a value does raise
     assert search.window > 1
     with torch.no_grad():
         for _ in range(search.window):

@@ -21,7 +21,7 @@ from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
 MIN_LANE_IMAGES = 16
-"""Fewest images for which a lane of its own is worthwhile in training."""
+"""Smallest share of a training batch that is worth a lane."""
 TRAINING_TOPK = 0.05
 """First share of pixels that a step in L1 moves in training, as in Croce and Hein 2021."""
 
@@ -44,7 +44,7 @@ def apgd(
 ) -> Tensor:
     """Attack images with AutoPGD, in the form that evaluations use.
 
-    The result for an image depends on the image, its id and the seed alone, not on the batch: each
+    The result for an image depends only on the image, its id and the seed, not on the batch: each
     image has its own noise, and every pass over the network has one fixed, padded shape. An image
     that the network misclassifies is returned unchanged. In L1, the search spends 30 % of the
     steps at 3 eps, 30 % at 2 eps and 40 % at eps, as AutoAttack does.
@@ -61,7 +61,7 @@ def apgd(
         steps: Number of steps, at least 1.
         loss: Loss to maximise: "ce", "dlr" (3 classes or more), "targeted dlr" (4 or more), or a
             function (logits (b, classes), y (b,)) -> (b,).
-        restarts: Number of random starts; each attacks what the earlier ones left unbroken.
+        restarts: Number of random starts; each attacks the images that no earlier one broke.
         targets: Number of most likely other classes that "targeted dlr" tries in turn.
         eot: Number of passes to average each gradient over, for stochastic networks (expectation
             over transformation).

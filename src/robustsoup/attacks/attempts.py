@@ -29,8 +29,8 @@ from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
 FOLDING_IMAGES = 16
-"""Number of images that show how a network can be folded."""
-_SHORT_NAMES = {"targeted dlr": "t"}
+"""Number of images on which BatchNorm folding is tested."""
+_LOSS_ABBREVIATIONS = {"targeted dlr": "t"}
 
 
 class AttackProgress(Protocol):
@@ -75,10 +75,10 @@ def check_classes(settings: AttackSettings, classes: int) -> None:
 
 
 def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
-    """Return every start of an attack: restart by restart, and target by target in each.
+    """List the attempts of an attack: for each restart, one attempt per target.
 
     Args:
-        settings: The attack; "autoattack" has no attempts of its own.
+        settings: The attack, "apgd" or "pgd".
         classes: Number of classes.
     """
     if isinstance(settings.loss, str):
@@ -87,7 +87,7 @@ def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
     else:
         loss, is_targeted = settings.loss, False
     ranks = range(1, min(settings.targets, classes - 1) + 1) if is_targeted else (0,)
-    name = f"{settings.attack}-{_SHORT_NAMES.get(settings.loss_name, settings.loss_name)}"
+    name = f"{settings.attack}-{_LOSS_ABBREVIATIONS.get(settings.loss_name, settings.loss_name)}"
     attempts = []
     for restart in range(settings.restarts):
         suffix = f" restart {restart + 1}" if restart else ""
@@ -177,18 +177,18 @@ def check_points(
     model: nn.Module,
     samples: AttackedSamples,
     fetch_points: Callable[[Tensor], Tensor],
-    which: Tensor,
+    selected: Tensor,
     *,
     size: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Check ready-made points in float32.
+    """Evaluate given points in float32.
 
     Args:
         model: Network in eval mode; see `frozen_eval`.
         samples: The samples.
         fetch_points: fetch_points(samples (b,)) -> (b, ...) points on the device.
-        which: (k,) int64 samples to check.
+        selected: (k,) int64 samples to check.
         size: Number of images in a pass.
         device: Device of the network.
 
@@ -196,14 +196,14 @@ def check_points(
         Whether each point is misclassified (k,) bool, and its logit margin (k,) float32.
     """
 
-    def check_pass(part: Tensor) -> tuple[Tensor, Tensor]:
-        y = samples.y[part].to(device)
-        logits, _ = padded_loss(model, fetch_points(part), y, ce, size)
+    def check_pass(batch: Tensor) -> tuple[Tensor, Tensor]:
+        y = samples.y[batch].to(device)
+        logits, _ = padded_loss(model, fetch_points(batch), y, ce, size)
         return (logits.argmax(1) != y).cpu(), logit_margin(logits, y).float().cpu()
 
-    if len(which) == 0:
+    if len(selected) == 0:
         return torch.zeros(0, dtype=torch.bool), torch.zeros(0)
-    passes = [partial(check_pass, part) for part in which.split(size)]
+    passes = [partial(check_pass, batch) for batch in selected.split(size)]
     broken, margin = zip(*run_in_lanes(passes, device), strict=True)
     return torch.cat(broken), torch.cat(margin)
 
@@ -219,7 +219,7 @@ def run_attack(
     known_correct: Tensor | None = None,
     on_progress: AttackProgress | None = None,
 ) -> AttackResult:
-    """Attack images, and return the points with their record.
+    """Attack images with APGD or PGD, and return the points and verdicts.
 
     Args:
         model: Network; its state is restored.
@@ -255,7 +255,7 @@ def run_attack(
         if known_correct is None or attempts[0].target_rank:
             size = pass_size(x.device, settings.batch_size)
             logits = predict_logits(model, fetch, len(x), size, x.device)
-        else:  # any logits with the same verdicts
+        else:  # run_attempts reads only the verdicts of untargeted attacks
             prediction = torch.where(known_correct.cpu(), y, (y + 1) % classes)
             logits = functional.one_hot(prediction, classes).float()
         samples = AttackedSamples(

@@ -1,7 +1,7 @@
 """Standard AutoAttack through pyautoattack (the official attack files), a chunk at a time.
 
-Nothing of AutoAttack is rewritten here. This module contains its side effects and checks every
-point that it returns.
+This module runs the original attacks, contains their side effects and checks every point that
+they return.
 
 Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
 """
@@ -33,7 +33,7 @@ _MAX_TARGETS = 9
 
 @dataclass(frozen=True)
 class AutoAttackPlan:
-    """What AutoAttack runs.
+    """The attacks that AutoAttack runs, and their budgets.
 
     Attributes:
         attacks: Some of STANDARD_ATTACKS, in order.
@@ -52,7 +52,11 @@ class AutoAttackPlan:
 
 
 def plan_autoattack(classes: int, threat: ThreatModel) -> AutoAttackPlan:
-    """Return what AutoAttack runs on a network of `classes` classes.
+    """Plan AutoAttack for a network of `classes` classes.
+
+    Args:
+        classes: Number of classes.
+        threat: Threat model, for error messages.
 
     Raises:
         RequestError: For fewer than 4 classes, or if pyautoattack is not installed.
@@ -81,7 +85,7 @@ def attack_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Attack images that the network classifies correctly.
 
-    Each attack receives, as one batch, what the earlier ones left unbroken. The noise depends on
+    Each attack receives, as one batch, the images that no earlier attack broke. The noise depends on
     (seed, attack) alone; its effect on one image depends on the other images of the chunk.
 
     Args:
@@ -89,7 +93,7 @@ def attack_chunk(
         x: (n, c, h, w) float32 images in [0, 1], on the network's device.
         y: (n,) int64 labels, on the same device.
         threat: Threat model.
-        plan: What to run.
+        plan: The attacks and their budgets.
         seed: Seed of the noise.
         on_progress: Called with (done, total), which count images times attacks.
 
@@ -114,14 +118,14 @@ def attack_chunk(
         if "square" in plan.attacks:
             _check_square_tiling(tuple(x.shape[1:]), threat)
         for index, name in enumerate(plan.attacks):
-            left = (by < 0).nonzero().flatten()
-            if len(left):
+            unbroken = (by < 0).nonzero().flatten()
+            if len(unbroken):
                 attack_seed = _seed_of_attack(seed, name)
                 runner = _make_runner(name, model, threat, plan, seed=attack_seed, device=x.device)
-                clean, labels = x_adv[left], y[left]
-                points, _ = runner.run_standard_evaluation(clean, labels, batch_size=len(left))
+                clean, labels = x_adv[unbroken], y[unbroken]
+                points, _ = runner.run_standard_evaluation(clean, labels, batch_size=len(unbroken))
                 points, broken = _certify_points(model, points, clean, labels, threat)
-                x_adv[left[broken]], by[left[broken]] = points[broken], index
+                x_adv[unbroken[broken]], by[unbroken[broken]] = points[broken], index
             if on_progress:
                 attacks_left = len(plan.attacks) - index - 1
                 on_progress(total - int((by < 0).sum()) * attacks_left, total)
@@ -195,7 +199,8 @@ def _check_square_tiling(shape: tuple[int, ...], threat: ThreatModel) -> None:
     """Check, without a query, that Square can start: in L2 and L1 its tiling fails on some sizes.
 
     Raises:
-        RequestError: If it cannot; otherwise this would surface after hours of other attacks.
+        RequestError: If Square cannot start. Without this check, the error would surface only after
+            hours of other attacks.
     """
     from pyautoattack.square import SquareAttack
 
@@ -227,11 +232,11 @@ def _contained_side_effects() -> Generator[None, None, None]:
     debuggers. Without a handler its warnings would be printed into the progress display; handlers
     that the user has added still receive them.
     """
-    logger, silent, trace = logging.getLogger("auto-attack"), logging.NullHandler(), sys.gettrace()
-    logger.addHandler(silent)
+    logger, handler, trace = logging.getLogger("auto-attack"), logging.NullHandler(), sys.gettrace()
+    logger.addHandler(handler)
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
-        logger.removeHandler(silent)
+        logger.removeHandler(handler)
         sys.settrace(trace)

@@ -22,7 +22,7 @@ def capture_step(
     the host can, but every replay would repeat the recorded numbers; it differs between two calls
     from the same state while its replays agree.
 
-    The caller must keep every tensor alive that `step` reads: a graph holds addresses alone.
+    The caller must keep every tensor alive that `step` reads: a graph holds only addresses.
 
     Args:
         step: Changes `state` in place on the current device.
@@ -64,7 +64,7 @@ def _copy_into(state: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _record_graph(step: Callable[[], None], side: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
-    """Capture `step` on the stream `side`; return None if that fails, and undo the damage.
+    """Capture `step` on the stream `side`; return None and restore the stream if that fails.
 
     `side` is passed explicitly: the default capture stream belongs to the first device that ever
     captured a graph. "thread_local" permits other threads to allocate memory meanwhile.

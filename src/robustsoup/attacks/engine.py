@@ -2,11 +2,11 @@
 
 A lane holds a fixed number of rows. When the sample of a row is broken or finished, the row takes
 the next sample from the queue. Every pass has the same shape, and every sample has its own noise
-and state, so its verdict depends on neither the batch size, nor the order, nor other samples.
+and state, so its verdict does not depend on the batch size, the order or other samples.
 
 The search may run in bfloat16. A point that fools the network in the search is checked in
-float32 before it counts. So are the last point of every sample (which needs no gradient) and its
-best point. Rows to check are set aside until they fill a pass of their own.
+float32 before it counts. The last point of every sample (which needs no gradient) and its best
+point are checked too. Rows to check are collected until they fill a whole pass.
 """
 
 import threading
@@ -38,7 +38,7 @@ from robustsoup.attacks.steps import (
 from robustsoup.threats import ThreatModel
 
 MAX_WINDOW = 10
-"""Most steps that a GPU takes between two looks of the host."""
+"""Largest number of steps that a GPU takes between two inspections by the host."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Search:
-    """The work of one attempt.
+    """The networks, samples and settings of one attempt.
 
     Attributes:
         model: Network in eval mode that decides, in float32, whether a point is adversarial.
@@ -69,7 +69,7 @@ class Search:
         attempt: The attempt.
         index: Index of the attempt.
         attempts: Number of attempts of the attack.
-        schedule: How the steps are spent.
+        schedule: The stages and their steps.
         seed: Seed of the noise.
         precision: Arithmetic of the search, "float32" or "bfloat16".
         eot: Passes that each gradient is averaged over.
@@ -97,10 +97,10 @@ class Search:
 
     @property
     def window(self) -> int:
-        """Number of steps between two looks of the host.
+        """Number of steps between two inspections by the host.
 
-        A GPU is left alone for several steps. The number divides the length of every stage, so
-        that every row is looked at when its stage ends.
+        A GPU takes several steps without synchronising. The number divides the length of every
+        stage, so that every row is inspected when its stage ends.
         """
         if self.device.type == "cpu":
             return 1
@@ -156,7 +156,7 @@ def run_search(
     """Attack the samples of the queue until it is empty or stopped, writing to `outcome`.
 
     Args:
-        search: The work.
+        search: The attempt to run.
         queue: The samples to attack; each must be classified correctly and not broken yet.
         outcome: Written as samples are settled.
         poll: Called in this thread several times a second.
@@ -176,36 +176,36 @@ def _run_lane(search: Search, queue: SampleQueue, outcome: Outcome) -> None:
 
 @dataclass
 class DeviceRows:
-    """What a step changes, all on the device.
+    """The tensors that a step changes, all on the device.
 
     Attributes:
         state: State of every row.
-        found: (b,) bool, whether a point fooled the network since the host last looked.
-        points: (b, ...) the first such point.
-        found_step: (b,) int64, the step of its stage at which it was found.
+        hit: (b,) bool, whether a point fooled the network since the last inspection by the host.
+        hit_points: (b, ...) the first point that fooled the network.
+        hit_step: (b,) int64, the step of its stage at which this point was reached.
     """
 
     state: SearchState
-    found: Tensor
-    points: Tensor
-    found_step: Tensor
+    hit: Tensor
+    hit_points: Tensor
+    hit_step: Tensor
 
     @classmethod
     def from_state(cls, state: SearchState) -> "DeviceRows":
-        """Return rows in which nothing was found."""
-        found = torch.zeros_like(state.final_stage)
-        return cls(state, found, state.x_adv.clone(), state.step.clone())
+        """Return rows without hits."""
+        hit = torch.zeros_like(state.final_stage)
+        return cls(state, hit, state.x_adv.clone(), state.step.clone())
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that a step changes."""
-        return [*self.state.tensors(), self.found, self.points, self.found_step]
+        return [*self.state.tensors(), self.hit, self.hit_points, self.hit_step]
 
 
 def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
     """Take one step of every row, without waiting for the device.
 
     Args:
-        search: The work.
+        search: The attempt to run.
         rows: Rows to update in place.
         periods: The schedule's table of checks, on the device.
     """
@@ -221,12 +221,12 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
         eot=search.eot,
     )
     margin = logit_margin(logits, state.y).to(state.margin)
-    is_new = (logits.argmax(1) != state.y) & state.final_stage & ~rows.found
-    if search.needs_check():  # after float32 refuted a hit, only a deeper one is checked
+    is_new = (logits.argmax(1) != state.y) & state.final_stage & ~rows.hit
+    if search.needs_check():  # after float32 refuted a hit, check only deeper hits
         is_new &= ~(margin >= state.margin)
-    torch.where(as_column(is_new, state.x), state.x_adv, rows.points, out=rows.points)
-    torch.where(is_new, state.step, rows.found_step, out=rows.found_step)
-    rows.found |= is_new
+    torch.where(as_column(is_new, state.x), state.x_adv, rows.hit_points, out=rows.hit_points)
+    torch.where(is_new, state.step, rows.hit_step, out=rows.hit_step)
+    rows.hit |= is_new
     smallest = torch.minimum(state.margin, margin)
     state.margin.copy_(torch.where(state.final_stage, smallest, state.margin))
     observe(state, loss, grad, periods, norm)
@@ -235,7 +235,7 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
 
 @dataclass
 class Pending:
-    """Rows without a place in a lane: new ones, ones to check in float32, and ones to put back.
+    """Rows outside a lane: new rows, rows to check in float32, and rows to put back.
 
     The bookkeeping is on the CPU, `points` and `state` are on the device.
 
@@ -246,7 +246,7 @@ class Pending:
         step: (b,) int64 step at which each point was reached, counted over all stages.
         finished: (b,) bool, whether the row has taken all steps of its stage.
         hit: (b,) bool, whether the point fooled the network in the search.
-        is_best: (b,) bool, whether the point is the best one, the last one being checked already.
+        is_best: (b,) bool, whether the point is the best of its row; the last point was checked.
         state: State of the rows.
     """
 
@@ -300,17 +300,17 @@ def begin_search(search: Search, samples: Tensor) -> Pending:
     y = data.y[samples].to(x.device)
     stage = Stage(final=len(schedule.stages) == 1)
     state = initial_state(x, y, eps, start, schedule, target=target, stage=stage)
-    zero, no = torch.zeros_like(samples), torch.zeros(len(samples), dtype=torch.bool)
-    return Pending(samples, zero, x, zero, no, no, no, state)
+    zeros, false = torch.zeros_like(samples), torch.zeros(len(samples), dtype=torch.bool)
+    return Pending(samples, zeros, x, zeros, false, false, false, state)
 
 
 class Lane:
-    """Rows of a fixed number, kept full from the queue.
+    """A fixed number of rows, refilled from the queue.
 
     Args:
-        search: The work.
-        queue: Where new samples come from.
-        outcome: Where results go.
+        search: The attempt to run.
+        queue: Source of new samples.
+        outcome: Receives the results.
         first: The first rows, at least 1 and at most the size of a pass.
     """
 
@@ -354,17 +354,17 @@ class Lane:
         return bool((self.sample >= 0).any())
 
     def _check_is_due(self) -> bool:
-        pending = sum(len(part) for part in self.to_check)
+        pending = sum(len(items) for items in self.to_check)
         return pending >= self.search.pass_size or (pending > 0 and not self._is_busy())
 
     def _refill(self) -> None:
         free = (self.sample < 0).nonzero().flatten()
         if self.to_place and len(free):
             pending = _concat_pending(self.to_place)
-            now, later = torch.arange(len(pending)).tensor_split([len(free)])
-            self.to_place = [pending.select(later)] if len(later) else []
-            self._place(free[: len(now)], pending.select(now))
-            free = free[len(now) :]
+            placed, remaining = torch.arange(len(pending)).tensor_split([len(free)])
+            self.to_place = [pending.select(remaining)] if len(remaining) else []
+            self._place(free[: len(placed)], pending.select(placed))
+            free = free[len(placed) :]
         samples = torch.tensor(self.queue.take(len(free)), dtype=torch.long)
         if len(samples):
             self.outcome.attacked[samples] = True
@@ -376,8 +376,8 @@ class Lane:
         self.step[rows] = items.state.step.cpu()
 
     def _run_window(self) -> None:
-        """Take a few steps of all rows, then take out those that were hit or have finished."""
-        self.rows.found.zero_()
+        """Take the steps of one window, then remove the rows that were hit or have finished."""
+        self.rows.hit.zero_()
         starting = (self.step == 0) & (self.stage == 0) & (self.sample >= 0)
         self.take_step()
         zero_gradient = None  # stays on the device until the end of the window
@@ -387,7 +387,7 @@ class Lane:
             self.take_step()
         self.step += self.window
         busy = self.sample >= 0
-        hit = self.rows.found.cpu() & busy
+        hit = self.rows.hit.cpu() & busy
         finished = (self.step == self.stage_steps[self.stage]) & busy
         if zero_gradient is not None:
             self.outcome.zero_gradient[self.sample[starting]] |= zero_gradient.cpu()[starting]
@@ -395,12 +395,12 @@ class Lane:
         certain = hit & (not self.search.needs_check())
         if bool(certain.any()):
             rows = certain.nonzero().flatten()
-            broken = self._take_out(rows, finished[rows], hit[rows])
+            broken = self._remove_rows(rows, finished[rows], hit[rows])
             self._settle(broken, broken.state.margin, is_broken=True)
         uncertain = (finished | hit) & ~certain
         if bool(uncertain.any()):
             rows = uncertain.nonzero().flatten()
-            self.to_check.append(self._take_out(rows, finished[rows], hit[rows]))
+            self.to_check.append(self._remove_rows(rows, finished[rows], hit[rows]))
 
     def _reset_steps(self, rows: Tensor) -> None:
         """Set free rows back to step 0, so that they stay inside the table of checks."""
@@ -411,25 +411,25 @@ class Lane:
         self.rows.state.step[device_rows] = 0
         self.rows.state.offset[device_rows] = 0
 
-    def _take_out(self, rows: Tensor, finished: Tensor, hit: Tensor) -> Pending:
-        """Free some rows and return them, with the hit or else the current point of each."""
+    def _remove_rows(self, rows: Tensor, finished: Tensor, hit: Tensor) -> Pending:
+        """Free some rows and return each with its hit, or else with its current point."""
         device_rows = rows.to(self.search.device)
         state, stage = self.rows.state.select(device_rows), self.stage[rows]
         is_hit = as_column(hit.to(self.search.device), state.x)
-        points = torch.where(is_hit, self.rows.points[device_rows], state.x_adv)
-        step = torch.where(hit, self.rows.found_step[device_rows].cpu(), self.step[rows])
+        points = torch.where(is_hit, self.rows.hit_points[device_rows], state.x_adv)
+        step = torch.where(hit, self.rows.hit_step[device_rows].cpu(), self.step[rows])
         step = step + self.steps_before[stage]
-        sample, no = self.sample[rows], torch.zeros_like(hit)
+        sample, is_best = self.sample[rows], torch.zeros_like(hit)
         self.sample[rows] = -1
         self._reset_steps(rows)
-        return Pending(sample, stage, points, step, finished, hit, no, state)
+        return Pending(sample, stage, points, step, finished, hit, is_best, state)
 
     def _check_pass(self) -> None:
-        """Check one pass of pending points in float32, and decide what becomes of each row."""
+        """Check one pass of pending points in float32, and settle or continue each row."""
         pending = _concat_pending(self.to_check)
-        now, later = torch.arange(len(pending)).tensor_split([self.search.pass_size])
-        self.to_check = [pending.select(later)] if len(later) else []
-        items = pending.select(now)
+        checked, remaining = torch.arange(len(pending)).tensor_split([self.search.pass_size])
+        self.to_check = [pending.select(remaining)] if len(remaining) else []
+        items = pending.select(checked)
         state, attempt = items.state, self.search.attempt
         logits, loss = padded_loss(
             self.search.model,
@@ -442,7 +442,7 @@ class Lane:
         margin = logit_margin(logits, state.y).to(state.margin)
         fooled = ((logits.argmax(1) != state.y) & state.final_stage).cpu()
         ended = items.finished & ~items.hit & ~fooled
-        _keep_if_best(items, loss, ended & ~items.is_best)
+        _update_best(items, loss, ended & ~items.is_best)
         smallest = torch.minimum(state.margin, margin)
         state.margin = torch.where(state.final_stage, smallest, state.margin)
         if len(broken := items.where(fooled)):
@@ -451,7 +451,7 @@ class Lane:
         self._sort_refuted(items, items.hit & ~fooled)
 
     def _sort_ended(self, items: Pending, ended: Tensor) -> None:
-        """Settle the rows that survived; continue with the next stage, or with the best point."""
+        """Continue ended rows with the next stage or their best point; settle the survivors."""
         final = items.stage == len(self.stage_steps) - 1
         best_is_unchecked = ended & final & ~items.is_best & self.search.needs_check()
         if len(survived := items.where(ended & final & ~best_is_unchecked)):
@@ -487,7 +487,7 @@ class Lane:
         if is_broken:
             outcome.step[samples], outcome.by[samples] = items.step, self.search.index
             outcome.broken[samples] = True
-        # Last: a snapshot counts only what is settled.
+        # Written last: a snapshot relies on all other results of a settled sample.
         outcome.settled[samples] = self.search.attempts if is_broken else self.search.index + 1
         if is_broken:
             self.queue.count_broken(len(samples))
@@ -506,8 +506,8 @@ def _concat_pending(parts: list[Pending]) -> Pending:
     )
 
 
-def _keep_if_best(items: Pending, loss: Tensor, rows: Tensor) -> None:
-    """Make the checked point the best one in `rows` (b,) bool where its loss is the highest."""
+def _update_best(items: Pending, loss: Tensor, rows: Tensor) -> None:
+    """In `rows` (b,) bool, make the checked point the best one where its loss is the highest."""
     state = items.state
     better = rows.to(loss.device) & (loss > state.loss_best)
     state.x_best = torch.where(as_column(better, state.x), items.points, state.x_best)

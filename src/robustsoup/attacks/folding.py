@@ -33,26 +33,26 @@ def fold_batchnorm(model: nn.Module, x: Tensor) -> nn.Module:
     pairs, expected = _find_pairs(model, x)
     if not pairs:
         return model
-    copied = _fold_pairs(model, pairs)
-    if _logits_are_close(copied(x), expected):
-        return copied
-    # Something else reads an intermediate output, as a shortcut reads the stem of a pre-activation
-    # network. Keep the pairs that can be folded on their own.
+    folded = _fold_pairs(model, pairs)
+    if _logits_are_close(folded(x), expected):
+        return folded
+    # Another layer reads an intermediate output: in a pre-activation network, a shortcut reads the
+    # stem. Fold only the pairs that can be folded one at a time.
     pairs = [p for p in pairs if _logits_are_close(_fold_pairs(model, [p])(x), expected)]
-    copied = _fold_pairs(model, pairs)
-    return copied if pairs and _logits_are_close(copied(x), expected) else model
+    folded = _fold_pairs(model, pairs)
+    return folded if pairs and _logits_are_close(folded(x), expected) else model
 
 
 def _fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    copied = copy.deepcopy(model)
+    folded = copy.deepcopy(model)
     for convolution, batchnorm in pairs:
-        conv, bn = copied.get_submodule(convolution), copied.get_submodule(batchnorm)
-        assert isinstance(conv, nn.Conv2d)  # _find_pairs looks for these types alone
+        conv, bn = folded.get_submodule(convolution), folded.get_submodule(batchnorm)
+        assert isinstance(conv, nn.Conv2d)  # _find_pairs returns only these types
         assert isinstance(bn, nn.BatchNorm2d)
         fused = fuse_conv_bn_eval(conv, bn)
-        _replace_module(copied, convolution, fused.requires_grad_(False))
-        _replace_module(copied, batchnorm, nn.Identity())
-    return copied
+        _replace_module(folded, convolution, fused.requires_grad_(False))
+        _replace_module(folded, batchnorm, nn.Identity())
+    return folded
 
 
 def _logits_are_close(logits: Tensor, expected: Tensor) -> bool:

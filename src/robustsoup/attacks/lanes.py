@@ -2,7 +2,7 @@
 
 A pass over a few dozen images keeps one core busy from its own cache. A pass that is split over
 all cores waits for the slowest core at every layer. A pass on one core also gives the same bits
-whatever the number of threads.
+for any number of threads.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ def run_in_lanes(
 ) -> list[T]:
     """Run every task, as many at a time as there are lanes.
 
-    Tasks on a GPU use the stream that is current for the caller, so they run after whatever the
-    caller launched before. Tasks do not inherit the caller's autocast or gradient mode.
+    Tasks on a GPU use the stream that is current for the caller, so they run after the work
+    that the caller launched before. Tasks do not inherit the caller's autocast or gradient mode.
 
     Args:
         tasks: Functions without arguments.

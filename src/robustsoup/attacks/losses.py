@@ -58,10 +58,10 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     Source: Croce and Hein 2020, arXiv:2003.01690, Eq. 6.
     """
     ordered = logits.sort(dim=1).values
-    right = logits.gather(1, y.view(-1, 1)).squeeze(1)
+    label_logit = logits.gather(1, y.view(-1, 1)).squeeze(1)
     correct = logits.argmax(1) == y
     best_other = torch.where(correct, ordered[:, -2], ordered[:, -1])
-    return -(right - best_other) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+    return -(label_logit - best_other) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: (b, classes), 4 classes or more.
         y: (b,) int64 labels.
-        target: (b,) int64 classes to move to, each other than the label.
+        target: (b,) int64 classes to move to, never the label.
 
     Returns:
         (b,).
@@ -78,10 +78,10 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     Source: Croce and Hein 2020, arXiv:2003.01690, Eq. 7.
     """
     ordered = logits.sort(dim=1).values
-    right = logits.gather(1, y.view(-1, 1)).squeeze(1)
-    wanted = logits.gather(1, target.view(-1, 1)).squeeze(1)
+    label_logit = logits.gather(1, y.view(-1, 1)).squeeze(1)
+    target_logit = logits.gather(1, target.view(-1, 1)).squeeze(1)
     scale = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12
-    return -(right - wanted) / scale
+    return -(label_logit - target_logit) / scale
 
 
 def logit_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -94,5 +94,5 @@ def logit_margin(logits: Tensor, y: Tensor) -> Tensor:
     Returns:
         (b,) in the dtype of the logits.
     """
-    right = logits.gather(1, y.view(-1, 1)).squeeze(1)
-    return right - logits.scatter(1, y.view(-1, 1), -torch.inf).amax(1)
+    label_logit = logits.gather(1, y.view(-1, 1)).squeeze(1)
+    return label_logit - logits.scatter(1, y.view(-1, 1), -torch.inf).amax(1)

@@ -1,4 +1,4 @@
-"""What attempts work on and what they write: the samples under attack, and their outcome."""
+"""The samples under attack, and the outcome that attempts record for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -47,26 +47,26 @@ class AttackedSamples:
         Returns:
             (b,) int64 classes.
         """
-        others = self.logits[samples].scatter(1, self.y[samples].view(-1, 1), -torch.inf)
-        return others.sort(dim=1, descending=True).indices[:, rank - 1]
+        other_logits = self.logits[samples].scatter(1, self.y[samples].view(-1, 1), -torch.inf)
+        return other_logits.sort(dim=1, descending=True).indices[:, rank - 1]
 
 
 @dataclass
 class Outcome:
-    """What the attempts of one attack did to n samples; every tensor is on the CPU.
+    """Results of the attempts of one attack on n samples; every tensor is on the CPU.
 
     Attributes:
         settled: (n,) int64, number of finished attempts; all of them for a broken sample.
         broken: (n,) bool, whether an adversarial example was found.
         by: (n,) int64, index of the attempt that broke the sample, else -1.
         step: (n,) int64, step at which the sample broke, else -1.
-        norm: (n,) float32, norm of the perturbation that was found.
+        norm: (n,) float32, norm of the recorded perturbation.
         excess: (n,) float64, by how much that point leaves the ball or the box; NaN: no point yet.
         margin: (n,) float32, smallest logit margin under attack.
         attacked: (n,) bool, whether an attempt started.
         zero_gradient: (n,) bool, whether the gradient was exactly 0 at a start.
         nan: (n,) bool, whether logits were NaN at an attacked point.
-        x_adv: (n, ...) the points that were found, or None.
+        x_adv: (n, ...) the recorded points, or None.
     """
 
     settled: Tensor
@@ -106,7 +106,7 @@ class Outcome:
     def record_points(
         self, samples: Tensor, points: Tensor, x: Tensor, threat: ThreatModel
     ) -> None:
-        """Store the points that an attempt found, their norms and their excess.
+        """Record points of an attempt, with their norms and their excess.
 
         Args:
             samples: (b,) int64 samples.
@@ -122,7 +122,7 @@ class Outcome:
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy to save while attempts are running.
 
-        `settled` is copied first: whatever it says is complete has already been written.
+        `settled` is copied first, because a sample is counted there only after its other results.
         """
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}

@@ -22,7 +22,7 @@ from robustsoup.threats import ThreatModel
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """How an attack spends its steps.
+    """The distribution of an attack's steps over stages.
 
     Attributes:
         norm: Norm of the threat model.
@@ -61,7 +61,7 @@ class StepSchedule:
         return torch.cat([self._stage_periods(steps) for _, steps in self.stages])
 
     def stage_offsets(self) -> Tensor:
-        """Return where each stage begins in the table of `check_periods`; (stages,) int64."""
+        """Return the index of each stage's first entry in `check_periods`; (stages,) int64."""
         return torch.tensor([0, *(steps + 1 for _, steps in self.stages[:-1])]).cumsum(0)
 
     def _stage_periods(self, steps: int) -> Tensor:
@@ -103,7 +103,7 @@ class SearchState:
         topk: (b,) share of pixels that a step in L1 moves.
         support: (b,) number of pixels that x_best changed at the last check (L1).
         step: (b,) steps taken in the stage.
-        offset: (b,) where the stage begins in the table of checks.
+        offset: (b,) index of the stage's first entry in the table of checks.
         final_stage: (b,) whether the stage is the last, so that its points count.
         margin: (b,) smallest logit margin of the points that count.
     """
@@ -160,12 +160,12 @@ def concat_states(states: list[SearchState]) -> SearchState:
 
 @dataclass(frozen=True)
 class Stage:
-    """What differs between the stages of a search.
+    """The parameters of one stage of a search.
 
     Attributes:
         topk: First share of pixels that a step in L1 moves, a number or (b,).
-        offset: Where the stage begins in the table of checks, a number or (b,).
-        final: Whether it is the last stage, a bool or (b,).
+        offset: Index of the stage's first entry in the table of checks, a number or (b,).
+        final: Whether the stage is the last, a bool or (b,).
     """
 
     topk: float | Tensor = 0.2
@@ -190,9 +190,9 @@ def initial_state(
         y: (b,) int64 labels.
         eps: Radius, a number or (b,).
         start: (b, ...) starting points in the ball and the box.
-        schedule: How the steps are spent.
+        schedule: The schedule of the attack.
         target: (b,) target classes.
-        stage: The stage that begins; by default the only one.
+        stage: The stage that begins; by default the only stage.
     """
     stage = stage or Stage()
     zeros = torch.zeros(len(x), device=x.device, dtype=x.dtype)
@@ -237,7 +237,7 @@ def initial_state(
 def start_next_stage(state: SearchState, stage: Tensor, schedule: StepSchedule) -> SearchState:
     """Return the state at the start of `stage` (b,) int64, which is not the first.
 
-    The search starts from the best point of the last stage, projected into the smaller ball.
+    The search starts from the best point of the previous stage, projected into the smaller ball.
     """
     x = state.x
     radii = torch.tensor([eps for eps, _ in schedule.stages], device=x.device, dtype=x.dtype)
@@ -245,8 +245,8 @@ def start_next_stage(state: SearchState, stage: Tensor, schedule: StepSchedule) 
     start = project(state.x_best, x, eps, schedule.norm)
     topk = (start != x).flatten(1).sum(1).to(x) / x[0].numel() / 1.5
     offset = schedule.stage_offsets().to(stage.device)[stage]
-    begun = Stage(topk=topk, offset=offset, final=stage == len(schedule.stages) - 1)
-    result = initial_state(x, state.y, eps, start, schedule, target=state.target, stage=begun)
+    next_stage = Stage(topk=topk, offset=offset, final=stage == len(schedule.stages) - 1)
+    result = initial_state(x, state.y, eps, start, schedule, target=state.target, stage=next_stage)
     result.margin = state.margin
     return result
 
@@ -331,16 +331,16 @@ def _next_l2_linf(state: SearchState, norm: str, momentum: bool) -> Tensor:
     else:
         direction = state.grad / as_column(norms(state.grad, "L2") + 1e-12, state.x)
     step = direction.mul_(as_column(state.step_size, state.x))
-    z = _into_ball_and_box(step.add_(state.x_adv), state, norm)
+    z = _clip_to_ball_and_box(step.add_(state.x_adv), state, norm)
     if not momentum:
         return z
     a = as_column(1.0 - 0.25 * (state.step > 0).to(state.eps), state.x)
     x_next = z.sub_(state.x_adv).mul_(a).add_(state.x_adv)
     x_next.add_((state.x_adv - state.x_prev).mul_(1 - a))
-    return _into_ball_and_box(x_next, state, norm)
+    return _clip_to_ball_and_box(x_next, state, norm)
 
 
-def _into_ball_and_box(z: Tensor, state: SearchState, norm: str) -> Tensor:
+def _clip_to_ball_and_box(z: Tensor, state: SearchState, norm: str) -> Tensor:
     if norm == "Linf":
         return torch.clamp(z, state.lower, state.upper, out=z)
     return project(z, state.x, state.eps, norm)
@@ -360,7 +360,7 @@ def cold_start(
 ) -> Tensor:
     """Return a random starting point for each sample.
 
-    The noise of a sample depends on (seed, id, restart) alone and is the same on every device.
+    The noise of a sample depends only on (seed, id, restart) and is the same on every device.
 
     Args:
         x: (b, ...) clean images.
