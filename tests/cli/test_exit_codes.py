@@ -67,7 +67,7 @@ def test_a_full_disk_is_exit_code_1_and_earlier_files_stay(here, capsys, command
 
 
 WAIT_ONCE_SAVED = """
-import sys, time
+import signal, sys, time
 from robustsoup.cli import main
 from robustsoup.progress import SavedState
 
@@ -78,6 +78,7 @@ def save_and_wait(self, state):
     time.sleep(600)  # until the test interrupts this process
 
 SavedState.save = save_and_wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
 main(sys.argv[1:])
 """
 
