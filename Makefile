@@ -1,11 +1,12 @@
-# `make demo` runs the quickstart on embedded data; `make test` runs the tests. Both set up .venv first.
+# `make demo` runs the quickstart on embedded data; `make test` runs the tests.
+# Both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test test-slow test-kernels test-everywhere test-oldest lint lint-next types docs dist clean
+.PHONY: demo test test-slow test-kernels test-everywhere test-oldest lint docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -17,7 +18,7 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 -m slow --durations=10
 
-# The numeric tests again, with the kernels of older processors: no verdict may depend on the processor.
+# The numeric tests again with the kernels of older processors: no verdict depends on the processor.
 test-kernels: $(VENV)/.installed-dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 -m "kernels and not slow"
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m "kernels and not slow"
@@ -35,15 +36,10 @@ test-everywhere: $(VENV)/.installed-dev
 		ROBUSTSOUP_TEST_SEED=$$seed $(BIN)/pytest -n 2 -m "trained and not slow" || exit 1; \
 	done
 
+# Ruff's rules, its formatter and the type check.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-# The stricter rules and the type check join `lint` once the packages are rewritten.
-lint-next: $(VENV)/.installed-dev
-	$(BIN)/ruff check --config ruff.next.toml .
-
-types: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check
 
 # Builds docs/_build/html; a warning or a broken internal link fails the build.
@@ -58,7 +54,8 @@ dist: $(VENV)/.installed-dev
 	$(WHEEL_VENV)/bin/pip install --quiet -c constraints.txt dist/*.whl
 	cd $(WHEEL_VENV) && bin/python ../tests/docs/check_wheel.py
 
-# Runs the suite with the oldest dependencies that pyproject.toml promises. Downloads PyTorch's CUDA build (gigabytes) once.
+# Runs the suite with the oldest dependencies that pyproject.toml promises.
+# Downloads PyTorch's CUDA build (gigabytes) once.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n 2 --ignore tests/docs
 

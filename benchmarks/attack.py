@@ -50,7 +50,7 @@ def time_one_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> f
 
 
 def attack_with_pyautoattack(
-    network: nn.Module, x: Tensor, y: Tensor, threat: rs.ThreatModel, steps: int, batch: int
+    network: nn.Module, x: Tensor, y: Tensor, threat: rs.ThreatModel, steps: int, *, batch: int
 ) -> Tensor:
     """Return whether each sample is robust, (n,) bool, by pyautoattack in batches."""
     attack = APGDAttack(
@@ -108,7 +108,7 @@ def main() -> None:
             robust[name] = record(
                 name,
                 lambda batch=batch: attack_with_pyautoattack(
-                    plain, x, y, task.threat, options.steps, batch
+                    plain, x, y, task.threat, options.steps, batch=batch
                 ),
             )
     print(

@@ -49,13 +49,13 @@ def attack_every_soup(
     speed = {}
     for batch in (125, 250):
         started = time.perf_counter()
-        attack_with_pyautoattack(first, x[:250], y[:250], threat, steps, batch)
+        attack_with_pyautoattack(first, x[:250], y[:250], threat, steps, batch=batch)
         speed[batch] = time.perf_counter() - started
     batch = min(speed, key=lambda size: speed[size])
     scores, seconds = {}, []
     for name, network in networks.items():
         started = time.perf_counter()
-        robust = attack_with_pyautoattack(network, x, y, threat, steps, batch)
+        robust = attack_with_pyautoattack(network, x, y, threat, steps, batch=batch)
         seconds.append(time.perf_counter() - started)
         with torch.no_grad():
             clean = torch.cat([network(part).argmax(1) for part in x.split(250)]) == y

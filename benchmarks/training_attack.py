@@ -10,7 +10,7 @@ installed is left out and named.
 """
 
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from common import (
@@ -27,6 +27,9 @@ from common import (
 from pyautoattack.autopgd_base import APGDAttack
 
 import robustsoup as rs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def main() -> None:

@@ -74,9 +74,9 @@ class Rule:
         )
 
 
-def setting(default: Any, help: str, **limits: Any) -> Any:
+def setting(default: Any, help_text: str, **limits: Any) -> Any:
     """Declare one setting: a dataclass field with a default, help text and a valid range."""
-    return field(default=default, metadata={"rule": Rule(help, **limits)})
+    return field(default=default, metadata={"rule": Rule(help_text, **limits)})
 
 
 def rules(settings_type: type) -> dict[str, Rule]:

@@ -231,7 +231,7 @@ def test_each_attack_returns_real_adversarial_examples(name, threat):
 
 @by_threat
 def test_a_channels_last_residual_network_is_attacked(threat):
-    """pyautoattack reshapes gradients with view, which fails on channels_last tensors."""
+    """The view of gradients in pyautoattack fails on channels_last tensors."""
     model, x, y = residual(6, side=16)
     model, x = (
         model.to(memory_format=torch.channels_last),

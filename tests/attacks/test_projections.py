@@ -66,7 +66,7 @@ def check_feasible(found, x, eps, norm):
 
 
 @few
-@given(**{"norm": st.sampled_from(NORMS), "seed": st.integers(0, 2**31)})
+@given(norm=st.sampled_from(NORMS), seed=st.integers(0, 2**31))
 def test_norms_equal_those_of_torch(norm, seed):
     delta = add_noise(torch.zeros(5, 3, 4, 4, dtype=torch.float64), seed, 1.0)
     torch.testing.assert_close(norms(delta, norm), length(delta, norm))

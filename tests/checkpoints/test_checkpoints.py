@@ -1,7 +1,6 @@
 """Checkpoints: round trips, foreign files in their wrapping, and the errors of broken files."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_safetensors_come_back_bit_for_bit_with_their_provenance(tmp_path, dtype
     assert read.digest == checkpoint.digest
     assert read.path == tmp_path / "new" / "a.safetensors"
     assert Checkpoint.load(read) is read
-    assert os.listdir(tmp_path / "new") == ["a.safetensors"]
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "a.safetensors"]
 
 
 def test_negative_zero_and_subnormal_numbers_survive(tmp_path):
@@ -527,14 +526,14 @@ def test_a_path_that_is_a_folder_stays_a_folder(tmp_path, ending):
     (tmp_path / f"a{ending}").mkdir()
     with pytest.raises(StorageError, match="cannot be written"):
         Checkpoint(tensors()).save(tmp_path / f"a{ending}")
-    assert os.listdir(tmp_path) == [f"a{ending}"]
+    assert list(tmp_path.iterdir()) == [tmp_path / f"a{ending}"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.safetensors.gz", "a.pth.tar"])
 def test_another_ending_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match=r"expected \.safetensors, \.pt, \.pth or \.bin"):
         Checkpoint(tensors()).save(tmp_path / name)
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX")

@@ -115,8 +115,10 @@ PAGE = b"<!DOCTYPE html><title>Google Drive - Virus scan warning</title>"
         ({"body": saved({"epoch": 3})}, "found no state dict"),
         (
             {"body": saved(load_model("preact_resnet18:width=4").state_dict())},
-            "not a checkpoint of preact_resnet18:width=2: conv_2d.weight: "
-            "got shape (4, 3, 3, 3), the network expects (2, 3, 3, 3)",
+            (
+                "not a checkpoint of preact_resnet18:width=2: conv_2d.weight: "
+                "got shape (4, 3, 3, 3), the network expects (2, 3, 3, 3)"
+            ),
         ),
         (
             {"body": saved(load_model("resnet9:width=2").state_dict())},

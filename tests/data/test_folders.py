@@ -1,6 +1,6 @@
 """Image folders: how they are split, and which ones are refused."""
 
-import shutil
+import io
 
 import pytest
 import torch
@@ -96,36 +96,45 @@ def test_images_are_cropped_at_the_centre(tmp_path, size):
     assert (images > 150).all()
 
 
-def write_wrong_folder(tmp_path, case):
-    if case == "file":
-        (tmp_path / "data").write_text("")
-    elif case == "empty":
-        (tmp_path / "data").mkdir()
-    elif case != "missing":
-        write_images(tmp_path / "data" / "a", 10)
-    if case in ("class without images", "broken", "cut short", "classes differ", "too few"):
-        write_images(tmp_path / "data" / "b", 10)
-    if case == "class without images":
-        (tmp_path / "data" / "c").mkdir()
-    if case == "broken":
-        (tmp_path / "data" / "b" / "003.png").write_text("not a picture")
-    if case == "cut short":
-        file = tmp_path / "data" / "b" / "003.png"
-        Image.effect_noise((64, 64), 50).save(file)
-        file.write_bytes(file.read_bytes()[:1000])
-    if case == "too few":
-        shutil.rmtree(tmp_path / "data")
-        for name in ("a", "b"):
-            write_images(tmp_path / "data" / name, 1)
-    if case == "classes differ":
-        whole = tmp_path / "data"
-        for part in ("train", "test"):
-            shutil.copytree(whole / "a", whole / part / "a")
-            shutil.copytree(whole / "b", whole / part / ("b" if part == "train" else "B"))
-    if case == "no test":
-        for name in ("a", "b"):
-            write_images(tmp_path / "data" / "train" / name, 3)
-    return tmp_path / "data"
+def write_classes(folder, **images):
+    for name, number in images.items():
+        write_images(folder / name, number)
+
+
+def write_file_in_class(folder, name, content):
+    write_classes(folder, a=10, b=10)
+    (folder / "b" / name).write_bytes(content)
+
+
+def cut_short_image():
+    written = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(written, "png")
+    return written.getvalue()[:1000]
+
+
+def write_empty_class(folder):
+    write_classes(folder, a=10, b=10)
+    (folder / "c").mkdir()
+
+
+def write_different_classes(folder):
+    write_classes(folder, a=10, b=10)
+    write_classes(folder / "train", a=10, b=10)
+    write_classes(folder / "test", a=10, B=10)
+
+
+WRONG_FOLDERS = {
+    "missing": lambda folder: None,
+    "file": lambda folder: folder.write_text(""),
+    "empty": lambda folder: folder.mkdir(),
+    "one class": lambda folder: write_classes(folder, a=10),
+    "class without images": write_empty_class,
+    "broken": lambda folder: write_file_in_class(folder, "003.png", b"not a picture"),
+    "cut short": lambda folder: write_file_in_class(folder, "003.png", cut_short_image()),
+    "too few": lambda folder: write_classes(folder, a=1, b=1),
+    "classes differ": write_different_classes,
+    "no test": lambda folder: write_classes(folder / "train", a=3, b=3),
+}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +153,10 @@ def write_wrong_folder(tmp_path, case):
         (
             "empty",
             "",
-            "got 0 class folders, expected two or more folders of images, one for each class; "
-            "put each class",
+            (
+                "got 0 class folders, expected two or more folders of images, one for each class; "
+                "put each class"
+            ),
         ),
         ("one class", "", "got 1 class folders, expected two or more folders of images"),
         (
@@ -177,7 +188,8 @@ def write_wrong_folder(tmp_path, case):
     ],
 )
 def test_the_error_for_a_wrong_folder_names_it(tmp_path, case, place, text):
-    data = write_wrong_folder(tmp_path, case)
+    data = tmp_path / "data"
+    WRONG_FOLDERS[case](data)
     with pytest.raises(DataError) as caught:
         load_data(f"folder:{data}")
     message = str(caught.value)

@@ -39,7 +39,8 @@ def make_evaluation(right, ids=None, labels=None, record=None, **robust):
 
     Args:
         right: clean verdicts, a string of 0 and 1 or a mask.
-        ids, labels: of the samples; 0, 1, 2, ... and the last digit of the index by default.
+        ids: indices of the samples; default: 0, 1, 2, ...
+        labels: labels of the samples; default: the last digit of the index.
         record: changes of the record.
         **robust: verdicts under linf, l2, l1.
     """

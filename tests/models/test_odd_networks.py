@@ -195,7 +195,7 @@ def test_averaged_statistics_do_not_depend_on_files_that_are_in_memory(tmp_path,
     def damage_file(done, total, figures):
         if done == 2:
             size = paths[0].stat().st_size
-            with open(paths[0], "r+b") as file:
+            with paths[0].open("r+b") as file:
                 file.truncate(200) if damage == "cut" else file.write(b"\0" * size)
 
     learned_beside_damage = learned(

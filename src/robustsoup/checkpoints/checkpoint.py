@@ -128,7 +128,7 @@ class Checkpoint:
 
     @property
     def tied(self) -> dict[str, str]:
-        """alias -> name for tensors that are one parameter under two names."""
+        """The canonical name of each alias: tensors that are one parameter under two names."""
         return dict(self.provenance.get("tied", {}))
 
     @property

@@ -45,7 +45,7 @@ class MappedFile:
     @classmethod
     def of(cls, path: Path) -> "MappedFile":
         """Read the present state of a file."""
-        state = os.stat(path)
+        state = path.stat()
         return cls(path, state.st_size, state.st_mtime_ns)
 
     def check_unchanged(self) -> None:
@@ -90,7 +90,7 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Source: https://github.com/huggingface/safetensors#format
     """
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > min(size, _MAX_HEADER_BYTES):

@@ -198,7 +198,7 @@ def _verify_published(
         CheckpointError: the file does not fit the network.
     """
     try:
-        with open(file, "rb") as opened:
+        with file.open("rb") as opened:
             start = opened.read(SIGNATURE_BYTES)
             opened.seek(0)
             digest = hashlib.file_digest(opened, "sha256").hexdigest()

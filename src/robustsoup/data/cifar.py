@@ -174,5 +174,5 @@ def _md5_of_bytes(content: bytes) -> str:
 
 
 def _md5_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

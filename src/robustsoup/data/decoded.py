@@ -144,7 +144,7 @@ def _cache_key(root: Path, parts: FolderParts, size: int) -> str:
 
 def _image_file_state(path: str) -> str:
     try:
-        stat = os.stat(path)
+        stat = Path(path).stat()
     except OSError:
         # A unique state, so that the file is decoded and the error there names it.
         return secrets.token_hex()
@@ -203,7 +203,7 @@ def _temporary_sibling(folder: Path) -> Path:
 
 def _rename_folder(temporary: Path, target: Path) -> None:
     try:
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError:
         if not (target / SUMMARY_FILE).is_file():
             raise
@@ -213,7 +213,7 @@ def _remove_folder(folder: Path) -> None:
     """Rename the folder, then remove it, so that a kill leaves no partial folder at its path."""
     renamed = _temporary_sibling(folder)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(folder, renamed)
+        folder.replace(renamed)
     shutil.rmtree(renamed, ignore_errors=True)
 
 
@@ -302,7 +302,7 @@ def _open_rows_file(path: Path, shape: tuple[int, ...]) -> Iterator[WriteImage]:
 @contextlib.contextmanager
 def _open_synced(path: Path) -> Iterator[BinaryIO]:
     """Create a file that is on the disk at the end, before its folder gets its final name."""
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -56,7 +56,7 @@ def download(
     Raises:
         DataError: the transfer fails or is cut short, or the content is of another kind.
     """
-    with open(target, "wb") as file:
+    with target.open("wb") as file:
         for block, total in _download_blocks(url, kind, advice):
             file.write(block)
             if on_progress:

@@ -1,5 +1,6 @@
 """Synthetic images from a memory-mapped .npz file, and batches that mix them with real ones."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -40,7 +41,7 @@ class FileState:
     @classmethod
     def of(cls, path: Path) -> "FileState":
         """Read the present state of a file."""
-        state = os.stat(path)
+        state = path.stat()
         return cls(state.st_size, state.st_mtime_ns)
 
 
@@ -80,7 +81,7 @@ class Synthetic:
         """
         path = Path(path).expanduser()
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 images = _map_npz_array(path, file, "image")
                 labels = _map_npz_array(path, file, "label")
             state = FileState.of(path)
@@ -297,16 +298,14 @@ def _cached_file_digest(path: Path, state: FileState, on_progress: Progress | No
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = _compute_file_digest(path, state, on_progress)
-    try:
+    with contextlib.suppress(StorageError):  # without it the next run reads the file again
         write_text(cached, json.dumps({"of": identity, "sha256": digest}))
-    except StorageError:
-        pass  # the next run reads the file again
     return digest
 
 
 def _compute_file_digest(path: Path, state: FileState, on_progress: Progress | None) -> str:
     digest, done = hashlib.sha256(), 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(READ_BLOCK_BYTES):
             digest.update(block)
             done += len(block)

@@ -48,6 +48,7 @@ class PreActResNet(nn.Module):
         width: int,
         classes: int,
         channels: int,
+        *,
         momentum: float,
         mean: Sequence[float],
         std: Sequence[float],
@@ -91,5 +92,10 @@ def preact_resnet18(
     """
     default_mean, default_std = published_constants(channels)
     return PreActResNet(
-        width, classes, channels, bn_momentum, mean or default_mean, std or default_std
+        width,
+        classes,
+        channels,
+        momentum=bn_momentum,
+        mean=mean or default_mean,
+        std=std or default_std,
     )

@@ -74,6 +74,7 @@ class WideResNet(nn.Module):
         size: WideResNetSize,
         classes: int,
         channels: int,
+        *,
         momentum: float,
         mean: Sequence[float],
         std: Sequence[float],
@@ -144,5 +145,10 @@ def wide_resnet(
     default_mean, default_std = published_constants(channels)
     size = WideResNetSize(depth, width)
     return WideResNet(
-        size, classes, channels, bn_momentum, mean or default_mean, std or default_std
+        size,
+        classes,
+        channels,
+        momentum=bn_momentum,
+        mean=mean or default_mean,
+        std=std or default_std,
     )
