@@ -14,7 +14,7 @@ from robustsoup.attacks import apgd_train
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
 from robustsoup.diagnosis import landscape as landscape_module
-from robustsoup.diagnosis.landscape import Landscape, Plane, landscape, plane_through
+from robustsoup.diagnosis.landscape import Landscape, WeightPlane, landscape, plane_through
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.models import NetworkSettings, load_model
 from robustsoup.soups.mixing import mix
@@ -106,7 +106,7 @@ def test_coordinates_on_the_plane_match_the_weights(rows):
 
 
 def test_the_grid_extends_a_fifth_beyond_the_networks():
-    x, y = Plane(10.0, 3.0, 5.0).axes(15)
+    x, y = WeightPlane(10.0, 3.0, 5.0).axes(15)
     assert (x[0], x[-1], y[0], y[-1]) == pytest.approx((-2, 12, -1, 6))
     assert x[2] == pytest.approx(0, abs=1e-12)
 

@@ -48,7 +48,7 @@ def test_a_recipe_may_request_exactly_the_figures():
 
 @pytest.mark.parametrize("selected_on_test", [False, True])
 @pytest.mark.parametrize("leaked", [False, True])
-def test_the_footer_states_what_flatters_the_numbers(results, tmp_path, selected_on_test, leaked):
+def test_the_footer_states_what_biases_the_accuracies(results, tmp_path, selected_on_test, leaked):
     if selected_on_test:
         results["protocol"]["select_on"] = "test"
     if leaked:
@@ -61,7 +61,7 @@ def test_the_footer_states_what_flatters_the_numbers(results, tmp_path, selected
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_states_what_flatters_its_numbers(tmp_path, all_results, draw_shared, name):
+def test_every_figure_states_what_biases_its_accuracies(tmp_path, all_results, draw_shared, name):
     text = small_print(draw_shared(name))
     assert not any(caveat in text for caveat in (PAPER, LEAKED))
     all_results["protocol"]["select_on"] = "test"
@@ -76,7 +76,7 @@ def test_every_figure_states_what_flatters_its_numbers(tmp_path, all_results, dr
 def test_screened_soups_are_marked_as_upper_bounds(tmp_path, results):
     results["protocol"] |= {"select_on": "test", "screened": True}
     (plot,), _ = draw("tradeoff", tmp_path, results)
-    assert "only screened: upper bounds" in small_print(plot)
+    assert "accuracies of screened soups are upper bounds" in small_print(plot)
 
 
 @pytest.mark.usefixtures("small_formats")
@@ -138,7 +138,7 @@ def test_only_grids_of_three_ingredients_are_ternary_maps(tmp_path, results):
     assert ([plot.stem for plot in plots], reason) == (["ternary", "ternary-2"], "")
     assert draw("ternary", tmp_path, results | {"rows": five}) == (
         [],
-        "no grid of soups of three ingredients was measured, which a ternary plot needs",
+        "a ternary plot requires a measured grid of soups of three ingredients",
     )
 
 
@@ -217,7 +217,7 @@ def test_lines_between_equally_clean_ends_have_no_gap_and_incomplete_lines_are_l
     results["rows"] += make_line_rows("short", "eps4", "eps8", [(0.7, 0.3), (0.8, 0.2)], 0)[1:]
     (plot,), reason = draw("lines", tmp_path, results)
     assert titles(plot.figure) == ["flat"]
-    assert reason == "short: needs both ends and a soup between them, measured on test"
+    assert reason == "short: requires both ends and a soup between them, measured on test"
     (cells,) = plot.tables[0].lines
     assert (cells["largest gap"], cells["at"], cells["not comparable"]) == (None, None, 4)
 
@@ -310,7 +310,7 @@ def test_curves_need_no_grid(tmp_path, results):
     assert set(lines_by_label(plot.figure.axes[0])) == {"learned soup", "ingredient"}
     assert plot.tables == ()
     results["rows"] = [row for row in results["rows"] if row["role"] != "learned"]
-    reason = "no section has two learned soups, which a curve needs"
+    reason = "a curve requires a section with two learned soups"
     assert draw("curves", tmp_path, results) == ([], reason)
 
 

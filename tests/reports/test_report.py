@@ -27,7 +27,7 @@ from robustsoup.reports import style, write_report
 from robustsoup.reports.style import clean_text
 
 ALL_FORMATS = dict(style.FORMATS)
-FLATTERS = "this flatters the numbers of what was selected."
+BIAS = "this biases the accuracies of selected networks upwards."
 
 
 @pytest.fixture(scope="module")
@@ -125,23 +125,23 @@ def test_fresh_data_has_no_banner(tmp_path, results):
     assert "No ingredient was trained on the samples that select and report." in text
 
 
-def test_the_head_of_the_report_states_what_flatters_its_numbers(tmp_path, results):
+def test_the_head_of_the_report_states_what_biases_its_accuracies(tmp_path, results):
     results["figures"] = []
-    assert "flatters" not in write_and_read_report(tmp_path, results)
+    assert "biases" not in write_and_read_report(tmp_path, results)
     results["leakage"] = {"status": "violated", "why": "eps4 was trained on them"}
     head = write_and_read_report(tmp_path, results).split("<h2>")[0]
     leaked = "Selected on samples that ingredients were trained on"
-    assert f"{leaked}: {FLATTERS}</strong> eps4 was trained on them" in head
+    assert f"{leaked}: {BIAS}</strong> eps4 was trained on them" in head
     results["leakage"] = {"status": "known", "why": ""}
     results["protocol"]["select_on"] = "test"
     head = write_and_read_report(tmp_path, results).split("<h2>")[0]
-    assert f"The paper&#39;s protocol: selected on test: {FLATTERS}" in head
+    assert f"The paper&#39;s protocol: selected on test: {BIAS}" in head
 
 
 def test_a_grid_of_two_ingredients_has_no_ternary_figure(tmp_path):
     results = make_results(tmp_path, NAMES[:2]) | {"figures": ["ternary", "tradeoff"]}
     text = write_and_read_report(tmp_path, results)
-    assert "Left out: ternary: no grid of soups of three ingredients was measured" in text
+    assert "Left out: ternary: a ternary plot requires a measured grid" in text
     assert not (tmp_path / "figures" / "ternary.svg").exists()
     assert (tmp_path / "figures" / "tradeoff.svg").exists()
 
@@ -256,7 +256,7 @@ def test_a_run_that_selects_where_it_reports_shows_each_number_once(tmp_path, al
     text = write_and_read_report(tmp_path, all_results)
     assert text.count('<th scope="col">clean, test</th>') == 1
     assert "clean, val" not in text
-    assert "These were picked on" not in text
+    assert "Both were chosen on" not in text
     assert "was met at the lower end of its 95 % interval on test.</p>" in text
     assert "(test figures are upper bounds)" in text
 

@@ -19,7 +19,7 @@ def test_a_step_is_finished_or_absent(tmp_path):
     store, key = Store(tmp_path), "ab12"
 
     def fail():
-        with store.filling(key, {"kind": "x"}) as folder:
+        with store.write_step(key, {"kind": "x"}) as folder:
             (folder / "state.pt").write_text("so far")
             raise ValueError("stop")
 
@@ -27,11 +27,11 @@ def test_a_step_is_finished_or_absent(tmp_path):
         fail()
     assert not store.has(key)
     assert not store.path(key).exists()
-    with store.filling(key, {"kind": "x"}) as folder:
+    with store.write_step(key, {"kind": "x"}) as folder:
         assert (folder / "state.pt").read_text() == "so far"
         (folder / "out").write_text("done")
     assert store.has(key)
     assert {path.name for path in store.path(key).iterdir()} == {"out", "step.json"}
     assert json.loads((store.path(key) / "step.json").read_text()) == {"kind": "x"}
-    with store.filling(key, {}) as folder:
+    with store.write_step(key, {}) as folder:
         assert folder is None

@@ -76,7 +76,7 @@ def test_parameters_longer_than_a_chunk_give_the_same_results(monkeypatch):
         for item in resnet_ingredients()
     ]
     whole = Ingredients(items, list(grads), CPU, "memory").inner(grads)
-    monkeypatch.setitem(ingredients_module.CHUNK, "cpu", 7)
+    monkeypatch.setitem(ingredients_module.CHUNK_NUMBERS, "cpu", 7)
     chunked = Ingredients(items, list(grads), CPU, "memory")
     assert torch.allclose(chunked.inner(grads), whole, rtol=1e-12)
     expected = torch.stack(

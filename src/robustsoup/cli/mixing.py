@@ -113,14 +113,14 @@ def parse_coefficients(text: str | None, count: int, at: float | None) -> "Coeff
     Raises:
         CoefficientError: the text is no list of numbers, or `at` is given without a dial.
     """
-    from robustsoup.soups.coefficients import Coefficients, load_coefficients, uniform
+    from robustsoup.soups.coefficients import Coefficients, load_coefficients, uniform_coefficients
 
     if text is not None and Path(text).suffix == ".safetensors":
         return load_coefficients(text, at)
     if at is not None:
         raise CoefficientError("--at: requires a dial, such as --coefficients DIR/dial.safetensors")
     if text is None:
-        return uniform(count)
+        return uniform_coefficients(count)
     try:
         return Coefficients.of([float(Fraction(value.strip())) for value in text.split(",")])
     except (ValueError, ZeroDivisionError, OverflowError):

@@ -24,7 +24,7 @@ Prevents spurious barriers between barely trained networks.
 ATTACK_STEPS = 10
 
 LinePoint = tuple[int, int, float]
-"""(a, b, t): the mix (1 - t) a + t b of two checkpoints by their numbers; (a, a, 0) is a itself."""
+"""(a, b, t): the mix (1 - t) a + t b of checkpoints number a and b; (a, a, 0) is a itself."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Curve:
 
     @property
     def drop(self) -> float:
-        """Compute how far accuracy falls below the chord at its worst point: 0.1 is ten points."""
+        """Compute the largest drop of accuracy below the chord; 0.1 is ten points."""
         return max(0.0 - excess for excess in _excess_over_chord(self.accuracy))
 
     def relative_barrier(self, classes: int) -> float:

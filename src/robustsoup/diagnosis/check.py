@@ -1,10 +1,10 @@
-"""Check before any work that checkpoints can be mixed: one network, one split, one loss basin."""
+"""Check up front that checkpoints can be mixed: one network, one split, one loss basin."""
 
 import copy
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,13 +46,13 @@ class Soupability:
         names: Names of the checkpoints.
         differences: Name of a checkpoint -> its differences from the first one.
         duplicates: Groups of checkpoints (by number) with equal weights.
-        split: Whether they were trained on one split: "same", "unknown" or "different".
-        statistics: How far their running statistics differ; None if the networks differ.
+        split: Whether the checkpoints were trained on one split: "same", "unknown" or "different".
+        statistics: Differences of the running statistics; None if the networks differ.
         geometry: Norms of task vectors or weights; None if the networks differ.
         pairs: All pairs in order; empty if the networks differ.
         measured: Number of pairs with curves.
-        samples: Number of samples the curves were measured on; None if none was measured.
-        cost: What the checkpoints take in memory, on disk and in time.
+        samples: Number of samples that curves were measured on; None without curves.
+        cost: Memory, disk space and learning time of the checkpoints.
         findings: All problems and warnings, as ("problem" | "warning", text).
     """
 
@@ -80,7 +80,7 @@ class Soupability:
 
     @property
     def soupable(self) -> bool:
-        """Whether there is no problem."""
+        """Whether the checkpoints can be mixed: no problem was detected."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
@@ -122,15 +122,16 @@ def check(
     or more than 5 while the clean barrier exceeds half of log(classes) less the mean loss of the
     ends. More than 5 points alone, a barrier above a quarter, and robust accuracy 10 points below
     the line are warnings. A barrier alone is no problem: the soup of a confident and an unsure
-    network is unsure but correct. Differences of running statistics are reported, not evaluated.
+    network is unsure but correct. Differences of running statistics are reported, but never a
+    problem.
 
     Args:
         checkpoints: At least one checkpoint or path.
         data: Samples to measure the loss between the checkpoints on. Nothing is selected on them,
             so any split is allowed.
         threat: Threat to evaluate under, besides clean inputs.
-        base: The checkpoint they were fine-tuned from; by default the common ancestor in their
-            records, if its file is next to them.
+        base: The checkpoint that the others were fine-tuned from; by default the common ancestor
+            in their records, if its file is next to one of them.
         samples: Evaluate on the first `samples` samples (all, if there are fewer).
         network: The module to run, if the files do not record their network; it is not changed.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
@@ -141,7 +142,7 @@ def check(
         All measurements, problems and warnings.
 
     Raises:
-        CheckpointError: No checkpoint was given, or a file is missing or broken.
+        CheckpointError: There is no checkpoint, or a file is missing or broken.
         IngredientMismatch: The base is another network.
         ModelError: The network does not fit the data.
         RequestError: Fewer than 1 sample or pair.
@@ -159,60 +160,84 @@ def check(
         raise CheckpointError(
             "check: got no checkpoint, expected at least one; pass the checkpoints to mix"
         )
-    first = opened[0]
+    result = _compare_files(opened)
+    if result.differences:
+        return result
+    ancestor = _find_ancestor(opened) if base is None else _open_checkpoint(base, network)
+    result = _add_distances(result, opened, ancestor)
+    if data is None:
+        return result
+    subset = data.first(min(samples, len(data)))
+    model = _build_model(opened[0], network, subset, device)
+    measured_pairs = measure_curves(
+        opened,
+        result.pairs,
+        limit=pairs,
+        model=model,
+        data=subset,
+        threat=threat,
+        on_progress=on_progress,
+    )
+    step_seconds = measure_step_seconds(model, subset, threat)
+    measured = sum(bool(pair.curves) for pair in measured_pairs)
+    return replace(
+        result,
+        pairs=measured_pairs,
+        measured=measured,
+        samples=len(subset) if measured else None,
+        cost=replace(result.cost, step_seconds=step_seconds),
+        findings=[*result.findings, *check_curves(opened, measured_pairs, subset)],
+    )
+
+
+def _compare_files(checkpoints: Sequence[Checkpoint]) -> Soupability:
+    """Apply the rules that require neither one network nor data."""
+    first = checkpoints[0]
     differences = {
-        item.name: texts for item in opened[1:] if (texts := list_tensor_differences(first, item))
+        item.name: texts
+        for item in checkpoints[1:]
+        if (texts := list_tensor_differences(first, item))
     }
-    duplicates, split = group_duplicates(opened), compare_splits(opened)
-    findings = [
-        *check_count(opened),
-        *check_same_network(opened, differences),
-        *check_duplicates(opened, duplicates),
-        *check_split(opened, split),
-        *check_statistics(opened),
-    ]
-    statistics, geometry, step_seconds = None, None, None
-    all_pairs: list[Pair] = []
-    subset = None if data is None else data.first(min(samples, len(data)))
-    if not differences:
-        statistics = compare_running_statistics(opened)
-        ancestor = _find_ancestor(opened) if base is None else _open_checkpoint(base, network)
-        geometry, all_pairs = measure_geometry(opened, ancestor)
-        findings += check_constant_buffers(opened)
-        findings += check_ancestor(opened, geometry, all_pairs)
-        if subset is not None:
-            model = _build_model(first, network, subset, device)
-            all_pairs = measure_curves(
-                opened,
-                all_pairs,
-                limit=pairs,
-                model=model,
-                data=subset,
-                threat=threat,
-                on_progress=on_progress,
-            )
-            findings += check_curves(opened, all_pairs, subset)
-            step_seconds = measure_step_seconds(model, subset, threat)
-    measured = sum(bool(pair.curves) for pair in all_pairs)
+    duplicates, split = group_duplicates(checkpoints), compare_splits(checkpoints)
     return Soupability(
-        names=tuple(item.name for item in opened),
+        names=tuple(item.name for item in checkpoints),
         differences=differences,
         duplicates=duplicates,
         split=split,
-        statistics=statistics,
-        geometry=geometry,
-        pairs=all_pairs,
-        measured=measured,
-        samples=len(subset) if subset is not None and measured else None,
-        cost=measure_cost(opened, step_seconds),
-        findings=findings,
+        statistics=None,
+        geometry=None,
+        pairs=[],
+        measured=0,
+        samples=None,
+        cost=measure_cost(checkpoints, None),
+        findings=[
+            *check_count(checkpoints),
+            *check_same_network(checkpoints, differences),
+            *check_duplicates(checkpoints, duplicates),
+            *check_split(checkpoints, split),
+            *check_statistics(checkpoints),
+        ],
     )
+
+
+def _add_distances(
+    result: Soupability, checkpoints: Sequence[Checkpoint], ancestor: Checkpoint | None
+) -> Soupability:
+    """Add running statistics, geometry and pairs, for checkpoints of one network."""
+    statistics = compare_running_statistics(checkpoints)
+    geometry, pairs = measure_geometry(checkpoints, ancestor)
+    findings = [
+        *result.findings,
+        *check_constant_buffers(checkpoints),
+        *check_ancestor(checkpoints, geometry, pairs),
+    ]
+    return replace(result, statistics=statistics, geometry=geometry, pairs=pairs, findings=findings)
 
 
 def _open_checkpoint(
     item: Checkpoint | str | os.PathLike[str], network: nn.Module | None
 ) -> Checkpoint:
-    """Open a checkpoint under the network's own names, with parameters told from buffers."""
+    """Open a checkpoint; with a network, use its tensor names and its list of parameters."""
     opened = Checkpoint.open(item)
     return opened if network is None else opened.described_by(network)
 

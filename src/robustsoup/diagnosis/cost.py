@@ -1,4 +1,4 @@
-"""Memory of the ingredients of a soup, and the time of one step of learning its coefficients."""
+"""Memory and disk space of the ingredients of a soup, and the time of one learning step."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class Cost:
-    """What the ingredients of a soup take in memory, on disk and in time.
+    """Memory, disk space and learning time of the ingredients of a soup.
 
     Attributes:
         bytes: Bytes of each checkpoint's tensors.
@@ -41,7 +41,7 @@ class Cost:
 
 
 def measure_cost(checkpoints: Sequence[Checkpoint], step_seconds: float | None) -> Cost:
-    """Add up bytes in memory and on disk; `step_seconds` is passed through."""
+    """Measure bytes in memory and on disk; `step_seconds` is passed through."""
     first = checkpoints[0]
     layers = {
         name: first.tensors[name].nbytes for name in first.parameters if name in first.tensors

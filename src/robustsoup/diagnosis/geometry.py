@@ -40,7 +40,7 @@ def measure_geometry(
 
     Args:
         checkpoints: Checkpoints of one network.
-        base: The checkpoint they were fine-tuned from, or None.
+        base: The checkpoint that the others were fine-tuned from, or None.
 
     Returns:
         The norms, and all pairs in order, without curves.
@@ -80,7 +80,7 @@ def gram_matrix(
     """Compute the inner products of theta_1 - r, ..., theta_n - r and r itself.
 
     Works on a few rows of each tensor at a time, so that about MAX_NUMBERS_IN_MEMORY numbers are
-    in memory whatever n and the size of the network.
+    in memory, regardless of n and of the size of the network.
 
     Args:
         checkpoints: n checkpoints theta_i of one network.

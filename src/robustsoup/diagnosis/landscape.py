@@ -26,16 +26,16 @@ from robustsoup.soups.mixing import check_buffer_policy, mix
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import measure_robust_loss
 
-Cell = TypeVar("Cell")
+GridValue = TypeVar("GridValue")
 
 GRID_START, GRID_END = -0.2, 1.2
 """Ends of the grid, in multiples of ||w2 - w0|| along x and of the height of w1 along y."""
 MIN_RELATIVE_HEIGHT = 1e-4
-"""Networks are collinear if w1 is nearer to the line w0 w2 than this part of the longest side."""
+"""Networks count as collinear if the height of w1 is below this fraction of the longest side."""
 
 
 @dataclass(frozen=True)
-class Plane:
+class WeightPlane:
     """The plane through w0, w1 and w2, with w0 at the origin and w2 on the x axis.
 
     Lengths are Euclidean over the parameters.
@@ -57,8 +57,8 @@ class Plane:
 
     def axes(self, points: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Space `points` coordinates evenly along x and along y, from GRID_START to GRID_END."""
-        shares = torch.linspace(GRID_START, GRID_END, points, dtype=torch.float64)
-        return tuple((shares * self.width).tolist()), tuple((shares * self.height).tolist())
+        fractions = torch.linspace(GRID_START, GRID_END, points, dtype=torch.float64)
+        return tuple((fractions * self.width).tolist()), tuple((fractions * self.height).tolist())
 
     def alpha(self, x: float, y: float) -> tuple[float, float, float]:
         """Compute the coefficients of w0, w1, w2 at a point; they sum to 1 and may be negative."""
@@ -67,7 +67,7 @@ class Plane:
         return 1 - alpha_1 - alpha_2, alpha_1, alpha_2
 
 
-def plane_through(checkpoints: Sequence[Checkpoint]) -> Plane:
+def plane_through(checkpoints: Sequence[Checkpoint]) -> WeightPlane:
     """Compute the plane through three checkpoints from the inner products of their differences.
 
     Args:
@@ -78,7 +78,7 @@ def plane_through(checkpoints: Sequence[Checkpoint]) -> Plane:
 
     Raises:
         CoefficientError: There are not three checkpoints, or they lie on one line.
-        IngredientMismatch: The checkpoints are not of one network.
+        IngredientMismatch: The checkpoints belong to different networks.
 
     Source: Garipov et al. 2018, arXiv:1802.10026, section 3: u = (w2 - w0) / ||w2 - w0||; v is
         w1 - w0 without its component along u.
@@ -98,7 +98,7 @@ def plane_through(checkpoints: Sequence[Checkpoint]) -> Plane:
             f"plane: {', '.join(item.name for item in checkpoints)} lie on one line (or two are "
             "equal), so they define no plane; choose three that were fine-tuned differently"
         )
-    return Plane(width, foot, height)
+    return WeightPlane(width, foot, height)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Landscape:
 
     Attributes:
         checkpoints: Names of w0, w1 and w2.
-        x: Coordinates along x, as in Plane.
+        x: Coordinates along x, as in WeightPlane.
         y: Coordinates along y.
         positions: (x, y) of the three checkpoints.
         loss: (len(y), len(x)) mean loss in nats under attack; None where not finite.
@@ -140,7 +140,7 @@ class Landscape:
     precision: str
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the landscape as one JSON file, whole or not at all."""
+        """Write the landscape atomically as one JSON file."""
         write_text(Path(path), json.dumps(asdict(self)))
         return Path(path)
 
@@ -149,7 +149,7 @@ class Landscape:
         """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: The file is missing or holds anything else.
+            CheckpointError: The file is missing or holds no landscape.
         """
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
@@ -176,11 +176,12 @@ def landscape(
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Landscape:
-    """Measure clean and robust loss of points x points networks on the plane through three others.
+    """Measure clean and robust loss on a grid in the plane through three networks.
 
-    Every point is an affine mix of the three checkpoints. All points are evaluated on the same
-    samples, under the training form of APGD: the highest loss of every sample counts, including
-    samples that are already misclassified. Losses and accuracies are computed in float32.
+    The grid has points x points points, each an affine mix of the three checkpoints. All points are
+    evaluated on the same samples, under the training form of APGD: the highest loss of every sample
+    counts, including samples that are already misclassified. Losses and accuracies are computed in
+    float32.
 
     Args:
         checkpoints: Three checkpoints of one network, or their paths.
@@ -198,7 +199,7 @@ def landscape(
         seed: Seed of the samples and of recalibration.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         precision: Precision of the attack: "auto", "float32" or "bfloat16".
-        state_path: File that holds the finished points, so that an interrupted run resumes.
+        state_path: File for the finished points; an interrupted run resumes from it.
         on_progress: Receives the number of finished points and their total.
 
     Returns:
@@ -236,7 +237,7 @@ def landscape(
         network_fingerprint(model),
         *(item.digest for item in opened),
     ]
-    where = resolve_device(device)
+    resolved = resolve_device(device)
     evaluator = _PlaneEvaluator(
         settings=settings,
         plane=plane,
@@ -245,8 +246,8 @@ def landscape(
         calibrate_on=calibrate_on,
         network=network,
         # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
-        model=model.to(where, memory_format=torch.channels_last),
-        data=subset.to(where),
+        model=model.to(resolved, memory_format=torch.channels_last),
+        data=subset.to(resolved),
     )
     saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
     return evaluator.measure_grid(saved, on_progress)
@@ -268,7 +269,7 @@ class _PlaneEvaluator:
     """
 
     settings: LandscapeSettings
-    plane: Plane
+    plane: WeightPlane
     checkpoints: Sequence[Checkpoint]
     base: Checkpoint | None
     calibrate_on: Split | None
@@ -277,7 +278,7 @@ class _PlaneEvaluator:
     data: Split
 
     def measure_grid(self, saved: SavedState, on_progress: Progress | None) -> Landscape:
-        """Measure all points; resumes from the saved state and saves it from time to time."""
+        """Measure all points; resume from the saved state, and save the state regularly."""
         settings, columns = self.settings, self.settings.points
         x, y = self.plane.axes(columns)
         points = [(u, v) for v in y for u in x]
@@ -344,6 +345,6 @@ def _split_losses(losses: Sequence[float], columns: int) -> tuple[tuple[float | 
     return _split_rows([loss if math.isfinite(loss) else None for loss in losses], columns)
 
 
-def _split_rows(values: Sequence[Cell], columns: int) -> tuple[tuple[Cell, ...], ...]:
+def _split_rows(values: Sequence[GridValue], columns: int) -> tuple[tuple[GridValue, ...], ...]:
     starts = range(0, len(values), columns)
     return tuple(tuple(values[start : start + columns]) for start in starts)

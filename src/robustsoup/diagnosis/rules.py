@@ -1,4 +1,4 @@
-"""Rules that decide whether checkpoints can be mixed: each yields its problems and warnings."""
+"""Rules that decide whether checkpoints can be mixed; each rule yields problems and warnings."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,16 @@ from robustsoup.soups.batchnorm import running_statistics
 from robustsoup.threats import CLEAN
 
 MAX_RELATIVE_BARRIER = 0.5
-"""High barriers exceed this fraction of the loss range: log(classes) less the loss of the ends."""
+"""A barrier is high above this fraction of the loss range: log(classes) less the ends' loss."""
 MAX_ACCURACY_DROP = 0.10
-"""Clean accuracy this far below the chord means two basins; half of it, if the barrier is high."""
+"""A larger drop of clean accuracy below the chord means two basins; half, at a high barrier."""
 MIN_WEIGHT_COSINE = 0.9
-"""Networks whose weights have a lower cosine were probably not fine-tuned from one checkpoint."""
+"""Networks with a lower cosine of weights were probably not fine-tuned from one checkpoint."""
 MIN_SAMPLES_TO_CALL_GUESSING = 50
 MAX_LISTED_DIFFERENCES = 10
 
 Finding = tuple[Literal["problem", "warning"], str]
-"""A problem means that the checkpoints cannot be mixed; a warning, that mixing them is doubtful."""
+"""Kind and text. With a problem, checkpoints cannot be mixed; with a warning, a mix is doubtful."""
 SplitAgreement = Literal["same", "unknown", "different"]
 
 
@@ -49,7 +49,7 @@ def group_duplicates(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
 
 
 def compare_splits(checkpoints: Sequence[Checkpoint]) -> SplitAgreement:
-    """Compare the splits that checkpoints were trained on; "unknown" if one has no record of it."""
+    """Compare the training splits of checkpoints; "unknown" if one is not recorded."""
     records = [item.provenance.get("data") for item in checkpoints]
     splits = {_split_digests(record) for record in records if record}
     if len(splits) > 1 or any(split == "several" for _, split in splits):
@@ -70,8 +70,9 @@ def check_same_network(
 ) -> Iterator[Finding]:
     """Reject checkpoints whose tensors differ from the first one's in name, shape or dtype."""
     for name, texts in differences.items():
-        rest = len(texts) - MAX_LISTED_DIFFERENCES
-        listed = "; ".join(texts[:MAX_LISTED_DIFFERENCES]) + (f"; and {rest} more" * (rest > 0))
+        unlisted = len(texts) - MAX_LISTED_DIFFERENCES
+        listed = "; ".join(texts[:MAX_LISTED_DIFFERENCES])
+        listed += f"; and {unlisted} more" if unlisted > 0 else ""
         yield _problem(
             f"{name}: not the same network as {checkpoints[0].name}, {len(texts)} tensors differ: "
             f"{listed}. Mix only checkpoints of one architecture, saved in one dtype"
@@ -149,7 +150,7 @@ def _check_batch_counters(item: Checkpoint, values: dict[str, Tensor]) -> Iterat
     if initial:
         yield _problem(
             f"{item.name}: {_join_first_names(initial)}: got 0 batches, mean 0 and variance 1 "
-            "(never tracked), expected statistics of training; they may have been lost on saving. "
+            "(never tracked), expected statistics of training; saving may have lost them. "
             "Mix it with --buffers recalibrate"
         )
     elif untracked:
@@ -161,7 +162,7 @@ def _check_batch_counters(item: Checkpoint, values: dict[str, Tensor]) -> Iterat
 
 
 def check_constant_buffers(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    """Warn where buffers that are not averaged differ; a soup has the first checkpoint's."""
+    """Warn where buffers differ that are not averaged but copied from the first checkpoint."""
     first = checkpoints[0]
     constants = sorted(
         set(first.tensors)
@@ -177,7 +178,7 @@ def check_constant_buffers(checkpoints: Sequence[Checkpoint]) -> Iterator[Findin
                 "is not averaged, so a soup takes the first checkpoint's. If it normalises the "
                 "input, the networks expect different inputs"
             )
-        expected, got = (one.provenance.get("network") for one in (first, item))
+        expected, got = (checkpoint.provenance.get("network") for checkpoint in (first, item))
         if expected and got and got.get("normalize") != expected.get("normalize"):
             yield _warning(
                 f"{item.name}: normalises its input by {got.get('normalize')}, {first.name} by "
@@ -189,14 +190,14 @@ def check_constant_buffers(checkpoints: Sequence[Checkpoint]) -> Iterator[Findin
 def check_ancestor(
     checkpoints: Sequence[Checkpoint], geometry: Geometry, pairs: Sequence[Pair]
 ) -> Iterator[Finding]:
-    """Warn where no common ancestor is known or available."""
+    """Warn if no common ancestor is known, or its file is not available."""
     if geometry.base is not None or len(checkpoints) == 1:
         return
     ancestor = _recorded_ancestor(checkpoints)
     if ancestor is not None:
         yield _warning(
             f"the records name a common ancestor, {ancestor}, but its file is not next to the "
-            "checkpoints: distances are of the weights, not of what fine-tuning changed; pass it "
+            "checkpoints, so distances are between weights, not between task vectors; pass it "
             "with --base"
         )
         return
@@ -226,7 +227,7 @@ def _check_cosines(checkpoints: Sequence[Checkpoint], pairs: Sequence[Pair]) -> 
 def check_curves(
     checkpoints: Sequence[Checkpoint], pairs: Sequence[Pair], data: Split
 ) -> Iterator[Finding]:
-    """Reject pairs in two loss basins; warn about networks that guess and about weak soups."""
+    """Reject pairs in different loss basins; warn about networks that guess and weak soups."""
     guessing: set[int] = set()
     for pair in pairs:
         if not pair.curves:
@@ -326,5 +327,5 @@ def _is_guessing(accuracy: float, data: Split) -> bool:
 
 def _join_first_names(names: Sequence[str]) -> str:
     """Join the first three names and count the rest."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+    unlisted = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + unlisted

@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm: how far those of several checkpoints differ."""
+"""Differences of the running statistics of several checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from robustsoup.soups.batchnorm import running_statistics
 
 @dataclass(frozen=True)
 class RunningStatistics:
-    """How far the running statistics of several checkpoints differ.
+    """Differences of the running statistics of several checkpoints.
 
     Attributes:
         layers: Number of layers that have running statistics.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from robustsoup.errors import RecipeError
 from robustsoup.recipes.recipe import Recipe
 from robustsoup.recipes.sections import (
-    PUBLISHED,
+    PUBLISHED_PREFIX,
     EarlyStopSection,
     Evaluate,
     Ingredient,
@@ -64,8 +64,8 @@ def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
 
     Args:
         content: The parsed TOML.
-        where: Names the recipe in errors.
-        folder: What paths in the recipe are relative to.
+        where: Name of the recipe in error messages.
+        folder: Folder that paths in the recipe are relative to.
 
     Raises:
         RecipeError: Names the key and the problem.
@@ -78,7 +78,7 @@ def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
 
 
 def with_files(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
-    """Replace published checkpoints, "robustbench:NAME", by paths.
+    """Replace published checkpoints ("robustbench:NAME") with paths.
 
     Args:
         recipe: A recipe.
@@ -86,9 +86,9 @@ def with_files(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
     """
 
     def path_of(checkpoint: str | None) -> str | None:
-        if checkpoint is None or not checkpoint.startswith(PUBLISHED):
+        if checkpoint is None or not checkpoint.startswith(PUBLISHED_PREFIX):
             return checkpoint
-        return locate(checkpoint.removeprefix(PUBLISHED))
+        return locate(checkpoint.removeprefix(PUBLISHED_PREFIX))
 
     return _map_checkpoints(recipe, path_of)
 
@@ -157,7 +157,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return str((folder / Path(path).expanduser()).resolve())
 
     def absolute_checkpoint(path: str | None) -> str | None:
-        return path if path is None or path.startswith(PUBLISHED) else absolute(path)
+        return path if path is None or path.startswith(PUBLISHED_PREFIX) else absolute(path)
 
     updates: dict[str, Any] = {}
     kind, colon, place = recipe.data.partition(":")
@@ -196,7 +196,7 @@ def _describe_first_error(error: ValidationError) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:
-    """Return the valid keys of the table at a place in a recipe."""
+    """Return the valid keys of the table at a location in a recipe."""
     if not location:
         return Recipe.model_fields
     if location[-1] == "early_stop":

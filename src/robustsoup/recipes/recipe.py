@@ -1,4 +1,4 @@
-"""A whole recipe: its tables, and the checks across them."""
+"""The recipe: all tables together, and the checks across them."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -55,7 +55,7 @@ class Recipe(Section):
         0, ge=0, lt=SEED_LIMIT, description="Seed of the split and of tables without their own."
     )
     image_size: int | None = Field(
-        None, ge=8, description="Side of the images of a folder in pixels."
+        None, ge=8, description="Side length of the images of a folder, in pixels."
     )
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = Field(
         None, description="Mean and standard deviation by channel that the network expects."
@@ -64,24 +64,27 @@ class Recipe(Section):
         "auto", description="Arithmetic of training, learning, screening and planes."
     )
     allow_leakage: bool = Field(
-        False, description="Accept checkpoints that were trained on samples that evaluate them."
+        False, description="Accept checkpoints that were trained on samples used to evaluate them."
     )
     protocol: Annotated[str, AfterValidator(one_of(("split", "paper")))] = Field(
         "split", description="split selects on val; paper fits on val too and selects on test."
     )
     checkpoint: str | None = Field(
-        None, description="Checkpoint that ingredients are fine-tuned from, instead of [pretrain]."
+        None, description="Checkpoint to fine-tune ingredients from, instead of [pretrain]."
     )
     pretrain: Pretrain | None = Field(None, description="Training from fresh weights.")
     finetune: Training = Field(Training(), description="How ingredients are fine-tuned.")
     ingredients: dict[str, Ingredient] = Field(
-        min_length=1, description="The ingredients: paths of checkpoints, or what to train."
+        min_length=1,
+        description="The ingredients: paths of checkpoints, or tables of training settings.",
     )
     soups: dict[str, Soup] = Field(_NO_SOUPS, description="The soups.")
     planes: dict[str, Plane] = Field(_NO_PLANES, description="Planes of loss values.")
     evaluate: Evaluate = Field(Evaluate(), description="How networks are evaluated.")
-    select: Select | None = Field(None, description="Which soup to choose; none if absent.")
-    report: Report = Field(Report(), description="What to draw.")
+    select: Select | None = Field(
+        None, description="Which soup to choose; no soup is chosen without this table."
+    )
+    report: Report = Field(Report(), description="Which figures to draw.")
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +125,7 @@ class Recipe(Section):
         self._check_measures()
         return self
 
-    # What the tables mean.
+    # Derived values.
 
     @property
     def select_on(self) -> str:
@@ -148,13 +151,13 @@ class Recipe(Section):
 
     @property
     def measures(self) -> list[str]:
-        """What evaluations measure: "clean", each threat, and "union" for several threats."""
+        """The evaluated measures: "clean", each threat, and "union" for several threats."""
         threats = dict.fromkeys(str(t) for t in self.evaluate.threats if not t.is_clean)
         return ["clean", *threats, *(["union"] if len(threats) > 1 else [])]
 
     @property
     def default_measure(self) -> str:
-        """The measure that is maximised unless the recipe names one: the first threat."""
+        """The measure to maximise unless the recipe names one: the first threat."""
         return str(next(iter(self.evaluate.threats), "clean"))
 
     @property
@@ -163,20 +166,20 @@ class Recipe(Section):
         return None if self.select is None else self.select.goal(self.default_measure)
 
     def training(self, name: str, *, precision: str = "auto") -> TrainSettings:
-        """Return how an ingredient is trained: [finetune] with the ingredient's own values.
+        """Return the training settings of an ingredient: [finetune] with the ingredient's values.
 
         Raises:
-            RequestError: The values do not go together.
+            RequestError: The values contradict each other.
         """
         overrides = self.ingredients[name].overrides()
         return self.finetune.settings(seed=self.seed, precision=precision, overrides=overrides)
 
     def ingredients_of(self, soup: Soup) -> tuple[str, ...]:
-        """Return the names of a soup's ingredients: all of the recipe unless it names some."""
+        """Return the names of a soup's ingredients; by default all ingredients of the recipe."""
         return soup.ingredients or tuple(self.ingredients)
 
     def threats_of(self, soup: Soup) -> tuple[ThreatModel, ...]:
-        """Return the threats that soups are learned against, by default the base's."""
+        """Return the threats to learn soups against; by default the threat of the base."""
         return soup.threats or (self.base_threat,)
 
     def score_of(self, soup: Soup) -> Score:
@@ -255,10 +258,10 @@ class Recipe(Section):
 
     def _check_known_networks(self, place: str, names: Iterable[str]) -> None:
         base = [PRETRAINED] if self.pretrain or self.checkpoint else []
-        known = sorted([*self.ingredients, *base])
+        networks = sorted([*self.ingredients, *base])
         for name in names:
-            if name not in known:
-                raise ValueError(f'{place}: "{name}" is unknown{suggest(name, known)}')
+            if name not in networks:
+                raise ValueError(f'{place}: "{name}" is unknown{suggest(name, networks)}')
 
     def _check_soup(self, name: str, soup: Soup) -> None:
         names = soup.ingredients or ()
@@ -344,12 +347,12 @@ class Recipe(Section):
 
 
 def slug(text: str) -> str:
-    """Return text for a file name: "Linf 8/255" -> "linf-8-255"."""
+    """Convert text into a part of a file name: "Linf 8/255" -> "linf-8-255"."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def threat_slug(threat: ThreatModel) -> str:
-    """Return a threat for a file name: "L1 12.0" -> "l1-12"."""
+    """Convert a threat into a part of a file name: "L1 12.0" -> "l1-12"."""
     return slug(str(threat).removesuffix(".0"))
 
 
@@ -392,17 +395,18 @@ _SOUP_NAMES: Mapping[str, Callable[[Recipe, str], list[str]]] = {
 
 def _expand_ingredient(name: str, table: Any, default_epochs: Any) -> list[tuple[str, Any]]:
     """Return the ingredients that a table stands for: itself, or one for each checkpoint."""
-    every = table.get("checkpoint_every") if isinstance(table, dict) else None
-    if not isinstance(every, int) or every < 1 or "epoch" in table:
+    interval = table.get("checkpoint_every") if isinstance(table, dict) else None
+    if not isinstance(interval, int) or interval < 1 or "epoch" in table:
         return [(name, table)]
     epochs = table.get("epochs", default_epochs)
-    if not isinstance(epochs, int) or epochs % every:
+    if not isinstance(epochs, int) or epochs % interval:
         raise ValueError(
-            f"ingredients.{name}.checkpoint_every: got {every}, "
+            f"ingredients.{name}.checkpoint_every: got {interval}, "
             f"expected a divisor of its {epochs} epochs"
         )
     return [
-        (f"{name}-{epoch}", {**table, "epoch": epoch}) for epoch in range(every, epochs + 1, every)
+        (f"{name}-{epoch}", {**table, "epoch": epoch})
+        for epoch in range(interval, epochs + 1, interval)
     ]
 
 

@@ -2,8 +2,8 @@
 
 The keys that a table shares with a Python function are declared once, as the fields of a settings
 class in `robustsoup.settings`; `declares` adds them to the table with their types, defaults and
-ranges. What only a recipe has (ingredients, methods, files) is declared here. A validated table
-holds parsed values: a threat is a ThreatModel, a requirement a Requirement.
+ranges. Keys that only recipes have (ingredients, methods, files) are declared here. A validated
+table holds parsed values: a threat is a ThreatModel, a requirement a Requirement.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
 
 Figure = Literal["ternary", "lines", "tradeoff", "curves", "landscape", "coefficients"]
-PUBLISHED = "robustbench:"
-"""Prefix of a checkpoint that is named as `robustsoup fetch` names it, not by a path."""
+PUBLISHED_PREFIX = "robustbench:"
+"""Prefix of published checkpoints, which `robustsoup fetch` downloads; others are paths."""
 
 S = TypeVar("S")
 T = TypeVar("T", bound="Section")
@@ -68,7 +68,7 @@ class Section(BaseModel):
         return seed if self["seed"] is None else self["seed"]
 
 
-# Values: text in the file, an object in the recipe.
+# Types of values: text in the file, an object in the recipe.
 
 
 def raises_value_error(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -108,9 +108,9 @@ def _check_granularity(text: str) -> str:
     return text
 
 
-def one_of(known: Iterable[str]) -> Callable[[str], str]:
-    """Return a validator that accepts the names in `known` alone."""
-    names = list(known)
+def one_of(allowed: Iterable[str]) -> Callable[[str], str]:
+    """Return a validator that accepts only the names in `allowed`."""
+    names = list(allowed)
 
     def check_name(name: str) -> str:
         if name not in names:
@@ -122,15 +122,15 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
 
 def _check_method(name: str) -> str:
     if SOUP_METHODS.find(name) is None:
-        known = ", ".join(SOUP_METHODS.all_entries())
-        raise ValueError(f'got "{name}", expected one of {known}')
+        methods = ", ".join(SOUP_METHODS.all_entries())
+        raise ValueError(f'got "{name}", expected one of {methods}')
     return name
 
 
 def _check_attack(name: str) -> str:
     if ":" not in name and ATTACKS.find(name) is None:
-        known = ", ".join(ATTACKS.all_entries())
-        raise ValueError(f'got "{name}", expected one of {known}, or package.module:function')
+        attacks = ", ".join(ATTACKS.all_entries())
+        raise ValueError(f'got "{name}", expected one of {attacks}, or package.module:function')
     return name
 
 
@@ -164,7 +164,7 @@ _VALUE_TYPES: dict[str, Any] = {
     "require": tuple[RequirementValue, ...],
     "maximise": MeasureValue | None,
 }
-"""Types of fields that are text in a file, where the settings class allows more."""
+"""Types of fields whose values are text in a file but objects in the settings class."""
 
 
 def _check_range(rule: Rule) -> Callable[[Any], Any]:
@@ -192,8 +192,8 @@ def declares(
         settings_type: The settings class.
         only: Names of the fields to add; all by default.
         omit: Names of fields to leave out.
-        rename: Keys in the recipe for fields that are called differently there.
-        optional: Keys that may be left out because something else supplies the value; "*" for all.
+        rename: Key in the recipe of each field that has another name there.
+        optional: Keys that default to None because another table supplies the value; "*" for all.
         defaults: Defaults that differ from those of the settings class.
 
     Returns:
@@ -233,10 +233,10 @@ def settings_from(section: Section, settings_type: type[S], **values: Any) -> S:
     Args:
         section: A table that declares the fields of the settings class.
         settings_type: The settings class.
-        **values: Values that the table does not have under the names of the settings class.
+        **values: Fields that the table lacks or that override its values.
 
     Raises:
-        RequestError: The values do not go together.
+        RequestError: The values contradict each other.
     """
     for field in dataclasses.fields(settings_type):  # type: ignore[arg-type]
         if field.name not in values and field.name in type(section).model_fields:
@@ -294,7 +294,7 @@ class Training(Section):
             overrides: Values of an ingredient, which replace those of the table.
 
         Raises:
-            RequestError: The values do not go together.
+            RequestError: The values contradict each other.
         """
         values = {"seed": self.seed_or(seed), "precision": precision} | dict(overrides or {})
         return settings_from(self, TrainSettings, **values)
@@ -302,7 +302,7 @@ class Training(Section):
 
 @raises_value_error
 def check_training(settings: TrainSettings) -> None:
-    """Raise ValueError if the objective cannot smooth labels and the settings ask for it."""
+    """Raise ValueError if the settings smooth labels but the objective does not support that."""
     Objective.parse(settings.objective).with_label_smoothing(settings.label_smoothing)
 
 
@@ -317,7 +317,7 @@ class Pretrain(Training):
     optional=("*",),
 )
 class Ingredient(Section):
-    """A checkpoint, or what differs from [finetune] for a network that the run trains.
+    """A checkpoint, or a network that the run trains, with its differences from [finetune].
 
     `checkpoint_every = k` makes one ingredient of every k-th epoch: `run = { epochs = 50,
     checkpoint_every = 10 }` stands for run-10, run-20, ..., run-50, each with its `epoch`.
@@ -327,9 +327,13 @@ class Ingredient(Section):
         None, description="A file, or robustbench:NAME; such an ingredient is not trained."
     )
     checkpoint_every: int | None = Field(
-        None, ge=1, description="Epochs between checkpoints, each of which is an ingredient."
+        None,
+        ge=1,
+        description="Epochs between checkpoints; every checkpoint becomes an ingredient.",
     )
-    epoch: int | None = Field(None, ge=1, description="The epoch that this ingredient is of.")
+    epoch: int | None = Field(
+        None, ge=1, description="Epoch of the run that this ingredient is taken from."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "Ingredient":
@@ -351,11 +355,11 @@ class Ingredient(Section):
 
     def overrides(self) -> dict[str, Any]:
         """Return the training settings that the ingredient sets itself."""
-        own = ("checkpoint", "checkpoint_every", "epoch")
+        other_keys = ("checkpoint", "checkpoint_every", "epoch")
         return {
             key: value
             for key in type(self).model_fields
-            if key not in own and (value := getattr(self, key)) is not None
+            if key not in other_keys and (value := getattr(self, key)) is not None
         }
 
 
@@ -373,7 +377,7 @@ METHOD_KEYS = {
     "learned": _LEARNED_KEYS | {"objectives", "early_stop"},
     "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
 }
-"""The keys of [soups.X] that have a meaning with each method; others take those of "grid"."""
+"""The valid keys of [soups.X] by method; methods that are not listed take those of "grid"."""
 
 
 @declares(
@@ -386,23 +390,24 @@ METHOD_KEYS = {
 @declares(SearchSettings, only=("step", "max_soups", "score"))
 @declares(BufferSettings, only=("buffers", "calibrate_samples", "calibrate_threat"))
 class Soup(Section):
-    """One family of soups of the same ingredients. Keys of other methods are refused."""
+    """A family of soups of the same ingredients. Keys of other methods are refused."""
 
     method: Annotated[str, AfterValidator(_check_method)] = Field(
-        description=f"How coefficients are found: {', '.join(SOUP_METHODS)}."
+        description=f"Method that determines the coefficients: {', '.join(SOUP_METHODS)}."
     )
     ingredients: tuple[str, ...] | None = Field(
         None, description="Names of the ingredients; all by default."
     )
     threats: tuple[ThreatValue, ...] = Field(
-        (), description="Threat models to learn a soup against, each; by default the base's."
+        (),
+        description="Threat models; one soup is learned against each. By default the base's.",
     )
     objectives: tuple[ObjectiveValue, ...] = Field(
-        ("ce",), description="Objectives to learn a soup with, each."
+        ("ce",), description="Objectives; one soup is learned with each."
     )
     at: tuple[float, ...] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0),
-        description="Positions on a dial, from 0 (robust) to 1 (clean), each a soup.",
+        description="Positions on a dial, from 0 (robust) to 1 (clean); one soup for each.",
     )
 
     @field_validator("at")
@@ -424,7 +429,7 @@ class Soup(Section):
 
     @property
     def settable(self) -> set[str]:
-        """The keys that have a meaning with the table's method."""
+        """The valid keys for the table's method."""
         return METHOD_KEYS.get(self.method, _GRID_KEYS)
 
     def search_settings(self) -> SearchSettings:
@@ -432,7 +437,7 @@ class Soup(Section):
         return settings_from(self, SearchSettings, score=None)
 
     def buffer_settings(self, *, seed: int, policy: str) -> BufferSettings:
-        """Return what becomes of BatchNorm's running statistics.
+        """Return the settings of BatchNorm's running statistics.
 
         Args:
             seed: Seed, unless the table sets one.
@@ -444,7 +449,7 @@ class Soup(Section):
     def learn_settings(
         self, threat: ThreatModel, objective: str, *, seed: int, precision: str
     ) -> LearnSettings:
-        """Return how the coefficients of one soup, or of one dial, are learned.
+        """Return the learning settings of one soup or dial.
 
         Args:
             threat: Threat model, one of those of the table.
@@ -467,10 +472,10 @@ class Soup(Section):
 
 @declares(LandscapeSettings, omit=("precision",), optional=("threat", "seed"))
 class Plane(Section):
-    """The plane through three networks of the recipe, and the loss on a grid of its points.
+    """A plane through three networks of the recipe; the loss is measured on a grid of its points.
 
-    `checkpoints` names the network at the origin, one off the x axis, and the one at the end of the
-    x axis (the paper's Fig. 7).
+    `checkpoints` names the network at the origin, the network off the x axis, and the network at
+    the end of the x axis (the paper's Fig. 7).
     """
 
     checkpoints: tuple[str, str, str] = Field(
@@ -485,7 +490,7 @@ class Plane(Section):
         Args:
             threat: Threat model, unless the table sets one.
             seed: Seed, unless the table sets one.
-            samples: Most samples that there are.
+            samples: Number of available samples; limits the number that the table sets.
             precision: Arithmetic of the attack.
         """
         return settings_from(
@@ -501,10 +506,11 @@ class Plane(Section):
 @declares(AttackSettings, optional=("seed",))
 @declares(SearchSettings, only=("screen", "screen_steps"))
 class Evaluate(Section):
-    """How networks are evaluated on the split that selects and on the one that reports.
+    """How networks are evaluated on the split that selects and on the split that reports.
 
-    With `screen`, soups of a grid or line first meet a short attack of `screen_steps` steps and the
-    adversarial points of the ingredients; those that can still win are confirmed in full.
+    With `screen`, soups of a grid or line are first evaluated with a short attack of `screen_steps`
+    steps and the adversarial points of the ingredients; those that can still win are confirmed in
+    full.
     """
 
     threats: tuple[ThreatValue, ...] = Field((LINF_8,), description="Threat models to attack with.")
@@ -541,14 +547,14 @@ class Evaluate(Section):
 
         Args:
             seed: Seed, unless the table sets one.
-            precision: Arithmetic of the search where the table says "auto".
+            precision: Arithmetic of the search if the table sets "auto".
         """
-        own = self["precision"]
+        table_precision = self["precision"]
         return settings_from(
             self,
             AttackSettings,
             seed=self.seed_or(seed),
-            precision=precision if own == "auto" else own,
+            precision=precision if table_precision == "auto" else table_precision,
         )
 
     def short_attack_settings(self, *, seed: int, precision: str) -> AttackSettings:

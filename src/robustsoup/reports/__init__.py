@@ -1,4 +1,4 @@
-"""Figures and the HTML report of a run, from stored results; no network is ever run."""
+"""Figures and the HTML report of a run, drawn from stored results alone."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -43,7 +43,7 @@ FIGURES: dict[str, Callable[[StoredRun], tuple[list[Plot], str]]] = {
     "landscape": draw_landscape,
     "coefficients": draw_coefficients,
 }
-"""The figures that a recipe may request; each returns its plots, and why something is left out."""
+"""Functions that draw the figures of a recipe; each returns its plots, and why any is left out."""
 
 _FIGURE_FILE = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
 
@@ -51,10 +51,10 @@ _FIGURE_FILE = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
 def write_report(folder: Path) -> Path:
     """Draw the figures that folder/results.json requests, and write folder/report.html.
 
-    Each figure is saved in folder/figures as .png (200 dpi), .svg and .pdf, and the coefficients of
-    each soup with a file of them in folder/coefficients as .csv. Figures that do not apply are left
-    out, and the report states the reason. Needs no display and no network, and does not change
-    matplotlib's settings.
+    Each figure is saved in folder/figures as .png (200 dpi), .svg and .pdf. The coefficients of each
+    soup with a file of them are written to folder/coefficients as .csv. Figures that do not
+    apply are left out, and the report states the reason. Requires no display and no network access,
+    and leaves matplotlib's settings unchanged.
 
     Args:
         folder: A folder that `robustsoup run` wrote.
@@ -111,7 +111,7 @@ def _draw_figures(run: StoredRun, names: Iterable[str]) -> tuple[list[Plot], lis
 
 
 def _remove_old_figures(folder: Path, stems: set[str]) -> None:
-    """Remove figures of earlier settings; files that no report writes stay."""
+    """Remove figures that earlier reports drew; other files stay."""
     for path in folder.glob("*.*"):
         if _FIGURE_FILE.fullmatch(path.name) and path.stem not in stems:
             remove_file(path)

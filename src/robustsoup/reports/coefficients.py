@@ -32,7 +32,7 @@ from robustsoup.reports.tables import name_ingredients, name_layer, tabulate_sou
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.coefficients import Coefficients
 
-MAX_COLUMNS = 3
+MAX_SOUP_COLUMNS = 3
 MAX_NAMES = 40
 MAX_LAYER_LETTERS = 34
 MAX_WIDTH, MEASURE_WIDTH = 8.0, 0.5  # inches
@@ -42,7 +42,7 @@ MEASURES = {
     "moved": "how far it moved from the start",
     "slope": "how steep the loss was",
 }
-"""Narrow columns beside the shares, and their names in captions."""
+"""Narrow columns next to the shares, and their names in captions."""
 
 LabelledSoups = Sequence[tuple[str, Coefficients]]
 
@@ -115,7 +115,7 @@ def draw_dial(dials: LabelledSoups, names: Sequence[str], title: str) -> Plot:
 
 
 def _load_soups(rows: Sequence[ResultRow], folder: Path) -> list[tuple[ResultRow, Coefficients]]:
-    """Load the coefficients of rows, as far as they have the first one's layers and ingredients."""
+    """Load the coefficients of the rows with the same layers and ingredients as the first row."""
     soups = [
         (row, Coefficients.load(folder / row.coefficients_file))
         for row in rows
@@ -180,12 +180,12 @@ def _plot_coefficients(
 def _new_coefficient_figure(
     soups: LabelledSoups, scales: "_MeasureScales"
 ) -> tuple[Figure, list[list[SubplotSpec]]]:
-    """Create an empty figure and the places of each soup: its shares, then its measures."""
+    """Create an empty figure, and for each soup the places of its shares and measures."""
     layers, n = _layout_of(soups[0][1])
     is_heat_map = n > len(PALETTE)
     share_width = float(np.clip(0.13 * n, 1.4, 5.4)) if is_heat_map else 1.15
     widths = [share_width, *[MEASURE_WIDTH] * len(scales.measures)]
-    lines = math.ceil(len(soups) / max(1, min(MAX_COLUMNS, int(MAX_WIDTH / sum(widths)))))
+    lines = math.ceil(len(soups) / max(1, min(MAX_SOUP_COLUMNS, int(MAX_WIDTH / sum(widths)))))
     columns = math.ceil(len(soups) / lines)
     height = float(np.clip(0.15 * len(layers), 0.9, 7.5)) + (1.1 if is_heat_map else 0)
     letters = min(MAX_LAYER_LETTERS, max(len(name_layer(layer)) for layer in layers))
@@ -217,7 +217,7 @@ class _MeasureScales:
     """Scales that the soups of a figure share, so that they can be compared.
 
     Attributes:
-        measures: The measures that some soup has.
+        measures: The measures that at least one soup has.
         largest_share: The largest share of an ingredient.
         moved_limit: Right end of the axis "moved".
         slope_decades: Exponents of both ends of the axis "slope"; None if no slope is positive.
@@ -262,7 +262,7 @@ def _find_decades(positive: np.ndarray) -> tuple[int, int] | None:
 def _draw_measure(
     axes: Axes, measure: str, values: np.ndarray, n: int, scales: _MeasureScales
 ) -> None:
-    """Draw one of the narrow columns: a measure (layers,) of a soup of n ingredients."""
+    """Draw a narrow column: a measure (layers,) of a soup of n ingredients."""
     if measure == "entropy":
         _draw_entropy(axes, values, math.log(n))
     elif measure == "moved":

@@ -6,7 +6,7 @@ import numpy as np
 
 NOISE_MARGIN = 0.005
 """Violations below this many nats are noise of the attack and of rounding."""
-_STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))
+_TRIPLE_STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class LossShape:
         triples: Number of triples of neighbours in the triangle.
         violations: Number of triples that violate convexity by more than `margin`.
         worst: The largest violation, in the unit of the loss; 0 if there is none.
-        margin: Violations up to here do not count.
+        margin: Violations up to this value do not count.
     """
 
     minima: tuple[tuple[int, int], ...]
@@ -52,14 +52,14 @@ def survey_loss(
         margin: Smallest violation that counts.
 
     Returns:
-        The counts.
+        The minima and the counts of triples and violations.
     """
     inside = mask_triangle(x, y, triangle) & np.isfinite(loss)
     triples = violations = 0
     worst = 0.0
-    for step in _STEPS:
-        whole = np.logical_and.reduce([_shift_grid(inside, step, k) for k in range(3)])
-        first, middle, last = (_shift_grid(loss, step, k)[whole] for k in range(3))
+    for step in _TRIPLE_STEPS:
+        complete = np.logical_and.reduce([_shift_grid(inside, step, k) for k in range(3)])
+        first, middle, last = (_shift_grid(loss, step, k)[complete] for k in range(3))
         excess = middle - (first + last) / 2
         violating = excess[excess > margin]
         triples, violations = triples + excess.size, violations + violating.size

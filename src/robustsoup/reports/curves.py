@@ -35,10 +35,10 @@ from robustsoup.reports.style import (
     add_footer,
     choose_columns,
     clean_text,
-    describe_attack,
     draw_intervals,
     new_figure,
     number_stem,
+    summarise_attack,
 )
 from robustsoup.reports.tables import Cell, Table
 from robustsoup.reports.tradeoff import INGREDIENT_COLOUR
@@ -61,7 +61,7 @@ def draw_curves(run: StoredRun) -> tuple[list[Plot], str]:
     """
     results = run.results
     plots: list[Plot] = []
-    single: list[str] = []
+    single_soups: list[str] = []
     split = choose_split(results.rows, results.protocol)
     for measure in list_robust_measures(results):
         measured = rows_with_measures(results.rows, split, CLEAN, measure)
@@ -73,13 +73,13 @@ def draw_curves(run: StoredRun) -> tuple[list[Plot], str]:
                     _make_curve_panel(section, curves, measured, results.protocol, measure)
                 )
             else:
-                single.append(section)
+                single_soups.append(section)
         if panels:
             stem = number_stem("curves", len(plots))
             plots.append(_plot_curves(results, panels, PlotScale(split, measure), stem))
     if not plots:
-        return [], "no section has two learned soups, which a curve needs"
-    names = ", ".join(dict.fromkeys(single))
+        return [], "a curve requires a section with two learned soups"
+    names = ", ".join(dict.fromkeys(single_soups))
     return plots, f"{names}: one soup is not a curve" if names else ""
 
 
@@ -106,7 +106,7 @@ class _CurvePanel:
 
     @property
     def label_meaning(self) -> str:
-        """What the numbers on the curves are."""
+        """Meaning of the numbers on the curves."""
         if any(row.at is not None for row in self.rows):
             return "t"
         return "clean weight" if len({row.threat for row in self.rows}) == 1 else "eps"
@@ -156,7 +156,7 @@ def _plot_curves(
         figure, all_axes, f"{clean_text(results.name)}: learned soups against the grid"
     )
     rows = [row for panel in panels for row in panel.rows]
-    attack = describe_attack(results.protocol, scale.split, rows)
+    attack = summarise_attack(results.protocol, scale.split, rows)
     add_footer(
         figure, f"one scale for all panels · {attack} · bars: 95 % Wilson intervals", results
     )

@@ -72,7 +72,7 @@ def place_labels(
 def label_contour(
     axes: Axes, text: str, lines: Iterable[np.ndarray], avoid: np.ndarray
 ) -> np.ndarray:
-    """Write `text` on a contour where it is farthest from other things, if there is room.
+    """Write `text` at the point of a contour that is farthest from `avoid`, if there is room.
 
     Args:
         axes: The axes to write in.

@@ -16,7 +16,7 @@ class LearnedCurve:
     """Learned soups that differ in one setting, in its order.
 
     Attributes:
-        name: What distinguishes the curve from others of its section; "" if it is the only one.
+        name: Name that distinguishes the curve in its section; "" for a single curve.
         labels: The value of the setting for each row.
         rows: The soups.
     """

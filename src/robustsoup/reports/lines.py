@@ -24,15 +24,15 @@ from robustsoup.reports.style import (
     add_footer,
     add_title,
     clean_text,
-    describe_attack,
     draw_intervals,
     new_figure,
     number_stem,
+    summarise_attack,
 )
 from robustsoup.reports.tables import Cell, Table
 from robustsoup.runs.results import ResultRow, Results
 
-MAX_COLUMNS = 4
+MAX_LINE_COLUMNS = 4
 MIN_POINTS = 3
 LINE_COLOUR, END_COLOUR = "#0072B2", "#D55E00"
 GAP_SUMMARY = (
@@ -62,7 +62,7 @@ def draw_lines(run: StoredRun) -> tuple[list[Plot], str]:
                 lines[section] = rows
             else:
                 reasons.append(
-                    f"{section}: needs both ends and a soup between them, measured on {split}"
+                    f"{section}: requires both ends and a soup between them, measured on {split}"
                 )
         if lines:
             scale = PlotScale(split, measure)
@@ -123,7 +123,7 @@ def _second_weight(row: ResultRow) -> float:
 
 
 def _plot_lines(results: Results, lines: Lines, scale: PlotScale, stem: str) -> Plot:
-    columns = 3 if len(lines) == MAX_COLUMNS + 1 else min(MAX_COLUMNS, len(lines))
+    columns = 3 if len(lines) == MAX_LINE_COLUMNS + 1 else min(MAX_LINE_COLUMNS, len(lines))
     panel_rows = math.ceil(len(lines) / columns)
     width = {1: 4.6, 2: 3.8}.get(columns, 3.1)
     figure = new_figure(
@@ -141,10 +141,11 @@ def _plot_lines(results: Results, lines: Lines, scale: PlotScale, stem: str) -> 
         panels.append((axes, rows))
     add_title(figure, f"{clean_text(results.name)}: from one network to another")
     all_rows = [row for rows in lines.values() for row in rows]
+    attack = summarise_attack(results.protocol, scale.split, all_rows)
     add_footer(
         figure,
         "numbers: the weight of the second network · dashed: straight line between the ends · "
-        f"{describe_attack(results.protocol, scale.split, all_rows)} · bars: 95 % Wilson intervals",
+        f"{attack} · bars: 95 % Wilson intervals",
         results,
     )
     for axes, _ in panels:

@@ -52,7 +52,7 @@ class PlotScale:
 
 
 def require_accuracy(row: ResultRow, split: str, measure: str) -> Accuracy:
-    """Return an accuracy that was measured, as `rows_with_measures` ensures."""
+    """Return a measured accuracy of a row from `rows_with_measures`."""
     accuracy = row.accuracy(split, measure)
     if accuracy is None:
         raise LookupError(f"{row.name}: {measure} was not measured on {split}")
@@ -74,7 +74,7 @@ def list_robust_measures(results: Results) -> list[str]:
 def choose_split(rows: Iterable[ResultRow], protocol: EvaluationProtocol) -> str:
     """Choose the split to show, so that one figure never mixes two.
 
-    Returns report_on if every measured row has it, else select_on.
+    Returns report_on if all measured rows were measured there, else select_on.
     """
     select_on, report_on = protocol.select_on, protocol.report_on
     measured = [row for row in rows if row.scores(select_on) or row.scores(report_on)]
@@ -100,9 +100,10 @@ def find_two_best(
 ) -> tuple[ResultRow, ResultRow] | None:
     """Find the row with the best clean accuracy and the one with the best `measure`.
 
-    Both are chosen on select_on if every row has it, else on report_on, so that the accuracies
-    shown on report_on are not maxima of noise (unless both are one split; see `list_caveats`).
-    Ties go to the row that is better at the other measure, then to the first row.
+    Both are chosen on select_on if all rows were measured there, else on report_on. Choosing on
+    select_on keeps the accuracies shown on report_on from being maxima of noise (unless both are
+    one split; see `list_caveats`). Ties go to the row that is better at the other measure, then to
+    the first row.
 
     Returns:
         The two rows, which are the black squares of Fig. 5 in Huang 2023; None without rows.
@@ -123,7 +124,7 @@ def find_two_best(
 
 
 def list_caveats(results: Results) -> list[str]:
-    """List what flatters the numbers of a run; all figures and the report show it."""
+    """List what biases the accuracies of a run upwards; all figures and the report show it."""
     protocol = results.protocol
     caveats = []
     if protocol.select_on == protocol.report_on:

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing beside it, made from templates/report.html."""
+"""The report: one self-contained HTML file, rendered from templates/report.html."""
 
 import base64
 import json
@@ -21,10 +21,10 @@ class ReportFigure:
     """A figure of the report.
 
     Attributes:
-        name: Its id on the page.
+        name: Id on the page.
         svg: The picture.
-        caption: One sentence that says what it shows.
-        tables: Tables to fold below it.
+        caption: One sentence that describes the figure.
+        tables: Collapsed tables below it.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class Banner:
-    """A warning at the head of the report; `status` chooses its colour."""
+    """A warning at the top of the report; `status` determines its colour."""
 
     status: str
     text: str
@@ -123,7 +123,7 @@ def _make_banners(results: Results) -> list[Banner]:
     reason = (results.leakage.why if results.leakage else "") or "no record of it"
     banners = []
     if caveats := list_caveats(results):
-        text = f"{' · '.join(caveats)}: this flatters the numbers of what was selected."
+        text = f"{' · '.join(caveats)}: this biases the accuracies of selected networks upwards."
         text = text[0].upper() + text[1:]
         banners.append(Banner("violated", text, reason if status == "violated" else ""))
     if status == "unknown":
@@ -135,7 +135,7 @@ def _make_banners(results: Results) -> list[Banner]:
 
 
 def _list_columns(results: Results) -> list[tuple[str, str]]:
-    """List the (split, measure) that were measured for some network."""
+    """List the (split, measure) pairs that were measured for any network."""
     protocol = results.protocol
     return [
         (split, measure)
@@ -182,7 +182,7 @@ def _format_coefficients(row: ResultRow) -> str:
 
 
 def _list_facts(results: Results) -> list[Fact]:
-    """List how the run was measured; facts that are not recorded are left out."""
+    """List facts about the run for the report; facts that are not recorded are left out."""
     protocol, data, versions = results.protocol, results.data, results.versions
     facts = [
         ("attack", _format_attack(results)),

@@ -42,12 +42,12 @@ from robustsoup.runs.results import Results
 
 LEVELS = 16
 LABELLED_STEP = 3
-"""Every third level has its number written on it."""
+"""One in LABELLED_STEP levels is labelled with its value."""
 DARK_SHARE = 0.55
 """Contour lines are white below this share of the scale."""
 MARKERS = ("o", "s", "^")
 MIN_RELATIVE_LOSS = 1e-4
-"""Smaller losses count as this fraction of the greatest one."""
+"""Losses below this fraction of the largest loss are raised to it."""
 LISTED_MINIMA = 6
 
 
@@ -135,7 +135,7 @@ def load_plane(path: Path, name: str) -> LossPlane:
 
     Args:
         path: Its JSON file.
-        name: Name to show.
+        name: Name of the plane in figures and tables.
 
     Raises:
         RequestError: The file is missing or broken.

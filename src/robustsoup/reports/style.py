@@ -22,7 +22,7 @@ from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 FONT = "DejaVu Sans"
 INK, MUTED, FAINT = "#1a1a1a", "#5f6368", "#d9dce0"
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7f7f7f")
-"""Eight colours that the colour-blind can distinguish. Source: Okabe and Ito 2008."""
+"""Eight colours that colour-blind readers can distinguish. Source: Okabe and Ito 2008."""
 SEQUENTIAL_COLOURS = "viridis"
 FOOTER_LETTERS_PER_INCH = 19
 LAYOUT_PASSES = 2
@@ -63,9 +63,9 @@ class Plot:
     """A figure for the report.
 
     Attributes:
-        stem: Name of its files without the ending.
+        stem: Name of its files without the suffix.
         figure: The figure.
-        caption: One sentence that says what it shows.
+        caption: One sentence that describes the figure.
         tables: Tables to show with it.
     """
 
@@ -113,7 +113,7 @@ def choose_columns(panels: int) -> int:
 
 @rc_context(STYLE)
 def save_plot(plot: Plot, folder: Path) -> None:
-    """Write folder/<stem>.png, .svg and .pdf, each whole or not at all.
+    """Write folder/<stem>.png, .svg and .pdf, each atomically.
 
     The parts are arranged once for all three formats.
     """
@@ -141,8 +141,8 @@ def _font_glyphs() -> frozenset[str]:
 def clean_text(text: object, limit: int = 30) -> str:
     """Prepare text for a figure.
 
-    "Linf 8/255" becomes "L∞ 8/255", glyphs that the font lacks become "?", dollar signs start no
-    mathematics, and text over `limit` letters is cut.
+    "Linf 8/255" becomes "L∞ 8/255", characters without a glyph in the font become "?", dollar signs
+    are escaped, and text over `limit` letters is truncated.
     """
     letters = str(text).replace("Linf ", "L∞ ")
     letters = "".join(letter if letter in _font_glyphs() else "?" for letter in letters)
@@ -155,8 +155,8 @@ def format_percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def describe_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[ResultRow]) -> str:
-    """Describe the attack and the number of samples, for the footer of a figure."""
+def summarise_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[ResultRow]) -> str:
+    """Summarise the attack and the number of samples, for the footer of a figure."""
     attack = (
         protocol.attack
         + (f" on {protocol.loss}" if protocol.loss else "")
@@ -167,7 +167,7 @@ def describe_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[Res
     if protocol.precision:
         parts.append(protocol.precision)
     if protocol.screened and split == protocol.select_on:
-        parts.append("beaten soups were only screened: upper bounds")
+        parts.append("accuracies of screened soups are upper bounds")
     return clean_text(" · ".join(parts), 200)
 
 
@@ -177,7 +177,7 @@ def add_title(figure: Figure, title: str, x: float = 0.01) -> None:
 
 
 def add_footer(figure: Figure, text: str, results: Results | None) -> None:
-    """Write small print at the lower left, below what flatters the numbers of the run."""
+    """Write small print at the lower left, below the caveats of the run."""
     caveats = list_caveats(results) if results else []
     width = int(FOOTER_LETTERS_PER_INCH * figure.get_figwidth())
     lines = textwrap.wrap(" · ".join(caveats), width) + textwrap.wrap(text, width)
@@ -187,7 +187,7 @@ def add_footer(figure: Figure, text: str, results: Results | None) -> None:
 
 
 def add_accuracy_grid(axes: Axes, margin: float) -> None:
-    """Give a plot of accuracies its margins and grid lines."""
+    """Set the margins and grid lines of an accuracy plot."""
     axes.margins(margin)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

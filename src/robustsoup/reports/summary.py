@@ -36,7 +36,7 @@ def summarise_results(results: Results) -> str:
         sentences.append(cleanest)
         if split != protocol.select_on and any(row.scores(protocol.select_on) for row in rows):
             sentences.append(
-                f"These were picked on {protocol.select_on}; the numbers are those on {split}."
+                f"Both were chosen on {protocol.select_on}; the accuracies are those on {split}."
             )
     if results.selection is None:
         sentences.append("No soup was selected.")
@@ -57,14 +57,14 @@ def _format_accuracies(row: ResultRow, split: str, measure: str) -> str:
 def _summarise_selection(results: Results, selection: SelectionResult, split: str) -> list[str]:
     protocol = results.protocol
     required = " and ".join(selection.require)
-    wish = f"Asked for the best {selection.maximise}" + (f" with {required}" if required else "")
+    goal = f"The goal was the best {selection.maximise}" + (f" with {required}" if required else "")
     chosen = next((row for row in results.rows if row.name == selection.chosen), None)
     if chosen is None:
-        none = f"{wish}, no soup was chosen on {protocol.select_on}."
-        return [none, selection.message] if selection.message else [none]
+        sentence = f"{goal}; no soup was chosen on {protocol.select_on}."
+        return [sentence, selection.message] if selection.message else [sentence]
     split = protocol.report_on if chosen.scores(protocol.report_on) else split
     accuracies = _format_accuracies(chosen, split, selection.maximise)
-    selected = f"{wish}, the soup selected on {protocol.select_on} is {chosen.name}"
+    selected = f"{goal}; the soup selected on {protocol.select_on} is {chosen.name}"
     sentences = [f"{selected}: {accuracies} on {split}."]
     if required:
         sentences.append(f"The requirement was {_format_verdict(results, selection)}.")

@@ -1,4 +1,4 @@
-"""Coefficients by layer as tables: for CSV files and for the report."""
+"""Tables of coefficients by layer, for CSV files and for the report."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ class Table:
 
     Attributes:
         title: Title.
-        summary: One sentence that sums the table up.
+        summary: One sentence that summarises the table.
         lines: Cells by column; all lines have the same columns.
     """
 
@@ -39,14 +39,14 @@ def coefficient_table(coefficients: Coefficients, names: Sequence[str]) -> list[
 
     Args:
         coefficients: The coefficients of one soup.
-        names: One name for each ingredient. "ingredient" is put before a name that equals another
-            column.
+        names: One name for each ingredient. A name that equals another column gets the prefix
+            "ingredient".
 
     Returns:
         One dict for each layer in the network's order: its name ("layer"); the share of each
         ingredient by name; the entropy of the shares in nats; "moved", the share in [0, 1] that
-        went from one ingredient to another while learning; "slope", the mean norm of dL/dlogits.
-        None where the file does not hold a value.
+        learning moved between ingredients; "slope", the mean norm of dL/dlogits. Values that were
+        not recorded are None.
 
     Raises:
         CoefficientError: The number of names differs from the number of ingredients.
@@ -78,7 +78,7 @@ def coefficient_table(coefficients: Coefficients, names: Sequence[str]) -> list[
 def write_coefficient_csv(
     coefficients: Coefficients, names: Sequence[str], path: str | os.PathLike[str]
 ) -> Path:
-    """Write `coefficient_table` as CSV with 6 significant digits, whole or not at all.
+    """Write `coefficient_table` atomically as CSV with 6 significant digits.
 
     Args:
         coefficients: The coefficients of one soup.
@@ -111,7 +111,7 @@ def write_coefficient_tables(rows: Iterable[ResultRow], folder: Path) -> list[tu
     """Write folder/coefficients/NAME.csv for each row that has a file of coefficients.
 
     Returns:
-        (file, reason) for each table that could not be made.
+        (file, reason) for each table that could not be written.
 
     Raises:
         StorageError: A file cannot be written.
@@ -138,7 +138,7 @@ def name_ingredients(row: ResultRow, coefficients: Coefficients) -> list[str]:
 
 
 def name_layer(layer: str) -> str:
-    """Return the name of a layer for people."""
+    """Return the readable name of a layer."""
     return "whole network" if layer == EVERY_LAYER else layer
 
 

@@ -25,15 +25,15 @@ from robustsoup.reports.style import (
     add_footer,
     choose_columns,
     clean_text,
-    describe_attack,
     new_figure,
     number_stem,
     settle_layout,
+    summarise_attack,
 )
 from robustsoup.runs.results import ResultRow, Results
 
 CONTOURS = 6
-NO_GRID = "no grid of soups of three ingredients was measured, which a ternary plot needs"
+NO_GRID = "a ternary plot requires a measured grid of soups of three ingredients"
 
 
 def draw_ternary(run: StoredRun) -> tuple[list[Plot], str]:
@@ -94,7 +94,7 @@ def _plot_ternary(
         fontsize=11,
         weight="bold",
     )
-    attack = describe_attack(results.protocol, split, rows)
+    attack = summarise_attack(results.protocol, split, rows)
     footer = f"{len(rows)} soups (dots) · {attack} · ring: the best of the panel (each, if tied)"
     add_footer(figure, footer, results)
     settle_layout(figure)
@@ -170,7 +170,7 @@ def _name_corners(axes: TernaryAxes, names: Sequence[str]) -> None:
 def _label_ternary_panel(
     axes: TernaryAxes, rows: Sequence[ResultRow], values: Sequence[float]
 ) -> None:
-    """Label the best value, then contour lines where they are farthest from points and text."""
+    """Label the best value, then each contour where points and text are farthest away."""
     alpha = _stack_coefficients(rows)
     points = axes.transProjection.transform(alpha)
     best = int(np.argmax(values))

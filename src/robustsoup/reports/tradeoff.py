@@ -1,4 +1,4 @@
-"""Clean against robust accuracy (Fig. 5 of Huang 2023): what each soup gains and gives up."""
+"""The trade-off figure: clean against robust accuracy (Fig. 5 of Huang 2023)."""
 
 import re
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from robustsoup.reports.style import (
     add_accuracy_grid,
     add_footer,
     clean_text,
-    describe_attack,
     draw_intervals,
     new_figure,
     number_stem,
+    summarise_attack,
 )
 from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results, SelectionResult
 
@@ -57,7 +57,7 @@ def draw_tradeoff(run: StoredRun) -> tuple[list[Plot], str]:
 
 
 def parse_requirements(selection: SelectionResult | None) -> dict[str, float]:
-    """Parse ["clean>=0.85"] into {"clean": 0.85}; texts of another form are left out."""
+    """Parse ["clean>=0.85"] into {"clean": 0.85}; other texts are ignored."""
     texts = selection.require if selection else ()
     matches = [_REQUIREMENT.fullmatch(text) for text in texts]
     return {match[1]: float(match[2]) for match in matches if match}
@@ -69,7 +69,7 @@ def _plot_tradeoff(
     figure = new_figure(7.4, 4.7)
     axes = figure.add_subplot()
     _draw_grid_soups(axes, rows, scale)
-    _draw_whole_soups(axes, rows, scale)
+    _draw_uniform_and_greedy_soups(axes, rows, scale)
     _draw_two_best(axes, rows, results.protocol, scale)
     labels = _draw_learned_soups(axes, rows, scale) + _draw_ingredients(axes, rows, scale)
     _draw_requirements(axes, results.selection, scale)
@@ -80,12 +80,12 @@ def _plot_tradeoff(
     title = f"{clean_text(results.name)}: clean against robust accuracy"
     axes.set_title(title, loc="left", weight="bold")
     figure.legend(loc="outside right upper", handlelength=1.8, labelspacing=0.8)
-    attack = describe_attack(results.protocol, scale.split, rows)
+    attack = summarise_attack(results.protocol, scale.split, rows)
     add_footer(figure, f"{attack} · bars: 95 % Wilson intervals", results)
     axes.autoscale_view()
     axes.autoscale(False)
     figure.draw_without_rendering()
-    place_labels(axes, labels, _obstacles(rows, scale))
+    place_labels(axes, labels, _list_obstacles(rows, scale))
     caption = (
         f"Clean accuracy against robust accuracy at {scale.measure} on {scale.split}, for "
         f"{len(rows)} networks."
@@ -93,8 +93,8 @@ def _plot_tradeoff(
     return Plot(stem, figure, caption)
 
 
-def _obstacles(rows: Sequence[ResultRow], scale: PlotScale) -> np.ndarray:
-    """Return points that labels keep clear of: rows, intervals, and lines of curves."""
+def _list_obstacles(rows: Sequence[ResultRow], scale: PlotScale) -> np.ndarray:
+    """Return (k, 2) points that labels must avoid: rows, intervals, and lines of curves."""
     parts = [scale.coordinates(rows)]
     with_bars = [row for row in rows if row.role in ("ingredient", "pretrained", *LAYERWISE_ROLES)]
     if with_bars:
@@ -106,7 +106,7 @@ def _obstacles(rows: Sequence[ResultRow], scale: PlotScale) -> np.ndarray:
     for section in group_by_section(rows, *LAYERWISE_ROLES).values():
         for curve in group_into_curves(section):
             xy = scale.coordinates(curve.rows)
-            # Twice: hiding a curve is worse than hiding a point.
+            # Count curves twice: a label that hides a curve is worse than one that hides a point.
             parts += [spread_over_line(start, end) for start, end in pairwise(xy)] * 2
     return np.concatenate(parts)
 
@@ -129,7 +129,7 @@ def _draw_grid_soups(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) ->
         )
 
 
-def _draw_whole_soups(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -> None:
+def _draw_uniform_and_greedy_soups(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -> None:
     for role, marker, size, colour in (
         ("uniform", "D", 64, UNIFORM_COLOUR),
         ("greedy", "P", 90, GREEDY_COLOUR),

@@ -21,10 +21,10 @@ def load_evaluation(store: Store, key: Key) -> Evaluation:
 
 
 def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[], None]) -> None:
-    """Extend the plan by the full evaluations of screened soups that can still win, and run them.
+    """Add the full evaluations of screened soups that can still win to the plan, and run them.
 
     Args:
-        planner: The planner, whose first evaluations are finished.
+        planner: The planner; its first evaluations are finished.
         store: Finished steps.
         execute: Runs the missing steps of the plan.
     """
@@ -51,7 +51,7 @@ def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
 
 
 def select_soup(plan: Plan, store: Store) -> Selection | None:
-    """Select a soup as the recipe says; None if it selects none, or there is no soup."""
+    """Select a soup by the goal of the recipe; None without a goal or without soups."""
     goal, candidates = plan.recipe.goal, soup_candidates(plan, store)
     if goal is None or goal.maximise is None or not candidates:
         return None

@@ -1,4 +1,4 @@
-"""What all steps of a run share: the data, the network and the device."""
+"""The data, network and device that all steps of a run share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from robustsoup.models import NetworkSettings, build_network
 
 @dataclass(frozen=True)
 class Context:
-    """What all steps of a run share.
+    """The data, network and device that all steps of a run share.
 
     Attributes:
         data: The data.
@@ -26,7 +26,7 @@ class Context:
 
     @cached_property
     def train_and_val(self) -> Split:
-        """All samples that the paper's protocol fits on."""
+        """Train and val together, the samples that the paper's protocol fits on."""
         return self.data.unsplit()
 
     def fresh_network(self, seed: int) -> nn.Module:

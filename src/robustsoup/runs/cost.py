@@ -1,4 +1,4 @@
-"""Estimate what steps cost on this device, from a short measurement."""
+"""Estimate the time and disk space of steps on this device, from a short measurement."""
 
 import statistics
 import time
@@ -21,8 +21,8 @@ from robustsoup.runs.tasks import (
     TrainNetwork,
 )
 
-SHARE_OF_ATTACK_STEPS = 0.55
-"""Share of an evaluation's attack steps that run: samples leave the attack once misclassified."""
+ATTACK_STEP_FRACTION = 0.55
+"""Fraction of an evaluation's attack steps that run: misclassified samples leave the attack."""
 SHORTEST_STEP = 0.02
 """Seconds."""
 BYTES_PER_VERDICT = 30
@@ -54,18 +54,18 @@ def measure_pass_seconds(context: Context, precision: str) -> float:
 
 
 def estimate_bytes(steps: Sequence[Step], context: Context) -> int:
-    """Return about how many bytes the outputs of steps take on disk."""
+    """Estimate the bytes that the outputs of steps take on disk."""
     tensors = context.fresh_network(0).state_dict().values()
     network_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return sum(_count_output_bytes(step.task, context.data, network_bytes) for step in steps)
 
 
 def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
-    """Return about how many bytes the output of a task takes; 0 for links and small files."""
+    """Estimate the bytes of the output of a task; 0 for links and small files."""
     match task:
         case TrainNetwork():
-            every = task.checkpoint_every
-            return network_bytes * (1 + (task.epochs // every if every else 0))
+            interval = task.checkpoint_every
+            return network_bytes * (1 + (task.epochs // interval if interval else 0))
         case MixSoup():
             return network_bytes
         case EvaluateNetwork():
@@ -83,13 +83,13 @@ def _count_verdicts(settings: EvaluationSettings, data: Data) -> int:
 
 
 def estimate_seconds(steps: Sequence[Step], context: Context) -> dict[str, float]:
-    """Return the estimated seconds of each step, by key."""
+    """Estimate the seconds of each step, by key."""
     precisions = {step.task.precision for step in steps}
     seconds = {precision: measure_pass_seconds(context, precision) for precision in precisions}
     estimates: dict[str, float] = {}
     for step in steps:
-        # An attack step is counted as one pass; it takes a forward and a backward one.
-        share = 2 * SHARE_OF_ATTACK_STEPS if isinstance(step.task, EvaluateNetwork) else 1
-        estimate = step.passes * share * seconds[step.task.precision]
+        # count_passes counts an attack step as one pass, but the step runs forward and backward.
+        factor = 2 * ATTACK_STEP_FRACTION if isinstance(step.task, EvaluateNetwork) else 1
+        estimate = step.passes * factor * seconds[step.task.precision]
         estimates[step.key] = max(estimate, SHORTEST_STEP)
     return estimates

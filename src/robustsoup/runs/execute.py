@@ -21,16 +21,16 @@ class Reporter(Protocol):
     """Receives progress events of a run."""
 
     def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
-        """Steps are about to run; those that are not in `missing` are finished."""
+        """Receive the plan before any step runs; steps that are not in `missing` are finished."""
 
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
-        """`done` of `total` parts of a step are done."""
+        """Receive that `done` of `total` parts of a step are finished."""
 
     def warn(self, text: str) -> None:
-        """Something makes a result doubtful."""
+        """Receive a warning about a doubtful result."""
 
     def finished(self, step: Step, figures: str, seconds: float) -> None:
-        """A step is finished."""
+        """Receive that a step is finished, its figures in one line and its seconds."""
 
 
 def execute_plan(plan: Plan, context: Context, store: Store, reporter: Reporter) -> None:
@@ -57,7 +57,7 @@ def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
         The figures of the result in one line.
     """
     record = _step_record(step, worker.context)
-    with worker.store.filling(step.key, record) as folder:
+    with worker.store.write_step(step.key, record) as folder:
         if folder is None:
             return "done by another process"
         clock = StepClock(folder / "seconds.txt", reporter, step)
@@ -82,7 +82,7 @@ def _step_record(step: Step, context: Context) -> dict[str, Any]:
 
 
 class StepClock:
-    """Reports the progress of a step and counts its seconds, those of killed attempts included.
+    """Reports the progress of a step and counts its seconds, including interrupted attempts.
 
     The seconds are written to a file at most every SAVE_EVERY seconds.
 
@@ -103,7 +103,7 @@ class StepClock:
             self.started -= float(path.read_text())
 
     def __call__(self, done: int, total: int, figures: str) -> None:
-        """Report that `done` of `total` parts are done."""
+        """Report that `done` of `total` parts are finished."""
         now = time.perf_counter()
         if now - self.saved >= self.SAVE_EVERY:
             self.saved = now

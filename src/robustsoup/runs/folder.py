@@ -1,4 +1,4 @@
-"""The run folder: every output of a run under a readable name, and the table of results."""
+"""The run folder: all outputs of a run under readable names, and results.json."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ from robustsoup.runs.results import (
     PlaneResult,
     ResultRow,
     Results,
-    Scores,
+    RowScores,
     SelectionResult,
 )
 from robustsoup.runs.soup_rows import dial_file
@@ -62,7 +62,7 @@ def write_run_folder(
 ) -> Results:
     """Write recipe, checkpoints, coefficients, evaluations, soup and results into the run folder.
 
-    Evaluations that an earlier run left there, and that this one has not, are removed.
+    Evaluations and planes of earlier runs that are not part of this run are removed.
 
     Args:
         folder: The run folder.
@@ -75,9 +75,9 @@ def write_run_folder(
     Returns:
         The content of results.json.
     """
-    for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
+    for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while writing
         leftover.unlink(missing_ok=True)
-    earlier = _measured_files(folder)
+    earlier_files = _measured_files(folder)
     recipe = plan.recipe
     write_text(folder / "recipe.toml", recipe.to_toml())
     rows = tuple(_write_row(folder, row, plan, store) for row in plan.rows)
@@ -100,13 +100,13 @@ def write_run_folder(
         soup=None if selection is None else _write_soup(folder, plan, store, selection.best).name,
     )
     write_text(folder / RESULTS, json.dumps(stamp_record(results.to_json()), indent=1))
-    for stale in earlier - _measured_files(folder):
+    for stale in earlier_files - _measured_files(folder):
         remove_file(folder / stale)
     return results
 
 
 def _measured_files(folder: Path) -> set[str]:
-    """Return the files of measurements that the folder's results.json names, if there is one."""
+    """Return the files of measurements that the folder's results.json names; none without it."""
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         planes = {f"landscapes/{Path(plane['file']).name}" for plane in results.get("planes", ())}
@@ -166,8 +166,8 @@ def _link_coefficients(
     """Link the coefficients of a row into the run folder.
 
     Returns:
-        The file, or None if one vector of the recipe describes the soup; and that vector, or the
-        one that a greedy soup found, or None.
+        The file of coefficients, or None if the soup has none; and one coefficient for each
+        ingredient, or None if they differ by layer.
     """
     if row.dial is not None:
         link_file(store.path(row.dial) / DIAL, folder / "coefficients" / dial_file(row))
@@ -177,7 +177,7 @@ def _link_coefficients(
     link_file(store.path(row.learned) / COEFFICIENTS, folder / file)
     if row.role != "greedy":
         return file, row.coefficients
-    return file, tuple(float(share) for share in Coefficients.load(folder / file).row(""))
+    return file, tuple(map(float, Coefficients.load(folder / file).row("")))
 
 
 def _link_evaluation(
@@ -211,7 +211,7 @@ def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationPro
     recipe, evaluate = plan.recipe, plan.recipe.evaluate
     attack = evaluate.attack_settings(seed=recipe.seed)
 
-    def count_samples(scores_of: Callable[[ResultRow], Scores | None]) -> int | None:
+    def count_samples(scores_of: Callable[[ResultRow], RowScores | None]) -> int | None:
         return next((scores["clean"].n for row in rows if (scores := scores_of(row))), None)
 
     return EvaluationProtocol(

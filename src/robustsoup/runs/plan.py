@@ -1,4 +1,4 @@
-"""A plan: the steps of a run, and the networks that it reports. A plan runs and writes nothing."""
+"""A plan: the steps of a run and the networks that it reports. Planning runs no step."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ class Step:
 
     Attributes:
         key: Digest of the task, its parents, the data and the network.
-        name: Name of the output, for people.
+        name: Readable name of the output.
         task: What to do.
-        passes: Forward passes of one sample that the step is worth; a backward pass to the input
-            counts 1, one to the weights 2.
+        passes: Cost in forward passes of one sample; a backward pass to the input counts as 1, a
+            backward pass to the weights as 2.
     """
 
     key: Key
@@ -33,13 +33,13 @@ class Step:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the step reads."""
+        """Keys of the steps and files that the step reads."""
         return self.task.parents
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRow:
-    """A network that the run reports: what it is, and the keys of what is known about it.
+    """A network that the run reports, with the keys of the steps that make and evaluate it.
 
     Attributes:
         name: Unique name of the row.
@@ -76,7 +76,7 @@ class PlannedRow:
 class Plan:
     """The steps of a recipe, in an order in which they can run, and what the run reports.
 
-    A planner fills the plan, and may extend it while the run goes on.
+    A planner fills the plan, and may extend it during the run.
 
     Attributes:
         recipe: The recipe.
@@ -116,7 +116,8 @@ def step_key(task: Task, surroundings: dict[str, object]) -> Key:
 
     Args:
         task: The task.
-        surroundings: What else its output depends on, JSON-able: data, network and code.
+        surroundings: JSON-able description of all else that its output depends on: data, network
+            and code.
     """
     content = {
         "kind": task.kind,

@@ -1,4 +1,4 @@
-"""The planner: turns a recipe into steps, and extends the plan while the run goes on."""
+"""The planner: turns a recipe into steps, and extends the plan during the run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from robustsoup.training.objectives import Objective
 def fingerprint_functions(task: Task) -> list[str | None]:
     """Return the fingerprints of the user's functions that a task names; None for built-in ones.
 
-    A recipe names a function; the code of the function decides what the step computes.
+    A recipe names a function, but the output depends on the code of the function.
     """
     match task:
         case TrainNetwork():
@@ -66,8 +66,8 @@ def _fingerprint_named(registry: Registry, name: str) -> str | None:
 class Planner:
     """Builds the plan of a recipe step by step.
 
-    Every `add_` method adds the steps that are missing and returns a key; adding the same work
-    twice gives one step. `robustsoup.runs.soup_rows` plans the soups of each method.
+    The `add_` methods add the steps that are missing and return a key; adding equal work twice
+    gives one step. `robustsoup.runs.soup_rows` plans the soups of each method.
 
     Args:
         recipe: The recipe.
@@ -114,7 +114,7 @@ class Planner:
         return key
 
     def add_row(self, row: PlannedRow) -> None:
-        """Add a row, or replace the one of its name."""
+        """Add a row, or replace the row of the same name."""
         self.plan.rows_by_name[row.name] = row
 
     # The base and the ingredients.
@@ -155,8 +155,8 @@ class Planner:
         ingredient, start = self.recipe.ingredients[name], self.networks[PRETRAINED]
         if ingredient.epoch is None:
             return self._add_training(name, settings, start)
-        run_name, every = name.removesuffix(f"-{ingredient.epoch}"), ingredient.checkpoint_every
-        run = self._add_training(run_name, settings, start, checkpoint_every=every)
+        run_name, interval = name.removesuffix(f"-{ingredient.epoch}"), ingredient.checkpoint_every
+        run = self._add_training(run_name, settings, start, checkpoint_every=interval)
         return self.add_step(name, TakeSnapshot(run, ingredient.epoch))
 
     def _add_training(
@@ -204,7 +204,7 @@ class Planner:
         return ingredients[0] if ancestor is None else self._add_checkpoint(ancestor)
 
     def mixing_of(self, soup: Soup) -> Mixing:
-        """Return what becomes of running statistics in a soup."""
+        """Return the buffer policy of a soup, and its base."""
         policy = "tracked" if soup.method == "learned" else "average"
         buffers = soup.buffer_settings(seed=self.recipe.seed, policy=policy)
         if not str(buffers.buffers).startswith("recalibrate"):
@@ -227,7 +227,7 @@ class Planner:
         Args:
             name: Name of the soup.
             ingredients: Its ingredients.
-            mixing: What becomes of running statistics.
+            mixing: Buffer policy.
             alpha: One coefficient for each ingredient, or None.
             coefficients: Step whose output holds the coefficients, or None.
             at: Position on a dial.
@@ -252,11 +252,11 @@ class Planner:
     # Evaluations.
 
     def selecting_settings(self) -> EvaluationSettings:
-        """Return what networks are evaluated with on the split that selects."""
+        """Return the evaluation settings of the split that selects."""
         return self._evaluation_settings(self.recipe.select_on, self.recipe.select_samples)
 
     def reporting_settings(self) -> EvaluationSettings:
-        """Return what networks are evaluated with on the split that reports."""
+        """Return the evaluation settings of the split that reports."""
         evaluate = self.recipe.evaluate
         return self._evaluation_settings(evaluate.report_on, evaluate.report_samples)
 
@@ -272,7 +272,7 @@ class Planner:
         return self.add_step(f"{name}.{settings.split}", task)
 
     def add_evaluations(self) -> None:
-        """Add the evaluations of every row that depend on no result."""
+        """Add the evaluations of all rows that depend on no result."""
         screening = self.screening()
         for row in self.plan.rows:
             if self.recipe.evaluate.screens:
@@ -292,7 +292,7 @@ class Planner:
     # Screening.
 
     def contender(self, row: PlannedRow) -> Contender:
-        """Return how a row takes part in a screening."""
+        """Return the row as a contender of the screening."""
         names = [n for n in self.recipe.ingredients if self.networks[n] == row.network]
         short = row.role in ("grid", "line") and not names
         return Contender(row.name, names[0] if names else None, "short" if short else "full")
@@ -304,7 +304,7 @@ class Planner:
         return Screening(tuple(self.recipe.ingredients), tuple(map(self.contender, soups)), goal)
 
     def add_request(self, request: EvaluationRequest) -> Key:
-        """Add an evaluation that a screening needs, and those that it starts from."""
+        """Add an evaluation that a screening requests, and the evaluations that it depends on."""
         if request not in self._requests:
             self._requests[request] = self._add_new_request(request)
         return self._requests[request]
@@ -329,7 +329,7 @@ class Planner:
         return self.add_step(f"{name}{'.pool' if in_pool else ''}.{settings.split}", task)
 
     def add_confirmation(self, request: EvaluationRequest) -> Key:
-        """Add the full evaluation of a screened soup; its row then refers to this one."""
+        """Add the full evaluation of a screened soup, and let its row refer to this evaluation."""
         key = self.add_request(request)
         self.add_row(dataclasses.replace(self.plan.row(request.candidate), val=key))
         return key

@@ -1,4 +1,4 @@
-"""What a run measured, as typed records: the content of results.json.
+"""Typed records of what a run measured: the content of results.json.
 
 A run writes a `Results` into its folder; reports and the command line read it back. The names of
 the fields are the keys of the JSON file.
@@ -16,7 +16,7 @@ from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.stamp import unstamp_record
 
-Scores = dict[str, Accuracy]
+RowScores = dict[str, Accuracy]
 """Accuracies by measure: "clean", each threat model as text, and "union" for several threats."""
 
 ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
@@ -44,7 +44,7 @@ class ResultRow:
         val: Accuracies on the split that selects.
         test: Accuracies on the split that reports.
         screened: Whether the robust accuracies on `val` are upper bounds.
-        warnings: What makes an accuracy doubtful.
+        warnings: Why accuracies are doubtful, one line each.
     """
 
     name: str
@@ -57,12 +57,12 @@ class ResultRow:
     at: float | None = None
     checkpoint: str | None = None
     coefficients_file: str | None = None
-    val: Scores | None = None
-    test: Scores | None = None
+    val: RowScores | None = None
+    test: RowScores | None = None
     screened: bool = False
     warnings: tuple[str, ...] = ()
 
-    def scores(self, split: str) -> Scores | None:
+    def scores(self, split: str) -> RowScores | None:
         """Return the accuracies on "val" or "test"; None if they were not measured."""
         return self.test if split == "test" else self.val
 
@@ -71,7 +71,7 @@ class ResultRow:
         return (self.scores(split) or {}).get(measure)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON-able values; `screened` and `warnings` only if they are set."""
+        """Return the row as JSON-able values, without `screened` and `warnings` if not set."""
         content: dict[str, Any] = _field_values(self)
         for split in ("val", "test"):
             scores = self.scores(split)
@@ -89,7 +89,7 @@ class ResultRow:
 
         Args:
             content: One entry of "rows".
-            where: Names the entry in errors.
+            where: Name of the entry in error messages.
 
         Raises:
             RequestError: The entry is not a row.
@@ -122,12 +122,16 @@ class EvaluationProtocol:
     """How the networks of a run were evaluated.
 
     Attributes:
-        attack, loss, steps, restarts: The attack.
+        attack: Name of the attack.
+        loss: Loss that the attack maximises.
+        steps: Steps of the attack.
+        restarts: Restarts of the attack.
         precision: Arithmetic of the verdicts.
         search_precision: Arithmetic of the attack's search.
         screened: Whether soups were screened with a short attack.
         seed: Seed of the attack's noise.
-        select_on, report_on: The splits that select and report.
+        select_on: Name of the split that selects.
+        report_on: Name of the split that reports.
         samples: Number of samples of each split; None for a split that was not used.
         threats: Threat models as text.
     """
@@ -151,7 +155,7 @@ class EvaluationProtocol:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> "EvaluationProtocol":
-        """Read what `to_json` returned; `where` names it in errors.
+        """Read what `to_json` returned; `where` names the entry in error messages.
 
         Raises:
             RequestError: The content is not a protocol.
@@ -183,7 +187,7 @@ class PlaneResult:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> "PlaneResult":
-        """Read what `to_json` returned; `where` names it in errors.
+        """Read what `to_json` returned; `where` names the entry in error messages.
 
         Raises:
             RequestError: The content is not a plane.
@@ -207,8 +211,8 @@ class SelectionResult:
         chosen: Name of the row.
         point: Whether estimates, not lower bounds, were compared with the requirements.
         message: The choice in one line.
-        held_on_test: Whether the estimates on `test` meet the requirements; None if `test` has no
-            say, because it selected or there is no requirement.
+        held_on_test: Whether the estimates on `test` meet the requirements; None if `test` selected
+            or there is no requirement.
     """
 
     maximise: str
@@ -225,7 +229,7 @@ class SelectionResult:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> "SelectionResult":
-        """Read what `to_json` returned; `where` names it in errors.
+        """Read what `to_json` returned; `where` names the entry in error messages.
 
         Raises:
             RequestError: The content is not a selection.
@@ -250,7 +254,7 @@ class Results:
         figures: Names of the figures to draw; None for all.
         protocol: How the networks were evaluated.
         versions: Versions and device of the run.
-        seconds: Seconds of all steps, whenever they ran.
+        seconds: Total seconds of all steps, including steps that an earlier run executed.
         rows: The evaluated networks.
         planes: The planes of loss values.
         selection: The chosen soup; None if the recipe selects none.
@@ -277,7 +281,7 @@ class Results:
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of results.json; "soup" only if a soup was chosen."""
+        """Return the content of results.json, without "soup" if no soup was chosen."""
         content = _field_values(self) | {
             "recipe": dict(self.recipe),
             "data": dict(self.data),
@@ -299,7 +303,7 @@ class Results:
 
         Args:
             content: The parsed JSON.
-            where: Names the file in errors.
+            where: Name of the file in error messages.
 
         Raises:
             RequestError: An entry is missing or is not of its type.
@@ -383,7 +387,7 @@ def _expect_type(table: dict[str, Any], key: str, expected: type[V], where: str)
     return value
 
 
-def _parse_scores(content: Any, where: str) -> Scores | None:
+def _parse_scores(content: Any, where: str) -> RowScores | None:
     if not content:
         return None
     if not isinstance(content, dict):

@@ -27,7 +27,7 @@ from robustsoup.soups.selection import Selection
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A planned run: all that is needed to execute or price it.
+    """A planned run, with everything that executing it or estimating its cost requires.
 
     Attributes:
         planner: The planner with the plan.
@@ -54,23 +54,23 @@ def prepare_run(
     data_root: str | None = None,
     on_progress: Progress | None = None,
 ) -> PreparedRun:
-    """Load the data, read the checkpoints that a recipe names, and plan; run no step.
+    """Load the data and the checkpoints that a recipe names, and plan without running a step.
 
     Args:
         recipe: The recipe.
         device: "auto", "cpu", "cuda" or a device.
         data_root: Folder of the data sets.
-        on_progress: Receives (done, all, figures) while data is read.
+        on_progress: Called with (done, total, figures) while data is read.
 
     Raises:
         LeakageError: A checkpoint was trained on samples that evaluate it, and the recipe does not
-            allow that.
+            set allow_leakage.
         RobustsoupError: The data, a file or the network cannot be used.
     """
     resolved = resolve_device(device)
     data = _load_all_data(recipe, data_root, on_progress)
-    named = [item.checkpoint for item in recipe.ingredients.values() if item.checkpoint]
-    paths = [*named, *([recipe.checkpoint] if recipe.checkpoint else [])]
+    candidates = [*(item.checkpoint for item in recipe.ingredients.values()), recipe.checkpoint]
+    paths = [path for path in candidates if path]
     network = resolve_network(
         recipe.model, normalize=recipe.normalize, data=data, checkpoints=paths
     )
@@ -86,7 +86,7 @@ def prepare_run(
 def run_prepared(
     prepared: PreparedRun, folder: Path, reporter: Reporter
 ) -> tuple[Results, Selection | None]:
-    """Execute what is missing, select a soup, report it on `test`, and write the run folder.
+    """Execute missing steps, select a soup, report it on `test`, and write the run folder.
 
     Args:
         prepared: The planned run.
@@ -94,7 +94,7 @@ def run_prepared(
         reporter: Receives progress events.
 
     Returns:
-        The results and the chosen soup, or None if the recipe selects none.
+        The results, and the selection (None if the recipe selects no soup).
     """
     planner, context, store = prepared.planner, prepared.context, prepared.store
     plan, recipe = planner.plan, planner.recipe
@@ -117,7 +117,7 @@ def run_prepared(
 
 
 def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress | None) -> Data:
-    """Load the data, and read generated images once so that their digest is known."""
+    """Load the data, and read generated images once to compute their digest."""
     data = load_data(
         recipe.data,
         root=data_root,
@@ -142,7 +142,7 @@ def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakag
 
 
 def _refuse_files_near_chance(plan: Plan, context: Context) -> None:
-    """Raise ModelError if a checkpoint guesses; mostly it was loaded into a wrong network."""
+    """Raise ModelError if a checkpoint is near chance, usually because its network is wrong."""
     for checkpoint in plan.files.values():
         described = describe(checkpoint, context.network)
         device = str(context.device)

@@ -26,8 +26,9 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
         The planner, which can extend its plan.
 
     Raises:
-        CheckpointError, DataError: A checkpoint or generated images cannot be used, or a split has
-            fewer samples than the recipe evaluates.
+        CheckpointError: A checkpoint cannot be used.
+        DataError: Generated images cannot be used, or a split has fewer samples than the recipe
+            evaluates.
     """
     planner = Planner(recipe, data, network, precision)
     planner.add_base()
@@ -44,7 +45,7 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
 
 
 def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
-    """Plan the soups of a method that lists coefficients; a user's method counts as a grid."""
+    """Plan the soups of a method that lists coefficients; custom methods get the role "grid"."""
     role = soup.method if soup.method in ROLES else "grid"
     recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
     mixing = planner.mixing_of(soup)
@@ -52,7 +53,7 @@ def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[Planned
     names = recipe.soup_names(section)
     for name, alpha in zip(names, recipe.alphas_of(soup), strict=True):
         if mixing.policy == "average" and 1.0 in alpha:
-            network = ingredients[alpha.index(1.0)]  # the soup equals it bit for bit
+            network = ingredients[alpha.index(1.0)]  # equals the soup bit for bit
         else:
             network = planner.add_mix(name, ingredients, mixing, alpha=alpha)
         rows.append(
@@ -124,7 +125,7 @@ def plan_greedy_soup(planner: Planner, section: str, soup: Soup) -> list[Planned
     names, settings = recipe.ingredients_of(soup), planner.selecting_settings()
     mixing = planner.mixing_of(soup)
     evaluations: tuple[Key, ...] = ()
-    if mixing.policy == "average":  # otherwise a soup of one ingredient differs from it
+    if mixing.policy == "average":  # with other policies a one-hot soup differs from its ingredient
         evaluations = tuple(
             planner.add_evaluation(name, key, settings)
             for name, key in zip(names, ingredients, strict=True)

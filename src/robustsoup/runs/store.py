@@ -1,4 +1,4 @@
-"""The store: outputs of finished steps by key, which recipes share."""
+"""The store: outputs of finished steps by key, shared by all recipes."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ RECORD = "step.json"
 class Store:
     """A folder of finished steps.
 
-    The folder of a step is complete or absent: it is filled under another name, then renamed.
+    The folder of a step is complete or absent: it is written under a temporary name, then renamed.
 
     Args:
         root: The folder; by default $ROBUSTSOUP_STORE, else `store` in the user's cache.
@@ -41,18 +41,18 @@ class Store:
         return json.loads((self.path(key) / RECORD).read_text(encoding="utf-8"))
 
     @contextlib.contextmanager
-    def filling(self, key: str, record: dict[str, Any]) -> Iterator[Path | None]:
+    def write_step(self, key: str, record: dict[str, Any]) -> Iterator[Path | None]:
         """Yield the folder for the output of a step.
 
-        On success, the folder becomes the finished step and state.pt in it is removed. On an error
-        or a kill, it stays as it is, and the next attempt receives it. A lock admits one process.
+        On success, the folder becomes the finished step, without its state.pt. After an error or a
+        kill, the folder stays, and the next attempt receives it. A lock admits one process.
 
         Args:
             key: The step.
-            record: Content of its record, written on success; may be changed until then.
+            record: The record of the step, written on success; may be changed until then.
 
         Yields:
-            The folder, or None if another process finished the step meanwhile.
+            The folder, or None if another process has finished the step.
 
         Raises:
             StorageError: The store cannot be written.
@@ -67,7 +67,7 @@ class Store:
                     return
                 partial.mkdir(parents=True, exist_ok=True)
                 yield partial
-                _remove_leftovers(partial)
+                _remove_step_leftovers(partial)
                 write_text(partial / RECORD, json.dumps(record, indent=1, sort_keys=True))
                 if final.exists():
                     shutil.rmtree(final)
@@ -80,7 +80,7 @@ class Store:
             lock.unlink()
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the state of a loop, and the temporary files of killed attempts."""
+def _remove_step_leftovers(folder: Path) -> None:
+    """Remove the saved state, and the temporary files of interrupted attempts."""
     for path in (folder / "state.pt", *folder.rglob(".*.tmp")):
         path.unlink(missing_ok=True)

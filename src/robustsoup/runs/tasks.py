@@ -1,8 +1,7 @@
 """The kinds of work that a run consists of, each one a frozen dataclass.
 
-A task holds its settings and the keys of what it reads; its output depends on these and the data
-alone. It counts the passes that it is worth. `robustsoup.runs.worker` has the function that carries
-it out.
+A task holds its settings and the keys of the steps and files that it reads; its output depends on
+these and the data alone. A task also estimates its cost. `robustsoup.runs.worker` executes tasks.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ class TrainNetwork:
         settings: How to train.
         start: The checkpoint to start from; None for fresh weights drawn by the settings' seed.
         synthetic: Digest of the generated images that `settings.synthetic` names.
-        checkpoint_every: Number of epochs between stored checkpoints; None for the last one alone.
+        checkpoint_every: Epochs between stored checkpoints; None to store only the last.
         fits_on_val: Whether `val` is trained on too.
     """
 
@@ -55,7 +54,7 @@ class TrainNetwork:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         return () if self.start is None else (self.start,)
 
     @property
@@ -69,7 +68,7 @@ class TrainNetwork:
         return self.settings.epochs
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that the task is worth."""
+        """Return the cost of the task in forward passes of one sample."""
         settings = self.settings
         return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(settings, data)
 
@@ -91,7 +90,7 @@ class TakeSnapshot:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         return (self.run,)
 
     def count_passes(self, _data: Data) -> int:
@@ -101,10 +100,10 @@ class TakeSnapshot:
 
 @dataclass(frozen=True)
 class LearnCoefficients:
-    """Learn the coefficients of one soup ("learn") or of a whole line of soups ("dial").
+    """Learn the coefficients of one soup ("learn") or of a line of soups ("dial").
 
     Attributes:
-        settings: How to learn; with `settings.dial`, a dial.
+        settings: How to learn; `settings.dial` is set for a dial.
         ingredients: The ingredients.
         base: Checkpoint whose BatchNorm statistics the policy "base" takes.
         fits_on_val: Whether `val` is learned on too.
@@ -122,7 +121,7 @@ class LearnCoefficients:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         return self.ingredients
 
     @property
@@ -136,7 +135,7 @@ class LearnCoefficients:
         return self.settings.epochs
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that the task is worth."""
+        """Return the cost of the task in forward passes of one sample."""
         settings = self.settings
         if settings.dial is not None and settings.dial.by == "objective":
             settings = dataclasses.replace(settings, objective="mixed 0.5")
@@ -145,7 +144,7 @@ class LearnCoefficients:
 
 @dataclass(frozen=True)
 class Mixing:
-    """What becomes of BatchNorm's running statistics when ingredients are mixed.
+    """How a soup gets BatchNorm's running statistics.
 
     Attributes:
         buffers: The policy and its settings.
@@ -161,7 +160,7 @@ class Mixing:
         return self.buffers.buffers or "average"
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that one mix is worth."""
+        """Return the cost of one mix in forward passes of one sample."""
         if not self.policy.startswith("recalibrate"):
             return 0
         samples = min(self.buffers.calibrate_samples, len(data.train))
@@ -171,7 +170,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What a network is evaluated with.
+    """How a network is evaluated.
 
     Attributes:
         split: Name of the split.
@@ -190,11 +189,11 @@ class EvaluationSettings:
         return self.samples or len(data.split(self.split))
 
     def count_passes(self, data: Data, *, points: int = 0, attack: bool = True) -> int:
-        """Return the number of forward passes of one sample that one evaluation is worth.
+        """Return the cost of one evaluation in forward passes of one sample.
 
         Args:
             data: The data.
-            points: Adversarial points that are tried on each sample before the attack.
+            points: Number of adversarial points tried on each sample before the attack.
             attack: Whether the attack runs at all.
         """
         threats = sum(not threat.is_clean for threat in self.threats)
@@ -204,14 +203,14 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class BuildGreedySoup:
-    """Build a greedy soup: evaluate soups of ever more ingredients, one after the other.
+    """Build a greedy soup: evaluate soups with one more ingredient at a time.
 
     Attributes:
-        score: Score that another ingredient must not lower.
+        score: An ingredient is added only if this score does not drop.
         ingredients: The ingredients.
         evaluations: Evaluations of the ingredients; empty if they must be evaluated as soups.
-        mixing: How the soups are mixed.
-        evaluation: How they are evaluated.
+        mixing: How the soups get their running statistics.
+        evaluation: How the soups are evaluated.
     """
 
     score: Score
@@ -224,7 +223,7 @@ class BuildGreedySoup:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         return (*self.ingredients, *self.evaluations)
 
     @property
@@ -234,13 +233,13 @@ class BuildGreedySoup:
 
     @property
     def rounds(self) -> int:
-        """Number of soups that are evaluated."""
+        """Number of soups to evaluate."""
         return 2 * len(self.ingredients) - 1 - len(self.evaluations)
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that the task is worth."""
-        each = self.evaluation.count_passes(data) + self.mixing.count_passes(data)
-        return self.rounds * each
+        """Return the cost of the task in forward passes of one sample."""
+        per_soup = self.evaluation.count_passes(data) + self.mixing.count_passes(data)
+        return self.rounds * per_soup
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,7 @@ class MixSoup:
 
     Attributes:
         ingredients: The ingredients.
-        mixing: What becomes of running statistics.
+        mixing: How the soup gets its running statistics.
         alpha: One coefficient for each ingredient; None to take those of `coefficients`.
         coefficients: Step whose output holds the coefficients.
         at: Position on a dial.
@@ -266,11 +265,11 @@ class MixSoup:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         return self.ingredients + (() if self.coefficients is None else (self.coefficients,))
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that the task is worth."""
+        """Return the cost of the task in forward passes of one sample."""
         return self.mixing.count_passes(data)
 
 
@@ -280,13 +279,13 @@ class EvaluateNetwork:
 
     Attributes:
         network: The network.
-        settings: What it is evaluated with.
+        settings: How it is evaluated.
         keep_points: Whether the adversarial images are stored.
         pool: Evaluations whose adversarial points are tried before the attack.
         after: Earlier evaluation of the network, whose verdicts this one starts from.
         attacked_before: Whether `after` ran the same attack, so that no sample is attacked again.
         short: Whether the attack is a short one, and robust accuracies are upper bounds.
-        stop_below: Number of surviving samples below which the evaluation gives up.
+        stop_below: Number of surviving samples below which the evaluation stops early.
     """
 
     network: Key
@@ -302,7 +301,7 @@ class EvaluateNetwork:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         after = () if self.after is None or self.after in self.pool else (self.after,)
         return (self.network, *self.pool, *after)
 
@@ -312,7 +311,7 @@ class EvaluateNetwork:
         return self.settings.attack.precision
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that the task is worth."""
+        """Return the cost of the task in forward passes of one sample."""
         return self.settings.count_passes(
             data, points=len(self.pool), attack=not self.attacked_before
         )
@@ -338,7 +337,7 @@ class MapPlane:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of what the task reads."""
+        """Keys of the steps and files that the task reads."""
         return self.networks
 
     @property
@@ -347,12 +346,12 @@ class MapPlane:
         return self.settings.precision
 
     def count_passes(self, data: Data) -> int:
-        """Return the number of forward passes of one sample that the task is worth."""
+        """Return the cost of the task in forward passes of one sample."""
         settings = self.settings
-        each = settings.samples * (2 * settings.attack_steps + 3)
+        per_point = settings.samples * (2 * settings.attack_steps + 3)
         if settings.buffers.startswith("recalibrate"):
-            each += min(settings.calibrate_samples, len(data.train))
-        return settings.points**2 * each
+            per_point += min(settings.calibrate_samples, len(data.train))
+        return settings.points**2 * per_point
 
 
 Task = (
@@ -370,7 +369,7 @@ def task_record(task: Task) -> dict[str, Any]:
     """Return a task as JSON-able values, for its key and its record."""
     record = _as_record(task)
     if isinstance(task, TrainNetwork) and task.settings.synthetic is not None:
-        # The images count, not the place where they lie.
+        # The output depends on the images, not on their path.
         record["settings"] = record["settings"] | {"synthetic": task.synthetic}
     return record
 
@@ -390,11 +389,11 @@ def _as_record(value: Any) -> Any:
 
 
 def step_passes(threat: ThreatModel, objective: str | Objective, attack_steps: int) -> int:
-    """Return the forward passes of one sample in one training step.
+    """Return the cost of one training step in forward passes of one sample.
 
     The attack takes a forward and a backward pass for each step and one pass at the end, and one
-    more where its loss compares with clean logits. The update takes 3 for each batch that the
-    objective needs.
+    more if its loss compares with clean logits. The update takes 3 passes for each batch that the
+    objective uses.
     """
     parsed = Objective.parse(objective)
     attacked = not threat.is_clean and parsed.uses_attacked
@@ -404,8 +403,8 @@ def step_passes(threat: ThreatModel, objective: str | Objective, attack_steps: i
 
 def _fitting_passes(settings: TrainSettings | LearnSettings, data: Data, fits_on_val: bool) -> int:
     samples = len(data.train) + (len(data.val) if fits_on_val else 0)
-    each = step_passes(settings.threat, settings.objective, settings.attack_steps)
-    return samples * settings.epochs * each
+    per_sample = step_passes(settings.threat, settings.objective, settings.attack_steps)
+    return samples * settings.epochs * per_sample
 
 
 def _stopping_passes(settings: TrainSettings | LearnSettings, data: Data) -> int:

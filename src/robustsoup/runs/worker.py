@@ -1,4 +1,4 @@
-"""The worker carries out one step: one function for each kind of task."""
+"""The worker executes steps: one function for each kind of task."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -52,14 +52,14 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class Worker:
-    """Carries out steps: reads what they need from the store and writes their output.
+    """Executes steps: reads their inputs from the store and writes their outputs.
 
     Attributes:
         context: Data, network and device.
         store: Finished steps.
         files: Checkpoints that existed before the run, by key.
         allow_leakage: Whether ingredients may have been trained on another split.
-        warn: Receives what makes a result doubtful, in one line.
+        warn: Called with one-line warnings about doubtful results.
     """
 
     context: Context
@@ -69,12 +69,12 @@ class Worker:
     warn: Callable[[str], None]
 
     def run_step(self, step: Step, folder: Path, on_progress: Progress) -> str:
-        """Carry out one step.
+        """Execute one step.
 
         Args:
             step: The step; its parents are finished.
             folder: Receives the output; may hold the state of an interrupted attempt.
-            on_progress: Receives (parts done, all parts, figures).
+            on_progress: Called with (parts done, total parts, figures).
 
         Returns:
             The figures of the result in one line.
@@ -137,7 +137,7 @@ class Worker:
 
 
 def train_network(worker: Worker, task: TrainNetwork, folder: Path, on_progress: Progress) -> str:
-    """Train a network and write its checkpoint, and those of earlier epochs if requested."""
+    """Train a network and write its checkpoint, and checkpoints of earlier epochs if requested."""
     settings = task.settings
     network: Checkpoint | nn.Module
     if task.start is None:
@@ -145,7 +145,7 @@ def train_network(worker: Worker, task: TrainNetwork, folder: Path, on_progress:
     else:
         network = worker.checkpoint(task.start)
     if settings.synthetic is not None:
-        settings = replace(settings, synthetic=_open_synthetic(task))
+        settings = replace(settings, synthetic=_open_planned_images(task))
 
     def save_epoch(epoch: int, checkpoint: Checkpoint) -> None:
         checkpoint.save(folder / f"epoch{epoch}.safetensors")
@@ -174,8 +174,8 @@ def train_network(worker: Worker, task: TrainNetwork, folder: Path, on_progress:
     )
 
 
-def _open_synthetic(task: TrainNetwork) -> Synthetic:
-    """Open the generated images; they must be those that the plan saw."""
+def _open_planned_images(task: TrainNetwork) -> Synthetic:
+    """Open the generated images, which must not have changed since planning."""
     synthetic = Synthetic.open(task.settings.synthetic)
     if synthetic.digest != task.synthetic:
         raise DataError(
@@ -262,8 +262,8 @@ def build_greedy_soup(
         return evaluation
 
     stored = [worker.evaluation(key) for key in task.evaluations]
-    alone = stored or [evaluate_soup(alpha) for alpha in corners(len(ingredients))]
-    tried = greedy(alone, evaluate_soup, task.score)
+    evaluations = stored or [evaluate_soup(alpha) for alpha in corners(len(ingredients))]
+    tried = greedy(evaluations, evaluate_soup, task.score)
     trace = [{"alpha": list(c.alpha), "score": task.score.of(c.evaluation.accuracy)} for c in tried]
     best = tried[-1].alpha
     coefficients = replace(

@@ -1,4 +1,4 @@
-"""Whether checkpoints belong to one network, and which checkpoint they were fine-tuned from."""
+"""Check that checkpoints belong to one network, and find their common ancestor."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,8 @@ def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:
     for owner, lacking in ((first, other), (other, first)):
         if name not in lacking.tensors:
             raise IngredientMismatch(
-                f"{name}: {owner.name} has it, {lacking.name} does not; not the same network"
+                f"{name}: in {owner.name} but not in {lacking.name}; "
+                "ingredients must be checkpoints of one network"
             )
     a, b = first.tensors[name], other.tensors[name]
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -39,20 +40,21 @@ def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:
 def common_ancestor(ingredients: Sequence[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint that all ingredients were fine-tuned from.
 
-    The provenance records must agree on it, and it must be an ingredient or lie beside one.
+    The provenance records of all ingredients must name the ancestor, which must be an ingredient
+    itself or a file in the folder of one.
 
     Returns:
-        The ancestor, or None if there is none or its file cannot be found.
+        The ancestor, or None if the records share none or its file is not found.
     """
     parent_files = [
         {parent["digest"]: parent.get("file") for parent in item.provenance.get("parents", [])}
         for item in ingredients
     ]
-    lines = [set(files) for files in parent_files]
+    lineages = [set(files) for files in parent_files]
     if len(ingredients) > 1:  # an ingredient may be the ancestor of the others
-        for line, item in zip(lines, ingredients, strict=True):
-            line.add(item.digest)
-    for digest in sorted(set.intersection(*lines)):
+        for lineage, item in zip(lineages, ingredients, strict=True):
+            lineage.add(item.digest)
+    for digest in sorted(set.intersection(*lineages)):
         for item in ingredients:
             if item.digest == digest:
                 return item

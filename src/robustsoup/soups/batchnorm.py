@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics: which tensors they are, their averages, and measuring them."""
+"""BatchNorm's running statistics: find, average and recalibrate them."""
 
 import copy
 from collections.abc import Sequence
@@ -31,20 +31,19 @@ def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 def running_statistics(item: Checkpoint) -> dict[str, str]:
     """Map each running mean and variance to the parameter whose coefficients average it.
 
-    That parameter is the weight of its BatchNorm, or, for a BatchNorm without one, the last
-    parameter before it: the layer that it normalises.
+    That parameter is the weight of the BatchNorm or, for a BatchNorm without weight, the last
+    parameter before it: that of the layer that the BatchNorm normalises.
     """
-    parameters = item.parameters
-    known = set(parameters)
+    parameters = set(item.parameters)
     owners: dict[str, str] = {}
-    latest = parameters[0] if parameters else None
+    latest = item.parameters[0] if parameters else None
     for name in item.tensors:
-        prefix, _, last = name.rpartition(".")
-        if name in known:
+        prefix, _, kind = name.rpartition(".")
+        if name in parameters:
             latest = name
-        elif last in ("running_mean", "running_var") and latest is not None:
+        elif kind in ("running_mean", "running_var") and latest is not None:
             weight = f"{prefix}.weight" if prefix else "weight"
-            owners[name] = weight if weight in known else latest
+            owners[name] = weight if weight in parameters else latest
     return owners
 
 
@@ -55,8 +54,8 @@ def average_statistics(
 
     Args:
         ingredients: n checkpoints of one network.
-        coefficients: What mixes them; a statistic takes those of its owner, see
-            `running_statistics`.
+        coefficients: Mixing coefficients; a statistic uses those of the parameter that
+            `running_statistics` maps it to.
 
     Returns:
         Statistics by name, in the dtype of the first ingredient.
@@ -81,19 +80,19 @@ def recalibrate(
     seed: int = 0,
     precision: str = "float32",
 ) -> dict[str, Tensor]:
-    """Measure the running statistics of `model` for its weights.
+    """Measure running statistics that fit the weights of `model`.
 
-    The statistics are reset, then averaged over one pass (cumulative momentum).
+    The statistics are reset, then averaged over the batches of one pass (cumulative momentum).
 
     Args:
         model: The network; not changed.
         data: Training samples, augmented as in training.
-        threat: Attack the samples under this threat before the pass; the attack sees the present
-            statistics of the network. Clean: no attack.
+        threat: Attack the samples under this threat before the pass, on the network with its
+            current statistics. Clean: no attack.
         attack_steps: APGD steps.
-        samples: Most samples to measure on; the same for every network at one seed.
-        batch_size: Images in a batch.
-        seed: Seed of the choice of samples.
+        samples: Maximum number of samples.
+        batch_size: Images per batch.
+        seed: Seed that draws the samples; one seed draws the same samples for every network.
         precision: "float32" or "bfloat16".
 
     Returns:
@@ -112,15 +111,15 @@ def recalibrate(
         layer.reset_running_stats()
         layer.momentum = None
         layer.train()
-    seen = 0
+    used = 0
     for x, y, _ in batches(data.to(device), min(batch_size, count), seed=seed, epoch=0):
-        x, y = x[: count - seen], y[: count - seen]
+        x, y = x[: count - used], y[: count - used]
         if len(x) < 2 or not layers:
             break
         x = apgd_train(model, x, y, threat, steps=attack_steps, precision=precision)
         with torch.no_grad(), autocast(device, precision):
             measured(x)
-        seen += len(x)
+        used += len(x)
     tensors = measured.state_dict()
     names = [f"{layer}.{kind}" if layer else kind for layer in layers for kind in STATISTICS]
     return {name: tensors[name].cpu() for name in names}

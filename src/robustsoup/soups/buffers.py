@@ -1,4 +1,4 @@
-"""The buffer policies: what becomes of BatchNorm's running statistics in a soup.
+"""Buffer policies: how a soup gets its running statistics of BatchNorm.
 
 To add a policy, write a function of an UnfinishedSoup that returns Buffers, and register it in
 `robustsoup.catalog.BUFFER_POLICIES`.
@@ -13,7 +13,7 @@ from robustsoup.threats import CLEAN, ThreatModel
 
 
 def copy_base(soup: UnfinishedSoup) -> Buffers:
-    """Copy all buffers of the base: the named one, the common ancestor or the first ingredient."""
+    """Copy all buffers of the base: `soup.base`, else the common ancestor or first ingredient."""
     first = soup.ingredients[0]
     if soup.base is not None:
         source = Checkpoint.open(soup.base)
@@ -26,7 +26,7 @@ def copy_base(soup: UnfinishedSoup) -> Buffers:
 
 
 def average(soup: UnfinishedSoup) -> Buffers:
-    """Average the statistics with the coefficients of their BatchNorm's weight."""
+    """Average the statistics with the coefficients of the weight of their BatchNorm."""
     return Buffers(average_statistics(soup.ingredients, soup.coefficients))
 
 

@@ -1,4 +1,4 @@
-"""Coefficients: what mixes checkpoints, one row of weights for each layer."""
+"""Mixing coefficients: for each layer, one row with the weight of every ingredient."""
 
 import math
 import os
@@ -14,9 +14,9 @@ from robustsoup.checkpoints.formats import read_tensors, write_tensors
 from robustsoup.errors import CoefficientError
 
 EVERY_LAYER = "*"
-"""The layer of coefficients that hold for the whole network."""
-TOLERANCE = 1e-6
-"""How far from 1 the sum of a row may be."""
+"""Name of the layer of coefficients that apply to the whole network."""
+SUM_TOLERANCE = 1e-6
+"""Maximum difference between the sum of a row and 1."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Coefficients:
         layers: Names of parameters or of groups of them; ("*",) for the whole network.
         ingredients: Digests of the n ingredients, in the order of the columns; empty if they are
             not fixed.
-        record: How the coefficients were made.
+        record: How the coefficients were computed.
         tracked: BatchNorm statistics that learning tracked, by name.
-        parameters: Layer of each parameter whose layer has another name.
+        parameters: Layer of each parameter that is not named like its layer.
         start: (layers, n), alpha before learning; None if not learned.
         slopes: (layers,), mean norm of dL/dlogits over the steps that updated the layer.
     """
@@ -80,7 +80,7 @@ class Coefficients:
         layer = self.parameters.get(parameter, parameter)
         if layer not in self.layers:
             raise CoefficientError(
-                f"coefficients: none for layer {parameter}; they are for another network"
+                f"coefficients: none for layer {parameter}; they belong to another network"
             )
         return self.alpha[self.layers.index(layer)].tolist()
 
@@ -101,7 +101,7 @@ class Coefficients:
         for layer, row in zip(self.layers, self.alpha.tolist(), strict=True):
             where = "" if layer == EVERY_LAYER else f"{layer}: "
             got = f"coefficients: {where}got {_format_row(row)}"
-            if not all(map(math.isfinite, row)) or abs(sum(row) - 1) > TOLERANCE:
+            if not all(map(math.isfinite, row)) or abs(sum(row) - 1) > SUM_TOLERANCE:
                 raise CoefficientError(f"{got} with sum {sum(row):.6g}, expected sum 1")
             if not affine and min(row) < 0:
                 raise CoefficientError(f"{got}, expected none below 0")
@@ -110,14 +110,14 @@ class Coefficients:
         """Return the same coefficients with columns in the order of `digests`.
 
         Raises:
-            CoefficientError: If they were made for other ingredients.
+            CoefficientError: If the coefficients were computed for other ingredients.
         """
         if not self.ingredients or tuple(digests) == self.ingredients:
             return self
         if sorted(digests) != sorted(self.ingredients):
             expected = ", ".join(digest[:12] for digest in self.ingredients)
             raise CoefficientError(
-                "coefficients: they were made for other ingredients; "
+                "coefficients: computed for other ingredients; "
                 f"expected the checkpoints with digests {expected}"
             )
         columns = [self.ingredients.index(digest) for digest in digests]
@@ -129,7 +129,7 @@ class Coefficients:
         return -torch.special.xlogy(self.alpha, self.alpha).sum(1)
 
     def movement(self) -> Tensor | None:
-        """Return how much of each row learning moved to other ingredients, (layers,) in [0, 1].
+        """Return the share of weight that learning moved between ingredients, (layers,) in [0, 1].
 
         None if the coefficients were not learned.
         """
@@ -145,25 +145,24 @@ class Coefficients:
 
         Raises:
             CheckpointError: If the file cannot be read.
-            CoefficientError: If it holds something else; a dial requires --at.
+            CoefficientError: If the file holds no coefficients; a dial requires --at.
         """
-        fields = _load_layered(path, "coefficients", "alpha")
-        return cls(alpha=fields.pop("main"), **fields)
+        return cls(**_load_layered(path, "coefficients", "alpha"))
 
 
 @dataclass(frozen=True)
 class Dial:
-    """A line of soups, from t = 0 (robust) to 1 (clean): logits(t) = a + b * (2t - 1) per layer.
+    """A line of soups from t = 0 (robust) to t = 1 (clean): logits(t) = a + b (2t - 1) per layer.
 
     Attributes:
         line: (2, layers, n) float64, a and b.
-        layers: As in Coefficients, and so are the other attributes.
+        layers: Names of parameters or of groups of them.
         ingredients: Digests of the n ingredients, in the order of the columns.
-        record: How the dial was made.
+        record: How the dial was learned.
         tracked: BatchNorm statistics that learning tracked, by name.
-        parameters: Layer of each parameter whose layer has another name.
-        start: (2, layers, n), the line before learning.
-        slopes: (layers,), mean norm of dL/dlogits.
+        parameters: Layer of each parameter that is not named like its layer.
+        start: (2, layers, n), the line before learning; None if unknown.
+        slopes: (layers,), mean norm of dL/dlogits over the steps that updated the layer.
     """
 
     line: Tensor
@@ -207,13 +206,12 @@ class Dial:
 
         Raises:
             CheckpointError: If the file cannot be read.
-            CoefficientError: If it holds something else.
+            CoefficientError: If the file holds no dial.
         """
-        fields = _load_layered(path, "dial", "line")
-        return cls(line=fields.pop("main"), **fields)
+        return cls(**_load_layered(path, "dial", "line"))
 
     def _alpha_at(self, line: Tensor, t: float) -> Tensor:
-        """Return (layers, n); the softmax sums by digest, so that permuting changes no bit."""
+        """Return (layers, n); the softmax sums in digest order, so permuting changes no bit."""
         order = sorted(range(len(self.ingredients)), key=lambda i: self.ingredients[i])
         columns = [order.index(i) for i in range(len(order))]
         logits = line[0] + line[1] * (2 * t - 1)
@@ -221,30 +219,30 @@ class Dial:
 
 
 def load_coefficients(path: str | os.PathLike[str], at: float | None = None) -> Coefficients:
-    """Read coefficients, or those of a dial at t.
+    """Read coefficients from a file, or from a dial at position t.
 
     Args:
-        path: A file of coefficients; a dial if `at` is set.
-        at: t of the dial, from 0 (robust) to 1 (clean).
+        path: File of coefficients, or of a dial if `at` is set.
+        at: Position t on the dial, from 0 (robust) to 1 (clean).
 
     Raises:
-        CoefficientError: If the kind of file does not fit `at`.
+        CoefficientError: If the file is a dial without `at`, or no dial with `at`.
     """
     if at is not None:
         return Dial.load(path).at(at)
     return Coefficients.load(path)
 
 
-def uniform(n: int) -> Coefficients:
-    """Return 1/n for each of n ingredients."""
+def uniform_coefficients(n: int) -> Coefficients:
+    """Return coefficients of 1/n for each of n ingredients."""
     return Coefficients.of([1 / n] * n)
 
 
 def _save_layered(
-    item: Coefficients | Dial, path: str | os.PathLike[str], kind: str, main: str
+    item: Coefficients | Dial, path: str | os.PathLike[str], kind: str, tensor_name: str
 ) -> Path:
-    """Write coefficients or a dial; `main` names the attribute that `kind` consists of."""
-    tensors: dict[str, Tensor] = {main: getattr(item, main)}
+    """Write coefficients or a dial; `tensor_name` is the attribute with their values."""
+    tensors: dict[str, Tensor] = {tensor_name: getattr(item, tensor_name)}
     tensors |= {f"tracked.{name}": tensor for name, tensor in item.tracked.items()}
     if item.start is not None:
         tensors["start"] = item.start
@@ -261,22 +259,22 @@ def _save_layered(
     return Path(path)
 
 
-def _load_layered(path: str | os.PathLike[str], kind: str, main: str) -> dict[str, Any]:
-    """Read what `_save_layered` wrote: attributes by name, the main tensor as "main"."""
+def _load_layered(path: str | os.PathLike[str], kind: str, tensor_name: str) -> dict[str, Any]:
+    """Return the attributes that `_save_layered` wrote, by name."""
     tensors, record = read_tensors(path)
     got = record.pop("kind", None)
     if got == "dial" and kind == "coefficients":
         raise CoefficientError(
-            f"{path}: a dial, which holds a whole line of soups; "
-            "choose one with --at, from 0 (robust) to 1 (clean)"
+            f"{path}: a dial, which holds a line of soups; "
+            "choose one of them with --at, from 0 (robust) to 1 (clean)"
         )
-    if got != kind or main not in tensors:
+    if got != kind or tensor_name not in tensors:
         command = "learn --dial" if kind == "dial" else "learn"
         raise CoefficientError(
             f"{path}: not a {kind} file; expected what `robustsoup {command}` writes"
         )
     return {
-        "main": tensors[main],
+        tensor_name: tensors[tensor_name],
         "layers": tuple(record.pop("layers")),
         "ingredients": tuple(record.pop("ingredients")),
         "parameters": record.pop("of_parameters", {}),

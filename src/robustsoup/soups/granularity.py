@@ -17,11 +17,11 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
     Args:
         model: The network.
         granularity: "parameter": each parameter is a layer, as in the paper. "module": the
-            parameters of one convolution, BatchNorm or linear layer. "block": those of one residual
-            block; a sequence of blocks, such as a stage, is opened. "model": one layer "*", the
-            control of the paper's section 4.4. "re:PATTERN": parameters share a layer if the
-            pattern matches their names with the same text (its groups joined by ".", if it has
-            any); a parameter that it does not match is a layer by itself.
+            parameters of one convolution, BatchNorm or linear layer form a layer. "block": those of
+            one residual block; a sequence of blocks, such as a stage, is split into its blocks.
+            "model": one layer "*", the control of the paper's section 4.4. "re:PATTERN": parameters
+            share a layer if the pattern matches the same text in their names (the groups of the
+            pattern, if any, joined by "."); a parameter without a match is a layer by itself.
 
     Returns:
         The names of each layer's parameters, in the order of the network. Every named parameter is
@@ -59,7 +59,7 @@ def _innermost_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 
 def _unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the only child that holds all parameters, and its name, as long as there is one."""
+    """Descend while a single child holds all parameters; return the last module and its name."""
     children = [(n, child) for n, child in module.named_children() if _has_parameters(child)]
     if len(children) != 1 or _has_own_parameters(module):
         return module, name
@@ -68,7 +68,7 @@ def _unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _block_names(module: nn.Module, name: str) -> list[str]:
-    """Return the names of the blocks inside `module`, those of opened sequences included."""
+    """Return the names of the blocks inside `module`, including those inside sequences."""
     names: list[str] = []
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
@@ -80,7 +80,7 @@ def _block_names(module: nn.Module, name: str) -> list[str]:
 
 
 def _is_sequence_of_blocks(module: nn.Module) -> bool:
-    """Return whether a module is a container of blocks, or a wrapper around one, not a block."""
+    """Return whether a module contains blocks (or wraps such a module) and is no block."""
     children = [child for child in module.children() if _has_parameters(child)]
     if not children or _has_own_parameters(module):
         return False

@@ -1,4 +1,4 @@
-"""The greedy soup: add ingredients, best first, while a score does not fall."""
+"""The greedy soup: add ingredients, best first, unless the score drops."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,30 +8,30 @@ from robustsoup.soups.selection import Candidate, Score
 
 
 def greedy(
-    alone: Sequence[Evaluation],
+    ingredient_evaluations: Sequence[Evaluation],
     evaluate: Callable[[Alpha], Evaluation],
     score: Score | str,
 ) -> list[Candidate]:
-    """Make the greedy soup of n ingredients.
+    """Build the greedy soup of n ingredients.
 
     Args:
-        alone: evaluation of each ingredient, on held-out samples.
-        evaluate: evaluates the soup with coefficients (n,) on the same samples.
-        score: what must not fall when an ingredient is added.
+        ingredient_evaluations: Evaluation of each ingredient on held-out samples.
+        evaluate: Evaluates the soup with coefficients (n,) on the same samples.
+        score: An ingredient is added only if this score does not drop.
 
     Returns:
-        The ingredients in their order, then every soup that was tried; the greedy soup is last.
+        The ingredients in their order, then every evaluated soup; the greedy soup is last.
 
     Raises:
-        RequestError: if the score cannot be parsed, or needs an accuracy that was not evaluated.
+        RequestError: If the score cannot be parsed, or needs an accuracy that was not evaluated.
 
     Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1.
     """
-    score, n = Score.parse(score), len(alone)
-    scores = [score.of(evaluation.accuracy) for evaluation in alone]
+    score, n = Score.parse(score), len(ingredient_evaluations)
+    scores = [score.of(evaluation.accuracy) for evaluation in ingredient_evaluations]
     tried = [
         Candidate(alpha_name(alpha), alpha, evaluation)
-        for alpha, evaluation in zip(corners(n), alone, strict=True)
+        for alpha, evaluation in zip(corners(n), ingredient_evaluations, strict=True)
     ]
     first, *others = sorted(range(n), key=lambda i: -scores[i])
     members, best, best_score = [first], tried[first], scores[first]

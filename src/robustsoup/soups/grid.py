@@ -1,4 +1,4 @@
-"""Coefficients that a soup method tries: uniform, grid and line."""
+"""Coefficients that the soup methods uniform, grid and line try."""
 
 import itertools
 import math
@@ -14,11 +14,11 @@ SoupMethod = Callable[[int, float, int], Sequence[Sequence[float]]]
 """method(n, step, max_soups) -> coefficients (n,) of each soup."""
 
 MAX_SOUPS = 2000
-"""Largest grid that is made unless the caller raises the limit."""
+"""Default limit on the number of soups of a grid."""
 
 
 def grid_size(n: int, step: float) -> int:
-    """Return the number of soups in `grid(n, step)` without making them."""
+    """Return the number of soups in `grid(n, step)` without listing them."""
     return math.comb(round(1 / step) + n - 1, n - 1)
 
 
@@ -28,12 +28,12 @@ def grid(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     At step 0.2 these are 6, 21, 56 and 126 soups for n = 2, 3, 4 and 5.
 
     Args:
-        n: number of ingredients, at least 1.
-        step: a fraction of 1, such as 0.2 or 0.25.
-        max_soups: largest number of soups.
+        n: Number of ingredients, at least 1.
+        step: A fraction of 1, such as 0.2 or 0.25.
+        max_soups: Maximum number of soups.
 
     Raises:
-        CoefficientError: if `step` is no fraction of 1, or there are more than `max_soups` soups.
+        CoefficientError: If 1 is no multiple of `step`, or there are more than `max_soups` soups.
     """
     parts = round(1 / step) if step > 0 else 0
     if n < 1 or parts < 1 or abs(parts * step - 1) > 1e-9:
@@ -58,12 +58,12 @@ def line(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     """Return the grid of two ingredients (wise-ft).
 
     Args:
-        n: number of ingredients, which must be 2.
-        step: a fraction of 1, such as 0.2 or 0.25.
-        max_soups: largest number of soups.
+        n: Number of ingredients, which must be 2.
+        step: A fraction of 1, such as 0.2 or 0.25.
+        max_soups: Maximum number of soups.
 
     Raises:
-        CoefficientError: for another number of ingredients, and as `grid`.
+        CoefficientError: For another number of ingredients, and as `grid`.
 
     Source: Wortsman et al. 2021, arXiv:2109.01903.
     """
@@ -73,7 +73,7 @@ def line(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
 
 
 def uniform(n: int, *_: float) -> list[Alpha]:
-    """Return the average of n ingredients as the only soup; other arguments do nothing."""
+    """Return the average of n ingredients as the only soup; other arguments are ignored."""
     return [(1 / n,) * n]
 
 
@@ -83,15 +83,15 @@ def candidates(
     """Return the coefficients that a method tries.
 
     Args:
-        method: a function, or an entry of `catalog.SOUP_METHODS` that needs neither evaluations
+        method: A function, or an entry of `catalog.SOUP_METHODS` that needs neither evaluations
             nor training: "uniform", "grid", "line", "package.module:function", or the method of
             an installed package.
-        n: number of ingredients.
-        step: step of a grid or line.
-        max_soups: largest number of soups.
+        n: Number of ingredients.
+        step: Step of a grid or line.
+        max_soups: Maximum number of soups.
 
     Raises:
-        CoefficientError: for another method, and for numbers that the method cannot take.
+        CoefficientError: For any other method, and for values that the method rejects.
     """
     if isinstance(method, str):
         entry = SOUP_METHODS.get_entry(method, error=CoefficientError)

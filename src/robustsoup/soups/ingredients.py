@@ -1,4 +1,4 @@
-"""The weights of many ingredients, wherever they are kept: inner products with them, and sums."""
+"""Inner products and weighted sums of the weights of many ingredients, in memory or in files."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from robustsoup.soups.summation import weighted_sum
 T = TypeVar("T")
 
 PLACES = ("auto", "device", "memory", "files")
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Numbers of a parameter to work on at once. On a CPU they take 1 MiB in float32, which stays in
-the cache of a core."""
+CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of a parameter per chunk, by type of device; 1 MiB of float32 on a CPU fits the cache of
+a core."""
 
 
 class Ingredients:
     """The parameters of n checkpoints of one network, in their stored dtype.
 
-    Every place gives the same bits.
+    Results are bit-equal wherever the parameters are stored.
 
     Args:
-        checkpoints: n checkpoints; their order is that of all results.
+        checkpoints: n checkpoints; all results follow their order.
         names: Names of the parameters.
         device: Where results are computed.
         place: "device" and "memory" keep the parameters there (on a CPU they are the same); "files"
@@ -44,7 +44,7 @@ class Ingredients:
         place: str,
     ) -> None:
         self.device, self.place = device, place
-        self.chunk = CHUNK.get(device.type, CHUNK["cuda"])
+        self.chunk = CHUNK_NUMBERS.get(device.type, CHUNK_NUMBERS["cuda"])
         self.sources = []
         if place == "files":
             self.sources = [item.source for item in checkpoints if item.source is not None]
@@ -54,7 +54,7 @@ class Ingredients:
         }
 
     def check(self) -> None:
-        """Raise CheckpointError if a mapped file is gone, cut short or changed; names the file."""
+        """Raise CheckpointError if a mapped file is missing, truncated or changed."""
         for source in self.sources:
             source.check_unchanged()
 
@@ -89,7 +89,7 @@ class Ingredients:
 
         def chunk_products(begin: int) -> Tensor:
             piece = flat[begin : begin + self.chunk]
-            # Products are summed from memory of their own, so the place of theta changes no bit.
+            # Sum from a separate buffer, so that the memory alignment of theta changes no bit.
             product = torch.empty_like(piece)
             thetas = (row[begin : begin + self.chunk].to(piece) for row in rows)
             sums = [torch.sum(torch.mul(piece, theta, out=product)) for theta in thetas]
@@ -109,10 +109,10 @@ class Ingredients:
 def choose_place(
     place: str, budget: float | None, checkpoints: Sequence[Checkpoint], device: torch.device
 ) -> str:
-    """Choose where ingredients are kept.
+    """Choose where ingredients are stored.
 
     Args:
-        place: "device", "memory" or "files" is returned as it is; "auto" is "device" if the
+        place: "device", "memory" or "files" is returned unchanged; "auto" becomes "device" if the
             ingredients fit the budget, else "files".
         budget: GiB, at least 0; by default a quarter of the memory available on the device.
         checkpoints: The ingredients.
@@ -139,7 +139,8 @@ def total_bytes(checkpoints: Sequence[Checkpoint]) -> int:
 def available_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device.
 
-    On a CPU they are those of the machine, or of the control group of the process if it has less.
+    On a CPU this is the available memory of the machine, or of the control group of the process if
+    that is less.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

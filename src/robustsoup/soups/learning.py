@@ -1,4 +1,4 @@
-"""learn and learn_dial: adversarial learned soups, one softmax over the ingredients per layer."""
+"""Learn soups and dials adversarially: one softmax over the ingredients for each layer."""
 
 import json
 import os
@@ -52,18 +52,18 @@ def learn(
 
     Args:
         ingredients: n checkpoints or paths of one network; paths are opened, not loaded.
-        data: The training split, augmented as its data set says.
-        settings: How to learn; see LearnSettings.
+        data: The training split, augmented as its data set specifies.
+        settings: Learning settings; LearnSettings() if None.
         val: Split to measure the objective on after every epoch; required by early_stop.
         base: Checkpoint for the buffer policy "base", as in `mix`.
         network: The network to run, if the ingredients do not record theirs; not changed.
-        place: Where the ingredients are kept: "auto", "device", "memory" or "files".
-        budget: For "auto": keep them on the device if they take at most this many GiB.
+        place: Where the ingredients are stored: "auto", "device", "memory" or "files".
+        budget: GiB; with "auto", ingredients of at most this size are stored on the device.
         allow_leakage: Accept ingredients that were trained on another split of the data.
         device: "auto", "cpu", "cuda" or a device.
-        state_path: File for the state of the run, from which a killed run resumes.
-        on_progress: Receives (steps done, all steps, figures).
-        **changes: Single settings by name, which override those of `settings`.
+        state_path: File for the state of the run; an interrupted run resumes from it.
+        on_progress: Called with (steps done, total steps, figures).
+        **changes: Fields of LearnSettings, which override those of `settings`.
 
     Returns:
         Coefficients with the BatchNorm statistics of the last epoch (or the best, with early_stop);
@@ -74,7 +74,7 @@ def learn(
         ModelError: If the network does not fit the data.
         RequestError: If a setting is unknown or out of range.
         LeakageError: If an ingredient was trained on another split, unless allow_leakage.
-        CheckpointError: If a file is lost during the run.
+        CheckpointError: If a file disappears or changes during the run.
         Diverged: If a loss or a gradient is not finite.
 
     Source: Huang, Adversarial Learned Soups, section 3; the inner product: Li et al., MEHL-Soup,
@@ -84,11 +84,11 @@ def learn(
     if settings.dial is not None:
         raise RequestError("dial: learn returns one soup; call learn_dial")
     check_early_stop(settings.early_stop, val)
-    where = resolve_device(device)
-    settings = _complete_settings(settings, data, where)
+    resolved = resolve_device(device)
+    settings = _complete_settings(settings, data, resolved)
     opened = _open_for_learning(ingredients, network, data, allow_leakage=allow_leakage)
-    kept = choose_place(place, budget, opened, where)
-    inputs = LearningInputs(opened, data, val, network, base, kept, where)
+    stored_in = choose_place(place, budget, opened, resolved)
+    inputs = LearningInputs(opened, data, val, network, base, stored_in, resolved)
     run = LearningRun(inputs, settings)
     _finish_run(run, state_path, on_progress)
     return run.coefficients()
@@ -112,19 +112,18 @@ def learn_dial(
     on_progress: Progress | None = None,
     **changes: Any,
 ) -> Dial:
-    """Learn a whole line of soups at once: logits(t) = a + b * (2t - 1) for each layer.
+    """Learn a line of soups in one run: logits(t) = a + b (2t - 1) for each layer.
 
-    t runs from 0 (robust) to 1 (clean). Every `turn_every` steps t is drawn uniformly and every
-    layer is mixed again. The line starts with a as `init` says and b = 0.
+    t runs from 0 (robust) to 1 (clean). Every `turn_every` steps, t is drawn uniformly and all
+    layers are mixed again. At the start, `init` determines a, and b = 0.
 
     Args:
-        ingredients: As in `learn`, and so are all arguments that are not listed here.
+        ingredients: As in `learn`.
         data: The training split.
-        settings: How to learn. Its objective and early_stop are not used by a dial.
+        settings: Learning settings, without an objective and early_stop.
         by: "objective": t is the weight of the clean loss, t L(clean) + (1 - t) L(attacked); "eps":
-            the radius of the attack is (1 - t) eps. By default that of `settings`, else
-            "objective".
-        turn_every: Steps between two draws of t; by default that of `settings`, else 4.
+            the radius of the attack is (1 - t) eps. By default as in `settings`, else "objective".
+        turn_every: Steps between two draws of t; by default as in `settings`, else 4.
         base: As in `learn`.
         network: As in `learn`.
         place: As in `learn`.
@@ -133,7 +132,7 @@ def learn_dial(
         device: As in `learn`.
         state_path: As in `learn`.
         on_progress: As in `learn`.
-        **changes: Single settings by name, which override those of `settings`.
+        **changes: Fields of LearnSettings, which override those of `settings`.
 
     Returns:
         The dial; `Dial.at(t)` returns ordinary coefficients.
@@ -142,17 +141,17 @@ def learn_dial(
         RequestError: For a clean threat, an objective or early_stop; else as `learn`.
     """
     settings = make_settings(LearnSettings, settings, changes)
-    turning = {"by": by, "turn_every": turn_every}
+    dial_changes = {"by": by, "turn_every": turn_every}
     dial = make_settings(
-        DialSettings, settings.dial, {k: v for k, v in turning.items() if v is not None}
+        DialSettings, settings.dial, {k: v for k, v in dial_changes.items() if v is not None}
     )
     settings = replace(settings, dial=dial)
     _check_dial(settings)
-    where = resolve_device(device)
-    settings = _complete_settings(settings, data, where)
+    resolved = resolve_device(device)
+    settings = _complete_settings(settings, data, resolved)
     opened = _open_for_learning(ingredients, network, data, allow_leakage=allow_leakage)
-    kept = choose_place(place, budget, opened, where)
-    inputs = LearningInputs(opened, data, None, network, base, kept, where)
+    stored_in = choose_place(place, budget, opened, resolved)
+    inputs = LearningInputs(opened, data, None, network, base, stored_in, resolved)
     run = LearningRun(inputs, settings)
     _finish_run(run, state_path, on_progress)
     return run.dial()
@@ -168,7 +167,7 @@ def _check_dial(settings: LearnSettings) -> None:
 
 
 def _complete_settings(settings: LearnSettings, data: Split, device: torch.device) -> LearnSettings:
-    """Check what the settings alone cannot, parse the objective and resolve the precision."""
+    """Check settings that depend on the data, parse the objective and resolve the precision."""
     check_schedule(settings.schedule)
     check_buffer_policy(settings.buffers, data, settings.threat)
     return replace(
@@ -193,10 +192,10 @@ def _open_for_learning(
 def _finish_run(
     run: LearningRun, state_path: str | os.PathLike[str] | None, on_progress: Progress | None
 ) -> None:
-    """Resume the run from its saved state, if there is one, and take the remaining steps."""
+    """Resume the run from its saved state, if any, and take the remaining steps."""
     val = run.inputs.val
-    work = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
-    work += [network_fingerprint(run.model), run.objective.fingerprint]
-    saved = SavedState(state_path, json.dumps(work, sort_keys=True))
+    fingerprint = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
+    fingerprint += [network_fingerprint(run.model), run.objective.fingerprint]
+    saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
     run.restore(saved.load())
     run_epochs(run, saved, on_progress)

@@ -1,4 +1,4 @@
-"""What BatchNorm's running statistics do while a soup is learned."""
+"""BatchNorm's running statistics while a soup is learned."""
 
 import copy
 import os
@@ -23,11 +23,11 @@ def mix_start(
 ) -> Checkpoint:
     """Return the uniform soup with the statistics that learning starts from.
 
-    They are those of the policy if it computes them at the start only, else averaged ones.
+    The policy computes them if it does so at the start alone; otherwise they are averaged.
     """
-    starts = _update_time(policy) == "start"
+    start_policy = policy if _update_time(policy) == "start" else "average"
     alpha = [1 / len(ingredients)] * len(ingredients)
-    return mix(ingredients, alpha, buffers=policy if starts else "average", base=base)
+    return mix(ingredients, alpha, buffers=start_policy, base=base)
 
 
 class LearningBuffers:
@@ -56,12 +56,12 @@ class LearningBuffers:
                 layer.momentum = 0.0  # the train-mode pass must not change the statistics
 
     def end_step(self, coefficients: Coefficients) -> None:
-        """Compute the statistics again if the policy follows every step."""
+        """Update the statistics if the policy does so after each step."""
         if self.update_time == "step":
             self._apply(coefficients)
 
     def end_epoch(self, coefficients: Coefficients) -> None:
-        """Compute the statistics again if the policy follows every epoch."""
+        """Update the statistics if the policy does so after each epoch."""
         if self.update_time == "epoch":
             self._apply(coefficients)
 

@@ -33,7 +33,7 @@ from robustsoup.training.schedules import learning_rate
 
 @dataclass(frozen=True)
 class LearningInputs:
-    """What a soup is learned from, and where.
+    """Inputs of a learning run, and where it runs.
 
     Attributes:
         ingredients: n opened checkpoints of one network.
@@ -41,7 +41,7 @@ class LearningInputs:
         val: Split to measure the objective on, or None.
         network: The network to run; by default the one that the ingredients record.
         base: Checkpoint for the buffer policy "base".
-        place: "device", "memory" or "files": where the ingredients' parameters are kept.
+        place: "device", "memory" or "files": where the ingredients' parameters are stored.
         device: Where the network runs.
     """
 
@@ -58,8 +58,8 @@ class LearningRun:
     """The state of one learning run; a `StepwiseRun`.
 
     The learned line has shape (k, layers, n): logits(t) = sum_k basis_k(t) * line_k with k = 1 for
-    a soup and k = 2 for a dial. Its columns follow the digests of the ingredients, so the order in
-    which they are listed changes nothing.
+    a soup and k = 2 for a dial. Its columns are in the order of the ingredients' digests, so that
+    results do not depend on the order in which the ingredients are listed.
     """
 
     verb = "learn"
@@ -98,7 +98,7 @@ class LearningRun:
         return {**to_record(self.settings), "base": self.base_digest}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from a saved state, if there is one."""
+        """Resume from a saved state, if there is one."""
         if state is None:
             return
         self.line, self.velocity = state["line"], state["velocity"]
@@ -125,7 +125,7 @@ class LearningRun:
         }
 
     def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch from number `skip` on."""
+        """Iterate over the batches of an epoch, without the first `skip`."""
         s = self.settings
         return batches(self.data, s.batch_size, seed=s.seed, epoch=epoch, skip=skip)
 
@@ -158,7 +158,7 @@ class LearningRun:
         return loss.detach()
 
     def update_line(self, active: Sequence[int], grads: dict[str, Tensor], lr: float) -> None:
-        """Take a step of SGD with momentum on some layers; the others keep theirs.
+        """Take a step of SGD with momentum on some layers, and leave the others unchanged.
 
         Args:
             active: Numbers of the layers to update.
@@ -183,7 +183,7 @@ class LearningRun:
 
     @torch.no_grad()
     def mix_layers(self, active: Sequence[int]) -> None:
-        """Mix some layers into the network with the present coefficients."""
+        """Mix some layers into the network with the current coefficients."""
         self.ingredients.check()
         alpha = self._alpha()
         for i in active:
@@ -192,7 +192,7 @@ class LearningRun:
         self.buffers.end_step(self._current_coefficients())
 
     def end_epoch(self, entry: dict[str, float]) -> None:
-        """Measure the objective on val, and keep the line if it is the lowest so far."""
+        """Measure the objective on val, and store the line if the loss is the lowest so far."""
         self.buffers.end_epoch(self._current_coefficients())
         if self.val is None:
             return
@@ -206,7 +206,7 @@ class LearningRun:
             precision=self.precision,
         )
         entry["val_loss"] = loss
-        lowest = min((past["val_loss"] for past in self.history), default=math.inf)
+        lowest = min((earlier["val_loss"] for earlier in self.history), default=math.inf)
         if stop and loss < lowest:
             buffers = {name: tensor.clone() for name, tensor in self._model_buffers().items()}
             self.best = {"line": self.line.clone(), "buffers": buffers, "epoch": entry["epoch"]}
@@ -258,7 +258,7 @@ class LearningRun:
         return learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
 
     def _turn_dial(self) -> None:
-        """Draw a new t and mix the whole network again, if this step is due to."""
+        """Draw a new t and mix all layers again, every `turn_every` steps of a dial."""
         dial = self.settings.dial
         if dial is not None and self.step % dial.turn_every == 0:
             generator = keyed_generator("dial", self.settings.seed, self.step)
@@ -266,7 +266,7 @@ class LearningRun:
             self.mix_layers(range(len(self.layers)))
 
     def _goal(self) -> tuple[ThreatModel, Objective]:
-        """Return the threat and the objective of this step, which a dial changes."""
+        """Return the threat and the objective of this step; a dial varies one of them."""
         threat, dial = self.settings.threat, self.settings.dial
         if dial is None:
             return threat, self.objective
@@ -275,13 +275,13 @@ class LearningRun:
         return threat, mixed(self.t)
 
     def _draw_active_layers(self) -> list[int]:
-        """Draw the layers that this step updates: each is left out with probability `detach`."""
+        """Draw the layers that this step updates; each is detached with probability `detach`."""
         generator = keyed_generator("detach", self.settings.seed, self.step)
         active = torch.rand(len(self.layers), generator=generator) >= self.settings.detach
         return active.nonzero().flatten().tolist()
 
     def _require_gradients(self, active: Sequence[int]) -> dict[str, nn.Parameter]:
-        """Let only the parameters of the active layers require gradients, and return them."""
+        """Enable gradients for the parameters of the active layers alone, and return these."""
         names = {name for layer in active for name in self.groups[self.layers[layer]]}
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in names)
@@ -293,7 +293,7 @@ class LearningRun:
             layer = self.layers[active[finite.index(False)]]
             raise Diverged(
                 f"learn: the gradient of layer {layer} is not finite at step {self.step}; "
-                "the state saved before is kept; try a smaller lr"
+                "the last saved state is kept; try a smaller lr"
             )
 
     def _basis(self) -> Tensor:
@@ -301,7 +301,7 @@ class LearningRun:
         return torch.tensor(values, dtype=torch.float64)
 
     def _alpha(self) -> Tensor:
-        """Return the present coefficients, (layers, n) float64, columns in canonical order."""
+        """Return the current coefficients, (layers, n) float64, columns in canonical order."""
         return torch.softmax(torch.tensordot(self._basis(), self.line.double(), 1), 1)
 
     def _current_coefficients(self) -> Coefficients:
@@ -319,7 +319,7 @@ class LearningRun:
         return self.slope_sums / self.slope_counts.clamp(min=1)
 
     def _layer_of_parameter(self) -> dict[str, str]:
-        """Map each parameter to its layer, if that has another name."""
+        """Map each parameter to its layer, unless both have the same name."""
         return {
             name: layer for layer, names in self.groups.items() for name in names if name != layer
         }
@@ -348,7 +348,7 @@ class LearningRun:
 
 
 def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
-    """Return the logits that learning starts from.
+    """Return the initial logits.
 
     Args:
         layers: Number of layers.

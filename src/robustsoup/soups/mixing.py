@@ -1,4 +1,4 @@
-"""mix: the one place where the weights of checkpoints are averaged."""
+"""Mix checkpoints into a soup; weights are averaged nowhere else."""
 
 import copy
 import os
@@ -21,20 +21,20 @@ from robustsoup.soups.soup_record import make_soup_record
 from robustsoup.soups.summation import canonical_sum
 from robustsoup.threats import CLEAN, ThreatModel
 
-Alpha = Coefficients | Tensor | Sequence[float] | Mapping[str, Sequence[float]]
+CoefficientsLike = Coefficients | Tensor | Sequence[float] | Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a policy measures BatchNorm statistics.
+    """How a buffer policy measures BatchNorm statistics.
 
     Attributes:
         data: Training split, or None.
-        samples: Most samples to measure on.
+        samples: Maximum number of samples to measure on.
         threat: Threat model of the policies that attack the samples.
         attack_steps: APGD steps.
         precision: "float32" or "bfloat16".
-        seed: Seed of the choice of samples.
+        seed: Seed that draws the samples.
     """
 
     data: Split | None = None
@@ -47,15 +47,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class UnfinishedSoup:
-    """A soup before a buffer policy decides on its running statistics.
+    """A soup whose running statistics a buffer policy has yet to supply.
 
     Attributes:
         ingredients: n checkpoints of one network.
-        coefficients: What mixes them, columns in their order.
-        network: Returns the network with the soup's parameters, for policies that run it. Policies
-            copy it before they change it.
-        base: The checkpoint that the user named as base, if any.
-        calibration: How statistics are measured.
+        coefficients: Mixing coefficients, columns in the order of the ingredients.
+        network: Returns the network with the soup's parameters, for policies that run it. A policy
+            must copy the network before changing it.
+        base: The checkpoint that the caller named as base, if any.
+        calibration: How to measure statistics.
     """
 
     ingredients: Sequence[Checkpoint]
@@ -67,11 +67,11 @@ class UnfinishedSoup:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a buffer policy returns.
+    """The result of a buffer policy.
 
     Attributes:
-        tensors: Buffers by name; any that are missing keep their value.
-        record: Entries for the soup's record of its buffers.
+        tensors: Buffers by name; buffers that are not listed keep the first ingredient's value.
+        record: Entries for the soup's provenance record.
     """
 
     tensors: Mapping[str, Tensor]
@@ -83,7 +83,7 @@ BufferPolicy = Callable[[UnfinishedSoup], Buffers]
 
 def mix(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
-    alpha: Alpha,
+    alpha: CoefficientsLike,
     *,
     buffers: str | None = None,
     base: Checkpoint | str | os.PathLike[str] | None = None,
@@ -110,20 +110,20 @@ def mix(
             coefficients of a learned soup, "base" for an affine mix or if `base` is given, else
             "average". "base" copies those of `base`; "average" mixes them with the coefficients of
             their BatchNorm's weight (not for affine mixes); "recalibrate" measures them on
-            `calibrate_on`; "recalibrate-adversarial" on attacked samples of it; "tracked" takes
-            those that learning tracked. Integer buffers are never averaged.
-        base: Checkpoint for the policy "base"; by default the common ancestor, if its file lies
-            beside the ingredients, else the first ingredient.
+            `calibrate_on`; "recalibrate-adversarial" measures them on attacked samples of
+            `calibrate_on`; "tracked" takes those that learning tracked. Integer buffers are never
+            averaged.
+        base: Checkpoint for the policy "base"; by default the common ancestor, if its file is next
+            to an ingredient, else the first ingredient.
         calibrate_on: Training split, required by the recalibrating policies.
-        calibrate_samples: Most samples of it to measure on.
+        calibrate_samples: Maximum number of samples of `calibrate_on` to measure on.
         threat: Threat model of "recalibrate-adversarial".
         attack_steps: APGD steps of "recalibrate-adversarial".
         affine: Allow negative coefficients.
-        network: The network to recalibrate with, if the ingredients do not record theirs; not
-            changed.
+        network: The network, if the ingredients do not record theirs; not changed.
         device: Where to recalibrate.
         precision: Arithmetic of recalibration, "float32" or "bfloat16".
-        seed: Seed of the calibration samples.
+        seed: Seed that draws the calibration samples.
 
     Returns:
         A checkpoint with the names and dtypes of the first ingredient; sums are taken in at least
@@ -132,7 +132,8 @@ def mix(
     Raises:
         IngredientMismatch: Names the first tensor whose name, shape or dtype differs.
         CoefficientError: If alpha does not fit the ingredients.
-        RequestError: If the policy lacks what it needs.
+        RequestError: If the policy is unknown, or requires data, a threat or tracked statistics
+            that were not passed.
 
     Source: Wortsman et al. 2022, arXiv:2203.05482, section 2; by layer: Huang, Adversarial Learned
         Soups, section 2.
@@ -142,7 +143,7 @@ def mix(
     coefficients.check(len(loaded), affine=affine)
     default = "base" if affine or base is not None else default_buffer_policy(coefficients)
     policy = check_buffer_policy(buffers or default, calibrate_on, threat)
-    _check_fits_policy(policy, loaded[0], coefficients, affine=affine)
+    _check_policy_fits(policy, loaded[0], coefficients, affine=affine)
     for item in loaded:
         item.check_source()
     tensors = _mix_parameters(loaded, coefficients)
@@ -175,11 +176,12 @@ def open_ingredients(
 
     Args:
         ingredients: Checkpoints or paths.
-        network: Says which tensors of foreign files are parameters.
+        network: Determines which tensors of foreign files are parameters; None if all files record
+            their network.
 
     Raises:
-        CheckpointError: If there is none, or a file cannot be read.
-        IngredientMismatch: If they do not share names, shapes and dtypes.
+        CheckpointError: If there are no ingredients, or a file cannot be read.
+        IngredientMismatch: If the ingredients do not share names, shapes and dtypes.
     """
     opened = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
@@ -202,7 +204,7 @@ def check_buffer_policy(name: str, calibrate_on: Split | None, threat: ThreatMod
         threat: Threat model of the calibration.
 
     Raises:
-        RequestError: If the policy is unknown, or lacks the data or the threat that it needs.
+        RequestError: If the policy is unknown, or requires data or a threat that is missing.
     """
     policy = BUFFER_POLICIES.get_entry(name)
     needs = policy.facts.get("needs", ())
@@ -215,7 +217,7 @@ def check_buffer_policy(name: str, calibrate_on: Split | None, threat: ThreatMod
     return policy
 
 
-def _check_fits_policy(
+def _check_policy_fits(
     policy: Entry, first: Checkpoint, coefficients: Coefficients, *, affine: bool
 ) -> None:
     if affine and not policy.facts.get("affine"):

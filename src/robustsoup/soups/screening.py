@@ -25,8 +25,8 @@ A request is evaluated with these arguments of `evaluate`:
 
 and the evaluation of a short request is passed through `mark_screened` before it is stored.
 
-An ingredient's request (`keep_points`) evaluates the ingredient itself; its adversarial points are
-then tried on every contender, so that none looks stronger for having met fewer points.
+A request with `keep_points` evaluates an ingredient. Its adversarial points are then tried on every
+contender, so that no contender looks stronger only because it faced fewer points.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,12 +44,13 @@ class EvaluationRequest:
     """One evaluation that a screening needs.
 
     Attributes:
-        candidate: name of the ingredient (with `keep_points`) or of the contender.
+        candidate: Name of the ingredient (with `keep_points`) or of the contender.
         mode: "full" runs the whole protocol, "short" a brief attack.
-        keep_points: whether the adversarial points are kept for the pool.
-        pool: requests whose adversarial points are tried before the attack.
-        after: request for the same network whose verdicts this evaluation starts from.
-        stop_below: number of surviving samples below which the evaluation gives up; None never.
+        keep_points: Whether to keep the adversarial points for the pool.
+        pool: Requests whose adversarial points are tried before the attack.
+        after: Request for the same network whose verdicts this evaluation starts from.
+        stop_below: Number of surviving samples below which the evaluation stops early; None to
+            never stop.
     """
 
     candidate: str
@@ -60,7 +61,7 @@ class EvaluationRequest:
     stop_below: int | None = None
 
 
-Results = Mapping[EvaluationRequest, Evaluation]
+EvaluationsByRequest = Mapping[EvaluationRequest, Evaluation]
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Contender:
     """A soup that takes part in a screening.
 
     Attributes:
-        name: unique among the contenders.
-        ingredient: name of the ingredient with the same weights and buffers, if there is one: its
-            evaluation is reused.
-        mode: how the soup is evaluated first. "short" suits large families such as grids; a "full"
+        name: Unique among the contenders.
+        ingredient: Name of the ingredient with the same weights and buffers, whose evaluation is
+            reused; None if there is none.
+        mode: How the soup is evaluated first. "short" suits large families such as grids; a "full"
             contender is never confirmed again.
     """
 
@@ -85,20 +86,20 @@ class Screening:
     """Decides which evaluations a screened search needs.
 
     Every ingredient is attacked in full and keeps its adversarial points. Every contender is then
-    tried with these points and, unless it is evaluated in full, a short attack. Two rules say which
-    of the screened contenders are confirmed by the full protocol:
+    attacked with these points and, unless it is evaluated in full, a short attack. Two rules decide
+    which screened contenders are confirmed by the full protocol:
 
     - If the goal maximises accuracy under the one threat that is evaluated, and requires nothing
       but clean accuracy, only contenders that can still win are confirmed, the most promising
       first, and a confirmation stops as soon as its contender has lost. If no contender meets the
-      requirements, those closest to them compete.
-    - Otherwise the contenders of `worth_confirming` are confirmed, and the one that the goal would
-      choose by its upper bounds.
+      requirements, the contenders closest to meeting them compete.
+    - Otherwise the contenders of `worth_confirming` are confirmed, and the contender that the goal
+      would choose by upper bounds.
 
     Attributes:
-        ingredients: names of the ingredients.
-        contenders: the soups, in the order that breaks ties.
-        goal: what is chosen at the end; `Goal()` if no soup is chosen.
+        ingredients: Names of the ingredients.
+        contenders: The soups, in the order that breaks ties.
+        goal: What is chosen at the end; `Goal()` if no soup is chosen.
     """
 
     ingredients: tuple[str, ...]
@@ -121,11 +122,11 @@ class Screening:
         """Return the evaluations that depend on no result: the pool, then first evaluations."""
         return (*self.pool, *map(self.first_request, self.contenders))
 
-    def next_requests(self, results: Results) -> tuple[EvaluationRequest, ...]:
+    def next_requests(self, results: EvaluationsByRequest) -> tuple[EvaluationRequest, ...]:
         """Return the next confirmations, given all evaluations so far; empty if there are none.
 
         Args:
-            results: the evaluations of all first requests and of all earlier confirmations.
+            results: The evaluations of all first requests and of all earlier confirmations.
 
         Returns:
             Requests that do not depend on each other.
@@ -144,17 +145,17 @@ class Screening:
             if contender.name in names and contender.name not in confirmed
         )
 
-    def final_evaluations(self, results: Results) -> dict[str, Evaluation]:
+    def final_evaluations(self, results: EvaluationsByRequest) -> dict[str, Evaluation]:
         """Return the last evaluation of each contender, by name, in the contenders' order."""
         first = {item.name: results[self.first_request(item)] for item in self.contenders}
         return first | self._confirmations(results)
 
-    def _screened_candidates(self, results: Results) -> list[Candidate]:
+    def _screened_candidates(self, results: EvaluationsByRequest) -> list[Candidate]:
         return [
             Candidate(item.name, (), results[self.first_request(item)]) for item in self.contenders
         ]
 
-    def _confirmations(self, results: Results) -> dict[str, Evaluation]:
+    def _confirmations(self, results: EvaluationsByRequest) -> dict[str, Evaluation]:
         firsts = set(map(self.first_request, self.contenders))
         return {
             request.candidate: evaluation
@@ -169,7 +170,7 @@ class Screening:
         return EvaluationRequest(contender.name, pool=self.pool, after=first, stop_below=stop_below)
 
     def _decisive_measure(self, screened: Sequence[Candidate]) -> str | None:
-        """Return the attacked measure that alone decides the choice; None if others count too."""
+        """Return the attacked measure that alone decides the choice; None if others matter too."""
         attacked = list(screened[0].evaluation.threats)
         clean_only = all(requirement.key == CLEAN_KEY for requirement in self.goal.require)
         return self.goal.maximise if attacked == [self.goal.maximise] and clean_only else None
@@ -188,7 +189,9 @@ class Screening:
             names |= set() if best.confirmed else {best.name}
         return names
 
-    def _next_that_can_win(self, measure: str, results: Results) -> tuple[EvaluationRequest, ...]:
+    def _next_that_can_win(
+        self, measure: str, results: EvaluationsByRequest
+    ) -> tuple[EvaluationRequest, ...]:
         """Confirm the screened contender with the most survivors, unless it has lost already."""
         latest = self.final_evaluations(results)
         candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
@@ -206,13 +209,13 @@ class Screening:
 
 
 def run_screening(
-    screening: Screening, evaluate: Callable[[EvaluationRequest, Results], Evaluation]
+    screening: Screening, evaluate: Callable[[EvaluationRequest, EvaluationsByRequest], Evaluation]
 ) -> dict[str, Evaluation]:
     """Run a screening to its end.
 
     Args:
-        screening: the screening.
-        evaluate: evaluates one request; its second argument holds all earlier evaluations, those
+        screening: The screening.
+        evaluate: Evaluates one request; its second argument holds all earlier evaluations, those
             of the request's `pool` and `after` among them.
 
     Returns:
@@ -231,15 +234,15 @@ def short_attack(settings: AttackSettings, screen_steps: int) -> AttackSettings:
     """Return the brief attack of a screening.
 
     Args:
-        settings: the attack of the full protocol.
-        screen_steps: steps of the brief attack.
+        settings: The attack of the full protocol.
+        screen_steps: Steps of the brief attack.
 
     Returns:
-        One restart of the same attack, which searches in bfloat16 where the device computes in it.
+        The same attack with one restart, in bfloat16 where the device supports it natively.
     """
     return replace(settings, steps=screen_steps, restarts=1, precision="auto")
 
 
 def mark_screened(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation with a record that says its robust accuracies are upper bounds."""
+    """Return the evaluation, with its robust accuracies recorded as upper bounds."""
     return replace(evaluation, record={**evaluation.record, "screened": True})

@@ -1,4 +1,4 @@
-"""search: evaluate the soups of a method on one split."""
+"""Search: evaluate the soups of a method on one split."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
     Contender,
     EvaluationRequest,
-    Results,
+    EvaluationsByRequest,
     Screening,
     mark_screened,
     run_screening,
@@ -55,34 +55,34 @@ def search(
     """Evaluate every soup of a method on one split; `select` then picks one.
 
     With `screen`, the ingredients are attacked in full; their adversarial points and a short attack
-    (`screen_steps`, bfloat16 where the device computes in it) are tried on every soup; then those
-    that can matter are confirmed in full: see `Screening`. The accuracies of the others are upper
-    bounds: `Candidate.confirmed` is False.
+    (`screen_steps`, in bfloat16 where the device supports it) are tried on every soup; then the
+    soups that can still matter are confirmed in full, see `Screening`. The accuracies of the other
+    soups are upper bounds, and their `Candidate.confirmed` is False.
 
     Args:
-        ingredients: n checkpoints or paths of one network.
-        data: the split to select on, usually `val`.
-        threats: threat models to attack with.
-        settings: which soups are tried; SearchSettings() if None. `maximise` and `require` matter
-            with `screen` alone, `score` to the greedy method alone (the first threat if None).
-        attack_settings: the attack; AttackSettings() if None. Its seed also seeds the mixing.
-        buffers: policy for BatchNorm's running statistics, as in `mix`.
-        calibrate_on: training split, required by the recalibrating policies.
-        samples: number of samples to evaluate on, from the first; all if None.
-        allow_leakage: accept ingredients that were trained on samples of `data`.
-        network: the network, if the ingredients do not record it; left unchanged.
+        ingredients: N checkpoints or paths of one network.
+        data: The split to select on, usually `val`.
+        threats: Threat models to attack with.
+        settings: The soups to try; SearchSettings() if None. `maximise` and `require` apply only
+            with `screen`, `score` only to the greedy method (the first threat if None).
+        attack_settings: The attack; AttackSettings() if None. Its seed also seeds the mixing.
+        buffers: Policy for BatchNorm's running statistics, as in `mix`.
+        calibrate_on: Training split, required by the recalibrating policies.
+        samples: Evaluate on the first `samples` samples; on all if None.
+        allow_leakage: Accept ingredients that were trained on samples of `data`.
+        network: The network, if the ingredients do not record it; left unchanged.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
-        on_progress: called as on_progress(done, total, figures) after each soup.
-        **changes: fields of SearchSettings and AttackSettings, which override both.
+        on_progress: Called as on_progress(done, total, figures) after each soup.
+        **changes: Fields of SearchSettings and AttackSettings, which override both.
 
     Returns:
         All candidates, in the order of the method; the greedy soup is the last of its method.
 
     Raises:
-        RequestError: for invalid settings, before any work.
-        LeakageError: if an ingredient was trained on samples of `data`.
+        RequestError: For invalid settings, before any work.
+        LeakageError: If an ingredient was trained on samples of `data`.
     """
-    search_changes, attack_changes = _sort_changes(changes)
+    search_changes, attack_changes = _split_changes(changes)
     settings = make_settings(SearchSettings, settings, search_changes)
     attack = make_settings(AttackSettings, attack_settings, attack_changes)
     _check_combination(settings, attack)
@@ -107,8 +107,8 @@ def search(
     ]
 
 
-def _sort_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the changes of SearchSettings, and all others."""
+def _split_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split changes into those of SearchSettings and all others."""
     names = {field.name for field in dataclasses.fields(SearchSettings)}
     search_changes = {name: value for name, value in changes.items() if name in names}
     return search_changes, {k: v for k, v in changes.items() if k not in names}
@@ -148,7 +148,7 @@ class _SearchProgress:
 
 @dataclass(frozen=True)
 class _SoupEvaluator:
-    """Mixes soups and evaluates them, all in the same way; see the arguments of `search`."""
+    """Mixes and evaluates soups; the attributes are the arguments of `search`."""
 
     ingredients: tuple[Checkpoint, ...]
     data: Split
@@ -180,9 +180,13 @@ class _SoupEvaluator:
         return evaluate(model, self.data, self.threats, self.attack, device=self.device)
 
     def evaluate_request(
-        self, alpha: Alpha, request: EvaluationRequest, results: Results, screen_steps: int
+        self,
+        alpha: Alpha,
+        request: EvaluationRequest,
+        results: EvaluationsByRequest,
+        screen_steps: int,
     ) -> Evaluation:
-        """Evaluate a soup as a screening requests."""
+        """Evaluate a soup with the attack that a screening requests."""
         short = request.mode == "short"
         evaluation = evaluate(
             self.mix_network(alpha),
@@ -224,7 +228,7 @@ def _search_screened(
     progress.total = len(first_requests)
     all_alphas = {**alphas, **ingredients}
 
-    def run_request(request: EvaluationRequest, results: Results) -> Evaluation:
+    def run_request(request: EvaluationRequest, results: EvaluationsByRequest) -> Evaluation:
         alpha = all_alphas[request.candidate]
         evaluation = evaluator.evaluate_request(alpha, request, results, screen_steps)
         if request in first_requests:  # the number of confirmations is not known beforehand

@@ -12,7 +12,7 @@ from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, parse_measure
 from robustsoup.soups.grid import Alpha
 from robustsoup.threats import ThreatModel
 
-Scores = Mapping[str, Accuracy]
+AccuracyByMeasure = Mapping[str, Accuracy]
 """Accuracies by measure: "clean", "union" or a threat model as text."""
 
 Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
@@ -24,9 +24,9 @@ class Candidate:
     """An evaluated soup.
 
     Attributes:
-        name: unique name among the candidates.
+        name: Unique name among the candidates.
         alpha: (n,) coefficients of the n ingredients; empty where no single vector describes them.
-        evaluation: verdicts on the split that selects.
+        evaluation: Verdicts on the split that selects.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Requirement:
 
     Attributes:
         key: "clean", "union" or a threat model as text.
-        threshold: least accuracy, in [0, 1].
+        threshold: Minimum accuracy, in [0, 1].
     """
 
     key: str
@@ -57,7 +57,7 @@ class Requirement:
         """Parse "clean>=0.85" or "Linf 8/255 >= 40%"; a Requirement is returned unchanged.
 
         Raises:
-            RequestError: for any other form, and for a threshold outside [0, 1].
+            RequestError: For any other form, and for a threshold outside [0, 1].
         """
         if isinstance(text, Requirement):
             return text
@@ -81,12 +81,12 @@ class Requirement:
             return tuple(cls.parse(f"{key}>={value}") for key, value in requirements.items())
         return tuple(cls.parse(item) for item in requirements)
 
-    def shortfall(self, scores: Scores, *, point: bool = False) -> float:
-        """Return by how much the lower bound (with `point`, the estimate) misses the threshold."""
+    def shortfall(self, scores: AccuracyByMeasure, *, point: bool = False) -> float:
+        """Return how far the lower bound (with `point`, the estimate) is below the threshold."""
         accuracy = scores[self.key]
         return max(self.threshold - (accuracy.value if point else accuracy.low), 0.0)
 
-    def met_by(self, scores: Scores, *, point: bool = False) -> bool:
+    def met_by(self, scores: AccuracyByMeasure, *, point: bool = False) -> bool:
         """Return whether the 95 % lower bound (with `point`, the estimate) meets the threshold."""
         accuracy = scores[self.key]
         return (accuracy.value if point else accuracy.low) >= self.threshold
@@ -101,7 +101,7 @@ class Score:
     """A weighted sum of accuracies.
 
     Attributes:
-        terms: pairs (weight, measure); a measure is "clean", "union" or a threat model as text.
+        terms: Pairs (weight, measure); a measure is "clean", "union" or a threat model as text.
     """
 
     terms: tuple[tuple[float, str], ...]
@@ -111,7 +111,7 @@ class Score:
         """Parse "clean", "Linf 8/255" or "0.3 clean + 0.7 Linf 8/255"; a Score is unchanged.
 
         Raises:
-            RequestError: for any other form, and if every weight is 0.
+            RequestError: For any other form, and if every weight is 0.
         """
         if isinstance(text, Score):
             return text
@@ -131,11 +131,11 @@ class Score:
         """The measures in the sum."""
         return [key for _, key in self.terms]
 
-    def of(self, scores: Scores) -> float:
+    def of(self, scores: AccuracyByMeasure) -> float:
         """Return the weighted sum.
 
         Raises:
-            RequestError: if a measure was not evaluated.
+            RequestError: If a measure was not evaluated.
         """
         _require_measures("score", self.keys, scores)
         return sum(weight * scores[key].value for weight, key in self.terms)
@@ -157,12 +157,12 @@ def _parse_score_term(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a selection maximises, and under which requirements.
+    """The measure that a selection maximises, and its requirements.
 
     Attributes:
-        maximise: "clean", "union" or a threat model as text; None if nothing is to be chosen.
-        require: requirements that the choice must meet.
-        point: whether estimates, not 95 % lower bounds, are compared with the thresholds.
+        maximise: "clean", "union" or a threat model as text; None to choose nothing.
+        require: Requirements that the choice must meet.
+        point: Whether estimates, not 95 % lower bounds, are compared with the thresholds.
     """
 
     maximise: str | None = None
@@ -180,7 +180,7 @@ class Goal:
         """Parse the measure and the requirements.
 
         Raises:
-            RequestError: if one of them cannot be parsed.
+            RequestError: If one of them cannot be parsed.
         """
         measure = None if maximise is None else parse_measure(maximise)
         return cls(measure, Requirement.parse_all(require), point)
@@ -191,7 +191,7 @@ class Goal:
         return all(requirement.met_by(scores, point=self.point) for requirement in self.require)
 
     def shortfall(self, candidate: Candidate) -> float:
-        """Return the sum of what the candidate lacks for each requirement."""
+        """Return the total shortfall of the candidate over all requirements."""
         scores = candidate.evaluation.accuracy
         return sum(item.shortfall(scores, point=self.point) for item in self.require)
 
@@ -209,11 +209,11 @@ class Selection:
     """The chosen candidate.
 
     Attributes:
-        best: the choice, or the closest candidate if none meets the requirements.
-        met: whether `best` meets every requirement.
-        maximise: the maximised measure.
-        require: the requirements.
-        point: whether estimates, not 95 % lower bounds, were compared with the thresholds.
+        best: The choice, or the closest candidate if none meets the requirements.
+        met: Whether `best` meets every requirement.
+        maximise: The maximised measure.
+        require: The requirements.
+        point: Whether estimates, not 95 % lower bounds, were compared with the thresholds.
     """
 
     best: Candidate
@@ -249,22 +249,22 @@ def select(
     """Select the candidate with the highest accuracy under `maximise` that meets the requirements.
 
     Ties go to the higher clean accuracy, then to the earlier candidate. If no candidate meets the
-    requirements, the one with the least total shortfall is returned with `met = False`.
+    requirements, the candidate with the least total shortfall is returned with `met = False`.
 
     Args:
-        tried: evaluated candidates, all on the same samples.
+        tried: Evaluated candidates, all on the same samples.
         maximise: "clean", "union" or a threat model.
         require: {"clean": 0.85} or ["clean>=0.85"]; met if the lower end of the 95 % Wilson
             interval reaches the threshold.
-        point: compare the estimate, not the lower bound, with the thresholds.
-        unconfirmed: consider candidates whose robust accuracies are upper bounds too; otherwise
-            they count only if there is no other candidate.
+        point: Compare the estimate, not the lower bound, with the thresholds.
+        unconfirmed: Also consider candidates whose robust accuracies are upper bounds; without it,
+            they are considered only if there are no others.
 
     Returns:
         The choice, and whether it meets the requirements.
 
     Raises:
-        RequestError: if there are no candidates, or a measure was not evaluated.
+        RequestError: If there are no candidates, or a measure was not evaluated.
     """
     if not tried:
         raise RequestError("select: no candidates")
@@ -290,14 +290,14 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
     accurate under one of them.
 
     Args:
-        tried: evaluated candidates.
+        tried: Evaluated candidates.
         keys: measures: "clean", "union" or threat models.
 
     Returns:
         The front, in the order of `tried`.
 
     Raises:
-        RequestError: if a measure was not evaluated.
+        RequestError: If a measure was not evaluated.
     """
     measures = [str(key) for key in keys]
     if tried:
@@ -318,13 +318,13 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
 def worth_confirming(tried: Sequence[Candidate]) -> list[Candidate]:
     """Return the screened candidates that a full evaluation could add to the Pareto front.
 
-    The result together with the confirmed candidates covers the front: every candidate of the
-    front has one among them that is as accurate under every measure, up to 0.5 / sqrt(n), which is
-    half the half-width of a 95 % interval at n samples. Accuracies are those of `tried`: for
-    screened candidates upper bounds, from which a full evaluation may take more than this.
+    Together with the confirmed candidates, the result covers the front: for every candidate of the
+    front, it contains one that is as accurate under every measure, up to 0.5 / sqrt(n), which is
+    half the half-width of a 95 % interval at n samples. The accuracies of screened candidates are
+    upper bounds; a full evaluation may lower them by more than this margin.
 
     Args:
-        tried: screened and confirmed candidates, all on the same n samples; at least one.
+        tried: Screened and confirmed candidates, all on the same n samples; at least one.
 
     Returns:
         Unconfirmed candidates of the front.
@@ -350,7 +350,7 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
 
-def _require_measures(caller: str, keys: Sequence[str], scores: Scores) -> None:
+def _require_measures(caller: str, keys: Sequence[str], scores: AccuracyByMeasure) -> None:
     for key in keys:
         if key not in scores:
             raise RequestError(

@@ -13,7 +13,7 @@ SHARED_ENTRIES = ("network", "parameters", "tied")
 def make_soup_record(
     ingredients: Sequence[Checkpoint], coefficients: Coefficients
 ) -> dict[str, Any]:
-    """Return what all ingredients agree on, and how they were mixed."""
+    """Make the provenance record of a soup from those of its ingredients and its coefficients."""
     first = ingredients[0].provenance
     record = {key: first[key] for key in SHARED_ENTRIES if key in first}
     record |= _data_entries(ingredients)
@@ -34,7 +34,7 @@ def make_soup_record(
 
 
 def _data_entries(ingredients: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return the data that the ingredients were fitted on, and all other data behind them."""
+    """Return the records of the data that the ingredients and their ancestors were trained on."""
     entries: dict[str, Any] = {}
     records: list[dict[str, Any]] = [item.provenance.get("data") or {} for item in ingredients]
     first = records[0]
@@ -42,7 +42,7 @@ def _data_entries(ingredients: Sequence[Checkpoint]) -> dict[str, Any]:
         if first:
             entries["data"] = first
     elif all(records) and all(record["digest"] == first["digest"] for record in records):
-        # Between them, the ingredients have seen every sample of several splits of one data set.
+        # Together, the ingredients were trained on the samples of several splits of one data set.
         entries["data"] = {**first, "split_digest": "several"}
     earlier = [data for item in ingredients for data in item.provenance.get("earlier_data", [])]
     if earlier:

@@ -14,8 +14,8 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         weights: n numbers, at least one of them not 0.
 
     Returns:
-        The sum, taken and returned in at least float32; a copy of the only tensor with a weight if
-        that weight is 1.
+        The sum, taken and returned in at least float32. If a single weight is not 0 and equals 1, a
+        copy of its tensor in its dtype.
     """
     terms = [
         (tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0
@@ -33,7 +33,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def canonical_sum(
     tensors: Sequence[Tensor], weights: Sequence[float], digests: Sequence[str]
 ) -> Tensor:
-    """Return the weighted sum in the order of the ingredients' digests; ties go by weight."""
+    """Return the weighted sum, added up in the order of digests; equal digests, of weights."""
     order = sorted(range(len(weights)), key=lambda i: (digests[i], weights[i]))
     return weighted_sum([tensors[i] for i in order], [weights[i] for i in order])
 
