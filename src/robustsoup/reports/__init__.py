@@ -51,10 +51,10 @@ _FIGURE_FILE = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
 def write_report(folder: Path) -> Path:
     """Draw the figures that folder/results.json requests, and write folder/report.html.
 
-    Each figure is saved in folder/figures as .png (200 dpi), .svg and .pdf. The coefficients of
-    each soup with a coefficients file are written to folder/coefficients as .csv. Figures that do not
-    apply are left out, and the report states the reason. Requires no display and no network access,
-    and leaves matplotlib's settings unchanged.
+    Each figure is saved in folder/figures as .png (200 dpi), .svg and .pdf, and the coefficients of
+    each soup with a coefficients file in folder/coefficients as .csv. Figures that do not apply are
+    left out, and the report states the reason. Requires no display and no network access, and
+    leaves matplotlib's settings unchanged.
 
     Args:
         folder: A folder that `robustsoup run` wrote.

@@ -25,8 +25,7 @@ def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:
     for owner, lacking in ((first, other), (other, first)):
         if name not in lacking.tensors:
             raise IngredientMismatch(
-                f"{name}: in {owner.name} but not in {lacking.name}; "
-                "ingredients must be checkpoints of one network"
+                f"{name}: in {owner.name} but not in {lacking.name}; they are not the same network"
             )
     a, b = first.tensors[name], other.tensors[name]
     if a.shape != b.shape or a.dtype != b.dtype:
