@@ -27,7 +27,7 @@ class Entry:
         help: One sentence for help pages.
         spelling: Name with its parameters, such as "mixed A"; "" if there are none.
         source: Paper and arXiv number, if any.
-        facts: Properties that callers need before they import the code; each registry lists its own.
+        facts: Properties that callers need before they import the code, listed at each registry.
     """
 
     name: str

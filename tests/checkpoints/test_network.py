@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import describe, resolve_network
+from robustsoup.checkpoints.network import record_network, resolve_network
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network, load_model
@@ -65,16 +65,16 @@ def test_wrong_constants_are_refused_before_a_file_is_opened(normalize):
         resolved(normalize=normalize, checkpoints=["missing.safetensors"])
 
 
-def test_a_foreign_file_is_described_by_the_settings():
-    described = describe(foreign(), RECORDED)
+def test_a_foreign_file_is_recorded_with_the_settings():
+    described = record_network(foreign(), RECORDED)
     assert described.network_settings == RECORDED
     assert described.provenance["parameters"] == recorded().provenance["parameters"]
 
 
 def test_a_recorded_network_stays_but_for_named_constants():
     item = recorded()
-    assert describe(item, NetworkSettings("resnet9:width=3")) == item
-    changed = describe(item, NetworkSettings("resnet9:width=3", normalize=CONSTANTS))
+    assert record_network(item, NetworkSettings("resnet9:width=3")) == item
+    changed = record_network(item, NetworkSettings("resnet9:width=3", normalize=CONSTANTS))
     assert changed.network_settings == NetworkSettings(SPEC, channels=1, normalize=CONSTANTS)
     x = torch.rand(2, 1, 8, 8)
     plain, normalized = item.network()(x), changed.network()(x)

@@ -183,7 +183,7 @@ WRONG_FOLDERS = {
         (
             "no test",
             "test",
-            "got nothing there, expected two or more folders of images, one for each class; add it",
+            "no such folder, expected two or more folders of images, one for each class; add it",
         ),
     ],
 )

@@ -269,7 +269,7 @@ def test_a_setting_that_one_record_lacks_is_not_compared(key):
             make_evaluation("111", ids=[2, 1, 0], labels=[2, 5, 0]),
             (
                 "compare: sample 1: got label 1 in the first and 5 in the second, "
-                "expected the same; number the classes alike"
+                "expected the same; use one class numbering"
             ),
         ),
         (

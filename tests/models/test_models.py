@@ -355,7 +355,7 @@ def test_a_file_without_counters_is_loaded_mixed_and_saved(name, tmp_path):
     items = [Checkpoint.load(path) for path in paths]
     network = items[1].network(SMALL[name], channels=1)
     assert torch.equal(logits(network, images(2, 1, 8)), logits(models[1], images(2, 1, 8)))
-    described = [item.described_by(network) for item in items]
+    described = [item.with_parameters_of(network) for item in items]
     assert described[0].parameters == [key for key, _ in network.named_parameters()]
     soup = mix(described, [0.5, 0.5], buffers="average", network=network)
     soup.save(tmp_path / "soup.pth")

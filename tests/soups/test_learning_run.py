@@ -241,7 +241,7 @@ def test_the_loss_on_val_is_the_objective():
 
 
 def test_early_stopping_requires_val():
-    with pytest.raises(RequestError, match="early_stop: no validation split"):
+    with pytest.raises(RequestError, match="early_stop: requires a validation split"):
         learn_digits(early_stop=True)
 
 

@@ -198,7 +198,7 @@ def test_without_early_stopping_val_is_only_measured_on():
 
 
 def test_early_stopping_requires_val():
-    with pytest.raises(RequestError, match="early_stop: no validation split to measure on"):
+    with pytest.raises(RequestError, match="early_stop: requires a validation split to measure on"):
         train_digits(early_stop=True)
 
 

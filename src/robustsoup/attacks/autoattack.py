@@ -64,7 +64,7 @@ def plan_autoattack(classes: int, threat: ThreatModel) -> AutoAttackPlan:
     if classes < _MIN_CLASSES:
         raise RequestError(
             f"autoattack on {threat}: got {classes} classes, expected at least {_MIN_CLASSES}, "
-            "which its targeted DLR loss compares; use the attack apgd"
+            "because its targeted DLR loss compares 4; use the attack apgd"
         )
     _import_pyautoattack()
     targets = min(classes - 1, _MAX_TARGETS)
@@ -85,8 +85,8 @@ def attack_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Attack images that the network classifies correctly.
 
-    Each attack receives, as one batch, the images that no earlier attack broke. The noise depends on
-    (seed, attack) alone; its effect on one image depends on the other images of the chunk.
+    Each attack receives, as one batch, the images that no earlier attack broke. The noise depends
+    only on (seed, attack); its effect on one image depends on the other images of the chunk.
 
     Args:
         model: Network; its state is restored.

@@ -86,11 +86,9 @@ def input_gradient(
         Logits (b, classes) of the last pass, loss (b,), gradient (b, ...). The gradient is 0 where
         the network is not differentiable.
     """
-    logits, value, grad = _single_gradient(model, x, y, loss, precision, target=target)
+    logits, value, grad = _gradient_once(model, x, y, loss, precision, target=target)
     for _ in range(eot - 1):
-        logits, next_value, next_grad = _single_gradient(
-            model, x, y, loss, precision, target=target
-        )
+        logits, next_value, next_grad = _gradient_once(model, x, y, loss, precision, target=target)
         value, grad = value + next_value, grad + next_grad
     if eot > 1:
         value, grad = value / eot, grad / eot
@@ -204,7 +202,7 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
     return classes
 
 
-def _single_gradient(
+def _gradient_once(
     model: nn.Module, x: Tensor, y: Tensor, loss: Loss, precision: str, *, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():

@@ -32,9 +32,9 @@ class Checkpoint:
             [names], "tied" {alias: name}, "parents" [{digest, file}], "data" (the record of the
             data that the weights were fitted on), "earlier_data" (those of its ancestors),
             "trained_on" [splits].
-        path: the file that was read.
-        wrapping: how a foreign file held the state dict.
-        source: the file, if the tensors are still in it (see `open`).
+        path: The file that was read.
+        wrapping: The structure around the state dict in a foreign file.
+        source: The file, if the tensors are still in it (see `open`).
     """
 
     tensors: Mapping[str, Tensor]
@@ -50,7 +50,7 @@ class Checkpoint:
         Common wrappers around the state dict and prefixes of its names are removed.
 
         Raises:
-            CheckpointError: the file is missing, cut short, in a newer format, holds no tensors, or
+            CheckpointError: The file is missing, cut short, in a newer format, holds no tensors, or
                 holds NaN or infinity; the error names the file.
         """
         return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=False)
@@ -88,7 +88,7 @@ class Checkpoint:
         """Check that mapped tensors can still be read.
 
         Raises:
-            CheckpointError: their file is gone, cut short or changed since it was opened.
+            CheckpointError: Their file is gone, cut short or changed since it was opened.
         """
         if self.source is not None:
             self.source.check_unchanged()
@@ -105,15 +105,15 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name for messages: the path, else the beginning of the digest."""
+        """The name in messages: the path, else the beginning of the digest."""
         return str(self.path) if self.path else f"checkpoint {self.digest[:12]}"
 
     @property
     def parameters(self) -> list[str]:
         """Names of the tensors that mixing averages.
 
-        The recorded parameters; without a record, every untied float tensor that is no running
-        statistic.
+        These are the recorded parameters. Without a record, they are the untied float tensors that
+        are not running statistics.
         """
         if "parameters" in self.provenance:
             return list(self.provenance["parameters"])
@@ -133,7 +133,7 @@ class Checkpoint:
 
     @property
     def network_settings(self) -> NetworkSettings | None:
-        """How the network is built, if the record says so."""
+        """The recorded settings of the network, or None."""
         recorded = self.provenance.get("network") or {}
         if not recorded.get("spec"):
             return None
@@ -152,7 +152,7 @@ class Checkpoint:
         The arguments are those of `load_model`; each that is set overrides the record.
 
         Raises:
-            ModelError: the record names no network and spec is None, or names or shapes of the
+            ModelError: The record names no network and spec is None, or names or shapes of the
                 tensors differ from those of the network (the first is named).
         """
         recorded = self.network_settings
@@ -172,11 +172,11 @@ class Checkpoint:
         self.load_into(model)
         return model.eval()
 
-    def named_for(self, model: nn.Module) -> "Checkpoint":
-        """Put back that part of a removed prefix which belongs to the names of `model`.
+    def with_names_of(self, model: nn.Module) -> "Checkpoint":
+        """Restore the part of the removed prefix that the names of `model` include.
 
         Returns:
-            This checkpoint, if its names fit already or no part of the prefix makes them fit.
+            The renamed checkpoint; this checkpoint if its names fit already or cannot be made to.
         """
         expected = set(model.state_dict())
         if self.wrapping is None or _have_same_names(self.tensors, expected):
@@ -195,9 +195,11 @@ class Checkpoint:
                 )
         return self
 
-    def described_by(self, model: nn.Module) -> "Checkpoint":
-        """Name the tensors as `named_for` does and record the parameters, unless recorded."""
-        renamed = self.named_for(model)
+    def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
+        """Rename the tensors as `with_names_of` does, and add the parameters of `model` to a record
+        without them.
+        """
+        renamed = self.with_names_of(model)
         if "parameters" in renamed.provenance:
             return renamed
         if not _have_same_names(renamed.tensors, model.state_dict()):
@@ -210,9 +212,9 @@ class Checkpoint:
         BatchNorm's counters, which files from before PyTorch 0.4.1 lack, start at zero.
 
         Raises:
-            ModelError: names the first name or shape that differs.
+            ModelError: Names the first name or shape that differs.
         """
-        renamed = self.named_for(model)
+        renamed = self.with_names_of(model)
         expected = model.state_dict()
         counters: dict[str, Tensor] = {}
         if _have_same_names(renamed.tensors, expected):
@@ -247,8 +249,8 @@ class Checkpoint:
                 was read with, so that existing loading code works unchanged.
 
         Raises:
-            StorageError: the file cannot be written.
-            CheckpointError: the path has another ending.
+            StorageError: The file cannot be written.
+            CheckpointError: The path has another ending.
         """
         path = Path(path)
         write_checkpoint(path, self.tensors, self.provenance, self.wrapping)
@@ -286,7 +288,7 @@ def as_network(network: nn.Module | CheckpointLike) -> nn.Module:
     """Return a module as it is; build the network of a Checkpoint or a path.
 
     Raises:
-        RequestError: the argument is none of these.
+        RequestError: The argument is none of these.
     """
     if isinstance(network, nn.Module):
         return network

@@ -29,22 +29,22 @@ _REMOVABLE_PREFIXES = ("module.", "model.", "0.")
 
 @dataclass(frozen=True)
 class Wrapping:
-    """How a pickled file held its state dict.
+    """The structure around the state dict of a pickled file.
 
     Attributes:
-        others: the entries beside the state dict.
-        key: the entry that held the state dict; None if the state dict was the whole file.
-        prefix: the common prefix that was removed from the names.
+        other_entries: The entries beside the state dict.
+        key: The entry that held the state dict; None if the state dict was the whole file.
+        prefix: The common prefix that was removed from the names.
     """
 
-    others: dict[str, Any]
+    other_entries: dict[str, Any]
     key: str | None
     prefix: str
 
     def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the content of a file in this wrapping, which existing loading code can read."""
+        """Return the content of a file with this wrapping, so existing loading code can read it."""
         state: dict[str, Any] = {self.prefix + name: tensor for name, tensor in tensors.items()}
-        return state if self.key is None else {**copy.copy(self.others), self.key: state}
+        return state if self.key is None else {**copy.copy(self.other_entries), self.key: state}
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class StoredCheckpoint:
 
     Attributes:
         tensors: name -> tensor on the CPU.
-        record: the provenance record; for a pickled file, only its tied tensors.
-        wrapping: how a pickled file held the tensors; None for a .safetensors file.
-        source: the file, if the tensors are mapped.
+        record: The provenance record; for a pickled file, only its tied tensors.
+        wrapping: The wrapping of a pickled file; None for a .safetensors file.
+        source: The file, if the tensors are mapped.
     """
 
     tensors: dict[str, Tensor]
@@ -68,11 +68,11 @@ def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
     """Read a .safetensors file, or a pickled one with weights_only=True.
 
     Args:
-        path: the file; every ending but .safetensors is read as a pickle.
-        mapped: whether the tensors stay in the file, as read-only views.
+        path: The file; every ending but .safetensors is read as a pickle.
+        mapped: Whether the tensors stay in the file, as read-only views.
 
     Raises:
-        CheckpointError: the file is missing, cut short, in a newer format, or holds no tensors,
+        CheckpointError: The file is missing, cut short, in a newer format, or holds no tensors,
             coefficients, or NaN or infinity.
     """
     if not path.is_file():
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
         wrapping = None
         if record.get("kind") in ("coefficients", "dial"):
             raise CheckpointError(
-                f"{path}: holds coefficients, not a network; give it to mix as --coefficients"
+                f"{path}: holds coefficients, not a network; pass it to mix as --coefficients"
             )
     else:
         tensors, wrapping = _unwrap_state_dict(_read_pickle(path, mapped=mapped), path)
@@ -105,12 +105,12 @@ def write_checkpoint(
     Args:
         path: .safetensors, or .pt, .pth or .bin.
         tensors: name -> tensor.
-        record: the provenance record; only .safetensors files hold it.
-        wrapping: how a pickled file holds the tensors; None writes a plain state dict.
+        record: The provenance record; only .safetensors files hold it.
+        wrapping: The wrapping of a pickled file; None writes a plain state dict.
 
     Raises:
-        CheckpointError: the path has another ending.
-        StorageError: the file cannot be written.
+        CheckpointError: The path has another ending.
+        StorageError: The file cannot be written.
     """
     if path.suffix == ".safetensors":
         write_tensors(path, tensors, record)
@@ -128,7 +128,7 @@ def write_tensors(
     """Write tensors and a JSON record to a .safetensors file atomically.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: The file cannot be written.
     """
     with atomic_path(path) as temporary:
         # The format refuses tensors that share memory, as tied ones do.
@@ -146,7 +146,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """Read the tensors and the JSON record of a .safetensors file.
 
     Raises:
-        CheckpointError: the file is missing, cut short, in a newer format, or holds another
+        CheckpointError: The file is missing, cut short, in a newer format, or holds another
             program's record.
     """
     return _read_safetensors(Path(path), mapped=False)
@@ -202,7 +202,7 @@ def _read_pickle(path: Path, *, mapped: bool) -> object:
 def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], Wrapping]:
     """Find the state dict in a pickled file and remove prefixes that all its names share."""
     key, state = None, _as_state_dict(content)
-    others: dict[str, Any] = {}
+    other_entries: dict[str, Any] = {}
     if state is None and isinstance(content, Mapping):
         candidates = {name: _as_state_dict(content.get(name)) for name in _WRAPPER_KEYS}
         key = next((name for name in _WRAPPER_KEYS if candidates[name] is not None), None)
@@ -212,7 +212,7 @@ def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], 
                 f"expected tensors by name, or one of {', '.join(_WRAPPER_KEYS)}"
             )
         state = candidates[key]
-        others = {name: value for name, value in content.items() if name != key}
+        other_entries = {name: value for name, value in content.items() if name != key}
     if state is None:
         raise CheckpointError(
             f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)"
@@ -224,7 +224,7 @@ def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], 
     if prefix in state:
         raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
     tensors = {name[len(prefix) :]: tensor.detach() for name, tensor in state.items()}
-    return tensors, Wrapping(others, key, prefix)
+    return tensors, Wrapping(other_entries, key, prefix)
 
 
 def _as_state_dict(content: object) -> dict[str, Tensor] | None:

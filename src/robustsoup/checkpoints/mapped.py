@@ -33,9 +33,9 @@ class MappedFile:
     """The file behind mapped tensors, with its state when it was opened.
 
     Attributes:
-        path: the file.
+        path: The file.
         size: bytes.
-        modified_ns: time of the last modification, in nanoseconds.
+        modified_ns: Time of the last modification, in nanoseconds.
     """
 
     path: Path
@@ -49,10 +49,10 @@ class MappedFile:
         return cls(path, state.st_size, state.st_mtime_ns)
 
     def check_unchanged(self) -> None:
-        """Check that the tensors can be read; reading past the end of a file ends the process.
+        """Check that the tensors can be read; reading past the end of a file kills the process.
 
         Raises:
-            CheckpointError: the file is gone, cut short or modified.
+            CheckpointError: The file is gone, cut short or modified.
         """
         try:
             now = MappedFile.of(self.path)
@@ -77,16 +77,16 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Map a .safetensors file.
 
     Args:
-        path: the file; it must not be overwritten in place while the tensors are in use, and
+        path: The file; it must not be overwritten in place while the tensors are in use, and
             `MappedFile.check_unchanged` must pass before they are read.
 
     Returns:
         The tensors as read-only views of the file, and the file's metadata.
 
     Raises:
-        ValueError: the file is incomplete or is not in this format.
-        OSError: the file cannot be opened.
-        NotImplementedError: a tensor has a type that cannot be mapped.
+        ValueError: The file is incomplete or is not in this format.
+        OSError: The file cannot be opened.
+        NotImplementedError: A tensor has a type that cannot be mapped.
 
     Source: https://github.com/huggingface/safetensors#format
     """

@@ -1,4 +1,4 @@
-"""Decide which network checkpoints belong to: the one the user names, else a recorded one."""
+"""Determine the network of checkpoints: named by the user, else recorded in a checkpoint."""
 
 import os
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ def resolve_network(
     data: Data,
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
 ) -> NetworkSettings:
-    """Return how the network is built.
+    """Return the settings of the network.
 
     Args:
-        spec: the network that the user names; it takes precedence over the files.
+        spec: The network that the user names; it takes precedence over the files.
         normalize: (mean, std) that the user names; it overrides a recorded one.
-        data: supplies the number of classes and channels for `spec`.
-        checkpoints: opened in order until one records its network; only if `spec` is None.
+        data: Supplies the number of classes and channels for `spec`.
+        checkpoints: Opened in order until one records its network; only if `spec` is None.
 
     Raises:
-        ModelError: neither the user nor a file names the network, or `normalize` is no (mean, std).
-        CheckpointError: a file cannot be read.
+        ModelError: Neither the user nor a file names the network, or `normalize` is not
+            (mean, std).
+        CheckpointError: A file cannot be read.
     """
     constants = channel_constants(normalize)
     if spec:
@@ -43,15 +44,16 @@ def resolve_network(
     raise ModelError(f"{where}: the file does not record its network; {NAME_THE_NETWORK}")
 
 
-def describe(checkpoint: Checkpoint, settings: NetworkSettings) -> Checkpoint:
+def record_network(checkpoint: Checkpoint, settings: NetworkSettings) -> Checkpoint:
     """Return the checkpoint with a record of its network and its parameters.
 
     Args:
-        checkpoint: a recorded network stays; a foreign file gets `settings`.
-        settings: how the network is built; its `normalize`, if set, overrides the recorded one.
+        checkpoint: A checkpoint with or without a recorded network.
+        settings: Recorded if the checkpoint records no network. If it does, only `normalize` is
+            recorded, if it is set.
 
     Raises:
-        ModelError: the weights do not fit the network.
+        ModelError: The weights do not fit the network.
     """
     recorded = checkpoint.network_settings
     if recorded is None:
@@ -61,4 +63,4 @@ def describe(checkpoint: Checkpoint, settings: NetworkSettings) -> Checkpoint:
         checkpoint = checkpoint.with_provenance(network=updated.as_record())
     if "parameters" in checkpoint.provenance:
         return checkpoint
-    return checkpoint.described_by(checkpoint.network())
+    return checkpoint.with_parameters_of(checkpoint.network())

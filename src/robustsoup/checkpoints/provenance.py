@@ -1,4 +1,4 @@
-"""Whether a split is fresh to every ingredient: known, unknown or violated."""
+"""Check whether the samples of a split were used to train an ingredient."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,14 +14,14 @@ _BY_SEVERITY: tuple[LeakageStatus, ...] = ("known", "unknown", "violated")
 
 @dataclass(frozen=True)
 class Leakage:
-    """What the records say about a split that is used to evaluate or select checkpoints.
+    """The finding about a split that is used to evaluate or select checkpoints.
 
     Attributes:
-        status: "known": every record says that the checkpoint, and what it was fine-tuned from,
-            was fitted on other samples of the same split of the same data. "unknown": a record is
+        status: "known": by their records, the checkpoints and their ancestors were fitted on other
+            samples of the same split of the same data. "unknown": a record is
             missing or names other data. "violated": a checkpoint was fitted on this split, or on
             another split of the same data.
-        why: the first checkpoint that is not known to be clean, and the reason; empty if known.
+        why: The first checkpoint that is not known to be clean, and the reason; empty if known.
     """
 
     status: LeakageStatus = "known"
@@ -41,8 +41,8 @@ def find_leakage(checkpoints: Sequence[Checkpoint], data: Split) -> Leakage:
     """Compare the data that checkpoints were fitted on with a split that evaluates them.
 
     Args:
-        checkpoints: the ingredients, or a single checkpoint.
-        data: the split that evaluates or selects them.
+        checkpoints: The ingredients, or a single checkpoint.
+        data: The split that evaluates or selects them.
     """
     first_unknown = ""
     for checkpoint in checkpoints:
@@ -84,8 +84,8 @@ def earlier_data(origin: Checkpoint, data: Split) -> list[DataRecord | None]:
     """Return the records of all other data behind a checkpoint that is now fitted to `data`.
 
     Args:
-        origin: the checkpoint that is fine-tuned.
-        data: the split that it is fine-tuned on.
+        origin: The checkpoint that is fine-tuned.
+        data: The split that it is fine-tuned on.
     """
     return [record for record in _fitted_data(origin) if record != data.record]
 
@@ -96,12 +96,12 @@ def check_leakage(
     """Find leakage and refuse a violated split.
 
     Args:
-        checkpoints: the ingredients.
-        data: the split that selects among their soups.
-        allow: whether to return a violation instead of raising it.
+        checkpoints: The ingredients.
+        data: The split that selects among their soups.
+        allow: Whether to return a violation instead of raising it.
 
     Raises:
-        LeakageError: a checkpoint was fitted on samples of `data`; the error says which and why.
+        LeakageError: A checkpoint was fitted on samples of `data`; the error says which and why.
     """
     finding = find_leakage(checkpoints, data)
     if finding.status == "violated" and not allow:
@@ -117,12 +117,12 @@ def check_same_split(
 ) -> None:
     """Refuse ingredients that were fitted on another split of the data than `data`.
 
-    Such ingredients leave no sample to select or evaluate their soup on: what one of them holds
-    out, another was trained on. If `data` is train and val together (Data.unsplit), only test is
-    held out and every split passes. Checkpoints without a record pass.
+    No sample is left to select or evaluate a soup of such ingredients: the samples that one
+    ingredient holds out are training samples of another. If `data` is train and val together
+    (Data.unsplit), only test is held out and every split passes. Checkpoints without a record pass.
 
     Raises:
-        LeakageError: names the first such checkpoint; not raised if `allow`.
+        LeakageError: Names the first such checkpoint; not raised if `allow`.
     """
     if allow or data.record["val"] == 0:
         return

@@ -24,10 +24,10 @@ class Published:
     """A checkpoint of RobustBench's CIFAR-10 model zoo; no digest of these files is published.
 
     Attributes:
-        drive_id: the file on Google Drive.
-        model: the network, as `load_model` takes it.
-        threat: the threat model that the checkpoint was trained for.
-        mirror: the authors' own copy.
+        drive_id: The file on Google Drive.
+        model: The network, as `load_model` takes it.
+        threat: The threat model that the checkpoint was trained for.
+        mirror: The authors' own copy.
     """
 
     drive_id: str
@@ -37,7 +37,7 @@ class Published:
 
     @property
     def url(self) -> str:
-        """The address of the file itself, without the page about the virus scan."""
+        """The address of the file itself, which skips the page about the virus scan."""
         return (
             "https://drive.usercontent.google.com/download"
             f"?id={self.drive_id}&export=download&confirm=t"
@@ -45,12 +45,12 @@ class Published:
 
     @property
     def page(self) -> str:
-        """The addresses where a person finds the file."""
+        """The pages that offer the file, for error messages."""
         page = f"https://drive.google.com/file/d/{self.drive_id}/view"
         return f"{page} or {self.mirror}" if self.mirror else page
 
 
-WANG = "https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/checkpoint"
+WANG_MIRROR = "https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/checkpoint"
 PUBLISHED_CHECKPOINTS: dict[str, Published] = {
     "Gowal2021Improving_28_10_ddpm_100m": Published(
         "12L8YE6VBgUDKyW6GMSNefSYj2gg4LEKx", "wide_resnet"
@@ -61,13 +61,13 @@ PUBLISHED_CHECKPOINTS: dict[str, Published] = {
     "Wang2023Better_WRN-28-10": Published(
         "1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI",
         "wide_resnet",
-        mirror=f"{WANG}/cifar10_linf_wrn28-10.pt",
+        mirror=f"{WANG_MIRROR}/cifar10_linf_wrn28-10.pt",
     ),
     "L2/Wang2023Better_WRN-28-10": Published(
         "1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC",
         "wide_resnet",
         "L2 0.5",
-        f"{WANG}/cifar10_l2_wrn28-10.pt",
+        f"{WANG_MIRROR}/cifar10_l2_wrn28-10.pt",
     ),
 }
 """Source: robustbench 1.1.1, model_zoo/cifar10.py; README of github.com/wzekai99/DM-Improves-AT."""
@@ -78,11 +78,10 @@ class Fetched:
     """A published checkpoint on this machine.
 
     Attributes:
-        path: the file.
-        published: its description.
-        sha256: digest of the file (hex).
-        first_seen: whether the digest was recorded just now, so that nothing but the file itself
-            confirms it.
+        path: The file.
+        published: Its description.
+        sha256: Digest of the file (hex).
+        first_seen: Whether the digest was recorded by this call; no earlier record confirms it.
     """
 
     path: Path
@@ -111,21 +110,21 @@ def fetch_published(
 
     The file must have the digest `sha256`, if given, and the digest recorded beside it
     (NAME.pt.json) when it was first fetched, and must load with weights_only=True into its network.
-    A file that the user put there is accepted if it passes these checks. On failure, no new file
-    is left under the final name.
+    A file that the user put there is accepted if it passes these checks. After a failure, no
+    new file exists under the final name.
 
     Args:
-        name: a key of PUBLISHED_CHECKPOINTS.
+        name: A key of PUBLISHED_CHECKPOINTS.
         root: see `data_root`.
-        sha256: the expected digest, 64 hexadecimal digits.
-        url: another address of the file.
-        on_progress: called with (done, total) in bytes.
+        sha256: The expected digest, 64 hexadecimal digits.
+        url: Another address of the file.
+        on_progress: Called with (done, total) in bytes.
 
     Raises:
-        RequestError: the name is unknown or `sha256` is no digest.
-        DataError: the file cannot be downloaded or has another digest.
-        CheckpointError: the file does not fit the network.
-        StorageError: the file cannot be written.
+        RequestError: The name is unknown or `sha256` is not a digest.
+        DataError: The file cannot be downloaded or has another digest.
+        CheckpointError: The file does not fit the network.
+        StorageError: The file cannot be written.
     """
     published = _look_up_published(name)
     key = name if "/" in name else f"Linf/{name}"
@@ -152,8 +151,9 @@ def fetch_published(
 def _look_up_published(name: str) -> Published:
     if name not in PUBLISHED_CHECKPOINTS:
         close = difflib.get_close_matches(name, PUBLISHED_CHECKPOINTS, 1)
-        hint = f'did you mean "{close[0]}"? It is one of' if close else "expected one of"
-        raise RequestError(f'robustbench: got "{name}"; {hint} {", ".join(PUBLISHED_CHECKPOINTS)}')
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        names = ", ".join(PUBLISHED_CHECKPOINTS)
+        raise RequestError(f'robustbench: got "{name}", expected one of {names}{hint}')
     return PUBLISHED_CHECKPOINTS[name]
 
 
@@ -187,15 +187,15 @@ def _verify_published(
     """Check a file's kind, digests and network, and return its sha256 (hex).
 
     Args:
-        file: the file to read.
-        published: its description.
-        expected: the digests that it must have.
-        where: names the file in errors.
-        advice: ends the errors.
+        file: The file to read.
+        published: Its description.
+        expected: The digests that it must have.
+        where: Names the file in errors.
+        advice: Ends the errors.
 
     Raises:
-        DataError: the file cannot be read, or has another kind or digest.
-        CheckpointError: the file does not fit the network.
+        DataError: The file cannot be read, or has another kind or digest.
+        CheckpointError: The file does not fit the network.
     """
     try:
         with file.open("rb") as opened:
@@ -206,11 +206,11 @@ def _verify_published(
         raise DataError(f"{where}: cannot be read ({error.strerror}); {advice}") from error
     if not start.startswith(TORCH_SAVE.signatures):
         raise DataError(f"{where}: starts with {start!r}, expected {TORCH_SAVE.name}; {advice}")
-    for wanted in expected:
-        if wanted.sha256 != digest:
+    for required in expected:
+        if required.sha256 != digest:
             raise DataError(
-                f"{where}: wrong content: got sha256 {digest}, expected {wanted.sha256}, "
-                f"{wanted.origin}; {advice}"
+                f"{where}: wrong content: got sha256 {digest}, expected {required.sha256}, "
+                f"{required.origin}; {advice}"
             )
     try:
         Checkpoint.load(file).load_into(load_model(published.model))

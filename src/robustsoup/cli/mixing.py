@@ -64,7 +64,7 @@ def mix_command(
     Example: `robustsoup mix eps16.safetensors eps96.safetensors --coefficients 0.5,0.5
     -o soup.safetensors`
     """
-    from robustsoup.checkpoints.network import describe
+    from robustsoup.checkpoints.network import record_network
     from robustsoup.cli.inputs import (
         check_suffix,
         load_requested_data,
@@ -85,7 +85,7 @@ def mix_command(
     if data.data:
         source = load_requested_data(data)
         context = make_context(source, network, run, checkpoints)
-        ingredients = [describe(item, context.network) for item in ingredients]
+        ingredients = [record_network(item, context.network) for item in ingredients]
         module, split = ingredients[0].network(), source.train
     mixed = mix(
         ingredients,

@@ -38,7 +38,7 @@ def train_command(
     --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`
     """
     from robustsoup.checkpoints.checkpoint import Checkpoint
-    from robustsoup.checkpoints.network import describe
+    from robustsoup.checkpoints.network import record_network
     from robustsoup.cli.inputs import (
         check_suffix,
         load_requested_data,
@@ -66,7 +66,7 @@ def train_command(
     if start is None:
         initial = context.fresh_network(data.seed)
     else:
-        initial = describe(Checkpoint.load(start), context.network)
+        initial = record_network(Checkpoint.load(start), context.network)
         warn_of_leakage([initial], loaded, allow=True)
     if settings.synthetic is not None:
         with Bar(f"reading {Path(settings.synthetic).name}") as bar:

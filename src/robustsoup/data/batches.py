@@ -1,4 +1,4 @@
-"""Batches from a split; order and augmentation follow from seeds alone."""
+"""Batches from a split; order and augmentation depend only on seeds."""
 
 from collections.abc import Iterator
 
@@ -22,8 +22,8 @@ def passes(split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Iterate over a whole split in its order, without augmentation.
 
     Yields:
-        images float32 (b, c, h, w) in [0, 1], channels last, and labels int64 (b,); b is 128 on
-        a CPU, whose memory larger batches fragment, and 500 elsewhere.
+        Images float32 (b, c, h, w) in [0, 1], channels last, and labels int64 (b,); b is 128 on
+        a CPU, where larger batches fragment memory, and 500 elsewhere.
     """
     size = 128 if split.images.device.type == "cpu" else 500
     for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
@@ -37,8 +37,8 @@ def augment(
 
     Args:
         images: uint8 (n, c, h, w) on any device.
-        augmentation: the padding, and whether images are mirrored.
-        generator: a CPU generator; it draws the same numbers for every device.
+        augmentation: The padding, and whether images are mirrored.
+        generator: A CPU generator; it draws the same numbers for every device.
 
     Returns:
         Images of the same shape, type and device.
@@ -73,15 +73,15 @@ def batches(
     number only. `skip=k` therefore yields exactly the batches k, k+1, ... of the whole epoch.
 
     Args:
-        split: the samples.
-        batch_size: samples in a batch; at least 1.
-        seed: seed of order and augmentation.
-        epoch: number of the epoch.
-        augmented: whether the split's augmentation is applied.
-        shuffle: whether the samples are shuffled.
-        drop_last: whether a smaller last batch is dropped, so that shapes stay fixed; a split
-            smaller than one batch still gives one.
-        skip: number of batches at the start that are not yielded; at least 0.
+        split: The samples.
+        batch_size: Samples in a batch; at least 1.
+        seed: Seed of order and augmentation.
+        epoch: Number of the epoch.
+        augmented: Whether the split's augmentation is applied.
+        shuffle: Whether the samples are shuffled.
+        drop_last: Whether a smaller last batch is dropped, so that shapes stay fixed; a split
+            smaller than one batch still yields one batch.
+        skip: Number of batches at the start that are not yielded; at least 0.
 
     Raises:
         DataError: batch_size or skip is too small.

@@ -55,7 +55,7 @@ def load_cifar10(request: DataRequest) -> Data:
     order, and 0..9999 over the test file. Missing files are downloaded, see `fetch_cifar10`.
 
     Raises:
-        DataError: a file cannot be downloaded, or its md5 is not the published one; the error
+        DataError: A file cannot be downloaded, or its md5 is not the published one; the error
             names the file.
 
     Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
@@ -84,37 +84,35 @@ def fetch_cifar10(
 ) -> Path:
     """Return the folder cifar-10-batches-py under data_root(root), downloading missing files.
 
-    An archive cifar-10-python.tar.gz in that root is unpacked and stays; a downloaded one is
-    removed. On any failure, no incomplete file is left under a final name.
+    An archive cifar-10-python.tar.gz in that root is unpacked and kept; a downloaded archive is
+    removed. After a failure, every file with a final name is complete.
 
     Args:
         root: see `data_root`.
-        url: the address of the archive.
-        archive_md5: the archive's digest.
-        file_md5: digest of each file that is unpacked.
-        on_progress: called with (done, total) in bytes; total is None if the server does not
+        url: The address of the archive.
+        archive_md5: The archive's digest.
+        file_md5: Digest of each file that is unpacked.
+        on_progress: Called with (done, total) in bytes; total is None if the server does not
             announce it.
 
     Raises:
-        DataError: the root is a file, the download fails or is incomplete, or the archive or a
+        DataError: The root is a file, the download fails or is incomplete, or the archive or a
             file in it is not the published one.
-        StorageError: a file cannot be written.
+        StorageError: A file cannot be written.
     """
-    folder_of_data = data_root(root)
-    if folder_of_data.exists() and not folder_of_data.is_dir():
-        raise DataError(
-            f"{folder_of_data}: got a file, expected a folder for data; set another root"
-        )
-    folder, archive = folder_of_data / FOLDER, folder_of_data / ARCHIVE
+    root_folder = data_root(root)
+    if root_folder.exists() and not root_folder.is_dir():
+        raise DataError(f"{root_folder}: got a file, expected a folder for data; set another root")
+    folder, archive = root_folder / FOLDER, root_folder / ARCHIVE
     missing = [name for name in file_md5 if not (folder / name).is_file()]
     if not missing:
         return folder
     downloaded = not archive.is_file()
     if downloaded:
         with atomic_path(archive) as temporary:
-            advice = f"try again, or download {ARCHIVE} yourself into {folder_of_data}"
+            advice = f"try again, or download {ARCHIVE} yourself into {root_folder}"
             download(url, temporary, kind=GZIP, advice=advice, on_progress=on_progress)
-            advice = f"try again later, or put the right {ARCHIVE} into {folder_of_data}"
+            advice = f"try again later, or put the right {ARCHIVE} into {root_folder}"
             _check_md5(_md5_of_file(temporary), archive_md5, url, advice)
     _check_md5(_md5_of_file(archive), archive_md5, archive, REDOWNLOAD)
     _unpack_members(archive, folder, {name: file_md5[name] for name in missing})
@@ -124,7 +122,7 @@ def fetch_cifar10(
 
 
 def _unpack_members(archive: Path, folder: Path, file_md5: Mapping[str, str]) -> None:
-    """Write the named members under their known names, so that no path in the archive is used."""
+    """Write the named members into `folder`; paths in the archive are never used as targets."""
     advice = "delete the archive and load again"
     try:
         with tarfile.open(archive, "r:gz") as tar:

@@ -1,4 +1,4 @@
-"""Decode the images of a folder once, into files of the user's cache folder, and map them."""
+"""Decode the images of a folder once, store them in the user's cache folder, and map them."""
 
 import contextlib
 import errno
@@ -28,12 +28,12 @@ from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder
 from robustsoup.progress import Progress
 
-FORMAT = 1
+CACHE_FORMAT = 1
 """Version of the cache; raise it when the same files decode to other pixels or another layout."""
-PARTS = ("train", "val", "test")
+SPLIT_NAMES = ("train", "val", "test")
 SUMMARY_FILE = "about.json"
-LEFTOVER_SECONDS = 24 * 3600
-ADVICE = "free space there, permit writing, or set XDG_CACHE_HOME to another folder"
+STALE_SECONDS = 24 * 3600
+CACHE_ADVICE = "free space there, permit writing, or set XDG_CACHE_HOME to another folder"
 
 ReadImage = Callable[[str], torch.Tensor]
 """Decodes the image of a path to uint8 (3, size, size), contiguous."""
@@ -63,10 +63,10 @@ class FolderParts:
     """The files of a folder, assigned to train, val and test.
 
     Attributes:
-        classes: names of the classes.
-        pool: the files that are not test.
-        rows: the rows of `pool` that are train, and those that are val; together all rows.
-        test: the test files.
+        classes: Names of the classes.
+        pool: The files that are not test.
+        rows: The rows of `pool` in train and the rows in val; together all rows.
+        test: The test files.
     """
 
     classes: tuple[str, ...]
@@ -83,10 +83,10 @@ class DecodedImages:
     """Decoded images, mapped from files; the system may drop their pages from memory any time.
 
     Attributes:
-        images: train, val and test, each uint8 (n, 3, size, size).
+        images: Train, val and test, each uint8 (n, 3, size, size).
         digest: content_digest of pool and test.
-        mean: mean of each channel of the pool, in [0, 1].
-        std: standard deviation of each channel of the pool, in [0, 1].
+        mean: Mean of each channel of the pool, in [0, 1].
+        std: Standard deviation of each channel of the pool, in [0, 1].
     """
 
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -101,19 +101,19 @@ def load_decoded(
     """Map the decoded images of a folder; decode them first if the cache folder lacks them.
 
     Args:
-        root: the folder.
-        parts: its files.
-        size: pixels a side.
-        read: decodes one file.
-        on_progress: called with (done, total, figures) after each decoded image.
+        root: The folder.
+        parts: Its files.
+        size: Pixels a side.
+        read: Decodes one file.
+        on_progress: Called with (done, total, figures) after each decoded image.
 
     Raises:
-        StorageError: the cache folder is full or cannot be written.
-        DataError: whatever `read` raises.
+        StorageError: The cache folder is full or cannot be written.
+        DataError: Raised by `read`.
     """
     target = cache_folder() / "folders" / _cache_key(root, parts, size)
-    # Tested before the folder is opened: one that appears in between is another process's work,
-    # which is complete and must not be replaced.
+    # Tested before the folder is opened: a folder that appears in between was completed by another
+    # process and must not be replaced.
     existed = os.path.exists(target)
     decoded = _open_decoded(target, parts, size)
     if decoded is not None:
@@ -125,14 +125,14 @@ def load_decoded(
     decoded = _open_decoded(target, parts, size)
     if decoded is None:
         raise StorageError(
-            f"{target}: the images decoded there cannot be mapped into memory; {ADVICE}"
+            f"{target}: the images decoded there cannot be mapped into memory; {CACHE_ADVICE}"
         )
     return decoded
 
 
 def _cache_key(root: Path, parts: FolderParts, size: int) -> str:
     """Return a key of the folder's path and of each file's name, size, time and order."""
-    digest = hashlib.sha256(os.fsencode(root.resolve()) + f"\0{FORMAT} {size}\0".encode())
+    digest = hashlib.sha256(os.fsencode(root.resolve()) + f"\0{CACHE_FORMAT} {size}\0".encode())
     for path in (*parts.pool.paths, *parts.test.paths):
         relative = os.fsencode(Path(path).relative_to(root))
         digest.update(relative + f"\0{_image_file_state(path)}\0".encode())
@@ -160,7 +160,7 @@ def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages 
     try:
         summary = json.loads((target / SUMMARY_FILE).read_text(encoding="utf-8"))
         # Copy on write ("c"): torch refuses read-only arrays.
-        arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in PARTS]
+        arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in SPLIT_NAMES]
         digest, mean, std = summary["digest"], tuple(summary["mean"]), tuple(summary["std"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
@@ -177,8 +177,8 @@ def _fill_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` on success and is removed otherwise.
 
     Args:
-        target: the final folder; if another process created it meanwhile, that one stays.
-        replace: whether `target` held a broken folder, which is removed.
+        target: The final folder; if another process has created it meanwhile, that folder is kept.
+        replace: Whether `target` is a broken folder to remove.
     """
     temporary = _temporary_sibling(target)
     try:
@@ -191,7 +191,7 @@ def _fill_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(
             f"{target.parent}: decoded images cannot be stored there: "
-            f"{error.strerror or error}; {ADVICE}"
+            f"{error.strerror or error}; {CACHE_ADVICE}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -218,16 +218,16 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _remove_stale_folders(folder: Path) -> None:
-    """Remove what killed processes left; a live one changes its folder far more than daily."""
-    for leftover in folder.glob(".*.tmp"):
+    """Remove the temporary folders of killed processes: folders unchanged for a day."""
+    for temporary in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            changed = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
-            if time.time() - changed > LEFTOVER_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
+            changed = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
+            if time.time() - changed > STALE_SECONDS:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_free_space(folder: Path, needed: int) -> None:
-    """Fail before hours of decoding rather than after."""
+    """Raise OSError before hours of decoding if the images will not fit."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"got {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB")
@@ -245,7 +245,7 @@ def _decode_parts(folder: Path, parts: FolderParts, size: int, read: ReadImage) 
     with contextlib.ExitStack() as stack:
         write_train, write_val, write_test = (
             stack.enter_context(_open_rows_file(folder / f"{name}.npy", shape))
-            for name, shape in zip(PARTS, _part_shapes(parts, size), strict=True)
+            for name, shape in zip(SPLIT_NAMES, _part_shapes(parts, size), strict=True)
         )
 
         def write_pool(row: int, image: torch.Tensor) -> None:
@@ -285,7 +285,8 @@ def _decode_and_write(
 def _open_rows_file(path: Path, shape: tuple[int, ...]) -> Iterator[WriteImage]:
     """Create an .npy file of uint8 (n, ...); yield write(row, image), for each row in any order.
 
-    The file is written, not mapped: on a full disk, a write raises, and a map ends the process.
+    The file is written, not mapped: on a full disk, a write raises an error, but a store to mapped
+    memory kills the process.
     """
     with _open_synced(path) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -301,7 +302,7 @@ def _open_rows_file(path: Path, shape: tuple[int, ...]) -> Iterator[WriteImage]:
 
 @contextlib.contextmanager
 def _open_synced(path: Path) -> Iterator[BinaryIO]:
-    """Create a file that is on the disk at the end, before its folder gets its final name."""
+    """Create a file, and flush it to disk before its folder gets its final name."""
     with path.open("wb") as file:
         yield file
         file.flush()

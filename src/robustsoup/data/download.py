@@ -1,4 +1,4 @@
-"""Download files: the complete file of the expected kind, or an error."""
+"""Download a file completely and check its kind."""
 
 import http.client
 import os
@@ -20,11 +20,11 @@ DownloadProgress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file, recognized by its first bytes.
+    """A kind of file, identified by its first bytes.
 
     Attributes:
-        name: the kind in words, for errors.
-        signatures: the bytes that a file of this kind may start with.
+        name: The kind in words, for errors.
+        signatures: The bytes that a file of this kind may start with.
     """
 
     name: str
@@ -47,14 +47,14 @@ def download(
     """Download `url` to `target`.
 
     Args:
-        url: the address of the file.
-        target: the file to write.
-        kind: the expected kind; a login or quota page in its place is an error.
-        advice: what to do on failure; ends the error.
-        on_progress: called after each block.
+        url: The address of the file.
+        target: The file to write.
+        kind: The expected kind; detects a login or quota page sent instead of the file.
+        advice: The end of the error message: what to do on failure.
+        on_progress: Called after each block.
 
     Raises:
-        DataError: the transfer fails or is cut short, or the content is of another kind.
+        DataError: The transfer fails or is cut short, or the content is of another kind.
     """
     with target.open("wb") as file:
         for block, total in _download_blocks(url, kind, advice):
@@ -64,7 +64,7 @@ def download(
 
 
 def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[bytes, int | None]]:
-    """Yield (block, total bytes); every way in which a transfer fails becomes one DataError."""
+    """Yield (block, total bytes); every failure of the transfer is raised as a DataError."""
     done, total = 0, None
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:

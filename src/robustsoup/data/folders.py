@@ -20,9 +20,9 @@ class ImageListing:
     """Image files, sorted by class and then by name.
 
     Attributes:
-        files: paths.
-        labels: the class number of each file.
-        classes: names of the classes.
+        files: Paths.
+        labels: The class number of each file.
+        classes: Names of the classes.
     """
 
     files: tuple[str, ...]
@@ -36,23 +36,24 @@ def load_folder(request: DataRequest) -> Data:
     PATH/CLASS/* is split 70/10/20. Images become RGB, uint8 (n, 3, image_size, image_size): the
     shorter side is resized (bilinear, antialiased), then the centre is cropped. Classes are the
     sorted folder names. Hidden files and files of other types are ignored. Without a val folder,
-    the seed decides which samples are in val (1/8 of what is not test); test is always the same.
-    ids are row numbers in sorted order; train and val share one numbering, and test too if PATH is
-    not split. mean and std are of train and val together, so they do not depend on the seed.
+    the seed decides which samples are in val (1/8 of the samples outside test); test is always the
+    same. ids are row numbers in sorted order; train and val share one numbering, which includes
+    test if PATH is not split. mean and std are computed over train and val, so they do not depend
+    on the seed.
 
     Images are decoded once, into the user's cache folder, and mapped from there, so memory does not
     grow with the data. They are decoded again if a file was added, removed or changed (size or
-    time), for another image_size, and for another seed if it decides which samples are in val.
+    time), if image_size changes, or if the seed changes and decides which samples are in val.
 
     Args:
         request: `place` is the path; `image_size` defaults to 32; `on_progress` counts images as
             they are decoded, and is not called if they are in the cache.
 
     Raises:
-        DataError: the path is missing, a folder holds no images, there are fewer than two classes,
+        DataError: The path is missing, a folder holds no images, there are fewer than two classes,
             the parts have different classes, a class has no image left to train on, or an image
             cannot be read; the error names the file.
-        StorageError: the cache folder is full or cannot be written.
+        StorageError: The cache folder is full or cannot be written.
     """
     size = _image_size(request)
     root = Path(request.place).expanduser()
@@ -94,7 +95,7 @@ def _image_size(request: DataRequest) -> int:
 
 
 def _has_split_folders(root: Path) -> bool:
-    """Return whether `root` holds train and test; a lone "train" that holds images is a class."""
+    """Return whether `root` is split; a folder "train" of images without "test" is a class."""
     return (root / "train").is_dir() and (
         (root / "test").is_dir() or bool(_class_folders(root / "train"))
     )
@@ -136,7 +137,7 @@ def _split_listing(root: Path, seed: int) -> FolderParts:
 
 
 def _fixed_order(n: int) -> torch.Tensor:
-    """Return a fixed shuffle of 0..n-1; in listing order the first files are all of one class."""
+    """Return a fixed shuffle of 0..n-1, because the listing is sorted by class."""
     return hold_out(n, 0, "folder order")[0]
 
 
@@ -147,7 +148,7 @@ def _class_folders(path: Path) -> list[Path]:
 
 
 def _image_paths(path: Path) -> list[str]:
-    """Return the sorted images of a folder, as strings: millions of Path objects are large."""
+    """Return the sorted image paths of a folder, as strings, which take less memory than Paths."""
     images = sorted(
         child
         for child in path.iterdir()
@@ -160,8 +161,8 @@ def _list_images(path: Path) -> ImageListing:
     expected = "expected two or more folders of images, one for each class"
     if not path.is_dir():
         raise DataError(
-            f"{path}: got nothing there, {expected}; "
-            "add it, or do not split the data by folders (PATH/CLASS/*)"
+            f"{path}: no such folder, {expected}; "
+            "add it, or use the layout PATH/CLASS/* without split folders"
         )
     folders = _class_folders(path)
     if len(folders) < 2:

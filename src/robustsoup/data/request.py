@@ -13,12 +13,12 @@ class DataRequest:
     """The arguments of `load_data`, as every data source receives them.
 
     Attributes:
-        spec: the text that the user wrote; the name in the data's record.
-        place: the text after the name in `spec`, such as the path of a folder.
-        root: folder for downloads; None for the default, see `data_root`.
-        seed: decides which samples are in val; an integer of at least 0.
-        image_size: pixels a side; None for the source's default.
-        on_progress: called with (done, total, figures) while samples are read.
+        spec: The user's text, which is the name in the data's record.
+        place: The text after the name in `spec`, such as the path of a folder.
+        root: Folder for downloads; None for the default, see `data_root`.
+        seed: Decides which samples are in val; an integer of at least 0.
+        image_size: Pixels a side; None for the source's default.
+        on_progress: Called with (done, total, figures) while samples are read.
     """
 
     spec: str

@@ -26,19 +26,19 @@ def load_data(
             downloaded once and verified), "folder:PATH" (one sub-folder of images for each class,
             decoded once into the user's cache folder), "package.module:function[:PLACE]", or a
             function that takes a DataRequest and returns Data.
-        root: folder for downloads; default: $ROBUSTSOUP_DATA, else the user's cache folder.
-        seed: decides which samples are in val; an integer of at least 0. test does not depend on
-            it.
-        image_size: pixels a side, for "folder:PATH" only; default: 32.
-        on_progress: called with (done, total, figures) as images are decoded.
+        root: Folder for downloads; default: $ROBUSTSOUP_DATA, else the user's cache folder.
+        seed: Decides which samples are in val; an integer of at least 0. test does not depend on
+            the seed.
+        image_size: Pixels a side, for "folder:PATH" only; default: 32.
+        on_progress: Called with (done, total, figures) as images are decoded.
 
     Returns:
         The data; images are uint8 (n, c, h, w), in memory or memory-mapped.
 
     Raises:
-        DataError: the spec is unknown, the seed is negative, or the data is missing, broken or
+        DataError: The spec is unknown, the seed is negative, or the data is missing, broken or
             empty.
-        StorageError: decoded images cannot be stored.
+        StorageError: Decoded images cannot be stored.
     """
     text = spec if isinstance(spec, str) else f"{spec.__module__}:{spec.__qualname__}"
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

@@ -20,16 +20,16 @@ class DataRecord(TypedDict):
     """The origin of the samples, JSON-able; the same for the three splits of one Data.
 
     Attributes:
-        name: the spec of the data, such as "cifar10" or "folder:PATH".
+        name: The spec of the data, such as "cifar10" or "folder:PATH".
         digest: sha256 (hex) of the source.
         split_digest: sha256 (hex) of the source and of which samples are in train and in val.
-        seed: the seed that decides which samples are in val.
-        val: number of samples in val.
-        classes: names of the classes.
-        channels: channels of an image.
+        seed: The seed that decides which samples are in val.
+        val: Number of samples in val.
+        classes: Names of the classes.
+        channels: Channels of an image.
         size: [height, width] of an image.
-        mean: mean of each channel, in [0, 1].
-        std: standard deviation of each channel, in [0, 1].
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
     """
 
     name: str
@@ -46,11 +46,11 @@ class DataRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are augmented.
+    """The augmentation of training images.
 
     Attributes:
-        pad: zero pixels added on each side before a random crop to the original size.
-        flip: whether an image is mirrored with probability 1/2.
+        pad: Zero pixels added on each side before a random crop to the original size.
+        flip: Whether an image is mirrored with probability 1/2.
     """
 
     pad: int = 0
@@ -59,7 +59,7 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set, in memory or memory-mapped.
+    """The train, val or test split of a data set, in memory or memory-mapped.
 
     Attributes:
         images: uint8 (n, c, h, w), contiguous; writing to mapped images changes this process's
@@ -68,8 +68,8 @@ class Split:
         ids: int64 (n,), the number of each sample in the source; train and val share one
             numbering, test may have its own.
         name: "train", "val" or "test".
-        record: the origin of the samples.
-        augmentation: how training augments the images.
+        record: The origin of the samples.
+        augmentation: Augmentation of the images in training.
     """
 
     images: torch.Tensor
@@ -105,7 +105,7 @@ class Split:
         No split is sorted by class, so the first samples are representative.
 
         Raises:
-            DataError: n is below 1 or above the number of samples.
+            DataError: If n is below 1 or above the number of samples.
         """
         if n is None:
             return self
@@ -116,7 +116,7 @@ class Split:
         """Return n samples drawn without replacement, in the order of the split.
 
         Raises:
-            DataError: n is below 1 or above the number of samples.
+            DataError: If n is below 1 or above the number of samples.
         """
         self._check_count(n)
         order = torch.randperm(len(self), generator=keyed_generator("sample", seed))
@@ -136,11 +136,11 @@ class Data:
     """A data set.
 
     Attributes:
-        name: the spec of the data, such as "cifar10".
-        train: the samples that weights and coefficients are fitted on.
-        val: the samples that select.
-        test: the samples that the results are reported on.
-        record: the origin of the samples.
+        name: The spec of the data, such as "cifar10".
+        train: The samples that weights and coefficients are fitted on.
+        val: The samples that checkpoints and soups are selected on.
+        test: The samples that results are reported on.
+        record: The origin of the samples.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Data:
         """Return the split of that name.
 
         Raises:
-            DataError: the name is not train, val or test.
+            DataError: The name is not train, val or test.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         if name not in splits:
@@ -161,7 +161,7 @@ class Data:
         return splits[name]
 
     def unsplit(self) -> Split:
-        """Join train and val, in the order of their ids, for fits that hold out test alone."""
+        """Join train and val in the order of their ids; only test is then held out."""
         ids = torch.cat([self.train.ids, self.val.ids])
         order = ids.argsort()
         digest = hashlib.sha256(f"unsplit {self.record['digest']}".encode()).hexdigest()
@@ -207,14 +207,19 @@ class DataDescription:
     augmentation: Augmentation = Augmentation()
 
 
-def hold_out(n: int, held: int, *key: str | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shuffle the rows 0..n-1 by `key` and cut them in two.
+def hold_out(n: int, n_held_out: int, *key: str | int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shuffle the rows 0..n-1 and hold out some of them.
+
+    Args:
+        n: Number of rows.
+        n_held_out: Number of rows to hold out, at most n.
+        *key: Seeds the shuffle.
 
     Returns:
-        The n - held rows that stay, and the `held` rows that are held out.
+        The n - n_held_out remaining rows, and the rows that are held out.
     """
     order = torch.randperm(n, generator=keyed_generator("hold out", *key))
-    return order[held:], order[:held]
+    return order[n_held_out:], order[:n_held_out]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -233,16 +238,16 @@ def content_digest(*samples: Samples) -> str:
 def streamed_digest(
     parts: Iterable[tuple[tuple[int, ...], Iterable[torch.Tensor], torch.Tensor]],
 ) -> str:
-    """Return `content_digest` of images that are read piece by piece.
+    """Return `content_digest` of images that are read in chunks.
 
     Args:
-        parts: for each part, the shape of all its images, the images in pieces, and the labels.
+        parts: For each part, the shape of all its images, its images in chunks, and its labels.
     """
     digest = hashlib.sha256()
-    for shape, pieces, labels in parts:
+    for shape, chunks, labels in parts:
         digest.update(str(shape).encode())
-        for piece in pieces:
-            digest.update(tensor_bytes(piece))
+        for chunk in chunks:
+            digest.update(tensor_bytes(chunk))
         digest.update(tensor_bytes(labels))
     return digest.hexdigest()
 
@@ -291,14 +296,14 @@ def statistics_of_counts(counts: torch.Tensor) -> tuple[tuple[float, ...], tuple
 def assemble(
     description: DataDescription, train: Samples, val: Samples, test: Samples, *, seed: int
 ) -> Data:
-    """Build the Data of three parts and the description of their source.
+    """Build a Data from its three splits and the description of their source.
 
     Args:
-        description: name, digest, classes and channel statistics.
-        train: the training samples.
-        val: the validation samples.
-        test: the test samples.
-        seed: the seed that decided which samples are in val.
+        description: Name, digest, classes and channel statistics.
+        train: The training samples.
+        val: The validation samples.
+        test: The test samples.
+        seed: The seed that decided which samples are in val.
     """
     digest = hashlib.sha256(tensor_bytes(train.ids))
     digest.update(b"val")

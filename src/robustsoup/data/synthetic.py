@@ -50,11 +50,11 @@ class Synthetic:
     """Labelled images of a generative model, mapped from a file.
 
     Attributes:
-        path: the file.
+        path: The file.
         digest: sha256 (hex) of the file.
         images: uint8 (n, h, w, c).
         labels: integers (n,).
-        state: size and time of the file when it was opened.
+        state: Size and time of the file when it was opened.
     """
 
     path: Path
@@ -67,16 +67,16 @@ class Synthetic:
     def open(cls, path: str | os.PathLike[str], on_progress: Progress | None = None) -> "Synthetic":
         """Map an uncompressed .npz file, as numpy.savez writes it.
 
-        The file is read once in full for its digest, which the user's cache folder then keeps by
-        path, size and time. A compressed file cannot be mapped and is refused, since decompressing
-        it could fill the disk.
+        The file is read once in full for its digest, which is cached by path, size and time.
+        A compressed file cannot be mapped and is refused, since decompressing it could fill the
+        disk.
 
         Args:
-            path: the file; holds `image`, uint8 (n, h, w, c), and `label`, integers (n,).
-            on_progress: called with (done, total, figures), in MiB, while the digest is computed.
+            path: The file; holds `image`, uint8 (n, h, w, c), and `label`, integers (n,).
+            on_progress: Called with (done, total, figures), in MiB, while the digest is computed.
 
         Raises:
-            DataError: the file is missing, unreadable, compressed or holds other arrays; the error
+            DataError: The file is missing, unreadable, compressed or holds other arrays; the error
                 names the file.
         """
         path = Path(path).expanduser()
@@ -102,7 +102,7 @@ class Synthetic:
         """Check that the images and labels fit a data set.
 
         Raises:
-            DataError: the images have another shape, or a label is no class of the data.
+            DataError: The images have another shape, or a label is no class of the data.
         """
         height, width, channels = self.images.shape[1:]
         if (channels, height, width) != tuple(data.images.shape[1:]):
@@ -128,8 +128,8 @@ class Synthetic:
             images uint8 (b, c, h, w) and labels int64 (b,).
 
         Raises:
-            DataError: the file was removed or changed after it was opened; reading past the end
-                of a mapped file ends the process.
+            DataError: The file was removed or changed after it was opened. (Reading past the end
+                of a mapped file would kill the process.)
         """
         try:
             unchanged = FileState.of(self.path) == self.state
@@ -149,7 +149,7 @@ def check_fraction(fraction: float, batch_size: int) -> None:
     """Check the share of synthetic images.
 
     Raises:
-        DataError: the fraction is not in [0, 1), or leaves no real image in a batch.
+        DataError: The fraction is not in [0, 1), or leaves no real image in a batch.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"synthetic_fraction: got {fraction}, expected a number in [0, 1)")
@@ -171,25 +171,25 @@ def mixed_batches(
 ) -> Iterator[Batch]:
     """Iterate over one epoch of batches that end in synthetic images.
 
-    An epoch has as many batches as one without synthetic images, so it sees the share
+    The number of batches is that of an epoch without synthetic images, so an epoch uses the share
     1 - fraction of the real images, drawn again each epoch, as in the training of Rebuffi et al.
     and Wang et al. Synthetic images are drawn uniformly from the whole file, with replacement, by
-    (seed, epoch, number of the batch). Both kinds are augmented alike.
+    (seed, epoch, number of the batch). Real and synthetic images are augmented in the same way.
 
     Args:
-        split: the real images.
-        synthetic: the synthetic images.
+        split: The real images.
+        synthetic: The synthetic images.
         fraction: share of synthetic images; round(fraction * batch_size) in each batch.
-        batch_size: images in a batch.
-        seed: seed of order, draws and augmentation.
-        epoch: number of the epoch.
-        skip: number of batches at the start that are not yielded.
+        batch_size: Images in a batch.
+        seed: Seed of order, draws and augmentation.
+        epoch: Number of the epoch.
+        skip: Number of batches at the start that are not yielded.
 
     Yields:
         Batches as `batches` does; the id of synthetic image r is -1 - r.
 
     Raises:
-        DataError: the fraction is out of range, or the file changed.
+        DataError: The fraction is out of range, or the file changed.
 
     Sources: Rebuffi et al. 2021, arXiv:2103.01946; Wang et al. 2023, arXiv:2302.04638.
     """

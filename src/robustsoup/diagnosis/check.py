@@ -239,7 +239,7 @@ def _open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint; with a network, use its tensor names and its list of parameters."""
     opened = Checkpoint.open(item)
-    return opened if network is None else opened.described_by(network)
+    return opened if network is None else opened.with_parameters_of(network)
 
 
 def _find_ancestor(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:

@@ -1,4 +1,4 @@
-"""How an evaluation attacks one threat model: the queue of APGD and PGD, or standard AutoAttack."""
+"""The attackers of an evaluation: APGD and PGD, standard AutoAttack, and user-defined attacks."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -29,8 +29,8 @@ from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
 CHUNK_SAMPLES = 500
-"""Samples in one call of AutoAttack or of an added attack, whose effect on a sample may depend on
-the rest of the batch."""
+"""Samples in one call of AutoAttack or of a user-defined attack, which may attack a sample
+differently in another batch."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Target:
     """A network under attack, and the samples on which it is attacked.
 
     Attributes:
-        model: network on `device`, in eval mode.
-        samples: images, labels, ids and clean logits of n samples.
-        device: where the network is.
-        rows: images in one pass.
+        model: Network on `device`, in eval mode.
+        samples: Images, labels, ids and clean logits of n samples.
+        device: Device of the network.
+        pass_size: Images in one pass.
     """
 
     model: nn.Module
     samples: AttackedSamples
     device: torch.device
-    rows: int
+    pass_size: int
 
 
 class Attacker(Protocol):
@@ -71,15 +71,15 @@ class QueueAttacker:
     """APGD or PGD, by the queue of `robustsoup.attacks.engine`.
 
     Attributes:
-        settings: the attack, with its precision resolved.
-        classes: number of classes.
-        rows: images in one pass.
-        stop_below: number of surviving samples below which the attack gives up; None never.
+        settings: The attack, with its precision resolved.
+        classes: Number of classes.
+        pass_size: Images in one pass.
+        stop_below: Number of surviving samples below which the attack stops; None for never.
     """
 
     settings: AttackSettings
     classes: int
-    rows: int
+    pass_size: int
     stop_below: int | None = None
 
     @property
@@ -97,7 +97,7 @@ class QueueAttacker:
             "restarts": s.restarts,
             "eot": s.eot,
             "search_precision": s.precision,
-            "rows": self.rows,
+            "rows": self.pass_size,
             "l1_schedule": "3eps,2eps,eps",
         }
         if s.loss == "targeted dlr":
@@ -123,7 +123,7 @@ class QueueAttacker:
 
 
 class AttackFunction(Protocol):
-    """An added attack: it returns one point for each image."""
+    """A user-defined attack, which returns one point for each image."""
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int
@@ -131,11 +131,11 @@ class AttackFunction(Protocol):
         """Attack a batch.
 
         Args:
-            model: network in eval mode; its parameters need no gradient.
+            model: Network in eval mode; its parameters need no gradient.
             x: (b, c, h, w) float32 images in [0, 1].
             y: (b,) int64 labels.
-            threat: threat model.
-            seed: seed of the noise, if there is any.
+            threat: Threat model.
+            seed: Seed of the noise, if there is any.
 
         Returns:
             (b, c, h, w) points in the ball and the box.
@@ -144,12 +144,12 @@ class AttackFunction(Protocol):
 
 @dataclass(frozen=True)
 class FunctionAttacker:
-    """An added attack, one chunk of samples at a time.
+    """A user-defined attack, one chunk of samples at a time.
 
     Args:
-        name: what records call it.
-        function: the attack.
-        seed: seed of the noise.
+        name: Name in records.
+        function: The attack.
+        seed: Seed of the noise.
     """
 
     name: str
@@ -174,7 +174,7 @@ class FunctionAttacker:
     def attack(
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
     ) -> None:
-        """Attack chunk by chunk; chunks hold the same samples whatever is settled already."""
+        """Attack chunk by chunk; the chunks do not depend on the settled samples."""
         correct = target.samples.correct.nonzero().flatten()
         for chunk in correct.split(CHUNK_SAMPLES):
             if bool((outcome.settled[chunk] == 0).any()):
@@ -197,15 +197,15 @@ class FunctionAttacker:
             )
         outcome.record_points(chunk, points, x, threat)
 
-        def fetch_points(at: Tensor) -> Tensor:
-            return points[torch.searchsorted(chunk, at)]
+        def fetch_points(samples: Tensor) -> Tensor:
+            return points[torch.searchsorted(chunk, samples)]
 
         broken, margin = check_points(
             target.model,
             target.samples,
             fetch_points,
             chunk,
-            size=target.rows,
+            size=target.pass_size,
             device=target.device,
         )
         outcome.attacked[chunk] = True
@@ -226,8 +226,8 @@ class AutoAttacker:
     """Standard AutoAttack, one chunk of samples at a time.
 
     Attributes:
-        plan: the attacks that are possible with the classes of the data.
-        seed: seed of the noise.
+        plan: The attacks that are possible with the classes of the data.
+        seed: Seed of the noise.
     """
 
     plan: AutoAttackPlan
@@ -251,7 +251,7 @@ class AutoAttacker:
     def attack(
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
     ) -> None:
-        """Attack chunk by chunk; chunks hold the same samples whatever is settled already."""
+        """Attack chunk by chunk; the chunks do not depend on the settled samples."""
         attempts = len(self.attempts)
         correct = target.samples.correct.nonzero().flatten()
         total = len(correct) * attempts
@@ -291,15 +291,15 @@ class AutoAttacker:
         by = by.cpu()
         outcome.record_points(chunk, points, x, threat)
 
-        def fetch_points(at: Tensor) -> Tensor:
-            return points[torch.searchsorted(chunk, at)]
+        def fetch_points(samples: Tensor) -> Tensor:
+            return points[torch.searchsorted(chunk, samples)]
 
         _, margin = check_points(
             target.model,
             target.samples,
             fetch_points,
             chunk,
-            size=target.rows,
+            size=target.pass_size,
             device=target.device,
         )
         outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
@@ -316,28 +316,28 @@ def make_attacker(
     """Return the attacker that the settings describe.
 
     Args:
-        settings: the attack, with its precision resolved.
-        threats: threat models of the evaluation.
-        classes: number of classes of the data.
-        device: where the network is.
-        stop_below: number of surviving samples below which APGD and PGD give up.
+        settings: The attack, with its precision resolved.
+        threats: Threat models of the evaluation.
+        classes: Number of classes of the data.
+        device: Device of the network.
+        stop_below: Number of surviving samples below which APGD and PGD stop.
 
     Raises:
-        RequestError: if the attack is impossible with so many classes, or not installed.
+        RequestError: If the attack does not support this number of classes, or is not installed.
     """
     check_classes(settings, classes)
     if settings.attack == "autoattack" and threats:
         return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
     if settings.is_queued or settings.attack == "autoattack":
         name = settings.attack if settings.is_queued else "apgd"
-        rows = pass_size(device, settings.batch_size)
-        return QueueAttacker(replace(settings, attack=name), classes, rows, stop_below)
+        images = pass_size(device, settings.batch_size)
+        return QueueAttacker(replace(settings, attack=name), classes, images, stop_below)
     name, function = _find_attack_function(settings.attack)
     return FunctionAttacker(name, function, settings.seed)
 
 
 def _find_attack_function(attack: str | AttackFunction) -> tuple[str, AttackFunction]:
-    """Return the name and the function of an added attack."""
+    """Return the name and the function of a user-defined attack."""
     if not isinstance(attack, str):
         return getattr(attack, "__name__", type(attack).__name__), attack
     if ":" in attack:

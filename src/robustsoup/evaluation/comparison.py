@@ -22,7 +22,7 @@ ATTACK_KEYS = (
     "seed",
     "search_precision",
 )
-"""Keys that describe an attack; robust accuracies compare where the keys of both records agree."""
+"""Keys that describe an attack; robust accuracies are comparable if both records agree on them."""
 
 UPPER_BOUND_KEYS = ("screened", "stopped")
 """Keys of records whose robust accuracies are upper bounds."""
@@ -33,9 +33,9 @@ class Comparison:
     """How evaluation b differs from evaluation a on their n common samples.
 
     Attributes:
-        rows: differences by measure: "clean", each threat model of both, "union".
-        n: number of common samples.
-        notes: what a reader must know of how the two were made, one line each.
+        rows: Differences by measure: "clean", each threat model of both, "union".
+        n: Number of common samples.
+        notes: Caveats about how the two evaluations were made, one line each.
     """
 
     rows: dict[str, Difference]
@@ -64,20 +64,20 @@ def _difference_to_json(difference: Difference) -> Record:
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
     """Compare two evaluations sample by sample: b less a.
 
-    Samples are matched by id; samples of one evaluation alone are left out, and a note says so.
+    Samples are matched by id; samples of only one evaluation are dropped, with a note.
     Intervals are Tango's score intervals for paired shares; p-values are McNemar's, exact, and not
     adjusted for the number of rows. Both generalise to other samples, not to other training seeds.
 
     Args:
-        a: the first evaluation.
-        b: the second evaluation, on the same split of the same data.
+        a: The first evaluation.
+        b: The second evaluation, on the same split of the same data.
 
     Returns:
         Differences of clean accuracy, of robust accuracy under each threat model of both, and
         under their union; notes name warnings, and settings in which the two attacks differ.
 
     Raises:
-        RequestError: if data or split differ, no sample is common, or a label differs.
+        RequestError: If data or split differ, no sample is common, or a label differs.
     """
     _check_same_split(a, b)
     ids, *indices = np.intersect1d(a.ids.numpy(), b.ids.numpy(), return_indices=True)
@@ -100,10 +100,10 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
 
 def _check_same_split(a: Evaluation, b: Evaluation) -> None:
     identities = [(e.record.get("data", {}).get("digest"), e.record.get("split")) for e in (a, b)]
-    for which, (digest, split) in zip(("first", "second"), identities, strict=True):
+    for position, (digest, split) in zip(("first", "second"), identities, strict=True):
         if digest is None or split is None:
             raise RequestError(
-                f"compare: the record of the {which} names no data or split; evaluate it again"
+                f"compare: the record of the {position} names no data or split; evaluate it again"
             )
     if identities[0] != identities[1]:
         first, second = (
@@ -122,7 +122,7 @@ def _check_same_labels(ids: Sequence[int], labels_a: Tensor, labels_b: Tensor) -
         row = different[0]
         raise RequestError(
             f"compare: sample {ids[row]}: got label {int(labels_a[row])} in the first and "
-            f"{int(labels_b[row])} in the second, expected the same; number the classes alike"
+            f"{int(labels_b[row])} in the second, expected the same; use one class numbering"
         )
 
 
@@ -139,10 +139,11 @@ def _comparison_notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) ->
     attacked = len(names) > 1
     yield from _notes_on_coverage(a, b, n, names)
     yield from _notes_on_settings(a, b, attacked=attacked)
-    for which, record in (("first", a.record), ("second", b.record)):
+    for position, record in (("first", a.record), ("second", b.record)):
         if attacked and (bounds := [key for key in UPPER_BOUND_KEYS if record.get(key)]):
-            yield f"the {which} was {' and '.join(bounds)}; its robust accuracies may be too high"
-        yield from (f"the {which}: {warning}" for warning in record.get("warnings", ()))
+            reasons = " and ".join(bounds)
+            yield f"the {position} was {reasons}; its robust accuracies may be too high"
+        yield from (f"the {position}: {warning}" for warning in record.get("warnings", ()))
     if attacked:
         yield f"{len(names)} comparisons; the p-values are not adjusted for their number"
 
@@ -150,12 +151,12 @@ def _comparison_notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) ->
 def _notes_on_coverage(a: Evaluation, b: Evaluation, n: int, names: list[str]) -> Iterator[str]:
     if len(a.ids) != n or len(b.ids) != n:
         yield f"on {n} common samples, of {len(a.ids)} in the first and {len(b.ids)} in the second"
-    for which, threats, others in (
+    for position, threats, other_threats in (
         ("first", a.threats, b.threats),
         ("second", b.threats, a.threats),
     ):
-        if alone := [name for name in threats if name not in others]:
-            yield f"only the {which} has {', '.join(alone)}"
+        if alone := [name for name in threats if name not in other_threats]:
+            yield f"only the {position} has {', '.join(alone)}"
     if len(a.threats) > 1 and len(b.threats) > 1 and UNION_KEY not in names:
         yield "no union: the threat models differ"
 

@@ -1,4 +1,4 @@
-"""What makes the numbers of an evaluation doubtful: points outside the ball, and warning signs."""
+"""Reasons to doubt an evaluation: points outside the ball, and warning signs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,8 +21,8 @@ def certify_points(
     """Count the adversarial points that leave the ball or the box, computed in float64.
 
     Args:
-        threats: threat models of the evaluation.
-        outcomes: the outcome of each, by the threat model as text.
+        threats: Threat models of the evaluation.
+        outcomes: The outcome of each, by the threat model as text.
 
     Returns:
         For each threat model the number of points, how many are outside by more than the
@@ -47,7 +47,7 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
 
     Args:
         logits: (n, classes) clean outputs, or None if they were not computed.
-        call_difference: relative difference between two calls, or None if it was not measured.
+        call_difference: Relative difference between two calls, or None if it was not measured.
     """
     warnings = []
     if call_difference is not None and call_difference > STOCHASTIC_DIFFERENCE:
@@ -65,13 +65,13 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
 def warn_of_attacks(outcomes: Sequence[Outcome]) -> list[str]:
     """Warn of gradients that vanish and of logits that hold NaN."""
     attacked = sum(int(outcome.attacked.sum()) for outcome in outcomes)
-    blind = sum(int(outcome.zero_gradient.sum()) for outcome in outcomes)
+    zero_gradients = sum(int(outcome.zero_gradient.sum()) for outcome in outcomes)
     nan = sum(int(outcome.nan.sum()) for outcome in outcomes)
     warnings = []
-    if blind:
+    if zero_gradients:
         warnings.append(
-            f"the gradient is exactly zero at the start for {blind} of {attacked} attacked "
-            "samples; robust accuracy may be too high; try loss dlr, or autoattack"
+            f"the gradient is exactly zero at the start for {zero_gradients} of {attacked} "
+            "attacked samples; robust accuracy may be too high; try loss dlr, or autoattack"
         )
     if nan:
         warnings.append(f"the logits held NaN at {nan} attacked points")
@@ -92,7 +92,7 @@ def warn_above_clean(correct: Tensor, verdicts: Mapping[str, Verdicts]) -> list[
 
     Args:
         correct: (n,) bool, correct without an attack.
-        verdicts: verdicts by threat model.
+        verdicts: Verdicts by threat model.
     """
     return [
         f"accuracy under {threat} is above clean accuracy "

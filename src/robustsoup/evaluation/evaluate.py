@@ -54,37 +54,37 @@ def evaluate(
 
     The network is evaluated in eval mode; a module is left unchanged. A sample that is wrong
     without an attack counts as broken and is not attacked. Every verdict is computed in float32,
-    and depends on the seed, the sample's id and the pass shape alone. The record holds the
+    and depends only on the seed, the sample's id and the pass shape. The record holds the
     protocol, a certificate that every point lies in the ball and the box (computed in float64),
     and warnings.
 
     Args:
-        network: module, checkpoint or path.
-        data: split to evaluate on.
-        threats: threat models to attack with, one after the other; clean ones add nothing.
-        settings: the attack; AttackSettings() if None.
-        samples: number of samples to evaluate on, from the first; all if None.
+        network: Module, checkpoint or path.
+        data: Split to evaluate on.
+        threats: Threat models to attack with, one after the other; clean ones add nothing.
+        settings: The attack; AttackSettings() if None.
+        samples: Number of samples to evaluate on, from the first; all if None.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
-        keep_points: keep the adversarial images, for `pool`.
-        pool: evaluations of other networks on the same samples, with points; these points are
+        keep_points: Keep the adversarial images, for `pool`.
+        pool: Evaluations of other networks on the same samples, with points; these points are
             tried on top of the attack.
-        after: earlier evaluation of the same network on the same samples. Its clean predictions
-            are reused, samples that it broke stay broken, and samples that survived the very same
+        after: Earlier evaluation of the same network on the same samples. Its clean predictions
+            are reused, samples that it broke stay broken, and samples that survived an identical
             attack are not attacked again.
-        stop_below: give up once fewer samples survive the one threat model. Robust accuracy is
-            then an upper bound, and the record says "stopped".
-        state_path: file for the progress so far; a killed evaluation resumes from it.
-        on_progress: called as on_progress(done, total, figures); counts samples times
+        stop_below: Stop once fewer samples survive; requires exactly one threat model. Robust
+            accuracy is then an upper bound, and the record says "stopped".
+        state_path: File for the progress so far; a killed evaluation resumes from it.
+        on_progress: Called as on_progress(done, total, figures); counts samples times
             (1 + number of threats).
-        **changes: fields of AttackSettings, which override `settings`.
+        **changes: Fields of AttackSettings, which override `settings`.
 
     Returns:
         Verdicts for each sample, with the record.
 
     Raises:
-        RequestError: for invalid settings, before any work.
-        ModelError: if the network does not fit the data.
-        Diverged: if the clean logits hold NaN or infinity.
+        RequestError: For invalid settings, before any work.
+        ModelError: If the network does not fit the data.
+        Diverged: If the clean logits hold NaN or infinity.
     """
     request = check_request(
         network,
@@ -101,7 +101,7 @@ def evaluate(
         progress = _EvaluationProgress(request, clean, on_progress)
         progress.report_clean()
         outcomes = _attack_with_threats(request, clean, saved, progress)
-    verdicts = {name: _verdicts_of(outcome, clean) for name, outcome in outcomes.items()}
+    verdicts = {name: _build_verdicts(outcome, clean) for name, outcome in outcomes.items()}
     record = _make_record(request, clean, outcomes, verdicts, time.perf_counter() - started)
     return Evaluation(
         request.data.ids.cpu(), clean.labels, clean.prediction, clean.margin, verdicts, record
@@ -114,9 +114,9 @@ class _CleanPass:
 
     Attributes:
         labels, prediction: (n,) int64.
-        margin: (n,) float32, the correct logit less the largest other.
+        margin: (n,) float32, the label's logit minus the largest other logit.
         logits: (n, classes); None if the predictions of an earlier evaluation are reused.
-        call_difference: relative difference between two calls; None if it was not measured.
+        call_difference: Relative difference between two calls; None if it was not measured.
     """
 
     labels: Tensor
@@ -137,17 +137,18 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     n, labels = len(data), data.labels.cpu()
     if after is not None and request.settings.loss != "targeted dlr":
         return _CleanPass(labels, after.prediction[:n], after.margin[:n])
-    model, rows, device = request.model, request.rows, request.device
-    logits = predict_logits(model, request.fetch, n, rows, device)
+    model, size, device = request.model, request.pass_size, request.device
+    logits = predict_logits(model, request.fetch, n, size, device)
     if not bool(logits.isfinite().all()):
         raise Diverged(
             "evaluate: the network's logits hold NaN or infinity; "
             "its weights or statistics are broken"
         )
-    again = predict_logits(model, request.fetch, min(n, rows), rows, device)
-    difference = (again - logits[: len(again)]).abs().max() / logits.abs().max().clamp(min=1e-6)
+    repeated = predict_logits(model, request.fetch, min(n, size), size, device)
+    change = (repeated - logits[: len(repeated)]).abs().max()
+    relative_change = float(change / logits.abs().max().clamp(min=1e-6))
     margin = logit_margin(logits, labels).float()
-    return _CleanPass(labels, logits.argmax(1), margin, logits, float(difference))
+    return _CleanPass(labels, logits.argmax(1), margin, logits, relative_change)
 
 
 class _EvaluationProgress:
@@ -168,7 +169,7 @@ class _EvaluationProgress:
             self.on_progress(self.n, self.total, self.figures)
 
     def report_attack(self, number: int, settled: int) -> None:
-        """Report that threat `number` is done with `settled` samples that are correct clean."""
+        """Report the correctly classified samples that are settled for threat `number`."""
         if self.on_progress is not None:
             done = (number + 1) * self.n + self.wrong + settled
             self.on_progress(done, self.total, self.figures)
@@ -186,7 +187,8 @@ def _attack_with_threats(
         The outcome for each threat model, by its text.
     """
     state = (saved.load() or {}).get("outcomes", {})
-    target = Target(request.model, _target_samples(request, clean), request.device, request.rows)
+    samples = _target_samples(request, clean)
+    target = Target(request.model, samples, request.device, request.pass_size)
     outcomes: dict[str, Outcome] = {}
     try:
         for number, threat in enumerate(request.threats):
@@ -205,7 +207,7 @@ def _attack_with_threats(
             request.attacker.attack(target, threat, outcome, poll)
     except BaseException:
         if any(bool(outcome.settled.any()) for outcome in outcomes.values()):
-            saved.save(_state_of(outcomes))
+            saved.save(_snapshot_outcomes(outcomes))
         raise
     saved.clear()
     return outcomes
@@ -239,22 +241,22 @@ def _make_poll(
     saved: SavedState,
     progress: _EvaluationProgress,
 ) -> AttackProgress:
-    """Return what an attacker calls during threat `number`: report, and save when it is time."""
+    """Return a callback for threat `number` that reports progress and saves the state when due."""
     attempts = len(request.attacker.attempts)
 
     def poll(done: int, _total: int) -> None:
         progress.report_attack(number, done // attempts)
         if saved.due():
-            saved.save(_state_of(outcomes))
+            saved.save(_snapshot_outcomes(outcomes))
 
     return poll
 
 
-def _state_of(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def _snapshot_outcomes(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     return {"outcomes": {name: outcome.snapshot() for name, outcome in outcomes.items()}}
 
 
-def _verdicts_of(outcome: Outcome, clean: _CleanPass) -> Verdicts:
+def _build_verdicts(outcome: Outcome, clean: _CleanPass) -> Verdicts:
     correct = clean.correct
     return Verdicts(
         robust=correct & ~outcome.broken,
@@ -313,13 +315,13 @@ def check_above_chance(
     The check uses at most 1,000 samples and passes where there are fewer than 50.
 
     Args:
-        network: the network.
-        data: split to evaluate on.
-        name: what the error calls the network.
-        device: where to run it.
+        network: Module or checkpoint.
+        data: Split to evaluate on.
+        name: Name of the network in the error.
+        device: Device to run the network on.
 
     Raises:
-        ModelError: if the lower end of the clean accuracy's interval is not above chance.
+        ModelError: If the lower end of the clean accuracy's interval is not above chance.
     """
     clean = evaluate(network, data, samples=min(len(data), 1000), device=device).accuracy[CLEAN_KEY]
     classes = data.classes

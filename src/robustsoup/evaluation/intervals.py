@@ -12,8 +12,8 @@ class Accuracy:
     """A share of n samples with its 95 % Wilson interval; `float(accuracy)` is the share.
 
     Attributes:
-        hits: number of correct samples.
-        n: number of samples, at least 1.
+        hits: Number of correct samples.
+        n: Number of samples, at least 1.
     """
 
     hits: int
@@ -57,9 +57,9 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval of a share.
 
     Args:
-        hits: number of hits, in 0..n.
-        n: number of samples, at least 1.
-        z: quantile of the standard normal distribution.
+        hits: Number of hits, in 0..n.
+        n: Number of samples, at least 1.
+        z: Quantile of the standard normal distribution.
 
     Returns:
         The lower and the upper end.
@@ -77,12 +77,12 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The accuracy of b less that of a on the same n samples; `float(difference)` is its value.
+    """The accuracy of b minus that of a on the same n samples; `float(difference)` is its value.
 
     Attributes:
-        a, b: the two accuracies.
-        only_a: number of samples that a alone gets right.
-        only_b: number of samples that b alone gets right.
+        a, b: The two accuracies.
+        only_a: Number of samples that a alone gets right.
+        only_b: Number of samples that b alone gets right.
     """
 
     a: Accuracy
@@ -137,10 +137,10 @@ def tango(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[float, floa
     pairs and for none: it is then +- z^2 / (n + z^2).
 
     Args:
-        only_a: number of pairs in which a alone is a hit.
-        only_b: number of pairs in which b alone is a hit.
-        n: number of pairs.
-        z: quantile of the standard normal distribution.
+        only_a: Number of pairs in which a alone is a hit.
+        only_b: Number of pairs in which b alone is a hit.
+        n: Number of pairs.
+        z: Quantile of the standard normal distribution.
 
     Returns:
         The lower and the upper end.
@@ -176,8 +176,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
     and at most 1; without discordant pairs it is 1.
 
     Args:
-        only_a: number of pairs in which a alone is a hit.
-        only_b: number of pairs in which b alone is a hit.
+        only_a: Number of pairs in which a alone is a hit.
+        only_b: Number of pairs in which b alone is a hit.
 
     Source: McNemar 1947, Psychometrika 12:153.
     """

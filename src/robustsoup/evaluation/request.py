@@ -33,15 +33,15 @@ class CheckedRequest:
     """A request that passed all checks.
 
     Attributes:
-        model: copy of the network on `device`.
-        checkpoint_digest: digest of the checkpoint; None for a module.
-        data: the samples.
-        threats: parsed threat models, without clean ones and without repetition.
-        settings: the attack, with its precision resolved.
-        attacker: runs the attack.
-        reuse: what is shared with other evaluations.
-        device: where the network is.
-        warnings: doubts that arose before any work.
+        model: Copy of the network on `device`.
+        checkpoint_digest: Digest of the checkpoint; None for a module.
+        data: The samples.
+        threats: Parsed threat models, without clean ones and without repetition.
+        settings: The attack, with its precision resolved.
+        attacker: Runs the attack.
+        reuse: Work that is shared with other evaluations.
+        device: Device of the network.
+        warnings: Doubts that arose before any work.
     """
 
     model: nn.Module
@@ -55,13 +55,13 @@ class CheckedRequest:
     warnings: tuple[str, ...]
 
     @property
-    def rows(self) -> int:
+    def pass_size(self) -> int:
         """Images in one pass."""
         return pass_size(self.device, self.settings.batch_size)
 
     @property
     def broken_by(self) -> list[str]:
-        """Names of what can break a sample: clean, this attack, the pool, an earlier attack."""
+        """Causes of broken samples: clean, the attempts, the pool, and earlier attacks."""
         pool = [POOL] if self.reuse.pool else []
         earlier = self.reuse.after.record["broken_by"] if self.reuse.after else []
         return list(dict.fromkeys([CLEAN_KEY, *self.attacker.attempts, *pool, *earlier]))
@@ -75,7 +75,7 @@ class CheckedRequest:
         return protocol | self.attacker.protocol()
 
     def fingerprint(self) -> str:
-        """Return a text that differs between evaluations that may not share saved progress."""
+        """Return a text that identifies the evaluation whose saved progress may be resumed."""
         after = self.reuse.after
         parts = [
             self.protocol(),
@@ -87,10 +87,10 @@ class CheckedRequest:
         ]
         return json.dumps(parts, sort_keys=True)
 
-    def fetch(self, at: Tensor) -> Tensor:
-        """Return samples `at` (b,) as float images (b, c, h, w) on the device."""
+    def fetch(self, samples: Tensor) -> Tensor:
+        """Return samples (b,) int64 as float images (b, c, h, w) on the device."""
         images = self.data.images
-        x = to_float(images[at.to(images.device)]).to(self.device)
+        x = to_float(images[samples.to(images.device)]).to(self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -103,7 +103,21 @@ def check_request(
     reuse: Reuse,
     device: str,
 ) -> CheckedRequest:
-    """Parse and check everything that can be wrong before any work."""
+    """Parse and check a request before any work.
+
+    Args:
+        network: Module, checkpoint or path.
+        data: The samples to evaluate on.
+        threats: Threat models, as objects or text.
+        settings: The attack.
+        reuse: Work that is shared with other evaluations.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+
+    Raises:
+        RequestError: If a setting or a reused evaluation does not fit.
+        DataError: If a label is out of range.
+        ModelError: If the network does not fit the data.
+    """
     attacked = tuple(dict.fromkeys(t for t in map(ThreatModel.parse, threats) if not t.is_clean))
     if reuse.stop_below is not None and len(attacked) != 1:
         raise RequestError(f"stop_below: got {len(attacked)} threats, expected one")

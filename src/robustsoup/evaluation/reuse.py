@@ -1,4 +1,4 @@
-"""What an evaluation reuses: the verdicts of an earlier one, and points found on other networks."""
+"""Reuse the verdicts of an earlier evaluation, and adversarial points of other networks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from robustsoup.evaluation.verdicts import Evaluation, Record
 from robustsoup.threats import ThreatModel
 
 POOL = "pool"
-"""The name, among what can break a sample, of points that were found on other networks."""
+"""Name of the adversarial points of other networks in the record's "broken_by"."""
 
 SAME_ATTACK_KEYS = (
     "attack",
@@ -36,7 +36,7 @@ SAME_ATTACK_KEYS = (
 
 @dataclass(frozen=True)
 class Reuse:
-    """How an evaluation shares work with others; see the arguments of `evaluate`."""
+    """The work that an evaluation shares with others; see the arguments of `evaluate`."""
 
     keep_points: bool
     pool: tuple[Evaluation, ...]
@@ -48,7 +48,7 @@ def check_same_samples(evaluations: Sequence[Evaluation], data: Split) -> None:
     """Check that earlier evaluations begin with the samples of `data`.
 
     Raises:
-        RequestError: if one of them does not.
+        RequestError: If an evaluation begins with other samples.
     """
     for evaluation in evaluations:
         ids = evaluation.ids[: len(data)]
@@ -63,7 +63,7 @@ def pool_points(pool: Sequence[Evaluation], threat: ThreatModel) -> list[Tensor]
     """Return the adversarial points of each evaluation of a pool, each (n, c, h, w).
 
     Raises:
-        RequestError: if an evaluation has none for this threat.
+        RequestError: If an evaluation has no points for this threat.
     """
     points = []
     for evaluation in pool:
@@ -86,31 +86,37 @@ def try_pool(
     attempts: int,
     by: int,
 ) -> None:
-    """Try points that were found on other networks; samples that they break are settled.
+    """Try adversarial points of other networks; samples that they break are settled.
 
     Args:
-        target: the network and its samples.
-        threat: threat model of the points.
-        pool: tensors (n, c, h, w) of points, tried in order.
-        outcome: where to record broken samples.
-        attempts: number of attempts of the attack that follows.
-        by: index of the pool among what can break a sample.
+        target: The network and its samples.
+        threat: Threat model of the points.
+        pool: Tensors (n, c, h, w) of points, tried in order.
+        outcome: Receives the broken samples.
+        attempts: Number of attempts of the attack that follows.
+        by: Index of the pool in "broken_by", less 1.
     """
     for points in pool:
         waiting = (target.samples.correct & ~outcome.broken).nonzero().flatten()
 
-        def fetch(at: Tensor, points: Tensor = points) -> Tensor:
-            on_device = points[at].to(target.device)
+        def fetch(samples: Tensor, points: Tensor = points) -> Tensor:
+            on_device = points[samples].to(target.device)
             return on_device.contiguous(memory_format=torch.channels_last)
 
         broken, margin = check_points(
-            target.model, target.samples, fetch, waiting, size=target.rows, device=target.device
+            target.model,
+            target.samples,
+            fetch,
+            waiting,
+            size=target.pass_size,
+            device=target.device,
         )
-        for part in waiting[broken].split(CHUNK_SAMPLES):
-            outcome.record_points(part, fetch(part), target.samples.fetch(part), threat)
-        at = waiting[broken]
-        outcome.margin[at] = margin[broken]
-        outcome.by[at], outcome.broken[at], outcome.settled[at] = by, True, attempts
+        settled = waiting[broken]
+        for chunk in settled.split(CHUNK_SAMPLES):
+            outcome.record_points(chunk, fetch(chunk), target.samples.fetch(chunk), threat)
+        outcome.margin[settled] = margin[broken]
+        outcome.by[settled], outcome.broken[settled] = by, True
+        outcome.settled[settled] = attempts
 
 
 def copy_verdicts(
@@ -123,14 +129,14 @@ def copy_verdicts(
 ) -> None:
     """Copy the verdicts of an earlier evaluation of the same network.
 
-    Samples that it broke stay broken. Samples that survived the very same attack are settled.
+    Samples that it broke stay broken. Samples that survived an identical attack are settled.
 
     Args:
-        after: the earlier evaluation.
-        threat: threat model to copy.
-        outcome: the outcome to write to, for the first n samples of `after`.
-        protocol: what decides the new verdicts; its "broken_by" names what can break a sample.
-        attempts: number of attempts of the new attack.
+        after: The earlier evaluation.
+        threat: Threat model to copy.
+        outcome: The outcome to write to, for the first n samples of `after`.
+        protocol: Settings that decide the new verdicts, with "broken_by".
+        attempts: Number of attempts of the new attack.
     """
     verdicts = after.threats.get(str(threat))
     if verdicts is None:

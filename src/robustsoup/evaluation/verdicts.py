@@ -29,26 +29,26 @@ SAMPLE_ARRAYS = ("ids", "labels", "prediction", "margin")
 
 
 def parse_measure(text: str | ThreatModel) -> str:
-    """Return a measure in its one spelling: "clean", "union" or a threat model as text.
+    """Return the canonical spelling of a measure: "clean", "union" or a threat model as text.
 
     Raises:
-        ThreatError: if `text` is none of them.
+        ThreatError: If `text` is not a measure.
     """
     return str(text) if str(text) in (CLEAN_KEY, UNION_KEY) else str(ThreatModel.parse(text))
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What an attack under one threat model did to each of n samples.
+    """The verdicts of an attack under one threat model on n samples.
 
     Attributes:
         robust: (n,) bool, correct without and under attack.
-        by: (n,) int64, what broke the sample, as an index of the record's "broken_by" (0: wrong
-            without an attack); -1 where robust.
+        by: (n,) int64, the cause that broke the sample, as an index of the record's "broken_by" (0:
+            wrong without an attack); -1 where robust.
         step: (n,) int64, the step that broke the sample (0: wrong without an attack, or fooled by
             the starting point); -1 where robust or where the attack does not report it.
         norm: (n,) float32, norm of the perturbation; 0 if wrong without an attack.
-        margin: (n,) float32, least margin under attack; below 0 where broken.
+        margin: (n,) float32, smallest logit margin under attack; below 0 where broken.
         x_adv: (n, c, h, w) float32, the adversarial images, if they were kept.
     """
 
@@ -91,9 +91,9 @@ class Evaluation:
         ids: (n,) int64 sample ids.
         labels: (n,) int64.
         prediction: (n,) int64, predicted class without an attack.
-        margin: (n,) float32, the correct logit less the largest other, without an attack.
-        threats: verdicts by threat model as text.
-        record: settings and provenance, ready for JSON; "warnings" is among its keys.
+        margin: (n,) float32, the label's logit minus the largest other logit, without an attack.
+        threats: Verdicts by threat model as text.
+        record: Settings and provenance, ready for JSON; "warnings" is among its keys.
     """
 
     ids: Tensor
@@ -127,13 +127,13 @@ class Evaluation:
         return list(self.record.get("warnings", ()))
 
     def after_each(self, threat: ThreatModel | str) -> dict[str, Accuracy]:
-        """Return the accuracy that is left after each attempt of the attack, in order, by name."""
+        """Return the accuracy that remains after each attempt of the attack, in order, by name."""
         by = self.threats[str(threat)].by
-        left = {}
+        remaining = {}
         for number, name in enumerate(self.record["broken_by"]):
             broken = (by >= 0) & (by <= number)
-            left[name] = Accuracy(int((~broken).sum()), len(by))
-        return left
+            remaining[name] = Accuracy(int((~broken).sum()), len(by))
+        return remaining
 
     def to_json(self) -> Record:
         """Return the record and the accuracies with their intervals, ready for json.dumps."""
@@ -146,7 +146,7 @@ class Evaluation:
         """Write the evaluation to PATH.json, PATH.npz and, with kept points, PATH.points.npz.
 
         Args:
-            path: path of the JSON file, which is written last.
+            path: Path of the JSON file, which is written last.
 
         Returns:
             The path.
@@ -168,7 +168,7 @@ class Evaluation:
             for number, verdicts in enumerate(self.threats.values())
             if verdicts.x_adv is not None
         }
-        if not points:  # a file of an earlier evaluation would be read as this one's
+        if not points:  # `load` would read the points of an earlier evaluation as those of this one
             path.unlink(missing_ok=True)
             return
         with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -176,13 +176,13 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
-        """Read what `save` wrote.
+        """Read an evaluation that `save` wrote.
 
         Args:
-            path: path of the JSON file.
+            path: Path of the JSON file.
 
         Raises:
-            CheckpointError: if a file is missing, broken or in a newer format; names the JSON file.
+            CheckpointError: If a file is missing, broken or in a newer format; names the JSON file.
         """
         path = Path(path)
         try:

@@ -12,11 +12,11 @@ def check_fit(model: nn.Module, data: Split) -> None:
     """Check that a network takes the images of a data set and has as many classes.
 
     Args:
-        model: the network; its training mode stays.
-        data: any split with at least one sample.
+        model: The network; its training mode stays.
+        data: Any split with at least one sample.
 
     Raises:
-        ModelError: the network cannot take images of this shape, or its logits are not
+        ModelError: The network cannot take images of this shape, or its logits are not
             (b, classes).
     """
     x = to_float(data.images[:2]).to(next(model.parameters()).device)

@@ -1,4 +1,4 @@
-"""How a network is built: the settings that a checkpoint records and `build_network` reads."""
+"""The settings that a network is built from, which checkpoints record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class NetworkSettings:
     """The settings that determine a network up to its weights.
 
     Attributes:
-        spec: a built-in name or "package.module:factory", each with optional ":key=value,...".
-        classes: number of classes.
-        channels: number of input channels.
+        spec: A built-in name or "package.module:factory", each with optional ":key=value,...".
+        classes: Number of classes.
+        channels: Number of input channels.
         normalize: (mean, std) by channel, applied before a network that does not normalize its
             inputs itself; None for networks that do.
     """
@@ -41,14 +41,14 @@ class NetworkSettings:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str) -> "NetworkSettings":
-        """Read the JSON form back; absent entries take their defaults.
+        """Read the JSON form; absent entries take their defaults.
 
         Args:
-            record: the "network" entry of a provenance record.
-            where: names the file in errors.
+            record: The "network" entry of a provenance record.
+            where: Names the file in errors.
 
         Raises:
-            ModelError: the record is not one that `as_record` writes.
+            ModelError: The record was not written by `as_record`.
         """
         unknown = set(record) - set(cls.__dataclass_fields__)
         spec, normalize = record.get("spec"), record.get("normalize")
@@ -71,7 +71,7 @@ def channel_constants(
     """Return (mean, std) as tuples; None and an empty sequence give None.
 
     Raises:
-        ModelError: mean and std differ in length or are empty, or a std is not positive.
+        ModelError: Mean and std differ in length or are empty, or a std is not positive.
     """
     if not normalize:
         return None
@@ -93,6 +93,6 @@ def attach_network_settings(model: nn.Module, settings: NetworkSettings) -> None
 
 
 def network_settings_of(model: nn.Module) -> NetworkSettings | None:
-    """Return the settings that `build_network` attached to a network, if it built this one."""
+    """Return the settings that `build_network` attached to a network; None for other networks."""
     settings = getattr(model, "network_settings", None)
     return settings if isinstance(settings, NetworkSettings) else None

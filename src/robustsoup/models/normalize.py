@@ -20,9 +20,9 @@ class Normalize(nn.Module):
         """Store the constants as buffers.
 
         Args:
-            mean: one number for each channel.
-            std: one positive number for each channel.
-            persistent: whether the state dict holds the constants.
+            mean: One number for each channel.
+            std: One positive number for each channel.
+            persistent: Whether the state dict holds the constants.
         """
         super().__init__()
         self.register_buffer("mean", _channel_tensor(mean), persistent)
@@ -43,12 +43,12 @@ def normalize_inputs(model: nn.Module, mean: Sequence[float], std: Sequence[floa
     """Make `model` normalize its inputs before its forward; the names in its state dict stay.
 
     Args:
-        model: the network; modified in place and returned.
-        mean: one number for each channel, subtracted from the inputs.
-        std: one positive number for each channel, by which the inputs are divided.
+        model: The network; modified in place and returned.
+        mean: One number for each channel, subtracted from the inputs.
+        std: One positive number for each channel, by which the inputs are divided.
 
     Raises:
-        ModelError: mean and std differ in length, or a std is not positive.
+        ModelError: Mean and std differ in length, or a std is not positive.
     """
     channel_constants((mean, std))
     model.register_buffer("input_mean", _channel_tensor(mean), persistent=False)

@@ -87,8 +87,16 @@ def preact_resnet18(
 ) -> PreActResNet:
     """Build a PreActResNet-18 with fresh weights.
 
-    At width 64 and 10 classes: 12,548,426 parameters in 56 tensors. `mean`, `std` and
-    `bn_momentum` are those of `wide_resnet`.
+    At width 64 and 10 classes: 12,548,426 parameters in 56 tensors.
+
+    Args:
+        width: Channels of the stem.
+        classes: Number of classes.
+        channels: Number of input channels.
+        bn_momentum: Momentum of BatchNorm.
+        mean: One number for each channel, subtracted from the inputs; not in the state dict. The
+            published constants by default.
+        std: One positive number for each channel, which divides the inputs; as `mean`.
     """
     default_mean, default_std = published_constants(channels)
     return PreActResNet(

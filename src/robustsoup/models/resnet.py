@@ -67,9 +67,9 @@ class ResNetLayout:
     """The blocks of a ResNet.
 
     Attributes:
-        block: the kind of block.
-        depths: blocks in each of the four stages.
-        width: channels of the stem.
+        block: The kind of block.
+        depths: Blocks in each of the four stages.
+        width: Channels of the stem.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -115,8 +115,8 @@ class ResNet(nn.Module):
 
 def _resnet_stage(layout: ResNetLayout, stage: int, channels: int, out: int) -> nn.Sequential:
     first = layout.block(channels, out, 2 if stage else 1)
-    others = (layout.block(out, out, 1) for _ in range(layout.depths[stage] - 1))
-    return nn.Sequential(first, *others)
+    following_blocks = (layout.block(out, out, 1) for _ in range(layout.depths[stage] - 1))
+    return nn.Sequential(first, *following_blocks)
 
 
 def resnet18(
@@ -130,6 +130,13 @@ def resnet18(
     """Build a ResNet-18 with fresh weights.
 
     At width 64 and 10 classes: 11,173,962 parameters in 62 tensors.
+
+    Args:
+        classes: Number of classes.
+        channels: Number of input channels.
+        width: Channels of the stem.
+        mean: One number for each channel, subtracted from the inputs; zeros by default.
+        std: One positive number for each channel, which divides the inputs; ones by default.
     """
     layout = ResNetLayout(BasicBlock, (2, 2, 2, 2), width)
     return ResNet(layout, classes, channels, mean or [0.0] * channels, std or [1.0] * channels)
@@ -146,6 +153,13 @@ def resnet50(
     """Build a ResNet-50 with fresh weights.
 
     At width 64 and 10 classes: 23,520,842 parameters in 161 tensors.
+
+    Args:
+        classes: Number of classes.
+        channels: Number of input channels.
+        width: Channels of the stem.
+        mean: One number for each channel, subtracted from the inputs; zeros by default.
+        std: One positive number for each channel, which divides the inputs; ones by default.
     """
     layout = ResNetLayout(Bottleneck, (3, 4, 6, 3), width)
     return ResNet(layout, classes, channels, mean or [0.0] * channels, std or [1.0] * channels)

@@ -58,5 +58,13 @@ def resnet9(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> ResNet9:
-    """Build a ResNet9 with fresh weights; without mean and std, inputs are not normalized."""
+    """Build a ResNet9 with fresh weights.
+
+    Args:
+        classes: Number of classes.
+        channels: Number of input channels.
+        width: Channels of the first layer.
+        mean: One number for each channel, subtracted from the inputs; zeros by default.
+        std: One positive number for each channel, which divides the inputs; ones by default.
+    """
     return ResNet9(classes, channels, width, mean or [0.0] * channels, std or [1.0] * channels)

@@ -42,21 +42,21 @@ def load_model(
     Args:
         spec: "resnet9", "resnet9:width=16", "package.module:factory[:key=value,...]", or a
             function at the top level of a module.
-        classes: number of classes; a factory receives it only if its signature names it.
-        channels: number of input channels; passed on as `classes` is.
-        mean: per-channel mean that a built-in network subtracts from its inputs.
-        std: per-channel standard deviation that a built-in network divides its inputs by.
+        classes: Number of classes; a factory receives it only if its signature names it.
+        channels: Number of input channels; passed under the same condition as `classes`.
+        mean: Per-channel mean that a built-in network subtracts from its inputs.
+        std: Per-channel standard deviation that a built-in network divides its inputs by.
         normalize: (mean, std) by channel, for a network that expects normalized inputs; applied
             before the network, whose state dict keeps its own names. Networks with published
             constants (see the catalog) use these constants instead of `mean` and `std`.
-        seed: seed of the weights; the global generator keeps its state.
+        seed: Seed of the weights; the global generator keeps its state.
 
     Returns:
-        The network. Its attribute `network_settings` holds what it was built with, and a Checkpoint
-        of it records that.
+        The network. Its attribute `network_settings` holds the settings that it was built from,
+        which a Checkpoint of it records.
 
     Raises:
-        ModelError: an unknown name, a wrong option, or a factory that returns no nn.Module.
+        ModelError: An unknown name, a wrong option, or a factory that returns no nn.Module.
     """
     text = spec if isinstance(spec, str) else _factory_spec(spec)
     settings = NetworkSettings(text, classes, channels, channel_constants(normalize))

@@ -38,13 +38,13 @@ class WideBlock(nn.Module):
 
 
 class BlockGroup(nn.Module):
-    """A sequence of blocks, of which the first may change channels and stride."""
+    """A sequence of blocks; the first may change channels and stride."""
 
     def __init__(self, depth: int, channels: int, out: int, stride: int, momentum: float) -> None:
         super().__init__()
         first = WideBlock(channels, out, stride, momentum)
-        others = (WideBlock(out, out, 1, momentum) for _ in range(depth - 1))
-        self.block = nn.Sequential(first, *others)
+        following_blocks = (WideBlock(out, out, 1, momentum) for _ in range(depth - 1))
+        self.block = nn.Sequential(first, *following_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, channels, h, w) to (b, out, h/stride, w/stride)."""
@@ -135,12 +135,13 @@ def wide_resnet(
 
     Args:
         depth: 6 n + 4, at least 10.
-        width: the widening factor.
-        classes: number of classes.
-        channels: number of input channels.
-        bn_momentum: momentum of BatchNorm; 0.01 in the training of Wang et al.
-        mean: one number for each channel; no part of the state dict; default: published constants.
-        std: as `mean`.
+        width: The widening factor.
+        classes: Number of classes.
+        channels: Number of input channels.
+        bn_momentum: Momentum of BatchNorm; 0.01 in the training of Wang et al.
+        mean: One number for each channel, subtracted from the inputs; not in the state dict. The
+            published constants by default.
+        std: One positive number for each channel, which divides the inputs; as `mean`.
     """
     default_mean, default_std = published_constants(channels)
     size = WideResNetSize(depth, width)

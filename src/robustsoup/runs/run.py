@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import describe, resolve_network
+from robustsoup.checkpoints.network import record_network, resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
 from robustsoup.data import Data, Synthetic, load_data
 from robustsoup.device import resolve_device, resolve_precision
@@ -79,7 +79,7 @@ def prepare_run(
     files = list(planner.plan.files.values())
     if files:
         check_ingredients(files)
-        check_fit(describe(files[0], network).network(), data.test)
+        check_fit(record_network(files[0], network).network(), data.test)
     return PreparedRun(planner, context, Store(), _find_leakage(recipe, files, data))
 
 
@@ -144,6 +144,6 @@ def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakag
 def _refuse_files_near_chance(plan: Plan, context: Context) -> None:
     """Raise ModelError if a checkpoint is near chance, usually because its network is wrong."""
     for checkpoint in plan.files.values():
-        described = describe(checkpoint, context.network)
+        described = record_network(checkpoint, context.network)
         device = str(context.device)
         check_above_chance(described, context.data.val, checkpoint.name, device=device)

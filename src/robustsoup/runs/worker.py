@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import describe
+from robustsoup.checkpoints.network import record_network
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import landscape
 from robustsoup.errors import DataError
@@ -115,7 +115,7 @@ class Worker:
     def _open_checkpoint(self) -> Callable[[Key], Checkpoint]:
         def open_checkpoint(key: Key) -> Checkpoint:
             if key in self.files:
-                return describe(self.files[key], self.context.network)
+                return record_network(self.files[key], self.context.network)
             return Checkpoint.open(self.store.path(key) / CHECKPOINT)
 
         return lru_cache(maxsize=8)(open_checkpoint)

@@ -185,7 +185,7 @@ def open_ingredients(
     """
     opened = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
-        opened = [item.described_by(network) for item in opened]
+        opened = [item.with_parameters_of(network) for item in opened]
     check_ingredients(opened)
     return opened
 

@@ -16,7 +16,7 @@ from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
 
 START_NOISE = 0.001
-"""Standard deviation, per pixel, of the start of an attack that has no gradient at x."""
+"""Standard deviation, per pixel, of the noise added to the start if x has no gradient."""
 
 
 def attack_batch(
@@ -37,10 +37,11 @@ def attack_batch(
         x: (b, c, h, w) in [0, 1].
         y: (b,) int64.
         threat: Threat model; x itself is returned if it is clean.
-        objective: Says which loss the attack maximises; x is returned if it uses no attacked batch.
+        objective: Defines the loss that the attack maximises; x is returned if the objective does
+            not use an attacked batch.
         steps: APGD steps.
         precision: "float32" or "bfloat16".
-        key: Seeds the noise of an attack that starts beside x.
+        key: Seeds the noise that `attack_compares_with_clean` adds to the start.
 
     Returns:
         (b, c, h, w) in [0, 1].

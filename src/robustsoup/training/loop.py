@@ -15,14 +15,14 @@ from robustsoup.errors import Diverged
 from robustsoup.progress import Progress, SavedState
 
 History = list[dict[str, float]]
-"""One entry for each finished epoch: "epoch" (from 1), "loss" and what was measured on val."""
+"""One entry for each finished epoch: "epoch" (from 1), "loss" and the figures measured on val."""
 
 STEPS_BETWEEN_FIGURES = 20
 """Steps between two reports of the loss: reading it makes a GPU wait."""
 
 
 class StepwiseRun(Protocol):
-    """A run that `run_epochs` can drive: its state, and what one step and one epoch are.
+    """A run that `run_epochs` drives: its state, one step, and the end of an epoch.
 
     Attributes:
         verb: "train" or "learn", for error messages.
@@ -81,7 +81,7 @@ def run_epochs(
             since the run may have been killed between the two.
 
     Raises:
-        Diverged: If a loss is not finite; names the layer. The state saved before stays.
+        Diverged: If a loss is not finite; names the layer. The last saved state is kept.
     """
     total = run.epochs * run.steps_per_epoch
     after_epoch()
@@ -110,8 +110,8 @@ def run_epochs(
 def check_step_loss(run: StepwiseRun, loss: Tensor, x: Tensor) -> None:
     """Raise Diverged if the loss of a step is not finite, before the step updates anything.
 
-    Does so on a CPU only: reading every loss makes a GPU wait, so `run_epochs` checks there from
-    time to time.
+    On a GPU, where reading every loss would stall the device, this does nothing; `run_epochs`
+    checks the sum of the losses from time to time.
     """
     if loss.device.type == "cpu" and not math.isfinite(float(loss.detach())):
         raise _diverged(run, float(loss.detach()), _first_non_finite_module(run, x))
@@ -126,7 +126,7 @@ def _check_state(run: StepwiseRun, x: Tensor) -> None:
 def _diverged(run: StepwiseRun, loss: float, layer: str) -> Diverged:
     return Diverged(
         f"{run.verb}: the loss became {loss} at step {run.step}, first in layer {layer}; "
-        "the state saved before is kept; try a smaller lr"
+        "the last saved state is kept; try a smaller lr"
     )
 
 

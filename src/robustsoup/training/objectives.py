@@ -21,7 +21,7 @@ and labels y (b,); returns the loss of each sample (b,), or their mean."""
 
 @dataclass(frozen=True)
 class Objective:
-    """What training and learning minimise: a function of the logits of two batches.
+    """An objective of training and learning: a function of the logits of two batches.
 
     Attributes:
         loss: See ObjectiveLoss. The logits are at least float32. If the threat is clean, both
@@ -32,7 +32,8 @@ class Objective:
             them in one train-mode pass.
         attack_loss: The loss that the attack maximises, starting from x.
         attack_compares_with_clean: Call attack_loss(logits, y, clean) with the clean logits in eval
-            mode, and start the attack beside x, where a divergence from them has a gradient.
+            mode, and start the attack at x plus small noise: at x, a divergence from the clean
+            logits has no gradient.
         clean_weight: A of "mixed A", 0 for "ce", None for any other objective.
 
     Raises:

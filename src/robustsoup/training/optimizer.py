@@ -1,4 +1,4 @@
-"""SGD with its options, and the moving average of the weights."""
+"""The SGD optimizer, and the moving average of the weights."""
 
 import copy
 from typing import Any
@@ -67,7 +67,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights of `model` as they are after step number `step`, counted from 0."""
+        """Update the average with the weights of `model` after step `step`, counted from 0."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         pairs = zip(
             _parameters_and_buffers(self.model), _parameters_and_buffers(model), strict=True

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of how much of a run is done."""
+"""Learning-rate schedules: functions of the completed part of a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ Schedule = str | Mapping[str, Any]
 """A name, or {"milestones": [epochs], "gamma": factor}."""
 
 WARM_UP = 0.25
-"""Share of a run in which one-cycle rises, as Rade and Wang et al. train; PyTorch's own is 0.3."""
+"""Share of a run in which one-cycle rises, as in Rade and Wang et al.; PyTorch's default is 0.3."""
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -24,10 +24,12 @@ def check_schedule(schedule: Schedule) -> None:
         RequestError: For anything else.
     """
     if isinstance(schedule, str):
-        known = schedule in ("constant", "cosine", "cyclic") or _warm_up_share(schedule) is not None
+        is_known = (
+            schedule in ("constant", "cosine", "cyclic") or _warm_up_share(schedule) is not None
+        )
     else:
-        known = _is_milestones(schedule)
-    if not known:
+        is_known = _is_milestones(schedule)
+    if not is_known:
         raise RequestError(
             f'schedule: got {schedule!r}, expected "constant", "cosine", "one-cycle" '
             '(or "one-cycle P" with P the share of the run in which the rate rises), "cyclic" '
@@ -43,13 +45,13 @@ def learning_rate(
     cosine: lr/2 * (1 + cos(pi * epochs_done / epochs)), changed every step. milestones:
     lr * gamma^(milestones reached). one-cycle: from lr/25 up to lr in a quarter of the run (share P
     for "one-cycle P"), then down to lr/250000, both along cosines and step for step as PyTorch's
-    OneCycleLR; momentum stays. cyclic: linearly up from 0 to lr in two fifths of the run, then
-    linearly down to 0 at its last step.
+    OneCycleLR; momentum is constant. cyclic: linearly up from 0 to lr in two fifths of the run,
+    then linearly down to 0 at its last step.
 
     Args:
         schedule: A valid schedule; see `check_schedule`.
         lr: The peak rate.
-        epochs_done: Epochs behind the run, with a fraction.
+        epochs_done: Completed epochs, including the fraction of the current epoch.
         epochs: Epochs of the whole run.
         steps_per_epoch: Steps of each epoch.
 
@@ -96,7 +98,7 @@ def _warm_up_share(schedule: str) -> float | None:
 
 
 def _one_cycle_rate(lr: float, warm_up: float, step: int, steps: int) -> float:
-    """Step 0 has the lowest rising rate, step warm_up * steps - 1 the peak, the last the lowest."""
+    """Return the rate of a step: lr / 25 at step 0, the peak lr at step warm_up * steps - 1."""
     peak, start, end = warm_up * steps - 1, lr / 25, lr / 25 / 1e4
     if step <= peak and peak > 0:
         return _cosine_between(start, lr, step / peak)

@@ -40,7 +40,7 @@ from robustsoup.training.optimizer import (
 from robustsoup.training.schedules import check_schedule, learning_rate
 
 OnCheckpoint = Callable[[int, Checkpoint], None]
-"""on_checkpoint(epoch, checkpoint): receives the network as it is after an epoch, from 1 on."""
+"""on_checkpoint(epoch, checkpoint): receives the network after an epoch, counted from 1."""
 
 OUTDATED_ENTRIES = ("history", "early_stopped_at", "learned", "coefficients", "buffers", "epoch")
 """Entries of a parent's provenance that do not apply to a network that was trained from it."""
@@ -60,24 +60,24 @@ def train(
     on_progress: Progress | None = None,
     **changes: Any,
 ) -> Checkpoint:
-    """Train a network adversarially with SGD; pre-training and fine-tuning alike.
+    """Train a network adversarially with SGD, for pre-training or fine-tuning.
 
     Each step attacks the batch in eval mode and takes one train-mode pass on the result.
 
     Args:
         network: A module, which is not changed, a Checkpoint or a path; training starts from its
             weights.
-        data: The training split, augmented as its data set says.
-        settings: How to train; see TrainSettings.
+        data: The training split; its own augmentation is applied.
+        settings: The settings; TrainSettings() by default.
         val: Split to measure the robust loss on after every epoch; required by early_stop.
-        checkpoint_every: Call on_checkpoint after every so many epochs, and after the last.
+        checkpoint_every: Interval in epochs at which on_checkpoint is called, and after the last.
         on_checkpoint: Receives (epoch, checkpoint). A resumed run passes only the checkpoints that
             it has not passed yet.
         device: "auto", "cpu", "cuda" or a device.
         state_path: File for the state of the run. A killed run resumes from it, bit for bit on a
             CPU with the same number of threads.
         on_progress: Receives (steps done, all steps, figures).
-        **changes: Single settings by name, which override those of `settings`.
+        **changes: Fields of TrainSettings, which override `settings`.
 
     Returns:
         The network after the last epoch, or, with early_stop, after the epoch of the lowest robust
@@ -97,11 +97,11 @@ def train(
     check_schedule(settings.schedule)
     check_early_stop(settings.early_stop, val)
     _check_checkpoint_interval(checkpoint_every, on_checkpoint)
-    where = resolve_device(device)
+    resolved_device = resolve_device(device)
     settings = replace(
         settings,
         objective=Objective.parse(settings.objective),
-        precision=resolve_precision(settings.precision, where),
+        precision=resolve_precision(settings.precision, resolved_device),
     )
     model = copy.deepcopy(as_network(network))
     origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
@@ -109,7 +109,7 @@ def train(
     _check_trainable(model)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
-    run = TrainingRun(model, inputs.to(where))
+    run = TrainingRun(model, inputs.to(resolved_device))
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every]
     saved = SavedState(state_path, json.dumps(work, sort_keys=True))
@@ -130,7 +130,7 @@ def train(
 def check_early_stop(early_stop: EarlyStop | None, val: Split | None) -> None:
     """Raise RequestError if early stopping lacks a split to measure on."""
     if early_stop is not None and val is None:
-        raise RequestError("early_stop: no validation split to measure on; give val")
+        raise RequestError("early_stop: requires a validation split to measure on; pass val")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class TrainingInputs:
     settings: TrainSettings
 
     def to(self, device: torch.device) -> "TrainingInputs":
-        """Return the inputs with the splits on `device`, val shortened to what is measured."""
+        """Return the inputs on `device`; early_stop.samples limits val."""
         stop = self.settings.early_stop
         val = self.val.first(stop.samples) if self.val and stop else self.val
         return replace(self, data=self.data.to(device), val=val and val.to(device))
@@ -193,7 +193,7 @@ class TrainingRun:
         return self.average.model if self.average else self.model
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from a saved state, if there is one."""
+        """Resume from a saved state; None starts a new run."""
         if state is None:
             return
         self.model.load_state_dict(state["model"])
