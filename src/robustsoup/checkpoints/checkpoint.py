@@ -196,9 +196,7 @@ class Checkpoint:
         return self
 
     def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
-        """Rename the tensors as `with_names_of` does, and add the parameters of `model` to a record
-        without them.
-        """
+        """Rename as `with_names_of` does, and record the parameters of `model` if none are."""
         renamed = self.with_names_of(model)
         if "parameters" in renamed.provenance:
             return renamed
