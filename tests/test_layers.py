@@ -48,7 +48,7 @@ OUTSIDE = {"torch", "numpy", "safetensors"}
 
 
 def modules():
-    """name without the leading robustsoup ("" for the package itself) -> its syntax tree."""
+    """Return the syntax tree of each module by its name below robustsoup ("" for the package)."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts

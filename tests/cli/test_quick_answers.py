@@ -61,7 +61,7 @@ def test_versions_import_nothing_slow():
     assert imported == ""
     lines = done.stdout.splitlines()
     assert lines[0] == f"robustsoup {versions.package_version('robustsoup')}"
-    assert f"torch {torch.__version__}" in lines
+    assert f"torch {importlib.metadata.version('torch')}" in lines
     assert len(imported_by("--version")[1].stdout.splitlines()) == 1
 
 
@@ -113,7 +113,7 @@ def test_doctor_describes_this_machine(tmp_path, monkeypatch, capsys):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "file").write_bytes(b"0123456789")
     report = diagnosis.diagnose()
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert report["cpu"]["kernels"] == torch.backends.cpu.get_cpu_capability()
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["folders"]["store"] == {"path": str(tmp_path / "store"), "bytes": 10}
