@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     Ctrl-C ends it in one line at any time, also while modules are being imported.
 
     Args:
-        arguments: the words after `robustsoup`; those of this process by default.
+        arguments: The words after `robustsoup`; those of this process by default.
     """
     try:
         from robustsoup.cli.application import run_command_line

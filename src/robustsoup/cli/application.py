@@ -1,9 +1,9 @@
 """The typer application: its commands and its exit codes.
 
-0 done; 1 the work failed; 2 the request was wrong; 3 done, and the answer is no (nothing meets
---require, or `check` finds files that cannot be mixed); 130 interrupted. Commands import PyTorch
-and other slow libraries inside their bodies, so that help, a mistyped option and shell completion
-are quick.
+Exit codes: 0 success; 1 the work failed; 2 the request is wrong; 3 success with a negative answer
+(no soup meets --require, or `check` rejects the checkpoints); 130 interrupted. Commands import
+PyTorch and other slow libraries inside their bodies, so that help, usage errors and shell
+completion are quick.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; an error is printed in one line.
 
     Args:
-        arguments: the words after `robustsoup`. With --debug, errors are raised instead.
+        arguments: The words after `robustsoup`. With --debug, errors are raised instead.
     """
     debug = "--debug" in arguments
     try:
@@ -100,7 +100,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
 
 
 def _describe_usage_error(error: Exception, arguments: Sequence[str]) -> str:
-    """Return what is wrong with the words, the value of a wrong option, and where help is."""
+    """Return the usage error, the value of the wrong option, and a pointer to the help."""
     text = error.format_message().rstrip(".") if hasattr(error, "format_message") else str(error)
     for option in getattr(getattr(error, "param", None), "opts", ()):
         if option in arguments[:-1]:

@@ -1,4 +1,4 @@
-"""What `robustsoup doctor` finds: versions, extras, devices, folders, and causes of slowness."""
+"""Checks of `robustsoup doctor`: versions, extras, devices, folders, and causes of slowness."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def diagnose(data_root: str | None = None) -> dict[str, Any]:
     """Return everything that `robustsoup doctor` shows, JSON-able.
 
     Args:
-        data_root: folder of the data, if it is not the usual one.
+        data_root: Folder of the data; None for the default folder.
     """
     cpu = describe_cpu()
     gpus = describe_gpus()
@@ -98,7 +98,7 @@ def describe_folders(data_root: str | None = None) -> dict[str, dict[str, Any]]:
 def measure_folder(folder: Path) -> int | None:
     """Return the size of all files in a folder, or None if it does not exist.
 
-    Files that vanish or cannot be read meanwhile are left out; links are not followed.
+    Files that vanish or cannot be read are skipped; links are not followed.
     """
     if not folder.is_dir():
         return None
@@ -116,8 +116,8 @@ def explain_slowness(cpu: Mapping[str, Any], gpus: list[dict[str, Any]]) -> list
     """Return one sentence for each cause of slowness on this machine.
 
     Args:
-        cpu: what `describe_cpu` returned.
-        gpus: what `describe_gpus` returned.
+        cpu: What `describe_cpu` returned.
+        gpus: What `describe_gpus` returned.
     """
     causes = []
     if resolve_device("auto").type == "cpu":

@@ -6,7 +6,7 @@ from robustsoup.cli.terminal import print_json
 
 
 def doctor_command(data_root: DataRoot = None, as_json: AsJson = False) -> None:
-    """Show versions, devices, folders, and what is slow here.
+    """Show versions, devices, folders, and causes of slowness.
 
     Also shows which extras are installed and how to install the others.
 

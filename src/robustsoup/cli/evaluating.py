@@ -67,29 +67,29 @@ def evaluate_command(
     import_named_module(attack.attack)
     loaded = load_requested_data(data)
     context = make_context(loaded, network, run, checkpoints)
-    part = loaded.split(split)
+    selected = loaded.split(split)
     described = {
         name: record_network(Checkpoint.load(path), context.network)
         for name, path in name_checkpoints(checkpoints).items()
     }
     for checkpoint in described.values():
-        check_above_chance(checkpoint, part, checkpoint.name, device=run.device)
+        check_above_chance(checkpoint, selected, checkpoint.name, device=run.device)
     evaluations: dict[str, Evaluation] = {}
     for name, checkpoint in described.items():
         request = [to_record(attack), threat, samples, keep_points, run.device]
         with Bar(f"evaluating {name}") as bar:
             evaluation = evaluate(
                 checkpoint,
-                part,
+                selected,
                 threat,
                 attack,
                 samples=samples,
                 device=run.device,
                 keep_points=keep_points,
-                state_path=_locate_state(request, checkpoint, part),
+                state_path=_locate_state(request, checkpoint, selected),
                 on_progress=bar,
             )
-        _warn_of_evaluation(name, checkpoint, part, evaluation)
+        _warn_of_evaluation(name, checkpoint, selected, evaluation)
         if output:
             evaluation.save(output / f"{name}.{split}.json")
         evaluations[name] = evaluation
@@ -100,12 +100,12 @@ def evaluate_command(
 
 
 def _warn_of_evaluation(
-    name: str, checkpoint: "Checkpoint", part: "Split", evaluation: "Evaluation"
+    name: str, checkpoint: "Checkpoint", split: "Split", evaluation: "Evaluation"
 ) -> None:
-    """Record and print whether the checkpoint saw the samples, and print what makes it doubtful."""
+    """Record and print leakage, and print the warnings of the evaluation."""
     from robustsoup.checkpoints.provenance import find_leakage
 
-    leakage = find_leakage([checkpoint], part)
+    leakage = find_leakage([checkpoint], split)
     evaluation.record["leakage"] = leakage.as_record()
     if leakage.status != "known":
         print_error(f"split {leakage.status}: {leakage.why}")
@@ -113,11 +113,11 @@ def _warn_of_evaluation(
         print_warning(f"{name}: {warning}")
 
 
-def _locate_state(request: object, checkpoint: "Checkpoint", part: "Split") -> Path:
-    """Return the file beside the store in which an interrupted evaluation leaves its state."""
+def _locate_state(request: object, checkpoint: "Checkpoint", split: "Split") -> Path:
+    """Return the file for the state of an interrupted evaluation, in the folder of the store."""
     from robustsoup.runs.store import Store
 
-    key = json.dumps([request, checkpoint.digest, part.digest])
+    key = json.dumps([request, checkpoint.digest, split.digest])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Store().root / "unfinished" / f"{name}.pt"
 

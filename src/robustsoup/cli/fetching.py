@@ -1,4 +1,4 @@
-"""The command that downloads."""
+"""The command that downloads data and published checkpoints."""
 
 from typing import Annotated
 
@@ -23,8 +23,8 @@ def fetch_command(
 ) -> None:
     """Download data or a published checkpoint, and verify it.
 
-    Downloads once and prints where the file is. RobustBench publishes no digests of its files: the
-    first digest seen is recorded beside the file, and the file must keep it.
+    Downloads once and prints the path of the file. RobustBench publishes no digests of its files:
+    the digest of the first download is recorded next to the file and checked from then on.
 
     Example: `robustsoup fetch robustbench:Wang2023Better_WRN-28-10`
     """

@@ -1,4 +1,4 @@
-"""From the words of a command to its inputs: data, checkpoints and networks."""
+"""Load the inputs that a command names: data, checkpoints and networks."""
 
 import re
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def load_requested_data(options: DataOptions) -> Data:
 
 
 def download_data(source: str, root: str | None) -> None:
-    """Download what a data source needs, with a bar, unless it is there."""
+    """Download the files of a data source, with a bar, unless they exist."""
     if source == "cifar10":
         with Bar("downloading CIFAR-10") as bar:
             fetch_cifar10(root, on_progress=bar)
 
 
 def download_checkpoint(name: str, root: str | None, sha256: str | None = None) -> Fetched:
-    """Download a published checkpoint, with a bar, unless it is there."""
+    """Download a published checkpoint, with a bar, unless it exists."""
     with Bar(f"downloading {name}") as bar:
         return fetch_published(name, root, sha256=sha256, on_progress=bar)
 
@@ -59,13 +59,13 @@ def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
 def make_context(
     data: Data, network: NetworkOptions, run: RunOptions, checkpoints: Sequence[Path] = ()
 ) -> Context:
-    """Return the data, the network and the device that a command works with.
+    """Return the data, network and device of a command.
 
     Args:
-        data: gives the number of classes and channels.
-        network: names the network; if it does not, the first file that records its network does.
-        run: names the device.
-        checkpoints: files to read a recorded network from.
+        data: Determines the number of classes and channels.
+        network: The network; without a model, the first file that records its network decides.
+        run: The device.
+        checkpoints: Files that may record their network.
     """
     import_named_module(network.model)
     settings = resolve_network(
@@ -79,7 +79,7 @@ def make_context(
 def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
     """Return a short unique name for each file.
 
-    The name is the file's stem; where stems repeat, the name of its folder or a number is added.
+    The name is the file's stem; repeated stems get the name of their folder or a number.
     """
     names: dict[str, Path] = {}
     for path in paths:
@@ -101,7 +101,7 @@ def check_suffix(path: Path, suffixes: set[str]) -> None:
 
 
 def warn_of_leakage(checkpoints: Sequence[Checkpoint], data: Data, *, allow: bool) -> None:
-    """Warn where checkpoints may have seen val; refuse where they did, unless allowed."""
+    """Warn if checkpoints may have been trained on val; refuse known leakage unless allowed."""
     print_leakage(check_leakage(checkpoints, data.val, allow=allow))
 
 

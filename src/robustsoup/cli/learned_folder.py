@@ -19,11 +19,11 @@ DIAL_POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class LearnedFolder:
-    """Writes what was learned; files of an earlier run that it does not replace are removed.
+    """Writes learned coefficients or a dial, and removes the other files of earlier runs.
 
     Attributes:
-        path: the folder.
-        names: one name for each ingredient.
+        path: The folder.
+        names: One name for each ingredient.
     """
 
     def __init__(self, path: Path, names: list[str]) -> None:
@@ -43,12 +43,12 @@ class LearnedFolder:
         """Write coefficients, soup, table and figure, or a dial and its figure.
 
         Args:
-            learned: what `learn` or `learn_dial` returned.
-            ingredients: the checkpoints that the soup mixes.
-            context: gives the data for the recalibrating policies, and the device.
+            learned: What `learn` or `learn_dial` returned.
+            ingredients: The checkpoints that the soup mixes.
+            context: Data for the recalibrating policies, and device.
             policy: BatchNorm statistics of the soup.
-            base: checkpoint whose statistics the policy "base" copies.
-            settings: gives the threat model and seed for the recalibrating policies.
+            base: Checkpoint whose statistics the policy "base" copies.
+            settings: Threat model and seed for the recalibrating policies.
 
         Returns:
             Lines that describe the result.

@@ -23,6 +23,8 @@ from robustsoup.settings import BufferSettings, DialSettings, LearnSettings
 
 if TYPE_CHECKING:
     from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.data import Data
+    from robustsoup.soups.coefficients import Coefficients, Dial
 
 
 def learn_command(
@@ -40,12 +42,12 @@ def learn_command(
     run: RunOptions,
     given: Given,
     place: Annotated[
-        str, typer.Option(help="Where ingredients are kept: auto, device, memory or files.")
+        str, typer.Option(help="Where ingredients are stored: auto, device, memory or files.")
     ] = "auto",
     budget: Annotated[
         float | None,
         typer.Option(
-            help="GiB that ingredients may take with --place auto; by default a quarter of the "
+            help="GiB that ingredients may occupy with --place auto; by default a quarter of the "
             "free memory."
         ),
     ] = None,
@@ -54,8 +56,9 @@ def learn_command(
 ) -> None:
     """Learn mixing coefficients for each layer under attack.
 
-    Writes the coefficients and their soup. With --dial, learns the whole trade-off in one run;
-    `mix --at` then chooses a point on it. The same command resumes an interrupted run.
+    Writes the coefficients and their soup. With --dial, learns a line of soups over the whole
+    trade-off in one run; `mix --at` then chooses one of them. The same command resumes an
+    interrupted run.
 
     Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 64/255" --epochs 5 -o learned`; the whole trade-off:
@@ -72,11 +75,9 @@ def learn_command(
         warn_of_leakage,
     )
     from robustsoup.cli.learned_folder import LearnedFolder
-    from robustsoup.cli.progress import Bar
     from robustsoup.cli.user_code import import_named_module
     from robustsoup.runs.folder import ensure_folder
     from robustsoup.soups.ingredients import choose_place
-    from robustsoup.soups.learning import learn, learn_dial
     from robustsoup.soups.mixing import check_buffer_policy
 
     _check_learn_options(settings, soup, base, given)
@@ -95,20 +96,16 @@ def learn_command(
         print_error(_describe_streaming(ingredients))
     ensure_folder(output)
     state = output / ".state.pt"
-    val = source.val if settings.early_stop else None
-    learn_with = partial(learn, val=val) if settings.dial is None else learn_dial
-    with Bar("learning") as bar:
-        learned = learn_with(
-            ingredients,
-            source.train,
-            settings,
-            base=base,
-            place=place,
-            allow_leakage=allow_leakage,
-            device=run.device,
-            state_path=state,
-            on_progress=bar,
-        )
+    learned = _learn_with_bar(
+        ingredients,
+        source,
+        settings,
+        base=base,
+        place=place,
+        allow_leakage=allow_leakage,
+        device=run.device,
+        state_path=state,
+    )
     folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
     lines = folder.write(learned, ingredients, context, policy=policy, base=base, settings=settings)
     for warning in learned.record.get("warnings", ()):
@@ -136,6 +133,37 @@ def _check_learn_options(
             )
     if base and "base" not in (soup.buffers, settings.buffers):
         raise RequestError("--base: requires --buffers base or --learning-buffers base")
+
+
+def _learn_with_bar(
+    ingredients: list["Checkpoint"],
+    data: "Data",
+    settings: LearnSettings,
+    *,
+    base: Path | None,
+    place: str,
+    allow_leakage: bool,
+    device: str,
+    state_path: Path,
+) -> "Coefficients | Dial":
+    """Learn a soup, or a dial if `settings.dial` is set, with a progress bar."""
+    from robustsoup.cli.progress import Bar
+    from robustsoup.soups.learning import learn, learn_dial
+
+    val = data.val if settings.early_stop else None
+    learn_with = partial(learn, val=val) if settings.dial is None else learn_dial
+    with Bar("learning") as bar:
+        return learn_with(
+            ingredients,
+            data.train,
+            settings,
+            base=base,
+            place=place,
+            allow_leakage=allow_leakage,
+            device=device,
+            state_path=state_path,
+            on_progress=bar,
+        )
 
 
 def _describe_streaming(ingredients: list["Checkpoint"]) -> str:

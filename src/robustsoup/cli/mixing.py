@@ -103,15 +103,15 @@ def mix_command(
 
 
 def parse_coefficients(text: str | None, count: int, at: float | None) -> "Coefficients":
-    """Return the coefficients that --coefficients and --at name.
+    """Parse --coefficients and --at.
 
     Args:
-        text: numbers with commas between them, a coefficients file, or None for uniform ones.
-        count: number of ingredients, for uniform coefficients.
-        at: position on a dial; requires the file of one.
+        text: comma-separated numbers, a coefficients file, or None for uniform coefficients.
+        count: Number of ingredients, for uniform coefficients.
+        at: Position on a dial; requires a dial file in `text`.
 
     Raises:
-        CoefficientError: the text is no list of numbers, or `at` is given without a dial.
+        CoefficientError: The text is no list of numbers, or `at` is given without a dial.
     """
     from robustsoup.soups.coefficients import Coefficients, load_coefficients, uniform_coefficients
 

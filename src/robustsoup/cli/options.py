@@ -46,7 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 class Given(frozenset[str]):
-    """The options that the user typed, such as {"lr", "early_stop"}; a command may ask for them."""
+    """The options that the user typed, such as {"lr", "early_stop"}; a command may request them."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Fields:
     """How a command shows the fields of one of its settings classes.
 
     Attributes:
-        only: the fields to show, or None for all.
-        omit: fields to leave out.
-        required: fields that the user must give, whatever their default.
-        names: option name of a field where it differs from the field's name.
-        defaults: defaults that differ from those of the class.
-        helps: help texts that differ from those of the class.
+        only: The fields to show, or None for all.
+        omit: Fields to leave out.
+        required: Fields that the user must set, regardless of their default.
+        names: Option name of a field where it differs from the field's name.
+        defaults: Defaults that differ from those of the class.
+        helps: Help texts that differ from those of the class.
     """
 
     only: Sequence[str] | None = None
@@ -98,7 +98,7 @@ class NetworkOptions:
 
     model: str | None = setting(
         None,
-        "Network, such as resnet50, resnet9:width=16 or package.module:factory; needed if the "
+        "Network, such as resnet50, resnet9:width=16 or package.module:factory; required if the "
         "checkpoints do not record theirs.",
     )
     normalize: tuple[str, str] | None = setting(
@@ -158,11 +158,11 @@ class _Option:
     nested: type | None
 
     def is_unset(self, values: Mapping[str, Any]) -> bool:
-        """Return whether the field takes the default of its class, since the user typed nothing."""
+        """Return whether the user set nothing, so that the field takes the default of its class."""
         return values[self.name] is None and self.nested is None
 
     def convert(self, value: Any) -> Any:
-        """Return the value of the field for what the user typed."""
+        """Convert the parsed option into the value of the field."""
         if self.nested is not None:
             return self.nested() if value else None
         return tuple(value) if isinstance(value, list) else value
@@ -192,7 +192,7 @@ def expand(command: Command) -> Callable[..., int | None]:
     """Return the function that typer registers for a command: one parameter for each option.
 
     Args:
-        command: a function whose parameters are options, arguments, settings classes or `Given`.
+        command: A function whose parameters are options, arguments, settings classes or `Given`.
 
     Returns:
         A function with a flat signature that builds the settings objects and calls `command`.
@@ -242,7 +242,7 @@ _COMMON = (
 
 
 def _split_annotation(annotation: Any) -> tuple[Any, Fields]:
-    """Return the type of a parameter and how its fields are shown."""
+    """Return the type of a parameter and its `Fields`."""
     if get_origin(annotation) is Annotated:
         kind, *extras = get_args(annotation)
         return kind, next((extra for extra in extras if isinstance(extra, Fields)), Fields())
@@ -309,7 +309,7 @@ def _flag(name: str) -> str:
 
 
 def _make_completion(name: str, rule: Rule) -> Callable[[str], list[str]] | None:
-    """Return the shell completion of an option's value, or None where anything may follow."""
+    """Return the shell completion of an option's value; None for an option without choices."""
     registries = {"model": MODELS, "data": DATA_SOURCES, "attack": ATTACKS}
     choices = rule.choices or tuple(registries.get(name, ()))
     if not choices:

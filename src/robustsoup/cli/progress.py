@@ -20,7 +20,7 @@ MIN_ELAPSED = 2.0
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration for people: "8 s", "4 min", "1 h 20 min"."""
+    """Format a duration: "8 s", "4 min", "1 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -50,7 +50,7 @@ class Bar:
         _stop_display(self.display)
 
     def __call__(self, done: int, total: int | None, figures: str = "") -> None:
-        """Show that `done` of `total` parts are done; `figures` stay until others arrive."""
+        """Show that `done` of `total` parts are done; `figures` stay until new ones arrive."""
         left = _format_time_left(self.started, done, total)
         self.figures = figures or self.figures
         self.display.update(self.task, completed=done, total=total, left=left, figures=self.figures)
@@ -60,14 +60,14 @@ class RunReporter:
     """Receives the progress events of a run: one bar for all steps, and lines in the log.
 
     Attributes:
-        context: what the estimates of the steps are measured with.
-        log: the log file in the run folder.
-        figures: the latest figures of a step, such as "loss 1.23".
-        estimates: estimated seconds of each missing step, by key.
-        total: estimated seconds of all missing steps.
-        finished_share: estimated seconds of the finished ones.
-        step_count: number of missing steps.
-        finished_count: number of finished ones.
+        context: The data, network and device to measure estimates on.
+        log: The log file in the run folder.
+        figures: The latest figures of a step, such as "loss 1.23".
+        estimates: Estimated seconds of each missing step, by key.
+        total: Estimated seconds of all missing steps.
+        finished_share: Estimated seconds of the finished steps.
+        step_count: Number of missing steps.
+        finished_count: Number of finished steps.
     """
 
     def __init__(self, context: Context, folder: Path) -> None:
@@ -138,7 +138,7 @@ class RunReporter:
             self.print_and_log(line)
 
     def warn(self, text: str) -> None:
-        """Print and log what makes a result doubtful."""
+        """Print and log a warning about a doubtful result."""
         self.print_and_log(f"warning: {text}")
 
     def print_and_log(self, line: str) -> None:
@@ -147,7 +147,7 @@ class RunReporter:
         self.write_log(line)
 
     def write_log(self, line: str) -> None:
-        """Append a line with the time to the log; a log that cannot be written stops no run."""
+        """Append a line with the time to the log; errors of writing are ignored."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             with self.log.open("a", encoding="utf-8") as file:
@@ -157,7 +157,7 @@ class RunReporter:
 
 
 def _format_time_left(started: float, done: float, total: float | None) -> str:
-    """Return the estimated time left, or "" while too little is known."""
+    """Return the estimated time left, or "" as long as there is no estimate."""
     elapsed = time.monotonic() - started
     if not done or not total or elapsed <= MIN_ELAPSED:
         return ""

@@ -1,4 +1,4 @@
-"""Run or price one recipe with progress on the terminal."""
+"""Run one recipe, or estimate its cost, with progress on the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes
 
 
 def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None) -> PreparedRun:
-    """Download what a recipe needs, load it with a bar, and plan the recipe."""
+    """Download and load the data and checkpoints of a recipe, and plan it."""
     run.use_threads()
     import_named_module(recipe.model)
     download_data(recipe.data, data_root)
@@ -56,7 +56,7 @@ def run_recipe(
 
 
 def price_plan(prepared: PreparedRun) -> dict[str, Any]:
-    """Return the steps of a plan and the cost of those that the store lacks, JSON-able."""
+    """Return the steps of a plan and the cost of the missing steps, JSON-able."""
     plan, store, context = prepared.plan, prepared.store, prepared.context
     seconds = estimate_seconds(plan.steps, context)
     rows = [

@@ -1,4 +1,4 @@
-"""Commands that run a recipe, price it, or draw its report."""
+"""Commands that run a recipe, estimate its cost, or draw its report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -77,7 +77,7 @@ def plan_command(
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the steps of a recipe and what they will cost.
+    """List the steps of a recipe and their cost.
 
     Shows which steps are already in the store, and runs none of the others. Their cost is
     extrapolated from a few batches timed on this device.

@@ -102,7 +102,7 @@ def landscape_command(
 ) -> int:
     """Map the robust loss on the plane through three checkpoints.
 
-    The same command resumes an interrupted map at the point that it had reached.
+    The same command resumes an interrupted map after the last finished point.
 
     Example: `robustsoup landscape base.safetensors eps16.safetensors eps96.safetensors
     --data digits --threat "Linf 56/255" --points 5 --samples 200 -o plane`
@@ -140,7 +140,7 @@ def _recipe_content(
     *,
     allow_leakage: bool,
 ) -> dict[str, Any]:
-    """Return the entries that the recipes of both commands share; paths become absolute."""
+    """Return the entries that the recipes of both commands share, with absolute paths."""
     source = data.data
     if source.startswith("folder:"):
         source = f"folder:{Path(source.removeprefix('folder:')).absolute()}"
@@ -159,7 +159,7 @@ def _recipe_content(
 def _soup_section(
     search: SearchSettings, soup: BufferSettings, checkpoints: dict[str, Path]
 ) -> dict[str, Any]:
-    """Return the [soups] table; its section must not have the name of an ingredient."""
+    """Return the [soups] table; the name of its section differs from every ingredient."""
     method = str(search.method)
     if method == "greedy" and search.screen:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Results of commands as text and tables for people."""
+"""Print the results of commands as text and tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,11 +60,11 @@ def make_accuracy_table(rows: Mapping[str, Scores], title: str | None = None) ->
 
 
 def print_plan(price: Mapping[str, Any], device: str) -> None:
-    """Print the steps of a plan and what the missing ones cost.
+    """Print the steps of a plan and the cost of the missing ones.
 
     Args:
-        price: what `price_plan` returned.
-        device: type of the device that the cost was measured on.
+        price: What `price_plan` returned.
+        device: Type of the device that the cost was measured on.
     """
     table = Table("step", "name", "store", "about", box=None)
     for step in price["steps"]:
@@ -90,8 +90,10 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None
             continue
         for threat in evaluation.threats:
             attempts = evaluation.after_each(threat).items()
-            left = ", ".join(f"{attempt} {accuracy.value:.1%}" for attempt, accuracy in attempts)
-            print_line(f"{name}, {threat}, accuracy after each attack: {left}")
+            accuracies = ", ".join(
+                f"{attempt} {accuracy.value:.1%}" for attempt, accuracy in attempts
+            )
+            print_line(f"{name}, {threat}, accuracy after each attack: {accuracies}")
 
 
 def describe_attack(record: Mapping[str, Any]) -> str:
@@ -126,9 +128,9 @@ def print_soupability(result: Soupability, names: Sequence[str], limit: int) -> 
     """Print whether checkpoints can be mixed, and why not.
 
     Args:
-        result: what `check` returned.
-        names: one name for each checkpoint.
-        limit: print at most this many pairs, the most distant ones.
+        result: What `check` returned.
+        names: One name for each checkpoint.
+        limit: Print at most this many pairs, the most distant ones.
     """
     for number, problem in enumerate(result.problems):
         print_line(f"{'also' if number else 'cannot be mixed'}: {problem}")

@@ -30,7 +30,7 @@ def print_error(text: str) -> None:
 
 
 def print_warning(text: str) -> None:
-    """Print what makes a result doubtful, on standard error."""
+    """Print a warning about a doubtful result on standard error."""
     print_error(f"warning: {text}")
 
 

@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The command that trains or fine-tunes a network."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,16 +47,10 @@ def train_command(
     )
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.user_code import import_named_module
-    from robustsoup.data import Synthetic
     from robustsoup.training.train import train
 
     check_suffix(output, {".safetensors"})
-    if start is None and network.model is None:
-        raise ModelError(
-            "train: requires --model for fresh weights, or --from with a checkpoint to fine-tune"
-        )
-    if "synthetic_fraction" in given and settings.synthetic is None:
-        raise RequestError("--synthetic-fraction: requires --synthetic FILE.npz")
+    _check_train_options(settings, network, start, given)
     if start is None and "lr" not in given:
         settings = replace(settings, lr=PRETRAIN_DEFAULTS["lr"])
     run.use_threads()
@@ -68,10 +62,7 @@ def train_command(
     else:
         initial = record_network(Checkpoint.load(start), context.network)
         warn_of_leakage([initial], loaded, allow=True)
-    if settings.synthetic is not None:
-        with Bar(f"reading {Path(settings.synthetic).name}") as bar:
-            images = Synthetic.open(settings.synthetic, on_progress=bar)
-        settings = replace(settings, synthetic=images)
+    settings = _open_synthetic_with_bar(settings)
     state = output.with_name(f".{output.name}.state.pt")
     with Bar(f"training {output.name}") as bar:
         trained = train(
@@ -87,3 +78,27 @@ def train_command(
     state.unlink(missing_ok=True)
     loss = trained.provenance["history"][-1]["loss"]
     print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")
+
+
+def _check_train_options(
+    settings: TrainSettings, network: NetworkOptions, start: Path | None, given: Given
+) -> None:
+    """Raise an error for options that do not apply together."""
+    if start is None and network.model is None:
+        raise ModelError(
+            "train: requires --model for fresh weights, or --from with a checkpoint to fine-tune"
+        )
+    if "synthetic_fraction" in given and settings.synthetic is None:
+        raise RequestError("--synthetic-fraction: requires --synthetic FILE.npz")
+
+
+def _open_synthetic_with_bar(settings: TrainSettings) -> TrainSettings:
+    """Replace the path of generated images by the opened images, if the settings name one."""
+    from robustsoup.cli.progress import Bar
+    from robustsoup.data import Synthetic
+
+    if settings.synthetic is None:
+        return settings
+    with Bar(f"reading {Path(settings.synthetic).name}") as bar:
+        images = Synthetic.open(settings.synthetic, on_progress=bar)
+    return replace(settings, synthetic=images)

@@ -13,8 +13,8 @@ from robustsoup.catalog import DATA_SOURCES, MODELS, OBJECTIVES
 def current_folder_importable() -> Iterator[None]:
     """Put the current folder on the import path while the block runs.
 
-    Only names that the user typed are imported in such a block; a network that a checkpoint
-    records must be importable without it.
+    Commands import only names that the user typed in such a block; a network that a checkpoint
+    records must be importable outside it.
     """
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
@@ -26,10 +26,9 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def import_named_module(spec: object) -> None:
-    """Import the module of a "module:name" that the user typed, which may lie in this folder.
+    """Import the module of a "module:name" that the user typed, also from the current folder.
 
-    A name of the catalog needs no import. A module that cannot be found is reported later, by the
-    code that uses the name.
+    Names in the catalog are not imported. The code that uses the name reports a missing module.
     """
     module, colon, _ = str(spec or "").partition(":")
     if not colon or any(module in names for names in (DATA_SOURCES, MODELS, OBJECTIVES)):
