@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is to be run on a new GPU, in one command of under six minutes.
+# Runs all checks and measurements of a new GPU in one command, meant to take less than six minutes.
 #
 #   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small]
 #

@@ -128,7 +128,17 @@ def test_pages_name_recipes_and_make_targets_that_exist():
         for target in re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE):
             assert f"\n{target}:" in makefile, f"{page_name(page)}: make {target}"
         for name in re.findall(r"(?:recipes|examples|benchmarks)/[\w/]+\.(?:toml|py|sh)", text):
-            assert (ROOT / name).is_file(), f"{page_name(page)}: {name}"
+            places = (ROOT / name, ROOT / "src" / "robustsoup" / name)
+            assert any(place.is_file() for place in places), f"{page_name(page)}: {name}"
+
+
+def test_the_architecture_page_names_modules_that_exist():
+    page = ROOT / "docs" / "architecture.md"
+    names = re.findall(r"`(?:src/robustsoup/)?(\w+/\w+\.py)`", page.read_text(encoding="utf-8"))
+    assert len(names) > 10
+    for name in names:
+        place = ROOT if name.startswith("tests/") else ROOT / "src" / "robustsoup"
+        assert (place / name).is_file(), name
 
 
 def github_anchor(heading):
