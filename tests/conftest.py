@@ -31,7 +31,7 @@ settings.load_profile("same")
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """What is kept between runs (decoded folders, downloads) is kept in a place of its own."""
+    """Keep caches (decoded folders, downloads) out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

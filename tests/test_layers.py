@@ -14,7 +14,7 @@ import pytest
 import robustsoup
 
 SOURCE = Path(robustsoup.__file__).parent
-# A module sits in the row of the longest of these names that it, or a package it is in, has.
+# A module belongs to the row of the longest name here that equals the module or its package.
 ROOMS = (
     (
         "errors",
@@ -49,15 +49,15 @@ OUTSIDE = {"torch", "numpy", "safetensors"}
 
 def modules():
     """Return the syntax tree of each module by its name below robustsoup ("" for the package)."""
-    found = {}
+    trees = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    return found
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return trees
 
 
-def imports(name, tree, known):
+def all_imports(name, tree, known):
     """Yield (absolute name, node) of all imports, at the top or inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -67,21 +67,22 @@ def imports(name, tree, known):
                 f"{name or '__init__'}:{node.lineno}: a relative import; expected an absolute one"
             )
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield (whole if whole.removeprefix("robustsoup.") in known else node.module), node
+                target = f"{node.module}.{alias.name}"
+                is_module = target.removeprefix("robustsoup.") in known
+                yield (target if is_module else node.module), node
 
 
-def inside(name, tree, known):
-    """The modules of robustsoup that this one imports, without the leading robustsoup."""
-    for imported, node in imports(name, tree, known):
+def package_imports(name, tree, known):
+    """Yield (name without the leading "robustsoup.", node) of the package's own imports."""
+    for imported, node in all_imports(name, tree, known):
         if imported == "robustsoup" or imported.startswith("robustsoup."):
             yield imported.removeprefix("robustsoup").removeprefix("."), node
 
 
-def row(name):
+def row_of_module(name):
     while name not in ROWS:
         name = name.rpartition(".")[0]
-        assert name, "a top-level module that is in no row"
+        assert name, "top-level module without a row"
     return ROWS[name]
 
 
@@ -98,17 +99,17 @@ def test_the_source_was_found_and_every_module_has_a_row():
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_point_to_the_same_row_or_a_lower_one(name):
-    for imported, node in inside(name, MODULES[name], MODULES):
-        assert imported in MODULES, f"{name}:{node.lineno}: robustsoup.{imported} is no module"
-        assert row(imported) <= row(name), (
-            f"{name or '__init__'}:{node.lineno} (row {row(name)}) imports {imported} "
-            f"(row {row(imported)})"
+    for imported, node in package_imports(name, MODULES[name], MODULES):
+        assert imported in MODULES, f"{name}:{node.lineno}: robustsoup.{imported} is not a module"
+        assert row_of_module(imported) <= row_of_module(name), (
+            f"{name or '__init__'}:{node.lineno} (row {row_of_module(name)}) imports {imported} "
+            f"(row {row_of_module(imported)})"
         )
 
 
 def test_there_are_no_cycles():
     graph = {
-        name: {imported for imported, _ in inside(name, tree, MODULES)} - {name}
+        name: {imported for imported, _ in package_imports(name, tree, MODULES)} - {name}
         for name, tree in MODULES.items()
     }
     assert "attacks.apgd" in graph["attacks"]
@@ -116,7 +117,7 @@ def test_there_are_no_cycles():
 
 
 LAZY = {"data.folders": "PIL", "attacks.autoattack": "pyautoattack"}
-"""module -> the package that it may import, inside functions alone."""
+"""{module: package that it may import, only inside functions}."""
 
 
 def is_lazy(name, imported, node):
@@ -126,18 +127,18 @@ def is_lazy(name, imported, node):
     return imported.partition(".")[0] == LAZY.get(name) and bool(within)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if row(name) <= CORE))
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if row_of_module(name) <= CORE))
 def test_the_core_imports_only_torch_numpy_and_safetensors(name):
-    for imported, node in imports(name, MODULES[name], MODULES):
+    for imported, node in all_imports(name, MODULES[name], MODULES):
         package = imported.partition(".")[0]
         allowed = package in {"robustsoup", *OUTSIDE} or package in sys.stdlib_module_names
         assert allowed or is_lazy(name, imported, node), f"{name}:{node.lineno} imports {imported}"
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_what_may_be_imported_lazily_is(name):
-    found = [i for i, node in imports(name, MODULES[name], MODULES) if is_lazy(name, i, node)]
-    assert found, f"the exception for {LAZY[name]} is no longer needed"
+def test_each_lazy_import_is_still_needed(name):
+    lazy = [i for i, node in all_imports(name, MODULES[name], MODULES) if is_lazy(name, i, node)]
+    assert lazy, f"the exception for {LAZY[name]} is no longer needed"
 
 
 def test_the_package_imports_where_only_the_core_is_installed():

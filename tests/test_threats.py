@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from robustsoup.errors import RequestError, ThreatError
 from robustsoup.threats import CLEAN, NORMS, ThreatModel
 
-few = settings(max_examples=30, deadline=None)
+few_examples = settings(max_examples=30, deadline=None)
 
 
-@few
+@few_examples
 @given(norm=st.sampled_from(NORMS), eps=st.floats(0, 1e9, exclude_min=True))
 def test_text_parses_back_to_the_same_threat_model(norm, eps):
     threat = ThreatModel(norm, eps)
@@ -19,7 +19,7 @@ def test_text_parses_back_to_the_same_threat_model(norm, eps):
     assert ThreatModel.parse(threat) is threat
 
 
-@few
+@few_examples
 @given(level=st.integers(1, 255))
 def test_linf_is_printed_in_255ths(level):
     assert str(ThreatModel("Linf", level / 255)) == f"Linf {level}/255"

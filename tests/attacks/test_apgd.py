@@ -22,7 +22,7 @@ from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import CLEAN, NORMS, ThreatModel
 
-few = settings(max_examples=20, deadline=None)
+few_examples = settings(max_examples=20, deadline=None)
 THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L1", 1.0)]
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
 
@@ -92,7 +92,7 @@ def small_problem(seed=0):
 # the ball and the box
 
 
-@few
+@few_examples
 @given(
     norm=st.sampled_from(NORMS),
     eps=st.sampled_from([0.0, 0.01, 8 / 255, 0.5, 3.0]),
@@ -249,18 +249,18 @@ def test_misclassified_samples_are_returned_unchanged(trained, threat):
 def test_a_verdict_does_not_depend_on_batch_size_order_or_other_samples(trained, threat):
     model, x, y = trained
     ids = torch.arange(60) * 7 + 3
-    whole = attack(model, x, y, threat, steps=10, ids=ids, batch_size=60)
+    full_result = attack(model, x, y, threat, steps=10, ids=ids, batch_size=60)
     everything = torch.arange(60)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     some = order[:17]
     cases = [(everything, 7), (everything, 250), (order, 60), (order, 16), (some, 60), (some, 4)]
     for rows, batch_size in cases:
-        part = attack(
+        partial_result = attack(
             model, x[rows], y[rows], threat, steps=10, ids=ids[rows], batch_size=batch_size
         )
-        assert torch.equal(part.broken, whole.broken[rows])
-        assert torch.equal(part.step, whole.step[rows])
-        torch.testing.assert_close(part.x_adv, whole.x_adv[rows], rtol=0, atol=1e-6)
+        assert torch.equal(partial_result.broken, full_result.broken[rows])
+        assert torch.equal(partial_result.step, full_result.step[rows])
+        torch.testing.assert_close(partial_result.x_adv, full_result.x_adv[rows], rtol=0, atol=1e-6)
 
 
 def test_ids_default_to_the_position(trained):
@@ -330,12 +330,12 @@ def test_a_robust_sample_is_returned_at_its_point_of_highest_loss(trained, threa
 
 def test_known_verdicts_save_the_clean_pass(trained):
     model, x, y = trained
-    known = torch.ones(60, dtype=torch.bool)
-    known[:30] = False
+    known_correct_mask = torch.ones(60, dtype=torch.bool)
+    known_correct_mask[:30] = False
     with torch.no_grad():
-        known[30:] = model(x[30:]).argmax(1) == y[30:]
+        known_correct_mask[30:] = model(x[30:]).argmax(1) == y[30:]
     spy = Spy(model)
-    result = attack(spy, x, y, THREATS[0], steps=1, known_correct=known, batch_size=60)
+    result = attack(spy, x, y, THREATS[0], steps=1, known_correct=known_correct_mask, batch_size=60)
     assert len(spy.inputs) == 3  # the probe, the start and the step
     assert bool(result.broken[:30].all())
     assert torch.equal(result.x_adv[:30], x[:30])
@@ -439,8 +439,8 @@ def test_training_is_deterministic_and_independent_of_other_samples(trained, thr
     model, x, y = trained
     x_adv = apgd_train(model, x, y, threat, steps=4)
     assert torch.equal(apgd_train(model, x, y, threat, steps=4), x_adv)
-    part = apgd_train(model, x[20:33], y[20:33], threat, steps=4)
-    torch.testing.assert_close(part, x_adv[20:33], rtol=0, atol=1e-9)
+    partial_result = apgd_train(model, x[20:33], y[20:33], threat, steps=4)
+    torch.testing.assert_close(partial_result, x_adv[20:33], rtol=0, atol=1e-9)
 
 
 @by_threat
@@ -514,7 +514,7 @@ def test_an_attack_works_where_gradients_are_disabled(form):
 
 
 class Answers(nn.Module):
-    """A network that returns whatever `answer` makes of its input, and counts its calls."""
+    """A network that returns `answer(x)` and counts its calls."""
 
     def __init__(self, answer):
         super().__init__()

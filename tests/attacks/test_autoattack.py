@@ -1,4 +1,4 @@
-"""AutoAttack: the verdicts are the official ones, the points are real, no side effect remains."""
+"""AutoAttack: official verdicts, feasible points, and no side effects."""
 
 import logging
 import random
@@ -26,7 +26,7 @@ autopgd_base = pytest.importorskip("pyautoattack.autopgd_base")
 
 ORD = {"Linf": torch.inf, "L2": 2, "L1": 1}
 THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.1), ThreatModel("L1", 0.3)]
-"""Under each, every attack breaks some but not all samples of `problem`."""
+"""Threat models under which every attack breaks some but not all samples of `problem`."""
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
 FEW = {"queries": 30, "steps": 8}
 """Budget of a plan that is run for speed."""
@@ -396,10 +396,10 @@ def test_random_state_network_and_trace_function_are_restored():
     sys.settrace(trace)
     try:
         attack_chunk(model, x, y, THREATS[0], plan=only(*STANDARD_ATTACKS, **FEW), seed=0)
-        left = sys.gettrace()
+        remaining_trace = sys.gettrace()
     finally:
         sys.settrace(old)
-    assert left is trace
+    assert remaining_trace is trace
     assert random_state() == before
     assert [part.training for part in model.modules()] == modes
     assert [weight.requires_grad for weight in model.parameters()] == wanted

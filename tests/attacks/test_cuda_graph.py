@@ -1,4 +1,4 @@
-"""The decision whether a recorded step can stand for the step; recording needs a GPU."""
+"""The decision whether a recorded step can replace the step; recording requires a GPU."""
 
 import pytest
 import torch

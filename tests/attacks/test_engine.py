@@ -1,4 +1,4 @@
-"""The attack engine: verdicts depend on the sample alone, and float32 decides every one."""
+"""The attack engine: verdicts depend only on the sample and are computed in float32."""
 
 import itertools
 
@@ -54,21 +54,24 @@ def attack(model, x, y, threat, *, ids=None, **changes):
 
 
 def classified_correctly(model, x, y):
-    """(n,) bool, in passes of the shape in which verdicts are made."""
+    """Return (n,) bool, computed in passes of the shape that verdicts use."""
     with frozen_eval(model):
         logits = predict_logits(model, lambda at: x[at], len(x), pass_size(x.device), x.device)
     return logits.argmax(1) == y
 
 
 def check_broken(model, result, x, y, threat):
-    """Broken is exactly what the network misclassifies in float32 at a feasible x_adv."""
+    """`broken` holds exactly the samples misclassified in float32 at a feasible x_adv."""
     assert torch.equal(result.broken, ~classified_correctly(model, result.x_adv, y))
     check_inside(result.x_adv, x, threat)
 
 
-def equals_part(part, whole, rows):
-    """Whether the results `part` of samples `rows` are bit-equal to those in `whole`."""
-    return all(torch.equal(getattr(part, f), getattr(whole, f)[rows]) for f in RESULT_FIELDS)
+def equals_part(partial_result, full_result, rows):
+    """Return whether the partial result is bit-equal to `rows` of the full result."""
+    return all(
+        torch.equal(getattr(partial_result, f), getattr(full_result, f)[rows])
+        for f in RESULT_FIELDS
+    )
 
 
 # a verdict depends on the sample alone
@@ -84,19 +87,19 @@ def test_verdicts_are_bit_equal_for_any_batch_order_and_number_of_lanes(
     ids = torch.arange(N) * 7 + 3
     settings = {"steps": 6, "loss": loss, "targets": 2, "precision": precision}
     set_threads(1)
-    whole = attack(model, x, y, threat, ids=ids, **settings)
-    assert 0 < int(whole.broken.sum()) < N
-    assert len(set(whole.step.tolist())) > 2
+    full_result = attack(model, x, y, threat, ids=ids, **settings)
+    assert 0 < int(full_result.broken.sum()) < N
+    assert len(set(full_result.step.tolist())) > 2
     everything = torch.arange(N)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     shards = [(shard, None) for shard in order.split(61)]
     for rows, batch_size in [(order, None), *shards, (everything, 32), (order, 250)]:
-        part = attack(
+        partial_result = attack(
             model, x[rows], y[rows], threat, ids=ids[rows], batch_size=batch_size, **settings
         )
-        assert equals_part(part, whole, rows), (len(rows), batch_size)
+        assert equals_part(partial_result, full_result, rows), (len(rows), batch_size)
     set_threads(2)
-    assert equals_part(attack(model, x, y, threat, ids=ids, **settings), whole, everything)
+    assert equals_part(attack(model, x, y, threat, ids=ids, **settings), full_result, everything)
     assert torch.get_num_threads() == 2
 
 
@@ -129,10 +132,10 @@ def test_other_ids_give_other_verdicts(trained):
 def test_smaller_passes_give_the_same_verdicts(trained, batch_size):
     """Passes of another shape round differently; in float64 no verdict depends on that."""
     model, x, y = digits_network(4).double(), trained[1][:30].double(), trained[2][:30]
-    whole = attack(model, x, y, THREATS[0], steps=4)
+    full_result = attack(model, x, y, THREATS[0], steps=4)
     small = attack(model, x, y, THREATS[0], steps=4, batch_size=batch_size)
-    assert torch.equal(small.broken, whole.broken)
-    torch.testing.assert_close(small.x_adv, whole.x_adv, rtol=0, atol=1e-4)
+    assert torch.equal(small.broken, full_result.broken)
+    torch.testing.assert_close(small.x_adv, full_result.x_adv, rtol=0, atol=1e-4)
 
 
 # a search in bfloat16, checked in float32
@@ -182,7 +185,7 @@ def doubtful_problem(threat, gap, autocast_error):
 
 @pytest.mark.parametrize("threat", LINEAR_THREATS, ids=str)
 def test_hits_of_bfloat16_alone_do_not_count(threat):
-    """Every point of the search is a hit, none in float32: each search continues to its end."""
+    """Every point of the search is a hit, but none is in float32: each search runs to its end."""
     model, x, y = doubtful_problem(threat, gap=0.1, autocast_error=100.0)
     result = attack(model, x, y, threat, precision="bfloat16", steps=12)
     assert not bool(result.broken.any())
@@ -195,7 +198,7 @@ def test_hits_of_bfloat16_alone_do_not_count(threat):
 
 @pytest.mark.parametrize("threat", LINEAR_THREATS, ids=str)
 def test_hits_that_bfloat16_misses_are_found_at_the_end(threat):
-    """No point of the search is a hit; the last and the best point are checked all the same."""
+    """No point of the search is a hit; the last and the best point are checked nevertheless."""
     model, x, y = doubtful_problem(threat, gap=-0.1, autocast_error=-5.0)
     result = attack(model, x, y, threat, precision="bfloat16", steps=12)
     check_broken(model, result, x, y, threat)
@@ -258,11 +261,11 @@ def test_restarts_break_more_and_keep_what_was_broken(trained, threat):
     results = [attack(model, x, y, weak, steps=3, restarts=restarts) for restarts in (1, 2, 6)]
     later_names = [f"apgd-ce restart {number}" for number in range(2, 7)]
     assert results[2].attempts == ("apgd-ce", *later_names)
-    for fewer, more in itertools.pairwise(results):
+    for fewer, pass_options in itertools.pairwise(results):
         rows = fewer.broken
-        assert bool((more.broken | ~rows).all())
+        assert bool((pass_options.broken | ~rows).all())
         for field in RESULT_FIELDS:
-            assert torch.equal(getattr(more, field)[rows], getattr(fewer, field)[rows])
+            assert torch.equal(getattr(pass_options, field)[rows], getattr(fewer, field)[rows])
     assert int(results[2].broken.sum()) > int(results[0].broken.sum())
     check_broken(model, results[2], x, y, weak)
     late = results[2].broken & ~results[0].broken
@@ -404,11 +407,15 @@ def test_ready_made_points_are_checked_in_float32(trained, threat):
     model, x, y = trained
     found = attack(model, x, y, threat)
     samples = AttackedSamples(lambda at: x[at], y, torch.arange(N), model(x))
-    which, more = torch.arange(5, 97), {"size": 32, "device": x.device}
-    broken, margin = check_points(model, samples, lambda at: found.x_adv[at], which, **more)
-    assert torch.equal(broken, found.broken[which])
+    selected, pass_options = torch.arange(5, 97), {"size": 32, "device": x.device}
+    broken, margin = check_points(
+        model, samples, lambda at: found.x_adv[at], selected, **pass_options
+    )
+    assert torch.equal(broken, found.broken[selected])
     assert torch.equal(margin < 0, broken)
-    nothing, _ = check_points(model, samples, lambda at: found.x_adv[at], which[:0], **more)
+    nothing, _ = check_points(
+        model, samples, lambda at: found.x_adv[at], selected[:0], **pass_options
+    )
     assert len(nothing) == 0
     assert nothing.dtype == torch.bool
 

@@ -1,4 +1,4 @@
-"""BatchNorm folding: the copy is the same function, and what cannot be folded is left alone."""
+"""BatchNorm folding: the copy is the same function; layers that cannot be folded stay."""
 
 import pytest
 import torch

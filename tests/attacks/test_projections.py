@@ -14,7 +14,7 @@ from robustsoup.attacks.projections import (
 )
 from robustsoup.threats import NORMS, ThreatModel
 
-few = settings(max_examples=30, deadline=None)
+few_examples = settings(max_examples=30, deadline=None)
 ORD = {"Linf": torch.inf, "L2": 2, "L1": 1}
 
 
@@ -65,14 +65,14 @@ def check_feasible(found, x, eps, norm):
 # norms and projections
 
 
-@few
+@few_examples
 @given(norm=st.sampled_from(NORMS), seed=st.integers(0, 2**31))
 def test_norms_equal_those_of_torch(norm, seed):
     delta = add_noise(torch.zeros(5, 3, 4, 4, dtype=torch.float64), seed, 1.0)
     torch.testing.assert_close(norms(delta, norm), length(delta, norm))
 
 
-@few
+@few_examples
 @given(problems)
 def test_a_projection_is_feasible_and_idempotent(drawn):
     x, z, eps, norm = problem(**drawn)
@@ -85,7 +85,7 @@ def test_a_projection_is_feasible_and_idempotent(drawn):
 @pytest.mark.parametrize("eps", [8 / 255, 0.5, 1.0, 12.0])
 @pytest.mark.parametrize("content", ["noise", "one colour"])
 def test_a_projection_of_whole_images_is_feasible(norm, eps, content):
-    """One colour moved by one amount everywhere rounds 3,072 times in the same direction."""
+    """A uniform colour with a uniform shift rounds 3,072 times in the same direction."""
     x = images(3, 8, (3, 32, 32)) if content == "noise" else torch.full((8, 3, 32, 32), 0.7)
     moved = (
         add_noise(x, 3, 0.01)
@@ -96,7 +96,7 @@ def test_a_projection_of_whole_images_is_feasible(norm, eps, content):
     check_feasible(project(moved, x, radius, norm), x, radius, norm)
 
 
-@few
+@few_examples
 @given(problems)
 def test_a_feasible_point_is_not_moved(drawn):
     x, z, eps, norm = problem(**drawn, dtype=torch.float64)
@@ -104,18 +104,18 @@ def test_a_feasible_point_is_not_moved(drawn):
     torch.testing.assert_close(project(inside, x, eps, norm), inside, rtol=0, atol=1e-11)
 
 
-@few
+@few_examples
 @given(problems)
 def test_each_row_is_projected_on_its_own(drawn):
     x, z, eps, norm = problem(**drawn)
     eps = eps * torch.tensor([1.0, 0.5, 2.0, 0.0])
-    whole = project(z, x, eps, norm)
+    all_projected = project(z, x, eps, norm)
     for row in range(4):
         at = slice(row, row + 1)
         torch.testing.assert_close(
-            project(z[at], x[at], eps[at], norm), whole[at], rtol=0, atol=1e-6
+            project(z[at], x[at], eps[at], norm), all_projected[at], rtol=0, atol=1e-6
         )
-    assert torch.equal(whole[3], x[3])
+    assert torch.equal(all_projected[3], x[3])
 
 
 def nearest_in_l1(z, x, eps):
@@ -184,7 +184,7 @@ def test_the_brute_force_beats_random_feasible_points():
     assert float((feasible - z).norm(dim=1).min()) >= float(best)
 
 
-@few
+@few_examples
 @given(problems)
 def test_the_linf_projection_is_the_nearest_point(drawn):
     x, z, eps, _ = problem(**{**drawn, "norm": "Linf"}, dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_the_linf_projection_is_the_nearest_point(drawn):
     )
 
 
-@few
+@few_examples
 @given(problems)
 def test_the_l2_projection_scales_and_then_clamps(drawn):
     x, z, eps, _ = problem(**{**drawn, "norm": "L2"}, dtype=torch.float64)
@@ -207,14 +207,14 @@ def test_the_l2_projection_scales_and_then_clamps(drawn):
 # random starts
 
 
-@few
+@few_examples
 @given(problems)
 def test_a_random_start_is_feasible(drawn):
     x, z, eps, norm = problem(**drawn)
     check_feasible(random_start(x, z - x, eps, norm), x, eps, norm)
 
 
-@few
+@few_examples
 @given(seed=st.integers(0, 2**31), norm=st.sampled_from(["Linf", "L2"]), eps=st.floats(0.01, 0.5))
 def test_a_random_start_inside_the_box_is_on_the_sphere(seed, norm, eps):
     x = torch.full((4, 3, 5, 5), 0.5)

@@ -110,10 +110,10 @@ def test_a_saved_network_computes_the_same(tmp_path):
     checkpoint = Checkpoint.of(model)
     read = Checkpoint.load(checkpoint.save(tmp_path / "a.safetensors"))
     x = torch.rand(3, 1, 8, 8)
-    again = read.network("resnet9:width=2", channels=1)
-    assert not again.training
+    reloaded = read.network("resnet9:width=2", channels=1)
+    assert not reloaded.training
     with torch.no_grad():
-        assert torch.equal(again(x), model(x))
+        assert torch.equal(reloaded(x), model(x))
     assert read.parameters == [name for name, _ in model.named_parameters()]
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_a_network_is_a_copy():
 
 def test_the_digest_depends_on_the_tensors_alone(tmp_path):
     checkpoint = Checkpoint(tensors(), {"seed": 0})
-    others = [
+    equal_checkpoints = [
         Checkpoint(tensors(), {"seed": 1, "note": "x"}),
         Checkpoint(dict(reversed(tensors().items()))),
         Checkpoint.load(checkpoint.save(tmp_path / "a.safetensors")),
@@ -146,7 +146,9 @@ def test_the_digest_depends_on_the_tensors_alone(tmp_path):
         ),
         Checkpoint({name: channels_last(tensor) for name, tensor in tensors().items()}),
     ]
-    assert {other.digest for other in others} == {checkpoint.digest}
+    assert {equal_checkpoint.digest for equal_checkpoint in equal_checkpoints} == {
+        checkpoint.digest
+    }
     assert len(checkpoint.digest) == 64
 
 
@@ -185,16 +187,16 @@ def test_wrappers_are_removed_and_restored(tmp_path, prefix, key, ending):
     torch.save(content, tmp_path / f"foreign{ending}")
     read = Checkpoint.load(tmp_path / f"foreign{ending}")
     assert same(read.tensors, tensors())
-    again = torch.load(read.save(tmp_path / f"saved{ending}"), weights_only=True)
+    reloaded = torch.load(read.save(tmp_path / f"saved{ending}"), weights_only=True)
     if key is None:
-        assert same(again, state)
+        assert same(reloaded, state)
     else:
-        assert same(again.pop(key), state)
-        assert again == {"epoch": 12, "optimizer": optimizer}
+        assert same(reloaded.pop(key), state)
+        assert reloaded == {"epoch": 12, "optimizer": optimizer}
 
 
 def test_a_soup_loads_into_the_script_that_saved_the_checkpoint(tmp_path):
-    """As a user's script saves it: DataParallel around the network, an epoch beside it."""
+    """Save as a typical script does: a DataParallel state dict beside an epoch."""
     original = nn.DataParallel(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
     torch.save({"state_dict": original.state_dict(), "epoch": 9}, tmp_path / "a.pth")
     read = Checkpoint.load(tmp_path / "a.pth")
@@ -250,10 +252,10 @@ def test_tied_parameters_are_one_parameter_under_two_names(tmp_path, ending):
     read = Checkpoint.load(tmp_path / f"a{ending}")
     assert read.tied == {"out.weight": "embed.weight"}
     assert sorted(read.parameters) == ["embed.weight", "out.bias"]
-    again = Checkpoint.load(read.save(tmp_path / f"b{ending}"))
-    assert again.digest == read.digest
+    reloaded = Checkpoint.load(read.save(tmp_path / f"b{ending}"))
+    assert reloaded.digest == read.digest
     fresh = Tied()
-    again.load_into(fresh)
+    reloaded.load_into(fresh)
     assert fresh.out.weight is fresh.embed.weight
     assert torch.equal(fresh.out.weight, model.out.weight)
 
@@ -414,8 +416,8 @@ def test_no_truncated_file_is_a_checkpoint(tmp_path_factory, cut, ending, old):
         torch.save(tensors(), path, _use_new_zipfile_serialization=not old)
     else:
         Checkpoint(tensors()).save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(cut * len(whole))])
+    complete_bytes = path.read_bytes()
+    path.write_bytes(complete_bytes[: int(cut * len(complete_bytes))])
     with pytest.raises(CheckpointError, match=r"a\."):
         Checkpoint.load(path)
 

@@ -146,13 +146,13 @@ def test_a_file_that_changes_after_it_was_opened_is_named(tmp_path):
     path = Checkpoint({"w": torch.ones(10)}).save(tmp_path / "w.safetensors")
     source = Checkpoint.open(path).source
     source.check_unchanged()
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
+    complete_bytes = path.read_bytes()
+    path.write_bytes(complete_bytes[:-4])
     with pytest.raises(
         CheckpointError, match=r"w\.safetensors: the file was cut short.*to .* bytes"
     ):
         source.check_unchanged()
-    path.write_bytes(whole + b"x")
+    path.write_bytes(complete_bytes + b"x")
     with pytest.raises(CheckpointError, match=r"w\.safetensors: the file was changed"):
         source.check_unchanged()
     path.unlink()

@@ -1,4 +1,4 @@
-"""Which network a command works on: the user's word, else the first file that records one."""
+"""The network of a command: named by the user, else recorded by the first file that has one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Leakage: whether a split is fresh to ingredients, their ancestors and soups."""
+"""Leakage from ingredients, their ancestors and soups into a split."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def data():
 
 
 def trained(data, on=("train",), value=0.0, **changes):
-    """A checkpoint whose record says that it was fitted on splits of `data`; None: no record."""
+    """A checkpoint with a record of being fitted on splits of `data`; None: without a record."""
     record = {"data": {**data.record, **changes}, "trained_on": list(on)} if data else {}
     return Checkpoint({"w": torch.full((2,), value)}, record)
 

@@ -67,12 +67,12 @@ def test_a_checkpoint_is_downloaded_once_verified_and_recorded(tmp_path):
         first = fetch_published(
             NAME, tmp_path, url=url, on_progress=lambda done, total: progress.append((done, total))
         )
-        again = fetch_published(NAME, tmp_path, url=url)
+        fetched_again = fetch_published(NAME, tmp_path, url=url)
     assert len(requests) == 1
     assert progress[-1] == (len(BODY), len(BODY))
     assert files_below(tmp_path) == [PLACE, f"{PLACE}.json"]
     assert (first.path, first.sha256, first.first_seen) == (tmp_path / PLACE, DIGEST, True)
-    assert again == dataclasses.replace(first, first_seen=False)
+    assert fetched_again == dataclasses.replace(first, first_seen=False)
     record = json.loads((tmp_path / f"{PLACE}.json").read_text())
     assert record == {"name": NAME, "from": url, "sha256": DIGEST, "bytes": len(BODY)}
     loaded = Checkpoint.load(first.path).network(first.published.model)

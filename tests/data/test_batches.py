@@ -1,4 +1,4 @@
-"""How batches follow from seeds."""
+"""Batches depend only on seeds."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_to_float_is_exact():
 
 
 def slow_augment(images, augmentation, generator):
-    """One image at a time, by assignment into a black canvas."""
+    """Crop one image at a time, by assignment into a black canvas."""
     n, channels, height, width = images.shape
     pad = augmentation.pad
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator)
@@ -90,15 +90,15 @@ def test_augment_reaches_every_crop_and_both_sides():
 def test_skip_gives_the_rest_bit_for_bit(n, batch_size, skip, epoch, shuffle, drop_last):
     split = small_split(n)
     options = {"seed": 5, "epoch": epoch, "shuffle": shuffle, "drop_last": drop_last}
-    whole = list(batches(split, batch_size, **options))
-    assert same_batches(batches(split, batch_size, **options, skip=skip), whole[skip:])
-    ids = torch.cat([ids for _, _, ids in whole])
+    all_batches = list(batches(split, batch_size, **options))
+    assert same_batches(batches(split, batch_size, **options, skip=skip), all_batches[skip:])
+    ids = torch.cat([ids for _, _, ids in all_batches])
     assert len(ids.unique()) == len(ids)
-    assert len(whole) >= 1
-    sizes = {len(ids) for _, _, ids in whole}
+    assert len(all_batches) >= 1
+    sizes = {len(ids) for _, _, ids in all_batches}
     if drop_last:
         assert sizes == {min(batch_size, n)}
-        assert len(whole) == max(1, n // batch_size)
+        assert len(all_batches) == max(1, n // batch_size)
     else:
         assert len(ids) == n
 

@@ -1,4 +1,4 @@
-"""Data sources: which one a spec names, sources of one's own, and which requests are refused."""
+"""Data sources: built-in and user-defined sources, and invalid requests."""
 
 import pytest
 from plugins import write_plugin

@@ -44,7 +44,7 @@ def load_folder(root, seed=0, image_size=None, on_progress=None):
 
 
 def write_noise(root, layout, seed=0):
-    """Noise of several sizes, in colour and grey, as PNG."""
+    """Write noise images of several sizes, in colour and grey, as PNG."""
     random = numpy.random.default_rng(seed)
     for name, count in layout.items():
         (root / name).mkdir(parents=True)
@@ -57,7 +57,7 @@ def write_noise(root, layout, seed=0):
 
 
 def decode_plainly(root, size):
-    """Decode PATH/CLASS/* in sorted order, all at once."""
+    """Decode all of PATH/CLASS/*, in sorted order."""
     images, labels = [], []
     for label, folder in enumerate(sorted(root.iterdir())):
         for file in sorted(folder.iterdir()):
@@ -118,10 +118,10 @@ def test_a_folder_equals_plain_decoding(tmp_path, layout, seed):
     *expected, pool = split_plainly(root, 12, seed)
     events = []
     first = load_folder(root, seed, 12, lambda *event: events.append(event))
-    again = load_folder(root, seed, 12, lambda *event: events.append(event))
+    reloaded = load_folder(root, seed, 12, lambda *event: events.append(event))
     total = sum(LAYOUTS[layout].values())
     assert events == [(number, total, "images decoded") for number in range(1, total + 1)]
-    for data in (first, again):
+    for data in (first, reloaded):
         for name, samples in zip(("train", "val", "test"), expected, strict=True):
             split = data.split(name)
             assert torch.equal(split.images, samples.images)
@@ -133,7 +133,7 @@ def test_a_folder_equals_plain_decoding(tmp_path, layout, seed):
         assert (data.record["mean"], data.record["std"]) == tuple(
             map(list, channel_statistics(pool.images))
         )
-    check_same_data(first, again)
+    check_same_data(first, reloaded)
 
 
 def overwrite_content(file):

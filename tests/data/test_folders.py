@@ -1,4 +1,4 @@
-"""Image folders: how they are split, and which ones are refused."""
+"""Image folders: splits and invalid folders."""
 
 import io
 

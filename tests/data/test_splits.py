@@ -108,13 +108,17 @@ def test_statistics_of_a_constant_channel_stay_above_zero():
 
 
 def test_statistics_and_digest_are_those_of_everything_at_once():
-    """They are computed in chunks; 1000 images are several."""
+    """Statistics are computed in chunks; 1000 images fill several."""
     images = torch.randint(
         0, 256, (1000, 3, 5, 4), dtype=torch.uint8, generator=keyed_generator("all")
     )
     labels = torch.arange(1000) % 7
-    whole = hashlib.sha256(b"(1000, 3, 5, 4)" + images.numpy().tobytes() + labels.numpy().tobytes())
-    assert content_digest(Samples(images, labels, torch.arange(1000))) == whole.hexdigest()
+    expected_digest = hashlib.sha256(
+        b"(1000, 3, 5, 4)" + images.numpy().tobytes() + labels.numpy().tobytes()
+    )
+    assert (
+        content_digest(Samples(images, labels, torch.arange(1000))) == expected_digest.hexdigest()
+    )
     values = (images.double() / 255).transpose(0, 1).flatten(1)
     mean, std = channel_statistics(images)
     assert mean == pytest.approx(values.mean(1).tolist(), abs=1e-6)

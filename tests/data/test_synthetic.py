@@ -239,14 +239,14 @@ def test_each_batch_has_its_share_and_skip_yields_the_rest(
 ):
     assume(round(fraction * batch_size) < batch_size)
     data = DIGITS.train.first(n)
-    whole = list(mixed_batches(data, opened, fraction, batch_size, seed=3, epoch=epoch))
+    complete_run = list(mixed_batches(data, opened, fraction, batch_size, seed=3, epoch=epoch))
     assert (
-        len(whole)
+        len(complete_run)
         == max(n // batch_size, 1)
         == len(list(batches(data, batch_size, seed=3, epoch=epoch)))
     )
     real = []
-    for x, y, ids in whole:
+    for x, y, ids in complete_run:
         count = round(fraction * batch_size)
         assert int((ids < 0).sum()) == count
         assert len(x) == len(y) == len(ids) == count + min(batch_size - count, n)
@@ -255,10 +255,12 @@ def test_each_batch_has_its_share_and_skip_yields_the_rest(
         assert torch.equal(x[ids < 0], images.float() / 255)
         assert torch.equal(y[ids < 0], labels)
     assert len(set(real)) == len(real)  # a real image once an epoch at most
-    rest = list(mixed_batches(data, opened, fraction, batch_size, seed=3, epoch=epoch, skip=skip))
+    skipped_run = list(
+        mixed_batches(data, opened, fraction, batch_size, seed=3, epoch=epoch, skip=skip)
+    )
     assert all(
         torch.equal(a, b)
-        for one, two in zip(whole[skip:], rest, strict=True)
+        for one, two in zip(complete_run[skip:], skipped_run, strict=True)
         for a, b in zip(one, two, strict=True)
     )
 
@@ -297,14 +299,16 @@ def test_real_and_synthetic_images_are_augmented_alike(opened):
 def test_training_uses_and_records_synthetic_images_and_resumes(npz_file, monkeypatch, tmp_path):
     monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
     opened = Synthetic.open(npz_file)
-    whole = trained(synthetic=npz_file)
+    complete_run = trained(synthetic=npz_file)
     assert (
-        whole.digest == trained(synthetic=opened, synthetic_fraction=0.7).digest != trained().digest
+        complete_run.digest
+        == trained(synthetic=opened, synthetic_fraction=0.7).digest
+        != trained().digest
     )
     assert trained(synthetic=opened, synthetic_fraction=0.0).digest == trained().digest
-    assert whole.provenance["training"]["synthetic"] == opened.digest
-    assert whole.provenance["training"]["synthetic_fraction"] == 0.7
-    assert whole.provenance["synthetic"] == [
+    assert complete_run.provenance["training"]["synthetic"] == opened.digest
+    assert complete_run.provenance["training"]["synthetic_fraction"] == 0.7
+    assert complete_run.provenance["synthetic"] == [
         {"file": "made.npz", "digest": opened.digest, "images": len(opened)}
     ]
     assert "synthetic" not in trained().provenance
@@ -318,7 +322,7 @@ def test_training_uses_and_records_synthetic_images_and_resumes(npz_file, monkey
     with pytest.raises(CheckpointError, match="other settings"):
         trained(state_path=tmp_path / "s.pt")
     resumed = trained(synthetic=npz_file, state_path=tmp_path / "s.pt")
-    assert (resumed.digest, resumed.provenance) == (whole.digest, whole.provenance)
+    assert (resumed.digest, resumed.provenance) == (complete_run.digest, complete_run.provenance)
 
 
 @needs_cifar10

@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def data(model):
-    """Samples labelled by the network, apart from the first few, which it gets wrong."""
+    """Samples with the network's predictions as labels, except WRONG samples with other labels."""
     split = load_data("digits").test.first(N)
     labels = evaluate(model, split).prediction.clone()
     labels[:WRONG] = (labels[:WRONG] + 1) % 10
@@ -34,13 +34,13 @@ def evaluation(model, data):
 
 @pytest.fixture(scope="session")
 def with_points(model, data):
-    """The same evaluation, with its adversarial points."""
+    """The evaluation of `evaluation`, with its adversarial points."""
     return evaluate(model, data, [LINF, L2, L1], steps=5, seed=3, keep_points=True)
 
 
 @pytest.fixture(scope="session")
 def neighbour(model):
-    """Another network, not far from the first."""
+    """A second network, close to the first."""
     network = load_model("resnet9:width=4", channels=1)
     network.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(5)

@@ -12,7 +12,7 @@ NAMES = ["Linf 0.1", "L2 0.5", "L1 1.0"]
 PARTS = ("robust", "by", "step", "norm", "margin")
 N = 60
 WRONG = 6
-"""Samples whose label the network of the tests does not predict."""
+"""Number of samples whose label differs from the network's prediction."""
 
 
 def same_verdicts(a, b):
@@ -61,7 +61,7 @@ class Counted(nn.Module):
 
     @classmethod
     def reset(cls, gate_after=None):
-        """Forget the counts; wait after so many passes, or never."""
+        """Reset the counts; wait after a number of passes, or never."""
         cls.passes.update({True: 0, False: 0})
         cls.gate_after, cls.gate = gate_after, threading.Event()
 

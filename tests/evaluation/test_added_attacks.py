@@ -1,4 +1,4 @@
-"""Attacks that somebody adds: functions that evaluate calls, checks and records."""
+"""User-defined attacks: `evaluate` calls them, checks their points and records them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""compare: paired differences of two evaluations, notes on how they were made, refusals."""
+"""compare: paired differences of two evaluations, notes, and invalid requests."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from robustsoup.evaluation.intervals import Accuracy, Difference, tango
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts
 from robustsoup.models import load_model
 
-few = settings(max_examples=60, deadline=None)
+few_examples = settings(max_examples=60, deadline=None)
 Z90 = 1.6448536269514722
 LINF, L2, L1 = "Linf 8/255", "L2 0.5", "L1 12.0"
 RECORD = {
@@ -109,7 +109,7 @@ verdicts = st.integers(2, 40).flatmap(
 )
 
 
-@few
+@few_examples
 @given(verdicts)
 def test_swapping_two_evaluations_flips_signs_and_intervals(drawn):
     a, b = (make_evaluation(*part[:1], linf=part[1], l2=part[2]) for part in (drawn[:3], drawn[3:]))
@@ -133,7 +133,7 @@ def test_swapping_two_evaluations_flips_signs_and_intervals(drawn):
         assert row.low <= row.value <= row.high
 
 
-@few
+@few_examples
 @given(verdicts)
 def test_an_evaluation_does_not_differ_from_itself(drawn):
     a = make_evaluation(drawn[0], linf=drawn[1], l2=drawn[2])
@@ -142,7 +142,7 @@ def test_an_evaluation_does_not_differ_from_itself(drawn):
         assert row.low < 0 < row.high
 
 
-@few
+@few_examples
 @given(verdicts, st.randoms(use_true_random=False))
 def test_the_order_of_samples_does_not_matter(drawn, random):
     a, b = make_evaluation(drawn[0], linf=drawn[1]), make_evaluation(drawn[2], linf=drawn[3])

@@ -1,4 +1,4 @@
-"""Warnings: what makes an evaluation doubtful, and that the record keeps it."""
+"""Warnings: reasons to doubt an evaluation, which its record holds."""
 
 import json
 import re
@@ -82,7 +82,7 @@ def test_train_mode_is_reported(model, data):
 
 
 class NanUnderAttack(Wrapped):
-    """NaN for class 3 at every input that is no clean image."""
+    """A network with NaN for class 3 at every input that is not a clean image."""
 
     def forward(self, x):
         attacked = ((x * 255).round() / 255 - x).abs().flatten(1).amax(1) > 1e-4

@@ -1,4 +1,4 @@
-"""evaluate: verdicts that are the attack's, depend on the seed alone, and leave all unchanged."""
+"""evaluate: verdicts equal the attack's and depend only on the seed; inputs are unchanged."""
 
 import random
 import re
@@ -129,13 +129,13 @@ def test_each_attempt_is_named(model, data):
         assert evaluation.record[key] == settings[key]
     for threat in (LINF, L2):
         by = evaluation.threats[str(threat)].by
-        left = evaluation.after_each(threat)
-        assert list(left) == names
+        remaining = evaluation.after_each(threat)
+        assert list(remaining) == names
         for number, name in enumerate(names):
             broken = int(((by >= 0) & (by <= number)).sum())
-            assert (left[name].hits, left[name].n) == (N - broken, N)
-        assert left["clean"] == evaluation.accuracy["clean"]
-        assert left[names[-1]] == evaluation.accuracy[threat]
+            assert (remaining[name].hits, remaining[name].n) == (N - broken, N)
+        assert remaining["clean"] == evaluation.accuracy["clean"]
+        assert remaining[names[-1]] == evaluation.accuracy[threat]
     assert {1, 2} <= set(evaluation.threats["Linf 0.1"].by.tolist())
 
 
@@ -167,9 +167,9 @@ def test_kept_points_are_what_the_verdicts_say(with_points, evaluation, model, d
 
 
 def test_the_seed_decides_the_verdicts(evaluation, model, data):
-    again = evaluate(model, data, [LINF, L2, L1], steps=5, seed=3)
-    assert same_verdicts(again, evaluation)
-    assert torch.equal(again.margin, evaluation.margin)
+    repeated = evaluate(model, data, [LINF, L2, L1], steps=5, seed=3)
+    assert same_verdicts(repeated, evaluation)
+    assert torch.equal(repeated.margin, evaluation.margin)
     assert not same_verdicts(evaluate(model, data, [LINF, L2, L1], steps=5, seed=4), evaluation)
 
 

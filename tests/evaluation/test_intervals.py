@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from robustsoup.evaluation.intervals import Z95, Accuracy, Difference, mcnemar, tango, wilson
 
-few = settings(max_examples=60, deadline=None)
+few_examples = settings(max_examples=60, deadline=None)
 Z90 = 1.6448536269514722
 
 
@@ -41,10 +41,10 @@ def test_known_intervals_of_a_share(hits, n, low, high):
     assert float(accuracy) == accuracy.value == hits / n
 
 
-@few
+@few_examples
 @given(n=st.integers(1, 10_000), share=st.floats(0, 1))
 def test_an_interval_solves_its_equation_and_holds_the_estimate(n, share):
-    """Each end p lies z standard errors, taken at p, from the estimate."""
+    """Each end p lies z standard errors (computed at p) from the estimate."""
     hits = round(share * n)
     low, high = wilson(hits, n)
     assert 0 <= low <= hits / n <= high <= 1
@@ -83,7 +83,7 @@ def score_statistic(only_a, only_b, n, d):
     """Return the score statistic of the difference d; the nuisance share is found by search."""
 
     def log_likelihood(q):
-        """Of the shares q, q + d and 1 - 2 q - d that a alone, b alone, and both or none hit."""
+        """Log-likelihood of the shares q (only a hits), q + d (only b), 1 - 2 q - d (rest)."""
         shares = ((only_a, q), (only_b, q + d), (n - only_a - only_b, 1 - 2 * q - d))
         return sum(
             count * math.log(share) if share > 0 else -math.inf for count, share in shares if count
@@ -111,7 +111,7 @@ def test_an_interval_holds_exactly_what_the_score_test_accepts(only_a, only_b, n
         assert (abs(score_statistic(only_a, only_b, n, d)) < Z95) == (low < d < high), d
 
 
-@few
+@few_examples
 @given(tables())
 def test_an_interval_holds_the_estimate_and_has_a_width(table):
     only_a, only_b, n = table
@@ -176,7 +176,7 @@ def test_known_p_values(only_a, only_b, p):
     assert mcnemar(only_a, only_b) == mcnemar(only_b, only_a) == pytest.approx(p, abs=5e-7)
 
 
-@few
+@few_examples
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_p_is_the_probability_of_a_split_at_least_as_uneven(only_a, only_b):
     pairs = only_a + only_b

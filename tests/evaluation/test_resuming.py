@@ -33,7 +33,7 @@ def test_an_interrupted_evaluation_resumes(model, data, tmp_path, passes, precis
     """Interrupted after a share of its passes, it does less than `left` of them again."""
     state, reports = tmp_path / "deep" / "state.pt", []
     settings = {"steps": 20, "seed": 3, "restarts": 2, "batch_size": 8, "precision": precision}
-    whole = evaluate(Counted(model), data, [LINF, L2], keep_points=True, **settings)
+    complete_run = evaluate(Counted(model), data, [LINF, L2], keep_points=True, **settings)
     cost = passes[True]
 
     def interrupt(done, total, figures):
@@ -64,10 +64,10 @@ def test_an_interrupted_evaluation_resumes(model, data, tmp_path, passes, precis
         **settings,
     )
     assert 0 < passes[True] < left * cost
-    assert same_verdicts(resumed, whole)
+    assert same_verdicts(resumed, complete_run)
     for name, verdicts in resumed.threats.items():
-        assert torch.equal(verdicts.x_adv, whole.threats[name].x_adv)
-    assert resumed.record["certificate"] == whole.record["certificate"]
+        assert torch.equal(verdicts.x_adv, complete_run.threats[name].x_adv)
+    assert resumed.record["certificate"] == complete_run.record["certificate"]
     assert reached < max(later) == 3 * N
     assert not state.exists()
 
@@ -88,7 +88,7 @@ def test_a_half_written_sample_is_dropped_from_the_saved_state():
 
 def test_a_resumed_evaluation_keeps_its_warnings(model, data, tmp_path, passes):
     network, settings = Counted(rounding(model)), {"steps": 20, "batch_size": 8}
-    whole = evaluate(network, data, [LINF], **settings)
+    complete_run = evaluate(network, data, [LINF], **settings)
     Counted.reset(gate_after=passes[True] // 2)
     state = tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
@@ -96,8 +96,8 @@ def test_a_resumed_evaluation_keeps_its_warnings(model, data, tmp_path, passes):
     assert state.exists()
     Counted.reset()
     resumed = evaluate(network, data, [LINF], state_path=state, **settings)
-    assert resumed.warnings == whole.warnings
-    assert len(whole.warnings) == 1
+    assert resumed.warnings == complete_run.warnings
+    assert len(complete_run.warnings) == 1
 
 
 KILLED = """
@@ -128,7 +128,7 @@ def test_a_killed_evaluation_resumes(model, tmp_path, passes):
     path = Checkpoint.of(model, {"network": network}).save(tmp_path / "a.safetensors")
     counted = Counted(Checkpoint.load(path).network())
     data, settings = load_data("digits").test.first(60), {"steps": 20, "seed": 3, "restarts": 8}
-    whole = evaluate(counted, data, [LINF, L2], **settings)
+    complete_run = evaluate(counted, data, [LINF, L2], **settings)
     cost, state = passes[True], tmp_path / "state.pt"
     tests, python_path = Path(__file__).parent, list(filter(None, [os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
@@ -146,7 +146,7 @@ def test_a_killed_evaluation_resumes(model, tmp_path, passes):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("state")] == ["state.pt"]
     Counted.reset()
     resumed = evaluate(counted, data, [LINF, L2], state_path=state, **settings)
-    assert same_verdicts(resumed, whole)
+    assert same_verdicts(resumed, complete_run)
     assert passes[True] < 0.75 * cost  # settled samples are not attacked again
     assert not state.exists()
 

@@ -1,4 +1,4 @@
-"""What an evaluation reuses: points of other networks, an earlier evaluation; and stopping."""
+"""Reuse of points of other networks and of earlier evaluations; early stopping of attacks."""
 
 from dataclasses import replace
 
@@ -77,16 +77,16 @@ def test_a_pool_must_have_points_of_the_same_samples_and_threats(
 
 def test_after_the_very_same_attack_nothing_is_attacked_again(with_points, model, data, passes):
     network = Counted(model)
-    again = evaluate(
+    repeated = evaluate(
         network, data, [LINF, L2, L1], after=with_points, keep_points=True, **FIVE_STEPS
     )
     assert passes == {True: 0, False: 1}  # the check whether the network fits the data
-    assert same_verdicts(again, with_points)
-    assert torch.equal(again.prediction, with_points.prediction)
-    assert torch.equal(again.margin, with_points.margin)
-    for name, verdicts in again.threats.items():
+    assert same_verdicts(repeated, with_points)
+    assert torch.equal(repeated.prediction, with_points.prediction)
+    assert torch.equal(repeated.margin, with_points.margin)
+    for name, verdicts in repeated.threats.items():
         assert torch.equal(verdicts.x_adv, with_points.threats[name].x_adv)
-    assert again.record["after"]["steps"] == 5
+    assert repeated.record["after"]["steps"] == 5
     fewer = evaluate(network, data, [L2], samples=20, after=with_points, **FIVE_STEPS)
     assert torch.equal(fewer.threats["L2 0.5"].step, with_points.threats["L2 0.5"].step[:20])
     assert passes[True] == 0
@@ -111,9 +111,9 @@ def test_after_another_attack_broken_samples_stay_broken_and_the_rest_is_attacke
     evaluation, model, data, passes, changes
 ):
     settings = {**FIVE_STEPS, **changes}
-    again = evaluate(Counted(model), data, [LINF], after=evaluation, **settings)
+    repeated = evaluate(Counted(model), data, [LINF], after=evaluation, **settings)
     alone = evaluate(model, data, [LINF], **settings).threats["Linf 0.1"]
-    earlier, verdicts = evaluation.threats["Linf 0.1"], again.threats["Linf 0.1"]
+    earlier, verdicts = evaluation.threats["Linf 0.1"], repeated.threats["Linf 0.1"]
     assert passes[True] > 0
     assert torch.equal(verdicts.robust, earlier.robust & alone.robust)
     broken = ~earlier.robust
@@ -122,22 +122,22 @@ def test_after_another_attack_broken_samples_stay_broken_and_the_rest_is_attacke
         assert torch.equal(ours[broken], before[broken])
         expected = torch.minimum(before, fresh) if part == "margin" else fresh
         assert torch.equal(ours[~broken], expected[~broken])
-    names = again.record["broken_by"]
+    names = repeated.record["broken_by"]
     assert {names[by] for by in verdicts.by[broken].tolist()} == {"clean", "apgd-ce"}
-    assert torch.equal(again.prediction, evaluation.prediction)
-    assert len(again.after_each(LINF)) == len(names) == len(set(names))
+    assert torch.equal(repeated.prediction, evaluation.prediction)
+    assert len(repeated.after_each(LINF)) == len(names) == len(set(names))
 
 
 def test_a_threat_that_was_not_evaluated_earlier_is_attacked(evaluation, model, data):
-    again = evaluate(model, data, ["Linf 0.05", L2], after=evaluation, **FIVE_STEPS)
-    assert same_verdicts(again, evaluate(model, data, ["Linf 0.05", L2], **FIVE_STEPS))
+    repeated = evaluate(model, data, ["Linf 0.05", L2], after=evaluation, **FIVE_STEPS)
+    assert same_verdicts(repeated, evaluate(model, data, ["Linf 0.05", L2], **FIVE_STEPS))
 
 
 def test_the_pool_keeps_its_name_in_later_evaluations(with_points, neighbour, data):
     pooled = evaluate(neighbour, data, [LINF], pool=[with_points], **FIVE_STEPS)
-    again = evaluate(neighbour, data, [LINF], steps=8, loss="dlr", after=pooled)
-    assert again.record["broken_by"] == ["clean", "apgd-dlr", "apgd-ce", "pool"]
-    before, after = pooled.threats["Linf 0.1"].by, again.threats["Linf 0.1"].by
+    repeated = evaluate(neighbour, data, [LINF], steps=8, loss="dlr", after=pooled)
+    assert repeated.record["broken_by"] == ["clean", "apgd-dlr", "apgd-ce", "pool"]
+    before, after = pooled.threats["Linf 0.1"].by, repeated.threats["Linf 0.1"].by
     assert torch.equal(after == 3, before == 2)
     assert torch.equal(after == 2, before == 1)
     assert bool((before[after == 1] == -1).all())
@@ -167,9 +167,9 @@ def test_autoattack_follows_the_same_rules(model, data, passes, brief_autoattack
     assert evaluation.record["certificate"]["Linf 0.03"]["outside"] == 0
     assert 0 < evaluation.accuracy["Linf 0.03"].hits < N - WRONG
     passes[True] = 0
-    again = evaluate(network, data, threats, attack="autoattack", after=evaluation)
+    repeated = evaluate(network, data, threats, attack="autoattack", after=evaluation)
     assert passes[True] == 0
-    assert same_verdicts(again, evaluation)
+    assert same_verdicts(repeated, evaluation)
 
 
 @pytest.mark.parametrize("reuse", ["pool", "after"])
@@ -186,23 +186,23 @@ def test_samples_broken_before_autoattack_stay_broken(neighbour, data, reuse, br
 
 def test_stop_below_gives_up_once_fewer_samples_survive(model, data, passes):
     settings = {**FIVE_STEPS, "restarts": 3}
-    whole = evaluate(Counted(model), data, [LINF], **settings)
-    cost, left, clean = passes[True], whole.accuracy[LINF].hits, N - WRONG
+    complete_run = evaluate(Counted(model), data, [LINF], **settings)
+    cost, left, clean = passes[True], complete_run.accuracy[LINF].hits, N - WRONG
     Counted.reset()
     stopped = evaluate(Counted(model), data, [LINF], stop_below=clean, **settings)
     assert passes[True] < cost
     assert stopped.record["stopped"] is True
     assert stopped.record["stop_below"] == clean
     assert left < stopped.accuracy[LINF].hits < clean
-    robust = [e.threats["Linf 0.1"].robust for e in (whole, stopped)]
+    robust = [e.threats["Linf 0.1"].robust for e in (complete_run, stopped)]
     assert bool((robust[0] <= robust[1]).all())
     for threshold in (left, left - 1, 1):  # never fewer survive: nothing changes
         same = evaluate(model, data, [LINF], stop_below=threshold, **settings)
         assert "stopped" not in same.record
-        assert same_verdicts(same, whole)
-    again = evaluate(model, data, [LINF], after=stopped, **settings)
-    assert "stopped" not in again.record
-    assert same_verdicts(again, whole)
+        assert same_verdicts(same, complete_run)
+    repeated = evaluate(model, data, [LINF], after=stopped, **settings)
+    assert "stopped" not in repeated.record
+    assert same_verdicts(repeated, complete_run)
 
 
 @pytest.mark.parametrize("threats", [[], ["clean"], [LINF, L2]])

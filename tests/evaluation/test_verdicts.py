@@ -1,4 +1,4 @@
-"""The record of an evaluation: accuracies that add up, and files that come back."""
+"""The record of an evaluation: consistent accuracies, and a round trip through files."""
 
 import json
 
@@ -14,7 +14,7 @@ from robustsoup.evaluation.verdicts import Evaluation, Verdicts, parse_measure
 from robustsoup.stamp import stamp_record
 from robustsoup.threats import ThreatModel
 
-few = settings(max_examples=30, deadline=None)
+few_examples = settings(max_examples=30, deadline=None)
 
 
 # accuracies
@@ -39,7 +39,7 @@ def test_accuracies_are_counted_from_the_verdicts(evaluation):
         evaluation.accuracy[ThreatModel("L2", 0.6)]
 
 
-@few
+@few_examples
 @given(st.integers(0, 3), st.integers(1, 20), st.randoms(use_true_random=False))
 def test_accuracies_of_any_verdicts(threats, n, chance):
     def draw(values):

@@ -1,4 +1,4 @@
-"""The built-in networks: their sizes and names, and the published definitions that they equal."""
+"""The built-in networks: sizes, tensor names, and equality with the published definitions."""
 
 import importlib.util
 import re
@@ -164,8 +164,8 @@ def test_other_constants_are_recorded_and_come_back(name, given, tmp_path):
     model = randomised(load_model(SMALL[name], **given))
     assert model.normalize.mean.flatten().tolist() == pytest.approx([0.3, 0.4, 0.5])
     path = Checkpoint.of(model).save(tmp_path / "model.safetensors")
-    again = Checkpoint.load(path).network()
-    assert torch.equal(logits(again, images()), logits(model, images()))
+    reloaded = Checkpoint.load(path).network()
+    assert torch.equal(logits(reloaded, images()), logits(model, images()))
     assert not torch.equal(logits(load_model(SMALL[name]), images()), logits(model, images()))
 
 

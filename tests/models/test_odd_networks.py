@@ -1,4 +1,4 @@
-"""Networks that are no plain stack of convolutions and BatchNorms, and unusual files."""
+"""Networks other than plain stacks of convolutions and BatchNorms, and unusual files."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def learned(items, **changed):
 
 
 class Odd(nn.Module):
-    """64 pixels through 16 units to 10 classes, with one oddity."""
+    """A network of 64 pixels, 16 units and 10 classes, with one unusual property."""
 
     def __init__(self, kind):
         super().__init__()

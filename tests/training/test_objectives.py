@@ -1,4 +1,4 @@
-"""Objectives: their spellings, their losses, their attacks, and objectives of a user."""
+"""Objectives: spellings, losses, attacks, and user-defined objectives."""
 
 import copy
 import importlib.util
@@ -148,7 +148,7 @@ def test_an_unknown_objective_is_answered_with_the_spellings():
 
 @pytest.fixture
 def own_losses(tmp_path, monkeypatch):
-    """Put a module of a user's objectives on the Python path."""
+    """Put a module with user-defined objectives on the Python path."""
     (tmp_path / "own_losses.py").write_text(OWN_LOSSES)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -335,8 +335,8 @@ def test_training_with_trades_resumes_bit_for_bit(save_every_step, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_digits(objective="trades", state_path=path, on_progress=interrupt_at(2))
     resumed = train_digits(objective="trades", state_path=path)
-    whole = train_digits(objective="trades")
-    assert (resumed.digest, resumed.provenance) == (whole.digest, whole.provenance)
+    complete_run = train_digits(objective="trades")
+    assert (resumed.digest, resumed.provenance) == (complete_run.digest, complete_run.provenance)
 
 
 def test_learning_takes_trades_and_functions():
@@ -351,8 +351,8 @@ def test_learning_takes_trades_and_functions():
     by_text = learn(items, DATA, objective="trades", val=DIGITS.val.first(32), **arguments)
     assert by_text.record["learning"]["objective"] == "trades 6"
     assert math.isfinite(by_text.record["history"][0]["val_loss"])
-    again = learn(items, DATA, objective=trades(6), val=DIGITS.val.first(32), **arguments)
-    assert torch.equal(by_text.alpha, again.alpha)
+    repeated = learn(items, DATA, objective=trades(6), val=DIGITS.val.first(32), **arguments)
+    assert torch.equal(by_text.alpha, repeated.alpha)
     with_ce = learn(items, DATA, **arguments)
     with_mart = learn(items, DATA, objective=load_mart(), **arguments)
     assert not torch.equal(by_text.alpha, with_ce.alpha)

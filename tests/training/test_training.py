@@ -216,9 +216,9 @@ def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
         state_path=path, on_progress=lambda done, total, _: seen.append((done, total))
     )
     assert seen == [(done, 15) for done in range(kills[-1], 16)]
-    whole = train_until_wrecked()
-    assert resumed.digest == whole.digest
-    assert resumed.provenance == whole.provenance
+    complete_run = train_until_wrecked()
+    assert resumed.digest == complete_run.digest
+    assert resumed.provenance == complete_run.provenance
 
 
 def test_the_state_is_saved_after_every_epoch(tmp_path):
@@ -235,9 +235,13 @@ def test_the_state_is_saved_after_every_epoch(tmp_path):
 
 def test_a_finished_run_takes_no_more_steps(tmp_path):
     path, seen = tmp_path / "state.pt", []
-    whole = train_digits(state_path=path)
-    again = train_digits(state_path=path, on_progress=lambda *event: seen.append(event))
-    assert (seen, again.digest, again.provenance) == ([], whole.digest, whole.provenance)
+    complete_run = train_digits(state_path=path)
+    repeated = train_digits(state_path=path, on_progress=lambda *event: seen.append(event))
+    assert (seen, repeated.digest, repeated.provenance) == (
+        [],
+        complete_run.digest,
+        complete_run.provenance,
+    )
 
 
 @pytest.mark.parametrize(
