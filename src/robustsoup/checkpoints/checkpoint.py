@@ -95,7 +95,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, whatever the file."""
+        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, for any file format."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach().contiguous().cpu()

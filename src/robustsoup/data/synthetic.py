@@ -102,7 +102,7 @@ class Synthetic:
         """Check that the images and labels fit a data set.
 
         Raises:
-            DataError: The images have another shape, or a label is no class of the data.
+            DataError: The images have another shape, or a label is not a class of the data.
         """
         height, width, channels = self.images.shape[1:]
         if (channels, height, width) != tuple(data.images.shape[1:]):

@@ -155,8 +155,8 @@ def _notes_on_coverage(a: Evaluation, b: Evaluation, n: int, names: list[str]) -
         ("first", a.threats, b.threats),
         ("second", b.threats, a.threats),
     ):
-        if alone := [name for name in threats if name not in other_threats]:
-            yield f"only the {position} has {', '.join(alone)}"
+        if unmatched := [name for name in threats if name not in other_threats]:
+            yield f"only the {position} has {', '.join(unmatched)}"
     if len(a.threats) > 1 and len(b.threats) > 1 and UNION_KEY not in names:
         yield "no union: the threat models differ"
 

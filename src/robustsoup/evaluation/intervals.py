@@ -81,8 +81,8 @@ class Difference:
 
     Attributes:
         a, b: The two accuracies.
-        only_a: Number of samples that a alone gets right.
-        only_b: Number of samples that b alone gets right.
+        only_a: Number of samples that only a gets right.
+        only_b: Number of samples that only b gets right.
     """
 
     a: Accuracy
@@ -137,8 +137,8 @@ def tango(only_a: int, only_b: int, n: int, z: float = Z95) -> tuple[float, floa
     pairs and for none: it is then +- z^2 / (n + z^2).
 
     Args:
-        only_a: Number of pairs in which a alone is a hit.
-        only_b: Number of pairs in which b alone is a hit.
+        only_a: Number of pairs in which only a is a hit.
+        only_b: Number of pairs in which only b is a hit.
         n: Number of pairs.
         z: Quantile of the standard normal distribution.
 
@@ -176,8 +176,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
     and at most 1; without discordant pairs it is 1.
 
     Args:
-        only_a: Number of pairs in which a alone is a hit.
-        only_b: Number of pairs in which b alone is a hit.
+        only_a: Number of pairs in which only a is a hit.
+        only_b: Number of pairs in which only b is a hit.
 
     Source: McNemar 1947, Psychometrika 12:153.
     """

@@ -160,7 +160,7 @@ def mixed(clean_weight: float) -> Objective:
 
 
 def trades(beta: float = 6.0) -> Objective:
-    """Return L(clean) + B * KL(p_clean || p_attacked), whose attack maximises the KL: "trades B".
+    """Return L(clean) + B * KL(p_clean || p_attacked), "trades B"; its attack maximises the KL.
 
     The gradient flows through both distributions.
 
