@@ -4,13 +4,13 @@
         [--figures docs/figures] [--buffers runs/buffers-0 runs/buffers-1 runs/buffers-2]
     python benchmarks/ablations.py --small
 
-A cell is the mean over the run folders, each one seed, and its 95 % interval: Student's t over the
-seeds of the difference to the reference of the same seed (so the effect of a seed on both cancels),
-in points, on test. "outside" is how far a soup lies above the line between the ingredients with the
-smallest and the largest eps, in points of robust accuracy at its clean accuracy. --figures draws,
-for the first folder, the learned coefficients and where the dial lies. --buffers takes run folders
-of recipes/two_cores/learning_buffers.toml of the same seeds, for the table of statistics while
-learning. --small runs both recipes on digits first.
+Each run folder is one seed. Accuracies are means over the seeds with minimum and maximum, on test.
+Differences to the reference are paired by seed, which cancels the effect of a seed on both; they
+have 95 % intervals of Student's t, in points. "outside" is the robust accuracy of a soup above the
+line between the ingredients with the smallest and the largest eps, at equal clean accuracy, in
+points. --figures draws the learned coefficients and the dial of the first folder. --buffers takes
+run folders of recipes/two_cores/learning_buffers.toml with the same seeds, for the table of
+statistics while learning. --small runs both recipes on digits first.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class SeedRun:
         test = self.rows[name]["test"]
         return 100 * test["clean"]["value"], 100 * test[self.threat]["value"]
 
-    def outside(self, name: str) -> float:
+    def gap_above_line(self, name: str) -> float:
         """Return the robust accuracy above the line between two ingredients, in points."""
         (clean0, robust0), (clean1, robust1) = self.point(SMALLEST_EPS), self.point(LARGEST_EPS)
         clean, robust = self.point(name)
@@ -108,7 +108,7 @@ def print_comparison(runs: Sequence[SeedRun], names: Sequence[str], reference: s
         for axis in (0, 1):
             gains = [p[axis] - r[axis] for p, r in zip(points, references, strict=True)]
             cells.append("" if name == reference else format_difference(gains))
-        cells.append(format_difference([run.outside(name) for run in with_name]))
+        cells.append(format_difference([run.gap_above_line(name) for run in with_name]))
         note = f" ({len(with_name)} seed)" if len(with_name) < len(runs) else ""
         print(f"| {name}{note} | {' | '.join(cells)} |")
 
@@ -170,7 +170,7 @@ def draw_figures(run: SeedRun, folder: Path) -> None:
 
 
 def print_grid_policies(runs: Sequence[SeedRun]) -> None:
-    """Print the grid at a step of a half under each policy, less the average policy."""
+    """Print the grid of step 1/2 under each policy, and its difference to the average policy."""
     for title, points in (
         ("midpoints", ("0-0.5-0.5", "0.5-0-0.5", "0.5-0.5-0")),
         ("ingredients", ("0-0-1", "0-1-0", "1-0-0")),
@@ -199,7 +199,7 @@ def mean_of_points(run: SeedRun, prefix: str, points: Sequence[str], axis: int) 
 
 
 def print_frontier(runs: Sequence[SeedRun]) -> None:
-    """Print how far outside the line the points of each method lie."""
+    """Print how far the soups of each method lie above the line."""
     methods: dict[str, Callable[[Row], bool]] = {
         "grid": lambda row: row["role"] == "grid" and row["soup"] == "grid",
         "learned one by one": lambda row: row["soup"] == "learned",
@@ -211,7 +211,7 @@ def print_frontier(runs: Sequence[SeedRun]) -> None:
     for method, belongs in methods.items():
         names = {run.folder: run.names(belongs) for run in runs}
         present = [run for run in runs if names[run.folder]]
-        outside = [[run.outside(name) for name in names[run.folder]] for run in present]
+        outside = [[run.gap_above_line(name) for name in names[run.folder]] for run in present]
         clean = [[run.point(name)[0] for name in names[run.folder]] for run in present]
         if not present:
             continue
@@ -225,8 +225,8 @@ def print_frontier(runs: Sequence[SeedRun]) -> None:
 
 
 def best_of_grid(run: SeedRun) -> float:
-    """Return how far outside the line the best soup of the grid lies."""
-    return max(run.outside(name) for name in run.names(lambda row: row["soup"] == "grid"))
+    """Return how far the best soup of the grid lies above the line."""
+    return max(run.gap_above_line(name) for name in run.names(lambda row: row["soup"] == "grid"))
 
 
 def print_tables(runs: Sequence[SeedRun], *, with_buffers: bool) -> None:
@@ -263,8 +263,8 @@ def print_tables(runs: Sequence[SeedRun], *, with_buffers: bool) -> None:
     print()
     print_frontier(runs)
     for name in (REFERENCE, "model-linf-8-255"):
-        gains = format_difference([best_of_grid(run) - run.outside(name) for run in runs])
-        print(f"\nthe grid's best lies {gains} points farther outside than {name}")
+        gains = format_difference([best_of_grid(run) - run.gap_above_line(name) for run in runs])
+        print(f"\nthe grid's best soup lies {gains} points farther above the line than {name}")
 
 
 def main() -> None:
@@ -278,15 +278,15 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="run tiny recipes on digits first")
     options = parser.parse_args()
     if bool(options.folders) == options.small:
-        parser.error("give run folders, or --small")
-    with tempfile.TemporaryDirectory() as place:
+        parser.error("requires run folders, or --small")
+    with tempfile.TemporaryDirectory() as temporary:
         if options.small:
             recipes = ("learning", "learning_buffers")
-            folder, buffers = (run_recipe_small(name, Path(place) / name) for name in recipes)
+            folder, buffers = (run_recipe_small(name, Path(temporary) / name) for name in recipes)
             options.folders, options.buffers = [folder], [buffers]
-            options.figures = Path(place) / "figures"
-        second = options.buffers or [None] * len(options.folders)
-        runs = [SeedRun(*folders) for folders in zip(options.folders, second, strict=True)]
+            options.figures = Path(temporary) / "figures"
+        buffers_folders = options.buffers or [None] * len(options.folders)
+        runs = [SeedRun(*pair) for pair in zip(options.folders, buffers_folders, strict=True)]
         if options.figures:
             draw_figures(runs[0], options.figures)
         print_tables(runs, with_buffers=bool(options.buffers))

@@ -2,10 +2,10 @@
 
     python benchmarks/attack.py [--samples 1000] [--rounds 3] [--small]
 
-Each round times, in turn: one pass (forward and gradient by the input) in both precisions, at the
-best of several batch sizes; robustsoup's evaluation in float32 and with bfloat16 search; and
-pyautoattack at batches of 64, 125, 250 and 500. The physical limit is the number of passes that
-cannot be avoided (for each attacked sample, up to the step that breaks it) times the time of one.
+Each round times, in turn: one pass (forward and input gradient) in both precisions, at the best of
+several batch sizes; robustsoup's evaluation in float32 and with bfloat16 search; and pyautoattack
+at batches of 64, 125, 250 and 500. The physical limit is the time of one pass times the number of
+unavoidable passes: for each attacked sample, up to the step that breaks the sample.
 """
 
 import statistics
@@ -70,7 +70,7 @@ def count_passes(verdicts: rs.Evaluation, threat: rs.ThreatModel, steps: int) ->
 
 
 def main() -> None:
-    """Time everything in turn, and print medians and ratios."""
+    """Time all variants in turn, and print medians and ratios."""
     options = parse_arguments(__doc__, samples=1000, rounds=3, steps=100)
     if options.small:
         options.samples, options.rounds, options.steps = 64, 1, 5

@@ -4,11 +4,11 @@
     python benchmarks/claims.py --small
 
 Prints the tables of docs/results.md. Folders of one recipe with several seeds are combined. The
-best network is chosen on val (on test under the paper's protocol) and measured on test. With one
-seed an interval is a percentile bootstrap over the test samples, drawn jointly for all networks of
-a folder (so differences are paired), 5,000 draws; with several seeds it is Student's t over the
-seeds. All intervals are 95 %, in points. A gap is robust accuracy minus that of a straight line
-between two networks at the same clean accuracy. --small runs a tiny recipe on digits first.
+best network is chosen on val (on test under the paper's protocol) and measured on test. For one
+seed, intervals are percentile bootstraps over the test samples with 5,000 draws, which all networks
+of a folder share, so that differences are paired. For several seeds, intervals are Student's t over
+the seeds. All intervals are 95 %, in points. A gap is robust accuracy minus that of a straight line
+between two networks at the same clean accuracy. --small runs tiny recipes on digits first.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def table_head(*columns: str) -> str:
 
 
 def grid_tables(runs: list[RunResults]) -> Iterator[str]:
-    """F2, F3: where the best soup of each grid lies, and what mixing adds to the best corner."""
+    """Figures 2 and 3: the best soup of each grid, and the gain of mixing over the best corner."""
     for soup in runs[0].rows_by_section("grid"):
         yield f"\n**{runs[0].results['name']}, {soup}** ({count_seeds(runs)})\n"
         yield table_head(
@@ -160,7 +160,7 @@ def fit_quadratic(rows: Sequence[Row], values: Sequence[float]) -> float:
 
 
 def line_tables(runs: list[RunResults]) -> Iterator[str]:
-    """F4: how far each line bends outward, at the point that bends most on val."""
+    """Figure 4: the gap above each line, at the point with the largest gap on val."""
     run = runs[0]
     for threat in run.threats:
         yield f"\n**{run.results['name']}, {threat}**\n"
@@ -178,7 +178,7 @@ def line_tables(runs: list[RunResults]) -> Iterator[str]:
 
 
 def line_row(run: RunResults, rows: list[Row], threat: str) -> str:
-    """Return one row of the table of lines: `rows` run from one end to the other."""
+    """Return one row of the table of lines; `rows` are in order from one end to the other."""
     ends = (rows[0]["name"], rows[-1]["name"])
     most = max(rows[1:-1], key=lambda row: run.gap_on_selection(row["name"], ends, threat))
     middle = rows[len(rows) // 2 - 1 : len(rows) // 2 + 1]
@@ -193,7 +193,7 @@ def line_row(run: RunResults, rows: list[Row], threat: str) -> str:
 
 
 def learned_tables(runs: list[RunResults], *, every: bool) -> Iterator[str]:
-    """F5, F6: learned soups (every network with `every`) against the two best soups of the grid."""
+    """Figures 5 and 6: learned soups (or all networks) against the two best soups of the grid."""
     threat = runs[0].threats[0]
     grid = next(iter(runs[0].rows_by_section("grid")))
     ends = []
@@ -230,7 +230,7 @@ def learned_tables(runs: list[RunResults], *, every: bool) -> Iterator[str]:
 def learned_row(
     label: str, chosen: list[tuple[RunResults, Ends, str]], threat: str, seeds: int
 ) -> str:
-    """Return one row: the network of each run beside that run's two best soups of the grid."""
+    """Return one row: the network of each run against the two best soups of that run's grid."""
     clean = [run.draw_accuracy(name, "clean") for run, _, name in chosen]
     robust = [run.draw_accuracy(name, threat) for run, _, name in chosen]
     gaps = [run.draw_gap(name, end, threat) for run, end, name in chosen]
@@ -248,7 +248,7 @@ def learned_row(
 
 
 def span_table(runs: list[RunResults], threat: str) -> Iterator[str]:
-    """How much of clean and robust accuracy each learned section spans."""
+    """Yield the range of clean and robust accuracy that each learned section spans."""
     yield "\n" + table_head("section", "clean, from least to most", "robust, from least to most")
     for soup in runs[0].rows_by_section("learned"):
         cells = []
@@ -263,7 +263,7 @@ def span_table(runs: list[RunResults], threat: str) -> Iterator[str]:
 
 
 def plane_table(runs: list[RunResults]) -> Iterator[str]:
-    """F7: whether the robust loss is convex on planes."""
+    """Figure 7: whether the robust loss is convex on planes."""
     run = runs[0]
     yield f"\n**{run.results['name']}**\n"
     yield table_head(
@@ -277,18 +277,18 @@ def plane_table(runs: list[RunResults]) -> Iterator[str]:
     )
     for entry in run.results["planes"]:
         landscape = json.loads((run.folder / entry["file"]).read_text())
-        for key, what in (("loss", "robust"), ("clean_loss", "clean")):
+        for key, kind in (("loss", "robust"), ("clean_loss", "clean")):
             x, y, loss = (np.array(landscape[k], dtype=float) for k in ("x", "y", key))
-            # a triangle around the whole grid
+            # A triangle around the whole grid makes survey_loss count all points.
             around = np.array([[x[0], y[0]], [3 * x[-1], y[0]], [x[0], 3 * y[-1]]])
             inside = survey_loss(x, y, loss, np.array(landscape["positions"]))
-            whole = survey_loss(x, y, loss, around)
-            depths = [minimum_depth(loss, *place) for place in whole.minima]
+            everywhere = survey_loss(x, y, loss, around)
+            depths = [minimum_depth(loss, *place) for place in everywhere.minima]
             minima = f"{len(depths)}, at most {max(depths):.4f} deep" if depths else "0"
             cells = [f"{np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}", minima]
-            for part in (inside, whole):
-                cells += [f"{part.violations} of {part.triples}", f"{part.worst:.3f}"]
-            yield f"| {entry['name']}, {what} | {' | '.join(cells)} |"
+            for shape in (inside, everywhere):
+                cells += [f"{shape.violations} of {shape.triples}", f"{shape.worst:.3f}"]
+            yield f"| {entry['name']}, {kind} | {' | '.join(cells)} |"
 
 
 def minimum_depth(loss: np.ndarray, row: int, column: int) -> float:
@@ -298,7 +298,7 @@ def minimum_depth(loss: np.ndarray, row: int, column: int) -> float:
 
 
 def print_tables(folders: Sequence[Path], *, every: bool) -> None:
-    """Print every table that the folders have rows for."""
+    """Print all tables for which the folders have rows."""
     groups: dict[str, list[RunResults]] = {}
     for folder in folders:
         run = RunResults(folder)
@@ -328,11 +328,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="run tiny recipes on digits first")
     options = parser.parse_args()
     if bool(options.folders) == options.small:
-        parser.error("give run folders, or --small")
+        parser.error("requires run folders, or --small")
     if not options.small:
         return print_tables(options.folders, every=options.every)
-    with tempfile.TemporaryDirectory() as place:
-        folders = [run_recipe_small(name, Path(place) / name) for name in SMALL_RECIPES]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [run_recipe_small(name, Path(temporary) / name) for name in SMALL_RECIPES]
         return print_tables(folders, every=options.every)
 
 

@@ -1,8 +1,8 @@
-"""What the benchmark scripts share: robust networks and images to time on, tables and ratios.
+"""Shared parts of the benchmark scripts: robust networks, images, tables and ratios.
 
-Every script makes what it needs: the networks are trained once, with a progress bar, and kept in
-the user's cache folder. With --small a script runs in seconds on the embedded digits, to show that
-it works; its times then mean nothing.
+The scripts require no prepared files: networks are trained once, with a progress bar, and cached in
+the user's cache folder. With --small, a script runs in seconds on the embedded digits, to show that
+it works; its times are then meaningless.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from robustsoup.files import cache_folder
 RECIPES = Path(__file__).parent.parent / "recipes" / "two_cores"
 LINF = rs.ThreatModel("Linf", 8 / 255)
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a 95 % interval over that many seeds."""
+"""Quantile of Student's t for a 95 % interval, by number of seeds."""
 CPU = torch.device("cpu")
 
 
@@ -112,7 +112,7 @@ SMALL = Workload("digits", "resnet9:width=4", rs.ThreatModel("Linf", 16 / 255), 
 def run_recipe_small(name: str, folder: Path) -> Path:
     """Run recipes/two_cores/NAME.toml on digits with a tiny network; return the run folder.
 
-    Everything of the recipe stays but sizes: one epoch, two attack steps, few samples and points.
+    Only sizes differ from the recipe: one epoch, two attack steps, few samples and points.
     """
     import tomli_w
 
@@ -189,13 +189,13 @@ def parse_arguments(description: str | None, **defaults: int) -> argparse.Namesp
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument(
-        "--small", action="store_true", help="run in seconds on digits; the times mean nothing"
+        "--small", action="store_true", help="run in seconds on digits; the times are meaningless"
     )
     return parser.parse_args()
 
 
 def workload(*, small: bool) -> Workload:
-    """Return what to time on."""
+    """Return the data, network and training to time on."""
     return SMALL if small else FULL
 
 
@@ -256,16 +256,16 @@ def describe_machine() -> str:
     models = [line.split(":")[1].strip() for line in listing.splitlines() if "Model name" in line]
     cpu = models[0] if models else platform.processor() or platform.machine()
     bf16 = "" if resolve_precision("auto", CPU) == "bfloat16" else "no "
-    own = f"torch {torch.__version__}, robustsoup {version('robustsoup')}"
+    packages = f"torch {torch.__version__}, robustsoup {version('robustsoup')}"
     peers = [
-        f"{name} {found}"
+        f"{name} {peer_version}"
         for name in ("pyautoattack", "torchattacks")
-        if (found := installed_version(name))
+        if (peer_version := installed_version(name))
     ]
     return (
         f"{cpu} ({torch.backends.cpu.get_cpu_capability()}, {bf16}native bfloat16), "
         f"{torch.get_num_threads()} threads on {os.cpu_count()} cores; "
-        f"Python {platform.python_version()}, {', '.join([own, *peers])}"
+        f"Python {platform.python_version()}, {', '.join([packages, *peers])}"
     )
 
 
@@ -278,7 +278,7 @@ def installed_version(package: str) -> str | None:
 
 
 def make_near_copies(folder: Path, n: int, model: str, *, channels: int = 3) -> list[Path]:
-    """Write n checkpoints near one network, about as far apart as fine-tuned ones.
+    """Write n checkpoints near one network, at distances typical of fine-tuned networks.
 
     Each weight is moved by about a tenth of its size. How long a step of learning takes does not
     depend on the values of the weights.

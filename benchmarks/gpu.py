@@ -1,9 +1,9 @@
 """Test and time robustsoup on one device; started by gpu.sh, which says what it needs.
 
-Each section runs by itself: what fails in one is recorded there, and the next one starts. Networks
-for the attack have fresh weights and are attacked on the labels that they predict themselves, as
-the time of a pass does not depend on the weights. Times of steps are means between two points at
-which the device was waited for.
+Sections are independent: a failure is recorded in its section, and the next section starts. The
+attacked networks have fresh weights, since the time of a pass does not depend on them, and their
+own predictions serve as labels. Times of steps are means between two synchronisations of the
+device.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Section = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: how large, on which device, on which data."""
+    """Sizes, device and data of the run."""
 
     device: torch.device
     data: Data
@@ -52,13 +52,13 @@ class Plan:
 
     @classmethod
     def full(cls, device: torch.device, data: Data) -> "Plan":
-        """The sizes for a GPU: meant to take five minutes on an H100, and never measured on one."""
+        """Return the sizes for a GPU, meant to take five minutes on an H100 but not measured yet."""
         attacked = {"resnet18": 1024, "wide_resnet": 256}
         return cls(device, data, attacked, 100, "resnet18", 128, 40, "resnet9", 3)
 
     @classmethod
     def small(cls, device: torch.device, data: Data) -> "Plan":
-        """The sizes that show on a CPU that everything runs, in seconds."""
+        """Return small sizes, to try the script on a CPU in seconds."""
         attacked = {"resnet18:width=4": 48, "wide_resnet:depth=10,width=1": 48}
         return cls(device, data, attacked, 5, "resnet18:width=4", 32, 5, "resnet9:width=4", 1)
 
@@ -76,7 +76,7 @@ class Plan:
             torch.cuda.synchronize()
 
     def seconds_of(self, work: Callable[[], object]) -> float:
-        """Return how long `work` takes, the device's work included."""
+        """Return the seconds that `work` takes, including work on the device."""
         self.wait()
         started = time.perf_counter()
         work()
@@ -85,7 +85,7 @@ class Plan:
 
 
 def run_tests(plan: Plan) -> Section:
-    """Run tests/test_gpu.py in a process of its own."""
+    """Run tests/test_gpu.py in a separate process."""
     if importlib.util.find_spec("pytest") is None:
         return {"left_out": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "--tb=short"]
@@ -110,7 +110,7 @@ def run_tests(plan: Plan) -> Section:
 
 
 def split_labelled_by(network: nn.Module, split: Split, device: torch.device) -> Split:
-    """Return the split with the labels that the network predicts, so that every sample is right."""
+    """Return the split labelled by the network's predictions, so that all samples are correct."""
     with torch.no_grad():
         parts = [
             network(to_float(images).to(device)).argmax(1) for images in split.images.split(128)
@@ -154,7 +154,7 @@ def time_attack(plan: Plan) -> Section:
 
 
 def time_evaluation(plan: Plan, network: nn.Module, split: Split, precision: str) -> Section:
-    """Time one evaluation, and the passes that it cannot avoid."""
+    """Time one evaluation, and its unavoidable passes."""
 
     def evaluate(part: Split) -> rs.Evaluation:
         return rs.evaluate(

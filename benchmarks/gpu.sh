@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs all checks and measurements of a new GPU in one command, meant to take less than six minutes.
+# Run all GPU tests and benchmarks on a new machine, in one command meant to take under six minutes.
 #
 #   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small]
 #
 # FOLDER holds cifar-10-batches-py. Requires a Python with PyTorch, numpy and safetensors; uses
-# pytest and pyautoattack where they are installed, and says what was left out. Nothing is installed
-# or downloaded. Writes OUT/gpu.json and OUT/gpu.md, the table for docs/benchmarks.md.
+# pytest and pyautoattack if they are installed, and names what was left out. Installs and downloads
+# nothing. Writes OUT/gpu.json and OUT/gpu.md, the table for docs/benchmarks.md.
 # To try the whole script without a GPU: benchmarks/gpu.sh --device cpu --small
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)

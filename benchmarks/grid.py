@@ -3,9 +3,9 @@
     python benchmarks/grid.py [--samples 1000] [--small]
 
 The soups of three ingredients (Linf 4, 8 and 16/255) at a step of 0.2, attacked by APGD-CE-100.
-robustsoup confirms the front in full ("front"), or only what can still win one choice ("choice":
-the most robust soup with clean accuracy of at least 60 %). The loop attacks every soup, at the
-better of two batch sizes. The two choices are compared by the loop's verdicts, paired.
+robustsoup confirms the Pareto front in full ("front"), or only the soups that can still win
+("choice": the most robust soup with clean accuracy of at least 60 %). The loop attacks every soup,
+at the faster of two batch sizes. The choices of both are compared, paired, by the loop's verdicts.
 """
 
 import statistics
@@ -23,13 +23,13 @@ from robustsoup.soups.grid import candidates
 
 REQUIRED_CLEAN = 0.6
 Masks = tuple[Tensor, Tensor]
-"""Whether each sample is right, (n,) bool: clean, and under attack."""
+"""Two masks (n,) bool: whether each sample is classified correctly, clean and under attack."""
 
 
 def choose(scores: dict[str, Masks]) -> str:
-    """Return the name with the highest robust count among those that are clean enough.
+    """Return the soup with the highest robust accuracy and the required clean accuracy.
 
-    Falls back to all names where none is clean enough.
+    Chooses among all soups if none has the required clean accuracy.
     """
     n = len(next(iter(scores.values()))[0])
     eligible = {
@@ -92,7 +92,7 @@ def search_both_ways(
 
 
 def main() -> None:
-    """Time both, print the ratio and how far apart the choices are."""
+    """Time both, and print the ratio of times and the difference of the choices."""
     options = parse_arguments(__doc__, samples=1000, steps=100)
     if options.small:
         options.samples, options.steps = 64, 5

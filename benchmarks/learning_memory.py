@@ -5,8 +5,8 @@
 
 One process trains resnet18 adversarially and watches its private writable memory (VmData: what
 RLIMIT_DATA limits) and its anonymous resident memory (RssAnon). A second process learns a soup of
-all files under RLIMIT_DATA = that peak plus twice the largest layer: if it needed more, the system
-would refuse and it would fail. A third does it the paper's way, without a limit. Linux only.
+all files under RLIMIT_DATA = that peak plus twice the largest layer: with a larger demand the
+process would fail. A third process learns the paper's way, without a limit. Linux only.
 """
 
 import resource
@@ -31,10 +31,10 @@ def process_memory(kind: str) -> int:
 def measure_peaks(work: Callable[[], None]) -> tuple[int, int]:
     """Return the highest VmData and RssAnon while `work` runs, sampled every two milliseconds."""
     samples = [(process_memory("VmData"), process_memory("RssAnon"))]
-    over = threading.Event()
+    finished = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
+        while not finished.wait(0.002):
             samples.append((process_memory("VmData"), process_memory("RssAnon")))
 
     watcher = threading.Thread(target=watch)
@@ -42,7 +42,7 @@ def measure_peaks(work: Callable[[], None]) -> tuple[int, int]:
     try:
         work()
     finally:
-        over.set()
+        finished.set()
         watcher.join()
     return max(data for data, _ in samples), max(anonymous for _, anonymous in samples)
 

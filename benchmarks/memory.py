@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--images 500] [--small]
 
-Each tool runs in a process of its own that loads only the network and the images. The script
-prints by how much the resident memory grows at most during the attack. Linux only.
+Each tool runs in a separate process that loads only the network and the images. The script prints
+the largest growth of resident memory during the attack. Linux only.
 """
 
 import resource
@@ -27,19 +27,19 @@ def resident_memory() -> float:
 
 
 def measure_growth(work: Callable[[], object]) -> float:
-    """Return by how many MiB the resident memory grows at most, sampled every millisecond."""
-    before, seen, over = resident_memory(), [resident_memory()], threading.Event()
+    """Return the largest growth of resident memory in MiB, sampled every millisecond."""
+    before, samples, finished = resident_memory(), [resident_memory()], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.001):
-            seen.append(resident_memory())
+        while not finished.wait(0.001):
+            samples.append(resident_memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     work()
-    over.set()
+    finished.set()
     watcher.join()
-    return max(seen) - before
+    return max(samples) - before
 
 
 def attack_once(tool: str, folder: Path) -> None:

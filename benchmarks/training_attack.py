@@ -3,10 +3,10 @@
     pip install --no-deps torchattacks    # its dependencies would bring in torchvision
     python benchmarks/training_attack.py [--batch 128] [--rounds 15] [--small]
 
-torchattacks and pyautoattack (best_loss=True) return the start for samples that are misclassified
-already; robustsoup returns the point of highest loss for every sample. Each tool gets the network
-as its users have it: NCHW float32 for the peers, channels_last for robustsoup. A peer that is not
-installed is left out and named.
+torchattacks and pyautoattack (best_loss=True) return the start for samples that are already
+misclassified; robustsoup returns the point of highest loss for every sample. Each tool gets the
+network as its users have it: NCHW float32 for the peers, channels_last for robustsoup. A peer that
+is not installed is left out and named.
 """
 
 import time
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Time all in turn, print medians and ratios."""
+    """Time all tools in turn, and print medians and ratios."""
     options = parse_arguments(__doc__, batch=128, rounds=15)
     if options.small:
         options.batch, options.rounds = 32, 2
