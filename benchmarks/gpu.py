@@ -52,7 +52,7 @@ class Plan:
 
     @classmethod
     def full(cls, device: torch.device, data: Data) -> "Plan":
-        """Return the sizes for a GPU, meant to take five minutes on an H100 but not measured yet."""
+        """Return the sizes for a GPU, meant to take five minutes on an H100 (not measured)."""
         attacked = {"resnet18": 1024, "wide_resnet": 256}
         return cls(device, data, attacked, 100, "resnet18", 128, 40, "resnet9", 3)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run all GPU tests and benchmarks on a new machine, in one command meant to take under six minutes.
+# Run all GPU tests and benchmarks of a new machine in one command, meant to take under six minutes.
 #
 #   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small]
 #
