@@ -71,7 +71,7 @@ def test_the_commands_of_the_readme_and_the_learn_page_run(tmp_path, monkeypatch
     assert mix
     run_commands([*commands, *shell_commands(how_to / "learn.md"), *greedy, *mix])
     for written in (
-        *("best/soup.safetensors", "learned/soup.safetensors", "judged/soup.test.json"),
+        *("best/soup.safetensors", "learned/soup.safetensors", "results/soup.test.json"),
         *("blocks/coefficients.csv", "dial/dial.safetensors", "cleaner.safetensors"),
         *("plane/report.html", "greedy/soup.safetensors", "half.safetensors"),
     ):
