@@ -10,13 +10,14 @@ from robustsoup.data import load_data, to_float
 from robustsoup.models import load_model
 
 
-def digits_network(width: int, steps: int = 40) -> nn.Module:
+def digits_network(width: int, steps: int = 60) -> nn.Module:
     """Return a resnet9 trained for a few steps on digits, frozen, in eval mode."""
     train = load_data("digits").train
     model = load_model(f"resnet9:width={width}", channels=1, seed=trained_seed())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     x, y = to_float(train.images), train.labels
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / steps)
         first = (step + trained_seed()) % 10 * 100
         rows = slice(first, first + 100)
         optimizer.zero_grad()

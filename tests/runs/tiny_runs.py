@@ -91,8 +91,14 @@ class RecordingReporter:
 
 
 def recipe_of(changes=()):
-    """Return the tiny recipe with some values replaced, such as (("finetune", "epochs"), 3)."""
-    content = tomllib.loads(TINY) | {"seed": trained_seed()}
+    """Return the tiny recipe with some values replaced, such as (("finetune", "epochs"), 3).
+
+    Its networks take `trained_seed()`, unless a change sets the seed of the whole recipe.
+    """
+    content = tomllib.loads(TINY)
+    if trained_seed() and ("seed",) not in [keys for keys, _ in changes]:
+        for table in (content["pretrain"], content["finetune"], content["soups"]["learned"]):
+            table["seed"] = trained_seed()
     for keys, value in changes:
         table = content
         for name in keys[:-1]:

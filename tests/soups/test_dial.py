@@ -6,6 +6,7 @@ import pytest
 import torch
 from learning_helpers import LAYERS, learn_digits, resnet_ingredients
 from torch import nn
+from trained_seed import trained_seed
 from training_helpers import DATA, DIGITS, LINF, VAL, interrupt_at
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ def learn_digits_dial(items=None, **changes):
         "device": "cpu",
         "precision": "float32",
         "detach": 0.3,
+        "seed": trained_seed(),
     }
     return learn_dial(items or resnet_ingredients(), DATA, **(arguments | changes))
 
@@ -77,9 +79,8 @@ def test_what_the_dial_controls_changes_the_line():
 
 
 def test_the_dial_takes_its_settings_from_an_object_or_by_name():
-    chosen = LearnSettings(
-        threat=LINF, epochs=1, batch_size=32, dial=DialSettings(by="eps", turn_every=2)
-    )
+    dial = DialSettings(by="eps", turn_every=2)
+    chosen = LearnSettings(threat=LINF, epochs=1, batch_size=32, seed=trained_seed(), dial=dial)
     by_object = learn_dial(resnet_ingredients(), DATA, chosen, device="cpu", precision="float32")
     by_name = learn_digits_dial(by="eps", turn_every=2, epochs=1, detach=0.8)
     assert torch.equal(by_object.line, by_name.line)

@@ -16,6 +16,7 @@ from learning_helpers import (
     small_ingredients,
 )
 from torch.func import functional_call
+from trained_seed import trained_seed
 from training_helpers import DATA, LINF, STEPS_PER_EPOCH, interrupt_at
 
 from robustsoup.attacks import apgd_train
@@ -42,7 +43,7 @@ from robustsoup.training.train import train
 
 def start_alpha(n=3, init="xavier", seed=0):
     """Return the coefficients that learning starts from, columns by digest."""
-    return torch.softmax(initial_logits(LAYERS, n, init, seed).double(), 1)
+    return torch.softmax(initial_logits(LAYERS, n, init, trained_seed(seed)).double(), 1)
 
 
 # gradients
@@ -68,8 +69,8 @@ def test_logits_gradient_equals_autograds(n, shape, seed):
 def test_coefficient_gradients_equal_autograds_with_all_networks_in_the_graph():
     net, items = small_ingredients()
     names = [name for name, _ in net.named_parameters()]
-    x, y, _ = next(iter(batches(DATA, 32, seed=0, epoch=0)))
-    logits = initial_logits(len(names), 3, "xavier", 0).double().requires_grad_()
+    x, y, _ = next(iter(batches(DATA, 32, seed=trained_seed(), epoch=0)))
+    logits = initial_logits(len(names), 3, "xavier", trained_seed()).double().requires_grad_()
     alpha = torch.softmax(logits, 1)
     theta = {
         name: sum(a * item.tensors[name] for a, item in zip(alpha[i], items, strict=True))
@@ -94,7 +95,9 @@ def test_coefficient_gradients_equal_autograds_with_all_networks_in_the_graph():
 def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat):
     """Learn with softmax and mixing in the graph, PyTorch's SGD and its cosine schedule."""
     names = [name for name, _ in net.named_parameters()]
-    logits = initial_logits(len(names), len(items), "xavier", 0).double().requires_grad_()
+    logits = (
+        initial_logits(len(names), len(items), "xavier", trained_seed()).double().requires_grad_()
+    )
     optimizer = torch.optim.SGD([logits], lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     buffers = {name: tensor for name, tensor in items[0].tensors.items() if name not in names}
@@ -106,7 +109,7 @@ def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat):
     }
     for step in range(steps):
         epoch, number = divmod(step, STEPS_PER_EPOCH)
-        x, y, _ = list(batches(DATA, 32, seed=0, epoch=epoch))[number]
+        x, y, _ = list(batches(DATA, 32, seed=trained_seed(), epoch=epoch))[number]
         alpha = torch.softmax(logits, 1)
         theta = {
             n: sum(a * item.tensors[n] for a, item in zip(alpha[i], items, strict=True))
@@ -164,7 +167,7 @@ def test_whole_steps_equal_autograds(monkeypatch, epochs, objective, threat):
         objective=objective,
         threat=threat,
     )
-    first = torch.softmax(real(len(got.layers), 3, "xavier", 0).double(), 1)
+    first = torch.softmax(real(len(got.layers), 3, "xavier", trained_seed()).double(), 1)
     assert (alpha - first).abs().max() > 1e-3
     assert relative_error(got.alpha - first, alpha - first) < 1e-9
     for name, tensor in got.tracked.items():
@@ -260,8 +263,8 @@ def test_xavier_is_uniform_within_its_bounds(n, seed):
 
 
 def test_the_seed_determines_the_result():
-    first = learn_digits(seed=1)
-    assert_same_coefficients(first, learn_digits(seed=1))
+    first = learn_digits(seed=trained_seed(1))
+    assert_same_coefficients(first, learn_digits(seed=trained_seed(1)))
     assert not torch.equal(first.alpha, learn_digits(seed=2).alpha)
     assert not torch.equal(first.alpha, start_alpha(seed=1))
 
