@@ -11,7 +11,6 @@ import time
 
 import pytest
 from tiny_runs import (
-    TINY,
     RecordingReporter,
     find_leftovers,
     keys_of,
@@ -95,7 +94,7 @@ main(sys.argv[1:])
 @pytest.fixture
 def tiny_arguments(tmp_path):
     """The arguments that run the tiny recipe into tmp_path/run."""
-    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "tiny.toml").write_text(recipe_of().to_toml())
     arguments = ["run", tmp_path / "tiny.toml", "--threads", 1, "-o", tmp_path / "run"]
     return [*map(str, arguments), "--set", "report.figures=[]"]
 

@@ -18,7 +18,6 @@ from tiny_runs import (
     MODEL,
     ROWS,
     SCREENED,
-    TINY,
     keys_of,
     plan_of,
     planner_of,
@@ -66,7 +65,7 @@ def test_parents_come_before_their_children():
 def test_keys_are_the_same_in_another_process(tmp_path):
     assert keys_of(plan_of()) == keys_of(plan_of())
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY)
+    path.write_text(recipe_of().to_toml())
     script = """
 import json, sys
 from robustsoup.recipes import load_recipe
