@@ -10,6 +10,7 @@ Three environment variables change how the suite runs; no verdict may depend on 
 
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_other_tests_forgotten(tmp_path_factory):
+    """Forget modules that a test imported from a temporary folder; another may reuse the name."""
+    before = set(sys.modules)
+    yield
+    temporary = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(temporary):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

@@ -303,9 +303,9 @@ def test_methods_that_need_more_than_coefficients_have_planners():
 
 
 def test_the_soups_of_a_users_method_are_planned_as_a_grid_and_screened(tmp_path, monkeypatch):
-    (tmp_path / "my_soups.py").write_text("def thirds(*_):\n    return [[1 / 3, 2 / 3]]\n")
+    (tmp_path / "soups_of_thirds.py").write_text("def thirds(*_):\n    return [[1 / 3, 2 / 3]]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    method = (("soups", "mine"), {"method": "my_soups:thirds"})
+    method = (("soups", "mine"), {"method": "soups_of_thirds:thirds"})
     plan = plan_of(method, (("evaluate", "screen"), True))
     (row,) = [row for row in plan.rows if row.soup == "mine"]
     assert (row.name, row.role) == ("mine-0.333333-0.666667", "grid")
