@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from robustsoup import catalog
@@ -56,6 +57,12 @@ def test_every_default_is_valid_and_every_setting_has_help(kind):
         (LearnSettings, {"dial": {"by": "t"}}, 'by: got "t", expected one of objective, eps'),
         (AttackSettings, {"loss": "cw"}, 'loss: got "cw", expected one of ce, dlr, targeted dlr'),
         (SearchSettings, {"step": 0.3}, "step: got 0.3, expected a fraction of 1"),
+        (TrainSettings, {"epochs": 2.5}, "epochs: got 2.5, expected a whole number"),
+        (TrainSettings, {"epochs": True}, "epochs: got True, expected a whole number"),
+        (TrainSettings, {"epochs": None}, "epochs: got None, expected a whole number"),
+        (TrainSettings, {"lr": "0.1"}, 'lr: got "0.1", expected a number'),
+        (TrainSettings, {"nesterov": "no"}, 'nesterov: got "no", expected true or false'),
+        (LearnSettings, {"granularity": 3}, "granularity: got 3, expected text"),
         (TrainSettings, {"eopchs": 3}, 'unknown setting "eopchs"; did you mean "epochs"?'),
     ],
 )
@@ -73,6 +80,12 @@ def test_text_is_parsed_once_and_recorded_as_text():
     assert record["threat"] == "L2 0.5"
     assert record["early_stop"] == {"steps": 3, "samples": None}
     assert make_settings(TrainSettings, None, record) == parsed
+
+
+def test_one_requirement_may_be_given_as_text_and_numpy_numbers_are_numbers():
+    assert SearchSettings(require="clean>=0.8").require == ("clean>=0.8",)
+    settings = TrainSettings(epochs=np.int64(3), lr=np.float64(0.5))
+    assert (settings.epochs, settings.lr) == (3, 0.5)
 
 
 def test_changes_override_the_settings_they_start_from():

@@ -12,7 +12,8 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, get_args
 
 from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, LOSSES, SOUP_METHODS, Registry
 from robustsoup.errors import RequestError
@@ -64,13 +65,13 @@ class Rule:
         bounds = (self.ge, self.gt, self.le, self.lt)
         if all(bound is None for bound in bounds):
             return True
+        number = float(value) if isinstance(value, Real) else math.nan
         return (
-            isinstance(value, int | float)
-            and math.isfinite(value)
-            and (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
+            math.isfinite(number)
+            and (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+            and (self.lt is None or number < self.lt)
         )
 
 
@@ -85,12 +86,35 @@ def rules(settings_type: type) -> dict[str, Rule]:
 
 
 def check_ranges(settings: Any) -> None:
-    """Raise RequestError for the first setting that lies outside its valid range."""
-    for name, rule in rules(type(settings)).items():
+    """Raise RequestError for the first setting of a wrong type or outside its valid range."""
+    for field_of_settings in dataclasses.fields(settings):
+        name, rule = field_of_settings.name, field_of_settings.metadata["rule"]
         value = getattr(settings, name)
-        if not rule.allows(value):
+        expected = _expected_type(field_of_settings.type, value)
+        if expected is None and not rule.allows(value):
+            expected = rule.describe_range()
+        if expected is not None:
             text = f'"{value}"' if isinstance(value, str) else value
-            raise RequestError(f"{name}: got {text}, expected {rule.describe_range()}")
+            raise RequestError(f"{name}: got {text}, expected {expected}")
+
+
+def _expected_type(annotation: Any, value: Any) -> str | None:
+    """Return what a number, flag or text should have been, or None if its type is right."""
+    members = get_args(annotation) or (annotation,)
+    if value is None and (type(None) in members or Any in members):
+        return None
+    scalars = {member for member in members if member is not type(None)}
+    if scalars == {bool}:
+        return None if isinstance(value, bool) else "true or false"
+    if scalars == {int}:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return None if whole else "a whole number"
+    if scalars == {float}:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return None if number else "a number"
+    if scalars == {str}:
+        return None if isinstance(value, str) else "text"
+    return None
 
 
 S = TypeVar("S")
@@ -451,7 +475,10 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        object.__setattr__(self, "require", tuple(self.require))
+        require = self.require
+        object.__setattr__(
+            self, "require", (require,) if isinstance(require, str) else tuple(require)
+        )
         check_ranges(self)
         if isinstance(self.method, str):
             SOUP_METHODS.get_entry(self.method)

@@ -35,6 +35,19 @@ def test_verdicts_are_those_of_the_points_that_the_function_returns(model, data)
     assert len(record["code"]) == 32
 
 
+def test_samples_that_another_evaluation_broke_stay_broken(model, data):
+    def stay(model, x, y, threat, *, seed):
+        return x
+
+    earlier = evaluate(model, data, [LINF], steps=5, keep_points=True)
+    broken = ~earlier.threats[str(LINF)].robust
+    assert bool(broken.any())
+    assert not bool(broken.all())
+    for reuse in ({"pool": [earlier]}, {"after": earlier}):
+        again = evaluate(model, data, [LINF], attack=stay, **reuse)
+        assert torch.equal(again.threats[str(LINF)].robust, ~broken)
+
+
 def test_it_receives_the_correct_samples_and_the_seed(model, data):
     calls = []
 

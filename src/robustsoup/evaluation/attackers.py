@@ -195,6 +195,11 @@ class FunctionAttacker:
                 f'attack "{self.name}": a point lies {excess:.2g} outside the ball or the box of '
                 f"{threat}; project the points"
             )
+        waiting = (
+            outcome.settled[chunk] == 0
+        )  # the pool or an earlier evaluation settled the others
+        chunk = chunk[waiting]
+        points, x = points[waiting.to(points.device)], x[waiting.to(x.device)]
         outcome.record_points(chunk, points, x, threat)
 
         def fetch_points(samples: Tensor) -> Tensor:

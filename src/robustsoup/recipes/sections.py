@@ -531,9 +531,10 @@ class Evaluate(Section):
     def _check_together(self) -> "Evaluate":
         if self.screens and all(threat.is_clean for threat in self.threats):
             raise ValueError("screen: there is no attack to shorten; set threats")
-        if self.screens and self["attack"] == "autoattack":
+        if self.screens and self["attack"] not in ("apgd", "pgd"):
             raise ValueError(
-                'screen: screening uses a short apgd; it does not go with attack = "autoattack"'
+                'screen: requires attack "apgd" or "pgd", which can be shortened; '
+                f'got "{self["attack"]}"'
             )
         return self
 
@@ -555,13 +556,6 @@ class Evaluate(Section):
             AttackSettings,
             seed=self.seed_or(seed),
             precision=precision if table_precision == "auto" else table_precision,
-        )
-
-    def short_attack_settings(self, *, seed: int, precision: str) -> AttackSettings:
-        """Return the short attack of screening, which runs in `precision`."""
-        full = self.attack_settings(seed=seed, precision=precision)
-        return dataclasses.replace(
-            full, steps=self["screen_steps"], restarts=1, precision=precision
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import assert_never
 
 from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, Registry, import_by_name
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from robustsoup.runs.tasks import (
 )
 from robustsoup.settings import BufferSettings, EarlyStop, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
-from robustsoup.soups.screening import Contender, EvaluationRequest, Screening
+from robustsoup.soups.screening import Contender, EvaluationRequest, Screening, short_attack
 from robustsoup.soups.selection import Goal
 from robustsoup.training.objectives import Objective
 
@@ -51,12 +52,14 @@ def fingerprint_functions(task: Task) -> list[str | None]:
                 _fingerprint_named(BUFFER_POLICIES, task.mixing.policy),
                 _fingerprint_named(ATTACKS, str(task.evaluation.attack.attack)),
             ]
-        case _:
+        case TakeSnapshot() | MapPlane():
             return []
+        case _:
+            assert_never(task)
 
 
 def _fingerprint_named(registry: Registry, name: str) -> str | None:
-    if name in list(registry):
+    if name in registry:
         return None
     entry = registry.find(name)
     target = name if entry is None else entry.target
@@ -313,7 +316,8 @@ class Planner:
         evaluate, name = self.recipe.evaluate, request.candidate
         settings = self.selecting_settings()
         if request.mode == "short":
-            attack = evaluate.short_attack_settings(seed=self.recipe.seed, precision=self.precision)
+            full = evaluate.attack_settings(seed=self.recipe.seed, precision=self.precision)
+            attack = short_attack(full, evaluate["screen_steps"], precision=self.precision)
             settings = dataclasses.replace(settings, attack=attack)
         in_pool = request.keep_points
         task = EvaluateNetwork(

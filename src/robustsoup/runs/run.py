@@ -137,7 +137,8 @@ def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakag
     splits = {recipe.evaluate.report_on} | ({recipe.select_on} if selects else set())
     return worst_leakage(
         check_leakage(files, data.split(name), allow=recipe.allow_leakage)
-        for name in sorted(splits, reverse=True)
+        for name in ("val", "test")
+        if name in splits
     )
 
 

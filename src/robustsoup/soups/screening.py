@@ -230,17 +230,21 @@ def run_screening(
     return screening.final_evaluations(results)
 
 
-def short_attack(settings: AttackSettings, screen_steps: int) -> AttackSettings:
+def short_attack(
+    settings: AttackSettings, screen_steps: int, *, precision: str = "auto"
+) -> AttackSettings:
     """Return the brief attack of a screening.
 
     Args:
         settings: The attack of the full protocol.
         screen_steps: Steps of the brief attack.
+        precision: Arithmetic of the search; "auto" is bfloat16 where the device supports it
+            natively.
 
     Returns:
-        The same attack with one restart, in bfloat16 where the device supports it natively.
+        The same attack with one restart.
     """
-    return replace(settings, steps=screen_steps, restarts=1, precision="auto")
+    return replace(settings, steps=screen_steps, restarts=1, precision=precision)
 
 
 def mark_screened(evaluation: Evaluation) -> Evaluation:

@@ -118,7 +118,7 @@ def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None
     if settings.screen and not attack.is_queued:
         raise RequestError(
             'search: screen requires attack "apgd" or "pgd", which can be shortened; '
-            'got "autoattack"'
+            f'got "{attack.attack}"'
         )
     if settings.screen and settings.method == "greedy":
         raise RequestError(

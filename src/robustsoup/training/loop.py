@@ -123,16 +123,17 @@ def _check_state(run: StepwiseRun, x: Tensor) -> None:
         raise _diverged(run, loss, layer or _first_non_finite_module(run, x))
 
 
-def _diverged(run: StepwiseRun, loss: float, layer: str) -> Diverged:
+def _diverged(run: StepwiseRun, loss: float, layer: str | None) -> Diverged:
+    where = f"first in layer {layer}" if layer else "though the output of every layer is finite"
     return Diverged(
-        f"{run.verb}: the loss became {loss} at step {run.step}, first in layer {layer}; "
+        f"{run.verb}: the loss became {loss} at step {run.step}, {where}; "
         "the last saved state is kept; try a smaller lr"
     )
 
 
 @torch.no_grad()
-def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str:
-    """Return the name of the first module whose output holds NaN or infinity."""
+def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str | None:
+    """Return the name of the first module whose output holds NaN or infinity, or None."""
     broken: list[str] = []
 
     def record_if_broken(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
@@ -145,7 +146,7 @@ def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str:
             module.register_forward_hook(partial(record_if_broken, name))
     with autocast(x.device, run.precision):
         probe(x)
-    return broken[0] if broken else "the loss itself"
+    return broken[0] if broken else None
 
 
 def _progress_figures(run: StepwiseRun) -> str:
