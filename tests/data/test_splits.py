@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -13,7 +14,13 @@ from robustsoup.data import (
     load_data,
     to_float,
 )
-from robustsoup.data.splits import Samples, channel_statistics, content_digest
+from robustsoup.data.splits import (
+    DataDescription,
+    Samples,
+    assemble,
+    channel_statistics,
+    content_digest,
+)
 from robustsoup.errors import DataError
 from robustsoup.seeding import keyed_generator
 
@@ -123,3 +130,81 @@ def test_statistics_and_digest_are_those_of_everything_at_once():
     mean, std = channel_statistics(images)
     assert mean == pytest.approx(values.mean(1).tolist(), abs=1e-6)
     assert std == pytest.approx(values.std(1, correction=0).tolist(), abs=1e-6)
+
+
+# the checks of assemble
+
+
+def consecutive_samples(n, first=0):
+    """Return n black 1x4x4 images of classes 0 and 1 with ids from `first`."""
+    images = torch.zeros(n, 1, 4, 4, dtype=torch.uint8)
+    return Samples(images, torch.arange(n) % 2, torch.arange(first, first + n))
+
+
+def assemble_parts(**changed):
+    """Assemble 8 train, 4 val and 4 test samples of two classes, except for `changed`."""
+    parts = {
+        "train": consecutive_samples(8),
+        "val": consecutive_samples(4, 8),
+        "test": consecutive_samples(4, 12),
+    }
+    description = DataDescription("own", "0" * 64, ("a", "b"), (0.5,), (0.5,))
+    return assemble(description, **{**parts, **changed}, seed=0)
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        (
+            "images",
+            lambda images: images / 255,
+            r"images: got float32 \(4, 1, 4, 4\), expected a tensor, uint8 \(n, c, h, w\)$",
+        ),
+        ("images", lambda images: images[:, 0], r"images: got uint8 \(4, 4, 4\), expected a"),
+        ("images", lambda images: images.numpy(), r"images: got numpy.ndarray, expected a tensor"),
+        (
+            "images",
+            lambda images: images.permute(0, 2, 3, 1),
+            r"images: got shape \(4, 4, 4, 1\), expected \(n, c, h, w\) with 1 or 3 channels",
+        ),
+        ("labels", lambda labels: labels + 1, "labels: got 1 to 2, expected 0 to 1"),
+        ("labels", lambda labels: labels - 1, "labels: got -1 to 0, expected 0 to 1"),
+        (
+            "labels",
+            lambda labels: labels.float(),
+            r"labels: got float32 \(4,\), expected a tensor, int64 \(n,\)$",
+        ),
+        ("labels", lambda labels: labels[:, None], r"labels: got int64 \(4, 1\), expected a"),
+        ("labels", lambda labels: labels.tolist(), "labels: got builtins.list, expected a"),
+        ("labels", lambda labels: labels[:3], "got 4 images, 3 labels and 4 ids, expected as many"),
+        ("ids", lambda ids: ids.int(), r"ids: got int32 \(4,\), expected a tensor, int64"),
+        ("ids", lambda ids: ids // 2, "ids: got an id twice, expected a different id for each"),
+    ],
+)
+def test_assemble_rejects_wrong_tensors(name, field, change, message):
+    part = consecutive_samples(4, 100)
+    wrong = replace(part, **{field: change(getattr(part, field))})
+    with pytest.raises(DataError, match=f"^own {name}: {message}"):
+        assemble_parts(**{name: wrong})
+
+
+def test_assemble_requires_images_of_one_shape():
+    part = consecutive_samples(4, 8)
+    larger = replace(part, images=torch.zeros(4, 1, 5, 5, dtype=torch.uint8))
+    expected = r"^own val: images: got shape \(4, 1, 5, 5\), expected \(n, 1, 4, 4\) as in train$"
+    with pytest.raises(DataError, match=expected):
+        assemble_parts(val=larger)
+
+
+def test_assemble_rejects_samples_in_two_splits():
+    with pytest.raises(DataError, match=r"^own val: ids: got 2 ids that train has too, "):
+        assemble_parts(val=consecutive_samples(4, 6))
+    part = consecutive_samples(4, 100)
+    for name in ("train", "val"):
+        with pytest.raises(DataError, match=f"^own test: images: got the images of {name}, expect"):
+            assemble_parts(**{name: part, "test": part})
+
+
+def test_a_test_split_may_have_its_own_ids():
+    assert assemble_parts(test=consecutive_samples(4)).test.ids.tolist() == [0, 1, 2, 3]

@@ -304,7 +304,16 @@ def assemble(
         val: The validation samples.
         test: The test samples.
         seed: The seed that decided which samples are in val.
+
+    Raises:
+        DataError: A tensor has the wrong type or shape, a label is not a class, an id repeats
+            within train and val or within test, or the splits share samples.
     """
+    parts: dict[SplitName, Samples] = {"train": train, "val": val, "test": test}
+    for name, part in parts.items():
+        _check_tensors(f"{description.name} {name}", part, len(description.classes))
+        _check_image_shape(f"{description.name} {name}", part, train)
+    _check_held_out(description.name, train, val, test)
     digest = hashlib.sha256(tensor_bytes(train.ids))
     digest.update(b"val")
     digest.update(tensor_bytes(val.ids))
@@ -333,3 +342,67 @@ def assemble(
         build_split("test", test),
         record,
     )
+
+
+def _check_tensors(place: str, part: Samples, classes: int) -> None:
+    """Check types, shapes, labels and ids, but read no image, because images may be mapped."""
+    images, labels, ids = part.images, part.labels, part.ids
+    _check_tensor(f"{place}: images", images, torch.uint8, "(n, c, h, w)")
+    _check_tensor(f"{place}: labels", labels, torch.int64, "(n,)")
+    _check_tensor(f"{place}: ids", ids, torch.int64, "(n,)")
+    if images.shape[1] not in (1, 3):
+        raise DataError(
+            f"{place}: images: got shape {tuple(images.shape)}, expected (n, c, h, w) with 1 or 3 "
+            "channels c; move the channels to the second dimension"
+        )
+    if not len(images) == len(labels) == len(ids):
+        raise DataError(
+            f"{place}: got {len(images)} images, {len(labels)} labels and {len(ids)} ids, "
+            "expected as many of each"
+        )
+    if ((labels < 0) | (labels >= classes)).any():
+        raise DataError(
+            f"{place}: labels: got {int(labels.min())} to {int(labels.max())}, expected 0 to "
+            f"{classes - 1}, one number for each of the {classes} classes"
+        )
+    if len(ids.unique()) < len(ids):
+        raise DataError(f"{place}: ids: got an id twice, expected a different id for each sample")
+
+
+def _check_tensor(place: str, value: object, dtype: torch.dtype, shape: str) -> None:
+    """Check that `value` is a tensor of `dtype` with the dimensions of `shape`, such as "(n,)"."""
+    expected = f"expected a tensor, {str(dtype).removeprefix('torch.')} {shape}"
+    if not isinstance(value, torch.Tensor):
+        kind = type(value)
+        raise DataError(f"{place}: got {kind.__module__}.{kind.__qualname__}, {expected}")
+    if value.dtype != dtype or value.ndim != len(shape.strip("(,)").split(", ")):
+        got = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        raise DataError(f"{place}: got {got}, {expected}")
+
+
+def _check_image_shape(place: str, part: Samples, train: Samples) -> None:
+    if part.images.shape[1:] != train.images.shape[1:]:
+        raise DataError(
+            f"{place}: images: got shape {tuple(part.images.shape)}, expected (n, "
+            f"{', '.join(map(str, train.images.shape[1:]))}) as in train"
+        )
+
+
+def _check_held_out(source: str, train: Samples, val: Samples, test: Samples) -> None:
+    """Check that val and test share no samples with the splits before them.
+
+    The ids of test may have their own numbering, so equal ids prove nothing there; images that
+    start at the same place in memory do.
+    """
+    shared = torch.isin(val.ids, train.ids)
+    if shared.any():
+        raise DataError(
+            f"{source} val: ids: got {int(shared.sum())} ids that train has too, expected none; "
+            "hold val out of train"
+        )
+    for name, part in (("train", train), ("val", val)):
+        if len(part) and len(test) and part.images.data_ptr() == test.images.data_ptr():
+            raise DataError(
+                f"{source} test: images: got the images of {name}, expected others; "
+                f"hold test out of {name}"
+            )
