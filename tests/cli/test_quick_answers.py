@@ -68,7 +68,11 @@ def test_versions_import_nothing_slow():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("bake", "robustsoup: No such command 'bake'; see robustsoup --help\n"),
+        ("bake", 'robustsoup: no command "bake"; see robustsoup --help\n'),
+        (
+            "evalute",
+            'robustsoup: no command "evalute"; did you mean "evaluate"? See robustsoup --help\n',
+        ),
         ("evaluate --stepz 3", "robustsoup: No such option: --stepz"),
         ("learn x.safetensors", "robustsoup: Missing option '--data'"),
     ],

@@ -6,7 +6,9 @@ PyTorch and other slow libraries inside their bodies, so that help, usage errors
 completion are quick.
 """
 
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -102,8 +104,18 @@ def run_command_line(arguments: Sequence[str]) -> int:
 def _describe_usage_error(error: Exception, arguments: Sequence[str]) -> str:
     """Return the usage error, the value of the wrong option, and a pointer to the help."""
     text = error.format_message().rstrip(".") if hasattr(error, "format_message") else str(error)
+    unknown = re.match("No such command '(.*?)'", text)
+    if unknown:
+        return _describe_unknown_command(unknown[1])
     for option in getattr(getattr(error, "param", None), "opts", ()):
         if option in arguments[:-1]:
             text += f", got {arguments[arguments.index(option) + 1]}"
     command = getattr(getattr(error, "ctx", None), "command_path", "robustsoup")
     return f"{text}; see {command} --help"
+
+
+def _describe_unknown_command(name: str) -> str:
+    nearest = get_close_matches(name, COMMANDS, n=1)
+    if nearest:
+        return f'no command "{name}"; did you mean "{nearest[0]}"? See robustsoup --help'
+    return f'no command "{name}"; see robustsoup --help'

@@ -163,7 +163,7 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
         print_line(f"extra {name}: {packages if extra['installed'] else extra['install']}")
     cpu = diagnosis["cpu"]
     print_line(
-        f"cpu: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['attack_lanes']} attack lanes, "
+        f"cpu: cores {cpu['cores']}, threads {cpu['threads']}, attack lanes {cpu['attack_lanes']}, "
         f"kernels {cpu['kernels']}, {_describe_bfloat16(cpu)}"
     )
     for number, gpu in enumerate(diagnosis["gpus"]):
