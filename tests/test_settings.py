@@ -84,6 +84,7 @@ def test_text_is_parsed_once_and_recorded_as_text():
 
 def test_one_requirement_may_be_given_as_text_and_numpy_numbers_are_numbers():
     assert SearchSettings(require="clean>=0.8").require == ("clean>=0.8",)
+    assert SearchSettings(maximise=ThreatModel("L2", 0.5)).maximise == "L2 0.5"
     settings = TrainSettings(epochs=np.int64(3), lr=np.float64(0.5))
     assert (settings.epochs, settings.lr) == (3, 0.5)
 

@@ -475,6 +475,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        for name in ("score", "maximise"):  # a threat model or a score becomes its text
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
         require = self.require
         object.__setattr__(
             self, "require", (require,) if isinstance(require, str) else tuple(require)
