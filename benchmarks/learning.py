@@ -128,7 +128,7 @@ def main() -> None:
     """Take steps in turn, print medians and ratios."""
     options = parse_arguments(__doc__, ingredients=72, width=64, batch=128, rounds=5, steps=3)
     if options.small:
-        options.ingredients, options.width, options.batch, options.rounds = 4, 4, 16, 1
+        options.ingredients, options.width, options.batch, options.rounds = 4, 8, 16, 1
     n, batch, steps = options.ingredients, options.batch, options.steps
     model = f"resnet18:width={options.width}"
     data = make_data(batch * (steps + 1))
