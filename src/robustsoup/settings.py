@@ -22,6 +22,8 @@ from robustsoup.threats import ThreatModel
 PRECISIONS = ("auto", "float32", "bfloat16")
 SEED_LIMIT = 2**63
 LINF_8 = ThreatModel("Linf", 8 / 255)
+QUEUED_ATTACKS = ("apgd", "pgd")
+"""The attacks that the queue of `robustsoup.attacks.engine` runs; screening can shorten them."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, ThreatModel):
         return str(value)
-    if dataclasses.is_dataclass(value) and hasattr(value, "__post_init__") and _is_settings(value):
+    if dataclasses.is_dataclass(value) and _is_settings(value):
         return to_record(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -420,7 +422,7 @@ class AttackSettings:
     @property
     def is_queued(self) -> bool:
         """Whether the queue of `robustsoup.attacks.engine` runs the attack: apgd and pgd."""
-        return self.attack in ("apgd", "pgd")
+        return self.attack in QUEUED_ATTACKS
 
     @property
     def loss_name(self) -> str:

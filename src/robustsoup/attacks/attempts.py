@@ -236,7 +236,7 @@ def run_attack(
         RequestError, DataError, ModelError: Before any work, if the settings, the images or the
             network do not fit.
     """
-    if settings.attack not in ("apgd", "pgd"):
+    if not settings.is_queued:
         raise RequestError(f'attack: got "{settings.attack}", expected apgd or pgd')
     if ids is not None and len(ids) != len(x):
         raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")

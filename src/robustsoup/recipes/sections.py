@@ -29,6 +29,7 @@ from robustsoup.evaluation.verdicts import parse_measure
 from robustsoup.settings import (
     LINF_8,
     PRETRAIN_DEFAULTS,
+    QUEUED_ATTACKS,
     AttackSettings,
     BufferSettings,
     DialSettings,
@@ -531,7 +532,7 @@ class Evaluate(Section):
     def _check_together(self) -> "Evaluate":
         if self.screens and all(threat.is_clean for threat in self.threats):
             raise ValueError("screen: there is no attack to shorten; set threats")
-        if self.screens and self["attack"] not in ("apgd", "pgd"):
+        if self.screens and self["attack"] not in QUEUED_ATTACKS:
             raise ValueError(
                 'screen: requires attack "apgd" or "pgd", which can be shortened; '
                 f'got "{self["attack"]}"'
