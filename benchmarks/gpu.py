@@ -89,7 +89,10 @@ def run_tests(plan: Plan) -> Section:
     """Run tests/test_gpu.py in a separate process."""
     if importlib.util.find_spec("pytest") is None:
         return {"left_out": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "--tb=short"]
+    # Warnings of other versions of the libraries are not faults of the device.
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "--tb=short", "-W", "default"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "8"]
     if importlib.util.find_spec("hypothesis") is None:
         command.append("--noconftest")
     done = subprocess.run(
@@ -241,7 +244,10 @@ def time_steps(plan: Plan) -> Section:
     section: Section = {"network": plan.step_model, "batch": plan.batch, "attack_steps": 2}
     with tempfile.TemporaryDirectory() as folder:
         paths = make_near_copies(Path(folder), 3, plan.step_model, channels=record["channels"])
+        network = freeze(plan.load_network(plan.step_model))
+        batch = split_labelled_by(network, data.first(plan.batch), plan.device)
         for precision in ("float32", "bfloat16"):
+            pass_seconds = plan.batch * time_pass(plan, network, batch, precision)
             train_clock, learn_clock = StepClock(plan), StepClock(plan)
             rs.train(
                 paths[0], data, lr=0.01, precision=precision, on_progress=train_clock, **common
@@ -255,6 +261,8 @@ def time_steps(plan: Plan) -> Section:
                 **common,
             )
             section[precision] = {
+                "pass_seconds": pass_seconds,
+                "training_over_three_passes": train_clock.seconds / (3 * pass_seconds),
                 "training_step_seconds": train_clock.seconds,
                 "learning_step_seconds": learn_clock.seconds,
                 "learning_over_training": learn_clock.seconds / train_clock.seconds,
@@ -298,10 +306,11 @@ SECTIONS: dict[str, Callable[[Plan], Section]] = {
 }
 
 
-def run_sections(plan: Plan, out: Path) -> dict[str, Section]:
-    """Run every section, writing the results after each one."""
+def run_sections(plan: Plan, names: list[str], out: Path) -> dict[str, Section]:
+    """Run the sections, writing the results after each one."""
     results: dict[str, Section] = {"machine": describe(plan)}
-    for name, section in SECTIONS.items():
+    for name in names:
+        section = SECTIONS[name]
         started = time.perf_counter()
         print(f"{name} ...", flush=True)
         try:
@@ -362,6 +371,8 @@ def render_table(results: dict[str, Section]) -> str:
             lines.append(
                 f"| {what}, {steps['network']}, batch {steps['batch']} | {' | '.join(cells)} |"
             )
+        cells = [f"{steps[p]['training_over_three_passes']:.2f} x" for p in ("float32", "bfloat16")]
+        lines.append(f"| - training relative to three passes | {' | '.join(cells)} |")
     section = results.get("pretraining", {})
     if "seconds_per_epoch" in section:
         lines += [
@@ -388,6 +399,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="digits and tiny networks")
     parser.add_argument("-o", "--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; to try the script: --device cpu --small")
@@ -396,7 +408,7 @@ def main() -> int:
         plan = Plan.small(device, rs.load_data("digits"))
     else:
         plan = Plan.full(device, rs.load_data("cifar10", root=options.data))
-    results = run_sections(plan, options.out)
+    results = run_sections(plan, options.only, options.out)
     print(render_table(results))
     failed = [n for n, s in results.items() if "error" in s or s.get("passed") is False]
     if failed:

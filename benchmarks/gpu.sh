@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all GPU tests and benchmarks of a new machine in one command, meant to take under six minutes.
 #
-#   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small]
+#   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small] [--only SECTION ...]
 #
 # FOLDER holds cifar-10-batches-py. Requires a Python with PyTorch, numpy and safetensors; uses
 # pytest and pyautoattack if they are installed, and names what was left out. Installs and downloads
