@@ -1,6 +1,7 @@
 """Atomic writes: complete or absent, with the permissions of any new file."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from robustsoup.files import (
     atomic_path,
     cache_folder,
     link_file,
+    open_regular,
+    read_regular,
     remove_file,
     write_text,
     write_torch,
@@ -169,3 +172,52 @@ def test_the_cache_folder_follows_xdg(monkeypatch, tmp_path):
     assert cache_folder() == Path.home() / ".cache" / "robustsoup"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache_folder() == Path.home() / "Library" / "Caches" / "robustsoup"
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    return path
+
+
+IRREGULAR = {
+    "a folder": lambda path: path.parent,
+    "a FIFO": make_fifo,
+    "a socket": make_socket,
+    "a device": lambda path: Path("/dev/zero"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices are files on POSIX systems")
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "linked"])
+def test_only_regular_files_are_read(tmp_path, monkeypatch, kind, linked):
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    path = IRREGULAR[kind](Path("irregular"))
+    if linked:
+        Path("link").symlink_to(path)
+        path = Path("link")
+    for read in (open_regular, lambda path: read_regular(path, 10)):
+        with pytest.raises(OSError, match=f"got {kind}, expected a regular file"):
+            read(path)
+
+
+def test_a_regular_file_is_read_up_to_the_limit(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 10)
+    assert read_regular(path, 10) == b"x" * 10
+    with pytest.raises(OSError, match="larger than 9 bytes, the most that is read"):
+        read_regular(path, 9)
+    with open_regular(path) as file:
+        assert file.read() == b"x" * 10
+
+
+@pytest.mark.parametrize("name", ["missing", "nul\0"])
+def test_a_file_that_cannot_exist_is_an_error_of_the_system(tmp_path, name):
+    with pytest.raises(OSError, match=r"No such file|null"):
+        read_regular(tmp_path / name, 10)

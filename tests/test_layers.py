@@ -23,6 +23,7 @@ ROOMS = (
         "device",
         "fingerprint",
         "files",
+        "documents",
         "threats",
         "progress",
         "settings",

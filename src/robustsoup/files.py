@@ -1,12 +1,15 @@
-"""Atomic file writes, and the location of the user's cache folder."""
+"""Atomic file writes, bounded reads, and the location of the user's cache folder."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -76,6 +79,71 @@ def write_torch(target: str | os.PathLike[str], content: object) -> None:
             torch.save(content, temporary)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[0]) from error
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading, without waiting.
+
+    A FIFO, a device or a socket is refused before it is opened: opening one can wait for ever, and
+    reading one may never end.
+
+    Args:
+        path: The file; symbolic links are followed.
+
+    Returns:
+        The file, opened in binary mode.
+
+    Raises:
+        OSError: The file is missing, unreadable, or not a regular file; `strerror` is the reason.
+    """
+    try:
+        _require_regular(Path(path).stat().st_mode, path)
+    except ValueError as error:  # a null character, which no file name has
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    # The flag keeps the call from waiting if a FIFO took the file's place in between.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    try:
+        _require_regular(os.fstat(descriptor).st_mode, path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a whole regular file of at most `limit` bytes.
+
+    Args:
+        path: The file.
+        limit: Largest size in bytes; no more is ever read, whatever size the file claims to have.
+
+    Raises:
+        OSError: The file is missing, unreadable, not a regular file, or larger than `limit`;
+            `strerror` is the reason.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        reason = f"the file is larger than {limit:,} bytes, the most that is read"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return content
+
+
+_BINARY: int = getattr(os, "O_BINARY", 0)
+_FILE_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def _require_regular(mode: int, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((kind for test, kind in _FILE_KINDS if test(mode)), "something else")
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, f"got {kind}, expected a regular file", str(path))
 
 
 def link_file(source: Path, target: Path) -> None:
