@@ -1,9 +1,9 @@
 """Test and time robustsoup on one device; started by gpu.sh, which says what it needs.
 
-Sections are independent: a failure is recorded in its section, and the next section starts. The
-attacked networks have fresh weights, since the time of a pass does not depend on them, and their
-own predictions serve as labels. Times of steps are means between two synchronisations of the
-device.
+Sections are independent: a failure is recorded in its section, and the next section starts. Fresh
+networks are attacked at a radius so small that no image breaks, with their own predictions as
+labels, so that every image takes all steps; the pre-trained network is attacked at 8/255. Times of
+steps are means between two synchronisations of the device.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from common import LINF, freeze, make_near_copies
 from torch import nn
 
 import robustsoup as rs
-from robustsoup.attacks.forward import input_gradient
+from robustsoup.attacks.forward import frozen_eval, input_gradient
 from robustsoup.attacks.losses import ce
 from robustsoup.data import Data, Split, to_float
 
@@ -36,15 +36,31 @@ ROOT = Path(__file__).parent.parent
 Section = dict[str, Any]
 
 
+TINY = rs.ThreatModel("Linf", 1e-6)
+"""A radius at which no prediction of a fresh network changes."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Sizes, device and data of the run."""
+    """Sizes, device and data of the run.
+
+    Attributes:
+        device: Device to test and time.
+        data: Data set.
+        attacked: Images and steps of the attack on each fresh network.
+        attacked_pretrained: Images and steps of the attack on the pre-trained network.
+        step_models: Networks whose training and learning steps are timed.
+        batch: Images in a training step.
+        steps: Training steps.
+        pretrain_model: Network to pre-train.
+        pretrain_epochs: Epochs of pre-training.
+    """
 
     device: torch.device
     data: Data
-    attacked: dict[str, int]
-    attack_steps: int
-    step_model: str
+    attacked: dict[str, tuple[int, int]]
+    attacked_pretrained: tuple[int, int]
+    step_models: tuple[str, ...]
     batch: int
     steps: int
     pretrain_model: str
@@ -52,16 +68,18 @@ class Plan:
 
     @classmethod
     def full(cls, device: torch.device, data: Data) -> "Plan":
-        """Return the sizes for a GPU, meant to take five minutes on an H100 (not measured)."""
-        attacked = {"resnet18": 1024, "wide_resnet": 256}
-        return cls(device, data, attacked, 100, "resnet18", 128, 40, "resnet9", 3)
+        """Return the sizes for a GPU."""
+        attacked = {"resnet18": (1000, 50), "wide_resnet": (500, 10)}
+        models = ("resnet9", "resnet18")
+        return cls(device, data, attacked, (5000, 100), models, 128, 80, "resnet9", 3)
 
     @classmethod
     def small(cls, device: torch.device, data: Data) -> "Plan":
         """Return small sizes, to try the script on a CPU in seconds."""
         # Training with 4 channels corrupts memory in oneDNN's AVX2 kernels (PyTorch 2.13).
-        attacked = {"resnet18:width=8": 48, "wide_resnet:depth=10,width=1": 48}
-        return cls(device, data, attacked, 5, "resnet18:width=8", 32, 5, "resnet9:width=4", 1)
+        attacked = {"resnet18:width=8": (48, 5), "wide_resnet:depth=10,width=1": (48, 5)}
+        models = ("resnet18:width=8",)
+        return cls(device, data, attacked, (48, 5), models, 32, 5, "resnet9:width=4", 1)
 
     def load_network(self, model: str) -> nn.Module:
         """Return a network with fresh weights for the data, on the device."""
@@ -133,68 +151,89 @@ def time_pass(plan: Plan, network: nn.Module, split: Split, precision: str) -> f
         def take_pass(x: torch.Tensor = x, y: torch.Tensor = y) -> None:
             input_gradient(network, x, y, ce, precision)
 
-        take_pass()
-        best = min(best, statistics.median(plan.seconds_of(take_pass) for _ in range(5)) / batch)
+        with frozen_eval(network):
+            take_pass()
+            seconds = statistics.median(plan.seconds_of(take_pass) for _ in range(5))
+        best = min(best, seconds / batch)
     return best
 
 
 def time_attack(plan: Plan) -> Section:
-    """Time APGD on each network against its limit and against pyautoattack."""
+    """Time APGD on fresh networks and a pre-trained one: the limit, ours and pyautoattack's."""
     rows = []
-    for model, count in plan.attacked.items():
+    for model, (count, steps) in plan.attacked.items():
         network = freeze(plan.load_network(model))
         split = split_labelled_by(network, plan.data.test.first(count), plan.device)
-        row: Section = {"network": model, "images": count, "steps": plan.attack_steps}
-        for precision in ("float32", "bfloat16"):
-            row[precision] = time_evaluation(plan, network, split, precision)
-        with contextlib.suppress(ImportError):
-            row["pyautoattack"] = time_pyautoattack(plan, network, split)
-            row["times_as_fast"] = {
-                precision: row["pyautoattack"]["seconds"] / row[precision]["seconds"]
-                for precision in ("float32", "bfloat16")
-            }
-        rows.append(row)
+        rows.append({"network": model} | time_attacks_on(plan, network, split, TINY, steps))
+    network = freeze(pretrain(plan).network().to(plan.device, memory_format=torch.channels_last))
+    count, steps = plan.attacked_pretrained
+    split = plan.data.test.first(min(count, len(plan.data.test)))
+    name = f"{plan.pretrain_model}, pre-trained"
+    rows.append({"network": name} | time_attacks_on(plan, network, split, LINF, steps))
     return {"rows": rows}
 
 
-def time_evaluation(plan: Plan, network: nn.Module, split: Split, precision: str) -> Section:
+def time_attacks_on(
+    plan: Plan, network: nn.Module, split: Split, threat: rs.ThreatModel, steps: int
+) -> Section:
+    """Time the limit, our evaluation and pyautoattack's attack on one network."""
+    row: Section = {"images": len(split), "steps": steps}
+    for precision in ("float32", "bfloat16"):
+        row[precision] = time_evaluation(
+            plan, network, split, threat, steps=steps, precision=precision
+        )
+    with contextlib.suppress(ImportError):
+        row["pyautoattack"] = time_pyautoattack(plan, network, split, threat, steps)
+        row["times_as_fast"] = {
+            precision: row["pyautoattack"]["seconds"] / row[precision]["seconds"]
+            for precision in ("float32", "bfloat16")
+        }
+    return row
+
+
+def time_evaluation(
+    plan: Plan,
+    network: nn.Module,
+    split: Split,
+    threat: rs.ThreatModel,
+    *,
+    steps: int,
+    precision: str,
+) -> Section:
     """Time one evaluation, and its unavoidable passes."""
 
     def evaluate(part: Split) -> rs.Evaluation:
         return rs.evaluate(
-            network,
-            part,
-            [LINF],
-            steps=plan.attack_steps,
-            precision=precision,
-            device=str(plan.device),
+            network, part, [threat], steps=steps, precision=precision, device=str(plan.device)
         )
 
-    evaluate(split.first(min(32, len(split))))  # compiles kernels and captures graphs
+    evaluate(split.first(min(32, len(split))))  # libraries load and choose kernels
     results: list[rs.Evaluation] = []
     seconds = plan.seconds_of(lambda: results.append(evaluate(split)))
-    verdicts = results[0].threats[str(LINF)]
-    passes = int((verdicts.step[verdicts.by > 0] + 1).sum())
-    passes += plan.attack_steps * int(verdicts.robust.sum())
+    verdicts = results[0].threats[str(threat)]
+    passes = int((verdicts.step[verdicts.by > 0] + 1).sum()) + steps * int(verdicts.robust.sum())
     limit = passes * time_pass(plan, network, split, precision)
     return {
         "seconds": seconds,
         "limit_seconds": limit,
         "times_the_limit": seconds / limit if limit else None,
-        "robust": results[0].accuracy[LINF].value,
+        "clean": results[0].accuracy["clean"].value,
+        "robust": results[0].accuracy[threat].value,
         "warnings": results[0].warnings,
     }
 
 
-def time_pyautoattack(plan: Plan, network: nn.Module, split: Split) -> Section:
-    """Time pyautoattack's APGD-CE at the better of two batch sizes."""
+def time_pyautoattack(
+    plan: Plan, network: nn.Module, split: Split, threat: rs.ThreatModel, steps: int
+) -> Section:
+    """Time pyautoattack's APGD-CE at the better of two batch sizes, with PyTorch's TF32 setting."""
     from pyautoattack.autopgd_base import APGDAttack
 
     attack = APGDAttack(
         network,
-        n_iter=plan.attack_steps,
+        n_iter=steps,
         norm="Linf",
-        eps=LINF.eps,
+        eps=threat.eps,
         loss="ce",
         device=plan.device.type,
         seed=0,
@@ -237,14 +276,19 @@ class StepClock:
 
 
 def time_steps(plan: Plan) -> Section:
-    """Time a step of adversarial training and a step of learning a soup of three."""
+    """Time steps of adversarial training and of learning a soup of three."""
+    return {"rows": [time_steps_of(plan, model) for model in plan.step_models]}
+
+
+def time_steps_of(plan: Plan, model: str) -> Section:
+    """Time a step of training one network, and of learning a soup of three copies."""
     data = plan.data.train.first(plan.batch * plan.steps)
     record = plan.data.record
     common = {"threat": LINF, "epochs": 1, "batch_size": plan.batch, "device": str(plan.device)}
-    section: Section = {"network": plan.step_model, "batch": plan.batch, "attack_steps": 2}
+    row: Section = {"network": model, "batch": plan.batch, "attack_steps": 2}
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_near_copies(Path(folder), 3, plan.step_model, channels=record["channels"])
-        network = freeze(plan.load_network(plan.step_model))
+        paths = make_near_copies(Path(folder), 3, model, channels=record["channels"])
+        network = freeze(plan.load_network(model))
         batch = split_labelled_by(network, data.first(plan.batch), plan.device)
         for precision in ("float32", "bfloat16"):
             pass_seconds = plan.batch * time_pass(plan, network, batch, precision)
@@ -260,32 +304,32 @@ def time_steps(plan: Plan) -> Section:
                 on_progress=learn_clock,
                 **common,
             )
-            section[precision] = {
+            row[precision] = {
                 "pass_seconds": pass_seconds,
                 "training_over_three_passes": train_clock.seconds / (3 * pass_seconds),
                 "training_step_seconds": train_clock.seconds,
                 "learning_step_seconds": learn_clock.seconds,
                 "learning_over_training": learn_clock.seconds / train_clock.seconds,
             }
-    return section
+    return row
 
 
-def pretrain(plan: Plan) -> Section:
-    """Pre-train a ResNet-9 for a few epochs, and evaluate it."""
-    network = plan.load_network(plan.pretrain_model)
-    results: list[rs.Checkpoint] = []
-    seconds = plan.seconds_of(
-        lambda: results.append(
-            rs.train(
-                network,
-                plan.data.train,
-                threat=LINF,
-                epochs=plan.pretrain_epochs,
-                lr=0.1,
-                device=str(plan.device),
-            )
-        )
+def pretrain(plan: Plan) -> rs.Checkpoint:
+    """Pre-train the network of the plan for a few epochs."""
+    return rs.train(
+        plan.load_network(plan.pretrain_model),
+        plan.data.train,
+        threat=LINF,
+        epochs=plan.pretrain_epochs,
+        lr=0.1,
+        device=str(plan.device),
     )
+
+
+def time_pretraining(plan: Plan) -> Section:
+    """Time an epoch of pre-training, and evaluate the network."""
+    results: list[rs.Checkpoint] = []
+    seconds = plan.seconds_of(lambda: results.append(pretrain(plan)))
     test = plan.data.test.first(min(1000, len(plan.data.test)))
     accuracy = rs.evaluate(results[0], test, [LINF], steps=20, device=str(plan.device)).accuracy
     return {
@@ -302,7 +346,7 @@ SECTIONS: dict[str, Callable[[Plan], Section]] = {
     "tests": run_tests,
     "attack": time_attack,
     "steps": time_steps,
-    "pretraining": pretrain,
+    "pretraining": time_pretraining,
 }
 
 
@@ -361,17 +405,15 @@ def render_table(results: dict[str, Section]) -> str:
             cells = [f"{row['times_as_fast'][p]:.2f} x" for p in ("float32", "bfloat16")]
             peer = f"- as fast as pyautoattack (batch {row['pyautoattack']['batch']})"
             lines.append(f"| {peer} | {' | '.join(cells)} |")
-    steps = results.get("steps", {})
-    if "float32" in steps:
+    for row in results.get("steps", {}).get("rows", ()):
+        where = f"{row['network']}, batch {row['batch']}"
         for key, what in (
-            ("training_step_seconds", "step of training"),
-            ("learning_step_seconds", "step of learning, 3 ingredients"),
+            ("training_step_seconds", f"step of training, {where}"),
+            ("learning_step_seconds", f"step of learning, 3 ingredients, {where}"),
         ):
-            cells = [f"{1000 * steps[p][key]:.1f} ms" for p in ("float32", "bfloat16")]
-            lines.append(
-                f"| {what}, {steps['network']}, batch {steps['batch']} | {' | '.join(cells)} |"
-            )
-        cells = [f"{steps[p]['training_over_three_passes']:.2f} x" for p in ("float32", "bfloat16")]
+            cells = [f"{1000 * row[p][key]:.1f} ms" for p in ("float32", "bfloat16")]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+        cells = [f"{row[p]['training_over_three_passes']:.2f} x" for p in ("float32", "bfloat16")]
         lines.append(f"| - training relative to three passes | {' | '.join(cells)} |")
     section = results.get("pretraining", {})
     if "seconds_per_epoch" in section:

@@ -79,7 +79,7 @@ def random_logits(seed, b=9, classes=5):
 
 
 def kl_attack(model, x, y, threat, *, steps, key):
-    return attack_batch(model, x, y, threat, trades(), steps=steps, precision="float32", key=key)
+    return attack_batch(model, (x, y), threat, trades(), steps=steps, precision="float32", key=key)
 
 
 # spellings

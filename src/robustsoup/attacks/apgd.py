@@ -4,7 +4,7 @@
 APGD differ: see their docstrings.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -244,10 +244,16 @@ def highest_loss_points(
     ((eps, steps),) = schedule.stages
     stage = Stage(topk=TRAINING_TOPK)
     state = initial_state(x, y, eps, start, schedule, stage=stage)
-    periods = schedule.check_periods().to(x.device)
+    periods = _periods_on_device(schedule, x.device)
     for _ in range(steps):
         _, value, grad = input_gradient(model, state.x_adv, y, loss, precision, target=target)
         observe(state, value, grad, periods, schedule.norm)
         advance(state, schedule.norm)
     value = loss_without_gradient(model, state.x_adv, y, loss, precision, target=target)
     return torch.where(as_column(value > state.loss_best, x), state.x_adv, state.x_best)
+
+
+@lru_cache(maxsize=16)
+def _periods_on_device(schedule: StepSchedule, device: torch.device) -> Tensor:
+    """Return the schedule's table of checks; cached, as copying it makes the host wait."""
+    return schedule.check_periods().to(device)

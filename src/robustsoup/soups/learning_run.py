@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
@@ -86,6 +87,7 @@ class LearningRun:
         self.slope_counts = torch.zeros(len(self.layers), dtype=torch.float64)
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step, self.t = 0, 0.5
+        self.replayed_attack = ReplayedCall()
         self.loss_sum = torch.zeros((), device=inputs.device)
         self.history: History = []
         self.best: dict[str, Any] | None = None
@@ -136,13 +138,13 @@ class LearningRun:
         threat, objective = self._goal()
         x_adv = attack_batch(
             self.model,
-            x,
-            y,
+            (x, y),
             threat,
             objective,
             steps=s.attack_steps,
             precision=s.precision,
             key=(s.seed, self.step),
+            replayed=self.replayed_attack,
         )
         active = self._draw_active_layers()
         trained = self._require_gradients(active)

@@ -1,12 +1,15 @@
 """The attack and the loss of one adversarial training step, and their means over a split."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks import apgd_train
+from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.attacks.forward import frozen_eval
-from robustsoup.attacks.losses import ce
+from robustsoup.attacks.losses import ce, kl
 from robustsoup.attacks.projections import project
 from robustsoup.data import Split, passes
 from robustsoup.device import autocast
@@ -21,51 +24,52 @@ START_NOISE = 0.001
 
 def attack_batch(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    batch: tuple[Tensor, Tensor],
     threat: ThreatModel,
     objective: Objective,
     *,
     steps: int,
     precision: str,
     key: tuple[str | int, ...],
+    replayed: ReplayedCall | None = None,
 ) -> Tensor:
     """Return the attacked batch that an objective is computed on.
 
     Args:
         model: The network; attacked in eval mode and left as it was.
-        x: (b, c, h, w) in [0, 1].
-        y: (b,) int64.
+        batch: Images x, (b, c, h, w) in [0, 1], and labels y, (b,) int64.
         threat: Threat model; x itself is returned if it is clean.
         objective: Defines the loss that the attack maximises; x is returned if the objective does
             not use an attacked batch.
         steps: APGD steps.
         precision: "float32" or "bfloat16".
         key: Seeds the noise that `attack_compares_with_clean` adds to the start.
+        replayed: Replays the attack on a GPU; the next call may overwrite the returned batch.
 
     Returns:
         (b, c, h, w) in [0, 1].
     """
+    x, y = batch
     if not objective.uses_attacked or threat.is_clean:
         return x
-    start = target = None
+    inputs = {"x": x, "y": y}
     if objective.attack_compares_with_clean:
         with frozen_eval(model), torch.no_grad(), autocast(x.device, precision):
-            target = _at_least_float32(model(x))
+            inputs["target"] = _at_least_float32(model(x))
         noise = torch.randn(x.shape, generator=keyed_generator("beside", *key)).to(x)
         radii = x.new_full((len(x),), threat.eps)
-        start = project(x + START_NOISE * noise, x, radii, threat.norm)
-    return apgd_train(
+        inputs["start"] = project(x + START_NOISE * noise, x, radii, threat.norm)
+    attack = partial(
+        apgd_train,
         model,
-        x,
-        y,
-        threat,
+        threat=threat,
         steps=steps,
         loss=objective.attack_loss,
         precision=precision,
-        start=start,
-        target=target,
     )
+    if replayed is None or objective.attack_loss not in (ce, kl):
+        return attack(**inputs)  # a loss of the user's may depend on more than its arguments
+    return replayed(attack, inputs, model, (threat, steps, objective.attack_loss, precision))
 
 
 def objective_loss(
@@ -169,8 +173,7 @@ def _measure_other_objective(
     for number, (x, y) in enumerate(passes(data)):
         x_adv = attack_batch(
             attacked_model,
-            x,
-            y,
+            (x, y),
             threat,
             objective,
             steps=steps,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.checkpoints.provenance import earlier_data
 from robustsoup.data import Split, Synthetic, batches, mixed_batches
@@ -176,6 +177,7 @@ class TrainingRun:
         self.epochs, self.precision = settings.epochs, settings.precision
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step = 0
+        self.replayed_attack = ReplayedCall()
         self.loss_sum = torch.zeros((), device=self.device)
         self.history: History = []
         self.best_weights: dict[str, Tensor] | None = None
@@ -242,13 +244,13 @@ class TrainingRun:
             group["lr"] = rate
         x_adv = attack_batch(
             self.model,
-            x,
-            y,
+            (x, y),
             s.threat,
             self.objective,
             steps=s.attack_steps,
             precision=s.precision,
             key=(s.seed, self.step),
+            replayed=self.replayed_attack,
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss = objective_loss(self.model, x, x_adv, y, self.objective, precision=s.precision)
