@@ -8,12 +8,11 @@ import shutil
 import stat
 import sys
 from collections.abc import Generator
-from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from robustsoup.archives import seal_archive
 from robustsoup.errors import StorageError
 
 
@@ -70,22 +69,19 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 
 
 def write_torch(target: str | os.PathLike[str], content: object) -> None:
-    """Write `content` to `target` atomically with `torch.save`, and add its digests.
+    """Write `content` to `target` atomically with `torch.save`.
 
     Raises:
         StorageError: If the file cannot be written; this includes torch.save's RuntimeError.
     """
     with atomic_path(target) as temporary:
         try:
-            # Into an open file: torch.save writes the name of a path into the content.
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-            seal_archive(temporary)
+            torch.save(content, temporary)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading, without waiting.
 
     A FIFO, a device or a socket is refused before it is opened: opening one can wait for ever, and

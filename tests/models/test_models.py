@@ -110,7 +110,7 @@ def test_images_become_logits(name, channels, size):
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("resnet9:width=0", "width: got 0, expected an integer of at least 1"),
+        ("resnet9:width=0", "width: got 0, expected an integer from 1 to 65,536"),
         ("resnet18:width=x", "width: got x"),
         ("wide_resnet:width=1.5", "width: got 1.5"),
         ("resnet9:width=8,width=4", "got width twice"),

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 
 from robustsoup.checkpoints.formats import Wrapping, read_checkpoint, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
+from robustsoup.checkpoints.record import check_record
 from robustsoup.errors import ModelError, RequestError
-from robustsoup.models import NetworkSettings, build_network, network_settings_of
+from robustsoup.models import (
+    NetworkSettings,
+    build_network,
+    build_skeleton,
+    is_built_in,
+    network_settings_of,
+)
 from robustsoup.models.network import channel_constants
+from robustsoup.schema import describe_value
 
 NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -35,6 +43,8 @@ class Checkpoint:
         path: The file that was read.
         wrapping: The structure around the state dict in a foreign file.
         source: The file, if the tensors are still in it (see `open`).
+        named_network: The network that this program named (see `with_network`). It comes before the
+            record, which may name built-in networks only: data never names code that runs.
     """
 
     tensors: Mapping[str, Tensor]
@@ -42,6 +52,7 @@ class Checkpoint:
     path: Path | None = None
     wrapping: Wrapping | None = None
     source: MappedFile | None = None
+    named_network: NetworkSettings | None = None
 
     @classmethod
     def load(cls, path: "CheckpointLike") -> "Checkpoint":
@@ -50,8 +61,8 @@ class Checkpoint:
         Common wrappers around the state dict and prefixes of its names are removed.
 
         Raises:
-            CheckpointError: The file is missing, cut short, in a newer format, holds no tensors, or
-                holds NaN or infinity; the error names the file.
+            CheckpointError: The file is missing, cut short, in a newer format, holds no tensors,
+                NaN or infinity, or a record that is malformed; the error names the file.
         """
         return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=False)
 
@@ -67,6 +78,7 @@ class Checkpoint:
     @classmethod
     def _read(cls, path: Path, *, mapped: bool) -> "Checkpoint":
         stored = read_checkpoint(path, mapped=mapped)
+        check_record(stored.record, stored.tensors, path)
         return cls(stored.tensors, stored.record, path, stored.wrapping, stored.source)
 
     @classmethod
@@ -81,8 +93,8 @@ class Checkpoint:
         }
         record = {**(provenance or {}), **_parameter_record(model)}
         if (settings := network_settings_of(model)) is not None:
-            record.setdefault("network", settings.as_record())
-        return cls(tensors, record)
+            record["network"] = settings.as_record()
+        return cls(tensors, record, named_network=settings)
 
     def check_source(self) -> None:
         """Check that mapped tensors can still be read.
@@ -133,11 +145,68 @@ class Checkpoint:
 
     @property
     def network_settings(self) -> NetworkSettings | None:
-        """The recorded settings of the network, or None."""
-        recorded = self.provenance.get("network") or {}
-        if not recorded.get("spec"):
-            return None
-        return NetworkSettings.from_record(recorded, self.name)
+        """The settings of the network: named by this program, else recorded, else None.
+
+        Raises:
+            ModelError: The record names a network that is not built in.
+        """
+        if self.named_network is not None:
+            return self.named_network
+        recorded = self._recorded_network
+        if recorded is not None and not is_built_in(recorded.spec):
+            raise ModelError(
+                f"{self.name}: the file names {describe_value(recorded.spec)} as its network, "
+                "which is not built in, and files never choose code that runs; if you trust this "
+                'network, name it yourself: --model package.module:factory, model = "..." in a '
+                'recipe, or with_network("...") in Python'
+            )
+        return recorded
+
+    @property
+    def _recorded_network(self) -> NetworkSettings | None:
+        """What the record says about the network, whether or not it may be built."""
+        recorded = self.provenance.get("network")
+        return None if recorded is None else NetworkSettings.from_record(recorded)
+
+    def with_network(
+        self,
+        spec: str | None = None,
+        *,
+        classes: int | None = None,
+        channels: int | None = None,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> "Checkpoint":
+        """Name the network of the checkpoint.
+
+        The arguments are those of `load_model`; each that is set overrides the record. A network
+        of your own is named here, or its module is passed: a file cannot do it.
+
+        Raises:
+            ModelError: spec is None, and the record names no network, or one that is not built in.
+        """
+        settings = self._override_network(spec, classes, channels, normalize)
+        named = self.with_provenance(network=settings.as_record())
+        return replace(named, named_network=settings)
+
+    def _override_network(
+        self,
+        spec: str | None,
+        classes: int | None,
+        channels: int | None,
+        normalize: tuple[Sequence[float], Sequence[float]] | None,
+    ) -> NetworkSettings:
+        defaults = self.network_settings if spec is None else self._recorded_network
+        if spec is None and defaults is None:
+            raise ModelError(
+                f"{self.name}: the file does not record its network; {NAME_THE_NETWORK}"
+            )
+        defaults = defaults or NetworkSettings(spec or "")
+        return NetworkSettings(
+            spec or defaults.spec,
+            defaults.classes if classes is None else classes,
+            defaults.channels if channels is None else channels,
+            channel_constants(normalize) or defaults.normalize,
+        )
 
     def network(
         self,
@@ -149,25 +218,15 @@ class Checkpoint:
     ) -> nn.Module:
         """Build the network with these weights, in eval mode, on the CPU.
 
-        The arguments are those of `load_model`; each that is set overrides the record.
+        The arguments are those of `with_network`.
 
         Raises:
-            ModelError: The record names no network and spec is None, or names or shapes of the
-                tensors differ from those of the network (the first is named).
+            ModelError: As `with_network`; or names or shapes of the tensors differ from those of
+                the network (the first is named).
         """
-        recorded = self.network_settings
-        spec = spec or (recorded.spec if recorded else None)
-        if spec is None:
-            raise ModelError(
-                f"{self.name}: the file does not record its network; {NAME_THE_NETWORK}"
-            )
-        defaults = recorded or NetworkSettings(spec)
-        settings = NetworkSettings(
-            spec,
-            defaults.classes if classes is None else classes,
-            defaults.channels if channels is None else channels,
-            channel_constants(normalize) or defaults.normalize,
-        )
+        settings = self._override_network(spec, classes, channels, normalize)
+        if is_built_in(settings.spec):
+            self._tensors_for(build_skeleton(settings))  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
         return model.eval()
@@ -186,23 +245,34 @@ class Checkpoint:
         for start in starts:
             tail = prefix[start:]
             if tail and _have_same_names({tail + name for name in self.tensors}, expected):
-                tied = {tail + alias: tail + name for alias, name in self.tied.items()}
+                names: dict[str, Any] = {
+                    "tied": {tail + alias: tail + name for alias, name in self.tied.items()}
+                }
+                if "parameters" in self.provenance:
+                    names["parameters"] = [tail + name for name in self.parameters]
                 return replace(
                     self,
                     tensors={tail + name: tensor for name, tensor in self.tensors.items()},
-                    provenance={**self.provenance, "tied": tied},
+                    provenance={**self.provenance, **names},
                     wrapping=replace(self.wrapping, prefix=prefix[:start]),
                 )
         return self
 
     def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
-        """Rename as `with_names_of` does, and record the parameters of `model` if none are."""
+        """Rename as `with_names_of` does, and record the parameters of `model` if it fits."""
         renamed = self.with_names_of(model)
-        if "parameters" in renamed.provenance:
-            return renamed
         if not _have_same_names(renamed.tensors, model.state_dict()):
             return renamed
         return renamed.with_provenance(**_parameter_record(model))
+
+    def with_network_of(self, model: nn.Module) -> "Checkpoint":
+        """Record the parameters of `model`, and its network if `load_model` built it."""
+        described = self.with_parameters_of(model)
+        settings = network_settings_of(model)
+        if settings is None:
+            return described
+        record = settings.as_record()
+        return replace(described.with_provenance(network=record), named_network=settings)
 
     def load_into(self, model: nn.Module) -> None:
         """Copy the weights into `model`; every name and shape must match.
@@ -212,6 +282,10 @@ class Checkpoint:
         Raises:
             ModelError: Names the first name or shape that differs.
         """
+        model.load_state_dict(self._tensors_for(model))
+
+    def _tensors_for(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the state dict to load into `model`."""
         renamed = self.with_names_of(model)
         expected = model.state_dict()
         counters: dict[str, Tensor] = {}
@@ -219,7 +293,7 @@ class Checkpoint:
             for name in [name for name in expected if name not in renamed.tensors]:
                 counters[name] = torch.zeros_like(expected.pop(name))
         renamed._check_fits(expected)
-        model.load_state_dict(counters | dict(renamed.tensors))
+        return counters | dict(renamed.tensors)
 
     def _check_fits(self, expected: dict[str, Tensor]) -> None:
         for name in [*expected, *self.tensors]:

@@ -44,23 +44,32 @@ def resolve_network(
     raise ModelError(f"{where}: the file does not record its network; {NAME_THE_NETWORK}")
 
 
-def record_network(checkpoint: Checkpoint, settings: NetworkSettings) -> Checkpoint:
+def record_network(
+    checkpoint: Checkpoint, settings: NetworkSettings, *, named: bool = False
+) -> Checkpoint:
     """Return the checkpoint with a record of its network and its parameters.
 
     Args:
         checkpoint: A checkpoint with or without a recorded network.
-        settings: Recorded if the checkpoint records no network. If it does, only `normalize` is
-            recorded, if it is set.
+        settings: The settings of the network.
+        named: Whether the user named the network: `settings` then replace what the file records,
+            except that constants of the record stay if `settings` have none. Otherwise they are
+            used if the checkpoint records no network; if it does, only `normalize` is recorded,
+            if it is set.
 
     Raises:
-        ModelError: The weights do not fit the network.
+        ModelError: The weights do not fit the network, or the user did not name it and the file
+            names one that is not built in.
     """
-    recorded = checkpoint.network_settings
-    if recorded is None:
-        checkpoint = checkpoint.with_provenance(network=settings.as_record())
+    if named or checkpoint.network_settings is None:
+        checkpoint = checkpoint.with_network(
+            settings.spec,
+            classes=settings.classes,
+            channels=settings.channels,
+            normalize=settings.normalize,
+        )
     elif settings.normalize:
-        updated = replace(recorded, normalize=settings.normalize)
-        checkpoint = checkpoint.with_provenance(network=updated.as_record())
+        checkpoint = checkpoint.with_network(normalize=settings.normalize)
     if "parameters" in checkpoint.provenance:
         return checkpoint
     return checkpoint.with_parameters_of(checkpoint.network())

@@ -54,7 +54,6 @@ def evaluate_command(
     --threat "Linf 56/255" --steps 20`
     """
     from robustsoup.checkpoints.checkpoint import Checkpoint
-    from robustsoup.checkpoints.network import record_network
     from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_evaluations
@@ -69,7 +68,7 @@ def evaluate_command(
     context = make_context(loaded, network, run, checkpoints)
     selected = loaded.split(split)
     described = {
-        name: record_network(Checkpoint.load(path), context.network)
+        name: context.record_network(Checkpoint.load(path))
         for name, path in name_checkpoints(checkpoints).items()
     }
     for checkpoint in described.values():

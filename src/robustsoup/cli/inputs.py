@@ -63,7 +63,8 @@ def make_context(
 
     Args:
         data: Determines the number of classes and channels.
-        network: The network; without a model, the first file that records its network decides.
+        network: The network, which comes before every record; without a model, the first file that
+            records its network decides.
         run: The device.
         checkpoints: Files that may record their network.
     """
@@ -73,7 +74,8 @@ def make_context(
     )
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
-    return Context(data, settings, resolve_device(run.device))
+    named = bool(network.model)
+    return Context(data, settings, resolve_device(run.device), network_named=named)
 
 
 def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:

@@ -66,7 +66,6 @@ def learn_command(
     --epochs 5 --dial -o turned`, then `robustsoup mix eps16.safetensors eps96.safetensors
     --coefficients turned/dial.safetensors --at 0.7 -o cleaner.safetensors`
     """
-    from robustsoup.checkpoints.network import record_network
     from robustsoup.cli.inputs import (
         load_requested_data,
         make_context,
@@ -89,7 +88,7 @@ def learn_command(
     source = load_requested_data(data)
     check_buffer_policy(policy, source.train, settings.threat)
     context = make_context(source, network, run, checkpoints)
-    ingredients = [record_network(item, context.network) for item in open_checkpoints(checkpoints)]
+    ingredients = [context.record_network(item) for item in open_checkpoints(checkpoints)]
     warn_of_leakage(ingredients, source, allow=allow_leakage)
     place = choose_place(place, budget, ingredients, context.device)
     if place == "files":

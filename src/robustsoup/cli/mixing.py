@@ -64,7 +64,6 @@ def mix_command(
     Example: `robustsoup mix eps16.safetensors eps96.safetensors --coefficients 0.5,0.5
     -o soup.safetensors`
     """
-    from robustsoup.checkpoints.network import record_network
     from robustsoup.cli.inputs import (
         check_suffix,
         load_requested_data,
@@ -77,6 +76,8 @@ def mix_command(
     check_suffix(output, {".safetensors", ".pt", ".pth", ".bin"})
     if base and soup.buffers != "base":
         raise RequestError("--base: requires --buffers base")
+    if not data.data and (network.model or network.normalize):
+        raise RequestError("mix: --model and --normalize require --data")
     run.use_threads()
     alpha = parse_coefficients(coefficients, len(checkpoints), at)
     ingredients = open_checkpoints(checkpoints)
@@ -85,7 +86,7 @@ def mix_command(
     if data.data:
         source = load_requested_data(data)
         context = make_context(source, network, run, checkpoints)
-        ingredients = [record_network(item, context.network) for item in ingredients]
+        ingredients = [context.record_network(item) for item in ingredients]
         module, split = ingredients[0].network(), source.train
     mixed = mix(
         ingredients,

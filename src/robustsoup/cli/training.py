@@ -38,7 +38,6 @@ def train_command(
     --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`
     """
     from robustsoup.checkpoints.checkpoint import Checkpoint
-    from robustsoup.checkpoints.network import record_network
     from robustsoup.cli.inputs import (
         check_suffix,
         load_requested_data,
@@ -60,7 +59,7 @@ def train_command(
     if start is None:
         initial = context.fresh_network(data.seed)
     else:
-        initial = record_network(Checkpoint.load(start), context.network)
+        initial = context.record_network(Checkpoint.load(start))
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings)
     state = output.with_name(f".{output.name}.state.pt")

@@ -2,14 +2,51 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from torch import nn
 
 from robustsoup.errors import ModelError
+from robustsoup.schema import (
+    MisfitError,
+    describe_value,
+    integer,
+    list_of,
+    nullable,
+    number,
+    table,
+    text,
+)
 
 ChannelConstants = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, std), one number for each channel."""
+
+LARGEST_SIZES = {"width": 65_536, "depth": 1_000, "classes": 1_000_000, "channels": 65_536}
+"""Largest values of the sizes of a built-in network."""
+
+
+def _normalization(value: object, place: str) -> None:
+    constants = "two lists of one number a channel, mean and std, each std above 0"
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise MisfitError(place, value, constants)
+    for part in value:
+        list_of(number)(part, place)
+    mean, std = value
+    if len(mean) != len(std) or not mean or min(std) <= 0:
+        raise MisfitError(place, value, constants)
+
+
+check_network_record = table(
+    {"spec": text},
+    {
+        "classes": integer(1, LARGEST_SIZES["classes"]),
+        "channels": integer(1, LARGEST_SIZES["channels"]),
+        "normalize": nullable(_normalization),
+    },
+    closed=True,
+)
+"""Checks the "network" entry of a provenance record, which `NetworkSettings.from_record` reads."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +77,17 @@ class NetworkSettings:
         }
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], where: str) -> "NetworkSettings":
+    def from_record(cls, record: Mapping[str, Any]) -> "NetworkSettings":
         """Read the JSON form; absent entries take their defaults.
 
         Args:
-            record: The "network" entry of a provenance record.
-            where: Names the file in errors.
-
-        Raises:
-            ModelError: The record was not written by `as_record`.
+            record: The "network" entry of a provenance record; `check_network_record` accepts it.
         """
-        unknown = set(record) - set(cls.__dataclass_fields__)
-        spec, normalize = record.get("spec"), record.get("normalize")
-        if unknown or not isinstance(spec, str):
-            raise ModelError(
-                f"{where}: network record: got keys {sorted(record)}, expected "
-                f"{', '.join(cls.__dataclass_fields__)}; give --model instead"
-            )
         return cls(
-            spec,
+            record["spec"],
             record.get("classes", cls.classes),
             record.get("channels", cls.channels),
-            channel_constants(normalize),
+            channel_constants(record.get("normalize")),
         )
 
 
@@ -71,16 +97,21 @@ def channel_constants(
     """Return (mean, std) as tuples; None and an empty sequence give None.
 
     Raises:
-        ModelError: Mean and std differ in length or are empty, or a std is not positive.
+        ModelError: Mean and std are no finite numbers, differ in length or are empty, or a std is
+            not positive.
     """
     if not normalize:
         return None
     if len(normalize) != 2:
         raise ModelError(f"normalize: got {len(normalize)} lists, expected mean and std")
-    mean, std = (tuple(part) for part in normalize)
-    if len(mean) != len(std) or not mean or min(std) <= 0:
+    try:
+        mean, std = (tuple(map(float, part)) for part in normalize)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if len(mean) != len(std) or not mean or not all(map(isfinite, mean + std)) or min(std) <= 0:
+        got_mean, got_std = map(describe_value, normalize)
         raise ModelError(
-            f"normalize: got mean {list(mean)} and std {list(std)}, "
+            f"normalize: got mean {got_mean} and std {got_std}, "
             "expected two lists of equal length, one number a channel, each std above 0"
         )
     return mean, std

@@ -12,6 +12,7 @@ from robustsoup.catalog import MODELS, Entry
 from robustsoup.errors import ModelError
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models.network import (
+    LARGEST_SIZES,
     ChannelConstants,
     NetworkSettings,
     attach_network_settings,
@@ -23,8 +24,8 @@ from robustsoup.models.wide_resnet import published_constants
 Factory = Callable[..., nn.Module]
 OptionValue = int | float | str | list[float]
 
-SIZE_OPTIONS = frozenset({"width", "depth", "classes", "channels"})
-"""Options of built-in networks that must be positive integers."""
+MOST_WEIGHTS = 2**31
+"""Largest number of weights of a built-in network; the largest published one has 2.7e8."""
 
 
 def load_model(
@@ -73,6 +74,8 @@ def build_network(
     """Build the network that the settings describe; arguments and errors as in `load_model`."""
     name, _, rest = settings.spec.partition(":")
     entry = MODELS.get(name)
+    if entry is not None:
+        _check_weights(build_skeleton(settings), settings.spec)
     has_constants = entry is not None and "published_constants" in entry.facts
     if has_constants:
         mean, std = settings.normalize or (mean, std)
@@ -93,6 +96,35 @@ def build_network(
         normalize_inputs(model, *settings.normalize)
     attach_network_settings(model, settings)
     return model
+
+
+def is_built_in(spec: str) -> bool:
+    """Return whether a spec that a file records may be built: it names a network of the catalog.
+
+    Every other spec names code, which runs only if the user names it. Names that an installed
+    library lists itself, once the catalog has such sources, are to be recognised here.
+    """
+    return spec.partition(":")[0] in MODELS
+
+
+def build_skeleton(settings: NetworkSettings) -> nn.Module:
+    """Return a built-in network whose tensors have shapes but take no memory.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    entry = MODELS.get_entry(settings.spec.partition(":")[0], error=ModelError)
+    with torch.device("meta"):
+        return _build_builtin(entry, settings, None, None)
+
+
+def _check_weights(skeleton: nn.Module, spec: str) -> None:
+    weights = sum(parameter.numel() for parameter in skeleton.parameters())
+    if weights > MOST_WEIGHTS:
+        raise ModelError(
+            f'model "{spec}": has {weights:,} weights, expected at most {MOST_WEIGHTS:,}; '
+            "choose a smaller width or depth"
+        )
 
 
 def factory_fingerprint(spec: str) -> str | None:
@@ -121,16 +153,18 @@ def _build_builtin(
     std: Sequence[float] | None,
 ) -> nn.Module:
     options = _parse_options(settings.spec.partition(":")[2], settings.spec)
-    for key in SIZE_OPTIONS & options.keys():
-        value = options[key]
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(
-                f'model "{settings.spec}": {key}: got {value}, expected an integer of at least 1'
-            )
     defaults: dict[str, OptionValue] = {"classes": settings.classes, "channels": settings.channels}
     if mean is not None and std is not None:
         defaults |= {"mean": list(mean), "std": list(std)}
-    return _call_factory(entry.load(), defaults | options, settings.spec)
+    options = defaults | options
+    for key in LARGEST_SIZES.keys() & options.keys():
+        value, largest = options[key], LARGEST_SIZES[key]
+        if not isinstance(value, int) or not 1 <= value <= largest:
+            raise ModelError(
+                f'model "{settings.spec}": {key}: got {value}, '
+                f"expected an integer from 1 to {largest:,}"
+            )
+    return _call_factory(entry.load(), options, settings.spec)
 
 
 def _build_from_factory(factory: Factory, text: str, settings: NetworkSettings) -> nn.Module:
@@ -206,5 +240,6 @@ def _import_factory(module: str, name: str, spec: str) -> Factory:
 def _call_factory(factory: Factory, options: dict[str, OptionValue], spec: str) -> nn.Module:
     try:
         return factory(**options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f'model "{spec}": cannot be built with {options}: {error}') from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f'model "{spec}": cannot be built with {options}: {reason}') from None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import record_network, resolve_network
+from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
 from robustsoup.data import Data, Synthetic, load_data
 from robustsoup.device import resolve_device, resolve_precision
@@ -74,12 +74,12 @@ def prepare_run(
     network = resolve_network(
         recipe.model, normalize=recipe.normalize, data=data, checkpoints=paths
     )
-    context = Context(data, network, resolved)
+    context = Context(data, network, resolved, network_named=bool(recipe.model))
     planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
     files = list(planner.plan.files.values())
     if files:
         check_ingredients(files)
-        check_fit(record_network(files[0], network).network(), data.test)
+        check_fit(context.record_network(files[0]).network(), data.test)
     return PreparedRun(planner, context, Store(), _find_leakage(recipe, files, data))
 
 
@@ -145,6 +145,6 @@ def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakag
 def _refuse_files_near_chance(plan: Plan, context: Context) -> None:
     """Raise ModelError if a checkpoint is near chance, usually because its network is wrong."""
     for checkpoint in plan.files.values():
-        described = record_network(checkpoint, context.network)
+        described = context.record_network(checkpoint)
         device = str(context.device)
         check_above_chance(described, context.data.val, checkpoint.name, device=device)

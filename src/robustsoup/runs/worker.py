@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import record_network
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import landscape
 from robustsoup.errors import DataError
@@ -114,9 +113,10 @@ class Worker:
     @cached_property
     def _open_checkpoint(self) -> Callable[[Key], Checkpoint]:
         def open_checkpoint(key: Key) -> Checkpoint:
-            if key in self.files:
-                return record_network(self.files[key], self.context.network)
-            return Checkpoint.open(self.store.path(key) / CHECKPOINT)
+            checkpoint = self.files.get(key)
+            if checkpoint is None:
+                checkpoint = Checkpoint.open(self.store.path(key) / CHECKPOINT)
+            return self.context.record_network(checkpoint)
 
         return lru_cache(maxsize=8)(open_checkpoint)
 

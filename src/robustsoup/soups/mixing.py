@@ -151,7 +151,11 @@ def mix(
         tensors |= average_statistics(loaded, coefficients)
 
     def build_network() -> nn.Module:
-        soup = Checkpoint(tensors, make_soup_record(loaded, coefficients))
+        soup = Checkpoint(
+            tensors,
+            make_soup_record(loaded, coefficients),
+            named_network=loaded[0].named_network,
+        )
         model = copy.deepcopy(network) if network is not None else soup.network()
         soup.load_into(model)
         return model.to(resolve_device(device))
@@ -166,7 +170,9 @@ def mix(
     }
     record = make_soup_record(loaded, coefficients)
     record["buffers"] = {"policy": policy.name, **result.record}
-    return Checkpoint(tensors, record, wrapping=loaded[0].wrapping)
+    return Checkpoint(
+        tensors, record, wrapping=loaded[0].wrapping, named_network=loaded[0].named_network
+    )
 
 
 def open_ingredients(
@@ -176,8 +182,8 @@ def open_ingredients(
 
     Args:
         ingredients: Checkpoints or paths.
-        network: Determines which tensors of foreign files are parameters; None if all files record
-            their network.
+        network: Comes before the records of the files, and determines their parameters; None if
+            all files record their network.
 
     Raises:
         CheckpointError: If there are no ingredients, or a file cannot be read.
@@ -185,7 +191,7 @@ def open_ingredients(
     """
     opened = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
-        opened = [item.with_parameters_of(network) for item in opened]
+        opened = [item.with_network_of(network) for item in opened]
     check_ingredients(opened)
     return opened
 

@@ -114,8 +114,7 @@ def train(
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every]
     saved = SavedState(state_path, json.dumps(work, sort_keys=True))
-    with saved.refuse_malformed():
-        run.restore(saved.load())
+    run.restore(saved.load())
 
     def pass_checkpoint() -> None:
         epoch = len(run.history)
