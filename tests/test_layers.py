@@ -18,6 +18,8 @@ SOURCE = Path(robustsoup.__file__).parent
 ROOMS = (
     (
         "errors",
+        "printable",
+        "interruption",
         "seeding",
         "schema",
         "stamp",

@@ -36,11 +36,20 @@ def train_digits(network=None, data: Split = DATA, **changes: Any) -> Checkpoint
     return train(fresh_network() if network is None else network, data, **(arguments | changes))
 
 
-def interrupt_at(step: int) -> Progress:
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing is saved on the way out."""
+
+
+def interrupt_at(step: int, error: type[BaseException] = KeyboardInterrupt) -> Progress:
     """Return an on_progress that interrupts the run after `step` steps."""
 
     def on_progress(done: int, total: int, figures: str) -> None:
         if done == step:
-            raise KeyboardInterrupt
+            raise error
 
     return on_progress
+
+
+def kill_at(step: int) -> Progress:
+    """Return an on_progress that kills the run after `step` steps."""
+    return interrupt_at(step, Killed)

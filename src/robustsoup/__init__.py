@@ -11,8 +11,9 @@ PyTorch by itself.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# Importing `typing` takes as long as all else before the command line handles signals.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from robustsoup.attacks import apgd, apgd_train, pgd
     from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -131,7 +132,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name from its home and keep it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

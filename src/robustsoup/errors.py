@@ -17,12 +17,18 @@ The command line exits with code 2 for a RequestError and with code 1 for a Work
         └── StorageError           a result cannot be written (disk full, no permission)
 """
 
+from robustsoup.printable import make_message
+
 
 class RobustsoupError(Exception):
     """Base class of all errors that robustsoup raises on purpose.
 
     The text is one line: what is wrong, where, the value found, the value expected, what to do.
+    It may quote names from files; characters that are not printable are escaped.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(make_message(message))
 
 
 class RequestError(RobustsoupError):

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from robustsoup.errors import CheckpointError
 from robustsoup.files import remove_file, write_torch
+from robustsoup.interruption import held_signals
 
 Progress = Callable[[int, int, str], None]
 """on_progress(done, total, figures), called often; `figures` is short, such as "loss 1.23"."""
@@ -31,6 +33,7 @@ class SavedState:
         self.fingerprint = fingerprint
         self.interval = interval
         self.last_save = time.monotonic()
+        self.whole = False
 
     def load(self) -> dict[str, Any] | None:
         """Return the saved state with its tensors on the CPU, or None if nothing was saved.
@@ -67,6 +70,23 @@ class SavedState:
         if self.path is not None:
             write_torch(self.path, {**state, "fingerprint": self.fingerprint})
             self.last_save = time.monotonic()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the state as a whole: a signal that ends the work waits for the end of the block.
+
+        Raises:
+            KeyboardInterrupt: At the end of the block, if a signal was received in it.
+        """
+        self.whole = False
+        with held_signals():
+            yield
+            self.whole = True
+
+    def save_if_whole(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        """Save the state of interrupted work, unless it was interrupted amid a change."""
+        if self.whole:
+            self.save(make_state())
 
     def clear(self) -> None:
         """Remove the file, because the work is complete."""

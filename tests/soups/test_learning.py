@@ -17,7 +17,7 @@ from learning_helpers import (
 )
 from torch.func import functional_call
 from trained_seed import trained_seed
-from training_helpers import DATA, LINF, STEPS_PER_EPOCH, interrupt_at
+from training_helpers import DATA, LINF, STEPS_PER_EPOCH, Killed, interrupt_at, kill_at
 
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.losses import ce
@@ -400,8 +400,8 @@ def test_the_ends_of_mixed_equal_the_pure_objectives():
 def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
     items, path, seen = resnet_ingredients(), tmp_path / "state.pt", []
     for step in kills:
-        with pytest.raises(KeyboardInterrupt):
-            learn_digits(items, epochs=3, state_path=path, on_progress=interrupt_at(step))
+        with pytest.raises(Killed):
+            learn_digits(items, epochs=3, state_path=path, on_progress=kill_at(step))
     assert path.exists() == (kills[-1] > 1)
     resumed = learn_digits(
         items,
@@ -410,6 +410,20 @@ def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
         on_progress=lambda done, total, _: seen.append((done, total)),
     )
     assert seen == [(done, 9) for done in range(kills[-1], 10)]
+    whole = learn_digits(items, epochs=3)
+    assert_same_coefficients(resumed, whole)
+    assert resumed.record == whole.record
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 9])
+def test_an_interrupted_run_saves_every_step_that_it_took(tmp_path, step):
+    items, path, seen = resnet_ingredients(), tmp_path / "state.pt", []
+    with pytest.raises(KeyboardInterrupt):
+        learn_digits(items, epochs=3, state_path=path, on_progress=interrupt_at(step))
+    resumed = learn_digits(
+        items, epochs=3, state_path=path, on_progress=lambda done, *_: seen.append(done)
+    )
+    assert seen == list(range(step + 1, 10))
     whole = learn_digits(items, epochs=3)
     assert_same_coefficients(resumed, whole)
     assert resumed.record == whole.record

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from training_helpers import DATA, LINF, VAL, fresh_network, interrupt_at, train_digits
+from training_helpers import (
+    DATA,
+    LINF,
+    VAL,
+    Killed,
+    fresh_network,
+    interrupt_at,
+    kill_at,
+    train_digits,
+)
 
 from robustsoup.attacks import apgd_train
 from robustsoup.data import batches
@@ -343,10 +352,10 @@ def test_a_resumed_run_passes_each_checkpoint_once(save_every_step, tmp_path, ki
         assert checkpoint.provenance == whole[epoch].provenance
 
     for step in kills:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train_digits(
                 state_path=tmp_path / "s.pt",
-                on_progress=interrupt_at(step),
+                on_progress=kill_at(step),
                 on_checkpoint=take,
                 **arguments,
             )

@@ -16,8 +16,10 @@ from training_helpers import (
     LINF,
     STEPS_PER_EPOCH,
     VAL,
+    Killed,
     fresh_network,
     interrupt_at,
+    kill_at,
     train_digits,
 )
 
@@ -209,8 +211,8 @@ def test_early_stopping_requires_val():
 def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
     path, seen = tmp_path / "state.pt", []
     for step in kills:
-        with pytest.raises(KeyboardInterrupt):
-            train_until_wrecked(state_path=path, on_progress=interrupt_at(step))
+        with pytest.raises(Killed):
+            train_until_wrecked(state_path=path, on_progress=kill_at(step))
     assert path.exists() == (kills[-1] > 1)
     resumed = train_until_wrecked(
         state_path=path, on_progress=lambda done, total, _: seen.append((done, total))
@@ -219,6 +221,18 @@ def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
     complete_run = train_until_wrecked()
     assert resumed.digest == complete_run.digest
     assert resumed.provenance == complete_run.provenance
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 15])
+def test_an_interrupted_run_saves_every_step_that_it_took(tmp_path, step):
+    """It saves on the way out, however long ago it saved last."""
+    path, seen = tmp_path / "state.pt", []
+    with pytest.raises(KeyboardInterrupt):
+        train_until_wrecked(state_path=path, on_progress=interrupt_at(step))
+    resumed = train_until_wrecked(state_path=path, on_progress=lambda done, *_: seen.append(done))
+    assert seen == list(range(step + 1, 16))
+    complete_run = train_until_wrecked()
+    assert (resumed.digest, resumed.provenance) == (complete_run.digest, complete_run.provenance)
 
 
 def test_the_state_is_saved_after_every_epoch(tmp_path):

@@ -1,15 +1,19 @@
 """The typer application: its commands and its exit codes.
 
 Exit codes: 0 success; 1 the work failed; 2 the request is wrong; 3 success with a negative answer
-(no soup meets --require, or `check` rejects the checkpoints); 130 interrupted. Commands import
-PyTorch and other slow libraries inside their bodies, so that help, usage errors and shell
-completion are quick.
+(no soup meets --require, or `check` rejects the checkpoints); 130, 143 and 129 ended by Ctrl-C,
+SIGTERM and SIGHUP; 141 nobody reads the output any more. Commands import PyTorch and other slow
+libraries inside their bodies, so that help, usage errors and shell completion are quick.
 """
 
 import re
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import typer
 
@@ -22,10 +26,11 @@ from robustsoup.cli.mixing import mix_command
 from robustsoup.cli.options import expand
 from robustsoup.cli.running import demo_command, plan_command, report_command, run_command
 from robustsoup.cli.searching import landscape_command, search_command
-from robustsoup.cli.terminal import print_error, print_line
+from robustsoup.cli.terminal import print_error, print_line, print_text, print_warning
 from robustsoup.cli.training import train_command
 from robustsoup.cli.versions import list_versions, package_version
 from robustsoup.errors import RequestError, RobustsoupError
+from robustsoup.interruption import signal_received
 
 COMMANDS = {
     "demo": demo_command,
@@ -74,7 +79,7 @@ def show_version(
                 print_line(f"{name} {installed or 'not installed'}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print_line(context.get_help())
+        print_text(context.get_help())
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
@@ -85,20 +90,55 @@ def run_command_line(arguments: Sequence[str]) -> int:
     """
     debug = "--debug" in arguments
     try:
-        code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
-    except RobustsoupError as error:
-        if debug:
-            raise
-        print_error(str(error))
-        return 2 if isinstance(error, RequestError) else 1
+        with _warnings_in_one_line():
+            code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
     except typer.Abort:
-        raise KeyboardInterrupt from None
+        raise EOFError("the input ended") from None
     except Exception as error:
-        if debug or not hasattr(error, "exit_code"):
+        if debug and not hasattr(error, "exit_code"):
             raise
-        print_error(_describe_usage_error(error, arguments))
-        return 2
+        if signal_received():
+            raise
+        print_error(_describe_error(error, arguments))
+        return 2 if isinstance(error, RequestError) or hasattr(error, "exit_code") else 1
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print the warnings of libraries as this program prints its own."""
+
+    def show_warning(
+        message: Warning | str,
+        _category: type[Warning],
+        _filename: str,
+        _line_number: int,
+        _file: TextIO | None = None,
+        _line: str | None = None,
+    ) -> None:
+        print_warning(str(message))
+
+    with warnings.catch_warnings():
+        # pyrefly: ignore[bad-assignment]  # the names of the parameters differ
+        warnings.showwarning = show_warning
+        yield
+
+
+def _describe_error(error: Exception, arguments: Sequence[str]) -> str:
+    """Return an error in one line."""
+    if isinstance(error, RobustsoupError):
+        return str(error)
+    if hasattr(error, "exit_code"):
+        return _describe_usage_error(error, arguments)
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs, or take smaller batches or fewer samples"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the output cannot be written'}: {error.strerror}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: "
+        f"{error}; --debug shows the traceback, which a report of this fault should hold"
+    )
 
 
 def _describe_usage_error(error: Exception, arguments: Sequence[str]) -> str:

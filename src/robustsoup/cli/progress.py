@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from robustsoup.cli.terminal import make_console
+from robustsoup.printable import make_printable
 from robustsoup.runs.context import Context
 from robustsoup.runs.cost import estimate_seconds
 from robustsoup.runs.plan import Plan, Step
@@ -33,6 +34,7 @@ class Bar:
 
     def __init__(self, title: str) -> None:
         self.display = _make_display()
+        title = make_printable(title)
         self.task: TaskID = self.display.add_task(title, total=None, left="", figures="")
         self.started = time.monotonic()
         self.figures = ""
@@ -52,7 +54,7 @@ class Bar:
     def __call__(self, done: int, total: int | None, figures: str = "") -> None:
         """Show that `done` of `total` parts are done; `figures` stay until new ones arrive."""
         left = _format_time_left(self.started, done, total)
-        self.figures = figures or self.figures
+        self.figures = make_printable(figures) or self.figures
         self.display.update(self.task, completed=done, total=total, left=left, figures=self.figures)
 
 
@@ -114,10 +116,10 @@ class RunReporter:
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
         """Show that `done` of `total` parts of a step are done."""
         share = self.finished_share + done / max(total, 1) * self.estimates[step.key]
-        self.figures = figures or self.figures
+        self.figures = make_printable(figures) or self.figures
         self.display.update(
             self.task,
-            description=f"{self.finished_count + 1}/{self.step_count} {step.name}",
+            description=make_printable(f"{self.finished_count + 1}/{self.step_count} {step.name}"),
             completed=share,
             total=self.total,
             left=_format_time_left(self.started, share, self.total),
@@ -143,7 +145,7 @@ class RunReporter:
 
     def print_and_log(self, line: str) -> None:
         """Print a line above the bar and write it to the log."""
-        self.display.console.print(line, markup=False, soft_wrap=True)
+        self.display.console.print(make_printable(line), soft_wrap=True)
         self.write_log(line)
 
     def write_log(self, line: str) -> None:
@@ -151,7 +153,7 @@ class RunReporter:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             with self.log.open("a", encoding="utf-8") as file:
-                file.write(f"{now} {line}\n")
+                file.write(f"{now} {make_printable(line)}\n")
         except OSError:
             pass
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
-
 from robustsoup.cli.progress import format_duration
 from robustsoup.cli.terminal import print_line, print_table
 from robustsoup.diagnosis.barriers import Pair
@@ -28,7 +26,7 @@ def print_results(results: Results, page: Path) -> None:
     if measured:
         selects_on_test = protocol.select_on == protocol.report_on
         note = " (the paper's protocol: selected on test)" if selects_on_test else ""
-        print_table(make_accuracy_table(measured, f"on {split}{note}"))
+        print_accuracies(measured, f"on {split}{note}")
     if results.selection:
         print_line(f"on {protocol.select_on}: {results.selection.message}")
         chosen = results.row(results.selection.chosen)
@@ -49,14 +47,14 @@ def _describe_test(chosen: ResultRow, selection: SelectionResult) -> str:
     return f"on test: {scores}{verdicts[selection.held_on_test]}"
 
 
-def make_accuracy_table(rows: Mapping[str, Scores], title: str | None = None) -> Table:
-    """Return a table of accuracies: one row for each name, one column for each measure."""
+def print_accuracies(rows: Mapping[str, Scores], title: str | None = None) -> None:
+    """Print a table of accuracies: one row for each name, one column for each measure."""
     measures = list(next(iter(rows.values())))
-    name_column = Column("checkpoint", overflow="fold")
-    table = Table(name_column, *measures, box=None, title=title, title_justify="left")
-    for name, scores in rows.items():
-        table.add_row(name, *(str(scores[measure]) for measure in measures))
-    return table
+    print_table(
+        ("checkpoint", *measures),
+        [(name, *(str(scores[measure]) for measure in measures)) for name, scores in rows.items()],
+        title,
+    )
 
 
 def print_plan(price: Mapping[str, Any], device: str) -> None:
@@ -66,11 +64,13 @@ def print_plan(price: Mapping[str, Any], device: str) -> None:
         price: What `price_plan` returned.
         device: Type of the device that the cost was measured on.
     """
-    table = Table("step", "name", "store", "about", box=None)
-    for step in price["steps"]:
-        seconds = "" if step["done"] else format_duration(step["seconds"])
-        table.add_row(step["kind"], step["name"], "done" if step["done"] else "-", seconds)
-    print_table(table)
+    rows = [
+        (step["kind"], step["name"], "done", "")
+        if step["done"]
+        else (step["kind"], step["name"], "-", format_duration(step["seconds"]))
+        for step in price["steps"]
+    ]
+    print_table(("step", "name", "store", "about"), rows)
     missing = sum(not step["done"] for step in price["steps"])
     print_line(
         f"{len(price['steps'])} steps, {missing} to do: {price['epochs']} epochs, "
@@ -81,7 +81,7 @@ def print_plan(price: Mapping[str, Any], device: str) -> None:
 
 def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None:
     """Print the accuracies of checkpoints and how they were attacked."""
-    print_table(make_accuracy_table({name: e.accuracy for name, e in evaluations.items()}))
+    print_accuracies({name: e.accuracy for name, e in evaluations.items()})
     record = next(iter(evaluations.values())).record
     attack = describe_attack(record)
     print_line(f"{record['samples']} samples of {split}, 95 % Wilson intervals{attack}")
@@ -113,10 +113,11 @@ def describe_attack(record: Mapping[str, Any]) -> str:
 
 def print_comparison(comparison: Comparison, names: Sequence[str]) -> None:
     """Print two evaluations side by side, and their paired differences."""
-    table = Table("", *names, "second - first", box=None)
-    for measure, row in comparison.rows.items():
-        table.add_row(measure, f"{row.a.value:.1%}", f"{row.b.value:.1%}", str(row))
-    print_table(table)
+    rows = [
+        (measure, f"{row.a.value:.1%}", f"{row.b.value:.1%}", str(row))
+        for measure, row in comparison.rows.items()
+    ]
+    print_table(("", *names, "second - first"), rows)
     print_line(
         f"{comparison.n} paired samples; 95 % score intervals (Tango), exact p-values (McNemar)"
     )
@@ -143,7 +144,7 @@ def print_soupability(result: Soupability, names: Sequence[str], limit: int) -> 
         print_line(f"these {len(names)} can be mixed{weights_only}")
     if result.pairs:
         pairs = sorted(result.pairs, key=lambda pair: -pair.distance)[:limit]
-        print_table(_make_pair_table(pairs, names))
+        _print_pairs(pairs, names)
         if len(pairs) < len(result.pairs):
             print_line(
                 f"the {len(pairs)} most distant of {len(result.pairs)} pairs; --pairs shows more"
@@ -154,11 +155,11 @@ def print_soupability(result: Soupability, names: Sequence[str], limit: int) -> 
         print_line(f"warning: {warning}")
 
 
-def _make_pair_table(pairs: Sequence[Pair], names: Sequence[str]) -> Table:
+def _print_pairs(pairs: Sequence[Pair], names: Sequence[str]) -> None:
     columns = [
         f"{what}, {threat}" for threat in pairs[0].curves for what in ("barrier", "accuracy drop")
     ]
-    table = Table("first", "second", "distance", "cosine", *columns, box=None)
+    rows: list[tuple[str, ...]] = []
     for pair in pairs:
         cells = [
             text
@@ -167,8 +168,8 @@ def _make_pair_table(pairs: Sequence[Pair], names: Sequence[str]) -> Table:
         ]
         distance = f"{pair.distance:.3g} ({pair.relative:.1%})"
         cosine = "-" if pair.cosine is None else f"{pair.cosine:.3f}"
-        table.add_row(names[pair.a], names[pair.b], distance, cosine, *cells)
-    return table
+        rows.append((names[pair.a], names[pair.b], distance, cosine, *cells))
+    print_table(("first", "second", "distance", "cosine", *columns), rows)
 
 
 def _describe_measurements(result: Soupability) -> list[str]:

@@ -284,13 +284,15 @@ class _PlaneEvaluator:
         points = [(u, v) for v in y for u in x]
         state = saved.load()
         values: list[tuple[float, ...]] = state["values"] if state else []
-        for point in points[len(values) :]:
-            values.append(self.measure_point(*point))
-            if saved.due():
-                saved.save({"values": values})
-            if on_progress:
-                on_progress(len(values), len(points), f"robust loss {values[-1][2]:.3f}")
-        saved.save({"values": values})
+        try:
+            for point in points[len(values) :]:
+                values.append(self.measure_point(*point))
+                if saved.due():
+                    saved.save({"values": values})
+                if on_progress:
+                    on_progress(len(values), len(points), f"robust loss {values[-1][2]:.3f}")
+        finally:
+            saved.save({"values": values})
         clean_loss, clean_accuracy, loss, accuracy = zip(*values, strict=True)
         return Landscape(
             checkpoints=tuple(item.name for item in self.checkpoints),

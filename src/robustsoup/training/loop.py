@@ -83,28 +83,40 @@ def run_epochs(
     Raises:
         Diverged: If a loss is not finite; names the layer. The last saved state is kept.
     """
-    total = run.epochs * run.steps_per_epoch
     after_epoch()
-    while run.step < total:
-        epoch, skip = divmod(run.step, run.steps_per_epoch)
-        for x, y, _ in run.batches(epoch, skip):
-            x = x.contiguous(memory_format=torch.channels_last)
-            run.loss_sum += run.take_step(x, y)
-            run.step += 1
-            ends_epoch = run.step % run.steps_per_epoch == 0
-            save = saved.due() and not ends_epoch
-            if save or ends_epoch:
-                _check_state(run, x)
-            if on_progress:
-                on_progress(run.step, total, _progress_figures(run))
-            if save:
-                saved.save(run.state())
-        entry = {"epoch": epoch + 1, "loss": float(run.loss_sum) / run.steps_per_epoch}
+    while len(run.history) < run.epochs:
+        try:
+            _take_epoch_steps(run, saved, on_progress)
+        except KeyboardInterrupt:
+            saved.save_if_whole(run.state)
+            raise
+        entry = {
+            "epoch": len(run.history) + 1,
+            "loss": float(run.loss_sum) / run.steps_per_epoch,
+        }
         run.end_epoch(entry)
         run.history.append(entry)
         run.loss_sum = torch.zeros_like(run.loss_sum)
         saved.save(run.state())
         after_epoch()
+
+
+def _take_epoch_steps(run: StepwiseRun, saved: SavedState, on_progress: Progress | None) -> None:
+    """Take the remaining steps of an epoch; none if the run was stopped at its end."""
+    total, epoch = run.epochs * run.steps_per_epoch, len(run.history)
+    for x, y, _ in run.batches(epoch, run.step - epoch * run.steps_per_epoch):
+        x = x.contiguous(memory_format=torch.channels_last)
+        with saved.changing():
+            run.loss_sum += run.take_step(x, y)
+            run.step += 1
+        ends_epoch = run.step % run.steps_per_epoch == 0
+        save = saved.due() and not ends_epoch
+        if save or ends_epoch:
+            _check_state(run, x)
+        if on_progress:
+            on_progress(run.step, total, _progress_figures(run))
+        if save:
+            saved.save(run.state())
 
 
 def check_step_loss(run: StepwiseRun, loss: Tensor, x: Tensor) -> None:

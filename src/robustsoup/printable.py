@@ -1,0 +1,30 @@
+"""Text for a terminal, a log or a message: no character of it is an instruction."""
+
+MAX_MESSAGE = 2000
+"""Most characters of an error message."""
+
+
+def make_printable(text: str) -> str:
+    r"""Replace each character that is not printable with its escape, such as \x1b or \u202e.
+
+    Names and messages come from files of strangers. Control characters, line breaks, marks that
+    change the direction of text or join characters, and lone surrogates are all escaped, so the
+    result is one line. Printable text is returned as it is, in every script.
+
+    Args:
+        text: Any text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def make_message(text: str) -> str:
+    """Return printable text without the middle of what exceeds MAX_MESSAGE characters."""
+    if len(text) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
+        text = f"{text[:half]} [{len(text) - 2 * half:,} more characters] {text[-half:]}"
+    return make_printable(text)
