@@ -8,11 +8,12 @@ import shutil
 import stat
 import sys
 from collections.abc import Generator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
+from robustsoup.archives import seal_archive
 from robustsoup.errors import StorageError
 
 
@@ -69,19 +70,22 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 
 
 def write_torch(target: str | os.PathLike[str], content: object) -> None:
-    """Write `content` to `target` atomically with `torch.save`.
+    """Write `content` to `target` atomically with `torch.save`, and add its digests.
 
     Raises:
         StorageError: If the file cannot be written; this includes torch.save's RuntimeError.
     """
     with atomic_path(target) as temporary:
         try:
-            torch.save(content, temporary)
+            # Into an open file: torch.save writes the name of a path into the content.
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+            seal_archive(temporary)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading, without waiting.
 
     A FIFO, a device or a socket is refused before it is opened: opening one can wait for ever, and

@@ -1,17 +1,18 @@
 """Progress callbacks, and loop state that survives a killed process."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustsoup.errors import CheckpointError
-from robustsoup.files import remove_file, write_torch
+from robustsoup.files import open_regular, remove_file, write_torch
 from robustsoup.interruption import held_signals
+from robustsoup.torch_files import read_torch
 
 Progress = Callable[[int, int, str], None]
 """on_progress(done, total, figures), called often; `figures` is short, such as "loss 1.23"."""
@@ -39,15 +40,17 @@ class SavedState:
         """Return the saved state with its tensors on the CPU, or None if nothing was saved.
 
         Raises:
-            CheckpointError: If the file cannot be read or was saved by other work.
+            CheckpointError: If the file cannot be read, is damaged or was saved by other work.
         """
         if self.path is None or not self.path.exists():
             return None
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # PyTorch's message has several lines and recommends loading without safety checks.
-            reason = getattr(error, "strerror", None) or "corrupt, or another kind of file"
+            with open_regular(self.path) as file:
+                state = read_torch(file)
+            if not isinstance(state, dict):
+                raise ValueError(f"got a {type(state).__name__}, expected a dict")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
                 f"{self.path}: the saved state cannot be read ({reason}); delete it to start again"
             ) from None
@@ -56,6 +59,26 @@ class SavedState:
                 f"{self.path}: saved by work with other settings; delete it or choose another path"
             )
         return state
+
+    @contextlib.contextmanager
+    def refuse_malformed(self) -> Generator[None, None, None]:
+        """Turn the errors of restoring a state that does not fit the work into a CheckpointError.
+
+        Raises:
+            CheckpointError: A part of the state is missing or has another type or shape.
+        """
+        if self.path is None:
+            yield
+            return
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: the saved state does not fit this work "
+                f"({type(error).__name__}); delete it to start again"
+            ) from error
 
     def due(self) -> bool:
         """Return whether the interval since the last save has passed."""
@@ -71,7 +94,7 @@ class SavedState:
             write_torch(self.path, {**state, "fingerprint": self.fingerprint})
             self.last_save = time.monotonic()
 
-    @contextmanager
+    @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Change the state as a whole: a signal that ends the work waits for the end of the block.
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.mapped import MappedFile, map_safetensors
+from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.errors import CheckpointError
 from robustsoup.models import load_model
 
@@ -123,14 +123,21 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path):
         Checkpoint.open(path)
 
 
-def test_a_type_that_cannot_be_mapped_is_read_into_memory(tmp_path):
-    path = write_safetensors(
-        tmp_path / "f8.safetensors",
-        {"w": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}},
-    )
-    with pytest.raises(NotImplementedError, match="F8_E4M3"):
-        map_safetensors(path)
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "U16", "C64"])
+def test_rare_types_are_read_alike(tmp_path, dtype):
+    size = 16 // {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "C64": 8}[dtype]
+    entry = {"dtype": dtype, "shape": [size], "data_offsets": [0, 16]}
+    path = write_safetensors(tmp_path / "rare.safetensors", {"w": entry})
     check_same_tensors(Checkpoint.open(path), Checkpoint.load(path))
+    assert Checkpoint.load(path).tensors["w"].shape == (size,)
+
+
+def test_an_unknown_type_is_refused_by_name(tmp_path):
+    entry = {"dtype": "F4", "shape": [32], "data_offsets": [0, 16]}
+    path = write_safetensors(tmp_path / "rare.safetensors", {"w": entry})
+    for read in (Checkpoint.open, Checkpoint.load):
+        with pytest.raises(CheckpointError, match=r"rare\.safetensors.*w has the unknown type F4"):
+            read(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -1])

@@ -3,25 +3,28 @@
 import copy
 import json
 import os
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from robustsoup.checkpoints.mapped import MappedFile, map_safetensors
+from robustsoup.checkpoints.mapped import MappedFile
+from robustsoup.checkpoints.safetensors_files import (
+    RECORD_KEY,
+    read_safetensors,
+    write_safetensors,
+)
+from robustsoup.documents import parse_json
 from robustsoup.errors import CheckpointError
-from robustsoup.files import atomic_path, write_torch
+from robustsoup.file_bytes import DamageError
+from robustsoup.files import atomic_path, open_regular, write_torch
 from robustsoup.stamp import stamp_record, unstamp_record
+from robustsoup.torch_files import read_torch
 
-RECORD_KEY = "robustsoup"
-"""The metadata entry of a .safetensors file that holds the provenance record."""
 PICKLE_ENDINGS = (".pt", ".pth", ".bin")
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
 _REMOVABLE_PREFIXES = ("module.", "model.", "0.")
@@ -75,25 +78,38 @@ def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
         CheckpointError: The file is missing, cut short, in a newer format, or holds no tensors,
             coefficients, or NaN or infinity.
     """
-    if not path.is_file():
-        reason = "is a folder, expected a file" if path.is_dir() else "no such file"
+    try:
+        with open_regular(path) as file:
+            return _read_open_checkpoint(path, file, mapped=mapped)
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        reason = "no such file" if missing else error.strerror or error
         raise CheckpointError(
             f"{path}: {reason}; give a .safetensors, .pt, .pth or .bin checkpoint"
-        )
-    source = MappedFile.of(path) if mapped else None
+        ) from None
+
+
+def _read_open_checkpoint(path: Path, file: BufferedReader, *, mapped: bool) -> StoredCheckpoint:
+    source = MappedFile.of(path, file.fileno()) if mapped else None
+    verified = source is not None and source.verified
     if path.suffix == ".safetensors":
-        tensors, record = _read_safetensors(path, mapped=mapped)
+        tensors, record = _read_safetensors_record(path, file, mapped=mapped, verified=verified)
         wrapping = None
         if record.get("kind") in ("coefficients", "dial"):
             raise CheckpointError(
                 f"{path}: holds coefficients, not a network; pass it to mix as --coefficients"
             )
     else:
-        tensors, wrapping = _unwrap_state_dict(_read_pickle(path, mapped=mapped), path)
+        content = _read_pickle(path, file, mapped=mapped, verified=verified)
+        tensors, wrapping = _unwrap_state_dict(content, path)
         record = {"tied": _find_tied_tensors(tensors)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    _check_finite(tensors, path)
+    if not verified:
+        _check_finite(tensors, path)
+    if source is not None:
+        source.check_unchanged()
+        source.remember_verified()
     return StoredCheckpoint(tensors, record, wrapping, source)
 
 
@@ -130,73 +146,65 @@ def write_tensors(
     Raises:
         StorageError: The file cannot be written.
     """
-    with atomic_path(path) as temporary:
-        # The format refuses tensors that share memory, as tied ones do.
-        copies = {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
-        }
-        text = json.dumps(stamp_record(record), sort_keys=True)
-        try:
-            save_file(copies, temporary, metadata={RECORD_KEY: text})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    text = json.dumps(stamp_record(record), sort_keys=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write_safetensors(file, tensors, text)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the JSON record of a .safetensors file.
 
     Raises:
-        CheckpointError: The file is missing, cut short, in a newer format, or holds another
-            program's record.
+        CheckpointError: The file is missing, cut short, damaged, in a newer format, or holds
+            another program's record.
     """
-    return _read_safetensors(Path(path), mapped=False)
-
-
-def _read_safetensors(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = Path(path)
     try:
-        tensors, metadata = _map_or_copy(path) if mapped else _copy_safetensors(path)
-        record = json.loads(metadata.get(RECORD_KEY, "{}"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with open_regular(path) as file:
+            return _read_safetensors_record(path, file, mapped=False, verified=False)
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise CheckpointError(
+            f"{path}: {'no such file' if missing else error.strerror or error}"
+        ) from None
+
+
+def _read_safetensors_record(
+    path: Path, file: BufferedReader, *, mapped: bool, verified: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        content = read_safetensors(file, mapped=mapped)
+        record = parse_json(content.metadata.get(RECORD_KEY, "{}"))
+        if not isinstance(record, dict):
+            raise CheckpointError(
+                f"{path}: the {RECORD_KEY} record is not a JSON object; "
+                "was the file written by another program?"
+            )
+        record = unstamp_record(record, path)
+        if not verified:
+            content.verify()
+    except DamageError as error:
+        raise _damaged(path, error) from None
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not a complete .safetensors file ({error}); was the copy cut short?"
         ) from None
-    if not isinstance(record, dict):
-        raise CheckpointError(
-            f"{path}: the {RECORD_KEY} record is not a JSON object; "
-            "was the file written by another program?"
-        )
-    return tensors, unstamp_record(record, path)
+    return content.tensors, record
 
 
-def _copy_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-
-
-def _map_or_copy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_pickle(path: Path, file: BufferedReader, *, mapped: bool, verified: bool) -> object:
     try:
-        return map_safetensors(path)
-    except NotImplementedError:  # a type that cannot be mapped, such as float8
-        return _copy_safetensors(path)
-
-
-def _read_pickle(path: Path, *, mapped: bool) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # torch maps only its zip format, not the one from before PyTorch 1.6.
-            mapped = mapped and zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        # On broken bytes the unpickler raises IndexError, TypeError, AssertionError and others.
-        text = str(error).strip()
-        reason = text.splitlines()[0][:160] if text else type(error).__name__
+        return read_torch(file, mapped=mapped, verified=verified)
+    except DamageError as error:
+        raise _damaged(path, error) from None
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: not a checkpoint that can be read with weights_only=True: {reason}"
+            f"{path}: not a checkpoint that can be read with weights_only=True: {error}"
         ) from None
+
+
+def _damaged(path: Path, error: DamageError) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged: {error}; restore the file from its source")
 
 
 def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], Wrapping]:
@@ -261,11 +269,19 @@ def _find_tied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        # isfinite is not implemented for float8.
-        readable = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        if not bool(readable.isfinite().all()):
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"{path}: {name} holds NaN or infinity; this checkpoint is broken"
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no element is NaN or infinite."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # float8 has no minimum
+        tensor = tensor.float()
+    # Unlike isfinite, this needs no memory; NaN is the minimum and the maximum of what holds it.
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))

@@ -1,31 +1,17 @@
-"""Map the tensors of a .safetensors file, so that they take no memory of the process."""
+"""The file behind mapped tensors: was it changed, and was its content already verified?"""
 
-import json
-import mmap
 import os
-import warnings
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from robustsoup.errors import CheckpointError
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_MAX_HEADER_BYTES = 100_000_000
+RACY_SECONDS = 2.0
+"""A file may be changed again within one tick of its clock, so a file younger than this is compared
+with its digests each time that it is opened."""
+
+_verified: set["MappedFile"] = set()
 
 
 @dataclass(frozen=True)
@@ -36,17 +22,34 @@ class MappedFile:
         path: The file.
         size: bytes.
         modified_ns: Time of the last modification, in nanoseconds.
+        place: Numbers of the device and of the inode, which differ if another file took the path.
     """
 
     path: Path
     size: int
     modified_ns: int
+    place: tuple[int, int]
 
     @classmethod
-    def of(cls, path: Path) -> "MappedFile":
-        """Read the present state of a file."""
-        state = path.stat()
-        return cls(path, state.st_size, state.st_mtime_ns)
+    def of(cls, path: Path, descriptor: int | None = None) -> "MappedFile":
+        """Read the present state of a file.
+
+        Args:
+            path: The file.
+            descriptor: The descriptor of the file, if it is open.
+        """
+        state = path.stat() if descriptor is None else os.fstat(descriptor)
+        return cls(path, state.st_size, state.st_mtime_ns, (state.st_dev, state.st_ino))
+
+    @property
+    def verified(self) -> bool:
+        """Whether this process has verified the content of the file in this state."""
+        return self in _verified
+
+    def remember_verified(self) -> None:
+        """Spare later calls of this process the verification while the file keeps its state."""
+        if time.time_ns() - self.modified_ns > RACY_SECONDS * 1e9:
+            _verified.add(self)
 
     def check_unchanged(self) -> None:
         """Check that the tensors can be read; reading past the end of a file kills the process.
@@ -71,49 +74,3 @@ class MappedFile:
             raise CheckpointError(
                 f"{self.path}: the file was changed after it was opened; run the command again"
             )
-
-
-def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a .safetensors file.
-
-    Args:
-        path: The file; it must not be overwritten in place while the tensors are in use, and
-            `MappedFile.check_unchanged` must pass before they are read.
-
-    Returns:
-        The tensors as read-only views of the file, and the file's metadata.
-
-    Raises:
-        ValueError: The file is incomplete or is not in this format.
-        OSError: The file cannot be opened.
-        NotImplementedError: A tensor has a type that cannot be mapped.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if size < 8 or start > min(size, _MAX_HEADER_BYTES):
-            raise ValueError(f"a header of {start - 8:,} bytes in a file of {size:,}")
-        header = json.loads(file.read(start - 8))
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    metadata = header.pop("__metadata__", {})
-    tensors = {name: _tensor_view(view, start, size, entry) for name, entry in header.items()}
-    return tensors, metadata
-
-
-def _tensor_view(view: mmap.mmap, start: int, size: int, entry: dict[str, Any]) -> Tensor:
-    """Return the tensor of one header entry; `start` is the offset of the data in the file."""
-    dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
-    begin, end = (start + offset for offset in entry["data_offsets"])
-    if dtype is None:
-        raise NotImplementedError(f"tensors of type {entry['dtype']}")
-    count = (end - begin) // dtype.itemsize
-    if end > size or begin > end or count != torch.Size(shape).numel():
-        raise ValueError(f"bytes {begin:,} to {end:,} for shape {shape} in a file of {size:,}")
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings():
-        # torch warns that the buffer is read-only; nothing writes to it.
-        warnings.simplefilter("ignore")
-        return torch.frombuffer(view, dtype=dtype, count=count, offset=begin).view(shape)

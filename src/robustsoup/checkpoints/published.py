@@ -11,7 +11,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import data_root
 from robustsoup.data.download import DownloadProgress, FileKind, download
 from robustsoup.errors import CheckpointError, DataError, ModelError, RequestError
-from robustsoup.files import atomic_path, write_text
+from robustsoup.files import atomic_path, open_regular, write_text
 from robustsoup.models import load_model
 
 TORCH_SAVE = FileKind("a file of torch.save", (b"PK\x03\x04", b"\x80"))
@@ -198,7 +198,7 @@ def _verify_published(
         CheckpointError: The file does not fit the network.
     """
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             start = opened.read(SIGNATURE_BYTES)
             opened.seek(0)
             digest = hashlib.file_digest(opened, "sha256").hexdigest()

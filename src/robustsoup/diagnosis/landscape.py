@@ -283,7 +283,8 @@ class _PlaneEvaluator:
         x, y = self.plane.axes(columns)
         points = [(u, v) for v in y for u in x]
         state = saved.load()
-        values: list[tuple[float, ...]] = state["values"] if state else []
+        with saved.refuse_malformed():
+            values = [_point_values(value) for value in state["values"]] if state else []
         try:
             for point in points[len(values) :]:
                 values.append(self.measure_point(*point))
@@ -340,6 +341,12 @@ class _PlaneEvaluator:
             precision=settings.precision,
         )
         return (*clean, *robust)
+
+
+def _point_values(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return the four values of a finished point of a saved state."""
+    clean_loss, clean_accuracy, loss, accuracy = map(float, values)
+    return clean_loss, clean_accuracy, loss, accuracy
 
 
 def _split_losses(losses: Sequence[float], columns: int) -> tuple[tuple[float | None, ...], ...]:

@@ -186,13 +186,14 @@ def _attack_with_threats(
     Returns:
         The outcome for each threat model, by its text.
     """
-    state = (saved.load() or {}).get("outcomes", {})
+    stored = _load_outcomes(saved)
     samples = _target_samples(request, clean)
     target = Target(request.model, samples, request.device, request.pass_size)
     outcomes: dict[str, Outcome] = {}
     try:
         for number, threat in enumerate(request.threats):
-            outcome = _start_outcome(request, threat, state.get(str(threat)))
+            with saved.refuse_malformed():
+                outcome = _start_outcome(request, threat, stored.get(str(threat)))
             outcomes[str(threat)] = outcome
             if request.reuse.pool:
                 try_pool(
@@ -211,6 +212,13 @@ def _attack_with_threats(
         raise
     saved.clear()
     return outcomes
+
+
+def _load_outcomes(saved: SavedState) -> dict[str, dict[str, Tensor]]:
+    """Return the snapshots of outcomes in the saved state, by threat model."""
+    state = saved.load()
+    with saved.refuse_malformed():
+        return {} if state is None else dict(state["outcomes"])
 
 
 def _target_samples(request: CheckedRequest, clean: _CleanPass) -> AttackedSamples:

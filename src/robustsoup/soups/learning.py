@@ -197,5 +197,6 @@ def _finish_run(
     fingerprint = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
     fingerprint += [network_fingerprint(run.model), run.objective.fingerprint]
     saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
-    run.restore(saved.load())
+    with saved.refuse_malformed():
+        run.restore(saved.load())
     run_epochs(run, saved, on_progress)

@@ -114,7 +114,8 @@ def train(
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every]
     saved = SavedState(state_path, json.dumps(work, sort_keys=True))
-    run.restore(saved.load())
+    with saved.refuse_malformed():
+        run.restore(saved.load())
 
     def pass_checkpoint() -> None:
         epoch = len(run.history)
