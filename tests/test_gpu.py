@@ -305,6 +305,80 @@ def test_a_float32_attack_ignores_the_callers_autocast(on_gpu):
     assert logits.dtype == torch.float32
 
 
+def allow_tf32_by_old_flags():
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def allow_tf32_by_operator():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+def allow_tf32_everywhere():
+    torch.backends.fp32_precision = "tf32"
+
+
+HAS_OPERATOR_FLAGS = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+TF32_FLAGS = [
+    allow_tf32_by_old_flags,
+    *([allow_tf32_by_operator, allow_tf32_everywhere] if HAS_OPERATOR_FLAGS else []),
+]
+
+
+@pytest.fixture
+def flags_of_pytorch():
+    yield
+    if HAS_OPERATOR_FLAGS:
+        torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+class RecordsLogits(nn.Module):
+    """A network with large products that records its inputs and logits."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv = nn.Conv2d(3, 128, 3, padding=1)
+        self.middle = nn.Conv2d(128, 128, 3)
+        self.linear = nn.Linear(128 * 14 * 14, 10)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        self.calls = []
+
+    def compute(self, x):
+        return self.linear(self.middle(self.conv(x).relu()).relu().flatten(1))
+
+    def forward(self, x):
+        logits = self.compute(x)
+        if not torch.cuda.is_current_stream_capturing():
+            self.calls.append((x.detach().clone(), logits.detach().clone()))
+        return logits
+
+
+@pytest.mark.parametrize("allow_tf32", TF32_FLAGS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_of_a_float32_attack_are_float32(flags_of_pytorch, allow_tf32, autocast):
+    model = RecordsLogits().cuda()
+    x = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)).cuda()
+    y = model.compute(x).argmax(1)
+    allow_tf32()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        run_attack(model, x, y, THREATS[0], AttackSettings(steps=10))
+        apgd_train(model, x, y, THREATS[1])
+    calls = model.calls
+    exact = copy.deepcopy(model).double()
+    assert len(calls) > 5
+    for point, logits in calls:
+        assert logits.dtype == torch.float32
+        expected = exact.compute(point.double())
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_second_device_has_a_graph_of_its_own(on_gpu):
     """After a capture on the first device, the default capture stream belongs to that device."""

@@ -24,6 +24,7 @@ ROOMS = (
         "schema",
         "stamp",
         "device",
+        "precision",
         "fingerprint",
         "files",
         "documents",

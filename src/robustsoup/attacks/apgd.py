@@ -15,7 +15,6 @@ from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import Loss, ce
 from robustsoup.attacks.projections import as_column
 from robustsoup.attacks.steps import Stage, StepSchedule, advance, initial_state, observe
-from robustsoup.device import autocast
 from robustsoup.errors import RequestError
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -209,8 +208,7 @@ def apgd_train(
     attack = partial(highest_loss_points, model, schedule=schedule, loss=loss, precision=precision)
     batch = [x, y, x if start is None else start, *([] if target is None else [target])]
     parts = max(1, min(lane_count(x.device), len(x) // MIN_LANE_IMAGES))
-    # Under an autocast of the caller, losses and backward passes would run in low precision too.
-    with frozen_eval(model), autocast(x.device, "float32"):
+    with frozen_eval(model):
         if parts == 1:
             return attack(*batch)
         shares = zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True)

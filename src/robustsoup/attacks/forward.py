@@ -14,6 +14,7 @@ from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import Loss
 from robustsoup.device import autocast
 from robustsoup.errors import DataError, Diverged, ModelError
+from robustsoup.precision import full_float32
 
 CPU_PASS_SIZE = 32
 """Largest pass on a CPU; larger passes are no faster there."""
@@ -26,20 +27,17 @@ def frozen_eval(model: nn.Module) -> Generator[None, None, None]:
     """Freeze a network for an attack, and restore its state afterwards.
 
     Every module is in eval mode (so BatchNorm's running statistics stay fixed), no weight requires
-    a gradient, and TF32 is off, so that float32 means float32.
+    a gradient, and float32 means float32; see `full_float32`.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    allow_tf32 = cudnn.allow_tf32, matmul.allow_tf32
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
-        yield
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with full_float32():
+            yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = allow_tf32
         for module, training in modes:
             module.training = training
         for parameter in trainable:
@@ -127,6 +125,7 @@ def padded_loss(
     return logits, _apply_loss(loss, logits, y, target).to(x.dtype)
 
 
+@full_float32()
 def predict_logits(
     model: nn.Module,
     fetch: Callable[[Tensor], Tensor],

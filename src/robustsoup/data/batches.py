@@ -46,7 +46,7 @@ def augment(
     n, _, height, width = images.shape
     pad = augmentation.pad
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator).to(images.device)
-    mirrored = torch.rand(n, generator=generator).to(images.device) < 0.5
+    mirrored = torch.rand(n, generator=generator, dtype=torch.float32).to(images.device) < 0.5
     if pad:
         padded = functional.pad(images, (pad, pad, pad, pad))
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)

@@ -63,4 +63,4 @@ def _normalize_hook(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 def _channel_tensor(values: Sequence[float]) -> Tensor:
-    return torch.tensor(list(values)).view(1, -1, 1, 1)
+    return torch.tensor(list(values), dtype=torch.float32).view(1, -1, 1, 1)

@@ -20,6 +20,7 @@ from robustsoup.models.network import (
 )
 from robustsoup.models.normalize import normalize_inputs
 from robustsoup.models.wide_resnet import published_constants
+from robustsoup.precision import full_float32
 
 Factory = Callable[..., nn.Module]
 OptionValue = int | float | str | list[float]
@@ -239,7 +240,8 @@ def _import_factory(module: str, name: str, spec: str) -> Factory:
 
 def _call_factory(factory: Factory, options: dict[str, OptionValue], spec: str) -> nn.Module:
     try:
-        return factory(**options)
+        with full_float32():  # weights are float32 for any default dtype
+            return factory(**options)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f'model "{spec}": cannot be built with {options}: {reason}') from None

@@ -38,8 +38,8 @@ def measure_pass_seconds(context: Context, precision: str) -> float:
     network = context.fresh_network(0)
     network.to(device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
     shape = (batch_size, context.data.record["channels"], *context.data.record["size"])
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = x.to(device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch_size, dtype=torch.long, device=device)
     tasks = [lambda: input_gradient(network, x, y, ce, precision)] * lane_count(device)
     seconds: list[float] = []

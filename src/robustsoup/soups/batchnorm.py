@@ -12,6 +12,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.device import autocast
 from robustsoup.errors import DataError
+from robustsoup.precision import full_float32
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.summation import canonical_sum
 from robustsoup.threats import CLEAN, ThreatModel
@@ -69,6 +70,7 @@ def average_statistics(
     return averages
 
 
+@full_float32()
 def recalibrate(
     model: nn.Module,
     data: Split,

@@ -88,7 +88,7 @@ class LearningRun:
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step, self.t = 0, 0.5
         self.replayed_attack = ReplayedCall()
-        self.loss_sum = torch.zeros((), device=inputs.device)
+        self.loss_sum = torch.zeros((), device=inputs.device, dtype=torch.float32)
         self.history: History = []
         self.best: dict[str, Any] | None = None
         self.mix_layers(range(len(self.layers)))
@@ -264,7 +264,7 @@ class LearningRun:
         dial = self.settings.dial
         if dial is not None and self.step % dial.turn_every == 0:
             generator = keyed_generator("dial", self.settings.seed, self.step)
-            self.t = float(torch.rand((), generator=generator))
+            self.t = float(torch.rand((), generator=generator, dtype=torch.float32))
             self.mix_layers(range(len(self.layers)))
 
     def _goal(self) -> tuple[ThreatModel, Objective]:
@@ -279,7 +279,10 @@ class LearningRun:
     def _draw_active_layers(self) -> list[int]:
         """Draw the layers that this step updates; each is detached with probability `detach`."""
         generator = keyed_generator("detach", self.settings.seed, self.step)
-        active = torch.rand(len(self.layers), generator=generator) >= self.settings.detach
+        active = (
+            torch.rand(len(self.layers), generator=generator, dtype=torch.float32)
+            >= self.settings.detach
+        )
         return active.nonzero().flatten().tolist()
 
     def _require_gradients(self, active: Sequence[int]) -> dict[str, nn.Parameter]:
@@ -362,9 +365,10 @@ def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
         (layers, n) float32.
     """
     if init == "zeros":
-        return torch.zeros(layers, n)
+        return torch.zeros(layers, n, dtype=torch.float32)
     bound = math.sqrt(6 / (1 + n))
-    return torch.empty(layers, n).uniform_(-bound, bound, generator=keyed_generator("logits", seed))
+    logits = torch.empty(layers, n, dtype=torch.float32)
+    return logits.uniform_(-bound, bound, generator=keyed_generator("logits", seed))
 
 
 def logits_gradient(by_alpha: Tensor, alpha: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from robustsoup.attacks.projections import project
 from robustsoup.data import Split, passes
 from robustsoup.device import autocast
 from robustsoup.errors import ThreatError
+from robustsoup.precision import full_float32
 from robustsoup.seeding import keyed_generator
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
@@ -56,7 +57,9 @@ def attack_batch(
     if objective.attack_compares_with_clean:
         with frozen_eval(model), torch.no_grad(), autocast(x.device, precision):
             inputs["target"] = _at_least_float32(model(x))
-        noise = torch.randn(x.shape, generator=keyed_generator("beside", *key)).to(x)
+        noise = torch.randn(
+            x.shape, generator=keyed_generator("beside", *key), dtype=torch.float32
+        ).to(x)
         radii = x.new_full((len(x),), threat.eps)
         inputs["start"] = project(x + START_NOISE * noise, x, radii, threat.norm)
     attack = partial(
@@ -100,6 +103,7 @@ def objective_loss(
     return _compute_objective(model, x, x_adv, y, objective, precision=precision)
 
 
+@full_float32()
 def measure_robust_loss(
     model: nn.Module,
     data: Split,
@@ -159,6 +163,7 @@ def measure_objective(
     return total
 
 
+@full_float32()
 def _measure_other_objective(
     model: nn.Module,
     data: Split,

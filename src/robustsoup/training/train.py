@@ -179,7 +179,7 @@ class TrainingRun:
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step = 0
         self.replayed_attack = ReplayedCall()
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float32)
         self.history: History = []
         self.best_weights: dict[str, Tensor] | None = None
         self.last_passed_epoch = 0
