@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from digits import check_inside, digits_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from trained_seed import trained_seed
 from training_helpers import DATA, DIGITS, LINF, fresh_network, interrupt_at, train_digits
 
@@ -19,6 +20,7 @@ from robustsoup.attacks.forward import input_gradient
 from robustsoup.attacks.losses import ce, kl
 from robustsoup.data import batches, to_float
 from robustsoup.errors import CheckpointError, ThreatError
+from robustsoup.models import load_model
 from robustsoup.runs.tasks import step_passes
 from robustsoup.soups.learning import learn
 from robustsoup.threats import CLEAN, ThreatModel
@@ -70,6 +72,16 @@ def trades_by_hand(clean, adv, y, beta):
     natural = F.cross_entropy(clean, y)
     divergence = F.kl_div(F.log_softmax(adv, 1), F.softmax(clean, 1), reduction="sum")
     return natural + beta / len(y) * divergence
+
+
+def zhang_loss(model, x_natural, x_adv, y, beta):
+    """Return trades_loss of the authors' trades.py after its attack, line by line."""
+    logits = model(x_natural)
+    loss_natural = F.cross_entropy(logits, y)
+    loss_robust = (1.0 / len(x_natural)) * nn.KLDivLoss(reduction="sum")(
+        F.log_softmax(model(x_adv), dim=1), F.softmax(model(x_natural), dim=1)
+    )
+    return loss_natural + beta * loss_robust
 
 
 def random_logits(seed, b=9, classes=5):
@@ -186,7 +198,7 @@ def test_the_passes_of_a_step_are_counted(own_losses):
     assert step_passes(LINF, "ce", 2) == 5 + 3
     assert step_passes(LINF, "mixed 0.4", 2) == 5 + 6
     assert step_passes(LINF, "mixed 1", 2) == 3
-    assert step_passes(LINF, "trades 5", 2) == 5 + 6 + 1
+    assert step_passes(LINF, "trades 5", 2) == 6 + 7
     assert step_passes(CLEAN, "trades", 2) == 3
     assert step_passes(LINF, "own_losses:half", 2) == 5 + 6
     assert step_passes(LINF, "own_losses:only_clean", 2) == 3
@@ -303,8 +315,7 @@ def test_a_step_of_trades_equals_one_written_by_hand():
     x_adv = kl_attack(by_hand, x, y, LINF, steps=2, key=(trained_seed(), 0))
     by_hand.train()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
-    clean, adv = by_hand(torch.cat([x, x_adv])).split(32)
-    trades_by_hand(clean, adv, y, 5.0).backward()
+    zhang_loss(by_hand, x, x_adv, y, beta=5.0).backward()
     optimizer.step()
     for name, tensor in by_hand.state_dict().items():
         assert torch.allclose(got.tensors[name], tensor, rtol=1e-3, atol=1e-5), name
@@ -320,6 +331,61 @@ def test_with_a_clean_threat_one_pass_sees_one_batch(objective):
     assert seen == [32]
     expected = F.cross_entropy(model(x), y)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("name", ["resnet9:width=4", "resnet18"])
+def test_trades_and_its_gradient_equal_the_authors_with_batchnorm(name, beta):
+    model = load_model(name, channels=3 if name == "resnet18" else 1).double()
+    size = 32 if name == "resnet18" else 8
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 3 if name == "resnet18" else 1, size, size)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64)
+    x_adv = (x + 0.2 * torch.rand(shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+    y = torch.randint(10, (8,), generator=generator)
+    reference = copy.deepcopy(model).train()
+    theirs = zhang_loss(reference, x, x_adv, y, beta)
+    ours = objective_loss(model, x, x_adv, y, trades(beta), precision="float32")
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-10)
+    got, expected = (
+        torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(net.parameters()))])
+        for loss, net in ((ours, model), (theirs, reference))
+    )
+    assert float(F.cosine_similarity(got, expected, dim=0)) == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for (buffer, value), other in zip(model.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-12, msg=buffer)
+
+
+@pytest.mark.parametrize(
+    ("objective", "threat_is_clean", "expected"),
+    [
+        ("trades", False, ["clean", "attacked", "clean"]),
+        ("trades", True, ["clean"]),
+        ("mixed 0.4", False, ["both"]),
+        ("ce", False, ["attacked"]),
+        ("mixed 1", False, ["clean"]),
+        (Objective(lambda clean, attacked, y: ce(attacked, y) + ce(clean, y)), False, ["both"]),
+    ],
+)
+def test_the_batches_that_update_running_statistics(objective, threat_is_clean, expected):
+    model, (x, y, _) = fresh_network(), next(iter(batches(DATA, 32, seed=0, epoch=0)))
+    x_adv, seen = x if threat_is_clean else 1 - x, []
+
+    def record_batch(module, inputs):
+        names = {"clean": x, "attacked": 1 - x, "both": torch.cat([x, 1 - x])}
+        seen.extend(name for name, batch in names.items() if torch.equal(inputs[0], batch))
+
+    model.register_forward_pre_hook(record_batch)
+    before = [layer.num_batches_tracked.clone() for layer in batchnorms(model)]
+    objective_loss(model, x, x_adv, y, Objective.parse(objective), precision="float32")
+    assert seen == expected
+    for layer, count in zip(batchnorms(model), before, strict=True):
+        assert int(layer.num_batches_tracked - count) == len(expected)
+
+
+def batchnorms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def test_training_with_trades_lowers_its_objective():

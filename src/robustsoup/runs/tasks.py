@@ -393,12 +393,13 @@ def step_passes(threat: ThreatModel, objective: str | Objective, attack_steps: i
 
     The attack takes a forward and a backward pass for each step and one pass at the end, and one
     more if its loss compares with clean logits. The update takes 3 passes for each batch that the
-    objective uses.
+    objective uses, and one more if the batches pass separately.
     """
     parsed = Objective.parse(objective)
     attacked = not threat.is_clean and parsed.uses_attacked
     attack = 2 * attack_steps + 1 + parsed.attack_compares_with_clean if attacked else 0
-    return attack + 3 * (2 if attacked and parsed.uses_clean else 1)
+    both = attacked and parsed.uses_clean
+    return attack + (6 + parsed.separate_passes if both else 3)
 
 
 def _fitting_passes(settings: TrainSettings | LearnSettings, data: Data, fits_on_val: bool) -> int:

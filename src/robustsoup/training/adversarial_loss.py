@@ -84,9 +84,10 @@ def objective_loss(
     *,
     precision: str,
 ) -> Tensor:
-    """Return the objective on a batch, a scalar, from one train-mode pass.
+    """Return the objective on a batch, a scalar, in train mode.
 
-    An objective that uses both batches sees them concatenated.
+    An objective that uses both batches sees them concatenated in one pass, or in separate passes;
+    see `Objective.separate_passes`.
 
     Args:
         model: The network; left in train mode.
@@ -200,12 +201,8 @@ def _compute_objective(
     *,
     precision: str,
 ) -> Tensor:
-    uses_both = objective.uses_clean and objective.uses_attacked and x_adv is not x
-    single = x_adv if objective.uses_attacked else x
     with autocast(x.device, precision):
-        logits = model(torch.cat([x, x_adv]) if uses_both else single)
-    logits = _at_least_float32(logits)
-    clean, attacked = logits.chunk(2) if uses_both else (logits, logits)
+        clean, attacked = map(_at_least_float32, _pass_batches(model, x, x_adv, objective))
     loss = objective.loss(
         clean if objective.uses_clean else None, attacked if objective.uses_attacked else None, y
     )
@@ -216,6 +213,22 @@ def _compute_objective(
             f"expected a loss for each, ({len(y)},)"
         )
     return loss.mean()
+
+
+def _pass_batches(
+    model: nn.Module, x: Tensor, x_adv: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of the clean and the attacked batch; of one batch twice if one is used."""
+    if not (objective.uses_clean and objective.uses_attacked) or x_adv is x:
+        logits = model(x_adv if objective.uses_attacked else x)
+        return logits, logits
+    if not (objective.separate_passes and model.training):  # in eval mode the logits are the same
+        clean, attacked = model(torch.cat([x, x_adv])).chunk(2)
+        return clean, attacked
+    with torch.no_grad():  # a second update of the running statistics; the logits are those below
+        model(x)
+    attacked = model(x_adv)
+    return model(x), attacked
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -28,8 +28,11 @@ class Objective:
             batches are one tensor.
         name: Name for records and messages; by default that of the function.
         uses_clean: Whether the loss needs the clean batch.
-        uses_attacked: Whether the loss needs the attacked batch. An objective that uses both sees
-            them in one train-mode pass.
+        uses_attacked: Whether the loss needs the attacked batch.
+        separate_passes: Whether each batch is normalised by its own BatchNorm statistics, in three
+            train-mode passes: clean without gradient, attacked, clean. So running statistics see
+            the clean batch twice and the attacked batch once. Otherwise an objective that uses both
+            batches sees them concatenated, in one train-mode pass.
         attack_loss: The loss that the attack maximises, starting from x.
         attack_compares_with_clean: Call attack_loss(logits, y, clean) with the clean logits in eval
             mode, and start the attack at x plus small noise: at x, a divergence from the clean
@@ -44,6 +47,7 @@ class Objective:
     name: str = ""
     uses_clean: bool = True
     uses_attacked: bool = True
+    separate_passes: bool = False
     attack_loss: Loss = ce
     attack_compares_with_clean: bool = False
     clean_weight: float | None = None
@@ -118,6 +122,7 @@ class Objective:
         flags = (
             self.uses_clean,
             self.uses_attacked,
+            self.separate_passes,
             self.attack_compares_with_clean,
             attack_loss,
         )
@@ -162,7 +167,9 @@ def mixed(clean_weight: float) -> Objective:
 def trades(beta: float = 6.0) -> Objective:
     """Return L(clean) + B * KL(p_clean || p_attacked), "trades B"; its attack maximises the KL.
 
-    The gradient flows through both distributions.
+    The gradient flows through both distributions. As in the authors' code, clean and attacked
+    images pass separately in train mode, and running statistics are updated by the clean batch,
+    the attacked batch and the clean batch again.
 
     Args:
         beta: B, at least 0 and finite.
@@ -179,6 +186,7 @@ def trades(beta: float = 6.0) -> Objective:
     return Objective(
         partial(trades_loss, beta=beta),
         f"trades {beta:g}",
+        separate_passes=True,
         attack_loss=kl,
         attack_compares_with_clean=True,
     )
