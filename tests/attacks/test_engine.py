@@ -15,8 +15,8 @@ from robustsoup.attacks.engine import DeviceRows, SampleQueue, Search, take_step
 from robustsoup.attacks.forward import frozen_eval, pass_size, predict_logits
 from robustsoup.attacks.losses import ce
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
-from robustsoup.attacks.projections import norms
-from robustsoup.attacks.steps import StepSchedule, cold_start, initial_state
+from robustsoup.attacks.projections import norms, random_start
+from robustsoup.attacks.steps import StepSchedule, cold_noise, initial_state
 from robustsoup.catalog import LOSSES
 from robustsoup.data import load_data, to_float
 from robustsoup.models import load_model
@@ -278,8 +278,11 @@ def test_restarts_break_more_and_keep_what_was_broken(trained, threat):
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_restart_seed_and_sample_has_its_own_start(norm):
     x = torch.full((3, 1, 6, 6), 0.5)
+    eps = torch.full((3,), 0.2)
     starts = [
-        cold_start(x, 0.2, norm, seed=seed, ids=torch.tensor(ids), restart=restart)
+        random_start(
+            x, cold_noise(x, norm, seed=seed, ids=torch.tensor(ids), restart=restart), eps, norm
+        )
         for seed, ids, restart in (
             (0, [1, 2, 3], 0),
             (1, [1, 2, 3], 0),
@@ -290,7 +293,8 @@ def test_every_restart_seed_and_sample_has_its_own_start(norm):
     points = torch.cat(starts).flatten(1)
     assert len({tuple(point.tolist()) for point in points}) == 12
     assert float(norms(points.double() - 0.5, norm).max()) <= 0.2 + 1e-6
-    alone = cold_start(x[:1], 0.2, norm, seed=0, ids=torch.tensor([2]))
+    alone = cold_noise(x[:1], norm, seed=0, ids=torch.tensor([2]))
+    alone = random_start(x[:1], alone, eps[:1], norm)
     assert torch.equal(alone[0], starts[0][1])  # whatever samples stand beside it
 
 

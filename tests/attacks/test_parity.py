@@ -6,8 +6,16 @@ from torch.nn import functional
 
 from robustsoup.attacks.apgd import apgd_train
 from robustsoup.attacks.forward import frozen_eval, input_gradient
+from robustsoup.attacks.losses import ce
 from robustsoup.attacks.projections import random_start
-from robustsoup.attacks.steps import StepSchedule, advance, initial_state, observe
+from robustsoup.attacks.steps import (
+    StepSchedule,
+    advance,
+    initial_state,
+    observe,
+    start_first_stage,
+    start_next_stage,
+)
 from robustsoup.catalog import LOSSES
 from robustsoup.data import load_data, to_float
 from robustsoup.models import load_model
@@ -139,3 +147,77 @@ def test_l1_leaves_as_many_of_1000_samples_as_the_reference_from_the_same_noise(
         differences += abs(int(ours.sum()) - int(reference.sum()))
     assert 0 < survivors < 1000
     assert differences <= 2
+
+
+def run_stages_ours(model, x, y, threat, steps, noise):
+    """Return the best points of the last stage, and whether it never fooled the network."""
+    schedule = StepSchedule.for_threat(threat, steps)
+    state = start_first_stage(x, y, noise, schedule)
+    for number, (_, count) in enumerate(schedule.stages):
+        if number:
+            state = start_next_stage(state, torch.full((len(x),), number), schedule)
+        misclassified = torch.zeros(len(x), dtype=torch.bool)
+        for step in range(count + 1):
+            logits, value, grad = input_gradient(model, state.x_adv, y, ce, "float32")
+            misclassified |= logits.argmax(1) != y
+            observe(state, value, grad, schedule.check_periods(), "L1")
+            if step < count:
+                advance(state, "L1")
+    return state.x_best, ~misclassified
+
+
+def run_stages_of_reference(model, x, y, threat, steps, noise):
+    """Return the same, from pyautoattack.
+
+    Its decr_eps_pgd projects the start twice. Whether the second time changes the support depends
+    on the rounding of a sum, so the first projection is passed to the first stage.
+    """
+    attack = autopgd.APGDAttack(model, n_iter=steps, norm="L1", eps=threat.eps, device="cpu")
+    attack.init_hyperparam(x)
+    points = None
+    for attack.eps, attack.n_iter in StepSchedule.for_threat(threat, steps).stages:
+        if points is None:
+            points = reference_start(x, noise, attack.eps)
+        else:
+            points += autopgd.L1_projection(x, points - x, attack.eps)
+        points, robust, _, _ = attack.attack_single_run(x, y, x_init=points)
+    return points, robust
+
+
+def reference_start(x, noise, eps):
+    """Return the random start of the reference's first stage."""
+    start = x + noise
+    start += autopgd.L1_projection(x, start - x, eps)
+    return start
+
+
+@pytest.mark.parametrize(("shape", "eps"), [((1, 8, 8), 2.0), ((3, 32, 32), 12.0)])
+def test_the_first_of_three_l1_stages_takes_its_support_from_the_start(shape, eps):
+    threat, y = ThreatModel("L1", eps), torch.zeros(100, dtype=torch.long)
+    pixels = torch.randint(256, (100, *shape), generator=torch.Generator().manual_seed(0))
+    x, d = to_float(pixels), pixels[0].numel()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    staged, plain = (StepSchedule.for_threat(threat, 100, staged=s) for s in (True, False))
+    expected = autopgd.L0_norm(reference_start(x, noise, 3 * eps) - x).float()
+    state = start_first_stage(x, y, noise, staged)
+    assert torch.equal(state.support, expected)
+    assert torch.equal(state.topk, expected / d / 1.5)
+    assert not state.final_stage.any()
+    state = start_first_stage(x, y, noise, plain)
+    assert torch.equal(state.topk, torch.full((100,), 0.2))
+    assert torch.equal(state.support, torch.full((100,), float(d)))
+    assert state.final_stage.all()
+
+
+@pytest.mark.parametrize("eps", [1.0, 1.5])
+def test_three_l1_stages_agree_with_the_reference_from_the_same_noise(digits, eps):
+    """In L1, projections differ by rounding, so a few samples may take another way."""
+    model, x, y = digits
+    x, y, threat = x[:200], y[:200], ThreatModel("L1", eps)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    best, ours = run_stages_ours(model, x, y, threat, 50, noise)
+    expected_best, expected = run_stages_of_reference(model, x, y, threat, 50, noise)
+    assert 0 < int(expected.sum()) < 200
+    assert int((ours != expected).sum()) <= 6
+    distance = (best - expected_best).abs().flatten(1).amax(1)
+    assert float(distance.median()) < 1e-4

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from robustsoup.attacks.projections import (
     as_column,
     constraint_excess,
+    move_inside,
     norms,
     project,
     random_start,
@@ -202,6 +203,48 @@ def test_the_l2_projection_scales_and_then_clamps(drawn):
     torch.testing.assert_close(
         project(z, x, eps, "L2"), (x + (z - x) * as_column(share, x)).clamp(0, 1), rtol=0, atol=1e-9
     )
+
+
+# exactly inside
+
+SHAPES = [(3, 32, 32), (1, 8, 8), (3, 4, 4), (5,), (1,)]
+RADII = {"Linf": [2 / 255, 8 / 255, 0.1, 1.0], "L2": [0.1, 0.5, 1.7], "L1": [0.3, 1.5, 12.0]}
+
+
+def excess_in_float64(points, x, norm, eps):
+    """By how much points leave the ball and the box, by torch's own norm and without tolerance."""
+    assert float(points.min()) >= 0
+    assert float(points.max()) <= 1
+    return float((length(points.double() - x.double(), norm) - eps).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_returned_point_of_100_000_is_outside_in_float64(norm, dtype):
+    """Together with the other dtypes and norms, more than 10^5 points; no tolerance."""
+    for number, shape in enumerate(SHAPES):
+        rows = 200 if number == 0 else 1500
+        for eps in RADII[norm]:
+            x = images(number, rows, shape, dtype)
+            z = add_noise(x, number, 0.3)
+            points = project(z, x, torch.full((rows,), eps, dtype=dtype), norm)
+            inside = move_inside(points, x, ThreatModel(norm, eps))
+            assert inside.dtype == dtype
+            assert excess_in_float64(inside, x, norm, eps) <= 0
+            if norm == "L1":  # the projection itself is exact
+                assert torch.equal(inside, points)
+            else:
+                limit = 4 * max(torch.finfo(dtype).eps, 1e-12)
+                assert float((inside.double() - points.double()).abs().max()) <= limit
+            assert torch.equal(move_inside(inside, x, ThreatModel(norm, eps)), inside)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_point_inside_is_not_moved(norm):
+    x = images(4, 100, (3, 8, 8))
+    points = x + 0.5 * (project(add_noise(x, 4, 1.0), x, torch.full((100,), 0.2), norm) - x)
+    assert torch.equal(move_inside(points, x, ThreatModel(norm, 0.2)), points)
+    assert torch.equal(move_inside(x, x, ThreatModel(norm, 0.2)), x)
 
 
 # random starts

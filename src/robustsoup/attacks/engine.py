@@ -5,8 +5,9 @@ the next sample from the queue. Every pass has the same shape, and every sample 
 and state, so its verdict does not depend on the batch size, the order or other samples.
 
 The search may run in bfloat16. A point that fools the network in the search is checked in
-float32 before it counts. The last point of every sample (which needs no gradient) and its best
-point are checked too. Rows to check are collected until they fill a whole pass.
+float32 before it counts, and so is a point that rounding left outside the ball and that was moved
+inside. The last point of every sample (which needs no gradient) and its best point are checked too.
+Rows to check are collected until they fill a whole pass.
 """
 
 import threading
@@ -23,16 +24,15 @@ from robustsoup.attacks.forward import input_gradient, padded_loss
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import Loss, logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
-from robustsoup.attacks.projections import as_column
+from robustsoup.attacks.projections import as_column, move_inside
 from robustsoup.attacks.steps import (
     SearchState,
-    Stage,
     StepSchedule,
     advance,
-    cold_start,
+    cold_noise,
     concat_states,
-    initial_state,
     observe,
+    start_first_stage,
     start_next_stage,
 )
 from robustsoup.threats import ThreatModel
@@ -285,10 +285,8 @@ def begin_search(search: Search, samples: Tensor) -> Pending:
     """Return samples (b,) int64 at their random starting points."""
     schedule, data = search.schedule, search.samples
     x = data.fetch(samples)
-    eps, _ = schedule.stages[0]
-    start = cold_start(
+    noise = cold_noise(
         x,
-        eps,
         schedule.norm,
         seed=search.seed,
         ids=data.ids[samples],
@@ -298,8 +296,7 @@ def begin_search(search: Search, samples: Tensor) -> Pending:
     if search.attempt.target_rank:
         target = data.ranked_target(samples, search.attempt.target_rank).to(x.device)
     y = data.y[samples].to(x.device)
-    stage = Stage(final=len(schedule.stages) == 1)
-    state = initial_state(x, y, eps, start, schedule, target=target, stage=stage)
+    state = start_first_stage(x, y, noise, schedule, target=target)
     zeros, false = torch.zeros_like(samples), torch.zeros(len(samples), dtype=torch.bool)
     return Pending(samples, zeros, x, zeros, false, false, false, state)
 
@@ -392,15 +389,27 @@ class Lane:
         if zero_gradient is not None:
             self.outcome.zero_gradient[self.sample[starting]] |= zero_gradient.cpu()[starting]
         self._reset_steps((~busy).nonzero().flatten())
-        certain = hit & (not self.search.needs_check())
-        if bool(certain.any()):
-            rows = certain.nonzero().flatten()
-            broken = self._remove_rows(rows, finished[rows], hit[rows])
+        rows = (finished | hit).nonzero().flatten()
+        if len(rows):
+            self._sort_removed(self._remove_rows(rows, finished[rows], hit[rows]))
+
+    def _sort_removed(self, items: Pending) -> None:
+        """Settle hits that need no check, and set the other rows aside for one.
+
+        A point that rounding left outside the ball is moved inside, and counts as it is then.
+        """
+        points, items.points = items.points, self._move_inside(items.points, items.state)
+        is_moved = (points != items.points).flatten(1).any(1).cpu()
+        certain = items.hit & ~is_moved & (not self.search.needs_check())
+        if len(broken := items.where(certain)):
             self._settle(broken, broken.state.margin, is_broken=True)
-        uncertain = (finished | hit) & ~certain
-        if bool(uncertain.any()):
-            rows = uncertain.nonzero().flatten()
-            self.to_check.append(self._remove_rows(rows, finished[rows], hit[rows]))
+        if len(uncertain := items.where(~certain)):
+            self.to_check.append(uncertain)
+
+    def _move_inside(self, points: Tensor, state: SearchState) -> Tensor:
+        """Move points of the last stage into the ball, exactly."""
+        inside = move_inside(points, state.x, self.search.threat)
+        return torch.where(as_column(state.final_stage, points), inside, points)
 
     def _reset_steps(self, rows: Tensor) -> None:
         """Set free rows back to step 0, so that they stay inside the table of checks."""
@@ -462,7 +471,8 @@ class Lane:
             continued.state = start_next_stage(continued.state, stage, self.search.schedule)
             self.to_place.append(continued)
         if len(best := items.where(best_is_unchecked)):
-            best.points, best.is_best = best.state.x_best, torch.ones_like(best.is_best)
+            best.points = self._move_inside(best.state.x_best, best.state)
+            best.is_best = torch.ones_like(best.is_best)
             best.step = best.state.step_best.cpu() + self.steps_before[best.stage]
             self.to_check.append(best)
 
@@ -471,7 +481,8 @@ class Lane:
         if len(continued := items.where(refuted & ~items.finished)):
             self.to_place.append(continued)
         if len(last := items.where(refuted & items.finished)):
-            last.points, last.hit = last.state.x_adv, torch.zeros_like(last.hit)
+            last.points = self._move_inside(last.state.x_adv, last.state)
+            last.hit = torch.zeros_like(last.hit)
             last.step = last.state.step.cpu() + self.steps_before[last.stage]
             self.to_check.append(last)
 
@@ -481,7 +492,8 @@ class Lane:
         if is_broken:
             outcome.record_points(samples, items.points, state.x, self.search.threat)
         elif self.search.index == 0:
-            outcome.record_points(samples, state.x_best, state.x, self.search.threat)
+            best = self._move_inside(state.x_best, state)
+            outcome.record_points(samples, best, state.x, self.search.threat)
         outcome.margin[samples] = torch.fmin(outcome.margin[samples], margin.float().cpu())
         outcome.nan[samples] |= (margin.isnan() | state.margin.isnan()).cpu()
         if is_broken:

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from robustsoup.threats import ThreatModel
 
+SUM_MARGIN = 1e-12
+"""Relative margin that a length keeps from its radius, for the rounding of a sum in float64."""
+
 
 def as_column(values: Tensor, like: Tensor) -> Tensor:
     """Reshape `values` (b,) to (b, 1, ..., 1), so that it broadcasts with `like` (b, ...)."""
@@ -40,7 +43,8 @@ def project(z: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
     """Project each z into the ball of radius eps around x, and into the box [0, 1].
 
     Linf and L1 return the nearest point of the intersection. L2 scales into the ball and then
-    clamps, as AutoPGD does: the result is feasible, but not always the nearest point.
+    clamps, as AutoPGD does: the result is feasible, but not always the nearest point. Linf and L2
+    are bit-equal to AutoPGD, so rounding may leave the ball; see `move_inside`.
 
     Args:
         z: (b, ...) points to project.
@@ -61,11 +65,43 @@ def project(z: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
         delta = z - x
         length = as_column(norms(delta, "L2"), x)
         return (x + delta / (length + 1e-12) * torch.minimum(radius, length)).clamp(0.0, 1.0)
-    delta = _project_l1(z - x, x, eps)
-    point = x + delta
-    # The d rounding errors of the sum can add up to more than 1e-6 of L1 norm. Moving a point that
-    # was rounded away from x by one unit in the last place undoes its error.
-    return torch.where((point - x).abs() > delta.abs(), torch.nextafter(point, x), point)
+    # `eps` was rounded to its dtype, perhaps up.
+    eps = eps.double() * (1 - torch.finfo(eps.dtype).eps)
+    return _add_inside(x, _project_l1(z.double() - x.double(), x, eps), eps, "L1")
+
+
+def move_inside(points: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    """Move points that rounding left outside the ball into it, as computed in float64.
+
+    Args:
+        points: (b, ...) points in the box, outside the ball by rounding at most.
+        x: (b, ...) centres in [0, 1].
+        threat: Norm and radius of the ball.
+
+    Returns:
+        (b, ...) points in the ball and the box; a point that is inside already is unchanged.
+    """
+    delta = points.double() - x.double()
+    if threat.norm == "Linf":
+        delta = delta.clamp(-threat.eps, threat.eps)
+    radius = torch.full((len(x),), threat.eps, device=x.device, dtype=torch.float64)
+    return _add_inside(x, delta, radius, threat.norm)
+
+
+def _add_inside(x: Tensor, delta: Tensor, eps: Tensor, norm: str) -> Tensor:
+    """Return x + delta in the dtype of x, no farther from x than eps (b,) float64.
+
+    The d rounding errors of the sum can add up to more than 1e-6 of norm. Moving a value that was
+    rounded away from x by one unit in the last place undoes its error.
+    """
+    if norm != "Linf":
+        limit = eps * (1 - SUM_MARGIN)
+        length = norms(delta, norm)
+        scale = torch.where(length > limit, limit / length, torch.ones_like(limit))
+        delta = delta * as_column(scale, delta)
+    point = (x.double() + delta).to(x.dtype)
+    is_farther = (point.double() - x.double()).abs() > delta.abs()
+    return torch.where(is_farther, torch.nextafter(point, x), point)
 
 
 def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
@@ -73,10 +109,10 @@ def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
 
     The solution is sign(delta) * clamp(|delta| - t, 0, room) with the smallest t >= 0 whose norm
     is at most eps; room is the distance to the box. The norm is piecewise linear and falls in t,
-    with 2 d breakpoints: sort them, find the segment that crosses eps, and solve it exactly.
+    with 2 d breakpoints: sort them, find the segment that crosses eps, and solve it exactly. All
+    of it is in float64, because a float32 sum of thousands of terms drifts by 1e-5.
     """
-    # float64, because a float32 sum of thousands of terms drifts by 1e-5
-    flat, point = delta.flatten(1).double(), x.flatten(1).double()
+    flat, point = delta.flatten(1), x.flatten(1).to(delta)
     size = flat.abs()
     room = torch.where(flat > 0, 1.0 - point, point).clamp(min=0.0)
     breakpoints = torch.cat([(size - room).clamp(min=0.0), size], dim=1)
@@ -91,7 +127,7 @@ def _project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     slope = slopes.gather(1, segment).clamp(max=-1.0)
     t = breakpoints.gather(1, segment) + (radius - norm_at.gather(1, segment)) / slope
     t = torch.where(norm_at_0 > radius, t, torch.zeros_like(t)).clamp(min=0.0)
-    return (flat.sign() * torch.minimum((size - t).clamp(min=0.0), room)).to(delta).view_as(delta)
+    return (flat.sign() * torch.minimum((size - t).clamp(min=0.0), room)).view_as(delta)
 
 
 def random_start(x: Tensor, noise: Tensor, eps: Tensor, norm: str) -> Tensor:
