@@ -73,14 +73,37 @@ def test_accuracies_are_found_by_split_and_measure():
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (["name"], None, "name: got NoneType, expected str"),
-        (["rows"], {}, "rows: got dict, expected list"),
-        (["protocol", "threats"], "Linf", "protocol: threats: got str, expected list"),
-        (["rows", 0, "role"], "stew", r'rows\[0\]: role: got "stew", expected one of pretrained'),
-        (["rows", 0, "val"], [1], r"rows\[0\]: val: got list, expected accuracies by measure"),
-        (["rows", 0, "val", "clean"], {}, r"rows\[0\]: val: clean: value: got None, expected a"),
-        (["planes", 0, "file"], 3, r"planes\[0\]: file: got int, expected str"),
-        (["selection", "chosen"], 3, "selection: chosen: got int, expected str"),
+        (["name"], None, "name: got None, expected text"),
+        (["rows"], {}, "rows: got {}, expected a list"),
+        (["rows"], 5, "rows: got 5, expected a list"),
+        (["protocol"], [], r"protocol: got \[\], expected a table"),
+        (["protocol", "threats"], "Linf", "protocol.threats: got 'Linf', expected a list"),
+        (["protocol", "steps"], 1.5, "protocol.steps: got 1.5, expected an integer"),
+        (["protocol", "select_on"], "x", "protocol.select_on: got 'x', expected one of val, test"),
+        (["rows", 0, "role"], "stew", r"rows\[0\].role: got 'stew', expected one of pretrained"),
+        (["rows", 0, "role"], ["line"], r"rows\[0\].role: got \['line'\], expected one of"),
+        (["rows", 0, "val"], [1], r"rows\[0\].val: got \[1\], expected a table"),
+        (["rows", 0, "val", "clean"], {}, r"rows\[0\].val\['clean'\]: got \[\], expected the keys"),
+        (
+            ["rows", 0, "val", "clean", "n"],
+            0,
+            r"rows\[0\].val\['clean'\].n: got 0, expected an int",
+        ),
+        (["rows", 0, "val", "clean", "hits"], 99, r"rows\[0\].val\['clean'\].hits: got 99"),
+        (
+            ["rows", 0, "val", "clean", "value"],
+            2,
+            r"rows\[0\].val\['clean'\].value: got 2, expected",
+        ),
+        (["rows", 0, "ingredients"], 5, r"rows\[0\].ingredients: got 5, expected a list"),
+        (["rows", 0, "coefficients"], ["x"], r"rows\[0\].coefficients\[0\]: got 'x', expected a f"),
+        (["rows", 0, "warnings"], None, r"rows\[0\].warnings: got None, expected a list"),
+        (["leakage"], "known", "leakage: got 'known', expected a table"),
+        (["recipe"], [1], r"recipe: got \[1\], expected a table"),
+        (["seconds"], "long", "seconds: got 'long', expected a finite number"),
+        (["planes", 0, "file"], 3, r"planes\[0\].file: got 3, expected text"),
+        (["selection", "chosen"], 3, "selection.chosen: got 3, expected text"),
+        (["selection", "require"], 3, "selection.require: got 3, expected a list"),
     ],
 )
 def test_a_wrong_entry_is_named(place, value, message):
@@ -90,7 +113,7 @@ def test_a_wrong_entry_is_named(place, value, message):
     for key in tables:
         table = table[key]
     table[last] = value
-    with pytest.raises(RequestError, match=rf"^results\.json: {message}"):
+    with pytest.raises(RequestError, match=rf"^results\.json\.{message}"):
         Results.from_json(content, "results.json")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import data_root
 from robustsoup.data.download import DownloadProgress, FileKind, download
+from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, DataError, ModelError, RequestError
 from robustsoup.files import atomic_path, open_regular, write_text
 from robustsoup.models import load_model
@@ -167,7 +168,7 @@ def _expected_digests(path: Path, sha256: str | None) -> list[ExpectedDigest]:
     record_path = _digest_record_path(path)
     if record_path.is_file():
         try:
-            recorded = json.loads(record_path.read_text(encoding="utf-8"))["sha256"]
+            recorded = str(read_json(record_path, 10_000)["sha256"])
         except (ValueError, KeyError, TypeError, OSError):
             raise DataError(
                 f"{record_path}: not a record of a digest; delete it and fetch again"

@@ -16,10 +16,12 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
+from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
 from robustsoup.fingerprint import network_fingerprint
 from robustsoup.progress import Progress, SavedState
+from robustsoup.schema import MisfitError, list_of, nullable, number, table, text
 from robustsoup.settings import LandscapeSettings
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.mixing import check_buffer_policy, mix
@@ -32,6 +34,43 @@ GRID_START, GRID_END = -0.2, 1.2
 """Ends of the grid, in multiples of ||w2 - w0|| along x and of the height of w1 along y."""
 MIN_RELATIVE_HEIGHT = 1e-4
 """Networks count as collinear if the height of w1 is below this fraction of the longest side."""
+
+
+LARGEST_NUMBER = 1e30
+"""Largest coordinate or loss of a saved landscape, in absolute value."""
+
+
+def _moderate_number(value: object, place: str) -> None:
+    """Accept numbers that stay finite where a figure computes with them."""
+    number(value, place)
+    if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
+        raise MisfitError(place, value, f"a number of at most {LARGEST_NUMBER:g}")
+
+
+_numbers = list_of(_moderate_number)
+_grid = list_of(list_of(nullable(_moderate_number)))
+check_landscape = table(
+    {
+        "checkpoints": list_of(text),
+        "x": _numbers,
+        "y": _numbers,
+        "positions": list_of(_numbers),
+        "loss": _grid,
+    },
+    {
+        "accuracy": nullable(_grid),
+        "clean_loss": nullable(_grid),
+        "clean_accuracy": nullable(_grid),
+        "threat": nullable(text),
+        "attack_steps": nullable(_moderate_number),
+        "samples": nullable(_moderate_number),
+        "split": nullable(text),
+        "buffers": nullable(text),
+        "seed": nullable(_moderate_number),
+        "precision": nullable(text),
+    },
+)
+"""Accept the content of the JSON file of a landscape."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +191,10 @@ class Landscape:
             CheckpointError: The file is missing or holds no landscape.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            content = read_json(path)
+            check_landscape(content, "the plane")
+            return cls(**content)
+        except (MisfitError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a saved landscape: {error}") from None
 
 

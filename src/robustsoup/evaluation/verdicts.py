@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.record_checks import check_record
 from robustsoup.files import atomic_path, write_text
+from robustsoup.schema import MisfitError
 from robustsoup.stamp import stamp_record, unstamp_record
 from robustsoup.threats import ThreatModel
 
@@ -186,7 +189,9 @@ class Evaluation:
         """
         path = Path(path)
         try:
-            record = unstamp_record(json.loads(path.read_text(encoding="utf-8")), path)
+            content = read_json(path)
+            check_record(content, "the record")
+            record = unstamp_record(content, path)
             record.pop("accuracy")
             arrays = _load_arrays(path.with_suffix(".npz"))
             points_path = path.with_suffix(".points.npz")
@@ -203,6 +208,7 @@ class Evaluation:
             AttributeError,
             EOFError,
             KeyError,
+            MisfitError,
             OSError,
             TypeError,
             ValueError,

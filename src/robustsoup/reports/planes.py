@@ -1,6 +1,5 @@
 """Robust loss on planes through three checkpoints (Fig. 7 of Huang 2023), as contour maps."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 
+from robustsoup.diagnosis.landscape import check_landscape
+from robustsoup.documents import read_json
 from robustsoup.errors import RequestError
 from robustsoup.reports.convexity import mask_triangle, survey_loss
 from robustsoup.reports.labels import (
@@ -39,6 +40,7 @@ from robustsoup.reports.style import (
 )
 from robustsoup.reports.tables import Cell, Table
 from robustsoup.runs.results import Results
+from robustsoup.schema import MisfitError
 
 LEVELS = 16
 LABELLED_STEP = 3
@@ -142,7 +144,8 @@ def load_plane(path: Path, name: str) -> LossPlane:
     """
     hint = "expected a file that `robustsoup run` wrote; run the recipe again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        check_landscape(content, "the plane")
         return LossPlane(
             name=name,
             checkpoints=tuple(map(str, content["checkpoints"])),
@@ -156,8 +159,8 @@ def load_plane(path: Path, name: str) -> LossPlane:
         )
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file; {hint}") from None
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (MisfitError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{path}: not a plane ({reason}); {hint}") from None
 
 

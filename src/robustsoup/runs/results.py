@@ -4,7 +4,6 @@ A run writes a `Results` into its folder; reports and the command line read it b
 the fields are the keys of the JSON file.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,14 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.documents import read_json
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.runs import result_checks
+from robustsoup.runs.result_checks import ROLES
+from robustsoup.schema import MisfitError
 from robustsoup.stamp import unstamp_record
 
 RowScores = dict[str, Accuracy]
 """Accuracies by measure: "clean", each threat model as text, and "union" for several threats."""
 
-ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
 SOUP_ROLES = ROLES[2:]
 
 _WRITTEN_BY_RUN = "expected a file that `robustsoup run` wrote; run the recipe again"
@@ -308,6 +310,10 @@ class Results:
         Raises:
             RequestError: An entry is missing or is not of its type.
         """
+        try:
+            result_checks.results(content, where)
+        except MisfitError as error:
+            raise RequestError(f"{error}; {_WRITTEN_BY_RUN}") from None
         table = _as_table(content, where)
         leakage, selection = table.get("leakage"), table.get("selection")
         figures = table.get("figures")
@@ -350,14 +356,15 @@ class Results:
             CheckpointError: A newer release wrote it in a newer format.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError:
             raise RequestError(
                 f"{path}: no such file; expected a folder that `robustsoup run` wrote"
             ) from None
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise RequestError(f"{path}: not JSON ({reason}); {_WRITTEN_BY_RUN}") from None
+        except OSError as error:
+            raise RequestError(f"{path}: {error.strerror or error}; {_WRITTEN_BY_RUN}") from None
+        except ValueError as error:
+            raise RequestError(f"{path}: not JSON ({error}); {_WRITTEN_BY_RUN}") from None
         return cls.from_json(unstamp_record(_as_table(content, str(path)), path), str(path))
 
 

@@ -1,0 +1,22 @@
+"""The checks of the record of an evaluation: the types of all entries that code reads."""
+
+from robustsoup.schema import MisfitError, anything, list_of, mapping_of, nullable, table, text
+
+
+def _distinct_texts(value: object, place: str) -> None:
+    """Accept lists of different texts."""
+    list_of(text)(value, place)
+    if isinstance(value, (list, tuple)) and len(set(value)) < len(value):
+        raise MisfitError(place, value, "each text once")
+
+
+check_record = table(
+    {"threats": _distinct_texts, "accuracy": mapping_of(anything)},
+    {
+        "broken_by": _distinct_texts,
+        "warnings": list_of(text),
+        "data": table({}, {"name": nullable(text), "digest": nullable(text)}),
+        "split": nullable(text),
+    },
+)
+"""Accept the content of the JSON file of an evaluation; other entries are shown, not used."""

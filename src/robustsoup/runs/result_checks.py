@@ -1,0 +1,125 @@
+"""The checks of results.json: the types and ranges of all entries that code reads."""
+
+from robustsoup.schema import (
+    Check,
+    MisfitError,
+    anything,
+    integer,
+    list_of,
+    mapping_of,
+    nullable,
+    number,
+    table,
+    text,
+)
+
+ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
+"""What the network of a row is; the roles from the third on are soups."""
+
+_MAX_COUNT = 2**53  # a float holds each smaller integer exactly
+
+
+def one_of(*choices: str) -> Check:
+    """Accept a few texts."""
+
+    def check(value: object, place: str) -> None:
+        if value not in choices:
+            raise MisfitError(place, value, f"one of {', '.join(choices)}")
+
+    return check
+
+
+def boolean(value: object, place: str) -> None:
+    """Accept true and false."""
+    if not isinstance(value, bool):
+        raise MisfitError(place, value, "true or false")
+
+
+def share(value: object, place: str) -> None:
+    """Accept numbers from 0 to 1."""
+    number(value, place)
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise MisfitError(place, value, "a number from 0 to 1")
+
+
+_accuracy_entries = table(
+    {"value": share, "low": share, "high": share, "n": integer(1, _MAX_COUNT)},
+    {"hits": integer(0, _MAX_COUNT)},
+)
+
+
+def accuracy(value: object, place: str) -> None:
+    """Accept an accuracy with its interval, whose hits are at most its samples."""
+    _accuracy_entries(value, place)
+    if isinstance(value, dict) and value.get("hits", 0) > value["n"]:
+        raise MisfitError(f"{place}.hits", value["hits"], f"at most n, {value['n']}")
+
+
+row = table(
+    {"name": text, "role": one_of(*ROLES)},
+    {
+        "soup": nullable(text),
+        "ingredients": nullable(list_of(text)),
+        "coefficients": nullable(list_of(number)),
+        "threat": nullable(text),
+        "objective": nullable(text),
+        "at": nullable(share),
+        "checkpoint": nullable(text),
+        "coefficients_file": nullable(text),
+        "val": nullable(mapping_of(accuracy)),
+        "test": nullable(mapping_of(accuracy)),
+        "screened": boolean,
+        "warnings": list_of(text),
+        "masking_check": list_of(text),
+    },
+)
+
+protocol = table(
+    {
+        "select_on": one_of("val", "test"),
+        "report_on": one_of("val", "test"),
+        "threats": list_of(text),
+    },
+    {
+        "attack": text,
+        "loss": text,
+        "steps": integer(0, _MAX_COUNT),
+        "restarts": integer(0, _MAX_COUNT),
+        "precision": text,
+        "search_precision": text,
+        "screened": boolean,
+        "seed": integer(-(2**63), 2**63 - 1),
+        "samples": mapping_of(nullable(integer(0, _MAX_COUNT))),
+    },
+)
+
+selection = table(
+    {"chosen": text, "maximise": text},
+    {
+        "require": list_of(text),
+        "met": boolean,
+        "point": boolean,
+        "message": text,
+        "held_on_test": nullable(boolean),
+    },
+)
+
+results = table(
+    {"name": text, "protocol": protocol, "rows": list_of(row)},
+    {
+        "created": text,
+        "recipe": nullable(mapping_of(anything)),
+        "data": nullable(mapping_of(anything)),
+        "model": nullable(text),
+        "leakage": nullable(table({}, {"status": text, "why": text})),
+        "figures": nullable(list_of(text)),
+        "versions": nullable(mapping_of(anything)),
+        "seconds": nullable(number),
+        "planes": nullable(
+            list_of(table({"name": text, "file": text}, {"checkpoints": list_of(text)}))
+        ),
+        "selection": nullable(selection),
+        "soup": nullable(text),
+    },
+)
+"""Accept the content of results.json; other keys are ignored."""
