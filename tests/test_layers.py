@@ -32,6 +32,7 @@ ROOMS = (
         "archives",
         "pickles",
         "torch_files",
+        "arrays",
         "threats",
         "progress",
         "settings",

@@ -30,7 +30,7 @@ SEAL = "robustsoup.sha256"
 MAX_MEMBERS = 4 * MAX_TENSORS
 """Most members: an optimizer stores two or three tensors for each of a network's."""
 
-MAX_UNPACKED_BYTES = 2**28
+MAX_UNPACKED_BYTES = 2**26
 """Most bytes that the compressed members of an archive hold together."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

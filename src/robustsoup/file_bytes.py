@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
 
 import torch
@@ -104,6 +104,16 @@ class FileBytes:
 def sha256_of_tensor(tensor: Tensor) -> str:
     """Return the sha256 (hex) of the bytes of a contiguous tensor on the CPU."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 (hex) over names, types, shapes and bytes of tensors, in any order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_shape(shape: Sequence[object]) -> tuple[int, ...]:

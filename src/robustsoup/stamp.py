@@ -14,10 +14,17 @@ FORMAT = 1
 A change that would make an older release misread a file raises this number.
 """
 
+_RELEASE_KEY = "robustsoup"
+
 
 def stamp_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with the format number and the release that writes it."""
-    return {**record, "format": FORMAT, "robustsoup": _installed_release()}
+    return {**record, "format": FORMAT, _RELEASE_KEY: _installed_release()}
+
+
+def is_stamped(record: Mapping[str, Any]) -> bool:
+    """Return whether robustsoup wrote a record."""
+    return _RELEASE_KEY in record
 
 
 def unstamp_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -35,7 +42,7 @@ def unstamp_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> d
         raise CheckpointError(
             f"{path}: written by a newer robustsoup (format {number}); update robustsoup"
         )
-    return {key: value for key, value in record.items() if key not in ("format", "robustsoup")}
+    return {key: value for key, value in record.items() if key not in ("format", _RELEASE_KEY)}
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The record of an evaluation: consistent accuracies, and a round trip through files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from evaluated_networks import LINF, NAMES, same_verdicts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import cut_short, flip_bits
 
 from robustsoup.errors import CheckpointError, ThreatError
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts, parse_measure
@@ -86,7 +88,9 @@ def test_an_evaluation_comes_back_from_its_files(evaluation, tmp_path):
         assert getattr(loaded, part).dtype == getattr(evaluation, part).dtype
     assert loaded.record == json.loads(json.dumps(evaluation.record))
     assert loaded.accuracy == evaluation.accuracy
-    assert stamp_record(loaded.to_json()) == json.loads(path.read_text())
+    stored = json.loads(path.read_text())
+    assert sorted(stored.pop("digests")) == ["arrays", "record"]
+    assert stamp_record(loaded.to_json()) == stored
 
 
 def test_kept_points_come_back_from_their_file(with_points, tmp_path):
@@ -137,3 +141,128 @@ def test_broken_files_are_refused_by_name(evaluation, tmp_path, damage):
     with pytest.raises(CheckpointError, match=r"eval\.json") as error:
         Evaluation.load(path)
     assert "\n" not in str(error.value)
+
+
+# damage
+
+
+def describe(evaluation):
+    """Return all values of an evaluation as text."""
+    torch.set_printoptions(threshold=10**6)
+    return repr(evaluation)
+
+
+def save_small_evaluation(path, shift=0):
+    """Save an evaluation of eight samples with kept points."""
+    n = torch.arange(8) + shift
+    points = torch.linspace(0, 1, 8 * 4).reshape(8, 1, 2, 2)
+    verdicts = Verdicts(n % 2 == 0, -(n % 2), -(n % 2), n.float() / 8, n.float() - 4, points)
+    record = {"threats": ["Linf 8/255"], "broken_by": ["clean"], "note": "grüße", "eps": 8 / 255}
+    return Evaluation(n, n % 3, n % 2, n.float(), {"Linf 8/255": verdicts}, record).save(path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".npz", ".points.npz"])
+def test_flips_and_truncations_are_noticed_or_change_nothing(tmp_path, ending):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    expected, noticed = describe(Evaluation.load(path)), 0
+    damaged = path.with_suffix(ending)
+    whole = damaged.read_bytes()
+    copies = [*flip_bits(whole, 150), *cut_short(whole, 30)]
+    for copy in copies:
+        damaged.write_bytes(copy)
+        try:
+            found, message = describe(Evaluation.load(path)), ""
+        except CheckpointError as error:
+            found, message = None, str(error)
+        if found is not None:
+            assert found == expected
+            continue
+        noticed += 1
+        assert message.startswith(f"{path}: ")
+        assert message.isprintable()
+    assert noticed > len(copies) / 2
+
+
+@pytest.mark.parametrize("ending", [".npz", ".points.npz"])
+def test_arrays_of_another_evaluation_are_refused(tmp_path, ending):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    other = save_small_evaluation(tmp_path / "other.json", shift=1)
+    other.with_suffix(ending).replace(path.with_suffix(ending))
+    if ending == ".points.npz":  # the points are equal, so change them
+        np.savez(path.with_suffix(ending), **{"0": np.zeros((8, 1, 2, 2), np.float32)})
+    with pytest.raises(CheckpointError, match=r"eval\.json.*belongs to another evaluation"):
+        Evaluation.load(path)
+
+
+def test_a_changed_record_is_refused(tmp_path):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    path.write_text(path.read_text().replace("0.03137", "0.03138"))
+    with pytest.raises(CheckpointError, match=r"eval\.json.*its record was changed"):
+        Evaluation.load(path)
+
+
+def test_an_evaluation_without_digests_is_read(tmp_path):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    expected = describe(Evaluation.load(path))
+    content = json.loads(path.read_text())
+    del content["digests"], content["robustsoup"]
+    path.write_text(json.dumps(content))
+    assert describe(Evaluation.load(path)) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threats": None},
+        {"threats": 5},
+        {"threats": [5]},
+        {"threats": ["Linf 8/255", "Linf 8/255"]},
+        {"threats": ["Linf 8/255", "L2 0.5"]},
+        {"broken_by": "clean"},
+        {"warnings": [1]},
+        {"digests": 5},
+        {"digests": {}},
+        {"format": [1]},
+    ],
+)
+def test_a_malformed_record_is_refused(tmp_path, change):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    content = json.loads(path.read_text())
+    if "format" not in change:
+        del content["digests"], content["robustsoup"]
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(CheckpointError, match=r"eval\.json: not an evaluation") as caught:
+        Evaluation.load(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": np.arange(7)},
+        {"ids": np.arange(8.0)},
+        {"ids": np.arange(8).reshape(8, 1)},
+        {"labels": np.arange(8, dtype=np.int32)},
+        {"robust_0": np.ones(8)},
+        {"margin_0": np.ones(9, dtype=np.float32)},
+    ],
+)
+def test_arrays_of_another_type_or_number_are_refused(tmp_path, change):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    content = json.loads(path.read_text())
+    del content["digests"], content["robustsoup"]
+    path.write_text(json.dumps(content))
+    with np.load(path.with_suffix(".npz")) as stored:
+        arrays = dict(stored)
+    np.savez(path.with_suffix(".npz"), **(arrays | change))
+    with pytest.raises(CheckpointError, match=r"eval\.json: not an evaluation"):
+        Evaluation.load(path)
+
+
+def test_a_fifo_is_refused_without_waiting(tmp_path):
+    path = save_small_evaluation(tmp_path / "eval.json")
+    for name in ("eval.points.npz", "eval.npz", "eval.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CheckpointError, match="got a FIFO, expected a regular file"):
+            Evaluation.load(path)

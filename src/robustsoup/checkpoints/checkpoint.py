@@ -1,6 +1,5 @@
 """Checkpoints: the weights of one network and a record of where they come from."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from robustsoup.checkpoints.formats import Wrapping, read_checkpoint, write_chec
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.record import check_record
 from robustsoup.errors import ModelError, RequestError
+from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
     NetworkSettings,
     build_network,
@@ -108,12 +108,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, for any file format."""
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].detach().contiguous().cpu()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest_tensors(self.tensors)
 
     @property
     def name(self) -> str:

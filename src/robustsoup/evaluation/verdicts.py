@@ -1,8 +1,8 @@
 """The record of an evaluation: a verdict per sample, accuracies and provenance."""
 
+import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustsoup.arrays import read_arrays
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.record_checks import check_record
-from robustsoup.files import atomic_path, write_text
+from robustsoup.file_bytes import DamageError, digest_tensors
+from robustsoup.files import atomic_path, open_regular, write_text
 from robustsoup.schema import MisfitError
-from robustsoup.stamp import stamp_record, unstamp_record
+from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.threats import ThreatModel
 
 CLEAN_KEY = "clean"
@@ -29,6 +31,18 @@ Record = dict[str, Any]
 
 VERDICT_ARRAYS = ("robust", "by", "step", "norm", "margin")
 SAMPLE_ARRAYS = ("ids", "labels", "prediction", "margin")
+ARRAY_TYPES = {
+    "ids": torch.int64,
+    "labels": torch.int64,
+    "prediction": torch.int64,
+    "margin": torch.float32,
+    "robust": torch.bool,
+    "by": torch.int64,
+    "step": torch.int64,
+    "norm": torch.float32,
+}
+DIGESTS_KEY = "digests"
+"""The entry of the JSON file with the sha256 of the record, the arrays and the points."""
 
 
 def parse_measure(text: str | ThreatModel) -> str:
@@ -155,27 +169,36 @@ class Evaluation:
             The path.
         """
         path = Path(path)
-        self._save_points(path.with_suffix(".points.npz"))
-        arrays = {name: getattr(self, name).numpy() for name in SAMPLE_ARRAYS}
-        for number, verdicts in enumerate(self.threats.values()):
-            for name in VERDICT_ARRAYS:
-                arrays[f"{name}_{number}"] = getattr(verdicts, name).numpy()
-        with atomic_path(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        write_text(path, json.dumps(stamp_record(self.to_json()), indent=1) + "\n")
+        points = self._points()
+        points_path = path.with_suffix(".points.npz")
+        if points:
+            _write_arrays(points_path, points, compressed=False)
+        else:  # `load` would read the points of an earlier evaluation as those of this one
+            points_path.unlink(missing_ok=True)
+        arrays = self._arrays()
+        _write_arrays(path.with_suffix(".npz"), arrays, compressed=True)
+        content = stamp_record(self.to_json())
+        content[DIGESTS_KEY] = {
+            "record": _digest_record(content),
+            "arrays": digest_tensors(arrays),
+            **({"points": digest_tensors(points)} if points else {}),
+        }
+        write_text(path, json.dumps(content, indent=1) + "\n")
         return path
 
-    def _save_points(self, path: Path) -> None:
-        points: dict[str, Any] = {
-            str(number): verdicts.x_adv.numpy()
+    def _arrays(self) -> dict[str, Tensor]:
+        arrays = {name: getattr(self, name) for name in SAMPLE_ARRAYS}
+        for number, verdicts in enumerate(self.threats.values()):
+            for name in VERDICT_ARRAYS:
+                arrays[f"{name}_{number}"] = getattr(verdicts, name)
+        return arrays
+
+    def _points(self) -> dict[str, Tensor]:
+        return {
+            str(number): verdicts.x_adv
             for number, verdicts in enumerate(self.threats.values())
             if verdicts.x_adv is not None
         }
-        if not points:  # `load` would read the points of an earlier evaluation as those of this one
-            path.unlink(missing_ok=True)
-            return
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **points)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
@@ -192,34 +215,79 @@ class Evaluation:
             content = read_json(path)
             check_record(content, "the record")
             record = unstamp_record(content, path)
+            digests = record.pop(DIGESTS_KEY, None)
+            if digests is not None or is_stamped(content):
+                _verify_record(content, digests)
             record.pop("accuracy")
-            arrays = _load_arrays(path.with_suffix(".npz"))
+            arrays = _read_digested(path.with_suffix(".npz"), digests, "arrays")
             points_path = path.with_suffix(".points.npz")
-            points = _load_arrays(points_path) if points_path.exists() else {}
-            threats = {
-                name: Verdicts(
-                    *(arrays[f"{part}_{number}"] for part in VERDICT_ARRAYS),
-                    x_adv=points.get(str(number)),
-                )
-                for number, name in enumerate(record["threats"])
-            }
-            samples = [arrays[name] for name in SAMPLE_ARRAYS]
-        except (
-            AttributeError,
-            EOFError,
-            KeyError,
-            MisfitError,
-            OSError,
-            TypeError,
-            ValueError,
-            zipfile.BadZipFile,
-        ) as error:
+            points: dict[str, Tensor] = {}
+            if points_path.exists():
+                points = _read_digested(points_path, digests, "points")
+            return _assemble(record, arrays, points)
+        except (KeyError, MisfitError, OSError, TypeError, ValueError) as error:
+            reason = f"no array {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(
-                f"{path}: not an evaluation that robustsoup wrote: {error}"
+                f"{path}: not an evaluation that robustsoup wrote: {reason}"
             ) from None
-        return cls(*samples, threats=threats, record=record)
 
 
-def _load_arrays(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as raw, np.load(raw) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+def _assemble(
+    record: Record, arrays: Mapping[str, Tensor], points: Mapping[str, Tensor]
+) -> Evaluation:
+    """Return an evaluation after checking its arrays against each other.
+
+    Raises:
+        ValueError: An array has another type or number of samples.
+        KeyError: An array is missing.
+    """
+    shape = arrays["ids"].shape
+    samples = [_check_array(arrays, name, shape) for name in SAMPLE_ARRAYS]
+    threats: dict[str, Verdicts] = {}
+    for number, name in enumerate(record["threats"]):
+        parts = [_check_array(arrays, f"{part}_{number}", shape) for part in VERDICT_ARRAYS]
+        x_adv = points.get(str(number))
+        if x_adv is not None and (x_adv.dtype != torch.float32 or x_adv.shape[:1] != shape):
+            raise ValueError(f"points of type {x_adv.dtype} and shape {tuple(x_adv.shape)}")
+        threats[name] = Verdicts(*parts, x_adv=x_adv)
+    return Evaluation(*samples, threats=threats, record=record)
+
+
+def _check_array(arrays: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    array, dtype = arrays[name], ARRAY_TYPES[name.partition("_")[0]]
+    if array.dtype != dtype or array.shape != shape or array.ndim != 1:
+        raise ValueError(
+            f"{name} has the type {array.dtype} and the shape {tuple(array.shape)}, "
+            f"expected {dtype} and {tuple(shape[:1])}"
+        )
+    return array
+
+
+def _read_digested(path: Path, digests: Mapping[str, str] | None, part: str) -> dict[str, Tensor]:
+    """Read an .npz file and compare it with the digest in the record, if the record has some."""
+    with open_regular(path) as file:
+        arrays = read_arrays(file)
+    if digests is not None and digests.get(part) != digest_tensors(arrays):
+        raise DamageError(f"{path.name} belongs to another evaluation, or was changed")
+    return arrays
+
+
+def _verify_record(content: Record, digests: object) -> None:
+    """Compare a JSON file with its digest; each file that robustsoup wrote has one."""
+    stated = {key: value for key, value in content.items() if key != DIGESTS_KEY}
+    if not isinstance(digests, dict) or digests.get("record") != _digest_record(stated):
+        raise DamageError("its record was changed after it was written")
+
+
+def _write_arrays(path: Path, tensors: Mapping[str, Tensor], *, compressed: bool) -> None:
+    arrays: dict[str, Any] = {
+        name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()
+    }
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def _digest_record(content: Record) -> str:
+    """Return the sha256 (hex) of a record; equal JSON has equal digests."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustsoup.checkpoints.formats import read_tensors, write_tensors
+from robustsoup.checkpoints.formats import is_finite, read_tensors, write_tensors
 from robustsoup.errors import CoefficientError
 
 EVERY_LAYER = "*"
@@ -273,11 +273,14 @@ def _load_layered(path: str | os.PathLike[str], kind: str, tensor_name: str) -> 
         raise CoefficientError(
             f"{path}: not a {kind} file; expected what `robustsoup {command}` writes"
         )
+    layers = _pop_texts(record, "layers", path)
+    ingredients = _pop_texts(record, "ingredients", path)
+    _check_layered(tensors, tensor_name, len(layers), len(ingredients), path)
     return {
         tensor_name: tensors[tensor_name],
-        "layers": tuple(record.pop("layers")),
-        "ingredients": tuple(record.pop("ingredients")),
-        "parameters": record.pop("of_parameters", {}),
+        "layers": layers,
+        "ingredients": ingredients,
+        "parameters": _pop_parameters(record, layers, path),
         "record": record,
         "tracked": {
             name.removeprefix("tracked."): tensor
@@ -287,6 +290,59 @@ def _load_layered(path: str | os.PathLike[str], kind: str, tensor_name: str) -> 
         "start": tensors.get("start"),
         "slopes": tensors.get("slopes"),
     }
+
+
+def _pop_texts(record: dict[str, Any], key: str, path: str | os.PathLike[str]) -> tuple[str, ...]:
+    texts = record.pop(key, None)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CoefficientError(f"{path}: the record has no list of texts {key}")
+    if len(set(texts)) < len(texts) and key == "layers":
+        raise CoefficientError(f"{path}: a layer stands twice")
+    return tuple(texts)
+
+
+def _pop_parameters(
+    record: dict[str, Any], layers: tuple[str, ...], path: str | os.PathLike[str]
+) -> dict[str, str]:
+    parameters = record.pop("of_parameters", {})
+    if not isinstance(parameters, dict) or not set(map(str, parameters.values())) <= set(layers):
+        raise CoefficientError(f"{path}: of_parameters does not name the layers of parameters")
+    return parameters
+
+
+def _check_layered(
+    tensors: Mapping[str, Tensor],
+    tensor_name: str,
+    layers: int,
+    n: int,
+    path: str | os.PathLike[str],
+) -> None:
+    """Check types, shapes and numbers of the tensors of coefficients or a dial.
+
+    Args:
+        tensors: name -> tensor.
+        tensor_name: "alpha" or "line".
+        layers: Number of layers.
+        n: Number of ingredients; 0 if alpha is not fixed to some.
+        path: The file, for the error.
+
+    Raises:
+        CoefficientError: Names the first tensor that is wrong.
+    """
+    values = tensors[tensor_name]
+    n = values.shape[-1] if tensor_name == "alpha" and not n and values.ndim else n
+    shape = (layers, n) if tensor_name == "alpha" else (2, layers, n)
+    expected = {tensor_name: shape, "start": shape, "slopes": (layers,)}
+    for name, tensor in tensors.items():
+        if name in expected and (tensor.shape != expected[name] or not tensor.numel()):
+            raise CoefficientError(
+                f"{path}: {name}: got shape {tuple(tensor.shape)}, expected {expected[name]}, "
+                f"with at least one layer and one ingredient"
+            )
+        if name in expected and not tensor.is_floating_point():
+            raise CoefficientError(f"{path}: {name}: got {tensor.dtype}, expected float64")
+        if not is_finite(tensor):
+            raise CoefficientError(f"{path}: {name} holds NaN or infinity")
 
 
 def _format_row(row: Sequence[float]) -> str:

@@ -1,0 +1,88 @@
+"""Read .npz files that numpy.savez wrote, within limits and without running any of their code."""
+
+import re
+import zlib
+from io import BufferedReader
+
+import torch
+from torch import Tensor
+
+from robustsoup.archives import Archive, Member, unpack_member
+from robustsoup.file_bytes import DamageError, FileBytes, check_name, view_as
+
+MAX_ARRAYS = 1000
+_MAGIC = b"\x93NUMPY"
+_MAX_HEADER_BYTES = 1024
+_ALIGNMENT = 16
+_HEADER = re.compile(
+    r"\{'descr': '([<|][a-z]\d)', 'fortran_order': False, "
+    r"'shape': \(((?:\d{1,15}, ?)*(?:\d{1,15})?)\), \} *\n"
+)
+_DTYPES = {
+    "<f2": torch.float16,
+    "<f4": torch.float32,
+    "<f8": torch.float64,
+    "<i2": torch.int16,
+    "<i4": torch.int32,
+    "<i8": torch.int64,
+    "|i1": torch.int8,
+    "|u1": torch.uint8,
+    "|b1": torch.bool,
+}
+
+
+def read_arrays(file: BufferedReader) -> dict[str, Tensor]:
+    """Read all arrays of an .npz file, compressed or not, and compare their CRC-32.
+
+    Args:
+        file: A regular file, opened in binary mode.
+
+    Returns:
+        name -> tensor, a copy.
+
+    Raises:
+        DamageError: The content of an array is not what was written.
+        ValueError: The file is broken or too large, or an array is no array of plain numbers in C
+            order and the processor's byte order.
+    """
+    source = FileBytes(file, mapped=False)
+    archive = Archive(source, unpacks=True)
+    if len(archive.members) > MAX_ARRAYS:
+        raise ValueError(f"{len(archive.members):,} arrays; at most {MAX_ARRAYS:,} are read")
+    arrays: dict[str, Tensor] = {}
+    for name, member in archive.members.items():
+        raw = _read_member(source, member)
+        try:
+            arrays[check_name(name.removesuffix(".npy"))] = _parse_array(raw)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return arrays
+
+
+def _read_member(source: FileBytes, member: Member) -> Tensor:
+    if member.packed and member.length:
+        return torch.frombuffer(bytearray(unpack_member(source, member)), dtype=torch.uint8)
+    raw = source.tensor(member.begin, member.length)
+    if zlib.crc32(raw.numpy().data) != member.crc:
+        raise DamageError(f"{member.name} was changed after the file was written")
+    return raw
+
+
+def _parse_array(raw: Tensor) -> Tensor:
+    """Return the array of an .npy file.
+
+    Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    """
+    start = bytes(raw[:12].numpy())
+    version, length = start[6:8], int.from_bytes(start[8:10], "little")
+    if not start.startswith(_MAGIC) or version != b"\x01\x00" or length > _MAX_HEADER_BYTES:
+        raise ValueError("not an array that numpy.savez wrote")
+    begin = 10 + length
+    header = _HEADER.fullmatch(bytes(raw[10:begin].numpy()).decode("latin-1"))
+    if header is None or header[1] not in _DTYPES:
+        raise ValueError("not an array of plain numbers in C order")
+    shape = [int(size) for size in header[2].replace(" ", "").split(",") if size]
+    data = raw[begin:]
+    # An aligned view is as fast as a copy; numpy aligns the data, others need not.
+    data = data if begin % _ALIGNMENT == 0 else data.clone()
+    return view_as(data, _DTYPES[header[1]], shape)
