@@ -94,6 +94,15 @@ def test_verdicts_do_not_depend_on_other_samples(on_gpu, threat, precision):
         assert torch.equal(part.step, whole.step[rows])
 
 
+@by_precision
+@by_threat
+def test_the_same_attack_twice_gives_the_same_bits(on_gpu, threat, precision):
+    settings = AttackSettings(steps=20, precision=precision)
+    first, second = (run_attack(*on_gpu, threat, settings) for _ in range(2))
+    assert torch.equal(first.x_adv, second.x_adv)
+    assert torch.equal(first.step, second.step)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 20, 97])
 @by_threat
 def test_a_window_of_steps_finds_what_single_steps_find(on_gpu, threat, steps, monkeypatch):

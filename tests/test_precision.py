@@ -313,3 +313,14 @@ def test_networks_and_draws_are_float32_under_any_default_dtype(dtype):
     found = trained()
     assert all(t.dtype == expected.tensors[n].dtype for n, t in found.tensors.items())
     assert found.digest == expected.digest
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_cudnn_is_deterministic_inside_and_restored(monkeypatch, deterministic, benchmark):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", deterministic)
+    monkeypatch.setattr(cudnn, "benchmark", benchmark)
+    with full_float32():
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, benchmark)

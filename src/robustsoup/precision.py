@@ -26,7 +26,8 @@ def full_float32() -> Generator[None, None, None]:
     The precision of each backend and operator and the default dtype belong to the process. They
     are set when the first thread enters and restored when the last thread leaves, so entries may
     nest, and may overlap between threads. Autocast belongs to the thread. Flags that concern
-    half-precision products alone stay as they are.
+    half-precision products alone stay as they are. cuDNN is held to deterministic algorithms, whose
+    choice does not depend on timings, so that two runs on one device agree bit for bit.
     """
     with contextlib.ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
@@ -65,12 +66,15 @@ _PRECISION = _ProcessPrecision()
 
 def _set_full_float32() -> Callable[[], None]:
     """Set full float32 everywhere, and return a function that restores the earlier settings."""
-    default_dtype = torch.get_default_dtype()
+    cudnn, default_dtype = torch.backends.cudnn, torch.get_default_dtype()
+    choice = cudnn.deterministic, cudnn.benchmark
     torch.set_default_dtype(torch.float32)
+    cudnn.deterministic, cudnn.benchmark = True, False
     restore_flags = _set_flags_of_operators() if _HAS_OPERATOR_FLAGS else _set_flags()
 
     def restore() -> None:
         restore_flags()
+        cudnn.deterministic, cudnn.benchmark = choice
         torch.set_default_dtype(default_dtype)
 
     return restore
