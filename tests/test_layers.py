@@ -33,6 +33,8 @@ ROOMS = (
         "pickles",
         "torch_files",
         "arrays",
+        "digests",
+        "leftovers",
         "threats",
         "progress",
         "settings",

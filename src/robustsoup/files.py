@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from robustsoup.archives import seal_archive
 from robustsoup.errors import StorageError
+from robustsoup.leftovers import remove_leftovers, temporary_sibling
 
 
 @contextlib.contextmanager
@@ -23,7 +23,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
 
     The temporary file exists and is empty when it is yielded. If an error occurs, the temporary
     file is removed and `target` stays as it was. The written file has the permissions of any new
-    file of this process, whatever the writer sets.
+    file of this process, whatever the writer sets. The first write of a process into a folder
+    removes the temporary files that killed processes left there.
 
     Args:
         target: Path of the file to write; missing parent folders are created.
@@ -32,9 +33,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
         StorageError: If the file system refuses to write (disk full, no permission).
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _tidy_folder(target.parent)
         mode = _create_empty_file(temporary)
         yield temporary
         with temporary.open("rb") as file:
@@ -49,6 +51,17 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+_tidied_folders: set[Path] = set()
+"""Folders from which this process has removed the temporary files of killed processes."""
+
+
+def _tidy_folder(folder: Path) -> None:
+    folder = folder.absolute()
+    if folder not in _tidied_folders:
+        _tidied_folders.add(folder)
+        remove_leftovers(folder)
 
 
 def _create_empty_file(path: Path) -> int:
@@ -151,7 +164,10 @@ def _require_regular(mode: int, path: str | os.PathLike[str]) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy if the file system has no hard links."""
+    """Make `target` a hard link to `source`, or a copy if the file system has no hard links.
+
+    Both names share one content, so this is only for folders that nobody edits.
+    """
     if target.exists() and target.samefile(source):
         return
     with atomic_path(target) as temporary:
@@ -160,6 +176,40 @@ def link_file(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, with the time of its last change.
+
+    Where the file system can (Btrfs, XFS), the copy is a clone: it takes no space until one of the
+    two files changes.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    with atomic_path(target) as temporary:
+        state = source.stat()
+        if not _clone_file(source, temporary):
+            shutil.copyfile(source, temporary)
+        os.utime(temporary, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def _clone_file(source: Path, target: Path) -> bool:
+    """Let `target` share the blocks of `source` until one changes; False if that is impossible."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with source.open("rb") as file, target.open("r+b") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), _FICLONE, file.fileno())
+        except OSError:
+            return False
+    return True
+
+
+_FICLONE = 0x40049409
+"""The request of ioctl that clones a file (linux/fs.h)."""
 
 
 def remove_file(path: Path) -> None:

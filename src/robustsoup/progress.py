@@ -49,6 +49,8 @@ class SavedState:
                 state = read_torch(file)
             if not isinstance(state, dict):
                 raise ValueError(f"got a {type(state).__name__}, expected a dict")
+        except FileNotFoundError:  # another process has finished the same work meanwhile
+            return None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(

@@ -8,6 +8,7 @@ from trained_seed import trained_seed
 from robustsoup.data import load_data
 from robustsoup.models import NetworkSettings
 from robustsoup.recipes import parse_recipe
+from robustsoup.runs.locks import HELD_NAME, lock_folder
 from robustsoup.runs.results import Results
 from robustsoup.runs.run import prepare_run, run_prepared
 from robustsoup.runs.soup_rows import plan_recipe
@@ -71,6 +72,7 @@ class RecordingReporter:
 
     def __init__(self, stop_after=None):
         self.missing, self.finished_steps, self.shares, self.warnings = [], [], [], []
+        self.notes = []
         self.stop_after = stop_after
 
     def begin(self, plan, missing):
@@ -81,6 +83,9 @@ class RecordingReporter:
 
     def warn(self, text):
         self.warnings.append(text)
+
+    def note(self, text):
+        self.notes.append(text)
 
     def finished(self, step, figures, seconds):
         assert figures
@@ -130,7 +135,9 @@ def steps_of(plan):
 def run_recipe(recipe, folder, reporter=None):
     """Run a recipe; return its results as JSON, the selection and the reporter."""
     reporter = reporter or RecordingReporter()
-    results, selection = run_prepared(prepare_run(recipe, device="cpu"), folder, reporter)
+    prepared = prepare_run(recipe, device="cpu")
+    with lock_folder(folder, reporter.note):
+        results, selection = run_prepared(prepared, folder, reporter)
     assert Results.load(folder / "results.json") == results
     return results.to_json(), selection, reporter
 
@@ -149,7 +156,8 @@ def find_leftovers(folder):
     return [
         str(path)
         for path in Path(folder).rglob("*")
-        if path.name.startswith(".") or path.suffix in (".tmp", ".partial", ".lock", ".pt")
+        if path.name != HELD_NAME
+        and (path.name.startswith(".") or path.suffix in (".tmp", ".partial", ".lock", ".pt"))
     ]
 
 

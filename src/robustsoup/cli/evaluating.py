@@ -59,6 +59,7 @@ def evaluate_command(
     from robustsoup.cli.tables import print_evaluations
     from robustsoup.cli.user_code import import_named_module
     from robustsoup.evaluation.evaluate import check_above_chance, evaluate
+    from robustsoup.runs.locks import lock_folder
 
     if keep_points and not output:
         raise RequestError("--keep-points: requires -o FOLDER")
@@ -90,7 +91,8 @@ def evaluate_command(
             )
         _warn_of_evaluation(name, checkpoint, selected, evaluation)
         if output:
-            evaluation.save(output / f"{name}.{split}.json")
+            with lock_folder(output, print_error):
+                evaluation.save(output / f"{name}.{split}.json")
         evaluations[name] = evaluation
     if as_json:
         print_json({name: evaluation.to_json() for name, evaluation in evaluations.items()})

@@ -16,11 +16,13 @@ from robustsoup.data import Data, fetch_cifar10, load_data
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
 from robustsoup.models import build_network
+from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
 
 
 def load_requested_data(options: DataOptions) -> Data:
     """Load the data, with a bar; download it first if necessary."""
+    hold_caches()
     import_named_module(options.data)
     download_data(options.data, options.data_root)
     with Bar(f"reading {options.data}") as bar:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.files import remove_file
 from robustsoup.reports import draw_dial, draw_learned, save_plot, write_coefficient_csv
 from robustsoup.runs.context import Context
 from robustsoup.settings import LearnSettings
@@ -91,7 +92,7 @@ class LearnedFolder:
     def _remove_others(self, written: set[str]) -> None:
         for name in FILES:
             if name not in written:
-                (self.path / name).unlink(missing_ok=True)
+                remove_file(self.path / name)
 
     def _describe_means(self, coefficients: Coefficients) -> str:
         means = coefficients.alpha.mean(0).tolist()

@@ -75,7 +75,8 @@ def learn_command(
     )
     from robustsoup.cli.learned_folder import LearnedFolder
     from robustsoup.cli.user_code import import_named_module
-    from robustsoup.runs.folder import ensure_folder
+    from robustsoup.files import remove_file
+    from robustsoup.runs.locks import lock_folder
     from robustsoup.soups.ingredients import choose_place
     from robustsoup.soups.mixing import check_buffer_policy
 
@@ -93,23 +94,25 @@ def learn_command(
     place = choose_place(place, budget, ingredients, context.device)
     if place == "files":
         print_error(_describe_streaming(ingredients))
-    ensure_folder(output)
-    state = output / ".state.pt"
-    learned = _learn_with_bar(
-        ingredients,
-        source,
-        settings,
-        base=base,
-        place=place,
-        allow_leakage=allow_leakage,
-        device=run.device,
-        state_path=state,
-    )
-    folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
-    lines = folder.write(learned, ingredients, context, policy=policy, base=base, settings=settings)
+    with lock_folder(output, print_error):
+        state = output / ".state.pt"
+        learned = _learn_with_bar(
+            ingredients,
+            source,
+            settings,
+            base=base,
+            place=place,
+            allow_leakage=allow_leakage,
+            device=run.device,
+            state_path=state,
+        )
+        folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
+        lines = folder.write(
+            learned, ingredients, context, policy=policy, base=base, settings=settings
+        )
+        remove_file(state)
     for warning in learned.record.get("warnings", ()):
         print_warning(warning)
-    state.unlink(missing_ok=True)
     for line in lines:
         print_line(line)
 

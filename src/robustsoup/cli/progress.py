@@ -143,6 +143,10 @@ class RunReporter:
         """Print and log a warning about a doubtful result."""
         self.print_and_log(f"warning: {text}")
 
+    def note(self, text: str) -> None:
+        """Print and log a line about the run itself."""
+        self.print_and_log(text)
+
     def print_and_log(self, line: str) -> None:
         """Print a line above the bar and write it to the log."""
         self.display.console.print(make_printable(line), soft_wrap=True)

@@ -7,12 +7,13 @@ from robustsoup.cli.inputs import download_checkpoint, download_data, print_leak
 from robustsoup.cli.options import RunOptions
 from robustsoup.cli.progress import Bar, RunReporter
 from robustsoup.cli.tables import print_results
-from robustsoup.cli.terminal import print_json
+from robustsoup.cli.terminal import print_error, print_json
 from robustsoup.cli.user_code import import_named_module
 from robustsoup.recipes import Recipe, with_files
 from robustsoup.reports import write_report
+from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.cost import estimate_bytes, estimate_seconds
-from robustsoup.runs.folder import ensure_folder
+from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
@@ -20,6 +21,7 @@ JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes
 
 def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None) -> PreparedRun:
     """Download and load the data and checkpoints of a recipe, and plan it."""
+    hold_caches()
     run.use_threads()
     import_named_module(recipe.model)
     download_data(recipe.data, data_root)
@@ -43,10 +45,10 @@ def run_recipe(
     """
     prepared = prepare_recipe(recipe, run, data_root)
     print_leakage(prepared.leakage)
-    ensure_folder(folder)
-    with RunReporter(prepared.context, folder) as reporter:
-        results, selection = run_prepared(prepared, folder, reporter)
-    page = write_report(folder)
+    with lock_folder(folder, print_error):
+        with RunReporter(prepared.context, folder) as reporter:
+            results, selection = run_prepared(prepared, folder, reporter)
+        page = write_report(folder)
     if as_json:
         content = results.to_json()
         print_json({key: content.get(key) for key in JSON_KEYS})

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from robustsoup.cli.options import AsJson, RunOptions
-from robustsoup.cli.terminal import print_json, print_line
+from robustsoup.cli.terminal import print_error, print_json, print_line
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (TOML).", show_default=False)]
 Overrides = Annotated[
@@ -110,5 +110,10 @@ def report_command(
     Example, after `robustsoup demo`: `robustsoup report runs/quickstart`
     """
     from robustsoup.reports import write_report
+    from robustsoup.runs.locks import lock_folder
+    from robustsoup.runs.results import Results
 
-    print_line(f"report: {write_report(folder)}")
+    Results.load(folder / "results.json")  # an error before a lock is left in a wrong folder
+    with lock_folder(folder, print_error):
+        page = write_report(folder)
+    print_line(f"report: {page}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from robustsoup.cli.options import DataOptions, Fields, Given, NetworkOptions, RunOptions
-from robustsoup.cli.terminal import print_line
+from robustsoup.cli.terminal import print_error, print_line
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.settings import PRETRAIN_DEFAULTS, TrainSettings
 
@@ -46,6 +46,8 @@ def train_command(
     )
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.user_code import import_named_module
+    from robustsoup.files import remove_file
+    from robustsoup.runs.locks import lock_file
     from robustsoup.training.train import train
 
     check_suffix(output, {".safetensors"})
@@ -63,18 +65,19 @@ def train_command(
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings)
     state = output.with_name(f".{output.name}.state.pt")
-    with Bar(f"training {output.name}") as bar:
-        trained = train(
-            initial,
-            loaded.train,
-            settings,
-            val=loaded.val if settings.early_stop else None,
-            device=run.device,
-            state_path=state,
-            on_progress=bar,
-        )
-    trained.save(output)
-    state.unlink(missing_ok=True)
+    with lock_file(output, print_error):
+        with Bar(f"training {output.name}") as bar:
+            trained = train(
+                initial,
+                loaded.train,
+                settings,
+                val=loaded.val if settings.early_stop else None,
+                device=run.device,
+                state_path=state,
+                on_progress=bar,
+            )
+        trained.save(output)
+        remove_file(state)
     loss = trained.provenance["history"][-1]["loss"]
     print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")
 

@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from robustsoup.data.splits import (
 )
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder
+from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.progress import Progress
 
 CACHE_FORMAT = 1
 """Version of the cache; raise it when the same files decode to other pixels or another layout."""
 SPLIT_NAMES = ("train", "val", "test")
 SUMMARY_FILE = "about.json"
-STALE_SECONDS = 24 * 3600
 CACHE_ADVICE = "free space there, permit writing, or set XDG_CACHE_HOME to another folder"
 
 ReadImage = Callable[[str], torch.Tensor]
@@ -95,6 +94,11 @@ class DecodedImages:
     std: tuple[float, ...]
 
 
+def decoded_folder() -> Path:
+    """Return the folder of the decoded images, one folder in it for each source."""
+    return cache_folder() / "folders"
+
+
 def load_decoded(
     root: Path, parts: FolderParts, size: int, read: ReadImage, on_progress: Progress | None = None
 ) -> DecodedImages:
@@ -111,7 +115,7 @@ def load_decoded(
         StorageError: The cache folder is full or cannot be written.
         DataError: Raised by `read`.
     """
-    target = cache_folder() / "folders" / _cache_key(root, parts, size)
+    target = decoded_folder() / _cache_key(root, parts, size)
     # Tested before the folder is opened: a folder that appears in between was completed by another
     # process and must not be replaced.
     existed = os.path.exists(target)
@@ -180,10 +184,10 @@ def _fill_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         target: The final folder; if another process has created it meanwhile, that folder is kept.
         replace: Whether `target` is a broken folder to remove.
     """
-    temporary = _temporary_sibling(target)
+    temporary = temporary_sibling(target)
     try:
         temporary.mkdir(parents=True)
-        _remove_stale_folders(target.parent)
+        remove_leftovers(target.parent)
         yield temporary
         if replace:
             _remove_folder(target)
@@ -197,10 +201,6 @@ def _fill_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary_sibling(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
 def _rename_folder(temporary: Path, target: Path) -> None:
     try:
         temporary.replace(target)
@@ -211,19 +211,10 @@ def _rename_folder(temporary: Path, target: Path) -> None:
 
 def _remove_folder(folder: Path) -> None:
     """Rename the folder, then remove it, so that a kill leaves no partial folder at its path."""
-    renamed = _temporary_sibling(folder)
+    renamed = temporary_sibling(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.replace(renamed)
     shutil.rmtree(renamed, ignore_errors=True)
-
-
-def _remove_stale_folders(folder: Path) -> None:
-    """Remove the temporary folders of killed processes: folders unchanged for a day."""
-    for temporary in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            changed = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
-            if time.time() - changed > STALE_SECONDS:
-                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_free_space(folder: Path, needed: int) -> None:

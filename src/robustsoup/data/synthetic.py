@@ -286,11 +286,16 @@ def _label_range(labels: NumberArray) -> tuple[int, int]:
     return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
 
 
+def digest_cache() -> Path:
+    """Return the folder of the digests of files of generated images."""
+    return cache_folder() / "digests"
+
+
 def _cached_file_digest(path: Path, state: FileState, on_progress: Progress | None) -> str:
     """Return the sha256 (hex) of a file, from the cache folder if path, size and time match."""
     identity = f"{path.resolve()} {state.size} {state.modified_ns}"
     name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
-    cached = cache_folder() / "digests" / f"{name}.json"
+    cached = digest_cache() / f"{name}.json"
     try:
         content = json.loads(cached.read_text(encoding="utf-8"))
         if content["of"] == identity:

@@ -68,6 +68,7 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     run = StoredRun(Results.load(folder / "results.json"), folder)
+    run.results.check_files(folder)
     requested = list(FIGURES) if run.results.figures is None else run.results.figures
     for name in requested:
         if name not in FIGURES:

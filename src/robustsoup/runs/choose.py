@@ -3,21 +3,15 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.plan import Plan
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
-from robustsoup.runs.tasks import Key
-from robustsoup.runs.worker import EVALUATION
+from robustsoup.runs.worker import load_evaluation
 from robustsoup.soups.selection import Candidate, Selection, select
 
 if TYPE_CHECKING:
+    from robustsoup.evaluation.verdicts import Evaluation
     from robustsoup.soups.screening import EvaluationRequest
-
-
-def load_evaluation(store: Store, key: Key) -> Evaluation:
-    """Load the output of an evaluation from the store."""
-    return Evaluation.load(store.path(key) / EVALUATION)
 
 
 def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """Execute the missing steps of a plan, in this process."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from robustsoup.errors import RobustsoupError
+from robustsoup.errors import CheckpointError, RobustsoupError, StorageError
 from robustsoup.files import write_text
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
-from robustsoup.runs.tasks import task_record
+from robustsoup.runs.tasks import Key, task_record
 from robustsoup.runs.worker import Worker
 
 
@@ -29,25 +30,53 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """Receive a warning about a doubtful result."""
 
+    def note(self, text: str) -> None:
+        """Receive a line about the run itself: what it waits for, which damage it repairs."""
+
     def finished(self, step: Step, figures: str, seconds: float) -> None:
         """Receive that a step is finished, its figures in one line and its seconds."""
 
 
 def execute_plan(plan: Plan, context: Context, store: Store, reporter: Reporter) -> None:
-    """Run every step of a plan that the store lacks, parents first.
+    """Run every step of a plan that the store lacks or holds damaged, parents first.
 
-    Finished steps stay in the store if a later one fails.
+    Finished steps stay in the store if a later one fails. If a repeated step gives another output
+    than the damaged one did, the steps that read it are repeated too.
 
     Raises:
         RobustsoupError: A step failed; the message starts with its name.
+        StorageError: A step does not stay undamaged.
     """
-    missing = [step for step in plan.steps if not store.has(step.key)]
+    missing = _list_missing(plan, store, reporter)
     reporter.begin(plan, missing)
-    worker = Worker(context, store, plan.files, plan.recipe.allow_leakage, reporter.warn)
-    for step in missing:
-        started = time.perf_counter()
-        figures = execute_step(step, worker, reporter)
-        reporter.finished(step, figures, time.perf_counter() - started)
+    executed: set[Key] = set()
+    while missing:
+        worker = Worker(context, store, plan.files, plan.recipe.allow_leakage, reporter.warn)
+        for step in missing:
+            if step.key in executed:
+                raise StorageError(
+                    f"{store.path(step.key)}: damaged again as soon as it is written; "
+                    "check the disk, or set ROBUSTSOUP_STORE to a folder on another one"
+                )
+            started = time.perf_counter()
+            figures = execute_step(step, worker, reporter)
+            reporter.finished(step, figures, time.perf_counter() - started)
+        executed |= {step.key for step in missing}
+        if missing := _list_missing(plan, store, reporter):
+            reporter.begin(plan, missing)
+
+
+def _list_missing(plan: Plan, store: Store, reporter: Reporter) -> list[Step]:
+    """Return the steps that must run, with one line for each damaged one."""
+    missing = []
+    for step in plan.steps:
+        if store.has(step.key):
+            continue
+        missing.append(step)
+        damage = store.find_damage(step.key)
+        if damage is not None:
+            reporter.note(f"{step.name}: {damage}; the step runs again")
+    return missing
 
 
 def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
@@ -57,16 +86,31 @@ def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
         The figures of the result in one line.
     """
     record = _step_record(step, worker.context)
-    with worker.store.write_step(step.key, record) as folder:
+    with worker.store.write_step(
+        step.key, record, parents=step.parents, notice=reporter.note
+    ) as folder:
         if folder is None:
             return "done by another process"
         clock = StepClock(folder / "seconds.txt", reporter, step)
         try:
-            figures = worker.run_step(step, folder, clock)
+            figures = _run_or_restart(step, worker, folder, clock)
         except RobustsoupError as error:
             raise type(error)(f"{step.name}: {error}") from error
         record["seconds"] = clock.stop()
         return figures
+
+
+def _run_or_restart(step: Step, worker: Worker, folder: Path, clock: "StepClock") -> str:
+    """Run a step; if what an interrupted attempt left is damaged, run it from its beginning."""
+    try:
+        return worker.run_step(step, folder, clock)
+    except CheckpointError as error:
+        if str(folder) not in str(error):
+            raise
+        clock.reporter.note(f"{step.name}: {error}; the step starts again")
+        shutil.rmtree(folder)
+        folder.mkdir()
+        return worker.run_step(step, folder, clock)
 
 
 def _step_record(step: Step, context: Context) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import datetime
 import json
 import platform
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,9 @@ import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
-from robustsoup.errors import StorageError
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.files import link_file, remove_file, write_text
-from robustsoup.runs.choose import load_evaluation
+from robustsoup.files import write_text
+from robustsoup.leftovers import remove_leftovers
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.results import (
@@ -27,28 +28,19 @@ from robustsoup.runs.results import (
     SelectionResult,
 )
 from robustsoup.runs.soup_rows import dial_file
+from robustsoup.runs.staging import RESULTS, StagedFiles, stage_files
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import Key
-from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS, DIAL, EVALUATION, LANDSCAPE
+from robustsoup.runs.worker import (
+    CHECKPOINT,
+    COEFFICIENTS,
+    DIAL,
+    EVALUATION,
+    LANDSCAPE,
+    load_evaluation,
+)
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.selection import Candidate, Selection
-from robustsoup.stamp import stamp_record
-
-RESULTS = "results.json"
-
-
-def ensure_folder(folder: Path) -> None:
-    """Create the run folder.
-
-    Raises:
-        StorageError: The folder cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: the folder cannot be created: {error.strerror}; set another one with -o"
-        ) from error
 
 
 def write_run_folder(
@@ -62,7 +54,9 @@ def write_run_folder(
 ) -> Results:
     """Write recipe, checkpoints, coefficients, evaluations, soup and results into the run folder.
 
-    Evaluations and planes of earlier runs that are not part of this run are removed.
+    All files are written beside the old ones first and then renamed, results.json last. It holds
+    the digest of every file, so a reader sees when a kill in between left files of two runs.
+    Evaluations, planes and the soup of an earlier run that are not part of this run are removed.
 
     Args:
         folder: The run folder.
@@ -74,14 +68,32 @@ def write_run_folder(
 
     Returns:
         The content of results.json.
+
+    Raises:
+        StorageError: A file cannot be written, or a stored step was damaged meanwhile.
     """
-    for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while writing
-        leftover.unlink(missing_ok=True)
-    earlier_files = _measured_files(folder)
-    recipe = plan.recipe
-    write_text(folder / "recipe.toml", recipe.to_toml())
-    rows = tuple(_write_row(folder, row, plan, store) for row in plan.rows)
-    results = Results(
+    remove_leftovers(folder, depth=1)
+    with stage_files(folder, store) as staged:
+        write_text(staged.new_path("recipe.toml"), plan.recipe.to_toml())
+        results = _write_results(staged, plan, context, selection=selection, leakage=leakage)
+        results = replace(results, files=staged.digest_files())
+        results.save(staged.staging / RESULTS)
+        staged.publish(replaced=_removable_files(folder))
+    return results
+
+
+def _write_results(
+    staged: StagedFiles,
+    plan: Plan,
+    context: Context,
+    *,
+    selection: Selection | None,
+    leakage: Leakage,
+) -> Results:
+    """Stage all files but the recipe, and return the results without their digests."""
+    recipe, store = plan.recipe, staged.store
+    rows = tuple(_write_row(staged, row, plan) for row in plan.rows)
+    return Results(
         name=recipe.name,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
@@ -93,45 +105,35 @@ def write_run_folder(
         versions=_list_versions(context),
         seconds=sum(store.record(step.key)["seconds"] for step in plan.steps),
         rows=rows,
-        planes=tuple(
-            _write_plane(folder, name, key, plan, store) for name, key in plan.planes.items()
-        ),
+        planes=tuple(_write_plane(staged, name, key, plan) for name, key in plan.planes.items()),
         selection=None if selection is None else _describe_selection(plan, store, selection),
-        soup=None if selection is None else _write_soup(folder, plan, store, selection.best).name,
+        soup=None if selection is None else _write_soup(staged, plan, selection.best).name,
     )
-    write_text(folder / RESULTS, json.dumps(stamp_record(results.to_json()), indent=1))
-    for stale in earlier_files - _measured_files(folder):
-        remove_file(folder / stale)
-    return results
 
 
-def _measured_files(folder: Path) -> set[str]:
-    """Return the files of measurements that the folder's results.json names; none without it."""
+_REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|soup\.[a-z]+")
+"""Files of a run that a run with other settings removes; others may read its checkpoints."""
+
+
+def _removable_files(folder: Path) -> set[str]:
+    """Return the removable files that the folder's results.json names; none without it."""
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        planes = {f"landscapes/{Path(plane['file']).name}" for plane in results.get("planes", ())}
-        evaluations = [
-            f"{Path(row['name']).name}.{split}"
-            for row in results["rows"]
-            for split in ("val", "test")
-            if row[split]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["files"]
+        return {name for name in names if _REMOVABLE.fullmatch(name)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    suffixes = (".json", ".npz", ".points.npz")
-    return planes | {f"evaluations/{name}{suffix}" for name in evaluations for suffix in suffixes}
 
 
-def _write_row(folder: Path, row: PlannedRow, plan: Plan, store: Store) -> ResultRow:
-    """Link the files of a row into the run folder and return its results."""
+def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
+    """Stage the files of a row and return its results."""
     recipe = plan.recipe
     checkpoint = None
     if row.network not in plan.files:
         checkpoint = f"checkpoints/{row.name}.safetensors"
-        link_file(store.path(row.network) / CHECKPOINT, folder / checkpoint)
-    coefficients_file, coefficients = _link_coefficients(folder, row, store)
-    selecting = _link_evaluation(folder, row.name, recipe.select_on, row.val, store)
-    reporting = _link_evaluation(folder, row.name, recipe.evaluate.report_on, row.test, store)
+        staged.copy(row.network, CHECKPOINT, checkpoint)
+    coefficients_file, coefficients = _copy_coefficients(staged, row)
+    selecting = _copy_evaluation(staged, row.name, recipe.select_on, row.val)
+    reporting = _copy_evaluation(staged, row.name, recipe.evaluate.report_on, row.test)
     evaluations = {
         split: evaluation
         for split, evaluation in (
@@ -160,50 +162,46 @@ def _write_row(folder: Path, row: PlannedRow, plan: Plan, store: Store) -> Resul
     )
 
 
-def _link_coefficients(
-    folder: Path, row: PlannedRow, store: Store
+def _copy_coefficients(
+    staged: StagedFiles, row: PlannedRow
 ) -> tuple[str | None, tuple[float, ...] | None]:
-    """Link the coefficients of a row into the run folder.
+    """Stage the coefficients of a row.
 
     Returns:
         The file of coefficients, or None if the soup has none; and one coefficient for each
         ingredient, or None if they differ by layer.
     """
     if row.dial is not None:
-        link_file(store.path(row.dial) / DIAL, folder / "coefficients" / dial_file(row))
+        staged.copy(row.dial, DIAL, f"coefficients/{dial_file(row)}")
     if row.learned is None:
         return None, row.coefficients
     file = f"coefficients/{row.name}.safetensors"
-    link_file(store.path(row.learned) / COEFFICIENTS, folder / file)
+    staged.copy(row.learned, COEFFICIENTS, file)
     if row.role != "greedy":
         return file, row.coefficients
-    return file, tuple(map(float, Coefficients.load(folder / file).row("")))
+    stored = Coefficients.load(staged.store.file(row.learned, COEFFICIENTS))
+    return file, tuple(map(float, stored.row("")))
 
 
-def _link_evaluation(
-    folder: Path, name: str, split: str, key: Key | None, store: Store
+def _copy_evaluation(
+    staged: StagedFiles, name: str, split: str, key: Key | None
 ) -> Evaluation | None:
-    """Link the files of an evaluation into the run folder and load it; None if there is none."""
+    """Stage the files of an evaluation and load it; None if there is none."""
     if key is None:
         return None
-    source = store.path(key) / EVALUATION
-    target = folder / "evaluations" / f"{name}.{split}.json"
-    link_file(source.with_suffix(".npz"), target.with_suffix(".npz"))
-    link_file(source, target)
-    points = source.with_suffix(".points.npz")
-    if points.exists():
-        link_file(points, target.with_suffix(".points.npz"))
-    else:
-        remove_file(target.with_suffix(".points.npz"))
-    return load_evaluation(store, key)
+    stem = Path(EVALUATION).stem
+    for suffix in (".npz", ".json", ".points.npz"):
+        if staged.store.lists_file(key, stem + suffix):
+            staged.copy(key, stem + suffix, f"evaluations/{name}.{split}{suffix}")
+    return load_evaluation(staged.store, key)
 
 
-def _write_plane(folder: Path, name: str, key: Key, plan: Plan, store: Store) -> PlaneResult:
+def _write_plane(staged: StagedFiles, name: str, key: Key, plan: Plan) -> PlaneResult:
     checkpoints = plan.recipe.planes[name].checkpoints
     plane = PlaneResult(name=name, checkpoints=checkpoints, file=f"landscapes/{name}.json")
-    content = json.loads((store.path(key) / LANDSCAPE).read_text(encoding="utf-8"))
+    content = json.loads(staged.store.file(key, LANDSCAPE).read_text(encoding="utf-8"))
     content |= {"name": name, "checkpoints": list(checkpoints)}
-    write_text(folder / plane.file, json.dumps(content))
+    write_text(staged.new_path(plane.file), json.dumps(content))
     return plane
 
 
@@ -259,15 +257,15 @@ def _describe_selection(plan: Plan, store: Store, selection: Selection) -> Selec
     )
 
 
-def _write_soup(folder: Path, plan: Plan, store: Store, chosen: Candidate) -> Path:
-    """Write the chosen soup in the same format as the first ingredient."""
+def _write_soup(staged: StagedFiles, plan: Plan, chosen: Candidate) -> Path:
+    """Stage the chosen soup in the same format as the first ingredient."""
     key = plan.row(chosen.name).network
     if key in plan.files:
         soup = first = plan.files[key]
     else:
-        soup = Checkpoint.load(store.path(key) / CHECKPOINT)
+        soup = Checkpoint.load(staged.store.file(key, CHECKPOINT))
         first = plan.files.get(plan.step(key).parents[0])
     if first is None or first.wrapping is None or first.path is None:
-        return soup.save(folder / "soup.safetensors")
+        return soup.save(staged.new_path("soup.safetensors"))
     wrapped = Checkpoint(soup.tensors, soup.provenance, wrapping=first.wrapping)
-    return wrapped.save(folder / f"soup{first.path.suffix}")
+    return wrapped.save(staged.new_path(f"soup{first.path.suffix}"))

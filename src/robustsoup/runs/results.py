@@ -4,6 +4,7 @@ A run writes a `Results` into its folder; reports and the command line read it b
 the fields are the keys of the JSON file.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.digests import MISSING, FileDigest, digest_json
 from robustsoup.documents import read_json
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.files import write_text
 from robustsoup.runs import result_checks
 from robustsoup.runs.result_checks import ROLES
 from robustsoup.schema import MisfitError
-from robustsoup.stamp import unstamp_record
+from robustsoup.stamp import stamp_record, unstamp_record
 
 RowScores = dict[str, Accuracy]
 """Accuracies by measure: "clean", each threat model as text, and "union" for several threats."""
@@ -261,6 +264,7 @@ class Results:
         planes: The planes of loss values.
         selection: The chosen soup; None if the recipe selects none.
         soup: File of the chosen soup in the run folder.
+        files: Digest of each file that the run wrote into its folder, by name.
     """
 
     name: str
@@ -277,6 +281,7 @@ class Results:
     planes: tuple[PlaneResult, ...] = ()
     selection: SelectionResult | None = None
     soup: str | None = None
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
 
     def row(self, name: str) -> ResultRow:
         """Return the row called `name`."""
@@ -294,6 +299,7 @@ class Results:
             "rows": [row.to_json() for row in self.rows],
             "planes": [plane.to_json() for plane in self.planes],
             "selection": self.selection and self.selection.to_json(),
+            "files": {name: digest.to_json() for name, digest in self.files.items()},
         }
         if self.soup is None:
             del content["soup"]
@@ -345,11 +351,34 @@ class Results:
             if selection
             else None,
             soup=table.get("soup"),
+            files=_parse_files(table.get("files"), where),
         )
+
+    def check_files(self, folder: Path) -> None:
+        """Check that no file of the run folder changed since these results were written.
+
+        A missing file is no error: its reader says so.
+
+        Raises:
+            RequestError: A file changed, as after a run that was killed while it wrote the folder.
+        """
+        for name, digest in self.files.items():
+            damage = digest.find_damage(folder / name)
+            if damage not in (None, MISSING):
+                raise RequestError(
+                    f"{folder / name}: {damage}, so it does not belong to results.json "
+                    "(edited, or a run was killed there?); run the recipe again, or see "
+                    "`robustsoup verify`"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write a results.json, with a digest of its own content."""
+        content = stamp_record(self.to_json())
+        write_text(path, json.dumps({**content, "digest": digest_json(content)}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read a results.json.
+        """Read a results.json, and compare its content with its digest if it has one.
 
         Raises:
             RequestError: The file is missing, is not JSON, or an entry is wrong.
@@ -365,7 +394,20 @@ class Results:
             raise RequestError(f"{path}: {error.strerror or error}; {_WRITTEN_BY_RUN}") from None
         except ValueError as error:
             raise RequestError(f"{path}: not JSON ({error}); {_WRITTEN_BY_RUN}") from None
-        return cls.from_json(unstamp_record(_as_table(content, str(path)), path), str(path))
+        table = _as_table(content, str(path))
+        record = unstamp_record(table, path)
+        digest = table.pop("digest", None)
+        if digest is not None and digest != digest_json(table):
+            raise RequestError(f"{path}: its content changed; {_WRITTEN_BY_RUN}")
+        return cls.from_json(record, str(path))
+
+
+def _parse_files(content: Any, where: str) -> dict[str, FileDigest]:
+    try:
+        items = dict(content or {}).items()
+        return {str(name): FileDigest.from_json(digest) for name, digest in items}
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{where}: files: {error}; {_WRITTEN_BY_RUN}") from None
 
 
 def _field_values(record: Any) -> dict[str, Any]:

@@ -4,22 +4,73 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from robustsoup.digests import FileDigest, digest_folder, digest_json, find_damaged_file
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder, write_text
+from robustsoup.leftovers import remove_leftovers
+from robustsoup.runs.locks import Notice, hold_folder, hold_lock
 
 RECORD = "step.json"
+UNFINISHED = "unfinished"
+"""The folder in the store for states of interrupted evaluations."""
+_KEY_GLOB = "??/*/"
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """A finished step, as its record describes it.
+
+    Attributes:
+        record: Settings and cost of the step.
+        files: Digest of each file, by name in the folder.
+        inputs: Digest of the outputs of each parent that the step read, by key.
+    """
+
+    record: Mapping[str, Any]
+    files: Mapping[str, FileDigest]
+    inputs: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over names and contents of the files."""
+        contents = {name: file.sha256 for name, file in self.files.items()}
+        return digest_json(contents)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of step.json, which ends with a digest of all the rest."""
+        content: dict[str, Any] = {
+            **self.record,
+            "files": {name: file.to_json() for name, file in self.files.items()},
+            "inputs": dict(self.inputs),
+        }
+        return {**content, "digest": digest_json(content)}
+
+    @classmethod
+    def from_json(cls, content: Any) -> "StoredStep":
+        """Read what `to_json` returned.
+
+        Raises:
+            ValueError: The content is something else, or changed.
+        """
+        if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+            raise ValueError("not the record of a step")
+        rest = {key: value for key, value in content.items() if key != "digest"}
+        if content.get("digest") != digest_json(rest):
+            raise ValueError("its content changed")
+        files = {str(n): FileDigest.from_json(file) for n, file in rest.pop("files").items()}
+        return cls(files=files, inputs=dict(rest.pop("inputs", {})), record=rest)
 
 
 class Store:
     """A folder of finished steps.
 
     The folder of a step is complete or absent: it is written under a temporary name, then renamed.
+    Its record holds a digest of each file; a step whose files differ from them is not finished.
 
     Args:
         root: The folder; by default $ROBUSTSOUP_STORE, else `store` in the user's cache.
@@ -32,24 +83,126 @@ class Store:
         """Return the folder of a step, whether it exists or not."""
         return self.root / key[:2] / key
 
-    def has(self, key: str) -> bool:
-        """Return whether a step is finished."""
-        return (self.path(key) / RECORD).is_file()
+    def keys(self) -> list[str]:
+        """Return the keys of all steps that have a folder, damaged ones included."""
+        return sorted(
+            folder.name
+            for folder in self.root.glob(_KEY_GLOB)
+            if folder.parent.name == folder.name[:2] and "." not in folder.name
+        )
 
-    def record(self, key: str) -> dict[str, Any]:
-        """Return the record of a finished step."""
-        return json.loads((self.path(key) / RECORD).read_text(encoding="utf-8"))
+    def has(self, key: str) -> bool:
+        """Return whether a step is finished, with files and parents as they were written."""
+        return self.path(key).is_dir() and self.find_damage(key) is None
+
+    def find_damage(self, key: str, *, thorough: bool = False) -> str | None:
+        """Return what is wrong with the folder of a step, or None for an undamaged or absent one.
+
+        Args:
+            key: The step.
+            thorough: Read the content of each file, not only of those whose time changed.
+        """
+        folder = self.path(key)
+        if not folder.is_dir():
+            return None
+        try:
+            step = self._read_step(key)
+        except ValueError as error:
+            return f"{folder / RECORD}: {error}"
+        damage = find_damaged_file(folder, step.files, thorough=thorough)
+        if damage is not None:
+            return f"{folder}/{damage}"
+        for parent, digest in step.inputs.items():
+            if self.output_digest(parent) not in (None, digest):
+                return f"{folder}: made from another output of step {parent[:8]}"
+        return None
+
+    def output_digest(self, key: str) -> str | None:
+        """Return a digest of the files of a step; None if the store lacks it."""
+        try:
+            return self._read_step(key).digest
+        except ValueError:
+            return None
+
+    def record(self, key: str) -> Mapping[str, Any]:
+        """Return the record of a finished step.
+
+        Raises:
+            StorageError: The record is damaged or gone.
+        """
+        return self._finished_step(key).record
+
+    def digest_of(self, key: str, name: str) -> FileDigest:
+        """Return the digest of a file of a finished step.
+
+        Raises:
+            StorageError: The step is damaged or gone, or has no such file.
+        """
+        try:
+            return self._finished_step(key).files[name]
+        except KeyError:
+            raise StorageError(f"{self.path(key) / name}: no file of this step") from None
+
+    def lists_file(self, key: str, name: str) -> bool:
+        """Return whether a finished step wrote a file of this name."""
+        return name in self._finished_step(key).files
+
+    def file(self, key: str, name: str) -> Path:
+        """Return the path of a file of a finished step, which is as it was written.
+
+        Raises:
+            StorageError: The file is damaged, gone or no file of the step.
+        """
+        path = self.path(key) / name
+        damage = self.digest_of(key, name).find_damage(path)
+        if damage is not None:
+            raise StorageError(
+                f"{path}: {damage}; run the same command again, which repeats the step"
+            )
+        return path
+
+    def _finished_step(self, key: str) -> StoredStep:
+        try:
+            return self._read_step(key)
+        except ValueError as error:
+            raise StorageError(
+                f"{self.path(key) / RECORD}: {error}; "
+                "run the same command again, which repeats the step"
+            ) from None
+
+    def _read_step(self, key: str) -> StoredStep:
+        try:
+            text = (self.path(key) / RECORD).read_text(encoding="utf-8")
+            return StoredStep.from_json(json.loads(text))
+        except FileNotFoundError:
+            raise ValueError("is missing") from None
+        except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or "not JSON"
+            raise ValueError(f"cannot be read ({reason})") from None
+
+    def hold(self) -> None:
+        """Keep `prune` from emptying the store until this process ends, and tidy it.
+
+        Removes the temporary files that killed processes left among the states of evaluations.
+        """
+        hold_folder(self.root)
+        remove_leftovers(self.root / UNFINISHED)
 
     @contextlib.contextmanager
-    def write_step(self, key: str, record: dict[str, Any]) -> Iterator[Path | None]:
+    def write_step(
+        self, key: str, record: dict[str, Any], *, parents: tuple[str, ...] = (), notice: Notice
+    ) -> Iterator[Path | None]:
         """Yield the folder for the output of a step.
 
-        On success, the folder becomes the finished step, without its state.pt. After an error or a
-        kill, the folder stays, and the next attempt receives it. A lock admits one process.
+        On success, the folder becomes the finished step, without its state.pt; a damaged one is
+        replaced. After an error or a kill, the folder stays, and the next attempt receives it. A
+        lock admits one process.
 
         Args:
             key: The step.
             record: The record of the step, written on success; may be changed until then.
+            parents: Steps whose outputs this step reads.
+            notice: Receives one line if another process works on the step.
 
         Yields:
             The folder, or None if another process has finished the step.
@@ -58,17 +211,22 @@ class Store:
             StorageError: The store cannot be written.
         """
         final = self.path(key)
-        partial, lock = final.with_name(f"{key}.partial"), final.with_name(f"{key}.lock")
+        partial = final.with_name(f"{key}.partial")
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
+            with hold_lock(final.with_name(f"{key}.lock"), str(final), notice) as lock:
                 if self.has(key):
+                    _remove_if_empty(partial)
                     yield None
                     return
                 partial.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(partial)
+                inputs = {key: digest for key in parents if (digest := self.output_digest(key))}
                 yield partial
                 _remove_step_leftovers(partial)
-                write_text(partial / RECORD, json.dumps(record, indent=1, sort_keys=True))
+                step = StoredStep(record, digest_folder(partial), inputs)
+                write_text(partial / RECORD, json.dumps(step.to_json(), indent=1, sort_keys=True))
+                lock.check()
                 if final.exists():
                     shutil.rmtree(final)
                 partial.replace(final)
@@ -76,11 +234,14 @@ class Store:
             raise StorageError(
                 f"{final}: the store cannot be written: {error.strerror or error}"
             ) from error
-        with contextlib.suppress(OSError):
-            lock.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _remove_step_leftovers(folder: Path) -> None:
-    """Remove the saved state, and the temporary files of interrupted attempts."""
-    for path in (folder / "state.pt", *folder.rglob(".*.tmp")):
+    """Remove the saved state, the record of a cut publication and temporary files."""
+    for path in (folder / "state.pt", folder / RECORD, *folder.rglob(".*.tmp")):
         path.unlink(missing_ok=True)

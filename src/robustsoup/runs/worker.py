@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
@@ -47,6 +47,17 @@ DIAL = "dial.safetensors"
 EVALUATION = "evaluation.json"
 LANDSCAPE = "landscape.json"
 STATE = "state.pt"
+
+
+def load_evaluation(store: Store, key: Key) -> Evaluation:
+    """Load the output of an evaluation from the store.
+
+    Raises:
+        StorageError: A file of it is damaged.
+    """
+    path = store.file(key, EVALUATION)
+    store.file(key, path.with_suffix(".npz").name)
+    return Evaluation.load(path)
 
 
 @dataclass(frozen=True)
@@ -115,17 +126,14 @@ class Worker:
         def open_checkpoint(key: Key) -> Checkpoint:
             checkpoint = self.files.get(key)
             if checkpoint is None:
-                checkpoint = Checkpoint.open(self.store.path(key) / CHECKPOINT)
+                checkpoint = Checkpoint.open(self.store.file(key, CHECKPOINT))
             return self.context.record_network(checkpoint)
 
         return lru_cache(maxsize=8)(open_checkpoint)
 
     @cached_property
     def _load_evaluation(self) -> Callable[[Key], Evaluation]:
-        def load_evaluation(key: Key) -> Evaluation:
-            return Evaluation.load(self.store.path(key) / EVALUATION)
-
-        return lru_cache(maxsize=8)(load_evaluation)
+        return lru_cache(maxsize=8)(partial(load_evaluation, self.store))
 
     def fitting_split(self, fits_on_val: bool) -> Split:
         """Return the samples to fit on."""
@@ -186,7 +194,7 @@ def _open_planned_images(task: TrainNetwork) -> Synthetic:
 
 def take_snapshot(worker: Worker, task: TakeSnapshot, folder: Path) -> str:
     """Link the checkpoint of one epoch."""
-    link_file(worker.store.path(task.run) / f"epoch{task.epoch}.safetensors", folder / CHECKPOINT)
+    link_file(worker.store.file(task.run, f"epoch{task.epoch}.safetensors"), folder / CHECKPOINT)
     return f"epoch {task.epoch}"
 
 
@@ -282,9 +290,9 @@ def mix_soup(worker: Worker, task: MixSoup, folder: Path) -> str:
     if task.coefficients is None:
         coefficients = Coefficients.of(task.alpha or ())
     elif task.at is None:
-        coefficients = load_coefficients(worker.store.path(task.coefficients) / COEFFICIENTS)
+        coefficients = load_coefficients(worker.store.file(task.coefficients, COEFFICIENTS))
     else:
-        coefficients = load_coefficients(worker.store.path(task.coefficients) / DIAL, task.at)
+        coefficients = load_coefficients(worker.store.file(task.coefficients, DIAL), task.at)
         coefficients.save(folder / COEFFICIENTS)
     soup = _mix_checkpoints(worker, ingredients, coefficients, task.mixing)
     soup.save(folder / CHECKPOINT)
