@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from robustsoup.errors import ThreatError
@@ -18,10 +19,11 @@ class ThreatModel:
 
     Attributes:
         norm: "Linf", "L2" or "L1"; always "Linf" if eps is 0.
-        eps: Radius of the ball in units of x, at least 0; 0 means no attack ("clean").
+        eps: Radius of the ball in units of x, at least 0; 0 means no attack ("clean"). Linf 1 is
+            the unbounded attack.
 
     Raises:
-        ThreatError: If the norm is unknown, or eps is negative or not finite.
+        ThreatError: If the norm is unknown, eps is negative or not finite, or Linf is above 1.
     """
 
     norm: str
@@ -33,6 +35,12 @@ class ThreatModel:
             raise ThreatError(f'norm: got "{self.norm}", expected one of {", ".join(NORMS)}')
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"eps: got {self.eps}, expected a finite number of at least 0")
+        if self.norm == "Linf" and self.eps > 1:
+            is_whole = self.eps == round(self.eps)
+            raise ThreatError(
+                f"eps: got Linf {self.eps:g}, more than the whole of [0, 1]; expected at most 1"
+                + (f"; did you mean Linf {self.eps:g}/255?" if is_whole else "")
+            )
         # A NumPy float would print as "np.float64(0.03)", which parse cannot read.
         object.__setattr__(self, "eps", float(self.eps))
         if self.eps == 0:
@@ -71,6 +79,25 @@ class ThreatModel:
             return cls(canonical_norm, eps)
         except ThreatError as error:
             raise ThreatError(f'threat model "{text}": {error}') from None
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Check that the ball around an image does not always hold every image.
+
+        Args:
+            shape: Shape of one image.
+
+        Raises:
+            ThreatError: If it does in L2 (eps >= sqrt(d), d values) or L1 (eps >= d). Linf 1, the
+                unbounded attack, passes.
+        """
+        values = math.prod(shape)
+        largest = {"L2": math.sqrt(values), "L1": float(values)}.get(self.norm)
+        if largest is not None and self.eps >= largest:
+            raise ThreatError(
+                f"threat model {self}: the ball holds every image of shape {tuple(shape)}; "
+                f"expected a radius below {largest:g}; images are in [0, 1], not in pixel values; "
+                "use Linf 1 for an unbounded attack"
+            )
 
     @property
     def is_clean(self) -> bool:

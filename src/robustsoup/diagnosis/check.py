@@ -168,7 +168,7 @@ def check(
     if data is None:
         return result
     subset = data.first(min(samples, len(data)))
-    model = _build_model(opened[0], network, subset, device)
+    model = _build_model(opened[0], network, subset, threat, device)
     measured_pairs = measure_curves(
         opened,
         result.pairs,
@@ -251,11 +251,15 @@ def _find_ancestor(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def _build_model(
-    first: Checkpoint, network: nn.Module | None, data: Split, device: str
+    first: Checkpoint,
+    network: nn.Module | None,
+    data: Split,
+    threat: ThreatModel,
+    device: str,
 ) -> nn.Module:
     model = copy.deepcopy(network) if network is not None else first.network()
     first.load_into(model)
-    check_fit(model, data)
+    check_fit(model, data, [threat])
     # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
     return model.to(resolve_device(device), memory_format=torch.channels_last)
 

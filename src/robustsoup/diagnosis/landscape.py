@@ -264,6 +264,7 @@ def landscape(
         precision=resolve_precision(precision, resolve_device(device)),
     )
     check_buffer_policy(buffers, calibrate_on, settings.threat)
+    settings.threat.check_shape(data.images.shape[1:])
     opened = [Checkpoint.open(item) for item in checkpoints]
     plane = plane_through(opened)
     subset = data.sample(settings.samples, seed)

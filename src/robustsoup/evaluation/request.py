@@ -132,7 +132,7 @@ def check_request(
     warnings = []
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")
-    check_fit(model, data)
+    check_fit(model, data, attacked)
     earlier = [*reuse.pool, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
     for threat in attacked:

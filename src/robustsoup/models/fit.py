@@ -1,4 +1,6 @@
-"""Check that a network fits a data set."""
+"""Check that a network and threat models fit a data set."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -6,19 +8,24 @@ from torch import nn
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.data import Split, to_float
 from robustsoup.errors import ModelError
+from robustsoup.threats import ThreatModel
 
 
-def check_fit(model: nn.Module, data: Split) -> None:
+def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()) -> None:
     """Check that a network takes the images of a data set and has as many classes.
 
     Args:
         model: The network; its training mode stays.
         data: Any split with at least one sample.
+        threats: Threat models, whose balls must not hold every image.
 
     Raises:
+        ThreatError: A radius is too large for images of this shape.
         ModelError: The network cannot take images of this shape, or its logits are not
             (b, classes).
     """
+    for threat in threats:
+        threat.check_shape(data.images.shape[1:])
     x = to_float(data.images[:2]).to(next(model.parameters()).device)
     try:
         with frozen_eval(model), torch.no_grad():

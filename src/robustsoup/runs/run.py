@@ -21,6 +21,7 @@ from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import Results
 from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import Store
+from robustsoup.runs.tasks import EvaluateNetwork, LearnCoefficients, MapPlane, TrainNetwork
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.selection import Selection
 
@@ -76,6 +77,7 @@ def prepare_run(
     )
     context = Context(data, network, resolved, network_named=bool(recipe.model))
     planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
+    _check_radii(planner.plan, data)
     files = list(planner.plan.files.values())
     if files:
         check_ingredients(files)
@@ -129,6 +131,17 @@ def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress 
         if section is not None and section["synthetic"]:
             Synthetic.open(section["synthetic"], on_progress)
     return data
+
+
+def _check_radii(plan: Plan, data: Data) -> None:
+    """Raise ThreatError if the ball of a threat model holds every image of the data."""
+    shape = data.test.images.shape[1:]
+    for task in (step.task for step in plan.steps):
+        if isinstance(task, EvaluateNetwork):
+            for threat in task.settings.threats:
+                threat.check_shape(shape)
+        elif isinstance(task, (TrainNetwork, LearnCoefficients, MapPlane)):
+            task.settings.threat.check_shape(shape)
 
 
 def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakage:

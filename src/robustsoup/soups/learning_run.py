@@ -391,6 +391,6 @@ def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.
         model = inputs.ingredients[0].network()
     start = mix_start(inputs.ingredients, inputs.base, settings.buffers)
     start.load_into(model)
-    check_fit(model, inputs.data)
+    check_fit(model, inputs.data, [settings.threat])
     move_network(model, inputs.device)
     return model, start.provenance["buffers"].get("base")

@@ -106,7 +106,7 @@ def train(
     )
     model = copy.deepcopy(as_network(network))
     origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
-    check_fit(model, data)
+    check_fit(model, data, [settings.threat])
     _check_trainable(model)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
