@@ -317,7 +317,7 @@ class Checkpoint:
 
         Raises:
             StorageError: The file cannot be written.
-            CheckpointError: The path has another ending.
+            CheckpointError: The path has another ending, or a tensor holds NaN or infinity.
         """
         path = Path(path)
         write_checkpoint(path, self.tensors, self.provenance, self.wrapping)

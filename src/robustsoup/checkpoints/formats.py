@@ -125,9 +125,11 @@ def write_checkpoint(
         wrapping: The wrapping of a pickled file; None writes a plain state dict.
 
     Raises:
-        CheckpointError: The path has another ending.
+        CheckpointError: The path has another ending, or a tensor holds NaN or infinity; nothing is
+            written then.
         StorageError: The file cannot be written.
     """
+    refuse_non_finite(tensors, path)
     if path.suffix == ".safetensors":
         write_tensors(path, tensors, record)
     elif path.suffix in PICKLE_ENDINGS:
@@ -265,6 +267,20 @@ def _find_tied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             first_names[place] = name
     return tied
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse to write NaN and infinity.
+
+    Raises:
+        CheckpointError: Names the first tensor that holds them.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{path}: not written: {name} holds NaN or infinity; use ingredients that were "
+                "trained with a lower lr, or mix in float32"
+            )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

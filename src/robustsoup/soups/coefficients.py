@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustsoup.checkpoints.formats import is_finite, read_tensors, write_tensors
+from robustsoup.checkpoints.formats import (
+    is_finite,
+    read_tensors,
+    refuse_non_finite,
+    write_tensors,
+)
 from robustsoup.errors import CoefficientError
 
 EVERY_LAYER = "*"
@@ -255,6 +260,7 @@ def _save_layered(
         "of_parameters": dict(item.parameters),
         **item.record,
     }
+    refuse_non_finite(tensors, path)
     write_tensors(path, tensors, record)
     return Path(path)
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from robustsoup.catalog import BUFFER_POLICIES, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.formats import is_finite
 from robustsoup.data import Split
 from robustsoup.device import resolve_device
-from robustsoup.errors import CoefficientError, RequestError
+from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.batchnorm import average_statistics, running_statistics
 from robustsoup.soups.coefficients import Coefficients
@@ -132,6 +133,7 @@ def mix(
     Raises:
         IngredientMismatch: Names the first tensor whose name, shape or dtype differs.
         CoefficientError: If alpha does not fit the ingredients.
+        CheckpointError: If a tensor of the soup would hold NaN or infinity; names it.
         RequestError: If the policy is unknown, or requires data, a threat or tracked statistics
             that were not passed.
 
@@ -168,6 +170,7 @@ def mix(
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True) for name, tensor in result.tensors.items()
     }
+    _check_soup_is_finite(tensors, loaded)
     record = make_soup_record(loaded, coefficients)
     record["buffers"] = {"policy": policy.name, **result.record}
     return Checkpoint(
@@ -235,6 +238,17 @@ def _check_policy_fits(
     if needs_tracked and not coefficients.tracked and running_statistics(first):
         raise RequestError(
             f'buffers "{policy.name}": only coefficients made by `learn` carry tracked statistics'
+        )
+
+
+def _check_soup_is_finite(tensors: Mapping[str, Tensor], ingredients: Sequence[Checkpoint]) -> None:
+    for name, tensor in tensors.items():
+        if is_finite(tensor):
+            continue
+        broken = [item.name for item in ingredients if not is_finite(item.tensors[name])]
+        reason = f"so does {broken[0]}" if broken else f"the sum leaves the range of {tensor.dtype}"
+        raise CheckpointError(
+            f"soup: {name} holds NaN or infinity: {reason}; a soup of such weights is not made"
         )
 
 
