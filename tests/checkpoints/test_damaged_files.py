@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mutations import cut_short, flip_bits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from robustsoup.checkpoints import mapped
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -177,16 +177,22 @@ def test_a_damaged_state_says_how_to_go_on(tmp_path):
 
 def test_files_without_digests_are_read(tmp_path):
     """Files of other programs have none."""
-    path = Checkpoint({"a": torch.ones(8)}, {"kind": "trained"}).save(tmp_path / "a.safetensors")
-    whole = path.read_bytes().replace(b"robustsoup.digests", b"another.programme!")
-    path.write_bytes(whole)
-    assert torch.equal(Checkpoint.load(path).tensors["a"], torch.ones(8))
+    save_file({"a": torch.ones(8)}, tmp_path / "a.safetensors", {"robustsoup": '{"kind": "x"}'})
+    assert torch.equal(Checkpoint.load(tmp_path / "a.safetensors").tensors["a"], torch.ones(8))
     torch.serialization.set_crc32_options(False)
     try:
         torch.save({"a": torch.ones(8)}, tmp_path / "a.pth")
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(Checkpoint.open(tmp_path / "a.pth").tensors["a"], torch.ones(8))
+
+
+def test_a_file_of_robustsoup_whose_digests_are_missing_is_refused(tmp_path):
+    path = Checkpoint({"a": torch.ones(8)}).save(tmp_path / "a.safetensors")
+    path.write_bytes(path.read_bytes().replace(b"robustsoup.digests", b"robustsoup.digestz"))
+    for read in (Checkpoint.load, Checkpoint.open):
+        with pytest.raises(CheckpointError, match=r"its digests, .*, are missing"):
+            read(path)
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])

@@ -350,3 +350,34 @@ def test_training_with_a_file_of_cifar10_images(tmp_path):
         precision="float32",
     )
     assert got.provenance["training"]["synthetic"] == opened.digest
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs are files on POSIX systems")
+def test_a_fifo_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"a\.npz.*got a FIFO, expected a regular file"):
+        Synthetic.open(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': " + "(" * 900 + ", }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1, 2, 2, 3), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 2, 2, 3), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999999999999, 2, 2, 3), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': 5, }",
+        "{'descr': [], 'fortran_order': False, 'shape': (1, 2, 2, 3), }",
+        "{'descr': '|u1', 'fortran_order': False}",
+        "5",
+    ],
+)
+def test_a_header_that_claims_something_else_is_refused(tmp_path, header):
+    padded = header + " " * (-(len(header) + 11) % 64) + "\n"
+    content = b"\x93NUMPY\1\0" + len(padded).to_bytes(2, "little") + padded.encode()
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("image.npy", content + bytes(12))
+        archive.writestr("label.npy", content + bytes(12))
+    with pytest.raises(DataError, match=r"a\.npz: ") as caught:
+        Synthetic.open(tmp_path / "a.npz")
+    assert str(caught.value).isprintable()

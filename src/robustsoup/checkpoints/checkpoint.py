@@ -56,13 +56,14 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: "CheckpointLike") -> "Checkpoint":
-        """Read .safetensors, or .pt/.pth/.bin with weights_only=True.
+        """Read .safetensors, or .pt/.pth/.bin as torch.load does with weights_only=True.
 
-        Common wrappers around the state dict and prefixes of its names are removed.
+        Common wrappers around the state dict and prefixes of its names are removed. The content is
+        compared with the digests that robustsoup wrote.
 
         Raises:
-            CheckpointError: The file is missing, cut short, in a newer format, holds no tensors,
-                NaN or infinity, or a record that is malformed; the error names the file.
+            CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
+                tensors, NaN or infinity, or a record that is malformed; the error names the file.
         """
         return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=False)
 
@@ -70,6 +71,7 @@ class Checkpoint:
     def open(cls, path: "CheckpointLike") -> "Checkpoint":
         """Read as `load` does, but leave the tensors in the file, as read-only views of it.
 
+        Digests are compared once while the file keeps its path, inode, size and time.
         Call `check_source` before reading them later, and do not overwrite the file in place
         meanwhile.
         """
@@ -108,6 +110,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, for any file format."""
+        self.check_source()
         return digest_tensors(self.tensors)
 
     @property
@@ -281,6 +284,7 @@ class Checkpoint:
 
     def _tensors_for(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the state dict to load into `model`."""
+        self.check_source()
         renamed = self.with_names_of(model)
         expected = model.state_dict()
         counters: dict[str, Tensor] = {}

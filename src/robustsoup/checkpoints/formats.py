@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.safetensors_files import (
+    DIGESTS_KEY,
     RECORD_KEY,
     read_safetensors,
     write_safetensors,
@@ -22,7 +23,7 @@ from robustsoup.documents import parse_json
 from robustsoup.errors import CheckpointError
 from robustsoup.file_bytes import DamageError
 from robustsoup.files import atomic_path, open_regular, write_torch
-from robustsoup.stamp import stamp_record, unstamp_record
+from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.torch_files import read_torch
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin")
@@ -182,7 +183,9 @@ def _read_safetensors_record(
                 f"{path}: the {RECORD_KEY} record is not a JSON object; "
                 "was the file written by another program?"
             )
-        record = unstamp_record(record, path)
+        stamped, record = is_stamped(record), unstamp_record(record, path)
+        if stamped and DIGESTS_KEY not in content.metadata:
+            raise DamageError("its digests, which every file of robustsoup has, are missing")
         if not verified:
             content.verify()
     except DamageError as error:

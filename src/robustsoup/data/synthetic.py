@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import os
+import struct
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ import torch
 from robustsoup.data.batches import Batch, augment, to_float
 from robustsoup.data.splits import Augmentation, Split
 from robustsoup.errors import DataError, StorageError
-from robustsoup.files import cache_folder, write_text
+from robustsoup.files import cache_folder, open_regular, write_text
 from robustsoup.progress import Progress
 from robustsoup.seeding import keyed_generator
 
@@ -27,6 +29,22 @@ LABEL_CHUNK = 1 << 20
 ZIP_LOCAL_HEADER_BYTES = 30
 """Length of a zip member's local header before its name; the last four bytes are the lengths of
 the name and of the extra field that follow."""
+
+_NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    NotImplementedError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
+"""What zipfile and numpy raise on broken files."""
 
 NumberArray = numpy.ndarray[Any, numpy.dtype[Any]]
 
@@ -81,7 +99,7 @@ class Synthetic:
         """
         path = Path(path).expanduser()
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 images = _map_npz_array(path, file, "image")
                 labels = _map_npz_array(path, file, "label")
             state = FileState.of(path)
@@ -89,7 +107,7 @@ class Synthetic:
             raise DataError(
                 f"{path}: no such file; expected an .npz with image and label"
             ) from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except _NPZ_ERRORS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{path}: not a readable .npz file ({reason})") from None
         _check_arrays(path, images, labels)
