@@ -207,6 +207,19 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch, kind, linked):
             read(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices are files on POSIX systems")
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_only_regular_files_are_replaced(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    path = Path("folder") if kind == "a folder" else IRREGULAR[kind](Path("irregular"))
+    mode = path.stat().st_mode
+    with pytest.raises(StorageError, match=f"got {kind}, expected a regular file"):
+        write_text(path, "text")
+    assert path.stat().st_mode == mode
+    assert set(names(tmp_path)) <= {"folder", "irregular"}
+
+
 def test_a_regular_file_is_read_up_to_the_limit(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x" * 10)

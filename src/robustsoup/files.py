@@ -35,6 +35,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
     target = Path(target)
     temporary = temporary_sibling(target)
     try:
+        if target.exists():  # a rename would put a file in the place of a device
+            _require_regular(target.stat().st_mode, target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _tidy_folder(target.parent)
         mode = _create_empty_file(temporary)

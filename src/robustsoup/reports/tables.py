@@ -10,6 +10,7 @@ from pathlib import Path
 
 from robustsoup.errors import RequestError
 from robustsoup.files import write_text
+from robustsoup.printable import make_printable
 from robustsoup.runs.results import ResultRow
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
 
@@ -94,17 +95,22 @@ def write_coefficient_csv(
     """
     lines = coefficient_table(coefficients, names)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_format_csv_cell, lines[0]))
     for line in lines:
-        writer.writerow(
-            {
-                column: f"{cell:.6g}" if isinstance(cell, float) else cell
-                for column, cell in line.items()
-            }
-        )
+        writer.writerow(map(_format_csv_cell, line.values()))
     write_text(path, text.getvalue())
     return Path(path)
+
+
+def _format_csv_cell(cell: Cell) -> str:
+    """Return a cell that a spreadsheet shows and does not run: text never starts a formula."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    text = make_printable(str(cell))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def write_coefficient_tables(rows: Iterable[ResultRow], folder: Path) -> list[tuple[str, str]]:
