@@ -104,6 +104,54 @@ def test_interrupted_training_resumes(here, tmp_path):
     assert history[0] == interrupted[0]
 
 
+WAIT_AT_STEP = """
+import signal, sys, time
+from robustsoup.cli import main
+from robustsoup.training.train import TrainingRun
+
+take_step, waited = TrainingRun.take_step, []
+
+def take_step_and_wait(self, x, y):
+    loss = take_step(self, x, y)
+    if self.step == 2 and not waited:
+        waited.append(self)
+        open("waiting", "w").close()
+        time.sleep(2)  # the signal arrives here and waits for the end of the step
+    return loss
+
+TrainingRun.take_step = take_step_and_wait
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "verb"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
+)
+def test_a_signal_amid_a_step_saves_the_step(here, tmp_path, number, code, verb):
+    """The state is saved though none was due, and the finished run equals an undisturbed one."""
+    command = (*TUNE, "--epochs", 1, "--lr", 0.01, "--threads", 1)
+    process = start(*command, store=tmp_path / "store", script=("-c", WAIT_AT_STEP))
+    deadline = time.monotonic() + DEADLINE
+    while not (here / "waiting").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert error == f"robustsoup: {verb}; run the same command again to resume\n"
+    assert process.returncode == code
+    assert (here / ".new.safetensors.state.pt").exists()
+    assert run(*command) == 0
+    resumed = Checkpoint.load("new.safetensors")
+    assert run(*command[:-2], "--threads", 1) == 0
+    assert Checkpoint.load("new.safetensors").digest == resumed.digest
+
+
 def test_an_interrupt_during_imports_is_one_line():
     script = """
 import sys

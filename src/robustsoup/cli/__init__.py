@@ -47,8 +47,9 @@ def _run(arguments: list[str]) -> "Any":
         code = run_command_line(arguments)
         if code != INTERRUPTED:
             return code
-    except SystemExit as end:  # typer's answer to a broken pipe
-        return end.code
+    except SystemExit as end:
+        # typer answers a broken pipe so
+        return READER_GONE if isinstance(end.__context__, BrokenPipeError) else end.code
     except BaseException as error:
         # Where a signal arrives, code outside this package can turn it into another error.
         if not isinstance(error, KeyboardInterrupt) and not signal_received():
