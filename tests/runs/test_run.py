@@ -74,6 +74,7 @@ def test_results_are_complete(finished):
             assert row[split]["Linf 32/255"]["hits"] <= row[split]["clean"]["hits"]
     assert results["data"] == DATA.record
     assert results["leakage"] == {"status": "known", "why": ""}
+    assert results["duplicates"] == []
     assert results["protocol"]["samples"] == {"val": 64, "test": 64}
     assert (results["protocol"]["steps"], results["protocol"]["threats"]) == (3, ["Linf 32/255"])
     assert results["versions"]["threads"] == 1

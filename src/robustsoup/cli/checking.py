@@ -1,7 +1,8 @@
 """The command that checks whether checkpoints can be mixed."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,9 @@ from robustsoup.cli.options import (
 )
 from robustsoup.cli.terminal import print_json
 from robustsoup.errors import RequestError
+
+if TYPE_CHECKING:
+    from robustsoup.diagnosis.rules import Finding
 
 
 def check_command(
@@ -46,7 +50,8 @@ def check_command(
 ) -> int:
     """Check whether checkpoints can be mixed, and explain why not.
 
-    Compares the files and, with --data, the loss between them. Exit code 3 if they cannot be mixed.
+    Compares the files and, with --data, the loss between them; also counts exact and near
+    duplicates between the splits of the data. Exit code 3 if the files cannot be mixed.
 
     Example: `robustsoup check eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 56/255"`
@@ -54,13 +59,14 @@ def check_command(
     from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_soupability
+    from robustsoup.data.duplicates import find_overlaps
     from robustsoup.diagnosis.check import check
     from robustsoup.models import build_network
 
     run.use_threads()
-    split, module = None, None
+    source, split, module = None, None, None
     if data.data:
-        source = load_requested_data(data)
+        source = load_requested_data(data, warn=False)
         context = make_context(source, network, run, checkpoints)
         split, module = source.val, build_network(context.network)
     elif network.model or network.normalize or threat != "clean":
@@ -77,6 +83,11 @@ def check_command(
             pairs=pairs,
             on_progress=bar,
         )
+    if source is not None:
+        with Bar("comparing images") as bar:
+            overlaps = find_overlaps(source, near=True, on_progress=bar)
+        found: list[Finding] = [("warning", f"duplicates: {overlap}") for overlap in overlaps]
+        result = replace(result, findings=[*result.findings, *found])
     if as_json:
         print_json(result.to_json())
     else:

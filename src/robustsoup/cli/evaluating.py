@@ -58,6 +58,7 @@ def evaluate_command(
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_evaluations
     from robustsoup.cli.user_code import import_named_module
+    from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import check_above_chance, evaluate
     from robustsoup.runs.locks import lock_folder
 
@@ -74,6 +75,7 @@ def evaluate_command(
     }
     for checkpoint in described.values():
         check_above_chance(checkpoint, selected, checkpoint.name, device=run.device)
+    overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
     for name, checkpoint in described.items():
         request = [to_record(attack), threat, samples, keep_points, run.device]
@@ -90,6 +92,9 @@ def evaluate_command(
                 on_progress=bar,
             )
         _warn_of_evaluation(name, checkpoint, selected, evaluation)
+        evaluation.record["duplicates"] = [
+            overlap.as_record() for overlap in overlaps if overlap.split == split
+        ]
         if output:
             with lock_folder(output, print_error):
                 evaluation.save(output / f"{name}.{split}.json")

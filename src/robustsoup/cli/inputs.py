@@ -13,6 +13,7 @@ from robustsoup.cli.progress import Bar
 from robustsoup.cli.terminal import print_warning
 from robustsoup.cli.user_code import import_named_module
 from robustsoup.data import Data, fetch_cifar10, load_data
+from robustsoup.data.duplicates import Overlap, find_exact_overlaps
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
 from robustsoup.models import build_network
@@ -20,19 +21,27 @@ from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
 
 
-def load_requested_data(options: DataOptions) -> Data:
-    """Load the data, with a bar; download it first if necessary."""
+def load_requested_data(options: DataOptions, *, warn: bool = True) -> Data:
+    """Load the data, with a bar; download it first if necessary.
+
+    Args:
+        options: The data.
+        warn: Whether to warn of images that are in two splits.
+    """
     hold_caches()
     import_named_module(options.data)
     download_data(options.data, options.data_root)
     with Bar(f"reading {options.data}") as bar:
-        return load_data(
+        data = load_data(
             options.data,
             root=options.data_root,
             seed=options.seed,
             image_size=options.image_size,
             on_progress=bar,
         )
+    if warn:
+        warn_of_overlaps(find_exact_overlaps(data))
+    return data
 
 
 def download_data(source: str, root: str | None) -> None:
@@ -102,6 +111,12 @@ def check_suffix(path: Path, suffixes: set[str]) -> None:
     if path.suffix not in suffixes:
         expected = " or ".join(sorted(suffixes))
         raise RequestError(f'-o {path}: got the suffix "{path.suffix}", expected {expected}')
+
+
+def warn_of_overlaps(overlaps: Sequence[Overlap]) -> None:
+    """Warn of images that are in two splits."""
+    for overlap in overlaps:
+        print_warning(f"duplicates: {overlap}")
 
 
 def warn_of_leakage(checkpoints: Sequence[Checkpoint], data: Data, *, allow: bool) -> None:

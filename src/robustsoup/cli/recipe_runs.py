@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from robustsoup.cli.inputs import download_checkpoint, download_data, print_leakage
+from robustsoup.cli.inputs import (
+    download_checkpoint,
+    download_data,
+    print_leakage,
+    warn_of_overlaps,
+)
 from robustsoup.cli.options import RunOptions
 from robustsoup.cli.progress import Bar, RunReporter
 from robustsoup.cli.tables import print_results
@@ -45,6 +50,7 @@ def run_recipe(
     """
     prepared = prepare_recipe(recipe, run, data_root)
     print_leakage(prepared.leakage)
+    warn_of_overlaps(prepared.overlaps)
     with lock_folder(folder, print_error):
         with RunReporter(prepared.context, folder) as reporter:
             results, selection = run_prepared(prepared, folder, reporter)

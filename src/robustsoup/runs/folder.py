@@ -4,7 +4,7 @@ import datetime
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.data.duplicates import Overlap
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import write_text
 from robustsoup.leftovers import remove_leftovers
@@ -51,6 +52,7 @@ def write_run_folder(
     *,
     selection: Selection | None,
     leakage: Leakage,
+    overlaps: Sequence[Overlap],
 ) -> Results:
     """Write recipe, checkpoints, coefficients, evaluations, soup and results into the run folder.
 
@@ -65,6 +67,7 @@ def write_run_folder(
         store: Finished steps.
         selection: The chosen soup, or None.
         leakage: Whether networks were trained on samples that evaluate them.
+        overlaps: Samples of val and test that are in another split or in generated images.
 
     Returns:
         The content of results.json.
@@ -75,7 +78,9 @@ def write_run_folder(
     remove_leftovers(folder, depth=1)
     with stage_files(folder, store) as staged:
         write_text(staged.new_path("recipe.toml"), plan.recipe.to_toml())
-        results = _write_results(staged, plan, context, selection=selection, leakage=leakage)
+        results = _write_results(
+            staged, plan, context, selection=selection, leakage=leakage, overlaps=overlaps
+        )
         results = replace(results, files=staged.digest_files())
         results.save(staged.staging / RESULTS)
         staged.publish(replaced=_removable_files(folder))
@@ -89,6 +94,7 @@ def _write_results(
     *,
     selection: Selection | None,
     leakage: Leakage,
+    overlaps: Sequence[Overlap],
 ) -> Results:
     """Stage all files but the recipe, and return the results without their digests."""
     recipe, store = plan.recipe, staged.store
@@ -100,6 +106,7 @@ def _write_results(
         data=context.data.record,
         model=context.network.spec,
         leakage=leakage,
+        duplicates=tuple(item.as_record() for item in overlaps),
         figures=recipe.report.figures,
         protocol=_describe_protocol(plan, rows),
         versions=_list_versions(context),

@@ -112,6 +112,7 @@ results = table(
         "data": nullable(mapping_of(anything)),
         "model": nullable(text),
         "leakage": nullable(table({}, {"status": text, "why": text})),
+        "duplicates": nullable(list_of(mapping_of(anything))),
         "figures": nullable(list_of(text)),
         "versions": nullable(mapping_of(anything)),
         "seconds": nullable(number),

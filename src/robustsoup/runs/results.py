@@ -256,6 +256,8 @@ class Results:
         data: Record of the data.
         model: Specification of the network.
         leakage: Whether networks were trained on samples that evaluate them.
+        duplicates: Counts of samples of val and test that are in another split or in generated
+            images; see `Overlap`.
         figures: Names of the figures to draw; None for all.
         protocol: How the networks were evaluated.
         versions: Versions and device of the run.
@@ -273,6 +275,7 @@ class Results:
     data: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     leakage: Leakage | None = None
+    duplicates: tuple[Mapping[str, Any], ...] = ()
     figures: tuple[str, ...] | None = None
     protocol: EvaluationProtocol
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -293,6 +296,7 @@ class Results:
             "recipe": dict(self.recipe),
             "data": dict(self.data),
             "leakage": self.leakage and self.leakage.as_record(),
+            "duplicates": [dict(overlap) for overlap in self.duplicates],
             "figures": None if self.figures is None else list(self.figures),
             "protocol": self.protocol.to_json(),
             "versions": dict(self.versions),
@@ -335,6 +339,7 @@ class Results:
             data=table.get("data") or {},
             model=table.get("model"),
             leakage=Leakage(**_known_fields(Leakage, leakage)) if leakage else None,
+            duplicates=tuple(table.get("duplicates") or ()),
             figures=None if figures is None else tuple(figures),
             protocol=protocol,
             versions=table.get("versions") or {},

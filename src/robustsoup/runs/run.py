@@ -7,6 +7,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
 from robustsoup.data import Data, Synthetic, load_data
+from robustsoup.data.duplicates import Overlap, find_copies, find_exact_overlaps
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
 from robustsoup.models.fit import check_fit
@@ -35,12 +36,14 @@ class PreparedRun:
         context: Data, network and device.
         store: Finished steps.
         leakage: Whether networks were trained on samples that evaluate them.
+        overlaps: Samples of val and test that are in another split or in generated images.
     """
 
     planner: Planner
     context: Context
     store: Store
     leakage: Leakage
+    overlaps: tuple[Overlap, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -82,7 +85,8 @@ def prepare_run(
     if files:
         check_ingredients(files)
         check_fit(context.record_network(files[0]).network(), data.test)
-    return PreparedRun(planner, context, Store(), _find_leakage(recipe, files, data))
+    leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
+    return PreparedRun(planner, context, Store(), leakage, overlaps)
 
 
 def run_prepared(
@@ -113,7 +117,13 @@ def run_prepared(
         planner.add_report(selection.best.name)
         execute()
     results = write_run_folder(
-        folder, plan, context, store, selection=selection, leakage=prepared.leakage
+        folder,
+        plan,
+        context,
+        store,
+        selection=selection,
+        leakage=prepared.leakage,
+        overlaps=prepared.overlaps,
     )
     return results, selection
 
@@ -131,6 +141,16 @@ def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress 
         if section is not None and section["synthetic"]:
             Synthetic.open(section["synthetic"], on_progress)
     return data
+
+
+def _find_overlaps(recipe: Recipe, data: Data) -> tuple[Overlap, ...]:
+    """Count the samples of val and test that networks of the run are fitted on, byte for byte."""
+    overlaps = find_exact_overlaps(data)
+    sections = [recipe.pretrain, recipe.finetune]
+    paths = {section["synthetic"] for section in sections if section is not None}
+    for path in sorted(path for path in paths if path):
+        overlaps += find_copies(Synthetic.open(path), data)
+    return tuple(overlaps)
 
 
 def _check_radii(plan: Plan, data: Data) -> None:
