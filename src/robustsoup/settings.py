@@ -453,6 +453,12 @@ class BufferSettings:
         check_ranges(self)
 
 
+SMALLEST_STEP = 1e-4
+"""Smallest step of a grid of soups."""
+MOST_SOUPS = 5_000
+"""Most soups of one search or recipe."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
     """The soups that a search tries, and the rules by which it selects one."""
@@ -460,8 +466,8 @@ class SearchSettings:
     method: str | Callable[..., Any] = setting(
         "grid", "Soups to try: grid, line, uniform, greedy or package.module:function."
     )
-    step: float = setting(0.2, "Step of the grid, a fraction of 1.", gt=0, le=1)
-    max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1)
+    step: float = setting(0.2, "Step of the grid, a fraction of 1.", ge=SMALLEST_STEP, le=1)
+    max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1, le=MOST_SOUPS)
     score: str | None = setting(
         None, 'Score that the greedy soup must not lower, such as "0.3 clean + 0.7 Linf 8/255".'
     )

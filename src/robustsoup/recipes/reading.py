@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from robustsoup.documents import parse_toml, read_toml
 from robustsoup.errors import RecipeError
 from robustsoup.recipes.recipe import Recipe
 from robustsoup.recipes.sections import (
@@ -22,7 +23,13 @@ from robustsoup.recipes.sections import (
     Soup,
     Training,
 )
+from robustsoup.schema import describe_value
 from robustsoup.settings import suggest
+
+MAX_EXTENDED = 100
+"""Most recipes that one recipe extends, directly or through others."""
+MAX_KEY_PARTS = 8
+"""Most parts of a key of --set, such as 3 in "soups.learned.epochs"."""
 
 _TABLES: dict[str, type[BaseModel]] = {
     "pretrain": Pretrain,
@@ -53,7 +60,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         RecipeError: Names the file, the key and the problem; for an unknown key, the nearest one.
     """
     path = Path(path)
-    content = _read_toml(path, ())
+    content = _read_extended(path, (), {})
     for override in overrides:
         _apply_override(content, override)
     return parse_recipe(content, str(path), path.parent)
@@ -93,35 +100,48 @@ def with_files(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
     return _map_checkpoints(recipe, path_of)
 
 
-def _read_toml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+def _read_extended(
+    path: Path, extending: tuple[Path, ...], done: dict[Path, dict[str, Any]]
+) -> dict[str, Any]:
     """Return the content of a recipe merged with the files it extends.
 
     Args:
         path: The recipe.
         extending: The recipes that extend this one, to detect circles.
+        done: The recipes that were read before, by resolved path; each is read once.
     """
+    resolved = path.resolve()
+    if resolved in done:
+        return done[resolved]
+    if max(len(done), len(extending)) > MAX_EXTENDED:
+        raise RecipeError(f"{path}: extends: more than {MAX_EXTENDED} recipes are extended")
+    content = _read_table(path)
+    extends = content.pop("extends", [])
+    opened = {resolved, *extending}
+    base: dict[str, Any] = {}
+    for name in extends if isinstance(extends, list) else [extends]:
+        if not isinstance(name, str) or (path.parent / name).resolve() in opened:
+            raise RecipeError(
+                f"{path}: extends: got {describe_value(name)}, "
+                "expected the name of another recipe that does not extend this one"
+            )
+        other = _read_extended(path.parent / name, (resolved, *extending), done)
+        base = _merge_tables(base, other)
+    done[resolved] = _merge_tables(base, content)
+    return done[resolved]
+
+
+def _read_table(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return read_toml(path)
     except FileNotFoundError:
         raise RecipeError(
             f"{path}: no such file; expected a recipe in TOML; "
             "`robustsoup demo` writes an example, runs/quickstart/recipe.toml"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path}: not a TOML file: {error}") from None
-    if "extends" not in content:
-        return content
-    extends = content.pop("extends")
-    opened = {other.resolve() for other in (path, *extending)}
-    base: dict[str, Any] = {}
-    for name in extends if isinstance(extends, list) else [extends]:
-        if not isinstance(name, str) or (path.parent / name).resolve() in opened:
-            raise RecipeError(
-                f"{path}: extends: got {name!r}, "
-                "expected the name of another recipe that does not extend this one"
-            )
-        base = _merge_tables(base, _read_toml(path.parent / name, (path, *extending)))
-    return _merge_tables(base, content)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: not a TOML file: {reason}") from None
 
 
 def _merge_tables(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
@@ -139,10 +159,14 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not equals:
         raise RecipeError(f'--set {override}: expected KEY=VALUE, such as "soups.learned.epochs=2"')
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except ValueError as error:
+        raise RecipeError(f"--set {override}: {error}") from None
     *tables, last = key.strip().split(".")
+    if len(tables) >= MAX_KEY_PARTS:
+        raise RecipeError(f"--set {override}: got {len(tables) + 1} parts in a key, expected fewer")
     for table in tables:
         content = content.setdefault(table, {})
         if not isinstance(content, dict):
@@ -191,7 +215,7 @@ def _describe_first_error(error: ValidationError) -> str:
         return f"{place}: missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] != "value_error":
-        message += f"; got {first['input']!r}"
+        message += f"; got {describe_value(first['input'])}"
     return f"{place}: {message}" if place else message
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from typing import Annotated, Any
 
 import tomli_w
@@ -22,13 +23,15 @@ from robustsoup.recipes.sections import (
     one_of,
     raises_value_error,
 )
-from robustsoup.settings import PRECISIONS, SEED_LIMIT, TrainSettings, suggest
-from robustsoup.soups.grid import Alpha, alpha_name, candidates, grid_size
+from robustsoup.settings import MOST_SOUPS, PRECISIONS, SEED_LIMIT, TrainSettings, suggest
+from robustsoup.soups.grid import Alpha, alpha_name, candidates, format_count, grid_size
 from robustsoup.soups.selection import Goal, Score
 from robustsoup.threats import ThreatModel
 
 PRETRAINED = "pretrained"
 """Name of the network that [pretrain] trains or `checkpoint` names."""
+MAX_INGREDIENTS = 1_000
+"""Most ingredients of a recipe, each checkpoint of `checkpoint_every` counted."""
 
 
 _NO_SOUPS: dict[str, Soup] = {}
@@ -100,6 +103,10 @@ class Recipe(Section):
             for name, table in tables.items()
             for item in _expand_ingredient(name, table, epochs)
         ]
+        if len(items) > MAX_INGREDIENTS:
+            raise ValueError(
+                f"ingredients: got {len(items):,}, expected at most {MAX_INGREDIENTS:,}"
+            )
         if duplicate := _first_duplicate(name for name, _ in items):
             raise ValueError(f'two ingredients would be called "{duplicate}"; rename one')
         return content | {"ingredients": dict(items)}
@@ -118,6 +125,7 @@ class Recipe(Section):
         self._check_names()
         for name, soup in self.soups.items():
             self._check_soup(name, soup)
+        self._check_soup_count()
         for name, plane in self.planes.items():
             self._check_plane(name, plane)
         self._check_row_names()
@@ -281,6 +289,23 @@ class Recipe(Section):
                 "a dial turns from robust to clean"
             )
 
+    def _check_soup_count(self) -> None:
+        count = sum(map(self._count_soups, self.soups.values()))
+        if count > MOST_SOUPS:
+            raise ValueError(f"soups: got {format_count(count)}, expected at most {MOST_SOUPS:,}")
+
+    def _count_soups(self, soup: Soup) -> int:
+        """Return the number of soups of a section, without listing them."""
+        match soup.method:
+            case "grid" | "line":
+                return grid_size(len(self.ingredients_of(soup)), soup.search_settings().step)
+            case "learned":
+                return len(self.threats_of(soup)) * len(soup.objectives)
+            case "dial":
+                return len(self.threats_of(soup)) * len(soup.at)
+            case _:
+                return 1
+
     def _check_grid_size(self, name: str, soup: Soup) -> None:
         settings, attack = soup.search_settings(), self.evaluate.attack_settings(seed=0)
         count = grid_size(len(self.ingredients_of(soup)), settings.step)
@@ -289,9 +314,10 @@ class Recipe(Section):
         attacks = sum(not threat.is_clean for threat in self.evaluate.threats)
         passes = count * 1000 * (1 + 2 * attacks * attack.steps * attack.restarts)
         raise ValueError(
-            f"soups.{name}: step {settings.step:g} makes {count:,} soups; mixing and evaluating "
-            f"them takes up to {passes:.1e} forward passes for every 1,000 samples. max_soups is "
-            f"{settings.max_soups:,}; choose a larger step or a learned soup, or raise max_soups"
+            f"soups.{name}: step {settings.step:g} makes {format_count(count)} soups; mixing and "
+            f"evaluating them takes up to {Decimal(passes):.1e} forward passes for every 1,000 "
+            f"samples. max_soups is {settings.max_soups:,}; choose a larger step or a learned "
+            "soup, or raise max_soups"
         )
 
     def _check_plane(self, name: str, plane: Plane) -> None:
@@ -403,6 +429,11 @@ def _expand_ingredient(name: str, table: Any, default_epochs: Any) -> list[tuple
         raise ValueError(
             f"ingredients.{name}.checkpoint_every: got {interval}, "
             f"expected a divisor of its {epochs} epochs"
+        )
+    if epochs // interval > MAX_INGREDIENTS:
+        raise ValueError(
+            f"ingredients.{name}.checkpoint_every: got {interval}, which makes "
+            f"{epochs // interval:,} ingredients, expected at most {MAX_INGREDIENTS:,}"
         )
     return [
         (f"{name}-{epoch}", {**table, "epoch": epoch})

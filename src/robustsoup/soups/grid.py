@@ -3,9 +3,11 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.errors import CoefficientError
+from robustsoup.settings import SMALLEST_STEP
 
 Alpha = tuple[float, ...]
 """(n,) coefficients of n ingredients."""
@@ -22,6 +24,11 @@ def grid_size(n: int, step: float) -> int:
     return math.comb(round(1 / step) + n - 1, n - 1)
 
 
+def format_count(count: int) -> str:
+    """Return a number of soups as text: 1,771 or, beyond 15 digits, 3.1e+26."""
+    return f"{count:,}" if count < 10**15 else f"{Decimal(count):.1e}"
+
+
 def grid(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     """Return all (alpha_1, ..., alpha_n) of multiples of `step` that sum to 1.
 
@@ -35,14 +42,14 @@ def grid(n: int, step: float = 0.2, max_soups: int = MAX_SOUPS) -> list[Alpha]:
     Raises:
         CoefficientError: If 1 is no multiple of `step`, or there are more than `max_soups` soups.
     """
-    parts = round(1 / step) if step > 0 else 0
+    parts = round(1 / step) if step >= SMALLEST_STEP else 0
     if n < 1 or parts < 1 or abs(parts * step - 1) > 1e-9:
         raise CoefficientError(
             f"grid: got n {n} and step {step}, expected n >= 1 and a step such as 0.2 or 0.25"
         )
     if (count := grid_size(n, step)) > max_soups:
         raise CoefficientError(
-            f"grid: {n} ingredients at step {step} make {count:,} soups, "
+            f"grid: {n} ingredients at step {step} make {format_count(count)} soups, "
             f"expected at most {max_soups:,}; take a larger step"
         )
     alphas = []
