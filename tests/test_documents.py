@@ -37,6 +37,12 @@ def test_json_that_later_code_cannot_use_is_refused(text, reason):
     assert str(caught.value).isascii()
 
 
+def test_a_repeated_key_among_many_is_found_quickly():
+    text = "{" + ",".join(f'"{number}":0' for number in range(200_000)) + ',"199999":0}'
+    with pytest.raises(ValueError, match="the key '199999' stands twice"):  # quadratic: minutes
+        parse_json(text)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tomllib
+from collections import Counter
 from typing import Any
 
 from robustsoup.files import read_regular
@@ -105,8 +106,8 @@ _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for number, key in enumerate(keys) if key in keys[:number])
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"the key {repeated[:60]!r} stands twice in one object")
     return table
 
