@@ -1,9 +1,10 @@
 """The typer application: its commands and its exit codes.
 
 Exit codes: 0 success; 1 the work failed; 2 the request is wrong; 3 success with a negative answer
-(no soup meets --require, or `check` rejects the checkpoints); 130, 143 and 129 ended by Ctrl-C,
-SIGTERM and SIGHUP; 141 nobody reads the output any more. Commands import PyTorch and other slow
-libraries inside their bodies, so that help, usage errors and shell completion are quick.
+(no soup meets --require, `check` rejects the checkpoints, or `verify` finds damage); 130, 143 and
+129 ended by Ctrl-C, SIGTERM and SIGHUP; 141 nobody reads the output any more. Commands import
+PyTorch and other slow libraries inside their bodies, so that help, usage errors and shell
+completion are quick.
 """
 
 import re
@@ -28,6 +29,7 @@ from robustsoup.cli.running import demo_command, plan_command, report_command, r
 from robustsoup.cli.searching import landscape_command, search_command
 from robustsoup.cli.terminal import print_error, print_line, print_text, print_warning
 from robustsoup.cli.training import train_command
+from robustsoup.cli.verifying import verify_command
 from robustsoup.cli.versions import list_versions, package_version
 from robustsoup.errors import RequestError, RobustsoupError
 from robustsoup.interruption import signal_received
@@ -45,6 +47,7 @@ COMMANDS = {
     "learn": learn_command,
     "evaluate": evaluate_command,
     "compare": compare_command,
+    "verify": verify_command,
     "fetch": fetch_command,
     "doctor": doctor_command,
 }

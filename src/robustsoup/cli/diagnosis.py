@@ -14,6 +14,7 @@ from robustsoup.cli.versions import list_extras, list_versions, package_version
 from robustsoup.data import data_root as locate_data
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.files import cache_folder
+from robustsoup.runs.caches import list_caches
 from robustsoup.runs.store import Store
 
 
@@ -31,6 +32,7 @@ def diagnose(data_root: str | None = None) -> dict[str, Any]:
         "cpu": cpu,
         "gpus": gpus,
         "folders": describe_folders(data_root),
+        "caches": describe_caches(),
         "slow": explain_slowness(cpu, gpus),
     }
 
@@ -93,6 +95,36 @@ def describe_folders(data_root: str | None = None) -> dict[str, dict[str, Any]]:
     return {
         name: {"path": str(path), "bytes": measure_folder(path)} for name, path in folders.items()
     }
+
+
+def describe_caches() -> dict[str, dict[str, Any]]:
+    """Return path, number of entries and bytes of the store and of the other caches."""
+    return {
+        cache.name: {
+            "path": str(cache.folder),
+            "entries": len(entries),
+            "bytes": sum(measure_entry(entry) for entry in entries),
+        }
+        for cache in list_caches()
+        for entries in [cache.entries()]
+    }
+
+
+def describe_cache(name: str, cache: Mapping[str, Any]) -> str:
+    """Return one line for an entry of `describe_caches`."""
+    entries = f"{cache['entries']} entr{'y' if cache['entries'] == 1 else 'ies'}"
+    return f"cached {name}: {entries}, {format_bytes(cache['bytes'])} in {cache['path']}"
+
+
+def measure_entry(entry: Path) -> int:
+    """Return the size of a file or of all files in a folder; 0 if it vanished."""
+    size = measure_folder(entry)
+    if size is None:
+        try:
+            return entry.lstat().st_size
+        except OSError:
+            return 0
+    return size
 
 
 def measure_folder(folder: Path) -> int | None:
@@ -176,6 +208,8 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
     for name, folder in diagnosis["folders"].items():
         size = "absent" if folder["bytes"] is None else format_bytes(folder["bytes"])
         print_line(f"{name}: {folder['path']} ({size})")
+    for name, cache in diagnosis["caches"].items():
+        print_line(describe_cache(name, cache))
     for cause in diagnosis["slow"]:
         print_line(f"slow: {cause}")
     if not diagnosis["slow"]:

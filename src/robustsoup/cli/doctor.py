@@ -1,17 +1,39 @@
 """The command that describes the installation and this machine."""
 
+import sys
+from typing import Annotated
+
+import typer
+
 from robustsoup.cli.options import AsJson
 from robustsoup.cli.running import DataRoot
-from robustsoup.cli.terminal import print_json
+from robustsoup.cli.terminal import print_json, print_line
+from robustsoup.errors import RequestError
 
 
-def doctor_command(data_root: DataRoot = None, as_json: AsJson = False) -> None:
+def doctor_command(
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune", help="Empty the store and the caches; asks first. Results elsewhere stay."
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --prune, do not ask.")] = False,
+) -> None:
     """Show versions, devices, folders, and causes of slowness.
 
-    Also shows which extras are installed and how to install the others.
+    Also shows which extras are installed and how to install the others, and what the store and the
+    caches hold. --prune empties them, unless another command uses them.
 
-    Example: `robustsoup doctor`
+    Example: `robustsoup doctor`, or `robustsoup doctor --prune --yes`
     """
+    if yes and not prune:
+        raise RequestError("--yes: requires --prune")
+    if prune:
+        _prune_caches(ask=not yes)
+        return
     from robustsoup.cli.diagnosis import diagnose, print_diagnosis
 
     diagnosis = diagnose(data_root)
@@ -19,3 +41,24 @@ def doctor_command(data_root: DataRoot = None, as_json: AsJson = False) -> None:
         print_json(diagnosis)
     else:
         print_diagnosis(diagnosis)
+
+
+def _prune_caches(*, ask: bool) -> None:
+    """Empty the caches and print what was freed."""
+    from robustsoup.cli.diagnosis import describe_cache, describe_caches
+    from robustsoup.runs.caches import list_caches
+
+    described = describe_caches()
+    for name, cache in described.items():
+        print_line(describe_cache(name, cache))
+    if not any(cache["entries"] for cache in described.values()):
+        print_line("nothing to prune")
+        return
+    if ask:
+        if not sys.stdin.isatty():
+            raise RequestError("--prune: requires --yes where nobody can answer")
+        if not typer.confirm("Remove all of these?"):
+            return
+    for cache in list_caches():
+        cache.prune()
+    print_line(f"removed {sum(cache['entries'] for cache in described.values())} entries")
