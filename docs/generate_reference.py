@@ -23,7 +23,7 @@ from robustsoup.recipes import Recipe
 PYTHON_GROUPS = {
     "Data and networks": ("load_data", "load_model", "Data", "Split", "Synthetic"),
     "Checkpoints": ("Checkpoint",),
-    "Attacks": ("ThreatModel", "apgd", "apgd_train", "pgd"),
+    "Attacks": ("ThreatModel", "apgd", "apgd_train", "pgd", "square"),
     "Training": ("train", "Objective"),
     "Soups": ("mix", "learn", "learn_dial", "Coefficients", "Dial"),
     "Evaluation": ("evaluate", "Evaluation", "Accuracy", "compare", "Comparison"),

@@ -47,6 +47,7 @@ NAMES = [
     "pgd",
     "search",
     "select",
+    "square",
     "train",
 ]
 

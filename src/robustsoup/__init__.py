@@ -15,7 +15,7 @@ import importlib
 # Importing `typing` takes as long as all else before the command line handles signals.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from robustsoup.attacks import apgd, apgd_train, pgd
+    from robustsoup.attacks import apgd, apgd_train, pgd, square
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Data, Split, Synthetic, load_data
     from robustsoup.diagnosis.check import Soupability, check
@@ -85,6 +85,7 @@ _HOMES = {
     "pgd": "attacks",
     "search": "soups.search",
     "select": "soups.selection",
+    "square": "attacks",
     "train": "training.train",
 }
 
@@ -128,6 +129,7 @@ __all__ = [
     "pgd",
     "search",
     "select",
+    "square",
     "train",
 ]
 

@@ -144,6 +144,12 @@ ATTACKS = Registry(
         source="Madry et al. 2018, arXiv:1706.06083",
     ),
     Entry(
+        "square",
+        "robustsoup.attacks.square:square",
+        "Random search on the outputs alone, without gradients.",
+        source="Andriushchenko et al. 2020, arXiv:1912.00049",
+    ),
+    Entry(
         "autoattack",
         "robustsoup.attacks.autoattack:attack_chunk",
         "Standard AutoAttack through pyautoattack; requires the extra robustsoup[autoattack].",

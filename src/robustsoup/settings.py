@@ -391,13 +391,15 @@ class AttackSettings:
 
     attack: str | Callable[..., Any] = setting(
         "apgd",
-        "Attack: apgd, pgd (a baseline), autoattack (the standard four; requires the extra "
-        "robustsoup[autoattack]) or package.module:function.",
+        "Attack: apgd, pgd (a baseline), square (without gradients), autoattack (the standard "
+        "four; requires the extra robustsoup[autoattack]) or package.module:function.",
     )
     loss: str | Callable[..., Any] = setting(
-        "ce", 'Loss that the attack maximises: ce, dlr or "targeted dlr".'
+        "ce",
+        'Loss that the attack maximises: ce, dlr or "targeted dlr"; square uses the margin.',
     )
     steps: int = setting(100, "Steps of APGD or PGD.", ge=1)
+    n_queries: int = setting(5000, "Queries of each restart of square.", ge=1)
     restarts: int = setting(1, "Random restarts.", ge=1)
     targets: int = setting(9, 'Most likely other classes that "targeted dlr" tries.', ge=1)
     eot: int = setting(1, "Passes to average each gradient over, for stochastic networks.", ge=1)
@@ -408,6 +410,11 @@ class AttackSettings:
         choices=PRECISIONS,
     )
     batch_size: int | None = setting(None, "Most images in a pass; by device by default.", ge=1)
+    masking_check: bool = setting(
+        True,
+        "Look for masked gradients on a part of the samples, at no more than 5 % of the attack's "
+        "passes; this never changes a verdict.",
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -418,6 +425,11 @@ class AttackSettings:
             raise RequestError(f'attack: got "{attack}", expected one of {names}')
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise RequestError(f'loss: got "{self.loss}", expected one of {", ".join(LOSSES)}')
+        if attack == "square" and self.loss != "ce":
+            raise RequestError(
+                f'loss: got "{self.loss}" with attack "square", which minimises the logit margin; '
+                "leave loss out"
+            )
 
     @property
     def is_queued(self) -> bool:
@@ -425,8 +437,15 @@ class AttackSettings:
         return self.attack in QUEUED_ATTACKS
 
     @property
+    def steps_taken(self) -> int:
+        """Steps of each restart: those of `steps`, or the queries of square."""
+        return self.n_queries if self.attack == "square" else self.steps
+
+    @property
     def loss_name(self) -> str:
         """The loss as text."""
+        if self.attack == "square":
+            return "margin"
         return self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "custom")
 
 

@@ -30,6 +30,17 @@ def test_json_and_records_hold_the_same_verdicts(here, capsys):
         assert len(record.ids) == 64
 
 
+def test_the_masking_check_is_printed_and_can_be_switched_off(here, capsys):
+    command = ("evaluate", "low.safetensors", *LINF, *FEW)
+    assert run(*command, "--steps", 5) == 0
+    assert "low, masking check, Linf" in capsys.readouterr().out
+    assert run(*command, "--steps", 5, "--no-masking-check", "--json") == 0
+    content = json.loads(capsys.readouterr().out)["low"]
+    assert "masking_check" not in content
+    assert run(*command, "--attack", "square", "--n-queries", 3) == 0
+    assert "SQUARE-MARGIN 3 queries, 1 restart, float32" in capsys.readouterr().out
+
+
 def test_the_training_split_is_evaluated_with_a_notice(here, capsys):
     assert run(*LOW, "--split", "train") == 0
     printed = capsys.readouterr()

@@ -97,7 +97,8 @@ def test_a_resumed_evaluation_keeps_its_warnings(model, data, tmp_path, passes):
     Counted.reset()
     resumed = evaluate(network, data, [LINF], state_path=state, **settings)
     assert resumed.warnings == complete_run.warnings
-    assert len(complete_run.warnings) == 1
+    assert len(complete_run.warnings) == 2
+    assert resumed.record["masking_check"] == complete_run.record["masking_check"]
 
 
 KILLED = """

@@ -95,6 +95,17 @@ def test_the_templates_are_files_of_the_package():
     assert "{%" not in css
 
 
+def test_the_findings_of_the_masking_check_are_listed(tmp_path, results):
+    text = write_and_read_report(tmp_path, results)
+    assert "Masking check" not in text
+    finding = "test, Linf 8/255: Square further breaks 1 of 9 survivors [2.0, 43.5] %"
+    results["rows"][0]["masking_check"] = [finding]
+    text = write_and_read_report(tmp_path, results)
+    assert f"<td>{finding}</td>" in text
+    results["rows"][0]["masking_check"] = ["<script>"]
+    assert "<td>&lt;script&gt;</td>" in write_and_read_report(tmp_path, results)
+
+
 def test_names_are_escaped_in_the_page_and_start_no_mathematics_in_figures(tmp_path, results):
     name = 'a<script>alert("x")</script>$\\frac$ 鍋'
     results["name"] = results["rows"][1]["name"] = name

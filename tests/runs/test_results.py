@@ -25,6 +25,7 @@ ROW = ResultRow(
     val={"clean": Accuracy(60, 64), "Linf 8/255": Accuracy(30, 64)},
     screened=True,
     warnings=("the gradient is zero",),
+    masking_check=("val, Linf 8/255: Square further breaks 0 of 9 survivors [0.0, 29.9] %",),
 )
 PROTOCOL = EvaluationProtocol(
     select_on="val",
@@ -59,8 +60,9 @@ def test_reading_returns_what_was_written(tmp_path):
 
 
 def test_a_row_names_screening_and_warnings_only_if_there_are_any():
-    assert {"screened", "warnings"} <= ROW.to_json().keys()
-    assert not {"screened", "warnings"} & RESULTS.rows[1].to_json().keys()
+    optional = {"screened", "warnings", "masking_check"}
+    assert optional <= ROW.to_json().keys()
+    assert not optional & RESULTS.rows[1].to_json().keys()
 
 
 def test_accuracies_are_found_by_split_and_measure():

@@ -183,22 +183,24 @@ class DeviceRows:
         hit: (b,) bool, whether a point fooled the network since the last inspection by the host.
         hit_points: (b, ...) the first point that fooled the network.
         hit_step: (b,) int64, the step of its stage at which this point was reached.
+        fooled: (b,) bool, whether the latest point fooled the network.
     """
 
     state: SearchState
     hit: Tensor
     hit_points: Tensor
     hit_step: Tensor
+    fooled: Tensor
 
     @classmethod
     def from_state(cls, state: SearchState) -> "DeviceRows":
         """Return rows without hits."""
         hit = torch.zeros_like(state.final_stage)
-        return cls(state, hit, state.x_adv.clone(), state.step.clone())
+        return cls(state, hit, state.x_adv.clone(), state.step.clone(), hit.clone())
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that a step changes."""
-        return [*self.state.tensors(), self.hit, self.hit_points, self.hit_step]
+        return [*self.state.tensors(), self.hit, self.hit_points, self.hit_step, self.fooled]
 
 
 def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
@@ -221,7 +223,8 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
         eot=search.eot,
     )
     margin = logit_margin(logits, state.y).to(state.margin)
-    is_new = (logits.argmax(1) != state.y) & state.final_stage & ~rows.hit
+    rows.fooled.copy_(logits.argmax(1) != state.y)
+    is_new = rows.fooled & state.final_stage & ~rows.hit
     if search.needs_check():  # after float32 refuted a hit, check only deeper hits
         is_new &= ~(margin >= state.margin)
     torch.where(as_column(is_new, state.x), state.x_adv, rows.hit_points, out=rows.hit_points)
@@ -379,7 +382,9 @@ class Lane:
         self.take_step()
         zero_gradient = None  # stays on the device until the end of the window
         if bool(starting.any()):
+            # Where the start fools the network, the gradient of dlr may be 0; that is no doubt.
             zero_gradient = self.rows.state.grad.flatten(1).abs().amax(1) == 0
+            zero_gradient &= ~self.rows.fooled
         for _ in range(self.window - 1):
             self.take_step()
         self.step += self.window

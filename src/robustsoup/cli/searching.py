@@ -60,6 +60,8 @@ def search_command(
             "loss": attack.loss,
             "steps": attack.steps,
             "restarts": attack.restarts,
+            "n_queries": attack.n_queries,
+            "masking_check": attack.masking_check,
             "precision": attack.precision,
             "screen": search.screen,
             "select_samples": samples,

@@ -9,6 +9,7 @@ from robustsoup.cli.terminal import print_line, print_table
 from robustsoup.diagnosis.barriers import Pair
 from robustsoup.diagnosis.check import Soupability
 from robustsoup.evaluation.comparison import Comparison
+from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.results import ResultRow, Results, SelectionResult
@@ -86,6 +87,8 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None
     attack = describe_attack(record)
     print_line(f"{record['samples']} samples of {split}, 95 % Wilson intervals{attack}")
     for name, evaluation in evaluations.items():
+        for findings in describe_masking(evaluation.record):
+            print_line(f"{name}, masking check, {findings}")
         if len(evaluation.record["broken_by"]) <= 2:
             continue
         for threat in evaluation.threats:
@@ -108,6 +111,8 @@ def describe_attack(record: Mapping[str, Any]) -> str:
     search = "" if precision == "float32" else f", search in {precision}"
     restarts = f"{record['restarts']} restart{'s' if record['restarts'] > 1 else ''}"
     name = f"{record['attack'].upper()}-{record['loss'].upper()}"
+    if record["attack"] == "square":
+        return f", {name} {record['n_queries']} queries, {restarts}, float32"
     return f", {name} {record['steps']} steps, {restarts}, float32{search}"
 
 

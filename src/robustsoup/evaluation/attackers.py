@@ -1,4 +1,4 @@
-"""The attackers of an evaluation: APGD and PGD, standard AutoAttack, and user-defined attacks."""
+"""The attackers of an evaluation: APGD and PGD, Square, standard AutoAttack, and users' attacks."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from robustsoup.attacks.autoattack import (
 from robustsoup.attacks.forward import pass_size
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import constraint_excess
+from robustsoup.attacks.square import run_square, square_attempts
 from robustsoup.catalog import ATTACKS, import_by_name
 from robustsoup.errors import RequestError
 from robustsoup.fingerprint import code_fingerprint
@@ -31,6 +32,8 @@ from robustsoup.threats import ThreatModel
 CHUNK_SAMPLES = 500
 """Samples in one call of AutoAttack or of a user-defined attack, which may attack a sample
 differently in another batch."""
+_FEWEST_TARGETS = 5
+"""Targets of AutoAttack's apgd-t in L1, where they are fewest."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,16 @@ class Attacker(Protocol):
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
     ) -> None:
         """Attack every correct sample that `outcome` does not settle yet, and settle it there."""
+
+    def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
+        """Return at least how many passes of one image the verdicts of an outcome take.
+
+        A gradient counts as two passes. The number depends on the verdicts alone.
+
+        Args:
+            correct: (n,) bool, correct without an attack.
+            outcome: The settled outcome.
+        """
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,64 @@ class QueueAttacker:
             stop_below=self.stop_below,
             poll=poll,
         )
+
+    def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
+        """Return two passes for each step, times eot."""
+        steps = _count_steps(correct, outcome, len(self.attempts), self.settings.steps)
+        return 2 * self.settings.eot * steps
+
+
+@dataclass(frozen=True)
+class SquareAttacker:
+    """Square, which queries the outputs alone.
+
+    Attributes:
+        settings: The attack.
+        pass_size: Images in one pass.
+        stop_below: Number of surviving samples below which the attack stops; None for never.
+    """
+
+    settings: AttackSettings
+    pass_size: int
+    stop_below: int | None = None
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """One name for each restart."""
+        return square_attempts(self.settings.restarts)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings that decide the verdicts."""
+        protocol: dict[str, Any] = {
+            "attack": "square",
+            "loss": self.settings.loss_name,
+            "n_queries": self.settings.n_queries,
+            "restarts": self.settings.restarts,
+            "search_precision": "float32",
+            "rows": self.pass_size,
+        }
+        if self.stop_below is not None:
+            protocol["stop_below"] = self.stop_below
+        return protocol
+
+    def attack(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
+    ) -> None:
+        """Run the restarts one after the other."""
+        run_square(
+            target.model,
+            target.samples,
+            threat,
+            self.settings,
+            outcome,
+            device=target.device,
+            stop_below=self.stop_below,
+            poll=poll,
+        )
+
+    def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
+        """Return one pass for each query."""
+        return _count_steps(correct, outcome, len(self.attempts), self.settings.n_queries)
 
 
 class AttackFunction(Protocol):
@@ -218,6 +289,11 @@ class FunctionAttacker:
         outcome.by[chunk] = torch.where(broken, 0, -1)
         outcome.settled[chunk] = 1
 
+    def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
+        """Return one gradient for each sample: an attack of one's own may take no more."""
+        by_other_means = outcome.broken & (outcome.by > 0)
+        return 2 * int((correct & ~by_other_means).sum())
+
     def _check_shape(self, points: Tensor, x: Tensor) -> None:
         if points.shape != x.shape or not points.is_floating_point():
             raise RequestError(
@@ -310,6 +386,29 @@ class AutoAttacker:
         outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
         outcome.settled[chunk] = len(self.attempts)
 
+    def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
+        """Return the passes of the attacks that a sample survived, by their numbers of steps."""
+        plan = self.plan
+        passes = {
+            "apgd-ce": 2 * plan.steps,
+            "apgd-t": 2 * plan.steps * min(plan.targets, _FEWEST_TARGETS),
+            "fab-t": 2 * plan.steps * plan.targets,
+            "square": plan.queries,
+        }
+        before = torch.tensor([0, *(passes[name] for name in plan.attacks)]).cumsum(0)
+        survived = torch.where(outcome.broken, outcome.by, len(plan.attacks))
+        by_other_means = outcome.broken & (outcome.by >= len(plan.attacks))
+        return int(before[survived.masked_fill(by_other_means, 0)[correct]].sum())
+
+
+def _count_steps(correct: Tensor, outcome: Outcome, attempts: int, steps: int) -> int:
+    """Return the steps of all attempts; samples that other means broke count as none."""
+    by = outcome.by[correct]
+    survivors = int((correct & ~outcome.broken).sum())
+    is_broken = (by >= 0) & (by < attempts)
+    taken = by * steps + outcome.step[correct].clamp(min=0)
+    return survivors * attempts * steps + int(taken[is_broken].sum())
+
 
 def make_attacker(
     settings: AttackSettings,
@@ -333,9 +432,11 @@ def make_attacker(
     check_classes(settings, classes)
     if settings.attack == "autoattack" and threats:
         return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
+    images = pass_size(device, settings.batch_size)
+    if settings.attack == "square":
+        return SquareAttacker(settings, images, stop_below)
     if settings.is_queued or settings.attack == "autoattack":
         name = settings.attack if settings.is_queued else "apgd"
-        images = pass_size(device, settings.batch_size)
         return QueueAttacker(replace(settings, attack=name), classes, images, stop_below)
     name, function = _find_attack_function(settings.attack)
     return FunctionAttacker(name, function, settings.seed)

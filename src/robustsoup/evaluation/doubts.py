@@ -5,11 +5,21 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from robustsoup.attacks.outcome import Outcome
+from robustsoup.catalog import LOSSES
 from robustsoup.evaluation.verdicts import Record, Verdicts
+from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
 CERTIFICATE_TOLERANCE = 1e-6
 """How far a point may leave the ball or the box, relative to max(1, eps)."""
+
+FINDING_TEXTS = {
+    "square": "Square further breaks {hits} of {n} survivors",
+    "transfer": "points of other networks further break {hits} of {n} survivors",
+    "unbounded": "the whole box does not suffice to break {hits} of {n} survivors",
+    "gradient": "the gradient misleads at {hits} of {n} survivors",
+}
+"""The tests of the masking check in words, in the order of text."""
 
 STOCHASTIC_DIFFERENCE = 1e-4
 """Relative difference of two calls above which a network counts as stochastic."""
@@ -62,20 +72,98 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
     return warnings
 
 
-def warn_of_attacks(outcomes: Sequence[Outcome]) -> list[str]:
-    """Warn of gradients that vanish and of logits that hold NaN."""
+def warn_of_attacks(
+    outcomes: Sequence[Outcome],
+    findings: Mapping[str, Record],
+    settings: AttackSettings,
+    classes: int,
+) -> list[str]:
+    """Warn of gradients that vanish and of logits that hold NaN.
+
+    Args:
+        outcomes: The outcome for each threat model.
+        findings: The findings of the masking check for each threat model as text.
+        settings: The attack.
+        classes: Number of classes.
+    """
     attacked = sum(int(outcome.attacked.sum()) for outcome in outcomes)
     zero_gradients = sum(int(outcome.zero_gradient.sum()) for outcome in outcomes)
     nan = sum(int(outcome.nan.sum()) for outcome in outcomes)
     warnings = []
     if zero_gradients:
+        can_use_dlr = settings.loss == "ce" and classes >= LOSSES["dlr"].facts["classes"]
+        dlr_helps = [record["dlr_helps"] for record in findings.values() if "dlr_helps" in record]
+        tries_dlr = can_use_dlr and (any(dlr_helps) or not dlr_helps)
+        hint = "try loss dlr, or attack square" if tries_dlr else "try attack square"
         warnings.append(
             f"the gradient is exactly zero at the start for {zero_gradients} of {attacked} "
-            "attacked samples; robust accuracy may be too high; try loss dlr, or autoattack"
+            f"attacked samples; robust accuracy may be too high; {hint}"
         )
     if nan:
         warnings.append(f"the logits held NaN at {nan} attacked points")
     return warnings
+
+
+def warn_of_masking(findings: Mapping[str, Record], settings: AttackSettings) -> list[str]:
+    """Warn of what the masking check flagged, with what to try next.
+
+    Args:
+        findings: The findings for each threat model as text.
+        settings: The attack.
+    """
+    warnings = []
+    for threat, record in findings.items():
+        flagged = {name: record[name] for name in FINDING_TEXTS if _is_flagged(record, name)}
+        if not flagged:
+            continue
+        counts = "; ".join(describe_finding(name, finding) for name, finding in flagged.items())
+        warnings.append(
+            f"{threat}: robust accuracy is probably too high: {counts}; "
+            f"{_hint(flagged, settings, dlr_helps=record.get('dlr_helps', False))}"
+        )
+    return warnings
+
+
+def describe_masking(record: Record) -> list[str]:
+    """Return the findings of the masking check in one line for each threat model.
+
+    Args:
+        record: The record of an evaluation.
+    """
+    return [
+        f"{threat}: "
+        + (
+            "; ".join(
+                describe_finding(name, findings[name]) for name in FINDING_TEXTS if name in findings
+            )
+            or "no test; too few survivors or passes"
+        )
+        for threat, findings in record.get("masking_check", {}).items()
+    ]
+
+
+def describe_finding(name: str, finding: Record) -> str:
+    """Return the counts of one test of the masking check with their interval."""
+    interval = f"[{100 * finding['low']:.1f}, {100 * finding['high']:.1f}] %"
+    return FINDING_TEXTS[name].format(**finding) + f" {interval}"
+
+
+def _is_flagged(record: Record, name: str) -> bool:
+    return name in record and bool(record[name]["flagged"])
+
+
+def _hint(flagged: Mapping[str, Record], settings: AttackSettings, *, dlr_helps: bool) -> str:
+    """Return what to try next, given the tests that flagged the network."""
+    if "gradient" in flagged and dlr_helps:
+        return "the loss is flat and that of dlr is not: try loss dlr"
+    if "gradient" in flagged or "unbounded" in flagged:
+        return (
+            "the gradients mislead the attack: try attack square, or an attack of your own with a "
+            "differentiable stand-in for what masks them"
+        )
+    if settings.is_queued:
+        return "the attack is too weak or misled: raise steps and restarts, or try autoattack"
+    return "the attack is too weak or misled: try autoattack"
 
 
 def warn_of_points_outside(certificate: Mapping[str, Record]) -> list[str]:

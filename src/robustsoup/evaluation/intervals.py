@@ -187,3 +187,20 @@ def mcnemar(only_a: int, only_b: int) -> float:
         term = term * (pairs - hits + 1) // hits
         tail += term
     return min(1.0, 2 * tail / 2**pairs)
+
+
+def binomial_tail(hits: int, n: int, probability: float) -> float:
+    """Return the probability of at least `hits` hits in n independent draws.
+
+    Args:
+        hits: Number of hits, in 0..n.
+        n: Number of draws.
+        probability: Probability of a hit in one draw.
+    """
+    return min(
+        1.0,
+        math.fsum(
+            math.comb(n, count) * probability**count * (1 - probability) ** (n - count)
+            for count in range(hits, n + 1)
+        ),
+    )

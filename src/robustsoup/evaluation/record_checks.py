@@ -1,6 +1,16 @@
 """The checks of the record of an evaluation: the types of all entries that code reads."""
 
-from robustsoup.schema import MisfitError, anything, list_of, mapping_of, nullable, table, text
+from robustsoup.schema import (
+    MisfitError,
+    anything,
+    integer,
+    list_of,
+    mapping_of,
+    nullable,
+    number,
+    table,
+    text,
+)
 
 
 def _distinct_texts(value: object, place: str) -> None:
@@ -10,6 +20,9 @@ def _distinct_texts(value: object, place: str) -> None:
         raise MisfitError(place, value, "each text once")
 
 
+_count = integer(0, 2**53)
+_finding = table({"hits": _count, "n": _count, "low": number, "high": number}, {})
+
 check_record = table(
     {"threats": _distinct_texts, "accuracy": mapping_of(anything)},
     {
@@ -17,6 +30,9 @@ check_record = table(
         "warnings": list_of(text),
         "data": table({}, {"name": nullable(text), "digest": nullable(text)}),
         "split": nullable(text),
+        "masking_check": mapping_of(
+            table({}, dict.fromkeys(("square", "transfer", "unbounded", "gradient"), _finding))
+        ),
     },
 )
 """Accept the content of the JSON file of an evaluation; other entries are shown, not used."""

@@ -133,10 +133,10 @@ def check_request(
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")
     check_fit(model, data, attacked)
-    earlier = [*reuse.pool, *([reuse.after] if reuse.after is not None else [])]
+    earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
     for threat in attacked:
-        pool_points(reuse.pool, threat)
+        pool_points([*reuse.pool, *reuse.others], threat)
     return CheckedRequest(
         model,
         None if isinstance(source, nn.Module) else source.digest,

@@ -24,6 +24,7 @@ SAME_ATTACK_KEYS = (
     "steps",
     "restarts",
     "targets",
+    "n_queries",
     "eot",
     "seed",
     "search_precision",
@@ -42,6 +43,7 @@ class Reuse:
     pool: tuple[Evaluation, ...]
     after: Evaluation | None
     stop_below: int | None
+    others: tuple[Evaluation, ...] = ()
 
 
 def check_same_samples(evaluations: Sequence[Evaluation], data: Split) -> None:
@@ -54,7 +56,7 @@ def check_same_samples(evaluations: Sequence[Evaluation], data: Split) -> None:
         ids = evaluation.ids[: len(data)]
         if len(ids) < len(data) or not torch.equal(ids, data.ids.cpu()):
             raise RequestError(
-                "evaluate: pool and after must be evaluations of the same samples; "
+                "evaluate: pool, after and others must be evaluations of the same samples; "
                 "evaluate them on this split again"
             )
 
@@ -70,7 +72,7 @@ def pool_points(pool: Sequence[Evaluation], threat: ThreatModel) -> list[Tensor]
         verdicts = evaluation.threats.get(str(threat))
         if verdicts is None or verdicts.x_adv is None:
             raise RequestError(
-                f"pool: an evaluation kept no points for {threat}; "
+                f"pool, others: an evaluation kept no points for {threat}; "
                 "evaluate it again with keep_points=True"
             )
         points.append(verdicts.x_adv)
@@ -119,6 +121,21 @@ def try_pool(
         outcome.settled[settled] = attempts
 
 
+def is_same_attack(earlier: Evaluation, protocol: Record) -> bool:
+    """Return whether an earlier evaluation used the attack of a protocol."""
+    return all(earlier.record.get(key) == protocol.get(key) for key in SAME_ATTACK_KEYS)
+
+
+def find_masking_check(
+    after: Evaluation | None, threat: ThreatModel, *, protocol: Record, n: int
+) -> Record | None:
+    """Return the masking check of an identical attack on the same n samples; None if none."""
+    if after is None or len(after.ids) != n or not is_same_attack(after, protocol):
+        return None
+    findings: Record | None = after.record.get("masking_check", {}).get(str(threat))
+    return findings
+
+
 def copy_verdicts(
     after: Evaluation,
     threat: ThreatModel,
@@ -142,7 +159,7 @@ def copy_verdicts(
     if verdicts is None:
         return
     n = len(outcome.by)
-    same_attack = all(after.record.get(key) == protocol.get(key) for key in SAME_ATTACK_KEYS)
+    same_attack = is_same_attack(after, protocol)
     names = protocol["broken_by"]
     renumbered = torch.tensor([names.index(name) - 1 for name in after.record["broken_by"]])
     by = verdicts.by[:n]

@@ -100,6 +100,7 @@ def render_report(
         left_out=left_out,
         columns=[f"{measure}, {split}" for split, measure in columns],
         networks=_make_network_lines(results, columns),
+        masking=[(row.name, line) for row in results.rows for line in row.masking_check],
         facts=_list_facts(results),
         recipe=json.dumps(results.recipe, indent=2, ensure_ascii=False),
     )
@@ -224,7 +225,7 @@ def _list_facts(results: Results) -> list[Fact]:
 def _format_attack(results: Results) -> str:
     protocol = results.protocol
     return (
-        f"{protocol.attack}, {protocol.loss} loss, {protocol.steps} steps, "
+        f"{protocol.attack}, {protocol.loss} loss, {protocol.steps} {protocol.step_word}, "
         f"{protocol.restarts} restart(s)"
     )
 

@@ -160,7 +160,7 @@ def summarise_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[Re
     attack = (
         protocol.attack
         + (f" on {protocol.loss}" if protocol.loss else "")
-        + (f", {protocol.steps} steps" if protocol.steps else "")
+        + (f", {protocol.steps} {protocol.step_word}" if protocol.steps else "")
         + (f", {protocol.restarts} restarts" if protocol.restarts != 1 else "")
     )
     parts = [attack, f"{count_samples(rows, split)} {split} samples"]

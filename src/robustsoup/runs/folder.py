@@ -15,6 +15,7 @@ import torch
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.data.duplicates import Overlap
+from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import write_text
 from robustsoup.leftovers import remove_leftovers
@@ -151,6 +152,11 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
     }
     scores = {split: dict(evaluation.accuracy) for split, evaluation in evaluations.items()}
     warnings = {text for evaluation in evaluations.values() for text in evaluation.warnings}
+    masking = [
+        f"{split}, {findings}"
+        for split, evaluation in evaluations.items()
+        for findings in describe_masking(evaluation.record)
+    ]
     return ResultRow(
         name=row.name,
         role=row.role,
@@ -166,6 +172,7 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         test=scores.get("test"),
         screened=selecting is not None and not Candidate(row.name, (), selecting).confirmed,
         warnings=tuple(sorted(warnings)),
+        masking_check=tuple(masking),
     )
 
 
@@ -222,7 +229,7 @@ def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationPro
     return EvaluationProtocol(
         attack=str(attack.attack),
         loss=attack.loss_name,
-        steps=attack.steps,
+        steps=attack.steps_taken,
         restarts=attack.restarts,
         search_precision=attack.precision,
         screened=evaluate.screens,

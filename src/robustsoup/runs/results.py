@@ -50,6 +50,7 @@ class ResultRow:
         test: Accuracies on the split that reports.
         screened: Whether the robust accuracies on `val` are upper bounds.
         warnings: Why accuracies are doubtful, one line each.
+        masking_check: Findings of the masking check, one line for each split and threat model.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ResultRow:
     test: RowScores | None = None
     screened: bool = False
     warnings: tuple[str, ...] = ()
+    masking_check: tuple[str, ...] = ()
 
     def scores(self, split: str) -> RowScores | None:
         """Return the accuracies on "val" or "test"; None if they were not measured."""
@@ -76,14 +78,14 @@ class ResultRow:
         return (self.scores(split) or {}).get(measure)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON-able values, without `screened` and `warnings` if not set."""
+        """Return the row as JSON-able values, without lines and flags that are not set."""
         content: dict[str, Any] = _field_values(self)
         for split in ("val", "test"):
             scores = self.scores(split)
             content[split] = scores and {key: value.to_json() for key, value in scores.items()}
-        for name in ("ingredients", "coefficients", "warnings"):
+        for name in ("ingredients", "coefficients", "warnings", "masking_check"):
             content[name] = None if content[name] is None else list(content[name])
-        for name in ("screened", "warnings"):
+        for name in ("screened", "warnings", "masking_check"):
             if not content[name]:
                 del content[name]
         return content
@@ -119,6 +121,7 @@ class ResultRow:
             test=_parse_scores(table.get("test"), f"{where}: test"),
             screened=bool(table.get("screened", False)),
             warnings=tuple(table.get("warnings", ())),
+            masking_check=tuple(table.get("masking_check", ())),
         )
 
 
@@ -129,7 +132,7 @@ class EvaluationProtocol:
     Attributes:
         attack: Name of the attack.
         loss: Loss that the attack maximises.
-        steps: Steps of the attack.
+        steps: Steps of the attack, or queries of square.
         restarts: Restarts of the attack.
         precision: Arithmetic of the verdicts.
         search_precision: Arithmetic of the attack's search.
@@ -153,6 +156,11 @@ class EvaluationProtocol:
     report_on: str
     samples: Mapping[str, int | None] = field(default_factory=dict)
     threats: tuple[str, ...]
+
+    @property
+    def step_word(self) -> str:
+        """What `steps` counts."""
+        return "queries" if self.attack == "square" else "steps"
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able values."""

@@ -242,9 +242,12 @@ def short_attack(
             natively.
 
     Returns:
-        The same attack with one restart.
+        The same attack with one restart and without the masking check, which the evaluations that
+        follow make.
     """
-    return replace(settings, steps=screen_steps, restarts=1, precision=precision)
+    return replace(
+        settings, steps=screen_steps, restarts=1, precision=precision, masking_check=False
+    )
 
 
 def mark_screened(evaluation: Evaluation) -> Evaluation:

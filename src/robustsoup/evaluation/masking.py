@@ -1,0 +1,333 @@
+"""The masking check: signs that the gradients of a network mislead its attack.
+
+A network can look robust because its gradients point nowhere. After an attack, the check takes a
+random part of the samples that survived it, and tests four things:
+
+- *gradient*: a step along the gradient raises the loss about as much as the gradient promises;
+- *unbounded*: with the whole box allowed, following the gradient breaks every sample;
+- *transfer*: points found for other networks break no further samples, if the caller has any;
+- *square*: Square, which uses no gradient, breaks no further samples.
+
+The check takes at most 5 % of the passes of the attack. It never changes a verdict.
+
+Source: Athalye et al. 2018, arXiv:1802.00420, section 3.1; Carlini et al. 2019, arXiv:1902.06705.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from robustsoup.attacks.apgd import highest_loss_points
+from robustsoup.attacks.attempts import check_points
+from robustsoup.attacks.engine import SampleQueue
+from robustsoup.attacks.forward import CPU_PASS_SIZE, input_gradient, loss_without_gradient
+from robustsoup.attacks.lanes import run_in_lanes
+from robustsoup.attacks.losses import Loss, ce, dlr
+from robustsoup.attacks.outcome import Outcome
+from robustsoup.attacks.square import SquareSearch, search_squares
+from robustsoup.attacks.steps import (
+    StepSchedule,
+    advance,
+    cold_noise,
+    observe,
+    start_first_stage,
+)
+from robustsoup.catalog import LOSSES
+from robustsoup.evaluation.attackers import Target
+from robustsoup.evaluation.intervals import binomial_tail, wilson
+from robustsoup.evaluation.verdicts import Record
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
+
+BUDGET_SHARE = 0.05
+"""Share of the passes of an attack that its check may take."""
+SIGNIFICANCE = 1e-3
+"""Probability below which a count of hits is no coincidence."""
+KEPT_PROMISE = 0.05
+"""Share of the promised rise of the loss below which a gradient counts as misleading."""
+STEP_PASSES = 3
+"""Passes of one step along the gradient: a gradient counts as two, and the loss is one."""
+DLR_SAMPLES = 8
+"""Samples on which the gradient of DLR is tried where that of cross-entropy misleads."""
+UNBOUNDED_STEPS = 5
+UNBOUNDED_PASSES = 2 * UNBOUNDED_STEPS + 2
+SQUARE_SAMPLES, SQUARE_QUERIES = 16, 400
+"""Square attacks 16 samples, and more once each of them gets 400 queries."""
+MOST_QUERIES = 5000
+WHOLE_BOX = ThreatModel("Linf", 1.0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of one test of the check.
+
+    Attributes:
+        tolerated: Share of hits that is tolerated; honest networks stay below it.
+        fewest: With fewer samples, not even hits at all of them would be significant.
+        most: Largest number of samples.
+        budget_share: Largest share of the budget; Square takes what is left.
+    """
+
+    tolerated: float
+    fewest: int
+    most: int
+    budget_share: float = 1.0
+
+
+GRADIENT = Limits(tolerated=0.2, fewest=5, most=64, budget_share=0.6)
+UNBOUNDED = Limits(tolerated=0.05, fewest=3, most=16, budget_share=0.2)
+TRANSFER = Limits(tolerated=0.05, fewest=3, most=128, budget_share=0.1)
+SQUARE = Limits(tolerated=0.05, fewest=3, most=128)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one test.
+
+    Attributes:
+        hits: Samples that speak for masked gradients.
+        n: Samples that were tested.
+        passes: Passes of one image that the test took; a gradient counts as two.
+        tolerated: Share of hits that is tolerated.
+        queries: Queries of each sample, for Square.
+    """
+
+    hits: int
+    n: int
+    passes: int
+    tolerated: float
+    queries: int | None = None
+
+    @property
+    def flagged(self) -> bool:
+        """Whether chance does not explain hits above the tolerated share (one-sided, exact)."""
+        return binomial_tail(self.hits, self.n, self.tolerated) < SIGNIFICANCE
+
+    def to_json(self) -> Record:
+        """Return the counts with the 95 % Wilson interval of the share, ready for json.dumps."""
+        low, high = wilson(self.hits, self.n)
+        record: Record = {"hits": self.hits, "n": self.n, "low": low, "high": high}
+        if self.queries is not None:
+            record["queries"] = self.queries
+        return record | {"passes": self.passes, "flagged": self.flagged}
+
+
+def check_masking(
+    target: Target,
+    threat: ThreatModel,
+    settings: AttackSettings,
+    outcome: Outcome,
+    *,
+    attack_passes: int,
+    others: Sequence[Tensor] = (),
+) -> Record:
+    """Look for masked gradients on a random part of the samples that survived an attack.
+
+    The part depends on the seed and the ids of the survivors alone.
+
+    Args:
+        target: The network and its samples.
+        threat: Threat model of the attack.
+        settings: The attack.
+        outcome: The outcome of the attack; only read.
+        attack_passes: Passes of one image that the attack took; a gradient counts as two.
+        others: Points (n, c, h, w) that were found for other networks.
+
+    Returns:
+        The number of survivors, the budget in passes, and the finding of each test that the budget
+        allowed, by name. Where the gradient of cross-entropy misleads, "dlr_helps" says whether
+        that of DLR does not.
+    """
+    survivors = (target.samples.correct & ~outcome.broken).nonzero().flatten()
+    survivors = _shuffle_by_id(survivors, target.samples.ids, settings.seed)
+    subject = _Subject(target, threat, settings, survivors)
+    total = int(BUDGET_SHARE * attack_passes)
+    record: Record = {"survivors": len(survivors), "budget": total}
+    findings: dict[str, Finding] = {}
+    left = total
+
+    def take(limits: Limits, passes_each: int) -> list[int]:
+        return subject.take(limits, min(int(limits.budget_share * total), left), passes_each)
+
+    if settings.attack != "square":
+        if part := take(GRADIENT, STEP_PASSES):
+            findings["gradient"] = subject.follow_one_step(part, subject.loss)
+            left -= findings["gradient"].passes
+            few = part[: min(DLR_SAMPLES, left // STEP_PASSES)]
+            if findings["gradient"].flagged and subject.can_use_dlr and few:
+                with_dlr = subject.follow_one_step(few, dlr)
+                record["dlr_helps"] = with_dlr.hits <= with_dlr.tolerated * with_dlr.n
+                left -= with_dlr.passes
+        if part := take(UNBOUNDED, UNBOUNDED_PASSES):
+            findings["unbounded"] = subject.follow_through_the_box(part)
+            left -= findings["unbounded"].passes
+    if others and (part := take(TRANSFER, len(others))):
+        findings["transfer"] = subject.try_points(part, others)
+        left -= findings["transfer"].passes
+    if settings.attack not in ("square", "autoattack"):
+        queries, part = subject.plan_square(left)
+        if part:
+            findings["square"] = subject.query_squares(part, queries)
+    return record | {name: finding.to_json() for name, finding in findings.items()}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A network whose attack is over, and the samples that survived.
+
+    Attributes:
+        target: The network and its samples.
+        threat: Threat model of the attack.
+        settings: The attack.
+        survivors: The samples in the random order in which they are tested.
+    """
+
+    target: Target
+    threat: ThreatModel
+    settings: AttackSettings
+    survivors: list[int]
+
+    @property
+    def loss(self) -> Loss:
+        """The loss whose gradient is tested: that of the attack, else cross-entropy."""
+        loss = self.settings.loss
+        if not self.settings.is_queued:
+            return ce
+        if not isinstance(loss, str):
+            return loss
+        entry = LOSSES[loss]
+        return dlr if entry.facts.get("targeted", False) else entry.load()
+
+    @property
+    def can_use_dlr(self) -> bool:
+        """Whether the attack uses cross-entropy and could use DLR instead."""
+        return (
+            self.settings.is_queued
+            and self.settings.loss == "ce"
+            and self.target.samples.classes >= LOSSES["dlr"].facts["classes"]
+        )
+
+    def take(self, limits: Limits, budget: int, passes_each: int) -> list[int]:
+        """Return the samples of a test, or none if the budget does not allow enough of them."""
+        count = min(len(self.survivors), budget // passes_each, limits.most)
+        return self.survivors[:count] if count >= limits.fewest else []
+
+    def plan_square(self, budget: int) -> tuple[int, list[int]]:
+        """Return the queries of each sample after its starting point, and the samples."""
+        count = max(SQUARE_SAMPLES, budget // SQUARE_QUERIES)
+        count = min(count, len(self.survivors), SQUARE.most, budget // 2)
+        if count < SQUARE.fewest:
+            return 0, []
+        return min(budget // count - 1, MOST_QUERIES), self.survivors[:count]
+
+    def follow_one_step(self, part: list[int], loss: Loss) -> Finding:
+        """Count the samples at which a step along the gradient breaks the gradient's promise."""
+
+        @torch.no_grad()
+        def follow(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+            settings, norm, eps = self.settings, self.threat.norm, self.threat.eps
+            # PGD in 10 steps: the first goes a quarter of the radius along the gradient.
+            schedule = StepSchedule(norm, ((eps, 10),), adaptive=False)
+            noise = cold_noise(x, norm, seed=settings.seed, ids=ids)
+            state = start_first_stage(x, y, noise.to(x.device), schedule)
+            model, start = self.target.model, state.x_adv.clone()
+            _, before, grad = input_gradient(model, start, y, loss, "float32", eot=settings.eot)
+            observe(state, before, grad, schedule.check_periods().to(x.device), norm)
+            advance(state, norm, momentum=False)
+            promised = (grad.double() * (state.x_adv - start).double()).flatten(1).sum(1)
+            after = loss_without_gradient(model, state.x_adv, y, loss, "float32")
+            rise = after.double() - before.double()
+            return ~((promised > 0) & (rise > KEPT_PROMISE * promised))  # true for NaN
+
+        return self._count(follow, part, passes_each=STEP_PASSES, limits=GRADIENT)
+
+    def follow_through_the_box(self, part: list[int]) -> Finding:
+        """Count the samples that survive an attack that may change every pixel at will."""
+        schedule = StepSchedule(WHOLE_BOX.norm, ((WHOLE_BOX.eps, UNBOUNDED_STEPS),))
+
+        @torch.no_grad()
+        def follow(x: Tensor, y: Tensor, _ids: Tensor) -> Tensor:
+            points = highest_loss_points(
+                self.target.model, x, y, x, schedule=schedule, loss=self.loss, precision="float32"
+            )
+            return self.target.model(points).argmax(1) == y
+
+        return self._count(follow, part, passes_each=UNBOUNDED_PASSES, limits=UNBOUNDED)
+
+    def try_points(self, part: list[int], others: Sequence[Tensor]) -> Finding:
+        """Count the samples that points found for other networks break."""
+        target, selected = self.target, torch.tensor(part)
+        broken = torch.zeros(len(part), dtype=torch.bool)
+        for points in others:
+
+            def fetch(samples: Tensor, points: Tensor = points) -> Tensor:
+                on_device = points[samples].to(target.device)
+                return on_device.contiguous(memory_format=torch.channels_last)
+
+            broken |= check_points(
+                target.model,
+                target.samples,
+                fetch,
+                selected,
+                size=target.pass_size,
+                device=target.device,
+            )[0]
+        passes = len(part) * len(others)
+        return Finding(int(broken.sum()), len(part), passes, TRANSFER.tolerated)
+
+    def query_squares(self, part: list[int], queries: int) -> Finding:
+        """Count the samples that Square breaks."""
+        target = self.target
+        search = SquareSearch(
+            target.model,
+            target.samples,
+            self.threat,
+            queries,
+            self.settings.seed,
+            restart=0,
+            restarts=1,
+            # A GPU need not fill its whole pass for a few samples.
+            pass_size=min(target.pass_size, -(-len(part) // CPU_PASS_SIZE) * CPU_PASS_SIZE),
+            device=target.device,
+        )
+        outcome = Outcome.blank(len(target.samples.y))
+        search_squares(search, SampleQueue(part), outcome)
+        steps = torch.where(outcome.broken, outcome.step, queries)[torch.tensor(part)]
+        passes = int((steps + 1).sum())
+        hits = int(outcome.broken.sum())
+        return Finding(hits, len(part), passes, SQUARE.tolerated, queries)
+
+    def _count(
+        self,
+        test: Callable[[Tensor, Tensor, Tensor], Tensor],
+        part: list[int],
+        *,
+        passes_each: int,
+        limits: Limits,
+    ) -> Finding:
+        """Run a test in passes of fixed size, and count the samples for which it returns true."""
+        target, size = self.target, self.target.pass_size
+
+        def run_pass(rows: list[int]) -> int:
+            padded = torch.tensor(rows + rows[:1] * (size - len(rows)))
+            samples = target.samples
+            y = samples.y[padded].to(target.device)
+            hits = test(samples.fetch(padded), y, samples.ids[padded])
+            return int(hits[: len(rows)].sum())
+
+        passes = [partial(run_pass, part[i : i + size]) for i in range(0, len(part), size)]
+        hits = sum(run_in_lanes(passes, target.device))
+        return Finding(hits, len(part), passes_each * len(part), limits.tolerated)
+
+
+def _shuffle_by_id(samples: Tensor, ids: Tensor, seed: int) -> list[int]:
+    """Return samples in a random order that depends on the seed and their ids alone."""
+
+    def draw(sample: int) -> bytes:
+        return hashlib.sha256(f"masking:{seed}:{int(ids[sample])}".encode()).digest()
+
+    return sorted(samples.tolist(), key=draw)
