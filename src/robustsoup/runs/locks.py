@@ -153,7 +153,7 @@ def _acquire(
 ) -> bool:
     """Acquire a lock and return whether this process had to wait, which is noticed once."""
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=2 * POLL_SECONDS)  # 3.30 takes a dead owner's lock at the second try
     except Timeout:
         if not waited:
             notice(f"{name}: {_describe_owner(lease)} is writing there; waiting until it ends")
