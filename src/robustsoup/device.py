@@ -3,7 +3,6 @@
 import contextlib
 
 import torch
-from torch import nn
 
 from robustsoup.errors import RequestError
 from robustsoup.settings import PRECISIONS
@@ -60,9 +59,3 @@ def autocast(
     return torch.autocast(
         device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cache and enabled
     )
-
-
-def move_network(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to a device in the channels-last memory format, in place, and return it."""
-    # PyTorch's annotations lack Module.to(memory_format=...).
-    return model.to(device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]

@@ -4,13 +4,20 @@
 APGD differ: see their docstrings.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.attempts import run_attack
-from robustsoup.attacks.forward import frozen_eval, input_gradient, loss_without_gradient
+from robustsoup.attacks.forward import (
+    ImageBatch,
+    LabelBatch,
+    frozen_eval,
+    input_gradient,
+    loss_without_gradient,
+)
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import Loss, ce
 from robustsoup.attacks.projections import as_column
@@ -26,9 +33,9 @@ TRAINING_TOPK = 0.05
 
 
 def apgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Module | Callable[[Tensor], object],
+    x: ImageBatch,
+    y: LabelBatch,
     threat: ThreatModel | str,
     *,
     steps: int = 100,
@@ -51,10 +58,10 @@ def apgd(
     The network is attacked in eval mode and left as it was; no global random state is used.
 
     Args:
-        model: Network that maps (b, ...) images to (b, classes) logits. Normalisation belongs
-            inside the network.
-        x: (n, ...) float images in [0, 1], on the network's device.
-        y: (n,) int64 labels.
+        model: Network or function that maps (b, ...) images to (b, classes) logits: a tensor, the
+            first element of a tuple, or the entry "logits". Normalisation belongs inside.
+        x: (n, ...) float images in [0, 1], on the network's device; a tensor or an array.
+        y: (n,) integer labels; a tensor, an array or a list.
         threat: Norm and radius in units of x, such as "Linf 8/255", "L2 0.5" or "L1 12"; "clean"
             returns a copy of x.
         steps: Number of steps, at least 1.
@@ -98,9 +105,9 @@ def apgd(
 
 
 def pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Module | Callable[[Tensor], object],
+    x: ImageBatch,
+    y: LabelBatch,
     threat: ThreatModel | str,
     *,
     steps: int = 20,
@@ -120,8 +127,8 @@ def pgd(
 
     Args:
         model: As for `apgd`.
-        x: (n, ...) float images in [0, 1], on the network's device.
-        y: (n,) int64 labels.
+        x: (n, ...) float images in [0, 1], on the network's device; a tensor or an array.
+        y: (n,) integer labels; a tensor, an array or a list.
         threat: Norm and radius in units of x, such as "Linf 8/255"; "clean" returns a copy of x.
         steps: Number of steps, at least 1.
         loss: As for `apgd`.

@@ -12,6 +12,9 @@ from torch.nn import functional
 from robustsoup.attacks.engine import Attempt, SampleQueue, Search, run_search
 from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.attacks.forward import (
+    ImageBatch,
+    LabelBatch,
+    as_attack_inputs,
     check_inputs,
     frozen_eval,
     padded_loss,
@@ -209,9 +212,9 @@ def check_points(
 
 
 def run_attack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Module | Callable[[Tensor], object],
+    x: ImageBatch,
+    y: LabelBatch,
     threat: ThreatModel,
     settings: AttackSettings,
     *,
@@ -222,9 +225,9 @@ def run_attack(
     """Attack images with APGD or PGD, and return the points and verdicts.
 
     Args:
-        model: Network; its state is restored.
+        model: Network, whose state is restored, or a function that returns logits.
         x: (n, ...) float images in [0, 1], on the network's device.
-        y: (n,) int64 labels.
+        y: (n,) integer labels.
         threat: Threat model.
         settings: The attack, "apgd" or "pgd".
         ids: (n,) int64 sample numbers that seed the noise; 0..n-1 by default.
@@ -240,6 +243,7 @@ def run_attack(
         raise RequestError(f'attack: got "{settings.attack}", expected apgd or pgd')
     if ids is not None and len(ids) != len(x):
         raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")
+    model, x, y = as_attack_inputs(model, x, y)
     classes = check_inputs(model, x, y)
     outcome = Outcome.blank(len(x), x.clone())
     if threat.is_clean or len(x) == 0:

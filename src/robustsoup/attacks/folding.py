@@ -5,7 +5,6 @@ The result is the same function up to rounding. Only searches in bfloat16 use th
 the network itself checks every point that they find.
 """
 
-import copy
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -13,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from robustsoup.attacks.adaptation import copy_network
+from robustsoup.attacks.forward import as_logits
 
 MAX_RELATIVE_CHANGE = 1e-3
 """Largest allowed change of the logits, relative to the largest logit."""
@@ -44,7 +46,7 @@ def fold_batchnorm(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def _fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    folded = copy.deepcopy(model)
+    folded = copy_network(model)
     for convolution, batchnorm in pairs:
         conv, bn = folded.get_submodule(convolution), folded.get_submodule(batchnorm)
         assert isinstance(conv, nn.Conv2d)  # _find_pairs returns only these types
@@ -84,7 +86,7 @@ def _find_pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Ten
         if type(module) in (nn.Conv2d, nn.BatchNorm2d)
     ]
     try:
-        logits: Tensor = model(x)
+        logits = as_logits(model(x))
     finally:
         for hook in hooks:
             hook.remove()

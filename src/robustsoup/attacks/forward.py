@@ -4,18 +4,24 @@ Networks are called in eval mode, without gradients for their weights, in passes
 """
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import Loss
 from robustsoup.device import autocast
-from robustsoup.errors import DataError, Diverged, ModelError
+from robustsoup.errors import DataError, Diverged, ModelError, RobustsoupError
 from robustsoup.precision import full_float32
 
+ImageBatch = Tensor | NDArray[np.floating]
+"""Images, (n, ...) floats in [0, 1]."""
+LabelBatch = Tensor | NDArray[np.integer] | Sequence[int]
+"""The numbers of the classes of n images."""
 CPU_PASS_SIZE = 32
 """Largest pass on a CPU; larger passes are no faster there."""
 GPU_PASS_SIZE = 500
@@ -42,6 +48,47 @@ def frozen_eval(model: nn.Module) -> Generator[None, None, None]:
             module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+class FunctionNetwork(nn.Module):
+    """A network without weights of its own: a function (b, ...) -> (b, classes)."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        """Call the function."""
+        return self.function(x)
+
+
+def as_logits(output: object) -> Tensor:
+    """Return the logits in a network's output.
+
+    Args:
+        output: A tensor; an object with the attribute "logits"; a mapping with the key "logits" or
+            a single value; a tuple or list whose first element is one of these.
+
+    Raises:
+        ModelError: The output holds no tensor in these places.
+    """
+    found = output
+    for _ in range(4):
+        if isinstance(found, Tensor):
+            return found
+        if isinstance(getattr(found, "logits", None), Tensor):
+            return found.logits  # pyrefly: ignore[missing-attribute]
+        if isinstance(found, Mapping) and ("logits" in found or len(found) == 1):
+            found = found["logits"] if "logits" in found else next(iter(found.values()))
+        elif isinstance(found, (tuple, list)) and found:
+            found = found[0]
+        else:
+            break
+    keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise ModelError(
+        f"network: returned {type(output).__name__}{keys}, expected (b, classes) logits: a tensor, "
+        'the first element of a tuple, or the entry "logits"'
+    )
 
 
 def pass_size(device: torch.device, batch_size: int | None = None) -> int:
@@ -158,6 +205,40 @@ def predict_logits(
     return torch.cat(run_in_lanes(passes, device, poll=poll))
 
 
+def as_attack_inputs(
+    model: nn.Module | Callable[[Tensor], object], x: ImageBatch, y: LabelBatch
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network, images and labels in the form that attacks require.
+
+    Args:
+        model: A module, or a function (b, ...) -> (b, classes) logits.
+        x: (n, ...) images, a tensor or an array; converted to the network's float32 or float64.
+        y: (n,) labels, a tensor, an array or a list of integers of any width.
+
+    Raises:
+        ModelError: The model cannot be called.
+        DataError: The labels are no integers, or not one for each image.
+    """
+    if not callable(model):
+        raise ModelError(
+            f"network: got {type(model).__name__}, expected an nn.Module or a function that "
+            "returns logits"
+        )
+    network = model if isinstance(model, nn.Module) else FunctionNetwork(model)
+    images, labels = torch.as_tensor(x), torch.as_tensor(y)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"y: got {labels.dtype}, expected the number of a class for each image")
+    if labels.dim() != 1:
+        raise DataError(
+            f"y: got shape {tuple(labels.shape)}, expected ({len(images)},), the number of a class "
+            "for each image; use y.argmax(1) for one-hot labels, y.squeeze(1) for a column"
+        )
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
+    if images.is_floating_point() and dtype in (torch.float32, torch.float64):
+        images = images.to(dtype)
+    return network, images, labels.to(images.device, torch.int64)
+
+
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Check images, labels and network before an attack.
 
@@ -171,7 +252,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
 
     Raises:
         DataError: If x and y differ in length, or x is not float in [0, 1].
-        ModelError: If the network does not return (b, classes) logits, or a label has no class.
+        ModelError: If the network fails, changes its input, does not return (b, classes) logits, or
+            a label has no class.
         Diverged: If the logits contain NaN or infinity.
     """
     if len(x) != len(y):
@@ -182,12 +264,10 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
     if not (x.is_floating_point() and low >= 0 and high <= 1):  # NaN fails both comparisons
         raise DataError(f"x: got {x.dtype} in [{low:g}, {high:g}], expected floats in [0, 1]")
     probe = x[:2]
-    with frozen_eval(model), torch.no_grad():
-        logits = model(probe)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(probe):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    logits = _probe_logits(model, probe.clone())
+    if logits.dim() != 2 or len(logits) != len(probe):
         raise ModelError(
-            f"network: got an output of shape {got} for {len(probe)} images, "
+            f"network: got an output of shape {tuple(logits.shape)} for {len(probe)} images, "
             "expected (b, classes) logits"
         )
     if not bool(logits.isfinite().all()):
@@ -199,6 +279,29 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
             "use a network for this data"
         )
     return classes
+
+
+def _probe_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits of images that the network may change.
+
+    Raises:
+        ModelError: The network fails, or changes its input in place.
+    """
+    given = x.clone()
+    try:
+        with frozen_eval(model), torch.no_grad():
+            logits = as_logits(model(x))
+    except RobustsoupError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"network: fails on images of shape {tuple(x.shape[1:])}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if not torch.equal(x, given):
+        raise ModelError("network: changes its input in place; let its forward copy x first")
+    return logits
 
 
 def _gradient_once(
@@ -219,7 +322,7 @@ def _logits_and_loss(
 ) -> tuple[Tensor, Tensor]:
     # No cache: the weights are frozen, and a captured CUDA graph must not refer to cached casts.
     with autocast(x.device, precision, cache=False):
-        logits = model(x)
+        logits = as_logits(model(x))
     return logits, _apply_loss(loss, logits, y, target)
 
 
@@ -230,5 +333,5 @@ def _apply_loss(loss: Loss, logits: Tensor, y: Tensor, target: Tensor | None) ->
 
 def _padded_logits(model: nn.Module, x: Tensor, size: int) -> Tensor:
     padding = x[:1].expand(size - len(x), *x.shape[1:])
-    logits: Tensor = model(torch.cat([x, padding]))
+    logits = as_logits(model(torch.cat([x, padding])))
     return logits[: len(x)]

@@ -1,15 +1,14 @@
 """Check up front that checkpoints can be mixed: one network, one split, one loss basin."""
 
-import copy
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
 from robustsoup.device import resolve_device
@@ -257,11 +256,10 @@ def _build_model(
     threat: ThreatModel,
     device: str,
 ) -> nn.Module:
-    model = copy.deepcopy(network) if network is not None else first.network()
+    model = copy_network(network) if network is not None else first.network()
     first.load_into(model)
     check_fit(model, data, [threat])
-    # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
-    return model.to(resolve_device(device), memory_format=torch.channels_last)
+    return set_memory_format(model.to(resolve_device(device)))
 
 
 def _replace_non_finite(content: Any) -> Any:

@@ -1,6 +1,5 @@
 """Memory and disk space of the ingredients of a soup, and the time of one learning step."""
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from robustsoup.attacks import apgd_train
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, to_float
 from robustsoup.threats import ThreatModel
@@ -57,7 +57,7 @@ def measure_cost(checkpoints: Sequence[Checkpoint], step_seconds: float | None) 
 
 def measure_step_seconds(model: nn.Module, data: Split, threat: ThreatModel) -> float:
     """Time one step of `learn` at a batch of 128: the median of up to three, after a warm-up."""
-    model = copy.deepcopy(model)
+    model = copy_network(model)
     data = data.first(min(BATCH_SIZE, len(data))).to(next(model.parameters()).device)
     x, y = to_float(data.images).contiguous(memory_format=torch.channels_last), data.labels
     repeats = math.ceil(BATCH_SIZE / len(x))

@@ -1,6 +1,5 @@
 """The plane through three networks, and the loss on it (Garipov et al. 2018)."""
 
-import copy
 import json
 import math
 import os
@@ -12,8 +11,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split
+from robustsoup.data import Split, to_float
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
 from robustsoup.documents import read_json
@@ -269,7 +269,7 @@ def landscape(
     plane = plane_through(opened)
     subset = data.sample(settings.samples, seed)
     base = (Checkpoint.open(base) if base is not None else opened[0]) if buffers == "base" else None
-    model = copy.deepcopy(network) if network is not None else opened[0].network()
+    model = copy_network(network) if network is not None else opened[0].network()
     fingerprint = [
         asdict(settings) | {"threat": str(settings.threat)},
         data.name,
@@ -280,6 +280,8 @@ def landscape(
         *(item.digest for item in opened),
     ]
     resolved = resolve_device(device)
+    model = model.to(resolved)
+    adapt_network(model, to_float(subset.images[:2]).to(resolved))
     evaluator = _PlaneEvaluator(
         settings=settings,
         plane=plane,
@@ -287,8 +289,7 @@ def landscape(
         base=base,
         calibrate_on=calibrate_on,
         network=network,
-        # pyrefly: ignore[no-matching-overload]  # PyTorch's stub of Module.to lacks memory_format
-        model=model.to(resolved, memory_format=torch.channels_last),
+        model=model,
         data=subset.to(resolved),
     )
     saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))

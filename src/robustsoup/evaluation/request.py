@@ -1,6 +1,5 @@
 """The request of an evaluation, parsed and checked before any work."""
 
-import copy
 import json
 import os
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import pass_size
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import Split, to_float
@@ -126,9 +126,8 @@ def check_request(
     _check_labels(data)
     attacker = make_attacker(settings, attacked, data.classes, where, reuse.stop_below)
     source = network if isinstance(network, nn.Module) else Checkpoint.load(network)
-    model = copy.deepcopy(source) if isinstance(source, nn.Module) else as_network(source)
-    # PyTorch's annotations of Module.to lack memory_format.
-    model = model.to(where, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
+    model = copy_network(source) if isinstance(source, nn.Module) else as_network(source)
+    model = model.to(where)
     warnings = []
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from robustsoup.attacks.adaptation import adapt_network, check_train_mode
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.data import Split, to_float
 from robustsoup.errors import ModelError
@@ -12,10 +13,10 @@ from robustsoup.threats import ThreatModel
 
 
 def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()) -> None:
-    """Check that a network takes the images of a data set and has as many classes.
+    """Adapt a network to the images of a data set, and check that it has as many classes.
 
     Args:
-        model: The network; its training mode stays.
+        model: The network; adapted in place, see `adapt_network`. Its training mode stays.
         data: Any split with at least one sample.
         threats: Threat models, whose balls must not hold every image.
 
@@ -26,16 +27,33 @@ def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()
     """
     for threat in threats:
         threat.check_shape(data.images.shape[1:])
-    x = to_float(data.images[:2]).to(next(model.parameters()).device)
-    try:
-        with frozen_eval(model), torch.no_grad():
-            logits = model(x)
-    except (RuntimeError, ValueError) as error:
-        shape = tuple(data.images.shape[1:])
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"network: does not take images of shape {shape}: {reason}") from None
+    x = to_float(data.images[:2]).to(_device_of(model))
+    adapt_network(model, x)
+    with frozen_eval(model), torch.no_grad():
+        logits = model(x)
     if logits.dim() != 2 or logits.shape[1] != data.classes:
         raise ModelError(
             f"network: got logits of shape {tuple(logits.shape)} for {len(x)} images, "
             f"expected {data.classes} classes as in {data.record['name']}"
         )
+
+
+def check_training(model: nn.Module, data: Split, batch_size: int) -> None:
+    """Check that a network that fits takes a batch of the data in train mode.
+
+    Args:
+        model: The network; its state stays.
+        data: The training split.
+        batch_size: Images in a batch.
+
+    Raises:
+        ModelError: The network fails.
+    """
+    count = min(batch_size, len(data), 2)  # BatchNorm fails on one image, or takes any number
+    check_train_mode(model, to_float(data.images[:count]).to(_device_of(model)))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from robustsoup.attacks.adaptation import adapt_network
 from robustsoup.attacks.forward import frozen_eval, input_gradient, pass_size
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import ce
@@ -36,10 +37,11 @@ def measure_pass_seconds(context: Context, precision: str) -> float:
     """
     device, batch_size = context.device, pass_size(context.device)
     network = context.fresh_network(0)
-    network.to(device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
+    network.to(device)
     shape = (batch_size, context.data.record["channels"], *context.data.record["size"])
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = x.to(device).contiguous(memory_format=torch.channels_last)
+    adapt_network(network, x[:2])
     y = torch.zeros(batch_size, dtype=torch.long, device=device)
     tasks = [lambda: input_gradient(network, x, y, ce, precision)] * lane_count(device)
     seconds: list[float] = []

@@ -1,6 +1,5 @@
 """BatchNorm's running statistics: find, average and recalibrate them."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -8,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks import apgd_train
+from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split, batches
+from robustsoup.data import Split, batches, to_float
 from robustsoup.device import autocast
 from robustsoup.errors import DataError
 from robustsoup.precision import full_float32
@@ -107,7 +107,8 @@ def recalibrate(
     if count < 2:
         raise DataError(f"recalibrate: got {count} samples, expected at least 2")
     device = next(model.parameters()).device
-    measured = copy.deepcopy(model).eval()
+    measured = copy_network(model).eval()
+    adapt_network(measured, to_float(data.images[:2]).to(device))
     layers = norm_layers(measured)
     for layer in layers.values():
         layer.reset_running_stats()

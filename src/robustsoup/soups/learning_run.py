@@ -1,6 +1,5 @@
 """The run that learns coefficients: its state, its steps and its results."""
 
-import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
-from robustsoup.device import move_network
 from robustsoup.errors import Diverged
-from robustsoup.models.fit import check_fit
+from robustsoup.models.fit import check_fit, check_training
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import EarlyStop, LearnSettings, to_record
 from robustsoup.soups.batchnorm import norm_layers
@@ -386,11 +385,11 @@ def _split_to_measure(inputs: LearningInputs, settings: LearnSettings) -> Split 
 def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.Module, str | None]:
     """Return the uniform soup as a network on the device, and the digest of its base."""
     if inputs.network is not None:
-        model = copy.deepcopy(inputs.network)
+        model = copy_network(inputs.network)
     else:
         model = inputs.ingredients[0].network()
     start = mix_start(inputs.ingredients, inputs.base, settings.buffers)
     start.load_into(model)
     check_fit(model, inputs.data, [settings.threat])
-    move_network(model, inputs.device)
-    return model, start.provenance["buffers"].get("base")
+    check_training(model, inputs.data, settings.batch_size)
+    return set_memory_format(model.to(inputs.device)), start.provenance["buffers"].get("base")

@@ -1,6 +1,5 @@
 """Mix checkpoints into a soup; weights are averaged nowhere else."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import BUFFER_POLICIES, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.formats import is_finite
@@ -158,7 +158,7 @@ def mix(
             make_soup_record(loaded, coefficients),
             named_network=loaded[0].named_network,
         )
-        model = copy.deepcopy(network) if network is not None else soup.network()
+        model = copy_network(network) if network is not None else soup.network()
         soup.load_into(model)
         return model.to(resolve_device(device))
 

@@ -1,6 +1,5 @@
 """Search: evaluate the soups of a method on one split."""
 
-import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_leakage
@@ -170,7 +170,7 @@ class _SoupEvaluator:
             device=self.device,
             seed=self.attack.seed,
         )
-        model = soup.network() if self.network is None else copy.deepcopy(self.network)
+        model = soup.network() if self.network is None else copy_network(self.network)
         soup.load_into(model)
         return model
 

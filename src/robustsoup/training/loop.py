@@ -1,6 +1,5 @@
 """The loop over epochs and steps that training and learning share."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.data.batches import Batch
 from robustsoup.device import autocast
 from robustsoup.errors import Diverged
@@ -152,7 +152,7 @@ def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str | None:
         if isinstance(output, Tensor) and not bool(output.isfinite().all()):
             broken.append(name)
 
-    probe = copy.deepcopy(run.model).train()
+    probe = copy_network(run.model).train()
     for name, module in probe.named_modules():
         if not list(module.children()):
             module.register_forward_hook(partial(record_if_broken, name))

@@ -1,12 +1,12 @@
 """The SGD optimizer, and the moving average of the weights."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.settings import TrainSettings
 
 
@@ -63,7 +63,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.model = decay, copy.deepcopy(model).eval()
+        self.decay, self.model = decay, copy_network(model).eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

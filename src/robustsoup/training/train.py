@@ -1,6 +1,5 @@
 """Adversarial training: from fresh weights, or fine-tuning from a checkpoint."""
 
-import copy
 import json
 import math
 import os
@@ -11,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.checkpoints.provenance import earlier_data
 from robustsoup.data import Split, Synthetic, batches, mixed_batches
 from robustsoup.data.batches import Batch
 from robustsoup.data.synthetic import check_fraction
-from robustsoup.device import move_network, resolve_device, resolve_precision
+from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.fingerprint import network_fingerprint
-from robustsoup.models.fit import check_fit
+from robustsoup.models.fit import check_fit, check_training
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import (
     EarlyStop,
@@ -104,10 +104,11 @@ def train(
         objective=Objective.parse(settings.objective),
         precision=resolve_precision(settings.precision, resolved_device),
     )
-    model = copy.deepcopy(as_network(network))
+    model = copy_network(as_network(network))
     origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
     check_fit(model, data, [settings.threat])
     _check_trainable(model)
+    check_training(model, data, settings.batch_size)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     run = TrainingRun(model, inputs.to(resolved_device))
@@ -167,7 +168,7 @@ class TrainingRun:
         self.inputs = inputs
         self.settings = settings = inputs.settings
         self.device = inputs.data.images.device
-        self.model = move_network(model, self.device)
+        self.model = set_memory_format(model.to(self.device))
         self.objective: Objective = settings.objective.with_label_smoothing(
             settings.label_smoothing
         )

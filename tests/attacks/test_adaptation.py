@@ -1,0 +1,323 @@
+"""Networks that return more than logits, refuse a memory format or cannot be copied as they are."""
+
+import copy
+import threading
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import robustsoup as rs
+from robustsoup.attacks import run_attack
+from robustsoup.attacks.adaptation import adapt_network, check_train_mode, copy_network
+from robustsoup.attacks.forward import as_logits
+from robustsoup.errors import DataError, ModelError
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
+
+LINF = ThreatModel("Linf", 0.1)
+
+
+class Output(NamedTuple):
+    """What some networks return."""
+
+    logits: torch.Tensor
+    aux: object
+
+
+
+class Plain(nn.Module):
+    """A small network with BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.linear = nn.Linear(6 * 16, 10)
+
+    def features(self, x):
+        return nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+
+    def forward(self, x):
+        return self.linear(self.features(x).flatten(1))
+
+
+class Views(Plain):
+    """Calls view on a feature map, which the channels-last format does not allow."""
+
+    def forward(self, x):
+        return self.linear(self.features(x).view(len(x), -1))
+
+
+class InPlace(Plain):
+    def forward(self, x):
+        x -= 0.5
+        return super().forward(x)
+
+
+class Wrapped(Plain):
+    """Returns what `wrap` makes of the logits."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+class Keeps(Plain):
+    """Keeps an activation, its history included, in a list on itself."""
+
+    def forward(self, x):
+        self.kept = [self.features(x)]
+        return self.linear(self.kept[0].flatten(1))
+
+
+class WeightNorm(Plain):
+    def __init__(self):
+        super().__init__()
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(self.linear)
+
+
+class SpectralNorm(Plain):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.linear)
+
+
+class Fails(nn.Module):
+    """Fails as user code fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.weight, self.error = nn.Parameter(torch.ones(1)), error
+
+    def forward(self, x):
+        raise self.error
+
+
+WRAPS = {
+    "tuple": lambda z: (z, z.sum()),
+    "nested": lambda z: ((z, 1), 2),
+    "list": lambda z: [z],
+    "dict": lambda z: {"features": 0, "logits": z},
+    "single entry": lambda z: {"out": z},
+    "named tuple": lambda z: Output(z, None),
+    "ordered dict": lambda z: OrderedDict(logits=z, loss=None),
+}
+DATA = rs.load_data("digits")
+FEW = DATA.test.first(24)
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand((6, 1, 8, 8), generator=generator)
+
+
+def same_weights(network, of):
+    network.load_state_dict(of.state_dict())
+    return network.eval()
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_logits_are_found_in_what_a_network_returns(plain, images, wrap):
+    network = same_weights(Wrapped(wrap), plain)
+    y = plain(images).argmax(1)
+    settings = AttackSettings(steps=3)
+    expected = run_attack(plain, images, y, LINF, settings)
+    assert torch.equal(run_attack(network, images, y, LINF, settings).x_adv, expected.x_adv)
+    adapt_network(network, images)
+    torch.testing.assert_close(network(images), plain(images))
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_every_function_takes_networks_that_return_more_than_logits(plain, wrap):
+    network = same_weights(Wrapped(wrap), plain)
+    short = {"steps": 2}
+    expected, got = (rs.evaluate(m, FEW, ["Linf 8/255"], **short) for m in (plain, network))
+    assert got.accuracy == expected.accuracy
+    trained = rs.train(network, DATA.train.first(64), threat="Linf 8/255", epochs=1, lr=0.01)
+    again = rs.train(plain, DATA.train.first(64), threat="Linf 8/255", epochs=1, lr=0.01)
+    assert all(torch.equal(trained.tensors[k], again.tensors[k]) for k in again.tensors)
+
+
+@pytest.mark.parametrize(
+    "output", [{"a": torch.ones(1), "b": torch.ones(1)}, None, "text", (), ({}, 1), {"logits": 3}]
+)
+def test_other_outputs_are_refused_in_one_line(plain, images, output):
+    with pytest.raises(ModelError, match=r"expected \(b, classes\) logits") as caught:
+        as_logits(output)
+    assert "\n" not in str(caught.value)
+    network = Wrapped(lambda _: output)
+    with pytest.raises(ModelError, match="logits"):
+        rs.evaluate(network, FEW, ["Linf 8/255"], steps=1)
+    with pytest.raises(ModelError, match="logits"):
+        rs.apgd(network, images, torch.zeros(6, dtype=torch.long), LINF, steps=1)
+
+
+def test_networks_that_view_run_in_the_contiguous_format(plain, images):
+    network = same_weights(Views(), plain)
+    channels_last = images.repeat(1, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    adapt_network(network, images)
+    torch.testing.assert_close(network(channels_last), plain(images))
+    hooks = len(network._forward_pre_hooks), len(network._forward_hooks)
+    adapt_network(network, images)
+    assert (len(network._forward_pre_hooks), len(network._forward_hooks)) == hooks
+    copied = copy_network(network)
+    torch.testing.assert_close(copied(channels_last), plain(images))
+
+
+@pytest.mark.parametrize("kind", [Views, InPlace, Keeps, WeightNorm, SpectralNorm])
+def test_every_function_takes_unusual_networks(kind):
+    torch.manual_seed(0)
+    network = kind()
+    if kind is Keeps:
+        network(DATA.train.images[:2].float() / 255)
+    few = {"threat": "Linf 8/255", "epochs": 1, "lr": 0.01}
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    ingredients = [rs.train(network, DATA.train.first(64), **few, seed=s) for s in (0, 1)]
+    learned = rs.learn(ingredients, DATA.train.first(64), network=network, **few)
+    for soup in (rs.mix(ingredients, learned), ingredients[0]):
+        model = soup.load_into(copy_network(network))
+        result = rs.evaluate(model, FEW, ["Linf 8/255"], steps=2)
+        assert 0 <= result.accuracy["clean"].value <= 1
+    assert rs.check(ingredients, data=DATA.val.first(32), network=network, threat="Linf 8/255")
+    after = network.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_network_that_changes_its_input_never_changes_the_images(plain):
+    network = same_weights(InPlace(), plain)
+    images = FEW.images.clone()
+    result = rs.evaluate(network, FEW, ["Linf 8/255"], steps=2)
+    assert torch.equal(FEW.images, images)
+    with torch.no_grad():
+        correct = plain(FEW.images.float() / 255 - 0.5).argmax(1) == FEW.labels
+    assert result.accuracy["clean"].hits == int(correct.sum())
+    x = images[:2].float() / 255
+    with pytest.raises(ModelError, match="changes its input in place"):
+        rs.apgd(network, x, FEW.labels[:2], LINF, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AssertionError("size must be 224\nand more"), "AssertionError: size must be 224"),
+        (AssertionError(), "AssertionError"),
+        (TypeError("forward() missing 1 required argument: 'mask'"), "TypeError: .*mask"),
+        (RuntimeError("shapes cannot be multiplied"), "shapes cannot be multiplied"),
+        (KeyError("x"), "KeyError"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+)
+def test_a_network_that_fails_ends_in_one_line(images, error, message):
+    y = torch.zeros(6, dtype=torch.long)
+    calls = (
+        lambda m: rs.evaluate(m, FEW, ["Linf 8/255"], steps=1),
+        lambda m: rs.train(m, DATA.train.first(64), threat="Linf 8/255", epochs=1, lr=0.1),
+        lambda m: rs.apgd(m, images, y, LINF, steps=1),
+        lambda m: rs.pgd(m, images, y, LINF, steps=1),
+    )
+    for call in calls:
+        with pytest.raises(ModelError, match=message) as caught:
+            call(Fails(error))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_fails_in_train_mode_ends_in_one_line(images):
+    class OneValue(Plain):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.BatchNorm1d(10)
+
+        def forward(self, x):
+            return self.last(super().forward(x))
+
+    few = {"threat": "Linf 8/255", "epochs": 1, "lr": 0.1, "batch_size": 1}
+    with pytest.raises(ModelError, match=r"train mode on 1 images.*more than 1 value"):
+        rs.train(OneValue(), DATA.train.first(4), **few)
+    network = OneValue()
+    adapt_network(network, images)
+    before = copy.deepcopy(network.state_dict())
+    check_train_mode(network, images[:2])
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())
+
+
+def test_a_network_that_cannot_be_copied_is_refused_by_name():
+    network = Plain()
+    network.lock = threading.Lock()
+    with pytest.raises(ModelError, match=r"Plain cannot be copied: .*lock"):
+        rs.evaluate(network, FEW, ["Linf 8/255"], steps=1)
+
+
+@pytest.mark.parametrize("kind", [Keeps, WeightNorm, SpectralNorm])
+def test_copies_are_independent_and_give_the_same_logits(kind, images):
+    torch.manual_seed(0)
+    network = kind().eval()
+    network(images)
+    copied = copy_network(network)
+    torch.testing.assert_close(copied(images), network(images))
+    before = network(images).detach().clone()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(network(images), before)
+    assert not torch.allclose(copied(images), before)
+
+
+# what apgd and pgd accept
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_integer_labels_of_any_width_are_the_same(plain, images, dtype):
+    y = torch.arange(6)
+    expected = rs.apgd(plain, images, y, LINF, steps=2)
+    assert torch.equal(rs.apgd(plain, images, y.to(dtype), LINF, steps=2), expected)
+    assert torch.equal(rs.apgd(plain, images, y.tolist(), LINF, steps=2), expected)
+    assert torch.equal(rs.apgd(plain, images.numpy(), y.numpy(), LINF, steps=2), expected)
+
+
+def test_images_are_converted_to_the_type_of_the_network(plain, images):
+    y = torch.arange(6)
+    expected = rs.apgd(plain, images, y, LINF, steps=2)
+    assert torch.equal(rs.apgd(plain, images.double(), y, LINF, steps=2), expected)
+    assert torch.equal(
+        rs.apgd(plain, images.numpy().astype(np.float64), y, LINF, steps=2), expected
+    )
+    assert rs.apgd(plain.double(), images, y, LINF, steps=2).dtype == torch.float64
+
+
+def test_a_function_is_attacked_as_its_network_is(plain, images):
+    y = plain(images).argmax(1)
+    expected = rs.apgd(plain, images, y, LINF, steps=3)
+    assert torch.equal(rs.apgd(plain.forward, images, y, LINF, steps=3), expected)
+    with pytest.raises(ModelError, match=r"expected an nn\.Module or a function"):
+        rs.apgd(3, images, y, LINF)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.arange(6.0), "got torch.float32, expected the number of a class"),
+        (torch.ones(6, dtype=torch.bool), "got torch.bool"),
+        (torch.eye(10, dtype=torch.long)[:6], r"got shape \(6, 10\).*argmax"),
+        (torch.arange(6)[:, None], r"got shape \(6, 1\).*squeeze"),
+        (torch.tensor(3), r"got shape \(\)"),
+    ],
+)
+def test_other_labels_are_refused_in_one_line(plain, images, labels, message):
+    for attack in (rs.apgd, rs.pgd):
+        with pytest.raises(DataError, match=message):
+            attack(plain, images, labels, LINF, steps=1)
