@@ -28,7 +28,6 @@ class Output(NamedTuple):
     aux: object
 
 
-
 class Plain(nn.Module):
     """A small network with BatchNorm."""
 
@@ -190,7 +189,8 @@ def test_every_function_takes_unusual_networks(kind):
     ingredients = [rs.train(network, DATA.train.first(64), **few, seed=s) for s in (0, 1)]
     learned = rs.learn(ingredients, DATA.train.first(64), network=network, **few)
     for soup in (rs.mix(ingredients, learned), ingredients[0]):
-        model = soup.load_into(copy_network(network))
+        model = copy_network(network)
+        soup.load_into(model)
         result = rs.evaluate(model, FEW, ["Linf 8/255"], steps=2)
         assert 0 <= result.accuracy["clean"].value <= 1
     assert rs.check(ingredients, data=DATA.val.first(32), network=network, threat="Linf 8/255")
@@ -245,9 +245,9 @@ def test_a_network_that_fails_in_train_mode_ends_in_one_line(images):
         def forward(self, x):
             return self.last(super().forward(x))
 
-    few = {"threat": "Linf 8/255", "epochs": 1, "lr": 0.1, "batch_size": 1}
+    few = {"threat": "Linf 8/255", "epochs": 1, "lr": 0.1}
     with pytest.raises(ModelError, match=r"train mode on 1 images.*more than 1 value"):
-        rs.train(OneValue(), DATA.train.first(4), **few)
+        rs.train(OneValue(), DATA.train.first(1), **few)
     network = OneValue()
     adapt_network(network, images)
     before = copy.deepcopy(network.state_dict())
