@@ -307,9 +307,9 @@ def test_a_loss_that_breaks_during_the_run_keeps_the_state_before(
     items, path, steps = resnet_ingredients(), tmp_path / "state.pt", []
     real = learning_run.attack_batch
 
-    def poison_fifth_step(model, x, *rest, **options):
+    def poison_fifth_step(model, batch, *rest, **options):
         steps.append(1)
-        return x * float("nan") if len(steps) == 5 else real(model, x, *rest, **options)
+        return batch[0] * float("nan") if len(steps) == 5 else real(model, batch, *rest, **options)
 
     monkeypatch.setattr(learning_run, "attack_batch", poison_fifth_step)
     with pytest.raises(
