@@ -5,8 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 WHEEL_VENV := .venv-wheel
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-annotate -c constraints.txt
+HASHED_INSTALL = $(BIN)/pip install --quiet --no-deps --require-hashes --only-binary :all:
 
-.PHONY: demo test test-slow test-kernels test-everywhere test-oldest lint docs dist clean
+.PHONY: demo test test-slow test-kernels test-everywhere test-oldest lint docs dist lock hashed audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -49,10 +52,35 @@ docs: $(VENV)/.installed-dev
 # Builds the sdist and the wheel, then tries the wheel in an empty environment.
 dist: $(VENV)/.installed-dev
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m venv --clear $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/pip install --quiet -c constraints.txt dist/*.whl
 	cd $(WHEEL_VENV) && bin/python ../tests/docs/check_wheel.py
+
+# Makes requirements-ci.txt anew. uv asks the public index alone: it reads no settings of pip.
+lock: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet uv
+	sed '/^$$/,$$d' requirements-ci.txt > requirements-ci.txt.new
+	echo >> requirements-ci.txt.new
+	$(LOCK) --extra dev --group hosted --no-emit-package torch pyproject.toml >> requirements-ci.txt.new
+	printf 'torchattacks\nrobustbench\n' | $(LOCK) --no-deps - >> requirements-ci.txt.new
+	mv requirements-ci.txt.new requirements-ci.txt
+
+# Sets up .venv from files with the digests in requirements-ci.txt, before any other target. PyTorch
+# has no digest there: each of its builds has another. robustbench: see .installed-dev.
+hashed:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(HASHED_INSTALL) -r requirements-ci.txt
+	sed -n '/^robustbench==/,/[^\\]$$/p' requirements-ci.txt | $(HASHED_INSTALL) --force-reinstall -r /dev/stdin
+	$(BIN)/pip install --quiet --no-deps --only-binary :all: -c constraints.txt torch
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(VENV)/.installed $(VENV)/.installed-dev
+
+# Asks the public databases for known vulnerabilities of all pinned dependencies, PyTorch included.
+audit: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --disable-pip --require-hashes -r requirements-ci.txt
+	$(BIN)/pip-audit --disable-pip --no-deps -r constraints.txt
 
 # Runs the suite with the oldest dependencies that pyproject.toml promises.
 # Downloads PyTorch's CUDA build (gigabytes) once.

@@ -48,6 +48,33 @@ def test_every_dependency_is_pinned_at_or_above_its_floor():
             assert as_numbers(pins[package]) >= as_numbers(floor), package
 
 
+def test_the_hosted_checks_install_the_pinned_versions_by_their_digests():
+    text = (ROOT / "requirements-ci.txt").read_text(encoding="utf-8")
+    blocks = re.split(r"\n(?=\S)", text.partition("\n\n")[2].strip())
+    digests = r"( \\\n    --hash=sha256:[0-9a-f]{64})+"
+    requirement = r"([\w.-]+)==([\w.]+)(?: ; [\w .<>='()]+)?" + digests
+    locked = {}
+    for block in blocks:
+        match = re.fullmatch(requirement, block)
+        assert match, block[:200]
+        locked.setdefault(match[1], set()).add(match[2])
+    pins = read_pins("constraints.txt")
+    assert pins.pop("torch")
+    assert "torch" not in locked
+    for package, version in pins.items():
+        assert locked.get(package) == {version}, f"{package}: run `make lock`"
+
+
+def test_every_job_of_the_hosted_checks_installs_by_digests():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        commands = "\n".join(step.get("run", "") for step in job["steps"])
+        assert re.search(r"\bmake hashed\b", commands), name
+    assert "make audit" in str(workflow["jobs"]["audit"])
+
+
 def test_the_floor_of_torch_is_at_most_2_6():
     floor = read_floors(PROJECT["dependencies"])["torch"]
     assert as_numbers(floor) <= (2, 6)
