@@ -36,7 +36,12 @@ STORAGE_TYPES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
-_SPARSE_OR_QUANTIZED = ("_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_nested_tensor")
+_SPARSE_OR_QUANTIZED = (
+    "_get_layout",
+    "_rebuild_sparse_tensor",
+    "_rebuild_qtensor",
+    "_rebuild_nested_tensor",
+)
 
 
 @dataclass(frozen=True)

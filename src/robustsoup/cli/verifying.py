@@ -8,7 +8,7 @@ import typer
 from robustsoup.cli.options import AsJson
 from robustsoup.cli.terminal import print_json, print_line, print_table
 
-MISMATCH = 3
+MISMATCH = 1
 """The exit code if a file is not what was written."""
 
 
