@@ -31,7 +31,7 @@ SMALL_QUICKSTART = (
 )
 EXAMPLES = list_examples()
 CHECKPOINT_COMMANDS = ("check", "mix", "learn", "evaluate", "compare", "search", "landscape")
-RECIPE_COMMANDS = ("demo", "run", "plan", "report")
+RECIPE_COMMANDS = ("demo", "run", "plan", "report", "verify")
 
 
 @pytest.fixture(autouse=True)
@@ -114,11 +114,7 @@ def test_the_examples_about_checkpoints_run(trained_files, tmp_path, monkeypatch
 
 def test_the_examples_about_recipes_run(small_quickstart, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-<<<<<<< HEAD
-    for words in distinct_examples("demo", "run", "plan", "report", "verify"):
-=======
     for words in distinct_examples(*RECIPE_COMMANDS):
->>>>>>> 651fbb9 (wip)
         code = run(*words[1:])
         printed = capsys.readouterr()
         nothing_met = words[1] == "run" and "no candidate meets" in printed.out
