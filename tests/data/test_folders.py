@@ -1,6 +1,7 @@
 """Image folders: splits and invalid folders."""
 
 import io
+import os
 
 import pytest
 import torch
@@ -201,3 +202,13 @@ def test_the_error_for_a_wrong_folder_names_it(tmp_path, case, place, text):
 def test_a_wrong_image_size_is_refused(tmp_path):
     with pytest.raises(DataError, match="got image_size 0, expected an integer of at least 1"):
         load_data(f"folder:{tmp_path}", image_size=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_a_fifo_among_the_images_is_refused_without_waiting(tmp_path):
+    data = tmp_path / "data"
+    write_classes(data, a=10, b=10)
+    os.mkfifo(data / "b" / "fifo.png")
+    with pytest.raises(DataError, match=r"b/fifo\.png: cannot be read \(.*FIFO") as caught:
+        load_data(f"folder:{data}")
+    assert "Errno" not in str(caught.value)

@@ -10,6 +10,7 @@ from robustsoup.data.decoded import FolderParts, ImageFiles, load_decoded
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
 from robustsoup.errors import DataError
+from robustsoup.files import open_regular
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 DEFAULT_IMAGE_SIZE = 32
@@ -208,10 +209,12 @@ def _read_image(file: str, size: int) -> torch.Tensor:
             f"{file}: reading images requires Pillow; install it with: pip install pillow"
         ) from error
     try:
-        with Image.open(file) as opened:
+        with open_regular(file) as stream, Image.open(stream) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image"
         raise DataError(
             f"{file}: cannot be read ({reason}), expected an image; replace or remove it"
         ) from error
