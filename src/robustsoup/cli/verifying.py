@@ -25,7 +25,7 @@ def verify_command(
 ) -> int:
     """Compare files with the digests that were recorded when they were written.
 
-    Reads every file in full. Exit code 3 if one is damaged or missing. A file without a digest, as
+    Reads every file in full. Exit code 1 if one is damaged or missing. A file without a digest, as
     other programs write, is read and listed, but nothing can be said about its content.
 
     Example, after `robustsoup demo`: `robustsoup verify runs/quickstart`
