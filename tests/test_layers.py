@@ -35,6 +35,7 @@ ROOMS = (
         "arrays",
         "digests",
         "leftovers",
+        "paths",
         "threats",
         "progress",
         "settings",
@@ -128,13 +129,20 @@ def test_there_are_no_cycles():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-LAZY = {"data.folders": "PIL", "attacks.autoattack": "pyautoattack"}
-"""{module: package that it may import, only inside functions}."""
+LAZY = {"data.images": "PIL", "attacks.autoattack": "pyautoattack"}
+"""{module: package that it may import, only inside functions and for type checkers}."""
+
+
+def is_for_type_checkers(block):
+    return isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
 
 
 def is_lazy(name, imported, node):
     within = [
-        f for f in ast.walk(MODULES[name]) if isinstance(f, ast.FunctionDef) and node in ast.walk(f)
+        block
+        for block in ast.walk(MODULES[name])
+        if (isinstance(block, ast.FunctionDef) or is_for_type_checkers(block))
+        and node in ast.walk(block)
     ]
     return imported.partition(".")[0] == LAZY.get(name) and bool(within)
 

@@ -233,10 +233,11 @@ DATA_SOURCES = Registry(
         "robustsoup.data.folders:load_folder",
         "One sub-folder of images for each class; requires the extra robustsoup[folders].",
         spelling="folder:PATH",
-        facts={"takes_place": True, "takes_image_size": True},
+        facts={"place": "path", "decodes": True},
     ),
 )
-"""facts: "takes_place", a path follows the name; "takes_image_size", images can be resized."""
+"""facts: "place", what follows the name: "path" for a path, "name" for anything else; "decodes",
+image_size and channels apply, because image files are decoded."""
 
 SOUP_METHODS = Registry(
     "methods",

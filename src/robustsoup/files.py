@@ -15,6 +15,7 @@ import torch
 from robustsoup.archives import seal_archive
 from robustsoup.errors import StorageError
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
+from robustsoup.paths import user_path
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Generator[Path, None, None]:
     Raises:
         StorageError: If the file system refuses to write (disk full, no permission).
     """
-    target = Path(target)
+    target = user_path(target)
     temporary = temporary_sibling(target)
     try:
         if target.exists():  # a rename would put a file in the place of a device
@@ -115,8 +116,9 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     Raises:
         OSError: The file is missing, unreadable, or not a regular file; `strerror` is the reason.
     """
+    path = user_path(path)
     try:
-        _require_regular(Path(path).stat().st_mode, path)
+        _require_regular(path.stat().st_mode, path)
     except ValueError as error:  # a null character, which no file name has
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     # The flag keeps the call from waiting if a FIFO took the file's place in between.

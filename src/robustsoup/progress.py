@@ -4,7 +4,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from robustsoup.errors import CheckpointError
 from robustsoup.files import open_regular, remove_file, write_torch
 from robustsoup.interruption import held_signals
+from robustsoup.paths import user_path
 from robustsoup.torch_files import read_torch
 
 Progress = Callable[[int, int, str], None]
@@ -30,7 +30,7 @@ class SavedState:
     def __init__(
         self, path: str | os.PathLike[str] | None, fingerprint: str, interval: float = 30.0
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else user_path(path)
         self.fingerprint = fingerprint
         self.interval = interval
         self.last_save = time.monotonic()

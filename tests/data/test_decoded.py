@@ -267,11 +267,11 @@ def test_the_slower_of_two_loads_uses_the_folder_of_the_faster(tmp_path, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+@pytest.mark.parametrize("kind", ["FIFO", "dangling link"])
 def test_the_error_for_a_file_that_only_looks_like_an_image_names_it(tmp_path, cache, kind):
     write_noise(tmp_path / "data", LAYOUTS["whole"])
     odd = tmp_path / "data" / "a" / "x.png"
-    odd.mkdir() if kind == "folder" else odd.symlink_to(tmp_path / "nowhere")
+    os.mkfifo(odd) if kind == "FIFO" else odd.symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError) as caught:
         load_folder(tmp_path / "data")
     assert str(caught.value).startswith(f"{odd}: cannot be read (")

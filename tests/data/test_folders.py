@@ -92,7 +92,7 @@ def test_images_are_cropped_at_the_centre(tmp_path, size):
         for number in range(5):
             image.save(tmp_path / name / f"{number:03}.png")
     images = load_data(f"folder:{tmp_path}", image_size=10).train.images
-    assert images.shape[1:] == (3, 10, 10)
+    assert images.shape[1:] == (1, 10, 10)
     assert (images[:, :, 1:-1, 1:-1] == 255).all()
     assert (images > 150).all()
 
@@ -163,7 +163,7 @@ WRONG_FOLDERS = {
         (
             "class without images",
             "c",
-            "got no images, expected .bmp, .jpeg, .jpg, .png, .webp; add some or remove",
+            "got no images, expected .bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp; add",
         ),
         (
             "broken",

@@ -23,6 +23,7 @@ from robustsoup.models import (
     network_settings_of,
 )
 from robustsoup.models.network import channel_constants
+from robustsoup.paths import user_path
 from robustsoup.schema import describe_value
 
 NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
@@ -65,7 +66,7 @@ class Checkpoint:
             CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
                 tensors, NaN or infinity, or a record that is malformed; the error names the file.
         """
-        return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=False)
+        return path if isinstance(path, Checkpoint) else cls._read(user_path(path), mapped=False)
 
     @classmethod
     def open(cls, path: "CheckpointLike") -> "Checkpoint":
@@ -75,7 +76,7 @@ class Checkpoint:
         Call `check_source` before reading them later, and do not overwrite the file in place
         meanwhile.
         """
-        return path if isinstance(path, Checkpoint) else cls._read(Path(path), mapped=True)
+        return path if isinstance(path, Checkpoint) else cls._read(user_path(path), mapped=True)
 
     @classmethod
     def _read(cls, path: Path, *, mapped: bool) -> "Checkpoint":
@@ -323,7 +324,7 @@ class Checkpoint:
             StorageError: The file cannot be written.
             CheckpointError: The path has another ending, or a tensor holds NaN or infinity.
         """
-        path = Path(path)
+        path = user_path(path)
         write_checkpoint(path, self.tensors, self.provenance, self.wrapping)
         return path
 

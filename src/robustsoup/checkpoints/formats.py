@@ -23,6 +23,7 @@ from robustsoup.documents import parse_json
 from robustsoup.errors import CheckpointError
 from robustsoup.file_bytes import DamageError
 from robustsoup.files import atomic_path, open_regular, write_torch
+from robustsoup.paths import user_path
 from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.torch_files import read_torch
 
@@ -161,7 +162,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         CheckpointError: The file is missing, cut short, damaged, in a newer format, or holds
             another program's record.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         with open_regular(path) as file:
             return _read_safetensors_record(path, file, mapped=False, verified=False)

@@ -10,7 +10,7 @@ from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.checkpoints.published import Fetched, fetch_published
 from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.cli.progress import Bar
-from robustsoup.cli.terminal import print_warning
+from robustsoup.cli.terminal import print_error, print_warning
 from robustsoup.cli.user_code import import_named_module
 from robustsoup.data import Data, fetch_cifar10, load_data
 from robustsoup.data.duplicates import Overlap, find_exact_overlaps
@@ -37,11 +37,19 @@ def load_requested_data(options: DataOptions, *, warn: bool = True) -> Data:
             root=options.data_root,
             seed=options.seed,
             image_size=options.image_size,
+            channels=options.channels,
             on_progress=bar,
         )
+    print_notes(data)
     if warn:
         warn_of_overlaps(find_exact_overlaps(data))
     return data
+
+
+def print_notes(data: Data) -> None:
+    """Print what reading the data left out or changed."""
+    for note in data.notes:
+        print_error(note)
 
 
 def download_data(source: str, root: str | None) -> None:

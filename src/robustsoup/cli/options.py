@@ -19,6 +19,7 @@ import typer
 
 from robustsoup.catalog import ATTACKS, DATA_SOURCES, MODELS
 from robustsoup.errors import ModelError, RequestError
+from robustsoup.paths import user_path
 from robustsoup.settings import SEED_LIMIT, Rule, check_ranges, rules, setting
 from robustsoup.threats import ThreatModel
 
@@ -85,7 +86,14 @@ class DataOptions:
     data_root: str | None = setting(
         None, "Folder of the data; by default $ROBUSTSOUP_DATA, else the user's cache folder."
     )
-    image_size: int | None = setting(None, "Width and height of images in pixels, for folders.")
+    image_size: int | None = setting(
+        None, "Width and height of images in pixels, for image files; by default 32."
+    )
+    channels: int | None = setting(
+        None,
+        "Channels of images, for image files: 1 (grey) or 3 (colour); by default 1 if every image "
+        "is grey, else 3.",
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -214,6 +222,7 @@ def expand(command: Command) -> Callable[..., int | None]:
 
     def run_command(context: typer.Context, **values: Any) -> int | None:
         del values["debug"]  # read by run_command_line, before the words are parsed
+        values = {name: _expand_home(value) for name, value in values.items()}
         arguments = {name: value for name, value in values.items() if name not in from_settings}
         for name, (settings_type, options) in groups.items():
             arguments[name] = _build_settings(settings_type, options, values)
@@ -228,6 +237,13 @@ def expand(command: Command) -> Callable[..., int | None]:
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {p.name: p.annotation for p in parameters}
     return run_command
+
+
+def _expand_home(value: Any) -> Any:
+    """Expand "~" in a path or a list of paths; other values stay."""
+    if isinstance(value, list):
+        return [_expand_home(item) for item in value]
+    return user_path(value) if isinstance(value, Path) else value
 
 
 _COMMON = (

@@ -7,6 +7,7 @@ from robustsoup.cli.inputs import (
     download_checkpoint,
     download_data,
     print_leakage,
+    print_notes,
     warn_of_overlaps,
 )
 from robustsoup.cli.options import RunOptions
@@ -32,7 +33,9 @@ def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None
     download_data(recipe.data, data_root)
     recipe = with_files(recipe, lambda name: str(download_checkpoint(name, data_root).path))
     with Bar(f"reading {recipe.data}") as bar:
-        return prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
+        prepared = prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
+    print_notes(prepared.context.data)
+    return prepared
 
 
 def run_recipe(

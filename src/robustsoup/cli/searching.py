@@ -143,14 +143,12 @@ def _recipe_content(
     allow_leakage: bool,
 ) -> dict[str, Any]:
     """Return the entries that the recipes of both commands share, with absolute paths."""
-    source = data.data
-    if source.startswith("folder:"):
-        source = f"folder:{Path(source.removeprefix('folder:')).absolute()}"
     return {
         "name": name,
-        "data": source,
+        "data": data.data,
         "seed": data.seed,
         "image_size": data.image_size,
+        "channels": data.channels,
         "model": network.model,
         "normalize": network.constants and list(network.constants),
         "allow_leakage": allow_leakage,

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy
 import torch
 
+from robustsoup.data.images import Decoder
 from robustsoup.data.splits import (
     channel_counts,
     statistics_of_counts,
@@ -28,14 +29,14 @@ from robustsoup.files import cache_folder
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.progress import Progress
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Version of the cache; raise it when the same files decode to other pixels or another layout."""
 SPLIT_NAMES = ("train", "val", "test")
 SUMMARY_FILE = "about.json"
 CACHE_ADVICE = "free space there, permit writing, or set XDG_CACHE_HOME to another folder"
 
 ReadImage = Callable[[str], torch.Tensor]
-"""Decodes the image of a path to uint8 (3, size, size), contiguous."""
+"""Decodes the image of a path to uint8 (channels, size, size), contiguous."""
 WriteImage = Callable[[int, torch.Tensor], None]
 """Writes an image to a row of a file."""
 
@@ -76,22 +77,28 @@ class FolderParts:
     def __len__(self) -> int:
         return len(self.pool) + len(self.test)
 
+    def paths(self) -> Iterator[str]:
+        """Iterate over the paths of all files."""
+        return itertools.chain(self.pool.paths, self.test.paths)
+
 
 @dataclass(frozen=True, eq=False)
 class DecodedImages:
     """Decoded images, mapped from files; the system may drop their pages from memory any time.
 
     Attributes:
-        images: Train, val and test, each uint8 (n, 3, size, size).
+        images: Train, val and test, each uint8 (n, channels, size, size).
         digest: content_digest of pool and test.
         mean: Mean of each channel of the pool, in [0, 1].
         std: Standard deviation of each channel of the pool, in [0, 1].
+        scaled: Number of images whose pixels were scaled from 16 bits to 8.
     """
 
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     digest: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scaled: int
 
 
 def decoded_folder() -> Path:
@@ -100,33 +107,32 @@ def decoded_folder() -> Path:
 
 
 def load_decoded(
-    root: Path, parts: FolderParts, size: int, read: ReadImage, on_progress: Progress | None = None
+    root: Path, parts: FolderParts, decoder: Decoder, on_progress: Progress | None = None
 ) -> DecodedImages:
     """Map the decoded images of a folder; decode them first if the cache folder lacks them.
 
     Args:
         root: The folder.
         parts: Its files.
-        size: Pixels a side.
-        read: Decodes one file.
+        decoder: Decodes one file.
         on_progress: Called with (done, total, figures) after each decoded image.
 
     Raises:
         StorageError: The cache folder is full or cannot be written.
-        DataError: Raised by `read`.
+        DataError: An image cannot be decoded.
     """
-    target = decoded_folder() / _cache_key(root, parts, size)
+    target = decoded_folder() / _cache_key(root, parts, decoder)
     # Tested before the folder is opened: a folder that appears in between was completed by another
     # process and must not be replaced.
     existed = os.path.exists(target)
-    decoded = _open_decoded(target, parts, size)
+    decoded = _open_decoded(target, parts, decoder.size)
     if decoded is not None:
         return decoded
+    shape = decoder.count_channels(parts.paths()), decoder.size, decoder.size
     with _fill_folder(target, replace=existed) as folder:
-        _check_free_space(folder, len(parts) * 3 * size * size)
-        counted = _count_images(read, len(parts), on_progress) if on_progress else read
-        _decode_parts(folder, parts, size, counted)
-    decoded = _open_decoded(target, parts, size)
+        _check_free_space(folder, len(parts) * math.prod(shape))
+        _decode_parts(folder, parts, shape, decoder, on_progress)
+    decoded = _open_decoded(target, parts, decoder.size)
     if decoded is None:
         raise StorageError(
             f"{target}: the images decoded there cannot be mapped into memory; {CACHE_ADVICE}"
@@ -134,10 +140,11 @@ def load_decoded(
     return decoded
 
 
-def _cache_key(root: Path, parts: FolderParts, size: int) -> str:
+def _cache_key(root: Path, parts: FolderParts, decoder: Decoder) -> str:
     """Return a key of the folder's path and of each file's name, size, time and order."""
-    digest = hashlib.sha256(os.fsencode(root.resolve()) + f"\0{CACHE_FORMAT} {size}\0".encode())
-    for path in (*parts.pool.paths, *parts.test.paths):
+    form = f"\0{CACHE_FORMAT} {decoder.size} {decoder.channels}\0".encode()
+    digest = hashlib.sha256(os.fsencode(root.resolve()) + form)
+    for path in parts.paths():
         relative = os.fsencode(Path(path).relative_to(root))
         digest.update(relative + f"\0{_image_file_state(path)}\0".encode())
     for rows in parts.rows:
@@ -155,8 +162,8 @@ def _image_file_state(path: str) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _part_shapes(parts: FolderParts, size: int) -> list[tuple[int, ...]]:
-    return [(n, 3, size, size) for n in (*map(len, parts.rows), len(parts.test))]
+def _part_shapes(parts: FolderParts, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(n, *shape) for n in (*map(len, parts.rows), len(parts.test))]
 
 
 def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages | None:
@@ -166,14 +173,16 @@ def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages 
         # Copy on write ("c"): torch refuses read-only arrays.
         arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in SPLIT_NAMES]
         digest, mean, std = summary["digest"], tuple(summary["mean"]), tuple(summary["std"])
+        scaled = int(summary["scaled"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    if [array.shape for array in arrays] != _part_shapes(parts, size):
+    shapes = [array.shape for array in arrays]
+    if shapes != _part_shapes(parts, (len(mean), size, size)):
         return None
     if any(array.dtype != numpy.uint8 for array in arrays):
         return None
     train, val, test = (torch.from_numpy(array) for array in arrays)
-    return DecodedImages((train, val, test), digest, mean, std)
+    return DecodedImages((train, val, test), digest, mean, std, scaled)
 
 
 @contextlib.contextmanager
@@ -224,19 +233,31 @@ def _check_free_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"got {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB")
 
 
-def _decode_parts(folder: Path, parts: FolderParts, size: int, read: ReadImage) -> None:
+def _decode_parts(
+    folder: Path,
+    parts: FolderParts,
+    shape: tuple[int, int, int],
+    decoder: Decoder,
+    on_progress: Progress | None,
+) -> None:
     """Decode every image into `folder`, one at a time, and write digest and statistics.
 
     Images are decoded in the order of content_digest and written straight to their final rows.
     """
-    counts = torch.zeros(3, 256, dtype=torch.int64)
+
+    def read(path: str) -> torch.Tensor:
+        return decoder.read(path, path)
+
+    if on_progress is not None:
+        read = _count_images(read, len(parts), on_progress)
+    counts = torch.zeros(shape[0], 256, dtype=torch.int64)
     n_train = len(parts.rows[0])
     final_rows = torch.empty(len(parts.pool), dtype=torch.int64)
     final_rows[torch.cat(parts.rows)] = torch.arange(len(parts.pool))
     with contextlib.ExitStack() as stack:
         write_train, write_val, write_test = (
-            stack.enter_context(_open_rows_file(folder / f"{name}.npy", shape))
-            for name, shape in zip(SPLIT_NAMES, _part_shapes(parts, size), strict=True)
+            stack.enter_context(_open_rows_file(folder / f"{name}.npy", part_shape))
+            for name, part_shape in zip(SPLIT_NAMES, _part_shapes(parts, shape), strict=True)
         )
 
         def write_pool(row: int, image: torch.Tensor) -> None:
@@ -252,7 +273,7 @@ def _decode_parts(folder: Path, parts: FolderParts, size: int, read: ReadImage) 
         )
         digest = streamed_digest(
             (
-                (len(files), 3, size, size),
+                (len(files), *shape),
                 _decode_and_write(files.paths, rows, read, write),
                 files.labels,
             )
@@ -260,7 +281,8 @@ def _decode_parts(folder: Path, parts: FolderParts, size: int, read: ReadImage) 
         )
     mean, std = statistics_of_counts(counts)
     with _open_synced(folder / SUMMARY_FILE) as file:
-        file.write(json.dumps({"digest": digest, "mean": mean, "std": std}).encode())
+        summary = {"digest": digest, "mean": mean, "std": std, "scaled": decoder.scaled}
+        file.write(json.dumps(summary).encode())
 
 
 def _decode_and_write(

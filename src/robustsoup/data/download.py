@@ -10,6 +10,7 @@ from pathlib import Path
 
 from robustsoup.errors import DataError
 from robustsoup.files import cache_folder
+from robustsoup.paths import user_path
 
 DOWNLOAD_BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
@@ -33,7 +34,7 @@ class FileKind:
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """Return `root`, else $ROBUSTSOUP_DATA, else the folder "data" in the cache folder."""
-    return Path(root or os.environ.get("ROBUSTSOUP_DATA") or cache_folder() / "data").expanduser()
+    return user_path(root or os.environ.get("ROBUSTSOUP_DATA") or cache_folder() / "data")
 
 
 def download(

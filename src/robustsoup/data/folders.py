@@ -1,54 +1,67 @@
 """Image folders: one sub-folder for each class, split by folders or by a seed."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy
 import torch
 
 from robustsoup.data.decoded import FolderParts, ImageFiles, load_decoded
+from robustsoup.data.images import IMAGE_SUFFIXES, make_decoder
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
 from robustsoup.errors import DataError
-from robustsoup.files import open_regular
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-DEFAULT_IMAGE_SIZE = 32
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Names that the folder of each split may have."""
 
 
 @dataclass(frozen=True)
 class ImageListing:
-    """Image files, sorted by class and then by name.
+    """Image files, sorted by class and then by path.
 
     Attributes:
         files: Paths.
         labels: The class number of each file.
         classes: Names of the classes.
+        skipped: How many files were left out, by the reason.
     """
 
     files: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    skipped: Counter[str]
 
 
 def load_folder(request: DataRequest) -> Data:
     """Load PATH/train/CLASS/*, PATH/test/CLASS/* and optionally PATH/val/CLASS/*, or PATH/CLASS/*.
 
-    PATH/CLASS/* is split 70/10/20. Images become RGB, uint8 (n, 3, image_size, image_size): the
-    shorter side is resized (bilinear, antialiased), then the centre is cropped. Classes are the
-    sorted folder names. Hidden files and files of other types are ignored. Without a val folder,
-    the seed decides which samples are in val (1/8 of the samples outside test); test is always the
-    same. ids are row numbers in sorted order; train and val share one numbering, which includes
-    test if PATH is not split. mean and std are computed over train and val, so they do not depend
-    on the seed.
+    PATH/CLASS/* is split 70/10/20. Classes are the sorted folder names; images lie in them at any
+    depth. Images become uint8 (n, channels, image_size, image_size): the shorter side is resized
+    (bilinear, antialiased), then the centre is cropped. They have one channel if every image is
+    grey, else three, unless `channels` is set. Hidden files and files of other types are left out.
+    Without a val folder, the seed decides which samples are in val (1/8 of the samples outside
+    test); test is always the same. With a val folder and no test folder, the val folder is test.
+    ids are row numbers in sorted order; train and val share one numbering, which includes test if
+    PATH is not split. mean and std are computed over train and val, so they do not depend on the
+    seed.
 
     Images are decoded once, into the user's cache folder, and mapped from there, so memory does not
     grow with the data. They are decoded again if a file was added, removed or changed (size or
-    time), if image_size changes, or if the seed changes and decides which samples are in val.
+    time), if image_size or channels changes, or if the seed changes and decides which samples are
+    in val.
 
     Args:
         request: `place` is the path; `image_size` defaults to 32; `on_progress` counts images as
             they are decoded, and is not called if they are in the cache.
+
+    Returns:
+        The data; its notes say which files were left out and which pixels were scaled.
 
     Raises:
         DataError: The path is missing, a folder holds no images, there are fewer than two classes,
@@ -56,67 +69,89 @@ def load_folder(request: DataRequest) -> Data:
             cannot be read; the error names the file.
         StorageError: The cache folder is full or cannot be written.
     """
-    size = _image_size(request)
-    root = Path(request.place).expanduser()
+    decoder = make_decoder(request.spec, request.image_size, request.channels)
+    root = Path(request.place)
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing"
         raise DataError(
             f"{root}: got {got}, expected a folder with one sub-folder for each class; "
             "check the path"
         )
-    has_split = _has_split_folders(root)
-    parts = _list_split(root, request.seed) if has_split else _split_listing(root, request.seed)
+    parts, notes = _list_parts(root, request.seed)
     train, val = (parts.pool.take(rows) for rows in parts.rows)
     _check_classes_trained(root, parts.classes, train)
-    decoded = load_decoded(
-        root, parts, size, lambda file: _read_image(file, size), request.on_progress
-    )
+    decoded = load_decoded(root, parts, decoder, request.on_progress)
+    if request.channels is None and len(decoded.mean) == 1:
+        notes.append("every image is grey, so images have 1 channel; channels = 3 repeats it")
+    if decoded.scaled:
+        notes.append(f"{decoded.scaled:,} images of 16 bits were scaled to 8")
     description = DataDescription(
         request.spec,
         decoded.digest,
         parts.classes,
         decoded.mean,
         decoded.std,
-        Augmentation(pad=size // 8, flip=True),
+        Augmentation(pad=decoder.size // 8, flip=True),
     )
     train_samples, val_samples, test_samples = (
         Samples(images, files.labels, files.ids)
         for images, files in zip(decoded.images, (train, val, parts.test), strict=True)
     )
-    return assemble(description, train_samples, val_samples, test_samples, seed=request.seed)
+    data = assemble(description, train_samples, val_samples, test_samples, seed=request.seed)
+    return replace(data, notes=tuple(f"{root}: {note}" for note in notes))
 
 
-def _image_size(request: DataRequest) -> int:
-    size = DEFAULT_IMAGE_SIZE if request.image_size is None else request.image_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise DataError(
-            f"{request.spec}: got image_size {size!r}, expected an integer of at least 1"
+def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
+    """List the files of a folder; return notes on what was left out too."""
+    folders = _split_folders(root)
+    if folders is None:
+        listing = _list_images(root)
+        return _split_listing(listing, seed), _describe_skipped(listing.skipped)
+    notes: list[str] = []
+    if "test" not in folders and "val" in folders:
+        folders["test"] = folders.pop("val")
+        notes.append(
+            f'no folder "test": {folders["test"].name} is test, and val is held out of train'
         )
-    return size
-
-
-def _has_split_folders(root: Path) -> bool:
-    """Return whether `root` is split; a folder "train" of images without "test" is a class."""
-    return (root / "train").is_dir() and (
-        (root / "test").is_dir() or bool(_class_folders(root / "train"))
-    )
-
-
-def _list_split(root: Path, seed: int) -> FolderParts:
-    """List PATH/train, PATH/val if it exists, and PATH/test."""
-    train = _list_images(root / "train")
-    val = ImageListing((), (), train.classes)
-    if (root / "val").is_dir():
-        val = _list_images(root / "val")
-    test = _list_images(root / "test")
+    train, test = (_list_images(folders.get(name, root / name)) for name in ("train", "test"))
+    val = ImageListing((), (), train.classes, Counter())
+    if "val" in folders:
+        val = _list_images(folders["val"])
     for name, part in (("val", val), ("test", test)):
         if part.classes != train.classes:
             differing = sorted(set(part.classes) ^ set(train.classes))
             raise DataError(
-                f"{root / name}: got classes {_abbreviate(part.classes)}, expected those of "
+                f"{folders[name]}: got classes {_abbreviate(part.classes)}, expected those of "
                 f"train, {_abbreviate(train.classes)} (in only one of them: "
                 f"{_abbreviate(differing)}); make the folders agree"
             )
+    skipped = train.skipped + val.skipped + test.skipped
+    unused = [f.name for f in _sub_folders(root) if f not in folders.values()]
+    if unused:
+        notes.append(f"folders {_abbreviate(unused)} beside {folders['train'].name} are not used")
+    return _join_listings(train, val, test, seed), notes + _describe_skipped(skipped)
+
+
+def _split_folders(root: Path) -> dict[str, Path] | None:
+    """Return the folder of each split, or None if `root` is not split.
+
+    A folder "train" of images without a folder "test" is a class.
+    """
+    found = {
+        name: folder
+        for name, spellings in SPLIT_FOLDERS.items()
+        for folder in reversed([root / spelling for spelling in spellings])
+        if folder.is_dir()
+    }
+    if "train" in found and ("test" in found or _sub_folders(found["train"])):
+        return found
+    return None
+
+
+def _join_listings(
+    train: ImageListing, val: ImageListing, test: ImageListing, seed: int
+) -> FolderParts:
+    """Number the files of split folders, and hold out val if it has no folder."""
     pool = _number_files(train.files + val.files, train.labels + val.labels)
     n = len(train.files)
     if val.files:
@@ -127,9 +162,8 @@ def _list_split(root: Path, seed: int) -> FolderParts:
     return FolderParts(train.classes, pool, rows, test_files.take(_fixed_order(len(test_files))))
 
 
-def _split_listing(root: Path, seed: int) -> FolderParts:
-    """List PATH/CLASS/* and hold out test and val."""
-    listing = _list_images(root)
+def _split_listing(listing: ImageListing, seed: int) -> FolderParts:
+    """Hold out test and val of PATH/CLASS/*."""
     files = _number_files(listing.files, listing.labels)
     held_out = hold_out(len(files), max(1, len(files) // 5), "folder test")
     pool, test = (files.take(rows) for rows in held_out)
@@ -142,20 +176,36 @@ def _fixed_order(n: int) -> torch.Tensor:
     return hold_out(n, 0, "folder order")[0]
 
 
-def _class_folders(path: Path) -> list[Path]:
+def _sub_folders(path: Path) -> list[Path]:
     return sorted(
         child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")
     )
 
 
-def _image_paths(path: Path) -> list[str]:
-    """Return the sorted image paths of a folder, as strings, which take less memory than Paths."""
-    images = sorted(
-        child
-        for child in path.iterdir()
-        if child.suffix.lower() in SUFFIXES and not child.name.startswith(".")
-    )
-    return [str(image) for image in images]
+def _image_paths(path: Path, skipped: Counter[str]) -> list[str]:
+    """Return the sorted image paths of a class, as strings, which take less memory than Paths.
+
+    Args:
+        path: The folder of the class; linked folders are followed once.
+        skipped: Counts the files that are left out, by their ending.
+    """
+    images: list[Path] = []
+    waiting, listed = [path], set[Path]()
+    while waiting:
+        folder = waiting.pop()
+        if folder.resolve() in listed:
+            continue
+        listed.add(folder.resolve())
+        for child in folder.iterdir():
+            if child.name.startswith("."):
+                continue
+            if child.is_dir():
+                waiting.append(child)
+            elif child.suffix.lower() in IMAGE_SUFFIXES:
+                images.append(child)
+            else:
+                skipped[child.suffix.lower() or "without an ending"] += 1
+    return [str(image) for image in sorted(images)]
 
 
 def _list_images(path: Path) -> ImageListing:
@@ -165,7 +215,7 @@ def _list_images(path: Path) -> ImageListing:
             f"{path}: no such folder, {expected}; "
             "add it, or use the layout PATH/CLASS/* without split folders"
         )
-    folders = _class_folders(path)
+    folders = _sub_folders(path)
     if len(folders) < 2:
         raise DataError(
             f"{path}: got {len(folders)} class folders, {expected}; "
@@ -173,16 +223,37 @@ def _list_images(path: Path) -> ImageListing:
         )
     files: list[str] = []
     labels: list[int] = []
+    skipped: Counter[str] = Counter()
     for number, folder in enumerate(folders):
-        images = _image_paths(folder)
+        left_out: Counter[str] = Counter()
+        images = _image_paths(folder, left_out)
         if not images:
+            got = f" but {_count_reasons(left_out)}" if left_out else ""
             raise DataError(
-                f"{folder}: got no images, expected {', '.join(SUFFIXES)}; "
+                f"{folder}: got no images{got}, expected {', '.join(IMAGE_SUFFIXES)}; "
                 "add some or remove the folder"
             )
+        skipped += left_out
         files += images
         labels += [number] * len(images)
-    return ImageListing(tuple(files), tuple(labels), tuple(folder.name for folder in folders))
+    outside = sum(child.suffix.lower() in IMAGE_SUFFIXES for child in path.iterdir())
+    if outside:
+        skipped["outside the class folders"] += outside
+    names = tuple(folder.name for folder in folders)
+    return ImageListing(tuple(files), tuple(labels), names, skipped)
+
+
+def _describe_skipped(skipped: Counter[str]) -> list[str]:
+    """Return a note on the files that were left out, if there are any."""
+    if not skipped:
+        return []
+    endings = ", ".join(IMAGE_SUFFIXES)
+    reasons = _count_reasons(skipped)
+    return [f"skipped {skipped.total():,} files: {reasons}; images end in {endings}"]
+
+
+def _count_reasons(skipped: Counter[str]) -> str:
+    return _abbreviate([f"{count:,} {reason}" for reason, count in sorted(skipped.items())])
 
 
 def _check_classes_trained(root: Path, classes: tuple[str, ...], train: ImageFiles) -> None:
@@ -200,33 +271,6 @@ def _number_files(files: tuple[str, ...], labels: tuple[int, ...]) -> ImageFiles
     return ImageFiles(files, torch.tensor(labels), torch.arange(len(files)))
 
 
-def _read_image(file: str, size: int) -> torch.Tensor:
-    """Decode an image file to uint8 (3, size, size)."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(
-            f"{file}: reading images requires Pillow; install it with: pip install pillow"
-        ) from error
-    try:
-        with open_regular(file) as stream, Image.open(stream) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image"
-        raise DataError(
-            f"{file}: cannot be read ({reason}), expected an image; replace or remove it"
-        ) from error
-    width, height = image.size
-    scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
-
-
-def _abbreviate(names: tuple[str, ...] | list[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     first = ", ".join(names[:5])
     return f"{first}, ... ({len(names)})" if len(names) > 5 else first

@@ -14,10 +14,11 @@ class DataRequest:
 
     Attributes:
         spec: The user's text, which is the name in the data's record.
-        place: The text after the name in `spec`, such as the path of a folder.
+        place: The text after the name in `spec`, such as the path of a folder; "~" is expanded.
         root: Folder for downloads; None for the default, see `data_root`.
         seed: Decides which samples are in val; an integer of at least 0.
         image_size: Pixels a side; None for the source's default.
+        channels: 1 (grey) or 3 (colour); None to decide by the images.
         on_progress: Called with (done, total, figures) while samples are read.
     """
 
@@ -27,6 +28,7 @@ class DataRequest:
     seed: int = 0
     image_size: int | None = None
     on_progress: Progress | None = None
+    channels: int | None = None
 
 
 DataSource = Callable[[DataRequest], Data]

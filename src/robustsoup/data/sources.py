@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Mapping
 
 from robustsoup.catalog import DATA_SOURCES
 from robustsoup.data.request import DataRequest, DataSource
 from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
+from robustsoup.paths import expand_home
 from robustsoup.progress import Progress
 
 
@@ -17,6 +19,7 @@ def load_data(
     root: str | os.PathLike[str] | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    channels: int | None = None,
     on_progress: Progress | None = None,
 ) -> Data:
     """Load a data set, split into train, val and test.
@@ -29,7 +32,9 @@ def load_data(
         root: Folder for downloads; default: $ROBUSTSOUP_DATA, else the user's cache folder.
         seed: Decides which samples are in val; an integer of at least 0. test does not depend on
             the seed.
-        image_size: Pixels a side, for "folder:PATH" only; default: 32.
+        image_size: Pixels a side, for sources of image files; default: 32.
+        channels: 1 (grey) or 3 (colour), for sources of image files; default: 1 if every image is
+            grey, else 3.
         on_progress: Called with (done, total, figures) as images are decoded.
 
     Returns:
@@ -44,10 +49,12 @@ def load_data(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise DataError(f'data "{text}": got seed {seed!r}, expected an integer of at least 0')
     if isinstance(spec, str):
-        source, place = _find_data_source(spec, image_size)
+        source, place = _find_data_source(spec, {"image_size": image_size, "channels": channels})
     else:
         source, place = spec, ""
-    data = source(DataRequest(text, place, root, seed, image_size, on_progress))
+    data = source(
+        DataRequest(text, expand_home(place), root, seed, image_size, on_progress, channels)
+    )
     if not isinstance(data, Data):
         raise DataError(
             f'data "{text}": the source returned {type(data).__name__}, expected robustsoup.Data'
@@ -55,23 +62,29 @@ def load_data(
     return data
 
 
-def _find_data_source(spec: str, image_size: int | None) -> tuple[DataSource, str]:
-    """Return the source that a spec names, and the place that follows the name."""
+def _find_data_source(spec: str, form: Mapping[str, int | None]) -> tuple[DataSource, str]:
+    """Return the source that a spec names, and the place that follows the name.
+
+    Args:
+        spec: The user's text.
+        form: What the user asks of the images, by the name of the argument.
+    """
     name, colon, place = spec.partition(":")
     if colon and DATA_SOURCES.find(name) is None and ("." in name or _is_module(name)):
         return _import_data_source(spec)
     entry = DATA_SOURCES.get_entry(name, error=DataError)
     is_plugin = DATA_SOURCES.get(name) is None
-    if entry.facts.get("takes_place", is_plugin):
+    if entry.facts.get("place", is_plugin):
         if not place and not is_plugin:
             raise DataError(f'data "{spec}": got no path, expected {entry.spelling}')
     elif colon:
         raise DataError(f'data "{spec}": got "{place}" after the name, expected "{name}" alone')
-    if image_size is not None and not entry.facts.get("takes_image_size", is_plugin):
-        resizable = [e.spelling for e in DATA_SOURCES.values() if e.facts.get("takes_image_size")]
+    asked = [f"{name} {value}" for name, value in form.items() if value is not None]
+    if asked and not entry.facts.get("decodes", is_plugin):
+        decoding = [e.spelling for e in DATA_SOURCES.values() if e.facts.get("decodes")]
         raise DataError(
-            f'data "{spec}": got image_size {image_size}, which only {", ".join(resizable)} '
-            "supports; leave it out"
+            f'data "{spec}": got {asked[0]}, which only {", ".join(decoding)} supports; '
+            "leave it out"
         )
     return entry.load(), place
 

@@ -141,6 +141,7 @@ class Data:
         val: The samples that checkpoints and soups are selected on.
         test: The samples that results are reported on.
         record: The origin of the samples.
+        notes: What reading the data left out or changed, one sentence each.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Data:
     val: Split
     test: Split
     record: DataRecord
+    notes: tuple[str, ...] = ()
 
     def split(self, name: str) -> Split:
         """Return the split of that name.

@@ -20,6 +20,7 @@ from robustsoup.data.batches import Batch, augment, to_float
 from robustsoup.data.splits import Augmentation, Split
 from robustsoup.errors import DataError, StorageError
 from robustsoup.files import cache_folder, open_regular, write_text
+from robustsoup.paths import user_path
 from robustsoup.progress import Progress
 from robustsoup.seeding import keyed_generator
 
@@ -97,7 +98,7 @@ class Synthetic:
             DataError: The file is missing, unreadable, compressed or holds other arrays; the error
                 names the file.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         try:
             with open_regular(path) as file:
                 images = _map_npz_array(path, file, "image")

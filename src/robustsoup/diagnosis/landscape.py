@@ -20,6 +20,7 @@ from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
 from robustsoup.fingerprint import network_fingerprint
+from robustsoup.paths import user_path
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schema import MisfitError, list_of, nullable, number, table, text
 from robustsoup.settings import LandscapeSettings
@@ -180,8 +181,9 @@ class Landscape:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the landscape atomically as one JSON file."""
-        write_text(Path(path), json.dumps(asdict(self)))
-        return Path(path)
+        path = user_path(path)
+        write_text(path, json.dumps(asdict(self)))
+        return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Landscape":

@@ -19,6 +19,7 @@ from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.record_checks import check_record
 from robustsoup.file_bytes import DamageError, digest_tensors
 from robustsoup.files import atomic_path, open_regular, write_text
+from robustsoup.paths import user_path
 from robustsoup.schema import MisfitError
 from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.threats import ThreatModel
@@ -168,7 +169,7 @@ class Evaluation:
         Returns:
             The path.
         """
-        path = Path(path)
+        path = user_path(path)
         points = self._points()
         points_path = path.with_suffix(".points.npz")
         if points:
@@ -210,7 +211,7 @@ class Evaluation:
         Raises:
             CheckpointError: If a file is missing, broken or in a newer format; names the JSON file.
         """
-        path = Path(path)
+        path = user_path(path)
         try:
             content = read_json(path)
             check_record(content, "the record")

@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from robustsoup.catalog import DATA_SOURCES
 from robustsoup.documents import parse_toml, read_toml
 from robustsoup.errors import RecipeError
+from robustsoup.paths import user_path
 from robustsoup.recipes.recipe import Recipe
 from robustsoup.recipes.sections import (
     PUBLISHED_PREFIX,
@@ -59,7 +61,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         RecipeError: Names the file, the key and the problem; for an unknown key, the nearest one.
     """
-    path = Path(path)
+    path = user_path(path)
     content = _read_extended(path, (), {})
     for override in overrides:
         _apply_override(content, override)
@@ -178,14 +180,14 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make the paths of a recipe absolute; they are relative to `folder`."""
 
     def absolute(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
+        return str((folder / user_path(path)).resolve())
 
     def absolute_checkpoint(path: str | None) -> str | None:
         return path if path is None or path.startswith(PUBLISHED_PREFIX) else absolute(path)
 
     updates: dict[str, Any] = {}
     kind, colon, place = recipe.data.partition(":")
-    if kind == "folder" and colon:
+    if colon and _names_path(kind, place, folder):
         updates["data"] = f"{kind}:{absolute(place)}"
     for name in ("pretrain", "finetune"):
         section = recipe[name]
@@ -193,6 +195,12 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
             path = absolute(section["synthetic"])
             updates[name] = section.model_copy(update={"synthetic": path})
     return _map_checkpoints(recipe.model_copy(update=updates), absolute_checkpoint)
+
+
+def _names_path(kind: str, place: str, folder: Path) -> bool:
+    """Return whether the place of a data source is a path; an existing path comes before a name."""
+    what = DATA_SOURCES[kind].facts.get("place") if kind in DATA_SOURCES else None
+    return what == "path" or (what == "path or name" and (folder / user_path(place)).exists())
 
 
 def _map_checkpoints(recipe: Recipe, path_of: Callable[[str | None], str | None]) -> Recipe:

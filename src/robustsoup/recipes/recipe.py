@@ -3,11 +3,12 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from robustsoup.catalog import DATA_SOURCES
 from robustsoup.errors import RequestError
 from robustsoup.recipes.sections import (
     Evaluate,
@@ -48,7 +49,7 @@ class Recipe(Section):
     """
 
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the run.")
-    data: str = Field(description="Data set: digits, cifar10 or folder:PATH.")
+    data: str = Field(description=f"Data set: {DATA_SOURCES.spellings()}.")
     model: str | None = Field(
         None,
         description="Network, such as resnet9:width=16 or package.module:factory; by default the "
@@ -58,7 +59,11 @@ class Recipe(Section):
         0, ge=0, lt=SEED_LIMIT, description="Seed of the split and of tables without their own."
     )
     image_size: int | None = Field(
-        None, ge=8, description="Side length of the images of a folder, in pixels."
+        None, ge=8, description="Side length of images in pixels, for image files."
+    )
+    channels: Literal[1, 3] | None = Field(
+        None,
+        description="Channels of images, for image files; by default 1 if every image is grey.",
     )
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = Field(
         None, description="Mean and standard deviation by channel that the network expects."

@@ -8,6 +8,7 @@ from matplotlib import rc_context
 
 from robustsoup.errors import RequestError
 from robustsoup.files import remove_file, write_text
+from robustsoup.paths import user_path
 from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
 from robustsoup.reports.curves import draw_curves
 from robustsoup.reports.lines import draw_lines
@@ -66,7 +67,7 @@ def write_report(folder: Path) -> Path:
         RequestError: results.json is missing or broken, or requests an unknown figure.
         StorageError: A file cannot be written.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     run = StoredRun(Results.load(folder / "results.json"), folder)
     run.results.check_files(folder)
     requested = list(FIGURES) if run.results.figures is None else run.results.figures

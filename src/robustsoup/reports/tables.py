@@ -10,6 +10,7 @@ from pathlib import Path
 
 from robustsoup.errors import RequestError
 from robustsoup.files import write_text
+from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
 from robustsoup.runs.results import ResultRow
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
@@ -100,7 +101,7 @@ def write_coefficient_csv(
     for line in lines:
         writer.writerow(map(_format_csv_cell, line.values()))
     write_text(path, text.getvalue())
-    return Path(path)
+    return user_path(path)
 
 
 def _format_csv_cell(cell: Cell) -> str:

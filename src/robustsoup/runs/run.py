@@ -135,6 +135,7 @@ def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress 
         root=data_root,
         seed=recipe.seed,
         image_size=recipe.image_size,
+        channels=recipe.channels,
         on_progress=on_progress,
     )
     for section in (recipe.pretrain, recipe.finetune):

@@ -13,6 +13,7 @@ from robustsoup.digests import FileDigest, digest_folder, digest_json, find_dama
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder, write_text
 from robustsoup.leftovers import remove_leftovers
+from robustsoup.paths import user_path
 from robustsoup.runs.locks import Notice, hold_folder, hold_lock
 
 RECORD = "step.json"
@@ -77,7 +78,9 @@ class Store:
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
-        self.root = Path(root or os.environ.get("ROBUSTSOUP_STORE") or cache_folder() / "store")
+        self.root = user_path(
+            root or os.environ.get("ROBUSTSOUP_STORE") or cache_folder() / "store"
+        )
 
     def path(self, key: str) -> Path:
         """Return the folder of a step, whether it exists or not."""

@@ -17,6 +17,7 @@ from robustsoup.checkpoints.formats import (
     write_tensors,
 )
 from robustsoup.errors import CoefficientError
+from robustsoup.paths import user_path
 
 EVERY_LAYER = "*"
 """Name of the layer of coefficients that apply to the whole network."""
@@ -262,7 +263,7 @@ def _save_layered(
     }
     refuse_non_finite(tensors, path)
     write_tensors(path, tensors, record)
-    return Path(path)
+    return user_path(path)
 
 
 def _load_layered(path: str | os.PathLike[str], kind: str, tensor_name: str) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""Decode image files to pixels of one size, as torchvision's ImageFolder reads them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy
+import torch
+
+from robustsoup.errors import DataError
+from robustsoup.files import open_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = (
+    ".bmp",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+"""The endings that torchvision's ImageFolder reads."""
+
+DEFAULT_IMAGE_SIZE = 32
+_GREY_MODES = ("1", "L", "LA", "La", "I")
+_DEEP_MODES = ("I", "F")
+"""Modes of 32 bits; 16 bits of PNG and PPM files are among them in older versions of Pillow."""
+
+
+@dataclass
+class Decoder:
+    """Decodes images to uint8 (channels, size, size).
+
+    The shorter side is resized (bilinear, antialiased), then the centre is cropped. Grey pixels of
+    16 bits are scaled to 8; Pillow itself scales those of colour images.
+
+    Attributes:
+        size: Pixels a side.
+        channels: 1 or 3; None until `count_channels` decides.
+        scaled: Number of images of 16 bits that were decoded so far.
+    """
+
+    size: int
+    channels: int | None = None
+    scaled: int = 0
+
+    def count_channels(self, files: Iterable[str]) -> int:
+        """Return the channels: 1 if every file holds a grey image, else 3, unless they are set."""
+        if self.channels is None:
+            self.channels = 1 if all(_is_grey(file) for file in files) else 3
+        return self.channels
+
+    def read(self, file: str | BinaryIO, place: str) -> torch.Tensor:
+        """Decode an image file, which may be open.
+
+        Raises:
+            DataError: The file cannot be read; the error names the `place`.
+        """
+        pillow = import_pillow(place)
+        with _refuse_broken_images(place):
+            source = open_regular(file) if isinstance(file, str) else file
+            with source, pillow.open(source) as image:
+                return self._resize(image, place)
+
+    def convert(self, image: "Image", place: str) -> torch.Tensor:
+        """Return the pixels of an image of Pillow, as `read` does."""
+        with _refuse_broken_images(place):
+            return self._resize(image, place)
+
+    def _resize(self, image: "Image", place: str) -> torch.Tensor:
+        from PIL.Image import Resampling
+
+        image = self._to_8_bits(image, place).convert("L" if self.channels == 1 else "RGB")
+        width, height = image.size
+        scale = self.size / min(width, height)
+        width = max(self.size, round(width * scale))
+        height = max(self.size, round(height * scale))
+        image = image.resize((width, height), Resampling.BILINEAR)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(numpy.array(image))
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+    def _to_8_bits(self, image: "Image", place: str) -> "Image":
+        """Scale 16 bits to 8, which Pillow's `convert` clips; refuse pixels of 32 bits."""
+        from PIL.Image import fromarray
+
+        if image.mode not in _DEEP_MODES and not image.mode.startswith("I;16"):
+            return image
+        pixels = numpy.array(image)
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM", None)):
+            raise DataError(
+                f"{place}: got pixels of 32 bits from {pixels.min():g} to {pixels.max():g}, "
+                "expected 8 or 16 bits; convert the image"
+            )
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise DataError(
+                f"{place}: got pixels from {pixels.min()} to {pixels.max()}, expected 0 to 65535; "
+                "convert the image to 8 bits"
+            )
+        self.scaled += 1
+        return fromarray(((pixels.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
+
+
+def make_decoder(where: str, size: int | None, channels: int | None) -> Decoder:
+    """Return a decoder for what the user asks for.
+
+    Args:
+        where: Names the data in errors.
+        size: Pixels a side; None for the default.
+        channels: 1 or 3; None to decide by the images.
+
+    Raises:
+        DataError: The size or the number of channels is not valid.
+    """
+    size = DEFAULT_IMAGE_SIZE if size is None else size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(f"{where}: got image_size {size!r}, expected an integer of at least 1")
+    if channels not in (None, 1, 3) or isinstance(channels, bool):
+        raise DataError(f"{where}: got channels {channels!r}, expected 1 (grey) or 3 (colour)")
+    return Decoder(size, channels)
+
+
+def import_pillow(place: str) -> ModuleType:
+    """Import PIL.Image.
+
+    Raises:
+        DataError: Pillow is not installed; names `place`.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(
+            f"{place}: reading images requires Pillow; install it with: pip install pillow"
+        ) from error
+    return Image
+
+
+@contextlib.contextmanager
+def _refuse_broken_images(place: str) -> Iterator[None]:
+    """Raise DataError for everything that Pillow raises on files that are no images."""
+    pillow = import_pillow(place)
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, pillow.UnidentifiedImageError):
+            reason = "not an image"
+        raise DataError(
+            f"{place}: cannot be read ({reason}), expected an image; replace or remove it"
+        ) from error
+
+
+def is_grey(image: "Image") -> bool:
+    """Return whether an image has no colour by its mode."""
+    return image.mode in _GREY_MODES or image.mode.startswith("I;16")
+
+
+def _is_grey(file: str) -> bool:
+    """Return whether a file holds a grey image; False if it cannot be read, which decoding says."""
+    pillow = import_pillow(file)
+    try:
+        with open_regular(file) as opened, pillow.open(opened) as image:
+            return is_grey(image)
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError):
+        return False
