@@ -3,6 +3,7 @@
 from robustsoup.data.batches import augment, batches, passes, to_float
 from robustsoup.data.cifar import fetch_cifar10
 from robustsoup.data.download import data_root
+from robustsoup.data.given import SplitLike, as_optional_split, as_split
 from robustsoup.data.request import DataRequest
 from robustsoup.data.sources import load_data
 from robustsoup.data.splits import (
@@ -26,7 +27,10 @@ __all__ = [
     "DataRequest",
     "Samples",
     "Split",
+    "SplitLike",
     "Synthetic",
+    "as_optional_split",
+    "as_split",
     "assemble",
     "augment",
     "batches",

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from robustsoup.data.splits import IMAGES_PER_CHUNK, Data, tensor_bytes
+from robustsoup.data.splits import Data, tensor_bytes
 from robustsoup.data.synthetic import Synthetic, digest_cache
+from robustsoup.data.tensors import IMAGES_PER_CHUNK
 from robustsoup.errors import StorageError
 from robustsoup.files import write_text
 from robustsoup.precision import full_float32

@@ -1,10 +1,11 @@
 """Decode image files to pixels of one size, as torchvision's ImageFolder reads them."""
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
 import numpy
 import torch
@@ -156,6 +157,12 @@ def _refuse_broken_images(place: str) -> Iterator[None]:
         raise DataError(
             f"{place}: cannot be read ({reason}), expected an image; replace or remove it"
         ) from error
+
+
+def is_pillow_image(value: object) -> "TypeGuard[Image]":
+    """Return whether a value is an image of Pillow, without importing Pillow."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
 
 
 def is_grey(image: "Image") -> bool:

@@ -1,19 +1,18 @@
 """A loaded data set: three splits of uint8 images that share one record of their origin."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 import torch
 
+from robustsoup.data.tensors import IMAGES_PER_CHUNK, as_labels, as_pixels
+from robustsoup.data.torch_datasets import class_names, read_dataset
 from robustsoup.errors import DataError
 from robustsoup.seeding import keyed_generator
 
 SplitName = Literal["train", "val", "test"]
-
-IMAGES_PER_CHUNK = 256
-"""Images processed at a time; a small number, so memory-mapped images are never all in memory."""
 
 
 class DataRecord(TypedDict):
@@ -61,6 +60,9 @@ class Augmentation:
 class Split:
     """The train, val or test split of a data set, in memory or memory-mapped.
 
+    Images and labels of another type are converted where their meaning is plain and nothing is
+    lost, such as floats in [0, 1] that are multiples of 1/255, and refused otherwise.
+
     Attributes:
         images: uint8 (n, c, h, w), contiguous; writing to mapped images changes this process's
             copy only.
@@ -70,6 +72,11 @@ class Split:
         name: "train", "val" or "test".
         record: The origin of the samples.
         augmentation: Augmentation of the images in training.
+        notes: What conversion changed, which evaluations repeat as warnings.
+        inferred: Whether the number of classes is only the largest label plus 1.
+
+    Raises:
+        DataError: Images or labels cannot be converted; the error names the likely cause.
     """
 
     images: torch.Tensor
@@ -78,6 +85,67 @@ class Split:
     name: SplitName
     record: DataRecord
     augmentation: Augmentation = Augmentation()
+    notes: tuple[str, ...] = ()
+    inferred: bool = False
+
+    def __post_init__(self) -> None:
+        """Convert images, labels and ids of another type."""
+        place = f"split {self.name}"
+        if not _has_form(self.images, torch.uint8, 4):
+            images, _ = as_pixels(self.images, f"{place}: images", exact=True)
+            object.__setattr__(self, "images", images)
+        for name in ("labels", "ids"):
+            if not _has_form(getattr(self, name), torch.int64, 1):
+                object.__setattr__(self, name, as_labels(getattr(self, name), f"{place}: {name}"))
+        if not len(self.images) == len(self.labels) == len(self.ids):
+            raise DataError(
+                f"{place}: got {len(self.images)} images, {len(self.labels)} labels and "
+                f"{len(self.ids)} ids, expected as many of each"
+            )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        images: object,
+        labels: object,
+        *,
+        classes: int | Sequence[str] | None = None,
+        name: str = "tensors",
+    ) -> "Split":
+        """Make a test split of all samples of two tensors or arrays, to evaluate networks on.
+
+        Args:
+            images: (n, c, h, w), (n, h, w, c) or (n, h, w), uint8 or floats in [0, 1], not
+                normalised. Floats are rounded to 8 bits; a note says so if that changes them.
+            labels: (n,) class numbers, or one-hot (n, classes).
+            classes: Number of classes or their names; by default the outputs of the network that
+                is evaluated, else the largest label plus 1.
+            name: Name of the data in records.
+
+        Raises:
+            DataError: Images or labels are something else; the error names the likely cause.
+        """
+        samples, notes = _convert_samples(images, labels, name)
+        names = _class_names(classes, [samples], name)
+        description = _describe_samples(name, [samples], names, Augmentation())
+        record = _make_record(description, samples, samples.take(samples.ids[:0]), 0)
+        _check_tensors(name, samples, len(names))
+        return cls(
+            samples.images,
+            samples.labels,
+            samples.ids,
+            "test",
+            record,
+            notes=notes,
+            inferred=classes is None,
+        )
+
+    def with_classes(self, classes: int) -> "Split":
+        """Return the split with this many classes, if their number is inferred and smaller."""
+        if not self.inferred or classes <= self.classes:
+            return self
+        names = [str(number) for number in range(classes)]
+        return replace(self, record={**self.record, "classes": names})
 
     def __len__(self) -> int:
         return len(self.images)
@@ -150,6 +218,84 @@ class Data:
     test: Split
     record: DataRecord
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        images: object,
+        labels: object,
+        *,
+        val: tuple[object, object] | None = None,
+        test: tuple[object, object] | None = None,
+        classes: int | Sequence[str] | None = None,
+        name: str = "tensors",
+        seed: int = 0,
+        augmentation: Augmentation = Augmentation(),
+    ) -> "Data":
+        """Make a data set of tensors or arrays.
+
+        Without `test`, one sample in five is held out for test, always the same; without `val`,
+        one in eight of the others is held out by the seed.
+
+        Args:
+            images: (n, c, h, w), (n, h, w, c) or (n, h, w), uint8 or floats in [0, 1], not
+                normalised. Floats are rounded to 8 bits; a note says so if that changes them.
+            labels: (n,) class numbers, or one-hot (n, classes).
+            val: Images and labels to select on.
+            test: Images and labels to report on.
+            classes: Number of classes or their names; by default the largest label plus 1.
+            name: Name of the data in records.
+            seed: Decides which samples are in val, if `val` is not given.
+            augmentation: Augmentation of the images in training.
+
+        Raises:
+            DataError: Images or labels are something else; the error names the likely cause.
+        """
+        parts = {"train": (images, labels), "val": val, "test": test}
+        given = {part: pair for part, pair in parts.items() if pair is not None}
+        return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: object,
+        *,
+        val: object = None,
+        test: object = None,
+        classes: int | Sequence[str] | None = None,
+        name: str = "dataset",
+        seed: int = 0,
+        image_size: int | None = None,
+        channels: int | None = None,
+        augmentation: Augmentation = Augmentation(),
+    ) -> "Data":
+        """Make a data set of data sets of PyTorch, which are read into memory.
+
+        Splits are held out as by `from_tensors`.
+
+        Args:
+            dataset: A data set of (image, label) pairs, without augmentation and normalisation, or
+                a DataLoader of one. Images are tensors, arrays or images of Pillow.
+            val: A data set to select on.
+            test: A data set to report on.
+            classes: Number of classes or their names; by default those of `dataset.classes`.
+            name: Name of the data in records.
+            seed: Decides which samples are in val, if `val` is not given.
+            image_size: Pixels a side of images of Pillow; by default their own.
+            channels: 1 or 3 for images of Pillow; by default 1 if all are grey.
+            augmentation: Augmentation of the images in training.
+
+        Raises:
+            DataError: A sample is something else, or differs from read to read.
+        """
+        parts = {"train": dataset, "val": val, "test": test}
+        given = {
+            part: read_dataset(dataset, f"{name} {part}", image_size=image_size, channels=channels)
+            for part, dataset in parts.items()
+            if dataset is not None
+        }
+        classes = class_names(dataset) if classes is None else classes
+        return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)
 
     def split(self, name: str) -> Split:
         """Return the split of that name.
@@ -316,22 +462,7 @@ def assemble(
         _check_tensors(f"{description.name} {name}", part, len(description.classes))
         _check_image_shape(f"{description.name} {name}", part, train)
     _check_held_out(description.name, train, val, test)
-    digest = hashlib.sha256(tensor_bytes(train.ids))
-    digest.update(b"val")
-    digest.update(tensor_bytes(val.ids))
-    digest.update(description.digest.encode())
-    record: DataRecord = {
-        "name": description.name,
-        "digest": description.digest,
-        "split_digest": digest.hexdigest(),
-        "seed": seed,
-        "val": len(val),
-        "classes": list(description.classes),
-        "channels": train.images.shape[1],
-        "size": list(train.images.shape[2:]),
-        "mean": list(description.mean),
-        "std": list(description.std),
-    }
+    record = _make_record(description, train, val, seed)
 
     def build_split(name: SplitName, part: Samples) -> Split:
         images = part.images.contiguous()
@@ -344,6 +475,117 @@ def assemble(
         build_split("test", test),
         record,
     )
+
+
+def _make_record(
+    description: DataDescription, train: Samples, val: Samples, seed: int
+) -> DataRecord:
+    digest = hashlib.sha256(tensor_bytes(train.ids))
+    digest.update(b"val")
+    digest.update(tensor_bytes(val.ids))
+    digest.update(description.digest.encode())
+    return {
+        "name": description.name,
+        "digest": description.digest,
+        "split_digest": digest.hexdigest(),
+        "seed": seed,
+        "val": len(val),
+        "classes": list(description.classes),
+        "channels": train.images.shape[1],
+        "size": list(train.images.shape[2:]),
+        "mean": list(description.mean),
+        "std": list(description.std),
+    }
+
+
+def assemble_tensors(
+    name: str,
+    parts: Mapping[str, tuple[object, object]],
+    *,
+    classes: int | Sequence[str] | None = None,
+    seed: int,
+    augmentation: Augmentation = Augmentation(),
+) -> Data:
+    """Build a Data from the images and labels of its parts; see `Data.from_tensors`.
+
+    Args:
+        name: Name of the data in records and errors.
+        parts: Images and labels of "train" and, if they exist, of "val" and "test".
+        classes: Number of classes or their names; by default the largest label plus 1.
+        seed: Decides which samples are in val, if that part is missing.
+        augmentation: Augmentation of the images in training.
+
+    Raises:
+        DataError: Images or labels have another form, or a part repeats the tensors of another.
+    """
+    pools: dict[str, Samples] = {}
+    notes: list[str] = []
+    for part, (images, labels) in parts.items():
+        pools[part], changed = _convert_samples(images, labels, f"{name} {part}")
+        notes += changed
+    if len({samples.images.data_ptr() for samples in pools.values()}) < len(pools):
+        raise DataError(f"{name}: two of {', '.join(pools)} are the same images; hold test out")
+    names = _class_names(classes, list(pools.values()), name)
+    description = _describe_samples(name, list(pools.values()), names, augmentation)
+    pool, test = pools["train"], pools.get("test")
+    if test is None:
+        rows = hold_out(len(pool), max(1, len(pool) // 5), "tensors test")
+        pool, test = pool.take(rows[0]), pool.take(rows[1])
+    if "val" in pools:
+        given = pools["val"]
+        val = _shuffle(replace(given, ids=given.ids + len(pools["train"])))
+        train = _shuffle(pool)
+    else:
+        rows = hold_out(len(pool), max(1, len(pool) // 8), seed)
+        train, val = pool.take(rows[0]), pool.take(rows[1])
+    data = assemble(description, train, val, _shuffle(test), seed=seed)
+    return replace(
+        data,
+        notes=tuple(notes),
+        train=replace(data.train, notes=tuple(notes)),
+        val=replace(data.val, notes=tuple(notes)),
+        test=replace(data.test, notes=tuple(notes)),
+    )
+
+
+def _shuffle(samples: Samples) -> Samples:
+    """Return samples in a fixed order, because many files are sorted by class."""
+    return samples.take(hold_out(len(samples), 0, "tensors order")[0])
+
+
+def _convert_samples(images: object, labels: object, place: str) -> tuple[Samples, tuple[str, ...]]:
+    """Return the samples of two tensors, and notes on what conversion changed."""
+    pixels, rounding = as_pixels(images, f"{place}: images")
+    numbers = as_labels(labels, f"{place}: labels")
+    notes = (f"{place}: float pixels were rounded to 8 bits",) if rounding else ()
+    return Samples(pixels.cpu(), numbers.cpu(), torch.arange(len(numbers))), notes
+
+
+def _class_names(
+    classes: int | Sequence[str] | None, pools: Sequence[Samples], place: str
+) -> tuple[str, ...]:
+    """Return the names of the classes; by default as many as the largest label asks for."""
+    if classes is None:
+        classes = max((int(pool.labels.max()) + 1 for pool in pools if len(pool.labels)), default=0)
+        classes = max(classes, 2)
+    if isinstance(classes, int):
+        classes = [str(number) for number in range(classes)]
+    if len(classes) < 2:
+        raise DataError(f"{place}: got {len(classes)} classes, expected 2 or more")
+    return tuple(classes)
+
+
+def _describe_samples(
+    name: str, pools: Sequence[Samples], classes: tuple[str, ...], augmentation: Augmentation
+) -> DataDescription:
+    """Return the description of samples; mean and std are of the first ones."""
+    mean, std = channel_statistics(pools[0].images)
+    return DataDescription(name, content_digest(*pools), classes, mean, std, augmentation)
+
+
+def _has_form(value: object, dtype: torch.dtype, dimensions: int) -> bool:
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and value.dtype == dtype and value.ndim == dimensions
 
 
 def _check_tensors(place: str, part: Samples, classes: int) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split
+from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device
 from robustsoup.diagnosis.barriers import LINE_POINTS, Pair, measure_curves
 from robustsoup.diagnosis.cost import Cost, measure_cost, measure_step_seconds
@@ -102,7 +102,7 @@ class Soupability:
 def check(
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
     *,
-    data: Split | None = None,
+    data: SplitLike | None = None,
     threat: ThreatModel | str = "clean",
     base: Checkpoint | str | os.PathLike[str] | None = None,
     samples: int = 256,
@@ -150,6 +150,7 @@ def check(
         arXiv:2212.04089.
     """
     threat = ThreatModel.parse(threat)
+    data = as_optional_split(data, "check")
     if samples < 1 or pairs < 1:
         raise RequestError(
             f"check: got samples {samples}, pairs {pairs}, expected at least 1 of each"

@@ -13,7 +13,7 @@ from torch import nn
 
 from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split, to_float
+from robustsoup.data import Split, SplitLike, as_optional_split, as_split, to_float
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
 from robustsoup.documents import read_json
@@ -202,7 +202,7 @@ class Landscape:
 
 def landscape(
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
-    data: Split,
+    data: SplitLike,
     *,
     threat: ThreatModel | str,
     points: int = 21,
@@ -210,7 +210,7 @@ def landscape(
     samples: int = 2000,
     buffers: str = "recalibrate",
     base: Checkpoint | str | os.PathLike[str] | None = None,
-    calibrate_on: Split | None = None,
+    calibrate_on: SplitLike | None = None,
     calibrate_samples: int = 10_000,
     network: nn.Module | None = None,
     seed: int = 0,
@@ -255,6 +255,8 @@ def landscape(
     Source: Garipov et al. 2018, arXiv:1802.10026; Huang 2023, Adversarial Learned Soups, section
         4.3.
     """
+    data = as_split(data, "landscape")
+    calibrate_on = as_optional_split(calibrate_on, "landscape: calibrate_on")
     settings = LandscapeSettings(
         threat=ThreatModel.parse(threat),
         attack_steps=attack_steps,

@@ -15,7 +15,7 @@ from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split, to_float
+from robustsoup.data import Split, SplitLike, as_split, to_float
 from robustsoup.errors import Diverged, ModelError
 from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
@@ -45,7 +45,7 @@ from robustsoup.threats import ThreatModel
 @accepts_settings(AttackSettings)
 def evaluate(
     network: nn.Module | Checkpoint | str | os.PathLike[str],
-    data: Split,
+    data: SplitLike,
     threats: Sequence[ThreatModel | str] = (),
     settings: AttackSettings | None = None,
     *,
@@ -71,7 +71,8 @@ def evaluate(
 
     Args:
         network: Module, checkpoint or path.
-        data: Split to evaluate on.
+        data: Split to evaluate on, or your own samples: a pair (images, labels) of tensors or
+            arrays, or a data set of PyTorch; see `Split.from_tensors`.
         threats: Threat models to attack with, one after the other; clean ones add nothing.
         settings: The attack; AttackSettings() if None.
         samples: Number of samples to evaluate on, from the first; all if None.
@@ -101,7 +102,7 @@ def evaluate(
     """
     request = check_request(
         network,
-        data.first(samples),
+        as_split(data, "evaluate").first(samples),
         threats,
         make_settings(AttackSettings, settings, changes),
         reuse=Reuse(keep_points, tuple(pool), after, stop_below, tuple(others)),

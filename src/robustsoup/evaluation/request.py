@@ -13,7 +13,7 @@ from robustsoup.attacks.forward import pass_size
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import Split, to_float
 from robustsoup.device import resolve_device, resolve_precision
-from robustsoup.errors import DataError, RequestError
+from robustsoup.errors import RequestError
 from robustsoup.evaluation.attackers import Attacker, make_attacker
 from robustsoup.evaluation.reuse import (
     POOL,
@@ -115,7 +115,6 @@ def check_request(
 
     Raises:
         RequestError: If a setting or a reused evaluation does not fit.
-        DataError: If a label is out of range.
         ModelError: If the network does not fit the data.
     """
     attacked = tuple(dict.fromkeys(t for t in map(ThreatModel.parse, threats) if not t.is_clean))
@@ -123,15 +122,14 @@ def check_request(
         raise RequestError(f"stop_below: got {len(attacked)} threats, expected one")
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
-    _check_labels(data)
-    attacker = make_attacker(settings, attacked, data.classes, where, reuse.stop_below)
     source = network if isinstance(network, nn.Module) else Checkpoint.load(network)
     model = copy_network(source) if isinstance(source, nn.Module) else as_network(source)
     model = model.to(where)
-    warnings = []
+    warnings = list(data.notes)
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")
-    check_fit(model, data, attacked)
+    data = data.with_classes(check_fit(model, data, attacked))
+    attacker = make_attacker(settings, attacked, data.classes, where, reuse.stop_below)
     earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
     for threat in attacked:
@@ -147,12 +145,3 @@ def check_request(
         where,
         tuple(warnings),
     )
-
-
-def _check_labels(data: Split) -> None:
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= data.classes:
-        raise DataError(
-            f"labels: got {low}..{high}, expected 0..{data.classes - 1}, "
-            f"since the data has {data.classes} classes"
-        )

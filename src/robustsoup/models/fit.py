@@ -12,13 +12,16 @@ from robustsoup.errors import ModelError
 from robustsoup.threats import ThreatModel
 
 
-def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()) -> None:
+def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()) -> int:
     """Adapt a network to the images of a data set, and check that it has as many classes.
 
     Args:
         model: The network; adapted in place, see `adapt_network`. Its training mode stays.
         data: Any split with at least one sample.
         threats: Threat models, whose balls must not hold every image.
+
+    Returns:
+        The network's number of classes; more than the data's only if that number is inferred.
 
     Raises:
         ThreatError: A radius is too large for images of this shape.
@@ -31,11 +34,13 @@ def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()
     adapt_network(model, x)
     with frozen_eval(model), torch.no_grad():
         logits = model(x)
-    if logits.dim() != 2 or logits.shape[1] != data.classes:
+    fits = logits.dim() == 2 and data.with_classes(logits.shape[1]).classes == logits.shape[1]
+    if not fits:
         raise ModelError(
             f"network: got logits of shape {tuple(logits.shape)} for {len(x)} images, "
             f"expected {data.classes} classes as in {data.record['name']}"
         )
+    return logits.shape[1]
 
 
 def check_training(model: nn.Module, data: Split, batch_size: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_same_split
-from robustsoup.data import Split
+from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import RequestError
 from robustsoup.fingerprint import network_fingerprint
@@ -30,10 +30,10 @@ from robustsoup.training.train import check_early_stop
 @accepts_settings(LearnSettings, omit=["dial"])
 def learn(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
-    data: Split,
+    data: SplitLike,
     settings: LearnSettings | None = None,
     *,
-    val: Split | None = None,
+    val: SplitLike | None = None,
     base: Checkpoint | str | os.PathLike[str] | None = None,
     network: nn.Module | None = None,
     place: str = "auto",
@@ -81,6 +81,7 @@ def learn(
         ECCV 2024.
     """
     settings = make_settings(LearnSettings, settings, changes)
+    data, val = as_split(data, "learn"), as_optional_split(val, "learn: val")
     if settings.dial is not None:
         raise RequestError("dial: learn returns one soup; call learn_dial")
     check_early_stop(settings.early_stop, val)
@@ -97,7 +98,7 @@ def learn(
 @accepts_settings(LearnSettings, omit=["objective", "early_stop", "dial"])
 def learn_dial(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
-    data: Split,
+    data: SplitLike,
     settings: LearnSettings | None = None,
     *,
     by: str | None = None,
@@ -141,6 +142,7 @@ def learn_dial(
         RequestError: For a clean threat, an objective or early_stop; else as `learn`.
     """
     settings = make_settings(LearnSettings, settings, changes)
+    data = as_split(data, "learn_dial")
     dial_changes = {"by": by, "turn_every": turn_every}
     dial = make_settings(
         DialSettings, settings.dial, {k: v for k, v in dial_changes.items() if v is not None}

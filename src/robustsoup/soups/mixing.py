@@ -12,7 +12,7 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import BUFFER_POLICIES, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.formats import is_finite
-from robustsoup.data import Split
+from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.soups.ancestry import check_ingredients
@@ -88,7 +88,7 @@ def mix(
     *,
     buffers: str | None = None,
     base: Checkpoint | str | os.PathLike[str] | None = None,
-    calibrate_on: Split | None = None,
+    calibrate_on: SplitLike | None = None,
     calibrate_samples: int = 10_000,
     threat: ThreatModel = CLEAN,
     attack_steps: int = 2,
@@ -144,6 +144,7 @@ def mix(
     coefficients = Coefficients.of(alpha).for_ingredients([item.digest for item in loaded])
     coefficients.check(len(loaded), affine=affine)
     default = "base" if affine or base is not None else default_buffer_policy(coefficients)
+    calibrate_on = as_optional_split(calibrate_on, "mix: calibrate_on")
     policy = check_buffer_policy(buffers or default, calibrate_on, threat)
     _check_policy_fits(policy, loaded[0], coefficients, affine=affine)
     for item in loaded:

@@ -12,7 +12,7 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_leakage
-from robustsoup.data import Split
+from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
@@ -38,13 +38,13 @@ from robustsoup.threats import ThreatModel
 @accepts_settings(SearchSettings)
 def search(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
-    data: Split,
+    data: SplitLike,
     threats: Sequence[ThreatModel | str],
     settings: SearchSettings | None = None,
     attack_settings: AttackSettings | None = None,
     *,
     buffers: str = "average",
-    calibrate_on: Split | None = None,
+    calibrate_on: SplitLike | None = None,
     samples: int | None = None,
     allow_leakage: bool = False,
     network: nn.Module | None = None,
@@ -82,6 +82,8 @@ def search(
         RequestError: For invalid settings, before any work.
         LeakageError: If an ingredient was trained on samples of `data`.
     """
+    data = as_split(data, "search")
+    calibrate_on = as_optional_split(calibrate_on, "search: calibrate_on")
     search_changes, attack_changes = _split_changes(changes)
     settings = make_settings(SearchSettings, settings, search_changes)
     attack = make_settings(AttackSettings, attack_settings, attack_changes)

@@ -14,7 +14,15 @@ from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.checkpoints.provenance import earlier_data
-from robustsoup.data import Split, Synthetic, batches, mixed_batches
+from robustsoup.data import (
+    Split,
+    SplitLike,
+    Synthetic,
+    as_optional_split,
+    as_split,
+    batches,
+    mixed_batches,
+)
 from robustsoup.data.batches import Batch
 from robustsoup.data.synthetic import check_fraction
 from robustsoup.device import resolve_device, resolve_precision
@@ -50,10 +58,10 @@ OUTDATED_ENTRIES = ("history", "early_stopped_at", "learned", "coefficients", "b
 @accepts_settings(TrainSettings)
 def train(
     network: nn.Module | Checkpoint | str | os.PathLike[str],
-    data: Split,
+    data: SplitLike,
     settings: TrainSettings | None = None,
     *,
-    val: Split | None = None,
+    val: SplitLike | None = None,
     checkpoint_every: int | None = None,
     on_checkpoint: OnCheckpoint | None = None,
     device: str | torch.device = "auto",
@@ -95,6 +103,7 @@ def train(
         arXiv:2010.03593; synthetic images: Rebuffi et al. 2021, arXiv:2103.01946.
     """
     settings = make_settings(TrainSettings, settings, changes)
+    data, val = as_split(data, "train"), as_optional_split(val, "train: val")
     check_schedule(settings.schedule)
     check_early_stop(settings.early_stop, val)
     _check_checkpoint_interval(checkpoint_every, on_checkpoint)

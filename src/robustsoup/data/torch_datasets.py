@@ -1,0 +1,188 @@
+"""Read the data sets and loaders of torch.utils.data into tensors."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from robustsoup.data.images import is_grey, is_pillow_image, make_decoder
+from robustsoup.errors import DataError
+
+if TYPE_CHECKING:
+    from robustsoup.data.images import Image
+
+IMAGE_KEYS = ("image", "img", "pixel_values", "png", "jpg", "jpeg", "webp", "ppm", "pgm")
+LABEL_KEYS = ("label", "labels", "fine_label", "target", "cls")
+"""Names of images and labels in samples that are dictionaries."""
+
+REPEATED_SAMPLES = 8
+"""Samples that are read twice, to detect random augmentation."""
+
+
+@runtime_checkable
+class IndexedDataset(Protocol):
+    """A data set whose samples have numbers."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, number: int, /) -> object:
+        """Return a sample."""
+        ...
+
+
+class ImageStack:
+    """Collects images of Pillow, tensors or arrays.
+
+    Args:
+        place: Names the data in errors.
+        image_size: Pixels a side of images of Pillow; None for their own.
+        channels: 1 or 3 for images of Pillow; None for 1 if all are grey.
+    """
+
+    def __init__(self, place: str, image_size: int | None, channels: int | None) -> None:
+        self.place = place
+        self.image_size, self.channels = image_size, channels
+        self.decoder = make_decoder(place, image_size, channels)
+        self.images: list[object] = []
+
+    def add(self, image: object) -> None:
+        """Add an image."""
+        self.images.append(self._convert(image) if is_pillow_image(image) else image)
+
+    def stack(self) -> list[object]:
+        """Return all images with equal numbers of channels."""
+        tensors = [image for image in self.images if isinstance(image, Tensor)]
+        if {len(tensor) for tensor in tensors if tensor.ndim == 3} == {1, 3}:
+            return [tensor.expand(3, *tensor.shape[1:]) for tensor in tensors]
+        return self.images
+
+    def _convert(self, image: "Image") -> Tensor:
+        width, height = image.size
+        if self.image_size is None:
+            if not self.images and width == height:
+                self.decoder.size = width
+            if (width, height) != (self.decoder.size, self.decoder.size):
+                raise DataError(
+                    f"{self.place}: got an image of {width} x {height} pixels, expected square "
+                    "images of one size; set image_size"
+                )
+        self.decoder.channels = self.channels or (1 if is_grey(image) else 3)
+        return self.decoder.convert(image, f"{self.place}: image {len(self.images)}")
+
+
+def read_dataset(
+    dataset: object, place: str, *, image_size: int | None = None, channels: int | None = None
+) -> tuple[object, object]:
+    """Return the images and labels of a data set, in its order.
+
+    Args:
+        dataset: A data set of (image, label) pairs or of dictionaries, or a DataLoader of one,
+            whose batches and order are ignored. Images are tensors, arrays or images of Pillow.
+        place: Names the data in errors.
+        image_size: Pixels a side of images of Pillow; by default their own.
+        channels: 1 or 3 for images of Pillow; by default 1 if all are grey.
+
+    Returns:
+        Images and labels, for `as_pixels` and `as_labels`.
+
+    Raises:
+        DataError: The data set holds something else, or its samples differ from read to read.
+    """
+    if isinstance(dataset, DataLoader):
+        if dataset.collate_fn is not default_collate:
+            raise DataError(
+                f"{place}: got a DataLoader with a collate_fn of its own, expected a data set of "
+                "(image, label) pairs; pass its images and labels as tensors"
+            )
+        dataset = dataset.dataset
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return dataset.tensors
+    # Augmentation draws from the global state, which stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        _refuse_random_samples(dataset, place)
+        stack, labels = ImageStack(place, image_size, channels), list[object]()
+        for image, label in _iterate(dataset, place):
+            stack.add(image)
+            labels.append(label)
+    if not labels:
+        raise DataError(f"{place}: got no samples, expected one or more")
+    return stack.stack(), labels
+
+
+def class_names(dataset: object) -> list[str] | None:
+    """Return the class names that a data set states, as those of torchvision do."""
+    while isinstance(dataset, DataLoader) or (
+        hasattr(dataset, "dataset") and not hasattr(dataset, "classes")
+    ):
+        dataset = getattr(dataset, "dataset", None)
+    names = getattr(dataset, "classes", None)
+    if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
+        return list(names)
+    return None
+
+
+def is_dataset(value: object) -> bool:
+    """Return whether `read_dataset` reads a value."""
+    return isinstance(value, (Dataset, DataLoader))
+
+
+def split_sample(sample: object, place: str) -> tuple[object, object]:
+    """Return the image and the label of one sample.
+
+    Raises:
+        DataError: The sample is no pair, and no dictionary with an image and a label.
+    """
+    if isinstance(sample, Mapping):
+        image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
+        label = next((sample[key] for key in LABEL_KEYS if key in sample), None)
+        if image is not None and label is not None:
+            return image, label
+        raise DataError(
+            f"{place}: got samples with {', '.join(map(str, sample))}, expected one of "
+            f"{', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}"
+        )
+    if isinstance(sample, (tuple, list)) and len(sample) == 2:
+        return sample[0], sample[1]
+    size = f" of {len(sample)}" if isinstance(sample, (tuple, list)) else ""
+    raise DataError(
+        f"{place}: got samples of type {type(sample).__name__}{size}, expected (image, label)"
+    )
+
+
+def _iterate(dataset: object, place: str) -> Iterator[tuple[object, object]]:
+    samples: Iterable[object]
+    if _is_indexed(dataset):  # many such data sets raise no IndexError at their end
+        samples = (dataset[number] for number in range(len(dataset)))
+    elif isinstance(dataset, Iterable):
+        samples = dataset
+    else:
+        raise DataError(f"{place}: got {type(dataset).__name__}, expected a data set of PyTorch")
+    for sample in samples:
+        yield split_sample(sample, place)
+
+
+def _is_indexed(dataset: object) -> TypeGuard[IndexedDataset]:
+    return isinstance(dataset, IndexedDataset) and not isinstance(dataset, IterableDataset)
+
+
+def _refuse_random_samples(dataset: object, place: str) -> None:
+    """Refuse a data set whose first samples differ when they are read again."""
+    if not _is_indexed(dataset):
+        return
+    for number in range(min(len(dataset), REPEATED_SAMPLES)):
+        first, second = (split_sample(dataset[number], place)[0] for _ in range(2))
+        if _pixel_bytes(first) != _pixel_bytes(second):
+            raise DataError(
+                f"{place}: sample {number} differs when it is read again; remove random "
+                "augmentation from its transform, and give augmentation= instead"
+            )
+
+
+def _pixel_bytes(image: object) -> bytes:
+    if is_pillow_image(image):
+        return image.tobytes()
+    return (image if isinstance(image, Tensor) else torch.as_tensor(image)).numpy().tobytes()
