@@ -101,7 +101,7 @@ def small_problem(seed=0):
 )
 def test_both_forms_stay_in_the_ball_and_the_box(norm, eps, steps, seed):
     model, x, y = small_problem(seed)
-    threat = ThreatModel(norm, eps)
+    threat = ThreatModel(norm, min(eps, 1.0) if norm == "Linf" else eps)
     check_feasible(apgd_train(model, x, y, threat, steps=steps), x, threat)
     check_feasible(apgd(model, x, y, threat, steps=steps, seed=seed, batch_size=4), x, threat)
 
@@ -573,7 +573,8 @@ def test_an_invalid_request_is_refused_before_the_network_is_called(change, erro
         (lambda x: torch.zeros(len(x), 10, 2), ModelError, r"shape \(2, 10, 2\)"),
         (lambda x: torch.zeros(10), ModelError, r"shape \(10,\)"),
         (lambda x: torch.zeros(1, 10), ModelError, r"shape \(1, 10\)"),
-        (lambda x: {"logits": x}, ModelError, "shape dict"),
+        (lambda x: {"logits": x}, ModelError, r"shape \(2, 1, 2, 2\)"),
+        (lambda x: {"a": x, "b": x}, ModelError, "returned dict with the keys a, b"),
         (lambda x: torch.full((len(x), 10), torch.nan), Diverged, "NaN"),
         (lambda x: torch.full((len(x), 10), torch.inf), Diverged, "infinity"),
     ],
