@@ -9,7 +9,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 	--no-header --no-annotate -c constraints.txt
 HASHED_INSTALL = $(BIN)/pip install --quiet --no-deps --require-hashes --only-binary :all:
 
-.PHONY: demo test test-slow test-kernels test-everywhere test-oldest lint docs dist lock hashed audit clean
+.PHONY: demo test test-slow test-kernels test-everywhere test-oldest trust lint docs dist lock hashed audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -38,6 +38,11 @@ test-everywhere: $(VENV)/.installed-dev
 	for seed in 1 2 3 4; do \
 		ROBUSTSOUP_TEST_SEED=$$seed $(BIN)/pytest -n 2 -m "trained and not slow" || exit 1; \
 	done
+
+# Kills, damage, fuzzing and other faults, many times over; docs/reliability.md quotes the table that
+# it prints. ROBUSTSOUP_TRUST_SHARE=0.01 is a quick look, ROBUSTSOUP_FUZZ_SECONDS=600 the long fuzzing.
+trust: $(VENV)/.installed-dev
+	$(BIN)/pytest -m trust
 
 # Ruff's rules, its formatter and the type check.
 lint: $(VENV)/.installed-dev

@@ -1,0 +1,116 @@
+"""Start robustsoup's commands as processes that begin within milliseconds, and compare their files.
+
+A server process imports everything once; each command is a fork of it. So a kill can fall on any
+moment of the work itself, and hundreds of kills take minutes.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["preloaded"])
+TIMES = {"created", "seconds", "record"}
+"""Keys of JSON files that hold times, or the digest of a record that holds some."""
+
+
+class Command:
+    """A command that runs in a process of its own.
+
+    Args:
+        arguments: The words after `robustsoup`.
+        folder: Working folder.
+        store: The store.
+        before: Function that the process calls first, such as one that breaks its clock.
+    """
+
+    def __init__(self, arguments, folder, store, before=None):
+        self.log = Path(store).parent / f"{Path(store).name}.{os.urandom(4).hex()}.log"
+        words = [str(word) for word in arguments]
+        self.process = CONTEXT.Process(
+            target=_run, args=(words, str(folder), str(store), str(self.log), before)
+        )
+        self.process.start()
+
+    def wait(self, seconds=300):
+        """Wait for the end; return the exit code, None if the process still runs."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def kill(self):
+        """Kill the process with SIGKILL."""
+        self.process.kill()
+        self.process.join()
+
+    def output(self):
+        """Return what the command printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def _run(words, folder, store, log, before):
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PLW1514, PTH123, SIM115
+    os.chdir(folder)
+    os.environ["ROBUSTSOUP_STORE"] = store
+    from preloaded import main, save_after_each_step  # noqa: PLC0415  # in the process alone
+
+    save_after_each_step()
+    if before is not None:
+        before()
+    main(words)
+
+
+def run(arguments, folder, store, before=None, seconds=300):
+    """Run a command to its end; return its exit code and what it printed."""
+    command = Command(arguments, folder, store, before)
+    code = command.wait(seconds)
+    if code is None:
+        command.kill()
+    return code, command.output()
+
+
+def lasting_files(folder):
+    """Return the content of every file below a folder, by relative path.
+
+    Times are left out of JSON files and of the report, and log.txt is left out; everything else is
+    the file's bytes.
+    """
+    return {
+        str(path.relative_to(folder)): _lasting_content(path)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != "log.txt"
+    }
+
+
+def _lasting_content(path):
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        return json.dumps(_without_times(json.loads(content)))
+    if path.suffix == ".html":
+        return re.sub(rb"\d{4}-\d\d-\d\dT[\d:]+Z|seconds</th><td>[\d.,]+", b"", content)
+    return content
+
+
+def _without_times(value):
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [_without_times(item) for item in value]
+    return value
+
+
+def find_differences(found, expected):
+    """Return the names of files that differ or that only one of two folders has."""
+    names = found.keys() | expected.keys()
+    return sorted(name for name in names if found.get(name) != expected.get(name))
+
+
+def is_one_line(output):
+    """Return whether an error is one line without a traceback; progress lines may come before."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return "Traceback" not in output and bool(lines) and lines[-1].isprintable()
