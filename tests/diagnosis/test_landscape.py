@@ -17,6 +17,7 @@ from robustsoup.diagnosis import landscape as landscape_module
 from robustsoup.diagnosis.landscape import Landscape, WeightPlane, landscape, plane_through
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.models import NetworkSettings, load_model
+from robustsoup.reports.planes import load_plane
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -251,6 +252,20 @@ def test_save_and_load(three, tmp_path):
     (tmp_path / "plane.json").write_text(json.dumps({"x": []}))
     with pytest.raises(CheckpointError, match="not a saved landscape"):
         Landscape.load(tmp_path / "plane.json")
+
+
+def test_a_changed_landscape_is_noticed(three, tmp_path):
+    path = measure_landscape(three, points=2, samples=1).save(tmp_path / "plane.json")
+    content = json.loads(path.read_text())
+    content["loss"][0][0] = 0.125
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"plane\.json: .*its content changed"):
+        Landscape.load(path)
+    with pytest.raises(RequestError, match=r"plane\.json: .*its content changed"):
+        load_plane(path, "plane")
+    del content["digest"]  # as in files of other programs
+    path.write_text(json.dumps(content))
+    assert Landscape.load(path).loss[0][0] == load_plane(path, "plane").loss[0, 0] == 0.125
 
 
 def test_a_loss_that_is_not_finite_is_none():

@@ -13,8 +13,8 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["preloaded"])
-TIMES = {"created", "seconds", "record"}
-"""Keys of JSON files that hold times, or the digest of a record that holds some."""
+UNLASTING = {"created", "seconds", "files", "digest", "digests"}
+"""Keys of JSON files that hold times, or digests of files that hold some."""
 
 
 class Command:
@@ -54,10 +54,10 @@ def _run(words, folder, store, log, before):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PLW1514, PTH123, SIM115
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(folder)
     os.environ["ROBUSTSOUP_STORE"] = store
-    from preloaded import main, save_after_each_step  # noqa: PLC0415  # in the process alone
+    from preloaded import main, save_after_each_step  # in the process alone
 
     save_after_each_step()
     if before is not None:
@@ -77,8 +77,8 @@ def run(arguments, folder, store, before=None, seconds=300):
 def lasting_files(folder):
     """Return the content of every file below a folder, by relative path.
 
-    Times are left out of JSON files and of the report, and log.txt is left out; everything else is
-    the file's bytes.
+    Times and digests of them are left out of JSON files and of the report, and log.txt is left
+    out; everything else is the file's bytes.
     """
     return {
         str(path.relative_to(folder)): _lasting_content(path)
@@ -98,7 +98,7 @@ def _lasting_content(path):
 
 def _without_times(value):
     if isinstance(value, dict):
-        return {key: _without_times(item) for key, item in value.items() if key not in TIMES}
+        return {key: _without_times(item) for key, item in value.items() if key not in UNLASTING}
     if isinstance(value, list):
         return [_without_times(item) for item in value]
     return value

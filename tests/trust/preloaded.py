@@ -9,9 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import robustsoup
-from robustsoup.cli import main as main
+from robustsoup.cli import main
 from robustsoup.progress import SavedState
 
+__all__ = ["main", "save_after_each_step"]
 torch.set_num_threads(1)
 for _module in pkgutil.walk_packages(robustsoup.__path__, "robustsoup."):
     if not _module.name.endswith("__main__"):

@@ -46,13 +46,17 @@ DIGITS = ("--data", "digits", "--threat", "Linf 32/255", "--threads", 1)
 PAIR = ("../low.safetensors", "../high.safetensors")
 COMMANDS = {
     "run": ("run", "../tiny.toml", "--threads", 1, "-o", "run"),
-    "train": ("train", "--from", PAIR[0], *DIGITS, "--epochs", 3, "--lr", 0.05, "-o", "t.safetensors"),
+    "train": (
+        "train", "--from", PAIR[0], *DIGITS, "--epochs", 3, "--lr", 0.05, "-o", "t.safetensors",
+    ),
     "learn": ("learn", *PAIR, *DIGITS, "--epochs", 2, "-o", "learned"),
     "evaluate": (
         "evaluate", *PAIR, *DIGITS, "--threat", "L2 0.5", "--steps", 5, "--restarts", 2,
         "--samples", 128, "--keep-points", "-o", "evaluated",
     ),
-    "search": ("search", *PAIR, *DIGITS, "--steps", 3, "--samples", 64, "--step", 0.25, "-o", "best"),
+    "search": (
+        "search", *PAIR, *DIGITS, "--steps", 3, "--samples", 64, "--step", 0.25, "-o", "best",
+    ),
     "landscape": (
         "landscape", "../base.safetensors", *PAIR, *DIGITS, "--points", 4, "--samples", 64,
         "--attack-steps", 2, "-o", "plane",

@@ -1,4 +1,4 @@
-"""Each command, killed with SIGKILL at random moments, ends with the bytes of an undisturbed one."""
+"""A command that was killed with SIGKILL at random moments ends with the bytes of a whole one."""
 
 import random
 import time

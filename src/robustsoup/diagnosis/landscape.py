@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split, to_float
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
+from robustsoup.digests import digest_json
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
@@ -180,9 +181,9 @@ class Landscape:
     precision: str
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the landscape atomically as one JSON file."""
-        path = user_path(path)
-        write_text(path, json.dumps(asdict(self)))
+        """Write the landscape atomically as one JSON file, with a digest of its content."""
+        path, content = user_path(path), asdict(self)
+        write_text(path, json.dumps({**content, "digest": digest_json(content)}))
         return path
 
     @classmethod
@@ -193,11 +194,25 @@ class Landscape:
             CheckpointError: The file is missing or holds no landscape.
         """
         try:
-            content = read_json(path)
-            check_landscape(content, "the plane")
-            return cls(**content)
+            return cls(**read_landscape(path))
         except (MisfitError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a saved landscape: {error}") from None
+
+
+def read_landscape(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the fields of a saved landscape, compared with their digest if the file has one.
+
+    Raises:
+        OSError: The file cannot be read.
+        MisfitError: The file holds no landscape.
+        ValueError: The file is no JSON, or its content changed.
+    """
+    content = read_json(path)
+    check_landscape(content, "the plane")
+    digest = content.pop("digest", None)
+    if digest is not None and digest != digest_json(content):
+        raise ValueError("its content changed after it was written")
+    return content
 
 
 def landscape(

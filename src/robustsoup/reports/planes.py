@@ -13,8 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 
-from robustsoup.diagnosis.landscape import check_landscape
-from robustsoup.documents import read_json
+from robustsoup.diagnosis.landscape import read_landscape
 from robustsoup.errors import RequestError
 from robustsoup.reports.convexity import mask_triangle, survey_loss
 from robustsoup.reports.labels import (
@@ -144,8 +143,7 @@ def load_plane(path: Path, name: str) -> LossPlane:
     """
     hint = "expected a file that `robustsoup run` wrote; run the recipe again"
     try:
-        content = read_json(path)
-        check_landscape(content, "the plane")
+        content = read_landscape(path)
         return LossPlane(
             name=name,
             checkpoints=tuple(map(str, content["checkpoints"])),

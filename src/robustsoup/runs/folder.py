@@ -15,6 +15,7 @@ import torch
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.data.duplicates import Overlap
+from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import write_text
@@ -213,9 +214,8 @@ def _copy_evaluation(
 def _write_plane(staged: StagedFiles, name: str, key: Key, plan: Plan) -> PlaneResult:
     checkpoints = plan.recipe.planes[name].checkpoints
     plane = PlaneResult(name=name, checkpoints=checkpoints, file=f"landscapes/{name}.json")
-    content = json.loads(staged.store.file(key, LANDSCAPE).read_text(encoding="utf-8"))
-    content |= {"name": name, "checkpoints": list(checkpoints)}
-    write_text(staged.new_path(plane.file), json.dumps(content))
+    landscape = Landscape.load(staged.store.file(key, LANDSCAPE))
+    replace(landscape, checkpoints=checkpoints).save(staged.new_path(plane.file))
     return plane
 
 
