@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded"])
+CONTEXT.set_forkserver_preload(["preloaded", "reading_costs"])
 UNLASTING = {"created", "seconds", "files", "digest", "digests"}
 """Keys of JSON files that hold times, or digests of files that hold some."""
 

@@ -3,7 +3,6 @@
 import importlib
 import os
 import pkgutil
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -13,7 +12,7 @@ import robustsoup
 from robustsoup.cli import main
 from robustsoup.progress import SavedState
 
-__all__ = ["main", "measure_peak", "save_after_each_step"]
+__all__ = ["main", "save_after_each_step"]
 torch.set_num_threads(1)
 for _module in pkgutil.walk_packages(robustsoup.__path__, "robustsoup."):
     if not _module.name.endswith("__main__"):
@@ -23,13 +22,3 @@ for _module in pkgutil.walk_packages(robustsoup.__path__, "robustsoup."):
 def save_after_each_step():
     """Save the state of every run after each step, not only when half a minute has passed."""
     SavedState.due = lambda self: self.path is not None
-
-
-def measure_peak(*, reset=False):
-    """Return the most memory in bytes that this process held at once, since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(
-        1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
-    )

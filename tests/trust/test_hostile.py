@@ -6,15 +6,14 @@ PyTorch loaded. Each file is read in a process of its own, which would survive n
 
 import os
 import random
-import time
 import zipfile
-from pathlib import Path
 
 import hostile_pickles as hostile
 import pytest
 from all_formats import ALL_FORMATS
 from commands import CONTEXT
 from hostile_pickles import bomb, group, pickle, storage, table, tensor, text
+from reading_costs import read_measured
 
 MOST_SECONDS, MOST_BYTES, HANG_SECONDS = 1.0, 500 * 2**20, 120
 DEPTH, MANY = 200_000, 400_000
@@ -145,23 +144,6 @@ OWN = {
     ".npz": ARRAYS,
 }
 """Hostile files by the ending of a format."""
-
-
-def read_measured(kind, path, results):
-    """Read a file and put what happened, the seconds and the bytes of memory into a queue."""
-    from preloaded import measure_peak  # in the process alone
-
-    from robustsoup.errors import RobustsoupError
-
-    before, began = measure_peak(reset=True), time.process_time()
-    try:
-        ALL_FORMATS[kind][1](Path(path))
-        outcome = ""
-    except RobustsoupError as error:
-        outcome = "" if str(error).isprintable() else f"not one line: {str(error)[:200]!r}"
-    except BaseException as error:  # whatever else is a traceback for users
-        outcome = f"{type(error).__name__}: {str(error)[:200]}"
-    results.put((outcome, time.process_time() - began, measure_peak() - before))
 
 
 @pytest.mark.parametrize("kind", ALL_FORMATS)

@@ -43,7 +43,7 @@ def network():
 def find_masking(network, before, threat):
     """Return the warnings of an evaluation behind a function of the inputs."""
     split = load_data("digits").test.first(200)
-    return evaluate(Front(network, before), split, [threat], steps=20).warnings
+    return evaluate(Front(network, before).eval(), split, [threat], steps=20).warnings
 
 
 def test_masked_networks_are_flagged(network, tally_of):
