@@ -9,12 +9,30 @@ import multiprocessing
 import os
 import re
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded", "reading_costs"])
 UNLASTING = {"created", "seconds", "files", "digest", "digests"}
 """Keys of JSON files that hold times, or digests of files that hold some."""
+
+
+def start_process(target, *arguments):
+    """Start a function in a fork of the server process, which has everything imported.
+
+    Args:
+        target: Function of a module that the server can import.
+        arguments: Its arguments.
+    """
+    CONTEXT.set_forkserver_preload(["preloaded", "reading_costs"])
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11 preloads without this sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 class Command:
@@ -30,10 +48,7 @@ class Command:
     def __init__(self, arguments, folder, store, before=None):
         self.log = Path(store).parent / f"{Path(store).name}.{os.urandom(4).hex()}.log"
         words = [str(word) for word in arguments]
-        self.process = CONTEXT.Process(
-            target=_run, args=(words, str(folder), str(store), str(self.log), before)
-        )
-        self.process.start()
+        self.process = start_process(_run, words, str(folder), str(store), str(self.log), before)
 
     def wait(self, seconds=300):
         """Wait for the end; return the exit code, None if the process still runs."""

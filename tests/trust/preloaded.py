@@ -6,6 +6,7 @@ import pkgutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: F401  # each process imports the main module of its parent
 import torch
 
 import robustsoup

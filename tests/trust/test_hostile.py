@@ -11,7 +11,7 @@ import zipfile
 import hostile_pickles as hostile
 import pytest
 from all_formats import ALL_FORMATS
-from commands import CONTEXT
+from commands import CONTEXT, start_process
 from hostile_pickles import bomb, group, pickle, storage, table, tensor, text
 from reading_costs import read_measured
 
@@ -157,8 +157,7 @@ def test_hostile_files_cost_little(tmp_path, tally_of, kind):
         path.rmdir() if path.is_dir() else path.unlink()
         write(path)
         results = CONTEXT.SimpleQueue()
-        process = CONTEXT.Process(target=read_measured, args=(kind, str(path), results))
-        process.start()
+        process = start_process(read_measured, kind, str(path), results)
         process.join(HANG_SECONDS)
         tally.count()
         if process.exitcode != 0:
