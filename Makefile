@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+EXTRAS := .venv-extras
 WHEEL_VENV := .venv-wheel
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate -c constraints.txt
 HASHED_INSTALL = $(BIN)/pip install --quiet --no-deps --require-hashes --only-binary :all:
 
-.PHONY: demo test test-slow test-kernels test-everywhere test-oldest trust lint docs dist lock hashed audit clean
+.PHONY: demo test test-slow test-kernels test-everywhere test-oldest test-extras trust lint docs dist lock hashed audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -92,6 +93,11 @@ audit: $(VENV)/.installed-dev
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n 2 --ignore tests/docs
 
+# Tests with the real timm, transformers, torchvision and robustbench, in an environment of its own:
+# torchvision must fit PyTorch to the version, and robustbench asks for another timm.
+test-extras: $(EXTRAS)/.installed
+	$(EXTRAS)/bin/pytest -m extras
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robustsoup needs Python 3.11 or later: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -110,5 +116,11 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet -c constraints.txt --no-deps robustbench
 	touch $@
 
+$(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
+	$(PYTHON) -m venv --clear $(EXTRAS)
+	$(EXTRAS)/bin/pip install --quiet -c constraints.txt -c constraints-extras.txt -e '.[test,timm,hf,torchvision]' torchdiffeq geotorch pandas gdown setuptools
+	$(EXTRAS)/bin/pip install --quiet -c constraints.txt --no-deps robustbench
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(WHEEL_VENV) build dist docs/_build .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(EXTRAS) $(WHEEL_VENV) build dist docs/_build .pytest_cache .hypothesis .ruff_cache

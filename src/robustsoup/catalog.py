@@ -221,8 +221,39 @@ MODELS = Registry(
         source="Gowal et al. 2021, arXiv:2110.09468",
         facts={"published_constants": True},
     ),
+    Entry(
+        "timm",
+        "robustsoup.models.timm_networks:TIMM",
+        "Any network that timm lists; requires the extra robustsoup[timm].",
+        spelling="timm:NAME",
+        facts={"library": "timm"},
+    ),
+    Entry(
+        "hf",
+        "robustsoup.models.transformers_networks:TRANSFORMERS",
+        "An image classifier of transformers, by its config.json in a folder or on the hub; "
+        "requires the extra robustsoup[hf].",
+        spelling="hf:FOLDER or hf:ORG/NAME",
+        facts={"library": "transformers"},
+    ),
+    Entry(
+        "torchvision",
+        "robustsoup.models.torchvision_networks:TORCHVISION",
+        "A classifier of torchvision; requires the extra robustsoup[torchvision].",
+        spelling="torchvision:NAME",
+        facts={"library": "torchvision"},
+    ),
+    Entry(
+        "robustbench",
+        "robustsoup.models.robustbench_networks:ROBUSTBENCH",
+        "A network of RobustBench's model zoo; built in for the checkpoints that fetch offers, "
+        "otherwise requires robustbench.",
+        spelling="robustbench:NAME",
+        facts={"library": "robustbench"},
+    ),
 )
-"""facts: "published_constants", normalises by the constants of the published checkpoints."""
+"""facts: "published_constants", normalises by the constants of the published checkpoints;
+"library", the package whose networks follow the name: the target is then a Library."""
 
 DATA_SOURCES = Registry(
     "data",

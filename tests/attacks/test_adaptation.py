@@ -321,3 +321,21 @@ def test_other_labels_are_refused_in_one_line(plain, images, labels, message):
     for attack in (rs.apgd, rs.pgd):
         with pytest.raises(DataError, match=message):
             attack(plain, images, labels, LINF, steps=1)
+
+
+def test_groupnorm_gets_contiguous_input():
+    """PyTorch's kernel for channels-last input without a gradient ends the process."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(288, 4))
+    x = torch.rand(2, 3, 8, 8)
+    adapt_network(network, x)
+    adapt_network(network, x)
+    network[0].requires_grad_(False)
+    formats = []
+    network[1].register_forward_hook(
+        lambda _module, inputs, _output: formats.append(inputs[0].is_contiguous())
+    )
+    logits = network(x.contiguous(memory_format=torch.channels_last))
+    assert formats == [True]
+    weight, _ = torch.autograd.grad(logits.sum(), list(network[1].parameters()))
+    assert weight.isfinite().all()
+    assert len(network[1]._forward_pre_hooks) == 1

@@ -1,5 +1,8 @@
 """Network sources: built-in names, functions, factories in modules, and installed plugins."""
 
+import importlib.metadata
+import sys
+
 import pytest
 import torch
 from plugins import write_plugin
@@ -7,8 +10,12 @@ from torch import nn
 
 from robustsoup.catalog import MODELS
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 from robustsoup.errors import ModelError
-from robustsoup.models import NetworkSettings, factory_fingerprint, load_model
+from robustsoup.models import NetworkSettings, factory_fingerprint, is_built_in, load_model
+from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
+
+BUILT_IN = [name for name, entry in MODELS.items() if not entry.facts.get("library")]
 
 OWN_NETWORK = """
 from torch import nn
@@ -23,7 +30,7 @@ def linear_network(classes=10, channels=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_network_in_the_catalog_can_be_built(name):
     model = load_model(f"{name}:width=1", classes=7)
     assert model.network_settings == NetworkSettings(f"{name}:width=1", classes=7)
@@ -88,3 +95,77 @@ def test_a_wrong_spec_is_refused_in_one_line(spec, text):
         load_model(spec)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LIBRARIES = {"timm": "timm", "transformers": "hf", "torchvision": "torchvision"}
+
+
+def refuse_package(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(("library", "source"), LIBRARIES.items())
+def test_a_missing_library_is_named_with_its_install_line(tmp_path, monkeypatch, library, source):
+    monkeypatch.delitem(sys.modules, f"{library}.models", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(importlib.metadata, "version", refuse_package)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    name = tmp_path if source == "hf" else "resnet18"
+    expected = (
+        f"model \"{source}:{name}\": {library} is not installed; pip install 'robustsoup[{source}]'"
+    )
+    for act in (load_model, factory_fingerprint):
+        with pytest.raises(ModelError) as caught:
+            act(f"{source}:{name}")
+        assert str(caught.value) == expected
+    path = Checkpoint.of(linear_network(), {"network": {"spec": f"{source}:{name}"}}).save(
+        tmp_path / "a.safetensors"
+    )
+    with pytest.raises(ModelError) as caught:
+        Checkpoint.load(path).network()
+    refusal = "files never choose code that runs" if source == "hf" else expected
+    assert refusal in str(caught.value)
+
+
+def test_a_torchvision_that_does_not_fit_pytorch_is_named(tmp_path, monkeypatch):
+    write_plugin(tmp_path, "torchvision", "raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    write_plugin(tmp_path, "timm", "import torchvision")
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    for spec in ("torchvision:resnet18", "timm:resnet18"):
+        with pytest.raises(ModelError) as caught:
+            load_model(spec)
+        assert "torchvision does not work with PyTorch" in str(caught.value)
+        assert "operator nms does not exist; install both from one source" in str(caught.value)
+
+
+def test_published_networks_of_robustbench_are_built_in():
+    built = {name: published.model for name, published in PUBLISHED_CHECKPOINTS.items()}
+    assert built == PUBLISHED_NETWORKS
+    name = "Gowal2021Improving_R18_ddpm_100m"
+    model = load_model(f"robustbench:{name}")
+    assert model.network_settings == NetworkSettings("preact_resnet18")
+    assert factory_fingerprint(f"robustbench:{name}") is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("timm", 'model "timm": got no name, expected timm:NAME'),
+        ("hf:", 'model "hf:": got no name, expected hf:FOLDER or hf:ORG/NAME'),
+        ("hf:absent", "there is no such folder, and a repository is named ORG/NAME"),
+        ("hf:/absent/folder", "there is no such folder, and a repository is named ORG/NAME"),
+        ("timm:resnet18:width=1,width=2", "got width twice"),
+    ],
+)
+def test_a_network_of_a_library_needs_a_name(spec, text):
+    with pytest.raises(ModelError) as caught:
+        load_model(spec)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["hf:org/name", "hf:.", "robustbench:Carmon2019Unlabeled"])
+def test_a_record_cannot_name_a_place_or_the_code_of_a_library(spec):
+    assert not is_built_in(spec)

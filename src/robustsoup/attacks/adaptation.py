@@ -58,7 +58,10 @@ def adapt_network(model: nn.Module, x: Tensor) -> None:
     """Make a network accept any memory format, keep its input and return logits, in place.
 
     Networks run in the channels-last memory format, which is faster; one that cannot (it calls
-    `view` on a feature map) runs in the contiguous format. Adapting twice changes nothing more.
+    `view` on a feature map) runs in the contiguous format. GroupNorm always gets contiguous input:
+    on a CPU, PyTorch 2.13 ends the process in its backward pass if the input is channels-last and
+    needs no gradient, as where a layer of a learned soup rests. Adapting twice changes nothing
+    more.
 
     Args:
         model: The network; its modes stay.
@@ -69,6 +72,9 @@ def adapt_network(model: nn.Module, x: Tensor) -> None:
     """
     if not _has_hook(model, LogitsOutput):
         model.register_forward_hook(LogitsOutput())
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm) and not _has_hook(module, ContiguousInput):
+            module.register_forward_pre_hook(ContiguousInput())
     set_memory_format(model)
     channels_last = x.contiguous(memory_format=torch.channels_last)
     try:

@@ -19,10 +19,11 @@ from robustsoup.models import (
     NetworkSettings,
     build_network,
     build_skeleton,
+    complete_settings,
     is_built_in,
     network_settings_of,
 )
-from robustsoup.models.network import channel_constants
+from robustsoup.models.network import channel_constants, file_names_of
 from robustsoup.paths import user_path
 from robustsoup.schema import describe_value
 
@@ -200,11 +201,13 @@ class Checkpoint:
                 f"{self.name}: the file does not record its network; {NAME_THE_NETWORK}"
             )
         defaults = defaults or NetworkSettings(spec or "")
-        return NetworkSettings(
-            spec or defaults.spec,
-            defaults.classes if classes is None else classes,
-            defaults.channels if channels is None else channels,
-            channel_constants(normalize) or defaults.normalize,
+        return complete_settings(
+            NetworkSettings(
+                spec or defaults.spec,
+                defaults.classes if classes is None else classes,
+                defaults.channels if channels is None else channels,
+                channel_constants(normalize) or defaults.normalize,
+            )
         )
 
     def network(
@@ -224,8 +227,8 @@ class Checkpoint:
                 the network (the first is named).
         """
         settings = self._override_network(spec, classes, channels, normalize)
-        if is_built_in(settings.spec):
-            self._tensors_for(build_skeleton(settings))  # before a network takes memory
+        if is_built_in(settings.spec) and (skeleton := build_skeleton(settings)) is not None:
+            self._tensors_for(skeleton)  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
         return model.eval()
@@ -233,10 +236,15 @@ class Checkpoint:
     def with_names_of(self, model: nn.Module) -> "Checkpoint":
         """Restore the part of the removed prefix that the names of `model` include.
 
+        Names that the network's library uses in files become the network's own.
+
         Returns:
             The renamed checkpoint; this checkpoint if its names fit already or cannot be made to.
         """
         expected = set(model.state_dict())
+        file_names = file_names_of(model)
+        if file_names and set(self.tensors) == set(file_names.values()) != expected:
+            return self._renamed({file_name: name for name, file_name in file_names.items()})
         if self.wrapping is None or _have_same_names(self.tensors, expected):
             return self
         prefix = self.wrapping.prefix
@@ -256,6 +264,16 @@ class Checkpoint:
                     wrapping=replace(self.wrapping, prefix=prefix[:start]),
                 )
         return self
+
+    def _renamed(self, new_names: Mapping[str, str]) -> "Checkpoint":
+        """Return the checkpoint with new names, by old name."""
+        names: dict[str, Any] = {
+            "tied": {new_names[alias]: new_names[name] for alias, name in self.tied.items()}
+        }
+        if "parameters" in self.provenance:
+            names["parameters"] = [new_names[name] for name in self.parameters]
+        tensors = {new_names[name]: tensor for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, provenance={**self.provenance, **names})
 
     def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
         """Rename as `with_names_of` does, and record the parameters of `model` if it fits."""

@@ -1,19 +1,25 @@
-"""Networks, by name or by "package.module:factory"."""
+"""Networks, by name, from libraries, or by "package.module:factory"."""
 
+from robustsoup.models.libraries import InputSettings
 from robustsoup.models.network import NetworkSettings, network_settings_of
 from robustsoup.models.sources import (
     build_network,
     build_skeleton,
+    complete_settings,
     factory_fingerprint,
+    input_settings,
     is_built_in,
     load_model,
 )
 
 __all__ = [
+    "InputSettings",
     "NetworkSettings",
     "build_network",
     "build_skeleton",
+    "complete_settings",
     "factory_fingerprint",
+    "input_settings",
     "is_built_in",
     "load_model",
     "network_settings_of",

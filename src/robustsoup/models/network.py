@@ -127,3 +127,18 @@ def network_settings_of(model: nn.Module) -> NetworkSettings | None:
     """Return the settings that `build_network` attached to a network; None for other networks."""
     settings = getattr(model, "network_settings", None)
     return settings if isinstance(settings, NetworkSettings) else None
+
+
+def set_file_names(model: nn.Module, names: Mapping[str, str]) -> None:
+    """Store the names that the files of a library give to the tensors of its network.
+
+    Args:
+        model: The network.
+        names: Name in files by name in the state dict; empty if they are the same.
+    """
+    vars(model)["file_names"] = dict(names)
+
+
+def file_names_of(model: nn.Module) -> dict[str, str]:
+    """Return what `set_file_names` stored; empty for other networks."""
+    return getattr(model, "file_names", {})

@@ -1,4 +1,4 @@
-"""Build a network by its name; the catalog lists the built-in ones."""
+"""Build a network by its name; the catalog lists the built-in ones and the other sources."""
 
 import importlib
 import inspect
@@ -11,6 +11,13 @@ from torch import nn
 from robustsoup.catalog import MODELS, Entry
 from robustsoup.errors import ModelError
 from robustsoup.fingerprint import code_fingerprint
+from robustsoup.models.libraries import (
+    InputSettings,
+    Library,
+    LibrarySpec,
+    OptionValue,
+    may_be_recorded,
+)
 from robustsoup.models.network import (
     LARGEST_SIZES,
     ChannelConstants,
@@ -19,12 +26,11 @@ from robustsoup.models.network import (
     channel_constants,
 )
 from robustsoup.models.normalize import normalize_inputs
+from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
 from robustsoup.models.wide_resnet import published_constants
 from robustsoup.precision import full_float32
 
 Factory = Callable[..., nn.Module]
-OptionValue = int | float | str | list[float]
-
 MOST_WEIGHTS = 2**31
 """Largest number of weights of a built-in network; the largest published one has 2.7e8."""
 
@@ -42,20 +48,23 @@ def load_model(
     """Build a network with fresh weights.
 
     Args:
-        spec: "resnet9", "resnet9:width=16", "package.module:factory[:key=value,...]", or a
-            function at the top level of a module.
+        spec: "resnet9", "resnet9:width=16", "timm:NAME", "hf:FOLDER" or another source of the
+            catalog, "package.module:factory[:key=value,...]", or a function at the top level of a
+            module.
         classes: Number of classes; a factory receives it only if its signature names it.
         channels: Number of input channels; passed under the same condition as `classes`.
         mean: Per-channel mean that a built-in network subtracts from its inputs.
         std: Per-channel standard deviation that a built-in network divides its inputs by.
         normalize: (mean, std) by channel, for a network that expects normalized inputs; applied
             before the network, whose state dict keeps its own names. Networks with published
-            constants (see the catalog) use these constants instead of `mean` and `std`.
+            constants (see the catalog) use these constants instead of `mean` and `std`. By default
+            the constants of the network's own configuration, where its library has one.
         seed: Seed of the weights; the global generator keeps its state.
 
     Returns:
         The network. Its attribute `network_settings` holds the settings that it was built from,
-        which a Checkpoint of it records.
+        which a Checkpoint of it records; `input_settings` holds how the network of a library
+        expects its images.
 
     Raises:
         ModelError: An unknown name, a wrong option, or a factory that returns no nn.Module.
@@ -73,10 +82,13 @@ def build_network(
     seed: int = 0,
 ) -> nn.Module:
     """Build the network that the settings describe; arguments and errors as in `load_model`."""
+    settings = complete_settings(settings)
     name, _, rest = settings.spec.partition(":")
     entry = MODELS.get(name)
-    if entry is not None:
-        _check_weights(build_skeleton(settings), settings.spec)
+    library = _find_library(settings.spec)
+    skeleton = build_skeleton(settings) if entry is not None else None
+    if skeleton is not None:
+        _check_weights(skeleton, settings.spec)
     has_constants = entry is not None and "published_constants" in entry.facts
     if has_constants:
         mean, std = settings.normalize or (mean, std)
@@ -84,7 +96,9 @@ def build_network(
         settings = replace(settings, normalize=normalize)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if entry is not None:
+        if library is not None:
+            model = library.build(_library_spec(settings.spec), settings)
+        elif entry is not None:
             model = _build_builtin(entry, settings, mean, std)
         elif "." in name or (rest and MODELS.find(name) is None):
             factory_name, _, options = rest.partition(":")
@@ -96,27 +110,98 @@ def build_network(
     if settings.normalize and not has_constants:
         normalize_inputs(model, *settings.normalize)
     attach_network_settings(model, settings)
+    vars(model)["input_settings"] = input_settings(settings)
     return model
 
 
-def is_built_in(spec: str) -> bool:
-    """Return whether a spec that a file records may be built: it names a network of the catalog.
+def complete_settings(settings: NetworkSettings) -> NetworkSettings:
+    """Return the settings with what the network's own configuration adds.
 
-    Every other spec names code, which runs only if the user names it. Names that an installed
-    library lists itself, once the catalog has such sources, are to be recognised here.
+    Published networks of RobustBench become the built-in network that loads their checkpoints, and
+    the constants of a library's configuration are used unless the settings have others.
+
+    Raises:
+        ModelError: The library is not installed or does not list the network.
     """
-    return spec.partition(":")[0] in MODELS
+    source, _, name = settings.spec.partition(":")
+    if source == "robustbench" and name in PUBLISHED_NETWORKS:
+        return replace(settings, spec=PUBLISHED_NETWORKS[name])
+    if settings.normalize is not None:
+        return settings
+    return replace(settings, normalize=input_settings(settings).normalize)
 
 
-def build_skeleton(settings: NetworkSettings) -> nn.Module:
-    """Return a built-in network whose tensors have shapes but take no memory.
+def input_settings(settings: NetworkSettings) -> InputSettings:
+    """Return how a network expects its images; empty for a network that is not of a library.
+
+    Raises:
+        ModelError: As `complete_settings`.
+    """
+    library = _find_library(settings.spec)
+    if library is None:
+        return InputSettings()
+    return library.read_inputs(_library_spec(settings.spec), settings)
+
+
+def is_built_in(spec: str) -> bool:
+    """Return whether a spec that a file records may be built.
+
+    It may if it names a network of the catalog, or one that an installed library lists itself,
+    with no options but numbers of a bounded size. Every other spec names code, or a place from
+    which code or settings are read; these are used only if the user names them.
+    """
+    library = _find_library(spec)
+    if library is None:
+        return spec.partition(":")[0] in MODELS
+    try:
+        network = _library_spec(spec)
+    except ModelError:
+        return False
+    return library.lists is not None and may_be_recorded(network) and library.lists(network)
+
+
+def build_skeleton(settings: NetworkSettings) -> nn.Module | None:
+    """Return a network of the catalog whose tensors have shapes but take no memory.
+
+    None if a library's network cannot be built in this way: code that a user names, and networks
+    that read the values of tensors while they are built.
 
     Raises:
         ModelError: As `load_model`.
     """
     entry = MODELS.get_entry(settings.spec.partition(":")[0], error=ModelError)
+    library = _find_library(settings.spec)
     with torch.device("meta"):
-        return _build_builtin(entry, settings, None, None)
+        if library is None:
+            return _build_builtin(entry, settings, None, None)
+        network = _library_spec(settings.spec)
+        if library.lists is None or not library.lists(network):
+            return None
+        try:
+            return library.build(network, settings)
+        except ModelError:
+            return None
+
+
+def _find_library(spec: str) -> Library | None:
+    """Return the library that a spec names as its source, if any."""
+    entry = MODELS.get(spec.partition(":")[0])
+    return entry.load() if entry is not None and entry.facts.get("library") else None
+
+
+def _library_spec(spec: str) -> LibrarySpec:
+    """Parse "SOURCE:NAME[:key=value,...]"; a colon or an equals sign may be part of the name.
+
+    Raises:
+        ModelError: There is no name, or a part of the options is not key=value.
+    """
+    source, _, rest = spec.partition(":")
+    name, colon, text = rest.rpartition(":")
+    if not colon or "=" not in text:
+        name, text = rest, ""
+    if not name:
+        raise ModelError(f'model "{spec}": got no name, expected {MODELS[source].spelling}')
+    return LibrarySpec(spec, name, _parse_options(text, spec))
 
 
 def _check_weights(skeleton: nn.Module, spec: str) -> None:
@@ -129,8 +214,12 @@ def _check_weights(skeleton: nn.Module, spec: str) -> None:
 
 
 def factory_fingerprint(spec: str) -> str | None:
-    """Return the fingerprint of a factory's source file; None for a built-in network."""
+    """Return a text that changes with the code of a network; None for a built-in network."""
     name, _, rest = spec.partition(":")
+    if name == "robustbench" and rest in PUBLISHED_NETWORKS:
+        return None
+    if (library := _find_library(spec)) is not None:
+        return library.fingerprint(_library_spec(spec))
     if MODELS.get(name) is not None:
         return None
     if (plugin := MODELS.find(name)) is not None:

@@ -1,0 +1,195 @@
+"""Image classifiers of transformers, as "hf:FOLDER" or "hf:ORG/NAME".
+
+A folder, or a repository of the hub, is read for `config.json` and `preprocessor_config.json`
+alone. Weights are never read from it, and code in it never runs.
+"""
+
+import hashlib
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from robustsoup.documents import read_json
+from robustsoup.models.libraries import (
+    InputSettings,
+    Library,
+    LibrarySpec,
+    call_library,
+    fit_constants,
+    import_library,
+    library_version,
+    return_logits,
+)
+from robustsoup.models.network import NetworkSettings, set_file_names
+from robustsoup.paths import user_path
+
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's methods, by the number that an image processor's configuration holds."""
+
+
+def _import_transformers(network: LibrarySpec) -> ModuleType:
+    return import_library("transformers", "hf", network)
+
+
+def _find_file(network: LibrarySpec, name: str) -> Path | None:
+    """Return a file of the folder, or of the hub's cache after a download; None if it has none.
+
+    Raises:
+        ModelError: There is neither such a folder nor such a repository, or no connection.
+    """
+    folder = user_path(network.name)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if network.name.count("/") != 1 or network.name.startswith((".", "/", "~")):
+        raise network.refuse("there is no such folder, and a repository is named ORG/NAME")
+    hub = import_library("huggingface_hub", "hf", network)
+    try:
+        return Path(hub.hf_hub_download(network.name, name))
+    except hub.errors.EntryNotFoundError as error:
+        if isinstance(error, hub.errors.LocalEntryNotFoundError):
+            raise _refuse_hub(network, error) from None
+        return None
+    except Exception as error:  # what the hub's client raises depends on its HTTP library
+        raise _refuse_hub(network, error) from None
+
+
+def _refuse_hub(network: LibrarySpec, error: Exception) -> Exception:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return network.refuse(
+        f"there is no such folder, and the hub does not give {network.name}: {line}"
+    )
+
+
+def _read_document(path: Path, network: LibrarySpec) -> dict[str, Any]:
+    try:
+        document = read_json(path)
+    except (OSError, ValueError) as error:
+        raise network.refuse(f"{path.name}: {error}") from None
+    if not isinstance(document, dict):
+        raise network.refuse(f"{path.name}: got {type(document).__name__}, expected an object")
+    return document
+
+
+def _find_config(network: LibrarySpec) -> Path:
+    path = _find_file(network, "config.json")
+    if path is None:
+        raise network.refuse("has no config.json, which describes a network of transformers")
+    return path
+
+
+def _read_config(network: LibrarySpec, settings: NetworkSettings) -> Any:
+    """Return the network's configuration, with the classes and channels of the settings."""
+    path = _find_config(network)
+    if "model_type" not in _read_document(path, network):
+        raise network.refuse(
+            "config.json has no model_type, so it is not of transformers; "
+            "name a network of timm as timm:NAME"
+        )
+    transformers = _import_transformers(network)
+    config = call_library(
+        lambda: transformers.AutoConfig.from_pretrained(
+            str(path.parent), trust_remote_code=False, local_files_only=True
+        ),
+        network,
+    )
+    changes: dict[str, object] = dict(network.options)
+    if config.num_labels != settings.classes:
+        changes = {"num_labels": settings.classes} | changes
+    if getattr(config, "num_channels", settings.channels) != settings.channels:
+        changes = {"num_channels": settings.channels} | changes
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            raise network.refuse(f"its configuration has no {key}")
+        setattr(config, key, value)
+    return config
+
+
+def _build(network: LibrarySpec, settings: NetworkSettings) -> nn.Module:
+    config = _read_config(network, settings)
+    classifiers = _import_transformers(network).AutoModelForImageClassification
+    model = call_library(lambda: classifiers.from_config(config, trust_remote_code=False), network)
+    set_file_names(model, call_library(lambda: _find_file_names(model), network))
+    return return_logits(model)
+
+
+def _find_file_names(model: nn.Module) -> dict[str, str]:
+    """Return the name in files for each name in the network; empty if they are the same.
+
+    Since version 5, save_pretrained gives many tensors the names of earlier versions.
+    """
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+    except ImportError:
+        return {}
+    tensors = model.state_dict()
+    own_names = {id(tensor): name for name, tensor in tensors.items()}
+    saved = loading.revert_weight_conversion(model, tensors)
+    if {id(tensor) for tensor in saved.values()} != set(own_names):
+        return {}  # a conversion that is more than a new name
+    return {own_names[id(tensor)]: name for name, tensor in saved.items()}
+
+
+def _read_inputs(network: LibrarySpec, settings: NetworkSettings) -> InputSettings:
+    config = _read_config(network, settings)
+    processor: dict[str, Any] = {}
+    for name in IMAGE_PROCESSORS:
+        if (path := _find_file(network, name)) is not None:
+            processor = _read_document(path, network)
+            processor = processor.get("image_processor", processor)
+            break
+    size = _read_size(getattr(config, "image_size", None)) or _read_size(
+        processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    )
+    labels = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    automatic = labels == [f"LABEL_{number}" for number in range(len(labels))]
+    resample = processor.get("resample")
+    known = isinstance(resample, int) and 0 <= resample < len(INTERPOLATIONS)
+    return InputSettings(
+        size,
+        call_library(lambda: _read_constants(processor, settings.channels), network),
+        INTERPOLATIONS[resample] if known else None,
+        () if automatic else tuple(labels),
+    )
+
+
+def _read_size(value: object) -> tuple[int, int] | None:
+    """Read 224, [224, 224], {"height": 224, "width": 224} or {"shortest_edge": 224}."""
+    if isinstance(value, dict):
+        side = value.get("shortest_edge")
+        value = [value.get("height", side), value.get("width", side)]
+    if isinstance(value, int):
+        value = [value, value]
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        height, width = value
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
+    return None
+
+
+def _read_constants(processor: dict[str, Any], channels: int) -> Any:
+    """Return the constants for images in [0, 1] that do what the image processor does.
+
+    The processor computes (255 x rescale_factor - offset - mean) / std of images x in [0, 1].
+    """
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    scale, offset = 255 * factor, float(bool(processor.get("rescale_offset")))
+    mean, std = [0.0] * channels, [1.0] * channels
+    if processor.get("do_normalize", "image_mean" in processor):
+        mean, std = processor["image_mean"], processor["image_std"]
+    return fit_constants(
+        [round((value + offset) / scale, 12) for value in mean],
+        [round(value / scale, 12) for value in std],
+        channels,
+    )
+
+
+def _fingerprint(network: LibrarySpec) -> str:
+    digest = hashlib.sha256(_find_config(network).read_bytes()).hexdigest()
+    return f"{library_version('transformers', 'hf', network)} {digest}"
+
+
+TRANSFORMERS = Library(_build, _read_inputs, _fingerprint)

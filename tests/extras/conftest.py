@@ -1,0 +1,47 @@
+"""What the tests with the real libraries share; `make test-extras` runs them."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+MISSING = [
+    name
+    for name in ("timm", "transformers", "torchvision", "robustbench")
+    if importlib.util.find_spec(name) is None
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of this folder, and skip them where a library is missing."""
+    for item in items:
+        if "extras" in item.path.parts:
+            item.add_marker("extras")
+            if MISSING:
+                item.add_marker(pytest.mark.skip(reason=f"make test-extras ({MISSING[0]} missing)"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _torchvision_beside_any_pytorch():
+    """Declare two compiled operators that torchvision from PyPI lacks beside a CPU build.
+
+    torchvision refers to them when it is imported; no classifier calls them.
+    """
+    if MISSING:
+        yield
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield library
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _autoattack_for_robustbench(_torchvision_beside_any_pytorch):
+    """Let robustbench import pyautoattack, which its package requires, as `autoattack`."""
+    if not MISSING:
+        import pyautoattack
+
+        sys.modules.setdefault("autoattack", pyautoattack)
