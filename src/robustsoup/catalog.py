@@ -260,11 +260,21 @@ DATA_SOURCES = Registry(
     Entry("digits", "robustsoup.data.digits:load_digits", "8x8 digits, embedded in the package."),
     Entry("cifar10", "robustsoup.data.cifar:load_cifar10", "CIFAR-10; downloaded once if absent."),
     Entry(
+        "cifar100", "robustsoup.data.cifar:load_cifar100", "CIFAR-100; downloaded once if absent."
+    ),
+    Entry(
         "folder",
         "robustsoup.data.folders:load_folder",
         "One sub-folder of images for each class; requires the extra robustsoup[folders].",
         spelling="folder:PATH",
         facts={"place": "path", "decodes": True},
+    ),
+    Entry(
+        "npz",
+        "robustsoup.data.npz:load_npz",
+        "Arrays of one file: x_train, y_train, x_test and y_test, or images and labels.",
+        spelling="npz:PATH",
+        facts={"place": "path"},
     ),
 )
 """facts: "place", what follows the name: "path" for a path, "name" for anything else; "decodes",

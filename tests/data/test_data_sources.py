@@ -15,9 +15,9 @@ from robustsoup.errors import DataError
         (
             "digitz",
             {},
-            'data: got "digitz", expected one of digits, cifar10, folder; did you mean "digits"?',
+            'expected one of digits, cifar10, cifar100, folder, npz; did you mean "digits"?',
         ),
-        ("zzz", {}, 'data: got "zzz", expected one of digits, cifar10, folder'),
+        ("zzz", {}, 'data: got "zzz", expected one of digits, cifar10, cifar100, folder'),
         ("", {}, 'data: got ""'),
         ("folder:", {}, 'data "folder:": got no path, expected folder:PATH'),
         ("digits:7", {}, 'data "digits:7": got "7" after the name, expected "digits" alone'),

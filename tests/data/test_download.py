@@ -16,7 +16,7 @@ from robustsoup.data import (
     fetch_cifar10,
     load_data,
 )
-from robustsoup.data.cifar import FILE_MD5 as PUBLISHED_MD5
+from robustsoup.data.cifar import CIFAR10
 from robustsoup.data.download import data_root
 from robustsoup.data.splits import channel_statistics
 from robustsoup.errors import DataError
@@ -166,7 +166,7 @@ class Bomb:
 def test_a_wrong_file_is_named_and_never_unpickled(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for name in PUBLISHED_MD5:
+    for name in CIFAR10.file_md5:
         (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(DataError) as caught:
         load_data("cifar10", root=tmp_path)
@@ -181,7 +181,7 @@ def test_a_truncated_file_is_named(tmp_path):
     real = data_root() / "cifar-10-batches-py"
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for name in PUBLISHED_MD5:
+    for name in CIFAR10.file_md5:
         (folder / name).symlink_to(real / name)
     (folder / "data_batch_3").unlink()
     (folder / "data_batch_3").write_bytes((real / "data_batch_3").read_bytes()[:-1])

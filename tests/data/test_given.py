@@ -128,7 +128,7 @@ WRONG_LABELS = {
         "got int64 (40, 1, 1), expected",
     ),
     "negative": (lambda y: y - 1, "got -1"),
-    "too few": (lambda y: y[:3], "got 40 images, 3 labels and"),
+    "too few": (lambda y: y[:3], "got 40 images and 3 labels"),
 }
 
 
@@ -286,8 +286,8 @@ def test_data_of_tensors_takes_val_and_test(samples):
     assert data.record["classes"] == list("abcdefghij")
     assert torch.equal(data.val.labels, y[data.val.ids])
     assert torch.equal(data.test.labels, y[30:][data.test.ids])
-    with pytest.raises(DataError, match="are the same images; hold test out"):
-        rs.Data.from_tensors(data.train.images, data.train.labels, test=(data.train.images, [0]))
+    with pytest.raises(DataError, match="train and test are the same images; hold"):
+        rs.Data.from_tensors(x, y, test=(x, y))
 
 
 def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():

@@ -13,7 +13,9 @@ from robustsoup.errors import RequestError
 def fetch_command(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="cifar10 or robustbench:NAME.", show_default=False),
+        typer.Argument(
+            metavar="NAME", help="cifar10, cifar100 or robustbench:NAME.", show_default=False
+        ),
     ],
     sha256: Annotated[
         str | None, typer.Option(help="Expected digest of a checkpoint's file (64 hex digits).")
@@ -28,10 +30,10 @@ def fetch_command(
 
     Example: `robustsoup fetch robustbench:Wang2023Better_WRN-28-10`
     """
-    if name == "cifar10":
+    if name in ("cifar10", "cifar100"):
         if sha256:
             raise RequestError(
-                "--sha256: does not apply to cifar10, which is checked against published digests"
+                f"--sha256: does not apply to {name}, which is checked against published digests"
             )
         answer = _fetch_data(name, data_root)
     elif name.startswith("robustbench:"):
@@ -39,7 +41,9 @@ def fetch_command(
     else:
         from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 
-        known = ", ".join(["cifar10", *(f"robustbench:{key}" for key in PUBLISHED_CHECKPOINTS)])
+        known = ", ".join(
+            ["cifar10", "cifar100", *(f"robustbench:{key}" for key in PUBLISHED_CHECKPOINTS)]
+        )
         raise RequestError(f'fetch: got "{name}", expected one of {known}')
     if as_json:
         print_json(answer)
@@ -53,12 +57,13 @@ def fetch_command(
 
 def _fetch_data(name: str, data_root: str | None) -> dict[str, object]:
     from robustsoup.cli.inputs import download_data
-    from robustsoup.data import fetch_cifar10
+    from robustsoup.data import fetch_cifar10, fetch_cifar100
 
     download_data(name, data_root)
+    fetch = fetch_cifar10 if name == "cifar10" else fetch_cifar100
     return {
-        "path": str(fetch_cifar10(data_root)),
-        "next": "robustsoup train --model resnet9 --data cifar10 --threat "
+        "path": str(fetch(data_root)),
+        "next": f"robustsoup train --model resnet9 --data {name} --threat "
         '"Linf 8/255" -o base.safetensors',
     }
 

@@ -12,7 +12,7 @@ from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.cli.progress import Bar
 from robustsoup.cli.terminal import print_error, print_warning
 from robustsoup.cli.user_code import import_named_module
-from robustsoup.data import Data, fetch_cifar10, load_data
+from robustsoup.data import Data, fetch_cifar10, fetch_cifar100, load_data
 from robustsoup.data.duplicates import Overlap, find_exact_overlaps
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
@@ -57,6 +57,9 @@ def download_data(source: str, root: str | None) -> None:
     if source == "cifar10":
         with Bar("downloading CIFAR-10") as bar:
             fetch_cifar10(root, on_progress=bar)
+    if source == "cifar100":
+        with Bar("downloading CIFAR-100") as bar:
+            fetch_cifar100(root, on_progress=bar)
 
 
 def download_checkpoint(name: str, root: str | None, sha256: str | None = None) -> Fetched:

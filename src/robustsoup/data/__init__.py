@@ -1,7 +1,7 @@
 """Data sets, split into train, val and test, and batches from them."""
 
 from robustsoup.data.batches import augment, batches, passes, to_float
-from robustsoup.data.cifar import fetch_cifar10
+from robustsoup.data.cifar import fetch_cifar10, fetch_cifar100
 from robustsoup.data.download import data_root
 from robustsoup.data.given import SplitLike, as_optional_split, as_split
 from robustsoup.data.request import DataRequest
@@ -37,6 +37,7 @@ __all__ = [
     "content_digest",
     "data_root",
     "fetch_cifar10",
+    "fetch_cifar100",
     "hold_out",
     "load_data",
     "mixed_batches",

@@ -1,6 +1,7 @@
 """A loaded data set: three splits of uint8 images that share one record of their origin."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -523,8 +524,9 @@ def assemble_tensors(
     for part, (images, labels) in parts.items():
         pools[part], changed = _convert_samples(images, labels, f"{name} {part}")
         notes += changed
-    if len({samples.images.data_ptr() for samples in pools.values()}) < len(pools):
-        raise DataError(f"{name}: two of {', '.join(pools)} are the same images; hold test out")
+    for one, other in itertools.combinations(pools, 2):
+        if torch.equal(pools[one].images, pools[other].images):
+            raise DataError(f"{name}: {one} and {other} are the same images; hold {other} out")
     names = _class_names(classes, list(pools.values()), name)
     description = _describe_samples(name, list(pools.values()), names, augmentation)
     pool, test = pools["train"], pools.get("test")
@@ -557,6 +559,10 @@ def _convert_samples(images: object, labels: object, place: str) -> tuple[Sample
     """Return the samples of two tensors, and notes on what conversion changed."""
     pixels, rounding = as_pixels(images, f"{place}: images")
     numbers = as_labels(labels, f"{place}: labels")
+    if len(pixels) != len(numbers):
+        raise DataError(
+            f"{place}: got {len(pixels)} images and {len(numbers)} labels, expected as many of each"
+        )
     notes = (f"{place}: float pixels were rounded to 8 bits",) if rounding else ()
     return Samples(pixels.cpu(), numbers.cpu(), torch.arange(len(numbers))), notes
 
