@@ -37,6 +37,11 @@ def test_json_that_later_code_cannot_use_is_refused(text, reason):
     assert str(caught.value).isascii()
 
 
+def test_json_of_too_many_values_is_refused_before_it_is_parsed():
+    with pytest.raises(ValueError, match="800,000 commas and colons; at most 600,000 are read"):
+        parse_json("[" + "0," * 800_000 + "0]")
+
+
 def test_a_repeated_key_among_many_is_found_quickly():
     text = "{" + ",".join(f'"{number}":0' for number in range(200_000)) + ',"199999":0}'
     with pytest.raises(ValueError, match="the key '199999' stands twice"):  # quadratic: minutes

@@ -24,6 +24,9 @@ TOML_LIMIT = 256 * 2**10
 MAX_DEPTH = 32
 """Most levels of tables and lists."""
 
+MAX_SEPARATORS = 600_000
+"""Most commas and colons in JSON, which bound the time that it takes."""
+
 _MAX_INTEGER_DIGITS = 19
 # tomllib takes time that is quadratic in the number of the parts of a key.
 _LONG_KEY = re.compile(
@@ -50,11 +53,14 @@ def parse_json(text: bytes | str) -> Any:
 
     Raises:
         ValueError: The text is not JSON in UTF-8, is deeper than MAX_DEPTH, repeats a key, or holds
-            a number that is not finite, an integer beyond 64 bits, or text that is not Unicode.
+            a number that is not finite, an integer beyond 64 bits, or text that is not Unicode, or
+            has more than MAX_SEPARATORS commas and colons.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if (count := text.count(",") + text.count(":")) > MAX_SEPARATORS:
+            raise ValueError(f"{count:,} commas and colons; at most {MAX_SEPARATORS:,} are read")
         content = json.loads(
             text, object_pairs_hook=_unique_keys, parse_int=_parse_integer, parse_constant=_refuse
         )

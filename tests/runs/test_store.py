@@ -83,6 +83,22 @@ def test_a_damaged_step_is_not_finished_and_is_replaced(tmp_path, damage):
     assert store.file(key, "out").read_text() == "done"
 
 
+@pytest.mark.parametrize("kind", ["a FIFO", "an endless device", "1 TiB of zeros"])
+def test_a_record_that_would_hang_or_fill_the_memory_counts_as_damage(tmp_path, kind):
+    store, key = Store(tmp_path), "ab12"
+    record = write_step(store, key) / "step.json"
+    record.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(record)
+    elif kind == "an endless device":
+        record.symlink_to("/dev/zero")
+    else:
+        record.touch()
+        os.truncate(record, 2**40)
+    assert not store.has(key)
+    assert "cannot be read" in store.find_damage(key)
+
+
 def test_a_change_that_keeps_size_and_time_is_found_on_request(tmp_path):
     store, key = Store(tmp_path), "ab12"
     path = write_step(store, key) / "out"

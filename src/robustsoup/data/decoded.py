@@ -24,6 +24,7 @@ from robustsoup.data.splits import (
     streamed_digest,
     tensor_bytes,
 )
+from robustsoup.documents import read_json
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
@@ -169,7 +170,7 @@ def _part_shapes(parts: FolderParts, shape: tuple[int, ...]) -> list[tuple[int, 
 def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages | None:
     """Map the files of `target`; None if they are absent or incomplete, as after a disk failure."""
     try:
-        summary = json.loads((target / SUMMARY_FILE).read_text(encoding="utf-8"))
+        summary = read_json(target / SUMMARY_FILE)
         # Copy on write ("c"): torch refuses read-only arrays.
         arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in SPLIT_NAMES]
         digest, mean, std = summary["digest"], tuple(summary["mean"]), tuple(summary["std"])

@@ -19,6 +19,7 @@ from torch.nn import functional
 from robustsoup.data.splits import Data, tensor_bytes
 from robustsoup.data.synthetic import Synthetic, digest_cache
 from robustsoup.data.tensors import IMAGES_PER_CHUNK
+from robustsoup.documents import read_json
 from robustsoup.errors import StorageError
 from robustsoup.files import write_text
 from robustsoup.precision import full_float32
@@ -108,7 +109,7 @@ def find_exact_overlaps(data: Data, on_progress: Progress | None = None) -> list
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     cached = digest_cache() / f"duplicates-{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(cached.read_text(encoding="utf-8"))
+        content = read_json(cached)
         if content["of"] == key:
             return [Overlap(**item) for item in content["overlaps"]]
     overlaps = find_overlaps(data, on_progress=on_progress)

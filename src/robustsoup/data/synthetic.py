@@ -18,6 +18,7 @@ import torch
 
 from robustsoup.data.batches import Batch, augment, to_float
 from robustsoup.data.splits import Augmentation, Split
+from robustsoup.documents import read_json
 from robustsoup.errors import DataError, StorageError
 from robustsoup.files import cache_folder, open_regular, write_text
 from robustsoup.paths import user_path
@@ -316,7 +317,7 @@ def _cached_file_digest(path: Path, state: FileState, on_progress: Progress | No
     name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
     cached = digest_cache() / f"{name}.json"
     try:
-        content = json.loads(cached.read_text(encoding="utf-8"))
+        content = read_json(cached)
         if content["of"] == identity:
             return str(content["sha256"])
     except (OSError, ValueError, KeyError, TypeError):

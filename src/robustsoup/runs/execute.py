@@ -1,6 +1,7 @@
 """Execute the missing steps of a plan, in this process."""
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from typing import Any, Protocol
 import torch
 
 from robustsoup.errors import CheckpointError, RobustsoupError, StorageError
-from robustsoup.files import write_text
+from robustsoup.files import read_regular, write_text
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import Key, task_record
 from robustsoup.runs.worker import Worker
+
+_MAX_SECONDS_BYTES = 100
 
 
 class Reporter(Protocol):
@@ -144,7 +147,8 @@ class StepClock:
         self.step = step
         self.started = self.saved = time.perf_counter()
         with contextlib.suppress(OSError, ValueError):
-            self.started -= float(path.read_text())
+            seconds = float(read_regular(path, _MAX_SECONDS_BYTES))
+            self.started -= seconds if math.isfinite(seconds) else 0.0
 
     def __call__(self, done: int, total: int, figures: str) -> None:
         """Report that `done` of `total` parts are finished."""

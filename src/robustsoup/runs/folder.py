@@ -1,7 +1,6 @@
 """The run folder: all outputs of a run under readable names, and results.json."""
 
 import datetime
-import json
 import platform
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.data.duplicates import Overlap
 from robustsoup.diagnosis.landscape import Landscape
+from robustsoup.documents import read_json
 from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import write_text
@@ -127,9 +127,9 @@ _REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|soup\.[a-z]+")
 def _removable_files(folder: Path) -> set[str]:
     """Return the removable files that the folder's results.json names; none without it."""
     try:
-        names = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["files"]
+        names = read_json(folder / RESULTS)["files"]
         return {name for name in names if _REMOVABLE.fullmatch(name)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustsoup.digests import FileDigest, digest_folder, digest_json, find_damaged_file
+from robustsoup.documents import read_json
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder, write_text
 from robustsoup.leftovers import remove_leftovers
@@ -175,13 +176,13 @@ class Store:
 
     def _read_step(self, key: str) -> StoredStep:
         try:
-            text = (self.path(key) / RECORD).read_text(encoding="utf-8")
-            return StoredStep.from_json(json.loads(text))
+            content = read_json(self.path(key) / RECORD)
         except FileNotFoundError:
             raise ValueError("is missing") from None
-        except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not JSON"
             raise ValueError(f"cannot be read ({reason})") from None
+        return StoredStep.from_json(content)
 
     def hold(self) -> None:
         """Keep `prune` from emptying the store until this process ends, and tidy it.
