@@ -1,13 +1,17 @@
 """Leakage from ingredients, their ancestors and soups into a split."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, find_leakage, worst_leakage
 from robustsoup.data import load_data
+from robustsoup.data.sketches import sketch_split
 from robustsoup.errors import LeakageError
 from robustsoup.models import load_model
+from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.mixing import mix
 from robustsoup.training.train import train
 
@@ -113,3 +117,81 @@ def test_the_first_of_the_worst_findings_is_reported():
     assert worst_leakage(findings) == findings[2]
     assert worst_leakage(findings[:2]) == findings[1]
     assert findings[1].as_record() == {"status": "unknown", "why": "a"}
+
+
+def under_another_name(split, name="test"):
+    """The same images as a split of data that no record knows."""
+    record = {**split.record, "name": "mine", "digest": "other", "split_digest": "other"}
+    return replace(split, ids=split.ids + 10**6, name=name, record=record)
+
+
+def fitted(split, *more):
+    """A checkpoint whose record holds the sketches of the splits that it was fitted on."""
+    sketches = [sketch_split(part) for part in (split, *more)]
+    record = {"data": split.record, "trained_on": [split.name], "fitted_images": sketches}
+    return Checkpoint({"w": torch.zeros(2)}, record)
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_training_images_under_another_name_are_found(data, name):
+    leakage = find_leakage([fitted(data.train)], under_another_name(data.train, name))
+    assert leakage.status == "violated"
+    n = f"{len(data.train):,}"
+    assert f"about {n} of the {n} images of digits train are in it" in leakage.why
+    with pytest.raises(LeakageError, match="images of this"):
+        check_leakage([trained(None), fitted(data.train)], under_another_name(data.train, name))
+    assert find_leakage([fitted(data.train)], under_another_name(data.test)).status == "unknown"
+
+
+def test_training_images_among_others_are_found(data):
+    n = len(data.test)
+    images = torch.cat([data.test.images[: n // 2], data.train.images[: n - n // 2]])
+    mixed = replace(under_another_name(data.test), images=images)
+    leakage = find_leakage([fitted(data.train)], mixed)
+    assert leakage.status == "violated"
+    assert "about" in leakage.why
+
+
+def test_a_copy_of_train_as_test_of_the_same_data_is_found(data):
+    copied = replace(data.test, images=data.train.images[: len(data.test)])
+    assert find_leakage([fitted(data.train)], copied).status == "violated"
+    assert find_leakage([fitted(data.train)], replace(data.train, name="test")).status == "violated"
+
+
+def test_a_few_duplicates_within_one_data_set_are_no_leakage(data):
+    few = data.train.first(20)
+    images = data.test.images.clone()
+    images[:3] = few.images[:3]
+    assert find_leakage([fitted(few)], replace(data.test, images=images)) == FRESH
+    assert find_leakage([fitted(few)], under_another_name(replace(data.test, images=images))) != (
+        find_leakage([fitted(few)], under_another_name(data.test))
+    )
+
+
+def test_training_and_mixing_record_sketches(data, tmp_path):
+    net = load_model("resnet9:width=2", channels=1)
+    parts = [data.train.first(64), data.train.sample(48, 1)]
+    first, second = (
+        train(net, part, threat="clean", epochs=1, lr=0.01, device="cpu") for part in parts
+    )
+    tuned = train(first, parts[1], threat="clean", epochs=1, lr=0.01, device="cpu")
+    assert first.provenance["fitted_images"] == [sketch_split(parts[0])]
+    assert tuned.provenance["fitted_images"] == [sketch_split(part) for part in parts]
+    soup = Checkpoint.load(mix([first, second], [0.5, 0.5]).save(tmp_path / "soup.safetensors"))
+    assert soup.provenance["fitted_images"] == tuned.provenance["fitted_images"]
+    for part in parts:
+        assert find_leakage([soup], under_another_name(part)).status == "violated"
+
+
+def test_learned_coefficients_carry_what_they_were_fitted_on(data):
+    val = data.val.first(64)
+    record = {
+        "data": data.record,
+        "trained_on": ["val"],
+        "fitted_images": [sketch_split(val)],
+    }
+    coefficients = Coefficients(torch.tensor([[0.5, 0.5]]).double(), record=record)
+    soup = mix([trained(data), trained(data, value=1.0)], coefficients)
+    assert find_leakage([soup], data.val).status == "violated"
+    assert find_leakage([soup], data.test) == FRESH
+    assert find_leakage([soup], under_another_name(val)).status == "violated"

@@ -31,6 +31,13 @@ SPEC = "resnet9:width=2"
 DATA = load_data("digits")
 MODEL = load_model(SPEC, channels=1)
 NETWORK = {"spec": SPEC, "classes": 10, "channels": 1, "normalize": None}
+SKETCH = {
+    "name": "digits",
+    "split": "train",
+    "digest": "ab",
+    "images": 3,
+    "smallest": [f"{number:016x}" for number in range(3)],
+}
 SPLIT = {"name": "digits", "digest": "ab", "split_digest": "cd", "seed": 0}
 OWN_NETWORK = """
 from torch import nn
@@ -92,6 +99,13 @@ def use(path):
         ({"data": {"digest": "x"}}, "data: got ['digest'], expected the keys name, digest, split"),
         ({"data": {**SPLIT, "seed": "0"}}, "data.seed: got '0', expected an integer"),
         ({"earlier_data": [SPLIT, 5]}, "earlier_data[1]: got 5, expected a table"),
+        ({"fitted_images": 5}, "fitted_images: got 5, expected a list"),
+        ({"fitted_images": [{**SKETCH, "images": -1}]}, "fitted_images[0].images: got -1"),
+        ({"fitted_images": [{**SKETCH, "smallest": [1]}]}, "[0].smallest[0]: got 1, expected text"),
+        ({"fitted_images": [{**SKETCH, "smallest": []}]}, "different ascending numbers"),
+        ({"fitted_images": [{**SKETCH, "smallest": ["1"]}]}, "different ascending numbers"),
+        ({"fitted_images": [{**SKETCH, "smallest": ["0" * 16] * 2}]}, "different ascending"),
+        ({"fitted_images": [SKETCH] * 17}, "at most 16 sketches"),
         ({"parents": 5}, "parents: got 5, expected a list"),
         ({"parents": [{"file": "a"}]}, "parents[0]: got ['file'], expected the keys digest"),
         ({"parents": [{"digest": "a", "file": "../b"}]}, "parents[0].file: got '../b', expected"),
@@ -125,6 +139,7 @@ RECORD = {
     "tied": {},
     "data": {**SPLIT, "val": 10, "classes": ["a", "b"], "mean": [0.5]},
     "earlier_data": [None, SPLIT],
+    "fitted_images": [SKETCH],
     "trained_on": ["train"],
     "parents": [{"digest": "ab", "file": "b.safetensors"}, {"digest": "cd", "file": None}],
     "synthetic": [{"file": "x.npz", "digest": "ab", "images": 3}],

@@ -10,6 +10,7 @@ from digits import digits_network
 from PIL import Image
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import find_leakage
 from robustsoup.data import Data, Split, Synthetic, load_data
 from robustsoup.data.duplicates import Overlap, find_copies, find_exact_overlaps, find_overlaps
 
@@ -103,7 +104,7 @@ def test_exact_overlaps_are_cached_by_the_digests_of_data_and_split(tmp_path, mo
     data = make_data(**with_copies("test", "train", 3))
     expected = [Overlap("test", "train", 30, 3)]
     assert find_exact_overlaps(data) == expected
-    unreadable = replace(data, test=replace(data.test, images=None))
+    unreadable = replace(data, test=None)
     assert find_exact_overlaps(unreadable) == expected
     other = replace(data, record={**data.record, "split_digest": "t"}, test=data.val)
     assert find_exact_overlaps(other)[0].exact == 20
@@ -153,6 +154,18 @@ def test_a_command_says_once_how_many_test_images_are_training_images(folder_wit
     error = capsys.readouterr().err
     for overlap in found:
         assert error.count(f"{overlap.exact} exact duplicates of {overlap.other} images") == 1
+
+
+def test_training_says_how_many_generated_images_are_test_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = load_data("digits").test.images[:7].permute(0, 2, 3, 1).numpy()
+    np.savez("made.npz", image=images, label=np.zeros(7, np.int64))
+    options = ("--model", "resnet9:width=2", "--data", "digits", "--epochs", 1, "--lr", 0.01)
+    files = ("--synthetic", "made.npz", "-o", "net.safetensors")
+    assert run("train", *options, "--threat", "clean", *files) == 0
+    assert "7 exact duplicates of made.npz images" in capsys.readouterr().err
+    leakage = find_leakage([Checkpoint.load("net.safetensors")], load_data("digits").test)
+    assert "7 images of made.npz synthetic are in it" in leakage.why
 
 
 def test_digits_have_no_duplicates_and_commands_stay_silent(tmp_path, monkeypatch, capsys):

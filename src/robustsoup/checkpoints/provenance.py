@@ -1,11 +1,12 @@
 """Check whether the samples of a split were used to train an ingredient."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import DataRecord, Split
+from robustsoup.data.sketches import Sketch, count_shared, join_sketches
 from robustsoup.errors import LeakageError
 
 LeakageStatus = Literal["known", "unknown", "violated"]
@@ -19,8 +20,8 @@ class Leakage:
     Attributes:
         status: "known": by their records, the checkpoints and their ancestors were fitted on other
             samples of the same split of the same data. "unknown": a record is
-            missing or names other data. "violated": a checkpoint was fitted on this split, or on
-            another split of the same data.
+            missing or names other data. "violated": a checkpoint was fitted on this split, on
+            another split of the same data, or on images of this split under another name.
         why: The first checkpoint that is not known to be clean, and the reason; empty if known.
     """
 
@@ -51,6 +52,9 @@ def find_leakage(checkpoints: Sequence[Checkpoint], data: Split) -> Leakage:
             if finding.status == "violated":
                 return finding
             first_unknown = first_unknown or finding.why
+        for sketch in checkpoint.provenance.get("fitted_images", []):
+            if why := _describe_shared_images(checkpoint, sketch, data):
+                return Leakage("violated", why)
     return Leakage("unknown", first_unknown) if first_unknown else Leakage()
 
 
@@ -72,6 +76,31 @@ def _compare_split(checkpoint: Checkpoint, fitted: DataRecord | None, data: Spli
         )
         return Leakage("violated", why)
     return Leakage()
+
+
+def _describe_shared_images(checkpoint: Checkpoint, sketch: Sketch, data: Split) -> str:
+    """Say how many images of a sketch are in `data`; empty if none, or no more than duplicates.
+
+    Within one data set the numbers of the samples decide, and a few equal images are duplicates,
+    which `find_overlaps` counts; not so if they are half of either split.
+    """
+    hits, shared = count_shared(sketch, data)
+    same_data = sketch["digest"] == data.record["digest"]
+    if not hits or (same_data and 2 * shared < min(sketch["images"], len(data))):
+        return ""
+    return (
+        f"{checkpoint.name}: was trained on images of this {data.name} split: about {shared:,} of "
+        f"the {sketch['images']:,} images of {sketch['name']} {sketch['split']} are in it"
+    )
+
+
+def inherited_sketches(records: Iterable[Mapping[str, Any]]) -> list[Sketch]:
+    """Return the sketches of the images that weights and their ancestors were fitted on.
+
+    Args:
+        records: The provenance of the checkpoints, and of coefficients.
+    """
+    return join_sketches([item for record in records for item in record.get("fitted_images", [])])
 
 
 def _fitted_data(checkpoint: Checkpoint) -> list[DataRecord | None]:

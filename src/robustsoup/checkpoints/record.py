@@ -1,10 +1,13 @@
 """The provenance record of a checkpoint: every entry that the library reads is checked here."""
 
+import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
 
+from robustsoup.data.sketches import MAX_SKETCHES, SKETCH_SIZE
 from robustsoup.errors import CheckpointError
 from robustsoup.models.network import check_network_record
 from robustsoup.schema import (
@@ -27,6 +30,30 @@ _DATA = table({"name": text, "digest": text, "split_digest": text, "seed": _COUN
 """The entries of a DataRecord that are compared with the data of a command."""
 
 
+_HASH = re.compile("[0-9a-f]{16}")
+
+
+def _hashes(value: object, place: str) -> None:
+    list_of(text)(value, place)
+    hashes = list(value) if isinstance(value, (list, tuple)) else []
+    is_sorted = all(low < high for low, high in pairwise(hashes))
+    well_formed = all(_HASH.fullmatch(item) for item in hashes)
+    if not (0 < len(hashes) <= SKETCH_SIZE and well_formed and is_sorted):
+        expected = f"1 to {SKETCH_SIZE} different ascending numbers of 16 hex digits"
+        raise MisfitError(place, value, expected)
+
+
+_SKETCH = table(
+    {"name": text, "split": text, "digest": text, "images": _COUNT, "smallest": _hashes}, {}
+)
+
+
+def _sketches(value: object, place: str) -> None:
+    list_of(_SKETCH)(value, place)
+    if isinstance(value, (list, tuple)) and len(value) > MAX_SKETCHES:
+        raise MisfitError(place, value, f"at most {MAX_SKETCHES} sketches")
+
+
 def _coefficients(value: object, place: str) -> None:
     check = mapping_of(list_of(number)) if isinstance(value, Mapping) else list_of(number)
     check(value, place)
@@ -37,6 +64,7 @@ ENTRIES = {
     "parameters": list_of(text),
     "tied": mapping_of(text),
     "data": nullable(_DATA),
+    "fitted_images": _sketches,
     "earlier_data": list_of(nullable(_DATA)),
     "trained_on": list_of(text),
     "parents": list_of(table({"digest": text}, {"file": nullable(file_name)})),
@@ -55,6 +83,17 @@ ENTRIES = {
 """The check of each known entry; entries with other names are kept and never read."""
 
 
+def check_entries(record: Mapping[str, object]) -> None:
+    """Check the known entries of a record, of a checkpoint or of coefficients.
+
+    Raises:
+        MisfitError: Names the first entry that has another type or range.
+    """
+    for name, check in ENTRIES.items():
+        if name in record:
+            check(record[name], name)
+
+
 def check_record(record: Mapping[str, object], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Check the provenance record of a file, and that it fits the tensors of the file.
 
@@ -67,9 +106,7 @@ def check_record(record: Mapping[str, object], tensors: Mapping[str, Tensor], pa
         CheckpointError: Names the first entry that has another type or range.
     """
     try:
-        for name, check in ENTRIES.items():
-            if name in record:
-                check(record[name], name)
+        check_entries(record)
         _check_parameters(record.get("parameters", ()), tensors)
         _check_tied(record.get("tied", {}), tensors)
     except MisfitError as misfit:

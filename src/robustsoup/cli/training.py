@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from robustsoup.cli.options import DataOptions, Fields, Given, NetworkOptions, R
 from robustsoup.cli.terminal import print_error, print_line
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.settings import PRETRAIN_DEFAULTS, TrainSettings
+
+if TYPE_CHECKING:
+    from robustsoup.data import Data
 
 
 def train_command(
@@ -63,7 +66,7 @@ def train_command(
     else:
         initial = context.record_network(Checkpoint.load(start))
         warn_of_leakage([initial], loaded, allow=True)
-    settings = _open_synthetic_with_bar(settings)
+    settings = _open_synthetic_with_bar(settings, loaded)
     state = output.with_name(f".{output.name}.state.pt")
     with lock_file(output, print_error):
         with Bar(f"training {output.name}") as bar:
@@ -94,13 +97,23 @@ def _check_train_options(
         raise RequestError("--synthetic-fraction: requires --synthetic FILE.npz")
 
 
-def _open_synthetic_with_bar(settings: TrainSettings) -> TrainSettings:
-    """Replace the path of generated images by the opened images, if the settings name one."""
+def _open_synthetic_with_bar(settings: TrainSettings, data: "Data") -> TrainSettings:
+    """Replace the path of generated images, if any, by the images; warn of copies of val or test.
+
+    Args:
+        settings: The settings of the command.
+        data: The data whose val and test splits are looked for among the images.
+    """
+    from robustsoup.cli.inputs import warn_of_overlaps
     from robustsoup.cli.progress import Bar
     from robustsoup.data import Synthetic
+    from robustsoup.data.duplicates import find_copies
 
     if settings.synthetic is None:
         return settings
     with Bar(f"reading {Path(settings.synthetic).name}") as bar:
         images = Synthetic.open(settings.synthetic, on_progress=bar)
+        images.check_fit(data.train)
+        copies = find_copies(images, data, on_progress=bar)
+    warn_of_overlaps(copies)
     return replace(settings, synthetic=images)

@@ -7,21 +7,17 @@ side, in which unrelated images correlate as much, are compared exactly only.
 """
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from robustsoup.data.splits import Data, tensor_bytes
-from robustsoup.data.synthetic import Synthetic, digest_cache
+from robustsoup.data.sketches import digest_images
+from robustsoup.data.splits import Data
+from robustsoup.data.synthetic import Synthetic, read_digest_cache, write_digest_cache
 from robustsoup.data.tensors import IMAGES_PER_CHUNK
-from robustsoup.documents import read_json
-from robustsoup.errors import StorageError
-from robustsoup.files import write_text
 from robustsoup.precision import full_float32
 from robustsoup.progress import Progress
 
@@ -82,7 +78,7 @@ def find_overlaps(
     pairs = [(data.train, data.test), (data.val, data.test), (data.train, data.val)]
     splits = (data.train, data.val, data.test)
     near = near and min(data.test.images.shape[2:]) >= MIN_NEAR_SIZE
-    hashes = {split.name: list(_hash_images(split.images)) for split in splits}
+    hashes = {split.name: list(digest_images(split.images)) for split in splits}
     greys = {split.name: _normalise_grey(split.images) for split in splits if near}
     total, done = sum(len(split) for _, split in pairs), 0
     found = []
@@ -106,35 +102,50 @@ def find_overlaps(
 def find_exact_overlaps(data: Data, on_progress: Progress | None = None) -> list[Overlap]:
     """Return `find_overlaps` without near duplicates, from the cache folder if it is known."""
     key = f"{data.record['digest']} {data.record['split_digest']}"
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    cached = digest_cache() / f"duplicates-{name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = read_json(cached)
-        if content["of"] == key:
-            return [Overlap(**item) for item in content["overlaps"]]
-    overlaps = find_overlaps(data, on_progress=on_progress)
-    with contextlib.suppress(StorageError):  # without it the next run compares again
-        records = [item.as_record() for item in overlaps]
-        write_text(cached, json.dumps({"of": key, "overlaps": records}))
+    return _remember(key, lambda: find_overlaps(data, on_progress=on_progress))
+
+
+def find_copies(
+    generated: Synthetic, data: Data, on_progress: Progress | None = None
+) -> list[Overlap]:
+    """Count the samples of val and test that are among generated images, byte for byte.
+
+    Args:
+        generated: The generated images; all are read, unless the cache folder knows the answer.
+        data: The data set.
+        on_progress: Receives (images done, all images, text).
+    """
+    key = f"{generated.digest} {data.record['digest']} {data.record['split_digest']}"
+    found = _remember(key, lambda: _compare_generated(generated, data, on_progress))
+    return [replace(overlap, other=str(generated.path)) for overlap in found]
+
+
+def _remember(key: str, find: Callable[[], list[Overlap]]) -> list[Overlap]:
+    """Return what the cache folder holds for `key`, or what `find` finds."""
+    with contextlib.suppress(TypeError):
+        cached = read_digest_cache("duplicates", key)
+        if isinstance(cached, list):
+            return [Overlap(**item) for item in cached]
+    overlaps = find()
+    write_digest_cache("duplicates", key, [item.as_record() for item in overlaps])
     return overlaps
 
 
-def find_copies(generated: Synthetic, data: Data) -> list[Overlap]:
-    """Count the samples of val and test that are among generated images, byte for byte."""
+def _compare_generated(
+    generated: Synthetic, data: Data, on_progress: Progress | None
+) -> list[Overlap]:
     chunks = torch.arange(len(generated)).split(IMAGES_PER_CHUNK)
-    known = {key for rows in chunks for key in _hash_images(generated.take(rows)[0])}
+    known: set[bytes] = set()
+    for rows in chunks:
+        known.update(digest_images(generated.take(rows)[0]))
+        if on_progress:
+            on_progress(int(rows[-1]) + 1, len(generated), "looking for copies of val and test")
     overlaps = []
     for split in (data.val, data.test):
-        exact = sum(key in known for key in _hash_images(split.images))
+        exact = sum(key in known for key in digest_images(split.images))
         if exact:
             overlaps.append(Overlap(split.name, str(generated.path), len(split), exact))
     return overlaps
-
-
-def _hash_images(images: torch.Tensor) -> Iterator[bytes]:
-    for chunk in images.split(IMAGES_PER_CHUNK):
-        for image in chunk.cpu():
-            yield hashlib.blake2b(tensor_bytes(image), digest_size=16).digest()
 
 
 @full_float32()

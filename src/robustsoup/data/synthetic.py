@@ -311,20 +311,40 @@ def digest_cache() -> Path:
     return cache_folder() / "digests"
 
 
+def read_digest_cache(kind: str, of: str) -> object:
+    """Return what `write_digest_cache` stored, or None."""
+    try:
+        content = read_json(_cached_file(kind, of))
+        return content["found"] if content["of"] == of else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_digest_cache(kind: str, of: str, found: object) -> None:
+    """Store what was found, JSON-able, if the folder can be written.
+
+    Args:
+        kind: "file", "duplicates" or "sketch".
+        of: What it was found of: digests, or the path, size and time of a file.
+        found: The finding.
+    """
+    with contextlib.suppress(StorageError):  # without it the next run looks again
+        write_text(_cached_file(kind, of), json.dumps({"of": of, "found": found}))
+
+
+def _cached_file(kind: str, of: str) -> Path:
+    name = hashlib.sha256(os.fsencode(of)).hexdigest()[:32]
+    return digest_cache() / f"{kind}-{name}.json"
+
+
 def _cached_file_digest(path: Path, state: FileState, on_progress: Progress | None) -> str:
     """Return the sha256 (hex) of a file, from the cache folder if path, size and time match."""
     identity = f"{path.resolve()} {state.size} {state.modified_ns}"
-    name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
-    cached = digest_cache() / f"{name}.json"
-    try:
-        content = read_json(cached)
-        if content["of"] == identity:
-            return str(content["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    cached = read_digest_cache("file", identity)
+    if isinstance(cached, str):
+        return cached
     digest = _compute_file_digest(path, state, on_progress)
-    with contextlib.suppress(StorageError):  # without it the next run reads the file again
-        write_text(cached, json.dumps({"of": identity, "sha256": digest}))
+    write_digest_cache("file", identity, digest)
     return digest
 
 

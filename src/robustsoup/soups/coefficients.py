@@ -16,8 +16,10 @@ from robustsoup.checkpoints.formats import (
     refuse_non_finite,
     write_tensors,
 )
+from robustsoup.checkpoints.record import check_entries
 from robustsoup.errors import CoefficientError
 from robustsoup.paths import user_path
+from robustsoup.schema import MisfitError
 
 EVERY_LAYER = "*"
 """Name of the layer of coefficients that apply to the whole network."""
@@ -282,6 +284,10 @@ def _load_layered(path: str | os.PathLike[str], kind: str, tensor_name: str) -> 
         )
     layers = _pop_texts(record, "layers", path)
     ingredients = _pop_texts(record, "ingredients", path)
+    try:
+        check_entries(record)
+    except MisfitError as misfit:
+        raise CoefficientError(f"{path}: record: {misfit}; write the file again") from None
     _check_layered(tensors, tensor_name, len(layers), len(ingredients), path)
     return {
         tensor_name: tensors[tensor_name],

@@ -14,6 +14,7 @@ from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
+from robustsoup.data.sketches import sketch_split
 from robustsoup.errors import Diverged
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.seeding import keyed_generator
@@ -342,6 +343,7 @@ class LearningRun:
             "history": self.history,
             "data": self.data.record,
             "trained_on": [self.data.name],
+            "fitted_images": [sketch_split(self.data)],
             "early_stopped_at": self.best and self.best["epoch"],
         }
         if len(self.digests) == 1:

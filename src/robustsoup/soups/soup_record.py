@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import inherited_sketches
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
 
 SHARED_ENTRIES = ("network", "parameters", "tied")
@@ -16,10 +17,13 @@ def make_soup_record(
     """Make the provenance record of a soup from those of its ingredients and its coefficients."""
     first = ingredients[0].provenance
     record = {key: first[key] for key in SHARED_ENTRIES if key in first}
-    record |= _data_entries(ingredients)
+    record |= _data_entries(ingredients, coefficients)
+    sources = [*(item.provenance for item in ingredients), coefficients.record]
     record["trained_on"] = sorted(
-        {split for item in ingredients for split in item.provenance.get("trained_on", [])}
+        {split for source in sources for split in source.get("trained_on", [])}
     )
+    if sketches := inherited_sketches(sources):
+        record["fitted_images"] = sketches
     record["parents"] = [
         {"digest": item.digest, "file": item.path.name if item.path else None}
         for item in ingredients
@@ -33,8 +37,8 @@ def make_soup_record(
     return record
 
 
-def _data_entries(ingredients: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return the records of the data that the ingredients and their ancestors were trained on."""
+def _data_entries(ingredients: Sequence[Checkpoint], coefficients: Coefficients) -> dict[str, Any]:
+    """Return the records of the data behind the ingredients, their ancestors and coefficients."""
     entries: dict[str, Any] = {}
     records: list[dict[str, Any]] = [item.provenance.get("data") or {} for item in ingredients]
     first = records[0]
@@ -45,6 +49,9 @@ def _data_entries(ingredients: Sequence[Checkpoint]) -> dict[str, Any]:
         # Together, the ingredients were trained on the samples of several splits of one data set.
         entries["data"] = {**first, "split_digest": "several"}
     earlier = [data for item in ingredients for data in item.provenance.get("earlier_data", [])]
+    learned_on = coefficients.record.get("data")
+    if learned_on and learned_on != first:
+        earlier.append(learned_on)
     if earlier:
         entries["earlier_data"] = [
             data for i, data in enumerate(earlier) if data not in earlier[:i]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
-from robustsoup.checkpoints.provenance import earlier_data
+from robustsoup.checkpoints.provenance import earlier_data, inherited_sketches
 from robustsoup.data import (
     Split,
     SplitLike,
@@ -24,6 +24,7 @@ from robustsoup.data import (
     mixed_batches,
 )
 from robustsoup.data.batches import Batch
+from robustsoup.data.sketches import sketch_split, sketch_synthetic
 from robustsoup.data.synthetic import check_fraction
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import ModelError, RequestError
@@ -366,11 +367,14 @@ def _inherited_record(
         if earlier := earlier_data(origin, data):
             record["earlier_data"] = earlier
     record["parents"] = parents
+    sketches = [sketch_split(data)]
     if synthetic is not None:
+        sketches.append(sketch_synthetic(synthetic))
         source = {
             "file": synthetic.path.name,
             "digest": synthetic.digest,
             "images": len(synthetic),
         }
         record["synthetic"] = [*record.get("synthetic", []), source]
+    record["fitted_images"] = inherited_sketches([record, {"fitted_images": sketches}])
     return record
