@@ -10,6 +10,7 @@ Three environment variables change how the suite runs; no verdict may depend on 
 
 import os
 import random
+import signal
 import sys
 
 import pytest
@@ -23,6 +24,11 @@ from robustsoup.reports.style import FORMATS, STYLE
 THREADS = int(os.environ.get("ROBUSTSOUP_TEST_THREADS", "1"))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 torch.set_num_threads(THREADS)
+
+# Commands that tests start would inherit signals that a shell or nohup ignores, but not a handler.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 # The same examples everywhere, so that a test that passed here passes there;
 # `pytest --hypothesis-profile default` looks for others.
