@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustsoup.file_bytes import MAX_ELEMENTS, check_shape
 
-MAX_OPERATIONS = 1_000_000
+MAX_OPERATIONS = 500_000
 MAX_TEXT_BYTES = 2**20
 MAX_DEPTH = 32
 """Most levels of containers."""
@@ -175,6 +175,9 @@ class PickleReader:
         self._stack.append(tuple(items))
 
     def _push_tuple_of(self, length: int) -> None:
+        if length == 1:
+            self._stack[-1] = (self._stack[-1],)
+            return
         if len(self._stack) < length:
             raise IndexError
         self._stack[-length:] = [tuple(self._stack[-length:])]
@@ -417,6 +420,9 @@ _OPERATIONS: dict[bytes, Callable[[PickleReader], None]] = {
 }
 
 
+_PLAIN = (dict, list, tuple)
+
+
 def _check_depth(content: Any) -> None:
     """Check the depth of nested containers, without recursion."""
     level, depth, seen = [content], 0, set[int]()
@@ -429,7 +435,8 @@ def _check_depth(content: Any) -> None:
                 continue
             seen.add(id(value))
             below.extend(value.values() if isinstance(value, dict) else value)
-            below.extend(getattr(value, "__dict__", {}).values())
+            if type(value) not in _PLAIN:  # an OrderedDict may have attributes
+                below.extend(getattr(value, "__dict__", {}).values())
         level, depth = below, depth + 1
 
 
