@@ -24,7 +24,7 @@ PYTHON_GROUPS = {
     "Data and networks": ("load_data", "load_model", "Data", "Split", "Synthetic"),
     "Checkpoints": ("Checkpoint",),
     "Attacks": ("ThreatModel", "apgd", "apgd_train", "pgd", "square"),
-    "Training": ("train", "Objective"),
+    "Training": ("train", "track", "Objective"),
     "Soups": ("mix", "learn", "learn_dial", "Coefficients", "Dial"),
     "Evaluation": ("evaluate", "Evaluation", "Accuracy", "compare", "Comparison"),
     "Search": ("search", "select", "pareto_front", "Candidate", "Selection"),

@@ -39,6 +39,7 @@ ROOMS = (
         "threats",
         "progress",
         "settings",
+        "tracking",
         "catalog",
     ),
     ("attacks",),

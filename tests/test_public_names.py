@@ -48,6 +48,7 @@ NAMES = [
     "search",
     "select",
     "square",
+    "track",
     "train",
 ]
 

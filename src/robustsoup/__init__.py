@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from robustsoup.soups.search import search
     from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
     from robustsoup.threats import ThreatModel
+    from robustsoup.tracking import track
     from robustsoup.training.objectives import Objective
     from robustsoup.training.train import train
 
@@ -86,6 +87,7 @@ _HOMES = {
     "search": "soups.search",
     "select": "soups.selection",
     "square": "attacks",
+    "track": "tracking",
     "train": "training.train",
 }
 
@@ -130,6 +132,7 @@ __all__ = [
     "search",
     "select",
     "square",
+    "track",
     "train",
 ]
 

@@ -25,6 +25,7 @@ from robustsoup.models.normalize import normalize_inputs
 from robustsoup.soups.learning import learn
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
+from robustsoup.tracking import track
 
 LINF = ThreatModel("Linf", 16 / 255)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -387,3 +388,13 @@ def test_normalize_inputs_keeps_the_names_of_a_vit():
     assert set(normalize_inputs(model, *IMAGENET).state_dict()) == set(
         load_model("timm:test_vit:img_size=32", normalize=IMAGENET).state_dict()
     )
+
+
+def test_tensorboard_receives_the_figures_of_each_epoch(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    on_epoch = track(f"tensorboard:{tmp_path}")
+    for epoch in (1, 2):
+        on_epoch({"epoch": epoch, "loss": 2.0 / epoch})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]

@@ -16,6 +16,7 @@ from robustsoup.cli.options import (
     Given,
     NetworkOptions,
     RunOptions,
+    Track,
 )
 from robustsoup.cli.terminal import print_error, print_line, print_warning
 from robustsoup.errors import RequestError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Data
     from robustsoup.soups.coefficients import Coefficients, Dial
+    from robustsoup.tracking import OnEpoch
 
 
 def learn_command(
@@ -53,6 +55,7 @@ def learn_command(
     ] = None,
     base: Base = None,
     allow_leakage: AllowLeakage = False,
+    track: Track = None,
 ) -> None:
     """Learn mixing coefficients for each layer under attack.
 
@@ -66,6 +69,7 @@ def learn_command(
     --epochs 5 --dial -o turned`, then `robustsoup mix eps16.safetensors eps96.safetensors
     --coefficients turned/dial.safetensors --at 0.7 -o cleaner.safetensors`
     """
+    from robustsoup import tracking
     from robustsoup.cli.inputs import (
         load_requested_data,
         make_context,
@@ -84,6 +88,7 @@ def learn_command(
     if settings.dial is not None:
         settings = replace(settings, dial=dial)
     policy = soup.buffers or "tracked"
+    on_epoch = tracking.track(track) if track else None
     run.use_threads()
     import_named_module(settings.objective)
     source = load_requested_data(data)
@@ -105,6 +110,7 @@ def learn_command(
             allow_leakage=allow_leakage,
             device=run.device,
             state_path=state,
+            on_epoch=on_epoch,
         )
         folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
         lines = folder.write(
@@ -147,6 +153,7 @@ def _learn_with_bar(
     allow_leakage: bool,
     device: str,
     state_path: Path,
+    on_epoch: "OnEpoch | None",
 ) -> "Coefficients | Dial":
     """Learn a soup, or a dial if `settings.dial` is set, with a progress bar."""
     from robustsoup.cli.progress import Bar
@@ -165,6 +172,7 @@ def _learn_with_bar(
             device=device,
             state_path=state_path,
             on_progress=bar,
+            on_epoch=on_epoch,
         )
 
 

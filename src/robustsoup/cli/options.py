@@ -37,6 +37,10 @@ Base = Annotated[
         help="Checkpoint whose statistics --buffers base copies; the common ancestor by default."
     ),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(help="Write the figures of each epoch to FILE.jsonl or tensorboard:FOLDER."),
+]
 AllowLeakage = Annotated[
     bool,
     typer.Option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustsoup.cli.options import DataOptions, Fields, Given, NetworkOptions, RunOptions
+from robustsoup.cli.options import DataOptions, Fields, Given, NetworkOptions, RunOptions, Track
 from robustsoup.cli.terminal import print_error, print_line
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.settings import PRETRAIN_DEFAULTS, TrainSettings
@@ -30,6 +30,7 @@ def train_command(
     run: RunOptions,
     given: Given,
     start: Annotated[Path | None, typer.Option("--from", help="Checkpoint to fine-tune.")] = None,
+    track: Track = None,
 ) -> None:
     """Train a network adversarially, or fine-tune a checkpoint.
 
@@ -40,6 +41,7 @@ def train_command(
     -o base.safetensors`, then `robustsoup train --from base.safetensors --data digits
     --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`
     """
+    from robustsoup import tracking
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import (
         check_suffix,
@@ -57,6 +59,7 @@ def train_command(
     _check_train_options(settings, network, start, given)
     if start is None and "lr" not in given:
         settings = replace(settings, lr=PRETRAIN_DEFAULTS["lr"])
+    on_epoch = tracking.track(track) if track else None
     run.use_threads()
     import_named_module(settings.objective)
     loaded = load_requested_data(data)
@@ -78,6 +81,7 @@ def train_command(
                 device=run.device,
                 state_path=state,
                 on_progress=bar,
+                on_epoch=on_epoch,
             )
         trained.save(output)
         remove_file(state)

@@ -21,6 +21,7 @@ from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.ingredients import choose_place
 from robustsoup.soups.learning_run import LearningInputs, LearningRun
 from robustsoup.soups.mixing import check_buffer_policy, open_ingredients
+from robustsoup.tracking import OnEpoch
 from robustsoup.training.loop import run_epochs
 from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
@@ -42,6 +43,7 @@ def learn(
     device: str | torch.device = "auto",
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
     **changes: Any,
 ) -> Coefficients:
     """Train coefficients for the ingredients adversarially, one softmax for each layer.
@@ -63,6 +65,7 @@ def learn(
         device: "auto", "cpu", "cuda" or a device.
         state_path: File for the state of the run; an interrupted run resumes from it.
         on_progress: Called with (steps done, total steps, figures).
+        on_epoch: Called with the figures of each epoch as a dictionary; see `track`.
         **changes: Fields of LearnSettings, which override those of `settings`.
 
     Returns:
@@ -91,7 +94,7 @@ def learn(
     stored_in = choose_place(place, budget, opened, resolved)
     inputs = LearningInputs(opened, data, val, network, base, stored_in, resolved)
     run = LearningRun(inputs, settings)
-    _finish_run(run, state_path, on_progress)
+    _finish_run(run, state_path, on_progress, on_epoch)
     return run.coefficients()
 
 
@@ -111,6 +114,7 @@ def learn_dial(
     device: str | torch.device = "auto",
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
     **changes: Any,
 ) -> Dial:
     """Learn a line of soups in one run: logits(t) = a + b (2t - 1) for each layer.
@@ -133,6 +137,7 @@ def learn_dial(
         device: As in `learn`.
         state_path: As in `learn`.
         on_progress: As in `learn`.
+        on_epoch: As in `learn`.
         **changes: Fields of LearnSettings, which override those of `settings`.
 
     Returns:
@@ -155,7 +160,7 @@ def learn_dial(
     stored_in = choose_place(place, budget, opened, resolved)
     inputs = LearningInputs(opened, data, None, network, base, stored_in, resolved)
     run = LearningRun(inputs, settings)
-    _finish_run(run, state_path, on_progress)
+    _finish_run(run, state_path, on_progress, on_epoch)
     return run.dial()
 
 
@@ -192,7 +197,10 @@ def _open_for_learning(
 
 
 def _finish_run(
-    run: LearningRun, state_path: str | os.PathLike[str] | None, on_progress: Progress | None
+    run: LearningRun,
+    state_path: str | os.PathLike[str] | None,
+    on_progress: Progress | None,
+    on_epoch: OnEpoch | None,
 ) -> None:
     """Resume the run from its saved state, if any, and take the remaining steps."""
     val = run.inputs.val
@@ -201,4 +209,4 @@ def _finish_run(
     saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
     with saved.refuse_malformed():
         run.restore(saved.load())
-    run_epochs(run, saved, on_progress)
+    run_epochs(run, saved, on_progress, on_epoch)

@@ -13,6 +13,7 @@ from robustsoup.data.batches import Batch
 from robustsoup.device import autocast
 from robustsoup.errors import Diverged
 from robustsoup.progress import Progress, SavedState
+from robustsoup.tracking import OnEpoch
 
 History = list[dict[str, float]]
 """One entry for each finished epoch: "epoch" (from 1), "loss" and the figures measured on val."""
@@ -69,6 +70,7 @@ def run_epochs(
     run: StepwiseRun,
     saved: SavedState,
     on_progress: Progress | None,
+    on_epoch: OnEpoch | None,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """Take the remaining steps of a run and save its state from time to time.
@@ -77,6 +79,7 @@ def run_epochs(
         run: A new or resumed run.
         saved: Where the state is saved: when due, and after every epoch.
         on_progress: Receives (steps done, all steps, figures).
+        on_epoch: Receives the figures of each epoch, after its state is saved.
         after_epoch: Called after the state of an epoch is saved, and once before the first step,
             since the run may have been killed between the two.
 
@@ -98,6 +101,8 @@ def run_epochs(
         run.history.append(entry)
         run.loss_sum = torch.zeros_like(run.loss_sum)
         saved.save(run.state())
+        if on_epoch:
+            on_epoch(dict(entry))
         after_epoch()
 
 

@@ -38,6 +38,7 @@ from robustsoup.settings import (
     make_settings,
     to_record,
 )
+from robustsoup.tracking import OnEpoch
 from robustsoup.training.adversarial_loss import attack_batch, measure_robust_loss, objective_loss
 from robustsoup.training.loop import History, check_step_loss, run_epochs
 from robustsoup.training.objectives import Objective
@@ -68,6 +69,7 @@ def train(
     device: str | torch.device = "auto",
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
     **changes: Any,
 ) -> Checkpoint:
     """Train a network adversarially with SGD, for pre-training or fine-tuning.
@@ -87,6 +89,7 @@ def train(
         state_path: File for the state of the run. A killed run resumes from it, bit for bit on a
             CPU with the same number of threads.
         on_progress: Receives (steps done, all steps, figures).
+        on_epoch: Receives the figures of each epoch as a dictionary; see `track`.
         **changes: Fields of TrainSettings, which override `settings`.
 
     Returns:
@@ -136,7 +139,7 @@ def train(
             run.last_passed_epoch = epoch
             saved.save(run.state())
 
-    run_epochs(run, saved, on_progress, pass_checkpoint)
+    run_epochs(run, saved, on_progress, on_epoch, pass_checkpoint)
     return _make_checkpoint(run, origin, start.digest)
 
 
