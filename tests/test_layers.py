@@ -29,6 +29,7 @@ ROOMS = (
         "files",
         "documents",
         "file_bytes",
+        "file_kinds",
         "archives",
         "pickles",
         "torch_files",

@@ -1,20 +1,26 @@
 """Read the pickles of torch.save as plain data: nothing is imported and nothing is called.
 
 The reader knows the opcodes and the names that torch.load(weights_only=True) accepts for tensors,
-numbers, text and containers. Whatever the bytes are, reading ends with plain data or a ValueError
-with a short reason.
+numbers, text and containers, and the harmless types that training scripts put beside weights:
+numbers and arrays of NumPy, argparse.Namespace, paths. Whatever the bytes are, reading ends with
+plain data or a ValueError with a short reason.
 """
 
 import struct
+from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustsoup.file_bytes import MAX_ELEMENTS, check_shape
+from robustsoup.printable import make_printable
 
 MAX_OPERATIONS = 500_000
 MAX_TEXT_BYTES = 2**20
@@ -75,6 +81,9 @@ class _Name:
     """A global name in a pickle, as text."""
 
     text: str
+
+    def __str__(self) -> str:
+        return make_printable(self.text)[:160]
 
 
 class PickleReader:
@@ -235,10 +244,38 @@ class PickleReader:
             raise TypeError("a call of what is not a name")
         self._stack.append(self._rebuild(name, arguments))
 
+    def _make_object(self) -> None:
+        """Make an object of a class that is known to be harmless."""
+        arguments, name = self._stack.pop(), self._stack.pop()
+        if not isinstance(name, _Name) or type(arguments) is not tuple:
+            raise TypeError("an object of what is not a class")
+        make = _PLAIN_TYPES.get(name.text)
+        if make is None:
+            whole = not self._stack and not self._outer_stacks
+            raise ValueError(self._describe_foreign_class(name, whole=whole))
+        self._stack.append(make(*arguments))
+
+    def _describe_foreign_class(self, name: _Name, *, whole: bool) -> str:
+        is_network = b"_parameters" in self._stream.read(MAX_TEXT_BYTES)
+        kind = "network" if is_network else "object"
+        what = f"a whole {kind} ({name})" if whole else f"an {kind} of the class {name}"
+        what = what.replace("an network", "a network")
+        return (
+            f"it holds {what}, not plain tensors, numbers and text; if you trust the file, load it "
+            "where that class is defined, with torch.load(..., weights_only=False), and save the "
+            "state_dict() of the network"
+        )
+
     def _set_attributes(self) -> None:
-        """Set the attributes of an OrderedDict, such as `_metadata` of a state dict."""
+        """Set the attributes of a namespace or of an OrderedDict (`_metadata` of a state dict)."""
         state, target = self._stack.pop(), self._stack[-1]
-        if type(target) is not OrderedDict or type(state) is not dict:
+        if isinstance(target, np.dtype):
+            _check_byte_order(state)
+            return
+        if type(target) is np.ndarray:
+            _fill_array(target, state)
+            return
+        if type(target) not in _WITH_ATTRIBUTES or type(state) is not dict:
             raise TypeError("attributes for what is not an OrderedDict")
         if not all(type(key) is str for key in state) or "__class__" in state:
             raise TypeError("attributes that are not named")
@@ -284,7 +321,7 @@ class PickleReader:
                 return self._rebuild(inner, args)
         if name.text.rpartition(".")[2] in _SPARSE_OR_QUANTIZED:
             raise ValueError("a tensor that is sparse or quantized; expected plain tensors")
-        raise ValueError(f"the name {name.text}, which is not plain tensors, numbers or text")
+        raise ValueError(f"the name {name}, which is not plain tensors, numbers or text")
 
     def _view_storage(self, storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         """Return a tensor in a storage, after checking that all its elements lie within it."""
@@ -371,7 +408,86 @@ def _make_complex(real: Any, imaginary: Any) -> complex:
     return complex(float(real), float(imaginary))
 
 
+def _make_dict(_factory: object = None) -> dict[Any, Any]:
+    """Return what a defaultdict becomes."""
+    return {}
+
+
+def _make_text(text: Any) -> str:
+    if type(text) is not str:
+        raise TypeError("a version that is not text")
+    return text
+
+
+def _make_posix_path(*parts: Any) -> PurePosixPath:
+    return PurePosixPath(*map(_make_text, parts))
+
+
+def _make_windows_path(*parts: Any) -> PureWindowsPath:
+    return PureWindowsPath(*map(_make_text, parts))
+
+
+_NUMPY_KINDS = "biufcSU"
+
+
+def _make_numpy_dtype(text: Any, *_: object) -> np.dtype[Any]:
+    """Return a type of numbers or text: "f8", "i4", "U12"."""
+    if type(text) is not str or text[:1] not in _NUMPY_KINDS or not text[1:].isdecimal():
+        raise ValueError("a type of NumPy that is not numbers or text")
+    return np.dtype(text)
+
+
+def _check_byte_order(state: Any) -> None:
+    if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
+        raise ValueError("numbers of NumPy that are not little-endian")
+
+
+def _make_numpy_scalar(dtype: Any, content: Any) -> Any:
+    if not isinstance(dtype, np.dtype) or type(content) is not bytes:
+        raise TypeError("a number of NumPy without a type")
+    if len(content) != dtype.itemsize:
+        raise ValueError("a number of NumPy of another size than its type")
+    return np.frombuffer(content, dtype)[0]
+
+
+def _make_numpy_array(*_: object) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return an array that `_fill_array` fills."""
+    return np.empty(0)
+
+
+def _fill_array(array: np.ndarray[Any, np.dtype[Any]], state: Any) -> None:
+    match state:
+        case (int(), tuple() as shape, np.dtype() as dtype, bool() as fortran, bytes() as content):
+            sizes = check_shape(shape)
+            if torch.Size(sizes).numel() * dtype.itemsize != len(content):
+                raise ValueError(f"an array of NumPy of shape {list(sizes)} with other content")
+            # pyrefly: ignore[bad-argument-type]  # NumPy's stub asks for a bool of NumPy
+            array.__setstate__((1, sizes, dtype, fortran, content))
+        case _:
+            raise ValueError("an array of NumPy that is not numbers or text")
+
+
+_WITH_ATTRIBUTES = (OrderedDict, Namespace, SimpleNamespace)
 _PLAIN_TYPES: dict[str, Callable[..., Any]] = {
+    "argparse.Namespace": Namespace,
+    "types.SimpleNamespace": SimpleNamespace,
+    "collections.defaultdict": _make_dict,
+    "torch.torch_version.TorchVersion": _make_text,
+    "numpy.dtype": _make_numpy_dtype,
+    **{
+        f"numpy.{core}.multiarray.{name}": function
+        for core in ("core", "_core")
+        for name, function in (("scalar", _make_numpy_scalar), ("_reconstruct", _make_numpy_array))
+    },
+    **{
+        f"{module}.{pure}{name}": function
+        for module in ("pathlib", "pathlib._local")
+        for pure in ("", "Pure")
+        for name, function in (
+            ("PosixPath", _make_posix_path),
+            ("WindowsPath", _make_windows_path),
+        )
+    },
     "collections.OrderedDict": _make_ordered_dict,
     "collections.Counter": _make_counter,
     "torch.Size": _make_size,
@@ -416,6 +532,7 @@ _OPERATIONS: dict[bytes, Callable[[PickleReader], None]] = {
     b"c": PickleReader._push_name,
     b"R": PickleReader._call_name,
     b"b": PickleReader._set_attributes,
+    b"\x81": PickleReader._make_object,
     b"Q": PickleReader._push_storage,
 }
 

@@ -297,8 +297,7 @@ def corrupt(folder):
     torch.save(torch.ones(2), folder / "tensor.pth")
     torch.save({}, folder / "empty.pth")
     torch.save({"state_dict": {}}, folder / "empty wrapped.pth")
-    torch.save({"epoch": 3, "weights": tensors()}, folder / "unknown key.pth")
-    torch.save({"a": torch.ones(1), "b": "text"}, folder / "mixed.pth")
+    torch.save({"epoch": 3, "weights": "text"}, folder / "no tensors.pth")
     torch.save({1: torch.ones(1)}, folder / "numbered.pth")
     torch.save({"module.": torch.ones(1), "module.a": torch.ones(1)}, folder / "only prefix.pth")
     save_file({}, folder / "empty.safetensors")
@@ -351,8 +350,7 @@ BROKEN = [
     "tensor.pth",
     "empty.pth",
     "empty wrapped.pth",
-    "unknown key.pth",
-    "mixed.pth",
+    "no tensors.pth",
     "numbered.pth",
     "only prefix.pth",
     "empty.safetensors",
@@ -393,7 +391,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(broken_files, name):
         ("nan.pth", "bn.bias holds NaN"),
         ("nan.safetensors", "bn.bias holds NaN"),
         ("bfloat16 nan.safetensors", "bn.bias holds NaN"),
-        ("unknown key.pth", r"\['epoch', 'weights'\].*state_dict"),
+        ("no tensors.pth", r"no state dict; got keys \['epoch', 'weights'\]"),
         ("list.pth", "a list"),
         ("empty.pth", "no state dict|expected a state dict"),
         ("empty.safetensors", "no tensors"),
@@ -503,9 +501,10 @@ def test_missing_and_surplus_tensors_are_distinguished():
         ModelError, match=r"linear\.weight: the network has this tensor, the file does not"
     ):
         Checkpoint(lacking).load_into(model)
-    with pytest.raises(ModelError, match="extra: the file has this tensor, the network does not"):
+    extra = "prep.0.extra"
+    with pytest.raises(ModelError, match=f"{extra}: the file has this tensor, the network does no"):
         Checkpoint(
-            {name: tensor + 1 for name, tensor in state.items()} | {"extra": torch.ones(1)}
+            {name: tensor + 1 for name, tensor in state.items()} | {extra: torch.ones(1)}
         ).load_into(model)
     assert same(model.state_dict(), before)
 
@@ -531,9 +530,9 @@ def test_a_path_that_is_a_folder_stays_a_folder(tmp_path, ending):
     assert list(tmp_path.iterdir()) == [tmp_path / f"a{ending}"]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a", "a.safetensors.gz", "a.pth.tar"])
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.safetensors.gz", "a.onnx"])
 def test_another_ending_is_refused(tmp_path, name):
-    with pytest.raises(CheckpointError, match=r"expected \.safetensors, \.pt, \.pth or \.bin"):
+    with pytest.raises(CheckpointError, match=r"expected \.safetensors or \.pt, \.pth"):
         Checkpoint(tensors()).save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -585,6 +584,7 @@ def test_the_record_is_json_under_one_key(tmp_path):
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     record = json.loads(header["__metadata__"].pop("robustsoup"))
     assert record == stamp_record({"a": [1.5], "b": 1})
+    assert header["__metadata__"].pop("format") == "pt"  # Hugging Face's libraries require it
     assert list(header["__metadata__"]) == ["robustsoup.digests"]
     assert (
         Checkpoint(tensors(), {"a": [1.5], "b": 1}).save(tmp_path / "b.safetensors").read_bytes()

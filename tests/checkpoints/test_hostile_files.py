@@ -319,7 +319,7 @@ HOSTILE_PICKLES = {
     "a compressed bomb": (lambda path: hostile.bomb(path, 64), "compressed"),
     "no pickle": (
         lambda path: hostile.rename_member(good_archive(path), "data.pkl", "data.pkx"),
-        "0 members data.pkl",
+        "zip archive of other files",
     ),
     "50,000 members": (
         lambda path: hostile.claim_members(good_archive(path), 50_000),

@@ -78,9 +78,13 @@ def test_another_named_network_does_not_fit_the_files(hostile, capsys):
     assert "low.safetensors: prep.0.weight: got shape (2, 1, 3, 3)" in capsys.readouterr().err
 
 
-def test_mix_needs_data_to_build_a_named_network(here, capsys):
-    assert run("mix", "low.safetensors", "-o", "m.safetensors", "--model", SPEC) == 2
-    assert "mix: --model and --normalize require --data" in capsys.readouterr().err
+def test_mix_needs_no_data_to_name_a_network(here, capsys):
+    assert run("mix", "low.safetensors", "-o", "m.safetensors", "--model", SPEC) == 0
+    mixed = Checkpoint.load("m.safetensors")
+    assert mixed.network_settings == Checkpoint.load("low.safetensors").network_settings
+    constants = ("--normalize", 0.5, 0.2)
+    assert run("mix", "low.safetensors", "-o", "n.safetensors", *constants) == 2
+    assert "mix: --normalize requires --model or --data" in capsys.readouterr().err
 
 
 def test_a_network_of_ones_own_is_named_in_each_command(here, monkeypatch, capsys):

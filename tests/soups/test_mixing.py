@@ -590,11 +590,13 @@ def test_a_soup_by_layer_records_its_rows():
 def test_a_soup_of_foreign_files_keeps_the_format_of_the_first(tmp_path):
     for i in range(2):
         state = {f"module.{name}": tensor for name, tensor in FIVE[i].tensors.items()}
-        torch.save({"state_dict": state, "epoch": i}, tmp_path / f"{i}.pth")
+        content = {"state_dict": state, "epoch": i, "arch": "resnet9", "optimizer": {"lr": 0.1}}
+        torch.save(content, tmp_path / f"{i}.pth")
     soup = mix([tmp_path / "0.pth", tmp_path / "1.pth"], [0.5, 0.5])
     soup.save(tmp_path / "soup.pth")
     loaded = torch.load(tmp_path / "soup.pth", weights_only=True)
-    assert loaded["epoch"] == 0
+    assert loaded.keys() == {"state_dict", "arch"}
+    assert soup.notes == ("soup: left out epoch, optimizer, which were not mixed",)
     network = nn.DataParallel(load_model("resnet9:width=2", channels=1))
     network.load_state_dict(loaded["state_dict"])
     assert torch.equal(

@@ -1,7 +1,7 @@
 """Checkpoints: the weights of one network and a record of where they come from."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from robustsoup.checkpoints.formats import Wrapping, read_checkpoint, write_checkpoint
+from robustsoup.checkpoints.fitting import NamesFit, fit_names, network_tensors
+from robustsoup.checkpoints.formats import read_checkpoint, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
+from robustsoup.checkpoints.parameters import guess_parameters
 from robustsoup.checkpoints.record import check_record
+from robustsoup.checkpoints.wrapping import Wrapping
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
@@ -28,10 +31,9 @@ from robustsoup.paths import user_path
 from robustsoup.schema import describe_value
 
 NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
-_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """The state dict of one network under its own names, and a record of its provenance.
 
@@ -43,10 +45,12 @@ class Checkpoint:
             data that the weights were fitted on), "earlier_data" (those of its ancestors),
             "trained_on" [splits].
         path: The file that was read.
-        wrapping: The structure around the state dict in a foreign file.
+        wrapping: What is around the tensors in their file.
         source: The file, if the tensors are still in it (see `open`).
         named_network: The network that this program named (see `with_network`). It comes before the
             record, which may name built-in networks only: data never names code that runs.
+        notes: What was read, left aside or left out, each in a line.
+        as_read: The checkpoint before its names were fitted to a network; its digest counts.
     """
 
     tensors: Mapping[str, Tensor]
@@ -55,35 +59,55 @@ class Checkpoint:
     wrapping: Wrapping | None = None
     source: MappedFile | None = None
     named_network: NetworkSettings | None = None
+    notes: tuple[str, ...] = ()
+    as_read: "Checkpoint | None" = None
 
     @classmethod
-    def load(cls, path: "CheckpointLike") -> "Checkpoint":
-        """Read .safetensors, or .pt/.pth/.bin as torch.load does with weights_only=True.
+    def load(cls, path: "CheckpointLike", *, key: str | None = None) -> "Checkpoint":
+        """Read .safetensors, an index of shards, or .pt/.pth/... without running any of their code.
 
-        Common wrappers around the state dict and prefixes of its names are removed. The content is
-        compared with the digests that robustsoup wrote.
+        The state dict is found under any keys, and prefixes of wrappers are removed from its names;
+        `with_names_of` fits them to a network. The content is compared with the digests that
+        robustsoup wrote.
+
+        Args:
+            path: The file, or a Checkpoint, which is returned.
+            key: Which weights to read if the file holds several sets: the keys that lead to them,
+                joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
+                which were read by default.
 
         Raises:
             CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
                 tensors, NaN or infinity, or a record that is malformed; the error names the file.
         """
-        return path if isinstance(path, Checkpoint) else cls._read(user_path(path), mapped=False)
+        if isinstance(path, Checkpoint):
+            return path
+        return cls._read(user_path(path), mapped=False, key=key)
 
     @classmethod
-    def open(cls, path: "CheckpointLike") -> "Checkpoint":
+    def open(cls, path: "CheckpointLike", *, key: str | None = None) -> "Checkpoint":
         """Read as `load` does, but leave the tensors in the file, as read-only views of it.
 
         Digests are compared once while the file keeps its path, inode, size and time.
         Call `check_source` before reading them later, and do not overwrite the file in place
         meanwhile.
         """
-        return path if isinstance(path, Checkpoint) else cls._read(user_path(path), mapped=True)
+        if isinstance(path, Checkpoint):
+            return path
+        return cls._read(user_path(path), mapped=True, key=key)
 
     @classmethod
-    def _read(cls, path: Path, *, mapped: bool) -> "Checkpoint":
-        stored = read_checkpoint(path, mapped=mapped)
+    def _read(cls, path: Path, *, mapped: bool, key: str | None) -> "Checkpoint":
+        stored = read_checkpoint(path, mapped=mapped, key=key)
         check_record(stored.record, stored.tensors, path)
-        return cls(stored.tensors, stored.record, path, stored.wrapping, stored.source)
+        return cls(
+            stored.tensors,
+            stored.record,
+            path,
+            stored.wrapping,
+            stored.source,
+            notes=stored.notes,
+        )
 
     @classmethod
     def of(cls, model: nn.Module, provenance: dict[str, Any] | None = None) -> "Checkpoint":
@@ -93,7 +117,7 @@ class Checkpoint:
         built it, its network.
         """
         tensors = {
-            name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()
+            name: tensor.detach().cpu().clone() for name, tensor in network_tensors(model).items()
         }
         record = {**(provenance or {}), **_parameter_record(model)}
         if (settings := network_settings_of(model)) is not None:
@@ -111,7 +135,12 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, for any file format."""
+        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, for any file format.
+
+        Fitting the names to a network does not change it.
+        """
+        if self.as_read is not None:
+            return self.as_read.digest
         self.check_source()
         return digest_tensors(self.tensors)
 
@@ -124,19 +153,12 @@ class Checkpoint:
     def parameters(self) -> list[str]:
         """Names of the tensors that mixing averages.
 
-        These are the recorded parameters. Without a record, they are the untied float tensors that
-        are not running statistics.
+        These are the recorded parameters. Without a record, they are guessed; see
+        `guess_parameters`.
         """
         if "parameters" in self.provenance:
             return list(self.provenance["parameters"])
-        tied = self.tied
-        return [
-            name
-            for name, tensor in self.tensors.items()
-            if tensor.is_floating_point()
-            and name.rpartition(".")[2] not in _RUNNING_STATISTICS
-            and name not in tied
-        ]
+        return guess_parameters(self.tensors, self.tied)
 
     @property
     def tied(self) -> dict[str, str]:
@@ -234,51 +256,83 @@ class Checkpoint:
         return model.eval()
 
     def with_names_of(self, model: nn.Module) -> "Checkpoint":
-        """Restore the part of the removed prefix that the names of `model` include.
+        """Fit the names to those of `model`; see `fit_names`.
+
+        Tensors that the network lacks are set aside, and `notes` names them. Aliases of tied
+        tensors are filled in.
 
         Names that the network's library uses in files become the network's own.
 
         Returns:
             The renamed checkpoint; this checkpoint if its names fit already or cannot be made to.
         """
-        expected = set(model.state_dict())
-        file_names = file_names_of(model)
-        if file_names and set(self.tensors) == set(file_names.values()) != expected:
-            return self._renamed({file_name: name for name, file_name in file_names.items()})
-        if self.wrapping is None or _have_same_names(self.tensors, expected):
-            return self
-        prefix = self.wrapping.prefix
-        starts = [0, *(i + 1 for i, letter in enumerate(prefix[:-1]) if letter == ".")]
-        for start in starts:
-            tail = prefix[start:]
-            if tail and _have_same_names({tail + name for name in self.tensors}, expected):
-                names: dict[str, Any] = {
-                    "tied": {tail + alias: tail + name for alias, name in self.tied.items()}
-                }
-                if "parameters" in self.provenance:
-                    names["parameters"] = [tail + name for name in self.parameters]
-                return replace(
-                    self,
-                    tensors={tail + name: tensor for name, tensor in self.tensors.items()},
-                    provenance={**self.provenance, **names},
-                    wrapping=replace(self.wrapping, prefix=prefix[:start]),
-                )
-        return self
+        expected, file_names = network_tensors(model), file_names_of(model)
+        renamed = self._with_names_of(expected)
+        if renamed is self and file_names and set(self.tensors) != set(expected):
+            in_files = {file_names.get(name, name): tensor for name, tensor in expected.items()}
+            return self._with_names_of(in_files, {new: name for name, new in file_names.items()})
+        return renamed
 
-    def _renamed(self, new_names: Mapping[str, str]) -> "Checkpoint":
-        """Return the checkpoint with new names, by old name."""
-        names: dict[str, Any] = {
-            "tied": {new_names[alias]: new_names[name] for alias, name in self.tied.items()}
-        }
-        if "parameters" in self.provenance:
-            names["parameters"] = [new_names[name] for name in self.parameters]
-        tensors = {new_names[name]: tensor for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, provenance={**self.provenance, **names})
+    def with_names_like(self, other: "Checkpoint") -> "Checkpoint":
+        """Fit the names to those of another checkpoint, if only integers are set aside for it."""
+        renamed = self._with_names_of(other.tensors)
+        left = () if renamed is self or renamed.wrapping is None else renamed.wrapping.beside
+        kept = [name for name in left if self._holds_weight(name)]
+        return self if kept else renamed
+
+    def _holds_weight(self, name_in_file: str) -> bool:
+        names = {self._name_in_file(name): name for name in self.tensors}
+        tensor = self.tensors.get(names.get(name_in_file, ""))
+        return tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+
+    def _with_names_of(
+        self, expected: Mapping[str, Tensor], own_names: Mapping[str, str] | None = None
+    ) -> "Checkpoint":
+        """Fit the names to `expected`, and then replace them by `own_names` where these differ."""
+        if set(self.tensors) == set(expected) and not own_names:
+            return self
+        in_file = {self._name_in_file(name): tensor for name, tensor in self.tensors.items()}
+        fit = fit_names(in_file, expected)
+        if fit is None:
+            return self
+        own = {self._name_in_file(name): name for name in self.tensors}
+        new = own_names or {}
+        names = {new.get(name, name): own[source] for name, source in fit.names.items()}
+        if all(name == old for name, old in names.items()) and not fit.surplus:
+            return self
+        surplus = {own[source]: self.tensors[own[source]] for source in fit.surplus}
+        tensors = {name: self.tensors[old] for name, old in names.items()}
+        wrapping = self.wrapping or Wrapping({name: name for name in self.tensors})
+        return replace(
+            self,
+            tensors=tensors,
+            provenance=_rename_record(self.provenance, names),
+            wrapping=wrapping.rename(names, surplus, _find_copies(in_file, fit, new)),
+            notes=(*self.notes, *self._describe_fit(fit)),
+            as_read=self.as_read or self,
+        )
+
+    def _name_in_file(self, name: str) -> str:
+        return name if self.wrapping is None else self.wrapping.names.get(name, name)
+
+    def _describe_fit(self, fit: NamesFit) -> Iterator[str]:
+        name = self.path.name if self.path else "checkpoint"
+        if fit.other_prefixes:
+            prefix = fit.other_prefixes[0].rstrip(".")
+            yield (
+                f"{name}: read the weights under {fit.prefix or 'no prefix'}; those under "
+                f"{', '.join(fit.other_prefixes)} are complete too (--key {prefix})"
+            )
+        starts = tuple(fit.other_prefixes)
+        surplus = [item for item in fit.surplus if not (starts and item.startswith(starts))]
+        if surplus:
+            more = f" and {len(surplus) - 4} more" if len(surplus) > 4 else ""
+            yield f"{name}: set aside {', '.join(surplus[:4])}{more}: the network lacks them"
 
     def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
         """Rename as `with_names_of` does, and record the parameters of `model` if it fits."""
         renamed = self.with_names_of(model)
-        if not _have_same_names(renamed.tensors, model.state_dict()):
+        if not _have_same_names(renamed.tensors, network_tensors(model)):
             return renamed
         return renamed.with_provenance(**_parameter_record(model))
 
@@ -299,13 +353,14 @@ class Checkpoint:
         Raises:
             ModelError: Names the first name or shape that differs.
         """
-        model.load_state_dict(self._tensors_for(model))
+        # Other state of modules, which is not tensors, stays.
+        model.load_state_dict(self._tensors_for(model), strict=False)
 
     def _tensors_for(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the state dict to load into `model`."""
         self.check_source()
         renamed = self.with_names_of(model)
-        expected = model.state_dict()
+        expected = network_tensors(model)
         counters: dict[str, Tensor] = {}
         if _have_same_names(renamed.tensors, expected):
             for name in [name for name in expected if name not in renamed.tensors]:
@@ -335,8 +390,9 @@ class Checkpoint:
         """Write the checkpoint atomically and return its path.
 
         Args:
-            path: .safetensors, or .pt, .pth or .bin, which keep the wrapping that the checkpoint
-                was read with, so that existing loading code works unchanged.
+            path: .safetensors, or an ending of torch.save (.pt, .pth, .bin, .ckpt, .pth.tar, ...),
+                which keep the wrapping that the checkpoint was read with, so that existing loading
+                code works unchanged.
 
         Raises:
             StorageError: The file cannot be written.
@@ -349,6 +405,14 @@ class Checkpoint:
     def with_provenance(self, **entries: Any) -> "Checkpoint":
         """Return the same weights with these entries added to the record."""
         return replace(self, provenance={**self.provenance, **entries})
+
+    def __repr__(self) -> str:
+        """Return one line: the name, the number of tensors and weights, and the network."""
+        count = sum(tensor.numel() for tensor in self.tensors.values())
+        recorded = self._recorded_network
+        network = "no recorded network" if recorded is None else recorded.spec
+        name = self.path.name if self.path else "in memory"
+        return f"Checkpoint({name}: {len(self.tensors)} tensors, {count:,} numbers, {network})"
 
 
 CheckpointLike: TypeAlias = Checkpoint | str | os.PathLike[str]
@@ -363,6 +427,42 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
         if first_names[id(parameter)] != name
     }
     return {"parameters": list(first_names.values()), "tied": tied}
+
+
+def _rename_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Rename the parameters in a record.
+
+    Args:
+        record: The record.
+        names: New name -> old name; an old name may have several.
+    """
+    renamed = dict(record)
+    new_names: dict[str, list[str]] = {}
+    for new, old in names.items():
+        new_names.setdefault(old, []).append(new)
+    if "parameters" in record:
+        parameters = [new_names[old][0] for old in record["parameters"] if old in new_names]
+        renamed["parameters"] = parameters
+    tied = {alias: group[0] for group in new_names.values() for alias in group[1:]}
+    for alias, name in record.get("tied", {}).items():
+        if alias in new_names and name in new_names:
+            tied |= dict.fromkeys(new_names[alias], new_names[name][0])
+    if tied or "tied" in record:
+        renamed["tied"] = tied
+    return renamed
+
+
+def _find_copies(
+    in_file: Mapping[str, Tensor], fit: NamesFit, own_names: Mapping[str, str]
+) -> dict[str, str]:
+    """Return name in the file -> name in the network, of surplus tensors that repeat one."""
+    copies: dict[str, str] = {}
+    for prefix in fit.other_prefixes:
+        for name, source in fit.names.items():
+            other = prefix + source.removeprefix(fit.prefix)
+            if other in in_file and torch.equal(in_file[other], in_file[source]):
+                copies[other] = own_names.get(name, name)
+    return copies
 
 
 def _have_same_names(names: Iterable[str], expected: Iterable[str]) -> bool:

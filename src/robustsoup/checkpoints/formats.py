@@ -1,9 +1,9 @@
 """Read and write checkpoint files: safetensors, and the pickles that users' scripts save."""
 
-import copy
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -16,40 +16,29 @@ from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.safetensors_files import (
     DIGESTS_KEY,
     RECORD_KEY,
+    SafetensorsContent,
     read_safetensors,
     write_safetensors,
+)
+from robustsoup.checkpoints.shards import read_index
+from robustsoup.checkpoints.wrapping import (
+    PICKLE_ENDINGS,
+    Wrapping,
+    file_ending,
+    unwrap_pickle,
+    wrap_safetensors,
 )
 from robustsoup.documents import parse_json
 from robustsoup.errors import CheckpointError
 from robustsoup.file_bytes import DamageError
+from robustsoup.file_kinds import recognise_file
 from robustsoup.files import atomic_path, open_regular, write_torch
 from robustsoup.paths import user_path
 from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.torch_files import read_torch
 
-PICKLE_ENDINGS = (".pt", ".pth", ".bin")
-_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
-_REMOVABLE_PREFIXES = ("module.", "model.", "0.")
-
-
-@dataclass(frozen=True)
-class Wrapping:
-    """The structure around the state dict of a pickled file.
-
-    Attributes:
-        other_entries: The entries beside the state dict.
-        key: The entry that held the state dict; None if the state dict was the whole file.
-        prefix: The common prefix that was removed from the names.
-    """
-
-    other_entries: dict[str, Any]
-    key: str | None
-    prefix: str
-
-    def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the content of a file with this wrapping, so existing loading code can read it."""
-        state: dict[str, Any] = {self.prefix + name: tensor for name, tensor in tensors.items()}
-        return state if self.key is None else {**copy.copy(self.other_entries), self.key: state}
+SAFETENSORS = ".safetensors"
+INDEX_ENDING = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -59,30 +48,36 @@ class StoredCheckpoint:
     Attributes:
         tensors: name -> tensor on the CPU.
         record: The provenance record; for a pickled file, only its tied tensors.
-        wrapping: The wrapping of a pickled file; None for a .safetensors file.
+        wrapping: What is around the tensors in a foreign file; None for a file of robustsoup.
         source: The file, if the tensors are mapped.
+        notes: What a reader of the file should know, each in a line.
     """
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
     wrapping: Wrapping | None
     source: MappedFile | None
+    notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
-    """Read a .safetensors file, or a pickled one with weights_only=True.
+def read_checkpoint(path: Path, *, mapped: bool, key: str | None = None) -> StoredCheckpoint:
+    """Read a .safetensors file, a pickled one with weights_only=True, or the index of shards.
 
     Args:
-        path: The file; every ending but .safetensors is read as a pickle.
-        mapped: Whether the tensors stay in the file, as read-only views.
+        path: The file; an ending .index.json names shards, every other ending but .safetensors is
+            read as a pickle.
+        mapped: Whether the tensors stay in the file, as read-only views; those of shards do not.
+        key: Which weights to read, if the file holds several sets; see `choose_weight_set`.
 
     Raises:
         CheckpointError: The file is missing, cut short, in a newer format, or holds no tensors,
             coefficients, or NaN or infinity.
     """
     try:
+        if path.name.endswith(INDEX_ENDING):
+            return _read_shards(path, key)
         with open_regular(path) as file:
-            return _read_open_checkpoint(path, file, mapped=mapped)
+            return _read_open_checkpoint(path, file, mapped=mapped, key=key)
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         reason = "no such file" if missing else error.strerror or error
@@ -91,19 +86,23 @@ def read_checkpoint(path: Path, *, mapped: bool) -> StoredCheckpoint:
         ) from None
 
 
-def _read_open_checkpoint(path: Path, file: BufferedReader, *, mapped: bool) -> StoredCheckpoint:
+def _read_open_checkpoint(
+    path: Path, file: BufferedReader, *, mapped: bool, key: str | None
+) -> StoredCheckpoint:
     source = MappedFile.of(path, file.fileno()) if mapped else None
     verified = source is not None and source.verified
-    if path.suffix == ".safetensors":
-        tensors, record = _read_safetensors_record(path, file, mapped=mapped, verified=verified)
-        wrapping = None
+    notes: tuple[str, ...] = ()
+    if path.suffix == SAFETENSORS:
+        content, record = _read_safetensors_record(path, file, mapped=mapped, verified=verified)
         if record.get("kind") in ("coefficients", "dial"):
             raise CheckpointError(
                 f"{path}: holds coefficients, not a network; pass it to mix as --coefficients"
             )
+        tensors, wrapping = content.tensors, wrap_safetensors(content, key, path)
+        tensors = {name: tensors[source_name] for name, source_name in wrapping.names.items()}
     else:
-        content = _read_pickle(path, file, mapped=mapped, verified=verified)
-        tensors, wrapping = _unwrap_state_dict(content, path)
+        pickled = _read_pickle(path, file, mapped=mapped, verified=verified)
+        tensors, wrapping, notes = unwrap_pickle(pickled, path, key)
         record = {"tied": _find_tied_tensors(tensors)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
@@ -112,7 +111,24 @@ def _read_open_checkpoint(path: Path, file: BufferedReader, *, mapped: bool) -> 
     if source is not None:
         source.check_unchanged()
         source.remember_verified()
-    return StoredCheckpoint(tensors, record, wrapping, source)
+    return StoredCheckpoint(tensors, record, wrapping, source, notes)
+
+
+def _read_shards(path: Path, key: str | None) -> StoredCheckpoint:
+    """Read all files that an index names, which are beside it."""
+    tensors: dict[str, Tensor] = {}
+    shards = read_index(path)
+    for file, names in shards.items():
+        shard = read_checkpoint(path.parent / file, mapped=False)
+        held = shard.wrapping.restore_names(shard.tensors) if shard.wrapping else shard.tensors
+        for name in names:
+            if name not in held:
+                raise CheckpointError(
+                    f"{path.parent / file}: lacks {name}, which {path.name} names"
+                )
+            tensors[name] = held[name]
+    pickled, wrapping, notes = unwrap_pickle(tensors, path, key)
+    return StoredCheckpoint(pickled, {"tied": _find_tied_tensors(pickled)}, wrapping, None, notes)
 
 
 def write_checkpoint(
@@ -121,38 +137,53 @@ def write_checkpoint(
     """Write a checkpoint file atomically.
 
     Args:
-        path: .safetensors, or .pt, .pth or .bin.
+        path: .safetensors, or an ending of `PICKLE_ENDINGS`.
         tensors: name -> tensor.
         record: The provenance record; only .safetensors files hold it.
-        wrapping: The wrapping of a pickled file; None writes a plain state dict.
+        wrapping: What a foreign file had around its tensors; None writes a plain state dict.
 
     Raises:
         CheckpointError: The path has another ending, or a tensor holds NaN or infinity; nothing is
             written then.
         StorageError: The file cannot be written.
     """
-    refuse_non_finite(tensors, path)
-    if path.suffix == ".safetensors":
-        write_tensors(path, tensors, record)
-    elif path.suffix in PICKLE_ENDINGS:
-        write_torch(path, (wrapping or Wrapping({}, None, "")).wrap(tensors))
-    else:
+    ending = file_ending(path)
+    if ending is None:
         raise CheckpointError(
-            f"{path}: got the ending {path.suffix!r}, expected .safetensors, .pt, .pth or .bin"
+            f"{path}: got the ending {path.suffix!r}, expected {SAFETENSORS} or "
+            f"{', '.join(PICKLE_ENDINGS)}"
         )
+    refuse_non_finite(tensors, path)
+    if ending == SAFETENSORS:
+        metadata = {} if wrapping is None else wrapping.metadata
+        if wrapping is not None and wrapping.is_safetensors:
+            record = wrapping.rename_record(record)
+            tensors = wrapping.restore_names(tensors)
+        write_tensors(path, tensors, record, metadata)
+        return
+    write_torch(path, dict(tensors) if wrapping is None else wrapping.wrap(tensors))
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: dict[str, Any]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    record: dict[str, Any],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors and a JSON record to a .safetensors file atomically.
+
+    Args:
+        path: The file.
+        tensors: name -> tensor.
+        record: The record.
+        metadata: Further entries of the metadata.
 
     Raises:
         StorageError: The file cannot be written.
     """
     text = json.dumps(stamp_record(record), sort_keys=True)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        write_safetensors(file, tensors, text)
+        write_safetensors(file, tensors, text, metadata or {})
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,7 +196,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     path = user_path(path)
     try:
         with open_regular(path) as file:
-            return _read_safetensors_record(path, file, mapped=False, verified=False)
+            content, record = _read_safetensors_record(path, file, mapped=False, verified=False)
+            return content.tensors, record
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         raise CheckpointError(
@@ -175,7 +207,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 def _read_safetensors_record(
     path: Path, file: BufferedReader, *, mapped: bool, verified: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[SafetensorsContent, dict[str, Any]]:
     try:
         content = read_safetensors(file, mapped=mapped)
         record = parse_json(content.metadata.get(RECORD_KEY, "{}"))
@@ -192,10 +224,12 @@ def _read_safetensors_record(
     except DamageError as error:
         raise _damaged(path, error) from None
     except ValueError as error:
+        if kind := _recognise(file, read_torch):
+            raise CheckpointError(f"{path}: is {kind}") from None
         raise CheckpointError(
             f"{path}: not a complete .safetensors file ({error}); was the copy cut short?"
         ) from None
-    return content.tensors, record
+    return content, record
 
 
 def _read_pickle(path: Path, file: BufferedReader, *, mapped: bool, verified: bool) -> object:
@@ -204,60 +238,31 @@ def _read_pickle(path: Path, file: BufferedReader, *, mapped: bool, verified: bo
     except DamageError as error:
         raise _damaged(path, error) from None
     except ValueError as error:
+        if kind := _recognise(file, read_safetensors):
+            raise CheckpointError(f"{path}: is {kind}") from None
         raise CheckpointError(
             f"{path}: not a checkpoint that can be read with weights_only=True: {error}"
         ) from None
 
 
+def _recognise(file: BufferedReader, read_other: Callable[..., object]) -> str | None:
+    """Return what a file that cannot be read is, and what to do.
+
+    Args:
+        file: The file.
+        read_other: The reader of the other format.
+    """
+    if kind := recognise_file(file, os.fstat(file.fileno()).st_size):
+        return kind
+    with contextlib.suppress(ValueError):
+        read_other(file, mapped=True)
+        ending = ".pth" if read_other is read_torch else SAFETENSORS
+        return f"a {ending} file under another name; rename it"
+    return None
+
+
 def _damaged(path: Path, error: DamageError) -> CheckpointError:
     return CheckpointError(f"{path}: damaged: {error}; restore the file from its source")
-
-
-def _unwrap_state_dict(content: object, path: Path) -> tuple[dict[str, Tensor], Wrapping]:
-    """Find the state dict in a pickled file and remove prefixes that all its names share."""
-    key, state = None, _as_state_dict(content)
-    other_entries: dict[str, Any] = {}
-    if state is None and isinstance(content, Mapping):
-        candidates = {name: _as_state_dict(content.get(name)) for name in _WRAPPER_KEYS}
-        key = next((name for name in _WRAPPER_KEYS if candidates[name] is not None), None)
-        if key is None:
-            raise CheckpointError(
-                f"{path}: found no state dict; got keys {list(content)[:5]}, "
-                f"expected tensors by name, or one of {', '.join(_WRAPPER_KEYS)}"
-            )
-        state = candidates[key]
-        other_entries = {name: value for name, value in content.items() if name != key}
-    if state is None:
-        raise CheckpointError(
-            f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)"
-        )
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{path}: {name} is sparse or quantized; expected plain tensors")
-    prefix = _common_prefix(state)
-    if prefix in state:
-        raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
-    tensors = {name[len(prefix) :]: tensor.detach() for name, tensor in state.items()}
-    return tensors, Wrapping(other_entries, key, prefix)
-
-
-def _as_state_dict(content: object) -> dict[str, Tensor] | None:
-    """Return a non-empty mapping of names to tensors as a dict, None for anything else."""
-    if not isinstance(content, Mapping) or not content:
-        return None
-    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    return state if len(state) == len(content) else None
-
-
-def _common_prefix(state: dict[str, Tensor]) -> str:
-    """Return the longest chain of removable prefixes that starts every name."""
-    prefix = ""
-    while shared := next(
-        (p for p in _REMOVABLE_PREFIXES if all(name.startswith(prefix + p) for name in state)),
-        None,
-    ):
-        prefix += shared
-    return prefix
 
 
 def _find_tied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:

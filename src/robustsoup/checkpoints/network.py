@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint
+from robustsoup.checkpoints.fitting import network_tensors
 from robustsoup.data import Data
 from robustsoup.errors import ModelError
-from robustsoup.models import NetworkSettings
+from robustsoup.models import NetworkSettings, build_network
 from robustsoup.models.network import channel_constants
 
 
@@ -17,6 +18,7 @@ def resolve_network(
     normalize: Sequence[Sequence[float]] | None,
     data: Data,
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
+    key: str | None = None,
 ) -> NetworkSettings:
     """Return the settings of the network.
 
@@ -25,6 +27,7 @@ def resolve_network(
         normalize: (mean, std) that the user names; it overrides a recorded one.
         data: Supplies the number of classes and channels for `spec`.
         checkpoints: Opened in order until one records its network; only if `spec` is None.
+        key: Which of several sets of weights to read; see `Checkpoint.load`.
 
     Raises:
         ModelError: Neither the user nor a file names the network, or `normalize` is not
@@ -35,7 +38,7 @@ def resolve_network(
     if spec:
         return NetworkSettings(spec, data.test.classes, data.record["channels"], constants)
     for item in checkpoints:
-        if recorded := Checkpoint.open(item).network_settings:
+        if recorded := Checkpoint.open(item, key=key).network_settings:
             return replace(recorded, normalize=constants) if constants else recorded
     if not checkpoints:
         raise ModelError(f"no network is named; {NAME_THE_NETWORK}")
@@ -73,3 +76,29 @@ def record_network(
     if "parameters" in checkpoint.provenance:
         return checkpoint
     return checkpoint.with_parameters_of(checkpoint.network())
+
+
+def infer_sizes(settings: NetworkSettings, checkpoint: Checkpoint) -> NetworkSettings:
+    """Return settings with the numbers of classes and channels that a checkpoint has.
+
+    Args:
+        settings: The network, with any numbers.
+        checkpoint: Weights of the network. Tensors that differ from it in the first dimension
+            tell the number of classes, those that differ in the second the number of channels.
+
+    Raises:
+        ModelError: The network cannot be built.
+    """
+    model = build_network(settings)
+    tensors = checkpoint.with_names_of(model).tensors
+    expected = network_tensors(model)
+    classes, channels = settings.classes, settings.channels
+    for name in expected.keys() & tensors.keys():
+        want, got = expected[name].shape, tensors[name].shape
+        if len(want) != len(got) or want == got:
+            continue
+        if want[0] == settings.classes and want[1:] == got[1:]:
+            classes = got[0]
+        elif want[1:2] == (settings.channels,) and want[2:] == got[2:]:
+            channels = got[1]
+    return replace(settings, classes=classes, channels=channels)

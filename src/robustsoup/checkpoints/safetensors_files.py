@@ -79,7 +79,7 @@ class SafetensorsContent:
             stored = parse_json(self.metadata[DIGESTS_KEY])
         except ValueError:
             stored = None
-        found = _compute_digests(self.tensors, self.metadata.get(RECORD_KEY, ""))
+        found = _compute_digests(self.tensors, self.metadata)
         if stored == found:
             return
         by_name = stored.get("tensors") if isinstance(stored, dict) else None
@@ -128,13 +128,20 @@ def read_safetensors(file: BufferedReader, *, mapped: bool) -> SafetensorsConten
     return SafetensorsContent(tensors, metadata)
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], record_text: str) -> None:
+def write_safetensors(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    record_text: str,
+    other_metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a .safetensors file with its digests; the same content gives the same bytes.
 
     Args:
         file: A new file, opened in binary mode.
         tensors: name -> tensor. Tied tensors are written once for each name.
         record_text: The record, as JSON.
+        other_metadata: Further entries of the metadata. "format" is "pt" if they do not say
+            otherwise, since Hugging Face's libraries refuse files without it.
 
     Raises:
         OSError: The file system refuses, or a tensor has a type that the format cannot hold.
@@ -142,8 +149,9 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], record_text
     # Larger types first, as the reference implementation does, so that all data is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in names}
-    digests = json.dumps(_compute_digests(ordered, record_text), sort_keys=True)
-    header: dict[str, Any] = {_METADATA: {RECORD_KEY: record_text, DIGESTS_KEY: digests}}
+    metadata = {"format": "pt", **(other_metadata or {}), RECORD_KEY: record_text}
+    digests = json.dumps(_compute_digests(ordered, metadata), sort_keys=True)
+    header: dict[str, Any] = {_METADATA: {**metadata, DIGESTS_KEY: digests}}
     end = 0
     for name, tensor in ordered.items():
         if tensor.dtype not in _DTYPE_NAMES:
@@ -198,13 +206,19 @@ def _check_places(places: Mapping[str, _Place], data_bytes: int) -> None:
         raise ValueError(f"tensors of {covered:,} bytes in all, and {data_bytes:,} bytes of data")
 
 
-def _compute_digests(tensors: Mapping[str, Tensor], record_text: str) -> dict[str, Any]:
-    """Return the digests of a file as DIGESTS_KEY holds them."""
+def _compute_digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the digests of a file as DIGESTS_KEY holds them.
+
+    Metadata beside the record counts in the order of its names, and only if there is some.
+    """
     by_name = {name: sha256_of_tensor(tensor) for name, tensor in tensors.items()}
     whole = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         described = [name, str(tensor.dtype), list(tensor.shape), by_name[name]]
         whole.update(json.dumps(described).encode() + b"\n")
-    whole.update(record_text.encode())
+    whole.update(metadata.get(RECORD_KEY, "").encode())
+    others = {key: text for key, text in metadata.items() if key not in (RECORD_KEY, DIGESTS_KEY)}
+    if others:
+        whole.update(json.dumps(others, sort_keys=True).encode())
     return {"tensors": by_name, "whole": whole.hexdigest()}

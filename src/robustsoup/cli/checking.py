@@ -56,6 +56,7 @@ def check_command(
     Example: `robustsoup check eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 56/255"`
     """
+    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_soupability
@@ -73,7 +74,7 @@ def check_command(
         raise RequestError("check: --model, --normalize and --threat require --data")
     with Bar("checking") as bar:
         result = check(
-            checkpoints,
+            [Checkpoint.open(path, key=network.key) for path in checkpoints],
             data=split,
             threat=threat,
             base=base,

@@ -54,7 +54,12 @@ def evaluate_command(
     --threat "Linf 56/255" --steps 20`
     """
     from robustsoup.checkpoints.checkpoint import Checkpoint
-    from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
+    from robustsoup.cli.inputs import (
+        load_requested_data,
+        make_context,
+        name_checkpoints,
+        print_notes,
+    )
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_evaluations
     from robustsoup.cli.user_code import import_named_module
@@ -70,9 +75,10 @@ def evaluate_command(
     context = make_context(loaded, network, run, checkpoints)
     selected = loaded.split(split)
     described = {
-        name: context.record_network(Checkpoint.load(path))
+        name: context.record_network(Checkpoint.load(path, key=network.key))
         for name, path in name_checkpoints(checkpoints).items()
     }
+    print_notes(*described.values())
     for checkpoint in described.values():
         check_above_chance(checkpoint, selected, checkpoint.name, device=run.device)
     overlaps = find_exact_overlaps(loaded)

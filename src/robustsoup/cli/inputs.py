@@ -1,13 +1,14 @@
 """Load the inputs that a command names: data, checkpoints and networks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.checkpoints.published import Fetched, fetch_published
+from robustsoup.checkpoints.wrapping import file_ending
 from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.cli.progress import Bar
 from robustsoup.cli.terminal import print_error, print_warning
@@ -46,9 +47,9 @@ def load_requested_data(options: DataOptions, *, warn: bool = True) -> Data:
     return data
 
 
-def print_notes(data: Data) -> None:
-    """Print what reading the data left out or changed."""
-    for note in data.notes:
+def print_notes(*sources: Data | Checkpoint) -> None:
+    """Print what reading left out or changed, each line once."""
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
         print_error(note)
 
 
@@ -68,18 +69,26 @@ def download_checkpoint(name: str, root: str | None, sha256: str | None = None) 
         return fetch_published(name, root, sha256=sha256, on_progress=bar)
 
 
-def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
-    """Open and verify checkpoints, with a bar; their tensors stay in the files."""
+def open_checkpoints(paths: Sequence[Path], key: str | None = None) -> list[Checkpoint]:
+    """Open and verify checkpoints, with a bar; their tensors stay in the files.
+
+    Args:
+        paths: The files.
+        key: Which of several sets of weights to read; see `Checkpoint.load`.
+    """
     opened: list[Checkpoint] = []
     with Bar("opening checkpoints") as bar:
         for path in paths:
-            opened.append(Checkpoint.open(path))
+            opened.append(Checkpoint.open(path, key=key))
             bar(len(opened), len(paths), path.name)
     return opened
 
 
 def make_context(
-    data: Data, network: NetworkOptions, run: RunOptions, checkpoints: Sequence[Path] = ()
+    data: Data,
+    network: NetworkOptions,
+    run: RunOptions,
+    checkpoints: Sequence[Checkpoint | Path] = (),
 ) -> Context:
     """Return the data, network and device of a command.
 
@@ -88,11 +97,15 @@ def make_context(
         network: The network, which comes before every record; without a model, the first file that
             records its network decides.
         run: The device.
-        checkpoints: Files that may record their network.
+        checkpoints: Checkpoints or files that may record their network.
     """
     import_named_module(network.model)
     settings = resolve_network(
-        network.model, normalize=network.constants, data=data, checkpoints=checkpoints
+        network.model,
+        normalize=network.constants,
+        data=data,
+        checkpoints=checkpoints,
+        key=network.key,
     )
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
@@ -117,9 +130,9 @@ def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
     return names
 
 
-def check_suffix(path: Path, suffixes: set[str]) -> None:
+def check_suffix(path: Path, suffixes: Collection[str]) -> None:
     """Raise RequestError unless the output file has one of the suffixes."""
-    if path.suffix not in suffixes:
+    if file_ending(path) not in suffixes:
         expected = " or ".join(sorted(suffixes))
         raise RequestError(f'-o {path}: got the suffix "{path.suffix}", expected {expected}')
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, soup_ending
 from robustsoup.files import remove_file
 from robustsoup.reports import draw_dial, draw_learned, save_plot, write_coefficient_csv
 from robustsoup.runs.context import Context
@@ -11,7 +12,7 @@ from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.mixing import mix
 
 FILES = (
-    *(f"soup{suffix}" for suffix in (".safetensors", ".pt", ".pth", ".bin")),
+    *(f"soup{ending}" for ending in (".safetensors", *PICKLE_ENDINGS)),
     "coefficients.safetensors",
     "coefficients.csv",
     "dial.safetensors",
@@ -101,7 +102,4 @@ class LearnedFolder:
 
 def _soup_names(first: Checkpoint) -> set[str]:
     """Return the soup's files: .safetensors, and one in the format of a foreign ingredient."""
-    names = {"soup.safetensors"}
-    if first.wrapping is not None and first.path is not None:
-        names.add(f"soup{first.path.suffix}")
-    return names
+    return {"soup.safetensors", f"soup{soup_ending(first.path, first.wrapping)}"}

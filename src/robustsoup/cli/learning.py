@@ -75,6 +75,7 @@ def learn_command(
         make_context,
         name_checkpoints,
         open_checkpoints,
+        print_notes,
         warn_of_leakage,
     )
     from robustsoup.cli.learned_folder import LearnedFolder
@@ -94,7 +95,9 @@ def learn_command(
     source = load_requested_data(data)
     check_buffer_policy(policy, source.train, settings.threat)
     context = make_context(source, network, run, checkpoints)
-    ingredients = [context.record_network(item) for item in open_checkpoints(checkpoints)]
+    opened = open_checkpoints(checkpoints, network.key)
+    ingredients = [context.record_network(item) for item in opened]
+    print_notes(*ingredients)
     warn_of_leakage(ingredients, source, allow=allow_leakage)
     place = choose_place(place, budget, ingredients, context.device)
     if place == "files":

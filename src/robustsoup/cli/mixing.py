@@ -20,6 +20,9 @@ from robustsoup.settings import BufferSettings
 from robustsoup.threats import ThreatModel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.soups.coefficients import Coefficients
 
 
@@ -64,30 +67,35 @@ def mix_command(
     Example: `robustsoup mix eps16.safetensors eps96.safetensors --coefficients 0.5,0.5
     -o soup.safetensors`
     """
+    from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS
     from robustsoup.cli.inputs import (
         check_suffix,
         load_requested_data,
         make_context,
         open_checkpoints,
+        print_notes,
     )
     from robustsoup.device import resolve_device
     from robustsoup.soups.mixing import default_buffer_policy, mix
 
-    check_suffix(output, {".safetensors", ".pt", ".pth", ".bin"})
+    check_suffix(output, (".safetensors", *PICKLE_ENDINGS))
     if base and soup.buffers != "base":
         raise RequestError("--base: requires --buffers base")
-    if not data.data and (network.model or network.normalize):
-        raise RequestError("mix: --model and --normalize require --data")
+    if network.normalize and not (data.data or network.model):
+        raise RequestError("mix: --normalize requires --model or --data")
     run.use_threads()
     alpha = parse_coefficients(coefficients, len(checkpoints), at)
-    ingredients = open_checkpoints(checkpoints)
+    ingredients = open_checkpoints(checkpoints, network.key)
     policy = soup.buffers or default_buffer_policy(alpha)
-    module, split = None, None
+    split = None
     if data.data:
         source = load_requested_data(data)
         context = make_context(source, network, run, checkpoints)
         ingredients = [context.record_network(item) for item in ingredients]
-        module, split = ingredients[0].network(), source.train
+        split = source.train
+    elif network.model:
+        ingredients = _name_network(network, ingredients)
+    named = bool(data.data or network.model)
     mixed = mix(
         ingredients,
         alpha,
@@ -95,12 +103,28 @@ def mix_command(
         base=base,
         calibrate_on=split,
         threat=ThreatModel.parse(threat),
-        network=module,
+        network=ingredients[0].network() if named else None,
         device=resolve_device(run.device),
         seed=data.seed,
     )
     mixed.save(output)
+    print_notes(mixed)
     print_line(f"{output}: {len(ingredients)} ingredients mixed, BatchNorm statistics: {policy}")
+
+
+def _name_network(
+    network: NetworkOptions, ingredients: "Sequence[Checkpoint]"
+) -> "list[Checkpoint]":
+    """Return the ingredients with the network that the user names, in the size of the first."""
+    from robustsoup.checkpoints.network import infer_sizes, record_network
+    from robustsoup.cli.user_code import import_named_module
+    from robustsoup.models import NetworkSettings
+    from robustsoup.models.network import channel_constants
+
+    import_named_module(network.model)
+    named = NetworkSettings(network.model or "", normalize=channel_constants(network.constants))
+    settings = infer_sizes(named, ingredients[0])
+    return [record_network(item, settings, named=True) for item in ingredients]
 
 
 def parse_coefficients(text: str | None, count: int, at: float | None) -> "Coefficients":

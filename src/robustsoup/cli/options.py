@@ -25,7 +25,10 @@ from robustsoup.threats import ThreatModel
 
 Files = Annotated[
     list[Path],
-    typer.Argument(help="Checkpoints: .safetensors, .pt, .pth or .bin.", show_default=False),
+    typer.Argument(
+        help="Checkpoints: .safetensors, .pt, .pth, .ckpt, .bin, or an .index.json of shards.",
+        show_default=False,
+    ),
 ]
 Threats = Annotated[
     list[str], typer.Option("--threat", help='Threat model, such as "Linf 8/255"; repeatable.')
@@ -117,6 +120,11 @@ class NetworkOptions:
         None,
         "MEAN STD by channel, for a network that expects normalized inputs, such as "
         '"0.49,0.48,0.45" "0.25,0.24,0.26".',
+    )
+    key: str | None = setting(
+        None,
+        "Which weights to read from files that hold several sets, such as state_dict_ema; the "
+        "command says which it read by default.",
     )
 
     @property

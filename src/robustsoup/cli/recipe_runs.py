@@ -34,7 +34,7 @@ def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None
     recipe = with_files(recipe, lambda name: str(download_checkpoint(name, data_root).path))
     with Bar(f"reading {recipe.data}") as bar:
         prepared = prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
-    print_notes(prepared.context.data)
+    print_notes(prepared.context.data, *prepared.planner.plan.files.values())
     return prepared
 
 

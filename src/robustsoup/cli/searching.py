@@ -151,6 +151,7 @@ def _recipe_content(
         "channels": data.channels,
         "model": network.model,
         "normalize": network.constants and list(network.constants),
+        "key": network.key,
         "allow_leakage": allow_leakage,
         "ingredients": {key: str(path.absolute()) for key, path in checkpoints.items()},
     }

@@ -47,6 +47,7 @@ def train_command(
         check_suffix,
         load_requested_data,
         make_context,
+        print_notes,
         warn_of_leakage,
     )
     from robustsoup.cli.progress import Bar
@@ -67,7 +68,8 @@ def train_command(
     if start is None:
         initial = context.fresh_network(data.seed)
     else:
-        initial = context.record_network(Checkpoint.load(start))
+        initial = context.record_network(Checkpoint.load(start, key=network.key))
+        print_notes(initial)
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings, loaded)
     state = output.with_name(f".{output.name}.state.pt")

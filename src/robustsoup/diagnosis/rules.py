@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.parameters import find_power_vectors
 from robustsoup.data import Split
 from robustsoup.diagnosis.barriers import Curve, Pair
 from robustsoup.diagnosis.geometry import Geometry
@@ -167,6 +168,7 @@ def check_constant_buffers(checkpoints: Sequence[Checkpoint]) -> Iterator[Findin
     constants = sorted(
         set(first.tensors)
         - {*first.parameters, *first.tied, *running_statistics(first), *counter_names(first)}
+        - {name for names in find_power_vectors(first.tensors) for name in (names.u, names.v)}
     )
     for item in checkpoints[1:]:
         unequal = [

@@ -68,6 +68,11 @@ class Recipe(Section):
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = Field(
         None, description="Mean and standard deviation by channel that the network expects."
     )
+    key: str | None = Field(
+        None,
+        description="Which weights to read from checkpoint files that hold several sets, such as "
+        "state_dict_ema.",
+    )
     precision: Annotated[str, AfterValidator(one_of(PRECISIONS))] = Field(
         "auto", description="Arithmetic of training, learning, screening and planes."
     )

@@ -13,6 +13,7 @@ import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.checkpoints.wrapping import soup_ending, soup_wrapping
 from robustsoup.data.duplicates import Overlap
 from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.documents import read_json
@@ -120,7 +121,7 @@ def _write_results(
     )
 
 
-_REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|soup\.[a-z]+")
+_REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|soup(\.[a-z]+)+")
 """Files of a run that a run with other settings removes; others may read its checkpoints."""
 
 
@@ -275,11 +276,14 @@ def _write_soup(staged: StagedFiles, plan: Plan, chosen: Candidate) -> Path:
     """Stage the chosen soup in the same format as the first ingredient."""
     key = plan.row(chosen.name).network
     if key in plan.files:
-        soup = first = plan.files[key]
+        soup, parents = plan.files[key], [key]
     else:
         soup = Checkpoint.load(staged.store.file(key, CHECKPOINT))
-        first = plan.files.get(plan.step(key).parents[0])
-    if first is None or first.wrapping is None or first.path is None:
-        return soup.save(staged.new_path("soup.safetensors"))
-    wrapped = Checkpoint(soup.tensors, soup.provenance, wrapping=first.wrapping)
-    return wrapped.save(staged.new_path(f"soup{first.path.suffix}"))
+        parents = list(plan.step(key).parents)
+    files = [plan.files[parent] for parent in parents if parent in plan.files]
+    wrapping, ending = None, ".safetensors"
+    if files and parents[0] in plan.files:
+        wrapping, _ = soup_wrapping([item.wrapping for item in files])
+        ending = soup_ending(files[0].path, wrapping)
+    wrapped = Checkpoint(soup.tensors, soup.provenance, wrapping=wrapping)
+    return wrapped.save(staged.new_path(f"soup{ending}"))

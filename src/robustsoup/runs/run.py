@@ -76,15 +76,21 @@ def prepare_run(
     candidates = [*(item.checkpoint for item in recipe.ingredients.values()), recipe.checkpoint]
     paths = [path for path in candidates if path]
     network = resolve_network(
-        recipe.model, normalize=recipe.normalize, data=data, checkpoints=paths
+        recipe.model,
+        normalize=recipe.normalize,
+        data=data,
+        checkpoints=paths,
+        key=recipe.key,
     )
     context = Context(data, network, resolved, network_named=bool(recipe.model))
     planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
     _check_radii(planner.plan, data)
     files = list(planner.plan.files.values())
     if files:
-        check_ingredients(files)
-        check_fit(context.record_network(files[0]).network(), data.test)
+        check_ingredients([item.with_names_like(files[0]) for item in files])
+        files = [context.record_network(item) for item in files]
+        planner.plan.files.update(zip(list(planner.plan.files), files, strict=True))
+        check_fit(files[0].network(), data.test)
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
     return PreparedRun(planner, context, Store(), leakage, overlaps)
 

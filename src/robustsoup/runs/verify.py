@@ -8,8 +8,9 @@ from pathlib import Path
 from robustsoup.archives import SEAL
 from robustsoup.checkpoints import safetensors_files
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.formats import PICKLE_ENDINGS, read_tensors
+from robustsoup.checkpoints.formats import read_tensors
 from robustsoup.checkpoints.safetensors_files import read_safetensors
+from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, file_ending
 from robustsoup.documents import read_json
 from robustsoup.errors import RequestError
 from robustsoup.evaluation import verdicts
@@ -113,7 +114,7 @@ def _verify_files(folder: Path, on_progress: Progress) -> list[Verified]:
     names = [
         path.relative_to(folder).as_posix()
         for path in _list_files(folder)
-        if path.suffix in ENDINGS or _is_evaluation(path)
+        if file_ending(path) or _is_evaluation(path)
     ]
     if not names:
         raise RequestError(
@@ -133,7 +134,7 @@ def _is_evaluation(path: Path) -> bool:
 
 def _verify_file(path: Path, name: str) -> Verified:
     """Load a file, which compares it with the digests in it."""
-    if path.suffix not in (*ENDINGS, ".json"):
+    if file_ending(path) is None and path.suffix != ".json":
         raise RequestError(
             f"{path}: got the ending {path.suffix!r}, expected {', '.join(ENDINGS)} or .json"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
-from robustsoup.soups.summation import weighted_sum
+from robustsoup.soups.summation import sum_dtype, weighted_sum
 
 T = TypeVar("T")
 
@@ -73,19 +73,19 @@ class Ingredients:
     @torch.no_grad()
     def mix_into(self, name: str, weights: Sequence[float], parameter: Tensor) -> None:
         """Overwrite `parameter` with sum_i weights[i] * theta_i, summed in at least float32."""
-        rows = self.rows[name]
-        dtype = torch.promote_types(rows[0].dtype, torch.float32)
-        flat = torch.empty(parameter.numel(), dtype=dtype, device=self.device)
+        rows, target = self.rows[name], _as_real(parameter)
+        dtype = sum_dtype(rows[0].dtype)
+        flat = torch.empty(target.numel(), dtype=dtype, device=self.device)
 
         def mix_chunk(begin: int) -> None:
             pieces = [row[begin : begin + self.chunk].to(self.device) for row in rows]
             flat[begin : begin + self.chunk] = weighted_sum(pieces, weights)
 
         self._map_chunks(mix_chunk, len(flat))
-        parameter.copy_(flat.view(parameter.shape))
+        target.copy_(flat.view(target.shape))
 
     def _inner_products(self, name: str, grad: Tensor) -> Tensor:
-        rows, flat = self.rows[name], grad.detach().contiguous().view(-1)
+        rows, flat = self.rows[name], _as_real(grad.detach()).contiguous().view(-1)
 
         def chunk_products(begin: int) -> Tensor:
             piece = flat[begin : begin + self.chunk]
@@ -165,9 +165,14 @@ def _read_lines(path: str) -> list[str]:
 
 def _place_parameter(item: Checkpoint, name: str, device: torch.device, place: str) -> Tensor:
     """Return a parameter as a flat tensor at its place; "files" keeps the mapped view."""
-    tensor = item.tensors[name].detach()
+    tensor = _as_real(item.tensors[name].detach())
     if place == "device":
         tensor = tensor.to(device)
     if place in ("device", "memory") and item.source is not None and tensor.device.type == "cpu":
         tensor = tensor.clone()
     return tensor.contiguous().view(-1)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs: gradients and sums treat both parts alike."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

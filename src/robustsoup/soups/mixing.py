@@ -12,12 +12,14 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import BUFFER_POLICIES, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.formats import is_finite
+from robustsoup.checkpoints.wrapping import soup_wrapping
 from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.batchnorm import average_statistics, running_statistics
 from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.power_iteration import compute_power_vectors
 from robustsoup.soups.soup_record import make_soup_record
 from robustsoup.soups.summation import canonical_sum
 from robustsoup.threats import CLEAN, ThreatModel
@@ -150,6 +152,8 @@ def mix(
     for item in loaded:
         item.check_source()
     tensors = _mix_parameters(loaded, coefficients)
+    vectors = compute_power_vectors(loaded, coefficients, tensors)
+    tensors |= vectors
     if "data" in policy.facts.get("needs", ()) and not affine:
         tensors |= average_statistics(loaded, coefficients)
 
@@ -169,13 +173,23 @@ def mix(
     run_policy: BufferPolicy = policy.load()
     result = run_policy(UnfinishedSoup(loaded, coefficients, build_network, base, calibration))
     tensors |= {
-        name: tensor.to(tensors[name].dtype, copy=True) for name, tensor in result.tensors.items()
+        name: tensor.to(tensors[name].dtype, copy=True)
+        for name, tensor in result.tensors.items()
+        if name not in vectors
     }
     _check_soup_is_finite(tensors, loaded)
     record = make_soup_record(loaded, coefficients)
     record["buffers"] = {"policy": policy.name, **result.record}
+    wrapping, dropped = soup_wrapping([item.wrapping for item in loaded])
+    notes = list(dict.fromkeys(note for item in loaded for note in item.notes))
+    if dropped:
+        notes.append(f"soup: left out {', '.join(dropped)}, which were not mixed")
     return Checkpoint(
-        tensors, record, wrapping=loaded[0].wrapping, named_network=loaded[0].named_network
+        tensors,
+        record,
+        wrapping=wrapping,
+        named_network=loaded[0].named_network,
+        notes=tuple(notes),
     )
 
 
@@ -196,6 +210,7 @@ def open_ingredients(
     opened = [Checkpoint.open(item) for item in ingredients]
     if network is not None:
         opened = [item.with_network_of(network) for item in opened]
+    opened = [item.with_names_like(opened[0]) for item in opened]
     check_ingredients(opened)
     return opened
 

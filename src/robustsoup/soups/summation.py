@@ -23,11 +23,18 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     first, first_weight = terms[0]
     if len(terms) == 1 and first_weight == 1:
         return first.clone()
-    dtype = torch.promote_types(first.dtype, torch.float32)
+    dtype = sum_dtype(first.dtype)
     total = first.to(dtype) * first_weight
     for tensor, weight in terms[1:]:
         total.add_(tensor.to(dtype), alpha=weight)
     return total
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which tensors of a type are summed: at least float32."""
+    if dtype.is_floating_point and dtype.itemsize == 1:  # float8 cannot be promoted
+        return torch.float32
+    return torch.promote_types(dtype, torch.float32)
 
 
 def canonical_sum(

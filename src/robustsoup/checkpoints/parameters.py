@@ -1,0 +1,75 @@
+"""What the tensors of a file are: parameters, statistics, or vectors of power iterations."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_PARAMETRIZED = ".parametrizations."
+
+
+@dataclass(frozen=True)
+class PowerVectors:
+    """The names of a weight under `spectral_norm` and of the vectors of its power iteration.
+
+    Attributes:
+        weight: The parameter, before the normalisation.
+        u: The left vector, with one number for each row of the weight as a matrix.
+        v: The right vector.
+    """
+
+    weight: str
+    u: str
+    v: str
+
+
+def find_power_vectors(tensors: Mapping[str, Tensor]) -> list[PowerVectors]:
+    """Return the weights under `spectral_norm`, in its old form and as a parametrization."""
+    found = []
+    for name in tensors:
+        if name.endswith("_orig"):
+            stem = name.removesuffix("_orig")
+            names = PowerVectors(name, f"{stem}_u", f"{stem}_v")
+        elif _is_original(name):
+            folder = name.removesuffix("original")
+            names = PowerVectors(name, f"{folder}0._u", f"{folder}0._v")
+        else:
+            continue
+        if names.u in tensors and names.v in tensors:
+            found.append(names)
+    return found
+
+
+def _is_original(name: str) -> bool:
+    parts = f".{name}".rsplit(".", 3)
+    return len(parts) == 4 and parts[1] == "parametrizations" and parts[3] == "original"
+
+
+def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> list[str]:
+    """Return the tensors of a file without a record that are probably parameters.
+
+    They are float or complex, and neither running statistics, nor the constants and vectors of
+    parametrizations, nor aliases.
+
+    Args:
+        tensors: name -> tensor.
+        tied: Aliases of other tensors.
+    """
+    vectors = {vector for names in find_power_vectors(tensors) for vector in (names.u, names.v)}
+    return [
+        name
+        for name, tensor in tensors.items()
+        if (tensor.is_floating_point() or tensor.is_complex())
+        and name.rpartition(".")[2] not in _RUNNING_STATISTICS
+        and name not in tied
+        and name not in vectors
+        and not _is_constant_of_parametrization(name)
+    ]
+
+
+def _is_constant_of_parametrization(name: str) -> bool:
+    """Return whether a name is the `base` of an orthogonal parametrization, or the like."""
+    _, found, rest = f".{name}".rpartition(_PARAMETRIZED)
+    parts = rest.split(".")
+    return bool(found) and len(parts) == 3 and parts[1].isdecimal() and parts[2] == "base"

@@ -1,0 +1,129 @@
+"""Find the sets of weights in what a training script saved, and describe what lies beside them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WRAPPER_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "ema_state_dict",
+    "model_state",
+    "network",
+    "weights",
+    "params",
+)
+"""Keys of the set that is read if a file holds several, in this order; else the largest is read."""
+
+_MAX_DEPTH = 4
+_REMOVABLE_PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "0.")
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """A mapping of names to tensors in a file.
+
+    Attributes:
+        path: The keys that lead to it; empty if it is the whole file.
+        tensors: name -> tensor, with the names of the file.
+        beside: Entries of the same mapping that are not tensors.
+    """
+
+    path: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    beside: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The keys that lead to it, joined by dots."""
+        return ".".join(self.path)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def find_weight_sets(content: object) -> list[WeightSet]:
+    """Return the sets of weights in a file, the one to read first.
+
+    State of an optimizer is passed over. Sets without a float tensor, such as states of random
+    number generators, count only if there is nothing else.
+    """
+    found = list(_walk(content, ()))
+    holding_floats = [
+        item
+        for item in found
+        if any(t.is_floating_point() or t.is_complex() for t in item.tensors.values())
+    ]
+    return sorted(holding_floats or found, key=_rank)
+
+
+def _walk(content: object, path: tuple[str, ...]) -> Iterator[WeightSet]:
+    if not isinstance(content, Mapping) or len(path) > _MAX_DEPTH:
+        return
+    named = {name: value for name, value in content.items() if isinstance(name, str)}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if tensors:
+        beside = {name: value for name, value in content.items() if name not in tensors}
+        yield WeightSet(path, tensors, beside)
+    for name, value in named.items():
+        if "optim" not in name.lower():
+            yield from _walk(value, (*path, name))
+
+
+def _rank(item: WeightSet) -> tuple[int, int]:
+    last = item.path[-1] if item.path else None
+    known = WRAPPER_KEYS.index(last) if last in WRAPPER_KEYS else len(WRAPPER_KEYS)
+    return known, -item.size
+
+
+def choose_weight_set(sets: Sequence[WeightSet], key: str) -> WeightSet | None:
+    """Return the set of a key, or the part of a set whose names begin with it; None without one.
+
+    Args:
+        sets: The sets of a file.
+        key: The keys that lead to the set, joined by dots, or the last of them; or a prefix.
+    """
+    for item in sets:
+        if key in (item.key, *item.path[-1:]):
+            return item
+    start = key.rstrip(".") + "."
+    for item in sets:
+        part = {name: tensor for name, tensor in item.tensors.items() if name.startswith(start)}
+        if part:
+            others = {name: t for name, t in item.tensors.items() if name not in part}
+            return WeightSet(item.path, part, {**item.beside, **others})
+    return None
+
+
+def list_complete_sets(read: WeightSet, sets: Sequence[WeightSet]) -> list[str]:
+    """Return the keys of other sets that hold tensors of the same names and shapes."""
+    shapes = _shapes_without_prefix(read)
+    return [
+        item.key
+        for item in sets
+        if item.path != read.path and _shapes_without_prefix(item) == shapes
+    ]
+
+
+def _shapes_without_prefix(item: WeightSet) -> dict[str, torch.Size]:
+    prefix = common_prefix(item.tensors)
+    shapes = {name[len(prefix) :]: tensor.shape for name, tensor in item.tensors.items()}
+    return {name: shape for name, shape in shapes.items() if name != "n_averaged"}
+
+
+def common_prefix(names: Mapping[str, object]) -> str:
+    """Return the longest chain of prefixes of wrappers that starts every name."""
+    prefix = ""
+    while shared := next(
+        (p for p in _REMOVABLE_PREFIXES if all(name.startswith(prefix + p) for name in names)),
+        None,
+    ):
+        prefix += shared
+    return prefix

@@ -1,0 +1,286 @@
+"""What a foreign file has around its weights: kept when it is read, restored when it is written."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustsoup.checkpoints.safetensors_files import DIGESTS_KEY, RECORD_KEY, SafetensorsContent
+from robustsoup.checkpoints.weight_sets import (
+    WeightSet,
+    choose_weight_set,
+    common_prefix,
+    find_weight_sets,
+    list_complete_sets,
+)
+from robustsoup.errors import CheckpointError
+
+PICKLE_ENDINGS = (
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".pth.tar",
+    ".pt.tar",
+    ".ckpt.tar",
+    ".tar",
+    ".model",
+    ".pkl",
+    ".pickle",
+)
+"""Endings of files of torch.save that can be written; files of every ending are read."""
+
+_TRAINING_STATE = re.compile(
+    r"epoch|step|iter|optim|sched|scaler|best|acc|loss|metric|monitor|eval|score|callback|loops|"
+    r"rng|random|seed|ema|swa|average|history|result|time|date|lr$|amp",
+    re.IGNORECASE,
+)
+"""Keys of what belongs to one training run, which a soup does not have."""
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """What is around the tensors of a file.
+
+    Attributes:
+        names: Own name of each tensor -> its name in the file.
+        content: The whole content of a pickled file.
+        path: The keys that lead to the tensors in it.
+        beside: Entries of the same mapping that were left aside, by their name in the file.
+        copies: Name in the file -> own name, of entries in `beside` that repeat a tensor.
+        metadata: The entries of a .safetensors file beside those of robustsoup.
+        is_safetensors: Whether the file is a .safetensors file.
+    """
+
+    names: Mapping[str, str]
+    content: object = field(default=None, compare=False)
+    path: tuple[str, ...] = ()
+    beside: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    is_safetensors: bool = False
+
+    def restore_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors with the names of the file, and what was beside them there."""
+        named: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            named.setdefault(self.names.get(name, name), tensor)
+        for name, own in self.copies.items():
+            named[name] = tensors[own]
+        left = {name: value for name, value in self.beside.items() if name not in named}
+        return named | left
+
+    def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the content of a pickled file, which existing loading code can read."""
+        return _replace_at(self.content, self.path, self.restore_names(tensors))
+
+    def rename_record(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a provenance record that speaks of the names in the file."""
+        renamed = dict(record)
+        if "parameters" in record:
+            names = (self.names.get(name, name) for name in record["parameters"])
+            renamed["parameters"] = list(dict.fromkeys(names))
+        if "tied" in record:
+            tied = {
+                self.names.get(alias, alias): self.names.get(name, name)
+                for alias, name in record["tied"].items()
+            }
+            renamed["tied"] = {alias: name for alias, name in tied.items() if alias != name}
+        return renamed
+
+    def rename(
+        self, names: Mapping[str, str], beside: Mapping[str, Any], copies: Mapping[str, str]
+    ) -> "Wrapping":
+        """Return the wrapping under other own names.
+
+        Args:
+            names: New own name -> own name.
+            beside: Tensors that were left aside, by their own name.
+            copies: Name in the file -> new own name, of those that repeat a tensor.
+        """
+        left = {self.names.get(name, name): value for name, value in beside.items()}
+        return replace(
+            self,
+            names={new: self.names.get(name, name) for new, name in names.items()},
+            beside={**self.beside, **left},
+            copies=copies,
+        )
+
+
+def _replace_at(content: object, path: Sequence[str], inner: dict[str, Any]) -> dict[str, Any]:
+    """Copy a mapping of mappings with the entry at a path replaced."""
+    if not path:
+        return inner
+    outer = dict(content) if isinstance(content, Mapping) else {}
+    outer[path[0]] = _replace_at(outer.get(path[0]), path[1:], inner)
+    return outer
+
+
+def soup_wrapping(wrappings: Sequence[Wrapping | None]) -> tuple[Wrapping | None, list[str]]:
+    """Return the wrapping of a soup, and the keys that it leaves out.
+
+    It is that of the first ingredient with the entries that all ingredients share and that hold
+    neither other weights nor the state of a training run.
+    """
+    first, others = wrappings[0], wrappings[1:]
+    if first is None:
+        return None, []
+    dropped: list[str] = []
+    content = _keep_shared(
+        first.content, [other and other.content for other in others], first.path, dropped
+    )
+    beside: dict[str, Any] = {}
+    for name, value in first.beside.items():
+        shared = all(
+            other is not None and _are_equal(value, other.beside.get(name)) for other in others
+        )
+        if shared or name in first.copies:
+            beside[name] = value
+        else:
+            dropped.append(name)
+    metadata = {
+        key: text
+        for key, text in first.metadata.items()
+        if all(other is not None and other.metadata.get(key) == text for other in others)
+        or key == "format"
+    }
+    return replace(first, content=content, beside=beside, metadata=metadata), dropped
+
+
+def _keep_shared(
+    content: object, others: Sequence[object], path: Sequence[str], dropped: list[str]
+) -> object:
+    kept: dict[Any, Any] = {}
+    if not path or not isinstance(content, Mapping):
+        return kept
+    for key, value in content.items():
+        inner = [other.get(key) if isinstance(other, Mapping) else None for other in others]
+        if key == path[0]:
+            kept[key] = _keep_shared(value, inner, path[1:], dropped)
+        elif _is_plain(value) and not _is_state(key) and all(_are_equal(value, o) for o in inner):
+            kept[key] = value
+        else:
+            dropped.append(str(key))
+    return kept
+
+
+def _is_state(key: object) -> bool:
+    return isinstance(key, str) and _TRAINING_STATE.search(key) is not None
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value holds no tensor."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return not isinstance(value, Tensor)
+
+
+def _are_equal(left: object, right: object) -> bool:
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and left.dtype == right.dtype
+            and torch.equal(left, right)
+        )
+    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+        return np.array_equal(np.asarray(left), np.asarray(right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_are_equal(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_are_equal, left, right))
+    return type(left) is type(right) and bool(left == right)
+
+
+def unwrap_pickle(
+    content: object, path: Path, key: str | None
+) -> tuple[dict[str, Tensor], Wrapping, tuple[str, ...]]:
+    """Find the tensors in a pickled file, and remove prefixes that all their names share.
+
+    Returns:
+        The tensors, the wrapping, and notes on what was read.
+
+    Raises:
+        CheckpointError: There is no state dict, or none of that key.
+    """
+    sets = find_weight_sets(content)
+    if not sets:
+        if isinstance(content, Mapping) and content:
+            keys = list(content)[:5]
+            raise CheckpointError(
+                f"{path}: found no state dict; got keys {keys}, expected tensors by name"
+            )
+        raise CheckpointError(
+            f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)"
+        )
+    read = sets[0] if key is None else choose_weight_set(sets, key)
+    if read is None:
+        raise _no_such_key(path, key, sets)
+    for name, tensor in read.tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: {name} is sparse or quantized; expected plain tensors")
+    names = _own_names(read, path)
+    tensors = {own: read.tensors[name].detach() for own, name in names.items()}
+    wrapping = Wrapping(names, content, read.path, read.beside)
+    return tensors, wrapping, _describe_choice(read, sets, path) if key is None else ()
+
+
+def _no_such_key(path: Path, key: str | None, sets: Iterable[WeightSet]) -> CheckpointError:
+    known = [item.key or "the whole file" for item in sets][:8]
+    return CheckpointError(f'{path}: holds no weights under "{key}"; got {", ".join(known)}')
+
+
+def _own_names(read: WeightSet, path: Path) -> dict[str, str]:
+    prefix = common_prefix(read.tensors)
+    if prefix in read.tensors:
+        raise CheckpointError(f"{path}: a name is nothing but the prefix {prefix!r}")
+    return {name[len(prefix) :]: name for name in read.tensors}
+
+
+def _describe_choice(read: WeightSet, sets: Sequence[WeightSet], path: Path) -> tuple[str, ...]:
+    complete = [key for key in list_complete_sets(read, sets) if key]
+    if not complete:
+        return ()
+    verb = "is" if len(complete) == 1 else "are"
+    note = (
+        f"{path.name}: read {read.key or 'the whole file'}; {', '.join(complete)} {verb} complete "
+        f"too (--key {complete[0]})"
+    )
+    return (note,)
+
+
+def wrap_safetensors(content: SafetensorsContent, key: str | None, path: Path) -> Wrapping:
+    """Return the wrapping of a .safetensors file.
+
+    Raises:
+        CheckpointError: No name begins with the key.
+    """
+    read = WeightSet((), content.tensors, {})
+    chosen = read if key is None else choose_weight_set([read], key)
+    if chosen is None:
+        raise _no_such_key(path, key, [read])
+    own = (RECORD_KEY, DIGESTS_KEY)
+    metadata = {name: text for name, text in content.metadata.items() if name not in own}
+    names = {name: name for name in chosen.tensors}
+    return Wrapping(names, beside=chosen.beside, metadata=metadata, is_safetensors=True)
+
+
+def file_ending(path: Path) -> str | None:
+    """Return the ending of a file that can be written, such as ".pth.tar"; None for others."""
+    endings = [e for e in (".safetensors", *PICKLE_ENDINGS) if path.name.endswith(e)]
+    return max(endings, key=len, default=None) if path.name not in endings else None
+
+
+def soup_ending(path: Path | None, wrapping: Wrapping | None) -> str:
+    """Return the ending of the soup of an ingredient: its own, if it can be written."""
+    if wrapping is None or wrapping.is_safetensors or path is None:
+        return ".safetensors"
+    ending = file_ending(path)
+    return ".pth" if ending in (None, ".safetensors") else ending

@@ -1,0 +1,343 @@
+"""Files of other programs: names are fitted, sets are chosen, and what cannot be read is named."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.fitting import fit_names
+from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError
+from robustsoup.soups.mixing import mix
+
+
+class Net(nn.Module):
+    """A network with BatchNorm and a head that is tied to a second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.head, self.tied = nn.Linear(2, 3), nn.Linear(2, 3)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(x)).mean((2, 3)))
+
+
+def network(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net()
+
+
+def prefixed(prefix, state=None):
+    state = network().state_dict() if state is None else state
+    return {prefix + name: tensor.clone() for name, tensor in state.items()}
+
+
+def check_fits(checkpoint, seed=0):
+    """Check that a checkpoint loads into a network, and return it under the network's names."""
+    fresh = Net()
+    checkpoint.load_into(fresh)
+    for name, tensor in network(seed).state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+    return checkpoint.with_names_of(fresh)
+
+
+PREFIXES = ["_orig_mod.", "module._orig_mod.", "net.", "model.net.", "backbone.0.", "a.b.c.d."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_any_chain_of_prefixes_is_fitted(tmp_path, prefix, ending):
+    path = tmp_path / f"a{ending}"
+    if ending == ".pth":
+        torch.save({"weights of mine": prefixed(prefix), "n": 1}, path)
+    else:
+        save_file(prefixed(prefix), path)
+    read = Checkpoint.load(path)
+    assert check_fits(read).digest == read.digest
+
+
+def test_parts_of_wrappers_within_names_are_looked_through(tmp_path):
+    state = network().state_dict()
+    for part in ("_orig_mod", "_fsdp_wrapped_module", "module"):
+        inner = {name.replace("conv.", f"conv.{part}."): t for name, t in state.items()}
+        torch.save(inner, tmp_path / "a.pth")
+        check_fits(Checkpoint.load(tmp_path / "a.pth"))
+
+
+def test_a_network_may_have_a_prefix_that_the_file_lacks():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"net": Net()})
+
+    outer = Outer()
+    Checkpoint(network().state_dict()).load_into(outer)
+    assert torch.equal(outer.inner["net"].conv.weight, network().conv.weight)
+
+
+SURPLUS = {
+    "n_averaged": lambda: AveragedModel(network()).state_dict(),
+    "criterion.weight": lambda: prefixed("model.") | {"criterion.weight": torch.ones(3)},
+    "module.normalizer.mean": lambda: (
+        prefixed("module.model.") | {"module.normalizer.mean": torch.zeros(1)}
+    ),
+    "conv.total_ops": lambda: prefixed("") | {"conv.total_ops": torch.ones(1)},
+    "bn.index": lambda: prefixed("") | {"bn.index": torch.arange(3)},
+}
+
+
+@pytest.mark.parametrize("name", SURPLUS)
+def test_surplus_entries_are_set_aside_and_named(tmp_path, name):
+    torch.save({"state_dict": SURPLUS[name]()}, tmp_path / "a.ckpt")
+    read = check_fits(Checkpoint.load(tmp_path / "a.ckpt"))
+    assert set(read.tensors) == set(Net().state_dict())
+    assert read.notes == (f"a.ckpt: set aside {name}: the network lacks them",)
+    saved = torch.load(read.save(tmp_path / "b.ckpt"))["state_dict"]
+    assert saved.keys() == SURPLUS[name]().keys()
+
+
+def test_a_deeper_network_is_not_cut_down():
+    deep = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="the file has this tensor"):
+        Checkpoint.of(deep).load_into(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    state = prefixed("") | {"conv.second.weight": torch.ones(2)}
+    with pytest.raises(ModelError, match=r"conv\.second\.weight: the file has this tensor"):
+        Checkpoint(state).load_into(Net())
+
+
+def test_aliases_of_tied_weights_are_filled_in(tmp_path):
+    for missing in ("head.weight", "tied.weight"):
+        state = {name: t for name, t in prefixed("net.").items() if name != f"net.{missing}"}
+        save_file(state, tmp_path / "a.safetensors")
+        read = check_fits(Checkpoint.load(tmp_path / "a.safetensors"))
+        assert read.with_parameters_of(Net()).tied == {"tied.weight": "head.weight"}
+        read.save(tmp_path / "b.safetensors")
+        assert load_file(tmp_path / "b.safetensors").keys() == state.keys()
+
+
+def test_a_repeated_network_is_mixed_in_both_places(tmp_path):
+    for seed in (0, 1):
+        state = network(seed).state_dict()
+        both = prefixed("module.model.", state) | prefixed("module.attacker.model.", state)
+        torch.save({"model": both}, tmp_path / f"{seed}.pt")
+    soup = mix([tmp_path / "0.pt", tmp_path / "1.pt"], [0.5, 0.5], network=Net())
+    saved = torch.load(soup.save(tmp_path / "soup.pt"))["model"]
+    mean = (network(0).conv.weight + network(1).conv.weight) / 2
+    for prefix in ("module.model.", "module.attacker.model."):
+        torch.testing.assert_close(saved[f"{prefix}conv.weight"], mean)
+
+
+def test_ingredients_in_different_wrappings_are_aligned(tmp_path):
+    torch.save({"state_dict": prefixed("module.")}, tmp_path / "a.pth")
+    save_file(prefixed("net.", network(1).state_dict()), tmp_path / "b.safetensors")
+    soup = mix([tmp_path / "a.pth", tmp_path / "b.safetensors"], [0, 1])
+    assert torch.equal(soup.tensors["conv.weight"], network(1).conv.weight)
+    other = prefixed("net.") | {"more": torch.ones(1)}
+    save_file(other, tmp_path / "c.safetensors")
+    with pytest.raises(IngredientMismatch, match="not the same network"):
+        mix([tmp_path / "a.pth", tmp_path / "c.safetensors"], [0.5, 0.5])
+
+
+def test_the_set_of_a_key_is_read(tmp_path):
+    content = {"state_dict": prefixed(""), "ema": {"shadow": network(1).state_dict()}, "n": 3}
+    torch.save(content, tmp_path / "a.pth")
+    first = Checkpoint.load(tmp_path / "a.pth")
+    check_fits(first)
+    assert first.notes == ("a.pth: read state_dict; ema.shadow is complete too (--key ema.shadow)",)
+    for key in ("ema.shadow", "shadow"):
+        check_fits(Checkpoint.load(tmp_path / "a.pth", key=key), seed=1)
+    with pytest.raises(CheckpointError, match=r'under "teacher"; got state_dict, ema\.shadow'):
+        Checkpoint.load(tmp_path / "a.pth", key="teacher")
+
+
+def test_a_key_may_be_a_prefix(tmp_path):
+    state = prefixed("student.") | prefixed("teacher.", network(1).state_dict())
+    torch.save(state, tmp_path / "a.pth")
+    fitted = Checkpoint.load(tmp_path / "a.pth").with_names_of(Net())
+    assert "read the weights under student." in fitted.notes[0]
+    assert "--key teacher" in fitted.notes[0]
+    check_fits(Checkpoint.load(tmp_path / "a.pth", key="teacher"), seed=1)
+
+
+def write_shards(folder, ending):
+    names = list(network().state_dict())
+    files = {name: f"model-{int(i > 3)}{ending}" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        part = {
+            name: t.clone() for name, t in network().state_dict().items() if files[name] == file
+        }
+        if ending == ".bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file)
+    index = folder / f"model{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_shards_are_read_by_their_index(tmp_path, ending):
+    index = write_shards(tmp_path, ending)
+    check_fits(Checkpoint.open(index))
+    (tmp_path / f"model-1{ending}").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1.*no such file"):
+        Checkpoint.load(index)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"weight_map": {"a": "../a.bin"}}', '{"weight_map": {"a": 5}}']
+)
+def test_a_wrong_index_is_refused(tmp_path, content):
+    (tmp_path / "a.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"a\.index\.json: "):
+        Checkpoint.load(tmp_path / "a.index.json")
+
+
+# what is beside the weights
+
+
+def test_harmless_types_are_read(tmp_path):
+    content = {
+        "state_dict": network().state_dict(),
+        "best": np.float64(0.5),
+        "name": np.str_("net"),
+        "curve": np.arange(6.0).reshape(2, 3),
+        "args": argparse.Namespace(lr=0.1, folder=Path("data")),
+        "version": torch.__version__,
+    }
+    torch.save(content, tmp_path / "a.pth")
+    read = Checkpoint.load(tmp_path / "a.pth")
+    kept = torch.load(read.save(tmp_path / "b.pth"), weights_only=False)
+    assert (kept["best"], kept["name"], kept["args"].lr) == (0.5, "net", 0.1)
+    assert np.array_equal(kept["curve"], content["curve"])
+    Checkpoint.load(tmp_path / "b.pth")
+
+
+def test_a_soup_keeps_shared_settings_alone(tmp_path):
+    for seed in (0, 1):
+        content = {
+            "state_dict": network(seed).state_dict(),
+            "state_dict_ema": network(seed).state_dict(),
+            "hyper_parameters": {"width": 2, "sizes": [1, 2]},
+            "seed of mine": seed,
+            "epoch": 3,
+            "best_acc1": torch.tensor(0.5),
+            "scaler": {"scale": 2.0},
+        }
+        torch.save(content, tmp_path / f"{seed}.pth.tar")
+    soup = mix([tmp_path / "0.pth.tar", tmp_path / "1.pth.tar"], [0.5, 0.5])
+    saved = torch.load(soup.save(tmp_path / "soup.pth.tar"))
+    assert saved.keys() == {"state_dict", "hyper_parameters"}
+    left_out = "state_dict_ema, seed of mine, epoch, best_acc1, scaler"
+    assert soup.notes[-1] == f"soup: left out {left_out}, which were not mixed"
+
+
+def test_metadata_of_safetensors_is_kept(tmp_path):
+    for seed in (0, 1):
+        metadata = {"format": "pt", "author": "me", "run": str(seed)}
+        save_file(
+            prefixed("", network(seed).state_dict()), tmp_path / f"{seed}.safetensors", metadata
+        )
+    soup = mix([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], [0.5, 0.5])
+    with safe_open(soup.save(tmp_path / "soup.safetensors"), "pt") as file:
+        metadata = file.metadata()
+        assert (metadata["format"], metadata["author"]) == ("pt", "me")
+        assert "run" not in metadata
+        assert torch.equal(file.get_tensor("conv.weight"), soup.tensors["conv.weight"])
+    again = Checkpoint.load(tmp_path / "soup.safetensors")
+    assert (
+        again.save(tmp_path / "b.safetensors").read_bytes()
+        == (tmp_path / "soup.safetensors").read_bytes()
+    )
+
+
+# files of other kinds
+
+
+def write_kinds(folder):
+    scripted = folder / "script.pt"
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), scripted)
+    np.savez(folder / "arrays.npz", a=np.ones(2))
+    (folder / "arrays.npz").rename(folder / "arrays.pth")
+    save_file({"a": torch.ones(2)}, folder / "named.safetensors")
+    (folder / "named.safetensors").rename(folder / "named.pth")
+    torch.save({"a": torch.ones(2)}, folder / "saved.safetensors")
+    torch.save(network(), folder / "whole.pth")
+    torch.save({"w": torch.ones(1), "device": CODE}, folder / "object.pth")
+    contents = {
+        "page.pth": b"\n <!DOCTYPE html><html>Sign in</html>",
+        "page.safetensors": b"<html><body>Virus scan warning</body></html>",
+        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+        "text.pth": b"Entry not found: no such file on this server",
+        "error.safetensors": b'{"error": "not found", "status": 404}',
+        "net.onnx": b"\x08\x07\x12\x07pytorch\x1a\x052.4.0:",
+        "net.pth.gz": b"\x1f\x8b\x08\0\0",
+        "empty.pth": b"",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+class Code:
+    """A class that no reader knows."""
+
+
+CODE = Code()
+KINDS = {
+    "script.pt": "a TorchScript file",
+    "arrays.pth": "an archive of NumPy arrays",
+    "named.pth": r"a \.safetensors file under another name",
+    "saved.safetensors": r"a \.pth file under another name",
+    "whole.pth": r"a whole network \(.*Net\)",
+    "object.pth": r"an object of the class .*Code",
+    "page.pth": "an HTML page",
+    "page.safetensors": "an HTML page",
+    "pointer.safetensors": "a Git LFS pointer",
+    "text.pth": "is text, perhaps the error message of a server",
+    "error.safetensors": "JSON text",
+    "net.onnx": "an ONNX model",
+    "net.pth.gz": "compressed with gzip",
+    "empty.pth": "an empty file",
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    write_kinds(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_files_of_other_kinds_are_named(kinds, name):
+    with pytest.raises(CheckpointError, match=KINDS[name]) as caught:
+        Checkpoint.load(kinds / name)
+    assert str(caught.value).isprintable()
+
+
+def test_the_repr_is_one_short_line():
+    text = repr(Checkpoint.of(network()))
+    assert text == "Checkpoint(in memory: 11 tensors, 47 numbers, no recorded network)"
+
+
+def test_fitting_prefers_the_right_shapes():
+    wanted = {"a": torch.ones(2), "b": torch.ones(2)}
+    file = {
+        "x.a": torch.ones(3),
+        "x.b": torch.ones(3),
+        "long.a": torch.ones(2),
+        "long.b": wanted["b"],
+    }
+    fit = fit_names(file, wanted)
+    assert fit is not None
+    assert fit.names == {"a": "long.a", "b": "long.b"}
