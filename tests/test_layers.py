@@ -131,7 +131,12 @@ def test_there_are_no_cycles():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-LAZY = {"data.images": "PIL", "attacks.autoattack": "pyautoattack"}
+LAZY = {
+    "data.images": "PIL",
+    "data.hub": "datasets",
+    "data.shards": "webdataset",
+    "attacks.autoattack": "pyautoattack",
+}
 """{module: package that it may import, only inside functions and for type checkers}."""
 
 

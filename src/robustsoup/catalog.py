@@ -276,6 +276,22 @@ DATA_SOURCES = Registry(
         spelling="npz:PATH",
         facts={"place": "path"},
     ),
+    Entry(
+        "hf",
+        "robustsoup.data.hub:load_hub",
+        "A data set of the Hugging Face Hub, a folder or a .parquet file; requires the extra "
+        "robustsoup[datasets].",
+        spelling="hf:NAME",
+        facts={"place": "path or name", "decodes": True},
+    ),
+    Entry(
+        "wds",
+        "robustsoup.data.shards:load_shards",
+        "Local .tar shards such as wds:train-{000..009}.tar; requires the extra "
+        "robustsoup[webdataset].",
+        spelling="wds:PATTERN",
+        facts={"place": "path", "decodes": True},
+    ),
 )
 """facts: "place", what follows the name: "path" for a path, "name" for anything else; "decodes",
 image_size and channels apply, because image files are decoded."""

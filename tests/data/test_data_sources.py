@@ -15,7 +15,7 @@ from robustsoup.errors import DataError
         (
             "digitz",
             {},
-            'expected one of digits, cifar10, cifar100, folder, npz; did you mean "digits"?',
+            'cifar10, cifar100, folder, npz, hf, wds; did you mean "digits"?',
         ),
         ("zzz", {}, 'data: got "zzz", expected one of digits, cifar10, cifar100, folder'),
         ("", {}, 'data: got ""'),
@@ -24,7 +24,11 @@ from robustsoup.errors import DataError
         ("digits", {"seed": -1}, "got seed -1, expected an integer of at least 0"),
         ("digits", {"seed": True}, "got seed True"),
         ("digits", {"seed": 1.0}, "got seed 1.0"),
-        ("digits", {"image_size": 32}, "got image_size 32, which only folder:PATH supports"),
+        (
+            "digits",
+            {"image_size": 32},
+            "got image_size 32, which only folder:PATH, hf",
+        ),
         ("no_such:load", {}, 'data: got "no_such", expected one of'),
         ("json:no_such", {}, 'module "json" has no function "no_such"'),
         ("no_such.module:load", {}, 'module "no_such" cannot be found; is it on the Python path?'),

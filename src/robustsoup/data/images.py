@@ -1,6 +1,7 @@
 """Decode image files to pixels of one size, as torchvision's ImageFolder reads them."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -157,6 +158,17 @@ def _refuse_broken_images(place: str) -> Iterator[None]:
         raise DataError(
             f"{place}: cannot be read ({reason}), expected an image; replace or remove it"
         ) from error
+
+
+def open_image(content: bytes, place: str) -> "Image":
+    """Return the image of a file's bytes; it is decoded when it is converted.
+
+    Raises:
+        DataError: The bytes are no image; the error names the `place`.
+    """
+    pillow = import_pillow(place)
+    with _refuse_broken_images(place):
+        return pillow.open(io.BytesIO(content))
 
 
 def is_pillow_image(value: object) -> "TypeGuard[Image]":

@@ -83,8 +83,7 @@ def _find_data_source(spec: str, form: Mapping[str, int | None]) -> tuple[DataSo
     if asked and not entry.facts.get("decodes", is_plugin):
         decoding = [e.spelling for e in DATA_SOURCES.values() if e.facts.get("decodes")]
         raise DataError(
-            f'data "{spec}": got {asked[0]}, which only {", ".join(decoding)} supports; '
-            "leave it out"
+            f'data "{spec}": got {asked[0]}, which only {", ".join(decoding)} support; leave it out'
         )
     return entry.load(), place
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from robustsoup.data.torch_datasets import class_names, read_dataset
 from robustsoup.errors import DataError
 from robustsoup.seeding import keyed_generator
 
+P = TypeVar("P")
 SplitName = Literal["train", "val", "test"]
 
 
@@ -548,6 +549,14 @@ def assemble_tensors(
         val=replace(data.val, notes=tuple(notes)),
         test=replace(data.test, notes=tuple(notes)),
     )
+
+
+def promote_val(parts: dict[str, P]) -> tuple[str, ...]:
+    """Rename "val" to "test" where that part is missing, in place; return a note if so."""
+    if "test" in parts or "val" not in parts:
+        return ()
+    parts["test"] = parts.pop("val")
+    return ("no test split: val is test, and val is held out of train",)
 
 
 def _shuffle(samples: Samples) -> Samples:

@@ -1,0 +1,141 @@
+"""Data sets of the library `datasets`, read from local files; no test uses the network."""
+
+import io
+import sys
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from small_data import write_images
+
+from robustsoup.data import load_data
+from robustsoup.errors import DataError
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+    library.disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the library and its own libraries warn of
+        yield library
+
+
+def encode(shade, mode):
+    written = io.BytesIO()
+    Image.new(mode, (8, 8), shade if mode == "L" else (shade, shade, shade)).save(written, "png")
+    return {"bytes": written.getvalue(), "path": None}
+
+
+def make_dataset(datasets, count, labels=None, mode="RGB"):
+    """Make a data set whose image n has the shade n and the label n % 2."""
+    labels = [number % 2 for number in range(count)] if labels is None else labels
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    kind = datasets.Value("string") if isinstance(labels[0], str) else names
+    images = [encode(number, mode) for number in range(count)]
+    features = {"id": datasets.Value("int64"), "img": datasets.Image(), "label": kind}
+    return from_columns(datasets, features, id=list(range(count)), img=images, label=labels)
+
+
+def from_columns(datasets, features, **columns):
+    """Make a data set without `from_dict`, whose fingerprint some versions cannot compute."""
+    features = datasets.Features(features)
+    schema = features.arrow_schema
+    table = pytest.importorskip("pyarrow").table(columns, schema=schema)
+    info = datasets.DatasetInfo(features=features)
+    return datasets.Dataset(table, info=info, fingerprint="0" * 16)
+
+
+def check_samples(split, offset=0):
+    assert torch.equal(split.images[:, 0, 3, 3].long(), split.ids - offset)
+    assert torch.equal(split.labels, (split.ids - offset) % 2)
+
+
+@pytest.mark.extras
+def test_a_parquet_file(datasets, tmp_path):
+    make_dataset(datasets, 40).to_parquet(tmp_path / "all.parquet")
+    data = load_data(f"hf:{tmp_path / 'all.parquet'}")
+    assert [len(data.train), len(data.val), len(data.test)] == [28, 4, 8]
+    assert data.record["classes"] == ["cat", "dog"]
+    assert data.train.images.shape[1:] == (3, 8, 8)
+    check_samples(data.train)
+    check_samples(data.test)
+
+
+@pytest.mark.extras
+def test_a_folder_of_parquet_files_with_splits(datasets, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for part, count in (("train", 16), ("validation", 6), ("test", 4)):
+        target = tmp_path / "set" / "data" / f"{part}-00000-of-00001.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        make_dataset(datasets, count, mode="L").to_parquet(target)
+    data = load_data("hf:~/set")
+    assert [len(data.train), len(data.val), len(data.test)] == [16, 6, 4]
+    assert data.record["channels"] == 1
+    check_samples(data.train)
+    check_samples(data.val, offset=16)
+    check_samples(data.test)
+
+
+@pytest.mark.extras
+def test_a_folder_of_images(datasets, tmp_path):
+    for part, count in (("train", 8), ("validation", 3)):
+        for name in ("ant", "bee"):
+            write_images(tmp_path / part / name, count, size=(12, 10))
+    with pytest.raises(DataError, match=r"an image of 12 x 10 pixels, expected square"):
+        load_data(f"hf:{tmp_path}")
+    data = load_data(f"hf:{tmp_path}", image_size=8)
+    assert data.record["classes"] == ["ant", "bee"]
+    assert [len(data.train), len(data.val), len(data.test)] == [14, 2, 6]
+    assert data.notes == (
+        f"hf:{tmp_path}: no test split: val is test, and val is held out of train",
+    )
+    assert data.train.augmentation.pad == 1
+
+
+@pytest.mark.extras
+def test_saved_to_disk_with_text_labels_and_a_test_split_without_labels(datasets, tmp_path):
+    train = make_dataset(datasets, 20, labels=["dog", "cat"] * 10)
+    datasets.DatasetDict({"train": train}).save_to_disk(tmp_path / "text")
+    data = load_data(f"hf:{tmp_path / 'text'}")
+    assert data.record["classes"] == ["cat", "dog"]
+    assert torch.equal(data.train.labels, 1 - data.train.ids % 2)
+    parts = {"train": make_dataset(datasets, 20), "test": make_dataset(datasets, 4, [-1] * 4)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "secret")
+    data = load_data(f"hf:{tmp_path / 'secret'}")
+    assert len(data.test) == 4
+    assert data.notes == (f"hf:{tmp_path / 'secret'}: test has no labels and is left out",)
+
+
+@pytest.mark.extras
+def test_what_cannot_be_loaded_is_refused_in_one_line(datasets, tmp_path):
+    (tmp_path / "code").mkdir()
+    ran = tmp_path / "ran"
+    (tmp_path / "code" / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    features = {"text": datasets.Value("string"), "label": datasets.Value("int64")}
+    no_image = from_columns(datasets, features, text=["a"], label=[0])
+    no_image.to_parquet(tmp_path / "text.parquet")
+    for place, text in (
+        (tmp_path / "code", "datasets cannot load it: "),
+        (tmp_path / "broken.parquet", "datasets cannot load it: "),
+        (tmp_path / "text.parquet", "got the columns text, label, expected one of type Image"),
+        ("nobody/no-such-set", "datasets cannot load it: "),
+    ):
+        with pytest.raises(DataError) as caught:
+            load_data(f"hf:{place}")
+        assert str(caught.value).startswith(f"hf:{place}: ")
+        assert text in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()
+
+
+def test_a_missing_library_is_named_with_its_install_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"install it with: pip install 'robustsoup\[datasets\]'"):
+        load_data(f"hf:{tmp_path}")

@@ -1,0 +1,116 @@
+"""Shards of webdataset in local .tar files."""
+
+import io
+import json
+import pickle
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from robustsoup.data import load_data
+from robustsoup.errors import DataError
+
+
+@pytest.fixture
+def webdataset():
+    return pytest.importorskip("webdataset")
+
+
+def encode(shade, size=8):
+    written = io.BytesIO()
+    Image.new("RGB", (size, size), (shade, 0, 0)).save(written, "png")
+    return written.getvalue()
+
+
+def write_shard(path, numbers, *, label=lambda n: {"cls": str(n % 2).encode()}, image=encode):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for ending, content in ({"png": image(number)} | label(number)).items():
+                member = tarfile.TarInfo(f"{number:06}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def check_samples(split):
+    assert torch.equal(split.images[:, 0, 3, 3].long(), split.ids)
+    assert torch.equal(split.labels, split.ids % 2)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("pattern", ["part-{000..001}.tar", "part-*.tar", ""])
+def test_a_pattern_or_a_folder_of_shards(webdataset, tmp_path, pattern):
+    write_shard(tmp_path / "part-000.tar", range(15))
+    write_shard(tmp_path / "part-001.tar", range(15, 40))
+    data = load_data(f"wds:{tmp_path / pattern}")
+    assert [len(data.train), len(data.val), len(data.test)] == [28, 4, 8]
+    check_samples(data.train)
+    check_samples(data.test)
+
+
+@pytest.mark.extras
+def test_splits_by_the_names_of_the_files(webdataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def in_json(number):
+        return {"json": json.dumps({"label": number % 2, "text": "x"}).encode()}
+
+    write_shard(tmp_path / "s" / "train-0.tar", range(16), label=in_json)
+    write_shard(tmp_path / "s" / "val-0.tar", range(4))
+    data = load_data("wds:~/s", image_size=4)
+    assert [len(data.train), len(data.val), len(data.test)] == [14, 2, 4]
+    assert data.train.images.shape[1:] == (3, 4, 4)
+    check_samples(data.test)
+    assert "val is test" in data.notes[0]
+
+
+@pytest.mark.extras
+def test_nothing_is_unpickled_and_no_command_runs(webdataset, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    def label(number):
+        return {"cls": b"0", "pyd": pickle.dumps(Evil()), "pickle": pickle.dumps(Evil())}
+
+    write_shard(tmp_path / "a.tar", range(10), label=label)
+    assert len(load_data(f"wds:{tmp_path / 'a.tar'}").test) == 2
+    for place in (f"pipe:touch {tmp_path / 'ran'}", "https://localhost:9/a.tar"):
+        with pytest.raises(DataError, match=r"no such file, expected local \.tar files"):
+            load_data(f"wds:{place}")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"label": lambda n: {}}, "sample 000000: no label; got .png, expected the number"),
+        ({"label": lambda n: {"cls": b"cat"}}, "sample 000000: no label; got .png, .cls, expected"),
+        ({"label": lambda n: {"json": b'{"x": 1}'}}, "sample 000000: no label"),
+        ({"image": lambda n: b"no image"}, "sample 000000: cannot be read (not an image)"),
+        ({"image": lambda n: encode(0, 8 + n)}, "an image of 9 x 9 pixels, expected square"),
+    ],
+)
+def test_a_broken_sample_is_named(webdataset, tmp_path, options, text):
+    write_shard(tmp_path / "a.tar", range(4), **options)
+    with pytest.raises(DataError) as caught:
+        load_data(f"wds:{tmp_path / 'a.tar'}")
+    assert text in str(caught.value)
+
+
+@pytest.mark.extras
+def test_broken_files_are_refused_in_one_line(webdataset, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(DataError, match=r"a\.tar: not a readable \.tar file: "):
+        load_data(f"wds:{tmp_path}")
+
+
+def test_a_missing_library_is_named_with_its_install_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(DataError, match=r"install it with: pip install 'robustsoup\[webdataset\]'"):
+        load_data(f"wds:{tmp_path}")
