@@ -90,3 +90,15 @@ def test_the_first_write_into_a_folder_tidies_it(tmp_path, monkeypatch):
     left.write_text("half")
     write_text(tmp_path / "other", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_lock_that_a_killed_process_set_aside_is_removed(tmp_path):
+    """filelock renames the lock of a dead owner before it removes it; a kill can fall between."""
+    dead, live = (
+        tmp_path / f".lock-owner.break.{process}.{'0a' * 16}" for process in (DEAD, os.getpid())
+    )
+    dead.touch()
+    live.touch()
+    remove_leftovers(tmp_path)
+    assert not dead.exists()
+    assert live.exists()

@@ -25,6 +25,8 @@ _TEMPORARY_NAME = re.compile(
     r"\..*\.(?P<pid>\d+)-[0-9a-f]{8}(?:-(?P<host>[0-9a-f]{8})-(?P<start>[0-9a-f]{8}|0))?\.tmp"
 )
 _UNKNOWN_START = "0"
+_SET_ASIDE = re.compile(r".*-owner\.break\.(?P<pid>\d+)\.[0-9a-f]{32}")
+"""A dead owner's lock, which filelock renames for a moment before it removes it."""
 
 
 def temporary_sibling(target: Path) -> Path:
@@ -60,6 +62,9 @@ def is_leftover(path: Path) -> bool:
     Nobody can tell whether a process of another host runs; its files count as left over once they
     have not changed for a day.
     """
+    aside = _SET_ASIDE.fullmatch(path.name)
+    if aside is not None:
+        return not _process_exists(int(aside["pid"]))
     name = _TEMPORARY_NAME.fullmatch(path.name)
     if name is None:
         return False
