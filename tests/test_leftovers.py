@@ -93,7 +93,7 @@ def test_the_first_write_into_a_folder_tidies_it(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_a_killed_process_set_aside_is_removed(tmp_path):
-    """filelock renames the lock of a dead owner before it removes it; a kill can fall between."""
+    """A kill can fall between the moments when filelock renames a dead lock and removes it."""
     dead, live = (
         tmp_path / f".lock-owner.break.{process}.{'0a' * 16}" for process in (DEAD, os.getpid())
     )
