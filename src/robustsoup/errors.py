@@ -1,6 +1,6 @@
 """Exceptions that robustsoup raises on purpose.
 
-The command line exits with code 2 for a RequestError and with code 1 for a WorkError.
+The command line exits with code 1 for a WorkError and with code 2 for any other RequestError.
 
     RobustsoupError
     ├── RequestError               the request is wrong; nothing was done
@@ -14,7 +14,8 @@ The command line exits with code 2 for a RequestError and with code 1 for a Work
     │   └── LeakageError           selection on samples that an ingredient was trained on
     └── WorkError                  the request is valid; the work failed
         ├── Diverged               a loss or a weight became NaN or infinite
-        └── StorageError           a result cannot be written (disk full, no permission)
+        ├── StorageError           a result cannot be written (disk full, no permission)
+        └── DownloadError          a file cannot be downloaded; also a DataError
 """
 
 from robustsoup.printable import make_message
@@ -77,3 +78,7 @@ class Diverged(WorkError):
 
 class StorageError(WorkError):
     """A result cannot be written."""
+
+
+class DownloadError(WorkError, DataError):
+    """A file cannot be downloaded, or not completely, or is not the published one."""

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from io import BufferedReader
 from pathlib import Path
 
@@ -75,6 +75,62 @@ def _create_empty_file(path: Path) -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         return os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(path: str | os.PathLike[str], *, folder: bool) -> None:
+    """Check before long work that a file or a folder can be written; nothing is created.
+
+    Args:
+        path: The output; it and its parents may not exist yet.
+        folder: Whether a folder is to be written, instead of a file.
+
+    Raises:
+        StorageError: There is something of another kind, or a folder without permission.
+    """
+    path = user_path(path)
+    try:
+        if not folder and path.exists():
+            _require_regular(path.stat().st_mode, path)
+        existing = path if folder else path.parent
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{existing}: got a file, expected a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{existing}: no permission to write")
+    except OSError as error:
+        message = f"{path}: cannot be written: {error.strerror}; set another one with -o"
+        raise StorageError(message) from None
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process of this machine at a time enter the block; the others wait.
+
+    Leaves no file. Where folders cannot be locked (Windows, some network file systems), all enter.
+
+    Args:
+        folder: What is locked; created if it is missing.
+
+    Raises:
+        StorageError: The folder cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be created: {error.strerror}") from error
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 

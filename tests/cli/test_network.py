@@ -31,7 +31,7 @@ def test_the_watch_notices_what_a_program_swallows():
 @pytest.mark.parametrize("name", ["cifar10", "robustbench:Wang2023Better_WRN-28-10"])
 def test_fetch_asks_the_network_once(name, tmp_path, capsys):
     with refused_network() as attempts:
-        assert run("fetch", name, "--data-root", tmp_path) != 0
+        assert run("fetch", name, "--data-root", tmp_path) == 1
     assert len(attempts) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

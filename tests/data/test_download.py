@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from robustsoup.data import (
 from robustsoup.data.cifar import CIFAR10
 from robustsoup.data.download import data_root
 from robustsoup.data.splits import channel_statistics
-from robustsoup.errors import DataError
+from robustsoup.errors import DataError, DownloadError
 from robustsoup.files import cache_folder
 
 FILES = {"data_batch_1": b"one" * 2000, "test_batch": bytes(range(256)) * 20}
@@ -60,6 +61,15 @@ def test_download_happens_once_and_unpacks_only_what_is_expected(tmp_path):
     assert progress[-1] == (len(body), len(body))
     assert files_below(tmp_path) == [f"root/{name}" for name in UNPACKED]
     assert all((folder / name).read_bytes() == content for name, content in FILES.items())
+
+
+def test_simultaneous_first_downloads_fetch_once(tmp_path):
+    body = make_archive(FILES)
+    with serving(body) as (url, requests), ThreadPoolExecutor(6) as pool:
+        folders = list(pool.map(lambda _: fetch(tmp_path / "root", url, body), range(6)))
+    assert folders == [tmp_path / "root" / "cifar-10-batches-py"] * 6
+    assert len(requests) == 1
+    assert files_below(tmp_path) == [f"root/{name}" for name in UNPACKED]
 
 
 def test_a_missing_file_is_fetched_again(tmp_path):
@@ -107,7 +117,7 @@ def test_the_environment_names_the_root(tmp_path, monkeypatch):
     ],
 )
 def test_a_bad_download_is_refused_and_leaves_nothing(tmp_path, served, text):
-    with serving(**served) as (url, _), pytest.raises(DataError) as caught:
+    with serving(**served) as (url, _), pytest.raises(DownloadError) as caught:
         fetch(tmp_path, url, make_archive(FILES))
     message = str(caught.value)
     assert message.startswith(f"{url}: ")

@@ -202,11 +202,12 @@ def apgd_train(
 
     Raises:
         RequestError: If `steps` is below 1.
-        ThreatError: If `threat` cannot be parsed.
+        ThreatError: If `threat` cannot be parsed, or its ball holds every image.
 
     Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
     """
     threat = ThreatModel.parse(threat)
+    threat.check_shape(x.shape[1:])
     if threat.is_clean:
         return x
     if steps < 1:

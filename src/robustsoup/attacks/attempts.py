@@ -236,14 +236,15 @@ def run_attack(
         on_progress: Called several times a second with (done, total).
 
     Raises:
-        RequestError, DataError, ModelError: Before any work, if the settings, the images or the
-            network do not fit.
+        RequestError, DataError, ModelError: Before any work, if the settings, the radius, the
+            images or the network do not fit.
     """
     if not settings.is_queued:
         raise RequestError(f'attack: got "{settings.attack}", expected apgd or pgd')
     if ids is not None and len(ids) != len(x):
         raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")
     model, x, y = as_attack_inputs(model, x, y)
+    threat.check_shape(x.shape[1:])
     classes = check_inputs(model, x, y)
     outcome = Outcome.blank(len(x), x.clone())
     if threat.is_clean or len(x) == 0:

@@ -83,6 +83,7 @@ def square(
         attack="square", n_queries=n_queries, restarts=restarts, seed=seed, batch_size=batch_size
     )
     threat = ThreatModel.parse(threat)
+    threat.check_shape(x.shape[1:])
     check_inputs(model, x, y)
     if ids is not None and len(ids) != len(x):
         raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")

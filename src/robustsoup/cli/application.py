@@ -31,7 +31,7 @@ from robustsoup.cli.terminal import print_error, print_line, print_text, print_w
 from robustsoup.cli.training import train_command
 from robustsoup.cli.verifying import verify_command
 from robustsoup.cli.versions import list_versions, package_version
-from robustsoup.errors import RequestError, RobustsoupError
+from robustsoup.errors import RequestError, RobustsoupError, WorkError
 from robustsoup.interruption import signal_received
 
 COMMANDS = {
@@ -103,7 +103,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
         if signal_received():
             raise
         print_error(_describe_error(error, arguments))
-        return 2 if isinstance(error, RequestError) or hasattr(error, "exit_code") else 1
+        is_request = isinstance(error, RequestError) and not isinstance(error, WorkError)
+        return 2 if is_request or hasattr(error, "exit_code") else 1
     return code if isinstance(code, int) else 0
 
 

@@ -65,10 +65,15 @@ def evaluate_command(
     from robustsoup.cli.user_code import import_named_module
     from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import check_above_chance, evaluate
+    from robustsoup.files import check_writable
     from robustsoup.runs.locks import lock_folder
 
     if keep_points and not output:
         raise RequestError("--keep-points: requires -o FOLDER")
+    if output:
+        check_writable(output, folder=True)
+        for name in name_checkpoints(checkpoints):
+            check_writable(output / f"{name}.{split}.json", folder=False)
     run.use_threads()
     import_named_module(attack.attack)
     loaded = load_requested_data(data)

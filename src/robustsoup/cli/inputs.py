@@ -17,6 +17,7 @@ from robustsoup.data import Data, fetch_cifar10, fetch_cifar100, load_data
 from robustsoup.data.duplicates import Overlap, find_exact_overlaps
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
+from robustsoup.files import check_writable
 from robustsoup.models import build_network
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
@@ -130,11 +131,17 @@ def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
     return names
 
 
-def check_suffix(path: Path, suffixes: Collection[str]) -> None:
-    """Raise RequestError unless the output file has one of the suffixes."""
+def check_output_file(path: Path, suffixes: Collection[str]) -> None:
+    """Check, before any work, the suffix of the output file and that it can be written.
+
+    Raises:
+        RequestError: The suffix is none of `suffixes`.
+        StorageError: The file cannot be written.
+    """
     if file_ending(path) not in suffixes:
         expected = " or ".join(sorted(suffixes))
         raise RequestError(f'-o {path}: got the suffix "{path.suffix}", expected {expected}')
+    check_writable(path, folder=False)
 
 
 def warn_of_overlaps(overlaps: Sequence[Overlap]) -> None:

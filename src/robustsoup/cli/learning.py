@@ -80,12 +80,13 @@ def learn_command(
     )
     from robustsoup.cli.learned_folder import LearnedFolder
     from robustsoup.cli.user_code import import_named_module
-    from robustsoup.files import remove_file
+    from robustsoup.files import check_writable, remove_file
     from robustsoup.runs.locks import lock_folder
     from robustsoup.soups.ingredients import choose_place
     from robustsoup.soups.mixing import check_buffer_policy
 
     _check_learn_options(settings, soup, base, given)
+    check_writable(output, folder=True)
     if settings.dial is not None:
         settings = replace(settings, dial=dial)
     policy = soup.buffers or "tracked"

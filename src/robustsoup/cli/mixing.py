@@ -69,7 +69,7 @@ def mix_command(
     """
     from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS
     from robustsoup.cli.inputs import (
-        check_suffix,
+        check_output_file,
         load_requested_data,
         make_context,
         open_checkpoints,
@@ -78,7 +78,7 @@ def mix_command(
     from robustsoup.device import resolve_device
     from robustsoup.soups.mixing import default_buffer_policy, mix
 
-    check_suffix(output, (".safetensors", *PICKLE_ENDINGS))
+    check_output_file(output, (".safetensors", *PICKLE_ENDINGS))
     if base and soup.buffers != "base":
         raise RequestError("--base: requires --buffers base")
     if network.normalize and not (data.data or network.model):

@@ -15,6 +15,7 @@ from robustsoup.cli.progress import Bar, RunReporter
 from robustsoup.cli.tables import print_results
 from robustsoup.cli.terminal import print_error, print_json
 from robustsoup.cli.user_code import import_named_module
+from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, with_files
 from robustsoup.reports import write_report
 from robustsoup.runs.caches import hold_caches
@@ -51,6 +52,7 @@ def run_recipe(
     Returns:
         The exit code: 3 if no soup meets the requirements, else 0.
     """
+    check_writable(folder, folder=True)
     prepared = prepare_recipe(recipe, run, data_root)
     print_leakage(prepared.leakage)
     warn_of_overlaps(prepared.overlaps)

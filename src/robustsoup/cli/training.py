@@ -44,7 +44,7 @@ def train_command(
     from robustsoup import tracking
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import (
-        check_suffix,
+        check_output_file,
         load_requested_data,
         make_context,
         print_notes,
@@ -56,7 +56,7 @@ def train_command(
     from robustsoup.runs.locks import lock_file
     from robustsoup.training.train import train
 
-    check_suffix(output, {".safetensors"})
+    check_output_file(output, {".safetensors"})
     _check_train_options(settings, network, start, given)
     if start is None and "lr" not in given:
         settings = replace(settings, lr=PRETRAIN_DEFAULTS["lr"])

@@ -14,8 +14,8 @@ import torch
 from robustsoup.data.download import DownloadProgress, FileKind, data_root, download
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
-from robustsoup.errors import DataError
-from robustsoup.files import atomic_path
+from robustsoup.errors import DataError, DownloadError
+from robustsoup.files import atomic_path, one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -186,22 +186,36 @@ def fetch_release(
     if root_folder.exists() and not root_folder.is_dir():
         raise DataError(f"{root_folder}: got a file, expected a folder for data; set another root")
     folder, archive = root_folder / release.folder, root_folder / release.archive
-    missing = [name for name in release.file_md5 if not (folder / name).is_file()]
-    if not missing:
+    if not _list_missing(release, folder):
         return folder
-    downloaded = not archive.is_file()
-    if downloaded:
-        name, url = release.archive, release.url
-        with atomic_path(archive) as temporary:
-            advice = f"try again, or download {name} yourself into {root_folder}"
-            download(url, temporary, kind=GZIP, advice=advice, on_progress=on_progress)
-            advice = f"try again later, or put the right {name} into {root_folder}"
-            _check_md5(_md5_of_file(temporary), release.archive_md5, url, advice)
-    _check_md5(_md5_of_file(archive), release.archive_md5, archive, REDOWNLOAD)
-    _unpack_members(archive, folder, {name: release.file_md5[name] for name in missing})
-    if downloaded:
-        archive.unlink(missing_ok=True)
+    with one_at_a_time(root_folder):  # another process may have fetched them meanwhile
+        if missing := _list_missing(release, folder):
+            downloaded = not archive.is_file()
+            if downloaded:
+                _download_archive(release, archive, on_progress)
+            _check_md5(_md5_of_file(archive), release.archive_md5, archive, REDOWNLOAD)
+            _unpack_members(archive, folder, {name: release.file_md5[name] for name in missing})
+            if downloaded:
+                archive.unlink(missing_ok=True)
     return folder
+
+
+def _list_missing(release: Release, folder: Path) -> list[str]:
+    return [name for name in release.file_md5 if not (folder / name).is_file()]
+
+
+def _download_archive(
+    release: Release, archive: Path, on_progress: DownloadProgress | None
+) -> None:
+    name, url = release.archive, release.url
+    with atomic_path(archive) as temporary:
+        advice = f"try again, or download {name} yourself into {archive.parent}"
+        download(url, temporary, kind=GZIP, advice=advice, on_progress=on_progress)
+        advice = f"try again later, or put the right {name} into {archive.parent}"
+        try:
+            _check_md5(_md5_of_file(temporary), release.archive_md5, url, advice)
+        except DataError as error:
+            raise DownloadError(str(error)) from None
 
 
 def _unpack_members(archive: Path, folder: Path, file_md5: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustsoup.errors import DataError
+from robustsoup.errors import DownloadError
 from robustsoup.files import cache_folder
 from robustsoup.paths import user_path
 
@@ -55,7 +55,7 @@ def download(
         on_progress: Called after each block.
 
     Raises:
-        DataError: The transfer fails or is cut short, or the content is of another kind.
+        DownloadError: The transfer fails or is cut short, or the content is of another kind.
     """
     with target.open("wb") as file:
         for block, total in _download_blocks(url, kind, advice):
@@ -65,7 +65,7 @@ def download(
 
 
 def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[bytes, int | None]]:
-    """Yield (block, total bytes); every failure of the transfer is raised as a DataError."""
+    """Yield (block, total bytes); every failure of the transfer is raised as a DownloadError."""
     done, total = 0, None
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
@@ -74,24 +74,24 @@ def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[by
             while block := response.read(DOWNLOAD_BLOCK_BYTES):
                 if not done and not block.startswith(kind.signatures):
                     got = response.headers.get_content_type()
-                    raise DataError(
+                    raise DownloadError(
                         f"{url}: got {got} starting {block[:15]!r}, expected {kind.name}; {advice}"
                     )
                 done += len(block)
                 yield block, total
     except urllib.error.HTTPError as error:
         error.close()
-        raise DataError(
+        raise DownloadError(
             f"{url}: the server answered {error.code} {error.reason}, expected 200; {advice}"
         ) from error
     except http.client.IncompleteRead as error:
-        raise DataError(
+        raise DownloadError(
             f"{url}: cut short after {done + len(error.partial)} bytes; {advice}"
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise DataError(f"{url}: cannot be downloaded ({reason}); {advice}") from error
+        raise DownloadError(f"{url}: cannot be downloaded ({reason}); {advice}") from error
     if total is not None and done < total:
-        raise DataError(f"{url}: cut short: got {done} bytes, expected {total}; {advice}")
+        raise DownloadError(f"{url}: cut short: got {done} bytes, expected {total}; {advice}")
     if not done:
-        raise DataError(f"{url}: got 0 bytes, expected {kind.name}; {advice}")
+        raise DownloadError(f"{url}: got 0 bytes, expected {kind.name}; {advice}")

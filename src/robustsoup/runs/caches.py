@@ -13,7 +13,7 @@ from robustsoup.runs.locks import claim_unused_folder, hold_folder
 from robustsoup.runs.store import UNFINISHED, Store
 
 _STORE_ENTRY = re.compile(r"[0-9a-f]{2}/[0-9a-f]+(\.partial)?|" + UNFINISHED + r"/[0-9a-f]+\.pt")
-_CACHE_ENTRY = re.compile(r"[0-9a-f]{32}(\.json)?")
+_CACHE_ENTRY = re.compile(r"([a-z]+-)?[0-9a-f]{32}(\.json)?")
 
 
 @dataclass(frozen=True)

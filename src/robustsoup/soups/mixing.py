@@ -230,6 +230,7 @@ def check_buffer_policy(name: str, calibrate_on: Split | None, threat: ThreatMod
 
     Raises:
         RequestError: If the policy is unknown, or requires data or a threat that is missing.
+        ThreatError: If the radius is too large for images of this shape.
     """
     policy = BUFFER_POLICIES.get_entry(name)
     needs = policy.facts.get("needs", ())
@@ -239,6 +240,8 @@ def check_buffer_policy(name: str, calibrate_on: Split | None, threat: ThreatMod
         raise RequestError(
             f'buffers "{name}": requires a threat to attack the samples with; got clean'
         )
+    if "threat" in needs and calibrate_on is not None:
+        threat.check_shape(calibrate_on.images.shape[1:])
     return policy
 
 
