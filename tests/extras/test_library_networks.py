@@ -11,12 +11,15 @@ from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
+from robustsoup.cli.inputs import load_requested_data, make_context
+from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import (
     NetworkSettings,
     build_skeleton,
+    default_image_size,
     factory_fingerprint,
     is_built_in,
     load_model,
@@ -398,3 +401,40 @@ def test_tensorboard_receives_the_figures_of_each_epoch(tmp_path):
         on_epoch({"epoch": epoch, "loss": 2.0 / epoch})
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def write_image_folder(folder, classes):
+    """Write four grey images of 20 x 20 pixels for each class."""
+    from PIL import Image
+
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for image in range(4):
+            Image.new("L", (20, 20), 50 * number + image).save(folder / name / f"{image}.png")
+    return f"folder:{folder}"
+
+
+def test_image_files_get_the_size_that_the_network_expects(tmp_path):
+    spec = write_folder(tmp_path / "vit", num_labels=2)
+    data = write_image_folder(tmp_path / "images", ("cat", "dog"))
+    network = NetworkOptions(model=spec)
+    loaded = load_requested_data(DataOptions(data=data), network)
+    assert loaded.test.images.shape[1:] == (1, 8, 8)
+    chosen = load_requested_data(DataOptions(data=data, image_size=16), network)
+    assert chosen.test.images.shape[1:] == (1, 16, 16)
+    assert default_image_size(data, "timm:test_vit") == 160
+    for other, model in ((data, None), (data, "resnet9"), ("digits", spec)):
+        assert default_image_size(other, model) is None
+
+
+@pytest.mark.parametrize(("order", "warns"), [(("cat", "dog"), False), (("dog", "cat"), True)])
+def test_another_order_of_the_classes_is_said(tmp_path, capsys, order, warns):
+    names = dict(enumerate(order))
+    spec = write_folder(
+        tmp_path / "vit", num_labels=2, id2label=names, label2id={v: k for k, v in names.items()}
+    )
+    data = write_image_folder(tmp_path / "images", ("cat", "dog"))
+    network = NetworkOptions(model=spec)
+    make_context(load_requested_data(DataOptions(data=data), network), network, RunOptions())
+    printed = capsys.readouterr().err
+    assert ('class 0 is "dog" there, "cat" in the data' in " ".join(printed.split())) == warns

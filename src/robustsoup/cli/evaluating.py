@@ -76,7 +76,7 @@ def evaluate_command(
             check_writable(output / f"{name}.{split}.json", folder=False)
     run.use_threads()
     import_named_module(attack.attack)
-    loaded = load_requested_data(data)
+    loaded = load_requested_data(data, network)
     context = make_context(loaded, network, run, checkpoints)
     selected = loaded.split(split)
     described = {

@@ -18,27 +18,37 @@ from robustsoup.data.duplicates import Overlap, find_exact_overlaps
 from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
-from robustsoup.models import build_network
+from robustsoup.models import (
+    NetworkSettings,
+    build_network,
+    default_image_size,
+    input_settings,
+)
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
 
 
-def load_requested_data(options: DataOptions, *, warn: bool = True) -> Data:
+def load_requested_data(
+    options: DataOptions, network: NetworkOptions, *, warn: bool = True
+) -> Data:
     """Load the data, with a bar; download it first if necessary.
 
     Args:
         options: The data.
+        network: Decides the size of decoded images, if the options do not.
         warn: Whether to warn of images that are in two splits.
     """
     hold_caches()
     import_named_module(options.data)
     download_data(options.data, options.data_root)
+    import_named_module(network.model)
+    side = options.image_size or default_image_size(options.data, network.model)
     with Bar(f"reading {options.data}") as bar:
         data = load_data(
             options.data,
             root=options.data_root,
             seed=options.seed,
-            image_size=options.image_size,
+            image_size=side,
             channels=options.channels,
             on_progress=bar,
         )
@@ -110,8 +120,21 @@ def make_context(
     )
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
+        _warn_of_class_order(settings, data)
     named = bool(network.model)
     return Context(data, settings, resolve_device(run.device), network_named=named)
+
+
+def _warn_of_class_order(settings: NetworkSettings, data: Data) -> None:
+    """Warn if the network's configuration has the classes of the data in another order."""
+    names, in_data = input_settings(settings).class_names, data.record["classes"]
+    if list(names) != list(in_data) and sorted(names) == sorted(in_data):
+        first = next(i for i in range(len(names)) if names[i] != in_data[i])
+        print_warning(
+            f"classes: the configuration of {settings.spec} has the classes of the data in another "
+            f'order (class {first} is "{names[first]}" there, "{in_data[first]}" in the data); '
+            "accuracies are wrong unless your checkpoints were trained on the data's order"
+        )
 
 
 def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:

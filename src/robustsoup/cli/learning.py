@@ -93,7 +93,7 @@ def learn_command(
     on_epoch = tracking.track(track) if track else None
     run.use_threads()
     import_named_module(settings.objective)
-    source = load_requested_data(data)
+    source = load_requested_data(data, network)
     check_buffer_policy(policy, source.train, settings.threat)
     context = make_context(source, network, run, checkpoints)
     opened = open_checkpoints(checkpoints, network.key)

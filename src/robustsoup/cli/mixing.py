@@ -89,7 +89,7 @@ def mix_command(
     policy = soup.buffers or default_buffer_policy(alpha)
     split = None
     if data.data:
-        source = load_requested_data(data)
+        source = load_requested_data(data, network)
         context = make_context(source, network, run, checkpoints)
         ingredients = [context.record_network(item) for item in ingredients]
         split = source.train

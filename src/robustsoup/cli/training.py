@@ -63,7 +63,7 @@ def train_command(
     on_epoch = tracking.track(track) if track else None
     run.use_threads()
     import_named_module(settings.objective)
-    loaded = load_requested_data(data)
+    loaded = load_requested_data(data, network)
     context = make_context(loaded, network, run, [start] if start else [])
     if start is None:
         initial = context.fresh_network(data.seed)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from robustsoup.catalog import MODELS, Entry
+from robustsoup.catalog import DATA_SOURCES, MODELS, Entry
 from robustsoup.errors import ModelError
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models.libraries import (
@@ -141,6 +141,24 @@ def input_settings(settings: NetworkSettings) -> InputSettings:
     if library is None:
         return InputSettings()
     return library.read_inputs(_library_spec(settings.spec), settings)
+
+
+def default_image_size(data: str, model: str | None) -> int | None:
+    """Return the side in pixels to which image files are resized for a library's network.
+
+    Args:
+        data: The data, as `load_data` takes it.
+        model: The network, as `load_model` takes it, or None.
+
+    Returns:
+        The side that the network's own configuration names; None if it names none or a rectangle,
+        or if the data has a size of its own.
+    """
+    entry = DATA_SOURCES.get(data.partition(":")[0])
+    if model is None or entry is None or not entry.facts.get("decodes"):
+        return None
+    height, width = input_settings(NetworkSettings(model)).size or (0, 0)
+    return height if height == width and height else None
 
 
 def is_built_in(spec: str) -> bool:

@@ -10,6 +10,7 @@ from robustsoup.data import Data, Synthetic, load_data
 from robustsoup.data.duplicates import Overlap, find_copies, find_exact_overlaps
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
+from robustsoup.models import default_image_size
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe
@@ -140,7 +141,7 @@ def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress 
         recipe.data,
         root=data_root,
         seed=recipe.seed,
-        image_size=recipe.image_size,
+        image_size=recipe.image_size or default_image_size(recipe.data, recipe.model),
         channels=recipe.channels,
         on_progress=on_progress,
     )
