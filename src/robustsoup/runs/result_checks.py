@@ -104,6 +104,8 @@ selection = table(
     },
 )
 
+plane = table({"name": text, "file": text}, {"checkpoints": list_of(text)})
+
 results = table(
     {"name": text, "protocol": protocol, "rows": list_of(row)},
     {
@@ -116,9 +118,7 @@ results = table(
         "figures": nullable(list_of(text)),
         "versions": nullable(mapping_of(anything)),
         "seconds": nullable(number),
-        "planes": nullable(
-            list_of(table({"name": text, "file": text}, {"checkpoints": list_of(text)}))
-        ),
+        "planes": nullable(list_of(plane)),
         "selection": nullable(selection),
         "soup": nullable(text),
     },

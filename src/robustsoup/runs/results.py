@@ -5,11 +5,10 @@ the fields are the keys of the JSON file.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.digests import MISSING, FileDigest, digest_json
@@ -19,7 +18,7 @@ from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.files import write_text
 from robustsoup.runs import result_checks
 from robustsoup.runs.result_checks import ROLES
-from robustsoup.schema import MisfitError
+from robustsoup.schema import Check, MisfitError
 from robustsoup.stamp import stamp_record, unstamp_record
 
 RowScores = dict[str, Accuracy]
@@ -28,7 +27,6 @@ RowScores = dict[str, Accuracy]
 SOUP_ROLES = ROLES[2:]
 
 _WRITTEN_BY_RUN = "expected a file that `robustsoup run` wrote; run the recipe again"
-V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +99,11 @@ class ResultRow:
         Raises:
             RequestError: The entry is not a row.
         """
-        table = _as_table(content, where)
-        role = _expect_type(table, "role", str, where)
-        if role not in ROLES:
-            raise RequestError(f'{where}: role: got "{role}", expected one of {", ".join(ROLES)}')
+        table = _check_table(result_checks.row, content, where)
         ingredients, coefficients = table.get("ingredients"), table.get("coefficients")
         return cls(
-            name=_expect_type(table, "name", str, where),
-            role=role,
+            name=table["name"],
+            role=table["role"],
             soup=table.get("soup"),
             ingredients=None if ingredients is None else tuple(ingredients),
             coefficients=None if coefficients is None else tuple(coefficients),
@@ -117,8 +112,8 @@ class ResultRow:
             at=table.get("at"),
             checkpoint=table.get("checkpoint"),
             coefficients_file=table.get("coefficients_file"),
-            val=_parse_scores(table.get("val"), f"{where}: val"),
-            test=_parse_scores(table.get("test"), f"{where}: test"),
+            val=_parse_scores(table.get("val")),
+            test=_parse_scores(table.get("test")),
             screened=bool(table.get("screened", False)),
             warnings=tuple(table.get("warnings", ())),
             masking_check=tuple(table.get("masking_check", ())),
@@ -173,11 +168,8 @@ class EvaluationProtocol:
         Raises:
             RequestError: The content is not a protocol.
         """
-        table = _as_table(content, where)
-        _expect_type(table, "select_on", str, where)
-        _expect_type(table, "report_on", str, where)
-        threats = _expect_type(table, "threats", list, where)
-        return cls(**_known_fields(cls, table) | {"threats": tuple(map(str, threats))})
+        table = _check_table(result_checks.protocol, content, where)
+        return cls(**_known_fields(cls, table) | {"threats": tuple(table["threats"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +197,11 @@ class PlaneResult:
         Raises:
             RequestError: The content is not a plane.
         """
-        table = _as_table(content, where)
+        table = _check_table(result_checks.plane, content, where)
         return cls(
-            name=_expect_type(table, "name", str, where),
+            name=table["name"],
             checkpoints=tuple(table.get("checkpoints", ())),
-            file=_expect_type(table, "file", str, where),
+            file=table["file"],
         )
 
 
@@ -247,9 +239,7 @@ class SelectionResult:
         Raises:
             RequestError: The content is not a selection.
         """
-        table = _as_table(content, where)
-        _expect_type(table, "chosen", str, where)
-        _expect_type(table, "maximise", str, where)
+        table = _check_table(result_checks.selection, content, where)
         return cls(**_known_fields(cls, table) | {"require": tuple(table.get("require", ()))})
 
 
@@ -328,20 +318,12 @@ class Results:
         Raises:
             RequestError: An entry is missing or is not of its type.
         """
-        try:
-            result_checks.results(content, where)
-        except MisfitError as error:
-            raise RequestError(f"{error}; {_WRITTEN_BY_RUN}") from None
-        table = _as_table(content, where)
+        table = _check_table(result_checks.results, content, where)
         leakage, selection = table.get("leakage"), table.get("selection")
         figures = table.get("figures")
-        rows = _expect_type(table, "rows", list, where)
-        name = _expect_type(table, "name", str, where)
-        protocol = EvaluationProtocol.from_json(
-            _expect_type(table, "protocol", dict, where), f"{where}: protocol"
-        )
+        protocol = EvaluationProtocol.from_json(table["protocol"], f"{where}: protocol")
         return cls(
-            name=name,
+            name=table["name"],
             created=table.get("created", ""),
             recipe=table.get("recipe") or {},
             data=table.get("data") or {},
@@ -354,7 +336,7 @@ class Results:
             seconds=table.get("seconds"),
             rows=tuple(
                 ResultRow.from_json(row, f"{where}: rows[{number}]")
-                for number, row in enumerate(rows)
+                for number, row in enumerate(table["rows"])
             ),
             planes=tuple(
                 PlaneResult.from_json(plane, f"{where}: planes[{number}]")
@@ -431,6 +413,19 @@ def _known_fields(record_type: Any, table: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: table[f.name] for f in fields(record_type) if f.name in table}
 
 
+def _check_table(check: Check, content: Any, where: str) -> dict[str, Any]:
+    """Return content that passes a check.
+
+    Raises:
+        RequestError: Names the first entry that does not.
+    """
+    try:
+        check(content, where)
+    except MisfitError as error:
+        raise RequestError(f"{error}; {_WRITTEN_BY_RUN}") from None
+    return _as_table(content, where)
+
+
 def _as_table(content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(
@@ -439,34 +434,14 @@ def _as_table(content: Any, where: str) -> dict[str, Any]:
     return content
 
 
-def _expect_type(table: dict[str, Any], key: str, expected: type[V], where: str) -> V:
-    value = table.get(key)
-    if not isinstance(value, expected):
-        got = type(value).__name__ if key in table else "nothing"
-        raise RequestError(
-            f"{where}: {key}: got {got}, expected {expected.__name__}; {_WRITTEN_BY_RUN}"
-        )
-    return value
+def _parse_scores(content: Mapping[str, Any] | None) -> RowScores | None:
+    """Return the accuracies of one split by measure, from checked content; None if there are none.
 
-
-def _parse_scores(content: Any, where: str) -> RowScores | None:
+    `hits` is missing in files of other programs.
+    """
     if not content:
         return None
-    if not isinstance(content, dict):
-        raise RequestError(
-            f"{where}: got {type(content).__name__}, expected accuracies by measure; "
-            f"{_WRITTEN_BY_RUN}"
-        )
     return {
-        measure: _parse_accuracy(entry, f"{where}: {measure}") for measure, entry in content.items()
+        measure: Accuracy(entry.get("hits", round(entry["value"] * entry["n"])), entry["n"])
+        for measure, entry in content.items()
     }
-
-
-def _parse_accuracy(entry: Any, where: str) -> Accuracy:
-    for key in ("value", "low", "high", "n"):
-        number = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            raise RequestError(
-                f"{where}: {key}: got {number!r}, expected a finite number; {_WRITTEN_BY_RUN}"
-            )
-    return Accuracy(entry.get("hits", round(entry["value"] * entry["n"])), entry["n"])
