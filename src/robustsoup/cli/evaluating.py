@@ -43,6 +43,13 @@ def evaluate_command(
     keep_points: Annotated[
         bool, typer.Option("--keep-points", help="Also write the adversarial images (.points.npz).")
     ] = False,
+    shift: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of corrupted copies of the test set, in the format of CIFAR-10-C, to "
+            "evaluate on too: natural shift."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate checkpoints, clean and under attack.
@@ -70,6 +77,8 @@ def evaluate_command(
 
     if keep_points and not output:
         raise RequestError("--keep-points: requires -o FOLDER")
+    if shift and split != "test":
+        raise RequestError(f"--shift: applies to --split test, got {split}")
     if output:
         check_writable(output, folder=True)
         for name in name_checkpoints(checkpoints):
@@ -99,6 +108,7 @@ def evaluate_command(
                 samples=samples,
                 device=run.device,
                 keep_points=keep_points,
+                shift=shift,
                 state_path=_locate_state(request, checkpoint, selected),
                 on_progress=bar,
             )

@@ -1,6 +1,6 @@
 """Print the results of commands as text and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None
     attack = describe_attack(record)
     print_line(f"{record['samples']} samples of {split}, 95 % Wilson intervals{attack}")
     for name, evaluation in evaluations.items():
+        for line in describe_shift(evaluation.record):
+            print_line(f"{name}, natural shift, {line}")
         for findings in describe_masking(evaluation.record):
             print_line(f"{name}, masking check, {findings}")
         if len(evaluation.record["broken_by"]) <= 2:
@@ -97,6 +99,18 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None
                 f"{attempt} {accuracy.value:.1%}" for attempt, accuracy in attempts
             )
             print_line(f"{name}, {threat}, accuracy after each attack: {accuracies}")
+
+
+def describe_shift(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the accuracy on all corruptions of an evaluation, and on each by severity."""
+    if "shift" not in record:
+        return
+    shift = record["shift"]
+    yield f"all corruptions {shift['accuracy']['value']:.1%}"
+    for name, accuracies in shift["corruptions"].items():
+        yield f"{name} at severity 1 to {len(accuracies)}: " + ", ".join(
+            f"{value:.1%}" for value in accuracies
+        )
 
 
 def describe_attack(record: Mapping[str, Any]) -> str:

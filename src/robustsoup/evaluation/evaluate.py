@@ -16,6 +16,7 @@ from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, SplitLike, as_split, to_float
+from robustsoup.data.corruptions import open_corruptions
 from robustsoup.errors import Diverged, ModelError
 from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
@@ -36,6 +37,7 @@ from robustsoup.evaluation.reuse import (
     pool_points,
     try_pool,
 )
+from robustsoup.evaluation.shift import measure_shift
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record, Verdicts
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
@@ -56,6 +58,7 @@ def evaluate(
     others: Sequence[Evaluation] = (),
     after: Evaluation | None = None,
     stop_below: int | None = None,
+    shift: str | os.PathLike[str] | None = None,
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
     **changes: Any,
@@ -87,6 +90,9 @@ def evaluate(
             attack are not attacked again.
         stop_below: Stop once fewer samples survive; requires exactly one threat model. Robust
             accuracy is then an upper bound, and the record says "stopped".
+        shift: Folder of corrupted copies of the test set in the format of CIFAR-10-C (labels.npy
+            and one .npy file for each corruption, five severities); record["shift"] then holds
+            the clean accuracy on them, on the first samples of each severity.
         state_path: File for the progress so far; a killed evaluation resumes from it.
         on_progress: Called as on_progress(done, total, figures); counts samples times
             (1 + number of threats).
@@ -108,6 +114,7 @@ def evaluate(
         reuse=Reuse(keep_points, tuple(pool), after, stop_below, tuple(others)),
         device=device,
     )
+    corruptions = None if shift is None else open_corruptions(shift, request.data)
     saved = SavedState(state_path, request.fingerprint() if state_path is not None else "")
     started = time.perf_counter()
     with frozen_eval(request.model):
@@ -115,10 +122,12 @@ def evaluate(
         progress = _EvaluationProgress(request, clean, on_progress)
         progress.report_clean()
         attacked = _attack_with_threats(request, clean, saved, progress)
+        shifted = {} if corruptions is None else {"shift": measure_shift(request, corruptions)}
     verdicts = {
         name: _build_verdicts(outcome, clean) for name, outcome in attacked.outcomes.items()
     }
     record = _make_record(request, clean, attacked, verdicts, time.perf_counter() - started)
+    record |= shifted
     return Evaluation(
         request.data.ids.cpu(), clean.labels, clean.prediction, clean.margin, verdicts, record
     )

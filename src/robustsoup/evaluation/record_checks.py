@@ -30,6 +30,10 @@ check_record = table(
         "warnings": list_of(text),
         "data": table({}, {"name": nullable(text), "digest": nullable(text)}),
         "split": nullable(text),
+        "shift": table(
+            {"folder": text, "corruptions": mapping_of(list_of(number))},
+            {"accuracy": mapping_of(anything), "digests": list_of(text)},
+        ),
         "masking_check": mapping_of(
             table({}, dict.fromkeys(("square", "transfer", "unbounded", "gradient"), _finding))
         ),
