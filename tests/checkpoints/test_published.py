@@ -261,26 +261,28 @@ def test_the_command_prints_path_digest_and_next_step(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("arguments", "code", "parts"),
     [
         (
             (f"robustbench:{NAME}",),
+            1,
             [
                 "127.0.0.1:9/refused: cannot be downloaded",
                 "save the file from https://drive.google.com/file/d/",
             ],
         ),
-        (("robustbench:Nobody2021",), ['got "Nobody2021"', NAME]),
-        (("mnist",), ['got "mnist", expected one of cifar10, robustbench:']),
+        (("robustbench:Nobody2021",), 2, ['got "Nobody2021"', NAME]),
+        (("mnist",), 2, ['got "mnist", expected one of cifar10, cifar100, robustbench:']),
         (
             ("cifar10", "--sha256", DIGEST),
+            2,
             ["--sha256: does not apply to cifar10, which is checked against published digests"],
         ),
     ],
 )
-def test_the_command_fails_in_one_line(tmp_path, monkeypatch, capsys, arguments, parts):
+def test_the_command_fails_in_one_line(tmp_path, monkeypatch, capsys, arguments, code, parts):
     monkeypatch.setattr(Published, "url", "http://127.0.0.1:9/refused")
-    assert run("fetch", *arguments, "--data-root", tmp_path) == 2
+    assert run("fetch", *arguments, "--data-root", tmp_path) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
