@@ -540,6 +540,9 @@ _OPERATIONS: dict[bytes, Callable[[PickleReader], None]] = {
 _PLAIN = (dict, list, tuple)
 
 
+_NESTING = (dict, list, tuple, Namespace, SimpleNamespace)
+
+
 def _check_depth(content: Any) -> None:
     """Check the depth of nested containers, without recursion."""
     level, depth, seen = [content], 0, set[int]()
@@ -548,10 +551,11 @@ def _check_depth(content: Any) -> None:
             raise ValueError(f"containers nested deeper than {MAX_DEPTH} levels")
         below: list[Any] = []
         for value in level:
-            if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+            if not isinstance(value, _NESTING) or id(value) in seen:
                 continue
             seen.add(id(value))
-            below.extend(value.values() if isinstance(value, dict) else value)
+            if not isinstance(value, (Namespace, SimpleNamespace)):
+                below.extend(value.values() if isinstance(value, dict) else value)
             if type(value) not in _PLAIN:  # an OrderedDict may have attributes
                 below.extend(getattr(value, "__dict__", {}).values())
         level, depth = below, depth + 1

@@ -206,9 +206,7 @@ def _is_settings(value: Any) -> bool:
 
 
 def _parse_threat(settings: Any, name: str = "threat") -> None:
-    value = getattr(settings, name)
-    if value is not None:
-        object.__setattr__(settings, name, ThreatModel.parse(value))
+    object.__setattr__(settings, name, ThreatModel.parse(getattr(settings, name)))
 
 
 def _parse_early_stop(settings: Any) -> None:

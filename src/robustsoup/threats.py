@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from robustsoup.errors import ThreatError
@@ -113,3 +113,18 @@ class ThreatModel:
 
 
 CLEAN = ThreatModel("Linf", 0.0)
+
+
+def parse_threats(threats: object) -> tuple[ThreatModel, ...]:
+    """Parse a list of threat models, or a single one.
+
+    Raises:
+        ThreatError: If the argument is neither, or a text is not a threat model.
+    """
+    if isinstance(threats, (str, ThreatModel)):
+        return (ThreatModel.parse(threats),)
+    if not isinstance(threats, Iterable):
+        raise ThreatError(
+            f"threats: got {type(threats).__name__}, expected a list such as {_EXAMPLES}"
+        )
+    return tuple(ThreatModel.parse(threat) for threat in threats)

@@ -15,7 +15,7 @@ from robustsoup.checkpoints.formats import read_checkpoint, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import guess_parameters
 from robustsoup.checkpoints.record import check_record
-from robustsoup.checkpoints.wrapping import Wrapping
+from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
@@ -71,7 +71,7 @@ class Checkpoint:
         robustsoup wrote.
 
         Args:
-            path: The file, or a Checkpoint, which is returned.
+            path: The file; or a Checkpoint, a network or a state dict, whose weights are taken.
             key: Which weights to read if the file holds several sets: the keys that lead to them,
                 joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
                 which were read by default.
@@ -80,9 +80,9 @@ class Checkpoint:
             CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
                 tensors, NaN or infinity, or a record that is malformed; the error names the file.
         """
-        if isinstance(path, Checkpoint):
-            return path
-        return cls._read(user_path(path), mapped=False, key=key)
+        if isinstance(path, (str, os.PathLike)):
+            return cls._read(user_path(path), mapped=False, key=key)
+        return cls._take(path)
 
     @classmethod
     def open(cls, path: "CheckpointLike", *, key: str | None = None) -> "Checkpoint":
@@ -92,9 +92,29 @@ class Checkpoint:
         Call `check_source` before reading them later, and do not overwrite the file in place
         meanwhile.
         """
-        if isinstance(path, Checkpoint):
-            return path
-        return cls._read(user_path(path), mapped=True, key=key)
+        if isinstance(path, (str, os.PathLike)):
+            return cls._read(user_path(path), mapped=True, key=key)
+        return cls._take(path)
+
+    @classmethod
+    def _take(cls, source: object) -> "Checkpoint":
+        """Return a checkpoint of what is in memory already.
+
+        Raises:
+            RequestError: The source is none of these.
+        """
+        if isinstance(source, Checkpoint):
+            return source
+        if isinstance(source, nn.Module):
+            return cls.of(source)
+        if isinstance(source, Mapping):
+            tensors, wrapping, notes = unwrap_pickle(source, Path("state dict"), None)
+            on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+            return cls(on_cpu, wrapping=wrapping, notes=notes)
+        raise RequestError(
+            f"checkpoint: got {type(source).__name__}, expected a path, a Checkpoint, an nn.Module "
+            "or a state dict"
+        )
 
     @classmethod
     def _read(cls, path: Path, *, mapped: bool, key: str | None) -> "Checkpoint":
@@ -110,12 +130,21 @@ class Checkpoint:
         )
 
     @classmethod
-    def of(cls, model: nn.Module, provenance: dict[str, Any] | None = None) -> "Checkpoint":
-        """Copy the weights of `model`.
+    def of(
+        cls,
+        model: nn.Module | Mapping[str, Tensor],
+        provenance: dict[str, Any] | None = None,
+    ) -> "Checkpoint":
+        """Copy the weights of a network, or take those of a state dict.
 
-        The record gains the names of its parameters and tied parameters, and, if `load_model`
-        built it, its network.
+        The record gains the names of the parameters and tied parameters of a network, and, if
+        `load_model` built it, the network.
+
+        Raises:
+            RequestError: The argument is neither.
         """
+        if not isinstance(model, nn.Module):
+            return cls._take(model).with_provenance(**(provenance or {}))
         tensors = {
             name: tensor.detach().cpu().clone() for name, tensor in network_tensors(model).items()
         }
@@ -321,13 +350,12 @@ class Checkpoint:
             prefix = fit.other_prefixes[0].rstrip(".")
             yield (
                 f"{name}: read the weights under {fit.prefix or 'no prefix'}; those under "
-                f"{', '.join(fit.other_prefixes)} are complete too (--key {prefix})"
+                f"{join_names(fit.other_prefixes)} are complete too (--key {prefix})"
             )
         starts = tuple(fit.other_prefixes)
         surplus = [item for item in fit.surplus if not (starts and item.startswith(starts))]
         if surplus:
-            more = f" and {len(surplus) - 4} more" if len(surplus) > 4 else ""
-            yield f"{name}: set aside {', '.join(surplus[:4])}{more}: the network lacks them"
+            yield f"{name}: set aside {join_names(surplus)}: the network lacks them"
 
     def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
         """Rename as `with_names_of` does, and record the parameters of `model` if it fits."""
@@ -472,6 +500,21 @@ def _have_same_names(names: Iterable[str], expected: Iterable[str]) -> bool:
     return differing.isdisjoint(names) and all(
         name.endswith(".num_batches_tracked") for name in differing
     )
+
+
+def open_all(sources: object, key: str | None = None) -> list[Checkpoint]:
+    """Open a list of checkpoints; see `Checkpoint.open`.
+
+    Raises:
+        RequestError: The argument is no list, or an item is no checkpoint.
+    """
+    if isinstance(sources, (str, os.PathLike, Checkpoint, nn.Module, Mapping)) or not isinstance(
+        sources, Iterable
+    ):
+        raise RequestError(
+            f"checkpoints: got {type(sources).__name__}, expected a list of checkpoints or paths"
+        )
+    return [Checkpoint.open(source, key=key) for source in sources]
 
 
 def as_network(network: nn.Module | CheckpointLike) -> nn.Module:

@@ -55,7 +55,7 @@ def find_weight_sets(content: object) -> list[WeightSet]:
     State of an optimizer is passed over. Sets without a float tensor, such as states of random
     number generators, count only if there is nothing else.
     """
-    found = list(_walk(content, ()))
+    found = list(_walk(content, (), set()))
     holding_floats = [
         item
         for item in found
@@ -64,9 +64,10 @@ def find_weight_sets(content: object) -> list[WeightSet]:
     return sorted(holding_floats or found, key=_rank)
 
 
-def _walk(content: object, path: tuple[str, ...]) -> Iterator[WeightSet]:
-    if not isinstance(content, Mapping) or len(path) > _MAX_DEPTH:
+def _walk(content: object, path: tuple[str, ...], seen: set[int]) -> Iterator[WeightSet]:
+    if not isinstance(content, Mapping) or len(path) > _MAX_DEPTH or id(content) in seen:
         return
+    seen.add(id(content))
     named = {name: value for name, value in content.items() if isinstance(name, str)}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if tensors:
@@ -74,7 +75,7 @@ def _walk(content: object, path: tuple[str, ...]) -> Iterator[WeightSet]:
         yield WeightSet(path, tensors, beside)
     for name, value in named.items():
         if "optim" not in name.lower():
-            yield from _walk(value, (*path, name))
+            yield from _walk(value, (*path, name), seen)
 
 
 def _rank(item: WeightSet) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """What a foreign file has around its weights: kept when it is read, restored when it is written."""
 
 import re
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from robustsoup.checkpoints.weight_sets import (
     list_complete_sets,
 )
 from robustsoup.errors import CheckpointError
+from robustsoup.printable import make_printable
 
 PICKLE_ENDINGS = (
     ".pt",
@@ -174,29 +177,56 @@ def _is_state(key: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a value holds no tensor."""
+    """Return whether a value holds no tensor; what it repeats is looked at once."""
+    left, seen = [value], set[int]()
+    while left:
+        item = left.pop()
+        if isinstance(item, Tensor):
+            return False
+        if id(item) not in seen:
+            seen.add(id(item))
+            left.extend(_parts_of(item))
+    return True
+
+
+def _parts_of(value: object) -> list[object]:
     if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
+        return list(value.values())
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return not isinstance(value, Tensor)
+        return list(value)
+    return list(vars(value).values()) if isinstance(value, (Namespace, SimpleNamespace)) else []
 
 
 def _are_equal(left: object, right: object) -> bool:
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        return (
-            isinstance(left, Tensor)
-            and isinstance(right, Tensor)
-            and left.dtype == right.dtype
-            and torch.equal(left, right)
-        )
-    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
-        return np.array_equal(np.asarray(left), np.asarray(right))
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        return left.keys() == right.keys() and all(_are_equal(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        return len(left) == len(right) and all(map(_are_equal, left, right))
-    return type(left) is type(right) and bool(left == right)
+    """Return whether two values are equal with their types; each pair is compared once."""
+    pairs, seen = [(left, right)], set[tuple[int, int]]()
+    while pairs:
+        a, b = pairs.pop()
+        if (id(a), id(b)) in seen:
+            continue
+        seen.add((id(a), id(b)))
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if a.keys() != b.keys():
+                return False
+            pairs.extend((a[key], b[key]) for key in a)
+        elif parts := _parts_of(a):
+            others = _parts_of(b)
+            if len(parts) != len(others):
+                return False
+            pairs.extend(zip(parts, others, strict=True))
+        elif not _are_equal_leaves(a, b):
+            return False
+    return True
+
+
+def _are_equal_leaves(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, np.ndarray):
+        return np.array_equal(left, right)
+    return bool(left == right)
 
 
 def unwrap_pickle(
@@ -244,13 +274,19 @@ def _own_names(read: WeightSet, path: Path) -> dict[str, str]:
     return {name[len(prefix) :]: name for name in read.tensors}
 
 
+def join_names(names: Sequence[str], most: int = 6) -> str:
+    """Join the first names, printable, and count the rest."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(make_printable, names[:most])) + more
+
+
 def _describe_choice(read: WeightSet, sets: Sequence[WeightSet], path: Path) -> tuple[str, ...]:
     complete = [key for key in list_complete_sets(read, sets) if key]
     if not complete:
         return ()
     verb = "is" if len(complete) == 1 else "are"
     note = (
-        f"{path.name}: read {read.key or 'the whole file'}; {', '.join(complete)} {verb} complete "
+        f"{path.name}: read {read.key or 'the whole file'}; {join_names(complete)} {verb} complete "
         f"too (--key {complete[0]})"
     )
     return (note,)

@@ -22,6 +22,8 @@ from robustsoup.errors import RequestError
 from robustsoup.settings import AttackSettings, to_record
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Split
     from robustsoup.evaluation.verdicts import Evaluation
@@ -71,7 +73,7 @@ def evaluate_command(
     from robustsoup.cli.tables import print_evaluations
     from robustsoup.cli.user_code import import_named_module
     from robustsoup.data.duplicates import find_exact_overlaps
-    from robustsoup.evaluation.evaluate import check_above_chance, evaluate
+    from robustsoup.evaluation.evaluate import evaluate
     from robustsoup.files import check_writable
     from robustsoup.runs.locks import lock_folder
 
@@ -93,8 +95,7 @@ def evaluate_command(
         for name, path in name_checkpoints(checkpoints).items()
     }
     print_notes(*described.values())
-    for checkpoint in described.values():
-        check_above_chance(checkpoint, selected, checkpoint.name, device=run.device)
+    _warn_of_misfits(described.values(), selected, run.device)
     overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
     for name, checkpoint in described.items():
@@ -124,6 +125,15 @@ def evaluate_command(
         print_json({name: evaluation.to_json() for name, evaluation in evaluations.items()})
     else:
         print_evaluations(evaluations, split)
+
+
+def _warn_of_misfits(checkpoints: "Iterable[Checkpoint]", data: "Split", device: str) -> None:
+    """Warn of networks that are near chance, or better with another normalisation."""
+    from robustsoup.evaluation.evaluate import doubt_network
+
+    for checkpoint in checkpoints:
+        if doubt := doubt_network(checkpoint, data, device=device):
+            print_warning(f"{checkpoint.name}: {doubt.text}")
 
 
 def _warn_of_evaluation(

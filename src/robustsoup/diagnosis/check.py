@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device
 from robustsoup.diagnosis.barriers import LINE_POINTS, Pair, measure_curves
@@ -155,7 +155,7 @@ def check(
         raise RequestError(
             f"check: got samples {samples}, pairs {pairs}, expected at least 1 of each"
         )
-    opened = [_open_checkpoint(item, network) for item in checkpoints]
+    opened = [_open_checkpoint(item, network) for item in open_all(checkpoints)]
     if not opened:
         raise CheckpointError(
             "check: got no checkpoint, expected at least one; pass the checkpoints to mix"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from robustsoup.attacks.adaptation import adapt_network, copy_network
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split, to_float
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
@@ -284,7 +284,7 @@ def landscape(
     )
     check_buffer_policy(buffers, calibrate_on, settings.threat)
     settings.threat.check_shape(data.images.shape[1:])
-    opened = [Checkpoint.open(item) for item in checkpoints]
+    opened = open_all(checkpoints)
     plane = plane_through(opened)
     subset = data.sample(settings.samples, seed)
     base = (Checkpoint.open(base) if base is not None else opened[0]) if buffers == "base" else None

@@ -21,6 +21,9 @@ FINDING_TEXTS = {
 }
 """The tests of the masking check in words, in the order of text."""
 
+FEWEST_SIGMOIDS = 20
+"""Samples whose outputs must all lie between 0 and 1 before these count as probabilities."""
+
 STOCHASTIC_DIFFERENCE = 1e-4
 """Relative difference of two calls above which a network counts as stochastic."""
 
@@ -68,6 +71,11 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
         warnings.append(
             "the network's outputs sum to 1: probabilities, not logits; they hide the gradient "
             "from the attack"
+        )
+    elif logits is not None and _are_sigmoids(logits):
+        warnings.append(
+            "the network's outputs all lie between 0 and 1, as after a sigmoid: probabilities, not "
+            "logits; they hide the gradient from the attack"
         )
     return warnings
 
@@ -192,3 +200,9 @@ def warn_above_clean(correct: Tensor, verdicts: Mapping[str, Verdicts]) -> list[
 
 def _are_probabilities(outputs: Tensor) -> bool:
     return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-4).all())
+
+
+def _are_sigmoids(outputs: Tensor) -> bool:
+    """Return whether outputs spread over (0, 1) and stay in it, as logits hardly ever do."""
+    within = bool((outputs >= 0).all()) and bool((outputs <= 1).all())
+    return within and len(outputs) >= FEWEST_SIGMOIDS and float(outputs.std()) > 0

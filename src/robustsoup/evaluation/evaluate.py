@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.attempts import AttackProgress
 from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import Split, SplitLike, as_split, to_float
 from robustsoup.data.corruptions import open_corruptions
+from robustsoup.device import resolve_device
 from robustsoup.errors import Diverged, ModelError
 from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
@@ -28,6 +30,7 @@ from robustsoup.evaluation.doubts import (
     warn_of_points_outside,
 )
 from robustsoup.evaluation.masking import check_masking
+from robustsoup.evaluation.normalization import find_better_inputs
 from robustsoup.evaluation.request import CheckedRequest, check_request
 from robustsoup.evaluation.reuse import (
     POOL,
@@ -39,9 +42,13 @@ from robustsoup.evaluation.reuse import (
 )
 from robustsoup.evaluation.shift import measure_shift
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record, Verdicts
+from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
 from robustsoup.threats import ThreatModel
+
+FEWEST_TO_DOUBT = 50
+"""Fewer samples say nothing about a network that is near chance."""
 
 
 @accepts_settings(AttackSettings)
@@ -381,27 +388,62 @@ def _make_record(
     return record
 
 
-def check_above_chance(
-    network: nn.Module | Checkpoint, data: Split, name: str, *, device: str = "auto"
-) -> None:
-    """Check that a network is more accurate than guessing.
+@dataclass(frozen=True)
+class Doubt:
+    """A reason to doubt that a network fits the data.
 
-    A network at chance usually got images in another normalisation, or has another class order.
-    The check uses at most 1,000 samples and passes where there are fewer than 50.
+    Attributes:
+        text: The reason, and what to do.
+        near_chance: Whether the network is no more accurate than guessing.
+    """
+
+    text: str
+    near_chance: bool
+
+
+def doubt_network(
+    network: nn.Module | Checkpoint, data: Split, *, device: str = "auto"
+) -> Doubt | None:
+    """Return a reason to doubt that the network fits the data, or None.
+
+    The reason is that another normalisation of the inputs is clearly better, or that the network is
+    no more accurate than guessing. At most 1,000 samples are used; fewer than 50 say nothing.
 
     Args:
         network: Module or checkpoint.
         data: Split to evaluate on.
-        name: Name of the network in the error.
         device: Device to run the network on.
+    """
+    settings = None if isinstance(network, nn.Module) else network.network_settings
+    model = copy_network(as_network(network)).to(resolve_device(device))
+    clean = evaluate(model, data, samples=min(len(data), 1000), device=device).accuracy[CLEAN_KEY]
+    if clean.n < FEWEST_TO_DOUBT:
+        return None
+    check_fit(model, data)
+    chance = 1 / data.classes
+    near_chance = clean.low <= chance
+    if hint := find_better_inputs(model, data, settings):
+        return Doubt(hint, near_chance)
+    if not near_chance:
+        return None
+    text = (
+        f"clean accuracy {clean} is near chance ({chance:.1%}), and no usual --normalize helps; "
+        "are these the weights of a collapsed soup, or of another data set or order of classes?"
+    )
+    return Doubt(text, near_chance)
+
+
+def check_above_chance(
+    network: nn.Module | Checkpoint, data: Split, name: str, *, device: str = "auto"
+) -> str | None:
+    """Check that a network is more accurate than guessing, and return another doubt as text.
 
     Raises:
-        ModelError: If the lower end of the clean accuracy's interval is not above chance.
+        ModelError: If it is not; see `doubt_network`.
     """
-    clean = evaluate(network, data, samples=min(len(data), 1000), device=device).accuracy[CLEAN_KEY]
-    classes = data.classes
-    if clean.low <= 1 / classes and clean.n >= 50:
-        raise ModelError(
-            f"{name}: clean accuracy {clean} is near chance ({1 / classes:.1%}); "
-            "does the network expect --normalize MEAN STD, or another order of the classes?"
-        )
+    doubt = doubt_network(network, data, device=device)
+    if doubt is None:
+        return None
+    if doubt.near_chance:
+        raise ModelError(f"{name}: {doubt.text}")
+    return f"{name}: {doubt.text}"

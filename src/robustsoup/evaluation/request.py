@@ -25,7 +25,7 @@ from robustsoup.evaluation.reuse import (
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Record
 from robustsoup.models.fit import check_fit
 from robustsoup.settings import AttackSettings
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import ThreatModel, parse_threats
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def check_request(
         RequestError: If a setting or a reused evaluation does not fit.
         ModelError: If the network does not fit the data.
     """
-    attacked = tuple(dict.fromkeys(t for t in map(ThreatModel.parse, threats) if not t.is_clean))
+    attacked = tuple(dict.fromkeys(t for t in parse_threats(threats) if not t.is_clean))
     if reuse.stop_below is not None and len(attacked) != 1:
         raise RequestError(f"stop_below: got {len(attacked)} threats, expected one")
     where = resolve_device(device)

@@ -111,7 +111,7 @@ def run_prepared(
     """
     planner, context, store = prepared.planner, prepared.context, prepared.store
     plan, recipe = planner.plan, planner.recipe
-    _refuse_files_near_chance(plan, context)
+    _refuse_files_near_chance(plan, context, reporter)
 
     def execute() -> None:
         execute_plan(plan, context, store, reporter)
@@ -183,9 +183,11 @@ def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakag
     )
 
 
-def _refuse_files_near_chance(plan: Plan, context: Context) -> None:
+def _refuse_files_near_chance(plan: Plan, context: Context, reporter: Reporter) -> None:
     """Raise ModelError if a checkpoint is near chance, usually because its network is wrong."""
     for checkpoint in plan.files.values():
         described = context.record_network(checkpoint)
         device = str(context.device)
-        check_above_chance(described, context.data.val, checkpoint.name, device=device)
+        doubt = check_above_chance(described, context.data.val, checkpoint.name, device=device)
+        if doubt is not None:
+            reporter.warn(doubt)

@@ -1,5 +1,6 @@
 """Check that checkpoints belong to one network, and find their common ancestor."""
 
+import re
 from collections.abc import Sequence
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -10,15 +11,33 @@ def check_ingredients(ingredients: Sequence[Checkpoint]) -> None:
     """Check that checkpoints share the names, shapes and dtypes of their tensors.
 
     Raises:
-        CheckpointError: If there is no ingredient.
+        CheckpointError: If there is no ingredient, or if they are LoRA adapters.
         IngredientMismatch: Names the first tensor that differs from the first ingredient's.
     """
     if not ingredients:
         raise CheckpointError("ingredients: got none, expected at least one checkpoint")
     first = ingredients[0]
+    if len(ingredients) > 1:
+        _refuse_adapters(first)
     for other in ingredients[1:]:
         for name in [*first.tensors, *other.tensors]:
             _check_tensor(name, first, other)
+
+
+_FACTORS = re.compile(
+    r"(^|[._])lora_?(A|B|up|down|embedding_A|embedding_B|magnitude)\b", re.IGNORECASE
+)
+
+
+def _refuse_adapters(item: Checkpoint) -> None:
+    """Refuse the factors of low-rank adapters: the mean of products is not that of the factors."""
+    factors = [name for name in item.tensors if _FACTORS.search(name)]
+    if factors:
+        raise CheckpointError(
+            f"{item.name}: {factors[0]} is a factor of a LoRA adapter; the average of factors A "
+            "and B is not that of the products B A: merge each adapter into its base "
+            "(merge_and_unload of peft) and mix the merged networks"
+        )
 
 
 def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:

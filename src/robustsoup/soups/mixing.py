@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import BUFFER_POLICIES, Entry
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.formats import is_finite
-from robustsoup.checkpoints.wrapping import soup_wrapping
+from robustsoup.checkpoints.wrapping import join_names, soup_wrapping
 from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
@@ -183,7 +183,7 @@ def mix(
     wrapping, dropped = soup_wrapping([item.wrapping for item in loaded])
     notes = list(dict.fromkeys(note for item in loaded for note in item.notes))
     if dropped:
-        notes.append(f"soup: left out {', '.join(dropped)}, which were not mixed")
+        notes.append(f"soup: left out {join_names(dropped)}, which were not mixed")
     return Checkpoint(
         tensors,
         record,
@@ -207,7 +207,9 @@ def open_ingredients(
         CheckpointError: If there are no ingredients, or a file cannot be read.
         IngredientMismatch: If the ingredients do not share names, shapes and dtypes.
     """
-    opened = [Checkpoint.open(item) for item in ingredients]
+    opened = open_all(ingredients)
+    if network is not None and not isinstance(network, nn.Module):
+        raise RequestError(f"network: got {type(network).__name__}, expected an nn.Module")
     if network is not None:
         opened = [item.with_network_of(network) for item in opened]
     opened = [item.with_names_like(opened[0]) for item in opened]

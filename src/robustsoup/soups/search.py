@@ -10,7 +10,7 @@ from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import SOUP_METHODS
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.errors import RequestError
@@ -31,7 +31,7 @@ from robustsoup.soups.screening import (
     short_attack,
 )
 from robustsoup.soups.selection import Candidate, Goal, Score
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import ThreatModel, parse_threats
 
 
 @accepts_settings(AttackSettings)
@@ -89,14 +89,15 @@ def search(
     attack = make_settings(AttackSettings, attack_settings, attack_changes)
     _check_combination(settings, attack)
     goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
-    opened = tuple(Checkpoint.open(item) for item in ingredients)
+    parsed = parse_threats(threats)
+    opened = tuple(open_all(ingredients))
     check_leakage(opened, data, allow=allow_leakage)
     evaluator = _SoupEvaluator(
-        opened, data.first(samples), tuple(threats), attack, buffers, calibrate_on, network, device
+        opened, data.first(samples), parsed, attack, buffers, calibrate_on, network, device
     )
     progress = _SearchProgress(on_progress)
     if settings.method == "greedy":
-        score = Score.parse(settings.score or next(iter(threats), CLEAN_KEY))
+        score = Score.parse(settings.score or str(next(iter(parsed), CLEAN_KEY)))
         return _search_greedily(evaluator, score, progress)
     alphas = candidates(settings.method, len(opened), settings.step, settings.max_soups)
     named = {alpha_name(alpha): alpha for alpha in alphas}
