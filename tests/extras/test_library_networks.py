@@ -1,8 +1,12 @@
 """Networks of timm, transformers, torchvision and robustbench, with the real libraries."""
 
 import dataclasses
+import hashlib
+import http.server
 import json
 import shutil
+import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -438,3 +442,83 @@ def test_another_order_of_the_classes_is_said(tmp_path, capsys, order, warns):
     make_context(load_requested_data(DataOptions(data=data), network), network, RunOptions())
     printed = capsys.readouterr().err
     assert ('class 0 is "dog" there, "cat" in the data' in " ".join(printed.split())) == warns
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for the files of one repository; every other path is absent."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.wfile.write(self.answer())
+
+    def answer(self):
+        self.asked.append(self.path)
+        content = self.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        return content or b""
+
+    def log_message(self, *_arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Serve a hub on this machine, with an empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(Hub, "files", {})
+    monkeypatch.setattr(Hub, "asked", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Hub
+        server.shutdown()
+        thread.join()
+
+
+def test_a_repository_of_the_hub_is_read_for_its_configuration_alone(tmp_path, hub):
+    write_folder(tmp_path / "vit")
+    for file in (tmp_path / "vit").iterdir():
+        hub.files[f"/org/vit/resolve/main/{file.name}"] = file.read_bytes()
+    model = load_model("hf:org/vit", channels=1)
+    assert model.network_settings.normalize == ((0.4,), (0.2,))
+    assert model(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+    asked = {path for path in hub.asked if path.startswith("/org/")}
+    names = ("config.json", "preprocessor_config.json")
+    assert asked == {f"/org/vit/resolve/main/{name}" for name in names}
+
+
+def test_an_absent_repository_is_one_line(hub):
+    with pytest.raises(ModelError) as caught:
+        load_model("hf:org/absent")
+    assert 'model "hf:org/absent": has no config.json' in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        load_model("hf:org/name")
+    assert "there is no such folder, and the hub does not give org/name" in str(caught.value)
+    assert "\n" not in str(caught.value)
