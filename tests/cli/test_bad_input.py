@@ -146,7 +146,7 @@ REFUSED = [
         "text as .pth",
         "mix notes.pth -o soup.safetensors",
         "notes.pth",
-        "not a checkpoint",
+        "is text",
         prepare=write_other_files,
     ),
     refuse(
