@@ -29,7 +29,11 @@ def can_mount():
         return mount.returncode == 0
 
 
-needs_mounts = pytest.mark.skipif(not can_mount(), reason="requires the right to mount")
+@pytest.fixture(scope="module")
+def mounts():
+    """Skip the tests that must mount file systems where this process may not."""
+    if not can_mount():
+        pytest.skip("requires the right to mount")
 
 
 @contextlib.contextmanager
@@ -87,7 +91,7 @@ def check_same(tally, what, result, folder, files):
         tally.silent.append(f"{what}: {differing} differ")
 
 
-@needs_mounts
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize(
     ("fault", "small", "large"),
     [
@@ -118,7 +122,7 @@ def test_a_full_disk(inputs, expected, tally_of, tries, fault, small, large, nam
     tally.check()
 
 
-@needs_mounts
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_read_only_file_system(inputs, expected, tally_of, name):
     tally = tally_of(f"read-only file system: `{name}`")
@@ -143,7 +147,7 @@ def test_a_read_only_file_system(inputs, expected, tally_of, name):
     tally.check()
 
 
-@needs_mounts
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_permission(inputs, expected, tally_of, name):
     tally = tally_of(f"no permission: `{name}`")
