@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.fitting import fit_names
+from robustsoup.checkpoints.wrapping import soup_ending
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError
 from robustsoup.soups.mixing import mix
 
@@ -187,7 +188,10 @@ def write_shards(folder, ending):
 @pytest.mark.parametrize("ending", [".bin", ".safetensors"])
 def test_shards_are_read_by_their_index(tmp_path, ending):
     index = write_shards(tmp_path, ending)
-    check_fits(Checkpoint.open(index))
+    read = check_fits(Checkpoint.open(index))
+    soup = mix([index, index], [0.5, 0.5])
+    assert soup.digest == read.digest
+    assert soup_ending(index, soup.wrapping) == (".pth" if ending == ".bin" else ending)
     (tmp_path / f"model-1{ending}").unlink()
     with pytest.raises(CheckpointError, match=r"model-1.*no such file"):
         Checkpoint.load(index)

@@ -390,3 +390,18 @@ def test_checkpoint_every_requires_on_checkpoint():
     ):
         with pytest.raises(RequestError, match=r"checkpoint_every: got .*expected both"):
             train_digits(**wrong)
+
+
+def test_the_average_copies_the_vectors_of_spectral_norm_and_averages_complex_weights():
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    model.phase = nn.Parameter(torch.tensor([1 + 1j]))
+    average = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        model.phase.mul_(-1)
+        model(torch.ones(2, 4))
+    average.update(model, 100)
+    vectors = [name for name in model.state_dict() if name.endswith(("_u", "_v"))]
+    assert len(vectors) == 2
+    for name in vectors:
+        assert torch.equal(average.model.state_dict()[name], model.state_dict()[name])
+    assert average.model.phase.abs().item() < 1e-6

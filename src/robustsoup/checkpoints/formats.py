@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,7 @@ def _read_shards(path: Path, key: str | None) -> StoredCheckpoint:
                 )
             tensors[name] = held[name]
     pickled, wrapping, notes = unwrap_pickle(tensors, path, key)
+    wrapping = replace(wrapping, is_safetensors=all(file.endswith(SAFETENSORS) for file in shards))
     return StoredCheckpoint(pickled, {"tied": _find_tied_tensors(pickled)}, wrapping, None, notes)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks.adaptation import copy_network
+from robustsoup.checkpoints.parameters import find_power_vectors
 from robustsoup.settings import TrainSettings
 
 
@@ -56,7 +57,7 @@ class WeightAverage:
     After step t = 0, 1, ...: average += (1 - d) * (weights - average) with
     d = min(decay, (1 + t) / (10 + t)), so that a short run does not keep its initial weights. The
     average starts as a copy of the network. Statistics are averaged as the weights are, since they
-    belong to them; integer buffers are copied.
+    belong to them; integer buffers and the vectors of `spectral_norm` are copied.
 
     Attributes:
         model: The averaged network, in eval mode.
@@ -69,15 +70,15 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Update the average with the weights of `model` after step `step`, counted from 0."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        pairs = zip(
-            _parameters_and_buffers(self.model), _parameters_and_buffers(model), strict=True
-        )
-        for average, latest in pairs:
-            if average.is_floating_point():
-                average.lerp_(latest.detach(), share)
+        latest = _parameters_and_buffers(model)
+        vectors = {name for names in find_power_vectors(latest) for name in (names.u, names.v)}
+        for name, average in _parameters_and_buffers(self.model).items():
+            is_number = average.is_floating_point() or average.is_complex()
+            if is_number and name not in vectors:
+                average.lerp_(latest[name].detach(), share)
             else:
-                average.copy_(latest)
+                average.copy_(latest[name])
 
 
-def _parameters_and_buffers(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
