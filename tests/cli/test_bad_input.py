@@ -69,11 +69,6 @@ def make_empty_folder(here):
     (here / "nothing").mkdir()
 
 
-def write_fresh_network(here):
-    fresh = Checkpoint.of(load_model("resnet9:width=2", channels=1))
-    fresh.save(here / "fresh.safetensors")
-
-
 def write_recipe(old, new):
     return lambda here: (here / "bad.toml").write_text(RECIPE.replace(old, new))
 
@@ -337,14 +332,6 @@ REFUSED = [
         "low.pth: prep.0.weight",
         "(2, 1, 3, 3)",
         "(4, 1, 3, 3)",
-    ),
-    refuse(
-        "near chance",
-        f"evaluate fresh.safetensors {LINF} {FEW}",
-        "fresh.safetensors",
-        "near chance",
-        "--normalize",
-        prepare=write_fresh_network,
     ),
     refuse("wrong suffix", "mix low.safetensors -o soup.zip", "soup.zip", ".pth"),
     refuse(
