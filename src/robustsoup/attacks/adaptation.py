@@ -54,7 +54,7 @@ def copy_network(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def adapt_network(model: nn.Module, x: Tensor) -> None:
+def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
     """Make a network accept any memory format, keep its input and return logits, in place.
 
     Networks run in the channels-last memory format, which is faster; one that cannot (it calls
@@ -67,6 +67,9 @@ def adapt_network(model: nn.Module, x: Tensor) -> None:
         model: The network; its modes stay.
         x: (b, c, h, w) images on its device.
 
+    Returns:
+        The logits of the images in eval mode.
+
     Raises:
         ModelError: The network does not take such images, or returns no logits.
     """
@@ -78,7 +81,7 @@ def adapt_network(model: nn.Module, x: Tensor) -> None:
     set_memory_format(model)
     channels_last = x.contiguous(memory_format=torch.channels_last)
     try:
-        _call_once(model, channels_last)
+        return _call_once(model, channels_last)
     except RobustsoupError:
         raise
     except Exception as error:
@@ -87,7 +90,7 @@ def adapt_network(model: nn.Module, x: Tensor) -> None:
         hook = model.register_forward_pre_hook(ContiguousInput())
         set_memory_format(model)
         try:
-            _call_once(model, channels_last)
+            return _call_once(model, channels_last)
         except Exception:
             hook.remove()
             raise _refuse(x, error) from error
@@ -123,13 +126,14 @@ def check_train_mode(model: nn.Module, x: Tensor) -> None:
         ) from error
 
 
-def _call_once(model: nn.Module, x: Tensor) -> None:
-    """Call the network on x; if that changes x, let the network have copies."""
+def _call_once(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits of x; if the pass changes x, let the network have copies."""
     given = x.clone()
     with frozen_eval(model):
-        model(given)
+        logits: Tensor = model(given)
     if not torch.equal(given, x) and not _has_hook(model, ClonedInput):
         model.register_forward_pre_hook(ClonedInput())
+    return logits
 
 
 def _has_hook(model: nn.Module, kind: type[object]) -> bool:

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from robustsoup.attacks.adaptation import adapt_network, check_train_mode
-from robustsoup.attacks.forward import frozen_eval
 from robustsoup.data import Split, to_float
 from robustsoup.errors import ModelError
 from robustsoup.threats import ThreatModel
@@ -31,9 +30,7 @@ def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()
     for threat in threats:
         threat.check_shape(data.images.shape[1:])
     x = to_float(data.images[:2]).to(_device_of(model))
-    adapt_network(model, x)
-    with frozen_eval(model), torch.no_grad():
-        logits = model(x)
+    logits = adapt_network(model, x)
     fits = logits.dim() == 2 and data.with_classes(logits.shape[1]).classes == logits.shape[1]
     if not fits:
         raise ModelError(
