@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustsoup.errors import RequestError
+from robustsoup.printable import first_line
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def import_by_name(target: str, *, label: str, error: type[RequestError] = Reque
             f'{label}: module "{missing.name}" cannot be found; is it on the Python path?'
         ) from None
     except (ImportError, ValueError, TypeError) as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        reason = first_line(problem)
         raise error(f'{label}: module "{module}" cannot be imported: {reason}') from None
     if getattr(imported, name, None) is None:
         raise error(f'{label}: module "{module}" has no "{name}"')

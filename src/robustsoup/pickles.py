@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.file_bytes import MAX_ELEMENTS, check_shape
-from robustsoup.printable import make_printable
+from robustsoup.printable import first_line, make_printable
 
 MAX_OPERATIONS = 500_000
 MAX_TEXT_BYTES = 2**20
@@ -128,7 +128,7 @@ class PickleReader:
         except (IndexError, KeyError):
             raise ValueError("a broken pickle") from None
         except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"a broken pickle: {_first_line(error)}") from None
+            raise ValueError(f"a broken pickle: {first_line(error)[:160]}") from None
         raise ValueError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
 
     def _run(self, opcode: bytes) -> None:
@@ -559,8 +559,3 @@ def _check_depth(content: Any) -> None:
             if type(value) not in _PLAIN:  # an OrderedDict may have attributes
                 below.extend(getattr(value, "__dict__", {}).values())
         level, depth = below, depth + 1
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -28,3 +28,9 @@ def make_message(text: str) -> str:
         half = MAX_MESSAGE // 2
         text = f"{text[:half]} [{len(text) - 2 * half:,} more characters] {text[-half:]}"
     return make_printable(text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none, for messages."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -57,6 +57,12 @@ def integer(low: int, high: int) -> Check:
     return check
 
 
+MOST_COUNT = 2**53
+"""A float holds each smaller integer exactly."""
+count = integer(0, MOST_COUNT)
+"""Accept the number of things that were counted."""
+
+
 def anything(_value: object, _place: str) -> None:
     """Accept every value; for entries that no code reads."""
 

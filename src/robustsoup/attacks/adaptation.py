@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robustsoup.attacks.forward import as_logits, frozen_eval
 from robustsoup.errors import ModelError, RobustsoupError
+from robustsoup.printable import first_line
 
 
 class ContiguousInput:
@@ -48,7 +49,7 @@ def copy_network(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
-            f"network: {type(model).__name__} cannot be copied: {_reason(error)}; "
+            f"network: {type(model).__name__} cannot be copied: {_describe_failure(error)}; "
             "keep what cannot be copied outside the network"
         ) from error
 
@@ -122,16 +123,16 @@ def check_train_mode(model: nn.Module, x: Tensor) -> None:
     except Exception as error:
         raise ModelError(
             f"network: fails in train mode on {len(x)} images of shape {tuple(x.shape[1:])}: "
-            f"{_reason(error)}"
+            f"{_describe_failure(error)}"
         ) from error
 
 
 def _call_once(model: nn.Module, x: Tensor) -> Tensor:
     """Return the logits of x; if the pass changes x, let the network have copies."""
-    given = x.clone()
+    passed = x.clone()
     with frozen_eval(model):
-        logits: Tensor = model(given)
-    if not torch.equal(given, x) and not _has_hook(model, ClonedInput):
+        logits: Tensor = model(passed)
+    if not torch.equal(passed, x) and not _has_hook(model, ClonedInput):
         model.register_forward_pre_hook(ClonedInput())
     return logits
 
@@ -143,15 +144,14 @@ def _has_hook(model: nn.Module, kind: type[object]) -> bool:
 
 def _refuse(x: Tensor, error: Exception) -> ModelError:
     shape = tuple(x.shape[1:])
-    return ModelError(f"network: does not take images of shape {shape}: {_reason(error)}")
+    return ModelError(f"network: does not take images of shape {shape}: {_describe_failure(error)}")
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    kind = type(error).__name__
-    if isinstance(error, (RuntimeError, ValueError)) and lines[0]:
-        return lines[0]
-    return f"{kind}: {lines[0]}" if lines[0] else kind
+def _describe_failure(error: Exception) -> str:
+    kind, line = type(error).__name__, first_line(error)
+    return (
+        line if isinstance(error, (RuntimeError, ValueError)) or line == kind else f"{kind}: {line}"
+    )
 
 
 def _derived_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustsoup.attacks.engine import Attempt, SampleQueue, Search, run_search
+from robustsoup.attacks.engine import Attempt, SampleQueue, Search, run_in_turn, run_search
 from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.attacks.forward import (
     ImageBatch,
@@ -147,18 +147,13 @@ def run_attempts(
         device=device,
     )
 
-    def report_progress() -> None:
-        if poll:
-            poll(int(outcome.settled[correct].sum()), int(correct.sum()) * len(attempts))
+    def run_attempt(index: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
+        run_search(replace(search, attempt=attempts[index], index=index), queue, outcome, report)
 
-    for index, attempt in enumerate(attempts):
-        waiting = _order_waiting(samples, outcome, index, likely_first=stop_below is not None)
-        surviving = int((correct & ~outcome.broken).sum())
-        queue = SampleQueue(waiting, surviving=surviving, stop_below=stop_below)
-        attempt_search = replace(search, attempt=attempt, index=index)
-        run_search(attempt_search, queue, outcome, report_progress if poll else None)
-        if queue.stopped:
-            break
+    order = partial(_order_waiting, samples, outcome, likely_first=stop_below is not None)
+    run_in_turn(
+        run_attempt, order, len(attempts), samples, outcome, stop_below=stop_below, poll=poll
+    )
 
 
 def _order_waiting(

@@ -161,9 +161,65 @@ def run_search(
         outcome: Written as samples are settled.
         poll: Called in this thread several times a second.
     """
-    lanes = min(lane_count(search.device), -(-len(queue) // search.pass_size))
-    tasks = [partial(_run_lane, search, queue, outcome)] * lanes
-    run_in_lanes(tasks, search.device, poll=poll, stop=queue.stop)
+    run_lane = partial(_run_lane, search, queue, outcome)
+    run_lanes(run_lane, queue, search.pass_size, search.device, poll=poll)
+
+
+def run_lanes(
+    run_lane: Callable[[], None],
+    queue: SampleQueue,
+    size: int,
+    device: torch.device,
+    *,
+    poll: Callable[[], None] | None = None,
+) -> None:
+    """Run as many lanes as the device has and the queue fills.
+
+    Args:
+        run_lane: Attacks samples of the queue until it is empty or stopped.
+        queue: The samples to attack.
+        size: Number of images in every pass.
+        device: Device of the network.
+        poll: Called in this thread several times a second.
+    """
+    lanes = min(lane_count(device), -(-len(queue) // size))
+    run_in_lanes([run_lane] * lanes, device, poll=poll, stop=queue.stop)
+
+
+def run_in_turn(
+    run_attempt: Callable[[int, SampleQueue, Callable[[], None] | None], None],
+    order_waiting: Callable[[int], list[int]],
+    attempts: int,
+    samples: AttackedSamples,
+    outcome: Outcome,
+    *,
+    stop_below: int | None = None,
+    poll: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run attempts one after the other on the samples that none of them has broken yet.
+
+    Args:
+        run_attempt: run_attempt(index, queue, poll) attacks the samples of the queue.
+        order_waiting: order_waiting(index) returns the samples that wait for an attempt, in order.
+        attempts: Number of attempts.
+        samples: All samples of the attack.
+        outcome: Read before each attempt; the attempts write to it.
+        stop_below: Stop once fewer samples survive; None for never.
+        poll: Called several times a second with (settled, total), which count samples times
+            attempts.
+    """
+    correct = samples.correct
+
+    def report_progress() -> None:
+        if poll:
+            poll(int(outcome.settled[correct].sum()), int(correct.sum()) * attempts)
+
+    for index in range(attempts):
+        surviving = int((correct & ~outcome.broken).sum())
+        queue = SampleQueue(order_waiting(index), surviving=surviving, stop_below=stop_below)
+        run_attempt(index, queue, report_progress if poll else None)
+        if queue.stopped:
+            break
 
 
 @torch.no_grad()

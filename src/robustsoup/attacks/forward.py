@@ -17,6 +17,7 @@ from robustsoup.attacks.losses import Loss
 from robustsoup.device import autocast
 from robustsoup.errors import DataError, Diverged, ModelError, RobustsoupError
 from robustsoup.precision import full_float32
+from robustsoup.printable import first_line
 
 ImageBatch = Tensor | NDArray[np.floating]
 """Images, (n, ...) floats in [0, 1]."""
@@ -72,16 +73,16 @@ def as_logits(output: object) -> Tensor:
     Raises:
         ModelError: The output holds no tensor in these places.
     """
-    found = output
+    part = output
     for _ in range(4):
-        if isinstance(found, Tensor):
-            return found
-        if isinstance(getattr(found, "logits", None), Tensor):
-            return found.logits  # pyrefly: ignore[missing-attribute]
-        if isinstance(found, Mapping) and ("logits" in found or len(found) == 1):
-            found = found["logits"] if "logits" in found else next(iter(found.values()))
-        elif isinstance(found, (tuple, list)) and found:
-            found = found[0]
+        if isinstance(part, Tensor):
+            return part
+        if isinstance(getattr(part, "logits", None), Tensor):
+            return part.logits  # pyrefly: ignore[missing-attribute]
+        if isinstance(part, Mapping) and ("logits" in part or len(part) == 1):
+            part = part["logits"] if "logits" in part else next(iter(part.values()))
+        elif isinstance(part, (tuple, list)) and part:
+            part = part[0]
         else:
             break
     keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
@@ -287,19 +288,18 @@ def _probe_logits(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ModelError: The network fails, or changes its input in place.
     """
-    given = x.clone()
+    before = x.clone()
     try:
         with frozen_eval(model), torch.no_grad():
             logits = as_logits(model(x))
     except RobustsoupError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"network: fails on images of shape {tuple(x.shape[1:])}: "
-            f"{type(error).__name__}: {reason}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    if not torch.equal(x, given):
+    if not torch.equal(x, before):
         raise ModelError("network: changes its input in place; let its forward copy x first")
     return logits
 

@@ -18,9 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.engine import SampleQueue
+from robustsoup.attacks.engine import SampleQueue, run_in_turn, run_lanes
 from robustsoup.attacks.forward import check_inputs, frozen_eval, pass_size, predict_logits
-from robustsoup.attacks.lanes import lane_count, run_in_lanes
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
@@ -164,7 +163,6 @@ def run_square(
         poll: Called several times a second with (settled, total), which count samples times
             restarts.
     """
-    correct = samples.correct
     search = SquareSearch(
         model,
         samples,
@@ -177,22 +175,23 @@ def run_square(
         device=device,
     )
 
-    def report_progress() -> None:
-        if poll:
-            poll(int(outcome.settled[correct].sum()), int(correct.sum()) * settings.restarts)
+    def run_restart(restart: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
+        search_squares(replace(search, restart=restart), queue, outcome, report)
 
-    for restart in range(settings.restarts):
-        waiting = correct & (outcome.settled == restart) & ~outcome.broken
-        queue = SampleQueue(
-            waiting.nonzero().flatten().tolist(),
-            surviving=int((correct & ~outcome.broken).sum()),
-            stop_below=stop_below,
-        )
-        search_squares(
-            replace(search, restart=restart), queue, outcome, report_progress if poll else None
-        )
-        if queue.stopped:
-            break
+    def list_waiting(restart: int) -> list[int]:
+        waiting = samples.correct & (outcome.settled == restart) & ~outcome.broken
+        samples_in_order: list[int] = waiting.nonzero().flatten().tolist()
+        return samples_in_order
+
+    run_in_turn(
+        run_restart,
+        list_waiting,
+        settings.restarts,
+        samples,
+        outcome,
+        stop_below=stop_below,
+        poll=poll,
+    )
 
 
 def search_squares(
@@ -209,9 +208,8 @@ def search_squares(
         outcome: Written as samples are settled.
         poll: Called in this thread several times a second.
     """
-    lanes = min(lane_count(search.device), -(-len(queue) // search.pass_size))
-    tasks = [partial(_run_square_lane, search, queue, outcome)] * lanes
-    run_in_lanes(tasks, search.device, poll=poll, stop=queue.stop)
+    run_lane = partial(_run_square_lane, search, queue, outcome)
+    run_lanes(run_lane, queue, search.pass_size, search.device, poll=poll)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, assemble_tensors, promote_val
 from robustsoup.data.torch_datasets import IMAGE_KEYS, LABEL_KEYS, ImageStack
 from robustsoup.errors import DataError
+from robustsoup.printable import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +80,7 @@ def _find_splits(request: DataRequest) -> dict[str, "Dataset"]:
             name, _, revision = name.partition("@")
             loaded = datasets.load_dataset(name, configuration or None, revision=revision or None)
     except Exception as error:  # the library raises errors of many others
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{request.spec}: datasets cannot load it: {reason}") from None
     if not isinstance(loaded, Mapping):
         return {"train": loaded}

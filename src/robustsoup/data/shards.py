@@ -13,6 +13,7 @@ from robustsoup.data.splits import Augmentation, Data, assemble_tensors, promote
 from robustsoup.data.torch_datasets import LABEL_KEYS, ImageStack
 from robustsoup.errors import DataError
 from robustsoup.files import open_regular
+from robustsoup.printable import first_line
 
 
 def load_shards(request: DataRequest) -> Data:
@@ -91,7 +92,7 @@ def _iterate_samples(files: list[Path], place: str) -> Iterator[Mapping[str, obj
         except DataError:
             raise
         except Exception as error:  # what tarfile and webdataset raise on broken files
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise DataError(f"{place}: {path}: not a readable .tar file: {reason}") from None
 
 

@@ -22,6 +22,7 @@ from robustsoup.documents import read_json
 from robustsoup.errors import DataError, StorageError
 from robustsoup.files import cache_folder, open_regular, write_text
 from robustsoup.paths import user_path
+from robustsoup.printable import first_line
 from robustsoup.progress import Progress
 from robustsoup.seeding import keyed_generator
 
@@ -110,7 +111,7 @@ class Synthetic:
                 f"{path}: no such file; expected an .npz with image and label"
             ) from None
         except _NPZ_ERRORS as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise DataError(f"{path}: not a readable .npz file ({reason})") from None
         _check_arrays(path, images, labels)
         return cls(path, _cached_file_digest(path, state, on_progress), images, labels, state)

@@ -3,7 +3,7 @@
 from robustsoup.schema import (
     MisfitError,
     anything,
-    integer,
+    count,
     list_of,
     mapping_of,
     nullable,
@@ -20,8 +20,7 @@ def _distinct_texts(value: object, place: str) -> None:
         raise MisfitError(place, value, "each text once")
 
 
-_count = integer(0, 2**53)
-_finding = table({"hits": _count, "n": _count, "low": number, "high": number}, {})
+_finding = table({"hits": count, "n": count, "low": number, "high": number}, {})
 
 check_record = table(
     {"threats": _distinct_texts, "accuracy": mapping_of(anything)},

@@ -29,6 +29,7 @@ from robustsoup.models.normalize import normalize_inputs
 from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
 from robustsoup.models.wide_resnet import published_constants
 from robustsoup.precision import full_float32
+from robustsoup.printable import first_line
 
 Factory = Callable[..., nn.Module]
 MOST_WEIGHTS = 2**31
@@ -350,5 +351,5 @@ def _call_factory(factory: Factory, options: dict[str, OptionValue], spec: str) 
         with full_float32():  # weights are float32 for any default dtype
             return factory(**options)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f'model "{spec}": cannot be built with {options}: {reason}') from None

@@ -1,9 +1,11 @@
 """The checks of results.json: the types and ranges of all entries that code reads."""
 
 from robustsoup.schema import (
+    MOST_COUNT,
     Check,
     MisfitError,
     anything,
+    count,
     integer,
     list_of,
     mapping_of,
@@ -15,8 +17,6 @@ from robustsoup.schema import (
 
 ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
 """What the network of a row is; the roles from the third on are soups."""
-
-_MAX_COUNT = 2**53  # a float holds each smaller integer exactly
 
 
 def one_of(*choices: str) -> Check:
@@ -43,8 +43,8 @@ def share(value: object, place: str) -> None:
 
 
 _accuracy_entries = table(
-    {"value": share, "low": share, "high": share, "n": integer(1, _MAX_COUNT)},
-    {"hits": integer(0, _MAX_COUNT)},
+    {"value": share, "low": share, "high": share, "n": integer(1, MOST_COUNT)},
+    {"hits": count},
 )
 
 
@@ -83,13 +83,13 @@ protocol = table(
     {
         "attack": text,
         "loss": text,
-        "steps": integer(0, _MAX_COUNT),
-        "restarts": integer(0, _MAX_COUNT),
+        "steps": count,
+        "restarts": count,
         "precision": text,
         "search_precision": text,
         "screened": boolean,
         "seed": integer(-(2**63), 2**63 - 1),
-        "samples": mapping_of(nullable(integer(0, _MAX_COUNT))),
+        "samples": mapping_of(nullable(count)),
     },
 )
 
