@@ -27,6 +27,7 @@ from robustsoup.cli.mixing import mix_command
 from robustsoup.cli.options import expand
 from robustsoup.cli.running import demo_command, plan_command, report_command, run_command
 from robustsoup.cli.searching import landscape_command, search_command
+from robustsoup.cli.showing import show_command
 from robustsoup.cli.terminal import print_error, print_line, print_text, print_warning
 from robustsoup.cli.training import train_command
 from robustsoup.cli.verifying import verify_command
@@ -47,6 +48,7 @@ COMMANDS = {
     "learn": learn_command,
     "evaluate": evaluate_command,
     "compare": compare_command,
+    "show": show_command,
     "verify": verify_command,
     "fetch": fetch_command,
     "doctor": doctor_command,

@@ -8,6 +8,7 @@ from robustsoup.cli.progress import format_duration
 from robustsoup.cli.terminal import print_line, print_table
 from robustsoup.diagnosis.barriers import Pair
 from robustsoup.diagnosis.check import Soupability
+from robustsoup.evaluation.attack_texts import describe_attack
 from robustsoup.evaluation.comparison import Comparison
 from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.intervals import Accuracy
@@ -84,7 +85,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], split: str) -> None
     """Print the accuracies of checkpoints and how they were attacked."""
     print_accuracies({name: e.accuracy for name, e in evaluations.items()})
     record = next(iter(evaluations.values())).record
-    attack = describe_attack(record)
+    attack = f", {describe_attack(record)}" if record["threats"] else ""
     print_line(f"{record['samples']} samples of {split}, 95 % Wilson intervals{attack}")
     for name, evaluation in evaluations.items():
         for line in describe_shift(evaluation.record):
@@ -111,23 +112,6 @@ def describe_shift(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name} at severity 1 to {len(accuracies)}: " + ", ".join(
             f"{value:.1%}" for value in accuracies
         )
-
-
-def describe_attack(record: Mapping[str, Any]) -> str:
-    """Return the attack of an evaluation as the end of a line; "" if there was none."""
-    if not record["threats"]:
-        return ""
-    if record["attack"] == "autoattack":
-        return f", AutoAttack, {record['version']}"
-    if "code" in record:
-        return f", {record['attack']}"
-    precision = record["search_precision"]
-    search = "" if precision == "float32" else f", search in {precision}"
-    restarts = f"{record['restarts']} restart{'s' if record['restarts'] > 1 else ''}"
-    name = f"{record['attack'].upper()}-{record['loss'].upper()}"
-    if record["attack"] == "square":
-        return f", {name} {record['n_queries']} queries, {restarts}, float32"
-    return f", {name} {record['steps']} steps, {restarts}, float32{search}"
 
 
 def print_comparison(comparison: Comparison, names: Sequence[str]) -> None:

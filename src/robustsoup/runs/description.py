@@ -1,0 +1,347 @@
+"""What a checkpoint is: its network, its tensors, what it was made of, and who judged it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.documents import read_json
+from robustsoup.errors import CheckpointError, RequestError
+from robustsoup.evaluation.attack_texts import describe_attack
+from robustsoup.evaluation.doubts import describe_masking
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.runs.results import ResultRow, Results
+from robustsoup.runs.staging import RESULTS
+from robustsoup.schema import LONGEST_TEXT
+
+CHECKPOINTS, EVALUATIONS = "checkpoints", "evaluations"
+MAX_ANCESTORS = 500
+MAX_EVALUATIONS = 2000
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A checkpoint in a family tree.
+
+    Attributes:
+        name: Name of its row in the run folder, else of its file as the descendant records it.
+        digest: sha256 of its weights.
+        coefficient: Its weight in the soup above it, averaged over the layers; None if unknown.
+        made: How it was made, in words; empty if its file was not found.
+        parents: The checkpoints that it was made of.
+        path: Its file; None if it was not found beside the described checkpoint.
+    """
+
+    name: str
+    digest: str
+    coefficient: float | None = None
+    made: str = ""
+    parents: tuple["Ancestor", ...] = ()
+    path: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "coefficient": self.coefficient,
+            "made": self.made,
+            "file": None if self.path is None else str(self.path),
+            "parents": [parent.to_json() for parent in self.parents],
+        }
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """An evaluation of a checkpoint.
+
+    Attributes:
+        path: The JSON file of the evaluation.
+        split: The samples, such as "test".
+        data: Name of the data.
+        attack: The attack in words.
+        accuracy: The accuracies by measure.
+        warnings: Reasons to doubt them.
+        masking_check: Findings of the masking check, one line for each threat model.
+    """
+
+    path: Path
+    split: str
+    data: str
+    attack: str
+    accuracy: Mapping[str, Accuracy]
+    warnings: tuple[str, ...] = ()
+    masking_check: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> "Judgement":
+        """Read an evaluation.
+
+        Raises:
+            CheckpointError: It cannot be read, or was changed.
+        """
+        evaluation = Evaluation.load(path)
+        record = evaluation.record
+        return cls(
+            path,
+            str(record.get("split") or "unknown split"),
+            str((record.get("data") or {}).get("name") or "unknown data"),
+            describe_attack(record),
+            dict(evaluation.accuracy),
+            tuple(evaluation.warnings),
+            tuple(describe_masking(record)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {
+            "file": str(self.path),
+            "split": self.split,
+            "data": self.data,
+            "attack": self.attack,
+            "accuracy": {name: accuracy.to_json() for name, accuracy in self.accuracy.items()},
+            "warnings": list(self.warnings),
+            "masking_check": list(self.masking_check),
+        }
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint described.
+
+    Attributes:
+        checkpoint: The checkpoint, whose content was compared with its digests.
+        tree: The checkpoint and its ancestors.
+        judgements: The evaluations of it beside it.
+        notes: What reading left out, and evaluations that cannot be read.
+    """
+
+    checkpoint: Checkpoint
+    tree: Ancestor
+    judgements: tuple[Judgement, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def network(self) -> dict[str, Any] | None:
+        """The recorded network, whether or not this program would build it; None if unrecorded."""
+        recorded = self.checkpoint.provenance.get("network")
+        return None if recorded is None else dict(recorded)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        checkpoint = self.checkpoint
+        return {
+            "file": checkpoint.name,
+            "digest": checkpoint.digest,
+            "network": self.network,
+            "tensors": describe_tensors(checkpoint),
+            "provenance": self.tree.to_json(),
+            "record": checkpoint.provenance,
+            "judged_by": [judgement.to_json() for judgement in self.judgements],
+            "notes": list(self.notes),
+        }
+
+
+def describe_checkpoint(source: Path | Checkpoint, key: str | None = None) -> Description:
+    """Read a checkpoint, and look for its ancestors and its evaluations beside it.
+
+    Evaluations are found by the digest of the weights that they record, so a file of the right name
+    that judges other weights is not taken.
+
+    Args:
+        source: The checkpoint, or its file.
+        key: Which of several sets of weights to read; see `Checkpoint.load`.
+
+    Raises:
+        CheckpointError: The file cannot be read, or was changed.
+    """
+    checkpoint = Checkpoint.open(source, key=key)
+    notes = list(checkpoint.notes)
+    judgements: list[Judgement] = []
+    for path in _list_evaluations(checkpoint):
+        try:
+            judgements.append(Judgement.load(path))
+        except CheckpointError as error:
+            notes.append(str(error))
+    family = _Family.beside(checkpoint)
+    return Description(checkpoint, family.tree(checkpoint), tuple(judgements), tuple(notes))
+
+
+def describe_tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return name, role, type, shape and bytes of each tensor, JSON-able.
+
+    The role is "parameter", "buffer", or "tied to NAME" for a second name of a parameter.
+    """
+    parameters, tied = set(checkpoint.parameters), checkpoint.tied
+    return [
+        {
+            "name": name,
+            "role": f"tied to {tied[name]}"
+            if name in tied
+            else ("parameter" if name in parameters else "buffer"),
+            "dtype": _type_name(tensor),
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+        }
+        for name, tensor in checkpoint.tensors.items()
+    ]
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def describe_making(record: Mapping[str, Any]) -> str:
+    """Return in words how weights were made, by their record; "no record" without one."""
+    if "coefficients" in record:
+        return _describe_soup(record)
+    training = record.get("training")
+    if not isinstance(training, Mapping):
+        return "no record of its training" if record.get("network") else "no record"
+    data = record.get("data") or {}
+    splits = " and ".join(map(str, record.get("trained_on", ())))
+    source = f" on {_short(data['name'])} ({splits})" if data.get("name") else ""
+    parts = [f"trained against {_short(training.get('threat'))}{source}"]
+    parts += [
+        f"{name} {_short(training[name])}"
+        for name in ("objective", "epochs", "lr", "seed")
+        if training.get(name) is not None
+    ]
+    if record.get("epoch") is not None:
+        parts.append(f"after epoch {_short(record['epoch'])}")
+    return ", ".join(parts)
+
+
+def _describe_soup(record: Mapping[str, Any]) -> str:
+    learning = (record.get("learned") or {}).get("learning")
+    parts = [f"soup of {len(record.get('parents', ()))} ingredients"]
+    if isinstance(learning, Mapping):
+        parts.append(f"coefficients learned against {_short(learning.get('threat'))}")
+    elif isinstance(record["coefficients"], Mapping):
+        parts.append("coefficients by layer")
+    policy = (record.get("buffers") or {}).get("policy")
+    if policy:
+        parts.append(f"BatchNorm statistics: {_short(policy)}")
+    return ", ".join(parts)
+
+
+def _short(value: object) -> str:
+    """Return a value of a record as a short text; strangers may write any value."""
+    text = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+
+
+def mean_coefficients(record: Mapping[str, Any]) -> list[float | None]:
+    """Return the coefficient of each parent of a soup, averaged over the layers; None if unknown.
+
+    Args:
+        record: A record that was checked.
+    """
+    coefficients, count = record.get("coefficients"), len(record.get("parents", ()))
+    rows = list(coefficients.values()) if isinstance(coefficients, Mapping) else [coefficients]
+    if not rows or not all(isinstance(row, list) and len(row) == count for row in rows):
+        return [None] * count
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def _list_evaluations(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield the evaluations beside a checkpoint that record its digest."""
+    if checkpoint.path is None:
+        return
+    folder = checkpoint.path.parent
+    folders = [folder, folder / EVALUATIONS]
+    if folder.name == CHECKPOINTS:
+        folders.append(folder.parent / EVALUATIONS)
+    paths = [path for place in folders for path in sorted(place.glob("*.json"))]
+    for path in paths[:MAX_EVALUATIONS]:
+        if not path.with_suffix(".npz").is_file():
+            continue
+        try:
+            content = read_json(path)
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.get("checkpoint") == checkpoint.digest:
+            yield path
+
+
+@dataclass
+class _Family:
+    """The files where ancestors of a checkpoint may be.
+
+    Attributes:
+        folder: The folder of the checkpoint; None if it has no file.
+        rows: The checkpoints of the run folder by name.
+        known: The checkpoints that were found, by digest.
+        left: How many ancestors may still be shown.
+    """
+
+    folder: Path | None
+    rows: dict[str, Path]
+    known: dict[str, tuple[str, Checkpoint]] = field(default_factory=dict)
+    left: int = MAX_ANCESTORS
+
+    @classmethod
+    def beside(cls, checkpoint: Checkpoint) -> "_Family":
+        """Look around a checkpoint: in its folder, and in the run folder that holds it."""
+        if checkpoint.path is None:
+            return cls(None, {})
+        folder = checkpoint.path.parent
+        run = folder.parent if folder.name == CHECKPOINTS else folder
+        try:
+            rows = Results.load(run / RESULTS).rows
+        except (RequestError, OSError):
+            return cls(folder, {})
+        # A name with a folder, as strangers may write it, finds nothing outside the run folder.
+        files = {row.name: Path(row.checkpoint or "").name for row in rows if _is_origin(row)}
+        return cls(folder, {name: run / CHECKPOINTS / file for name, file in files.items()})
+
+    def tree(self, checkpoint: Checkpoint) -> Ancestor:
+        """Return a checkpoint and its ancestors."""
+        name = checkpoint.path.name if checkpoint.path else checkpoint.name
+        return self._describe(name, checkpoint, None)
+
+    def _describe(self, name: str, item: Checkpoint, coefficient: float | None) -> Ancestor:
+        record = item.provenance
+        parents = [
+            self._find(parent["digest"], parent.get("file"), weight)
+            for parent, weight in self._take(record)
+        ]
+        return Ancestor(
+            name, item.digest, coefficient, describe_making(record), tuple(parents), item.path
+        )
+
+    def _take(self, record: Mapping[str, Any]) -> Sequence[tuple[Mapping[str, Any], float | None]]:
+        """Return the parents in a record that may still be shown, with their coefficients."""
+        parents = record.get("parents", [])[: self.left]
+        self.left -= len(parents)
+        return list(zip(parents, mean_coefficients(record), strict=False))
+
+    def _find(self, digest: str, file: str | None, coefficient: float | None) -> Ancestor:
+        """Return an ancestor, with its own ancestors if its file is found."""
+        if digest not in self.known:
+            self._search(digest, file)
+        if digest in self.known:
+            return self._describe(*self.known[digest], coefficient)
+        return Ancestor(file or "weights without a file", digest, coefficient)
+
+    def _search(self, digest: str, file: str | None) -> None:
+        if self.folder is None:
+            return
+        candidates = {file: self.folder / file} if file else {}
+        while candidates or self.rows:
+            name, path = (candidates or self.rows).popitem()
+            try:
+                found = Checkpoint.open(path)
+                self.known.setdefault(found.digest, (name, found))
+            except (CheckpointError, OSError):
+                continue
+            if found.digest == digest:
+                return
+
+
+def _is_origin(row: ResultRow) -> bool:
+    return row.checkpoint is not None and row.role in ("ingredient", "pretrained")
