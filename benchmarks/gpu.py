@@ -109,8 +109,8 @@ def run_tests(plan: Plan) -> Section:
         return {"left_out": "pytest is not installed"}
     # Warnings of other versions of the libraries are not faults of the device.
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "--tb=short", "-W", "default"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "8"]
+    if plan.device.type == "cuda" and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "8"]  # without a GPU all of them are skipped
     if importlib.util.find_spec("hypothesis") is None:
         command.append("--noconftest")
     done = subprocess.run(

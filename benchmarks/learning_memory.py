@@ -82,7 +82,7 @@ def main() -> None:
 
     options = parse_arguments(__doc__, ingredients=72, width=64, batch=128, steps=3)
     if options.small:
-        options.ingredients, options.width, options.batch = 6, 16, 32
+        options.ingredients, options.width, options.batch, options.steps = 3, 8, 8, 2
     n, model = options.ingredients, f"resnet18:width={options.width}"
     with tempfile.TemporaryDirectory() as folder:
         first = rs.Checkpoint.open(make_near_copies(Path(folder), n, model)[0])

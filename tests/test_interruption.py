@@ -83,7 +83,7 @@ class Swallow:
 with handled_signals(restore=True):
     try:
         Swallow()
-        time.sleep(60)
+        time.sleep(600)  # longer than the time limit of run_script: the signal must end it
     except KeyboardInterrupt:
         print("interrupted")
 """
@@ -108,7 +108,8 @@ with handled_signals(restore=True):
 
 def run_script(script):
     prepare = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    return subprocess.run([sys.executable, "-c", prepare + script], capture_output=True, text=True)
+    command = [sys.executable, "-c", prepare + script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_a_signal_that_a_destructor_swallowed_is_sent_again():

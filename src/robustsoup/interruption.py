@@ -142,9 +142,21 @@ def _send_again(hook: "Hook") -> "Hook":
         if unraisable.exc_type is KeyboardInterrupt and _received.number is not None:
             import threading
 
-            number = _received.number
-            threading.Timer(_SECONDS_TO_RETRY, signal.raise_signal, (number,)).start()
+            retry = threading.Timer(_SECONDS_TO_RETRY, _send_to_main, (_received.number,))
+            retry.daemon = True
+            retry.start()
         else:
             hook(unraisable)
 
     return handle_unraisable
+
+
+def _send_to_main(number: int) -> None:
+    """Send a signal to the main thread, whose waiting system calls it then ends."""
+    import threading
+
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:  # Windows
+        signal.raise_signal(number)
