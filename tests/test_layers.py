@@ -135,6 +135,8 @@ LAZY = {
     "data.images": "PIL",
     "data.hub": "datasets",
     "data.shards": "webdataset",
+    "checkpoints.hub": "huggingface_hub",
+    "checkpoints.transfers": "fsspec",
     "attacks.autoattack": "pyautoattack",
 }
 """{module: package that it may import, only inside functions and for type checkers}."""

@@ -15,6 +15,7 @@ from robustsoup.checkpoints.formats import read_checkpoint, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import guess_parameters
 from robustsoup.checkpoints.record import check_record
+from robustsoup.checkpoints.remote import local_path
 from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
@@ -71,7 +72,9 @@ class Checkpoint:
         robustsoup wrote.
 
         Args:
-            path: The file; or a Checkpoint, a network or a state dict, whose weights are taken.
+            path: The file; its address elsewhere, such as hf://ORG/NAME or s3://BUCKET/FILE, which
+                is copied into the cache once; or a Checkpoint, a network or a state dict, whose
+                weights are taken.
             key: Which weights to read if the file holds several sets: the keys that lead to them,
                 joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
                 which were read by default.
@@ -81,7 +84,7 @@ class Checkpoint:
                 tensors, NaN or infinity, or a record that is malformed; the error names the file.
         """
         if isinstance(path, (str, os.PathLike)):
-            return cls._read(user_path(path), mapped=False, key=key)
+            return cls._read(local_path(path), mapped=False, key=key)
         return cls._take(path)
 
     @classmethod
@@ -93,7 +96,7 @@ class Checkpoint:
         meanwhile.
         """
         if isinstance(path, (str, os.PathLike)):
-            return cls._read(user_path(path), mapped=True, key=key)
+            return cls._read(local_path(path), mapped=True, key=key)
         return cls._take(path)
 
     @classmethod

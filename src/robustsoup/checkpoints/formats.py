@@ -20,7 +20,7 @@ from robustsoup.checkpoints.safetensors_files import (
     read_safetensors,
     write_safetensors,
 )
-from robustsoup.checkpoints.shards import read_index
+from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
 from robustsoup.checkpoints.wrapping import (
     PICKLE_ENDINGS,
     Wrapping,
@@ -38,7 +38,6 @@ from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.torch_files import read_torch
 
 SAFETENSORS = ".safetensors"
-INDEX_ENDING = ".index.json"
 
 
 @dataclass(frozen=True)

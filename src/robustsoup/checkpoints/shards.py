@@ -6,6 +6,7 @@ from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError
 from robustsoup.file_bytes import MAX_TENSORS
 
+INDEX_ENDING = ".index.json"
 MAX_SHARDS = 1000
 
 

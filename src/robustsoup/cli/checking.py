@@ -8,6 +8,7 @@ import typer
 
 from robustsoup.cli.options import (
     AsJson,
+    CheckpointPlace,
     DataOptions,
     Fields,
     Files,
@@ -37,6 +38,7 @@ def check_command(
     ] = "clean",
     base: Annotated[
         Path | None,
+        CheckpointPlace(),
         typer.Option(
             help="Checkpoint that the others were fine-tuned from; by default the one in their "
             "records."

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.cli.options import AsJson
+from robustsoup.cli.options import ADDRESSES, AsJson
 from robustsoup.cli.running import DataRoot
 from robustsoup.cli.terminal import print_json, print_line
 from robustsoup.errors import RequestError
@@ -14,7 +14,10 @@ def fetch_command(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="cifar10, cifar100 or robustbench:NAME.", show_default=False
+            metavar="NAME",
+            help="cifar10, cifar100, robustbench:NAME, or the address of a checkpoint: "
+            f"{ADDRESSES}.",
+            show_default=False,
         ),
     ],
     sha256: Annotated[
@@ -26,7 +29,8 @@ def fetch_command(
     """Download data or a published checkpoint, and verify it.
 
     Downloads once and prints the path of the file. RobustBench publishes no digests of its files:
-    the digest of the first download is recorded next to the file and checked from then on.
+    the digest of the first download is recorded next to the file and checked from then on. The
+    checkpoint of an address is copied again, in case it changed there.
 
     Example: `robustsoup fetch robustbench:Wang2023Better_WRN-28-10`
     """
@@ -38,6 +42,8 @@ def fetch_command(
         answer = _fetch_data(name, data_root)
     elif name.startswith("robustbench:"):
         answer = _fetch_checkpoint(name.removeprefix("robustbench:"), data_root, sha256)
+    elif "://" in name:
+        answer = _fetch_address(name, sha256)
     else:
         from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 
@@ -50,8 +56,8 @@ def fetch_command(
         return
     print_line(str(answer["path"]))
     if "sha256" in answer:
-        origin = "seen for the first time" if answer["first_seen"] else "as recorded"
-        print_line(f"sha256 {answer['sha256']} ({origin})")
+        origin = " (seen for the first time)" if answer.get("first_seen") else " (as recorded)"
+        print_line(f"sha256 {answer['sha256']}{origin if 'first_seen' in answer else ''}")
     print_line(f"next: {answer['next']}")
 
 
@@ -81,4 +87,19 @@ def _fetch_checkpoint(name: str, data_root: str | None, sha256: str | None) -> d
         "first_seen": fetched.first_seen,
         "next": f'robustsoup evaluate "{fetched.path}" --model {model} --data cifar10 '
         f'--threat "{threat}" --attack autoattack',
+    }
+
+
+def _fetch_address(address: str, sha256: str | None) -> dict[str, object]:
+    from robustsoup.checkpoints.remote import find_copy_of
+    from robustsoup.cli.copying import copy_checkpoint
+
+    demanded = "" if sha256 is None else f"#sha256={sha256.strip().lower()}"
+    path = copy_checkpoint(f"{address}{demanded}", again=True)
+    copy = find_copy_of(path)
+    return {
+        "path": str(path),
+        "revision": copy and copy.revision,
+        "sha256": copy and copy.sha256,
+        "next": f'robustsoup show "{address}{demanded}"',
     }

@@ -23,10 +23,18 @@ from robustsoup.paths import user_path
 from robustsoup.settings import SEED_LIMIT, Rule, check_ranges, rules, setting
 from robustsoup.threats import ThreatModel
 
+
+class CheckpointPlace:
+    """Marks an argument that names checkpoints: the command gets the path of a copy here."""
+
+
+ADDRESSES = "hf://ORG/NAME, https://HOST/FILE or s3://BUCKET/FILE"
 Files = Annotated[
     list[Path],
+    CheckpointPlace(),
     typer.Argument(
-        help="Checkpoints: .safetensors, .pt, .pth, .ckpt, .bin, or an .index.json of shards.",
+        help="Checkpoints: .safetensors, .pt, .pth, .ckpt, .bin, or an .index.json of shards; or "
+        f"addresses of such files: {ADDRESSES}.",
         show_default=False,
     ),
 ]
@@ -36,6 +44,7 @@ Threats = Annotated[
 SampleLimit = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
 Base = Annotated[
     Path | None,
+    CheckpointPlace(),
     typer.Option(
         help="Checkpoint whose statistics --buffers base copies; the common ancestor by default."
     ),
@@ -220,6 +229,7 @@ def expand(command: Command) -> Callable[..., int | None]:
     flat: dict[str, inspect.Parameter] = {}
     groups: dict[str, tuple[type, list[_Option]]] = {}
     wants_given: str | None = None
+    places: set[str] = set()
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         settings_type, fields = _split_annotation(parameter.annotation)
         if parameter.annotation is Given:
@@ -231,10 +241,13 @@ def expand(command: Command) -> Callable[..., int | None]:
                 flat.setdefault(option.name, option.parameter())
         else:
             flat[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            if _names_checkpoints(parameter.annotation):
+                places.add(name)
 
     def run_command(context: typer.Context, **values: Any) -> int | None:
         del values["debug"]  # read by run_command_line, before the words are parsed
         values = {name: _expand_home(value) for name, value in values.items()}
+        values |= {name: _copy_remote(values[name]) for name in places}
         arguments = {name: value for name, value in values.items() if name not in from_settings}
         for name, (settings_type, options) in groups.items():
             arguments[name] = _build_settings(settings_type, options, values)
@@ -256,6 +269,21 @@ def _expand_home(value: Any) -> Any:
     if isinstance(value, list):
         return [_expand_home(item) for item in value]
     return user_path(value) if isinstance(value, Path) else value
+
+
+def _names_checkpoints(annotation: Any) -> bool:
+    return any(isinstance(part, CheckpointPlace) for part in get_args(annotation))
+
+
+def _copy_remote(value: Any) -> Any:
+    """Replace the address of a checkpoint, or each of a list, by the path of its copy here."""
+    if isinstance(value, list):
+        return [_copy_remote(item) for item in value]
+    if not isinstance(value, Path) or ":/" not in value.as_posix():
+        return value
+    from robustsoup.cli.copying import copy_checkpoint
+
+    return copy_checkpoint(value)
 
 
 _COMMON = (

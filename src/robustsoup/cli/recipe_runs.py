@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from robustsoup.cli.copying import copy_checkpoint
 from robustsoup.cli.inputs import (
     download_checkpoint,
     download_data,
@@ -16,7 +17,7 @@ from robustsoup.cli.tables import print_results
 from robustsoup.cli.terminal import print_error, print_json
 from robustsoup.cli.user_code import import_named_module
 from robustsoup.files import check_writable
-from robustsoup.recipes import Recipe, with_files
+from robustsoup.recipes import Recipe, checkpoint_places, with_files
 from robustsoup.reports import write_report
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.cost import estimate_bytes, estimate_seconds
@@ -33,6 +34,8 @@ def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None
     import_named_module(recipe.model)
     download_data(recipe.data, data_root)
     recipe = with_files(recipe, lambda name: str(download_checkpoint(name, data_root).path))
+    for place in checkpoint_places(recipe):
+        copy_checkpoint(place)
     with Bar(f"reading {recipe.data}") as bar:
         prepared = prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
     print_notes(prepared.context.data, *prepared.planner.plan.files.values())

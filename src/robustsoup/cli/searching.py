@@ -9,6 +9,7 @@ from robustsoup.catalog import SOUP_METHODS
 from robustsoup.cli.options import (
     AllowLeakage,
     AsJson,
+    CheckpointPlace,
     DataOptions,
     Fields,
     Files,
@@ -82,6 +83,7 @@ def search_command(
 def landscape_command(
     first: Annotated[
         Path,
+        CheckpointPlace(),
         typer.Argument(
             metavar="W0",
             help="Checkpoint at the origin, such as the pre-trained network.",
@@ -89,10 +91,14 @@ def landscape_command(
         ),
     ],
     second: Annotated[
-        Path, typer.Argument(metavar="W1", help="Checkpoint off the x axis.", show_default=False)
+        Path,
+        CheckpointPlace(),
+        typer.Argument(metavar="W1", help="Checkpoint off the x axis.", show_default=False),
     ],
     third: Annotated[
-        Path, typer.Argument(metavar="W2", help="Checkpoint on the x axis.", show_default=False)
+        Path,
+        CheckpointPlace(),
+        typer.Argument(metavar="W2", help="Checkpoint on the x axis.", show_default=False),
     ],
     data: DataOptions,
     output: Annotated[Path, typer.Option("-o", help="Run folder: losses, figure, report.")],
@@ -142,7 +148,17 @@ def _recipe_content(
     *,
     allow_leakage: bool,
 ) -> dict[str, Any]:
-    """Return the entries that the recipes of both commands share, with absolute paths."""
+    """Return the entries that the recipes of both commands share.
+
+    Paths are absolute; a copy in the cache is named by its address, which other machines know too.
+    """
+    from robustsoup.checkpoints.remote import find_copy_of
+
+    copies = {key: find_copy_of(path) for key, path in checkpoints.items()}
+    places = {
+        key: str(checkpoints[key].absolute()) if copy is None else copy.address
+        for key, copy in copies.items()
+    }
     return {
         "name": name,
         "data": data.data,
@@ -153,7 +169,7 @@ def _recipe_content(
         "normalize": network.constants and list(network.constants),
         "key": network.key,
         "allow_leakage": allow_leakage,
-        "ingredients": {key: str(path.absolute()) for key, path in checkpoints.items()},
+        "ingredients": places,
     }
 
 

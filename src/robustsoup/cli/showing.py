@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustsoup.cli.options import AsJson
+from robustsoup.cli.options import ADDRESSES, AsJson, CheckpointPlace
 from robustsoup.cli.terminal import make_console, print_json, print_line, print_table
 from robustsoup.printable import make_printable
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def show_command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint or adapter folder.", show_default=False)
+        Path,
+        CheckpointPlace(),
+        typer.Argument(help=f"Checkpoint; or its address: {ADDRESSES}.", show_default=False),
     ],
     key: Annotated[
         str | None, typer.Option(help="Which weights to read, if the file holds several sets.")
@@ -47,6 +49,8 @@ def show_command(
 def _print_description(description: "Description") -> None:
     checkpoint = description.checkpoint
     print_line(f"{checkpoint.name}: sha256 of the weights {checkpoint.digest}")
+    if description.source:
+        print_line(f"copied from: {description.source}")
     print_line(f"network: {_describe_network(description)}")
     _print_tensors(description)
     make_console().print(_draw_tree(description.tree))

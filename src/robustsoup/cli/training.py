@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustsoup.cli.options import DataOptions, Fields, Given, NetworkOptions, RunOptions, Track
+from robustsoup.cli.options import (
+    CheckpointPlace,
+    DataOptions,
+    Fields,
+    Given,
+    NetworkOptions,
+    RunOptions,
+    Track,
+)
 from robustsoup.cli.terminal import print_error, print_line
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.settings import PRETRAIN_DEFAULTS, TrainSettings
@@ -29,7 +37,9 @@ def train_command(
     network: NetworkOptions,
     run: RunOptions,
     given: Given,
-    start: Annotated[Path | None, typer.Option("--from", help="Checkpoint to fine-tune.")] = None,
+    start: Annotated[
+        Path | None, CheckpointPlace(), typer.Option("--from", help="Checkpoint to fine-tune.")
+    ] = None,
     track: Track = None,
 ) -> None:
     """Train a network adversarially, or fine-tune a checkpoint.

@@ -41,7 +41,7 @@ def download(
     url: str,
     target: Path,
     *,
-    kind: FileKind,
+    kind: FileKind | None = None,
     advice: str,
     on_progress: DownloadProgress | None = None,
 ) -> None:
@@ -50,7 +50,8 @@ def download(
     Args:
         url: The address of the file.
         target: The file to write.
-        kind: The expected kind; detects a login or quota page sent instead of the file.
+        kind: The expected kind; detects a login or quota page sent instead of the file. None
+            accepts every content.
         advice: The end of the error message: what to do on failure.
         on_progress: Called after each block.
 
@@ -64,7 +65,9 @@ def download(
                 on_progress(file.tell(), total)
 
 
-def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[bytes, int | None]]:
+def _download_blocks(
+    url: str, kind: FileKind | None, advice: str
+) -> Iterator[tuple[bytes, int | None]]:
     """Yield (block, total bytes); every failure of the transfer is raised as a DownloadError."""
     done, total = 0, None
     try:
@@ -72,7 +75,7 @@ def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[by
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
             while block := response.read(DOWNLOAD_BLOCK_BYTES):
-                if not done and not block.startswith(kind.signatures):
+                if kind and not done and not block.startswith(kind.signatures):
                     got = response.headers.get_content_type()
                     raise DownloadError(
                         f"{url}: got {got} starting {block[:15]!r}, expected {kind.name}; {advice}"
@@ -94,4 +97,5 @@ def _download_blocks(url: str, kind: FileKind, advice: str) -> Iterator[tuple[by
     if total is not None and done < total:
         raise DownloadError(f"{url}: cut short: got {done} bytes, expected {total}; {advice}")
     if not done:
-        raise DownloadError(f"{url}: got 0 bytes, expected {kind.name}; {advice}")
+        expected = kind.name if kind else "a file"
+        raise DownloadError(f"{url}: got 0 bytes, expected {expected}; {advice}")

@@ -1,6 +1,11 @@
 """Recipes: TOML files, validated into settings."""
 
-from robustsoup.recipes.reading import load_recipe, parse_recipe, with_files
+from robustsoup.recipes.reading import (
+    checkpoint_places,
+    load_recipe,
+    parse_recipe,
+    with_files,
+)
 from robustsoup.recipes.recipe import Recipe, slug, threat_slug
 from robustsoup.recipes.sections import Figure, Ingredient, Plane, Soup, Training
 
@@ -11,6 +16,7 @@ __all__ = [
     "Recipe",
     "Soup",
     "Training",
+    "checkpoint_places",
     "load_recipe",
     "parse_recipe",
     "slug",

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from robustsoup.catalog import DATA_SOURCES
+from robustsoup.checkpoints.remote import remote_address
 from robustsoup.documents import parse_toml, read_toml
 from robustsoup.errors import RecipeError
 from robustsoup.paths import user_path
@@ -102,6 +103,12 @@ def with_files(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
     return _map_checkpoints(recipe, path_of)
 
 
+def checkpoint_places(recipe: Recipe) -> list[str]:
+    """Return the files and addresses of all checkpoints that a recipe names."""
+    places = [*(item.checkpoint for item in recipe.ingredients.values()), recipe.checkpoint]
+    return [place for place in places if place]
+
+
 def _read_extended(
     path: Path, extending: tuple[Path, ...], done: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
@@ -183,7 +190,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return str((folder / user_path(path)).resolve())
 
     def absolute_checkpoint(path: str | None) -> str | None:
-        return path if path is None or path.startswith(PUBLISHED_PREFIX) else absolute(path)
+        if path is None or path.startswith(PUBLISHED_PREFIX) or remote_address(path):
+            return path
+        return absolute(path)
 
     updates: dict[str, Any] = {}
     kind, colon, place = recipe.data.partition(":")

@@ -325,7 +325,9 @@ class Ingredient(Section):
     """
 
     checkpoint: str | None = Field(
-        None, description="A file, or robustbench:NAME; such an ingredient is not trained."
+        None,
+        description="A file, its address such as hf://ORG/NAME, or robustbench:NAME; such an "
+        "ingredient is not trained.",
     )
     checkpoint_every: int | None = Field(
         None,

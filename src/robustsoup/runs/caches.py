@@ -1,4 +1,4 @@
-"""The caches of this user: the store, decoded image folders, and digests of generated images."""
+"""The caches of this user: the store, decoded folders, digests, and copies of checkpoints."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustsoup.checkpoints.remote import copies_folder
 from robustsoup.data.decoded import decoded_folder
 from robustsoup.data.synthetic import digest_cache
 from robustsoup.errors import StorageError
@@ -13,7 +14,7 @@ from robustsoup.runs.locks import claim_unused_folder, hold_folder
 from robustsoup.runs.store import UNFINISHED, Store
 
 _STORE_ENTRY = re.compile(r"[0-9a-f]{2}/[0-9a-f]+(\.partial)?|" + UNFINISHED + r"/[0-9a-f]+\.pt")
-_CACHE_ENTRY = re.compile(r"([a-z]+-)?[0-9a-f]{32}(\.json)?")
+_CACHE_ENTRY = re.compile(r"([a-z]+-)?[0-9a-f]{32}(\.json|\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def list_caches() -> list[Cache]:
         Cache("steps", Store().root, _list_store_entries),
         Cache("decoded folders", decoded_folder(), _list_cache_entries),
         Cache("digests", digest_cache(), _list_cache_entries),
+        Cache("remote checkpoints", copies_folder(), _list_cache_entries),
     ]
 
 
@@ -60,6 +62,7 @@ def hold_caches() -> None:
     """Keep the caches from being pruned until this process ends, and tidy the store."""
     Store().hold()
     hold_folder(decoded_folder())
+    hold_folder(copies_folder())
 
 
 def _list_store_entries(folder: Path) -> Iterator[Path]:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.remote import find_copy_of
+from robustsoup.checkpoints.transfers import show_address
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.evaluation.attack_texts import describe_attack
@@ -131,11 +133,21 @@ class Description:
         recorded = self.checkpoint.provenance.get("network")
         return None if recorded is None else dict(recorded)
 
+    @property
+    def source(self) -> str | None:
+        """The address that the file was copied from, and its commit; None for other files."""
+        path = self.checkpoint.path
+        copy = None if path is None else find_copy_of(path)
+        if copy is None:
+            return None
+        return show_address(copy.address) + (f" at {copy.revision}" if copy.revision else "")
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able values."""
         checkpoint = self.checkpoint
         return {
             "file": checkpoint.name,
+            "source": self.source,
             "digest": checkpoint.digest,
             "network": self.network,
             "tensors": describe_tensors(checkpoint),

@@ -13,7 +13,7 @@ from robustsoup.evaluation.evaluate import check_above_chance
 from robustsoup.models import default_image_size
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
-from robustsoup.recipes import Recipe
+from robustsoup.recipes import Recipe, checkpoint_places
 from robustsoup.runs.choose import confirm_screened_soups, select_soup
 from robustsoup.runs.context import Context
 from robustsoup.runs.execute import Reporter, execute_plan
@@ -74,13 +74,11 @@ def prepare_run(
     """
     resolved = resolve_device(device)
     data = _load_all_data(recipe, data_root, on_progress)
-    candidates = [*(item.checkpoint for item in recipe.ingredients.values()), recipe.checkpoint]
-    paths = [path for path in candidates if path]
     network = resolve_network(
         recipe.model,
         normalize=recipe.normalize,
         data=data,
-        checkpoints=paths,
+        checkpoints=checkpoint_places(recipe),
         key=recipe.key,
     )
     context = Context(data, network, resolved, network_named=bool(recipe.model))
