@@ -19,6 +19,7 @@ ROOMS = (
     (
         "errors",
         "printable",
+        "display",
         "interruption",
         "seeding",
         "schema",

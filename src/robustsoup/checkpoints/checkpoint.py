@@ -17,6 +17,7 @@ from robustsoup.checkpoints.parameters import guess_parameters
 from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import local_path
 from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
+from robustsoup.display import html_table
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
@@ -29,6 +30,7 @@ from robustsoup.models import (
 )
 from robustsoup.models.network import channel_constants, file_names_of
 from robustsoup.paths import user_path
+from robustsoup.printable import make_printable
 from robustsoup.schema import describe_value
 
 NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
@@ -443,7 +445,32 @@ class Checkpoint:
         recorded = self._recorded_network
         network = "no recorded network" if recorded is None else recorded.spec
         name = self.path.name if self.path else "in memory"
-        return f"Checkpoint({name}: {len(self.tensors)} tensors, {count:,} numbers, {network})"
+        return make_printable(
+            f"Checkpoint({name}: {len(self.tensors)} tensors, {count:,} numbers, {network})"
+        )
+
+    def _repr_html_(self) -> str:
+        record = self.provenance
+        recorded = self._recorded_network
+        types = sorted(
+            {str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}
+        )
+        training, data = record.get("training") or {}, record.get("data") or {}
+        parents = [
+            parent.get("file") or parent["digest"][:12] for parent in record.get("parents", ())
+        ]
+        rows = {
+            "network": "not recorded" if recorded is None else recorded.spec,
+            "tensors": f"{len(self.tensors):,} ({', '.join(types)})",
+            "numbers": f"{sum(tensor.numel() for tensor in self.tensors.values()):,}",
+            "made from": ", ".join(parents),
+            "trained under": training.get("threat", ""),
+            "objective": training.get("objective", ""),
+            "data": data.get("name", ""),
+            "fitted on": ", ".join(record.get("trained_on", ())),
+        }
+        title = self.path.name if self.path else "Checkpoint in memory"
+        return html_table(title, (), (row for row in rows.items() if row[1]), self.notes)
 
 
 CheckpointLike: TypeAlias = Checkpoint | str | os.PathLike[str]

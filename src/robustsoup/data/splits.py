@@ -10,7 +10,9 @@ import torch
 
 from robustsoup.data.tensors import IMAGES_PER_CHUNK, as_labels, as_pixels
 from robustsoup.data.torch_datasets import class_names, read_dataset
+from robustsoup.display import html_table
 from robustsoup.errors import DataError
+from robustsoup.printable import make_printable
 from robustsoup.seeding import keyed_generator
 
 P = TypeVar("P")
@@ -58,7 +60,7 @@ class Augmentation:
     flip: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Split:
     """The train, val or test split of a data set, in memory or memory-mapped.
 
@@ -142,6 +144,17 @@ class Split:
             inferred=classes is None,
         )
 
+    def __repr__(self) -> str:
+        """Return one line: the source, the number and form of the images, and the classes."""
+        form = f"{_describe_shape(self)}, {self.classes} classes"
+        return make_printable(
+            f"Split({self.record['name']} {self.name}: {len(self):,} images, {form})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = ((self.name, f"{len(self):,}", _describe_shape(self), self.classes),)
+        return html_table(self.record["name"], _COLUMNS, rows, self.notes)
+
     def with_classes(self, classes: int) -> "Split":
         """Return the split with this many classes, if their number is inferred and smaller."""
         if not self.inferred or classes <= self.classes:
@@ -201,7 +214,7 @@ class Split:
             )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """A data set.
 
@@ -299,6 +312,22 @@ class Data:
         classes = class_names(dataset) if classes is None else classes
         return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)
 
+    def __repr__(self) -> str:
+        """Return one line: the splits, the form of the images and the classes."""
+        sizes = ", ".join(f"{split.name} {len(split):,}" for split in self._splits())
+        form = f"{_describe_shape(self.train)}, {self.train.classes} classes"
+        return make_printable(f"Data({self.name}: {sizes}; {form})")
+
+    def _repr_html_(self) -> str:
+        rows = (
+            (split.name, f"{len(split):,}", _describe_shape(split), split.classes)
+            for split in self._splits()
+        )
+        return html_table(self.name, _COLUMNS, rows, self.notes)
+
+    def _splits(self) -> tuple[Split, ...]:
+        return self.train, self.val, self.test
+
     def split(self, name: str) -> Split:
         """Return the split of that name.
 
@@ -326,13 +355,17 @@ class Data:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Samples:
     """Images, labels and ids as in Split, before they are assigned to a split."""
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+
+    def __repr__(self) -> str:
+        """Return one line: the number and form of the images."""
+        return f"Samples({len(self):,} images, {_describe_shape(self)})"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -355,6 +388,13 @@ class DataDescription:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation = Augmentation()
+
+
+_COLUMNS = ("split", "images", "channels x height x width", "classes")
+
+
+def _describe_shape(samples: Split | Samples) -> str:
+    return " x ".join(map(str, samples.images.shape[1:]))
 
 
 def hold_out(n: int, n_held_out: int, *key: str | int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ from robustsoup.diagnosis.rules import (
     list_tensor_differences,
 )
 from robustsoup.diagnosis.running_statistics import RunningStatistics, compare_running_statistics
+from robustsoup.display import html_table
 from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
@@ -37,7 +38,7 @@ from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.threats import ThreatModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Soupability:
     """The result of `check`.
 
@@ -66,6 +67,28 @@ class Soupability:
     samples: int | None
     cost: Cost
     findings: list[Finding]
+
+    def __repr__(self) -> str:
+        """Return one line: whether the checkpoints can be mixed."""
+        verdict = "can be mixed" if self.soupable else "cannot be mixed"
+        findings = f"{len(self.problems)} problems, {len(self.warnings)} warnings"
+        return f"Soupability({len(self.names)} checkpoints {verdict}: {findings})"
+
+    def _repr_html_(self) -> str:
+        verdict = "can be mixed" if self.soupable else "cannot be mixed"
+        threats = list(self.pairs[0].curves) if self.pairs else []
+        columns = ("first", "second", "distance", *(f"barrier, {threat}" for threat in threats))
+        rows = (
+            (
+                self.names[pair.a],
+                self.names[pair.b],
+                f"{pair.distance:.3g}",
+                *(f"{pair.curves[t].barrier:.3f}" if t in pair.curves else "-" for t in threats),
+            )
+            for pair in self.pairs
+        )
+        notes = (f"{kind}: {text}" for kind, text in self.findings)
+        return html_table(f"{len(self.names)} checkpoints {verdict}", columns, rows, notes)
 
     @property
     def problems(self) -> list[str]:

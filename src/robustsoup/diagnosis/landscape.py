@@ -22,6 +22,7 @@ from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
 from robustsoup.fingerprint import network_fingerprint
 from robustsoup.paths import user_path
+from robustsoup.printable import make_printable
 from robustsoup.progress import Progress, SavedState
 from robustsoup.schema import MisfitError, list_of, nullable, number, table, text
 from robustsoup.settings import LandscapeSettings
@@ -142,7 +143,7 @@ def plane_through(checkpoints: Sequence[Checkpoint]) -> WeightPlane:
     return WeightPlane(width, foot, height)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Landscape:
     """Losses and accuracies of the networks on a plane; rows go along y, columns along x.
 
@@ -179,6 +180,15 @@ class Landscape:
     buffers: str
     seed: int
     precision: str
+
+    def __repr__(self) -> str:
+        """Return one line: the checkpoints, the number of points and the range of the loss."""
+        finite = [value for row in self.loss for value in row if value is not None]
+        span = f"{min(finite):.3f} to {max(finite):.3f}" if finite else "not finite"
+        names, points = ", ".join(self.checkpoints), f"{len(self.y)} x {len(self.x)}"
+        return make_printable(
+            f"Landscape({names}: {points} points, loss under {self.threat} {span})"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the landscape atomically as one JSON file, with a digest of its content."""

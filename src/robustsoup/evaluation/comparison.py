@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy, Difference
 from robustsoup.evaluation.verdicts import UNION_KEY, Evaluation, Record
@@ -28,7 +29,7 @@ UPPER_BOUND_KEYS = ("screened", "stopped")
 """Keys of records whose robust accuracies are upper bounds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """How evaluation b differs from evaluation a on their n common samples.
 
@@ -41,6 +42,19 @@ class Comparison:
     rows: dict[str, Difference]
     n: int
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one line: the differences."""
+        rows = ", ".join(f"{name} {difference}" for name, difference in self.rows.items())
+        return f"Comparison({self.n} paired samples, b - a: {rows})"
+
+    def _repr_html_(self) -> str:
+        columns = ("", "a", "b", "b - a in points, 95 % interval")
+        rows = (
+            (name, f"{row.a.value:.1%}", f"{row.b.value:.1%}", row)
+            for name, row in self.rows.items()
+        )
+        return html_table(f"{self.n:,} paired samples", columns, rows, self.notes)
 
     def to_json(self) -> Record:
         """Return the differences with intervals and p-values, n and the notes, for json.dumps."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustsoup.arrays import read_arrays
+from robustsoup.display import html_table
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.intervals import Accuracy
@@ -20,6 +21,7 @@ from robustsoup.evaluation.record_checks import check_record
 from robustsoup.file_bytes import DamageError, digest_tensors
 from robustsoup.files import atomic_path, open_regular, write_text
 from robustsoup.paths import user_path
+from robustsoup.printable import make_printable
 from robustsoup.schema import MisfitError
 from robustsoup.stamp import is_stamped, stamp_record, unstamp_record
 from robustsoup.threats import ThreatModel
@@ -55,7 +57,7 @@ def parse_measure(text: str | ThreatModel) -> str:
     return str(text) if str(text) in (CLEAN_KEY, UNION_KEY) else str(ThreatModel.parse(text))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdicts:
     """The verdicts of an attack under one threat model on n samples.
 
@@ -77,6 +79,10 @@ class Verdicts:
     margin: Tensor
     x_adv: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """Return one line: how many samples are robust."""
+        return f"Verdicts({int(self.robust.sum())} of {len(self.robust)} samples robust)"
+
 
 class Accuracies(Mapping[str, Accuracy]):
     """Accuracies by measure: "clean", "union" (robust to every threat), or a threat model."""
@@ -97,11 +103,14 @@ class Accuracies(Mapping[str, Accuracy]):
         return len(self._accuracies)
 
     def __repr__(self) -> str:
-        """Return the accuracies as a dictionary."""
-        return repr(self._accuracies)
+        """Return the accuracies in one line."""
+        return ", ".join(f"{measure} {accuracy}" for measure, accuracy in self.items())
+
+    def _repr_html_(self) -> str:
+        return html_table("Accuracy in percent, 95 % interval", (), self.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Verdicts for n samples, and the record of how they were made.
 
@@ -143,6 +152,20 @@ class Evaluation:
     def warnings(self) -> list[str]:
         """Reasons to doubt the numbers."""
         return list(self.record.get("warnings", ()))
+
+    def __repr__(self) -> str:
+        """Return one line: the samples and the accuracies."""
+        return make_printable(f"Evaluation({self._describe_samples()}: {self.accuracy!r})")
+
+    def _repr_html_(self) -> str:
+        notes = (f"warning: {warning}" for warning in self.warnings)
+        rows = self.accuracy.items()
+        return html_table(f"Evaluation, {self._describe_samples()}", (), rows, notes)
+
+    def _describe_samples(self) -> str:
+        data, split = self.record.get("data", {}).get("name"), self.record.get("split")
+        source = " ".join(filter(None, (data, split)))
+        return f"{len(self.ids):,} samples" + (f" of {source}" if source else "")
 
     def after_each(self, threat: ThreatModel | str) -> dict[str, Accuracy]:
         """Return the accuracy that remains after each attempt of the attack, in order, by name."""

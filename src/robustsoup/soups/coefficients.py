@@ -17,6 +17,7 @@ from robustsoup.checkpoints.formats import (
     write_tensors,
 )
 from robustsoup.checkpoints.record import check_entries
+from robustsoup.display import html_table
 from robustsoup.errors import CoefficientError
 from robustsoup.paths import user_path
 from robustsoup.schema import MisfitError
@@ -27,7 +28,7 @@ SUM_TOLERANCE = 1e-6
 """Maximum difference between the sum of a row and 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coefficients:
     """The weights of n ingredients in a soup, for the whole network or for each layer.
 
@@ -76,6 +77,23 @@ class Coefficients:
             raise CoefficientError(
                 f"coefficients: got {alpha!r}, expected n numbers or rows by name: {error}"
             ) from None
+
+    def __repr__(self) -> str:
+        """Return one line: the row of the whole network, or the mean over the layers."""
+        shares = _format_row(self.alpha.mean(0).tolist())
+        if self.layers == (EVERY_LAYER,):
+            return f"Coefficients({shares})"
+        return f"Coefficients({len(self.layers)} layers, mean {shares})"
+
+    def _repr_html_(self) -> str:
+        whole = self.layers == (EVERY_LAYER,)
+        names = ["whole network"] if whole else self.layers
+        rows = (
+            (name, *(f"{share:.3f}" for share in row))
+            for name, row in zip(names, self.alpha.tolist(), strict=True)
+        )
+        columns = ("layer", *_name_columns(self.ingredients, self.alpha.shape[1]))
+        return html_table("Coefficients", columns, rows)
 
     def row(self, parameter: str) -> list[float]:
         """Return the n weights of a parameter.
@@ -158,7 +176,7 @@ class Coefficients:
         return cls(**_load_layered(path, "coefficients", "alpha"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dial:
     """A line of soups from t = 0 (robust) to t = 1 (clean): logits(t) = a + b (2t - 1) per layer.
 
@@ -181,6 +199,19 @@ class Dial:
     parameters: Mapping[str, str] = field(default_factory=dict)
     start: Tensor | None = None
     slopes: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Return one line: the mean coefficients at both ends."""
+        robust, clean = (_format_row(self.at(t).alpha.mean(0).tolist()) for t in (0, 1))
+        return f"Dial({len(self.layers)} layers, mean {robust} at t = 0, {clean} at t = 1)"
+
+    def _repr_html_(self) -> str:
+        rows = (
+            (f"t = {t:g}", *(f"{share:.3f}" for share in self.at(t).alpha.mean(0).tolist()))
+            for t in (0, 0.25, 0.5, 0.75, 1)
+        )
+        columns = ("mean over the layers", *_name_columns(self.ingredients, self.line.shape[-1]))
+        return html_table("Dial, from robust (t = 0) to clean (t = 1)", columns, rows)
 
     def at(self, t: float) -> Coefficients:
         """Return the coefficients at t.
@@ -356,6 +387,11 @@ def _check_layered(
             raise CoefficientError(f"{path}: {name}: got {tensor.dtype}, expected float64")
         if not is_finite(tensor):
             raise CoefficientError(f"{path}: {name} holds NaN or infinity")
+
+
+def _name_columns(digests: Sequence[str], n: int) -> list[str]:
+    """Return the beginnings of the ingredients' digests, or their numbers."""
+    return [digest[:12] for digest in digests] or [f"ingredient {i + 1}" for i in range(n)]
 
 
 def _format_row(row: Sequence[float]) -> str:

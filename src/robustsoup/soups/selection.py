@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, parse_measure
+from robustsoup.printable import make_printable
 from robustsoup.soups.grid import Alpha
 from robustsoup.threats import ThreatModel
 
@@ -19,7 +21,7 @@ Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
 """Requirements as callers write them: {"clean": 0.85} or ["clean>=0.85"]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Candidate:
     """An evaluated soup.
 
@@ -32,6 +34,14 @@ class Candidate:
     name: str
     alpha: Alpha
     evaluation: Evaluation
+
+    def __repr__(self) -> str:
+        """Return one line: the name and the accuracies."""
+        bounds = "" if self.confirmed else ", upper bounds"
+        return make_printable(f"Candidate({self.name}: {self.evaluation.accuracy!r}{bounds})")
+
+    def _repr_html_(self) -> str:
+        return tabulate_candidates(self.name, [self])
 
     @property
     def confirmed(self) -> bool:
@@ -204,7 +214,7 @@ class Goal:
         return [candidate for candidate in candidates if self.shortfall(candidate) == least]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """The chosen candidate.
 
@@ -222,6 +232,13 @@ class Selection:
     require: tuple[Requirement, ...]
     point: bool
 
+    def __repr__(self) -> str:
+        """Return one line: the message."""
+        return make_printable(f"Selection({self.message})")
+
+    def _repr_html_(self) -> str:
+        return tabulate_candidates(self.message, [self.best])
+
     @property
     def message(self) -> str:
         """One line that names the choice, or says that no candidate meets the requirements."""
@@ -236,6 +253,23 @@ class Selection:
             f"no candidate meets {requirements} by its {bound}; "
             f"the closest is {self.best.name} ({figures})"
         )
+
+
+def tabulate_candidates(title: str, candidates: Sequence[Candidate]) -> str:
+    """Return the accuracies of candidates as an HTML table for notebooks.
+
+    Args:
+        title: Caption.
+        candidates: At least one, all evaluated under the same measures.
+    """
+    measures = list(candidates[0].evaluation.accuracy)
+    rows = (
+        (item.name, *(str(item.evaluation.accuracy[measure]) for measure in measures))
+        for item in candidates
+    )
+    bounds = [item.name for item in candidates if not item.confirmed]
+    notes = [f"upper bounds: {', '.join(bounds)}"] if bounds else []
+    return html_table(title, ("soup", *measures), rows, notes)
 
 
 def select(
