@@ -94,9 +94,10 @@ test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n 2 --ignore tests/docs
 
 # Tests with the real timm, transformers, torchvision and robustbench, in an environment of its own:
-# torchvision must fit PyTorch to the version, and robustbench asks for another timm.
+# torchvision must fit PyTorch to the version, and robustbench asks for another timm. The notebooks
+# of examples/ run there too.
 test-extras: $(EXTRAS)/.installed
-	$(EXTRAS)/bin/pytest -m extras
+	$(EXTRAS)/bin/pytest -n 2 -m extras
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robustsoup needs Python 3.11 or later: make PYTHON=python3.12")'
@@ -118,7 +119,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 $(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	$(PYTHON) -m venv --clear $(EXTRAS)
-	$(EXTRAS)/bin/pip install --quiet -c constraints.txt -c constraints-extras.txt -e '.[test,timm,hf,torchvision,tensorboard,datasets,webdataset]' torchdiffeq geotorch pandas gdown setuptools
+	$(EXTRAS)/bin/pip install --quiet -c constraints.txt -c constraints-extras.txt -e '.[test,timm,hf,torchvision,tensorboard,datasets,webdataset,notebooks]' torchdiffeq geotorch pandas gdown setuptools
 	$(EXTRAS)/bin/pip install --quiet -c constraints.txt --no-deps robustbench
 	touch $@
 

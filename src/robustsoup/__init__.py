@@ -12,8 +12,9 @@ PyTorch by itself.
 
 import importlib
 
-# Importing `typing` takes as long as all else before the command line handles signals.
-TYPE_CHECKING = False
+# Importing `typing` takes as long as all else before the command line handles signals. Type
+# checkers know the name; jedi, which completes names in notebooks, skips the block of a literal.
+TYPE_CHECKING = bool()  # noqa: UP018
 if TYPE_CHECKING:
     from robustsoup.attacks import apgd, apgd_train, pgd, square
     from robustsoup.checkpoints.checkpoint import Checkpoint

@@ -15,10 +15,14 @@ from robustsoup.errors import DataError
 
 @pytest.fixture
 def datasets(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library = pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    # Both read the environment when they are imported; other tests use a hub on this machine.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
     library.disable_progress_bars()
     with warnings.catch_warnings():
