@@ -103,7 +103,11 @@ class Accuracies(Mapping[str, Accuracy]):
         return len(self._accuracies)
 
     def __repr__(self) -> str:
-        """Return the accuracies in one line."""
+        """Return the accuracies as a dictionary."""
+        return repr(self._accuracies)
+
+    def __str__(self) -> str:
+        """Return the accuracies in one line, in percent."""
         return ", ".join(f"{measure} {accuracy}" for measure, accuracy in self.items())
 
     def _repr_html_(self) -> str:
@@ -155,7 +159,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         """Return one line: the samples and the accuracies."""
-        return make_printable(f"Evaluation({self._describe_samples()}: {self.accuracy!r})")
+        return make_printable(f"Evaluation({self._describe_samples()}: {self.accuracy})")
 
     def _repr_html_(self) -> str:
         notes = (f"warning: {warning}" for warning in self.warnings)

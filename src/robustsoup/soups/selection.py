@@ -38,7 +38,7 @@ class Candidate:
     def __repr__(self) -> str:
         """Return one line: the name and the accuracies."""
         bounds = "" if self.confirmed else ", upper bounds"
-        return make_printable(f"Candidate({self.name}: {self.evaluation.accuracy!r}{bounds})")
+        return make_printable(f"Candidate({self.name}: {self.evaluation.accuracy}{bounds})")
 
     def _repr_html_(self) -> str:
         return tabulate_candidates(self.name, [self])
