@@ -1,4 +1,4 @@
-"""A report whose names are hostile, in a real browser: no script runs and no request leaves.
+"""A report and cards whose names are hostile, in a real browser: no script runs, nothing is loaded.
 
 Skipped where no Chromium is found. The browser's requests go to a proxy that notes and refuses
 them.
@@ -10,9 +10,15 @@ import re
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 from synthetic_results import add_dial_and_greedy, make_results, write_and_read_report
+
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.reports.card import Card, render_card
+from robustsoup.runs.description import Ancestor, Judgement
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="requires Chromium")
@@ -123,6 +129,16 @@ def put_everywhere(results, name):
     return results
 
 
+def make_card(name):
+    """Make a card whose every text is a hostile name."""
+    parent = Ancestor(name, "1" * 64, 0.5, name)
+    tree = Ancestor(name, "0" * 64, None, name, (parent, parent))
+    judgement = Judgement(
+        Path("a.json"), name, name, name, {name: Accuracy(1, 2)}, (name,), (name,)
+    )
+    return Card(name, name, name, tree, (judgement,), (name,), warnings=(name,), sources=(name,))
+
+
 @needs_browser
 def test_the_browser_runs_scripts_and_asks_the_proxy(tmp_path):
     """Without this the other test could not fail."""
@@ -144,6 +160,24 @@ def test_hostile_names_run_no_script_and_load_nothing(tmp_path, tally_of):
         results["figures"] = ["tradeoff", "coefficients"] if number % 6 == 0 else []
         write_and_read_report(folder, put_everywhere(results, payload))
         ran, asked = open_page(folder / "report.html", tmp_path / "profile")
+        tally.count()
+        if ran:
+            tally.lost.append(f"a script ran: {payload}")
+        if asked:
+            tally.silent.append(f"asked for {asked}: {payload}")
+    tally.check()
+
+
+@needs_browser
+def test_hostile_names_in_a_card_are_only_text(tmp_path, tally_of):
+    """Render cards by a renderer that passes HTML on, as the strictest test of the escapes."""
+    tally = tally_of("hostile names in a card, in Chromium")
+    render = MarkdownIt("commonmark", {"html": True}).enable("table").render
+    page = tmp_path / "card.html"
+    for payload in (*PAYLOADS, " ".join(PAYLOADS)):
+        body = render_card(make_card(payload))
+        page.write_text(f"<html><body>{render(body)}</body></html>", encoding="utf-8")
+        ran, asked = open_page(page, tmp_path / "profile")
         tally.count()
         if ran:
             tally.lost.append(f"a script ran: {payload}")

@@ -6,7 +6,9 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, soup_ending
 from robustsoup.files import remove_file
 from robustsoup.reports import draw_dial, draw_learned, save_plot, write_coefficient_csv
+from robustsoup.reports.card import CARD, is_own_card, make_card, write_card
 from robustsoup.runs.context import Context
+from robustsoup.runs.description import describe_checkpoint
 from robustsoup.settings import LearnSettings
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.mixing import mix
@@ -42,7 +44,7 @@ class LearnedFolder:
         base: Path | None,
         settings: LearnSettings,
     ) -> list[str]:
-        """Write coefficients, soup, table and figure, or a dial and its figure.
+        """Write coefficients, soup, card, table and figure, or a dial and its figure.
 
         Args:
             learned: What `learn` or `learn_dial` returned.
@@ -76,6 +78,7 @@ class LearnedFolder:
         for name in sorted(soup_names):
             soup.save(self.path / name)
         write_coefficient_csv(learned, self.names, self.path / "coefficients.csv")
+        write_card(make_card(describe_checkpoint(self.path / "soup.safetensors")), self.path)
         save_plot(draw_learned(learned, self.names, "coefficients by layer"), self.path)
 
     def _write_dial(self, dial: Dial) -> list[str]:
@@ -91,6 +94,8 @@ class LearnedFolder:
         ]
 
     def _remove_others(self, written: set[str]) -> None:
+        if is_own_card(self.path / CARD):
+            remove_file(self.path / CARD)
         for name in FILES:
             if name not in written:
                 remove_file(self.path / name)

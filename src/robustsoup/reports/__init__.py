@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from robustsoup.errors import RequestError
 from robustsoup.files import remove_file, write_text
 from robustsoup.paths import user_path
+from robustsoup.reports.card import CARD, write_run_card
 from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
 from robustsoup.reports.curves import draw_curves
 from robustsoup.reports.lines import draw_lines
@@ -50,12 +51,13 @@ _FIGURE_FILE = re.compile(rf"({'|'.join(FIGURES)})(-\d+)?\.(png|svg|pdf)")
 
 
 def write_report(folder: Path) -> Path:
-    """Draw the figures that folder/results.json requests, and write folder/report.html.
+    """Draw the figures that folder/results.json requests; write folder/report.html and the card.
 
     Each figure is saved in folder/figures as .png (200 dpi), .svg and .pdf, and the coefficients of
     each soup with a coefficients file in folder/coefficients as .csv. Figures that do not apply are
-    left out, and the report states the reason. Requires no display and no network access, and
-    leaves matplotlib's settings unchanged.
+    left out, and the report states the reason. README.md is the card of the chosen soup; a card
+    that was edited stays. Requires no display and no network access, and leaves matplotlib's
+    settings unchanged.
 
     Args:
         folder: A folder that `robustsoup run` wrote.
@@ -88,6 +90,8 @@ def write_report(folder: Path) -> Path:
         )
         for plot in plots
     ]
+    if reason := write_run_card(run.results, folder):
+        left_out.append((CARD, reason))
     target = folder / "report.html"
     write_text(target, render_report(run.results, figures, left_out))
     return target

@@ -1,0 +1,399 @@
+"""The model card: README.md beside a checkpoint, in the form of the Hugging Face Hub.
+
+It holds measured figures alone, and leaves the licence to whoever publishes the weights.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from robustsoup.errors import CheckpointError, RobustsoupError
+from robustsoup.files import read_regular, remove_file, write_text
+from robustsoup.reports.markup import (
+    YamlValue,
+    escape_markdown,
+    make_table,
+    quote_code,
+    render_yaml,
+)
+from robustsoup.reports.measures import choose_split
+from robustsoup.runs.description import Ancestor, Description, Judgement, describe_checkpoint
+from robustsoup.runs.results import ResultRow, Results
+
+CARD = "README.md"
+MAX_CARD_BYTES = 2**20
+TAGS = ("robustsoup", "model-soup", "merge", "adversarial-robustness", "image-classification")
+SPLIT_ORDER = ("test", "val", "train")
+
+_SEAL = re.compile(r"\n<!-- robustsoup card, sha256 ([0-9a-f]{64}) -->\n\Z")
+_HUB_REPO = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:[@/].*)?", re.ASCII)
+
+LIMITS = """\
+- The robust accuracies hold for these threat models, these images and these attacks. An attack that
+  adapts to the network may break more; nothing here is a certificate.
+- Accuracies on the split that chose the soup are slightly too high; those on another split are not.
+- Other data, corruptions and threat models were not measured unless a line above says so.
+"""
+LICENCE = """\
+Not stated: it follows from the licences of the ingredients and of their data. Whoever publishes the
+weights adds `license:` to the header.
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Attributes:
+        title: Name of the checkpoint.
+        file: Name of its file.
+        network: The recorded network in words; None if it is not recorded.
+        tree: The checkpoint and what it was made of.
+        judgements: Its evaluations.
+        choice: How a run chose it, in sentences.
+        beside: Rows of its ingredients with their accuracies on the split `beside_split`.
+        beside_split: The split of `beside`.
+        warnings: Why figures are doubtful.
+        sources: Repositories of the hub that ingredients came from.
+        versions: Versions and device of the run.
+    """
+
+    title: str
+    file: str
+    network: str | None
+    tree: Ancestor
+    judgements: tuple[Judgement, ...]
+    choice: tuple[str, ...] = ()
+    beside: tuple[ResultRow, ...] = ()
+    beside_split: str = ""
+    warnings: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    versions: dict[str, object] = field(default_factory=dict)
+
+
+def write_run_card(results: Results, folder: Path) -> str | None:
+    """Write the card of a run's soup into its folder, unless the card there was edited.
+
+    Args:
+        results: The results of the run.
+        folder: The run folder.
+
+    Returns:
+        Why no card was written; None if it was.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    if results.soup is None or results.selection is None:
+        if is_own_card(folder / CARD):
+            remove_file(folder / CARD)
+        return None
+    try:
+        card = _make_run_card(results, folder)
+    except (RobustsoupError, StopIteration) as error:
+        return f"the soup cannot be read: {error}"
+    return write_card(card, folder)
+
+
+def write_card(card: Card, folder: Path) -> str | None:
+    """Write a card into a folder, unless the card there was edited; return as `write_run_card`."""
+    target = folder / CARD
+    if target.exists() and not is_own_card(target):
+        return f"{CARD} was edited and stays as it is; remove it to get a new one"
+    write_text(target, render_card(card))
+    return None
+
+
+def is_own_card(path: Path) -> bool:
+    """Return whether a file is a card as this program wrote it."""
+    try:
+        text = read_regular(path, MAX_CARD_BYTES).decode()
+    except (OSError, UnicodeDecodeError):
+        return False
+    seal = _SEAL.search(text)
+    return seal is not None and _digest(text[: seal.start()]) == seal[1]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_card(description: Description) -> Card:
+    """Return the card of a checkpoint: its record, and the evaluations beside it."""
+    name = Path(description.checkpoint.name)
+    return Card(
+        title=name.name.partition(".")[0],
+        file=name.name,
+        network=_describe_network(description),
+        tree=description.tree,
+        judgements=_in_order(description.judgements),
+        warnings=_list_warnings(description.judgements),
+    )
+
+
+def _make_run_card(results: Results, folder: Path) -> Card:
+    """Return the card of the chosen soup.
+
+    Raises:
+        CheckpointError: Its file cannot be read.
+        StopIteration: The results lack its row.
+    """
+    selection, soup = results.selection, results.soup
+    if selection is None or soup is None or Path(soup).name != soup:
+        raise CheckpointError(f"{folder}: no soup was chosen")
+    row = results.row(selection.chosen)
+    # A soup in the format of another program has no record; that of the run's own file has one.
+    own = folder / "checkpoints" / Path(row.checkpoint).name if row.checkpoint else folder / soup
+    description = describe_checkpoint(own)
+    judged = [
+        item
+        for item in description.judgements
+        if item.path.name in (f"{row.name}.{split}.json" for split in ("val", "test"))
+    ]
+    ingredients = [
+        item for item in results.rows if item.role == "ingredient" and item.name in _names(row)
+    ]
+    split = choose_split(ingredients, results.protocol)
+    return Card(
+        title=results.name,
+        file=soup,
+        network=_describe_network(description),
+        tree=description.tree,
+        judgements=_in_order(judged),
+        choice=tuple(_describe_choice(results)),
+        beside=tuple(item for item in ingredients if item.scores(split)),
+        beside_split=split,
+        warnings=(*_list_warnings(judged), *_list_run_warnings(results)),
+        sources=_list_sources(results),
+        versions=dict(results.versions),
+    )
+
+
+def _names(row: ResultRow) -> Sequence[str]:
+    return row.ingredients or ()
+
+
+def _describe_network(description: Description) -> str | None:
+    network = description.network
+    if network is None:
+        return None
+    return f"{network['spec']}, classes {network['classes']}, channels {network['channels']}"
+
+
+def _in_order(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
+    """Return the evaluations, those on test first."""
+
+    def place(item: Judgement) -> int:
+        return SPLIT_ORDER.index(item.split) if item.split in SPLIT_ORDER else len(SPLIT_ORDER)
+
+    return tuple(sorted(judgements, key=place))
+
+
+def _list_warnings(judgements: Sequence[Judgement]) -> tuple[str, ...]:
+    return tuple(f"{item.split}: {text}" for item in judgements for text in item.warnings)
+
+
+def _list_run_warnings(results: Results) -> Iterator[str]:
+    """Yield what a run found about the samples, and whether the requirement held."""
+    if results.leakage is None or results.leakage.status != "known":
+        why = results.leakage.why if results.leakage else "no record"
+        status = results.leakage.status if results.leakage else "unknown"
+        yield f"samples seen in training, {status}: {why}"
+    for overlap in results.duplicates:
+        yield "duplicates: " + ", ".join(f"{key} {value}" for key, value in overlap.items())
+    if results.protocol.select_on == results.protocol.report_on:
+        yield f"selected and reported on the same split, {results.protocol.report_on}"
+    if results.selection and results.selection.held_on_test is False:
+        yield "the requirement does not hold on test"
+
+
+def _describe_choice(results: Results) -> Iterator[str]:
+    selection, protocol = results.selection, results.protocol
+    if selection is None:
+        return
+    required = " and ".join(selection.require)
+    yield (
+        f"Chosen on {protocol.select_on} as the soup with the best {selection.maximise}"
+        + (f" among those with {required}" if required else "")
+        + f": {selection.chosen}."
+    )
+    if required:
+        how = "by its estimate" if selection.point else "at the lower end of its 95 % interval"
+        yield f"The requirement is {'met' if selection.met else 'NOT met'} {how}."
+
+
+def _list_sources(results: Results) -> tuple[str, ...]:
+    """Return the hub's repositories that a recipe took ingredients from, each once."""
+    ingredients = results.recipe.get("ingredients")
+    tables = list(ingredients.values()) if isinstance(ingredients, dict) else []
+    places = [table.get("checkpoint") for table in tables if isinstance(table, dict)]
+    found = [_HUB_REPO.fullmatch(place) for place in places if isinstance(place, str)]
+    return tuple(dict.fromkeys(match[1] for match in found if match))
+
+
+def render_card(card: Card) -> str:
+    """Return the text of a card; equal cards give equal text."""
+    body = [
+        "---",
+        *render_yaml(_make_header(card)),
+        "---",
+        "",
+        f"# {escape_markdown(card.title)}",
+        "",
+        *_render_summary(card),
+        *_render_ingredients(card),
+        *_render_results(card),
+        *_render_list("Warnings", card.warnings or ("None was recorded.",)),
+        "## Limits",
+        "",
+        LIMITS,
+        *_render_use(card),
+        "## Licence",
+        "",
+        LICENCE,
+    ]
+    text = "\n".join(body)
+    return f"{text}\n<!-- robustsoup card, sha256 {_digest(text)} -->\n"
+
+
+def _make_header(card: Card) -> dict[str, YamlValue]:
+    header: dict[str, YamlValue] = {
+        "library_name": "robustsoup",
+        "pipeline_tag": "image-classification",
+        "tags": list(TAGS),
+    }
+    if card.sources:
+        header |= {"base_model": list(card.sources), "base_model_relation": "merge"}
+    if card.judgements:
+        results: list[YamlValue] = [_make_result(item) for item in card.judgements]
+        header["model-index"] = [{"name": card.title, "results": results}]
+    return header
+
+
+def _make_result(judgement: Judgement) -> dict[str, YamlValue]:
+    metrics: list[YamlValue] = [
+        {
+            "type": "accuracy",
+            "name": _name_measure(measure, judgement.attack),
+            "value": accuracy.value,
+            "args": {
+                "hits": accuracy.hits,
+                "n": accuracy.n,
+                "low": accuracy.low,
+                "high": accuracy.high,
+                "interval": "95 % Wilson",
+            },
+        }
+        for measure, accuracy in judgement.accuracy.items()
+    ]
+    return {
+        "task": {"type": "image-classification", "name": "Image classification"},
+        "dataset": {
+            "name": f"{judgement.data} ({judgement.split})",
+            "type": judgement.data,
+            "split": judgement.split,
+        },
+        "metrics": metrics,
+    }
+
+
+def _name_measure(measure: str, attack: str) -> str:
+    if measure == "clean":
+        return "clean accuracy"
+    return f"accuracy under {'all threat models' if measure == 'union' else measure}, {attack}"
+
+
+def _render_summary(card: Card) -> list[str]:
+    network = "a network that is not recorded" if card.network is None else quote_code(card.network)
+    count = len(card.tree.parents)
+    made = (
+        f"One checkpoint of {network}, mixed from {count} fine-tuned checkpoints of that network "
+        "by robustsoup. It takes the time and memory of one of them."
+        if count > 1
+        else f"One checkpoint of {network}."
+    )
+    lines = [made, "", f"- made: {escape_markdown(card.tree.made or 'no record')}"]
+    origins = {(item.digest, item.name) for parent in card.tree.parents for item in parent.parents}
+    lines += [
+        f"- fine-tuned from: {quote_code(name)}, sha256 of the weights {quote_code(digest)}"
+        for digest, name in sorted(origins)
+    ]
+    lines.append(f"- sha256 of the weights: `{card.tree.digest}`")
+    lines += [f"- {escape_markdown(text)}" for text in card.choice]
+    if card.versions:
+        pairs = ", ".join(f"{name} {value}" for name, value in card.versions.items())
+        lines.append(f"- made with: {escape_markdown(pairs)}")
+    return [*lines, ""]
+
+
+def _render_ingredients(card: Card) -> list[str]:
+    if not card.tree.parents:
+        return []
+    rows = [
+        (
+            quote_code(parent.name),
+            "–" if parent.coefficient is None else f"{parent.coefficient:.3g}",
+            escape_markdown(parent.made or "not recorded here"),
+            quote_code(parent.digest),
+        )
+        for parent in card.tree.parents
+    ]
+    title = "Ingredients" if len(rows) > 1 else "Made from"
+    columns = ("checkpoint", "coefficient", "how it was made", "sha256 of the weights")
+    return [f"## {title}", "", *make_table(columns, rows), ""]
+
+
+def _render_results(card: Card) -> list[str]:
+    lines = ["## Results", ""]
+    if not card.judgements:
+        return [*lines, "These weights were not evaluated where this card was written.", ""]
+    rows = [
+        (
+            escape_markdown(item.split),
+            escape_markdown(measure),
+            f"{accuracy.value:.1%}",
+            f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}] %",
+            str(accuracy.n),
+        )
+        for item in card.judgements
+        for measure, accuracy in item.accuracy.items()
+    ]
+    lines += [*make_table(("split", "measure", "accuracy", "95 % Wilson interval", "n"), rows), ""]
+    protocols = [f"{item.split} of {item.data}: {item.attack}" for item in card.judgements]
+    lines += [f"- {escape_markdown(text)}" for text in dict.fromkeys(protocols)]
+    lines += ["", *_render_beside(card)]
+    masking = [f"{item.split}, {text}" for item in card.judgements for text in item.masking_check]
+    return lines + (_render_list("Masking check", masking) if masking else [])
+
+
+def _render_beside(card: Card) -> list[str]:
+    """Return a table of the ingredients' accuracies, where a run measured them."""
+    scores = {row.name: row.scores(card.beside_split) or {} for row in card.beside}
+    if not scores:
+        return []
+    measures = list(next(iter(scores.values())))
+    rows = [
+        (quote_code(name), *(str(own.get(measure, "–")) for measure in measures))
+        for name, own in scores.items()
+    ]
+    columns = ("ingredient", *(escape_markdown(measure) for measure in measures))
+    title = f"The ingredients on {escape_markdown(card.beside_split)}:"
+    return [title, "", *make_table(columns, rows), ""]
+
+
+def _render_list(title: str, texts: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *(f"- {escape_markdown(text)}" for text in texts), ""]
+
+
+def _render_use(card: Card) -> list[str]:
+    if not card.file.endswith(".safetensors"):
+        text = f"{quote_code(card.file)} loads with the code that loads the ingredients."
+        return ["## Use", "", text, ""]
+    file = json.dumps(card.file)
+    lines = ["import robustsoup as rs", "", f"network = rs.Checkpoint.load({file}).network()"]
+    if card.network is None:
+        lines[-1] = f'network = rs.Checkpoint.load({file}).network("package.module:factory")'
+    return ["## Use", "", "```python", *lines, "```", ""]

@@ -1,0 +1,159 @@
+"""The model card: what it says, and that names of strangers are only text in it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.printable import make_printable
+from robustsoup.reports.card import CARD, Card, is_own_card, make_card, render_card, write_card
+from robustsoup.reports.markup import escape_markdown, hide_folders, quote_code
+from robustsoup.runs.description import Ancestor, Judgement, describe_checkpoint
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "![x](http://hostile.invalid/i.png) [y](javascript:alert(1)) <http://hostile.invalid>",
+    "http://hostile.invalid www.hostile.invalid me@hostile.invalid",
+    "a | b | c",
+    "`` ` ``` code",
+    "# heading\n- list\n\n---\nlicense: mit\n---\n<b>bold</b>",
+    "*emphasis* __strong__ ~~gone~~ &lt; &#60; \\< $x$",
+    '": {"x": 1}, \'[!',
+    "\x1b[31m\u202e\ud800 ends",
+    "<!-- comment --> <details open ontoggle=alert(1)>",
+)
+
+
+def read_header(text):
+    yaml = pytest.importorskip("yaml")
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("\n---\n")[0])
+
+
+def make(name="plain", accuracy=None):
+    """Make a card whose every text is `name`."""
+    parents = [Ancestor(name, "1" * 64, 0.25, name), Ancestor(name, "2" * 64, 0.75, name)]
+    tree = Ancestor(name, "0" * 64, None, name, tuple(parents))
+    scores = accuracy or {"clean": Accuracy(9, 10), name: Accuracy(4, 10)}
+    judgement = Judgement(Path("a.json"), name, name, name, scores, (name,), (name,))
+    return Card(
+        title=name,
+        file=f"{name}.safetensors",
+        network=name,
+        tree=tree,
+        judgements=(judgement,),
+        choice=(name,),
+        warnings=(name,),
+        sources=(name,),
+        versions={"torch": name},
+    )
+
+
+def test_the_header_holds_the_measured_figures():
+    header = read_header(render_card(make("Linf 8/255")))
+    (model,) = header["model-index"]
+    (result,) = model["results"]
+    clean, robust = result["metrics"]
+    assert (clean["name"], clean["value"]) == ("clean accuracy", 0.9)
+    assert (robust["args"]["hits"], robust["args"]["n"]) == (4, 10)
+    accuracy = Accuracy(4, 10)
+    assert (robust["args"]["low"], robust["args"]["high"]) == (accuracy.low, accuracy.high)
+    assert "license" not in header
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_strangers_are_only_text(name):
+    text = render_card(make(name))
+    header = read_header(text)
+    assert set(header) == {
+        "library_name",
+        "pipeline_tag",
+        "tags",
+        "base_model",
+        "base_model_relation",
+        "model-index",
+    }
+    assert header["model-index"][0]["name"] == make_printable(name)
+    body = text.split("\n---\n", 1)[1]
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
+    found = [token for block in tokens for token in (block, *(block.children or ()))]
+    kinds = [token.type for token in found]
+    html = [token.content for token in found if token.type.startswith("html")]
+    assert [item.startswith("<!-- robustsoup card") for item in html] == [True]
+    assert not {"image", "link_open", "em_open", "strong_open"} & set(kinds)
+    headings = [
+        found[number + 1].content
+        for number, token in enumerate(found)
+        if token.type == "heading_open" and token.tag == "h2"
+    ]
+    assert headings == [
+        "Ingredients",
+        "Results",
+        "Masking check",
+        "Warnings",
+        "Limits",
+        "Use",
+        "Licence",
+    ]
+    plain = MarkdownIt("commonmark").enable("table").parse(render_card(make()).split("---\n", 2)[2])
+    assert kinds.count("td_open") == sum(token.type == "td_open" for token in plain)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_escaped_text_reads_as_it_was(name):
+    shown = make_printable(name)
+    render = MarkdownIt("commonmark", {"html": True})
+    (paragraph,) = [t for t in render.parse(f"x {escape_markdown(name)} x") if t.children]
+    assert "".join(token.content for token in paragraph.children) == f"x {shown} x"
+    (paragraph,) = [t for t in render.parse(f"x {quote_code(name)} x") if t.children]
+    codes = [token.content for token in paragraph.children if token.type == "code_inline"]
+    assert codes == [shown.replace("|", "\\|")]
+
+
+def test_absolute_paths_are_file_names():
+    assert hide_folders("/home/me/runs/low.pth: was trained") == "low.pth: was trained"
+    assert hide_folders("folder:/data/me/birds, Linf 8/255") == "folder:birds, Linf 8/255"
+    assert hide_folders(r"C:\users\me\low.pth is") == "low.pth is"
+    for kept in ("Linf 8/255", "hf:org/name", "hf://org/name/file", "runs/low.pth", "a / b"):
+        assert hide_folders(kept) == kept
+
+
+def test_an_edited_card_stays(tmp_path):
+    card = make()
+    assert write_card(card, tmp_path) is None
+    first = (tmp_path / CARD).read_text(encoding="utf-8")
+    other = dataclasses.replace(card, title="other")
+    assert write_card(other, tmp_path) is None
+    assert "# other" in (tmp_path / CARD).read_text(encoding="utf-8")
+    edited = first.replace("---\n", "---\nlicense: mit\n", 1)
+    (tmp_path / CARD).write_text(edited, encoding="utf-8")
+    assert not is_own_card(tmp_path / CARD)
+    assert "was edited" in write_card(other, tmp_path)
+    assert (tmp_path / CARD).read_text(encoding="utf-8") == edited
+
+
+def test_the_card_of_a_checkpoint_without_a_record(tmp_path):
+    file = Checkpoint({"w": torch.ones(2)}).save(tmp_path / "w.pth")
+    text = render_card(make_card(describe_checkpoint(file)))
+    assert "model-index" not in read_header(text)
+    assert "were not evaluated" in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.extras
+def test_the_hub_reads_the_card(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(render_card(make("Linf 8/255")), ignore_metadata_errors=False)
+    clean, robust = card.data.eval_results
+    assert (clean.metric_value, robust.metric_value) == (0.9, 0.4)
+    assert robust.metric_args["n"] == 10
+    assert (robust.dataset_type, robust.dataset_split) == ("Linf 8/255", "Linf 8/255")
+    assert card.data.pipeline_tag == "image-classification"
+    for name in HOSTILE:
+        read = hub.ModelCard(render_card(make(name)), ignore_metadata_errors=False)
+        assert read.data.model_name == make_printable(name)
+        assert read.data.license is None
