@@ -65,10 +65,11 @@ def attack_every_soup(
 
 def search_both_ways(
     task: Workload, ingredients: list[rs.Checkpoint], split: Split, steps: int
-) -> tuple[dict[str, list[rs.Candidate]], dict[str, float]]:
+) -> tuple[dict[str, tuple[rs.Candidate, ...]], dict[str, float]]:
     """Search with screening, for the front and for one choice; return candidates and seconds."""
     choice = {"maximise": task.threat, "require": [f"clean>={REQUIRED_CLEAN}"], "point": True}
-    searches, seconds = {}, {}
+    searches: dict[str, tuple[rs.Candidate, ...]] = {}
+    seconds: dict[str, float] = {}
     for mode, extra in (("front", {}), ("choice", choice)):
         started = time.perf_counter()
         searches[mode] = rs.search(
@@ -80,7 +81,7 @@ def search_both_ways(
             screen=True,
             allow_leakage=True,
             **extra,
-        )
+        ).candidates
         seconds[mode] = time.perf_counter() - started
         confirmed = sum(candidate.confirmed for candidate in searches[mode])
         print(

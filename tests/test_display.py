@@ -11,6 +11,8 @@ import robustsoup as rs
 from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.display import MAX_ROWS, html_table
 from robustsoup.evaluation.verdicts import Verdicts
+from robustsoup.soups.explanation import Explained, explain
+from robustsoup.soups.search import SearchResult
 
 NASTY = "<script>alert('x')</script>\n\u202e&amp;"
 
@@ -45,6 +47,10 @@ def shown():
     record = {"data": {"name": NASTY, "digest": "d"}, "split": "val", "samples": 200}
     first = candidate(NASTY, 180, 90, 80, **record)
     second = candidate("b", 170, 100, 60, screened=True, **record)
+    answer = explain(
+        rs.select([first, second], maximise="clean", require=["clean>=0.5"]),
+        Explained(ingredients={NASTY: second.evaluation}),
+    )
     layers = ("*",), tuple(f"layer {i}" for i in range(50))
     own = rs.Data.from_tensors(torch.rand(40, 1, 4, 4), torch.arange(40) % 2, name=NASTY)
     plane = ((0.5, None), (0.25, 1.0))
@@ -60,6 +66,8 @@ def shown():
         "candidate": first,
         "screened": second,
         "selection": rs.select([first, second], maximise="clean"),
+        "answer": answer,
+        "search result": SearchResult((first, second), answer),
         "comparison": rs.compare(first.evaluation, second.evaluation),
         "coefficients": rs.Coefficients.of([0.25, 0.75]),
         "by layer": rs.Coefficients(torch.full((50, 2), 0.5), layers[1], ("0" * 64, "1" * 64)),
@@ -94,7 +102,9 @@ def test_every_table_is_well_formed_and_escapes_what_users_named(shown):
         assert "\u202e" not in tags.text
 
 
-@pytest.mark.parametrize("name", ["candidate", "selection", "data", "split", "named checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["candidate", "selection", "answer", "data", "split", "named checkpoint"]
+)
 def test_a_name_of_the_user_is_shown_as_it_is_but_for_what_is_not_printable(shown, name):
     text = Tags(shown[name]._repr_html_()).text
     assert r"<script>alert('x')</script>\n\u202e&amp;" in text

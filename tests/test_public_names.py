@@ -9,6 +9,7 @@ import robustsoup
 
 NAMES = [
     "Accuracy",
+    "Answer",
     "AttackSettings",
     "BufferSettings",
     "Candidate",
@@ -25,6 +26,7 @@ NAMES = [
     "LearnSettings",
     "Objective",
     "RobustsoupError",
+    "SearchResult",
     "SearchSettings",
     "Selection",
     "Soupability",

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
         SearchSettings,
         TrainSettings,
     )
+    from robustsoup.soups.answer import Answer
     from robustsoup.soups.coefficients import Coefficients, Dial
     from robustsoup.soups.learning import learn, learn_dial
     from robustsoup.soups.mixing import mix
-    from robustsoup.soups.search import search
+    from robustsoup.soups.search import SearchResult, search
     from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
     from robustsoup.threats import ThreatModel
     from robustsoup.tracking import track
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Accuracy": "evaluation.intervals",
+    "Answer": "soups.answer",
     "AttackSettings": "settings",
     "BufferSettings": "settings",
     "Candidate": "soups.selection",
@@ -65,6 +67,7 @@ _HOMES = {
     "LearnSettings": "settings",
     "Objective": "training.objectives",
     "RobustsoupError": "errors",
+    "SearchResult": "soups.search",
     "SearchSettings": "settings",
     "Selection": "soups.selection",
     "Soupability": "diagnosis.check",
@@ -94,6 +97,7 @@ _HOMES = {
 
 __all__ = [
     "Accuracy",
+    "Answer",
     "AttackSettings",
     "BufferSettings",
     "Candidate",
@@ -110,6 +114,7 @@ __all__ = [
     "LearnSettings",
     "Objective",
     "RobustsoupError",
+    "SearchResult",
     "SearchSettings",
     "Selection",
     "Soupability",

@@ -491,7 +491,8 @@ class SearchSettings:
     require: tuple[str, ...] = setting((), 'Requirement such as "clean>=0.85"; repeatable.')
     maximise: str | None = setting(None, "Accuracy to maximise; the first threat by default.")
     point: bool = setting(
-        False, "Check requirements by the estimate, not by the lower end of its 95 % interval."
+        False,
+        "Check requirements by the estimate, which guarantees nothing, not by its lower bound.",
     )
     screen: bool = setting(
         False, "Try every soup with a short attack and confirm in full only those that can win."

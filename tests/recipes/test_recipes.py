@@ -27,7 +27,7 @@ from robustsoup.settings import (
     LearnSettings,
     TrainSettings,
 )
-from robustsoup.soups.selection import Requirement
+from robustsoup.soups.goal import Requirement
 from robustsoup.threats import CLEAN, ThreatModel
 
 LINF_8 = ThreatModel("Linf", 8 / 255)

@@ -147,10 +147,16 @@ def make_results(folder, names=NAMES):
             "met": True,
             "chosen": "learned-Linf-8/255",
             "point": False,
-            "message": "",
-            "held_on_test": True,
+            "test": [make_check("clean>=0.7", 0.75, 2000)],
         },
     }
+
+
+def make_check(require, share, n):
+    """Return whether a requirement is met, as results.json has it."""
+    hits = round(share * n)
+    estimate = Accuracy(hits, n).to_json()
+    return {"require": require, "estimate": estimate, "low": share - 0.02, "met": True}
 
 
 def add_dial_and_greedy(folder, results):

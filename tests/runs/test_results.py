@@ -12,8 +12,8 @@ from robustsoup.runs.results import (
     PlaneResult,
     ResultRow,
     Results,
-    SelectionResult,
 )
+from robustsoup.soups.answer import Answer
 
 ROW = ResultRow(
     name="grid-0.5-0.5",
@@ -46,9 +46,7 @@ RESULTS = Results(
     seconds=1.5,
     rows=(ROW, ResultRow(name="low", role="ingredient")),
     planes=(PlaneResult(name="p", checkpoints=("a", "b", "c"), file="landscapes/p.json"),),
-    selection=SelectionResult(
-        maximise="Linf 8/255", require=("clean>=0.5",), chosen=ROW.name, message="chosen"
-    ),
+    selection=Answer(maximise="Linf 8/255", require=("clean>=0.5",), chosen=ROW.name),
     soup="soup.safetensors",
 )
 

@@ -68,7 +68,7 @@ def test_a_screened_recipe_decides_as_search_does(files, tmp_path, require):
         maximise=THREAT,
         require=require,
         device="cpu",
-    )
+    ).candidates
     rows = {row["name"]: row for row in results["rows"]}
     for candidate in candidates:
         row = rows[f"grid-{candidate.name}"]

@@ -12,10 +12,11 @@ from robustsoup.errors import CheckpointError, LeakageError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, SearchSettings
+from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.search import search
-from robustsoup.soups.selection import Requirement, select, worth_confirming
+from robustsoup.soups.selection import select, worth_confirming
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -71,7 +72,7 @@ def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
         on_progress=lambda *report: reports.append(report),
         **mixing,
         **attack,
-    )
+    ).candidates
     assert [c.alpha for c in candidates] == grid(2, 0.5)
     assert [c.name for c in candidates] == ["0-1", "0.5-0.5", "1-0"]
     assert [(done, total) for done, total, _ in reports] == [(1, 3), (2, 3), (3, 3)]
@@ -85,9 +86,9 @@ def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
 
 def test_settings_objects_and_keywords_say_the_same(ingredients, data):
     split = data.val.first(20)
-    by_keywords = search(ingredients, split, WEAK, step=0.5, steps=2, seed=4)
+    by_keywords = search(ingredients, split, WEAK, step=0.5, steps=2, seed=4).candidates
     settings, attack = SearchSettings(step=0.5), AttackSettings(steps=2, seed=0)
-    by_objects = search(ingredients, split, WEAK, settings, attack, seed=4)
+    by_objects = search(ingredients, split, WEAK, settings, attack, seed=4).candidates
     assert [c.name for c in by_objects] == [c.name for c in by_keywords]
     for a, b in zip(by_objects, by_keywords, strict=True):
         assert same_evaluation(a.evaluation, b.evaluation)
@@ -103,7 +104,7 @@ def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
         score="clean",
         on_progress=lambda *report: reports.append(report),
         **greedy,
-    )
+    ).candidates
     assert {c.name for c in candidates} == {"1-0", "0-1", "0.5-0.5"}
     # The labels are the first ingredient's own predictions; the soup of both may predict the same.
     assert candidates[-1].evaluation.accuracy["clean"].value == 1.0
@@ -142,7 +143,7 @@ def test_search_leaves_a_given_network_unchanged(ingredients, data, tmp_path):
         paths.append(tmp_path / f"{number}.pth")
     network = load_model("resnet9:width=2", channels=1, seed=9)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    candidates = search(paths, data.val.first(20), [], method="uniform", network=network)
+    candidates = search(paths, data.val.first(20), [], method="uniform", network=network).candidates
     assert [c.alpha for c in candidates] == [(0.5, 0.5)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     expected = evaluate(mix(ingredients, [0.5, 0.5], buffers="average"), data.val.first(20))
@@ -190,7 +191,7 @@ def ends(data):
 @pytest.fixture(scope="module")
 def full(ends, split):
     """The candidates of a search without screening."""
-    return search(ends, split, [THREAT], step=0.1, **FULL)
+    return search(ends, split, [THREAT], step=0.1, **FULL).candidates
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, fu
         on_progress=lambda *report: reports.append(report[:2]),
         **SCREEN,
         **FULL,
-    )
+    ).candidates
     assert [(c.name, c.alpha) for c in candidates] == [(c.name, c.alpha) for c in full]
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
     for c, in_full in zip(candidates, full, strict=True):
@@ -261,7 +262,7 @@ def median_clean(candidates):
 
 
 def test_every_soup_has_a_confirmed_one_that_screened_as_well_up_to_noise(ends, split, short):
-    candidates = search(ends, split, [THREAT], **SCREEN, **FULL)
+    candidates = search(ends, split, [THREAT], **SCREEN, **FULL).candidates
     confirmed = [short[c.name].accuracy for c in candidates if c.confirmed]
     noise = 0.5 / 100**0.5 + 1e-9
     for c in candidates:
@@ -274,7 +275,7 @@ def test_with_the_goal_known_the_choice_is_exact(ends, split, full, short, requi
     """The choice is the best soup under the pool, the short attack and the full one together."""
     require = [median_clean(full)] if required else []
     wanted = {"maximise": THREAT, "require": require, "point": True}
-    candidates = search(ends, split, [THREAT], **SCREEN, **FULL, **wanted)
+    candidates = search(ends, split, [THREAT], **SCREEN, **FULL, **wanted).candidates
     truth = []
     for c in full:
         survived = survivors(c.evaluation) & survivors(short[c.name])
@@ -289,7 +290,7 @@ def test_with_the_goal_known_the_choice_is_exact(ends, split, full, short, requi
     for c, true in zip(candidates, truth, strict=True):
         bound, survived = survivors(c.evaluation), survivors(true.evaluation)
         assert bool((survived <= bound).all())
-        eligible = all(r.met_by(c.evaluation.accuracy, point=True) for r in require)
+        eligible = all(c.evaluation.accuracy[r.key].value >= r.threshold for r in require)
         if c.confirmed:
             assert torch.equal(bound, survived)
         elif c.evaluation.record.get("stopped") or eligible:
@@ -299,15 +300,15 @@ def test_with_the_goal_known_the_choice_is_exact(ends, split, full, short, requi
 
 def test_a_screened_search_works_without_a_front_to_confirm(ingredients, data):
     split = data.val.first(20)
-    candidates = search(ingredients, split, WEAK, step=0.5, screen=True, steps=2)
+    candidates = search(ingredients, split, WEAK, step=0.5, screen=True, steps=2).candidates
     assert [c.name for c in candidates] == ["0-1", "0.5-0.5", "1-0"]
-    clean = search(ingredients, split, [], step=0.5, screen=True)
+    clean = search(ingredients, split, [], step=0.5, screen=True).candidates
     assert [list(c.evaluation.accuracy) for c in clean] == [["clean"]] * 3
 
 
 def test_with_clean_accuracy_as_the_goal_the_cleanest_soup_is_chosen(ends, data):
     brief = {"step": 0.1, "steps": 5, "screen": True, "screen_steps": 2}
-    candidates = search(ends, data.val.first(250), [THREAT], maximise="clean", **brief)
+    candidates = search(ends, data.val.first(250), [THREAT], maximise="clean", **brief).candidates
     best = max(c.evaluation.accuracy["clean"].hits for c in candidates)
     chosen = select(candidates, maximise="clean").best
     assert chosen.evaluation.accuracy["clean"].hits == best

@@ -1,20 +1,17 @@
 """Selecting among evaluated soups: requirements, scores, the Pareto front and the choice."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from soup_candidates import L2, LINF, N, candidate
 
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import wilson
-from robustsoup.soups.selection import (
-    Goal,
-    Requirement,
-    Score,
-    pareto_front,
-    select,
-    worth_confirming,
-)
+from robustsoup.evaluation.simultaneous import Z_ERROR, wilson_lower
+from robustsoup.soups.goal import Goal, Requirement, Score, check_goal
+from robustsoup.soups.selection import judge, pareto_front, select, worth_confirming
 from robustsoup.threats import ThreatModel
 
 few = settings(max_examples=30, deadline=None)
@@ -46,9 +43,14 @@ def test_a_requirement_is_met_by_the_lower_bound_or_with_point_by_the_estimate()
     assert (selection.best.name, selection.met) == ("just", True)
 
 
+def bound(hits):
+    """Return the bound of a single candidate that is not near 0 or 1."""
+    return float(wilson_lower(np.array([hits]), N, Z_ERROR)[0])
+
+
 @pytest.mark.parametrize("point", [False, True])
 def test_a_requirement_that_is_met_exactly_is_met(point):
-    threshold = 0.86 if point else wilson(172, N)[0]
+    threshold = 0.86 if point else bound(172)
     wanted = {"maximise": LINF, "require": {"clean": threshold}, "point": point}
     assert select([candidate("a", 172, 100)], **wanted).met
     assert not select([candidate("a", 171, 100)], **wanted).met
@@ -138,8 +140,12 @@ def test_a_selection_is_the_best_of_the_candidates_that_qualify(table, threshold
     candidates = [candidate(str(i), clean, robust) for i, (clean, robust) in enumerate(table)]
     require = [Requirement("clean", threshold)]
     selection = select(candidates, maximise=LINF, require=require, point=point)
-    bounds = [clean / N if point else wilson(clean, N)[0] for clean, _ in table]
-    qualified = [i for i, bound in enumerate(bounds) if bound >= threshold]
+    judgement = judge(candidates, Goal(LINF, tuple(require), point))
+    bounds = [judgement.checks[c.name][0].low for c in candidates]
+    assert all(
+        low <= clean / N or threshold == 0 for low, (clean, _) in zip(bounds, table, strict=True)
+    )
+    qualified = [i for i, low in enumerate(bounds) if low >= threshold]
     assert selection.met == bool(qualified)
     if qualified:
         expected = max(qualified, key=lambda i: (table[i][1], table[i][0], -i))
@@ -205,10 +211,83 @@ def test_a_wrong_requirement_is_refused_in_one_line(text):
 def test_a_goal_is_parsed_once():
     goal = Goal.parse("linf 8/255", {"clean": 0.85, LINF: 0.4}, point=True)
     assert goal == Goal(LINF, (Requirement("clean", 0.85), Requirement(LINF, 0.4)), True)
-    assert goal.met_by(candidate("a", 170, 80))
-    assert not goal.met_by(candidate("a", 169, 80))
-    assert goal.shortfall(candidate("a", 150, 70)) == pytest.approx(0.1 + 0.05)
+    candidates = [candidate("a", 170, 80), candidate("b", 169, 80), candidate("c", 150, 70)]
+    judgement = judge(candidates, goal)
+    assert [judgement.met(c) for c in candidates] == [True, False, False]
+    assert judgement.shortfall(candidates[2]) == pytest.approx(0.1 + 0.05)
     assert Goal.parse() == Goal()
+    assert goal.measures == [LINF, "clean"]
+
+
+def test_more_candidates_need_more_hits():
+    """One of many candidates passes by luck more often than one alone."""
+    generator = np.random.default_rng(0)
+    others = [candidate(str(i), 0) for i in range(20)]
+    for item in others:
+        item.evaluation.prediction[:] = torch.from_numpy(generator.random(N) < 0.3).long()
+    goal = Goal.parse(LINF, ["clean>=0.75"])
+    alone, among = judge([candidate("a", 164)], goal), judge([candidate("a", 164), *others], goal)
+    assert among.checks["a"][0].low < alone.checks["a"][0].low
+    assert (alone.checks["a"][0].met, among.checks["a"][0].met) == (True, False)
+    assert among.critical > alone.critical
+
+
+def test_candidates_on_different_samples_are_refused():
+    other = candidate("b", 150)
+    other.evaluation.ids[:] += 1
+    with pytest.raises(RequestError, match="b and a were evaluated on different samples"):
+        select([candidate("a", 150), other], maximise=LINF, require=["clean>=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("maximise", "best"),
+    [
+        ("0.5 clean + 0.5 Linf 8/255", "b"),  # 0.68, against 0.645 and 0.625
+        ("0.9 clean + 0.1 Linf 8/255", "a"),
+        ("0.1 clean + 0.9 Linf 8/255", "c"),
+        ("knee", "b"),
+    ],
+)
+def test_a_weighted_sum_and_the_knee_can_be_maximised(maximise, best):
+    candidates = [candidate("a", 198, 60), candidate("b", 182, 90), candidate("c", 150, 100)]
+    selection = select(candidates, maximise=maximise)
+    assert selection.best.name == best
+    assert selection.maximise == maximise
+
+
+def test_the_knee_without_an_attack_is_the_cleanest():
+    candidates = [candidate("a", 150), candidate("b", 180)]
+    for item in candidates:
+        item.evaluation.threats.clear()
+    assert select(candidates, maximise="knee").best.name == "b"
+
+
+@pytest.mark.parametrize(
+    ("require", "text"),
+    [
+        (["clean>=85"], r'got "clean>=85", .*between 0 and 1; did you mean "clean>=85%"\?'),
+        (["clean>=0.5", "clean>=0.6"], 'got "clean>=0.5" and "clean>=0.6", .*one requirement on'),
+    ],
+)
+def test_requirements_that_cannot_be_meant_are_refused(require, text):
+    with pytest.raises(RequestError, match=text):
+        Goal.parse(LINF, require)
+
+
+@pytest.mark.parametrize(
+    ("require", "samples", "text"),
+    [
+        ("clean>=1", 10**6, 'no number of samples can show "clean>=1"'),
+        ("clean>=0.99", 40, "40 samples cannot show .* 21 candidates, .*; evaluate 602 or more"),
+        ("L2 0.5>=0.1", 5000, 'select: "L2 0.5" was not evaluated; expected one of clean, Linf'),
+    ],
+)
+def test_a_goal_that_cannot_be_decided_is_refused_before_work(require, samples, text):
+    measures = ["clean", LINF]
+    with pytest.raises(RequestError, match=text):
+        check_goal(Goal.parse(LINF, [require]), measures, samples=samples, candidates=21)
+    goal = Goal.parse(LINF, ["clean>=0.99"], point=True)
+    check_goal(goal, measures, samples=40, candidates=21)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from robustsoup.progress import SavedState
 from robustsoup.recipes import load_recipe
 from robustsoup.runs.results import Results
 from robustsoup.soups.coefficients import load_coefficients
-from robustsoup.soups.selection import Requirement, Score
+from robustsoup.soups.goal import Requirement, Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule

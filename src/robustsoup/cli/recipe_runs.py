@@ -53,7 +53,7 @@ def run_recipe(
     """Run a recipe into a folder, write its report and print the results.
 
     Returns:
-        The exit code: 3 if no soup meets the requirements, else 0.
+        The exit code: 3 if no soup meets the requirements, 4 if they fail on `test`, else 0.
     """
     check_writable(folder, folder=True)
     prepared = prepare_recipe(recipe, run, data_root)
@@ -61,14 +61,14 @@ def run_recipe(
     warn_of_overlaps(prepared.overlaps)
     with lock_folder(folder, print_error):
         with RunReporter(prepared.context, folder) as reporter:
-            results, selection = run_prepared(prepared, folder, reporter)
+            results, _ = run_prepared(prepared, folder, reporter)
         page = write_report(folder)
     if as_json:
         content = results.to_json()
         print_json({key: content.get(key) for key in JSON_KEYS})
     else:
         print_results(results, page)
-    return 3 if selection is not None and not selection.met else 0
+    return 0 if results.selection is None else results.selection.exit_code
 
 
 def price_plan(prepared: PreparedRun) -> dict[str, Any]:

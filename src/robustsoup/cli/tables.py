@@ -13,7 +13,7 @@ from robustsoup.evaluation.comparison import Comparison
 from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.runs.results import ResultRow, Results, SelectionResult
+from robustsoup.runs.results import Results
 
 Scores = Mapping[str, Accuracy]
 
@@ -30,23 +30,10 @@ def print_results(results: Results, page: Path) -> None:
         note = " (the paper's protocol: selected on test)" if selects_on_test else ""
         print_accuracies(measured, f"on {split}{note}")
     if results.selection:
-        print_line(f"on {protocol.select_on}: {results.selection.message}")
-        chosen = results.row(results.selection.chosen)
-        if chosen.test:
-            print_line(_describe_test(chosen, results.selection))
+        for line in results.selection.lines():
+            print_line(line)
         print_line(f"soup: {page.parent / str(results.soup)}")
     print_line(f"report: {page}")
-
-
-def _describe_test(chosen: ResultRow, selection: SelectionResult) -> str:
-    """Return the accuracies of the chosen soup on test, and whether the requirements hold there."""
-    scores = ", ".join(f"{measure} {accuracy}" for measure, accuracy in (chosen.test or {}).items())
-    verdicts = {
-        None: "",
-        True: "; the requirement also holds there",
-        False: "; the requirement does not hold there",
-    }
-    return f"on test: {scores}{verdicts[selection.held_on_test]}"
 
 
 def print_accuracies(rows: Mapping[str, Scores], title: str | None = None) -> None:

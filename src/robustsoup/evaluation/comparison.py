@@ -58,21 +58,8 @@ class Comparison:
 
     def to_json(self) -> Record:
         """Return the differences with intervals and p-values, n and the notes, for json.dumps."""
-        rows = {name: _difference_to_json(difference) for name, difference in self.rows.items()}
+        rows = {name: difference.to_json() for name, difference in self.rows.items()}
         return {"n": self.n, "comparisons": len(rows), "notes": list(self.notes), "rows": rows}
-
-
-def _difference_to_json(difference: Difference) -> Record:
-    return {
-        "a": difference.a.to_json(),
-        "b": difference.b.to_json(),
-        "only_a": difference.only_a,
-        "only_b": difference.only_b,
-        "value": difference.value,
-        "low": difference.low,
-        "high": difference.high,
-        "p": difference.p,
-    }
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
@@ -108,7 +95,7 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
         for name in hits_a
         if name in hits_b and (name != UNION_KEY or set(a.threats) == set(b.threats))
     ]
-    rows = {name: _paired_difference(hits_a[name][in_a], hits_b[name][in_b]) for name in names}
+    rows = {name: pair_hits(hits_a[name][in_a], hits_b[name][in_b]) for name in names}
     return Comparison(rows, len(ids), tuple(_comparison_notes(a, b, len(ids), names)))
 
 
@@ -140,7 +127,8 @@ def _check_same_labels(ids: Sequence[int], labels_a: Tensor, labels_b: Tensor) -
         )
 
 
-def _paired_difference(hits_a: Tensor, hits_b: Tensor) -> Difference:
+def pair_hits(hits_a: Tensor, hits_b: Tensor) -> Difference:
+    """Return the difference of two accuracies on the same samples, from their (n,) bool hits."""
     return Difference(
         Accuracy(int(hits_a.sum()), len(hits_a)),
         Accuracy(int(hits_b.sum()), len(hits_b)),

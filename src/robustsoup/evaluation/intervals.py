@@ -1,7 +1,9 @@
 """Confidence intervals and tests for accuracies and their differences."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
@@ -43,6 +45,12 @@ class Accuracy:
             "hits": self.hits,
             "n": self.n,
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, float]) -> "Accuracy":
+        """Read what `to_json` returned, or a share and n as other programs write them."""
+        n = int(content["n"])
+        return cls(int(content.get("hits", round(content["value"] * n))), n)
 
     def __float__(self) -> float:
         """Return the share."""
@@ -114,6 +122,25 @@ class Difference:
     def p(self) -> float:
         """The exact two-sided p-value of McNemar's test of no difference."""
         return mcnemar(self.only_a, self.only_b)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return both shares, the counts, the difference, its interval and p, for json.dumps."""
+        return {
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "p": self.p,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Difference":
+        """Read what `to_json` returned."""
+        a, b = Accuracy.from_json(content["a"]), Accuracy.from_json(content["b"])
+        return cls(a, b, content["only_a"], content["only_b"])
 
     def __float__(self) -> float:
         """Return the difference of the shares."""
@@ -197,10 +224,29 @@ def binomial_tail(hits: int, n: int, probability: float) -> float:
         n: Number of draws.
         probability: Probability of a hit in one draw.
     """
-    return min(
-        1.0,
-        math.fsum(
-            math.comb(n, count) * probability**count * (1 - probability) ** (n - count)
-            for count in range(hits, n + 1)
-        ),
+    if hits <= 0 or probability >= 1:
+        return 1.0
+    if probability <= 0:
+        return 0.0
+    if hits <= n * probability:  # the other tail is the smaller one
+        return 1.0 - _sum_tail(n - hits + 1, n, 1 - probability)
+    return _sum_tail(hits, n, probability)
+
+
+def _sum_tail(hits: int, n: int, probability: float) -> float:
+    """Return the probability of at least `hits` hits, more than are expected."""
+    log_term = (
+        math.lgamma(n + 1)
+        - math.lgamma(hits + 1)
+        - math.lgamma(n - hits + 1)
+        + hits * math.log(probability)
+        + (n - hits) * math.log1p(-probability)
     )
+    term, odds = math.exp(log_term), probability / (1 - probability)
+    terms = [term]
+    for count in range(hits, n):
+        term *= (n - count) / (count + 1) * odds
+        terms.append(term)
+        if term < 1e-20 * terms[0]:
+            break
+    return min(1.0, math.fsum(terms))

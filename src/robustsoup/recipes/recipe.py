@@ -25,8 +25,8 @@ from robustsoup.recipes.sections import (
     raises_value_error,
 )
 from robustsoup.settings import MOST_SOUPS, PRECISIONS, SEED_LIMIT, TrainSettings, suggest
+from robustsoup.soups.goal import KNEE, Goal, Score
 from robustsoup.soups.grid import Alpha, alpha_name, candidates, format_count, grid_size
-from robustsoup.soups.selection import Goal, Score
 from robustsoup.threats import ThreatModel
 
 PRETRAINED = "pretrained"
@@ -203,7 +203,8 @@ class Recipe(Section):
     def score_of(self, soup: Soup) -> Score:
         """Return the score that a greedy soup must not lower; by default the maximised measure."""
         maximised = self.select["maximise"] if self.select else None
-        return soup["score"] or Score.parse(maximised or self.default_measure)
+        target = self.default_measure if maximised in (None, KNEE) else maximised
+        return soup["score"] or Score.parse(target)
 
     def soup_names(self, section: str) -> list[str]:
         """Return the names of the soups of a section, in order."""
@@ -368,8 +369,7 @@ class Recipe(Section):
                 "select.maximise: missing; evaluate.threats is empty, so there is no default"
             )
         goal = self.goal
-        keys = [goal.maximise, *(r.key for r in goal.require)] if goal else []
-        self._check_measured("select", [key for key in keys if key is not None])
+        self._check_measured("select", goal.measures if goal else [])
         for name, soup in self.soups.items():
             if soup.method == "greedy":
                 self._check_measured(f"soups.{name}.score", self.score_of(soup).keys)

@@ -25,7 +25,6 @@ from pydantic import (
 
 from robustsoup.catalog import ATTACKS, LOSSES, SOUP_METHODS
 from robustsoup.errors import RequestError
-from robustsoup.evaluation.verdicts import parse_measure
 from robustsoup.settings import (
     LINF_8,
     PRETRAIN_DEFAULTS,
@@ -41,8 +40,8 @@ from robustsoup.settings import (
     TrainSettings,
     rules,
 )
+from robustsoup.soups.goal import Goal, Requirement, Score, parse_target
 from robustsoup.soups.granularity import GRANULARITIES
-from robustsoup.soups.selection import Goal, Requirement, Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
@@ -151,7 +150,7 @@ RequirementValue = Annotated[
     Requirement, PlainValidator(_parse_text_with(Requirement.parse)), _AS_TEXT
 ]
 ScoreValue = Annotated[Score, PlainValidator(_parse_text_with(Score.parse)), _AS_TEXT]
-MeasureValue = Annotated[str, PlainValidator(_parse_text_with(parse_measure)), _AS_TEXT]
+TargetValue = Annotated[str, PlainValidator(_parse_text_with(parse_target)), _AS_TEXT]
 ObjectiveValue = Annotated[str, AfterValidator(raises_value_error(_check_objective))]
 ScheduleValue = Annotated[str | dict[str, Any], AfterValidator(raises_value_error(_check_schedule))]
 _VALUE_TYPES: dict[str, Any] = {
@@ -163,7 +162,7 @@ _VALUE_TYPES: dict[str, Any] = {
     "granularity": Annotated[str, AfterValidator(_check_granularity)],
     "score": ScoreValue | None,
     "require": tuple[RequirementValue, ...],
-    "maximise": MeasureValue | None,
+    "maximise": TargetValue | None,
 }
 """Types of fields whose values are text in a file but objects in the settings class."""
 

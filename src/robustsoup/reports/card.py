@@ -221,7 +221,7 @@ def _describe_choice(results: Results) -> Iterator[str]:
         + f": {selection.chosen}."
     )
     if required:
-        how = "by its estimate" if selection.point else "at the lower end of its 95 % interval"
+        how = "by its estimate" if selection.point else "by its 95 % lower bound"
         yield f"The requirement is {'met' if selection.met else 'NOT met'} {how}."
 
 

@@ -9,7 +9,8 @@ from robustsoup.reports.measures import (
     rows_with_measures,
 )
 from robustsoup.reports.style import format_percent
-from robustsoup.runs.results import ResultRow, Results, SelectionResult
+from robustsoup.runs.results import ResultRow, Results
+from robustsoup.soups.answer import Answer
 
 
 def summarise_results(results: Results) -> str:
@@ -54,7 +55,7 @@ def _format_accuracies(row: ResultRow, split: str, measure: str) -> str:
     return ", ".join(texts) or "not measured"
 
 
-def _summarise_selection(results: Results, selection: SelectionResult, split: str) -> list[str]:
+def _summarise_selection(results: Results, selection: Answer, split: str) -> list[str]:
     protocol = results.protocol
     required = " and ".join(selection.require)
     goal = f"The goal was the best {selection.maximise}" + (f" with {required}" if required else "")
@@ -73,9 +74,9 @@ def _summarise_selection(results: Results, selection: SelectionResult, split: st
     return sentences
 
 
-def _format_verdict(results: Results, selection: SelectionResult) -> str:
+def _format_verdict(results: Results, selection: Answer) -> str:
     protocol = results.protocol
-    how = "by its estimate" if selection.point else "at the lower end of its 95 % interval"
+    how = "by its estimate" if selection.point else "by its 95 % lower bound"
     verdict = f"{'met' if selection.met else 'NOT met'} {how} on {protocol.select_on}"
     if selection.held_on_test is not None and protocol.report_on != protocol.select_on:
         held = "held" if selection.held_on_test else "did NOT hold"

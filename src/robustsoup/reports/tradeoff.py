@@ -32,7 +32,8 @@ from robustsoup.reports.style import (
     number_stem,
     summarise_attack,
 )
-from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results, SelectionResult
+from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
+from robustsoup.soups.answer import Answer
 
 INGREDIENT_COLOUR, UNIFORM_COLOUR, GREEDY_COLOUR = "#0072B2", "#009E73", "#000000"
 SELECTED_COLOUR = "#B00020"
@@ -56,7 +57,7 @@ def draw_tradeoff(run: StoredRun) -> tuple[list[Plot], str]:
     return plots, "" if plots else "no row has both a clean and a robust accuracy"
 
 
-def parse_requirements(selection: SelectionResult | None) -> dict[str, float]:
+def parse_requirements(selection: Answer | None) -> dict[str, float]:
     """Parse ["clean>=0.85"] into {"clean": 0.85}; other texts are ignored."""
     texts = selection.require if selection else ()
     matches = [_REQUIREMENT.fullmatch(text) for text in texts]
@@ -224,7 +225,7 @@ def _draw_ingredients(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -
     return labels
 
 
-def _draw_requirements(axes: Axes, selection: SelectionResult | None, scale: PlotScale) -> None:
+def _draw_requirements(axes: Axes, selection: Answer | None, scale: PlotScale) -> None:
     required = parse_requirements(selection)
     for measure, draw_line, name in (
         (CLEAN, axes.axvline, CLEAN),
@@ -244,7 +245,7 @@ def _draw_requirements(axes: Axes, selection: SelectionResult | None, scale: Plo
 
 def _draw_selected_soup(
     axes: Axes,
-    selection: SelectionResult | None,
+    selection: Answer | None,
     rows: Sequence[ResultRow],
     scale: PlotScale,
 ) -> None:

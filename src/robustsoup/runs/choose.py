@@ -1,16 +1,26 @@
-"""Select a soup by the stored evaluations, and confirm screened soups first."""
+"""Select a soup by the stored evaluations, explain it, and confirm screened soups first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from robustsoup.runs.plan import Plan
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
-from robustsoup.runs.worker import load_evaluation
+from robustsoup.runs.worker import CHECKPOINT, load_evaluation
+from robustsoup.soups.answer import Answer
+from robustsoup.soups.explanation import (
+    Explained,
+    describe_gaps,
+    describe_soup,
+    explain,
+    with_test,
+)
 from robustsoup.soups.selection import Candidate, Selection, select
 
 if TYPE_CHECKING:
-    from robustsoup.evaluation.verdicts import Evaluation
     from robustsoup.soups.screening import EvaluationRequest
 
 
@@ -38,10 +48,23 @@ def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[],
 def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
     """Return the soups of a plan with their evaluations on the split that selects."""
     return [
-        Candidate(row.name, row.coefficients or (), load_evaluation(store, row.val))
+        _make_candidate(plan, row, load_evaluation(store, row.val))
         for row in plan.rows
         if row.soup is not None and row.val is not None
     ]
+
+
+def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Candidate:
+    equals = [item.name for item in _ingredient_rows(plan) if item.network == row.network]
+    ingredient = equals[0] if equals else None
+    description = describe_soup(
+        row.coefficients or (), row.ingredients or (), ingredient=ingredient, method=row.role
+    )
+    return Candidate(row.name, row.coefficients or (), evaluation, description, ingredient)
+
+
+def _ingredient_rows(plan: Plan) -> list[PlannedRow]:
+    return [row for row in plan.rows if row.role == "ingredient"]
 
 
 def select_soup(plan: Plan, store: Store) -> Selection | None:
@@ -49,4 +72,63 @@ def select_soup(plan: Plan, store: Store) -> Selection | None:
     goal, candidates = plan.recipe.goal, soup_candidates(plan, store)
     if goal is None or goal.maximise is None or not candidates:
         return None
-    return select(candidates, maximise=goal.maximise, require=goal.require, point=goal.point)
+    return select(
+        candidates,
+        maximise=goal.maximise,
+        require=goal.require,
+        point=goal.point,
+        seed=plan.recipe.seed,
+    )
+
+
+def explain_selection(plan: Plan, store: Store, selection: Selection, leakage: Leakage) -> Answer:
+    """Explain a selection, with what the split says that reports, if it is another one.
+
+    Args:
+        plan: The plan; the row of the chosen soup is evaluated.
+        store: Finished steps.
+        selection: The choice.
+        leakage: Whether networks were trained on samples that evaluate them.
+    """
+    ingredients = {
+        row.name: load_evaluation(store, row.val)
+        for row in _ingredient_rows(plan)
+        if row.val is not None
+    }
+    context = Explained(
+        ingredients=ingredients,
+        seed=plan.recipe.seed,
+        selected_on=plan.recipe.select_on,
+        leaves_out=tuple(_list_gaps(plan, store, leakage)),
+    )
+    answer = explain(selection, context)
+    row = plan.row(selection.best.name)
+    if row.test is None or row.test == row.val:
+        return answer
+    return with_test(answer, load_evaluation(store, row.test), split=plan.recipe.evaluate.report_on)
+
+
+def _list_gaps(plan: Plan, store: Store, leakage: Leakage) -> Iterator[str]:
+    """Yield what the guarantee leaves out."""
+    soups = plan.recipe.soups
+    yield from describe_gaps(
+        plan.recipe.select_on,
+        stopped=[
+            row.name for row in _ingredient_rows(plan) if _was_stopped_early(plan, store, row)
+        ],
+        learned=[
+            name
+            for name, soup in soups.items()
+            if soup.method in ("learned", "dial") and soup["early_stop"]
+        ],
+        greedy=[name for name, soup in soups.items() if soup.method == "greedy"],
+        screened=plan.recipe.evaluate.screens,
+        fresh=leakage.status == "known",
+    )
+
+
+def _was_stopped_early(plan: Plan, store: Store, row: PlannedRow) -> bool:
+    checkpoint = plan.files.get(row.network)
+    if checkpoint is None:
+        checkpoint = Checkpoint.open(store.file(row.network, CHECKPOINT))
+    return checkpoint.provenance.get("early_stopped_at") is not None

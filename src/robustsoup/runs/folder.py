@@ -29,7 +29,6 @@ from robustsoup.runs.results import (
     ResultRow,
     Results,
     RowScores,
-    SelectionResult,
 )
 from robustsoup.runs.soup_rows import dial_file
 from robustsoup.runs.staging import RESULTS, StagedFiles, stage_files
@@ -43,8 +42,9 @@ from robustsoup.runs.worker import (
     LANDSCAPE,
     load_evaluation,
 )
+from robustsoup.soups.answer import Answer
 from robustsoup.soups.coefficients import Coefficients
-from robustsoup.soups.selection import Candidate, Selection
+from robustsoup.soups.selection import Candidate
 
 
 def write_run_folder(
@@ -53,7 +53,7 @@ def write_run_folder(
     context: Context,
     store: Store,
     *,
-    selection: Selection | None,
+    answer: Answer | None,
     leakage: Leakage,
     overlaps: Sequence[Overlap],
 ) -> Results:
@@ -68,7 +68,7 @@ def write_run_folder(
         plan: The plan, all of whose steps are finished.
         context: Data, network and device.
         store: Finished steps.
-        selection: The chosen soup, or None.
+        answer: The chosen soup and why, or None.
         leakage: Whether networks were trained on samples that evaluate them.
         overlaps: Samples of val and test that are in another split or in generated images.
 
@@ -82,7 +82,7 @@ def write_run_folder(
     with stage_files(folder, store) as staged:
         write_text(staged.new_path("recipe.toml"), plan.recipe.to_toml())
         results = _write_results(
-            staged, plan, context, selection=selection, leakage=leakage, overlaps=overlaps
+            staged, plan, context, answer=answer, leakage=leakage, overlaps=overlaps
         )
         results = replace(results, files=staged.digest_files())
         results.save(staged.staging / RESULTS)
@@ -95,7 +95,7 @@ def _write_results(
     plan: Plan,
     context: Context,
     *,
-    selection: Selection | None,
+    answer: Answer | None,
     leakage: Leakage,
     overlaps: Sequence[Overlap],
 ) -> Results:
@@ -116,8 +116,8 @@ def _write_results(
         seconds=sum(store.record(step.key)["seconds"] for step in plan.steps),
         rows=rows,
         planes=tuple(_write_plane(staged, name, key, plan) for name, key in plan.planes.items()),
-        selection=None if selection is None else _describe_selection(plan, store, selection),
-        soup=None if selection is None else _write_soup(staged, plan, selection.best).name,
+        selection=answer,
+        soup=None if answer is None else _write_soup(staged, plan, answer.chosen).name,
     )
 
 
@@ -255,26 +255,9 @@ def _list_versions(context: Context) -> dict[str, Any]:
     }
 
 
-def _describe_selection(plan: Plan, store: Store, selection: Selection) -> SelectionResult:
-    row = plan.row(selection.best.name)
-    held_on_test = None
-    if row.test is not None and row.test != row.val and selection.require:
-        scores = load_evaluation(store, row.test).accuracy
-        held_on_test = all(item.met_by(scores, point=True) for item in selection.require)
-    return SelectionResult(
-        maximise=selection.maximise,
-        require=tuple(map(str, selection.require)),
-        met=selection.met,
-        chosen=selection.best.name,
-        point=selection.point,
-        message=selection.message,
-        held_on_test=held_on_test,
-    )
-
-
-def _write_soup(staged: StagedFiles, plan: Plan, chosen: Candidate) -> Path:
+def _write_soup(staged: StagedFiles, plan: Plan, chosen: str) -> Path:
     """Stage the chosen soup in the same format as the first ingredient."""
-    key = plan.row(chosen.name).network
+    key = plan.row(chosen).network
     if key in plan.files:
         soup, parents = plan.files[key], [key]
     else:

@@ -27,8 +27,8 @@ from robustsoup.runs.tasks import (
 )
 from robustsoup.settings import BufferSettings, EarlyStop, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
+from robustsoup.soups.goal import Goal
 from robustsoup.soups.screening import Contender, EvaluationRequest, Screening, short_attack
-from robustsoup.soups.selection import Goal
 from robustsoup.training.objectives import Objective
 
 

@@ -1,5 +1,6 @@
 """The checks of results.json: the types and ranges of all entries that code reads."""
 
+from robustsoup.errors import RequestError
 from robustsoup.schema import (
     MOST_COUNT,
     Check,
@@ -14,6 +15,7 @@ from robustsoup.schema import (
     table,
     text,
 )
+from robustsoup.soups.goal import Requirement
 
 ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
 """What the network of a row is; the roles from the third on are soups."""
@@ -93,16 +95,70 @@ protocol = table(
     },
 )
 
+
+def requirement(value: object, place: str) -> None:
+    """Accept a requirement as text."""
+    text(value, place)
+    try:
+        Requirement.parse(str(value))
+    except RequestError:
+        raise MisfitError(place, value, 'a requirement such as "clean>=0.85"') from None
+
+
+_checks = list_of(
+    table({"require": requirement, "estimate": accuracy, "low": number, "met": boolean}, {})
+)
+_differences = mapping_of(
+    table({"a": accuracy, "b": accuracy, "only_a": count, "only_b": count}, {})
+)
+_other = table(
+    {
+        "name": text,
+        "description": text,
+        "gain": table({"value": number, "low": number, "high": number}, {}),
+        "why": text,
+    },
+    {"samples_to_separate": nullable(count)},
+)
+
 selection = table(
     {"chosen": text, "maximise": text},
     {
+        "description": text,
         "require": list_of(text),
         "met": boolean,
         "point": boolean,
+        "selected_on": text,
+        "best_ingredient": nullable(text),
+        "distinguishable": nullable(boolean),
+        "checks": _checks,
+        "accuracy": mapping_of(accuracy),
+        "fresh_accuracy": nullable(mapping_of(accuracy)),
+        "fresh_split": nullable(text),
+        "against": list_of(
+            table({"ingredient": text, "meets": boolean, "differences": _differences}, {})
+        ),
+        "runner_up": nullable(_other),
+        "refused": nullable(_other),
+        "samples_to_prove": nullable(count),
+        "obstacle": nullable(text),
+        "test": nullable(_checks),
+        "guarantee": table(
+            {},
+            {
+                "method": text,
+                "candidates": count,
+                "samples": count,
+                "seed": integer(-(2**63), 2**63 - 1),
+                "critical": nullable(number),
+                "leaves_out": list_of(text),
+            },
+        ),
         "message": text,
         "held_on_test": nullable(boolean),
     },
 )
+"""Accept an answer."""
 
 plane = table({"name": text, "file": text}, {"checkpoints": list_of(text)})
 

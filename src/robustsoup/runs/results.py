@@ -19,6 +19,7 @@ from robustsoup.files import write_text
 from robustsoup.runs import result_checks
 from robustsoup.runs.result_checks import ROLES
 from robustsoup.schema import Check, MisfitError
+from robustsoup.soups.answer import Answer
 from robustsoup.stamp import stamp_record, unstamp_record
 
 RowScores = dict[str, Accuracy]
@@ -206,44 +207,6 @@ class PlaneResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionResult:
-    """The chosen soup, and why.
-
-    Attributes:
-        maximise: The maximised measure.
-        require: Requirements as text.
-        met: Whether the soup meets them on the split that selects.
-        chosen: Name of the row.
-        point: Whether estimates, not lower bounds, were compared with the requirements.
-        message: The choice in one line.
-        held_on_test: Whether the estimates on `test` meet the requirements; None if `test` selected
-            or there is no requirement.
-    """
-
-    maximise: str
-    require: tuple[str, ...] = ()
-    met: bool = True
-    chosen: str
-    point: bool = False
-    message: str = ""
-    held_on_test: bool | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-able values."""
-        return _field_values(self) | {"require": list(self.require)}
-
-    @classmethod
-    def from_json(cls, content: Any, where: str) -> "SelectionResult":
-        """Read what `to_json` returned; `where` names the entry in error messages.
-
-        Raises:
-            RequestError: The content is not a selection.
-        """
-        table = _check_table(result_checks.selection, content, where)
-        return cls(**_known_fields(cls, table) | {"require": tuple(table.get("require", ()))})
-
-
-@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that a run measured.
 
@@ -262,7 +225,7 @@ class Results:
         seconds: Total seconds of all steps, including steps that an earlier run executed.
         rows: The evaluated networks.
         planes: The planes of loss values.
-        selection: The chosen soup; None if the recipe selects none.
+        selection: The answer: the chosen soup, and why; None if the recipe selects none.
         soup: File of the chosen soup in the run folder.
         files: Digest of each file that the run wrote into its folder, by name.
     """
@@ -280,7 +243,7 @@ class Results:
     seconds: float | None = None
     rows: tuple[ResultRow, ...]
     planes: tuple[PlaneResult, ...] = ()
-    selection: SelectionResult | None = None
+    selection: Answer | None = None
     soup: str | None = None
     files: Mapping[str, FileDigest] = field(default_factory=dict)
 
@@ -342,9 +305,7 @@ class Results:
                 PlaneResult.from_json(plane, f"{where}: planes[{number}]")
                 for number, plane in enumerate(table.get("planes") or ())
             ),
-            selection=SelectionResult.from_json(selection, f"{where}: selection")
-            if selection
-            else None,
+            selection=Answer.from_json(selection) if selection else None,
             soup=table.get("soup"),
             files=_parse_files(table.get("files"), where),
         )
@@ -441,7 +402,4 @@ def _parse_scores(content: Mapping[str, Any] | None) -> RowScores | None:
     """
     if not content:
         return None
-    return {
-        measure: Accuracy(entry.get("hits", round(entry["value"] * entry["n"])), entry["n"])
-        for measure, entry in content.items()
-    }
+    return {measure: Accuracy.from_json(entry) for measure, entry in content.items()}

@@ -14,7 +14,7 @@ from robustsoup.models import default_image_size
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe, checkpoint_places
-from robustsoup.runs.choose import confirm_screened_soups, select_soup
+from robustsoup.runs.choose import confirm_screened_soups, explain_selection, select_soup
 from robustsoup.runs.context import Context
 from robustsoup.runs.execute import Reporter, execute_plan
 from robustsoup.runs.folder import write_run_folder
@@ -121,12 +121,15 @@ def run_prepared(
     if selection is not None and recipe.evaluate.report == "chosen":
         planner.add_report(selection.best.name)
         execute()
+    answer = None
+    if selection is not None:
+        answer = explain_selection(plan, store, selection, prepared.leakage)
     results = write_run_folder(
         folder,
         plan,
         context,
         store,
-        selection=selection,
+        answer=answer,
         leakage=prepared.leakage,
         overlaps=prepared.overlaps,
     )

@@ -19,7 +19,7 @@ from robustsoup.settings import (
     TrainSettings,
     to_record,
 )
-from robustsoup.soups.selection import Score
+from robustsoup.soups.goal import Score
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.soups.goal import Score
 from robustsoup.soups.grid import Alpha, alpha_name, corners
-from robustsoup.soups.selection import Candidate, Score
+from robustsoup.soups.selection import Candidate
 
 
 def greedy(

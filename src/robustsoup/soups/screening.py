@@ -36,7 +36,8 @@ from typing import Literal
 
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.settings import AttackSettings
-from robustsoup.soups.selection import Candidate, Goal, select, worth_confirming
+from robustsoup.soups.goal import Goal
+from robustsoup.soups.selection import Candidate, judge, select, worth_confirming
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Screening:
         """Confirm the screened contender with the most survivors, unless it has lost already."""
         latest = self.final_evaluations(results)
         candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
-        eligible = self.goal.eligible(candidates)
+        eligible = judge(candidates, self.goal).eligible(candidates)
         hits = {c.name: c.evaluation.accuracy[measure].hits for c in eligible}
         waiting = [c for c in eligible if c.evaluation.record.get("screened")]
         leading = max((hits[c.name] for c in eligible if c.confirmed), default=None)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,13 @@ from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation
+from robustsoup.printable import make_printable
 from robustsoup.progress import Progress
 from robustsoup.settings import AttackSettings, SearchSettings, accepts_settings, make_settings
+from robustsoup.soups.answer import Answer
+from robustsoup.soups.explanation import Explained, describe_gaps, describe_soup, explain, with_test
+from robustsoup.soups.goal import Goal, Score, check_goal
 from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import Alpha, alpha_name, candidates, corners
 from robustsoup.soups.mixing import mix
@@ -30,8 +34,29 @@ from robustsoup.soups.screening import (
     run_screening,
     short_attack,
 )
-from robustsoup.soups.selection import Candidate, Goal, Score
+from robustsoup.soups.selection import Candidate, select, tabulate_candidates
 from robustsoup.threats import ThreatModel, parse_threats
+
+
+@dataclass(frozen=True, repr=False)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        candidates: All soups that were tried, in the order of the method.
+        answer: Which one to use, what is proven about it, and what it costs.
+    """
+
+    candidates: tuple[Candidate, ...]
+    answer: Answer
+
+    def __repr__(self) -> str:
+        """Return one line: the number of candidates and the choice."""
+        text = f"SearchResult({len(self.candidates)} candidates; {self.answer.message})"
+        return make_printable(text)
+
+    def _repr_html_(self) -> str:
+        return self.answer._repr_html_() + tabulate_candidates("all candidates", self.candidates)
 
 
 @accepts_settings(AttackSettings)
@@ -50,9 +75,10 @@ def search(
     network: nn.Module | None = None,
     device: str = "auto",
     on_progress: Progress | None = None,
+    report_on: SplitLike | None = None,
     **changes: Any,
-) -> list[Candidate]:
-    """Evaluate every soup of a method on one split; `select` then picks one.
+) -> SearchResult:
+    """Evaluate every soup of a method on one split, and answer which one to use.
 
     With `screen`, the ingredients are attacked in full; their adversarial points and a short attack
     (`screen_steps`, in bfloat16 where the device supports it) are tried on every soup; then the
@@ -63,8 +89,9 @@ def search(
         ingredients: N checkpoints or paths of one network.
         data: The split to select on, usually `val`.
         threats: Threat models to attack with.
-        settings: The soups to try; SearchSettings() if None. `maximise` and `require` apply only
-            with `screen`, `score` only to the greedy method (the first threat if None).
+        settings: The soups to try, and what to maximise (the first threat if None) and require;
+            SearchSettings() if None. `score` applies only to the greedy method (the first threat if
+            None).
         attack_settings: The attack; AttackSettings() if None. Its seed also seeds the mixing.
         buffers: Policy for BatchNorm's running statistics, as in `mix`.
         calibrate_on: Training split, required by the recalibrating policies.
@@ -73,10 +100,12 @@ def search(
         network: The network, if the ingredients do not record it; left unchanged.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         on_progress: Called as on_progress(done, total, figures) after each soup.
+        report_on: Split that chooses nothing, usually `test`; the chosen soup is evaluated on it.
         **changes: Fields of SearchSettings and AttackSettings, which override both.
 
     Returns:
-        All candidates, in the order of the method; the greedy soup is the last of its method.
+        All candidates, in the order of the method (the greedy soup is the last of its method), and
+        the answer.
 
     Raises:
         RequestError: For invalid settings, before any work.
@@ -92,22 +121,101 @@ def search(
     parsed = parse_threats(threats)
     opened = tuple(open_all(ingredients))
     check_leakage(opened, data, allow=allow_leakage)
+    split = data.first(samples)
+    report_on = as_optional_split(report_on, "search: report_on")
+    if report_on is not None:
+        check_leakage(opened, report_on, allow=allow_leakage)
     evaluator = _SoupEvaluator(
-        opened, data.first(samples), parsed, attack, buffers, calibrate_on, network, device
+        opened, split, parsed, attack, buffers, calibrate_on, network, device
     )
     progress = _SearchProgress(on_progress)
+    measures, target = _measures_of(parsed), goal.maximise or _default_measure(parsed)
     if settings.method == "greedy":
-        score = Score.parse(settings.score or str(next(iter(parsed), CLEAN_KEY)))
-        return _search_greedily(evaluator, score, progress)
-    alphas = candidates(settings.method, len(opened), settings.step, settings.max_soups)
-    named = {alpha_name(alpha): alpha for alpha in alphas}
-    if settings.screen:
-        return _search_screened(evaluator, named, goal, settings.screen_steps, progress)
-    progress.total = len(named)
-    return [
-        Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
-        for name, alpha in named.items()
+        check_goal(goal, measures, samples=len(split), candidates=2 * len(opened) - 1)
+        score = Score.parse(settings.score or _default_measure(parsed))
+        tried = _search_greedily(evaluator, score, progress)
+    else:
+        alphas = candidates(settings.method, len(opened), settings.step, settings.max_soups)
+        check_goal(goal, measures, samples=len(split), candidates=len(alphas))
+        named = {alpha_name(alpha): alpha for alpha in alphas}
+        if settings.screen:
+            tried = _search_screened(evaluator, named, goal, settings.screen_steps, progress)
+        else:
+            progress.total = len(named)
+            tried = [
+                Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
+                for name, alpha in named.items()
+            ]
+    return _answer(evaluator, tried, replace(goal, maximise=target), settings, report_on)
+
+
+def _default_measure(threats: Sequence[ThreatModel | str]) -> str:
+    return str(next(iter(threats), CLEAN_KEY))
+
+
+def _measures_of(threats: Sequence[ThreatModel | str]) -> list[str]:
+    names = dict.fromkeys(str(t) for t in map(ThreatModel.parse, threats) if not t.is_clean)
+    return [CLEAN_KEY, *names, *([UNION_KEY] if len(names) > 1 else [])]
+
+
+def _answer(
+    evaluator: "_SoupEvaluator",
+    tried: Sequence[Candidate],
+    goal: Goal,
+    settings: SearchSettings,
+    report_on: Split | None,
+) -> SearchResult:
+    """Select a soup, explain it and evaluate it on the split that reports."""
+    names, seed = name_ingredients(evaluator.ingredients), evaluator.attack.seed
+    described = tuple(evaluator.describe(candidate, names) for candidate in tried)
+    selection = select(
+        described, maximise=str(goal.maximise), require=goal.require, point=goal.point, seed=seed
+    )
+    known = {item.ingredient: item.evaluation for item in described if item.ingredient}
+    corner = dict(zip(names, corners(len(names)), strict=True))
+    unmixed = replace(evaluator, buffers="average")  # mixing one ingredient returns it
+    ingredients = {
+        name: known[name] if name in known else unmixed.evaluate(corner[name]) for name in names
+    }
+    context = Explained(
+        ingredients=ingredients,
+        seed=seed,
+        selected_on=evaluator.data.name,
+        leaves_out=tuple(_list_gaps(evaluator, names, settings)),
+    )
+    answer = explain(selection, context)
+    if report_on is not None:
+        evaluation = replace(evaluator, data=report_on).evaluate(selection.best.alpha)
+        answer = with_test(answer, evaluation, split=report_on.name)
+    return SearchResult(described, answer)
+
+
+def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
+    """Return a short unique name for each ingredient: its file's stem, else a number."""
+    names: list[str] = []
+    for number, item in enumerate(ingredients, 1):
+        name = item.path.stem if item.path else f"ingredient {number}"
+        names.append(f"{name} ({number})" if name in names else name)
+    return names
+
+
+def _list_gaps(
+    evaluator: "_SoupEvaluator", names: Sequence[str], settings: SearchSettings
+) -> Iterator[str]:
+    """Yield what the guarantee leaves out."""
+    split = evaluator.data.name
+    stopped = [
+        name
+        for name, item in zip(names, evaluator.ingredients, strict=True)
+        if item.provenance.get("early_stopped_at") is not None
     ]
+    yield from describe_gaps(
+        split,
+        stopped=stopped,
+        greedy=["the greedy soup"] if settings.method == "greedy" else [],
+        screened=settings.screen,
+        fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
+    )
 
 
 def _split_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,6 +284,13 @@ class _SoupEvaluator:
         model = soup.network() if self.network is None else copy_network(self.network)
         soup.load_into(model)
         return model
+
+    def describe(self, candidate: Candidate, names: Sequence[str]) -> Candidate:
+        """Return the candidate with its description in words."""
+        equals = self.buffers == "average" and 1.0 in candidate.alpha
+        ingredient = names[candidate.alpha.index(1.0)] if equals else None
+        description = describe_soup(candidate.alpha, names, ingredient=ingredient)
+        return replace(candidate, description=description, ingredient=ingredient)
 
     def evaluate(self, alpha: Alpha) -> Evaluation:
         """Evaluate a soup in full."""

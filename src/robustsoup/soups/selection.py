@@ -1,24 +1,35 @@
-"""Select among evaluated soups: requirements, scores, the Pareto front and the choice."""
+"""Select among evaluated soups: which meet the requirements, the Pareto front and the choice.
+
+The rule for "best", everywhere: among the candidates that meet every requirement, the one with the
+highest estimate of what the goal maximises; ties go to the higher clean accuracy, then to the
+earlier candidate. If no candidate meets the requirements, the rule applies to those with the least
+total shortfall.
+"""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
-from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, parse_measure
+from robustsoup.evaluation.simultaneous import Z_ERROR, Floats, Hits, prove_accuracies
+from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
+from robustsoup.soups.goal import (
+    KNEE,
+    Goal,
+    Requirement,
+    Requirements,
+    Score,
+    require_measures,
+)
 from robustsoup.soups.grid import Alpha
 from robustsoup.threats import ThreatModel
-
-AccuracyByMeasure = Mapping[str, Accuracy]
-"""Accuracies by measure: "clean", "union" or a threat model as text."""
-
-Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
-"""Requirements as callers write them: {"clean": 0.85} or ["clean>=0.85"]."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,11 +40,20 @@ class Candidate:
         name: Unique name among the candidates.
         alpha: (n,) coefficients of the n ingredients; empty where no single vector describes them.
         evaluation: Verdicts on the split that selects.
+        description: What the soup is, in words: "0.4 of eps4 and 0.6 of eps16".
+        ingredient: Name of the ingredient that the candidate equals bit for bit, if it is one.
     """
 
     name: str
     alpha: Alpha
     evaluation: Evaluation
+    description: str = ""
+    ingredient: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The description, else the name."""
+        return self.description or self.name
 
     def __repr__(self) -> str:
         """Return one line: the name and the accuracies."""
@@ -51,167 +71,143 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Requirement:
-    """Lower limit on one accuracy.
+class RequirementCheck:
+    """Whether one candidate meets one requirement.
 
     Attributes:
-        key: "clean", "union" or a threat model as text.
-        threshold: Minimum accuracy, in [0, 1].
+        requirement: The requirement.
+        estimate: The accuracy on the samples that test it.
+        low: One-sided 95 % lower bound, simultaneous over all candidates and requirements.
+        met: Whether the bound (for `--point`, the estimate) reaches the threshold.
     """
 
-    key: str
-    threshold: float
+    requirement: Requirement
+    estimate: Accuracy
+    low: float
+    met: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the requirement, the estimate, the bound and the verdict, for json.dumps."""
+        return {
+            "require": str(self.requirement),
+            "estimate": self.estimate.to_json(),
+            "low": self.low,
+            "met": self.met,
+        }
 
     @classmethod
-    def parse(cls, text: "str | Requirement") -> "Requirement":
-        """Parse "clean>=0.85" or "Linf 8/255 >= 40%"; a Requirement is returned unchanged.
-
-        Raises:
-            RequestError: For any other form, and for a threshold outside [0, 1].
-        """
-        if isinstance(text, Requirement):
-            return text
-        wrong_form = f'require: got "{text}", expected a form such as "clean>=0.85"'
-        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", text)
-        if match is None:
-            raise RequestError(wrong_form)
-        key, number, percent = match.groups()
-        try:
-            threshold = float(number) / (100 if percent else 1)
-        except ValueError:
-            raise RequestError(wrong_form) from None
-        if not 0 <= threshold <= 1:
-            raise RequestError(f'require: got "{text}", expected an accuracy between 0 and 1')
-        return cls(parse_measure(key), threshold)
-
-    @classmethod
-    def parse_all(cls, requirements: Requirements) -> tuple["Requirement", ...]:
-        """Parse a mapping or a sequence of requirements, in order."""
-        if isinstance(requirements, Mapping):
-            return tuple(cls.parse(f"{key}>={value}") for key, value in requirements.items())
-        return tuple(cls.parse(item) for item in requirements)
-
-    def shortfall(self, scores: AccuracyByMeasure, *, point: bool = False) -> float:
-        """Return how far the lower bound (with `point`, the estimate) is below the threshold."""
-        accuracy = scores[self.key]
-        return max(self.threshold - (accuracy.value if point else accuracy.low), 0.0)
-
-    def met_by(self, scores: AccuracyByMeasure, *, point: bool = False) -> bool:
-        """Return whether the 95 % lower bound (with `point`, the estimate) meets the threshold."""
-        accuracy = scores[self.key]
-        return (accuracy.value if point else accuracy.low) >= self.threshold
-
-    def __str__(self) -> str:
-        """Return the requirement as `parse` reads it."""
-        return f"{self.key}>={self.threshold:g}"
-
-
-@dataclass(frozen=True)
-class Score:
-    """A weighted sum of accuracies.
-
-    Attributes:
-        terms: Pairs (weight, measure); a measure is "clean", "union" or a threat model as text.
-    """
-
-    terms: tuple[tuple[float, str], ...]
-
-    @classmethod
-    def parse(cls, text: "str | ThreatModel | Score") -> "Score":
-        """Parse "clean", "Linf 8/255" or "0.3 clean + 0.7 Linf 8/255"; a Score is unchanged.
-
-        Raises:
-            RequestError: For any other form, and if every weight is 0.
-        """
-        if isinstance(text, Score):
-            return text
-        try:
-            terms = tuple(_parse_score_term(part) for part in str(text).split(" + "))
-        except (ValueError, RequestError):
-            raise RequestError(
-                f"score: got {str(text)!r}, expected a threat model, clean, or a sum such as "
-                '"0.3 clean + 0.7 Linf 8/255"'
-            ) from None
-        if not any(weight for weight, _ in terms):
-            raise RequestError(f"score: got {str(text)!r}, expected a weight above 0")
-        return cls(terms)
+    def from_json(cls, content: Mapping[str, Any]) -> "RequirementCheck":
+        """Read what `to_json` returned."""
+        requirement = Requirement.parse(content["require"])
+        estimate = Accuracy.from_json(content["estimate"])
+        return cls(requirement, estimate, content["low"], content["met"])
 
     @property
-    def keys(self) -> list[str]:
-        """The measures in the sum."""
-        return [key for _, key in self.terms]
-
-    def of(self, scores: AccuracyByMeasure) -> float:
-        """Return the weighted sum.
-
-        Raises:
-            RequestError: If a measure was not evaluated.
-        """
-        _require_measures("score", self.keys, scores)
-        return sum(weight * scores[key].value for weight, key in self.terms)
-
-    def __str__(self) -> str:
-        """Return the score as `parse` reads it."""
-        if len(self.terms) == 1:
-            return self.terms[0][1]
-        return " + ".join(f"{weight:g} {key}" for weight, key in self.terms)
+    def shortfall(self) -> float:
+        """How far the bound is below the threshold, 0 where the requirement is met."""
+        return 0.0 if self.met else self.requirement.threshold - self.low
 
 
-def _parse_score_term(text: str) -> tuple[float, str]:
-    match = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", text)
-    if match is None:
-        raise ValueError(text)
-    weight, key = match.groups()
-    return float(weight or 1), parse_measure(key)
+ProofMethod = Literal["max-t", "exact", "fixed sequence", "none"]
 
 
 @dataclass(frozen=True)
-class Goal:
-    """The measure that a selection maximises, and its requirements.
+class Judgement:
+    """Which candidates meet the requirements.
 
     Attributes:
-        maximise: "clean", "union" or a threat model as text; None to choose nothing.
-        require: Requirements that the choice must meet.
-        point: Whether estimates, not 95 % lower bounds, are compared with the thresholds.
+        checks: One check for each requirement, by name of the candidate.
+        method: How the bounds were computed; "none" without requirements.
+        critical: Quantile in the place of 1.645 of a single bound.
     """
 
-    maximise: str | None = None
-    require: tuple[Requirement, ...] = ()
-    point: bool = False
+    checks: Mapping[str, tuple[RequirementCheck, ...]]
+    method: ProofMethod = "none"
+    critical: float = Z_ERROR
 
-    @classmethod
-    def parse(
-        cls,
-        maximise: str | ThreatModel | None = None,
-        require: Requirements = (),
-        *,
-        point: bool = False,
-    ) -> Self:
-        """Parse the measure and the requirements.
-
-        Raises:
-            RequestError: If one of them cannot be parsed.
-        """
-        measure = None if maximise is None else parse_measure(maximise)
-        return cls(measure, Requirement.parse_all(require), point)
-
-    def met_by(self, candidate: Candidate) -> bool:
+    def met(self, candidate: Candidate) -> bool:
         """Return whether the candidate meets every requirement."""
-        scores = candidate.evaluation.accuracy
-        return all(requirement.met_by(scores, point=self.point) for requirement in self.require)
+        return all(check.met for check in self.checks[candidate.name])
 
     def shortfall(self, candidate: Candidate) -> float:
         """Return the total shortfall of the candidate over all requirements."""
-        scores = candidate.evaluation.accuracy
-        return sum(item.shortfall(scores, point=self.point) for item in self.require)
+        return sum(check.shortfall for check in self.checks[candidate.name])
 
     def eligible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates that meet the requirements, else those with the least shortfall."""
-        meeting = [candidate for candidate in candidates if self.met_by(candidate)]
+        meeting = [candidate for candidate in candidates if self.met(candidate)]
         if meeting or not candidates:
             return meeting
         least = min(map(self.shortfall, candidates))
         return [candidate for candidate in candidates if self.shortfall(candidate) == least]
+
+
+def judge(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judgement:
+    """Decide which candidates meet the requirements, simultaneously over all of them.
+
+    Each pair of a candidate and a requirement is one statement, and all statements hold together
+    with a probability of 95 %; a candidate meets the requirements if all of its statements are
+    shown. With several requirements this is conservative: a wrong choice needs one wrong statement
+    about the chosen candidate, whereas the bounds allow for all of them.
+
+    Args:
+        candidates: All candidates that were looked at, evaluated on the same samples; one that is
+            left out is one that the guarantee leaves out.
+        goal: The requirements.
+        seed: Seed of the multiplier bootstrap.
+
+    Raises:
+        RequestError: If a measure was not evaluated, or the samples differ.
+    """
+    if not goal.require:
+        return Judgement({candidate.name: () for candidate in candidates})
+    keys = [requirement.key for requirement in goal.require]
+    hits = {key: stack_hits(candidates, key) for key in keys}
+    columns = np.concatenate([hits[key] for key in keys], axis=1)
+    thresholds = np.repeat([item.threshold for item in goal.require], len(candidates))
+    proof = prove_accuracies(columns, thresholds, seed=seed)
+    low, met = (part.reshape(len(keys), -1) for part in (proof.low, proof.met))
+    checks: dict[str, tuple[RequirementCheck, ...]] = {}
+    for number, candidate in enumerate(candidates):
+        accuracy = candidate.evaluation.accuracy
+        checks[candidate.name] = tuple(
+            _check(requirement, accuracy[requirement.key], float(bounds[number]), shown[number])
+            if not goal.point
+            else _check_estimate(requirement, accuracy[requirement.key])
+            for requirement, bounds, shown in zip(goal.require, low, met, strict=True)
+        )
+    return Judgement(checks, proof.method, proof.critical)
+
+
+def _check(
+    requirement: Requirement, estimate: Accuracy, low: float, met: np.bool_
+) -> RequirementCheck:
+    return RequirementCheck(requirement, estimate, low, bool(met))
+
+
+def _check_estimate(requirement: Requirement, estimate: Accuracy) -> RequirementCheck:
+    value = estimate.value
+    return RequirementCheck(requirement, estimate, value, value >= requirement.threshold)
+
+
+def stack_hits(candidates: Sequence[Candidate], key: str) -> Hits:
+    """Return (n, k) hits of k candidates on the same n samples under one measure.
+
+    Raises:
+        RequestError: If the measure was not evaluated, or the samples differ.
+    """
+    first = candidates[0].evaluation.ids
+    columns = []
+    for candidate in candidates:
+        hits = candidate.evaluation.hits()
+        require_measures("select", [key], hits)
+        if not torch.equal(candidate.evaluation.ids, first):
+            raise RequestError(
+                f"select: {candidate.name} and {candidates[0].name} were evaluated on different "
+                "samples; evaluate all candidates on the same ones"
+            )
+        columns.append(hits[key].numpy())
+    return np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,16 +217,34 @@ class Selection:
     Attributes:
         best: The choice, or the closest candidate if none meets the requirements.
         met: Whether `best` meets every requirement.
-        maximise: The maximised measure.
-        require: The requirements.
-        point: Whether estimates, not 95 % lower bounds, were compared with the thresholds.
+        goal: What was maximised and required.
+        judgement: Which candidates meet the requirements.
+        ranking: The confirmed candidates in the order of the rule for "best": those that meet the
+            requirements first.
+        score: What the goal maximises, as a weighted sum of accuracies.
     """
 
     best: Candidate
     met: bool
-    maximise: str
-    require: tuple[Requirement, ...]
-    point: bool
+    goal: Goal
+    judgement: Judgement
+    ranking: tuple[Candidate, ...]
+    score: Score
+
+    @property
+    def maximise(self) -> str:
+        """What was maximised, as text."""
+        return str(self.goal.maximise)
+
+    @property
+    def require(self) -> tuple[Requirement, ...]:
+        """The requirements."""
+        return self.goal.require
+
+    @property
+    def checks(self) -> tuple[RequirementCheck, ...]:
+        """Whether the choice meets each requirement."""
+        return self.judgement.checks[self.best.name]
 
     def __repr__(self) -> str:
         """Return one line: the message."""
@@ -243,12 +257,12 @@ class Selection:
     def message(self) -> str:
         """One line that names the choice, or says that no candidate meets the requirements."""
         scores = self.best.evaluation.accuracy
-        keys = dict.fromkeys([CLEAN_KEY, self.maximise, *(r.key for r in self.require)])
+        keys = dict.fromkeys([CLEAN_KEY, *self.score.keys, *(r.key for r in self.require)])
         figures = ", ".join(f"{key} {scores[key]}" for key in keys)
         if self.met:
             return f"chosen: {self.best.name} ({figures})"
         requirements = " and ".join(map(str, self.require))
-        bound = "estimate" if self.point else "95 % lower bound"
+        bound = "estimate" if self.goal.point else "95 % lower bound"
         return (
             f"no candidate meets {requirements} by its {bound}; "
             f"the closest is {self.best.name} ({figures})"
@@ -275,24 +289,28 @@ def tabulate_candidates(title: str, candidates: Sequence[Candidate]) -> str:
 def select(
     tried: Sequence[Candidate],
     *,
-    maximise: ThreatModel | str,
+    maximise: ThreatModel | Score | str,
     require: Requirements = (),
     point: bool = False,
     unconfirmed: bool = False,
+    seed: int = 0,
 ) -> Selection:
-    """Select the candidate with the highest accuracy under `maximise` that meets the requirements.
+    """Select the candidate that maximises the goal among those that meet the requirements.
 
-    Ties go to the higher clean accuracy, then to the earlier candidate. If no candidate meets the
-    requirements, the candidate with the least total shortfall is returned with `met = False`.
+    The rule for "best" is that of this module: the highest estimate; ties go to the higher clean
+    accuracy, then to the earlier candidate. If no candidate meets the requirements, the candidate
+    with the least total shortfall is returned with `met = False`.
 
     Args:
-        tried: Evaluated candidates, all on the same samples.
-        maximise: "clean", "union" or a threat model.
-        require: {"clean": 0.85} or ["clean>=0.85"]; met if the lower end of the 95 % Wilson
-            interval reaches the threshold.
+        tried: Evaluated candidates, all on the same samples. All of them count for the guarantee.
+        maximise: "clean", "union", a threat model, a weighted sum of them such as
+            "0.3 clean + 0.7 Linf 8/255", or "knee".
+        require: {"clean": 0.85} or ["clean>=0.85"]; met if a one-sided 95 % lower bound reaches the
+            threshold simultaneously over all candidates and requirements.
         point: Compare the estimate, not the lower bound, with the thresholds.
         unconfirmed: Also consider candidates whose robust accuracies are upper bounds; without it,
             they are considered only if there are no others.
+        seed: Seed of the bootstrap behind the bounds.
 
     Returns:
         The choice, and whether it meets the requirements.
@@ -303,18 +321,59 @@ def select(
     if not tried:
         raise RequestError("select: no candidates")
     goal = Goal.parse(maximise, require, point=point)
-    measure = parse_measure(maximise)
-    keys = [measure, *(requirement.key for requirement in goal.require)]
-    _require_measures("select", keys, tried[0].evaluation.accuracy)
+    require_measures("select", goal.measures, tried[0].evaluation.accuracy)
+    judgement = judge(tried, goal, seed=seed)
+    considered = list(tried)
     if not unconfirmed:
-        tried = [candidate for candidate in tried if candidate.confirmed] or tried
+        considered = [candidate for candidate in tried if candidate.confirmed] or considered
+    eligible = judgement.eligible(considered)
+    names = {candidate.name for candidate in eligible}
+    score = target_score(goal, eligible)
+    ranking = [
+        *rank_by(score, eligible),
+        *rank_by(score, [item for item in considered if item.name not in names]),
+    ]
+    best = ranking[0]
+    return Selection(best, judgement.met(best), goal, judgement, tuple(ranking), score)
+
+
+def rank_by(score: Score, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates by the rule for "best", without regard to requirements."""
 
     def rank(candidate: Candidate) -> tuple[float, float]:
         scores = candidate.evaluation.accuracy
-        return scores[measure].value, scores[CLEAN_KEY].value
+        return -score.of(scores), -scores[CLEAN_KEY].value
 
-    best = max(goal.eligible(tried), key=rank)
-    return Selection(best, goal.met_by(best), measure, goal.require, point)
+    return sorted(candidates, key=rank)
+
+
+def target_score(goal: Goal, eligible: Sequence[Candidate]) -> Score:
+    """Return what a goal maximises as a weighted sum of accuracies.
+
+    For "knee", clean accuracy and accuracy under the threat (with several threats, their union)
+    are weighted by the inverse of their range on the Pareto front of the eligible candidates, so
+    the candidate farthest above the straight line between the ends of the front wins.
+    """
+    if goal.maximise != KNEE:
+        return Score.parse(str(goal.maximise))
+    measures = list(eligible[0].evaluation.accuracy)
+    if measures == [CLEAN_KEY]:
+        return Score.parse(CLEAN_KEY)
+    keys = [CLEAN_KEY, UNION_KEY if UNION_KEY in measures else measures[1]]
+    front = pareto_front(eligible, keys)
+    terms: list[tuple[float, str]] = []
+    for key in keys:
+        values = [candidate.evaluation.accuracy[key].value for candidate in front]
+        span = max(values) - min(values)
+        terms.append((1 / span if span > 0 else 1.0, key))
+    return Score(tuple(terms))
+
+
+def sample_scores(score: Score, evaluation: Evaluation) -> Floats:
+    """Return (n,) what each sample adds to a score: the weighted sum of its hits."""
+    hits = evaluation.hits()
+    parts = [weight * hits[key].double() for weight, key in score.terms]
+    return torch.stack(parts).sum(0).numpy()
 
 
 def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) -> list[Candidate]:
@@ -335,7 +394,7 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
     """
     measures = [str(key) for key in keys]
     if tried:
-        _require_measures("pareto_front", measures, tried[0].evaluation.accuracy)
+        require_measures("pareto_front", measures, tried[0].evaluation.accuracy)
 
     def values(candidate: Candidate) -> tuple[float, ...]:
         scores = candidate.evaluation.accuracy
@@ -382,11 +441,3 @@ def worth_confirming(tried: Sequence[Candidate]) -> list[Candidate]:
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a != b and all(x >= y for x, y in zip(a, b, strict=True))
-
-
-def _require_measures(caller: str, keys: Sequence[str], scores: AccuracyByMeasure) -> None:
-    for key in keys:
-        if key not in scores:
-            raise RequestError(
-                f'{caller}: "{key}" was not evaluated; expected one of {", ".join(scores)}'
-            )

@@ -1,0 +1,370 @@
+"""The answer of a search: what to use, what is proven about it, and what was given up."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from robustsoup.display import html_table
+from robustsoup.evaluation.intervals import Accuracy, Difference
+from robustsoup.printable import make_printable
+from robustsoup.soups.selection import RequirementCheck
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """How much more of the maximised score one network has than another, on the same samples.
+
+    Attributes:
+        value: Mean difference: of accuracies, or of weighted sums of accuracies.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        """Return the difference and its interval in points."""
+        value, low, high = (f"{100 * part:+z.1f}" for part in (self.value, self.low, self.high))
+        return f"{value} points [{low}, {high}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstIngredient:
+    """The chosen soup less one ingredient, on the samples that select.
+
+    Attributes:
+        ingredient: Name of the ingredient.
+        meets: Whether the ingredient was shown to meet the requirements.
+        differences: Paired differences by measure; positive where the soup is better.
+    """
+
+    ingredient: str
+    meets: bool
+    differences: Mapping[str, Difference]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        differences = {key: item.to_json() for key, item in self.differences.items()}
+        return {"ingredient": self.ingredient, "meets": self.meets, "differences": differences}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "AgainstIngredient":
+        """Read what `to_json` returned."""
+        differences = {
+            key: Difference.from_json(item) for key, item in content["differences"].items()
+        }
+        return cls(
+            ingredient=content["ingredient"], meets=content["meets"], differences=differences
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherCandidate:
+    """A candidate that was not chosen, and why.
+
+    Attributes:
+        name: Name of the candidate.
+        description: What it is, in words.
+        gain: The maximised score of the chosen candidate less that of this one.
+        why: Why it was not chosen, in words.
+        samples_to_separate: Samples that would tell it apart from the chosen one with a
+            probability of 80 %; None where the estimates are equal.
+    """
+
+    name: str
+    description: str
+    gain: Gain
+    why: str
+    samples_to_separate: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self) | {"gain": _field_values(self.gain)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "OtherCandidate":
+        """Read what `to_json` returned."""
+        return cls(**_known(cls, content) | {"gain": Gain(**_known(Gain, content["gain"]))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What holds with 95 % confidence, and what it leaves out.
+
+    Attributes:
+        method: "max-t", "exact", "fixed sequence", "point" (nothing is guaranteed) or "none" (there
+            is no requirement).
+        candidates: Number of candidates that count.
+        samples: Number of samples that the requirements are tested on.
+        seed: Seed of the multiplier bootstrap and of the confirm part.
+        critical: Quantile in the place of 1.645 of a single bound.
+        leaves_out: What the guarantee does not cover, one sentence each.
+    """
+
+    method: str = "none"
+    candidates: int = 0
+    samples: int = 0
+    seed: int = 0
+    critical: float | None = None
+    leaves_out: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self) | {"leaves_out": list(self.leaves_out)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Guarantee":
+        """Read what `to_json` returned."""
+        return cls(**_known(cls, content) | {"leaves_out": tuple(content.get("leaves_out", ()))})
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Answer:
+    """What a search chose, what is proven about it, and what it costs.
+
+    Attributes:
+        chosen: Name of the chosen candidate; the closest one where `met` is False.
+        description: What it is, in words: "eps2 itself", "0.4 of eps4 and 0.6 of eps16".
+        maximise: What was maximised: a measure, a weighted sum of measures, or "knee".
+        require: The requirements as text.
+        met: Whether the chosen candidate was shown to meet every requirement.
+        point: Whether estimates were compared with the thresholds, which guarantees nothing.
+        selected_on: Name of the split that selects.
+        best_ingredient: The best ingredient by the same rule; None if none was shown to meet the
+            requirements.
+        distinguishable: Whether some soup was shown to be better than every ingredient that meets
+            the requirements, simultaneously over all soups; None if no ingredient meets them.
+        checks: One check for each requirement, on the samples that select or confirm.
+        accuracy: Accuracies of the chosen candidate on the samples that select, by measure.
+        fresh_accuracy: Its accuracies on samples that did not choose it, by measure; None without
+            such samples.
+        fresh_split: Name of the split or part that `fresh_accuracy` is from.
+        against: The chosen candidate less each ingredient.
+        runner_up: The second best candidate by the same rule.
+        refused: The candidate with the highest score among those that do not meet the requirements,
+            if its score is above that of the chosen one.
+        samples_to_prove: Samples that would show the requirements for the chosen candidate with a
+            probability of 80 %; None if they are met, or if an estimate is below its threshold.
+        obstacle: Why no candidate meets the requirements, in words; None if one does.
+        test: One check for each requirement on `test`, for the chosen candidate alone; None if
+            `test` was not evaluated, or selected.
+        guarantee: What holds, and what it leaves out.
+    """
+
+    chosen: str
+    description: str = ""
+    maximise: str
+    require: tuple[str, ...] = ()
+    met: bool = True
+    point: bool = False
+    selected_on: str = "val"
+    best_ingredient: str | None = None
+    distinguishable: bool | None = None
+    checks: tuple[RequirementCheck, ...] = ()
+    accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
+    fresh_accuracy: Mapping[str, Accuracy] | None = None
+    fresh_split: str | None = None
+    against: tuple[AgainstIngredient, ...] = ()
+    runner_up: OtherCandidate | None = None
+    refused: OtherCandidate | None = None
+    samples_to_prove: int | None = None
+    obstacle: str | None = None
+    test: tuple[RequirementCheck, ...] | None = None
+    guarantee: Guarantee = Guarantee()
+
+    @property
+    def held_on_test(self) -> bool | None:
+        """Whether the estimates on `test` reach the thresholds; None if that was not tested."""
+        if not self.test:
+            return None
+        return all(c.estimate.value >= c.requirement.threshold for c in self.test)
+
+    @property
+    def exit_code(self) -> int:
+        """3 if nothing meets the requirements, 4 if they did not hold on `test`, else 0."""
+        if not self.met:
+            return 3
+        return 4 if self.held_on_test is False else 0
+
+    @property
+    def message(self) -> str:
+        """The choice in one line."""
+        figures = ", ".join(f"{key} {accuracy}" for key, accuracy in self.accuracy.items())
+        name = self.chosen if not self.description else f"{self.chosen}, {self.description}"
+        if self.met:
+            return f"chosen: {name} ({figures})"
+        bound = "estimate" if self.point else "95 % lower bound"
+        required = " and ".join(self.require)
+        return f"no candidate meets {required} by its {bound}; the closest is {name} ({figures})"
+
+    def lines(self) -> list[str]:
+        """Return the answer in sentences, one a line, in the order of their weight."""
+        return [line for part in _PARTS for line in part(self)]
+
+    def __str__(self) -> str:
+        """Return the sentences."""
+        return "\n".join(self.lines())
+
+    def __repr__(self) -> str:
+        """Return one line: the message."""
+        return make_printable(f"Answer({self.message})")
+
+    def _repr_html_(self) -> str:
+        measures = list(self.accuracy)
+        rows = [(self.chosen, *map(str, self.accuracy.values()))]
+        for item in self.against:
+            changes = (item.differences.get(key) for key in measures)
+            cells = ("" if change is None else _points(change) for change in changes)
+            rows.append((f"less {item.ingredient}", *cells))
+        return html_table(self.description or self.chosen, ("", *measures), rows, self.lines())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values, with the sentences as "lines"."""
+        return _field_values(self) | {
+            "require": list(self.require),
+            "checks": [check.to_json() for check in self.checks],
+            "accuracy": _accuracies_to_json(self.accuracy),
+            "fresh_accuracy": self.fresh_accuracy and _accuracies_to_json(self.fresh_accuracy),
+            "against": [item.to_json() for item in self.against],
+            "runner_up": self.runner_up and self.runner_up.to_json(),
+            "refused": self.refused and self.refused.to_json(),
+            "test": None if self.test is None else [check.to_json() for check in self.test],
+            "guarantee": self.guarantee.to_json(),
+            "held_on_test": self.held_on_test,
+            "message": self.message,
+            "lines": self.lines(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Answer":
+        """Read what `to_json` returned; entries that follow from others are computed again."""
+        test, fresh = content.get("test"), content.get("fresh_accuracy")
+        runner_up, refused = content.get("runner_up"), content.get("refused")
+        parsed: dict[str, Any] = {
+            "require": tuple(content.get("require", ())),
+            "checks": _checks_from_json(content.get("checks", [])),
+            "accuracy": _accuracies_from_json(content.get("accuracy", {})),
+            "fresh_accuracy": None if fresh is None else _accuracies_from_json(fresh),
+            "against": tuple(map(AgainstIngredient.from_json, content.get("against", ()))),
+            "runner_up": OtherCandidate.from_json(runner_up) if runner_up else None,
+            "refused": OtherCandidate.from_json(refused) if refused else None,
+            "test": None if test is None else _checks_from_json(test),
+            "guarantee": Guarantee.from_json(content.get("guarantee", {})),
+        }
+        return cls(**_known(cls, content) | parsed)
+
+
+def _say_distinguishable(answer: Answer) -> Iterator[str]:
+    if not answer.met or answer.distinguishable is None:
+        return
+    if answer.distinguishable:
+        yield f"a soup is better than every ingredient, of which {answer.best_ingredient} is best"
+    elif answer.best_ingredient is not None:
+        yield f"no soup is distinguishable from {answer.best_ingredient}: use that"
+
+
+def _say_chosen(answer: Answer) -> Iterator[str]:
+    yield f"on {answer.selected_on}: {answer.message}"
+    if answer.fresh_accuracy and answer.fresh_split != "test":
+        figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
+        yield f"on samples that did not choose it ({answer.fresh_split}): {figures}"
+
+
+def _say_requirements(answer: Answer) -> Iterator[str]:
+    guarantee = answer.guarantee
+    for check in answer.checks:
+        verdict = "is met" if check.met else "is not shown"
+        figures = f"{check.estimate.value:.1%} of {check.estimate.n:,} samples"
+        if answer.point:
+            yield f"{check.requirement} {verdict}: {figures}, an estimate, which guarantees nothing"
+            continue
+        among = (
+            f"one-sided 95 % bound over {guarantee.candidates} candidates"
+            if guarantee.candidates > 1
+            else "one-sided 95 % bound"
+        )
+        yield f"{check.requirement} {verdict}: {figures}, at least {check.low:.1%} ({among})"
+    if answer.obstacle:
+        yield answer.obstacle
+    if answer.samples_to_prove:
+        yield f"about {answer.samples_to_prove:,} samples would show it, if the estimate is right"
+
+
+def _say_against(answer: Answer) -> Iterator[str]:
+    for item in answer.against:
+        changes = ", ".join(
+            f"{key} {_points(difference)}" for key, difference in item.differences.items()
+        )
+        note = "" if item.meets or not answer.require else " (not shown to meet the requirement)"
+        yield f"against {item.ingredient}{note}: {changes}"
+
+
+def _say_others(answer: Answer) -> Iterator[str]:
+    for label, other in (("runner-up", answer.runner_up), ("refused", answer.refused)):
+        if other is None:
+            continue
+        yield f"{label}: {other.description}: {other.why}"
+        if label == "runner-up" and other.samples_to_separate and not other.gain.distinguishable:
+            yield f"about {other.samples_to_separate:,} samples would tell these two apart"
+
+
+def _say_test(answer: Answer) -> Iterator[str]:
+    if answer.fresh_accuracy and answer.fresh_split == "test":
+        figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
+        yield f"on test, which chose nothing: {figures}"
+    for check in answer.test or ():
+        held = "held" if check.estimate.value >= check.requirement.threshold else "did NOT hold"
+        yield (
+            f"{check.requirement} {held} on test: {check.estimate.value:.1%}, "
+            f"at least {check.low:.1%} (one-sided 95 % bound)"
+        )
+
+
+def _say_guarantee(answer: Answer) -> Iterator[str]:
+    for sentence in answer.guarantee.leaves_out:
+        yield f"the guarantee leaves out: {sentence}"
+
+
+_PARTS = (
+    _say_distinguishable,
+    _say_chosen,
+    _say_requirements,
+    _say_against,
+    _say_others,
+    _say_test,
+    _say_guarantee,
+)
+
+
+def _points(difference: Difference) -> str:
+    gain = Gain(value=difference.value, low=difference.low, high=difference.high)
+    return str(gain)
+
+
+def _accuracies_to_json(accuracies: Mapping[str, Accuracy]) -> dict[str, dict[str, float]]:
+    return {key: accuracy.to_json() for key, accuracy in accuracies.items()}
+
+
+def _accuracies_from_json(content: Mapping[str, Mapping[str, float]]) -> dict[str, Accuracy]:
+    return {key: Accuracy.from_json(item) for key, item in content.items()}
+
+
+def _checks_from_json(content: list[Mapping[str, Any]]) -> tuple[RequirementCheck, ...]:
+    return tuple(map(RequirementCheck.from_json, content))
+
+
+def _field_values(record: Any) -> dict[str, Any]:
+    return {item.name: getattr(record, item.name) for item in fields(record)}
+
+
+def _known(record_type: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    return {item.name: content[item.name] for item in fields(record_type) if item.name in content}

@@ -1,0 +1,308 @@
+"""Explain a selection: build the `Answer` from the evaluations of a search."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from robustsoup.evaluation.comparison import pair_hits
+from robustsoup.evaluation.intervals import Z95, Accuracy
+from robustsoup.evaluation.simultaneous import (
+    clopper_pearson_lower,
+    fewest_hits,
+    prove_gains,
+    samples_to_prove,
+    samples_to_separate,
+)
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.soups.answer import AgainstIngredient, Answer, Gain, Guarantee, OtherCandidate
+from robustsoup.soups.goal import Requirement, Score
+from robustsoup.soups.grid import Alpha
+from robustsoup.soups.selection import (
+    Candidate,
+    RequirementCheck,
+    Selection,
+    judge,
+    rank_by,
+    sample_scores,
+)
+
+
+def describe_soup(
+    alpha: Alpha, ingredients: Sequence[str], *, ingredient: str | None = None, method: str = ""
+) -> str:
+    """Describe a soup in words.
+
+    Args:
+        alpha: (n,) coefficients; empty where no single vector describes the soup.
+        ingredients: Names of the n ingredients.
+        ingredient: Name of the ingredient that the soup equals, if it is one.
+        method: Method of a soup without a single vector, such as "learned".
+    """
+    if ingredient is not None:
+        return f"{ingredient} itself"
+    if not alpha:
+        return f"a {method or 'layer-wise'} soup of {_join(ingredients)}"
+    parts = [(share, name) for share, name in zip(alpha, ingredients, strict=True) if share]
+    if len(parts) == 1:
+        return f"{parts[0][1]} with the soup's BatchNorm statistics"
+    if len({share for share, _ in parts}) == 1:
+        return f"equal parts of {_join([name for _, name in parts])}"
+    return _join([f"{share:.3g} of {name}" for share, name in parts])
+
+
+def _join(parts: Sequence[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def describe_gaps(
+    split: str,
+    *,
+    stopped: Sequence[str] = (),
+    learned: Sequence[str] = (),
+    greedy: Sequence[str] = (),
+    screened: bool = False,
+    fresh: bool = True,
+) -> Iterator[str]:
+    """Yield what a guarantee leaves out, one sentence each.
+
+    Args:
+        split: Name of the split that selects.
+        stopped: Ingredients that stopped training early by the loss on that split.
+        learned: Soups that stopped learning early by the loss on that split.
+        greedy: Soups that were built by the score on that split.
+        screened: Whether attacks on that split decided which soups are attacked in full.
+        fresh: Whether it is known that no ingredient was trained on samples of that split.
+    """
+    if stopped:
+        yield f"{_join(stopped)} stopped training early by the loss on {split}"
+    if learned:
+        yield f"{_join(learned)} stopped learning early by the loss on {split}"
+    if greedy:
+        yield f"{_join(greedy)} was built by the score on {split}"
+    if screened:
+        yield f"attacks on {split} decided which soups were attacked in full"
+    if not fresh:
+        yield f"the ingredients may have been trained on samples of {split}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What an explanation needs beside the selection.
+
+    Attributes:
+        ingredients: The ingredients by name, evaluated on the samples that select.
+        seed: Seed of the bounds.
+        selected_on: Name of the split that selects.
+        leaves_out: What the guarantee leaves out, one sentence each.
+    """
+
+    ingredients: Mapping[str, Evaluation]
+    seed: int = 0
+    selected_on: str = "val"
+    leaves_out: tuple[str, ...] = ()
+
+
+def explain(selection: Selection, context: Explained) -> Answer:
+    """Explain a selection; `with_test` adds what `test` says.
+
+    Args:
+        selection: The choice, and which candidates meet the requirements.
+        context: The ingredients, the seed and the split.
+    """
+    best, goal, judgement = selection.best, selection.goal, selection.judgement
+    standing = _judge_ingredients(selection, context)
+    best_ingredient = _find_best_ingredient(selection.score, context.ingredients, standing)
+    meeting = {name: context.ingredients[name] for name, meets in standing.items() if meets}
+    method = "point" if goal.point and goal.require else judgement.method
+    return Answer(
+        chosen=best.name,
+        description=best.description,
+        maximise=selection.maximise,
+        require=tuple(map(str, goal.require)),
+        met=selection.met,
+        point=goal.point,
+        selected_on=context.selected_on,
+        best_ingredient=best_ingredient,
+        distinguishable=_find_better_soup(selection, meeting, context.seed) if meeting else None,
+        checks=selection.checks,
+        accuracy=dict(best.evaluation.accuracy),
+        against=tuple(
+            _compare_with(best.evaluation, name, evaluation, meets=standing[name])
+            for name, evaluation in context.ingredients.items()
+            if name != best.ingredient
+        ),
+        runner_up=_find_runner_up(selection),
+        refused=_find_refused(selection),
+        samples_to_prove=None if selection.met else _count_samples_to_prove(selection),
+        obstacle=None if selection.met else _describe_obstacle(selection),
+        guarantee=Guarantee(
+            method=method,
+            candidates=len(judgement.checks),
+            samples=len(best.evaluation.ids),
+            seed=context.seed,
+            critical=judgement.critical if method == "max-t" else None,
+            leaves_out=context.leaves_out,
+        ),
+    )
+
+
+def with_test(answer: Answer, evaluation: Evaluation, *, split: str = "test") -> Answer:
+    """Return the answer with what a split says that chose nothing.
+
+    Each requirement gets an exact one-sided 95 % bound for the chosen candidate alone.
+
+    Args:
+        answer: The answer.
+        evaluation: The chosen candidate on that split.
+        split: Name of the split.
+    """
+    accuracy = dict(evaluation.accuracy)
+    checks = tuple(
+        _check_alone(requirement, accuracy[requirement.key])
+        for requirement in map(Requirement.parse, answer.require)
+    )
+    return replace(answer, test=checks, fresh_accuracy=accuracy, fresh_split=split)
+
+
+def _check_alone(requirement: Requirement, estimate: Accuracy) -> RequirementCheck:
+    met = estimate.hits >= fewest_hits(estimate.n, requirement.threshold)
+    low = clopper_pearson_lower(estimate.hits, estimate.n)
+    return RequirementCheck(requirement, estimate, low, met)
+
+
+def _judge_ingredients(selection: Selection, context: Explained) -> dict[str, bool]:
+    """Return whether each ingredient was shown to meet the requirements.
+
+    An ingredient among the candidates keeps its verdict there; the others are judged together.
+    """
+    judgement = selection.judgement
+    tried = {item.ingredient: item for item in selection.ranking if item.ingredient is not None}
+    others = [
+        Candidate(name, (), evaluation)
+        for name, evaluation in context.ingredients.items()
+        if name not in tried
+    ]
+    judged = judge(others, selection.goal, seed=context.seed) if others else None
+    meets = {name: judgement.met(item) for name, item in tried.items()}
+    if judged is not None:
+        meets |= {item.name: judged.met(item) for item in others}
+    return {name: meets[name] for name in context.ingredients}
+
+
+def _find_best_ingredient(
+    score: Score, ingredients: Mapping[str, Evaluation], meets: Mapping[str, bool]
+) -> str | None:
+    meeting = [Candidate(name, (), item) for name, item in ingredients.items() if meets[name]]
+    return rank_by(score, meeting)[0].name if meeting else None
+
+
+def _find_better_soup(
+    selection: Selection, ingredients: Mapping[str, Evaluation], seed: int
+) -> bool:
+    """Return whether a soup that meets the requirements beats each of the given ingredients."""
+    soups = [
+        item
+        for item in selection.ranking
+        if item.ingredient is None and selection.judgement.met(item)
+    ]
+    if not soups:
+        return False
+    scores = np.stack([sample_scores(selection.score, item.evaluation) for item in soups], 1)
+    differences = [
+        scores - sample_scores(selection.score, evaluation)[:, None]
+        for evaluation in ingredients.values()
+    ]
+    shown = prove_gains(np.concatenate(differences, axis=1), seed=seed)
+    return bool(shown.reshape(len(differences), -1).all(0).any())
+
+
+def _compare_with(
+    chosen: Evaluation, name: str, ingredient: Evaluation, *, meets: bool
+) -> AgainstIngredient:
+    hits, others = chosen.hits(), ingredient.hits()
+    differences = {key: pair_hits(others[key], hits[key]) for key in hits if key in others}
+    return AgainstIngredient(ingredient=name, meets=meets, differences=differences)
+
+
+def measure_gain(score: Score, a: Evaluation, b: Evaluation) -> Gain:
+    """Return the score of a less that of b on the same samples, with a 95 % interval."""
+    if len(score.terms) == 1 and score.terms[0][0] == 1:
+        key = score.terms[0][1]
+        difference = pair_hits(b.hits()[key], a.hits()[key])
+        return Gain(value=difference.value, low=difference.low, high=difference.high)
+    differences = sample_scores(score, a) - sample_scores(score, b)
+    mean, half = float(differences.mean()), Z95 * float(differences.std()) / len(differences) ** 0.5
+    return Gain(value=mean, low=mean - half, high=mean + half)
+
+
+def _describe_other(selection: Selection, other: Candidate, why: str) -> OtherCandidate:
+    best, score = selection.best.evaluation, selection.score
+    differences = sample_scores(score, best) - sample_scores(score, other.evaluation)
+    return OtherCandidate(
+        name=other.name,
+        description=other.words,
+        gain=measure_gain(score, best, other.evaluation),
+        why=why,
+        samples_to_separate=samples_to_separate(differences),
+    )
+
+
+def _find_runner_up(selection: Selection) -> OtherCandidate | None:
+    judgement = selection.judgement
+    second = next(
+        (item for item in selection.ranking[1:] if judgement.met(item) or not selection.met), None
+    )
+    if second is None:
+        return None
+    gain = measure_gain(selection.score, selection.best.evaluation, second.evaluation)
+    if gain.value == 0:
+        why = "the same estimate; the higher clean accuracy, then the earlier soup is chosen"
+    else:
+        told = "" if gain.distinguishable else ", which is not distinguishable"
+        why = f"the chosen one has {gain} of {selection.maximise}{told}"
+    return _describe_other(selection, second, why)
+
+
+def _find_refused(selection: Selection) -> OtherCandidate | None:
+    """Return the best candidate that fails a requirement, if its score is above the choice's."""
+    judgement, score = selection.judgement, selection.score
+    failing = [item for item in selection.ranking if not judgement.met(item)]
+    if not selection.met or not failing:
+        return None
+    first = rank_by(score, failing)[0]
+    if score.of(first.evaluation.accuracy) <= score.of(selection.best.evaluation.accuracy):
+        return None
+    reasons = " and ".join(
+        f"not shown to meet {check.requirement}: {check.estimate.value:.1%}, "
+        f"at least {check.low:.1%}"
+        for check in judgement.checks[first.name]
+        if not check.met
+    )
+    gain = measure_gain(score, first.evaluation, selection.best.evaluation)
+    return _describe_other(selection, first, f"{gain} of {selection.maximise}, but {reasons}")
+
+
+def _count_samples_to_prove(selection: Selection) -> int | None:
+    judgement = selection.judgement
+    counts = [
+        samples_to_prove(check.estimate.value, check.requirement.threshold, judgement.critical)
+        for check in selection.checks
+        if not check.met
+    ]
+    numbers = [count for count in counts if count is not None]
+    return max(numbers) if numbers and len(numbers) == len(counts) else None
+
+
+def _describe_obstacle(selection: Selection) -> str:
+    """Say how many candidates meet each requirement, and whether only all together are too much."""
+    checks = selection.judgement.checks.values()
+    counts = [
+        (str(requirement), sum(row[number].met for row in checks))
+        for number, requirement in enumerate(selection.require)
+    ]
+    met = ", ".join(f"{text} is met by {count or 'none'}" for text, count in counts)
+    if len(counts) > 1 and all(count for _, count in counts):
+        return f"of {len(checks)} candidates, {met}; none meets all: the requirements conflict here"
+    return f"of {len(checks)} candidates, {met}"

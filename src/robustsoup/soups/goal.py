@@ -1,0 +1,244 @@
+"""What a selection maximises and requires."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from robustsoup.errors import RequestError
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.simultaneous import samples_that_can_show
+from robustsoup.evaluation.verdicts import parse_measure
+from robustsoup.threats import ThreatModel
+
+AccuracyByMeasure = Mapping[str, Accuracy]
+"""Accuracies by measure: "clean", "union" or a threat model as text."""
+
+Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
+"""Requirements as callers write them: {"clean": 0.85} or ["clean>=0.85"]."""
+
+KNEE = "knee"
+"""Maximise clean and robust accuracy, each as a share of its range on the Pareto front."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Lower limit on one accuracy.
+
+    Attributes:
+        key: "clean", "union" or a threat model as text.
+        threshold: Minimum accuracy, in [0, 1].
+    """
+
+    key: str
+    threshold: float
+
+    @classmethod
+    def parse(cls, text: "str | Requirement") -> "Requirement":
+        """Parse "clean>=0.85" or "Linf 8/255 >= 40%"; a Requirement is returned unchanged.
+
+        Raises:
+            RequestError: For any other form, and for a threshold outside [0, 1].
+        """
+        if isinstance(text, Requirement):
+            return text
+        wrong_form = f'require: got "{text}", expected a form such as "clean>=0.85"'
+        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", text)
+        if match is None:
+            raise RequestError(wrong_form)
+        key, number, percent = match.groups()
+        try:
+            threshold = float(number) / (100 if percent else 1)
+        except ValueError:
+            raise RequestError(wrong_form) from None
+        if not 0 <= threshold <= 1:
+            hint = (
+                f'; did you mean "{key}>={number}%"?'
+                if 1 < threshold <= 100 and not percent
+                else ""
+            )
+            raise RequestError(f'require: got "{text}", expected an accuracy between 0 and 1{hint}')
+        return cls(parse_measure(key), threshold)
+
+    @classmethod
+    def parse_all(cls, requirements: Requirements) -> tuple["Requirement", ...]:
+        """Parse a mapping or a sequence of requirements, in order.
+
+        Raises:
+            RequestError: If one cannot be parsed, or two are about the same accuracy.
+        """
+        if isinstance(requirements, Mapping):
+            requirements = [f"{key}>={value}" for key, value in requirements.items()]
+        parsed = tuple(cls.parse(item) for item in requirements)
+        for number, item in enumerate(parsed):
+            for other in parsed[:number]:
+                if item.key == other.key:
+                    raise RequestError(
+                        f'require: got "{other}" and "{item}", expected one requirement on '
+                        f"{item.key}; keep the higher"
+                    )
+        return parsed
+
+    def __str__(self) -> str:
+        """Return the requirement as `parse` reads it."""
+        return f"{self.key}>={self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A weighted sum of accuracies.
+
+    Attributes:
+        terms: Pairs (weight, measure); a measure is "clean", "union" or a threat model as text.
+    """
+
+    terms: tuple[tuple[float, str], ...]
+
+    @classmethod
+    def parse(cls, text: "str | ThreatModel | Score") -> "Score":
+        """Parse "clean", "Linf 8/255" or "0.3 clean + 0.7 Linf 8/255"; a Score is unchanged.
+
+        Raises:
+            RequestError: For any other form, and if every weight is 0.
+        """
+        if isinstance(text, Score):
+            return text
+        try:
+            terms = tuple(_parse_score_term(part) for part in str(text).split(" + "))
+        except (ValueError, RequestError):
+            raise RequestError(
+                f"score: got {str(text)!r}, expected a threat model, clean, or a sum such as "
+                '"0.3 clean + 0.7 Linf 8/255"'
+            ) from None
+        if not any(weight for weight, _ in terms):
+            raise RequestError(f"score: got {str(text)!r}, expected a weight above 0")
+        return cls(terms)
+
+    @property
+    def keys(self) -> list[str]:
+        """The measures in the sum."""
+        return [key for _, key in self.terms]
+
+    def of(self, scores: AccuracyByMeasure) -> float:
+        """Return the weighted sum.
+
+        Raises:
+            RequestError: If a measure was not evaluated.
+        """
+        require_measures("score", self.keys, scores)
+        return sum(weight * scores[key].value for weight, key in self.terms)
+
+    def __str__(self) -> str:
+        """Return the score as `parse` reads it."""
+        if len(self.terms) == 1:
+            return self.terms[0][1]
+        return " + ".join(f"{weight:g} {key}" for weight, key in self.terms)
+
+
+def _parse_score_term(text: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*([0-9.]*)\s*(.*?)\s*", text)
+    if match is None:
+        raise ValueError(text)
+    weight, key = match.groups()
+    return float(weight or 1), parse_measure(key)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a selection maximises, and its requirements.
+
+    Attributes:
+        maximise: A measure, a weighted sum of measures (see `Score`), or "knee"; None to choose
+            nothing.
+        require: Requirements that the choice must meet.
+        point: Whether estimates, not lower bounds, are compared with the thresholds.
+    """
+
+    maximise: str | None = None
+    require: tuple[Requirement, ...] = ()
+    point: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        maximise: "str | ThreatModel | Score | None" = None,
+        require: Requirements = (),
+        *,
+        point: bool = False,
+    ) -> Self:
+        """Parse what is maximised, and the requirements.
+
+        Raises:
+            RequestError: If one of them cannot be parsed.
+        """
+        target = None if maximise is None else parse_target(maximise)
+        return cls(target, Requirement.parse_all(require), point)
+
+    @property
+    def measures(self) -> list[str]:
+        """The measures that the goal names."""
+        named = self.maximise not in (None, KNEE)
+        maximised = Score.parse(str(self.maximise)).keys if named else []
+        return list(dict.fromkeys([*maximised, *(item.key for item in self.require)]))
+
+
+def parse_target(text: "str | ThreatModel | Score") -> str:
+    """Return the canonical spelling of what a goal maximises: a measure, a score or "knee".
+
+    Raises:
+        RequestError: For any other text.
+    """
+    if str(text).strip() == KNEE:
+        return KNEE
+    try:
+        return str(Score.parse(text))
+    except RequestError:
+        raise RequestError(
+            f'maximise: got "{text}", expected clean, union, a threat model, a sum such as '
+            '"0.3 clean + 0.7 Linf 8/255", or knee'
+        ) from None
+
+
+def require_measures(caller: str, keys: Sequence[str], scores: Collection[str]) -> None:
+    """Raise RequestError if a measure was not evaluated."""
+    for key in keys:
+        if key not in scores:
+            raise RequestError(
+                f'{caller}: "{key}" was not evaluated; expected one of {", ".join(scores)}'
+            )
+
+
+def check_goal(goal: Goal, measures: Sequence[str], *, samples: int, candidates: int) -> None:
+    """Check before any work that a goal can be decided.
+
+    Args:
+        goal: The goal.
+        measures: The measures that will be evaluated.
+        samples: Number of samples that decide.
+        candidates: Number of candidates.
+
+    Raises:
+        RequestError: A measure will not be evaluated, or so few samples cannot show a requirement
+            even if all of them are hits.
+    """
+    for key in goal.measures:
+        if key not in measures:
+            raise RequestError(
+                f'select: "{key}" was not evaluated; expected one of {", ".join(measures)}'
+            )
+    if goal.point:
+        return
+    statements = candidates * len(goal.require)
+    for requirement in goal.require:
+        needed = samples_that_can_show(requirement.threshold, statements)
+        if needed is None:
+            raise RequestError(
+                f'require: no number of samples can show "{requirement}"; lower the threshold, or '
+                "compare the estimate (--point)"
+            )
+        if samples < needed:
+            raise RequestError(
+                f'require: {samples} samples cannot show "{requirement}" for {candidates} '
+                f"candidates, even if all are correct; evaluate {needed:,} or more, lower the "
+                "threshold, or compare the estimate (--point)"
+            )

@@ -1,0 +1,140 @@
+"""Simulated searches with known true accuracies: how often is a statement wrong?"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from robustsoup.evaluation.simultaneous import prove_accuracies, prove_gains
+from robustsoup.soups.grid import grid
+
+SIMULATIONS = 2000
+BARELY = 1e-6
+"""How far below a threshold accuracies lie that just miss it."""
+
+
+def limit(simulations, error_rate=0.05):
+    """Return the allowed share of wrong searches: 5 % and two standard errors of the simulation."""
+    return error_rate + 2 * math.sqrt(error_rate * (1 - error_rate) / simulations)
+
+
+def quantile(shares):
+    """Return the normal quantile of each share."""
+    return np.array([NormalDist().inv_cdf(share) for share in shares])
+
+
+@dataclass(frozen=True)
+class Population:
+    """k candidates whose hits on a sample are correlated normal scores below a cut.
+
+    Attributes:
+        shares: (k,) true accuracies.
+        loadings: (f, k) loadings of the scores on f factors that a sample has.
+        noise: Standard deviation of what a score has on its own.
+    """
+
+    shares: np.ndarray
+    loadings: np.ndarray
+    noise: np.ndarray
+
+    @classmethod
+    def equicorrelated(cls, shares, correlation):
+        """Every pair of scores has the same correlation."""
+        k = len(shares)
+        loadings = np.full((1, k), math.sqrt(correlation))
+        return cls(np.asarray(shares), loadings, np.full(k, math.sqrt(1 - correlation)))
+
+    @classmethod
+    def soups(cls, ingredients, step, share):
+        """A fine grid of soups: the score of a soup mixes those of its ingredients, near 0.94."""
+        alphas = np.array(grid(ingredients, step)).T
+        loadings = np.concatenate([0.9 * alphas, np.full((1, alphas.shape[1]), 1.5)])
+        noise = np.full(alphas.shape[1], 0.2)
+        scale = np.sqrt((loadings**2).sum(0) + noise**2)
+        return cls(np.full(alphas.shape[1], share), loadings / scale, noise / scale)
+
+    def draw(self, n, generator):
+        """Return (n, k) hits of n samples."""
+        common = generator.standard_normal((n, len(self.loadings)))
+        own = generator.standard_normal((n, len(self.shares)))
+        return common @ self.loadings + own * self.noise < quantile(self.shares)
+
+
+def layout(name, threshold, k=21):
+    """Return k true accuracies around a threshold: flat, crowded or spread."""
+    match name:
+        case "flat":
+            return np.full(k, threshold - BARELY)
+        case "crowded":
+            return np.linspace(threshold - 0.01, threshold + 0.005, k)
+        case "spread":
+            return np.linspace(threshold - 0.1, min(threshold + 0.1, 0.995), k)
+    raise ValueError(name)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Shares of simulated searches.
+
+    Attributes:
+        wrong: A candidate was said to meet the threshold and misses it.
+        alone: The same if each candidate is judged by its own two-sided 95 % interval.
+        overstated: Any of the bounds that are shown lies above the true accuracy.
+        power: Mean share of the candidates above the threshold that are shown to be.
+    """
+
+    wrong: float
+    alone: float
+    overstated: float
+    power: float
+
+
+def simulate_requirement(
+    population, threshold, n, *, simulations=SIMULATIONS, draws=10_000, seed=0
+):
+    """Simulate searches with one requirement and return how often they are wrong."""
+    generator = np.random.default_rng(seed)
+    misses = population.shares < threshold
+    wanted = np.full(len(misses), threshold)
+    counts = np.zeros(3)
+    shown = 0.0
+    for _ in range(simulations):
+        hits = population.draw(n, generator)
+        proof = prove_accuracies(hits, wanted, seed=seed, draws=draws)
+        alone = wilson_two_sided(hits.mean(0), n) >= threshold
+        counts += [
+            (proof.met & misses).any(),
+            (alone & misses).any(),
+            (proof.low > population.shares).any(),
+        ]
+        shown += proof.met[~misses].mean() if not misses.all() else 0.0
+    return Outcome(*(counts / simulations), shown / simulations)
+
+
+def wilson_two_sided(share, n, z=1.959963984540054):
+    """Return lower ends of two-sided 95 % intervals."""
+    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (share + z * z / (2 * n) - half) / (1 + z * z / n)
+
+
+def simulate_gains(population, n, *, simulations=SIMULATIONS, draws=10_000, seed=0):
+    """Simulate searches in which no soup is better than the first candidate, an ingredient.
+
+    Returns:
+        The share of searches that say that one is.
+    """
+    generator = np.random.default_rng(seed)
+    wrong = 0
+    for _ in range(simulations):
+        hits = population.draw(n, generator).astype(float)
+        wrong += prove_gains(hits[:, 1:] - hits[:, :1], seed=seed, draws=draws).any()
+    return wrong / simulations
+
+
+def list_cells():
+    """Return the cells of the full table: layout, correlation and number of samples."""
+    return list(
+        itertools.product(("flat", "crowded", "spread"), (0.0, 0.9), (500, 1000, 2000, 5000))
+    )

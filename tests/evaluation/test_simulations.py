@@ -1,0 +1,105 @@
+"""Coverage by simulation: the guarantee holds in at least 95 % of searches.
+
+`make simulations` runs the whole table and prints it; docs/explanation/verdicts.md quotes it. The
+default suite runs a small part of it.
+"""
+
+import numpy as np
+import pytest
+from simulated_searches import (
+    BARELY,
+    Population,
+    layout,
+    limit,
+    list_cells,
+    simulate_gains,
+    simulate_requirement,
+)
+
+THRESHOLD = 0.85
+
+
+def show(capsys, text):
+    """Print a line of the table past pytest's capture."""
+    with capsys.disabled():
+        print(f"\n{text}", end="")  # noqa: T201
+
+
+# a part of the table
+
+
+@pytest.mark.parametrize(
+    ("shape", "correlation", "threshold"),
+    [("flat", 0.0, 0.85), ("flat", 0.9, 0.5), ("crowded", 0.5, 0.85)],
+)
+def test_statements_are_wrong_in_at_most_one_search_in_twenty(shape, correlation, threshold):
+    population = Population.equicorrelated(layout(shape, threshold, 8), correlation)
+    outcome = simulate_requirement(population, threshold, 500, simulations=1000, draws=1000)
+    assert outcome.wrong <= limit(1000)
+    assert outcome.alone > outcome.wrong  # what candidates on their own would say
+
+
+def test_few_expected_misses_are_tested_exactly():
+    population = Population.equicorrelated([0.97 - BARELY] * 8, 0.5)
+    outcome = simulate_requirement(population, 0.97, 500, simulations=500)
+    assert outcome.wrong <= limit(500)
+
+
+def test_soups_that_are_no_better_are_not_said_to_be():
+    population = Population.equicorrelated([0.5] * 9, 0.9)
+    assert simulate_gains(population, 500, simulations=1000, draws=1000) <= limit(1000)
+
+
+def test_with_enough_samples_what_is_true_is_shown():
+    population = Population.equicorrelated([0.8, 0.9, 0.9], 0.5)
+    outcome = simulate_requirement(population, THRESHOLD, 3000, simulations=100, draws=1000)
+    assert outcome.power > 0.99
+    assert outcome.wrong == 0
+
+
+# the whole table
+
+
+@pytest.mark.simulations
+@pytest.mark.parametrize(("shape", "correlation", "n"), list_cells())
+def test_one_requirement(capsys, shape, correlation, n):
+    population = Population.equicorrelated(layout(shape, THRESHOLD), correlation)
+    outcome = simulate_requirement(population, THRESHOLD, n)
+    show(
+        capsys,
+        f"| {shape} | {correlation:g} | {n:,} | {outcome.wrong:.1%} | {outcome.overstated:.1%} "
+        f"| {outcome.alone:.1%} | {outcome.power:.1%} |",
+    )
+    assert outcome.wrong <= limit(2000)
+
+
+@pytest.mark.simulations
+@pytest.mark.parametrize(("threshold", "n"), [(0.3, 500), (0.5, 500), (0.95, 500), (0.97, 500)])
+def test_other_thresholds(capsys, threshold, n):
+    population = Population.equicorrelated(layout("flat", threshold), 0.9)
+    outcome = simulate_requirement(population, threshold, n)
+    show(capsys, f"| flat, threshold {threshold:g} | 0.9 | {n:,} | {outcome.wrong:.1%} |")
+    assert outcome.wrong <= limit(2000)
+
+
+@pytest.mark.simulations
+@pytest.mark.parametrize(("ingredients", "step", "n"), [(3, 0.05, 1000), (4, 0.1, 2000)])
+def test_the_clean_accuracy_of_a_fine_grid(capsys, ingredients, step, n):
+    population = Population.soups(ingredients, step, THRESHOLD - BARELY)
+    outcome = simulate_requirement(population, THRESHOLD, n)
+    k = len(population.shares)
+    show(
+        capsys,
+        f"| fine grid of {k} soups | {n:,} | {outcome.wrong:.1%} | {outcome.alone:.1%} |",
+    )
+    assert outcome.wrong <= limit(2000)
+
+
+@pytest.mark.simulations
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("n", [500, 2000])
+def test_no_gain(capsys, correlation, n):
+    population = Population.equicorrelated(np.full(21, 0.45), correlation)
+    wrong = simulate_gains(population, n)
+    show(capsys, f"| no soup is better | {correlation:g} | {n:,} | {wrong:.1%} |")
+    assert wrong <= limit(2000)

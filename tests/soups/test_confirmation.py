@@ -1,0 +1,102 @@
+"""The confirm part of the samples, the order of finalists, and their tests."""
+
+import pytest
+import torch
+from soup_candidates import LINF, N, candidate
+
+from robustsoup.evaluation.simultaneous import fewest_hits
+from robustsoup.soups.confirmation import confirm_finalists, confirm_part, order_finalists
+from robustsoup.soups.goal import Goal
+
+FIRST_PART = [1, 4, 7, 9, 14]
+
+
+def ids_aside(ids, seed):
+    return set(ids[confirm_part(ids, seed=seed)].tolist())
+
+
+def test_the_confirm_part_is_a_third_that_depends_on_ids_and_seed_alone():
+    ids = torch.arange(100, 400)
+    aside = ids_aside(ids, 0)
+    assert len(aside) == 100
+    shuffled = ids[torch.randperm(300, generator=torch.Generator().manual_seed(1))]
+    assert ids_aside(shuffled, 0) == aside
+    assert ids_aside(ids, 1) != aside
+    assert 15 < len(ids_aside(ids, 1) & aside) < 55  # a third of a third, give or take
+    assert len({i % 3 for i in aside}) == 3
+    assert len(ids_aside(ids[:2], 0)) == 0
+
+
+def test_samples_stay_in_or_out_when_others_come_for_the_most_part():
+    ids = torch.arange(3000)
+    before, after = ids_aside(ids[:1500], 0), ids_aside(ids, 0)
+    moved = before ^ {i for i in after if i < 1500}
+    assert len(moved) < 100
+
+
+def test_the_confirm_part_never_changes():
+    """A stored run must find the same samples again on every machine."""
+    assert sorted(ids_aside(torch.arange(15), 0)) == FIRST_PART
+
+
+def test_without_a_robust_requirement_the_finalists_are_the_best_that_meet_the_others():
+    tried = [
+        candidate("unclean", 100, 100),
+        candidate("best", 180, 95),
+        candidate("second", 185, 90),
+        candidate("third", 190, 85),
+    ]
+    goal = Goal.parse(LINF, ["clean>=0.8"])
+    finalists = order_finalists(tried, goal, confirm_samples=100, most=2)
+    assert [item.name for item in finalists] == ["best", "second"]
+    confirmation = confirm_finalists(finalists, goal)
+    assert (confirmation.winner.name, confirmation.met) == ("best", True)
+    assert confirmation.judgement.method == "none"
+
+
+def test_with_a_robust_requirement_the_test_runs_from_the_safest_to_the_best():
+    tried = [
+        candidate("hopeless", 199, 60),
+        candidate("cleanest", 190, 122),  # margin (0.61 - 0.5) / 0.05 = 2.2
+        candidate("dominated", 170, 121),
+        candidate("middle", 180, 130),
+        candidate("safest", 160, 150),
+    ]
+    goal = Goal.parse("clean", [f"{LINF}>=0.5"])
+    finalists = order_finalists(tried, goal, confirm_samples=100)
+    assert [item.name for item in finalists] == ["safest", "middle", "cleanest"]
+    assert [c.name for c in order_finalists(tried, goal, confirm_samples=100, most=2)] == [
+        "middle",
+        "cleanest",
+    ]
+    unlikely = order_finalists(tried[:1], goal, confirm_samples=100)
+    assert [item.name for item in unlikely] == ["hopeless"]
+
+
+@pytest.mark.parametrize(
+    ("hits", "winner", "met"),
+    [
+        ((150, 140, 130), "c", True),
+        ((150, 140, 100), "b", True),
+        ((150, 100, 140), "a", True),  # the test stops at b
+        ((100, 150, 150), "a", False),
+    ],
+)
+def test_the_last_finalist_that_passes_wins(hits, winner, met):
+    finalists = [candidate(name, 160, count) for name, count in zip("abc", hits, strict=True)]
+    confirmation = confirm_finalists(finalists, Goal.parse("clean", [f"{LINF}>=0.5"]))
+    assert (confirmation.winner.name, confirmation.met) == (winner, met)
+    assert confirmation.judgement.method == "fixed sequence"
+    checks = confirmation.judgement.checks[winner]
+    assert [check.met for check in checks] == [met]
+    assert checks[0].low >= 0.5 if met else checks[0].low < 0.5
+    assert confirmation.accuracy[LINF].hits == hits["abc".index(winner)]
+
+
+def test_a_test_is_exact_and_the_estimate_may_replace_it():
+    least = fewest_hits(N, 0.5)
+    goal = Goal.parse("clean", [f"{LINF}>=0.5"])
+    assert confirm_finalists([candidate("a", 160, least)], goal).met
+    assert not confirm_finalists([candidate("a", 160, least - 1)], goal).met
+    point = Goal.parse("clean", [f"{LINF}>=0.5"], point=True)
+    assert confirm_finalists([candidate("a", 160, least - 1)], point).met

@@ -1,0 +1,197 @@
+"""The answer of a search: what it says, and that it survives JSON."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from soup_candidates import L2, LINF, N, candidate
+
+from robustsoup.soups.answer import Answer
+from robustsoup.soups.explanation import Explained, describe_soup, explain, with_test
+from robustsoup.soups.selection import select
+
+
+@pytest.mark.parametrize(
+    ("alpha", "options", "words"),
+    [
+        ((1.0, 0.0, 0.0), {"ingredient": "eps2"}, "eps2 itself"),
+        ((1.0, 0.0, 0.0), {}, "eps2 with the soup's BatchNorm statistics"),
+        ((0.0, 0.4, 0.6), {}, "0.4 of eps4 and 0.6 of eps8"),
+        ((0.2, 0.3, 0.5), {}, "0.2 of eps2, 0.3 of eps4 and 0.5 of eps8"),
+        ((1 / 3, 1 / 3, 1 / 3), {}, "equal parts of eps2, eps4 and eps8"),
+        ((0.5, 0.0, 0.5), {}, "equal parts of eps2 and eps8"),
+        ((0.123456, 0.876544, 0.0), {}, "0.123 of eps2 and 0.877 of eps4"),
+        ((), {"method": "learned"}, "a learned soup of eps2, eps4 and eps8"),
+    ],
+)
+def test_a_soup_is_described_in_words(alpha, options, words):
+    assert describe_soup(alpha, ["eps2", "eps4", "eps8"], **options) == words
+
+
+def ingredient(name, *hits, **record):
+    """Return a candidate that is an ingredient."""
+    return replace(candidate(name, *hits, **record), ingredient=name, description=f"{name} itself")
+
+
+def answer_of(candidates, *, maximise=LINF, require=(), point=False, **context):
+    """Return the answer of a search; the ingredients are those among the candidates."""
+    selection = select(candidates, maximise=maximise, require=require, point=point)
+    known = {c.ingredient: c.evaluation for c in candidates if c.ingredient}
+    return explain(selection, Explained(**({"ingredients": known} | context)))
+
+
+def test_a_soup_that_is_clearly_better_is_distinguishable():
+    answer = answer_of([ingredient("a", 190, 60), candidate("soup", 185, 100)])
+    assert (answer.chosen, answer.best_ingredient) == ("soup", "a")
+    assert answer.distinguishable is True
+    assert answer.lines()[0] == "a soup is better than every ingredient, of which a is best"
+
+
+def test_without_a_distinguishable_soup_the_answer_names_the_ingredient():
+    answer = answer_of(
+        [ingredient("a", 190, 60), ingredient("b", 150, 90), candidate("s", 180, 92)]
+    )
+    assert answer.chosen == "s"
+    assert answer.distinguishable is False
+    assert answer.lines()[0] == "no soup is distinguishable from b: use that"
+
+
+def test_an_ingredient_that_fails_the_requirement_is_no_rival():
+    tried = [ingredient("robust", 120, 100), candidate("soup", 190, 80)]
+    answer = answer_of(tried, require=["clean>=0.8"])
+    assert (answer.chosen, answer.best_ingredient) == ("soup", None)
+    assert answer.distinguishable is None
+    assert answer.lines()[0].startswith("on val: chosen: soup (clean 95.0%")
+    (against,) = answer.against
+    assert (against.ingredient, against.meets) == ("robust", False)
+    assert against.differences[LINF].value == pytest.approx(-0.1)
+    assert against.differences["clean"].value == pytest.approx(0.35)
+    assert any("against robust (not shown to meet the requirement)" in s for s in answer.lines())
+
+
+def test_the_requirement_stands_beside_its_bound():
+    tried = [ingredient("a", 190, 60), candidate("s", 188, 70), candidate("t", 185, 65)]
+    answer = answer_of(tried, require=["clean>=0.8"])
+    (check,) = answer.checks
+    assert check.met
+    assert 0.8 <= check.low < check.estimate.value
+    assert answer.guarantee.method == "max-t"
+    assert answer.guarantee.candidates == 3
+    assert any(
+        s.startswith("clean>=0.8 is met: 94.0% of 200 samples, at least ")
+        and s.endswith("(one-sided 95 % bound over 3 candidates)")
+        for s in answer.lines()
+    )
+
+
+def test_estimates_guarantee_nothing():
+    answer = answer_of(
+        [candidate("s", 161, 70)], require=["clean>=0.8"], point=True, ingredients={}
+    )
+    assert answer.guarantee.method == "point"
+    assert "clean>=0.8 is met: 80.5% of 200 samples, an estimate, which guarantees nothing" in (
+        answer.lines()
+    )
+
+
+def test_the_runner_up_and_what_the_requirement_refused():
+    tried = [
+        ingredient("a", 196, 60),
+        candidate("s", 194, 90),
+        candidate("t", 193, 88),
+        candidate("robust", 150, 110),
+    ]
+    answer = answer_of(tried, require=["clean>=0.85"])
+    assert answer.chosen == "s"
+    runner_up, refused = answer.runner_up, answer.refused
+    assert (runner_up.name, refused.name) == ("t", "robust")
+    assert runner_up.gain.value == pytest.approx(0.01)
+    assert not runner_up.gain.distinguishable
+    assert "which is not distinguishable" in runner_up.why
+    assert runner_up.samples_to_separate > N
+    assert refused.gain.value == pytest.approx(-0.1)
+    assert "but not shown to meet clean>=0.85: 75.0%, at least " in refused.why
+    assert any(s.startswith("about ") and "tell these two apart" in s for s in answer.lines())
+
+
+def test_equal_soups_are_said_to_be_equal():
+    answer = answer_of([candidate("s", 180, 90), candidate("t", 170, 90)], ingredients={})
+    assert (answer.chosen, answer.runner_up.name) == ("s", "t")
+    assert "the same estimate" in answer.runner_up.why
+    assert answer.runner_up.samples_to_separate is None
+
+
+def test_when_nothing_meets_the_requirement_the_answer_says_how_many_samples_it_takes():
+    answer = answer_of([candidate("s", 172, 90)], require=["clean>=0.85"], ingredients={})
+    assert (answer.met, answer.exit_code) == (False, 3)
+    assert answer.message.startswith(
+        "no candidate meets clean>=0.85 by its 95 % lower bound; the closest is s (clean 86.0%"
+    )
+    assert answer.obstacle == "of 1 candidates, clean>=0.85 is met by none"
+    assert answer.samples_to_prove > N
+    hopeless = answer_of([candidate("s", 160, 90)], require=["clean>=0.85"], ingredients={})
+    assert hopeless.samples_to_prove is None
+
+
+def test_requirements_that_only_different_soups_meet_conflict():
+    tried = [candidate("clean", 190, 40), candidate("robust", 120, 100)]
+    answer = answer_of(tried, require=["clean>=0.8", f"{LINF}>=0.35"], ingredients={})
+    assert not answer.met
+    assert answer.obstacle == (
+        f"of 2 candidates, clean>=0.8 is met by 1, {LINF}>=0.35 is met by 1; "
+        "none meets all: the requirements conflict here"
+    )
+
+
+def test_the_test_split_tests_the_chosen_soup_alone():
+    answer = answer_of([candidate("s", 190, 90)], require=["clean>=0.85"], ingredients={})
+    assert (answer.held_on_test, answer.exit_code) == (None, 0)
+    held = with_test(answer, candidate("s", 171, 85).evaluation)
+    assert (held.held_on_test, held.exit_code) == (True, 0)
+    assert held.fresh_accuracy[LINF].hits == 85
+    assert held.test[0].low < 0.85  # the estimate holds, its bound does not
+    failed = with_test(answer, candidate("s", 169, 85).evaluation)
+    assert (failed.held_on_test, failed.exit_code) == (False, 4)
+    assert any("clean>=0.85 did NOT hold on test: 84.5%, at least " in s for s in failed.lines())
+    without = with_test(replace(answer, require=(), checks=()), candidate("s", 1, 0).evaluation)
+    assert (without.held_on_test, without.exit_code) == (None, 0)
+
+
+def test_what_the_guarantee_leaves_out_is_said_last():
+    gap = "a stopped training early by the loss on val"
+    answer = answer_of([candidate("s", 190, 90)], ingredients={}, leaves_out=(gap,))
+    assert answer.lines()[-1] == f"the guarantee leaves out: {gap}"
+
+
+@pytest.mark.parametrize("maximise", [LINF, "0.5 clean + 0.5 L2 0.5", "knee", "union"])
+def test_an_answer_survives_json(maximise):
+    tried = [
+        ingredient("a", 196, 60, 50),
+        ingredient("b", 150, 100, 90),
+        candidate("s", 190, 90, 80),
+        candidate("t", 185, 85, 85),
+    ]
+    answer = answer_of(tried, maximise=maximise, require=["clean>=0.85", f"{L2}>=0.1"])
+    answer = with_test(answer, candidate("s", 180, 85, 80).evaluation)
+    assert answer.maximise == maximise
+    content = json.loads(json.dumps(answer.to_json()))
+    again = Answer.from_json(content)
+    assert again == answer
+    assert again.lines() == content["lines"]
+    assert content["message"] == answer.message
+    assert (content["held_on_test"], again.exit_code) == (True, 0)
+
+
+def test_names_with_markup_are_escaped_in_notebooks():
+    tried = [replace(candidate("<b>", 180, 90), description="0.5 of <script> and 0.5 of b")]
+    page = answer_of(tried, ingredients={})._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_gains_of_weighted_sums_are_paired():
+    a, b = candidate("a", 180, 90), candidate("b", 170, 100)
+    answer = answer_of([a, b], maximise="0.5 clean + 0.5 Linf 8/255", ingredients={})
+    gain = answer.runner_up.gain
+    assert gain.value == pytest.approx(0.0)
+    assert gain.low < 0 < gain.high
