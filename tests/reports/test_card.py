@@ -82,6 +82,11 @@ def test_names_of_strangers_are_only_text(name):
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
     found = [token for block in tokens for token in (block, *(block.children or ()))]
     kinds = [token.type for token in found]
+    # A renderer that does not know headers shows them too.
+    whole = MarkdownIt("commonmark", {"html": True}).parse(text)
+    in_all = [token for block in whole for token in (block, *(block.children or ()))]
+    assert not {"image", "link_open", "html_inline"} & {token.type for token in in_all}
+    assert sum(token.type == "html_block" for token in in_all) == 1
     html = [token.content for token in found if token.type.startswith("html")]
     assert [item.startswith("<!-- robustsoup card") for item in html] == [True]
     assert not {"image", "link_open", "em_open", "strong_open"} & set(kinds)

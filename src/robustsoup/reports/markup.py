@@ -10,6 +10,8 @@ YamlValue = str | int | float | None | Sequence["YamlValue"] | Mapping[str, "Yam
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~#!&$^@])")
 _LINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
+_ACTIVE = re.compile(r"[<>&\[\]`]")
+"""What could be markup where a header is shown as Markdown; YAML reads its escapes as it was."""
 _ABSOLUTE = re.compile(r"(?<![\w./\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+([^\s/\\:'\"]+)")
 
 
@@ -66,5 +68,6 @@ def _render_item(item: YamlValue, depth: int) -> list[str]:
 
 def _render_value(value: YamlValue) -> str:
     if isinstance(value, str):
-        return json.dumps(make_printable(hide_folders(value)), ensure_ascii=False)
+        quoted = json.dumps(make_printable(hide_folders(value)), ensure_ascii=False)
+        return _ACTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
     return json.dumps(value)
