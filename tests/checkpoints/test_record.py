@@ -153,6 +153,7 @@ RECORD = {
     "coefficients": {"a": [0.5, 0.5]},
     "learned": None,
     "buffers": {"policy": "average"},
+    "adapter": {"folder": "lora", "digest": "ab"},
 }
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -10,15 +10,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from robustsoup.checkpoints.adapters import (
+    Adapter,
+    find_adapter,
+    list_base_places,
+    merge_adapter,
+)
 from robustsoup.checkpoints.fitting import NamesFit, fit_names, network_tensors
 from robustsoup.checkpoints.formats import read_checkpoint, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import guess_parameters
 from robustsoup.checkpoints.record import check_record
-from robustsoup.checkpoints.remote import local_path
+from robustsoup.checkpoints.remote import find_copy_of, local_path
+from robustsoup.checkpoints.transfers import choose_file
 from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
 from robustsoup.display import html_table
-from robustsoup.errors import ModelError, RequestError
+from robustsoup.errors import CheckpointError, ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
     NetworkSettings,
@@ -66,7 +73,13 @@ class Checkpoint:
     as_read: "Checkpoint | None" = None
 
     @classmethod
-    def load(cls, path: "CheckpointLike", *, key: str | None = None) -> "Checkpoint":
+    def load(
+        cls,
+        path: "CheckpointLike",
+        *,
+        key: str | None = None,
+        adapter_base: "CheckpointLike | None" = None,
+    ) -> "Checkpoint":
         """Read .safetensors, an index of shards, or .pt/.pth/... without running any of their code.
 
         The state dict is found under any keys, and prefixes of wrappers are removed from its names;
@@ -80,25 +93,34 @@ class Checkpoint:
             key: Which weights to read if the file holds several sets: the keys that lead to them,
                 joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
                 which were read by default.
+            adapter_base: The base of a LoRA adapter (a folder that peft saved), into which it is
+                merged; by default the one that its adapter_config.json names.
 
         Raises:
             CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
                 tensors, NaN or infinity, or a record that is malformed; the error names the file.
         """
         if isinstance(path, (str, os.PathLike)):
-            return cls._read(local_path(path), mapped=False, key=key)
+            return cls._read(local_path(path), mapped=False, key=key, adapter_base=adapter_base)
         return cls._take(path)
 
     @classmethod
-    def open(cls, path: "CheckpointLike", *, key: str | None = None) -> "Checkpoint":
+    def open(
+        cls,
+        path: "CheckpointLike",
+        *,
+        key: str | None = None,
+        adapter_base: "CheckpointLike | None" = None,
+    ) -> "Checkpoint":
         """Read as `load` does, but leave the tensors in the file, as read-only views of it.
 
-        Digests are compared once while the file keeps its path, inode, size and time.
+        An adapter is merged in memory. Digests are compared once while the file keeps its path,
+        inode, size and time.
         Call `check_source` before reading them later, and do not overwrite the file in place
         meanwhile.
         """
         if isinstance(path, (str, os.PathLike)):
-            return cls._read(local_path(path), mapped=True, key=key)
+            return cls._read(local_path(path), mapped=True, key=key, adapter_base=adapter_base)
         return cls._take(path)
 
     @classmethod
@@ -122,7 +144,18 @@ class Checkpoint:
         )
 
     @classmethod
-    def _read(cls, path: Path, *, mapped: bool, key: str | None) -> "Checkpoint":
+    def _read(
+        cls,
+        path: Path,
+        *,
+        mapped: bool,
+        key: str | None,
+        adapter_base: "CheckpointLike | None" = None,
+    ) -> "Checkpoint":
+        if (adapter := find_adapter(path)) is not None:
+            return cls._merge(adapter, adapter_base, key)
+        if adapter_base is not None:
+            raise CheckpointError(f"{path}: is no adapter with an adapter_config.json")
         stored = read_checkpoint(path, mapped=mapped, key=key)
         check_record(stored.record, stored.tensors, path)
         return cls(
@@ -133,6 +166,39 @@ class Checkpoint:
             stored.source,
             notes=stored.notes,
         )
+
+    @classmethod
+    def _merge(
+        cls, adapter: Adapter, named: "CheckpointLike | None", key: str | None
+    ) -> "Checkpoint":
+        """Merge an adapter into its base.
+
+        Raises:
+            CheckpointError: The base is not found or does not fit, or the adapter is not
+                understood.
+        """
+        base = cls.load(_locate_base(adapter) if named is None else named, key=key)
+        factors = read_checkpoint(adapter.weights, mapped=True).tensors
+        tensors = merge_adapter(adapter, factors, base.tensors)
+        before = base.provenance
+        kept = ["parameters", "tied"]
+        if all(tensor.shape == tensors[name].shape for name, tensor in base.tensors.items()):
+            kept.append("network")
+        record = {entry: before[entry] for entry in kept if entry in before}
+        earlier = [before.get("data"), *before.get("earlier_data", [])]
+        record |= {
+            "parents": [{"digest": base.digest, "file": base.path.name if base.path else None}],
+            "data": None,
+            "earlier_data": [data for data in earlier if data],
+            "trained_on": before.get("trained_on", []),
+            "adapter": {"digest": digest_tensors(factors), "folder": adapter.folder.name},
+        }
+        if sketches := before.get("fitted_images"):
+            record["fitted_images"] = sketches
+        named_network = base.named_network if "network" in kept else None
+        path = adapter.weights if find_copy_of(adapter.weights) else adapter.folder
+        note = f"{path.name}: merged into its base, {base.path.name if base.path else base.name}"
+        return cls(tensors, record, path, base.wrapping, None, named_network, (*base.notes, note))
 
     @classmethod
     def of(
@@ -471,6 +537,29 @@ class Checkpoint:
         }
         title = self.path.name if self.path else "Checkpoint in memory"
         return html_table(title, (), (row for row in rows.items() if row[1]), self.notes)
+
+
+def _locate_base(adapter: Adapter) -> Path:
+    """Return the base that the configuration of an adapter names.
+
+    One of the hub is copied only for an adapter that was itself read from the hub.
+
+    Raises:
+        CheckpointError: It is not on this machine.
+    """
+    for path in list_base_places(adapter):
+        if not path.is_dir():
+            return path
+        return path / choose_file((item.name for item in path.iterdir()), str(path))
+    copy = find_copy_of(adapter.weights)
+    if copy is not None and copy.address.startswith("hf://") and adapter.base:
+        revision = adapter.config.get("revision")
+        return local_path(f"hf://{adapter.base}" + (f"@{revision}" if revision else ""))
+    named = "none is named" if adapter.base is None else f"{adapter.base} is not on this machine"
+    raise CheckpointError(
+        f"{adapter.folder}: the adapter needs its base, and {named}; put the path of the base into "
+        "base_model_name_or_path of adapter_config.json, or in Python set adapter_base"
+    )
 
 
 CheckpointLike: TypeAlias = Checkpoint | str | os.PathLike[str]

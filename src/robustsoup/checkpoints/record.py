@@ -79,6 +79,7 @@ ENTRIES = {
     "coefficients": nullable(_coefficients),
     "learned": nullable(_ANY_TABLE),
     "buffers": nullable(_ANY_TABLE),
+    "adapter": nullable(_ANY_TABLE),
 }
 """The check of each known entry; entries with other names are kept and never read."""
 

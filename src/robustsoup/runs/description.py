@@ -211,6 +211,8 @@ def describe_making(record: Mapping[str, Any]) -> str:
     """Return in words how weights were made, by their record; "no record" without one."""
     if "coefficients" in record:
         return _describe_soup(record)
+    if record.get("adapter"):
+        return "LoRA adapter merged into its base"
     training = record.get("training")
     if not isinstance(training, Mapping):
         return "no record of its training" if record.get("network") else "no record"

@@ -35,8 +35,8 @@ def _refuse_adapters(item: Checkpoint) -> None:
     if factors:
         raise CheckpointError(
             f"{item.name}: {factors[0]} is a factor of a LoRA adapter; the average of factors A "
-            "and B is not that of the products B A: merge each adapter into its base "
-            "(merge_and_unload of peft) and mix the merged networks"
+            "and B is not that of the products B A: give the folder with its adapter_config.json, "
+            "which is merged into its base, or merge it with peft (merge_and_unload)"
         )
 
 
