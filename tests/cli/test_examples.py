@@ -1,8 +1,8 @@
 """The examples in --help run one after another, whatever the trained networks score.
 
-They run with small settings, on networks that the tests of all commands share. Exit code 3 counts
-where the printed JSON says that the answer is no. None of them may use the network: `fetch` alone
-was asked to.
+They run with small settings, on networks that the tests of all commands share. Exit codes 3 and 4
+count where the printed JSON says that the answer is no. None of them may use the network: `fetch`
+alone was asked to.
 """
 
 import json
@@ -15,6 +15,7 @@ from network_watch import refused_network
 
 from robustsoup.cli import running
 from robustsoup.recipes import load_recipe
+from robustsoup.soups.answer import Answer
 
 SMALL = {
     "train": ("--epochs", 1),
@@ -26,7 +27,7 @@ SMALL = {
 }
 SMALL_QUICKSTART = (
     *("pretrain.epochs=1", "finetune.epochs=1", "soups.learned.epochs=1", "soups.grid.step=0.5"),
-    *('soups.learned.threats=["Linf 16/255"]', "evaluate.steps=1"),
+    *('soups.learned.threats=["Linf 16/255"]', "evaluate.steps=1", 'select.require=["clean>=0"]'),
     *("evaluate.select_samples=16", "evaluate.report_samples=16", 'model="resnet9:width=2"'),
 )
 EXAMPLES = list_examples()
@@ -63,7 +64,7 @@ def run_example(words, capsys):
     printed = capsys.readouterr()
     expected = 0
     if command == "search":
-        expected = 0 if json.loads(printed.out)["selection"]["met"] else 3
+        expected = Answer.from_json(json.loads(printed.out)["selection"]).exit_code
     if command == "check":
         expected = 0 if json.loads(printed.out)["soupable"] else 3
     assert code == expected, (words, printed.err)

@@ -3,12 +3,17 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from command_line import FEW, LINF, PAIR, SEARCH, run
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import to_float
 from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.runs import run as running
+from robustsoup.soups.answer import Answer
 from robustsoup.soups.mixing import mix
 
 
@@ -58,15 +63,18 @@ def test_a_screened_search_confirms_what_it_chooses(here, capsys):
 
 
 def test_a_requirement_that_nothing_meets_is_exit_code_3(here, capsys):
-    impossible = (*SEARCH, "--require", "clean>=1", "-o", "best")  # no lower bound reaches 1
+    too_much = "Linf 32/255>=0.9"  # networks of 2 channels are far from that
+    impossible = (*SEARCH, "--require", too_much, "-o", "best")
     assert run(*impossible) == 3
     output = capsys.readouterr().out
-    assert re.search(r"no candidate meets clean>=1 .*the closest is grid-", output)
+    assert re.search(rf"no candidate meets {too_much} .*the closest is grid-", output)
+    assert f"{too_much} is met by none" in output
     assert (here / "best" / "soup.safetensors").is_file()
     assert run(*impossible, "--json") == 3
     selection = json.loads(capsys.readouterr().out)["selection"]
     assert selection["met"] is False
     assert "no candidate meets" in selection["message"]
+    assert Answer.from_json(selection).to_json() == selection
 
 
 @pytest.mark.parametrize(("method", "count"), [("uniform", 1), ("line", 3), ("grid", 3)])
@@ -84,3 +92,24 @@ def test_an_ingredient_may_have_the_name_of_a_method(here, capsys):
     assert len({row["name"] for row in rows}) == len(rows) == 3
     low = Evaluation.load("best/evaluations/uniform.val.json").record["checkpoint"]
     assert low == Checkpoint.load("low.safetensors").digest
+
+
+def test_a_requirement_that_fails_on_test_is_exit_code_4(here, capsys, monkeypatch):
+    """Labels of the test set are changed, so that no network is right there."""
+    load = running._load_all_data
+
+    def load_with_wrong_test(*arguments):
+        data = load(*arguments)
+        networks = [Checkpoint.load(path).network().eval() for path in PAIR]
+        with torch.no_grad():
+            outputs = [network(to_float(data.test.images)).argmax(1) for network in networks]
+        taken = torch.nn.functional.one_hot(torch.stack(outputs), 10).sum(0)
+        wrong = taken.argmin(1)  # a class that neither predicts; a soup may
+        return replace(data, test=replace(data.test, labels=wrong))
+
+    monkeypatch.setattr(running, "_load_all_data", load_with_wrong_test)
+    command = ("search", *PAIR, *LINF, *FEW, "--step", 1, "--require", "clean>=0.05", "-o", "best")
+    assert run(*command) == 4
+    output = capsys.readouterr().out
+    assert "clean>=0.05 did NOT hold on test: 0.0%, at least 0.0%" in output
+    assert (here / "best" / "soup.safetensors").is_file()

@@ -5,7 +5,13 @@ import torch
 from soup_candidates import LINF, N, candidate
 
 from robustsoup.evaluation.simultaneous import fewest_hits
-from robustsoup.soups.confirmation import confirm_finalists, confirm_part, order_finalists
+from robustsoup.soups.confirmation import (
+    confirm_finalists,
+    confirm_part,
+    judge_clean,
+    order_finalists,
+)
+from robustsoup.soups.explanation import Explained, explain
 from robustsoup.soups.goal import Goal
 
 FIRST_PART = [1, 4, 7, 9, 14]
@@ -47,11 +53,13 @@ def test_without_a_robust_requirement_the_finalists_are_the_best_that_meet_the_o
         candidate("third", 190, 85),
     ]
     goal = Goal.parse(LINF, ["clean>=0.8"])
-    finalists = order_finalists(tried, goal, confirm_samples=100, most=2)
+    clean = judge_clean(tried, goal)
+    finalists = order_finalists(tried, goal, clean, confirm_samples=100, most=2)
     assert [item.name for item in finalists] == ["best", "second"]
-    confirmation = confirm_finalists(finalists, goal)
-    assert (confirmation.winner.name, confirmation.met) == ("best", True)
-    assert confirmation.judgement.method == "none"
+    selection = confirm_finalists(finalists, goal, clean)
+    assert (selection.best.name, selection.met) == ("best", True)
+    assert selection.judgement.method == "max-t"
+    assert selection.checks == clean.checks["best"]
 
 
 def test_with_a_robust_requirement_the_test_runs_from_the_safest_to_the_best():
@@ -63,14 +71,15 @@ def test_with_a_robust_requirement_the_test_runs_from_the_safest_to_the_best():
         candidate("safest", 160, 150),
     ]
     goal = Goal.parse("clean", [f"{LINF}>=0.5"])
-    finalists = order_finalists(tried, goal, confirm_samples=100)
-    assert [item.name for item in finalists] == ["safest", "middle", "cleanest"]
-    assert [c.name for c in order_finalists(tried, goal, confirm_samples=100, most=2)] == [
-        "middle",
-        "cleanest",
-    ]
-    unlikely = order_finalists(tried[:1], goal, confirm_samples=100)
-    assert [item.name for item in unlikely] == ["hopeless"]
+    clean = judge_clean(tried, goal)
+
+    def names(candidates, most=5):
+        ordered = order_finalists(candidates, goal, clean, confirm_samples=100, most=most)
+        return [item.name for item in ordered]
+
+    assert names(tried) == ["safest", "middle", "cleanest"]
+    assert names(tried, most=2) == ["middle", "cleanest"]
+    assert names(tried[:1]) == ["hopeless"]
 
 
 @pytest.mark.parametrize(
@@ -84,19 +93,25 @@ def test_with_a_robust_requirement_the_test_runs_from_the_safest_to_the_best():
 )
 def test_the_last_finalist_that_passes_wins(hits, winner, met):
     finalists = [candidate(name, 160, count) for name, count in zip("abc", hits, strict=True)]
-    confirmation = confirm_finalists(finalists, Goal.parse("clean", [f"{LINF}>=0.5"]))
-    assert (confirmation.winner.name, confirmation.met) == (winner, met)
-    assert confirmation.judgement.method == "fixed sequence"
-    checks = confirmation.judgement.checks[winner]
-    assert [check.met for check in checks] == [met]
-    assert checks[0].low >= 0.5 if met else checks[0].low < 0.5
-    assert confirmation.accuracy[LINF].hits == hits["abc".index(winner)]
+    goal = Goal.parse("clean", [f"{LINF}>=0.5", "clean>=0.7"])
+    clean = judge_clean(finalists, goal)
+    selection = confirm_finalists(finalists, goal, clean)
+    assert (selection.best.name, selection.met) == (winner, met)
+    assert selection.judgement.method == "max-t and fixed sequence"
+    tested, measured = selection.checks
+    assert tested.met == met
+    assert tested.low >= 0.5 if met else tested.low < 0.5
+    assert measured == clean.checks[winner][0]
+    evaluations = {"a": finalists[0].evaluation}
+    answer = explain(selection, Explained(ingredients=evaluations, fresh_split="confirm"))
+    assert answer.fresh_accuracy[LINF].hits == hits["abc".index(winner)]
+    assert answer.guarantee.candidates == 3
 
 
 def test_a_test_is_exact_and_the_estimate_may_replace_it():
     least = fewest_hits(N, 0.5)
-    goal = Goal.parse("clean", [f"{LINF}>=0.5"])
-    assert confirm_finalists([candidate("a", 160, least)], goal).met
-    assert not confirm_finalists([candidate("a", 160, least - 1)], goal).met
-    point = Goal.parse("clean", [f"{LINF}>=0.5"], point=True)
-    assert confirm_finalists([candidate("a", 160, least - 1)], point).met
+    barely, fails = candidate("a", 160, least), candidate("a", 160, least - 1)
+    for point, expected in ((False, [True, False]), (True, [True, True])):
+        goal = Goal.parse("clean", [f"{LINF}>=0.5"], point=point)
+        clean = judge_clean([barely], goal)
+        assert [confirm_finalists([c], goal, clean).met for c in (barely, fails)] == expected

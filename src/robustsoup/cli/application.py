@@ -1,10 +1,10 @@
 """The typer application: its commands and its exit codes.
 
 Exit codes: 0 success; 1 the work failed, or `verify` found damage; 2 the request is wrong; 3
-success with a negative answer (no soup meets --require, `check` rejects the checkpoints); 130, 143
-and 129 ended by Ctrl-C, SIGTERM and SIGHUP; 141 nobody reads the output any more. Commands import
-PyTorch and other slow libraries inside their bodies, so that help, usage errors and shell
-completion are quick.
+success with a negative answer (no soup meets --require, `check` rejects the checkpoints); 4
+success, but the chosen soup misses a requirement on `test`; 130, 143 and 129 ended by Ctrl-C,
+SIGTERM and SIGHUP; 141 nobody reads the output any more. Commands import PyTorch and other slow
+libraries inside their bodies, so that help, usage errors and shell completion are quick.
 """
 
 import re

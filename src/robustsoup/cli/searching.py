@@ -42,8 +42,8 @@ def search_command(
     """Choose the most robust soup that meets --require.
 
     Evaluates soups on val, reports the chosen one on test, and writes it with a table, figures and
-    a report. Exit code 3 if no soup meets the requirements. The same command resumes an interrupted
-    search.
+    a report. Exit code 3 if no soup meets the requirements, 4 if the chosen one misses them on
+    test. The same command resumes an interrupted search.
 
     Example: `robustsoup search eps16.safetensors eps64.safetensors eps96.safetensors --data digits
     --threat "Linf 56/255" --require "clean>=0.5" --steps 20 -o best`

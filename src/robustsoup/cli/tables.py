@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustsoup.cli.front import print_front
 from robustsoup.cli.progress import format_duration
 from robustsoup.cli.terminal import print_line, print_table
 from robustsoup.diagnosis.barriers import Pair
@@ -19,7 +20,7 @@ Scores = Mapping[str, Accuracy]
 
 
 def print_results(results: Results, page: Path) -> None:
-    """Print the accuracies of a run, the chosen soup, and the path of the report."""
+    """Print the accuracies of a run, the front, the answer, and the path of the report."""
     protocol = results.protocol
     reports_all = results.recipe["evaluate"]["report"] == "all"
     split = protocol.report_on if reports_all else protocol.select_on
@@ -30,6 +31,7 @@ def print_results(results: Results, page: Path) -> None:
         note = " (the paper's protocol: selected on test)" if selects_on_test else ""
         print_accuracies(measured, f"on {split}{note}")
     if results.selection:
+        print_front(results)
         for line in results.selection.lines():
             print_line(line)
         print_line(f"soup: {page.parent / str(results.soup)}")

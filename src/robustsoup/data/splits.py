@@ -206,6 +206,15 @@ class Split:
         rows = order[:n].sort().values.to(self.images.device)
         return replace(self, images=self.images[rows], labels=self.labels[rows], ids=self.ids[rows])
 
+    def take(self, rows: torch.Tensor) -> "Split":
+        """Return some samples, in the order of the split.
+
+        Args:
+            rows: (n,) bool, which samples to take.
+        """
+        kept = rows.to(self.images.device)
+        return replace(self, images=self.images[kept], labels=self.labels[kept], ids=self.ids[kept])
+
     def _check_count(self, n: int) -> None:
         if not 1 <= n <= len(self):
             raise DataError(

@@ -25,6 +25,7 @@ from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import EvaluateNetwork, LearnCoefficients, MapPlane, TrainNetwork
 from robustsoup.soups.ancestry import check_ingredients
+from robustsoup.soups.goal import check_goal
 from robustsoup.soups.selection import Selection
 
 
@@ -84,6 +85,7 @@ def prepare_run(
     context = Context(data, network, resolved, network_named=bool(recipe.model))
     planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
     _check_radii(planner.plan, data)
+    _check_goal(planner, data)
     files = list(planner.plan.files.values())
     if files:
         check_ingredients([item.with_names_like(files[0]) for item in files])
@@ -171,6 +173,15 @@ def _check_radii(plan: Plan, data: Data) -> None:
                 threat.check_shape(shape)
         elif isinstance(task, (TrainNetwork, LearnCoefficients, MapPlane)):
             task.settings.threat.check_shape(shape)
+
+
+def _check_goal(planner: Planner, data: Data) -> None:
+    """Raise RequestError if the samples that select cannot show a requirement at all."""
+    recipe = planner.recipe
+    soups = sum(row.soup is not None for row in planner.plan.rows)
+    if recipe.goal is not None and soups:
+        samples = recipe.select_samples or len(data.split(recipe.select_on))
+        check_goal(recipe.goal, recipe.measures, samples=samples, candidates=soups)
 
 
 def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakage:

@@ -101,8 +101,8 @@ class Guarantee:
     """What holds with 95 % confidence, and what it leaves out.
 
     Attributes:
-        method: "max-t", "exact", "fixed sequence", "point" (nothing is guaranteed) or "none" (there
-            is no requirement).
+        method: "max-t", "exact", "fixed sequence", two of them joined by "and", "point" (nothing is
+            guaranteed) or "none" (there is no requirement).
         candidates: Number of candidates that count.
         samples: Number of samples that the requirements are tested on.
         seed: Seed of the multiplier bootstrap and of the confirm part.

@@ -4,25 +4,26 @@ Where most candidates are never attacked in full (screening, surrogates, racing)
 samples steer the search, and a test on the same samples would be biased. So a fixed random third of
 the split that selects, the confirm part, is kept aside: the search attacks the other two thirds,
 fixes an order of a few finalists, and these are attacked on the confirm part and tested in that
-order.
+order. Clean accuracy is measured for all candidates on all samples.
 
     aside = confirm_part(split.ids, seed=seed)
     search, confirm = split.take(~aside), split.take(aside)
-    ...                                          # attack on `search` alone
-    ordered = order_finalists(candidates, goal, confirm_samples=len(confirm), seed=seed)
-    attacked = [...]                             # the finalists, evaluated in full on `confirm`
-    confirmation = confirm_finalists(attacked, goal)
+    clean = [...]                                # every candidate, not attacked, on `split`
+    tried = [...]                                # what was attacked, on `search` alone
+    judgement = judge_clean(clean, goal, seed=seed)
+    ordered = order_finalists(tried, goal, judgement, confirm_samples=len(confirm))
+    finalists = [...]                            # `ordered`, evaluated in full on `confirm`
+    selection = confirm_finalists(finalists, goal, judgement)
+    answer = explain(selection, Explained(ingredients=..., fresh_split="confirm"))
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import (
     Z_ERROR,
     clopper_pearson_lower,
@@ -35,6 +36,7 @@ from robustsoup.soups.selection import (
     Candidate,
     Judgement,
     RequirementCheck,
+    Selection,
     judge,
     rank_by,
     target_score,
@@ -68,37 +70,46 @@ def confirm_part(ids: Tensor, *, seed: int) -> Tensor:
     return aside
 
 
+def judge_clean(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judgement:
+    """Judge the requirements on clean accuracy alone, simultaneously over all candidates.
+
+    Args:
+        candidates: All candidates, with clean verdicts on the same samples.
+        goal: The requirements.
+        seed: Seed of the bounds.
+    """
+    clean = tuple(item for item in goal.require if item.key == CLEAN_KEY)
+    return judge(candidates, Goal(goal.maximise, clean, goal.point), seed=seed)
+
+
 def order_finalists(
-    candidates: Sequence[Candidate],
+    tried: Sequence[Candidate],
     goal: Goal,
+    clean: Judgement,
     *,
     confirm_samples: int,
     most: int = MOST_FINALISTS,
-    seed: int = 0,
 ) -> tuple[Candidate, ...]:
     """Choose the finalists and the order in which the confirm part tests them.
 
-    Requirements on clean accuracy are judged first, simultaneously over all candidates. Without a
-    requirement on attacked accuracy the best candidate is the only finalist that matters, and it
-    comes first. With one, a candidate is put forward if it is more likely than not to pass the test
-    on the confirm part, and no other has both a larger margin and a higher score; the test runs
-    from the largest margin to the highest score, so that each step gains something and risks
-    something.
+    Only candidates that meet the requirements on clean accuracy take part. Without a requirement on
+    attacked accuracy the best of them comes first and will win; the others are runners-up. With
+    one, a candidate is put forward if it is more likely than not to pass its test on the confirm
+    part, and no other has both a larger margin and a higher score. The test then runs from the
+    largest margin to the highest score, so each step gains something and risks something.
 
     Args:
-        candidates: All candidates, evaluated on the samples that steered the search.
+        tried: The candidates that were attacked, on the samples that steered the search.
         goal: What is maximised and required.
+        clean: What `judge_clean` returned.
         confirm_samples: Number of samples in the confirm part.
         most: Most finalists.
-        seed: Seed of the bounds on clean accuracy.
 
     Returns:
         The finalists in the order of their tests, at least one.
     """
-    clean = [item for item in goal.require if item.key == CLEAN_KEY]
-    attacked = [item for item in goal.require if item.key != CLEAN_KEY]
-    judgement = judge(candidates, Goal(goal.maximise, tuple(clean), goal.point), seed=seed)
-    eligible = judgement.eligible(candidates)
+    attacked = _attacked_requirements(goal)
+    eligible = clean.eligible(tried)
     ranked = rank_by(target_score(goal, eligible), eligible)
     if not attacked:
         return tuple(ranked[:most])
@@ -111,6 +122,10 @@ def order_finalists(
     return tuple(reversed((likely or chain[-1:])[:most]))
 
 
+def _attacked_requirements(goal: Goal) -> list[Requirement]:
+    return [item for item in goal.require if item.key != CLEAN_KEY]
+
+
 def _margin(candidate: Candidate, require: Sequence[Requirement], samples: int) -> float:
     """Return the least distance from a threshold in standard errors of the confirm part."""
     accuracy = candidate.evaluation.accuracy
@@ -121,64 +136,61 @@ def _margin(candidate: Candidate, require: Sequence[Requirement], samples: int) 
     )
 
 
-@dataclass(frozen=True)
-class Confirmation:
-    """What the confirm part showed.
-
-    Attributes:
-        winner: The last finalist that passed, or the first one if none did.
-        met: Whether the winner meets every requirement that was tested.
-        passed: Number of finalists that passed.
-        judgement: The checks of the finalists; those behind the first failure were not tested.
-    """
-
-    winner: Candidate
-    met: bool
-    passed: int
-    judgement: Judgement
-
-    @property
-    def accuracy(self) -> dict[str, Accuracy]:
-        """The winner's accuracies on samples that did not choose it."""
-        return dict(self.winner.evaluation.accuracy)
-
-
-def confirm_finalists(finalists: Sequence[Candidate], goal: Goal) -> Confirmation:
+def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgement) -> Selection:
     """Test finalists in their order by exact binomial tests at 5 %, and stop at the first failure.
 
-    All requirements on attacked accuracies are tested; those on clean accuracy are not, because
-    `judge` bounds it for all candidates on all samples. Without requirements on attacked accuracies
-    the first finalist wins.
+    All requirements on attacked accuracies are tested. Those on clean accuracy are not tested
+    again: `judge_clean` bounds it for all candidates on all samples. The last finalist that passes
+    is chosen; without requirements on attacked accuracies it is the first. The two guarantees hold
+    separately: each is wrong with a probability of at most 5 %.
 
     Args:
         finalists: Candidates in the order of `order_finalists`, evaluated on the confirm part.
         goal: What is maximised and required.
+        clean: What `judge_clean` returned.
     """
-    require = [item for item in goal.require if item.key != CLEAN_KEY]
-    scores = [item.evaluation.accuracy for item in finalists]
-    samples = scores[0][CLEAN_KEY].n
-    if goal.point:
-        reached = [all(s[r.key].value >= r.threshold for r in require) for s in scores]
-        passed = [*reached, False].index(False)
-    else:
-        hits = [[s[item.key].hits for item in require] for s in scores]
-        passed = fixed_sequence(hits, samples, [item.threshold for item in require])
-    checks: dict[str, tuple[RequirementCheck, ...]] = {}
-    for number, (finalist, accuracy) in enumerate(zip(finalists, scores, strict=True)):
-        checks[finalist.name] = tuple(
-            _check(item, accuracy[item.key], tested=number <= passed, point=goal.point)
-            for item in require
-        )
+    require = _attacked_requirements(goal)
+    passed = _count_passed(finalists, require, point=goal.point)
     winner = finalists[max(passed - 1, 0)] if require else finalists[0]
-    judgement = Judgement(checks, "fixed sequence" if require else "none")
-    return Confirmation(winner, passed > 0 or not require, passed, judgement)
+    checks: dict[str, tuple[RequirementCheck, ...]] = {}
+    for number, finalist in enumerate(finalists):
+        tested = {
+            item.key: _check(item, finalist, tested=number <= passed, point=goal.point)
+            for item in require
+        }
+        known = {check.requirement.key: check for check in clean.checks[finalist.name]}
+        checks[finalist.name] = tuple((known | tested)[item.key] for item in goal.require)
+    methods = [clean.method, *(["fixed sequence"] if require else [])]
+    judgement = Judgement(
+        {**clean.checks, **checks},
+        " and ".join(method for method in methods if method != "none") or "none",
+        Z_ERROR if require else clean.critical,
+    )
+    score = target_score(goal, finalists)
+    others = [item for item in finalists if item.name != winner.name]
+    return Selection(
+        winner, judgement.met(winner), goal, judgement, (winner, *rank_by(score, others)), score
+    )
+
+
+def _count_passed(
+    finalists: Sequence[Candidate], require: Sequence[Requirement], *, point: bool
+) -> int:
+    scores = [item.evaluation.accuracy for item in finalists]
+    if point:
+        reached = [all(s[r.key].value >= r.threshold for r in require) for s in scores]
+        return [*reached, False].index(False)
+    hits = [[s[item.key].hits for item in require] for s in scores]
+    samples = scores[0][CLEAN_KEY].n
+    return fixed_sequence(hits, samples, [item.threshold for item in require])
 
 
 def _check(
-    requirement: Requirement, estimate: Accuracy, *, tested: bool, point: bool
+    requirement: Requirement, finalist: Candidate, *, tested: bool, point: bool
 ) -> RequirementCheck:
-    value, threshold = estimate.value, requirement.threshold
+    estimate, threshold = finalist.evaluation.accuracy[requirement.key], requirement.threshold
     if point:
+        value = estimate.value
         return RequirementCheck(requirement, estimate, value, tested and value >= threshold)
     met = tested and estimate.hits >= fewest_hits(estimate.n, threshold)
     low = clopper_pearson_lower(estimate.hits, estimate.n)

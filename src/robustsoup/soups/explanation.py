@@ -95,12 +95,14 @@ class Explained:
         ingredients: The ingredients by name, evaluated on the samples that select.
         seed: Seed of the bounds.
         selected_on: Name of the split that selects.
+        fresh_split: Name of the part that all evaluations are from, if it did not steer the search.
         leaves_out: What the guarantee leaves out, one sentence each.
     """
 
     ingredients: Mapping[str, Evaluation]
     seed: int = 0
     selected_on: str = "val"
+    fresh_split: str | None = None
     leaves_out: tuple[str, ...] = ()
 
 
@@ -128,6 +130,8 @@ def explain(selection: Selection, context: Explained) -> Answer:
         distinguishable=_find_better_soup(selection, meeting, context.seed) if meeting else None,
         checks=selection.checks,
         accuracy=dict(best.evaluation.accuracy),
+        fresh_accuracy=dict(best.evaluation.accuracy) if context.fresh_split else None,
+        fresh_split=context.fresh_split,
         against=tuple(
             _compare_with(best.evaluation, name, evaluation, meets=standing[name])
             for name, evaluation in context.ingredients.items()

@@ -9,7 +9,7 @@ total shortfall.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,21 +108,19 @@ class RequirementCheck:
         return 0.0 if self.met else self.requirement.threshold - self.low
 
 
-ProofMethod = Literal["max-t", "exact", "fixed sequence", "none"]
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Which candidates meet the requirements.
 
     Attributes:
         checks: One check for each requirement, by name of the candidate.
-        method: How the bounds were computed; "none" without requirements.
+        method: How the bounds were computed: "max-t", "exact", "fixed sequence", two of them joined
+            by "and", or "none" without requirements.
         critical: Quantile in the place of 1.645 of a single bound.
     """
 
     checks: Mapping[str, tuple[RequirementCheck, ...]]
-    method: ProofMethod = "none"
+    method: str = "none"
     critical: float = Z_ERROR
 
     def met(self, candidate: Candidate) -> bool:
@@ -400,10 +398,15 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
         scores = candidate.evaluation.accuracy
         return tuple(scores[measure].value for measure in measures)
 
-    points = [values(candidate) for candidate in tried]
+    front = find_front([values(candidate) for candidate in tried])
+    return [tried[position] for position in front]
+
+
+def find_front(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Return the positions of the points that no other point dominates, in order."""
     return [
-        candidate
-        for candidate, point in zip(tried, points, strict=True)
+        position
+        for position, point in enumerate(points)
         if not any(_dominates(other, point) for other in points)
     ]
 
