@@ -15,6 +15,7 @@ from robustsoup.cli.options import (
     NetworkOptions,
     RunOptions,
     SampleLimit,
+    ShiftFolder,
     Threats,
 )
 from robustsoup.cli.terminal import print_error, print_json, print_warning
@@ -45,13 +46,7 @@ def evaluate_command(
     keep_points: Annotated[
         bool, typer.Option("--keep-points", help="Also write the adversarial images (.points.npz).")
     ] = False,
-    shift: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of corrupted copies of the test set, in the format of CIFAR-10-C, to "
-            "evaluate on too: natural shift."
-        ),
-    ] = None,
+    shift: ShiftFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate checkpoints, clean and under attack.

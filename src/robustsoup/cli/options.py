@@ -42,6 +42,13 @@ Threats = Annotated[
     list[str], typer.Option("--threat", help='Threat model, such as "Linf 8/255"; repeatable.')
 ]
 SampleLimit = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
+ShiftFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of corrupted copies of the test set, in the format of CIFAR-10-C, to evaluate "
+        'on too: the measure "shift".'
+    ),
+]
 Base = Annotated[
     Path | None,
     CheckpointPlace(),

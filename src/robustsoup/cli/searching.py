@@ -16,6 +16,7 @@ from robustsoup.cli.options import (
     NetworkOptions,
     RunOptions,
     SampleLimit,
+    ShiftFolder,
     Threats,
 )
 from robustsoup.errors import RequestError
@@ -36,6 +37,7 @@ def search_command(
     network: NetworkOptions,
     run: RunOptions,
     samples: SampleLimit = None,
+    shift: ShiftFolder = None,
     allow_leakage: AllowLeakage = False,
     as_json: AsJson = False,
 ) -> int:
@@ -68,6 +70,7 @@ def search_command(
             "select_samples": samples,
             "report_samples": samples,
             "report": "chosen",
+            "shift": None if shift is None else str(shift),
         },
         "select": {
             "maximise": search.maximise,

@@ -3,21 +3,27 @@
 Source: Hendrycks and Dietterich 2019, arXiv:1903.12261.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import torch
 
 from robustsoup.data.splits import Split
+from robustsoup.data.synthetic import FileState, cached_file_digest
 from robustsoup.errors import DataError
 from robustsoup.paths import user_path
 
 SEVERITIES = 5
 LABELS_FILE = "labels.npy"
+
+CorruptionPart = Literal["all", "select", "report"]
+"""Copies of which images: of all, of every second one from the first on, or of the others. Soups
+are selected by the former half and reported on the latter: there are no corrupted copies of val."""
 
 NumberArray = numpy.ndarray[Any, numpy.dtype[Any]]
 
@@ -30,19 +36,38 @@ class Corruptions:
         folder: The folder.
         images: uint8 (5 n, h, w, c) by the name of the corruption: severity 1 first, 5 last.
         labels: int64 (5 n,).
+        digest: sha256 (hex) over the files.
+        part: Whose copies `splits` yields.
     """
 
     folder: Path
     images: dict[str, NumberArray]
     labels: torch.Tensor
+    digest: str
+    part: CorruptionPart = "all"
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64, the images of `part`, as rows of one severity."""
+        total = len(self.labels) // SEVERITIES
+        first, step = {"all": (0, 1), "select": (0, 2), "report": (1, 2)}[self.part]
+        return torch.arange(first, total, step)
+
+    def count_images(self, like: Split) -> int:
+        """Return the number of images whose copies `splits` yields."""
+        return min(len(like), len(self.rows))
+
+    def count_copies(self, like: Split) -> int:
+        """Return the number of corrupted copies of these images."""
+        return self.count_images(like) * SEVERITIES * len(self.images)
 
     def splits(self, like: Split) -> Iterator[tuple[str, Split]]:
         """Iterate over (corruption, samples of all severities), as many of each as `like` has."""
         total = len(self.labels) // SEVERITIES
-        count = min(len(like), total)
-        rows = torch.cat([torch.arange(count) + total * level for level in range(SEVERITIES)])
-        for name, images in self.images.items():
-            pixels = torch.from_numpy(numpy.ascontiguousarray(images[rows.numpy()]))
+        images = self.rows[: self.count_images(like)]
+        rows = torch.cat([images + total * level for level in range(SEVERITIES)])
+        for name, array in self.images.items():
+            pixels = torch.from_numpy(numpy.ascontiguousarray(array[rows.numpy()]))
             yield (
                 name,
                 replace(
@@ -51,12 +76,15 @@ class Corruptions:
             )
 
 
-def open_corruptions(folder: str | os.PathLike[str], like: Split) -> Corruptions:
+def open_corruptions(
+    folder: str | os.PathLike[str], like: Split, part: CorruptionPart = "all"
+) -> Corruptions:
     """Map the files of a folder: labels.npy, and one .npy file of images for each corruption.
 
     Args:
         folder: The folder.
         like: The split whose images and classes the folder must match.
+        part: Whose copies are used.
 
     Raises:
         DataError: A file is missing, broken, or does not match; the error names it.
@@ -87,7 +115,19 @@ def open_corruptions(folder: str | os.PathLike[str], like: Split) -> Corruptions
             raise DataError(
                 f"{path / name}.npy: got {array.dtype} {array.shape}, expected uint8 {expected}"
             )
-    return Corruptions(path, images, torch.from_numpy(labels.astype(numpy.int64)))
+    files = [path / LABELS_FILE, *(path / f"{name}.npy" for name in names)]
+    return Corruptions(
+        path, images, torch.from_numpy(labels.astype(numpy.int64)), _digest_files(files), part
+    )
+
+
+def _digest_files(files: list[Path]) -> str:
+    """Return the sha256 (hex) over names and contents; each file is read once, then cached."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = cached_file_digest(file, FileState.of(file), None)
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def _map_array(path: Path, dimensions: int) -> NumberArray:

@@ -114,7 +114,7 @@ class Synthetic:
             reason = first_line(error)
             raise DataError(f"{path}: not a readable .npz file ({reason})") from None
         _check_arrays(path, images, labels)
-        return cls(path, _cached_file_digest(path, state, on_progress), images, labels, state)
+        return cls(path, cached_file_digest(path, state, on_progress), images, labels, state)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -338,7 +338,7 @@ def _cached_file(kind: str, of: str) -> Path:
     return digest_cache() / f"{kind}-{name}.json"
 
 
-def _cached_file_digest(path: Path, state: FileState, on_progress: Progress | None) -> str:
+def cached_file_digest(path: Path, state: FileState, on_progress: Progress | None) -> str:
     """Return the sha256 (hex) of a file, from the cache folder if path, size and time match."""
     identity = f"{path.resolve()} {state.size} {state.modified_ns}"
     cached = read_digest_cache("file", identity)

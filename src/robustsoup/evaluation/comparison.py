@@ -10,7 +10,7 @@ from torch import Tensor
 from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy, Difference
-from robustsoup.evaluation.verdicts import UNION_KEY, Evaluation, Record
+from robustsoup.evaluation.verdicts import SHIFT_KEY, UNION_KEY, Evaluation, Record
 
 ATTACK_KEYS = (
     "attack",
@@ -90,13 +90,19 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     in_a, in_b = (torch.from_numpy(index) for index in indices)
     _check_same_labels(ids.tolist(), a.labels[in_a], b.labels[in_b])
     hits_a, hits_b = a.hits(), b.hits()
-    names = [
-        name
-        for name in hits_a
-        if name in hits_b and (name != UNION_KEY or set(a.threats) == set(b.threats))
-    ]
+    names = [name for name in hits_a if name in hits_b and _is_comparable(name, a, b)]
     rows = {name: pair_hits(hits_a[name][in_a], hits_b[name][in_b]) for name in names}
     return Comparison(rows, len(ids), tuple(_comparison_notes(a, b, len(ids), names)))
+
+
+def _is_comparable(measure: str, a: Evaluation, b: Evaluation) -> bool:
+    """Return whether a measure of both means the same, row by row."""
+    if measure == UNION_KEY:
+        return set(a.threats) == set(b.threats)
+    if measure == SHIFT_KEY:
+        copies = [[e.record["shift"].get(key) for key in ("digest", "part")] for e in (a, b)]
+        return copies[0] == copies[1] and torch.equal(a.ids, b.ids)
+    return True
 
 
 def _check_same_split(a: Evaluation, b: Evaluation) -> None:

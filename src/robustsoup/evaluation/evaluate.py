@@ -17,7 +17,7 @@ from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import Split, SplitLike, as_split, to_float
-from robustsoup.data.corruptions import open_corruptions
+from robustsoup.data.corruptions import CorruptionPart, Corruptions, open_corruptions
 from robustsoup.device import resolve_device
 from robustsoup.errors import Diverged, ModelError
 from robustsoup.evaluation.attackers import Target
@@ -66,6 +66,7 @@ def evaluate(
     after: Evaluation | None = None,
     stop_below: int | None = None,
     shift: str | os.PathLike[str] | None = None,
+    shift_part: CorruptionPart = "all",
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
     **changes: Any,
@@ -98,11 +99,14 @@ def evaluate(
         stop_below: Stop once fewer samples survive; requires exactly one threat model. Robust
             accuracy is then an upper bound, and the record says "stopped".
         shift: Folder of corrupted copies of the test set in the format of CIFAR-10-C (labels.npy
-            and one .npy file for each corruption, five severities); record["shift"] then holds
-            the clean accuracy on them, on the first samples of each severity.
+            and one .npy file for each corruption, five severities); accuracy["shift"] is then
+            the clean accuracy on them, on the first samples of each severity, and
+            record["shift"] holds that on each.
+        shift_part: Copies of which images: "all"; "select", every second one from the first on,
+            to select soups by; "report", the others, to report the chosen one on.
         state_path: File for the progress so far; a killed evaluation resumes from it.
         on_progress: Called as on_progress(done, total, figures); counts samples times
-            (1 + number of threats).
+            (1 + number of threats), and corrupted copies.
         **changes: Fields of AttackSettings, which override `settings`.
 
     Returns:
@@ -121,15 +125,17 @@ def evaluate(
         reuse=Reuse(keep_points, tuple(pool), after, stop_below, tuple(others)),
         device=device,
     )
-    corruptions = None if shift is None else open_corruptions(shift, request.data)
+    corruptions = None if shift is None else open_corruptions(shift, request.data, shift_part)
     saved = SavedState(state_path, request.fingerprint() if state_path is not None else "")
     started = time.perf_counter()
     with frozen_eval(request.model):
         clean = _predict_clean(request)
-        progress = _EvaluationProgress(request, clean, on_progress)
+        progress = _EvaluationProgress(request, clean, corruptions, on_progress)
         progress.report_clean()
         attacked = _attack_with_threats(request, clean, saved, progress)
-        shifted = {} if corruptions is None else {"shift": measure_shift(request, corruptions)}
+        shifted: Record = {}
+        if corruptions is not None:
+            shifted["shift"] = measure_shift(request, corruptions, progress.report_shift)
     verdicts = {
         name: _build_verdicts(outcome, clean) for name, outcome in attacked.outcomes.items()
     }
@@ -184,13 +190,19 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
 
 
 class _EvaluationProgress:
-    """Reports progress in samples times (1 + number of threats)."""
+    """Reports progress in samples times (1 + number of threats), and in corrupted copies."""
 
     def __init__(
-        self, request: CheckedRequest, clean: _CleanPass, on_progress: Progress | None
+        self,
+        request: CheckedRequest,
+        clean: _CleanPass,
+        corruptions: Corruptions | None,
+        on_progress: Progress | None,
     ) -> None:
         self.n = len(request.data)
-        self.total = self.n * (1 + len(request.threats))
+        self.attacked = self.n * (1 + len(request.threats))
+        copies = 0 if corruptions is None else corruptions.count_copies(request.data)
+        self.total = self.attacked + copies
         self.wrong = self.n - int(clean.correct.sum())
         self.figures = f"clean {float(clean.correct.float().mean()):.1%}"
         self.on_progress = on_progress
@@ -205,6 +217,11 @@ class _EvaluationProgress:
         if self.on_progress is not None:
             done = (number + 1) * self.n + self.wrong + settled
             self.on_progress(done, self.total, self.figures)
+
+    def report_shift(self, copies: int) -> None:
+        """Report how many corrupted copies are done."""
+        if self.on_progress is not None:
+            self.on_progress(self.attacked + copies, self.total, self.figures)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,12 @@ def _distinct_texts(value: object, place: str) -> None:
         raise MisfitError(place, value, "each text once")
 
 
+def _verdicts(value: object, place: str) -> None:
+    """Accept a text of 0 and 1."""
+    if not isinstance(value, str) or not value or set(value) - {"0", "1"}:
+        raise MisfitError(place, value, "a text of 0 and 1")
+
+
 _finding = table({"hits": count, "n": count, "low": number, "high": number}, {})
 
 check_record = table(
@@ -30,8 +36,12 @@ check_record = table(
         "data": table({}, {"name": nullable(text), "digest": nullable(text)}),
         "split": nullable(text),
         "shift": table(
-            {"folder": text, "corruptions": mapping_of(list_of(number))},
-            {"accuracy": mapping_of(anything), "digests": list_of(text)},
+            {
+                "folder": text,
+                "corruptions": mapping_of(list_of(number)),
+                "right": _verdicts,
+            },
+            {"accuracy": mapping_of(anything), "digest": text, "part": text, "samples": count},
         ),
         "masking_check": mapping_of(
             table({}, dict.fromkeys(("square", "transfer", "unbounded", "gradient"), _finding))

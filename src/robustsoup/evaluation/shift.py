@@ -1,30 +1,47 @@
 """Natural shift: clean accuracy on corrupted copies of the test set."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from robustsoup.attacks.forward import predict_logits
-from robustsoup.data import Samples
 from robustsoup.data.corruptions import SEVERITIES, Corruptions
-from robustsoup.data.splits import content_digest
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.request import CheckedRequest
 from robustsoup.evaluation.verdicts import Record
 
 
-def measure_shift(request: CheckedRequest, corruptions: Corruptions) -> Record:
+def measure_shift(
+    request: CheckedRequest, corruptions: Corruptions, report: Callable[[int], None]
+) -> Record:
     """Return the accuracies of a network on corrupted samples, ready for JSON.
+
+    The copies of one image are right and wrong together, so they do not count as samples of their
+    own: "right" has one verdict per image, whose sum is the mean over the copies.
 
     Args:
         request: The network, in eval mode, and the samples that it is evaluated on.
-        corruptions: Corrupted copies; the first samples of each severity are evaluated.
+        corruptions: Corrupted copies; the first images of each severity are evaluated.
+        report: Called with the number of copies that are done.
 
     Returns:
-        "folder"; "digest", over the samples; "corruptions", the accuracy at each severity by name;
-        "accuracy", over all of them.
+        "folder"; its "digest"; "part"; "samples", the number of images; "corruptions", the accuracy
+        at each severity by name; "right", "1" or "0" for each image; "accuracy", the share of "1".
     """
+    count = corruptions.count_images(request.data)
+    protocol: Record = {
+        "folder": str(corruptions.folder),
+        "digest": corruptions.digest,
+        "part": corruptions.part,
+        "samples": count,
+    }
+    after = request.reuse.after
+    earlier: Record = {} if after is None else after.record.get("shift", {})
+    if all(earlier.get(key) == value for key, value in protocol.items()):
+        return earlier
     by_corruption: dict[str, list[float]] = {}
-    digests: list[str] = []
-    hits = total = 0
+    hits = torch.zeros(count, dtype=torch.int64)
     for name, split in corruptions.splits(request.data):
         shifted = replace(request, data=split)
         logits = predict_logits(
@@ -32,11 +49,26 @@ def measure_shift(request: CheckedRequest, corruptions: Corruptions) -> Record:
         )
         correct = (logits.argmax(1) == split.labels).view(SEVERITIES, -1)
         by_corruption[name] = correct.float().mean(1).tolist()
-        hits, total = hits + int(correct.sum()), total + correct.numel()
-        digests.append(content_digest(Samples(split.images, split.labels, split.ids)))
+        hits += correct.sum(0)
+        report(len(by_corruption) * SEVERITIES * count)
+    right = round_shares(hits, SEVERITIES * len(by_corruption)).tolist()
     return {
-        "folder": str(corruptions.folder),
-        "digests": digests,
+        **protocol,
         "corruptions": by_corruption,
-        "accuracy": Accuracy(hits, total).to_json(),
+        "right": "".join("01"[verdict] for verdict in right),
+        "accuracy": Accuracy(sum(right), count).to_json(),
     }
+
+
+def round_shares(hits: torch.Tensor, copies: int) -> torch.Tensor:
+    """Round the share of right copies of each image to one verdict, 0 or 1.
+
+    The first k verdicts sum to the rounded sum of the first k shares, for every k. A verdict varies
+    at least as much as the share does, so intervals and bounds that count verdicts hold.
+
+    Args:
+        hits: (n,) int64, right copies of each image, in 0..copies.
+        copies: Copies of an image.
+    """
+    sums = (2 * hits.cumsum(0) + copies) // (2 * copies)
+    return sums.diff(prepend=torch.zeros_like(sums[:1]))

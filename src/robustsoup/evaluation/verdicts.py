@@ -28,6 +28,7 @@ from robustsoup.threats import ThreatModel
 
 CLEAN_KEY = "clean"
 UNION_KEY = "union"
+SHIFT_KEY = "shift"
 
 Record = dict[str, Any]
 """Settings and provenance, ready for JSON."""
@@ -49,12 +50,16 @@ DIGESTS_KEY = "digests"
 
 
 def parse_measure(text: str | ThreatModel) -> str:
-    """Return the canonical spelling of a measure: "clean", "union" or a threat model as text.
+    """Return the canonical spelling of a measure: a threat model as text, or one of three names.
+
+    These are "clean", "union" (robust to every threat model) and "shift" (natural shift: the mean
+    over corrupted copies).
 
     Raises:
         ThreatError: If `text` is not a measure.
     """
-    return str(text) if str(text) in (CLEAN_KEY, UNION_KEY) else str(ThreatModel.parse(text))
+    names = (CLEAN_KEY, UNION_KEY, SHIFT_KEY)
+    return str(text) if str(text) in names else str(ThreatModel.parse(text))
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +90,7 @@ class Verdicts:
 
 
 class Accuracies(Mapping[str, Accuracy]):
-    """Accuracies by measure: "clean", "union" (robust to every threat), or a threat model."""
+    """Accuracies by measure: "clean", a threat model, "union" (all of them) or "shift"."""
 
     def __init__(self, accuracies: Mapping[str, Accuracy]) -> None:
         self._accuracies = dict(accuracies)
@@ -137,19 +142,30 @@ class Evaluation:
     def hits(self) -> dict[str, Tensor]:
         """Return (n,) bool masks of correct samples: clean, for each threat, and their union.
 
-        "union" is present where there are two threats or more.
+        "union" is present where there are two threats or more, "shift" where the corrupted copies
+        of as many images were evaluated; its row i is that of the copies' image i.
         """
         robust = {name: verdicts.robust for name, verdicts in self.threats.items()}
         hits = {CLEAN_KEY: self.prediction == self.labels, **robust}
         if len(robust) > 1:
             hits[UNION_KEY] = torch.stack(list(robust.values())).all(0)
+        if len(shifted := self._shift_hits()) == len(self.ids):
+            hits[SHIFT_KEY] = shifted
         return hits
+
+    def _shift_hits(self) -> Tensor:
+        """Return (m,) bool, right or wrong under natural shift; empty if it was not measured."""
+        right = self.record.get("shift", {}).get("right", "")
+        return torch.from_numpy(np.frombuffer(right.encode(), dtype=np.uint8) == ord("1"))
 
     @property
     def accuracy(self) -> Accuracies:
-        """The share of each mask of `hits`, with its interval."""
+        """The share of each mask of `hits`, with its interval; "shift" too if it was measured."""
+        masks = self.hits()
+        if len(shifted := self._shift_hits()):
+            masks[SHIFT_KEY] = shifted
         return Accuracies(
-            {name: Accuracy(int(hits.sum()), len(hits)) for name, hits in self.hits().items()}
+            {name: Accuracy(int(hits.sum()), len(hits)) for name, hits in masks.items()}
         )
 
     @property

@@ -198,6 +198,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     kind, colon, place = recipe.data.partition(":")
     if colon and _names_path(kind, place, folder):
         updates["data"] = f"{kind}:{absolute(place)}"
+    if recipe.evaluate.shift:
+        shift = absolute(recipe.evaluate.shift)
+        updates["evaluate"] = recipe.evaluate.model_copy(update={"shift": shift})
     for name in ("pretrain", "finetune"):
         section = recipe[name]
         if section and section["synthetic"]:

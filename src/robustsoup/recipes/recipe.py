@@ -169,9 +169,10 @@ class Recipe(Section):
 
     @property
     def measures(self) -> list[str]:
-        """The evaluated measures: "clean", each threat, and "union" for several threats."""
+        """The evaluated measures: "clean", each threat, "union" for several, and "shift"."""
         threats = dict.fromkeys(str(t) for t in self.evaluate.threats if not t.is_clean)
-        return ["clean", *threats, *(["union"] if len(threats) > 1 else [])]
+        union = ["union"] if len(threats) > 1 else []
+        return ["clean", *threats, *union, *(["shift"] if self.evaluate.shift else [])]
 
     @property
     def default_measure(self) -> str:
@@ -377,8 +378,10 @@ class Recipe(Section):
     def _check_measured(self, place: str, keys: Iterable[str]) -> None:
         for key in keys:
             if key not in self.measures:
+                hint = "; set evaluate.shift (search --shift FOLDER)" if key == "shift" else ""
                 raise ValueError(
-                    f'{place}: "{key}" is not evaluated; expected one of {", ".join(self.measures)}'
+                    f'{place}: "{key}" is not evaluated; expected one of '
+                    f"{', '.join(self.measures)}{hint}"
                 )
 
 

@@ -528,6 +528,12 @@ class Evaluate(Section):
         "all", description="Networks to evaluate on the split that reports."
     )
     keep_points: bool = Field(False, description="Store the adversarial images.")
+    shift: str | None = Field(
+        None,
+        description="Folder of corrupted copies of the test set, in the format of CIFAR-10-C; adds "
+        'the measure "shift". Copies of every second image select (with as many samples of val), '
+        "those of the others report.",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "Evaluate":

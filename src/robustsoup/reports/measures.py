@@ -9,7 +9,7 @@ import numpy as np
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 
-CLEAN, UNION = "clean", "union"
+CLEAN, UNION, SHIFT = "clean", "union", "shift"
 LAYERWISE_ROLES = ("learned", "dial")
 """Roles of soups whose coefficients are in a file, one row for each layer."""
 
@@ -71,6 +71,12 @@ def list_robust_measures(results: Results) -> list[str]:
     return [*threats, UNION] if has_union else threats
 
 
+def list_compared_measures(results: Results) -> list[str]:
+    """List the measures to set against clean accuracy: robust ones, then "shift" if measured."""
+    has_shift = any(row.accuracy(split, SHIFT) for row in results.rows for split in ("val", "test"))
+    return [*list_robust_measures(results), *([SHIFT] if has_shift else [])]
+
+
 def choose_split(rows: Iterable[ResultRow], protocol: EvaluationProtocol) -> str:
     """Choose the split to show, so that one figure never mixes two.
 
@@ -129,9 +135,19 @@ def list_caveats(results: Results) -> list[str]:
     caveats = []
     if protocol.select_on == protocol.report_on:
         caveats.append(f"the paper's protocol: selected on {protocol.report_on}")
+    if _selects_by_shift(results):
+        caveats.append("selected by corrupted copies of half of the test images")
     if results.leakage and results.leakage.status == "violated":
         caveats.append("selected on samples that ingredients were trained on")
     return caveats
+
+
+def _selects_by_shift(results: Results) -> bool:
+    selection = results.selection
+    if selection is None or results.protocol.select_on == results.protocol.report_on:
+        return False
+    keys = [text.rpartition(">=")[0] for text in selection.require]
+    return SHIFT in (selection.maximise, *keys)
 
 
 def count_samples(rows: Iterable[ResultRow], split: str) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from robustsoup.evaluation.intervals import Accuracy
-from robustsoup.reports.measures import CLEAN, LAYERWISE_ROLES, list_caveats, list_robust_measures
+from robustsoup.reports.measures import CLEAN, LAYERWISE_ROLES, list_caveats, list_compared_measures
 from robustsoup.reports.summary import summarise_results
 from robustsoup.reports.tables import Cell, Table
 from robustsoup.runs.results import ROLES, ResultRow, Results
@@ -141,7 +141,7 @@ def _list_columns(results: Results) -> list[tuple[str, str]]:
     return [
         (split, measure)
         for split in dict.fromkeys((protocol.select_on, protocol.report_on))
-        for measure in (CLEAN, *list_robust_measures(results))
+        for measure in (CLEAN, *list_compared_measures(results))
         if any(row.accuracy(split, measure) for row in results.rows)
     ]
 

@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from robustsoup.files import atomic_path
-from robustsoup.reports.measures import PlotScale, count_samples, list_caveats
+from robustsoup.reports.measures import CLEAN, SHIFT, PlotScale, count_samples, list_caveats
 from robustsoup.reports.tables import Table
 from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 
@@ -136,6 +136,15 @@ def number_stem(stem: str, number: int) -> str:
 @functools.cache
 def _font_glyphs() -> frozenset[str]:
     return frozenset(map(chr, get_font(findfont(FONT)).get_charmap()))
+
+
+def name_accuracy(measure: str) -> str:
+    """Return what a measure is called in titles."""
+    if measure == CLEAN:
+        return "clean accuracy"
+    if measure == SHIFT:
+        return "accuracy under natural shift"
+    return f"robust accuracy, {clean_text(measure)}"
 
 
 def clean_text(text: object, limit: int = 30) -> str:

@@ -14,7 +14,7 @@ from robustsoup.reports.measures import (
     StoredRun,
     choose_split,
     group_by_section,
-    list_robust_measures,
+    list_compared_measures,
     require_accuracy,
     rows_with_measures,
 )
@@ -25,6 +25,7 @@ from robustsoup.reports.style import (
     add_footer,
     choose_columns,
     clean_text,
+    name_accuracy,
     new_figure,
     number_stem,
     settle_layout,
@@ -47,7 +48,7 @@ def draw_ternary(run: StoredRun) -> tuple[list[Plot], str]:
     for section, grid in group_by_section(results.rows, "grid").items():
         rows = [row for row in grid if _count_ingredients(row) == 3]
         split = choose_split(rows, results.protocol)
-        measures = [CLEAN, *list_robust_measures(results)]
+        measures = [CLEAN, *list_compared_measures(results)]
         rows = rows_with_measures(rows, split, *measures)
         if len(rows) >= 3 and np.linalg.matrix_rank(_stack_coefficients(rows)) == 3:
             stem = number_stem("ternary", len(plots))
@@ -86,7 +87,7 @@ def _plot_ternary(
             raise TypeError(f"got {type(axes).__name__}, expected TernaryAxes")
         values = [100 * require_accuracy(row, split, measure).value for row in rows]
         _draw_ternary_panel(figure, axes, rows, values)
-        title = "clean accuracy" if measure == CLEAN else f"robust accuracy, {clean_text(measure)}"
+        title = name_accuracy(measure)
         axes.set_title(title, pad=30, fontsize=10)
         panels.append((axes, values))
     figure.suptitle(

@@ -17,7 +17,7 @@ from robustsoup.reports.measures import (
     choose_split,
     find_two_best,
     group_by_section,
-    list_robust_measures,
+    list_compared_measures,
     rows_with_measures,
 )
 from robustsoup.reports.style import (
@@ -28,6 +28,7 @@ from robustsoup.reports.style import (
     add_footer,
     clean_text,
     draw_intervals,
+    name_accuracy,
     new_figure,
     number_stem,
     summarise_attack,
@@ -49,7 +50,7 @@ def draw_tradeoff(run: StoredRun) -> tuple[list[Plot], str]:
     results = run.results
     plots: list[Plot] = []
     split = choose_split(results.rows, results.protocol)
-    for measure in list_robust_measures(results):
+    for measure in list_compared_measures(results):
         rows = rows_with_measures(results.rows, split, CLEAN, measure)
         if rows:
             stem = number_stem("tradeoff", len(plots))
@@ -77,7 +78,7 @@ def _plot_tradeoff(
     _draw_selected_soup(axes, results.selection, rows, scale)
     add_accuracy_grid(axes, 0.09)
     axes.set_xlabel(f"clean accuracy on {clean_text(scale.split)} (%)")
-    axes.set_ylabel(f"robust accuracy, {clean_text(scale.measure)} (%)")
+    axes.set_ylabel(f"{name_accuracy(scale.measure)} (%)")
     title = f"{clean_text(results.name)}: clean against robust accuracy"
     axes.set_title(title, loc="left", weight="bold")
     figure.legend(loc="outside right upper", handlelength=1.8, labelspacing=0.8)
@@ -88,7 +89,7 @@ def _plot_tradeoff(
     figure.draw_without_rendering()
     place_labels(axes, labels, _list_obstacles(rows, scale))
     caption = (
-        f"Clean accuracy against robust accuracy at {scale.measure} on {scale.split}, for "
+        f"Clean accuracy against {name_accuracy(scale.measure)} on {scale.split}, for "
         f"{len(rows)} networks."
     )
     return Plot(stem, figure, caption)

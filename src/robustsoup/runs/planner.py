@@ -7,6 +7,7 @@ from typing import assert_never
 from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, Registry, import_by_name
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
+from robustsoup.data.corruptions import CorruptionPart, open_corruptions
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
@@ -21,6 +22,7 @@ from robustsoup.runs.tasks import (
     MapPlane,
     Mixing,
     MixSoup,
+    ShiftedCopies,
     TakeSnapshot,
     Task,
     TrainNetwork,
@@ -256,18 +258,31 @@ class Planner:
 
     def selecting_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the split that selects."""
-        return self._evaluation_settings(self.recipe.select_on, self.recipe.select_samples)
+        recipe = self.recipe
+        part: CorruptionPart = "all" if recipe.protocol == "paper" else "select"
+        return self._evaluation_settings(recipe.select_on, recipe.select_samples, part)
 
     def reporting_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the split that reports."""
         evaluate = self.recipe.evaluate
-        return self._evaluation_settings(evaluate.report_on, evaluate.report_samples)
+        part: CorruptionPart = "all" if self.recipe.protocol == "paper" else "report"
+        return self._evaluation_settings(evaluate.report_on, evaluate.report_samples, part)
 
-    def _evaluation_settings(self, split: str, samples: int | None) -> EvaluationSettings:
-        self.data.split(split).first(samples)  # raises DataError if the split has fewer samples
+    def _evaluation_settings(
+        self, split: str, samples: int | None, part: CorruptionPart
+    ) -> EvaluationSettings:
+        evaluated = self.data.split(split).first(samples)  # DataError if there are fewer
         evaluate = self.recipe.evaluate
         attack = evaluate.attack_settings(seed=self.recipe.seed, precision=self.precision)
-        return EvaluationSettings(split, samples, evaluate.threats, attack)
+        shift = None
+        if evaluate.shift is not None:
+            copies = open_corruptions(evaluate.shift, evaluated, part)
+            if part != "report":  # requirements are judged on as many samples for each measure
+                samples = min(len(evaluated), copies.count_images(evaluated))
+                evaluated = evaluated.first(samples)
+            count = copies.count_copies(evaluated)
+            shift = ShiftedCopies(evaluate.shift, copies.digest, part, count)
+        return EvaluationSettings(split, samples, evaluate.threats, attack, shift)
 
     def add_evaluation(self, name: str, network: Key, settings: EvaluationSettings) -> Key:
         """Add the full evaluation of a network."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustsoup.data import Data
+from robustsoup.data.corruptions import CorruptionPart
 from robustsoup.settings import (
     AttackSettings,
     BufferSettings,
@@ -169,6 +170,27 @@ class Mixing:
 
 
 @dataclass(frozen=True)
+class ShiftedCopies:
+    """Corrupted copies of the test set that networks are evaluated on too.
+
+    Attributes:
+        folder: Their folder.
+        digest: Its digest, which decides the output; the folder may move.
+        part: Copies of which images.
+        count: Number of copies that one evaluation takes.
+    """
+
+    folder: str
+    digest: str
+    part: CorruptionPart
+    count: int
+
+    def __str__(self) -> str:
+        """Return what the output depends on."""
+        return f"{self.part} of {self.digest}"
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """How a network is evaluated.
 
@@ -177,12 +199,24 @@ class EvaluationSettings:
         samples: Number of samples; None for all.
         threats: Threat models.
         attack: The attack.
+        shift: Corrupted copies, for the measure "shift".
     """
 
     split: str
     samples: int | None
     threats: tuple[ThreatModel, ...]
     attack: AttackSettings
+    shift: ShiftedCopies | None = None
+
+    @property
+    def shift_folder(self) -> str | None:
+        """The folder of corrupted copies, if there is one."""
+        return None if self.shift is None else self.shift.folder
+
+    @property
+    def shift_part(self) -> CorruptionPart:
+        """Copies of which images are taken."""
+        return "all" if self.shift is None else self.shift.part
 
     def count_samples(self, data: Data) -> int:
         """Return the number of samples."""
@@ -200,7 +234,8 @@ class EvaluationSettings:
         steps = self.attack.steps_taken * self.attack.restarts if attack else 0
         if self.attack.attack == "square":  # a query takes half of a step, which has a gradient
             steps //= 2
-        return self.count_samples(data) * (1 + threats * (points // 2 + steps))
+        copies = 0 if self.shift is None else self.shift.count
+        return self.count_samples(data) * (1 + threats * (points // 2 + steps)) + copies
 
 
 @dataclass(frozen=True)
@@ -379,14 +414,17 @@ def task_record(task: Task) -> dict[str, Any]:
 def _as_record(value: Any) -> Any:
     if isinstance(value, SETTINGS):
         return to_record(value)
-    if isinstance(value, ThreatModel | Score):
+    if isinstance(value, ThreatModel | Score | ShiftedCopies):
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_as_record(item) for item in value]
     if isinstance(value, Mapping):
         return {key: _as_record(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
-        return {f.name: _as_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        record = {f.name: _as_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, EvaluationSettings) and value.shift is None:
+            del record["shift"]
+        return record
     return value
 
 

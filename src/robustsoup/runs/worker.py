@@ -255,14 +255,18 @@ def build_greedy_soup(
         path = folder / f"{alpha_name(alpha)}.json"
         if not path.exists():
             soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
-            evaluate(
+            evaluation = evaluate(
                 soup,
                 split,
                 task.evaluation.threats,
                 task.evaluation.attack,
                 samples=task.evaluation.samples,
                 device=str(worker.context.device),
-            ).save(path)
+                shift=task.evaluation.shift_folder,
+                shift_part=task.evaluation.shift_part,
+            )
+            _check_shift(evaluation, task.evaluation)
+            evaluation.save(path)
         evaluated += 1
         evaluation = Evaluation.load(path)
         figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
@@ -335,13 +339,25 @@ def evaluate_network(
         device=str(worker.context.device),
         state_path=folder / STATE,
         on_progress=on_progress,
+        shift=settings.shift_folder,
+        shift_part=settings.shift_part,
     )
+    _check_shift(evaluation, settings)
     if task.short:
         evaluation = mark_screened(evaluation)
     evaluation.save(folder / EVALUATION)
     for warning in evaluation.warnings:
         worker.warn(f"{name}: {warning}")
     return describe_scores(evaluation) + (" (screened: upper bounds)" if task.short else "")
+
+
+def _check_shift(evaluation: Evaluation, settings: EvaluationSettings) -> None:
+    """Raise DataError if the corrupted copies changed since planning."""
+    shift = settings.shift
+    if shift is not None and evaluation.record["shift"]["digest"] != shift.digest:
+        raise DataError(
+            f"{shift.folder}: changed since the run was planned; run the same command again"
+        )
 
 
 def map_plane(worker: Worker, task: MapPlane, folder: Path, on_progress: Progress) -> str:

@@ -12,7 +12,7 @@ from robustsoup.evaluation.verdicts import parse_measure
 from robustsoup.threats import ThreatModel
 
 AccuracyByMeasure = Mapping[str, Accuracy]
-"""Accuracies by measure: "clean", "union" or a threat model as text."""
+"""Accuracies by measure: "clean", "union", "shift" or a threat model as text."""
 
 Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
 """Requirements as callers write them: {"clean": 0.85} or ["clean>=0.85"]."""
@@ -26,7 +26,7 @@ class Requirement:
     """Lower limit on one accuracy.
 
     Attributes:
-        key: "clean", "union" or a threat model as text.
+        key: "clean", "union", "shift" or a threat model as text.
         threshold: Minimum accuracy, in [0, 1].
     """
 
@@ -194,7 +194,7 @@ def parse_target(text: "str | ThreatModel | Score") -> str:
         return str(Score.parse(text))
     except RequestError:
         raise RequestError(
-            f'maximise: got "{text}", expected clean, union, a threat model, a sum such as '
+            f'maximise: got "{text}", expected clean, union, shift, a threat model, a sum such as '
             '"0.3 clean + 0.7 Linf 8/255", or knee'
         ) from None
 

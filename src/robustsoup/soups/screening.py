@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, Evaluation
 from robustsoup.settings import AttackSettings
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.selection import Candidate, judge, select, worth_confirming
@@ -173,8 +173,8 @@ class Screening:
     def _decisive_measure(self, screened: Sequence[Candidate]) -> str | None:
         """Return the attacked measure that alone decides the choice; None if others matter too."""
         attacked = list(screened[0].evaluation.threats)
-        clean_only = all(requirement.key == CLEAN_KEY for requirement in self.goal.require)
-        return self.goal.maximise if attacked == [self.goal.maximise] and clean_only else None
+        unattacked = all(item.key in (CLEAN_KEY, SHIFT_KEY) for item in self.goal.require)
+        return self.goal.maximise if attacked == [self.goal.maximise] and unattacked else None
 
     def _names_worth_confirming(self, screened: Sequence[Candidate]) -> set[str]:
         names = {candidate.name for candidate in worth_confirming(screened)}

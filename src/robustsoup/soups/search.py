@@ -13,9 +13,10 @@ from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
+from robustsoup.data.corruptions import CorruptionPart, open_corruptions
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
 from robustsoup.progress import Progress
 from robustsoup.settings import AttackSettings, SearchSettings, accepts_settings, make_settings
@@ -71,6 +72,7 @@ def search(
     buffers: str = "average",
     calibrate_on: SplitLike | None = None,
     samples: int | None = None,
+    shift: str | os.PathLike[str] | None = None,
     allow_leakage: bool = False,
     network: nn.Module | None = None,
     device: str = "auto",
@@ -96,6 +98,9 @@ def search(
         buffers: Policy for BatchNorm's running statistics, as in `mix`.
         calibrate_on: Training split, required by the recalibrating policies.
         samples: Evaluate on the first `samples` samples; on all if None.
+        shift: Folder of corrupted copies of the test set, as in `evaluate`; adds the measure
+            "shift" on copies of every second image, and limits `samples` to their number. On
+            `report_on`, the copies of the other images are evaluated.
         allow_leakage: Accept ingredients that were trained on samples of `data`.
         network: The network, if the ingredients do not record it; left unchanged.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
@@ -122,14 +127,25 @@ def search(
     opened = tuple(open_all(ingredients))
     check_leakage(opened, data, allow=allow_leakage)
     split = data.first(samples)
+    if shift is not None:
+        split = split.first(open_corruptions(shift, split, "select").count_images(split))
     report_on = as_optional_split(report_on, "search: report_on")
     if report_on is not None:
         check_leakage(opened, report_on, allow=allow_leakage)
     evaluator = _SoupEvaluator(
-        opened, split, parsed, attack, buffers, calibrate_on, network, device
+        opened,
+        split,
+        parsed,
+        attack,
+        buffers,
+        calibrate_on,
+        network,
+        device,
+        shift,
     )
     progress = _SearchProgress(on_progress)
-    measures, target = _measures_of(parsed), goal.maximise or _default_measure(parsed)
+    measures = _measures_of(parsed, shift=shift is not None)
+    target = goal.maximise or _default_measure(parsed)
     if settings.method == "greedy":
         check_goal(goal, measures, samples=len(split), candidates=2 * len(opened) - 1)
         score = Score.parse(settings.score or _default_measure(parsed))
@@ -153,9 +169,10 @@ def _default_measure(threats: Sequence[ThreatModel | str]) -> str:
     return str(next(iter(threats), CLEAN_KEY))
 
 
-def _measures_of(threats: Sequence[ThreatModel | str]) -> list[str]:
+def _measures_of(threats: Sequence[ThreatModel | str], *, shift: bool) -> list[str]:
     names = dict.fromkeys(str(t) for t in map(ThreatModel.parse, threats) if not t.is_clean)
-    return [CLEAN_KEY, *names, *([UNION_KEY] if len(names) > 1 else [])]
+    union = [UNION_KEY] if len(names) > 1 else []
+    return [CLEAN_KEY, *names, *union, *([SHIFT_KEY] if shift else [])]
 
 
 def _answer(
@@ -185,7 +202,8 @@ def _answer(
     )
     answer = explain(selection, context)
     if report_on is not None:
-        evaluation = replace(evaluator, data=report_on).evaluate(selection.best.alpha)
+        reporting = replace(evaluator, data=report_on, shift_part="report")
+        evaluation = reporting.evaluate(selection.best.alpha)
         answer = with_test(answer, evaluation, split=report_on.name)
     return SearchResult(described, answer)
 
@@ -269,6 +287,8 @@ class _SoupEvaluator:
     calibrate_on: Split | None
     network: nn.Module | None
     device: str
+    shift: str | os.PathLike[str] | None
+    shift_part: CorruptionPart = "select"
 
     def mix_network(self, alpha: Alpha) -> nn.Module:
         """Return the network with the weights of a soup."""
@@ -295,7 +315,15 @@ class _SoupEvaluator:
     def evaluate(self, alpha: Alpha) -> Evaluation:
         """Evaluate a soup in full."""
         model = self.mix_network(alpha)
-        return evaluate(model, self.data, self.threats, self.attack, device=self.device)
+        return evaluate(
+            model,
+            self.data,
+            self.threats,
+            self.attack,
+            device=self.device,
+            shift=self.shift,
+            shift_part=self.shift_part,
+        )
 
     def evaluate_request(
         self,
@@ -316,6 +344,8 @@ class _SoupEvaluator:
             pool=[results[item] for item in request.pool],
             after=None if request.after is None else results[request.after],
             stop_below=request.stop_below,
+            shift=self.shift,
+            shift_part=self.shift_part,
         )
         return mark_screened(evaluation) if short else evaluation
 
