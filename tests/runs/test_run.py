@@ -376,9 +376,6 @@ def test_warnings_are_reported_and_stored(files, tmp_path):
     recipe = recipe_of_files(files, select={}, evaluate=evaluate)
     results, _, reporter = run_recipe(recipe, tmp_path / "run")
     zero = ": the gradient is exactly zero at the start for "
-    assert reporter.warnings
-    masked = ": robust accuracy is probably too high: "
-    assert all(zero in text or masked in text for text in reporter.warnings)
     assert any(zero in text for text in reporter.warnings)
     assert any(text.startswith("low.val: ") for text in reporter.warnings)
     for row in results["rows"]:
