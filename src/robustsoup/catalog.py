@@ -308,6 +308,12 @@ SOUP_METHODS = Registry(
         source="Wortsman et al. 2021, arXiv:2109.01903",
     ),
     Entry(
+        "surrogate",
+        "robustsoup.soups.surrogate_search:SurrogateSearch",
+        "The grid, of which only the soups that can change the answer are attacked.",
+        facts={"needs": "evaluations"},
+    ),
+    Entry(
         "greedy",
         "robustsoup.soups.greedy:greedy",
         "Adds ingredients, best first, while a score does not fall.",

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -470,6 +471,20 @@ class BufferSettings:
         check_ranges(self)
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of a time such as "90s", "30m" or "1h30m".
+
+    Raises:
+        RequestError: For any other form, and for 0.
+    """
+    match = re.fullmatch(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?", text.strip())
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total:
+        raise RequestError(f'time_limit: got "{text}", expected a time such as 90s, 30m or 1h30m')
+    return float(total)
+
+
 SMALLEST_STEP = 1e-4
 """Smallest step of a grid of soups."""
 MOST_SOUPS = 5_000
@@ -481,7 +496,9 @@ class SearchSettings:
     """The soups that a search tries, and the rules by which it selects one."""
 
     method: str | Callable[..., Any] = setting(
-        "grid", "Soups to try: grid, line, uniform, greedy or package.module:function."
+        "grid",
+        "Soups to try: grid, surrogate (attacks few soups of the grid and predicts the others), "
+        "line, uniform, greedy or package.module:function.",
     )
     step: float = setting(0.2, "Step of the grid, a fraction of 1.", ge=SMALLEST_STEP, le=1)
     max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1, le=MOST_SOUPS)
@@ -493,6 +510,17 @@ class SearchSettings:
     point: bool = setting(
         False,
         "Check requirements by the estimate, which guarantees nothing, not by its lower bound.",
+    )
+    tolerance: float = setting(
+        0.005,
+        "Accuracy that the surrogate's answer may lose to the best soup; 0.005 is half a point.",
+        gt=0,
+        lt=1,
+    )
+    time_limit: str | None = setting(
+        None,
+        "Time after which the surrogate attacks no further soup and answers from those that it "
+        "attacked, such as 90s, 30m or 1h30m.",
     )
     screen: bool = setting(
         False, "Try every soup with a short attack and confirm in full only those that can win."
@@ -511,6 +539,13 @@ class SearchSettings:
         check_ranges(self)
         if isinstance(self.method, str):
             SOUP_METHODS.get_entry(self.method)
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
+            if self.method != "surrogate":
+                raise RequestError(
+                    f'time_limit: applies to method "surrogate", got "{self.method}"; the other '
+                    "methods have no answer before they end"
+                )
         if abs(round(1 / self.step) * self.step - 1) > 1e-9:
             raise RequestError(
                 f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25"

@@ -185,9 +185,15 @@ def _soup_section(
         raise RequestError(
             "--screen: does not apply to --method greedy, which evaluates each soup in full"
         )
+    if method == "surrogate" and search.screen:
+        raise RequestError(
+            "--screen: does not apply to --method surrogate, which attacks few soups, in full"
+        )
     section: dict[str, Any] = {"method": method, "buffers": soup.buffers}
-    if method in ("grid", "line") or method not in SOUP_METHODS:
+    if method in ("grid", "line", "surrogate") or method not in SOUP_METHODS:
         section["step"] = search.step
+    if method == "surrogate":
+        section |= {"tolerance": search.tolerance, "time_limit": search.time_limit}
     if search.score is not None:
         section["score"] = search.score
     name = method.rpartition(":")[2]

@@ -30,6 +30,8 @@ def print_results(results: Results, page: Path) -> None:
         selects_on_test = protocol.select_on == protocol.report_on
         note = " (the paper's protocol: selected on test)" if selects_on_test else ""
         print_accuracies(measured, f"on {split}{note}")
+    for surrogate in results.surrogates:
+        print_line(str(surrogate["message"]))
     if results.selection:
         print_front(results)
         for line in results.selection.lines():

@@ -216,7 +216,8 @@ class Recipe(Section):
         """Return the coefficients of a method that lists them, such as "uniform" or "grid"."""
         settings = soup.search_settings()
         count = len(self.ingredients_of(soup))
-        return candidates(soup.method, count, settings.step, settings.max_soups)
+        method = "grid" if soup.method == "surrogate" else soup.method
+        return candidates(method, count, settings.step, settings.max_soups)
 
     def to_toml(self) -> str:
         """Return the recipe as TOML with every default; reading it returns an equal recipe."""
@@ -293,8 +294,13 @@ class Recipe(Section):
                 f'soups.{name}: method = "line" requires 2 ingredients, '
                 f"got {len(self.ingredients_of(soup))}"
             )
-        if soup.method in ("grid", "line"):
+        if soup.method in ("grid", "line", "surrogate"):
             self._check_grid_size(name, soup)
+        if soup.method == "surrogate" and self.evaluate.screens:
+            raise ValueError(
+                f'soups.{name}: method = "surrogate" attacks few soups, in full; '
+                "remove evaluate.screen"
+            )
         if soup.method == "dial" and any(threat.is_clean for threat in self.threats_of(soup)):
             raise ValueError(
                 f"soups.{name}.threats: got clean, expected threats with a radius above 0; "
@@ -309,7 +315,7 @@ class Recipe(Section):
     def _count_soups(self, soup: Soup) -> int:
         """Return the number of soups of a section, without listing them."""
         match soup.method:
-            case "grid" | "line":
+            case "grid" | "line" | "surrogate":
                 return grid_size(len(self.ingredients_of(soup)), soup.search_settings().step)
             case "learned":
                 return len(self.threats_of(soup)) * len(soup.objectives)

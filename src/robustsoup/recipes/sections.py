@@ -375,6 +375,7 @@ METHOD_KEYS = {
     "uniform": _MIXED_KEYS,
     "grid": _GRID_KEYS,
     "line": _GRID_KEYS,
+    "surrogate": _GRID_KEYS | {"tolerance", "time_limit"},
     "greedy": _MIXED_KEYS | {"score"},
     "learned": _LEARNED_KEYS | {"objectives", "early_stop"},
     "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
@@ -389,7 +390,7 @@ METHOD_KEYS = {
     optional=("seed",),
 )
 @declares(DialSettings, rename={"by": "dial"})
-@declares(SearchSettings, only=("step", "max_soups", "score"))
+@declares(SearchSettings, only=("step", "max_soups", "score", "tolerance", "time_limit"))
 @declares(BufferSettings, only=("buffers", "calibrate_samples", "calibrate_threat"))
 class Soup(Section):
     """A family of soups of the same ingredients. Keys of other methods are refused."""

@@ -17,6 +17,7 @@ from robustsoup.runs.tasks import (
     BuildGreedySoup,
     EvaluateNetwork,
     EvaluationSettings,
+    MeasureClean,
     MixSoup,
     Task,
     TrainNetwork,
@@ -74,6 +75,9 @@ def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
             channels, (height, width) = data.record["channels"], data.record["size"]
             points = BYTES_PER_VALUE * channels * height * width if task.keep_points else 0
             return _count_verdicts(task.settings, data) * (BYTES_PER_VERDICT + points)
+        case MeasureClean():
+            samples = task.samples or len(data.split(task.split))
+            return len(task.alphas) * samples // 8
         case BuildGreedySoup():
             return task.rounds * _count_verdicts(task.evaluation, data) * BYTES_PER_VERDICT
         case _:

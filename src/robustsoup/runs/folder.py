@@ -33,6 +33,7 @@ from robustsoup.runs.results import (
 from robustsoup.runs.soup_rows import dial_file
 from robustsoup.runs.staging import RESULTS, StagedFiles, stage_files
 from robustsoup.runs.store import Store
+from robustsoup.runs.surrogate_results import SurrogateResult
 from robustsoup.runs.tasks import Key
 from robustsoup.runs.worker import (
     CHECKPOINT,
@@ -56,6 +57,7 @@ def write_run_folder(
     answer: Answer | None,
     leakage: Leakage,
     overlaps: Sequence[Overlap],
+    surrogates: Sequence[SurrogateResult] = (),
 ) -> Results:
     """Write recipe, checkpoints, coefficients, evaluations, soup and results into the run folder.
 
@@ -71,6 +73,7 @@ def write_run_folder(
         answer: The chosen soup and why, or None.
         leakage: Whether networks were trained on samples that evaluate them.
         overlaps: Samples of val and test that are in another split or in generated images.
+        surrogates: How the searches by surrogate ended.
 
     Returns:
         The content of results.json.
@@ -84,7 +87,8 @@ def write_run_folder(
         results = _write_results(
             staged, plan, context, answer=answer, leakage=leakage, overlaps=overlaps
         )
-        results = replace(results, files=staged.digest_files())
+        described = tuple(item.to_json() for item in surrogates)
+        results = replace(results, surrogates=described, files=staged.digest_files())
         results.save(staged.staging / RESULTS)
         staged.publish(replaced=_removable_files(folder))
     return results

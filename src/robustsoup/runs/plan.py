@@ -84,6 +84,7 @@ class Plan:
         rows_by_name: The reported networks by name.
         files: Checkpoints that existed before the run, by key.
         planes: Steps of the planes, by section.
+        surrogates: Steps that measure the clean verdicts of a surrogate's soups, by section.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ class Plan:
     rows_by_name: dict[str, PlannedRow] = field(default_factory=dict)
     files: dict[Key, Checkpoint] = field(default_factory=dict)
     planes: dict[str, Key] = field(default_factory=dict)
+    surrogates: dict[str, Key] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -20,6 +20,7 @@ from robustsoup.runs.tasks import (
     Key,
     LearnCoefficients,
     MapPlane,
+    MeasureClean,
     Mixing,
     MixSoup,
     ShiftedCopies,
@@ -45,7 +46,7 @@ def fingerprint_functions(task: Task) -> list[str | None]:
         case LearnCoefficients():
             objective = Objective.parse(task.settings.objective).fingerprint
             return [objective, _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)]
-        case MixSoup():
+        case MixSoup() | MeasureClean():
             return [_fingerprint_named(BUFFER_POLICIES, task.mixing.policy)]
         case EvaluateNetwork():
             return [_fingerprint_named(ATTACKS, str(task.settings.attack.attack))]
@@ -289,17 +290,32 @@ class Planner:
         task = EvaluateNetwork(network, settings, keep_points=self.recipe.evaluate.keep_points)
         return self.add_step(f"{name}.{settings.split}", task)
 
+    def add_clean_verdicts(self, section: str, soup: Soup) -> Key:
+        """Add the clean verdicts of all soups of a section on the split that selects."""
+        settings = self.selecting_settings()
+        task = MeasureClean(
+            self.ingredient_keys(soup),
+            tuple(self.recipe.alphas_of(soup)),
+            self.mixing_of(soup),
+            settings.split,
+            settings.samples,
+        )
+        return self.add_step(f"{section}.clean", task)
+
     def add_evaluations(self) -> None:
         """Add the evaluations of all rows that depend on no result."""
-        screening = self.screening()
         for row in self.plan.rows:
-            if self.recipe.evaluate.screens:
-                val = self.add_request(screening.first_request(self.contender(row)))
-            else:
-                val = self.add_evaluation(row.name, row.network, self.selecting_settings())
-            self.add_row(dataclasses.replace(row, val=val))
-            if self.recipe.evaluate.report == "all":
-                self.add_report(row.name)
+            self.add_evaluated_row(row)
+
+    def add_evaluated_row(self, row: PlannedRow) -> None:
+        """Add a row with its first evaluation, and the report on it if all rows are reported."""
+        if self.recipe.evaluate.screens:
+            val = self.add_request(self.screening().first_request(self.contender(row)))
+        else:
+            val = self.add_evaluation(row.name, row.network, self.selecting_settings())
+        self.add_row(dataclasses.replace(row, val=val))
+        if self.recipe.evaluate.report == "all":
+            self.add_report(row.name)
 
     def add_report(self, name: str) -> None:
         """Add the evaluation of a row on the split that reports."""

@@ -162,6 +162,8 @@ selection = table(
 
 plane = table({"name": text, "file": text}, {"checkpoints": list_of(text)})
 
+surrogate = table({"section": text, "message": text}, {"rows": list_of(mapping_of(anything))})
+
 results = table(
     {"name": text, "protocol": protocol, "rows": list_of(row)},
     {
@@ -175,6 +177,7 @@ results = table(
         "versions": nullable(mapping_of(anything)),
         "seconds": nullable(number),
         "planes": nullable(list_of(plane)),
+        "surrogates": nullable(list_of(surrogate)),
         "selection": nullable(selection),
         "soup": nullable(text),
     },

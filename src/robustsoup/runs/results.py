@@ -225,6 +225,7 @@ class Results:
         seconds: Total seconds of all steps, including steps that an earlier run executed.
         rows: The evaluated networks.
         planes: The planes of loss values.
+        surrogates: How searches by surrogate ended, with their predictions; see `SurrogateResult`.
         selection: The answer: the chosen soup, and why; None if the recipe selects none.
         soup: File of the chosen soup in the run folder.
         files: Digest of each file that the run wrote into its folder, by name.
@@ -243,6 +244,7 @@ class Results:
     seconds: float | None = None
     rows: tuple[ResultRow, ...]
     planes: tuple[PlaneResult, ...] = ()
+    surrogates: tuple[Mapping[str, Any], ...] = ()
     selection: Answer | None = None
     soup: str | None = None
     files: Mapping[str, FileDigest] = field(default_factory=dict)
@@ -263,6 +265,7 @@ class Results:
             "versions": dict(self.versions),
             "rows": [row.to_json() for row in self.rows],
             "planes": [plane.to_json() for plane in self.planes],
+            "surrogates": [dict(item) for item in self.surrogates],
             "selection": self.selection and self.selection.to_json(),
             "files": {name: digest.to_json() for name, digest in self.files.items()},
         }
@@ -305,6 +308,7 @@ class Results:
                 PlaneResult.from_json(plane, f"{where}: planes[{number}]")
                 for number, plane in enumerate(table.get("planes") or ())
             ),
+            surrogates=tuple(table.get("surrogates") or ()),
             selection=Answer.from_json(selection) if selection else None,
             soup=table.get("soup"),
             files=_parse_files(table.get("files"), where),

@@ -1,5 +1,6 @@
 """Run a recipe: plan, execute, confirm screened soups, select, report, write the run folder."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import Results
 from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import Store
+from robustsoup.runs.surrogates import search_by_surrogate
 from robustsoup.runs.tasks import EvaluateNetwork, LearnCoefficients, MapPlane, TrainNetwork
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.goal import check_goal
@@ -109,6 +111,7 @@ def run_prepared(
     Returns:
         The results, and the selection (None if the recipe selects no soup).
     """
+    started = time.monotonic()
     planner, context, store = prepared.planner, prepared.context, prepared.store
     plan, recipe = planner.plan, planner.recipe
     _refuse_files_near_chance(plan, context, reporter)
@@ -117,6 +120,10 @@ def run_prepared(
         execute_plan(plan, context, store, reporter)
 
     execute()
+    surrogates = [
+        search_by_surrogate(planner, store, section, execute, started=started)
+        for section in plan.surrogates
+    ]
     if recipe.evaluate.screens:
         confirm_screened_soups(planner, store, execute)
     selection = select_soup(plan, store)
@@ -134,6 +141,7 @@ def run_prepared(
         answer=answer,
         leakage=prepared.leakage,
         overlaps=prepared.overlaps,
+        surrogates=surrogates,
     )
     return results, selection
 

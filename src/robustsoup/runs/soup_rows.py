@@ -10,6 +10,8 @@ from robustsoup.runs.plan import PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import ROLES
 from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients
+from robustsoup.soups.grid import Alpha
+from robustsoup.soups.surrogate_search import draw_tests, spread_first
 from robustsoup.threats import ThreatModel
 
 
@@ -46,27 +48,54 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
 
 def plan_mixed_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
     """Plan the soups of a method that lists coefficients; custom methods get the role "grid"."""
-    role = soup.method if soup.method in ROLES else "grid"
-    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
-    mixing = planner.mixing_of(soup)
-    rows: list[PlannedRow] = []
-    names = recipe.soup_names(section)
-    for name, alpha in zip(names, recipe.alphas_of(soup), strict=True):
-        if mixing.policy == "average" and 1.0 in alpha:
-            network = ingredients[alpha.index(1.0)]  # equals the soup bit for bit
-        else:
-            network = planner.add_mix(name, ingredients, mixing, alpha=alpha)
-        rows.append(
-            PlannedRow(
-                name=name,
-                role=role,
-                network=network,
-                soup=section,
-                ingredients=recipe.ingredients_of(soup),
-                coefficients=alpha,
-            )
-        )
-    return rows
+    recipe = planner.recipe
+    pairs = zip(recipe.soup_names(section), recipe.alphas_of(soup), strict=True)
+    return [_plan_mixed_soup(planner, section, name, alpha) for name, alpha in pairs]
+
+
+def _plan_mixed_soup(planner: Planner, section: str, name: str, alpha: Alpha) -> PlannedRow:
+    soup = planner.recipe.soups[section]
+    ingredients, mixing = planner.ingredient_keys(soup), planner.mixing_of(soup)
+    if mixing.policy == "average" and 1.0 in alpha:
+        network = ingredients[alpha.index(1.0)]  # equals the soup bit for bit
+    else:
+        network = planner.add_mix(name, ingredients, mixing, alpha=alpha)
+    return PlannedRow(
+        name=name,
+        role=soup.method if soup.method in ROLES else "grid",
+        network=network,
+        soup=section,
+        ingredients=planner.recipe.ingredients_of(soup),
+        coefficients=alpha,
+    )
+
+
+def plan_surrogate(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
+    """Plan the clean verdicts of all soups, and the soups that are attacked before any result.
+
+    With a time limit, these are the ingredients alone.
+    """
+    planner.plan.surrogates[section] = planner.add_clean_verdicts(section, soup)
+    names = first_soups(planner, section)
+    if soup["time_limit"] is not None:
+        names = names[: len(planner.recipe.ingredients_of(soup))]
+    return [plan_grid_soup(planner, section, name) for name in names]
+
+
+def first_soups(planner: Planner, section: str) -> tuple[str, ...]:
+    """Return the names of the soups that a surrogate attacks first."""
+    recipe = planner.recipe
+    names, alphas = recipe.soup_names(section), recipe.alphas_of(recipe.soups[section])
+    first = spread_first(alphas)
+    tests = draw_tests(len(names), first, seed=recipe.seed)
+    return tuple(names[row] for row in (*first, *tests)) if tests else tuple(names)
+
+
+def plan_grid_soup(planner: Planner, section: str, name: str) -> PlannedRow:
+    """Plan one soup of a section whose method lists coefficients."""
+    recipe, soup = planner.recipe, planner.recipe.soups[section]
+    alpha = recipe.alphas_of(soup)[recipe.soup_names(section).index(name)]
+    return _plan_mixed_soup(planner, section, name, alpha)
 
 
 def plan_learned_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
@@ -147,6 +176,7 @@ def plan_greedy_soup(planner: Planner, section: str, soup: Soup) -> list[Planned
 
 SOUP_PLANNERS: Mapping[str, Callable[[Planner, str, Soup], list[PlannedRow]]] = {
     "greedy": plan_greedy_soup,
+    "surrogate": plan_surrogate,
     "learned": plan_learned_soups,
     "dial": plan_dials,
 }

@@ -311,6 +311,38 @@ class MixSoup:
 
 
 @dataclass(frozen=True)
+class MeasureClean:
+    """Measure the clean verdicts of many soups, which takes a forward pass of each sample.
+
+    Attributes:
+        ingredients: The ingredients.
+        alphas: One coefficient for each ingredient, of each soup.
+        mixing: How the soups get their running statistics.
+        split: Name of the split.
+        samples: Number of samples; None for all.
+    """
+
+    ingredients: tuple[Key, ...]
+    alphas: tuple[tuple[float, ...], ...]
+    mixing: Mixing
+    split: str
+    samples: int | None
+    kind = "clean"
+    precision = "float32"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of the steps and files that the task reads."""
+        return self.ingredients
+
+    def count_passes(self, data: Data) -> int:
+        """Return the cost of the task in forward passes of one sample."""
+        samples = self.samples or len(data.split(self.split))
+        return len(self.alphas) * (samples + self.mixing.count_passes(data))
+
+
+@dataclass(frozen=True)
 class EvaluateNetwork:
     """Evaluate one network.
 
@@ -397,6 +429,7 @@ Task = (
     | LearnCoefficients
     | BuildGreedySoup
     | MixSoup
+    | MeasureClean
     | EvaluateNetwork
     | MapPlane
 )

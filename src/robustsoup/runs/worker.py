@@ -6,14 +6,19 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import landscape
 from robustsoup.errors import DataError
 from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.evaluation.hit_tables import HitTable
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.files import link_file
-from robustsoup.progress import Progress
+from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Step
 from robustsoup.runs.store import Store
@@ -24,6 +29,7 @@ from robustsoup.runs.tasks import (
     Key,
     LearnCoefficients,
     MapPlane,
+    MeasureClean,
     Mixing,
     MixSoup,
     TakeSnapshot,
@@ -45,6 +51,7 @@ CHECKPOINT = "checkpoint.safetensors"
 COEFFICIENTS = "coefficients.safetensors"
 DIAL = "dial.safetensors"
 EVALUATION = "evaluation.json"
+HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 STATE = "state.pt"
 
@@ -58,6 +65,15 @@ def load_evaluation(store: Store, key: Key) -> Evaluation:
     path = store.file(key, EVALUATION)
     store.file(key, path.with_suffix(".npz").name)
     return Evaluation.load(path)
+
+
+def load_hits(store: Store, key: Key) -> HitTable:
+    """Load the output of a measurement of clean verdicts from the store.
+
+    Raises:
+        StorageError: A file of it is damaged.
+    """
+    return HitTable.load(store.file(key, HITS))
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,8 @@ class Worker:
                 figures = build_greedy_soup(self, task, folder, on_progress)
             case MixSoup():
                 figures = mix_soup(self, task, folder)
+            case MeasureClean():
+                figures = measure_clean(self, task, folder, on_progress)
             case EvaluateNetwork():
                 figures = evaluate_network(self, step.name, task, folder, on_progress)
             case MapPlane():
@@ -319,6 +337,36 @@ def _mix_checkpoints(
         seed=settings.seed,
         device=worker.context.device,
     )
+
+
+def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress: Progress) -> str:
+    """Measure the clean verdicts of many soups and write them as one table."""
+    ingredients = [worker.checkpoint(key) for key in task.ingredients]
+    split = worker.context.data.split(task.split).first(task.samples)
+    saved = SavedState(folder / STATE, split.digest)
+    state = saved.load()
+    with saved.refuse_malformed():
+        rows: list[Tensor] = [] if state is None else list(state["hits"].bool())
+    for alpha in task.alphas[len(rows) :]:
+        soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
+        evaluation = evaluate(soup, split, device=str(worker.context.device))
+        rows.append(evaluation.hits()[CLEAN_KEY])
+        figures = f"{alpha_name(alpha)} {evaluation.accuracy[CLEAN_KEY]}"
+        on_progress(len(rows), len(task.alphas), figures)
+        if saved.due():
+            saved.save({"hits": torch.stack(rows)})
+    saved.clear()
+    hits = torch.stack(rows).numpy()
+    table = HitTable(
+        tuple(map(alpha_name, task.alphas)),
+        np.array(task.alphas),
+        split.ids.cpu().numpy(),
+        {CLEAN_KEY: hits},
+        {"split": task.split},
+    )
+    table.save(folder / HITS)
+    shares = hits.mean(1)
+    return f"{len(rows)} soups, clean {shares.min():.1%} to {shares.max():.1%}"
 
 
 def evaluate_network(

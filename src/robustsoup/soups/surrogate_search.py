@@ -159,24 +159,13 @@ class SurrogateSearch:
 
     @cached_property
     def first_rows(self) -> tuple[int, ...]:
-        """Rows of the first soups that the model is fitted to: corners, then spread ones.
-
-        They depend on the coefficients alone, so a plan can list them before any work.
-        """
-        places = Places.of(self.alphas)
-        alphas = places.coefficients
-        n = alphas.shape[1]
-        corners = list(dict.fromkeys(int(np.argmax(alphas[:, i])) for i in range(n)))
-        return (*corners, *spread_rows(places, corners, max(2, n - 1), self.model))
+        """Rows of the first soups that the model is fitted to."""
+        return spread_first(self.alphas, self.model)
 
     @cached_property
     def test_rows(self) -> tuple[int, ...]:
-        """Rows of the soups that only test the fit, drawn by the seed; empty for tiny grids."""
-        others = [row for row in range(len(self.names)) if row not in self.first_rows]
-        if len(others) <= TESTS:
-            return ()
-        order = np.random.default_rng([self.seed, 1]).permutation(len(others))
-        return tuple(sorted(others[i] for i in order[:TESTS]))
+        """Rows of the soups that only test the fit; empty for tiny grids."""
+        return draw_tests(len(self.names), self.first_rows, seed=self.seed)
 
     @property
     def grid_rows(self) -> tuple[int, ...]:
@@ -192,7 +181,7 @@ class SurrogateSearch:
         return max(first + 1, math.ceil(len(self.grid_rows) * MOST_OF_GRID))
 
     def first_soups(self) -> tuple[str, ...]:
-        """Return the names of the first soups, which depend on no verdict under attack."""
+        """Return the names of the first soups, which depend on no verdict."""
         rows = (*self.first_rows, *self.test_rows) if self.test_rows else self.grid_rows
         return tuple(self.names[row] for row in rows)
 
@@ -426,6 +415,78 @@ def lower_bounds(share: Floats, n: int) -> Floats:
 def _bootstrap_weights(rng: np.random.Generator, n: int) -> Floats:
     """Return how often each resample draws each of n samples: (REFITS, n)."""
     return rng.multinomial(n, np.full(n, 1 / n), size=REFITS).astype(np.float64)
+
+
+def spread_first(alphas: Sequence[Alpha], model: Model = "gaussian-process") -> tuple[int, ...]:
+    """Return the rows of the first soups: the corners, then those where the model knows least.
+
+    They depend on the coefficients alone, so a plan can list them before any work.
+    """
+    places = Places.of(alphas)
+    n = places.coefficients.shape[1]
+    corners = list(dict.fromkeys(int(np.argmax(places.coefficients[:, i])) for i in range(n)))
+    return (*corners, *spread_rows(places, corners, max(2, n - 1), model))
+
+
+def draw_tests(count: int, first: Sequence[int], *, seed: int) -> tuple[int, ...]:
+    """Draw the rows of the soups that only test the fit, from `count` soups without the first."""
+    others = [row for row in range(count) if row not in first]
+    if len(others) <= TESTS:
+        return ()
+    order = np.random.default_rng([seed, 1]).permutation(len(others))
+    return tuple(sorted(others[i] for i in order[:TESTS]))
+
+
+def make_search(
+    names: Sequence[str],
+    alphas: Sequence[Alpha],
+    clean_hits: NDArray[np.bool_],
+    goal: Goal,
+    *,
+    step: float,
+    tolerance: float,
+    seed: int,
+) -> SurrogateSearch:
+    """Return the search among the soups of a grid.
+
+    Args:
+        names: Names of the N soups.
+        alphas: Their coefficients.
+        clean_hits: (N, n) whether each of n samples is right without an attack.
+        goal: What is maximised, and the requirements.
+        step: Step of the grid; of a finer one than 0.2, a coarser part is the fallback.
+        tolerance: Accuracy that the answer may lose to the best soup.
+        seed: Seed of the test soups and of the refits.
+    """
+    clean = tuple(Accuracy(int(row.sum()), len(row)) for row in clean_hits)
+    return SurrogateSearch(
+        tuple(names),
+        tuple(alphas),
+        clean,
+        goal,
+        shortfall=clean_shortfall(clean, goal),
+        tolerance=tolerance,
+        seed=seed,
+        grid=coarse_names(names, alphas, coarse_step(step)),
+    )
+
+
+def clean_shortfall(clean: Sequence[Accuracy], goal: Goal) -> tuple[float, ...]:
+    """Return by how much each soup misses the requirements on clean accuracy."""
+    require = [item for item in goal.require if item.key == CLEAN_KEY]
+    return tuple(
+        sum(item.shortfall({CLEAN_KEY: accuracy}, point=goal.point) for item in require)
+        for accuracy in clean
+    )
+
+
+def coarse_step(step: float) -> float:
+    """Return the step of the coarse grid that is attacked whole if the model fails.
+
+    It is the finest multiple of the step with 3 to 5 parts; the step itself where there is none.
+    """
+    parts = round(1 / step)
+    return 1 / max((count for count in range(3, 6) if parts % count == 0), default=parts)
 
 
 def coarse_names(names: Sequence[str], alphas: Sequence[Alpha], step: float) -> frozenset[str]:

@@ -1,0 +1,138 @@
+"""What a search by surrogate found, as stored in results.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from robustsoup.evaluation.hit_tables import Hits
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import CLEAN_KEY
+from robustsoup.soups.surrogate_search import SurrogateSearch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedRow:
+    """The prediction for one soup.
+
+    Attributes:
+        name: Name of the soup.
+        coefficients: One coefficient for each ingredient.
+        clean: Measured clean accuracy.
+        attacked: Whether the soup was attacked; its row then has measured accuracies.
+        predicted: Predicted accuracy and the ends of its 95 % band, by attacked measure.
+    """
+
+    name: str
+    coefficients: tuple[float, ...]
+    clean: Accuracy
+    attacked: bool
+    predicted: Mapping[str, tuple[float, float, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {
+            "name": self.name,
+            "coefficients": list(self.coefficients),
+            "attacked": self.attacked,
+            CLEAN_KEY: self.clean.to_json(),
+            "predicted": {
+                key: dict(zip(("value", "low", "high"), band, strict=True))
+                for key, band in self.predicted.items()
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateResult:
+    """How a search by surrogate ended, and its predictions.
+
+    Attributes:
+        section: Section of the recipe.
+        stage: "settled", "grid" where the model failed and the grid was attacked, or "late" where
+            the time limit ended the search.
+        attacked: Number of attacked soups.
+        soups: Number of soups.
+        tolerance: Accuracy that the answer may lose to the best soup.
+        chance: Chance that another soup beats it by more, by resampling the samples too.
+        map_chance: The same for the samples as they are.
+        p_value: p-value of the test of the model's fit.
+        rows: The predictions; empty where the model was not used.
+    """
+
+    section: str
+    stage: str
+    attacked: int
+    soups: int
+    tolerance: float
+    chance: float
+    map_chance: float
+    p_value: float
+    rows: tuple[PredictedRow, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        section: str,
+        search: SurrogateSearch,
+        attacked: Mapping[str, Mapping[str, Hits]],
+        *,
+        late: bool,
+    ) -> "SurrogateResult":
+        """Return the result of a search that ended.
+
+        Args:
+            section: Section of the recipe.
+            search: The search.
+            attacked: The verdicts of the attacked soups.
+            late: Whether the time limit ended it.
+        """
+        state = search.state(attacked)
+        predictions = search.predict(attacked) if state.chosen is not None else []
+        return cls(
+            section=section,
+            stage="late" if late else state.stage,
+            attacked=len(attacked),
+            soups=len(search.names),
+            tolerance=search.tolerance,
+            chance=state.chance,
+            map_chance=state.map_chance,
+            p_value=state.p_value,
+            rows=tuple(
+                PredictedRow(
+                    name=item.name,
+                    coefficients=item.alpha,
+                    clean=item.clean,
+                    attacked=item.attacked,
+                    predicted=item.accuracy,
+                )
+                for item in predictions
+            ),
+        )
+
+    @property
+    def message(self) -> str:
+        """What was attacked and how sure the answer is, in one line."""
+        attacked = f"{self.section}: attacked {self.attacked} of {self.soups} soups"
+        chance = (
+            f"another soup is more than {100 * self.tolerance:g} points better with a chance of "
+            f"{self.map_chance:.0%} on these samples, {self.chance:.0%} on samples like them"
+        )
+        if self.stage == "settled":
+            return f"{attacked}; {chance}"
+        if self.stage == "late":
+            return f"{attacked}, then the time limit was reached; {chance}"
+        if not self.rows:
+            return f"{attacked}, too few to leave some out"
+        return (
+            f"{attacked}: the model did not settle the answer (p = {self.p_value:.2g} that it "
+            "fits), so the whole grid was attacked"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        names = ("section", "stage", "attacked", "soups", "tolerance", "chance", "map_chance")
+        return {
+            **{name: getattr(self, name) for name in (*names, "p_value")},
+            "message": self.message,
+            "rows": [row.to_json() for row in self.rows],
+        }
