@@ -8,10 +8,10 @@
 A table holds the verdicts of every soup of a grid on the same samples, so each way can be replayed
 without a network: `grid` attacks every soup, `surrogate` and `quadratic` those that the engine asks
 for, `spread` as many as the surrogate, spread evenly, without a model. Every way chooses on a
-random half of the samples; its regret is the robust accuracy of the full grid's choice minus that of its
-own, on the same half and on the other one. Goals: the most robust soup, and the most robust one
-with clean accuracy above the quartiles of the grid. Each face of a grid (one coefficient is 0) is
-a grid of its own. Times are those of the evaluations as stored, and of the model's own work here.
+random half of the samples; its regret is the robust accuracy of the full grid's choice minus that
+of its own, on the same half and on the other one. Goals: the most robust soup, and the most robust
+one with clean accuracy above the quartiles of the grid. Each face of a grid (one coefficient is 0)
+is a grid of its own. Times are those of the evaluations as stored, and of the model's work here.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 import robustsoup as rs
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.runs.results import Results
+from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, candidates
-from robustsoup.soups.selection import Goal
 from robustsoup.soups.surrogate import Model, spread_rows
 from robustsoup.soups.surrogate_search import SurrogateSearch
 

@@ -487,6 +487,8 @@ def parse_duration(text: str) -> float:
 
 SMALLEST_STEP = 1e-4
 """Smallest step of a grid of soups."""
+ALL_METHODS = "all"
+"""The soups of several methods on one front; `robustsoup search` alone knows it."""
 MOST_SOUPS = 5_000
 """Most soups of one search or recipe."""
 
@@ -498,7 +500,8 @@ class SearchSettings:
     method: str | Callable[..., Any] = setting(
         "grid",
         "Soups to try: grid, surrogate (attacks few soups of the grid and predicts the others), "
-        "line, uniform, greedy or package.module:function.",
+        "line, uniform, greedy, learned, dial, all (surrogate, learned, dial and greedy) or "
+        "package.module:function.",
     )
     step: float = setting(0.2, "Step of the grid, a fraction of 1.", ge=SMALLEST_STEP, le=1)
     max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1, le=MOST_SOUPS)
@@ -537,11 +540,11 @@ class SearchSettings:
             self, "require", (require,) if isinstance(require, str) else tuple(require)
         )
         check_ranges(self)
-        if isinstance(self.method, str):
+        if isinstance(self.method, str) and self.method != ALL_METHODS:
             SOUP_METHODS.get_entry(self.method)
         if self.time_limit is not None:
             parse_duration(self.time_limit)
-            if self.method != "surrogate":
+            if self.method not in ("surrogate", ALL_METHODS):
                 raise RequestError(
                     f'time_limit: applies to method "surrogate", got "{self.method}"; the other '
                     "methods have no answer before they end"

@@ -11,7 +11,7 @@ from common import RECIPES, run_recipe_small
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-TIMED = ("attack", "grid", "learning", "learning_memory", "memory", "training_attack")
+TIMED = ("attack", "grid", "learning", "learning_memory", "memory", "surrogate", "training_attack")
 READ_RUN_FOLDERS = ("ablations", "claims")
 LIBRARIES = ("common",)
 LINUX_ONLY = ("learning_memory", "memory")

@@ -312,3 +312,39 @@ def test_with_clean_accuracy_as_the_goal_the_cleanest_soup_is_chosen(ends, data)
     best = max(c.evaluation.accuracy["clean"].hits for c in candidates)
     chosen = select(candidates, maximise="clean").best
     assert chosen.evaluation.accuracy["clean"].hits == best
+
+
+def test_the_surrogate_attacks_a_part_of_the_grid_as_the_grid_does(ends, split, full):
+    """Twenty points are as good here, so that the search ends soon whatever the training gave."""
+    wide = {"step": 0.1, "tolerance": 0.2}
+    result = search(ends, split, [THREAT], method="surrogate", **wide, **FULL)
+    few = result.candidates
+    by_name = {c.name: c for c in full}
+    names = [c.name for c in few]
+    assert names == [c.name for c in full if c.name in names]
+    assert {"1-0", "0-1"} <= set(names)
+    assert len(few) < len(full)
+    assert [soup.name for soup in result.predicted] == [c.name for c in full]
+    assert [soup.attacked for soup in result.predicted] == [c.name in names for c in full]
+    assert result.answer.chosen in names
+    for c in few:
+        assert torch.equal(survivors(c.evaluation), survivors(by_name[c.name].evaluation))
+
+
+def test_a_surrogate_search_has_a_time_limit_and_the_grid_has_none(ends, split):
+    brief = {"step": 0.1, "steps": 1, "time_limit": "1s"}
+    assert search(ends, split.first(20), [THREAT], method="surrogate", **brief).candidates
+    with pytest.raises(RequestError, match='time_limit: applies to method "surrogate", got "grid"'):
+        search(ends, split, [THREAT], **brief)
+
+
+def test_all_methods_at_once_are_for_the_command_line(ends, split):
+    with pytest.raises(RequestError, match='method "all" runs from the command line'):
+        search(ends, split, [THREAT], method="all")
+
+
+def test_the_surrogate_neither_screens_nor_finds_the_knee(ends, split):
+    with pytest.raises(RequestError, match="the knee depends on the whole front"):
+        search(ends, split, [THREAT], method="surrogate", maximise="knee")
+    with pytest.raises(RequestError, match="the surrogate attacks few soups, in full"):
+        search(ends, split, [THREAT], method="surrogate", screen=True)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, grid
-from robustsoup.soups.selection import Goal
 from robustsoup.soups.surrogate_search import SurrogateSearch, coarse_names, lower_bounds
 
 LINF, L2 = "Linf 8/255", "L2 0.5"
@@ -231,3 +231,11 @@ def test_the_bands_hold_the_true_accuracies():
 def test_the_bound_is_wilsons():
     accuracy = Accuracy(412, 1000)
     assert lower_bounds(np.array([0.412]), 1000)[0] == pytest.approx(accuracy.low)
+
+
+def test_without_an_attacked_measure_only_the_answer_is_attacked():
+    world = smooth_world()
+    attacked = world.run(world.search("clean"))
+    best = int(np.argmax([accuracy.value for accuracy in world.clean]))
+    assert list(attacked) == [world.names[best]]
+    assert world.search("clean").predict(attacked)[0].accuracy == {}

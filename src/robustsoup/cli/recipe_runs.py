@@ -12,7 +12,7 @@ from robustsoup.cli.inputs import (
     warn_of_overlaps,
 )
 from robustsoup.cli.options import RunOptions
-from robustsoup.cli.progress import Bar, RunReporter
+from robustsoup.cli.progress import Bar, RunReporter, format_duration
 from robustsoup.cli.tables import print_results
 from robustsoup.cli.terminal import print_error, print_json
 from robustsoup.cli.user_code import import_named_module
@@ -20,7 +20,7 @@ from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, checkpoint_places, with_files
 from robustsoup.reports import write_report
 from robustsoup.runs.caches import hold_caches
-from robustsoup.runs.cost import estimate_bytes, estimate_seconds
+from robustsoup.runs.cost import compare_ways, estimate_bytes, estimate_seconds
 from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 
@@ -49,8 +49,17 @@ def run_recipe(
     *,
     data_root: str | None = None,
     as_json: bool = False,
+    compares_ways: bool = False,
 ) -> int:
     """Run a recipe into a folder, write its report and print the results.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        run: Device, threads and the like.
+        data_root: Folder of the data sets.
+        as_json: Whether to print the results as JSON.
+        compares_ways: Whether to say first how long each way to search would take.
 
     Returns:
         The exit code: 3 if no soup meets the requirements, 4 if they fail on `test`, else 0.
@@ -59,6 +68,8 @@ def run_recipe(
     prepared = prepare_recipe(recipe, run, data_root)
     print_leakage(prepared.leakage)
     warn_of_overlaps(prepared.overlaps)
+    if compares_ways:
+        print_ways(prepared)
     with lock_folder(folder, print_error):
         with RunReporter(prepared.context, folder) as reporter:
             results, _ = run_prepared(prepared, folder, reporter)
@@ -69,6 +80,19 @@ def run_recipe(
     else:
         print_results(results, page)
     return 0 if results.selection is None else results.selection.exit_code
+
+
+def print_ways(prepared: PreparedRun) -> None:
+    """Print how long each way to search would take, on standard error, unless all is done."""
+    if all(prepared.store.has(step.key) for step in prepared.plan.steps):
+        return
+    ways = compare_ways(prepared.planner, prepared.context)
+    if ways is not None:
+        print_error(
+            f"{ways.soups} soups: about {format_duration(ways.grid)}; "
+            f"--screen: {format_duration(ways.screen)}; "
+            f"--method surrogate: {format_duration(ways.surrogate)}"
+        )
 
 
 def price_plan(prepared: PreparedRun) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Commands that build a recipe from their options and run it: search and landscape."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +23,21 @@ from robustsoup.cli.options import (
     Threats,
 )
 from robustsoup.errors import RequestError
-from robustsoup.settings import AttackSettings, BufferSettings, LandscapeSettings, SearchSettings
+from robustsoup.settings import (
+    ALL_METHODS,
+    AttackSettings,
+    BufferSettings,
+    LandscapeSettings,
+    LearnSettings,
+    SearchSettings,
+)
+from robustsoup.threats import ThreatModel, parse_threats
 
 if TYPE_CHECKING:
     from robustsoup.recipes import Recipe
+
+
+EPOCHS_HELP = "Passes over the training split of --method learned, dial and all."
 
 
 def search_command(
@@ -34,6 +48,7 @@ def search_command(
     search: Annotated[SearchSettings, Fields(omit=("max_soups", "screen_steps"))],
     attack: Annotated[AttackSettings, Fields(omit=("targets", "eot", "seed", "batch_size"))],
     soup: Annotated[BufferSettings, Fields(only=("buffers",))],
+    learn: Annotated[LearnSettings, Fields(only=("epochs",), helps={"epochs": EPOCHS_HELP})],
     network: NetworkOptions,
     run: RunOptions,
     samples: SampleLimit = None,
@@ -56,7 +71,7 @@ def search_command(
     names = name_checkpoints(checkpoints)
     content = _recipe_content("search", data, network, names, allow_leakage=allow_leakage)
     content |= {
-        "soups": _soup_section(search, soup, names),
+        "soups": _soup_sections(search, soup, learn, names, threat),
         "evaluate": {
             "threats": threat,
             "attack": attack.attack,
@@ -80,7 +95,9 @@ def search_command(
         "report": {"figures": ["ternary", "tradeoff"]},
     }
     recipe = _parse_content(content)
-    return run_recipe(recipe, output, run, data_root=data.data_root, as_json=as_json)
+    return run_recipe(
+        recipe, output, run, data_root=data.data_root, as_json=as_json, compares_ways=True
+    )
 
 
 def landscape_command(
@@ -176,28 +193,79 @@ def _recipe_content(
     }
 
 
-def _soup_section(
-    search: SearchSettings, soup: BufferSettings, checkpoints: dict[str, Path]
+SWEEP = (0.25, 0.5, 1.0, 2.0)
+"""Radii that --method learned learns against, as shares of the radius of the first threat."""
+POSITIONS = tuple(number / 10 for number in range(11))
+"""Positions of the dial that --method dial evaluates."""
+TOGETHER = ("surrogate", "learned", "dial", "greedy")
+"""The methods of --method all."""
+SEARCHED_IN_FULL = {
+    "greedy": "which evaluates each soup in full",
+    "surrogate": "which attacks few soups, in full",
+    ALL_METHODS: "which attacks few soups, in full",
+}
+"""Methods that --screen does not go with, and why."""
+
+
+def _soup_sections(
+    search: SearchSettings,
+    soup: BufferSettings,
+    learn: LearnSettings,
+    checkpoints: dict[str, Path],
+    threats: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the [soups] table; the name of its section differs from every ingredient."""
+    """Return the [soups] tables; their names differ from those of the ingredients."""
     method = str(search.method)
-    if method == "greedy" and search.screen:
+    if search.screen and method in SEARCHED_IN_FULL:
         raise RequestError(
-            "--screen: does not apply to --method greedy, which evaluates each soup in full"
+            f"--screen: does not apply to --method {method}, {SEARCHED_IN_FULL[method]}"
         )
-    if method == "surrogate" and search.screen:
-        raise RequestError(
-            "--screen: does not apply to --method surrogate, which attacks few soups, in full"
-        )
-    section: dict[str, Any] = {"method": method, "buffers": soup.buffers}
+    parsed = parse_threats(threats)
+    sections: dict[str, Any] = {}
+    for part in TOGETHER if method == ALL_METHODS else (method,):
+        name = part.rpartition(":")[2]
+        section = _soup_section(part, search, learn)
+        if part in ("learned", "dial"):
+            section["threats"] = _learned_threats(part, parsed)
+        if soup.buffers is not None:
+            section["buffers"] = soup.buffers
+        sections[name if name not in checkpoints else f"{name}-soup"] = section
+    return sections
+
+
+def _soup_section(method: str, search: SearchSettings, learn: LearnSettings) -> dict[str, Any]:
+    """Return the [soups] table of one method."""
+    section: dict[str, Any] = {"method": method}
     if method in ("grid", "line", "surrogate") or method not in SOUP_METHODS:
         section["step"] = search.step
     if method == "surrogate":
         section |= {"tolerance": search.tolerance, "time_limit": search.time_limit}
-    if search.score is not None:
+    if method == "greedy" and search.score is not None:
         section["score"] = search.score
-    name = method.rpartition(":")[2]
-    return {name if name not in checkpoints else f"{name}-soup": section}
+    if method in ("learned", "dial"):
+        section["epochs"] = learn.epochs
+    if method == "dial":
+        section["at"] = list(POSITIONS)
+    return section
+
+
+def _learned_threats(method: str, threats: Sequence[ThreatModel]) -> list[str]:
+    """Return what to learn against: the first threat, and for soups other radii of it too.
+
+    Raises:
+        RequestError: There is no threat to learn against.
+    """
+    attacked = [threat for threat in threats if not threat.is_clean]
+    if not attacked:
+        raise RequestError(
+            f"--method {method}: learns under attack; give --threat a radius above 0"
+        )
+    first = attacked[0]
+    if method == "dial":
+        return [str(first)]
+    largest = 1.0 if first.norm == "Linf" else math.inf
+    radii = dict.fromkeys(min(share * first.eps, largest) for share in SWEEP)
+    return ["clean", *(str(replace(first, eps=eps)) for eps in radii)]
 
 
 def _parse_content(content: dict[str, Any]) -> "Recipe":

@@ -27,6 +27,7 @@ from robustsoup.recipes.sections import (
 from robustsoup.settings import MOST_SOUPS, PRECISIONS, SEED_LIMIT, TrainSettings, suggest
 from robustsoup.soups.goal import KNEE, Goal, Score
 from robustsoup.soups.grid import Alpha, alpha_name, candidates, format_count, grid_size
+from robustsoup.soups.surrogate_search import check_modelled
 from robustsoup.threats import ThreatModel
 
 PRETRAINED = "pretrained"
@@ -296,6 +297,8 @@ class Recipe(Section):
             )
         if soup.method in ("grid", "line", "surrogate"):
             self._check_grid_size(name, soup)
+        if soup.method == "surrogate" and self.goal is not None:
+            raises_value_error(check_modelled)(self.goal)
         if soup.method == "surrogate" and self.evaluate.screens:
             raise ValueError(
                 f'soups.{name}: method = "surrogate" attacks few soups, in full; '

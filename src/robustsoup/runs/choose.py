@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
-from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.evaluation.simultaneous import Hits
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
-from robustsoup.runs.worker import CHECKPOINT, load_evaluation
+from robustsoup.runs.worker import CHECKPOINT, load_evaluation, load_hits
 from robustsoup.soups.answer import Answer
 from robustsoup.soups.explanation import (
     Explained,
@@ -78,7 +81,21 @@ def select_soup(plan: Plan, store: Store) -> Selection | None:
         require=goal.require,
         point=goal.point,
         seed=plan.recipe.seed,
+        looked_at=_find_looked_at(plan, store),
     )
+
+
+def _find_looked_at(plan: Plan, store: Store) -> Hits | None:
+    """Return the clean hits (n, k) of the soups that surrogates measured but did not attack."""
+    columns = [
+        hits
+        for section, key in plan.surrogates.items()
+        for name, hits in zip(
+            plan.recipe.soup_names(section), load_hits(store, key).hits[CLEAN_KEY], strict=True
+        )
+        if name not in plan.rows_by_name
+    ]
+    return np.stack(columns, axis=1) if columns else None
 
 
 def explain_selection(plan: Plan, store: Store, selection: Selection, leakage: Leakage) -> Answer:
@@ -110,7 +127,8 @@ def explain_selection(plan: Plan, store: Store, selection: Selection, leakage: L
 
 def _list_gaps(plan: Plan, store: Store, leakage: Leakage) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
-    soups = plan.recipe.soups
+    soups, goal = plan.recipe.soups, plan.recipe.goal
+    steered = bool(plan.surrogates) and goal is not None and goal.requires_attacked
     yield from describe_gaps(
         plan.recipe.select_on,
         stopped=[
@@ -122,7 +140,7 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage) -> Iterator[str]:
             if soup.method in ("learned", "dial") and soup["early_stop"]
         ],
         greedy=[name for name, soup in soups.items() if soup.method == "greedy"],
-        screened=plan.recipe.evaluate.screens,
+        screened=plan.recipe.evaluate.screens or steered,
         fresh=leakage.status == "known",
     )
 

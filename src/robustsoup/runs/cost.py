@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +14,7 @@ from robustsoup.attacks.losses import ce
 from robustsoup.data import Data
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Step
+from robustsoup.runs.planner import Planner
 from robustsoup.runs.tasks import (
     BuildGreedySoup,
     EvaluateNetwork,
@@ -22,6 +24,7 @@ from robustsoup.runs.tasks import (
     Task,
     TrainNetwork,
 )
+from robustsoup.soups.surrogate_search import TESTS, spread_first
 
 ATTACK_STEP_FRACTION = 0.55
 """Fraction of an evaluation's attack steps that run: misclassified samples leave the attack."""
@@ -54,6 +57,59 @@ def measure_pass_seconds(context: Context, precision: str) -> float:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:]) / (2 * batch_size * len(tasks))
+
+
+@dataclass(frozen=True)
+class WaysToSearch:
+    """Estimated seconds of the ways to search one grid of soups.
+
+    Attributes:
+        soups: Number of soups.
+        grid: Seconds to attack all of them.
+        screen: Seconds with a short attack on all of them.
+        surrogate: Seconds to attack those that the surrogate is likely to need.
+    """
+
+    soups: int
+    grid: float
+    screen: float
+    surrogate: float
+
+
+USUAL_CONFIRMATIONS = 3
+"""Soups that a screened search usually attacks in full, beside the ingredients."""
+USUAL_STEPS = 4
+"""Soups that the surrogate usually attacks after the first ones."""
+
+
+def compare_ways(planner: Planner, context: Context) -> WaysToSearch | None:
+    """Estimate how long each way to search takes, from one short measurement.
+
+    Returns:
+        The times, or None unless the recipe searches exactly one grid with a queued attack.
+    """
+    recipe = planner.recipe
+    grids = [s for s in recipe.soups.values() if s.method in ("grid", "line", "surrogate")]
+    settings = planner.selecting_settings()
+    if len(grids) != 1 or len(recipe.soups) != 1 or not settings.attack.is_queued:
+        return None
+    soups, n = len(recipe.alphas_of(grids[0])), len(recipe.ingredients_of(grids[0]))
+    steps = min(recipe.evaluate["screen_steps"], settings.attack.steps)
+    short = replace(settings, attack=replace(settings.attack, steps=steps, restarts=1))
+    attack = 2 * ATTACK_STEP_FRACTION * settings.count_passes(context.data)
+    brief = 2 * ATTACK_STEP_FRACTION * short.count_passes(context.data)
+    clean = settings.count_samples(context.data)
+    mixing = planner.mixing_of(grids[0]).count_passes(context.data)
+    seconds = measure_pass_seconds(context, settings.attack.precision)
+    first = len(spread_first(recipe.alphas_of(grids[0]))) + TESTS
+    asked = min(soups, first + USUAL_STEPS)
+    confirmed = min(soups, n + USUAL_CONFIRMATIONS)
+    return WaysToSearch(
+        soups,
+        seconds * soups * (attack + mixing),
+        seconds * (soups * (brief + mixing) + confirmed * attack),
+        seconds * (soups * (clean + mixing) + asked * (attack + mixing)),
+    )
 
 
 def estimate_bytes(steps: Sequence[Step], context: Context) -> int:

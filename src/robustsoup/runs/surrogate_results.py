@@ -87,7 +87,6 @@ class SurrogateResult:
             late: Whether the time limit ended it.
         """
         state = search.state(attacked)
-        predictions = search.predict(attacked) if state.chosen is not None else []
         return cls(
             section=section,
             stage="late" if late else state.stage,
@@ -105,7 +104,7 @@ class SurrogateResult:
                     attacked=item.attacked,
                     predicted=item.accuracy,
                 )
-                for item in predictions
+                for item in search.predict(attacked)
             ),
         )
 

@@ -8,7 +8,7 @@ from typing import Self
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import samples_that_can_show
-from robustsoup.evaluation.verdicts import parse_measure
+from robustsoup.evaluation.verdicts import CLEAN_KEY, parse_measure
 from robustsoup.threats import ThreatModel
 
 AccuracyByMeasure = Mapping[str, Accuracy]
@@ -173,6 +173,11 @@ class Goal:
         """
         target = None if maximise is None else parse_target(maximise)
         return cls(target, Requirement.parse_all(require), point)
+
+    @property
+    def requires_attacked(self) -> bool:
+        """Whether a requirement is about an accuracy under attack."""
+        return any(item.key != CLEAN_KEY for item in self.require)
 
     @property
     def measures(self) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network
@@ -16,10 +18,17 @@ from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import CorruptionPart, open_corruptions
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.simultaneous import Hits
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
 from robustsoup.progress import Progress
-from robustsoup.settings import AttackSettings, SearchSettings, accepts_settings, make_settings
+from robustsoup.settings import (
+    ALL_METHODS,
+    AttackSettings,
+    SearchSettings,
+    accepts_settings,
+    make_settings,
+)
 from robustsoup.soups.answer import Answer
 from robustsoup.soups.explanation import Explained, describe_gaps, describe_soup, explain, with_test
 from robustsoup.soups.goal import Goal, Score, check_goal
@@ -36,6 +45,13 @@ from robustsoup.soups.screening import (
     short_attack,
 )
 from robustsoup.soups.selection import Candidate, select, tabulate_candidates
+from robustsoup.soups.surrogate_search import (
+    PredictedSoup,
+    check_modelled,
+    make_search,
+    stack_hits,
+)
+from robustsoup.soups.time_limit import TimeLimit
 from robustsoup.threats import ThreatModel, parse_threats
 
 
@@ -46,10 +62,12 @@ class SearchResult:
     Attributes:
         candidates: All soups that were tried, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
+        predicted: What the surrogate says about every soup; empty for other methods.
     """
 
     candidates: tuple[Candidate, ...]
     answer: Answer
+    predicted: tuple[PredictedSoup, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line: the number of candidates and the choice."""
@@ -86,6 +104,9 @@ def search(
     (`screen_steps`, in bfloat16 where the device supports it) are tried on every soup; then the
     soups that can still matter are confirmed in full, see `Screening`. The accuracies of the other
     soups are upper bounds, and their `Candidate.confirmed` is False.
+
+    With method "surrogate", the clean accuracy of every soup of the grid is measured, few soups are
+    attacked, and only those are candidates; `predicted` holds all, see `SurrogateSearch`.
 
     Args:
         ingredients: N checkpoints or paths of one network.
@@ -145,24 +166,31 @@ def search(
     )
     progress = _SearchProgress(on_progress)
     measures = _measures_of(parsed, shift=shift is not None)
-    target = goal.maximise or _default_measure(parsed)
+    aim = replace(goal, maximise=goal.maximise or _default_measure(parsed))
     if settings.method == "greedy":
         check_goal(goal, measures, samples=len(split), candidates=2 * len(opened) - 1)
         score = Score.parse(settings.score or _default_measure(parsed))
-        tried = _search_greedily(evaluator, score, progress)
+        tried = _Tried(_search_greedily(evaluator, score, progress))
     else:
-        alphas = candidates(settings.method, len(opened), settings.step, settings.max_soups)
+        method = "grid" if settings.method == "surrogate" else settings.method
+        alphas = candidates(method, len(opened), settings.step, settings.max_soups)
         check_goal(goal, measures, samples=len(split), candidates=len(alphas))
         named = {alpha_name(alpha): alpha for alpha in alphas}
-        if settings.screen:
-            tried = _search_screened(evaluator, named, goal, settings.screen_steps, progress)
+        if settings.method == "surrogate":
+            check_modelled(aim)
+            tried = _search_by_surrogate(evaluator, named, aim, settings, progress)
+        elif settings.screen:
+            screened = _search_screened(evaluator, named, goal, settings.screen_steps, progress)
+            tried = _Tried(screened)
         else:
             progress.total = len(named)
-            tried = [
-                Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
-                for name, alpha in named.items()
-            ]
-    return _answer(evaluator, tried, replace(goal, maximise=target), settings, report_on)
+            tried = _Tried(
+                [
+                    Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
+                    for name, alpha in named.items()
+                ]
+            )
+    return _answer(evaluator, tried, aim, settings, report_on)
 
 
 def _default_measure(threats: Sequence[ThreatModel | str]) -> str:
@@ -177,16 +205,21 @@ def _measures_of(threats: Sequence[ThreatModel | str], *, shift: bool) -> list[s
 
 def _answer(
     evaluator: "_SoupEvaluator",
-    tried: Sequence[Candidate],
+    tried: "_Tried",
     goal: Goal,
     settings: SearchSettings,
     report_on: Split | None,
 ) -> SearchResult:
     """Select a soup, explain it and evaluate it on the split that reports."""
     names, seed = name_ingredients(evaluator.ingredients), evaluator.attack.seed
-    described = tuple(evaluator.describe(candidate, names) for candidate in tried)
+    described = tuple(evaluator.describe(candidate, names) for candidate in tried.candidates)
     selection = select(
-        described, maximise=str(goal.maximise), require=goal.require, point=goal.point, seed=seed
+        described,
+        maximise=str(goal.maximise),
+        require=goal.require,
+        point=goal.point,
+        seed=seed,
+        looked_at=tried.looked_at,
     )
     known = {item.ingredient: item.evaluation for item in described if item.ingredient}
     corner = dict(zip(names, corners(len(names)), strict=True))
@@ -198,14 +231,14 @@ def _answer(
         ingredients=ingredients,
         seed=seed,
         selected_on=evaluator.data.name,
-        leaves_out=tuple(_list_gaps(evaluator, names, settings)),
+        leaves_out=tuple(_list_gaps(evaluator, names, settings, goal)),
     )
     answer = explain(selection, context)
     if report_on is not None:
         reporting = replace(evaluator, data=report_on, shift_part="report")
         evaluation = reporting.evaluate(selection.best.alpha)
         answer = with_test(answer, evaluation, split=report_on.name)
-    return SearchResult(described, answer)
+    return SearchResult(described, answer, tried.predicted)
 
 
 def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
@@ -218,7 +251,7 @@ def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
 
 
 def _list_gaps(
-    evaluator: "_SoupEvaluator", names: Sequence[str], settings: SearchSettings
+    evaluator: "_SoupEvaluator", names: Sequence[str], settings: SearchSettings, goal: Goal
 ) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
     split = evaluator.data.name
@@ -231,7 +264,7 @@ def _list_gaps(
         split,
         stopped=stopped,
         greedy=["the greedy soup"] if settings.method == "greedy" else [],
-        screened=settings.screen,
+        screened=settings.screen or (settings.method == "surrogate" and goal.requires_attacked),
         fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
     )
 
@@ -249,15 +282,36 @@ def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None
             'search: screen requires attack "apgd" or "pgd", which can be shortened; '
             f'got "{attack.attack}"'
         )
+    if settings.screen and settings.method == "surrogate":
+        raise RequestError("search: the surrogate attacks few soups, in full; leave out screen")
     if settings.screen and settings.method == "greedy":
         raise RequestError(
             "search: the greedy method evaluates every soup in full; leave out screen"
         )
     method = settings.method
+    if method == ALL_METHODS:
+        raise RequestError(
+            'search: method "all" runs from the command line; in Python, search method by method'
+        )
     if isinstance(method, str) and SOUP_METHODS.get_entry(method).facts.get("needs") == "training":
         raise RequestError(
             f'search: method "{method}" learns its coefficients; use learn or learn_dial'
         )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What a method tried.
+
+    Attributes:
+        candidates: The evaluated soups.
+        looked_at: (n, k) clean hits of soups that were measured without an attack.
+        predicted: What the surrogate says about every soup.
+    """
+
+    candidates: list[Candidate]
+    looked_at: Hits | None = None
+    predicted: tuple[PredictedSoup, ...] = ()
 
 
 class _SearchProgress:
@@ -325,6 +379,10 @@ class _SoupEvaluator:
             shift_part=self.shift_part,
         )
 
+    def evaluate_clean(self, alpha: Alpha) -> Evaluation:
+        """Evaluate a soup without an attack."""
+        return evaluate(self.mix_network(alpha), self.data, device=self.device)
+
     def evaluate_request(
         self,
         alpha: Alpha,
@@ -360,6 +418,51 @@ def _search_greedily(
         return progress.report(alpha_name(alpha), evaluator.evaluate(alpha))
 
     return greedy([evaluate_alpha(alpha) for alpha in corners(n)], evaluate_alpha, score)
+
+
+def _search_by_surrogate(
+    evaluator: _SoupEvaluator,
+    alphas: Mapping[str, Alpha],
+    goal: Goal,
+    settings: SearchSettings,
+    progress: _SearchProgress,
+) -> _Tried:
+    """Measure clean accuracies, and attack the soups that the surrogate names."""
+    limit = TimeLimit(settings.time_limit)
+    progress.total = len(alphas)
+    clean = [
+        progress.report(name, evaluator.evaluate_clean(alpha)).hits()[CLEAN_KEY]
+        for name, alpha in alphas.items()
+    ]
+    clean_hits = torch.stack(clean).numpy()
+    engine = make_search(
+        list(alphas),
+        list(alphas.values()),
+        clean_hits,
+        goal,
+        step=settings.step,
+        tolerance=settings.tolerance,
+        seed=evaluator.attack.seed,
+    )
+    evaluations: dict[str, Evaluation] = {}
+    while names := engine.next_soups(stack_hits(evaluations)):
+        if not limit.begin_soup() and evaluations:
+            break
+        progress.total += 1
+        evaluations[names[0]] = progress.report(names[0], evaluator.evaluate(alphas[names[0]]))
+        limit.end_soup()
+    attacked = [name in evaluations for name in alphas]
+    candidates = [
+        Candidate(name, alpha, evaluations[name])
+        for name, alpha in alphas.items()
+        if name in evaluations
+    ]
+    hits = stack_hits(evaluations)
+    return _Tried(
+        candidates,
+        clean_hits[~np.array(attacked)].T,
+        tuple(engine.predict(hits)),
+    )
 
 
 def _search_screened(

@@ -140,7 +140,13 @@ class Judgement:
         return [candidate for candidate in candidates if self.shortfall(candidate) == least]
 
 
-def judge(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judgement:
+def judge(
+    candidates: Sequence[Candidate],
+    goal: Goal,
+    *,
+    seed: int = 0,
+    looked_at: Hits | None = None,
+) -> Judgement:
     """Decide which candidates meet the requirements, simultaneously over all of them.
 
     Each pair of a candidate and a requirement is one statement, and all statements hold together
@@ -153,6 +159,8 @@ def judge(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judg
             left out is one that the guarantee leaves out.
         goal: The requirements.
         seed: Seed of the multiplier bootstrap.
+        looked_at: (n, k) clean hits of further soups, whose clean accuracies were looked at too;
+            the bounds on clean accuracy hold for them as well.
 
     Raises:
         RequestError: If a measure was not evaluated, or the samples differ.
@@ -161,10 +169,15 @@ def judge(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judg
         return Judgement({candidate.name: () for candidate in candidates})
     keys = [requirement.key for requirement in goal.require]
     hits = {key: stack_hits(candidates, key) for key in keys}
+    count = len(keys) * len(candidates)
     columns = np.concatenate([hits[key] for key in keys], axis=1)
     thresholds = np.repeat([item.threshold for item in goal.require], len(candidates))
+    for item in goal.require:
+        if item.key == CLEAN_KEY and looked_at is not None:
+            columns = np.concatenate([columns, looked_at], axis=1)
+            thresholds = np.append(thresholds, np.full(looked_at.shape[1], item.threshold))
     proof = prove_accuracies(columns, thresholds, seed=seed)
-    low, met = (part.reshape(len(keys), -1) for part in (proof.low, proof.met))
+    low, met = (part[:count].reshape(len(keys), -1) for part in (proof.low, proof.met))
     checks: dict[str, tuple[RequirementCheck, ...]] = {}
     for number, candidate in enumerate(candidates):
         accuracy = candidate.evaluation.accuracy
@@ -292,6 +305,7 @@ def select(
     point: bool = False,
     unconfirmed: bool = False,
     seed: int = 0,
+    looked_at: Hits | None = None,
 ) -> Selection:
     """Select the candidate that maximises the goal among those that meet the requirements.
 
@@ -309,6 +323,8 @@ def select(
         unconfirmed: Also consider candidates whose robust accuracies are upper bounds; without it,
             they are considered only if there are no others.
         seed: Seed of the bootstrap behind the bounds.
+        looked_at: (n, k) clean hits of soups that were measured without an attack and are no
+            candidates; the bounds on clean accuracy hold for them too.
 
     Returns:
         The choice, and whether it meets the requirements.
@@ -320,7 +336,7 @@ def select(
         raise RequestError("select: no candidates")
     goal = Goal.parse(maximise, require, point=point)
     require_measures("select", goal.measures, tried[0].evaluation.accuracy)
-    judgement = judge(tried, goal, seed=seed)
+    judgement = judge(tried, goal, seed=seed, looked_at=looked_at)
     considered = list(tried)
     if not unconfirmed:
         considered = [candidate for candidate in tried if candidate.confirmed] or considered

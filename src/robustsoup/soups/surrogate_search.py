@@ -28,10 +28,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Z95, Accuracy
-from robustsoup.evaluation.verdicts import CLEAN_KEY
+from robustsoup.evaluation.simultaneous import prove_accuracies
+from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, Evaluation
+from robustsoup.soups.goal import KNEE, Goal, Requirement, Score
 from robustsoup.soups.grid import Alpha
-from robustsoup.soups.selection import Goal, Requirement, Score
 from robustsoup.soups.surrogate import (
     FittedMap,
     Floats,
@@ -195,6 +197,10 @@ class SurrogateSearch:
 
     def state(self, attacked: Mapping[str, Mapping[str, Hits]]) -> SurrogateState:
         """Return where the search stands, given the verdicts so far."""
+        if not self.measures:
+            chosen = _Refits(self, attacked).chosen
+            rest = () if self.names[chosen] in attacked else (chosen,)
+            return SurrogateState("settled", chosen, 0.0, 0.0, 1.0, rest)
         waiting = tuple(
             self.names.index(name) for name in self.first_soups() if name not in attacked
         )
@@ -202,13 +208,16 @@ class SurrogateSearch:
             return SurrogateState("begin", None, 1.0, 1.0, 1.0, waiting)
         if not self.test_rows:
             return SurrogateState("grid", None, 1.0, 1.0, 1.0, ())
-        refits = _Refits(self, attacked)
+        return self._next_state(_Refits(self, attacked))
+
+    def _next_state(self, refits: "_Refits") -> SurrogateState:
+        """Return where the search stands once the first soups are attacked."""
         fits = refits.fits_hold
         if fits and min(refits.chance, refits.map_chance) <= CHANCE:
-            waiting = () if refits.is_attacked(refits.chosen) else (refits.chosen,)
-            stage: Stage = "search" if waiting else "settled"
-            return refits.state(stage, waiting)
-        if len(attacked) >= self.most_attacks:
+            if refits.is_attacked(refits.chosen):
+                return refits.state("settled", ())
+            return refits.state("search", (refits.chosen,))
+        if len(refits.attacked) >= self.most_attacks:
             rows = tuple(row for row in self.grid_rows if not refits.is_attacked(row))
             return refits.state("grid", rows)
         if fits:
@@ -219,8 +228,13 @@ class SurrogateSearch:
         """Return what the model says about every soup, fitted to all attacked ones but the tests.
 
         Args:
-            attacked: For each attacked soup, its hits (n,) by measure; the first soups at least.
+            attacked: For each attacked soup, its hits (n,) by measure.
+
+        Returns:
+            The prediction for each soup; empty while the first soups are not attacked yet.
         """
+        if self.measures and self.state(attacked).chosen is None:
+            return []
         refits = _Refits(self, attacked)
         n = refits.samples
         bands: list[dict[str, tuple[float, float, float]]] = [{} for _ in self.names]
@@ -417,6 +431,14 @@ def _bootstrap_weights(rng: np.random.Generator, n: int) -> Floats:
     return rng.multinomial(n, np.full(n, 1 / n), size=REFITS).astype(np.float64)
 
 
+def stack_hits(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Hits]]:
+    """Return the hits (n,) of evaluations by name and measure."""
+    return {
+        name: {measure: hits.numpy() for measure, hits in evaluation.hits().items()}
+        for name, evaluation in evaluations.items()
+    }
+
+
 def spread_first(alphas: Sequence[Alpha], model: Model = "gaussian-process") -> tuple[int, ...]:
     """Return the rows of the first soups: the corners, then those where the model knows least.
 
@@ -464,20 +486,46 @@ def make_search(
         tuple(alphas),
         clean,
         goal,
-        shortfall=clean_shortfall(clean, goal),
+        shortfall=clean_shortfall(clean_hits, goal, seed=seed),
         tolerance=tolerance,
         seed=seed,
         grid=coarse_names(names, alphas, coarse_step(step)),
     )
 
 
-def clean_shortfall(clean: Sequence[Accuracy], goal: Goal) -> tuple[float, ...]:
-    """Return by how much each soup misses the requirements on clean accuracy."""
-    require = [item for item in goal.require if item.key == CLEAN_KEY]
-    return tuple(
-        sum(item.shortfall({CLEAN_KEY: accuracy}, point=goal.point) for item in require)
-        for accuracy in clean
-    )
+def check_modelled(goal: Goal) -> None:
+    """Raise RequestError if a surrogate cannot predict what the goal needs."""
+    if SHIFT_KEY in goal.measures:
+        raise RequestError(
+            "shift: a surrogate predicts accuracies under attack alone; leave shift out of the "
+            'goal, or search with method "grid"'
+        )
+    if goal.maximise == KNEE:
+        raise RequestError(
+            "maximise: the knee depends on the whole front, which a surrogate does not attack; "
+            'choose a measure or a sum of measures, or search with method "grid"'
+        )
+
+
+def clean_shortfall(hits: NDArray[np.bool_], goal: Goal, *, seed: int) -> tuple[float, ...]:
+    """Return by how much each soup misses the requirements on clean accuracy.
+
+    Without `point`, bounds are compared that hold for all soups at once.
+
+    Args:
+        hits: (N, n) whether each sample is right without an attack.
+        goal: The requirements.
+        seed: Seed of the bootstrap behind the bounds.
+    """
+    shortfall = np.zeros(len(hits))
+    for item in goal.require:
+        if item.key == CLEAN_KEY and goal.point:
+            shortfall += np.clip(item.threshold - hits.mean(1), 0, None)
+        elif item.key == CLEAN_KEY:
+            thresholds = np.full(len(hits), item.threshold)
+            proof = prove_accuracies(hits.T, thresholds, seed=seed)
+            shortfall += np.where(proof.met, 0, item.threshold - proof.low)
+    return tuple(map(float, shortfall))
 
 
 def coarse_step(step: float) -> float:

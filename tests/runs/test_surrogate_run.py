@@ -1,0 +1,120 @@
+"""Search by surrogate in a run: what is attacked, what is stored, and how a killed run resumes."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_runs import RecordingReporter, recipe_of_files, run_recipe
+
+from robustsoup.errors import RobustsoupError
+from robustsoup.runs.results import Results
+from robustsoup.runs.run import prepare_run
+from robustsoup.runs.store import Store
+from robustsoup.runs.worker import load_hits
+
+THREAT = "Linf 32/255"
+SOUPS = {"map": {"method": "surrogate", "step": 0.1}}
+EVALUATE = {
+    "threats": [THREAT],
+    "steps": 2,
+    "select_samples": 64,
+    "report_samples": 16,
+    "report": "chosen",
+}
+
+
+def make_recipe(files, **changes):
+    soups = {"map": SOUPS["map"] | changes}
+    return recipe_of_files(files, soups=soups, select={"require": ["clean>=0"]}, evaluate=EVALUATE)
+
+
+@pytest.fixture(scope="module")
+def surrogate_run(finished, tmp_path_factory):
+    """A search that settles soon, since 20 points are as good: recipe, folder, choice, reporter."""
+    place = tmp_path_factory.mktemp("surrogate")
+    recipe = make_recipe(finished.folder / "checkpoints", tolerance=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTSOUP_STORE", str(place / "store"))
+        _, selection, reporter = run_recipe(recipe, place / "run")
+    return recipe, place / "run", selection, reporter
+
+
+@pytest.fixture
+def same_store(surrogate_run, monkeypatch):
+    """Let the test use the store of the finished search."""
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(surrogate_run[1].parent / "store"))
+
+
+def test_few_soups_are_attacked_and_all_are_predicted(surrogate_run):
+    _, folder, selection, _ = surrogate_run
+    results = Results.load(folder / "results.json")
+    (surrogate,) = results.surrogates
+    attacked = [row.name for row in results.rows if row.soup == "map"]
+    assert surrogate["attacked"] == len(attacked) < surrogate["soups"] == 11
+    rows = {row["name"]: row for row in surrogate["rows"]}
+    assert len(rows) == 11
+    assert {name for name, row in rows.items() if row["attacked"]} == set(attacked)
+    assert selection.best.name in attacked
+    for row in rows.values():
+        band = row["predicted"][THREAT]
+        assert 0 <= band["low"] <= band["value"] <= band["high"] <= 1
+    for row in results.rows:
+        if row.soup == "map":
+            assert rows[row.name]["clean"] == row.val["clean"].to_json()
+    assert surrogate["message"].startswith(f"map: attacked {len(attacked)} of 11 soups")
+
+
+def test_the_ingredients_are_not_evaluated_twice(surrogate_run):
+    _, _, _, reporter = surrogate_run
+    names = [name for _, name in reporter.finished_steps]
+    assert len(names) == len(set(names))
+    assert not {"map-1-0.val", "map-0-1.val"} & set(names)
+
+
+@pytest.mark.usefixtures("same_store")
+def test_the_same_run_repeats_no_step_and_gives_the_same_answer(surrogate_run):
+    recipe, folder, selection, _ = surrogate_run
+    before = json.loads((folder / "results.json").read_text())
+    _, again, reporter = run_recipe(recipe, folder)
+    after = json.loads((folder / "results.json").read_text())
+    assert reporter.finished_steps == []
+    assert again.best.name == selection.best.name
+    assert after["surrogates"] == before["surrogates"]
+
+
+def test_a_killed_search_resumes_with_the_same_soups(surrogate_run, tmp_path):
+    recipe, folder, _, _ = surrogate_run
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "run", RecordingReporter(stop_after=9))
+    run_recipe(recipe, tmp_path / "run")
+    results, whole = (Results.load(f / "results.json") for f in (tmp_path / "run", folder))
+    assert results.surrogates == whole.surrogates
+
+
+def test_a_time_limit_answers_from_what_was_attacked(files, tmp_path):
+    results, selection, _ = run_recipe(make_recipe(files, time_limit="1s"), tmp_path / "run")
+    (surrogate,) = results["surrogates"]
+    assert surrogate["stage"] in ("late", "settled", "grid")
+    assert selection.best.name.startswith("map-")
+    assert surrogate["attacked"] >= 2
+
+
+def test_a_surrogate_does_not_go_with_screening(files):
+    evaluate = EVALUATE | {"screen": True}
+    with pytest.raises(RobustsoupError, match=r"soups.map: .*remove evaluate.screen"):
+        recipe_of_files(files, soups=SOUPS, evaluate=evaluate)
+
+
+@pytest.mark.parametrize("text", ["soon", "0s", "30", "5m3"])
+def test_a_time_limit_that_is_none_is_refused(files, text):
+    with pytest.raises(RobustsoupError, match="expected a time such as 90s, 30m or 1h30m"):
+        make_recipe(files, time_limit=text)
+
+
+@pytest.mark.usefixtures("same_store")
+def test_the_step_with_the_clean_verdicts_holds_every_soup(surrogate_run):
+    planner = prepare_run(surrogate_run[0], device="cpu").planner
+    table = load_hits(Store(), planner.plan.surrogates["map"])
+    assert len(table.names) == 11
+    assert table.hits["clean"].shape == (11, 64)
+    assert np.allclose(table.coefficients.sum(1), 1)
