@@ -3,11 +3,12 @@
     python benchmarks/surrogate.py                                replay docs/evidence/*.npz
     python benchmarks/surrogate.py --small                        make and replay a tiny grid
     python benchmarks/surrogate.py --pack RUN_DIR -o TABLE.npz    pack the grid of a run folder
-    python benchmarks/surrogate.py --digits N -o TABLE.npz        make a grid of N on digits
+    python benchmarks/surrogate.py --make cifar10 -o TABLE.npz    train and evaluate a small grid
 
 A table holds the verdicts of every soup of a grid on the same samples, so each way can be replayed
 without a network: `grid` attacks every soup, `surrogate` and `quadratic` those that the engine asks
-for, `spread` as many as the surrogate, spread evenly, without a model. Every way chooses on a
+for, `spread` as many as the surrogate, spread evenly, without a model; `racing` attacks the soups
+that meet the requirement in 16 rounds and drops those that have lost. Every way chooses on a
 random half of the samples; its regret is the robust accuracy of the full grid's choice minus that
 of its own, on the same half and on the other one. Goals: the most robust soup, and the most robust
 one with clean accuracy above the quartiles of the grid. Each face of a grid (one coefficient is 0)
@@ -17,20 +18,26 @@ is a grid of its own. Times are those of the evaluations as stored, and of the m
 import argparse
 import itertools
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import describe_machine
 from numpy.typing import NDArray
+from torch import nn
 
 import robustsoup as rs
+from robustsoup.data import Split
 from robustsoup.evaluation.hit_tables import HitTable
+from robustsoup.files import cache_folder
 from robustsoup.runs.results import Results
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, candidates
+from robustsoup.soups.racing import Race, race_order
 from robustsoup.soups.surrogate import Model, spread_rows
 from robustsoup.soups.surrogate_search import SurrogateSearch
 
@@ -38,7 +45,12 @@ EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
 QUANTILES = (None, 0.25, 0.5, 0.75)
 """Required clean accuracy, as a quantile of the clean accuracies of the grid."""
 WAYS: tuple[Model, ...] = ("gaussian-process", "quadratic")
-LABELS = {"gaussian-process": "surrogate", "quadratic": "quadratic", "spread": "spread evenly"}
+LABELS = {
+    "gaussian-process": "surrogate",
+    "quadratic": "quadratic",
+    "spread": "spread evenly",
+    "racing": "racing",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,21 @@ class Case:
                 attacked[name] = {self.threat: table.row(name)[self.threat][half]}
         return [table.names.index(name) for name in attacked], time.perf_counter() - started
 
+    def run_race(self) -> tuple[float, int]:
+        """Race the eligible soups; return what was attacked, in soups, and the winner's row."""
+        rows = [row for row in range(len(self.table.names)) if self.eligible[row]]
+        n = int(self.half.sum())
+        order = np.flatnonzero(self.half)[race_order(range(n), seed=self.seed)]
+        hits = self.table.hits[self.threat][:, order]
+        race = Race(tuple(self.table.names[row] for row in rows), n, length=max(n // 16, 1))
+        done: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in race.names}
+        while waiting := race.standing(done).waiting:
+            for name, number in waiting:
+                row = self.table.names.index(name)
+                done[name].append(hits[row, race.samples(number)])
+        attacked = sum(len(part) for parts in done.values() for part in parts)
+        return attacked / n, self.table.names.index(race.standing(done).leader or "")
+
     def spread(self, count: int) -> list[int]:
         """Return `count` rows: the ingredients and soups spread evenly."""
         search = SurrogateSearch(
@@ -141,7 +168,7 @@ def list_cases(table: HitTable, threat: str, halves: int) -> Iterator[Case]:
 
 def replay_grid(title: str, table: HitTable, threat: str, halves: int) -> dict[str, float]:
     """Replay all ways on one grid, print a row for each, and return the surrogate's attacks."""
-    results: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in LABELS}
+    results: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in LABELS}
     for case in list_cases(table, threat, halves):
         everything = list(range(len(table.names)))
         best = case.choose(everything)
@@ -149,6 +176,8 @@ def replay_grid(title: str, table: HitTable, threat: str, halves: int) -> dict[s
         attacked["spread"] = (case.spread(len(attacked["gaussian-process"][0])), 0.0)
         for name, (rows, seconds) in attacked.items():
             results[name].append((len(rows), *case.regret(case.choose(rows), best), seconds))
+        cost, winner = case.run_race()
+        results["racing"].append((cost, *case.regret(winner, best), 0.0))
     total = len(table.names)
     costs = table.record.get("seconds", {})
     for name, runs in results.items():
@@ -156,16 +185,20 @@ def replay_grid(title: str, table: HitTable, threat: str, halves: int) -> dict[s
         mean = statistics.mean(counts)
         beyond = sum(regret > 0.5 for regret in same) / len(same)
         time_text = "-"
-        if costs:
+        if "clean" in costs:
             whole = total * (costs["clean"] + costs["attack"])
             own = total * costs["clean"] + mean * costs["attack"] + statistics.mean(seconds)
             time_text = f"{own / whole:.2f}"
-        print(
-            f"| {title} | {LABELS[name]} | {mean:.1f} of {total} ({mean / total:.0%}), "
-            f"{min(counts)} to {max(counts)} | {time_text} | {describe(same)} | {beyond:.0%} | "
-            f"{describe(other)} |",
-            flush=True,
-        )
+        cells = [
+            title,
+            LABELS[name],
+            f"{mean:.1f} of {total} ({mean / total:.0%}), {min(counts):.0f} to {max(counts):.0f}",
+            time_text,
+            describe(same),
+            f"{beyond:.0%}",
+            describe(other),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
     return {name: statistics.mean(run[0] for run in runs) / total for name, runs in results.items()}
 
 
@@ -191,64 +224,169 @@ def replay(table: HitTable, name: str, halves: int) -> None:
 
 
 def pack_run(folder: Path) -> HitTable:
-    """Return the verdicts of the grid of a run folder on the split that selects."""
+    """Return the verdicts of the grid of a run folder: on val, and on test if all were reported."""
     results = Results.load(folder / "results.json")
     rows = [row for row in results.rows if row.role == "grid"]
-    evaluations = {
-        row.name: rs.Evaluation.load(folder / "evaluations" / f"{row.name}.val.json")
-        for row in rows
-    }
-    protocol, first = results.protocol, next(iter(evaluations.values()))
-    passes = [item.record["seconds"] for item in evaluations.values()]
+    splits = ["val", *(["test"] if all(row.test for row in rows) else [])]
+    parts, seconds = [], 0.0
+    for split in splits:
+        evaluations = {
+            row.name: rs.Evaluation.load(folder / "evaluations" / f"{row.name}.{split}.json")
+            for row in rows
+        }
+        parts.append(HitTable.of(evaluations, [row.coefficients or () for row in rows]))
+        seconds += statistics.median(item.record["seconds"] for item in evaluations.values())
+    protocol = results.protocol
     record = {
         "data": results.data["name"],
         "model": results.model,
         "ingredients": list(rows[0].ingredients or ()),
-        "attack": f"{protocol.attack}-{protocol.loss}, {protocol.steps} steps, "
-        f"{protocol.restarts} restart(s), searched in {protocol.search_precision}",
-        "split": protocol.select_on,
-        "torch": first.record["torch"],
-        "seconds": {"attack": statistics.median(passes), "clean": 0.0},
+        "attack": f"{protocol.attack}-{protocol.loss} at {', '.join(protocol.threats)}, "
+        f"{protocol.steps} {protocol.step_word}, {protocol.restarts} restart(s)",
+        "split": ", then ".join(splits),
+        "seconds": {"attack": seconds},
     }
-    return HitTable.of(evaluations, [row.coefficients or () for row in rows], record)
+    return join_tables(parts, record)
 
 
-DIGITS_THREATS = ("Linf 16/255", "Linf 64/255", "Linf 96/255", "L2 1")
+def join_tables(parts: Sequence[HitTable], record: dict[str, Any]) -> HitTable:
+    """Return one table of the same soups on the samples of all parts."""
+    first = parts[0]
+    hits = {key: np.concatenate([part.hits[key] for part in parts], 1) for key in first.hits}
+    ids = np.concatenate([part.ids for part in parts])
+    return HitTable(first.names, first.coefficients, ids, hits, record)
 
 
-def make_digits_grid(n: int, *, step: float, epochs: int, steps: int, seed: int = 0) -> HitTable:
-    """Train n ingredients on digits, and evaluate the grid of their soups on val and test."""
-    data, threat = rs.load_data("digits", seed=seed), "Linf 56/255"
-    network = rs.load_model("resnet9:width=4", channels=1, seed=seed)
-    base = rs.train(network, data.train, threat=threat, epochs=2 * epochs, lr=0.1, seed=seed)
-    ingredients = [
-        rs.train(base, data.train, threat=item, epochs=epochs, lr=0.05, seed=seed)
-        for item in DIGITS_THREATS[:n]
-    ]
-    alphas, parts = candidates("grid", n, step), []
-    seconds = {"attack": 0.0, "clean": 0.0}
-    for split in (data.val, data.test):
+@dataclass(frozen=True)
+class Maker:
+    """Makes a small grid: trainings and attacks are short, since the map matters, not its height.
+
+    Attributes:
+        data: Name of the data set.
+        model: Network.
+        threats: Threat models of the ingredients.
+        attacked: Threat model of the evaluation.
+        train: Training samples; None for all.
+        epochs: Epochs of the base; an ingredient takes half of them.
+        samples: Samples of val and of test to evaluate on; None for all.
+        steps: Steps of the attack.
+        step: Step of the grid.
+        seed: Seed of the split and of the trainings.
+    """
+
+    data: str
+    model: str
+    threats: tuple[str, ...]
+    attacked: str
+    train: int | None
+    epochs: int
+    samples: int | None
+    steps: int
+    step: float = 0.2
+    seed: int = 0
+
+    def make(self, folder: Path) -> HitTable:
+        """Train the ingredients and evaluate the grid; a folder keeps what is finished."""
+        data = rs.load_data(self.data, seed=self.seed)
+        record = data.record
+        network = rs.load_model(
+            self.model,
+            channels=record["channels"],
+            mean=record["mean"],
+            std=record["std"],
+            seed=self.seed,
+        )
+        train = data.train.first(self.train)
+        base = self._train(folder / "base", network, train, self.attacked, self.epochs)
+        ingredients = [
+            self._train(folder / f"{i}", base, train, threat, max(self.epochs // 2, 1))
+            for i, threat in enumerate(self.threats)
+        ]
+        parts = [self._evaluate(folder, ingredients, split) for split in (data.val, data.test)]
+        return self._join([table for table, _ in parts], [times for _, times in parts])
+
+    def _train(
+        self,
+        stem: Path,
+        start: nn.Module | rs.Checkpoint,
+        train: Split,
+        threat: str,
+        epochs: int,
+    ) -> rs.Checkpoint:
+        path = stem.with_suffix(".safetensors")
+        if not path.exists():
+            lr = 0.1 if isinstance(start, nn.Module) else 0.02
+            rs.train(
+                start,
+                train,
+                threat=threat,
+                epochs=epochs,
+                attack_steps=1,
+                lr=lr,
+                seed=self.seed,
+                state_path=stem.with_suffix(".state"),
+            ).save(path)
+        return rs.Checkpoint.load(path)
+
+    def _evaluate(
+        self, folder: Path, ingredients: list[rs.Checkpoint], split: Split
+    ) -> tuple[HitTable, dict[str, float]]:
+        """Return the verdicts on a split, and the mean seconds of an attack and a clean pass."""
+        alphas = candidates("grid", len(ingredients), self.step)
         evaluations: dict[str, rs.Evaluation] = {}
+        clean_seconds = []
         for alpha in alphas:
-            soup = rs.mix(ingredients, alpha)
-            started = time.perf_counter()
-            rs.evaluate(soup, split)
-            middle = time.perf_counter()
-            evaluations[alpha_name(alpha)] = rs.evaluate(soup, split, [threat], steps=steps)
-            seconds["clean"] += (middle - started) / len(alphas)
-            seconds["attack"] += (time.perf_counter() - middle) / len(alphas)
-        parts.append(HitTable.of(evaluations, alphas))
-    val, test = parts
-    record = {
-        "data": "digits",
-        "model": "resnet9:width=4",
-        "ingredients": list(DIGITS_THREATS[:n]),
-        "attack": f"apgd-ce, {steps} steps, 1 restart",
-        "split": "val and test",
-        "seconds": seconds,
-    }
-    hits = {key: np.concatenate([val.hits[key], test.hits[key]], 1) for key in val.hits}
-    return HitTable(val.names, val.coefficients, np.concatenate([val.ids, test.ids]), hits, record)
+            path = folder / f"{split.name}-{alpha_name(alpha)}.json"
+            if not path.exists():
+                soup, count = rs.mix(ingredients, alpha), {"samples": self.samples}
+                rs.evaluate(
+                    soup, split, [self.attacked], steps=self.steps, precision="auto", **count
+                ).save(path)
+                clean_seconds.append(rs.evaluate(soup, split, **count).record["seconds"])
+            evaluations[alpha_name(alpha)] = rs.Evaluation.load(path)
+        attack_seconds = [item.record["seconds"] for item in evaluations.values()]
+        times = {"attack": statistics.median(attack_seconds)}
+        if clean_seconds:
+            times["clean"] = statistics.median(clean_seconds)
+        return HitTable.of(evaluations, alphas), times
+
+    def _join(self, parts: list[HitTable], times: list[dict[str, float]]) -> HitTable:
+        record: dict[str, Any] = {
+            "data": self.data,
+            "model": self.model,
+            "ingredients": list(self.threats),
+            "attack": f"apgd-ce at {self.attacked}, {self.steps} steps, 1 restart",
+            "split": "val, then test",
+        }
+        if all("clean" in item for item in times):
+            record["seconds"] = {
+                key: sum(item[key] for item in times) for key in ("attack", "clean")
+            }
+        return join_tables(parts, record)
+
+
+DIGITS = Maker(
+    data="digits",
+    model="resnet9:width=4",
+    threats=("Linf 16/255", "Linf 64/255", "Linf 96/255", "L2 1"),
+    attacked="Linf 56/255",
+    train=None,
+    epochs=12,
+    samples=None,
+    steps=20,
+)
+CIFAR = Maker(
+    data="cifar10",
+    model="resnet9:width=16",
+    threats=("Linf 4/255", "Linf 8/255", "Linf 16/255", "L2 0.5"),
+    attacked="Linf 8/255",
+    train=10_000,
+    epochs=8,
+    samples=1_000,
+    steps=10,
+)
+MAKERS = {"digits": DIGITS, "cifar10": CIFAR}
+SMALL = replace(DIGITS, model="resnet9:width=2", threats=DIGITS.threats[:3], step=0.25, epochs=1)
 
 
 def parse_options() -> argparse.Namespace:
@@ -258,8 +396,11 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("tables", nargs="*", type=Path, help="tables; docs/evidence/ by default")
     parser.add_argument("--pack", type=Path, help="run folder whose grid is packed into -o")
-    parser.add_argument("--digits", type=int, choices=(3, 4), help="make a grid on digits into -o")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --digits, default 0")
+    parser.add_argument("--make", choices=MAKERS, help="make a grid on this data into -o")
+    parser.add_argument(
+        "--ingredients", type=int, choices=(3, 4), default=4, help="of --make, default 4"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of --make, default 0")
     parser.add_argument("-o", "--output", type=Path, help="table to write")
     parser.add_argument("--halves", type=int, default=10, help="random halves, default 10")
     parser.add_argument("--small", action="store_true", help="run in seconds on digits")
@@ -272,13 +413,20 @@ def main() -> None:
     if options.pack:
         print(pack_run(options.pack).save(options.output))
         return
-    if options.digits:
-        table = make_digits_grid(options.digits, step=0.2, epochs=8, steps=20, seed=options.seed)
-        print(table.save(options.output))
+    if options.make:
+        maker = MAKERS[options.make]
+        threats = maker.threats[: options.ingredients]
+        maker = replace(maker, threats=threats, seed=options.seed)
+        place = f"{options.make}-{options.ingredients}-{options.seed}"
+        folder = cache_folder() / "benchmarks" / "surrogate" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        print(maker.make(folder).save(options.output))
         return
     print(describe_machine())
     if options.small:
-        replay(make_digits_grid(3, step=0.25, epochs=1, steps=2), "digits, small", halves=1)
+        with tempfile.TemporaryDirectory() as folder:
+            small = replace(SMALL, steps=2, samples=64)
+            replay(small.make(Path(folder)), "digits, small", halves=1)
         return
     for path in options.tables or sorted(EVIDENCE.glob("*.npz")):
         replay(HitTable.load(path), path.stem, options.halves)

@@ -113,3 +113,52 @@ def test_a_requirement_that_fails_on_test_is_exit_code_4(here, capsys, monkeypat
     output = capsys.readouterr().out
     assert "clean>=0.05 did NOT hold on test: 0.0%, at least 0.0%" in output
     assert (here / "best" / "soup.safetensors").is_file()
+
+
+def test_a_search_by_surrogate_says_what_it_attacked(here, capsys):
+    command = ("search", *PAIR, *LINF, *FEW, "--method", "surrogate", "--step", 0.1)
+    assert run(*command, "--tolerance", 0.2, "-o", "best") == 0
+    output = capsys.readouterr()
+    assert re.search(r"11 soups: about .*; --screen: .*; --method surrogate: ", output.err, re.M)
+    assert re.search(
+        r"^surrogate: attacked \d+ of 11 soups; another soup is more", output.out, re.M
+    )
+    content = json.loads((here / "best" / "results.json").read_text())
+    (surrogate,) = content["surrogates"]
+    assert 6 <= surrogate["attacked"] < 11
+    chosen = find_chosen(content)
+    soup = Checkpoint.load(here / "best" / content["soup"])
+    assert soup.digest == mix(PAIR, chosen["coefficients"], buffers="average").digest
+    assert run(*command, "--tolerance", 0.2, "-o", "best") == 0
+    assert "to do" not in capsys.readouterr().err
+
+
+def test_a_dial_is_turned_to_the_position_that_meets_the_requirement(here, capsys):
+    command = ("search", *PAIR, *LINF, *FEW, "--method", "dial", "--epochs", 1, "--json")
+    assert run(*command, "--require", "clean>=0.01", "--point", "-o", "best") == 0
+    output = json.loads(capsys.readouterr().out)
+    chosen = find_chosen(output)
+    assert chosen["role"] == "dial"
+    positions = [row["at"] for row in output["rows"] if row["role"] == "dial"]
+    assert positions == [number / 10 for number in range(11)]
+    robust = {row["name"]: row["val"]["Linf 32/255"]["hits"] for row in output["rows"] if row["at"]}
+    assert chosen["val"]["Linf 32/255"]["hits"] >= max(robust.values())
+
+
+def test_all_methods_compete_on_one_front(here, capsys):
+    command = ("search", *PAIR, *LINF, "--steps", 1, "--samples", 32, "--epochs", 1)
+    assert run(*command, "--method", "all", "--step", 0.5, "--json", "-o", "best") == 0
+    output = json.loads(capsys.readouterr().out)
+    soups = {row["soup"] for row in output["rows"]} - {None}
+    assert soups == {"surrogate", "learned", "dial", "greedy"}
+    learned = [row["threat"] for row in output["rows"] if row["role"] == "learned"]
+    assert learned == ["clean", "Linf 8/255", "Linf 16/255", "Linf 32/255", "Linf 64/255"]
+
+
+def test_learning_needs_a_threat_and_screening_does_not_go_with_a_surrogate(here, capsys):
+    clean = ("search", *PAIR, "--data", "digits", "--threat", "clean", *FEW, "-o", "best")
+    assert run(*clean, "--method", "dial") == 2
+    assert "--method dial: learns under attack" in capsys.readouterr().err
+    for method in ("surrogate", "all"):
+        assert run(*SEARCH, "--method", method, "--screen", "-o", "best") == 2
+        assert f"--screen: does not apply to --method {method}" in capsys.readouterr().err

@@ -451,3 +451,18 @@ def test_a_score_weights_accuracies():
         RequestError, match=r'score: "L2 0\.5" was not evaluated; expected one of clean'
     ):
         Score.parse(L2).of(accuracy)
+
+
+def test_soups_that_are_only_looked_at_widen_the_bounds_on_clean_accuracy():
+    rng = np.random.default_rng(0)
+    tried = [candidate("a", 180, 90), candidate("b", 150, 100)]
+    others = rng.random((N, 300)) < 0.9
+    goal = Goal.parse(LINF, ["clean>=0.5"])
+    alone, together = judge(tried, goal), judge(tried, goal, looked_at=others)
+    assert list(together.checks) == ["a", "b"]
+    for name in ("a", "b"):
+        assert together.checks[name][0].low < alone.checks[name][0].low
+    robust = Goal.parse(LINF, [f"{LINF}>=0.4"])
+    assert judge(tried, robust, looked_at=others) == judge(tried, robust)
+    choice = select(tried, maximise=LINF, require=["clean>=0.5"], looked_at=others)
+    assert choice.checks == together.checks[choice.best.name]

@@ -11,7 +11,7 @@ from robustsoup.runs.store import Store
 from robustsoup.runs.surrogate_results import SurrogateResult
 from robustsoup.runs.worker import load_evaluation, load_hits
 from robustsoup.soups.goal import Goal
-from robustsoup.soups.surrogate_search import SurrogateSearch, make_search, stack_hits
+from robustsoup.soups.surrogate_search import SurrogateSearch, hits_by_name, make_search
 from robustsoup.soups.time_limit import TimeLimit
 
 
@@ -67,4 +67,4 @@ def _load_hits(
     """Return the verdicts of the attacked soups, by name and measure."""
     rows = {row.name: row.val for row in planner.plan.rows if row.val is not None}
     names = [name for name in search.names if name in rows]
-    return stack_hits({name: load_evaluation(store, rows[name]) for name in names})
+    return hits_by_name({name: load_evaluation(store, rows[name]) for name in names})

@@ -48,8 +48,8 @@ from robustsoup.soups.selection import Candidate, select, tabulate_candidates
 from robustsoup.soups.surrogate_search import (
     PredictedSoup,
     check_modelled,
+    hits_by_name,
     make_search,
-    stack_hits,
 )
 from robustsoup.soups.time_limit import TimeLimit
 from robustsoup.threats import ThreatModel, parse_threats
@@ -445,7 +445,7 @@ def _search_by_surrogate(
         seed=evaluator.attack.seed,
     )
     evaluations: dict[str, Evaluation] = {}
-    while names := engine.next_soups(stack_hits(evaluations)):
+    while names := engine.next_soups(hits_by_name(evaluations)):
         if not limit.begin_soup() and evaluations:
             break
         progress.total += 1
@@ -457,7 +457,7 @@ def _search_by_surrogate(
         for name, alpha in alphas.items()
         if name in evaluations
     ]
-    hits = stack_hits(evaluations)
+    hits = hits_by_name(evaluations)
     return _Tried(
         candidates,
         clean_hits[~np.array(attacked)].T,

@@ -431,7 +431,7 @@ def _bootstrap_weights(rng: np.random.Generator, n: int) -> Floats:
     return rng.multinomial(n, np.full(n, 1 / n), size=REFITS).astype(np.float64)
 
 
-def stack_hits(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Hits]]:
+def hits_by_name(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Hits]]:
     """Return the hits (n,) of evaluations by name and measure."""
     return {
         name: {measure: hits.numpy() for measure, hits in evaluation.hits().items()}
