@@ -4,6 +4,7 @@
     python benchmarks/surrogate.py --small                        make and replay a tiny grid
     python benchmarks/surrogate.py --pack RUN_DIR -o TABLE.npz    pack the grid of a run folder
     python benchmarks/surrogate.py --make cifar10 -o TABLE.npz    train and evaluate a small grid
+    python benchmarks/surrogate.py --simulate                     smooth maps with known verdicts
 
 A table holds the verdicts of every soup of a grid on the same samples, so each way can be replayed
 without a network: `grid` attacks every soup, `surrogate` and `quadratic` those that the engine asks
@@ -41,6 +42,7 @@ from robustsoup.soups.racing import Race, race_order
 from robustsoup.soups.surrogate import Model, spread_rows
 from robustsoup.soups.surrogate_search import SurrogateSearch
 
+LINF_8 = "Linf 8/255"
 EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
 QUANTILES = (None, 0.25, 0.5, 0.75)
 """Required clean accuracy, as a quantile of the clean accuracies of the grid."""
@@ -208,7 +210,7 @@ def describe(regrets: tuple[float, ...]) -> str:
     return f"{statistics.mean(regrets):+.2f} ± {half:.2f}, at most {max(regrets):+.1f}"
 
 
-def replay(table: HitTable, name: str, halves: int) -> None:
+def replay(table: HitTable, name: str, halves: int, *, faces: bool = True) -> None:
     """Print the table of one stored grid: one row for each face and way."""
     threats = [key for key in table.hits if key not in ("clean", "union")]
     record = table.record
@@ -218,7 +220,8 @@ def replay(table: HitTable, name: str, halves: int) -> None:
         "| grid | way | soups attacked | seconds, grid = 1 | regret, same samples "
         "| above 0.5 | regret, other samples |\n|---|---|---|---|---|---|---|"
     )
-    for threat, (face, part) in itertools.product(threats, list_faces(table)):
+    grids = list(list_faces(table))[: None if faces else 1]
+    for threat, (face, part) in itertools.product(threats, grids):
         title = face if len(threats) == 1 else f"{threat}, {face}"
         replay_grid(title, part, threat, halves)
 
@@ -371,22 +374,42 @@ DIGITS = Maker(
     threats=("Linf 16/255", "Linf 64/255", "Linf 96/255", "L2 1"),
     attacked="Linf 56/255",
     train=None,
-    epochs=12,
+    epochs=8,
     samples=None,
-    steps=20,
+    steps=10,
 )
 CIFAR = Maker(
     data="cifar10",
-    model="resnet9:width=16",
-    threats=("Linf 4/255", "Linf 8/255", "Linf 16/255", "L2 0.5"),
-    attacked="Linf 8/255",
-    train=10_000,
+    model="resnet9:width=4",
+    threats=("Linf 2/255", "Linf 4/255", "Linf 8/255", "L2 0.5"),
+    attacked="Linf 4/255",
+    train=5_000,
     epochs=8,
     samples=1_000,
     steps=10,
 )
 MAKERS = {"digits": DIGITS, "cifar10": CIFAR}
 SMALL = replace(DIGITS, model="resnet9:width=2", threats=DIGITS.threats[:3], step=0.25, epochs=1)
+
+
+def simulate_table(n: int, samples: int, seed: int) -> HitTable:
+    """Return verdicts of a smooth map: a random polynomial of degree 2 in the coefficients.
+
+    Each sample has a level of its own and slopes of its own, so neighbouring soups are right on
+    nearly the same samples. Accuracies lie near 40 % under attack and 75 % without.
+    """
+    rng = np.random.default_rng([seed, n])
+    alphas = np.array(candidates("grid", n, 0.2))
+    i, j = np.triu_indices(n, 1)
+    bends = alphas[:, i] * alphas[:, j]
+    slope = alphas @ rng.normal(0, 0.35, n)
+    robust = slope + bends @ rng.normal(0.3, 0.3, len(i)) - 0.4
+    clean = 1.1 - slope + bends @ rng.normal(0.3, 0.2, len(i))
+    own = rng.logistic(size=samples) + alphas @ rng.normal(0, 0.5, (n, samples))
+    hits = {LINF_8: own < robust[:, None]}
+    hits["clean"] = hits[LINF_8] | (own < clean[:, None])
+    record = {"data": "simulated", "model": "polynomial of degree 2", "attack": f"seed {seed}"}
+    return HitTable(tuple(map(alpha_name, alphas)), alphas, np.arange(samples), hits, record)
 
 
 def parse_options() -> argparse.Namespace:
@@ -403,6 +426,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of --make, default 0")
     parser.add_argument("-o", "--output", type=Path, help="table to write")
     parser.add_argument("--halves", type=int, default=10, help="random halves, default 10")
+    parser.add_argument("--simulate", action="store_true", help="replay simulated smooth maps")
     parser.add_argument("--small", action="store_true", help="run in seconds on digits")
     return parser.parse_args()
 
@@ -427,6 +451,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             small = replace(SMALL, steps=2, samples=64)
             replay(small.make(Path(folder)), "digits, small", halves=1)
+        return
+    if options.simulate:
+        for n, seed in itertools.product((3, 4), range(3)):
+            title = f"{n} ingredients, seed {seed}"
+            replay(simulate_table(n, 4000, seed), title, options.halves, faces=False)
         return
     for path in options.tables or sorted(EVIDENCE.glob("*.npz")):
         replay(HitTable.load(path), path.stem, options.halves)

@@ -118,6 +118,8 @@ class SurrogateResult:
         )
         if self.stage == "settled":
             return f"{attacked}; {chance}"
+        if self.stage == "late" and not self.rows:
+            return f"{attacked}, then the time limit was reached; too few to predict the others"
         if self.stage == "late":
             return f"{attacked}, then the time limit was reached; {chance}"
         if not self.rows:
