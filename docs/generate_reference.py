@@ -27,7 +27,15 @@ PYTHON_GROUPS = {
     "Training": ("train", "track", "Objective"),
     "Soups": ("mix", "learn", "learn_dial", "Coefficients", "Dial"),
     "Evaluation": ("evaluate", "Evaluation", "Accuracy", "compare", "Comparison"),
-    "Search": ("search", "select", "pareto_front", "Candidate", "Selection"),
+    "Search": (
+        "search",
+        "SearchResult",
+        "Answer",
+        "select",
+        "pareto_front",
+        "Candidate",
+        "Selection",
+    ),
     "Diagnosis": ("check", "Soupability", "landscape", "Landscape"),
     "Settings": (
         "TrainSettings",
