@@ -68,7 +68,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     [{"type": "file", "path": n, "size": 1, "oid": "0"} for n in names]
                 )
             siblings = [{"rfilename": name} for name in names]
-            return self._answer({"id": found[1], "sha": COMMIT, "siblings": siblings})
+            private = self.hub.private.get(found[1], False)
+            return self._answer(
+                {"id": found[1], "sha": COMMIT, "siblings": siblings, "private": private}
+            )
         if path == "/api/whoami-v2":
             return self._answer({"name": "someone", "type": "user", "orgs": []})
         return self._refuse(404, "EntryNotFound")
@@ -77,7 +80,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self._note()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if path == "/api/repos/create":
-            self._create(json.loads(body))
+            if self.headers.get("Authorization") is None:
+                self._refuse(401, "unauthorized")
+            else:
+                self._create(json.loads(body))
         elif path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", path):
@@ -112,7 +118,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if repo in self.hub.private:
             self._refuse(409, "exists")
             return
-        self.hub.private[repo] = bool(asked.get("private"))
+        asks_private = asked.get("private") or asked.get("visibility") == "private"
+        self.hub.private[repo] = bool(asks_private)
         self._answer({"url": f"{self.hub.url}/{repo}", "name": repo})
 
     def _commit(self, repo: str, body: bytes) -> None:

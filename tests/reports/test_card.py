@@ -96,6 +96,7 @@ def test_names_of_strangers_are_only_text(name):
         if token.type == "heading_open" and token.tag == "h2"
     ]
     assert headings == [
+        "Choice",
         "Ingredients",
         "Results",
         "Masking check",

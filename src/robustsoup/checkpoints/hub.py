@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from robustsoup.checkpoints.transfers import (
     choose_file,
     copy_with_companions,
 )
-from robustsoup.errors import CheckpointError, DownloadError
+from robustsoup.errors import CheckpointError, DownloadError, RequestError, RobustsoupError
 from robustsoup.files import remove_file
 from robustsoup.printable import first_line
 
@@ -105,8 +106,48 @@ def copy_from_hub(address: str, folder: Path, _on_transfer: OnTransfer | None) -
     return Transfer(main, names, revision)
 
 
+def push_to_hub(
+    target: HubAddress, files: Mapping[str, Path | bytes], *, private: bool, message: str
+) -> str:
+    """Write files into a repository of the hub, in one commit; the repository is made if needed.
+
+    Args:
+        target: The repository, and its branch.
+        files: A file, or its content, by its name in the repository.
+        private: Whether nobody else may see the repository.
+        message: First line of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: huggingface_hub is not installed.
+        RequestError: The repository exists and is public, and `private` is set.
+        DownloadError: The hub refuses.
+    """
+    hub = import_hub(f"hf://{target.repo}")
+    try:
+        api = hub.HfApi()
+        api.create_repo(target.repo, private=private, exist_ok=True)
+        if private and api.repo_info(target.repo).private is False:
+            raise RequestError(
+                f"hf://{target.repo}: the repository exists and is public; make it private on its "
+                "page, or push without --private"
+            )
+        operations = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(
+            target.repo, operations, commit_message=message, revision=target.revision
+        )
+    except RobustsoupError:
+        raise
+    except Exception as error:  # what the library raises depends on its HTTP library
+        raise DownloadError(f"hf://{target.repo}: {describe_hub_error(error)}") from None
+    return str(commit.commit_url)
+
+
 def describe_hub_error(error: Exception) -> str:
     """Return an error of huggingface_hub in one line, with what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     for kind, text in (
         ("GatedRepoError", "the repository is gated: accept its terms on its page, and log in"),
@@ -117,10 +158,16 @@ def describe_hub_error(error: Exception) -> str:
         ("RevisionNotFoundError", "no such revision"),
         ("LocalEntryNotFoundError", "the hub cannot be reached"),
         ("EntryNotFoundError", "no such file in the repository"),
-        ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set, and there is no copy in the cache"),
+        ("LocalTokenNotFoundError", "no token: log in with `hf auth login`, or set HF_TOKEN"),
+        ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set"),
     ):
         if kind in kinds:
             return text
+    if status in (401, 403):
+        return (
+            f"the hub answered {status}: log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may do this"
+        )
     return f"the hub cannot be used: {first_line(error)}"
 
 

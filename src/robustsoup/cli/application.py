@@ -25,6 +25,7 @@ from robustsoup.cli.fetching import fetch_command
 from robustsoup.cli.learning import learn_command
 from robustsoup.cli.mixing import mix_command
 from robustsoup.cli.options import expand
+from robustsoup.cli.pushing import push_command
 from robustsoup.cli.running import demo_command, plan_command, report_command, run_command
 from robustsoup.cli.searching import landscape_command, search_command
 from robustsoup.cli.showing import show_command
@@ -49,6 +50,7 @@ COMMANDS = {
     "evaluate": evaluate_command,
     "compare": compare_command,
     "show": show_command,
+    "push": push_command,
     "verify": verify_command,
     "fetch": fetch_command,
     "doctor": doctor_command,

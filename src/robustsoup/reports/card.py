@@ -53,7 +53,7 @@ class Card:
         network: The recorded network in words; None if it is not recorded.
         tree: The checkpoint and what it was made of.
         judgements: Its evaluations.
-        choice: How a run chose it, in sentences.
+        choice: The answer of the run that chose it, in sentences.
         beside: Rows of its ingredients with their accuracies on the split `beside_split`.
         beside_split: The split of `beside`.
         warnings: Why figures are doubtful.
@@ -105,6 +105,21 @@ def write_card(card: Card, folder: Path) -> str | None:
         return f"{CARD} was edited and stays as it is; remove it to get a new one"
     write_text(target, render_card(card))
     return None
+
+
+def find_card(path: Path, digest: str) -> Path | None:
+    """Return the card beside a checkpoint that describes its weights, edited or not; else None.
+
+    Args:
+        path: The file of the checkpoint.
+        digest: sha256 of its weights.
+    """
+    card = path.parent / CARD
+    try:
+        text = read_regular(card, MAX_CARD_BYTES).decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return card if digest in text and "robustsoup card" in text else None
 
 
 def is_own_card(path: Path) -> bool:
@@ -163,7 +178,7 @@ def _make_run_card(results: Results, folder: Path) -> Card:
         network=_describe_network(description),
         tree=description.tree,
         judgements=_in_order(judged),
-        choice=tuple(_describe_choice(results)),
+        choice=tuple(selection.lines()),
         beside=tuple(item for item in ingredients if item.scores(split)),
         beside_split=split,
         warnings=(*_list_warnings(judged), *_list_run_warnings(results)),
@@ -210,21 +225,6 @@ def _list_run_warnings(results: Results) -> Iterator[str]:
         yield "the requirement does not hold on test"
 
 
-def _describe_choice(results: Results) -> Iterator[str]:
-    selection, protocol = results.selection, results.protocol
-    if selection is None:
-        return
-    required = " and ".join(selection.require)
-    yield (
-        f"Chosen on {protocol.select_on} as the soup with the best {selection.maximise}"
-        + (f" among those with {required}" if required else "")
-        + f": {selection.chosen}."
-    )
-    if required:
-        how = "by its estimate" if selection.point else "by its 95 % lower bound"
-        yield f"The requirement is {'met' if selection.met else 'NOT met'} {how}."
-
-
 def _list_sources(results: Results) -> tuple[str, ...]:
     """Return the hub's repositories that a recipe took ingredients from, each once."""
     ingredients = results.recipe.get("ingredients")
@@ -244,6 +244,7 @@ def render_card(card: Card) -> str:
         f"# {escape_markdown(card.title)}",
         "",
         *_render_summary(card),
+        *(_render_list("Choice", card.choice) if card.choice else []),
         *_render_ingredients(card),
         *_render_results(card),
         *_render_list("Warnings", card.warnings or ("None was recorded.",)),
@@ -322,7 +323,6 @@ def _render_summary(card: Card) -> list[str]:
         for digest, name in sorted(origins)
     ]
     lines.append(f"- sha256 of the weights: `{card.tree.digest}`")
-    lines += [f"- {escape_markdown(text)}" for text in card.choice]
     if card.versions:
         pairs = ", ".join(f"{name} {value}" for name, value in card.versions.items())
         lines.append(f"- made with: {escape_markdown(pairs)}")
