@@ -25,7 +25,7 @@ PYTHON_GROUPS = {
     "Checkpoints": ("Checkpoint",),
     "Attacks": ("ThreatModel", "apgd", "apgd_train", "pgd", "square"),
     "Training": ("train", "track", "Objective"),
-    "Soups": ("mix", "learn", "learn_dial", "Coefficients", "Dial"),
+    "Soups": ("mix", "merge", "learn", "learn_dial", "Coefficients", "Dial"),
     "Evaluation": ("evaluate", "Evaluation", "Accuracy", "compare", "Comparison"),
     "Search": (
         "search",
@@ -44,6 +44,7 @@ PYTHON_GROUPS = {
         "EarlyStop",
         "AttackSettings",
         "BufferSettings",
+        "MergeSettings",
         "SearchSettings",
         "LandscapeSettings",
     ),

@@ -34,12 +34,14 @@ if TYPE_CHECKING:
         EarlyStop,
         LandscapeSettings,
         LearnSettings,
+        MergeSettings,
         SearchSettings,
         TrainSettings,
     )
     from robustsoup.soups.answer import Answer
     from robustsoup.soups.coefficients import Coefficients, Dial
     from robustsoup.soups.learning import learn, learn_dial
+    from robustsoup.soups.merging import merge
     from robustsoup.soups.mixing import mix
     from robustsoup.soups.search import SearchResult, search
     from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
@@ -65,6 +67,7 @@ _HOMES = {
     "Landscape": "diagnosis.landscape",
     "LandscapeSettings": "settings",
     "LearnSettings": "settings",
+    "MergeSettings": "settings",
     "Objective": "training.objectives",
     "RobustsoupError": "errors",
     "SearchResult": "soups.search",
@@ -85,6 +88,7 @@ _HOMES = {
     "learn_dial": "soups.learning",
     "load_data": "data",
     "load_model": "models",
+    "merge": "soups.merging",
     "mix": "soups.mixing",
     "pareto_front": "soups.selection",
     "pgd": "attacks",
@@ -112,6 +116,7 @@ __all__ = [
     "Landscape",
     "LandscapeSettings",
     "LearnSettings",
+    "MergeSettings",
     "Objective",
     "RobustsoupError",
     "SearchResult",
@@ -132,6 +137,7 @@ __all__ = [
     "learn_dial",
     "load_data",
     "load_model",
+    "merge",
     "mix",
     "pareto_front",
     "pgd",

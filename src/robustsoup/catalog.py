@@ -125,6 +125,10 @@ class Registry(Mapping[str, Entry]):
         """Return the spellings of the built-in entries, for error messages and help."""
         return ", ".join(entry.spelling or entry.name for entry in self._entries.values())
 
+    def names_with(self, fact: str, value: Any) -> list[str]:
+        """Return the names of the built-in entries with that value of a fact."""
+        return [name for name, entry in self._entries.items() if entry.facts.get(fact) == value]
+
     def _plugins(self) -> dict[str, Entry]:
         points = importlib.metadata.entry_points(group=f"robustsoup.{self.name}")
         return {p.name: Entry(p.name, p.value, f"from {p.module}") for p in points}
@@ -333,10 +337,73 @@ SOUP_METHODS = Registry(
         "A whole line of learned soups, from robust to clean.",
         facts={"needs": "training"},
     ),
+    Entry(
+        "slerp",
+        "robustsoup.soups.interpolation:slerp",
+        "Two ingredients along the arc between them, tensor by tensor, instead of the line.",
+        source="Shoemake 1985, doi:10.1145/325165.325242",
+        facts={"needs": "merging", "ingredients": 2},
+    ),
+    Entry(
+        "swap",
+        "robustsoup.soups.interpolation:swap",
+        "The first ingredient, with the blocks that `blocks` names moved to the second.",
+        source="Zhu et al. 2023 (RiFT), arXiv:2308.02533",
+        facts={"needs": "merging", "ingredients": 2, "requires": ("blocks",)},
+    ),
+    Entry(
+        "task-arithmetic",
+        "robustsoup.soups.task_vectors:task_arithmetic",
+        "The base plus a factor times the mean of the task vectors.",
+        source="Ilharco et al. 2023, arXiv:2212.04089",
+        facts={"needs": "merging", "requires": ("base",)},
+    ),
+    Entry(
+        "ties",
+        "robustsoup.soups.task_vectors:ties",
+        "Task vectors trimmed to their largest entries, averaged where signs agree.",
+        source="Yadav et al. 2023, arXiv:2306.01708",
+        facts={"needs": "merging", "requires": ("base",)},
+    ),
+    Entry(
+        "dare",
+        "robustsoup.soups.task_vectors:dare",
+        "Task vectors of which random entries are dropped and the rest rescaled.",
+        source="Yu et al. 2023, arXiv:2311.03099",
+        facts={"needs": "merging", "requires": ("base",)},
+    ),
+    Entry(
+        "model-stock",
+        "robustsoup.soups.task_vectors:model_stock",
+        "The average drawn towards the base, tensor by tensor, by the angle of the task vectors.",
+        source="Jang et al. 2024, arXiv:2403.19522",
+        facts={"needs": "merging", "requires": ("base",), "weights": "uniform"},
+    ),
+    Entry(
+        "fisher",
+        "robustsoup.soups.fisher:fisher",
+        "Averages each weight by its Fisher information on attacked images.",
+        source="Matena and Raffel 2022, arXiv:2111.09832",
+        facts={"needs": "merging", "requires": ("data", "threat")},
+    ),
+    Entry(
+        "regmean",
+        "robustsoup.soups.regmean:regmean",
+        "Fits the outputs of the ingredients' linear layers on attacked images.",
+        source="Jin et al. 2022, arXiv:2212.09849",
+        facts={"needs": "merging", "requires": ("data", "threat")},
+    ),
     takes_functions=True,
 )
 """A target is called as (n, step, max_soups) and returns a list of coefficients (n,), unless its
-facts say what it "needs": "evaluations" of the ingredients, or "training"."""
+facts say what it "needs": "evaluations" of the ingredients, "training", or "merging": the target
+is then called with a robustsoup.soups.merging.Merge, for each list of weights.
+
+Facts of merging: "requires", any of "base" (the checkpoint that the ingredients were fine-tuned
+from), "data" (training samples to measure on), "threat" (one that is not clean) and "blocks" (names
+of blocks); "ingredients", the number that the method takes; "weights", "uniform" if all ingredients
+must weigh the same.
+"""
 
 BUFFER_POLICIES = Registry(
     "buffers",

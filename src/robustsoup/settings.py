@@ -485,6 +485,35 @@ def parse_duration(text: str) -> float:
     return float(total)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """The numbers of the methods that combine weights by more than an average."""
+
+    scale: float = setting(
+        1.0,
+        "Factor of the mean task vector of task-arithmetic, ties and dare; with 1, task-arithmetic "
+        "is the average.",
+        gt=0,
+    )
+    density: float = setting(
+        0.2, "Share of the entries of each task vector that ties and dare keep.", gt=0, le=1
+    )
+    blocks: tuple[str, ...] = setting(
+        (),
+        "Beginnings of parameter names, such as residual1: the blocks that swap takes from the "
+        "second checkpoint; repeatable.",
+    )
+    measure_samples: int = setting(
+        1000, "Training samples that fisher and regmean attack and measure on.", ge=1
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        blocks = self.blocks
+        object.__setattr__(self, "blocks", (blocks,) if isinstance(blocks, str) else tuple(blocks))
+        check_ranges(self)
+
+
 SMALLEST_STEP = 1e-4
 """Smallest step of a grid of soups."""
 ALL_METHODS = "all"
@@ -504,6 +533,12 @@ class SearchSettings:
         "package.module:function.",
     )
     step: float = setting(0.2, "Step of the grid, a fraction of 1.", ge=SMALLEST_STEP, le=1)
+    weights: str = setting(
+        "grid",
+        "Weights of the ingredients that a merging method tries: grid (multiples of step) or "
+        "uniform.",
+        choices=("grid", "uniform"),
+    )
     max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1, le=MOST_SOUPS)
     score: str | None = setting(
         None, 'Score that the greedy soup must not lower, such as "0.3 clean + 0.7 Linf 8/255".'

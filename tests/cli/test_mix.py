@@ -5,6 +5,7 @@ import torch
 from command_line import LINF, MIX, PAIR, run
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 
 
@@ -54,3 +55,33 @@ def test_the_base_gives_its_statistics(here):
     base = Checkpoint.load("base.safetensors").tensors["prep.1.running_mean"]
     for soup in ("out/soup.safetensors", "soup.safetensors"):
         assert torch.equal(Checkpoint.load(soup).tensors["prep.1.running_mean"], base)
+
+
+def test_a_method_merges(here, capsys):
+    weights = ("--coefficients", "0.25,0.75")
+    assert run(*MIX, "--method", "slerp", *weights) == 0
+    assert "2 ingredients merged by slerp, BatchNorm statistics: average" in capsys.readouterr().out
+    expected = merge(PAIR, "slerp", [0.25, 0.75])
+    assert Checkpoint.load("soup.safetensors").digest == expected.digest
+    ties = ("--method", "ties", "--base", "base.safetensors", "--density", 0.5)
+    assert run(*MIX, *ties) == 0
+    expected = merge(PAIR, "ties", base="base.safetensors", density=0.5)
+    assert Checkpoint.load("soup.safetensors").digest == expected.digest
+    regmean = ("--method", "regmean", "--data", "digits", "--threat", "Linf 32/255")
+    assert run(*MIX, *regmean, "--measure-samples", 16) == 0
+    assert Checkpoint.load("soup.safetensors").provenance["merge"]["threat"] == "Linf 32/255"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--density", 0.5), "--density: requires --method"),
+        (("--method", "fisher"), 'method "fisher": measures on training samples; give data'),
+        (("--method", "swap"), 'method "swap": give the blocks'),
+        (("--method", "slerp", "--base", "base.safetensors"), "--base: requires --buffers base"),
+        (("--method", "learned"), 'method: "learned" is made by mix, search or learn'),
+    ],
+)
+def test_wrong_requests_of_methods_are_refused_in_one_line(here, capsys, options, message):
+    assert run(*MIX, *options) == 2
+    assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ from robustsoup.data import to_float
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs import run as running
 from robustsoup.soups.answer import Answer
+from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 
 
@@ -162,3 +163,55 @@ def test_learning_needs_a_threat_and_screening_does_not_go_with_a_surrogate(here
     for method in ("surrogate", "all"):
         assert run(*SEARCH, "--method", method, "--screen", "-o", "best") == 2
         assert f"--screen: does not apply to --method {method}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "arguments"),
+    [
+        ("ties", ("--density", 0.5), {"density": 0.5, "base": "base.safetensors"}),
+        ("slerp", (), {}),
+    ],
+)
+def test_a_merging_method_is_searched(here, capsys, method, options, arguments):
+    if "base" in arguments:
+        options = (*options, "--base", "base.safetensors")
+    command = (*SEARCH, "--method", method, *options, "--json", "-o", "best")
+    assert run(*command) in (0, 4)
+    output = json.loads(capsys.readouterr().out)
+    rows = [row for row in output["rows"] if row["role"] == "merge"]
+    assert [row["coefficients"] for row in rows] == [[0, 1], [0.5, 0.5], [1, 0]]
+    chosen = find_chosen(output)
+    soup = Checkpoint.load(here / "best" / output["soup"])
+    expected = merge(PAIR, method, chosen["coefficients"], buffers="average", **arguments)
+    assert soup.digest == expected.digest
+    assert f"{method} of" in output["selection"]["message"] or method in chosen["name"]
+
+
+def test_a_measuring_method_is_searched_with_uniform_weights(here, capsys):
+    options = ("--method", "fisher", "--weights", "uniform", "--measure-samples", 16)
+    assert run(*SEARCH, *options, "--json", "-o", "best") in (0, 4)
+    output = json.loads(capsys.readouterr().out)
+    (row,) = [row for row in output["rows"] if row["role"] == "merge"]
+    assert row["coefficients"] == [0.5, 0.5]
+    assert row["threat"] == "Linf 32/255"
+    record = Checkpoint.load(here / "best" / output["soup"]).provenance["merge"]
+    assert record["threat"] == "Linf 32/255"
+    assert record["measure_samples"] == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--density", 0.5), "--density: has no meaning with --method grid"),
+        (("--weights", "uniform"), "--weights: has no meaning with --method grid"),
+        (("--base", "base.safetensors"), "--base: requires a --method that takes a base"),
+        (("--method", "slerp", "--scale", 2), "--scale: has no meaning with --method slerp"),
+        (("--method", "swap"), "soups.swap.blocks: missing"),
+        (("high.safetensors", "--method", "slerp"), "merges 2 ingredients, got 3"),
+    ],
+)
+def test_options_of_other_methods_are_refused(here, capsys, options, message):
+    shutil.copy("high.safetensors", "third.safetensors")
+    options = tuple("third.safetensors" if o == "high.safetensors" else o for o in options)
+    assert run(*SEARCH, *options, "-o", "best") == 2
+    assert message in capsys.readouterr().err

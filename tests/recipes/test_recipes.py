@@ -828,3 +828,36 @@ def test_a_recipe_extends_another_table_by_table(tmp_path):
 def test_wrong_extends_is_named(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("soup", "message"),
+    [
+        ({"method": "slerp", "density": 0.5}, "density has no meaning with method"),
+        ({"method": "swap"}, "soups.s.blocks: missing"),
+        ({"method": "fisher", "threats": ["clean"]}, "soups.s.threats: got clean"),
+        ({"method": "ties", "weights": "even"}, "expected one of grid, uniform"),
+        ({"method": "ties", "scale": 0}, "scale"),
+    ],
+)
+def test_merging_methods_refuse_what_they_cannot_take(soup, message):
+    content = {
+        "name": "merges",
+        "data": "digits",
+        "ingredients": {"a": "a.safetensors", "b": "b.safetensors"},
+        "soups": {"s": soup},
+    }
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(content, "merges", Path())
+
+
+def test_three_ingredients_are_no_arc_and_grids_of_weights_are_limited():
+    files = {f"i{number}": f"{number}.safetensors" for number in range(20)}
+    content = {"name": "merges", "data": "digits", "ingredients": files}
+    with pytest.raises(RecipeError, match="merges 2 ingredients, got 20"):
+        parse_recipe(content | {"soups": {"s": {"method": "slerp"}}}, "merges", Path())
+    with pytest.raises(RecipeError, match=r"soups.s: step 0.2 makes 42,504 soups"):
+        parse_recipe(content | {"soups": {"s": {"method": "ties"}}}, "merges", Path())
+    uniform = {"method": "ties", "weights": "uniform"}
+    recipe = parse_recipe(content | {"soups": {"s": uniform}}, "merges", Path())
+    assert recipe.alphas_of(recipe.soups["s"]) == [(0.05,) * 20]

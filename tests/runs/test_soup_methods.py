@@ -152,3 +152,31 @@ def test_learning_can_stop_early_on_val(copied):
     assert [set(entry) for entry in record["history"]] == [{"epoch", "loss", "val_loss"}] * 2
     blocks = ("prep", "layer1", "residual1", "layer2", "layer3", "residual3", "linear")
     assert coefficients.layers == blocks
+
+
+def test_merges_take_the_base_of_the_recipe_and_resume(copied):
+    folder = copied[0].with_name("merges")
+    ties = (("soups", "ties"), {"method": "ties", "step": 0.5, "density": 0.5, "scale": 1.5})
+    regmean = (
+        ("soups", "regmean"),
+        {
+            "method": "regmean",
+            "threats": ["Linf 16/255", "Linf 32/255"],
+            "weights": "uniform",
+            "measure_samples": 16,
+        },
+    )
+    recipe = recipe_of([ties, regmean])
+    results, _, reporter = run_recipe(recipe, folder)
+    rows = {row["name"]: row for row in results["rows"] if row["role"] == "merge"}
+    assert list(rows) == [
+        *("ties-0-1", "ties-0.5-0.5", "ties-1-0"),
+        *("regmean-linf-16-255-0.5-0.5", "regmean-linf-32-255-0.5-0.5"),
+    ]
+    assert steps_of_kind(reporter, "merge") == list(rows)
+    record = Checkpoint.load(folder / rows["ties-1-0"]["checkpoint"]).provenance["merge"]
+    base = Checkpoint.load(folder / "checkpoints" / "pretrained.safetensors")
+    assert record["base"] == base.digest
+    assert (record["density"], record["scale"]) == (0.5, 1.5)
+    again = run_recipe(recipe, folder)[2]
+    assert steps_of_kind(again, "merge") == []

@@ -14,6 +14,7 @@ from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, SearchSettings
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
+from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.search import search
 from robustsoup.soups.selection import select, worth_confirming
@@ -348,3 +349,29 @@ def test_the_surrogate_neither_screens_nor_finds_the_knee(ends, split):
         search(ends, split, [THREAT], method="surrogate", maximise="knee")
     with pytest.raises(RequestError, match="the surrogate attacks few soups, in full"):
         search(ends, split, [THREAT], method="surrogate", screen=True)
+
+
+def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
+    found = search(
+        ingredients, data.val, WEAK, method="slerp", step=0.5, steps=1, samples=16, device="cpu"
+    )
+    assert [candidate.alpha for candidate in found.candidates] == [(0, 1), (0.5, 0.5), (1, 0)]
+    merged = merge(ingredients, "slerp", [0.5, 0.5], device="cpu")
+    expected = evaluate(merged, data.val, WEAK, AttackSettings(steps=1), samples=16, device="cpu")
+    assert same_evaluation(found.candidates[1].evaluation, expected)
+    assert "slerp of equal parts" in found.candidates[1].description
+    assert found.candidates[0].ingredient is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "slerp", "screen": True}, '"slerp" is evaluated in full; leave out screen'),
+        ({"density": 0.5}, 'density: has no meaning with method "grid"'),
+        ({"method": "fisher"}, "measures on training samples; give data"),
+        ({"method": "swap"}, "give the blocks"),
+    ],
+)
+def test_wrong_requests_of_merging_methods_are_refused(ingredients, data, arguments, message):
+    with pytest.raises(RequestError, match=message):
+        search(ingredients, data.val, WEAK, **arguments)

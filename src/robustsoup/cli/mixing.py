@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.cli.options import (
     Base,
     DataOptions,
     Fields,
     Files,
+    Given,
     NetworkOptions,
     RunOptions,
 )
 from robustsoup.cli.terminal import print_line
 from robustsoup.errors import CoefficientError, RequestError
-from robustsoup.settings import BufferSettings
+from robustsoup.settings import BufferSettings, MergeSettings, rules
 from robustsoup.threats import ThreatModel
 
 if TYPE_CHECKING:
@@ -38,12 +40,25 @@ def mix_command(
         DataOptions,
         Fields(
             defaults={"data": ""},
-            helps={"data": "Data for the recalibrating --buffers; uses its training split."},
+            helps={
+                "data": "Data for the recalibrating --buffers, and for --method fisher and "
+                "regmean; uses its training split."
+            },
         ),
     ],
     soup: Annotated[BufferSettings, Fields(only=("buffers",))],
+    merging: Annotated[MergeSettings, Fields()],
     network: NetworkOptions,
     run: RunOptions,
+    given: Given,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge by a method instead of the average: slerp, swap, task-arithmetic, ties, "
+            "dare, model-stock, fisher, regmean or package.module:function; --coefficients are "
+            "then its weights."
+        ),
+    ] = None,
     coefficients: Annotated[
         str | None,
         typer.Option(
@@ -57,10 +72,14 @@ def mix_command(
     ] = None,
     base: Base = None,
     threat: Annotated[
-        str, typer.Option(help="Threat model of --buffers recalibrate-adversarial.")
+        str,
+        typer.Option(
+            help="Threat model of --buffers recalibrate-adversarial, and of --method fisher and "
+            "regmean."
+        ),
     ] = "clean",
 ) -> None:
-    """Average checkpoints with given coefficients.
+    """Average checkpoints with given coefficients, or merge them by a method.
 
     Writes one ordinary checkpoint of the same network.
 
@@ -76,11 +95,11 @@ def mix_command(
         print_notes,
     )
     from robustsoup.device import resolve_device
+    from robustsoup.soups.merging import merge
     from robustsoup.soups.mixing import default_buffer_policy, mix
 
     check_output_file(output, (".safetensors", *PICKLE_ENDINGS))
-    if base and soup.buffers != "base":
-        raise RequestError("--base: requires --buffers base")
+    _check_method(method, given, base, soup.buffers)
     if network.normalize and not (data.data or network.model):
         raise RequestError("mix: --normalize requires --model or --data")
     run.use_threads()
@@ -95,21 +114,63 @@ def mix_command(
         split = source.train
     elif network.model:
         ingredients = _name_network(network, ingredients)
-    named = bool(data.data or network.model)
-    mixed = mix(
-        ingredients,
-        alpha,
-        buffers=policy,
-        base=base,
-        calibrate_on=split,
-        threat=ThreatModel.parse(threat),
-        network=ingredients[0].network() if named else None,
-        device=resolve_device(run.device),
-        seed=data.seed,
-    )
+    module = ingredients[0].network() if data.data or network.model else None
+    if method is None:
+        mixed = mix(
+            ingredients,
+            alpha,
+            buffers=policy,
+            base=base,
+            calibrate_on=split,
+            threat=ThreatModel.parse(threat),
+            network=module,
+            device=resolve_device(run.device),
+            seed=data.seed,
+        )
+    else:
+        mixed = merge(
+            ingredients,
+            method,
+            _as_weights(alpha),
+            merging,
+            base=base,
+            data=split,
+            threat=threat,
+            buffers=policy,
+            network=module,
+            device=resolve_device(run.device),
+            seed=data.seed,
+        )
     mixed.save(output)
     print_notes(mixed)
-    print_line(f"{output}: {len(ingredients)} ingredients mixed, BatchNorm statistics: {policy}")
+    verb = "mixed" if method is None else f"merged by {method}"
+    print_line(f"{output}: {len(ingredients)} ingredients {verb}, BatchNorm statistics: {policy}")
+
+
+def _check_method(
+    method: str | None, given: "Given", base: Path | None, buffers: str | None
+) -> None:
+    """Refuse options that nothing would read."""
+    if method is None:
+        for name in rules(MergeSettings):
+            if name in given:
+                raise RequestError(f"--{name.replace('_', '-')}: requires --method")
+    entry = None if method is None else SOUP_METHODS.find(method)
+    takes_base = entry is not None and (
+        ":" in entry.name or "base" in entry.facts.get("requires", ())
+    )
+    if base and buffers != "base" and not takes_base:
+        raise RequestError("--base: requires --buffers base, or a --method that takes a base")
+
+
+def _as_weights(coefficients: "Coefficients") -> list[float]:
+    """Return one weight for each ingredient; coefficients by layer belong to no method."""
+    if coefficients.alpha.shape[0] != 1:
+        raise CoefficientError(
+            "--coefficients: --method takes one weight for each checkpoint, such as 0.5,0.5; "
+            "got coefficients by layer"
+        )
+    return coefficients.alpha[0].tolist()
 
 
 def _name_network(

@@ -53,7 +53,8 @@ Base = Annotated[
     Path | None,
     CheckpointPlace(),
     typer.Option(
-        help="Checkpoint whose statistics --buffers base copies; the common ancestor by default."
+        help="Checkpoint that the others were fine-tuned from, for methods that require it; "
+        "--buffers base copies its statistics; the common ancestor by default."
     ),
 ]
 Track = Annotated[

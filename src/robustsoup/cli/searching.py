@@ -12,10 +12,12 @@ from robustsoup.catalog import SOUP_METHODS
 from robustsoup.cli.options import (
     AllowLeakage,
     AsJson,
+    Base,
     CheckpointPlace,
     DataOptions,
     Fields,
     Files,
+    Given,
     NetworkOptions,
     RunOptions,
     SampleLimit,
@@ -29,7 +31,9 @@ from robustsoup.settings import (
     BufferSettings,
     LandscapeSettings,
     LearnSettings,
+    MergeSettings,
     SearchSettings,
+    to_record,
 )
 from robustsoup.threats import ThreatModel, parse_threats
 
@@ -49,8 +53,11 @@ def search_command(
     attack: Annotated[AttackSettings, Fields(omit=("targets", "eot", "seed", "batch_size"))],
     soup: Annotated[BufferSettings, Fields(only=("buffers",))],
     learn: Annotated[LearnSettings, Fields(only=("epochs",), helps={"epochs": EPOCHS_HELP})],
+    merging: Annotated[MergeSettings, Fields()],
     network: NetworkOptions,
     run: RunOptions,
+    given: Given,
+    base: Base = None,
     samples: SampleLimit = None,
     shift: ShiftFolder = None,
     allow_leakage: AllowLeakage = False,
@@ -94,6 +101,7 @@ def search_command(
         },
         "report": {"figures": ["ternary", "tradeoff"]},
     }
+    _add_merging(content, search, merging, given, base)
     recipe = _parse_content(content)
     return run_recipe(
         recipe, output, run, data_root=data.data_root, as_json=as_json, compares_ways=True
@@ -266,6 +274,38 @@ def _learned_threats(method: str, threats: Sequence[ThreatModel]) -> list[str]:
     largest = 1.0 if first.norm == "Linf" else math.inf
     radii = dict.fromkeys(min(share * first.eps, largest) for share in SWEEP)
     return ["clean", *(str(replace(first, eps=eps)) for eps in radii)]
+
+
+def _add_merging(
+    content: dict[str, Any],
+    search: SearchSettings,
+    merging: MergeSettings,
+    given: Given,
+    base: Path | None,
+) -> None:
+    """Add the keys of a merging method to its [soups] table, and its base to the recipe."""
+    from robustsoup.recipes.sections import METHOD_KEYS
+
+    method = str(search.method)
+    entry, keys = SOUP_METHODS.find(method), METHOD_KEYS.get(method, set())
+    values = {**to_record(merging), "weights": search.weights}
+    for name in values:
+        if name in given and name not in keys:
+            raise RequestError(f"--{name.replace('_', '-')}: has no meaning with --method {method}")
+    requires = entry.facts.get("requires", ()) if entry is not None else ()
+    if base is not None and "base" not in requires:
+        raise RequestError("--base: requires a --method that takes a base, such as ties")
+    if entry is None or entry.facts.get("needs") != "merging":
+        return
+    (section,) = content["soups"].values()
+    section |= {name: value for name, value in values.items() if name in keys}
+    if "step" in keys:
+        section["step"] = search.step
+    if "threat" in requires:
+        attacked = [t for t in content["evaluate"]["threats"] if not ThreatModel.parse(t).is_clean]
+        section["threats"] = attacked[:1]
+    if base is not None:
+        content["checkpoint"] = str(base.absolute())
 
 
 def _parse_content(content: dict[str, Any]) -> "Recipe":

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from robustsoup.catalog import DATA_SOURCES
+from robustsoup.catalog import DATA_SOURCES, SOUP_METHODS
 from robustsoup.errors import RequestError
 from robustsoup.recipes.sections import (
     Evaluate,
@@ -26,7 +26,14 @@ from robustsoup.recipes.sections import (
 )
 from robustsoup.settings import MOST_SOUPS, PRECISIONS, SEED_LIMIT, TrainSettings, suggest
 from robustsoup.soups.goal import KNEE, Goal, Score
-from robustsoup.soups.grid import Alpha, alpha_name, candidates, format_count, grid_size
+from robustsoup.soups.grid import (
+    Alpha,
+    alpha_name,
+    candidates,
+    format_count,
+    grid_size,
+    merging_weights,
+)
 from robustsoup.soups.surrogate_search import check_modelled
 from robustsoup.threats import ThreatModel
 
@@ -210,13 +217,20 @@ class Recipe(Section):
 
     def soup_names(self, section: str) -> list[str]:
         """Return the names of the soups of a section, in order."""
-        name_soups = _SOUP_NAMES.get(self.soups[section].method, _name_by_coefficients)
+        soup = self.soups[section]
+        default = _name_by_threat_and_weights if soup.merges else _name_by_coefficients
+        name_soups = _SOUP_NAMES.get(soup.method, default)
         return name_soups(self, section)
 
     def alphas_of(self, soup: Soup) -> list[Alpha]:
         """Return the coefficients of a method that lists them, such as "uniform" or "grid"."""
         settings = soup.search_settings()
         count = len(self.ingredients_of(soup))
+        if soup.merges:
+            entry = SOUP_METHODS[soup.method]
+            return merging_weights(
+                entry, settings.weights, count, settings.step, settings.max_soups
+            )
         method = "grid" if soup.method == "surrogate" else soup.method
         return candidates(method, count, settings.step, settings.max_soups)
 
@@ -295,7 +309,10 @@ class Recipe(Section):
                 f'soups.{name}: method = "line" requires 2 ingredients, '
                 f"got {len(self.ingredients_of(soup))}"
             )
-        if soup.method in ("grid", "line", "surrogate"):
+        if soup.merges:
+            self._check_merge(name, soup)
+        listed = soup.method in ("grid", "line", "surrogate")
+        if listed or (soup.merges and self._weighs_by_grid(soup)):
             self._check_grid_size(name, soup)
         if soup.method == "surrogate" and self.goal is not None:
             raises_value_error(check_modelled)(self.goal)
@@ -308,6 +325,30 @@ class Recipe(Section):
             raise ValueError(
                 f"soups.{name}.threats: got clean, expected threats with a radius above 0; "
                 "a dial turns from robust to clean"
+            )
+
+    def _weighs_by_grid(self, soup: Soup) -> bool:
+        """Return whether a merging method is tried with a grid of weights."""
+        uniform = SOUP_METHODS[soup.method].facts.get("weights") == "uniform"
+        return soup["weights"] == "grid" and not uniform
+
+    def _check_merge(self, name: str, soup: Soup) -> None:
+        """Check what the merging method of a table requires."""
+        count, expected = len(self.ingredients_of(soup)), SOUP_METHODS[soup.method].facts
+        if expected.get("ingredients", count) != count:
+            raise ValueError(
+                f'soups.{name}: method = "{soup.method}" merges {expected["ingredients"]} '
+                f"ingredients, got {count}"
+            )
+        if soup.requires("blocks") and not soup["blocks"]:
+            raise ValueError(
+                f'soups.{name}.blocks: missing; method = "{soup.method}" requires the blocks to '
+                'take from the second ingredient, such as ["residual1"]'
+            )
+        if soup.requires("threat") and any(t.is_clean for t in self.threats_of(soup)):
+            raise ValueError(
+                f"soups.{name}.threats: got clean, expected threats with a radius above 0; "
+                f"{soup.method} measures on attacked images"
             )
 
     def _check_soup_count(self) -> None:
@@ -324,6 +365,10 @@ class Recipe(Section):
                 return len(self.threats_of(soup)) * len(soup.objectives)
             case "dial":
                 return len(self.threats_of(soup)) * len(soup.at)
+            case _ if soup.merges and self._weighs_by_grid(soup):
+                threats = len(self.threats_of(soup)) if soup.requires("threat") else 1
+                settings = soup.search_settings()
+                return threats * grid_size(len(self.ingredients_of(soup)), settings.step)
             case _:
                 return 1
 
@@ -420,6 +465,19 @@ def _name_by_threat_and_objective(recipe: Recipe, section: str) -> list[str]:
         f"{section}-{threat_slug(threat)}" + (f"-{slug(objective)}" if several else "")
         for threat in recipe.threats_of(soup)
         for objective in soup.objectives
+    ]
+
+
+def _name_by_threat_and_weights(recipe: Recipe, section: str) -> list[str]:
+    soup = recipe.soups[section]
+    threats = recipe.threats_of(soup) if soup.requires("threat") else ()
+    names = _name_by_coefficients(recipe, section)
+    if len(threats) < 2:
+        return names
+    return [
+        name.replace(section, f"{section}-{threat_slug(threat)}", 1)
+        for threat in threats
+        for name in names
     ]
 
 

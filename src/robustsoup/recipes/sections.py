@@ -35,6 +35,7 @@ from robustsoup.settings import (
     EarlyStop,
     LandscapeSettings,
     LearnSettings,
+    MergeSettings,
     Rule,
     SearchSettings,
     TrainSettings,
@@ -371,7 +372,18 @@ _LEARNED_KEYS = _MIXED_KEYS | {
     *("threats", "attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach"),
     *("init", "granularity", "learning_buffers", "seed"),
 }
+_MERGE_KEYS = _GRID_KEYS | {"weights"}
+_TASK_KEYS = _MERGE_KEYS | {"scale"}
+_MEASURING_KEYS = _MERGE_KEYS | {"threats", "attack_steps", "measure_samples"}
 METHOD_KEYS = {
+    "slerp": _MERGE_KEYS,
+    "swap": _MERGE_KEYS | {"blocks"},
+    "task-arithmetic": _TASK_KEYS,
+    "ties": _TASK_KEYS | {"density"},
+    "dare": _TASK_KEYS | {"density", "seed"},
+    "model-stock": _MIXED_KEYS,
+    "fisher": _MEASURING_KEYS | {"seed"},
+    "regmean": _MEASURING_KEYS,
     "uniform": _MIXED_KEYS,
     "grid": _GRID_KEYS,
     "line": _GRID_KEYS,
@@ -390,7 +402,11 @@ METHOD_KEYS = {
     optional=("seed",),
 )
 @declares(DialSettings, rename={"by": "dial"})
-@declares(SearchSettings, only=("step", "max_soups", "score", "tolerance", "time_limit"))
+@declares(
+    SearchSettings,
+    only=("step", "max_soups", "score", "tolerance", "time_limit", "weights"),
+)
+@declares(MergeSettings)
 @declares(BufferSettings, only=("buffers", "calibrate_samples", "calibrate_threat"))
 class Soup(Section):
     """A family of soups of the same ingredients. Keys of other methods are refused."""
@@ -403,7 +419,8 @@ class Soup(Section):
     )
     threats: tuple[ThreatValue, ...] = Field(
         (),
-        description="Threat models; one soup is learned against each. By default the base's.",
+        description="Threat models; one soup is learned against each, or merged from what is "
+        "measured under each. By default the base's.",
     )
     objectives: tuple[ObjectiveValue, ...] = Field(
         ("ce",), description="Objectives; one soup is learned with each."
@@ -438,6 +455,20 @@ class Soup(Section):
     def search_settings(self) -> SearchSettings:
         """Return the step and the size of a grid."""
         return settings_from(self, SearchSettings, score=None)
+
+    def merge_settings(self) -> MergeSettings:
+        """Return the numbers of a merging method."""
+        return settings_from(self, MergeSettings)
+
+    def requires(self, need: str) -> bool:
+        """Return whether the method is one that merges and requires this."""
+        entry = SOUP_METHODS.find(self.method)
+        return entry is not None and need in entry.facts.get("requires", ())
+
+    @property
+    def merges(self) -> bool:
+        """Whether the method merges, rather than listing or learning coefficients."""
+        return self.method in SOUP_METHODS.names_with("needs", "merging")
 
     def buffer_settings(self, *, seed: int, policy: str) -> BufferSettings:
         """Return the settings of BatchNorm's running statistics.

@@ -37,6 +37,7 @@ from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 from robustsoup.soups.answer import Answer
 
 INGREDIENT_COLOUR, UNIFORM_COLOUR, GREEDY_COLOUR = "#0072B2", "#009E73", "#000000"
+MERGE_COLOUR = "#CC79A7"
 SELECTED_COLOUR = "#B00020"
 _REQUIREMENT = re.compile(r"\s*(.+?)\s*>=\s*([0-9.]+)\s*")
 
@@ -135,6 +136,7 @@ def _draw_uniform_and_greedy_soups(axes: Axes, rows: Sequence[ResultRow], scale:
     for role, marker, size, colour in (
         ("uniform", "D", 64, UNIFORM_COLOUR),
         ("greedy", "P", 90, GREEDY_COLOUR),
+        ("merge", "^", 36, MERGE_COLOUR),
     ):
         members = [row for row in rows if row.role == role]
         if members:

@@ -63,6 +63,8 @@ def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Cand
     description = describe_soup(
         row.coefficients or (), row.ingredients or (), ingredient=ingredient, method=row.role
     )
+    if row.role == "merge" and row.soup is not None:
+        description = f"{plan.recipe.soups[row.soup].method} of {description}"
     return Candidate(row.name, row.coefficients or (), evaluation, description, ingredient)
 
 

@@ -20,6 +20,7 @@ from robustsoup.runs.tasks import (
     EvaluateNetwork,
     EvaluationSettings,
     MeasureClean,
+    MergeSoup,
     MixSoup,
     Task,
     TrainNetwork,
@@ -125,7 +126,7 @@ def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
         case TrainNetwork():
             interval = task.checkpoint_every
             return network_bytes * (1 + (task.epochs // interval if interval else 0))
-        case MixSoup():
+        case MixSoup() | MergeSoup():
             return network_bytes
         case EvaluateNetwork():
             channels, (height, width) = data.record["channels"], data.record["size"]

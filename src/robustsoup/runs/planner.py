@@ -8,6 +8,7 @@ from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, Registry, import_by_nam
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.data.corruptions import CorruptionPart, open_corruptions
+from robustsoup.errors import CheckpointError
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
@@ -21,6 +22,7 @@ from robustsoup.runs.tasks import (
     LearnCoefficients,
     MapPlane,
     MeasureClean,
+    MergeSoup,
     Mixing,
     MixSoup,
     ShiftedCopies,
@@ -46,7 +48,7 @@ def fingerprint_functions(task: Task) -> list[str | None]:
         case LearnCoefficients():
             objective = Objective.parse(task.settings.objective).fingerprint
             return [objective, _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)]
-        case MixSoup() | MeasureClean():
+        case MixSoup() | MergeSoup() | MeasureClean():
             return [_fingerprint_named(BUFFER_POLICIES, task.mixing.policy)]
         case EvaluateNetwork():
             return [_fingerprint_named(ATTACKS, str(task.settings.attack.attack))]
@@ -208,6 +210,24 @@ class Planner:
             return self.networks[PRETRAINED]
         ancestor = common_ancestor([self.plan.files[key] for key in ingredients])
         return ingredients[0] if ancestor is None else self._add_checkpoint(ancestor)
+
+    def merging_base(self, soup: Soup) -> Key:
+        """Return the checkpoint that a merging method takes differences from.
+
+        Raises:
+            CheckpointError: If the recipe has no base and no common ancestor is found.
+        """
+        if PRETRAINED in self.networks:
+            return self.networks[PRETRAINED]
+        keys = self.ingredient_keys(soup)
+        ancestor = common_ancestor([self.plan.files[key] for key in keys])
+        if ancestor is None:
+            raise CheckpointError(
+                f'method "{soup.method}": requires the checkpoint that the ingredients were '
+                "fine-tuned from, which lies beside none of them; "
+                'set checkpoint = "base.safetensors" in the recipe (--base)'
+            )
+        return self._add_checkpoint(ancestor)
 
     def mixing_of(self, soup: Soup) -> Mixing:
         """Return the buffer policy of a soup, and its base."""

@@ -17,7 +17,17 @@ from robustsoup.schema import (
 )
 from robustsoup.soups.goal import Requirement
 
-ROLES = ("pretrained", "ingredient", "uniform", "greedy", "line", "grid", "learned", "dial")
+ROLES = (
+    "pretrained",
+    "ingredient",
+    "uniform",
+    "greedy",
+    "line",
+    "grid",
+    "learned",
+    "dial",
+    "merge",
+)
 """What the network of a row is; the roles from the third on are soups."""
 
 

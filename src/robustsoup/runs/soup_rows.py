@@ -9,10 +9,10 @@ from robustsoup.recipes import Recipe, Soup, threat_slug
 from robustsoup.runs.plan import PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import ROLES
-from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients
+from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients, MergeSoup
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.surrogate_search import draw_tests, spread_first
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
 
 
 def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision: str) -> Planner:
@@ -37,7 +37,8 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
     for name in recipe.ingredients:
         planner.add_ingredient(name)
     for section, soup in recipe.soups.items():
-        plan_soups = SOUP_PLANNERS.get(soup.method, plan_mixed_soups)
+        default = plan_merged_soups if soup.merges else plan_mixed_soups
+        plan_soups = SOUP_PLANNERS.get(soup.method, default)
         for row in plan_soups(planner, section, soup):
             planner.add_row(row)
     planner.add_evaluations()
@@ -96,6 +97,42 @@ def plan_grid_soup(planner: Planner, section: str, name: str) -> PlannedRow:
     recipe, soup = planner.recipe, planner.recipe.soups[section]
     alpha = recipe.alphas_of(soup)[recipe.soup_names(section).index(name)]
     return _plan_mixed_soup(planner, section, name, alpha)
+
+
+def plan_merged_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
+    """Plan the soups of a merging method: one for each threat it measures under, and weights."""
+    recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
+    measures = soup.requires("threat")
+    threats = recipe.threats_of(soup) if measures else (CLEAN,)
+    base = planner.merging_base(soup) if soup.requires("base") else None
+    pairs = itertools.product(threats, recipe.alphas_of(soup))
+    rows: list[PlannedRow] = []
+    for name, (threat, weights) in zip(recipe.soup_names(section), pairs, strict=True):
+        task = MergeSoup(
+            soup.method,
+            soup.merge_settings(),
+            ingredients,
+            weights,
+            planner.mixing_of(soup),
+            base,
+            threat,
+            soup["attack_steps"],
+            soup.seed_or(recipe.seed),
+            planner.precision if measures else "float32",
+            recipe.fits_on_val,
+        )
+        rows.append(
+            PlannedRow(
+                name=name,
+                role="merge",
+                network=planner.add_step(name, task),
+                soup=section,
+                ingredients=recipe.ingredients_of(soup),
+                coefficients=weights,
+                threat=str(threat) if measures else None,
+            )
+        )
+    return rows
 
 
 def plan_learned_soups(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:

@@ -17,17 +17,25 @@ from robustsoup.settings import (
     EarlyStop,
     LandscapeSettings,
     LearnSettings,
+    MergeSettings,
     TrainSettings,
     to_record,
 )
 from robustsoup.soups.goal import Score
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
 
 Key = str
 """Key of a step, or "file:DIGEST" of a checkpoint that existed before the run."""
 
-SETTINGS = (TrainSettings, LearnSettings, AttackSettings, BufferSettings, LandscapeSettings)
+SETTINGS = (
+    TrainSettings,
+    LearnSettings,
+    AttackSettings,
+    BufferSettings,
+    LandscapeSettings,
+    MergeSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -343,6 +351,51 @@ class MeasureClean:
 
 
 @dataclass(frozen=True)
+class MergeSoup:
+    """Merge ingredients by a method that goes beyond an average.
+
+    Attributes:
+        method: Name of the method.
+        settings: Its numbers.
+        ingredients: The ingredients.
+        weights: One weight for each ingredient.
+        mixing: How the soup gets its running statistics.
+        base: The checkpoint that the ingredients were fine-tuned from, if the method requires it.
+        threat: Threat model of the measurement; clean if the method measures nothing.
+        attack_steps: APGD steps of the measurement.
+        seed: Seed of the method's draws.
+        precision: Arithmetic of the attack.
+        fits_on_val: Whether `val` is measured on too.
+    """
+
+    method: str
+    settings: MergeSettings
+    ingredients: tuple[Key, ...]
+    weights: tuple[float, ...]
+    mixing: Mixing
+    base: Key | None = None
+    threat: ThreatModel = CLEAN
+    attack_steps: int = 2
+    seed: int = 0
+    precision: str = "float32"
+    fits_on_val: bool = False
+    kind = "merge"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of the steps and files that the task reads."""
+        new = self.base is not None and self.base not in self.ingredients
+        return (*self.ingredients, *((self.base,) if new and self.base else ()))
+
+    def count_passes(self, data: Data) -> int:
+        """Return the cost of the task in forward passes of one sample."""
+        measured = 0 if self.threat.is_clean else self.settings.measure_samples
+        samples = min(measured, len(data.train)) * len(self.ingredients)
+        return samples * (2 * self.attack_steps + 4) + self.mixing.count_passes(data)
+
+
+@dataclass(frozen=True)
 class EvaluateNetwork:
     """Evaluate one network.
 
@@ -430,6 +483,7 @@ Task = (
     | BuildGreedySoup
     | MixSoup
     | MeasureClean
+    | MergeSoup
     | EvaluateNetwork
     | MapPlane
 )

@@ -30,6 +30,7 @@ from robustsoup.runs.tasks import (
     LearnCoefficients,
     MapPlane,
     MeasureClean,
+    MergeSoup,
     Mixing,
     MixSoup,
     TakeSnapshot,
@@ -40,6 +41,7 @@ from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import Alpha, alpha_name, corners
 from robustsoup.soups.learning import learn, learn_dial
+from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
 from robustsoup.training.train import train
@@ -119,6 +121,8 @@ class Worker:
                 figures = mix_soup(self, task, folder)
             case MeasureClean():
                 figures = measure_clean(self, task, folder, on_progress)
+            case MergeSoup():
+                figures = merge_soup(self, task, folder)
             case EvaluateNetwork():
                 figures = evaluate_network(self, step.name, task, folder, on_progress)
             case MapPlane():
@@ -319,6 +323,30 @@ def mix_soup(worker: Worker, task: MixSoup, folder: Path) -> str:
     soup = _mix_checkpoints(worker, ingredients, coefficients, task.mixing)
     soup.save(folder / CHECKPOINT)
     return f"buffers {task.mixing.policy}"
+
+
+def merge_soup(worker: Worker, task: MergeSoup, folder: Path) -> str:
+    """Merge a soup and write its checkpoint."""
+    buffers = task.mixing.buffers
+    base = task.base if task.base is not None else task.mixing.base
+    soup = merge(
+        [worker.checkpoint(key) for key in task.ingredients],
+        task.method,
+        task.weights,
+        task.settings,
+        base=worker.optional_checkpoint(base),
+        data=worker.fitting_split(task.fits_on_val),
+        threat=buffers.calibrate_threat if task.threat.is_clean else task.threat,
+        attack_steps=task.attack_steps,
+        buffers=task.mixing.policy,
+        calibrate_samples=buffers.calibrate_samples,
+        allow_leakage=worker.allow_leakage,
+        device=worker.context.device,
+        precision=task.precision,
+        seed=task.seed,
+    )
+    soup.save(folder / CHECKPOINT)
+    return f"{task.method}, buffers {task.mixing.policy}"
 
 
 def _mix_checkpoints(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
-from robustsoup.catalog import SOUP_METHODS
+from robustsoup.catalog import SOUP_METHODS, Entry
 from robustsoup.errors import CoefficientError
 from robustsoup.settings import SMALLEST_STEP
 
@@ -108,6 +108,23 @@ def candidates(
             )
         method = entry.load()
     return [tuple(alpha) for alpha in method(n, step, max_soups)]
+
+
+def merging_weights(
+    entry: Entry, weights: str, n: int, step: float, max_soups: int = MAX_SOUPS
+) -> list[Alpha]:
+    """Return the weights that a merging method is tried with.
+
+    Args:
+        entry: The method.
+        weights: "grid" or "uniform"; a method whose ingredients weigh the same is always uniform.
+        n: Number of ingredients.
+        step: Step of the grid.
+        max_soups: Maximum number of soups.
+    """
+    if weights == "uniform" or entry.facts.get("weights") == "uniform":
+        return uniform(n, step, max_soups)
+    return grid(n, step, max_soups)
 
 
 def alpha_name(alpha: Sequence[float]) -> str:

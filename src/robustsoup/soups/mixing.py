@@ -151,44 +151,88 @@ def mix(
     _check_policy_fits(policy, loaded[0], coefficients, affine=affine)
     for item in loaded:
         item.check_source()
-    tensors = _mix_parameters(loaded, coefficients)
-    vectors = compute_power_vectors(loaded, coefficients, tensors)
-    tensors |= vectors
-    if "data" in policy.facts.get("needs", ()) and not affine:
-        tensors |= average_statistics(loaded, coefficients)
-
-    def build_network() -> nn.Module:
-        soup = Checkpoint(
-            tensors,
-            make_soup_record(loaded, coefficients),
-            named_network=loaded[0].named_network,
-        )
-        model = copy_network(network) if network is not None else soup.network()
-        soup.load_into(model)
-        return model.to(resolve_device(device))
-
     calibration = Calibration(
         calibrate_on, calibrate_samples, threat, attack_steps, precision, seed
     )
+    finish = BufferRequest(policy, base, calibration, network, device, affine=affine)
+    return finish_soup(loaded, coefficients, _mix_parameters(loaded, coefficients), finish)
+
+
+@dataclass(frozen=True)
+class BufferRequest:
+    """How a soup gets its running statistics, for `finish_soup`.
+
+    Attributes:
+        policy: Entry of `catalog.BUFFER_POLICIES`.
+        base: The checkpoint that the caller named as base, if any.
+        calibration: How to measure statistics.
+        network: The network, if the ingredients do not record theirs; not changed.
+        device: Where to measure.
+        affine: Whether coefficients may be negative.
+    """
+
+    policy: Entry
+    base: Checkpoint | str | os.PathLike[str] | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    network: nn.Module | None = None
+    device: torch.device | str = "cpu"
+    affine: bool = False
+
+
+def finish_soup(
+    ingredients: Sequence[Checkpoint],
+    coefficients: Coefficients,
+    tensors: Mapping[str, Tensor],
+    request: BufferRequest,
+    entries: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Return the soup with the given parameters: add its running statistics and its record.
+
+    Args:
+        ingredients: n checkpoints of one network.
+        coefficients: Mixing coefficients, columns in the order of the ingredients; they average
+            statistics.
+        tensors: All tensors of the soup by name; the parameters are final.
+        request: How the soup gets its running statistics.
+        entries: More entries of the provenance record.
+
+    Raises:
+        CheckpointError: If a tensor of the soup would hold NaN or infinity; names it.
+    """
+    first, policy = ingredients[0], request.policy
+    tensors = dict(tensors)
+    vectors = compute_power_vectors(ingredients, coefficients, tensors)
+    tensors |= vectors
+    if "data" in policy.facts.get("needs", ()) and not request.affine:
+        tensors |= average_statistics(ingredients, coefficients)
+    record = make_soup_record(ingredients, coefficients) | dict(entries or {})
+
+    def build_network() -> nn.Module:
+        soup = Checkpoint(tensors, record, named_network=first.named_network)
+        given = request.network
+        model = copy_network(given) if given is not None else soup.network()
+        soup.load_into(model)
+        return model.to(resolve_device(request.device))
+
     run_policy: BufferPolicy = policy.load()
-    result = run_policy(UnfinishedSoup(loaded, coefficients, build_network, base, calibration))
+    result = run_policy(
+        UnfinishedSoup(ingredients, coefficients, build_network, request.base, request.calibration)
+    )
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True)
         for name, tensor in result.tensors.items()
         if name not in vectors
     }
-    _check_soup_is_finite(tensors, loaded)
-    record = make_soup_record(loaded, coefficients)
-    record["buffers"] = {"policy": policy.name, **result.record}
-    wrapping, dropped = soup_wrapping([item.wrapping for item in loaded])
-    notes = list(dict.fromkeys(note for item in loaded for note in item.notes))
+    _check_soup_is_finite(tensors, ingredients)
+    wrapping, dropped = soup_wrapping([item.wrapping for item in ingredients])
+    notes = list(dict.fromkeys(note for item in ingredients for note in item.notes))
     if dropped:
         notes.append(f"soup: left out {join_names(dropped)}, which were not mixed")
     return Checkpoint(
         tensors,
-        record,
+        record | {"buffers": {"policy": policy.name, **result.record}},
         wrapping=wrapping,
-        named_network=loaded[0].named_network,
+        named_network=first.named_network,
         notes=tuple(notes),
     )
 

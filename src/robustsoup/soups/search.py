@@ -25,6 +25,7 @@ from robustsoup.progress import Progress
 from robustsoup.settings import (
     ALL_METHODS,
     AttackSettings,
+    MergeSettings,
     SearchSettings,
     accepts_settings,
     make_settings,
@@ -33,7 +34,8 @@ from robustsoup.soups.answer import Answer
 from robustsoup.soups.explanation import Explained, describe_gaps, describe_soup, explain, with_test
 from robustsoup.soups.goal import Goal, Score, check_goal
 from robustsoup.soups.greedy import greedy
-from robustsoup.soups.grid import Alpha, alpha_name, candidates, corners
+from robustsoup.soups.grid import Alpha, alpha_name, candidates, corners, merging_weights
+from robustsoup.soups.merging import check_merge, is_merge, merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
     Contender,
@@ -52,7 +54,7 @@ from robustsoup.soups.surrogate_search import (
     make_search,
 )
 from robustsoup.soups.time_limit import TimeLimit
-from robustsoup.threats import ThreatModel, parse_threats
+from robustsoup.threats import CLEAN, ThreatModel, parse_threats
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +82,7 @@ class SearchResult:
 
 @accepts_settings(AttackSettings)
 @accepts_settings(SearchSettings)
+@accepts_settings(MergeSettings)
 def search(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     data: SplitLike,
@@ -89,6 +92,7 @@ def search(
     *,
     buffers: str = "average",
     calibrate_on: SplitLike | None = None,
+    base: Checkpoint | str | os.PathLike[str] | None = None,
     samples: int | None = None,
     shift: str | os.PathLike[str] | None = None,
     allow_leakage: bool = False,
@@ -117,7 +121,10 @@ def search(
             None).
         attack_settings: The attack; AttackSettings() if None. Its seed also seeds the mixing.
         buffers: Policy for BatchNorm's running statistics, as in `mix`.
-        calibrate_on: Training split, required by the recalibrating policies.
+        calibrate_on: Training split, required by the recalibrating policies and by methods that
+            measure, which attack its samples under the first threat.
+        base: The checkpoint that the ingredients were fine-tuned from, for methods that merge
+            differences from it; by default the common ancestor.
         samples: Evaluate on the first `samples` samples; on all if None.
         shift: Folder of corrupted copies of the test set, as in `evaluate`; adds the measure
             "shift" on copies of every second image, and limits `samples` to their number. On
@@ -127,7 +134,8 @@ def search(
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         on_progress: Called as on_progress(done, total, figures) after each soup.
         report_on: Split that chooses nothing, usually `test`; the chosen soup is evaluated on it.
-        **changes: Fields of SearchSettings and AttackSettings, which override both.
+        **changes: Fields of SearchSettings and AttackSettings, which override both, and of
+            MergeSettings, the numbers of a merging method.
 
     Returns:
         All candidates, in the order of the method (the greedy soup is the last of its method), and
@@ -139,7 +147,8 @@ def search(
     """
     data = as_split(data, "search")
     calibrate_on = as_optional_split(calibrate_on, "search: calibrate_on")
-    search_changes, attack_changes = _split_changes(changes)
+    search_changes, others = _split_changes(SearchSettings, changes)
+    merge_changes, attack_changes = _split_changes(MergeSettings, others)
     settings = make_settings(SearchSettings, settings, search_changes)
     attack = make_settings(AttackSettings, attack_settings, attack_changes)
     _check_combination(settings, attack)
@@ -153,6 +162,8 @@ def search(
     report_on = as_optional_split(report_on, "search: report_on")
     if report_on is not None:
         check_leakage(opened, report_on, allow=allow_leakage)
+    merging = _describe_merging(settings, merge_changes, base, parsed)
+    _check_merging(merging, len(opened), calibrate_on)
     evaluator = _SoupEvaluator(
         opened,
         split,
@@ -163,6 +174,7 @@ def search(
         network,
         device,
         shift,
+        merging=merging,
     )
     progress = _SearchProgress(on_progress)
     measures = _measures_of(parsed, shift=shift is not None)
@@ -172,16 +184,16 @@ def search(
         score = Score.parse(settings.score or _default_measure(parsed))
         tried = _Tried(_search_greedily(evaluator, score, progress))
     else:
-        method = "grid" if settings.method == "surrogate" else settings.method
-        alphas = candidates(method, len(opened), settings.step, settings.max_soups)
+        alphas = _list_alphas(settings, len(opened))
         check_goal(goal, measures, samples=len(split), candidates=len(alphas))
         named = {alpha_name(alpha): alpha for alpha in alphas}
         if settings.method == "surrogate":
             check_modelled(aim)
             tried = _search_by_surrogate(evaluator, named, aim, settings, progress)
         elif settings.screen:
-            screened = _search_screened(evaluator, named, goal, settings.screen_steps, progress)
-            tried = _Tried(screened)
+            tried = _Tried(
+                _search_screened(evaluator, named, goal, settings.screen_steps, progress)
+            )
         else:
             progress.total = len(named)
             tried = _Tried(
@@ -269,11 +281,57 @@ def _list_gaps(
     )
 
 
-def _split_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split changes into those of SearchSettings and all others."""
-    names = {field.name for field in dataclasses.fields(SearchSettings)}
-    search_changes = {name: value for name, value in changes.items() if name in names}
-    return search_changes, {k: v for k, v in changes.items() if k not in names}
+def _split_changes(
+    settings_type: type, changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split changes into those of a settings class and all others."""
+    names = {field.name for field in dataclasses.fields(settings_type)}
+    own_changes = {name: value for name, value in changes.items() if name in names}
+    return own_changes, {k: v for k, v in changes.items() if k not in names}
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """How a search merges: the method, its numbers, the base, and the threat to measure under."""
+
+    method: str
+    settings: MergeSettings
+    base: Checkpoint | str | os.PathLike[str] | None
+    threat: ThreatModel | str
+
+
+def _describe_merging(
+    settings: SearchSettings,
+    changes: Mapping[str, Any],
+    base: Checkpoint | str | os.PathLike[str] | None,
+    threats: Sequence[ThreatModel | str],
+) -> _Merging | None:
+    """Return how the method merges; None for a method that lists or learns coefficients."""
+    method = settings.method
+    if not isinstance(method, str) or not is_merge(method):
+        if given := [*changes, *(["base"] if base is not None else [])]:
+            raise RequestError(f'search: {given[0]}: has no meaning with method "{method}"')
+        return None
+    attacked = [threat for threat in threats if not ThreatModel.parse(threat).is_clean]
+    threat = attacked[0] if attacked else CLEAN
+    return _Merging(method, make_settings(MergeSettings, None, changes), base, threat)
+
+
+def _check_merging(merging: _Merging | None, n: int, data: Split | None) -> None:
+    """Raise RequestError if a merging method lacks what it requires."""
+    if merging is not None:
+        entry, threat = SOUP_METHODS.get_entry(merging.method), ThreatModel.parse(merging.threat)
+        check_merge(entry, n, merging.settings, data=data, threat=threat)
+
+
+def _list_alphas(settings: SearchSettings, n: int) -> list[Alpha]:
+    """Return the coefficients that the method tries, or the weights of a merging method."""
+    method = settings.method
+    if isinstance(method, str) and is_merge(method):
+        entry = SOUP_METHODS.get_entry(method)
+        return merging_weights(entry, settings.weights, n, settings.step, settings.max_soups)
+    method = "grid" if method == "surrogate" else method
+    return candidates(method, n, settings.step, settings.max_soups)
 
 
 def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None:
@@ -293,6 +351,8 @@ def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None
         raise RequestError(
             'search: method "all" runs from the command line; in Python, search method by method'
         )
+    if settings.screen and isinstance(method, str) and is_merge(method):
+        raise RequestError(f'search: method "{method}" is evaluated in full; leave out screen')
     if isinstance(method, str) and SOUP_METHODS.get_entry(method).facts.get("needs") == "training":
         raise RequestError(
             f'search: method "{method}" learns its coefficients; use learn or learn_dial'
@@ -343,28 +403,51 @@ class _SoupEvaluator:
     device: str
     shift: str | os.PathLike[str] | None
     shift_part: CorruptionPart = "select"
+    merging: _Merging | None = None
 
     def mix_network(self, alpha: Alpha) -> nn.Module:
         """Return the network with the weights of a soup."""
-        soup = mix(
-            self.ingredients,
-            alpha,
-            buffers=self.buffers,
-            calibrate_on=self.calibrate_on,
-            network=self.network,
-            device=self.device,
-            seed=self.attack.seed,
-        )
+        soup = self._make_soup(alpha)
         model = soup.network() if self.network is None else copy_network(self.network)
         soup.load_into(model)
         return model
 
     def describe(self, candidate: Candidate, names: Sequence[str]) -> Candidate:
         """Return the candidate with its description in words."""
-        equals = self.buffers == "average" and 1.0 in candidate.alpha
+        averages = self.buffers == "average" and self.merging is None
+        equals = averages and 1.0 in candidate.alpha
         ingredient = names[candidate.alpha.index(1.0)] if equals else None
         description = describe_soup(candidate.alpha, names, ingredient=ingredient)
+        if self.merging is not None:
+            description = f"{self.merging.method} of {description}"
         return replace(candidate, description=description, ingredient=ingredient)
+
+    def _make_soup(self, alpha: Alpha) -> Checkpoint:
+        """Mix or merge a soup."""
+        merging = self.merging
+        if merging is None:
+            return mix(
+                self.ingredients,
+                alpha,
+                buffers=self.buffers,
+                calibrate_on=self.calibrate_on,
+                network=self.network,
+                device=self.device,
+                seed=self.attack.seed,
+            )
+        return merge(
+            self.ingredients,
+            merging.method,
+            alpha,
+            merging.settings,
+            base=merging.base,
+            data=self.calibrate_on,
+            threat=merging.threat,
+            buffers=self.buffers,
+            network=self.network,
+            device=self.device,
+            seed=self.attack.seed,
+        )
 
     def evaluate(self, alpha: Alpha) -> Evaluation:
         """Evaluate a soup in full."""
