@@ -78,9 +78,18 @@ class Rule:
         )
 
 
-def setting(default: Any, help_text: str, **limits: Any) -> Any:
-    """Declare one setting: a dataclass field with a default, help text and a valid range."""
-    return field(default=default, metadata={"rule": Rule(help_text, **limits)})
+def setting(default: Any, help_text: str, *, recorded_if_set: bool = False, **limits: Any) -> Any:
+    """Declare one setting: a dataclass field with a default, help text and a valid range.
+
+    Args:
+        default: The default.
+        help_text: One sentence for `--help` and the reference pages.
+        recorded_if_set: Leave the setting out of records and store keys while it has its default,
+            so that steps that do not use a new setting keep their keys.
+        **limits: The range, as in `Rule`.
+    """
+    metadata = {"rule": Rule(help_text, **limits), "recorded_if_set": recorded_if_set}
+    return field(default=default, metadata=metadata)
 
 
 def rules(settings_type: type) -> dict[str, Rule]:
@@ -185,7 +194,12 @@ def to_record(settings: Any) -> dict[str, Any]:
 
     Threat models and objectives become text; nested settings become dictionaries.
     """
-    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    values = {f: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    return {
+        f.name: _plain(value)
+        for f, value in values.items()
+        if not (f.metadata["recorded_if_set"] and value == f.default)
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -208,6 +222,32 @@ def _is_settings(value: Any) -> bool:
 
 def _parse_threat(settings: Any, name: str = "threat") -> None:
     object.__setattr__(settings, name, ThreatModel.parse(getattr(settings, name)))
+
+
+def _parse_union(settings: Any) -> None:
+    """Parse `also`, and check that several threats come with a way to combine them."""
+    also = settings.also
+    if isinstance(also, str | ThreatModel):
+        also = (also,)
+    also = tuple(ThreatModel.parse(threat) for threat in also)
+    object.__setattr__(settings, "also", also)
+    threats = (settings.threat, *also)
+    names = [str(threat) for threat in threats]
+    if also and any(threat.is_clean for threat in threats):
+        raise RequestError(
+            f"threat: got {', '.join(names)}; clean is no attack to combine with others: for clean "
+            'images too, take the objective "mixed A"'
+        )
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise RequestError(f"threat: got {duplicate} twice, expected different threats")
+    if also and settings.combine is None:
+        raise RequestError(
+            f"combine: got {len(names)} threats ({', '.join(names)}), expected max, mean or random"
+        )
+    if settings.combine is not None and not also:
+        raise RequestError(
+            f"combine: got {settings.combine} with one threat ({names[0]}), expected several"
+        )
 
 
 def _parse_early_stop(settings: Any) -> None:
@@ -240,6 +280,16 @@ class TrainSettings:
 
     threat: ThreatModel = setting(
         LINF_8, 'Threat model to train against, such as "Linf 8/255", "L2 0.5" or clean.'
+    )
+    also: tuple[ThreatModel, ...] = setting(
+        (), "More threat models, trained against together with the first.", recorded_if_set=True
+    )
+    combine: str | None = setting(
+        None,
+        "How several threats are combined: max (each image under its worst threat), mean (the mean "
+        "of the losses) or random (one threat in each step).",
+        choices=("max", "mean", "random"),
+        recorded_if_set=True,
     )
     objective: Any = setting(
         "ce",
@@ -289,12 +339,18 @@ class TrainSettings:
     precision: str = setting("auto", "Arithmetic of training.", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
-        """Parse the threat model and check the ranges."""
+        """Parse the threat models and check the ranges."""
         _parse_threat(self)
         _parse_early_stop(self)
         check_ranges(self)
+        _parse_union(self)
         if self.nesterov and not self.momentum:
             raise RequestError("nesterov: requires momentum above 0; got momentum 0")
+
+    @property
+    def threats(self) -> tuple[ThreatModel, ...]:
+        """All threat models: the first, and those that are combined with it."""
+        return (self.threat, *self.also)
 
 
 PRETRAIN_DEFAULTS: Mapping[str, Any] = {
@@ -330,6 +386,16 @@ class LearnSettings:
 
     threat: ThreatModel = setting(
         LINF_8, 'Threat model to learn against, such as "Linf 8/255", "L2 0.5" or clean.'
+    )
+    also: tuple[ThreatModel, ...] = setting(
+        (), "More threat models, learned against together with the first.", recorded_if_set=True
+    )
+    combine: str | None = setting(
+        None,
+        "How several threats are combined: max (each image under its worst threat), mean (the mean "
+        "of the losses) or random (one threat in each step).",
+        choices=("max", "mean", "random"),
+        recorded_if_set=True,
     )
     objective: Any = setting(
         "ce",
@@ -379,6 +445,14 @@ class LearnSettings:
         if isinstance(self.dial, Mapping):
             object.__setattr__(self, "dial", make_settings(DialSettings, None, self.dial))
         check_ranges(self)
+        _parse_union(self)
+        if self.dial is not None and self.also:
+            raise RequestError("threat: a dial turns one threat from robust to clean; got several")
+
+    @property
+    def threats(self) -> tuple[ThreatModel, ...]:
+        """All threat models: the first, and those that are combined with it."""
+        return (self.threat, *self.also)
 
 
 @dataclass(frozen=True, kw_only=True)

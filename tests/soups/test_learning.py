@@ -189,7 +189,7 @@ def graph_leaves(loss):
 
 
 def test_the_graph_holds_one_network(monkeypatch):
-    real, sizes = learning_run.objective_loss, []
+    real, sizes = learning_run.mean_objective_loss, []
 
     def checked_loss(model, *rest, **options):
         loss = real(model, *rest, **options)
@@ -198,7 +198,7 @@ def test_the_graph_holds_one_network(monkeypatch):
         sizes.append(sum(leaf.numel() for leaf in leaves.values()))
         return loss
 
-    monkeypatch.setattr(learning_run, "objective_loss", checked_loss)
+    monkeypatch.setattr(learning_run, "mean_objective_loss", checked_loss)
     items = resnet_ingredients(4)
     total = sum(items[0].tensors[name].numel() for name in items[0].parameters)
     learn_digits(items, detach=0.0)

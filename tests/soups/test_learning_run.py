@@ -21,12 +21,12 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import batches, load_data
 from robustsoup.errors import Diverged, LeakageError, RequestError
 from robustsoup.settings import DialSettings, LearnSettings
-from robustsoup.soups import learning_run
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.learning import learn
 from robustsoup.soups.learning_run import LearningInputs, LearningRun
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN
+from robustsoup.training import adversarial_loss
 from robustsoup.training.adversarial_loss import measure_objective, measure_robust_loss
 from robustsoup.training.objectives import Objective, mixed
 
@@ -305,13 +305,13 @@ def test_a_loss_that_breaks_during_the_run_keeps_the_state_before(
     tmp_path, monkeypatch, save_every_step
 ):
     items, path, steps = resnet_ingredients(), tmp_path / "state.pt", []
-    real = learning_run.attack_batch
+    real = adversarial_loss.attack_batch
 
     def poison_fifth_step(model, batch, *rest, **options):
         steps.append(1)
         return batch[0] * float("nan") if len(steps) == 5 else real(model, batch, *rest, **options)
 
-    monkeypatch.setattr(learning_run, "attack_batch", poison_fifth_step)
+    monkeypatch.setattr(adversarial_loss, "attack_batch", poison_fifth_step)
     with pytest.raises(
         Diverged, match=r"learn: the loss became nan at step 4, first in layer normalize"
     ):

@@ -10,6 +10,7 @@ import typer
 from robustsoup.cli.options import (
     AllowLeakage,
     Base,
+    Combine,
     DataOptions,
     Fields,
     Files,
@@ -17,6 +18,8 @@ from robustsoup.cli.options import (
     NetworkOptions,
     RunOptions,
     Track,
+    TrainingThreats,
+    with_threats,
 )
 from robustsoup.cli.terminal import print_error, print_line, print_warning
 from robustsoup.errors import RequestError
@@ -33,8 +36,10 @@ def learn_command(
     checkpoints: Files,
     data: DataOptions,
     settings: Annotated[
-        LearnSettings, Fields(required=("threat",), names={"buffers": "learning_buffers"})
+        LearnSettings,
+        Fields(omit=("threat", "also", "combine"), names={"buffers": "learning_buffers"}),
     ],
+    threat: TrainingThreats,
     output: Annotated[
         Path, typer.Option("-o", help="Folder for the soup and its coefficients, or the dial.")
     ],
@@ -55,6 +60,7 @@ def learn_command(
     ] = None,
     base: Base = None,
     allow_leakage: AllowLeakage = False,
+    combine: Combine = None,
     track: Track = None,
 ) -> None:
     """Learn mixing coefficients for each layer under attack.
@@ -89,6 +95,7 @@ def learn_command(
     check_writable(output, folder=True)
     if settings.dial is not None:
         settings = replace(settings, dial=dial)
+    settings = with_threats(settings, threat, combine)
     policy = soup.buffers or "tracked"
     on_epoch = tracking.track(track) if track else None
     run.use_threads()

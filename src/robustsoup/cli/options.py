@@ -13,14 +13,22 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from robustsoup.catalog import ATTACKS, DATA_SOURCES, MODELS
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.paths import user_path
-from robustsoup.settings import SEED_LIMIT, Rule, check_ranges, rules, setting
+from robustsoup.settings import (
+    SEED_LIMIT,
+    LearnSettings,
+    Rule,
+    TrainSettings,
+    check_ranges,
+    rules,
+    setting,
+)
 from robustsoup.threats import ThreatModel
 
 
@@ -40,6 +48,21 @@ Files = Annotated[
 ]
 Threats = Annotated[
     list[str], typer.Option("--threat", help='Threat model, such as "Linf 8/255"; repeatable.')
+]
+TrainingThreats = Annotated[
+    list[str],
+    typer.Option(
+        "--threat",
+        help='Threat model, such as "Linf 8/255", "L2 0.5" or clean; several require --combine.',
+    ),
+]
+Combine = Annotated[
+    str | None,
+    typer.Option(
+        help="How several threats are combined: max (each image under its worst threat), mean (the "
+        "mean of the losses) or random (one threat in each step).",
+        show_default=False,
+    ),
 ]
 SampleLimit = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
 ShiftFolder = Annotated[
@@ -180,6 +203,27 @@ def _parse_channels(text: str) -> list[float]:
         raise ModelError(
             f'--normalize: got "{text}", expected numbers by channel, such as "0.49,0.48,0.45"'
         ) from None
+
+
+TrainOrLearn = TypeVar("TrainOrLearn", TrainSettings, LearnSettings)
+
+
+def with_threats(
+    settings: TrainOrLearn, threats: Sequence[str], combine: str | None
+) -> TrainOrLearn:
+    """Return settings of training or learning with the threats of the command.
+
+    Raises:
+        RequestError: The threats do not go together.
+    """
+    first, *also = threats
+    changes: dict[str, Any] = {"threat": first, "also": tuple(also), "combine": combine}
+    try:
+        return dataclasses.replace(settings, **changes)
+    except RequestError as error:
+        text = str(error)
+        shown = f"--{text}" if text.startswith(("threat: ", "combine: ")) else text
+        raise type(error)(shown) from None
 
 
 @dataclass(frozen=True)

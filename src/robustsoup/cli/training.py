@@ -8,12 +8,15 @@ import typer
 
 from robustsoup.cli.options import (
     CheckpointPlace,
+    Combine,
     DataOptions,
     Fields,
     Given,
     NetworkOptions,
     RunOptions,
     Track,
+    TrainingThreats,
+    with_threats,
 )
 from robustsoup.cli.terminal import print_error, print_line
 from robustsoup.errors import ModelError, RequestError
@@ -28,11 +31,12 @@ def train_command(
     settings: Annotated[
         TrainSettings,
         Fields(
-            required=("threat",),
+            omit=("threat", "also", "combine"),
             defaults={"lr": None},
             helps={"lr": "Learning rate; by default 0.1 for fresh weights and 0.001 with --from."},
         ),
     ],
+    threat: TrainingThreats,
     output: Annotated[Path, typer.Option("-o", help="Checkpoint to write (.safetensors).")],
     network: NetworkOptions,
     run: RunOptions,
@@ -40,6 +44,7 @@ def train_command(
     start: Annotated[
         Path | None, CheckpointPlace(), typer.Option("--from", help="Checkpoint to fine-tune.")
     ] = None,
+    combine: Combine = None,
     track: Track = None,
 ) -> None:
     """Train a network adversarially, or fine-tune a checkpoint.
@@ -66,6 +71,7 @@ def train_command(
     from robustsoup.runs.locks import lock_file
     from robustsoup.training.train import train
 
+    settings = with_threats(settings, threat, combine)
     check_output_file(output, {".safetensors"})
     _check_train_options(settings, network, start, given)
     if start is None and "lr" not in given:

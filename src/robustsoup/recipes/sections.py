@@ -156,6 +156,7 @@ ObjectiveValue = Annotated[str, AfterValidator(raises_value_error(_check_objecti
 ScheduleValue = Annotated[str | dict[str, Any], AfterValidator(raises_value_error(_check_schedule))]
 _VALUE_TYPES: dict[str, Any] = {
     "objective": ObjectiveValue,
+    "also": tuple[ThreatValue, ...],
     "schedule": ScheduleValue,
     "synthetic": str | None,
     "attack": Annotated[str, AfterValidator(_check_attack)],
@@ -389,7 +390,7 @@ METHOD_KEYS = {
     "line": _GRID_KEYS,
     "surrogate": _GRID_KEYS | {"tolerance", "time_limit"},
     "greedy": _MIXED_KEYS | {"score"},
-    "learned": _LEARNED_KEYS | {"objectives", "early_stop"},
+    "learned": _LEARNED_KEYS | {"objectives", "early_stop", "also", "combine"},
     "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
 }
 """The valid keys of [soups.X] by method; methods that are not listed take those of "grid"."""

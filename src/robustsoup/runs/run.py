@@ -176,10 +176,10 @@ def _check_radii(plan: Plan, data: Data) -> None:
     """Raise ThreatError if the ball of a threat model holds every image of the data."""
     shape = data.test.images.shape[1:]
     for task in (step.task for step in plan.steps):
-        if isinstance(task, EvaluateNetwork):
+        if isinstance(task, (EvaluateNetwork, TrainNetwork, LearnCoefficients)):
             for threat in task.settings.threats:
                 threat.check_shape(shape)
-        elif isinstance(task, (TrainNetwork, LearnCoefficients, MapPlane)):
+        elif isinstance(task, MapPlane):
             task.settings.threat.check_shape(shape)
 
 

@@ -532,11 +532,13 @@ def step_passes(threat: ThreatModel, objective: str | Objective, attack_steps: i
 def _fitting_passes(settings: TrainSettings | LearnSettings, data: Data, fits_on_val: bool) -> int:
     samples = len(data.train) + (len(data.val) if fits_on_val else 0)
     per_sample = step_passes(settings.threat, settings.objective, settings.attack_steps)
-    return samples * settings.epochs * per_sample
+    attacks = 1 if settings.combine == "random" else len(settings.threats)
+    return samples * settings.epochs * per_sample * attacks
 
 
 def _stopping_passes(settings: TrainSettings | LearnSettings, data: Data) -> int:
     stop: EarlyStop | None = settings.early_stop
     if stop is None:
         return 0
-    return settings.epochs * (stop.samples or len(data.val)) * (2 * stop.steps + 2)
+    samples = (stop.samples or len(data.val)) * len(settings.threats)
+    return settings.epochs * samples * (2 * stop.steps + 2)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,11 @@ from robustsoup.soups.ingredients import Ingredients
 from robustsoup.soups.learning_buffers import LearningBuffers, mix_start
 from robustsoup.soups.summation import canonical_order
 from robustsoup.threats import ThreatModel
-from robustsoup.training.adversarial_loss import attack_batch, measure_objective, objective_loss
+from robustsoup.training.adversarial_loss import (
+    attack_under_all,
+    mean_objective_loss,
+    measure_objective,
+)
 from robustsoup.training.loop import History, check_step_loss
 from robustsoup.training.objectives import Objective, mixed
 from robustsoup.training.schedules import learning_rate
@@ -136,21 +140,19 @@ class LearningRun:
         s = self.settings
         self._turn_dial()
         threat, objective = self._goal()
-        x_adv = attack_batch(
+        attacked = attack_under_all(
             self.model,
             (x, y),
-            threat,
+            s if s.dial is None else replace(s, threat=threat),
             objective,
-            steps=s.attack_steps,
-            precision=s.precision,
-            key=(s.seed, self.step),
+            step=self.step,
             replayed=self.replayed_attack,
         )
         active = self._draw_active_layers()
         trained = self._require_gradients(active)
         with torch.set_grad_enabled(bool(active)):
-            loss = objective_loss(self.model, x, x_adv, y, objective, precision=s.precision)
-        check_step_loss(self, loss, x_adv)
+            loss = mean_objective_loss(self.model, x, attacked, y, objective, precision=s.precision)
+        check_step_loss(self, loss, attacked[0])
         if loss.requires_grad:  # the network may not use any active layer
             grads = torch.autograd.grad(
                 loss, list(trained.values()), allow_unused=True, materialize_grads=True
@@ -199,14 +201,19 @@ class LearningRun:
         if self.val is None:
             return
         stop = self.settings.early_stop
-        loss = measure_objective(
-            self.model,
-            self.val,
-            self.settings.threat,
-            self.objective,
-            steps=(stop or EarlyStop()).steps,
-            precision=self.precision,
-        )
+        threats = self.settings.threats
+        losses = [
+            measure_objective(
+                self.model,
+                self.val,
+                threat,
+                self.objective,
+                steps=(stop or EarlyStop()).steps,
+                precision=self.precision,
+            )
+            for threat in threats
+        ]
+        loss = sum(losses) / len(threats)
         entry["val_loss"] = loss
         lowest = min((earlier["val_loss"] for earlier in self.history), default=math.inf)
         if stop and loss < lowest:
@@ -392,6 +399,6 @@ def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.
         model = inputs.ingredients[0].network()
     start = mix_start(inputs.ingredients, inputs.base, settings.buffers)
     start.load_into(model)
-    check_fit(model, inputs.data, [settings.threat])
+    check_fit(model, inputs.data, list(settings.threats))
     check_training(model, inputs.data, settings.batch_size)
     return set_memory_format(model.to(inputs.device)), start.provenance["buffers"].get("base")

@@ -73,14 +73,15 @@ def find_linear_layers(network: nn.Module, owners: Mapping[str, object]) -> dict
 def group_by_budget(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
     """Divide layers into groups whose Gram matrices fit the budget; a larger layer is alone."""
     group: list[str] = []
-    left = budget
+    used = 0
     for name, size in sizes.items():
         needed = BYTES_PER_ENTRY * size**2
-        if group and needed > left:
-            yield group
-            group, left = [], budget
+        if group and used + needed > budget:
+            yield list(group)
+            group.clear()
+            used = 0
         group.append(name)
-        left -= needed
+        used += needed
     if group:
         yield group
 

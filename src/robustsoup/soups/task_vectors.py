@@ -95,7 +95,8 @@ def model_stock(merge: Merge) -> Merged:
 
     Source: Jang et al. 2024, arXiv:2403.19522, section 4.
     """
-    n, ratios = len(merge.ingredients), []
+    n = len(merge.ingredients)
+    ratios: list[float] = []
     if n < 2:
         raise RequestError(f'method "model-stock": got {n} checkpoint, expected at least 2')
 

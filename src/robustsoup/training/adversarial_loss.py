@@ -1,5 +1,6 @@
 """The attack and the loss of one adversarial training step, and their means over a split."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from robustsoup.device import autocast
 from robustsoup.errors import ThreatError
 from robustsoup.precision import full_float32
 from robustsoup.seeding import keyed_generator
+from robustsoup.settings import LearnSettings, TrainSettings
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
 
@@ -73,6 +75,90 @@ def attack_batch(
     if replayed is None or objective.attack_loss not in (ce, kl):
         return attack(**inputs)  # a loss of the user's may depend on more than its arguments
     return replayed(attack, inputs, model, (threat, steps, objective.attack_loss, precision))
+
+
+def attack_under_all(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    settings: TrainSettings | LearnSettings,
+    objective: Objective,
+    *,
+    step: int,
+    replayed: ReplayedCall | None = None,
+) -> list[Tensor]:
+    """Return the attacked batches of a step, whose mean loss counts.
+
+    One threat gives one batch. Several give, by `settings.combine`, the point of highest loss of
+    each image ("max"), one batch for each threat ("mean"), or that of one threat, drawn with equal
+    probability ("random").
+
+    Args:
+        model: The network; attacked in eval mode and left as it was.
+        batch: Images and labels.
+        settings: Threat models, steps, precision and seed.
+        objective: Defines the loss that the attacks maximise.
+        step: Number of the step, which keys its draws.
+        replayed: Replays the attack on a GPU if there is one threat.
+
+    Source: max and mean: Tramer and Boneh 2019, arXiv:1904.13000; random: Croce and Hein 2022,
+        arXiv:2105.12508, whose probabilities follow the losses.
+    """
+    threats = list(settings.threats)
+    if settings.combine == "random":
+        generator = keyed_generator("threat", settings.seed, step)
+        threats = [threats[int(torch.randint(len(threats), (), generator=generator))]]
+    attacked = [
+        attack_batch(
+            model,
+            batch,
+            threat,
+            objective,
+            steps=settings.attack_steps,
+            precision=settings.precision,
+            key=(settings.seed, step),
+            replayed=replayed if len(settings.threats) == 1 else None,
+        )
+        for threat in threats
+    ]
+    if settings.combine == "max" and objective.uses_attacked:
+        return [take_worst(model, batch, attacked, objective, precision=settings.precision)]
+    return attacked
+
+
+@torch.no_grad()
+def take_worst(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    attacked: Sequence[Tensor],
+    objective: Objective,
+    *,
+    precision: str,
+) -> Tensor:
+    """Return for each image the point of highest loss among several attacked batches."""
+    x, y = batch
+    with frozen_eval(model), autocast(x.device, precision):
+        clean = (_at_least_float32(model(x)),) if objective.attack_compares_with_clean else ()
+        losses = torch.stack(
+            [objective.attack_loss(_at_least_float32(model(p)), y, *clean) for p in attacked]
+        )
+    worst, points = losses.argmax(0), torch.stack(list(attacked))
+    return points[worst, torch.arange(len(x), device=x.device)]
+
+
+def mean_objective_loss(
+    model: nn.Module,
+    x: Tensor,
+    attacked: Sequence[Tensor],
+    y: Tensor,
+    objective: Objective,
+    *,
+    precision: str,
+) -> Tensor:
+    """Return the mean of `objective_loss` over attacked batches, a scalar, in train mode."""
+    losses = [
+        objective_loss(model, x, x_adv, y, objective, precision=precision) for x_adv in attacked
+    ]
+    return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
 def objective_loss(

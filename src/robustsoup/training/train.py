@@ -39,7 +39,11 @@ from robustsoup.settings import (
     to_record,
 )
 from robustsoup.tracking import OnEpoch
-from robustsoup.training.adversarial_loss import attack_batch, measure_robust_loss, objective_loss
+from robustsoup.training.adversarial_loss import (
+    attack_under_all,
+    mean_objective_loss,
+    measure_robust_loss,
+)
 from robustsoup.training.loop import History, check_step_loss, run_epochs
 from robustsoup.training.objectives import Objective
 from robustsoup.training.optimizer import (
@@ -119,7 +123,7 @@ def train(
     )
     model = copy_network(as_network(network))
     origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
-    check_fit(model, data, [settings.threat])
+    check_fit(model, data, list(settings.threats))
     _check_trainable(model)
     check_training(model, data, settings.batch_size)
     start = Checkpoint.of(model)
@@ -257,19 +261,14 @@ class TrainingRun:
         rate = learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x_adv = attack_batch(
-            self.model,
-            (x, y),
-            s.threat,
-            self.objective,
-            steps=s.attack_steps,
-            precision=s.precision,
-            key=(s.seed, self.step),
-            replayed=self.replayed_attack,
+        attacked = attack_under_all(
+            self.model, (x, y), s, self.objective, step=self.step, replayed=self.replayed_attack
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = objective_loss(self.model, x, x_adv, y, self.objective, precision=s.precision)
-        check_step_loss(self, loss, x_adv)
+        loss = mean_objective_loss(
+            self.model, x, attacked, y, self.objective, precision=s.precision
+        )
+        check_step_loss(self, loss, attacked[0])
         loss.backward()
         clip_gradients(self.model, s.clip_grad)
         self.optimizer.step()
@@ -278,17 +277,24 @@ class TrainingRun:
         return loss.detach()
 
     def end_epoch(self, entry: dict[str, float]) -> None:
-        """Measure the robust loss on val, and keep the weights if it is the lowest so far."""
+        """Measure the robust loss on val, and keep the weights if it is the lowest so far.
+
+        With several threats, the mean over them is measured.
+        """
         if self.inputs.val is None:
             return
         stop = self.settings.early_stop
-        loss, accuracy = measure_robust_loss(
-            self.result,
-            self.inputs.val,
-            self.settings.threat,
-            steps=(stop or EarlyStop()).steps,
-            precision=self.precision,
-        )
+        figures = [
+            measure_robust_loss(
+                self.result,
+                self.inputs.val,
+                threat,
+                steps=(stop or EarlyStop()).steps,
+                precision=self.precision,
+            )
+            for threat in self.settings.threats
+        ]
+        loss, accuracy = (sum(values) / len(figures) for values in zip(*figures, strict=True))
         entry["robust_loss"], entry["robust_accuracy"] = loss, accuracy
         lowest = min((past["robust_loss"] for past in self.history), default=math.inf)
         if stop and loss < lowest:
