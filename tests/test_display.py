@@ -1,5 +1,6 @@
 """How objects look in a notebook: a repr of one line, and tables whose text is escaped."""
 
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -9,7 +10,7 @@ from soup_candidates import candidate
 
 import robustsoup as rs
 from robustsoup.diagnosis.landscape import Landscape
-from robustsoup.display import MAX_ROWS, html_table
+from robustsoup.display import MAX_ROWS, html_table, svg_points
 from robustsoup.evaluation.verdicts import Verdicts
 from robustsoup.soups.explanation import Explained, explain
 from robustsoup.soups.search import SearchResult
@@ -27,7 +28,7 @@ class Tags(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        assert not attrs
+        assert not attrs or tag in ("svg", "path", "circle", "text")
         self.names.add(tag)
         self.open.append(tag)
 
@@ -98,7 +99,8 @@ def test_every_table_is_well_formed_and_escapes_what_users_named(shown):
         tags = Tags(shown[name]._repr_html_())
         assert not tags.open, name
         expected = {"table", "caption", "thead", "tbody", "tr", "th", "td", "div"}
-        assert tags.names <= expected, name
+        pictures = {"svg", "path", "text", "circle", "title"} if name == "search result" else set()
+        assert tags.names <= expected | pictures, name
         assert "\u202e" not in tags.text
 
 
@@ -135,3 +137,27 @@ def test_warnings_are_shown_with_the_numbers():
 def test_verdicts_count_the_robust_samples():
     verdicts = Verdicts(torch.tensor([True, False]), *[torch.zeros(2)] * 4)
     assert repr(verdicts) == "Verdicts(1 of 2 samples robust)"
+
+
+def test_a_search_shows_its_answer_a_picture_and_all_candidates():
+    data = rs.load_data("digits")
+    network = rs.load_model("resnet9:width=2", channels=1)
+    items = [perturbed(network, seed, 0.01) for seed in (1, 2)]
+    result = rs.search(items, data.val, ["Linf 8/255"], step=0.5, samples=20, steps=1)
+    shown = Tags(result._repr_html_())
+    assert {"table", "svg", "circle", "title"} <= shown.names
+    assert not shown.open
+    assert all(item.name in shown.text for item in result.candidates)
+    clean_alone = rs.search(items, data.val, [], step=0.5, samples=20)
+    assert "<svg" not in clean_alone._repr_html_()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.05, 0.5, 1.0])
+def test_points_lie_within_their_picture_and_names_are_escaped(value):
+    picture = svg_points([(NASTY, value, value), ("b", 0.5, 1.0)], chosen="b", x="clean", y="<y>")
+    shown = Tags(picture)
+    assert shown.names == {"svg", "path", "text", "circle", "title"}
+    assert r"<script>alert('x')</script>\n\u202e&amp;" in shown.text
+    places = [float(number) for number in re.findall(r'c[xy]="([\d.]+)"', picture)]
+    assert len(places) == 4
+    assert all(40 <= place <= 280 for place in places)

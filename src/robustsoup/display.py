@@ -1,6 +1,7 @@
 """Tables that notebooks show: plain HTML, every text of them escaped."""
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
 from robustsoup.printable import make_printable
@@ -40,3 +41,40 @@ def _row(cells: Sequence[object], *, heads: int) -> str:
 
 def _escape(text: str) -> str:
     return html.escape(make_printable(text))
+
+
+def svg_points(
+    points: Sequence[tuple[str, float, float]], *, chosen: str, x: str, y: str, size: int = 320
+) -> str:
+    """Return a picture of named points, such as soups by two accuracies, as SVG.
+
+    Args:
+        points: Name, x and y of each, in [0, 1]; at least one. A pointer over a point shows its
+            name and its values.
+        chosen: Name of the point to mark.
+        x: What x is.
+        y: What y is.
+        size: Width and height in pixels.
+    """
+    margin, low, high = 40, *_span([value for _, *pair in points for value in pair])
+    scale = (size - 2 * margin) / (high - low)
+    parts = [
+        f'<svg width="{size}" height="{size}" font-size="11" role="img">',
+        f'<path d="M{margin} {margin}V{size - margin}H{size - margin}" fill="none" stroke="gray"/>',
+        f'<text x="{margin}" y="{margin - 8}">{_escape(y)}, {low:.0%} to {high:.0%}</text>',
+        f'<text x="{margin}" y="{size - margin + 18}">{_escape(x)}, {low:.0%} to {high:.0%}</text>',
+    ]
+    for name, right, up in points:
+        colour, radius = ("#D55E00", 5) if name == chosen else ("#0072B2", 3)
+        left, top = margin + (right - low) * scale, size - margin - (up - low) * scale
+        parts.append(
+            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="{radius}" fill="{colour}">'
+            f"<title>{_escape(name)}: {right:.1%}, {up:.1%}</title></circle>"
+        )
+    return "\n".join([*parts, "</svg>"])
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Return a range, in tenths, that holds all values in [0, 1]."""
+    low = min(math.floor(10 * min(values)), 9)
+    return low / 10, max(math.ceil(10 * max(values)), low + 1) / 10

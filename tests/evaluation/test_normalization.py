@@ -6,7 +6,7 @@ from torch import nn
 
 from robustsoup.data import Split
 from robustsoup.evaluation.doubts import warn_of_outputs
-from robustsoup.evaluation.evaluate import doubt_network
+from robustsoup.evaluation.evaluate import doubt_network, evaluate
 from robustsoup.evaluation.normalization import find_better_inputs
 from robustsoup.models import NetworkSettings
 from robustsoup.models.normalize import normalize_inputs
@@ -46,6 +46,28 @@ def test_a_doubled_normalization_is_named():
     hint = find_better_inputs(doubled, stripes(), settings)
     assert hint is not None
     assert "100.0 % without --normalize" in hint
+
+
+@pytest.mark.parametrize("threats", [[], ["Linf 1/255"]])
+def test_evaluate_warns_of_a_forgotten_normalization(threats):
+    evaluation = evaluate(Stripes(), stripes(), threats, steps=1, masking_check=False)
+    assert "100.0 % with --normalize 0." in evaluation.warnings[0]
+    again = evaluate(Stripes(), stripes(), threats, steps=1, masking_check=False, after=evaluation)
+    assert sorted(again.warnings) == sorted(evaluation.warnings)
+    few = evaluate(Stripes(), stripes().first(40), threats, steps=1, masking_check=False)
+    assert not any("--normalize" in warning for warning in few.warnings)
+
+
+def test_a_good_network_is_called_once_for_the_hint():
+    calls = []
+
+    class Right(Stripes):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward((x - 0.5) / 0.5)
+
+    assert find_better_inputs(Right(), stripes(), NetworkSettings("x")) is None
+    assert sum(calls) == 140
 
 
 def test_a_right_normalization_is_not_doubted():

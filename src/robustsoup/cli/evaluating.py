@@ -134,15 +134,18 @@ def _warn_of_misfits(checkpoints: "Iterable[Checkpoint]", data: "Split", device:
 def _warn_of_evaluation(
     name: str, checkpoint: "Checkpoint", split: "Split", evaluation: "Evaluation"
 ) -> None:
-    """Record and print leakage, and print the warnings of the evaluation."""
+    """Record and print leakage, and print the warnings that were not printed before the work."""
     from robustsoup.checkpoints.provenance import find_leakage
+    from robustsoup.evaluation.evaluate import BETTER_INPUTS
 
     leakage = find_leakage([checkpoint], split)
     evaluation.record["leakage"] = leakage.as_record()
     if leakage.status != "known":
         print_error(f"split {leakage.status}: {leakage.why}")
+    said_before = evaluation.record.get(BETTER_INPUTS)
     for warning in evaluation.warnings:
-        print_warning(f"{name}: {warning}")
+        if warning != said_before:
+            print_warning(f"{name}: {warning}")
 
 
 def _locate_state(request: object, checkpoint: "Checkpoint", split: "Split") -> Path:

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.attempts import AttackProgress
 from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
-from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, SplitLike, as_split, to_float
 from robustsoup.data.corruptions import CorruptionPart, Corruptions, open_corruptions
-from robustsoup.device import resolve_device
 from robustsoup.errors import Diverged, ModelError
 from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
@@ -30,7 +28,7 @@ from robustsoup.evaluation.doubts import (
     warn_of_points_outside,
 )
 from robustsoup.evaluation.masking import check_masking
-from robustsoup.evaluation.normalization import find_better_inputs
+from robustsoup.evaluation.normalization import GOOD_ACCURACY, find_better_inputs
 from robustsoup.evaluation.request import CheckedRequest, check_request
 from robustsoup.evaluation.reuse import (
     POOL,
@@ -42,13 +40,14 @@ from robustsoup.evaluation.reuse import (
 )
 from robustsoup.evaluation.shift import measure_shift
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record, Verdicts
-from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
 from robustsoup.threats import ThreatModel
 
 FEWEST_TO_DOUBT = 50
 """Fewer samples say nothing about a network that is near chance."""
+BETTER_INPUTS = "better_inputs"
+"""Entry of a record: the warning that another normalisation of the inputs is clearly better."""
 
 
 @accepts_settings(AttackSettings)
@@ -136,11 +135,14 @@ def evaluate(
         shifted: Record = {}
         if corruptions is not None:
             shifted["shift"] = measure_shift(request, corruptions, progress.report_shift)
+        hint = _doubt_inputs(request, clean)
     verdicts = {
         name: _build_verdicts(outcome, clean) for name, outcome in attacked.outcomes.items()
     }
     record = _make_record(request, clean, attacked, verdicts, time.perf_counter() - started)
     record |= shifted
+    if hint is not None:
+        record |= {BETTER_INPUTS: hint, "warnings": [hint, *record["warnings"]]}
     return Evaluation(
         request.data.ids.cpu(), clean.labels, clean.prediction, clean.margin, verdicts, record
     )
@@ -187,6 +189,14 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     relative_change = float(change / logits.abs().max().clamp(min=1e-6))
     margin = logit_margin(logits, labels).float()
     return _CleanPass(labels, logits.argmax(1), margin, logits, relative_change)
+
+
+def _doubt_inputs(request: CheckedRequest, clean: _CleanPass) -> str | None:
+    """Return what to change about the normalisation of the inputs, if that clearly helps."""
+    hits, n = int(clean.correct.sum()), len(request.data)
+    if request.reuse.after is not None or n < FEWEST_TO_DOUBT or hits >= GOOD_ACCURACY * n:
+        return None
+    return find_better_inputs(request.model, request.data, request.network_settings)
 
 
 class _EvaluationProgress:
@@ -431,15 +441,13 @@ def doubt_network(
         data: Split to evaluate on.
         device: Device to run the network on.
     """
-    settings = None if isinstance(network, nn.Module) else network.network_settings
-    model = copy_network(as_network(network)).to(resolve_device(device))
-    clean = evaluate(model, data, samples=min(len(data), 1000), device=device).accuracy[CLEAN_KEY]
+    evaluation = evaluate(network, data, samples=min(len(data), 1000), device=device)
+    clean = evaluation.accuracy[CLEAN_KEY]
     if clean.n < FEWEST_TO_DOUBT:
         return None
-    check_fit(model, data)
     chance = 1 / data.classes
     near_chance = clean.low <= chance
-    if hint := find_better_inputs(model, data, settings):
+    if hint := evaluation.record.get(BETTER_INPUTS):
         return Doubt(hint, near_chance)
     if not near_chance:
         return None

@@ -23,6 +23,7 @@ from robustsoup.evaluation.reuse import (
     pool_points,
 )
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Record
+from robustsoup.models import NetworkSettings, network_settings_of
 from robustsoup.models.fit import check_fit
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel, parse_threats
@@ -35,6 +36,7 @@ class CheckedRequest:
     Attributes:
         model: Copy of the network on `device`.
         checkpoint_digest: Digest of the checkpoint; None for a module.
+        network_settings: How the network was built; None if unknown.
         data: The samples.
         threats: Parsed threat models, without clean ones and without repetition.
         settings: The attack, with its precision resolved.
@@ -46,6 +48,7 @@ class CheckedRequest:
 
     model: nn.Module
     checkpoint_digest: str | None
+    network_settings: NetworkSettings | None
     data: Split
     threats: tuple[ThreatModel, ...]
     settings: AttackSettings
@@ -137,6 +140,7 @@ def check_request(
     return CheckedRequest(
         model,
         None if isinstance(source, nn.Module) else source.digest,
+        network_settings_of(source) if isinstance(source, nn.Module) else source.network_settings,
         data,
         attacked,
         settings,

@@ -16,6 +16,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import CorruptionPart, open_corruptions
+from robustsoup.display import svg_points
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.simultaneous import Hits
@@ -77,7 +78,16 @@ class SearchResult:
         return make_printable(text)
 
     def _repr_html_(self) -> str:
-        return self.answer._repr_html_() + tabulate_candidates("all candidates", self.candidates)
+        answer, table = self.answer, tabulate_candidates("all candidates", self.candidates)
+        measure = next((key for key in answer.accuracy if key != CLEAN_KEY), None)
+        if measure is None:
+            return answer._repr_html_() + table
+        accuracies = [(item.name, item.evaluation.accuracy) for item in self.candidates]
+        points = [
+            (name, scores[CLEAN_KEY].value, scores[measure].value) for name, scores in accuracies
+        ]
+        picture = svg_points(points, chosen=answer.chosen, x=CLEAN_KEY, y=measure)
+        return answer._repr_html_() + picture + table
 
 
 @accepts_settings(AttackSettings)
