@@ -116,7 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _create(self, asked: dict[str, str | bool | None]) -> None:
         repo = f"{asked.get('organization') or 'someone'}/{asked['name']}"
         if repo in self.hub.private:
-            self._refuse(409, "exists")
+            self._answer({"url": f"{self.hub.url}/{repo}", "name": repo}, status=409)
             return
         asks_private = asked.get("private") or asked.get("visibility") == "private"
         self.hub.private[repo] = bool(asks_private)
@@ -175,9 +175,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.hub.tokens.append(token)
         return path
 
-    def _answer(self, content: object) -> None:
+    def _answer(self, content: object, status: int = 200) -> None:
         body = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -206,6 +206,8 @@ def test_commands_and_recipes_take_addresses(memory, tmp_path, monkeypatch, caps
     assert str(local_path(pair[0])) in capsys.readouterr().out
     assert run("show", pair[0]) == 0
     assert f"copied from: {pair[0]}" in capsys.readouterr().out
+    assert run("verify", pair[1]) == 0
+    assert "1 verified, 0 damaged" in capsys.readouterr().out
     recipe = f"""
 name = "two"
 data = "digits"

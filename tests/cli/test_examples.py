@@ -31,7 +31,9 @@ SMALL_QUICKSTART = (
     *("evaluate.select_samples=16", "evaluate.report_samples=16", 'model="resnet9:width=2"'),
 )
 EXAMPLES = list_examples()
-CHECKPOINT_COMMANDS = ("check", "mix", "learn", "evaluate", "compare", "search", "landscape")
+CHECKPOINT_COMMANDS = (
+    *("check", "mix", "learn", "evaluate", "compare", "search", "landscape", "show", "push"),
+)
 RECIPE_COMMANDS = ("demo", "run", "plan", "report", "verify")
 
 

@@ -202,6 +202,7 @@ def test_every_cache_of_the_user_is_listed():
         "steps",
         "decoded folders",
         "digests",
+        "remote checkpoints",
     ]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.cli.options import AsJson
+from robustsoup.cli.options import AsJson, CheckpointPlace
 from robustsoup.cli.terminal import print_json, print_line, print_table
 
 MISMATCH = 1
@@ -15,9 +15,10 @@ MISMATCH = 1
 def verify_command(
     path: Annotated[
         Path,
+        CheckpointPlace(),
         typer.Argument(
-            help="A run folder, a store, a checkpoint, coefficients, an evaluation, or a folder "
-            "of such files.",
+            help="A run folder, a store, a checkpoint or its address, coefficients, an evaluation, "
+            "or a folder of such files.",
             show_default=False,
         ),
     ],

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from robustsoup.archives import SEAL
 from robustsoup.checkpoints import safetensors_files
-from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.formats import read_tensors
+from robustsoup.checkpoints.formats import read_checkpoint, read_tensors
 from robustsoup.checkpoints.safetensors_files import read_safetensors
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, file_ending
 from robustsoup.documents import read_json
@@ -144,7 +143,7 @@ def _verify_file(path: Path, name: str) -> Verified:
         elif path.suffix == ".json":
             Evaluation.load(path)
         else:
-            Checkpoint.load(path)
+            read_checkpoint(path, mapped=False)
         return Verified(name, None, recorded=_holds_digests(path))
     except RequestError as error:
         return Verified(name, str(error).removeprefix(f"{path}: "))
