@@ -81,7 +81,7 @@ class Case:
 
     def choose(self, rows: list[int]) -> int:
         """Return the most robust eligible soup of some rows, by the samples that choose."""
-        eligible = [row for row in rows if self.eligible[row]] or rows
+        eligible = [row for row in sorted(rows) if self.eligible[row]] or rows
         robust = self.table.hits[self.threat][:, self.half].mean(1)
         return max(eligible, key=lambda row: robust[row])
 

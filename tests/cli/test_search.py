@@ -140,6 +140,8 @@ def test_a_dial_is_turned_to_the_position_that_meets_the_requirement(here, capsy
     output = json.loads(capsys.readouterr().out)
     chosen = find_chosen(output)
     assert chosen["role"] == "dial"
+    turned = f"the dial of low and high at t = {chosen['at']:g} (0 is robust, 1 is clean)"
+    assert output["selection"]["description"] == turned
     positions = [row["at"] for row in output["rows"] if row["role"] == "dial"]
     assert positions == [number / 10 for number in range(11)]
     robust = {row["name"]: row["val"]["Linf 32/255"]["hits"] for row in output["rows"] if row["at"]}

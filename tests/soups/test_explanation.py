@@ -22,6 +22,16 @@ from robustsoup.soups.selection import select
         ((0.5, 0.0, 0.5), {}, "equal parts of eps2 and eps8"),
         ((0.123456, 0.876544, 0.0), {}, "0.123 of eps2 and 0.877 of eps4"),
         ((), {"method": "learned"}, "a learned soup of eps2, eps4 and eps8"),
+        (
+            (),
+            {"method": "learned", "threat": "Linf 8/255"},
+            "a learned soup of eps2, eps4 and eps8, learned against Linf 8/255",
+        ),
+        (
+            (),
+            {"method": "dial", "at": 0.35, "threat": "Linf 8/255"},
+            "the dial of eps2, eps4 and eps8 at t = 0.35 (0 is robust, 1 is clean)",
+        ),
     ],
 )
 def test_a_soup_is_described_in_words(alpha, options, words):

@@ -61,7 +61,12 @@ def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Cand
     equals = [item.name for item in _ingredient_rows(plan) if item.network == row.network]
     ingredient = equals[0] if equals else None
     description = describe_soup(
-        row.coefficients or (), row.ingredients or (), ingredient=ingredient, method=row.role
+        row.coefficients or (),
+        row.ingredients or (),
+        ingredient=ingredient,
+        method=row.role,
+        at=row.at,
+        threat=row.threat,
     )
     if row.role == "merge" and row.soup is not None:
         description = f"{plan.recipe.soups[row.soup].method} of {description}"

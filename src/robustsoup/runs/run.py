@@ -186,7 +186,7 @@ def _check_radii(plan: Plan, data: Data) -> None:
 def _check_goal(planner: Planner, data: Data) -> None:
     """Raise RequestError if the samples that select cannot show a requirement at all."""
     recipe = planner.recipe
-    soups = sum(row.soup is not None for row in planner.plan.rows)
+    soups = sum(len(recipe.soup_names(section)) for section in recipe.soups)
     if recipe.goal is not None and soups:
         samples = recipe.select_samples or len(data.split(recipe.select_on))
         check_goal(recipe.goal, recipe.measures, samples=samples, candidates=soups)

@@ -29,7 +29,13 @@ from robustsoup.soups.selection import (
 
 
 def describe_soup(
-    alpha: Alpha, ingredients: Sequence[str], *, ingredient: str | None = None, method: str = ""
+    alpha: Alpha,
+    ingredients: Sequence[str],
+    *,
+    ingredient: str | None = None,
+    method: str = "",
+    at: float | None = None,
+    threat: str | None = None,
 ) -> str:
     """Describe a soup in words.
 
@@ -38,11 +44,16 @@ def describe_soup(
         ingredients: Names of the n ingredients.
         ingredient: Name of the ingredient that the soup equals, if it is one.
         method: Method of a soup without a single vector, such as "learned".
+        at: Position on a dial.
+        threat: Threat model that the coefficients were learned against.
     """
     if ingredient is not None:
         return f"{ingredient} itself"
+    if at is not None:
+        return f"the dial of {_join(ingredients)} at t = {at:g} (0 is robust, 1 is clean)"
     if not alpha:
-        return f"a {method or 'layer-wise'} soup of {_join(ingredients)}"
+        against = "" if threat is None else f", learned against {threat}"
+        return f"a {method or 'layer-wise'} soup of {_join(ingredients)}{against}"
     parts = [(share, name) for share, name in zip(alpha, ingredients, strict=True) if share]
     if len(parts) == 1:
         return f"{parts[0][1]} with the soup's BatchNorm statistics"
