@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import Evaluation, Verdicts
 from robustsoup.reports import StoredRun, write_report
+from robustsoup.runs.examples import AttackedExamples, Examples
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.coefficients import Coefficients
 
@@ -191,6 +193,45 @@ def add_dial_and_greedy(folder, results):
     results["rows"].append(row)
 
 
+def write_evaluations(folder, results):
+    """Store verdicts on both splits for the chosen row and the ingredients."""
+    chosen = results["selection"]["chosen"]
+    (folder / "evaluations").mkdir(exist_ok=True)
+    for row in results["rows"]:
+        if row["role"] != "ingredient" and row["name"] != chosen:
+            continue
+        row["name"] = row["name"].replace("/", "-")
+        for split in ("val", "test"):
+            hits = {name: entry["hits"] for name, entry in row[split].items()}
+            n = row[split]["clean"]["n"]
+            labels = torch.zeros(n, dtype=torch.long)
+            zeros = torch.zeros(n)
+            verdicts = Verdicts(torch.arange(n) < hits[THREAT], labels, labels, zeros, zeros)
+            evaluation = Evaluation(
+                torch.arange(n),
+                labels,
+                (torch.arange(n) >= hits["clean"]).long(),
+                zeros,
+                {THREAT: verdicts},
+                {"threats": [THREAT], "data": {"name": "x", "digest": "d"}, "split": split},
+            )
+            evaluation.save(folder / "evaluations" / f"{row['name']}.{split}.json")
+    results["selection"]["chosen"] = chosen.replace("/", "-")
+
+
+def write_examples(folder, results):
+    """Store four attacked samples; the second is robust, the third wrong without an attack."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    delta = (torch.rand(4, 3, 8, 8, generator=generator) - 0.5).to(torch.float16) / 16
+    robust = torch.tensor([False, True, False, False])
+    attacked = AttackedExamples(delta, torch.tensor([3, 1, 7, 4]), robust)
+    labels, prediction = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 7, 3])
+    Examples(images, labels, prediction, (attacked,)).save(folder / "examples.npz")
+    chosen = results["selection"]["chosen"]
+    results["examples"] = {"network": chosen, "split": "test", "file": "examples.npz"}
+
+
 def make_line_rows(section, first, second, ends, bend):
     """Make six rows from one network to another, bent outward by `bend`."""
     rows = []
@@ -263,8 +304,10 @@ def write_all_planes(folder):
 
 
 def make_all_results(folder):
-    """Make results that every figure applies to."""
+    """Make results that every figure and view applies to."""
     results = make_results(folder)
+    write_evaluations(folder, results)
+    write_examples(folder, results)
     results["rows"] += make_all_line_rows()
     results["planes"] = write_all_planes(folder)
     return results

@@ -4,6 +4,7 @@ import pytest
 from json_mutations import mutated_texts
 
 from robustsoup.errors import RobustsoupError
+from robustsoup.reports import StoredRun, collect_parts
 from robustsoup.reports.page import render_report
 from robustsoup.runs.results import Results
 
@@ -14,7 +15,8 @@ def test_mutated_results_are_rendered_or_refused_in_one_line(tmp_path, all_resul
     for text in mutated_texts(all_results, 150, seed):
         path.write_text(text, encoding="utf-8")
         try:
-            render_report(Results.load(path), [], [])
+            results = Results.load(path)
+            render_report(results, collect_parts(StoredRun(results, tmp_path), [], []))
         except RobustsoupError as error:
             refusals.append(str(error))
     assert len(refusals) > 20

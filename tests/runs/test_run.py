@@ -31,6 +31,7 @@ from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, parse_recipe
+from robustsoup.runs.examples import Examples
 from robustsoup.runs.results import Results
 from robustsoup.runs.run import prepare_run
 from robustsoup.soups.coefficients import Coefficients
@@ -392,3 +393,23 @@ def test_keep_points_stores_adversarial_images_in_the_run_folder(copied):
     for row in results["rows"]:
         evaluation = Evaluation.load(folder / "evaluations" / f"{row['name']}.test.json")
         assert evaluation.threats["Linf 32/255"].x_adv.shape == (64, 1, 8, 8)
+
+
+def test_the_first_samples_of_the_chosen_soup_are_kept_attacked(copied):
+    folder, _ = copied
+    recipe = recipe_of([(("report", "examples"), 3)])
+    results, selection, reporter = run_recipe(recipe, folder.parent / "examples")
+    assert reporter.finished_steps == [("examples", f"{selection.best.name}.examples")]
+    assert results["examples"] == {
+        "network": selection.best.name,
+        "split": "test",
+        "file": "examples.npz",
+    }
+    examples = Examples.load(folder.parent / "examples" / "examples.npz")
+    assert torch.equal(examples.images, DATA.test.images[:3])
+    assert torch.equal(examples.labels, DATA.test.labels[:3])
+    (attacked,) = examples.attacked
+    assert 0 < float(attacked.delta.abs().max()) <= 32 / 255 + 1e-3
+    broken = ~attacked.robust & (examples.prediction == examples.labels)
+    assert not (attacked.prediction == examples.labels)[broken].any()
+    assert (attacked.prediction == examples.labels)[attacked.robust].all()

@@ -51,6 +51,9 @@ report_samples = 64
 
 [select]
 require = ["clean>=0"]
+
+[report]
+examples = 0
 """
 DATA = load_data("digits")
 MODEL = NetworkSettings("resnet9:width=2", classes=10, channels=1)
@@ -168,6 +171,7 @@ def recipe_of_files(folder, **changes):
         "data": "digits",
         "ingredients": {name: str(folder / f"{name}.safetensors") for name in ("low", "high")},
         "soups": {"grid": {"method": "grid", "step": 0.5}},
+        "report": {"examples": 0},
         "evaluate": {"threats": ["Linf 32/255"], "steps": 2},
     }
     return parse_recipe(content | changes, "files", folder)

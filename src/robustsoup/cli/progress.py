@@ -15,6 +15,7 @@ from robustsoup.printable import make_printable
 from robustsoup.runs.context import Context
 from robustsoup.runs.cost import estimate_seconds
 from robustsoup.runs.plan import Plan, Step
+from robustsoup.runs.staging import LOG
 
 MIN_ELAPSED = 2.0
 """Seconds after which the time left is estimated."""
@@ -74,7 +75,7 @@ class RunReporter:
 
     def __init__(self, context: Context, folder: Path) -> None:
         self.context = context
-        self.log = folder / "log.txt"
+        self.log = folder / LOG
         self.display = _make_display()
         self.task: TaskID = self.display.add_task("", total=None, left="", figures="")
         self.started = time.monotonic()

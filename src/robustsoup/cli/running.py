@@ -109,10 +109,11 @@ def report_command(
 
     Example, after `robustsoup demo`: `robustsoup report runs/quickstart`
     """
-    from robustsoup.reports import write_report
+    from robustsoup.reports import check_finished, write_report
     from robustsoup.runs.locks import lock_folder
     from robustsoup.runs.results import Results
 
+    check_finished(folder)
     Results.load(folder / "results.json")  # an error before a lock is left in a wrong folder
     with lock_folder(folder, print_error):
         page = write_report(folder)

@@ -610,8 +610,11 @@ class Select(Section):
 
 
 class Report(Section):
-    """Which figures to draw."""
+    """What the report shows."""
 
     figures: tuple[Figure, ...] = Field(
         ("ternary", "tradeoff", "coefficients"), description="Figures, in this order."
+    )
+    examples: int = Field(
+        6, ge=0, le=24, description="Attacked images of the chosen soup that the report shows."
     )

@@ -1,7 +1,7 @@
 """Figures and the HTML report of a run, drawn from stored results alone."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -9,13 +9,23 @@ from matplotlib import rc_context
 from robustsoup.errors import RequestError
 from robustsoup.files import remove_file, write_text
 from robustsoup.paths import user_path
+from robustsoup.reports.best import BestRule
 from robustsoup.reports.card import CARD, write_run_card
-from robustsoup.reports.coefficients import draw_coefficients, draw_dial, draw_learned
+from robustsoup.reports.chart_data import make_chart_data
+from robustsoup.reports.coefficients import (
+    draw_coefficients,
+    draw_dial,
+    draw_learned,
+    tabulate_all_soups,
+)
 from robustsoup.reports.curves import draw_curves
+from robustsoup.reports.differences import compare_with_ingredients, tabulate_differences
+from robustsoup.reports.examples import read_examples
 from robustsoup.reports.lines import draw_lines
 from robustsoup.reports.measures import StoredRun
-from robustsoup.reports.page import ReportFigure, render_report
-from robustsoup.reports.planes import draw_landscape
+from robustsoup.reports.origins import trace_origins
+from robustsoup.reports.page import PageParts, render_report
+from robustsoup.reports.planes import draw_landscape, read_planes
 from robustsoup.reports.style import STYLE, Plot, save_plot
 from robustsoup.reports.tables import (
     coefficient_table,
@@ -24,11 +34,13 @@ from robustsoup.reports.tables import (
 )
 from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import draw_tradeoff
+from robustsoup.reports.unfinished import describe_progress, describe_unfinished
 from robustsoup.runs.results import Results
 
 __all__ = [
     "FIGURES",
     "StoredRun",
+    "check_finished",
     "coefficient_table",
     "draw_dial",
     "draw_learned",
@@ -70,6 +82,7 @@ def write_report(folder: Path) -> Path:
         StorageError: A file cannot be written.
     """
     folder = user_path(folder)
+    check_finished(folder)
     run = StoredRun(Results.load(folder / "results.json"), folder)
     run.results.check_files(folder)
     requested = list(FIGURES) if run.results.figures is None else run.results.figures
@@ -81,20 +94,46 @@ def write_report(folder: Path) -> Path:
     plots, left_out = _draw_figures(run, requested)
     _remove_old_figures(folder / "figures", {plot.stem for plot in plots})
     left_out += write_coefficient_tables(run.results.rows, folder)
-    figures = [
-        ReportFigure(
-            plot.stem,
-            (folder / "figures" / f"{plot.stem}.svg").read_bytes(),
-            plot.caption,
-            plot.tables,
-        )
-        for plot in plots
-    ]
     if reason := write_run_card(run.results, folder):
         left_out.append((CARD, reason))
     target = folder / "report.html"
-    write_text(target, render_report(run.results, figures, left_out))
+    write_text(target, render_report(run.results, collect_parts(run, plots, left_out)))
     return target
+
+
+def check_finished(folder: Path) -> None:
+    """Raise RequestError if a run in the folder has not come to its results."""
+    if not (folder / "results.json").exists() and (progress := describe_progress(folder)):
+        raise RequestError(progress)
+
+
+def collect_parts(
+    run: StoredRun, plots: Sequence[Plot], left_out: list[tuple[str, str]]
+) -> PageParts:
+    """Collect what the page shows beside the results themselves."""
+    rule = BestRule.of(run.results)
+    differences = compare_with_ingredients(run.results, run.folder)
+    planes, _ = read_planes(run)
+    examples, no_examples = read_examples(run)
+    origins, no_origins = trace_origins(run)
+    reasons = (("adversarial images", no_examples), ("origins", no_origins))
+    return PageParts(
+        rule=rule,
+        chart_data=make_chart_data(run, rule, differences, planes),
+        coefficient_tables=tabulate_all_soups(run),
+        difference_table=tabulate_differences(differences),
+        figure_tables=[
+            table
+            for plot in plots
+            if not plot.stem.startswith("coefficients")
+            for table in plot.tables
+        ],
+        figures=[plot.stem for plot in plots],
+        left_out=[*left_out, *(item for item in reasons if item[1])],
+        examples=examples,
+        origins=origins,
+        unfinished=describe_unfinished(run.results, run.folder),
+    )
 
 
 def _draw_figures(run: StoredRun, names: Iterable[str]) -> tuple[list[Plot], list[tuple[str, str]]]:

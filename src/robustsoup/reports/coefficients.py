@@ -28,7 +28,7 @@ from robustsoup.reports.style import (
     new_figure,
     number_stem,
 )
-from robustsoup.reports.tables import name_ingredients, name_layer, tabulate_soup
+from robustsoup.reports.tables import Table, name_ingredients, name_layer, tabulate_soup
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.coefficients import Coefficients
 
@@ -112,6 +112,23 @@ def draw_dial(dials: LabelledSoups, names: Sequence[str], title: str) -> Plot:
     if not dials:
         raise CoefficientError("dials: got none, expected at least one soup to draw")
     return _plot_coefficients(dials, names, clean_text(title, 60))
+
+
+def tabulate_all_soups(run: StoredRun) -> list[Table]:
+    """Tabulate the coefficients by layer of all soups whose files can be read."""
+    tables: list[Table] = []
+    for rows in group_by_section(run.results.rows, *LAYERWISE_ROLES).values():
+        ordered = [row for curve in group_into_curves(rows) for row in curve.rows]
+        for row in ordered:
+            try:
+                soups = _load_soups([row], run.folder)
+            except RequestError:  # `write_coefficient_tables` reports it
+                continue
+            tables += [
+                tabulate_soup(_label_soup(row), coefficients, name_ingredients(row, coefficients))
+                for _, coefficients in soups
+            ]
+    return tables
 
 
 def _load_soups(rows: Sequence[ResultRow], folder: Path) -> list[tuple[ResultRow, Coefficients]]:

@@ -1,41 +1,60 @@
 """The report: one self-contained HTML file, rendered from templates/report.html."""
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.reports.best import BestRule
+from robustsoup.reports.commands import list_commands
+from robustsoup.reports.examples import ExamplePage
+from robustsoup.reports.file_names import hide_all_folders, hide_folders
 from robustsoup.reports.measures import CLEAN, LAYERWISE_ROLES, list_caveats, list_compared_measures
+from robustsoup.reports.origins import Origin
 from robustsoup.reports.summary import summarise_results
 from robustsoup.reports.tables import Cell, Table
 from robustsoup.runs.results import ROLES, ResultRow, Results
 
 Fact = tuple[str, str]
 
+SCRIPTS = ("vendor/d3.min.js", "vendor/plot.min.js", "templates/report.js")
+"""The scripts of the page, in order. vendor/LICENSES.txt says where the first two come from."""
+
 
 @dataclass(frozen=True)
-class ReportFigure:
-    """A figure of the report.
+class PageParts:
+    """What the report shows beside the results themselves.
 
     Attributes:
-        name: Id on the page.
-        svg: The picture.
-        caption: One sentence that describes the figure.
-        tables: Collapsed tables below it.
+        rule: The rule for the best soup.
+        chart_data: What report.js draws.
+        coefficient_tables: Coefficients by layer.
+        difference_table: Differences of the chosen soup from its ingredients, or None.
+        figure_tables: Tables that belong to drawn figures.
+        figures: Names of the drawn figures.
+        left_out: (name, reason in one line) of each figure or table that was left out.
+        examples: Adversarial images, or None.
+        origins: Where the chosen soup comes from, or None.
+        unfinished: What is missing from the run, in one line; "" if it is complete.
     """
 
-    name: str
-    svg: bytes
-    caption: str
-    tables: Sequence[Table]
-
-    @property
-    def svg_base64(self) -> str:
-        """The picture for a data URL."""
-        return base64.b64encode(self.svg).decode("ascii")
+    rule: BestRule
+    chart_data: Mapping[str, Any]
+    coefficient_tables: Sequence[Table]
+    difference_table: Table | None
+    figure_tables: Sequence[Table]
+    figures: Sequence[str]
+    left_out: Sequence[tuple[str, str]]
+    examples: ExamplePage | None
+    origins: Origin | None
+    unfinished: str
 
 
 @dataclass(frozen=True)
@@ -49,17 +68,18 @@ class Banner:
 
 @dataclass(frozen=True)
 class AccuracyCell:
-    """An accuracy of the table of networks, in percent."""
+    """An accuracy of the table of networks: the share, and texts in percent."""
 
+    share: float
     value: str
     interval: str
-    is_best: bool
 
 
 @dataclass(frozen=True)
 class NetworkLine:
-    """A line of the table of networks; a cell is None where nothing was measured."""
+    """A line of the table of networks: row `number` of the results; None was not measured."""
 
+    number: int
     name: str
     role: str
     coefficients: str
@@ -67,18 +87,15 @@ class NetworkLine:
     cells: list[AccuracyCell | None]
 
 
-def render_report(
-    results: Results, figures: Sequence[ReportFigure], left_out: Sequence[tuple[str, str]]
-) -> str:
+def render_report(results: Results, parts: PageParts) -> str:
     """Render the report.
 
     Args:
         results: The results of the run.
-        figures: The figures in order.
-        left_out: (name, reason in one line) of each figure or table that was left out.
+        parts: What else the page shows.
 
     Returns:
-        The HTML page; equal results give equal text.
+        The HTML page; equal results give equal text. It names files, and no folders.
     """
     environment = Environment(
         loader=PackageLoader("robustsoup.reports"),
@@ -89,21 +106,39 @@ def render_report(
         keep_trailing_newline=True,
     )
     environment.filters["cell_text"] = format_cell
+    scripts = [_read_script(name) for name in SCRIPTS]
     columns = _list_columns(results)
     return environment.get_template("report.html").render(
-        name=results.name,
-        subtitle=_format_subtitle(results),
-        banners=_make_banners(results),
-        is_fresh=results.leakage is not None and results.leakage.status == "known",
-        summary=summarise_results(results),
-        figures=figures,
-        left_out=left_out,
-        columns=[f"{measure}, {split}" for split, measure in columns],
-        networks=_make_network_lines(results, columns),
-        masking=[(row.name, line) for row in results.rows for line in row.masking_check],
-        facts=_list_facts(results),
-        recipe=json.dumps(results.recipe, indent=2, ensure_ascii=False),
+        vars(parts)
+        | {
+            "name": hide_folders(results.name),
+            "subtitle": _format_subtitle(results),
+            "banners": _make_banners(results, parts.unfinished),
+            "is_fresh": results.leakage is not None and results.leakage.status == "known",
+            "answer": summarise_results(results),
+            "rule": parts.rule.statement,
+            "left_out": [(name, hide_folders(reason)) for name, reason in parts.left_out],
+            "columns": [f"{measure}, {split}" for split, measure in columns],
+            "networks": _make_network_lines(results, columns),
+            "masking": [(row.name, line) for row in results.rows for line in row.masking_check],
+            "facts": _list_facts(results),
+            "warnings": _list_warnings(results),
+            "commands": list_commands(results),
+            "recipe": json.dumps(hide_all_folders(results.recipe), indent=2, ensure_ascii=False),
+            "scripts": [Markup(script) for script in scripts],  # files of the package
+            "script_hashes": " ".join(map(_hash_script, scripts)),
+        }
     )
+
+
+def _read_script(name: str) -> str:
+    return (files("robustsoup.reports") / name).read_text(encoding="utf-8")
+
+
+def _hash_script(script: str) -> str:
+    """Return the source expression that lets a browser run this script and no other."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
 def format_cell(cell: Cell) -> str:
@@ -119,7 +154,7 @@ def _format_subtitle(results: Results) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _make_banners(results: Results) -> list[Banner]:
+def _make_banners(results: Results, unfinished: str) -> list[Banner]:
     status = results.leakage.status if results.leakage else "unknown"
     reason = (results.leakage.why if results.leakage else "") or "no record of it"
     banners = []
@@ -132,7 +167,11 @@ def _make_banners(results: Results) -> list[Banner]:
         banners.append(Banner(status, text, reason))
     elif status not in ("known", "violated"):
         banners.append(Banner(status, status, reason))
-    return banners
+    if unfinished:
+        banners.append(Banner("unknown", unfinished, ""))
+    return [
+        Banner(item.status, hide_folders(item.text), hide_folders(item.reason)) for item in banners
+    ]
 
 
 def _list_columns(results: Results) -> list[tuple[str, str]]:
@@ -147,30 +186,28 @@ def _list_columns(results: Results) -> list[tuple[str, str]]:
 
 
 def _make_network_lines(results: Results, columns: Sequence[tuple[str, str]]) -> list[NetworkLine]:
-    best = {
-        column: max(accuracy.value for row in results.rows if (accuracy := row.accuracy(*column)))
-        for column in columns
-    }
     chosen = results.selection and results.selection.chosen
+    numbers = {row.name: number for number, row in enumerate(results.rows)}
     return [
         NetworkLine(
+            number=numbers[row.name],
             name=row.name,
             role=row.role,
             coefficients=_format_coefficients(row),
             is_selected=row.name == chosen,
-            cells=[_make_cell(row.accuracy(*column), best[column]) for column in columns],
+            cells=[_make_cell(row.accuracy(*column)) for column in columns],
         )
         for row in sorted(results.rows, key=lambda row: (ROLES.index(row.role), row.name))
     ]
 
 
-def _make_cell(accuracy: Accuracy | None, best: float) -> AccuracyCell | None:
+def _make_cell(accuracy: Accuracy | None) -> AccuracyCell | None:
     if accuracy is None:
         return None
     return AccuracyCell(
+        share=accuracy.value,
         value=f"{100 * accuracy.value:.1f}",
         interval=f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
-        is_best=accuracy.value == best,
     )
 
 
@@ -195,10 +232,6 @@ def _list_facts(results: Results) -> list[Fact]:
         ("searched in", protocol.search_precision),
         ("screened", _format_screened(results)),
         (
-            "warnings",
-            "; ".join(f"{row.name}: {text}" for row in results.rows for text in row.warnings),
-        ),
-        (
             "seeds",
             _join_known(
                 {
@@ -219,7 +252,16 @@ def _list_facts(results: Results) -> list[Fact]:
         ("threads", str(versions.get("threads") or "")),
         ("seconds", "" if results.seconds is None else f"{results.seconds:.0f}"),
     ]
-    return [(name, value) for name, value in facts if value]
+    return [(name, hide_folders(value)) for name, value in facts if value]
+
+
+def _list_warnings(results: Results) -> list[str]:
+    """List what makes accuracies doubtful, one line each."""
+    warnings = [f"{row.name}: {text}" for row in results.rows for text in row.warnings]
+    for overlap in results.duplicates:
+        found = ", ".join(f"{key} {value}" for key, value in overlap.items())
+        warnings.append(f"samples that are in two splits: {found}")
+    return [hide_folders(text) for text in warnings]
 
 
 def _format_attack(results: Results) -> str:

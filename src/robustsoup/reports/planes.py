@@ -118,6 +118,15 @@ def draw_landscape(run: StoredRun) -> tuple[list[Plot], str]:
     Returns:
         The figure, and the reason if there is none or a plane was left out.
     """
+    planes, reasons = read_planes(run)
+    if not planes and not reasons:
+        reasons.append("no plane through three checkpoints was measured")
+    plots = [_plot_planes(run.results, planes)] if planes else []
+    return plots, "; ".join(reasons)
+
+
+def read_planes(run: StoredRun) -> tuple[list[LossPlane], list[str]]:
+    """Read the planes of a run; returns them, and why any cannot be read."""
     planes: list[LossPlane] = []
     reasons: list[str] = []
     for entry in run.results.planes:
@@ -125,10 +134,7 @@ def draw_landscape(run: StoredRun) -> tuple[list[Plot], str]:
             planes.append(load_plane(run.folder / entry.file, entry.name))
         except RequestError as error:
             reasons.append(str(error))
-    if not planes and not reasons:
-        reasons.append("no plane through three checkpoints was measured")
-    plots = [_plot_planes(run.results, planes)] if planes else []
-    return plots, "; ".join(reasons)
+    return planes, reasons
 
 
 def load_plane(path: Path, name: str) -> LossPlane:

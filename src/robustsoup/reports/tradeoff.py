@@ -1,12 +1,12 @@
 """The trade-off figure: clean against robust accuracy (Fig. 5 of Huang 2023)."""
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from robustsoup.reports.best import parse_requirements
 from robustsoup.reports.labels import Label, place_labels, spread_over_line
 from robustsoup.reports.learned_curves import CURVE_COLOURS, group_into_curves
 from robustsoup.reports.measures import (
@@ -39,7 +39,6 @@ from robustsoup.soups.answer import Answer
 INGREDIENT_COLOUR, UNIFORM_COLOUR, GREEDY_COLOUR = "#0072B2", "#009E73", "#000000"
 MERGE_COLOUR = "#CC79A7"
 SELECTED_COLOUR = "#B00020"
-_REQUIREMENT = re.compile(r"\s*(.+?)\s*>=\s*([0-9.]+)\s*")
 
 
 def draw_tradeoff(run: StoredRun) -> tuple[list[Plot], str]:
@@ -57,13 +56,6 @@ def draw_tradeoff(run: StoredRun) -> tuple[list[Plot], str]:
             stem = number_stem("tradeoff", len(plots))
             plots.append(_plot_tradeoff(results, rows, PlotScale(split, measure), stem))
     return plots, "" if plots else "no row has both a clean and a robust accuracy"
-
-
-def parse_requirements(selection: Answer | None) -> dict[str, float]:
-    """Parse ["clean>=0.85"] into {"clean": 0.85}; other texts are ignored."""
-    texts = selection.require if selection else ()
-    matches = [_REQUIREMENT.fullmatch(text) for text in texts]
-    return {match[1]: float(match[2]) for match in matches if match}
 
 
 def _plot_tradeoff(

@@ -25,6 +25,7 @@ from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.results import (
     EvaluationProtocol,
+    ExamplesResult,
     PlaneResult,
     ResultRow,
     Results,
@@ -40,6 +41,7 @@ from robustsoup.runs.worker import (
     COEFFICIENTS,
     DIAL,
     EVALUATION,
+    EXAMPLES,
     LANDSCAPE,
     load_evaluation,
 )
@@ -120,12 +122,13 @@ def _write_results(
         seconds=sum(store.record(step.key)["seconds"] for step in plan.steps),
         rows=rows,
         planes=tuple(_write_plane(staged, name, key, plan) for name, key in plan.planes.items()),
+        examples=_copy_examples(staged, plan),
         selection=answer,
         soup=None if answer is None else _write_soup(staged, plan, answer.chosen).name,
     )
 
 
-_REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|soup(\.[a-z]+)+")
+_REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|examples\.npz|soup(\.[a-z]+)+")
 """Files of a run that a run with other settings removes; others may read its checkpoints."""
 
 
@@ -222,6 +225,16 @@ def _write_plane(staged: StagedFiles, name: str, key: Key, plan: Plan) -> PlaneR
     landscape = Landscape.load(staged.store.file(key, LANDSCAPE))
     replace(landscape, checkpoints=checkpoints).save(staged.new_path(plane.file))
     return plane
+
+
+def _copy_examples(staged: StagedFiles, plan: Plan) -> ExamplesResult | None:
+    """Stage the attacked samples of the chosen row; None without them."""
+    if plan.examples is None:
+        return None
+    staged.copy(plan.examples.key, EXAMPLES, EXAMPLES)
+    return ExamplesResult(
+        network=plan.examples.row, split=plan.recipe.evaluate.report_on, file=EXAMPLES
+    )
 
 
 def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationProtocol:

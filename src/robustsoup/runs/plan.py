@@ -72,6 +72,19 @@ class PlannedRow:
     test: Key | None = None
 
 
+@dataclass(frozen=True)
+class PlannedExamples:
+    """Attacked samples of one row, for pictures.
+
+    Attributes:
+        row: Name of the row.
+        key: The step that attacks them.
+    """
+
+    row: str
+    key: Key
+
+
 @dataclass
 class Plan:
     """The steps of a recipe, in an order in which they can run, and what the run reports.
@@ -85,6 +98,7 @@ class Plan:
         files: Checkpoints that existed before the run, by key.
         planes: Steps of the planes, by section.
         surrogates: Steps that measure the clean verdicts of a surrogate's soups, by section.
+        examples: Attacked samples of the chosen row, or None.
     """
 
     recipe: Recipe
@@ -93,6 +107,7 @@ class Plan:
     files: dict[Key, Checkpoint] = field(default_factory=dict)
     planes: dict[str, Key] = field(default_factory=dict)
     surrogates: dict[str, Key] = field(default_factory=dict)
+    examples: PlannedExamples | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:

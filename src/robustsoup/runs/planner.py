@@ -13,8 +13,10 @@ from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
 from robustsoup.recipes.recipe import PRETRAINED
-from robustsoup.runs.plan import Plan, PlannedRow, Step, step_key
+from robustsoup.runs.examples import count_examples
+from robustsoup.runs.plan import Plan, PlannedExamples, PlannedRow, Step, step_key
 from robustsoup.runs.tasks import (
+    AttackExamples,
     BuildGreedySoup,
     EvaluateNetwork,
     EvaluationSettings,
@@ -50,7 +52,7 @@ def fingerprint_functions(task: Task) -> list[str | None]:
             return [objective, _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)]
         case MixSoup() | MergeSoup() | MeasureClean():
             return [_fingerprint_named(BUFFER_POLICIES, task.mixing.policy)]
-        case EvaluateNetwork():
+        case EvaluateNetwork() | AttackExamples():
             return [_fingerprint_named(ATTACKS, str(task.settings.attack.attack))]
         case BuildGreedySoup():
             return [
@@ -342,6 +344,18 @@ class Planner:
         row = self.plan.row(name)
         test = self.add_evaluation(name, row.network, self.reporting_settings())
         self.add_row(dataclasses.replace(row, test=test))
+
+    def add_examples(self, name: str) -> None:
+        """Add the pictures of the chosen row, unless the recipe wants none or nothing attacks."""
+        settings = self.reporting_settings()
+        split = self.data.split(settings.split)
+        count = count_examples(split, self.recipe.report.examples)
+        if count and not all(threat.is_clean for threat in settings.threats):
+            task = AttackExamples(
+                self.plan.row(name).network,
+                dataclasses.replace(settings, samples=count, shift=None),
+            )
+            self.plan.examples = PlannedExamples(name, self.add_step(f"{name}.examples", task))
 
     # Screening.
 

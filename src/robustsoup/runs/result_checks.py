@@ -170,6 +170,8 @@ selection = table(
 )
 """Accept an answer."""
 
+examples = table({"network": text, "split": one_of("val", "test"), "file": text}, {})
+
 plane = table({"name": text, "file": text}, {"checkpoints": list_of(text)})
 
 surrogate = table({"section": text, "message": text}, {"rows": list_of(mapping_of(anything))})
@@ -188,6 +190,7 @@ results = table(
         "seconds": nullable(number),
         "planes": nullable(list_of(plane)),
         "surrogates": nullable(list_of(surrogate)),
+        "examples": nullable(examples),
         "selection": nullable(selection),
         "soup": nullable(text),
     },

@@ -207,6 +207,35 @@ class PlaneResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExamplesResult:
+    """A few attacked samples.
+
+    Attributes:
+        network: Name of the row.
+        split: Split of the samples, its first ones.
+        file: File of the samples in the run folder.
+    """
+
+    network: str
+    split: str
+    file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return _field_values(self)
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> "ExamplesResult":
+        """Read what `to_json` returned; `where` names the entry in error messages.
+
+        Raises:
+            RequestError: The content is something else.
+        """
+        table = _check_table(result_checks.examples, content, where)
+        return cls(**_known_fields(cls, table))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that a run measured.
 
@@ -226,6 +255,7 @@ class Results:
         rows: The evaluated networks.
         planes: The planes of loss values.
         surrogates: How searches by surrogate ended, with their predictions; see `SurrogateResult`.
+        examples: Attacked samples of the chosen soup, or None.
         selection: The answer: the chosen soup, and why; None if the recipe selects none.
         soup: File of the chosen soup in the run folder.
         files: Digest of each file that the run wrote into its folder, by name.
@@ -245,6 +275,7 @@ class Results:
     rows: tuple[ResultRow, ...]
     planes: tuple[PlaneResult, ...] = ()
     surrogates: tuple[Mapping[str, Any], ...] = ()
+    examples: ExamplesResult | None = None
     selection: Answer | None = None
     soup: str | None = None
     files: Mapping[str, FileDigest] = field(default_factory=dict)
@@ -266,6 +297,7 @@ class Results:
             "rows": [row.to_json() for row in self.rows],
             "planes": [plane.to_json() for plane in self.planes],
             "surrogates": [dict(item) for item in self.surrogates],
+            "examples": self.examples and self.examples.to_json(),
             "selection": self.selection and self.selection.to_json(),
             "files": {name: digest.to_json() for name, digest in self.files.items()},
         }
@@ -286,7 +318,7 @@ class Results:
         """
         table = _check_table(result_checks.results, content, where)
         leakage, selection = table.get("leakage"), table.get("selection")
-        figures = table.get("figures")
+        figures, examples = table.get("figures"), table.get("examples")
         protocol = EvaluationProtocol.from_json(table["protocol"], f"{where}: protocol")
         return cls(
             name=table["name"],
@@ -309,6 +341,7 @@ class Results:
                 for number, plane in enumerate(table.get("planes") or ())
             ),
             surrogates=tuple(table.get("surrogates") or ()),
+            examples=ExamplesResult.from_json(examples, f"{where}: examples") if examples else None,
             selection=Answer.from_json(selection) if selection else None,
             soup=table.get("soup"),
             files=_parse_files(table.get("files"), where),

@@ -25,7 +25,13 @@ from robustsoup.runs.results import Results
 from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogates import search_by_surrogate
-from robustsoup.runs.tasks import EvaluateNetwork, LearnCoefficients, MapPlane, TrainNetwork
+from robustsoup.runs.tasks import (
+    AttackExamples,
+    EvaluateNetwork,
+    LearnCoefficients,
+    MapPlane,
+    TrainNetwork,
+)
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.goal import check_goal
 from robustsoup.soups.selection import Selection
@@ -127,9 +133,13 @@ def run_prepared(
     if recipe.evaluate.screens:
         confirm_screened_soups(planner, store, execute)
     selection = select_soup(plan, store)
-    if selection is not None and recipe.evaluate.report == "chosen":
-        planner.add_report(selection.best.name)
-        execute()
+    if selection is not None:
+        planned = len(plan.steps)
+        if recipe.evaluate.report == "chosen":
+            planner.add_report(selection.best.name)
+        planner.add_examples(selection.best.name)
+        if len(plan.steps) > planned:
+            execute()
     answer = None
     if selection is not None:
         answer = explain_selection(plan, store, selection, prepared.leakage)
@@ -176,7 +186,7 @@ def _check_radii(plan: Plan, data: Data) -> None:
     """Raise ThreatError if the ball of a threat model holds every image of the data."""
     shape = data.test.images.shape[1:]
     for task in (step.task for step in plan.steps):
-        if isinstance(task, (EvaluateNetwork, TrainNetwork, LearnCoefficients)):
+        if isinstance(task, (EvaluateNetwork, AttackExamples, TrainNetwork, LearnCoefficients)):
             for threat in task.settings.threats:
                 threat.check_shape(shape)
         elif isinstance(task, MapPlane):

@@ -13,6 +13,7 @@ from robustsoup.leftovers import temporary_sibling
 from robustsoup.runs.store import Store
 
 RESULTS = "results.json"
+LOG = "log.txt"
 
 
 @dataclass(frozen=True)

@@ -440,6 +440,35 @@ class EvaluateNetwork:
 
 
 @dataclass(frozen=True)
+class AttackExamples:
+    """Attack a few samples and keep the attacked images, for pictures.
+
+    Attributes:
+        network: The network.
+        settings: How the samples are attacked.
+    """
+
+    network: Key
+    settings: EvaluationSettings
+    kind = "examples"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of the steps and files that the task reads."""
+        return (self.network,)
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.settings.attack.precision
+
+    def count_passes(self, data: Data) -> int:
+        """Return the cost of the task in forward passes of one sample."""
+        return self.settings.count_passes(data)
+
+
+@dataclass(frozen=True)
 class MapPlane:
     """Measure the loss on a grid of points of the plane through three networks.
 
@@ -485,6 +514,7 @@ Task = (
     | MeasureClean
     | MergeSoup
     | EvaluateNetwork
+    | AttackExamples
     | MapPlane
 )
 

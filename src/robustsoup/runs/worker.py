@@ -20,9 +20,11 @@ from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.files import link_file
 from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
+from robustsoup.runs.examples import attack_examples
 from robustsoup.runs.plan import Step
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import (
+    AttackExamples,
     BuildGreedySoup,
     EvaluateNetwork,
     EvaluationSettings,
@@ -53,9 +55,13 @@ CHECKPOINT = "checkpoint.safetensors"
 COEFFICIENTS = "coefficients.safetensors"
 DIAL = "dial.safetensors"
 EVALUATION = "evaluation.json"
+EXAMPLES = "examples.npz"
 HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 STATE = "state.pt"
+
+Measurement = MeasureClean | EvaluateNetwork | AttackExamples | MapPlane
+"""The tasks that measure networks and make none."""
 
 
 def load_evaluation(store: Store, key: Key) -> Evaluation:
@@ -119,17 +125,25 @@ class Worker:
                 figures = build_greedy_soup(self, task, folder, on_progress)
             case MixSoup():
                 figures = mix_soup(self, task, folder)
-            case MeasureClean():
-                figures = measure_clean(self, task, folder, on_progress)
             case MergeSoup():
                 figures = merge_soup(self, task, folder)
+            case _:
+                figures = self._measure(step.name, task, folder, on_progress)
+        return figures
+
+    def _measure(self, name: str, task: Measurement, folder: Path, on_progress: Progress) -> str:
+        """Execute a task that makes no network."""
+        match task:
+            case MeasureClean():
+                return measure_clean(self, task, folder, on_progress)
             case EvaluateNetwork():
-                figures = evaluate_network(self, step.name, task, folder, on_progress)
+                return evaluate_network(self, name, task, folder, on_progress)
+            case AttackExamples():
+                return save_examples(self, task, folder, on_progress)
             case MapPlane():
-                figures = map_plane(self, task, folder, on_progress)
+                return map_plane(self, task, folder, on_progress)
             case _:
                 assert_never(task)
-        return figures
 
     def checkpoint(self, key: Key) -> Checkpoint:
         """Return a checkpoint: the output of a step, or a file."""
@@ -434,6 +448,21 @@ def _check_shift(evaluation: Evaluation, settings: EvaluationSettings) -> None:
         raise DataError(
             f"{shift.folder}: changed since the run was planned; run the same command again"
         )
+
+
+def save_examples(worker: Worker, task: AttackExamples, folder: Path, on_progress: Progress) -> str:
+    """Attack a few samples and write their pictures."""
+    settings = task.settings
+    examples = attack_examples(
+        worker.checkpoint(task.network),
+        worker.context.data.split(settings.split).first(settings.samples),
+        settings.threats,
+        settings.attack,
+        device=worker.context.device,
+        on_progress=on_progress,
+    )
+    examples.save(folder / EXAMPLES)
+    return f"{len(examples.labels)} samples"
 
 
 def map_plane(worker: Worker, task: MapPlane, folder: Path, on_progress: Progress) -> str:

@@ -1,0 +1,28 @@
+"""The commands that load, judge and publish the chosen soup."""
+
+import shlex
+
+from robustsoup.reports.file_names import hide_folders
+from robustsoup.runs.results import Results
+
+
+def list_commands(results: Results) -> list[tuple[str, str]]:
+    """List (what it does, command) for the chosen soup; none without a soup."""
+    soup = results.soup
+    if soup is None:
+        return []
+    protocol = results.protocol
+    data = hide_folders(str(results.data.get("name") or "DATA"))
+    words = ["robustsoup", "evaluate", soup, "--data", data]
+    for threat in protocol.threats:
+        words += ["--threat", threat]
+    if protocol.attack == "apgd":
+        words += ["--steps", str(protocol.steps)]
+    return [
+        (
+            "Load",
+            f"import robustsoup as rs\n\nnetwork = rs.Checkpoint.load({soup!r}).network().eval()",
+        ),
+        ("Judge", shlex.join(words)),
+        ("Publish", shlex.join(["robustsoup", "push", soup, "hf://ORGANISATION/NAME"])),
+    ]
