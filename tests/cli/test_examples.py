@@ -66,6 +66,7 @@ def run_example(words, capsys):
     printed = capsys.readouterr()
     expected = 0
     if command == "search":
+        assert printed.out, printed.err
         expected = Answer.from_json(json.loads(printed.out)["selection"]).exit_code
     if command == "check":
         expected = 0 if json.loads(printed.out)["soupable"] else 3
