@@ -32,8 +32,8 @@ test-browser: $(VENV)/.installed-dev
 
 # The numeric tests again with the kernels of older processors: no verdict depends on the processor.
 test-kernels: $(VENV)/.installed-dev
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 -m "kernels and not slow and not extras"
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m "kernels and not slow and not extras"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 -m kernels
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m kernels
 
 # The suite with three kinds of kernels, two threads, a random order, other load and four more seeds.
 test-everywhere: $(VENV)/.installed-dev
@@ -45,7 +45,7 @@ test-everywhere: $(VENV)/.installed-dev
 	for loop in 1 2; do timeout 1h sh -c 'while :; do :; done' & busy="$$busy $$!"; done; \
 	trap "kill $$busy" EXIT; $(BIN)/pytest -n 2
 	for seed in 1 2 3 4; do \
-		ROBUSTSOUP_TEST_SEED=$$seed $(BIN)/pytest -n 2 -m "trained and not slow and not extras" || exit 1; \
+		ROBUSTSOUP_TEST_SEED=$$seed $(BIN)/pytest -n 2 -m trained || exit 1; \
 	done
 
 # Kills, damage, fuzzing and other faults, many times over; docs/reliability.md quotes the table that

@@ -69,12 +69,16 @@ def _global_randomness_untouched():
 
 NUMERIC_ROOMS = ("attacks", "evaluation", "soups", "training")
 TRAINED_ROOMS = (*NUMERIC_ROOMS, "cli", "data", "diagnosis", "runs")
+TARGETS = ("browser", "extras", "scale", "simulations", "slow", "trust")
+"""Markers of tests that only a target of their own runs."""
 
 
 def pytest_collection_modifyitems(items):
     """Mark numeric tests and tests of trained networks, and shuffle all tests if requested."""
     for item in items:
         room = item.path.parent.name
+        if any(item.get_closest_marker(name) for name in TARGETS):
+            continue
         if room in NUMERIC_ROOMS:
             item.add_marker(pytest.mark.kernels)
         if room in TRAINED_ROOMS:
