@@ -24,7 +24,7 @@ PYTHON_GROUPS = {
     "Data and networks": ("load_data", "load_model", "Data", "Split", "Synthetic"),
     "Checkpoints": ("Checkpoint",),
     "Attacks": ("ThreatModel", "apgd", "apgd_train", "pgd", "square"),
-    "Training": ("train", "track", "Objective"),
+    "Training": ("train", "train_subspace", "track", "Objective"),
     "Soups": ("mix", "merge", "learn", "learn_dial", "Coefficients", "Dial"),
     "Evaluation": ("evaluate", "Evaluation", "Accuracy", "compare", "Comparison"),
     "Search": (
@@ -36,7 +36,7 @@ PYTHON_GROUPS = {
         "Candidate",
         "Selection",
     ),
-    "Diagnosis": ("check", "Soupability", "landscape", "Landscape"),
+    "Diagnosis": ("check", "Soupability", "landscape", "Landscape", "map_layers", "LayerMap"),
     "Settings": (
         "TrainSettings",
         "LearnSettings",

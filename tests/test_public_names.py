@@ -23,6 +23,7 @@ NAMES = [
     "Evaluation",
     "Landscape",
     "LandscapeSettings",
+    "LayerMap",
     "LearnSettings",
     "MergeSettings",
     "Objective",
@@ -45,6 +46,7 @@ NAMES = [
     "learn_dial",
     "load_data",
     "load_model",
+    "map_layers",
     "merge",
     "mix",
     "pareto_front",
@@ -54,6 +56,7 @@ NAMES = [
     "square",
     "track",
     "train",
+    "train_subspace",
 ]
 
 

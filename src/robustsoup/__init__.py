@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from robustsoup.data import Data, Split, Synthetic, load_data
     from robustsoup.diagnosis.check import Soupability, check
     from robustsoup.diagnosis.landscape import Landscape, landscape
+    from robustsoup.diagnosis.layers import LayerMap, map_layers
     from robustsoup.errors import RobustsoupError
     from robustsoup.evaluation.comparison import Comparison, compare
     from robustsoup.evaluation.evaluate import evaluate
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from robustsoup.soups.mixing import mix
     from robustsoup.soups.search import SearchResult, search
     from robustsoup.soups.selection import Candidate, Selection, pareto_front, select
+    from robustsoup.soups.subspace import train_subspace
     from robustsoup.threats import ThreatModel
     from robustsoup.tracking import track
     from robustsoup.training.objectives import Objective
@@ -66,6 +68,7 @@ _HOMES = {
     "Evaluation": "evaluation.verdicts",
     "Landscape": "diagnosis.landscape",
     "LandscapeSettings": "settings",
+    "LayerMap": "diagnosis.layers",
     "LearnSettings": "settings",
     "MergeSettings": "settings",
     "Objective": "training.objectives",
@@ -88,6 +91,7 @@ _HOMES = {
     "learn_dial": "soups.learning",
     "load_data": "data",
     "load_model": "models",
+    "map_layers": "diagnosis.layers",
     "merge": "soups.merging",
     "mix": "soups.mixing",
     "pareto_front": "soups.selection",
@@ -97,6 +101,7 @@ _HOMES = {
     "square": "attacks",
     "track": "tracking",
     "train": "training.train",
+    "train_subspace": "soups.subspace",
 }
 
 __all__ = [
@@ -115,6 +120,7 @@ __all__ = [
     "Evaluation",
     "Landscape",
     "LandscapeSettings",
+    "LayerMap",
     "LearnSettings",
     "MergeSettings",
     "Objective",
@@ -137,6 +143,7 @@ __all__ = [
     "learn_dial",
     "load_data",
     "load_model",
+    "map_layers",
     "merge",
     "mix",
     "pareto_front",
@@ -146,6 +153,7 @@ __all__ = [
     "square",
     "track",
     "train",
+    "train_subspace",
 ]
 
 

@@ -1,6 +1,7 @@
 """robustsoup train: what it writes and records."""
 
 import numpy
+import pytest
 from command_line import LINF, run
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -54,3 +55,48 @@ def test_the_learning_rate_depends_on_the_start(here):
     fresh = ("--model", "resnet9:width=2", "-o", "fresh.safetensors")
     assert run("train", *LINF, "--epochs", 1, *fresh) == 0
     assert Checkpoint.load("fresh.safetensors").provenance["training"]["lr"] == 0.1
+
+
+def test_a_line_is_trained_mixed_and_searched(here, capsys):
+    train = ("train", "--from", "base.safetensors", "--data", "digits", "--epochs", 1)
+    ends = ("ends/end1.safetensors", "ends/end2.safetensors")
+    threats = ("--threat", "Linf 32/255", "--threat", "clean")
+    assert run(*train, *threats, "--subspace", "line", "-o", "ends") == 0
+    assert "ends/end2.safetensors: end 2, clean" in capsys.readouterr().out
+    assert not list(here.glob("ends/.*.pt"))
+    assert run("mix", *ends[::-1], "--at", 0.25, "--data", "digits", "-o", "soup.safetensors") == 0
+    record = Checkpoint.load("soup.safetensors").provenance
+    assert record["coefficients"] == [0.25, 0.75]
+    assert record["buffers"]["policy"] == "recalibrate"
+    search = ("search", *ends, "--data", "digits", "--threat", "Linf 32/255", "--samples", 32)
+    line = ("--method", "line", "--step", 0.5, "--steps", 1)
+    assert run(*search, *line, "-o", "best") in (0, 4)
+    soup = Checkpoint.load("best/soup.safetensors").provenance
+    assert soup["buffers"]["policy"] == "recalibrate"
+    assert run("show", ends[0]) == 0
+    assert "end 1 of a line, trained against Linf 32/255" in capsys.readouterr().out
+
+
+def test_a_union_is_trained(here):
+    train = ("train", "--from", "base.safetensors", "--data", "digits", "--epochs", 1)
+    union = ("--threat", "Linf 32/255", "--threat", "L2 1", "--combine", "random")
+    assert run(*train, *union, "-o", "union.safetensors") == 0
+    record = Checkpoint.load("union.safetensors").provenance["training"]
+    assert (record["threat"], record["also"]) == ("Linf 32/255", ["L2 1.0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--threat", "L2 1"), "--combine: got 2 threats (Linf 32/255, L2 1.0), expected max"),
+        (("--combine", "max"), "--combine: got max with one threat"),
+        (("--threat", "clean", "--combine", "max"), "--threat: got Linf 32/255, clean"),
+        (("--subspace", "line"), "--subspace line: got 1 --threat, expected 2"),
+        (("--subspace", "square"), '--subspace: got "square", expected line or triangle'),
+        (("--subspace-by", "eps"), "--subspace-by: requires --subspace"),
+    ],
+)
+def test_threats_that_do_not_go_together_are_refused(here, capsys, options, message):
+    train = ("train", "--from", "base.safetensors", "--data", "digits", "--threat", "Linf 32/255")
+    assert run(*train, *options, "-o", "new") == 2
+    assert message in capsys.readouterr().err

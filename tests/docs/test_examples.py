@@ -66,7 +66,8 @@ def test_the_commands_of_the_readme_and_the_learn_page_run(tmp_path, monkeypatch
     ]
     how_to = ROOT / "docs" / "how-to"
     greedy = [words for words in shell_commands(how_to / "choose.md") if "greedy" in words]
-    mix = [words for words in shell_commands(how_to / "train.md") if words[0] == "mix"]
+    training = shell_commands(how_to / "train.md")
+    mix = [words for words in training if words[0] == "mix" or "--subspace" in words]
     assert greedy
     assert mix
     run_commands([*commands, *shell_commands(how_to / "learn.md"), *greedy, *mix])

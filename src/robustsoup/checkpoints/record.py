@@ -79,6 +79,10 @@ ENTRIES = {
     "coefficients": nullable(_coefficients),
     "learned": nullable(_ANY_TABLE),
     "buffers": nullable(_ANY_TABLE),
+    "merge": nullable(table({"method": text}, {"base": nullable(text)})),
+    "subspace": nullable(
+        table({"shape": text, "position": _COUNT, "run": text}, {"ends": list_of(text)})
+    ),
     "adapter": nullable(_ANY_TABLE),
 }
 """The check of each known entry; entries with other names are kept and never read."""

@@ -19,6 +19,13 @@ from robustsoup.cli.terminal import print_json
 from robustsoup.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.data import Split
+    from robustsoup.diagnosis.layers import LayerMap
     from robustsoup.diagnosis.rules import Finding
 
 
@@ -48,6 +55,19 @@ def check_command(
     pairs: Annotated[
         int, typer.Option(min=1, help="Measure at most N pairs, the most distant ones.")
     ] = 15,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Swap each block between two checkpoints and show what it costs; requires --data.",
+        ),
+    ] = False,
+    granularity: Annotated[
+        str,
+        typer.Option(
+            help="What --layers swaps together: parameter, module, block or re:PATTERN on names."
+        ),
+    ] = "block",
     as_json: AsJson = False,
 ) -> int:
     """Check whether checkpoints can be mixed, and explain why not.
@@ -56,16 +76,19 @@ def check_command(
     duplicates between the splits of the data. Exit code 3 if the files cannot be mixed.
 
     Example: `robustsoup check eps16.safetensors eps96.safetensors --data digits
-    --threat "Linf 56/255"`
+    --threat "Linf 56/255"`; which blocks carry robustness: `robustsoup check eps16.safetensors
+    eps96.safetensors --data digits --threat "Linf 56/255" --layers`
     """
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
     from robustsoup.cli.progress import Bar
-    from robustsoup.cli.tables import print_soupability
+    from robustsoup.cli.tables import print_layers, print_soupability
     from robustsoup.data.duplicates import find_overlaps
     from robustsoup.diagnosis.check import check
     from robustsoup.models import build_network
 
+    if layers:
+        _check_layers(checkpoints, data)
     run.use_threads()
     source, split, module = None, None, None
     if data.data:
@@ -74,9 +97,10 @@ def check_command(
         split, module = source.val, build_network(context.network)
     elif network.model or network.normalize or threat != "clean":
         raise RequestError("check: --model, --normalize and --threat require --data")
+    opened = [Checkpoint.open(path, key=network.key) for path in checkpoints]
     with Bar("checking") as bar:
         result = check(
-            [Checkpoint.open(path, key=network.key) for path in checkpoints],
+            opened,
             data=split,
             threat=threat,
             base=base,
@@ -91,8 +115,54 @@ def check_command(
             overlaps = find_overlaps(source, near=True, on_progress=bar)
         found: list[Finding] = [("warning", f"duplicates: {overlap}") for overlap in overlaps]
         result = replace(result, findings=[*result.findings, *found])
+    layer_map = None
+    if layers and split is not None and not result.differences:
+        layer_map = _map_layers(opened, split, threat, granularity, samples, module, run.device)
     if as_json:
-        print_json(result.to_json())
+        content = result.to_json()
+        if layer_map is not None:
+            content["layers"] = layer_map.to_json()
+        print_json(content)
     else:
-        print_soupability(result, list(name_checkpoints(checkpoints)), pairs)
+        names = list(name_checkpoints(checkpoints))
+        print_soupability(result, names, pairs)
+        if layer_map is not None:
+            print_layers(layer_map, names)
     return 0 if result.soupable else 3
+
+
+def _check_layers(checkpoints: "Sequence[Path]", data: DataOptions) -> None:
+    """Raise RequestError if --layers lacks what it requires."""
+    if len(checkpoints) != 2 or not data.data:
+        raise RequestError(
+            f"--layers: swaps blocks between 2 checkpoints and measures them on --data; got "
+            f"{len(checkpoints)} checkpoints and {data.data or 'no data'}"
+        )
+
+
+def _map_layers(
+    checkpoints: "Sequence[Checkpoint]",
+    split: "Split",
+    threat: str,
+    granularity: str,
+    samples: int,
+    network: "nn.Module | None",
+    device: str,
+) -> "LayerMap":
+    """Swap the blocks of two checkpoints, and show how far it is."""
+    from robustsoup.cli.progress import Bar
+    from robustsoup.diagnosis.layers import map_layers
+
+    first, second = checkpoints
+    with Bar("swapping blocks") as bar:
+        return map_layers(
+            first,
+            second,
+            split,
+            threat=threat,
+            granularity=granularity,
+            samples=samples,
+            network=network,
+            device=device,
+            on_progress=bar,
+        )

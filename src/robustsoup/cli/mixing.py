@@ -68,7 +68,11 @@ def mix_command(
     ] = None,
     at: Annotated[
         float | None,
-        typer.Option(help="Position on a dial, from 0 (robust) to 1 (clean).", show_default=False),
+        typer.Option(
+            help="Position on a dial, or between the two ends of a line of `train --subspace`, "
+            "from 0 (robust) to 1 (clean).",
+            show_default=False,
+        ),
     ] = None,
     base: Base = None,
     threat: Annotated[
@@ -95,17 +99,24 @@ def mix_command(
         print_notes,
     )
     from robustsoup.device import resolve_device
+    from robustsoup.soups.coefficients import Coefficients
     from robustsoup.soups.merging import merge
     from robustsoup.soups.mixing import default_buffer_policy, mix
+    from robustsoup.soups.subspace import point_on_line, spans_subspace
 
     check_output_file(output, (".safetensors", *PICKLE_ENDINGS))
     _check_method(method, given, base, soup.buffers)
     if network.normalize and not (data.data or network.model):
         raise RequestError("mix: --normalize requires --model or --data")
     run.use_threads()
-    alpha = parse_coefficients(coefficients, len(checkpoints), at)
     ingredients = open_checkpoints(checkpoints, network.key)
+    if at is not None and coefficients is None:
+        alpha = Coefficients.of(point_on_line(ingredients, at))
+    else:
+        alpha = parse_coefficients(coefficients, len(checkpoints), at)
     policy = soup.buffers or default_buffer_policy(alpha)
+    if soup.buffers is None and spans_subspace(ingredients):
+        policy = "recalibrate"  # the statistics of a subspace are measured anew at each point
     split = None
     if data.data:
         source = load_requested_data(data, network)

@@ -9,6 +9,7 @@ from robustsoup.cli.progress import format_duration
 from robustsoup.cli.terminal import print_line, print_table
 from robustsoup.diagnosis.barriers import Pair
 from robustsoup.diagnosis.check import Soupability
+from robustsoup.diagnosis.layers import LayerMap
 from robustsoup.evaluation.attack_texts import describe_attack
 from robustsoup.evaluation.comparison import Comparison
 from robustsoup.evaluation.doubts import describe_masking
@@ -147,6 +148,19 @@ def print_soupability(result: Soupability, names: Sequence[str], limit: int) -> 
         print_line(line)
     for warning in result.warnings:
         print_line(f"warning: {warning}")
+
+
+def print_layers(layers: LayerMap, names: Sequence[str]) -> None:
+    """Print what swapping each block between two checkpoints changes."""
+    first, second = names
+    for name, accuracies in ((first, layers.first), (second, layers.second)):
+        figures = ", ".join(f"{measure} {accuracy}" for measure, accuracy in accuracies.items())
+        print_line(f"{name}: {figures} ({layers.samples} samples)")
+    print_line(
+        f"what a swapped block changes, in points (1st: {first} with the block of {second}; "
+        "2nd: the reverse):"
+    )
+    print_table(layers.columns(), layers.rows())
 
 
 def _print_pairs(pairs: Sequence[Pair], names: Sequence[str]) -> None:

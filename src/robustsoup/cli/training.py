@@ -1,5 +1,6 @@
 """The command that trains or fine-tunes a network."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,11 @@ from robustsoup.errors import ModelError, RequestError
 from robustsoup.settings import PRETRAIN_DEFAULTS, TrainSettings
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Data
+    from robustsoup.tracking import OnEpoch
 
 
 def train_command(
@@ -37,7 +42,12 @@ def train_command(
         ),
     ],
     threat: TrainingThreats,
-    output: Annotated[Path, typer.Option("-o", help="Checkpoint to write (.safetensors).")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", help="Checkpoint to write (.safetensors); with --subspace, a folder for its ends."
+        ),
+    ],
     network: NetworkOptions,
     run: RunOptions,
     given: Given,
@@ -45,6 +55,22 @@ def train_command(
         Path | None, CheckpointPlace(), typer.Option("--from", help="Checkpoint to fine-tune.")
     ] = None,
     combine: Combine = None,
+    subspace: Annotated[
+        str | None,
+        typer.Option(
+            help="Train a whole line or triangle of networks: line or triangle; the first 2 or 3 "
+            "--threat are those of its ends, from robust to clean.",
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--subspace-by",
+            help="What changes along a subspace: eps (the attack's radius) or objective (the "
+            "weight of the clean loss).",
+        ),
+    ] = "eps",
     track: Track = None,
 ) -> None:
     """Train a network adversarially, or fine-tune a checkpoint.
@@ -54,12 +80,14 @@ def train_command(
 
     Example: `robustsoup train --model resnet9:width=8 --data digits --threat "Linf 48/255" --lr 0.1
     -o base.safetensors`, then `robustsoup train --from base.safetensors --data digits
-    --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`
+    --threat "Linf 16/255" --lr 0.02 -o eps16.safetensors`; a line of networks: `robustsoup train
+    --from base.safetensors --data digits --threat "Linf 64/255" --threat "Linf 8/255" --subspace
+    line --lr 0.02 -o ends`, then `robustsoup mix ends/end1.safetensors ends/end2.safetensors
+    --at 0.3 --data digits -o soup.safetensors`
     """
     from robustsoup import tracking
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import (
-        check_output_file,
         load_requested_data,
         make_context,
         print_notes,
@@ -71,8 +99,9 @@ def train_command(
     from robustsoup.runs.locks import lock_file
     from robustsoup.training.train import train
 
-    settings = with_threats(settings, threat, combine)
-    check_output_file(output, {".safetensors"})
+    ends, rest = _split_threats(subspace, threat, combine, given)
+    settings = with_threats(settings, [*ends[:1], *rest], combine)
+    _check_output(output, folder=bool(ends[1:]))
     _check_train_options(settings, network, start, given)
     if start is None and "lr" not in given:
         settings = replace(settings, lr=PRETRAIN_DEFAULTS["lr"])
@@ -88,6 +117,9 @@ def train_command(
         print_notes(initial)
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings, loaded)
+    if ends[1:]:
+        _train_ends(initial, loaded, ends, settings, output, by=by, run=run, on_epoch=on_epoch)
+        return
     state = output.with_name(f".{output.name}.state.pt")
     with lock_file(output, print_error):
         with Bar(f"training {output.name}") as bar:
@@ -105,6 +137,77 @@ def train_command(
         remove_file(state)
     loss = trained.provenance["history"][-1]["loss"]
     print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")
+
+
+def _check_output(output: Path, *, folder: bool) -> None:
+    """Check that the checkpoint, or the folder of a subspace, can be written."""
+    from robustsoup.cli.inputs import check_output_file
+    from robustsoup.files import check_writable
+
+    if folder:
+        check_writable(output, folder=True)
+    else:
+        check_output_file(output, {".safetensors"})
+
+
+def _train_ends(
+    initial: "nn.Module | Checkpoint",
+    data: "Data",
+    threats: Sequence[str],
+    settings: TrainSettings,
+    output: Path,
+    *,
+    by: str,
+    run: RunOptions,
+    on_epoch: "OnEpoch | None",
+) -> None:
+    """Train the ends of a subspace and write them as end1.safetensors and so on."""
+    from robustsoup.cli.progress import Bar
+    from robustsoup.files import remove_file
+    from robustsoup.runs.locks import lock_folder
+    from robustsoup.soups.subspace import train_subspace
+
+    state = output / ".state.pt"
+    with lock_folder(output, print_error):
+        with Bar(f"training {output.name}") as bar:
+            ends = train_subspace(
+                initial,
+                data.train,
+                threats,
+                settings,
+                by=by,
+                device=run.device,
+                state_path=state,
+                on_progress=bar,
+                on_epoch=on_epoch,
+            )
+        for number, (end, threat) in enumerate(zip(ends, threats, strict=True), 1):
+            path = output / f"end{number}.safetensors"
+            end.save(path)
+            print_line(f"{path}: end {number}, {threat}")
+        remove_file(state)
+    loss = ends[0].provenance["history"][-1]["loss"]
+    print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")
+
+
+def _split_threats(
+    subspace: str | None, threats: list[str], combine: str | None, given: Given
+) -> tuple[list[str], list[str]]:
+    """Return the threats of the ends of a subspace, or the first, and those combined with it."""
+    if subspace is None:
+        if "by" in given:
+            raise RequestError("--subspace-by: requires --subspace")
+        return threats[:1], threats[1:]
+    shapes = {"line": 2, "triangle": 3}
+    if subspace not in shapes:
+        raise RequestError(f'--subspace: got "{subspace}", expected line or triangle')
+    ends = shapes[subspace]
+    if len(threats) < ends or (len(threats) > ends and combine is None):
+        raise RequestError(
+            f"--subspace {subspace}: got {len(threats)} --threat, expected {ends}, one for each "
+            "end, from robust to clean; further ones, which hold everywhere, require --combine"
+        )
+    return threats[:ends], threats[ends:]
 
 
 def _check_train_options(

@@ -219,7 +219,12 @@ def describe_making(record: Mapping[str, Any]) -> str:
     data = record.get("data") or {}
     splits = " and ".join(map(str, record.get("trained_on", ())))
     source = f" on {_short(data['name'])} ({splits})" if data.get("name") else ""
-    parts = [f"trained against {_short(training.get('threat'))}{source}"]
+    also = training.get("also")
+    threats = [training.get("threat"), *(also if isinstance(also, list) else [])]
+    parts = [f"trained against {' and '.join(map(_short, threats))}{source}"]
+    subspace = record.get("subspace")
+    if isinstance(subspace, Mapping):
+        parts[0] = f"end {subspace['position'] + 1} of a {_short(subspace['shape'])}, {parts[0]}"
     parts += [
         f"{name} {_short(training[name])}"
         for name in ("objective", "epochs", "lr", "seed")
@@ -233,6 +238,9 @@ def describe_making(record: Mapping[str, Any]) -> str:
 def _describe_soup(record: Mapping[str, Any]) -> str:
     learning = (record.get("learned") or {}).get("learning")
     parts = [f"soup of {len(record.get('parents', ()))} ingredients"]
+    merge = record.get("merge")
+    if isinstance(merge, Mapping):
+        parts.append(f"merged by {_short(merge.get('method'))}")
     if isinstance(learning, Mapping):
         parts.append(f"coefficients learned against {_short(learning.get('threat'))}")
     elif isinstance(record["coefficients"], Mapping):

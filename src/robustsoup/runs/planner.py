@@ -36,6 +36,7 @@ from robustsoup.settings import BufferSettings, EarlyStop, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.screening import Contender, EvaluationRequest, Screening, short_attack
+from robustsoup.soups.subspace import spans_subspace
 from robustsoup.training.objectives import Objective
 
 
@@ -234,6 +235,9 @@ class Planner:
     def mixing_of(self, soup: Soup) -> Mixing:
         """Return the buffer policy of a soup, and its base."""
         policy = "tracked" if soup.method == "learned" else "average"
+        files = [self.plan.files.get(key) for key in self.ingredient_keys(soup)]
+        if soup.method != "learned" and spans_subspace([item for item in files if item]):
+            policy = "recalibrate"
         buffers = soup.buffer_settings(seed=self.recipe.seed, policy=policy)
         if not str(buffers.buffers).startswith("recalibrate"):
             buffers = BufferSettings(buffers=buffers.buffers)  # the rest has no effect

@@ -57,7 +57,10 @@ from robustsoup.training.schedules import check_schedule, learning_rate
 OnCheckpoint = Callable[[int, Checkpoint], None]
 """on_checkpoint(epoch, checkpoint): receives the network after an epoch, counted from 1."""
 
-OUTDATED_ENTRIES = ("history", "early_stopped_at", "learned", "coefficients", "buffers", "epoch")
+OUTDATED_ENTRIES = (
+    *("history", "early_stopped_at", "epoch"),
+    *("learned", "coefficients", "buffers", "merge", "subspace"),
+)
 """Entries of a parent's provenance that do not apply to a network that was trained from it."""
 
 
@@ -124,7 +127,7 @@ def train(
     model = copy_network(as_network(network))
     origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
     check_fit(model, data, list(settings.threats))
-    _check_trainable(model)
+    check_trainable(model)
     check_training(model, data, settings.batch_size)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
@@ -315,7 +318,8 @@ def _check_checkpoint_interval(interval: int | None, on_checkpoint: OnCheckpoint
         )
 
 
-def _check_trainable(model: nn.Module) -> None:
+def check_trainable(model: nn.Module) -> None:
+    """Raise ModelError if every parameter is frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(
             "network: every parameter is frozen (requires_grad is False), so nothing can be trained"
@@ -341,7 +345,7 @@ def _make_checkpoint(
     if epoch is None and run.best_weights is not None:
         run.result.load_state_dict(run.best_weights)
     best = min(run.history, key=lambda entry: entry["robust_loss"])["epoch"] if stopped else None
-    record = _inherited_record(run, origin, start_digest) | {
+    record = inherited_record(run.inputs, origin, start_digest) | {
         "kind": "trained",
         "data": run.inputs.data.record,
         "training": run.record,
@@ -359,11 +363,11 @@ def _make_checkpoint(
     return Checkpoint.of(run.result, record)
 
 
-def _inherited_record(
-    run: TrainingRun, origin: Checkpoint | None, start_digest: str
+def inherited_record(
+    inputs: TrainingInputs, origin: Checkpoint | None, start_digest: str
 ) -> dict[str, Any]:
     """Return the entries that continue the record of the parent: parents, splits, other data."""
-    data, synthetic = run.inputs.data, run.inputs.synthetic
+    data, synthetic = inputs.data, inputs.synthetic
     inherited = origin.provenance if origin is not None else {}
     record: dict[str, Any] = {
         key: value for key, value in inherited.items() if key not in OUTDATED_ENTRIES

@@ -1,0 +1,370 @@
+"""Train a line or a triangle of networks instead of its ends one by one."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustsoup.attacks.adaptation import copy_network, set_memory_format
+from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.data import SplitLike, as_split, batches
+from robustsoup.data.batches import Batch
+from robustsoup.device import resolve_device, resolve_precision
+from robustsoup.errors import CoefficientError, RequestError
+from robustsoup.fingerprint import network_fingerprint
+from robustsoup.models.fit import check_fit, check_training
+from robustsoup.progress import Progress, SavedState
+from robustsoup.seeding import keyed_generator
+from robustsoup.settings import TrainSettings, accepts_settings, make_settings, to_record
+from robustsoup.soups.batchnorm import recalibrate
+from robustsoup.threats import CLEAN, ThreatModel
+from robustsoup.tracking import OnEpoch
+from robustsoup.training.adversarial_loss import attack_under_all, mean_objective_loss
+from robustsoup.training.loop import History, check_step_loss, run_epochs
+from robustsoup.training.objectives import Objective, mixed
+from robustsoup.training.optimizer import clip_gradients, make_optimizer, set_norm_momentum
+from robustsoup.training.schedules import check_schedule, learning_rate
+from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
+
+SHAPES = {2: "line", 3: "triangle"}
+"""Shape of a subspace by its number of ends."""
+WAYS = ("eps", "objective")
+CALIBRATION_SAMPLES = 10_000
+
+
+@accepts_settings(TrainSettings, omit=("threat",))
+def train_subspace(
+    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    data: SplitLike,
+    threats: Sequence[ThreatModel | str],
+    settings: TrainSettings | None = None,
+    *,
+    by: str = "eps",
+    device: str | torch.device = "auto",
+    state_path: str | os.PathLike[str] | None = None,
+    on_progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
+    **changes: Any,
+) -> list[Checkpoint]:
+    """Train the ends of a line or a triangle of weights so that all points between them are good.
+
+    Each step draws weights w, mixes W = sum_i w_i W_i, attacks W, and sends w_i times its gradient
+    to end i. On a line, w = (1 - t, t): t is 0 in a third of the steps, 1 in a third, and uniform
+    in the others; on a triangle, each end and the uniform draw take a quarter of the steps.
+
+    Args:
+        network: A module, which is not changed, a Checkpoint or a path; all ends start from it.
+        data: The training split.
+        threats: The threat models of the ends, 2 for a line and 3 for a triangle, from robust to
+            clean.
+        settings: The settings; TrainSettings() by default. With `also`, the more threats hold at
+            every point, and the ends must not be clean.
+        by: "eps": between the ends, the radius of the attack is the mean of theirs by w; threats of
+            other norms are drawn with probability w. "objective": the first threat at every point,
+            and the clean loss weighs what the clean ends weigh.
+        device: "auto", "cpu", "cuda" or a device.
+        state_path: File for the state of the run. A killed run resumes from it.
+        on_progress: Receives (steps done, all steps, figures).
+        on_epoch: Receives the figures of each epoch as a dictionary; see `track`.
+        **changes: Fields of TrainSettings, which override `settings`.
+
+    Returns:
+        The ends, in the order of their threats: ordinary checkpoints, whose BatchNorm statistics
+        are measured anew under their threats. A soup of them is a point of the subspace; its
+        statistics should be measured anew too (`buffers="recalibrate"`).
+
+    Raises:
+        RequestError: If a setting is unknown, out of range, or not supported here; or if there are
+            not 2 or 3 threats.
+        ModelError: If the network does not fit the data, or all of it is frozen.
+        Diverged: If the loss becomes NaN or infinite.
+
+    Source: Wortsman et al. 2021, arXiv:2102.10472; under attack: here.
+    """
+    settings = make_settings(TrainSettings, settings, changes)
+    listed = [threats] if isinstance(threats, str | ThreatModel) else threats
+    ends = [ThreatModel.parse(threat) for threat in listed]
+    data = as_split(data, "train_subspace")
+    check_schedule(settings.schedule)
+    _check_request(ends, settings, by)
+    place = resolve_device(device)
+    settings = replace(
+        settings,
+        threat=ends[0],
+        objective=Objective.parse(settings.objective),
+        precision=resolve_precision(settings.precision, place),
+    )
+    model = copy_network(as_network(network))
+    origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
+    check_fit(model, data, [*ends, *settings.also])
+    check_trainable(model)
+    check_training(model, data, settings.batch_size)
+    start = Checkpoint.of(model)
+    inputs = TrainingInputs(data, None, None, settings)
+    run = SubspaceRun(model, inputs.to(place), ends, by)
+    work = [run.record, start.digest, data.digest, network_fingerprint(model)]
+    fingerprint = json.dumps([*work, run.objective.fingerprint], sort_keys=True)
+    saved = SavedState(state_path, fingerprint)
+    with saved.refuse_malformed():
+        run.restore(saved.load())
+    run_epochs(run, saved, on_progress, on_epoch)
+    identity = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    inherited = inherited_record(run.inputs, origin, start.digest)
+    return [_make_end(run, number, inherited, identity) for number in range(len(ends))]
+
+
+class SubspaceRun:
+    """The state of one run that trains a subspace; a `StepwiseRun`.
+
+    Each end keeps its own running statistics: a step starts from their mean by w, and sends w_i
+    times its update to end i, as it does with the gradient.
+    """
+
+    verb = "train_subspace"
+
+    def __init__(
+        self, model: nn.Module, inputs: TrainingInputs, threats: Sequence[ThreatModel], by: str
+    ) -> None:
+        self.inputs, self.threats, self.by = inputs, tuple(threats), by
+        self.settings = settings = inputs.settings
+        self.device = inputs.data.images.device
+        self.model = set_memory_format(model.to(self.device))
+        self.objective: Objective = settings.objective.with_label_smoothing(
+            settings.label_smoothing
+        )
+        if settings.bn_momentum is not None:
+            set_norm_momentum(self.model, settings.bn_momentum)
+        self.ends = [copy_network(self.model) for _ in threats]
+        self.optimizers = [make_optimizer(end, settings) for end in self.ends]
+        self.epochs, self.precision = settings.epochs, settings.precision
+        self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float32)
+        self.history: History = []
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings as provenance records them."""
+        return {
+            **to_record(self.settings),
+            "ends": [str(threat) for threat in self.threats],
+            "by": self.by,
+        }
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Resume from a saved state; None starts a new run."""
+        if state is None:
+            return
+        for end, weights in zip(self.ends, state["ends"], strict=True):
+            end.load_state_dict(weights)
+        for optimizer, entries in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(entries)
+        self.step, self.history = state["step"], state["history"]
+        self.loss_sum = state["loss_sum"].to(self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that `restore` needs; the mixed network follows from the ends."""
+        return {
+            "ends": [end.state_dict() for end in self.ends],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "history": self.history,
+            "loss_sum": self.loss_sum,
+        }
+
+    def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch from number `skip` on."""
+        s = self.settings
+        return batches(self.inputs.data, s.batch_size, seed=s.seed, epoch=epoch, skip=skip)
+
+    def take_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step on a batch and return its loss."""
+        s = self.settings
+        weights = draw_point(len(self.ends), s.seed, self.step)
+        threat, objective = self._goal(weights)
+        self.mix(weights)
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        attacked = attack_under_all(
+            self.model, (x, y), replace(s, threat=threat), objective, step=self.step
+        )
+        self.model.zero_grad(set_to_none=True)
+        loss = mean_objective_loss(self.model, x, attacked, y, objective, precision=s.precision)
+        check_step_loss(self, loss, attacked[0])
+        loss.backward()
+        clip_gradients(self.model, s.clip_grad)
+        self._update_ends(weights, before)
+        return loss.detach()
+
+    @torch.no_grad()
+    def mix(self, weights: Sequence[float]) -> None:
+        """Write the point with these weights into the network, with the mean statistics."""
+        mixed_tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        parts = [{**dict(end.named_parameters()), **dict(end.named_buffers())} for end in self.ends]
+        for name, tensor in mixed_tensors.items():
+            if not tensor.is_floating_point():
+                tensor.copy_(parts[0][name])
+                continue
+            tensor.zero_()
+            for part, weight in zip(parts, weights, strict=True):
+                if weight:
+                    tensor.add_(part[name], alpha=weight)
+
+    def end_epoch(self, entry: dict[str, float]) -> None:
+        """Measure nothing: a subspace has no single network to stop at."""
+
+    def find_non_finite_layer(self) -> str | None:
+        """Return None: only the loss of a step reveals a broken layer."""
+        return None
+
+    def _goal(self, weights: Sequence[float]) -> tuple[ThreatModel, Objective]:
+        """Return the threat and the objective at a point."""
+        if self.by == "objective":
+            ends = zip(self.threats, weights, strict=True)
+            clean = sum(weight for threat, weight in ends if threat.is_clean)
+            return self.threats[0], mixed(min(clean, 1.0))
+        return self._threat_at(weights), self.objective
+
+    def _threat_at(self, weights: Sequence[float]) -> ThreatModel:
+        attacked = [threat for threat in self.threats if not threat.is_clean]
+        if not attacked:
+            return CLEAN
+        if len({threat.norm for threat in attacked}) > 1:
+            generator = keyed_generator("subspace threat", self.settings.seed, self.step)
+            chosen = torch.multinomial(torch.tensor(weights), 1, generator=generator)
+            return self.threats[int(chosen)]
+        ends = zip(self.threats, weights, strict=True)
+        eps = sum(weight * threat.eps for threat, weight in ends if not threat.is_clean)
+        return ThreatModel(attacked[0].norm, eps) if eps > 0 else CLEAN
+
+    @torch.no_grad()
+    def _update_ends(self, weights: Sequence[float], before: dict[str, Tensor]) -> None:
+        """Send each end its share of the gradient and of the update of the statistics."""
+        s = self.settings
+        epochs_done = self.step / self.steps_per_epoch
+        rate = learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
+        after = dict(self.model.named_buffers())
+        for end, optimizer, weight in zip(self.ends, self.optimizers, weights, strict=True):
+            for parameter, mixed_one in zip(end.parameters(), self.model.parameters(), strict=True):
+                grad = mixed_one.grad
+                parameter.grad = None if grad is None else weight * grad
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            for name, buffer in end.named_buffers():
+                if buffer.is_floating_point():
+                    buffer.add_(after[name] - before[name], alpha=weight)
+                else:
+                    buffer.copy_(after[name])
+
+
+def point_on_line(ends: Sequence[Checkpoint], t: float) -> list[float]:
+    """Return the weights, in the order of `ends`, of a position on the line that they span.
+
+    Args:
+        ends: The two ends that `train_subspace` made of a line, in any order.
+        t: From 0, the robust end, to 1, the clean end.
+
+    Raises:
+        CoefficientError: If t is outside [0, 1], or these are not the two ends of one line.
+    """
+    if not 0 <= t <= 1:
+        raise CoefficientError(f"--at: got {t:g}, expected a number from 0 (robust) to 1 (clean)")
+    records = [end.provenance.get("subspace") or {} for end in ends]
+    positions = [record.get("position") for record in records]
+    runs = {record.get("run") for record in records}
+    is_line = all(record.get("shape") == "line" for record in records)
+    if not is_line or len(runs) != 1 or sorted(positions, key=str) != [0, 1]:
+        raise CoefficientError(
+            "--at: requires a dial, such as --coefficients DIR/dial.safetensors, or the two ends "
+            "of one line of `train --subspace line`"
+        )
+    return [t if position == 1 else 1 - t for position in positions]
+
+
+def spans_subspace(items: Sequence[Checkpoint]) -> bool:
+    """Return whether all checkpoints are ends of one subspace."""
+    runs = {(item.provenance.get("subspace") or {}).get("run") for item in items}
+    return len(items) > 1 and len(runs) == 1 and None not in runs
+
+
+def draw_point(ends: int, seed: int, step: int) -> tuple[float, ...]:
+    """Return the weights of the ends in a step: of one end alone, or uniform on the simplex.
+
+    Each end, and the uniform draw, has the probability 1 / (ends + 1).
+    """
+    generator = keyed_generator("subspace", seed, step)
+    place = int(torch.randint(ends + 1, (), generator=generator))
+    if place < ends:
+        return tuple(float(number == place) for number in range(ends))
+    draws = torch.rand(ends - 1, generator=generator, dtype=torch.float64).sort().values.tolist()
+    return tuple(high - low for low, high in zip([0.0, *draws], [*draws, 1.0], strict=True))
+
+
+def _check_request(threats: Sequence[ThreatModel], settings: TrainSettings, by: str) -> None:
+    if len(threats) not in SHAPES:
+        raise RequestError(
+            f"threats: got {len(threats)}, expected one for each end: 2 for a line, "
+            "3 for a triangle"
+        )
+    if by not in WAYS:
+        raise RequestError(f'by: got "{by}", expected one of {", ".join(WAYS)}')
+    for name in ("early_stop", "ema", "synthetic"):
+        if getattr(settings, name):
+            raise RequestError(f"{name}: a subspace is trained without it; leave it out")
+    if settings.also and any(threat.is_clean for threat in threats):
+        raise RequestError("also: several threats at every point leave no clean end")
+    if by == "objective":
+        if str(settings.objective) != "ce":
+            raise RequestError(
+                f'objective: got {settings.objective}, expected none with by "objective", '
+                "which weighs the clean loss itself"
+            )
+        if threats[0].is_clean or not threats[-1].is_clean:
+            names = ", ".join(map(str, threats))
+            raise RequestError(
+                f'threats: got {names} with by "objective", expected a threat first and clean last'
+            )
+
+
+def _make_end(
+    run: SubspaceRun, number: int, inherited: dict[str, Any], identity: str
+) -> Checkpoint:
+    """Return an end with the statistics of its own weights, and its record."""
+    s, end, threat = run.settings, run.ends[number], run.threats[number]
+    end.eval()
+    measured = recalibrate(
+        end,
+        run.inputs.data,
+        threat=threat,
+        attack_steps=s.attack_steps,
+        samples=CALIBRATION_SAMPLES,
+        seed=s.seed,
+        precision=s.precision,
+    )
+    end.load_state_dict(measured, strict=False)
+    record = inherited | {
+        "kind": "trained",
+        "data": run.inputs.data.record,
+        "training": {**to_record(s), "threat": str(threat)},
+        "history": list(run.history),
+        "early_stopped_at": None,
+        "seed": s.seed,
+        "subspace": {
+            "shape": SHAPES[len(run.ends)],
+            "position": number,
+            "ends": [str(item) for item in run.threats],
+            "by": run.by,
+            "run": identity,
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": run.device.type,
+        },
+    }
+    return Checkpoint.of(end, record)
