@@ -143,6 +143,14 @@ def test_when_nothing_meets_the_requirement_the_answer_says_how_many_samples_it_
     assert hopeless.samples_to_prove is None
 
 
+def test_samples_to_prove_are_known_where_exact_tests_decide():
+    """At 200 samples and a threshold of 95 %, 10 misses are expected."""
+    tried = [candidate("s", 192, 90), candidate("t", 180, 95)]
+    answer = answer_of(tried, require=["clean>=0.95"], ingredients={})
+    assert answer.guarantee.method == "exact"
+    assert answer.samples_to_prove > N
+
+
 def test_requirements_that_only_different_soups_meet_conflict():
     tried = [candidate("clean", 190, 40), candidate("robust", 120, 100)]
     answer = answer_of(tried, require=["clean>=0.8", f"{LINF}>=0.35"], ingredients={})

@@ -43,7 +43,8 @@ class Proof:
         met: (k,) whether the accuracy was shown to be at least its threshold.
         low: (k,) lower bounds; where `met`, at least the threshold.
         method: "max-t" or "exact".
-        critical: Quantile that max-t put in place of 1.645; nan for "exact".
+        critical: Quantile in the place of 1.645: that of max-t, or Bonferroni's for "exact", whose
+            tests use none.
     """
 
     met: NDArray[np.bool_]
@@ -204,7 +205,8 @@ def _prove_exactly(
     met |= thresholds <= 0
     bound = lru_cache(maxsize=None)(clopper_pearson_lower)
     low = np.array([bound(int(h), n, error_rate / len(tails)) for h in counts])
-    return Proof(met, np.where(met, np.maximum(low, thresholds), low), "exact", math.nan)
+    critical = NormalDist().inv_cdf(1 - error_rate / len(tails))
+    return Proof(met, np.where(met, np.maximum(low, thresholds), low), "exact", critical)
 
 
 def clopper_pearson_lower(hits: int, n: int, error_rate: float = ERROR_RATE) -> float:
