@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import torch
 
 from robustsoup.evaluation.simultaneous import prove_accuracies, prove_gains
+from robustsoup.evaluation.verdicts import Evaluation, Verdicts
+from robustsoup.soups.confirmation import confirm_finalists, judge_unattacked, order_finalists
+from robustsoup.soups.goal import Goal, Requirement
 from robustsoup.soups.grid import grid
+from robustsoup.soups.selection import Candidate
 
 SIMULATIONS = 2000
+THREAT = "Linf 8/255"
 BARELY = 1e-6
 """How far below a threshold accuracies lie that just miss it."""
 
@@ -94,10 +100,10 @@ class Outcome:
 def simulate_requirement(
     population, threshold, n, *, simulations=SIMULATIONS, draws=10_000, seed=0
 ):
-    """Simulate searches with one requirement and return how often they are wrong."""
+    """Simulate searches with one threshold, or one for each column, and count wrong ones."""
     generator = np.random.default_rng(seed)
     misses = population.shares < threshold
-    wanted = np.full(len(misses), threshold)
+    wanted = np.broadcast_to(threshold, misses.shape).astype(float)
     counts = np.zeros(3)
     shown = 0.0
     for _ in range(simulations):
@@ -131,6 +137,55 @@ def simulate_gains(population, n, *, simulations=SIMULATIONS, draws=10_000, seed
         hits = population.draw(n, generator).astype(float)
         wrong += prove_gains(hits[:, 1:] - hits[:, :1], seed=seed, draws=draws).any()
     return wrong / simulations
+
+
+def simulate_confirmation(
+    population, threshold, n, *, simulations=SIMULATIONS, seed=0, finalists=5
+):
+    """Simulate searches for the cleanest candidate with a robust accuracy of at least a threshold.
+
+    Two thirds of the samples choose and order the finalists, one third tests them. The more robust
+    a candidate, the less clean it is, so that the choice is tempted.
+
+    Returns:
+        The share of searches that return a candidate which misses the threshold, and the share that
+        return one at all.
+    """
+    generator = np.random.default_rng(seed)
+    goal = Goal("clean", (Requirement(THREAT, threshold),))
+    order = np.argsort(np.argsort(population.shares, kind="stable"))
+    clean = np.linspace(0.95, 0.85, len(order))[order]
+    names = [f"soup {i}" for i in range(len(order))]
+    wrong = answered = 0
+    for _ in range(simulations):
+        hits = population.draw(n, generator)
+        right = hits | (generator.random((n, 1)) < clean)
+        split = n // 3
+        tried, kept = (
+            {
+                name: Candidate(name, (), evaluation_of(right[rows, i], hits[rows, i]))
+                for i, name in enumerate(names)
+            }
+            for rows in (slice(split, None), slice(split))
+        )
+        unattacked = judge_unattacked(list(tried.values()), goal)
+        ordered = order_finalists(
+            list(tried.values()), goal, unattacked, confirm_samples=split, most=finalists
+        )
+        selection = confirm_finalists([kept[item.name] for item in ordered], goal, unattacked)
+        answered += selection.met
+        chosen = population.shares[names.index(selection.best.name)]
+        wrong += selection.met and chosen < threshold
+    return wrong / simulations, answered / simulations
+
+
+def evaluation_of(clean, robust):
+    """Return an evaluation with the given hits (n,)."""
+    n = len(clean)
+    zeros = torch.zeros(n)
+    verdicts = Verdicts(torch.from_numpy(robust), *[zeros.long()] * 2, *[zeros] * 2)
+    prediction = torch.from_numpy(~clean).long()
+    return Evaluation(torch.arange(n), zeros.long(), prediction, zeros, {THREAT: verdicts})
 
 
 def list_cells():

@@ -12,6 +12,7 @@ from simulated_searches import (
     layout,
     limit,
     list_cells,
+    simulate_confirmation,
     simulate_gains,
     simulate_requirement,
 )
@@ -48,6 +49,16 @@ def test_few_expected_misses_are_tested_exactly():
 def test_soups_that_are_no_better_are_not_said_to_be():
     population = Population.equicorrelated([0.5] * 9, 0.9)
     assert simulate_gains(population, 500, simulations=1000, draws=1000) <= limit(1000)
+
+
+def test_finalists_on_samples_kept_aside_are_wrong_in_at_most_one_search_in_twenty():
+    population = Population.equicorrelated(layout("crowded", 0.45, 9), 0.9)
+    wrong, answered = simulate_confirmation(population, 0.45, 900, simulations=300)
+    assert wrong <= limit(300)
+    population = Population.equicorrelated(np.linspace(0.3, 0.6, 9), 0.9)
+    wrong, answered = simulate_confirmation(population, 0.45, 1500, simulations=100)
+    assert wrong <= limit(100)
+    assert answered > 0.9
 
 
 def test_with_enough_samples_what_is_true_is_shown():
@@ -93,6 +104,28 @@ def test_the_clean_accuracy_of_a_fine_grid(capsys, ingredients, step, n):
         f"| fine grid of {k} soups | {n:,} | {outcome.wrong:.1%} | {outcome.alone:.1%} |",
     )
     assert outcome.wrong <= limit(2000)
+
+
+@pytest.mark.simulations
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("n", [500, 2000])
+def test_two_requirements(capsys, correlation, n):
+    shares = np.concatenate([layout("flat", THRESHOLD), layout("flat", 0.45)])
+    thresholds = np.repeat([THRESHOLD, 0.45], 21)
+    population = Population.equicorrelated(shares, correlation)
+    outcome = simulate_requirement(population, thresholds, n)
+    show(capsys, f"| two requirements | {correlation:g} | {n:,} | {outcome.wrong:.1%} |")
+    assert outcome.wrong <= limit(2000)
+
+
+@pytest.mark.simulations
+@pytest.mark.parametrize("shape", ["flat", "crowded", "spread"])
+@pytest.mark.parametrize("n", [600, 3000])
+def test_confirmed_finalists(capsys, shape, n):
+    population = Population.equicorrelated(layout(shape, 0.45), 0.9)
+    wrong, answered = simulate_confirmation(population, 0.45, n)
+    show(capsys, f"| {shape}, finalists | 0.9 | {n:,} | {wrong:.1%} | {answered:.1%} |")
+    assert wrong <= limit(2000)
 
 
 @pytest.mark.simulations

@@ -9,6 +9,7 @@ from tiny_runs import DATA, SCREENED, RecordingReporter, recipe_of, recipe_of_fi
 import robustsoup as rs
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.recipes import load_recipe
+from robustsoup.soups.confirmation import confirm_part
 
 THREAT = "Linf 32/255"
 SOUPS = {"grid-0.25-0.75", "grid-0.5-0.5", "grid-0.75-0.25"}
@@ -115,3 +116,45 @@ def test_an_interrupted_screened_run_resumes(finished, screened, tmp_path):
     steps = len(screened.reporter.finished_steps)
     assert 2 + 3 + 4 + len(reporter.finished_steps) == steps
     assert results["rows"] == screened.results["rows"]
+
+
+def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(files, tmp_path):
+    """The rows hold the two thirds that steered the search, the answer holds the other third."""
+    evaluate = {"threats": [THREAT], "steps": 3, "screen": True, "screen_steps": 1}
+    samples = {"select_samples": 63, "report_samples": 16, "report": "chosen"}
+    wanted = {"maximise": "clean", "require": [f"{THREAT}>=0.01"]}
+    recipe = recipe_of_files(files, select=wanted, evaluate=evaluate | samples)
+    results, selection, reporter = run_recipe(recipe, tmp_path / "run")
+    answer = results["selection"]
+    assert {row["val"]["clean"]["n"] for row in results["rows"]} == {42}
+    assert answer["accuracy"]["clean"]["n"] == answer["checks"][0]["estimate"]["n"] == 21
+    assert all(item["differences"]["clean"]["a"]["n"] == 21 for item in answer["against"])
+    assert "fixed sequence" in answer["guarantee"]["method"]
+    assert answer["guarantee"]["candidates"] == 3
+    confirmed = {name for _, name in reporter.finished_steps if ".confirm" in name}
+    assert f"{selection.best.name}.confirm.val" in confirmed or selection.best.ingredient
+    folder = tmp_path / "run" / "evaluations"
+    ids = Evaluation.load(folder / "low.val.json").ids
+    aside = confirm_part(DATA.val.first(63).ids, seed=0)
+    assert ids.tolist() == DATA.val.first(63).ids[~aside].tolist()
+    again, _, reporter = run_recipe(recipe, tmp_path / "run")
+    assert reporter.finished_steps == []
+    assert again["selection"] == answer
+
+
+@pytest.mark.parametrize(
+    ("select", "confirms"),
+    [
+        ({"require": [f"{THREAT}>=0.3"]}, True),
+        ({"require": ["clean>=0.3"]}, False),
+        ({"require": [f"{THREAT}>=0.3"], "point": True}, False),
+    ],
+)
+def test_only_proofs_under_attack_need_samples_kept_aside(files, select, confirms):
+    screen = {"threats": [THREAT], "screen": True}
+    assert recipe_of_files(files, select=select, evaluate=screen).confirms == confirms
+    in_full = {"threats": [THREAT]}
+    assert not recipe_of_files(files, select=select, evaluate=in_full).confirms
+    greedy = {"greedy": {"method": "greedy"}}
+    recipe = recipe_of_files(files, select=select, evaluate=in_full, soups=greedy)
+    assert recipe.confirms == confirms

@@ -8,7 +8,7 @@ from robustsoup.evaluation.simultaneous import fewest_hits
 from robustsoup.soups.confirmation import (
     confirm_finalists,
     confirm_part,
-    judge_clean,
+    judge_unattacked,
     order_finalists,
 )
 from robustsoup.soups.explanation import Explained, explain
@@ -53,7 +53,7 @@ def test_without_a_robust_requirement_the_finalists_are_the_best_that_meet_the_o
         candidate("third", 190, 85),
     ]
     goal = Goal.parse(LINF, ["clean>=0.8"])
-    clean = judge_clean(tried, goal)
+    clean = judge_unattacked(tried, goal)
     finalists = order_finalists(tried, goal, clean, confirm_samples=100, most=2)
     assert [item.name for item in finalists] == ["best", "second"]
     selection = confirm_finalists(finalists, goal, clean)
@@ -71,7 +71,7 @@ def test_with_a_robust_requirement_the_test_runs_from_the_safest_to_the_best():
         candidate("safest", 160, 150),
     ]
     goal = Goal.parse("clean", [f"{LINF}>=0.5"])
-    clean = judge_clean(tried, goal)
+    clean = judge_unattacked(tried, goal)
 
     def names(candidates, most=5):
         ordered = order_finalists(candidates, goal, clean, confirm_samples=100, most=most)
@@ -94,7 +94,7 @@ def test_with_a_robust_requirement_the_test_runs_from_the_safest_to_the_best():
 def test_the_last_finalist_that_passes_wins(hits, winner, met):
     finalists = [candidate(name, 160, count) for name, count in zip("abc", hits, strict=True)]
     goal = Goal.parse("clean", [f"{LINF}>=0.5", "clean>=0.7"])
-    clean = judge_clean(finalists, goal)
+    clean = judge_unattacked(finalists, goal)
     selection = confirm_finalists(finalists, goal, clean)
     assert (selection.best.name, selection.met) == (winner, met)
     assert selection.judgement.method == "max-t and fixed sequence"
@@ -113,5 +113,5 @@ def test_a_test_is_exact_and_the_estimate_may_replace_it():
     barely, fails = candidate("a", 160, least), candidate("a", 160, least - 1)
     for point, expected in ((False, [True, False]), (True, [True, True])):
         goal = Goal.parse("clean", [f"{LINF}>=0.5"], point=point)
-        clean = judge_clean([barely], goal)
+        clean = judge_unattacked([barely], goal)
         assert [confirm_finalists([c], goal, clean).met for c in (barely, fails)] == expected

@@ -117,9 +117,12 @@ def test_the_runner_up_and_what_the_requirement_refused():
     assert (runner_up.name, refused.name) == ("t", "robust")
     assert runner_up.gain.value == pytest.approx(0.01)
     assert not runner_up.gain.distinguishable
-    assert "which is not distinguishable" in runner_up.why
+    assert runner_up.why == (
+        f"{LINF} {runner_up.gain.reversed()} from the chosen one, not distinguishable"
+    )
     assert runner_up.samples_to_separate > N
     assert refused.gain.value == pytest.approx(-0.1)
+    assert refused.why.startswith(f"{LINF} +10.0 points [")
     assert "but not shown to meet clean>=0.85: 75.0%, at least " in refused.why
     assert any(s.startswith("about ") and "tell these two apart" in s for s in answer.lines())
 

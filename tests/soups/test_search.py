@@ -12,6 +12,7 @@ from robustsoup.errors import CheckpointError, LeakageError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, SearchSettings
+from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
 from robustsoup.soups.merging import merge
@@ -375,3 +376,59 @@ def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
 def test_wrong_requests_of_merging_methods_are_refused(ingredients, data, arguments, message):
     with pytest.raises(RequestError, match=message):
         search(ingredients, data.val, WEAK, **arguments)
+
+
+# the answer
+
+
+def test_the_answer_names_ingredients_and_says_what_test_says(ends, data, split, full):
+    result = search(
+        ends, split, [THREAT], step=0.5, report_on=data.test.first(50), require=["clean>=0"], **FULL
+    )
+    answer, first = result.answer, result.candidates[0]
+    assert [c.ingredient for c in result.candidates] == ["ingredient 2", None, "ingredient 1"]
+    assert first.description == "ingredient 2 itself"
+    assert result.candidates[1].description == "equal parts of ingredient 1 and ingredient 2"
+    assert answer.chosen == select(result.candidates, maximise=THREAT).best.name
+    assert (answer.selected_on, answer.fresh_split) == ("val", "test")
+    assert answer.fresh_accuracy["clean"].n == 50
+    assert answer.held_on_test is True
+    assert answer.guarantee.candidates == 3
+    assert answer.guarantee.leaves_out == ()
+    best = next(c for c in full if c.alpha == (1.0, 0.0))
+    against = {item.ingredient: item for item in answer.against}
+    if "ingredient 1" in against:
+        assert against["ingredient 1"].differences[THREAT].a == best.evaluation.accuracy[THREAT]
+
+
+def test_the_answer_of_a_uniform_soup_compares_it_with_the_ingredients(ends, split, full):
+    result = search(ends, split, [THREAT], method="uniform", **FULL)
+    assert [c.name for c in result.candidates] == ["0.5-0.5"]
+    accuracy = {c.alpha: c.evaluation.accuracy for c in full}
+    for item, alpha in zip(result.answer.against, ((1.0, 0.0), (0.0, 1.0)), strict=True):
+        assert item.differences[THREAT].a == accuracy[alpha][THREAT]
+
+
+def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(ends, split):
+    wanted = {"maximise": "clean", "require": [f"{THREAT}>=0.01"]}
+    result = search(ends, split, [THREAT], **SCREEN, **FULL, **wanted)
+    answer = result.answer
+    aside = confirm_part(split.ids, seed=1)
+    assert int(aside.sum()) == 33
+    for c in result.candidates:  # the search did not look at what is kept aside
+        assert torch.equal(c.evaluation.ids, split.ids[~aside])
+    assert answer.fresh_split == "a part of val kept aside"
+    assert answer.guarantee.method in ("fixed sequence", "none and fixed sequence")
+    alpha = next(c.alpha for c in result.candidates if c.name == answer.chosen)
+    soup = mix(ends, alpha, buffers="average", seed=1)
+    expected = evaluate(soup, split.take(aside), [THREAT], **FULL).accuracy
+    assert dict(answer.accuracy) == dict(expected)
+    assert answer.checks[0].estimate == expected[THREAT]
+    assert not any("decided which" in gap for gap in answer.guarantee.leaves_out)
+    by_estimate = search(ends, split, [THREAT], point=True, **SCREEN, **FULL, **wanted)
+    assert torch.equal(by_estimate.candidates[0].evaluation.ids, split.ids)
+
+
+def test_a_requirement_that_the_samples_cannot_show_is_refused_before_work(ends, split):
+    with pytest.raises(RequestError, match=r'100 samples cannot show "clean>=0.99" for 11'):
+        search(ends, split, [THREAT], step=0.1, require=["clean>=0.99"])

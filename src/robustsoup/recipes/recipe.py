@@ -25,6 +25,7 @@ from robustsoup.recipes.sections import (
     raises_value_error,
 )
 from robustsoup.settings import MOST_SOUPS, PRECISIONS, SEED_LIMIT, TrainSettings, suggest
+from robustsoup.soups.confirmation import requires_confirmation
 from robustsoup.soups.goal import KNEE, Goal, Score
 from robustsoup.soups.grid import (
     Alpha,
@@ -45,6 +46,9 @@ MAX_INGREDIENTS = 1_000
 
 _NO_SOUPS: dict[str, Soup] = {}
 _NO_PLANES: dict[str, Plane] = {}
+
+ADAPTIVE_METHODS = ("greedy",)
+"""Methods whose soups depend on attacks on the split that selects."""
 
 
 class Recipe(Section):
@@ -191,6 +195,19 @@ class Recipe(Section):
     def goal(self) -> Goal | None:
         """What the selection maximises and requires; None if the recipe selects no soup."""
         return None if self.select is None else self.select.goal(self.default_measure)
+
+    @property
+    def confirms(self) -> bool:
+        """Whether finalists are confirmed on samples that no attack of the search looked at.
+
+        They are if attacks decide which soups are attacked in full, or which soups exist, and the
+        recipe requires an accuracy under attack.
+        """
+        adaptive = self.evaluate.screens or any(
+            soup.method in ADAPTIVE_METHODS for soup in self.soups.values()
+        )
+        fixed = self.protocol == "paper" or self.goal is None
+        return adaptive and not fixed and requires_confirmation(self.goal or Goal())
 
     def training(self, name: str, *, precision: str = "auto") -> TrainSettings:
         """Return the training settings of an ingredient: [finetune] with the ingredient's values.

@@ -1,6 +1,7 @@
 """Select a soup by the stored evaluations, explain it, and confirm screened soups first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
 from robustsoup.runs.worker import CHECKPOINT, load_evaluation, load_hits
 from robustsoup.soups.answer import Answer
+from robustsoup.soups.confirmation import confirm_finalists, judge_unattacked, order_finalists
 from robustsoup.soups.explanation import (
     Explained,
     describe_gaps,
@@ -21,6 +23,7 @@ from robustsoup.soups.explanation import (
     explain,
     with_test,
 )
+from robustsoup.soups.goal import Goal
 from robustsoup.soups.selection import Candidate, Selection, select
 
 if TYPE_CHECKING:
@@ -77,19 +80,74 @@ def _ingredient_rows(plan: Plan) -> list[PlannedRow]:
     return [row for row in plan.rows if row.role == "ingredient"]
 
 
-def select_soup(plan: Plan, store: Store) -> Selection | None:
-    """Select a soup by the goal of the recipe; None without a goal or without soups."""
+@dataclass(frozen=True)
+class Choice:
+    """A selection, and what explains it.
+
+    Attributes:
+        selection: The choice, on the samples that select or confirm.
+        ingredients: Evaluations of the ingredients on the same samples, by name.
+        confirmed: Whether these samples did not steer the search.
+    """
+
+    selection: Selection
+    ingredients: Mapping[str, Evaluation]
+    confirmed: bool = False
+
+
+def choose_soup(planner: Planner, store: Store, execute: Callable[[], None]) -> Choice | None:
+    """Choose a soup by the goal of the recipe; None without a goal or without soups.
+
+    Args:
+        planner: The planner; the search is finished.
+        store: Finished steps.
+        execute: Runs the missing steps of the plan.
+    """
+    plan = planner.plan
     goal, candidates = plan.recipe.goal, soup_candidates(plan, store)
     if goal is None or goal.maximise is None or not candidates:
         return None
-    return select(
+    if plan.recipe.confirms:
+        return _choose_among_finalists(planner, store, execute, goal)
+    selection = select(
         candidates,
         maximise=goal.maximise,
         require=goal.require,
         point=goal.point,
-        seed=plan.recipe.seed,
+        seed=_statistics_seed(plan),
         looked_at=_find_looked_at(plan, store),
     )
+    ingredients = {
+        row.name: load_evaluation(store, row.val)
+        for row in _ingredient_rows(plan)
+        if row.val is not None
+    }
+    return Choice(selection, ingredients)
+
+
+def _choose_among_finalists(
+    planner: Planner, store: Store, execute: Callable[[], None], goal: Goal
+) -> Choice:
+    """Evaluate all soups without an attack and a few finalists on the confirm part, and choose."""
+    plan = planner.plan
+    soups = [row for row in plan.rows if row.soup is not None]
+    clean_keys = {row.name: planner.add_clean_evaluation(row) for row in soups}
+    execute()
+    clean = judge_unattacked(
+        [_make_candidate(plan, row, load_evaluation(store, clean_keys[row.name])) for row in soups],
+        goal,
+        seed=_statistics_seed(plan),
+    )
+    samples = planner.confirming_settings().count_samples(planner.data)
+    tried = [item for item in soup_candidates(plan, store) if item.confirmed]
+    ordered = order_finalists(tried, goal, clean, confirm_samples=samples)
+    rows = [*(plan.row(item.name) for item in ordered), *_ingredient_rows(plan)]
+    keys = {row.name: planner.add_confirmation_of(row) for row in rows}
+    execute()
+    evaluations = {name: load_evaluation(store, key) for name, key in keys.items()}
+    finalists = [replace(item, evaluation=evaluations[item.name]) for item in ordered]
+    ingredients = {row.name: evaluations[row.name] for row in _ingredient_rows(plan)}
+    return Choice(confirm_finalists(finalists, goal, clean), ingredients, confirmed=True)
 
 
 def _find_looked_at(plan: Plan, store: Store) -> Hits | None:
@@ -105,34 +163,35 @@ def _find_looked_at(plan: Plan, store: Store) -> Hits | None:
     return np.stack(columns, axis=1) if columns else None
 
 
-def explain_selection(plan: Plan, store: Store, selection: Selection, leakage: Leakage) -> Answer:
-    """Explain a selection, with what the split says that reports, if it is another one.
+def _statistics_seed(plan: Plan) -> int:
+    """Return the seed of the bounds, which is that of the attack and of the confirm part."""
+    return plan.recipe.evaluate.attack_settings(seed=plan.recipe.seed).seed
+
+
+def explain_choice(plan: Plan, store: Store, choice: Choice, leakage: Leakage) -> Answer:
+    """Explain a choice, with what the split says that reports, if it is another one.
 
     Args:
         plan: The plan; the row of the chosen soup is evaluated.
         store: Finished steps.
-        selection: The choice.
+        choice: The choice.
         leakage: Whether networks were trained on samples that evaluate them.
     """
-    ingredients = {
-        row.name: load_evaluation(store, row.val)
-        for row in _ingredient_rows(plan)
-        if row.val is not None
-    }
     context = Explained(
-        ingredients=ingredients,
-        seed=plan.recipe.seed,
+        ingredients=choice.ingredients,
+        seed=_statistics_seed(plan),
         selected_on=plan.recipe.select_on,
-        leaves_out=tuple(_list_gaps(plan, store, leakage)),
+        fresh_split=f"a part of {plan.recipe.select_on} kept aside" if choice.confirmed else None,
+        leaves_out=tuple(_list_gaps(plan, store, leakage, confirmed=choice.confirmed)),
     )
-    answer = explain(selection, context)
-    row = plan.row(selection.best.name)
+    answer = explain(choice.selection, context)
+    row = plan.row(answer.chosen)
     if row.test is None or row.test == row.val:
         return answer
     return with_test(answer, load_evaluation(store, row.test), split=plan.recipe.evaluate.report_on)
 
 
-def _list_gaps(plan: Plan, store: Store, leakage: Leakage) -> Iterator[str]:
+def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
     soups, goal = plan.recipe.soups, plan.recipe.goal
     steered = bool(plan.surrogates) and goal is not None and goal.requires_attacked
@@ -146,8 +205,8 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage) -> Iterator[str]:
             for name, soup in soups.items()
             if soup.method in ("learned", "dial") and soup["early_stop"]
         ],
-        greedy=[name for name, soup in soups.items() if soup.method == "greedy"],
-        screened=plan.recipe.evaluate.screens or steered,
+        greedy=[name for name, soup in soups.items() if soup.method == "greedy" and not confirmed],
+        screened=(plan.recipe.evaluate.screens or steered) and not confirmed,
         fresh=leakage.status == "known",
     )
 

@@ -284,10 +284,24 @@ class Planner:
     # Evaluations.
 
     def selecting_settings(self) -> EvaluationSettings:
-        """Return the evaluation settings of the split that selects."""
+        """Return the evaluation settings of the samples that steer the search and select."""
         recipe = self.recipe
         part: CorruptionPart = "all" if recipe.protocol == "paper" else "select"
-        return self._evaluation_settings(recipe.select_on, recipe.select_samples, part)
+        settings = self._evaluation_settings(recipe.select_on, recipe.select_samples, part)
+        return dataclasses.replace(settings, part="search") if recipe.confirms else settings
+
+    def confirming_settings(self) -> EvaluationSettings:
+        """Return the evaluation settings of the samples that confirm finalists."""
+        return dataclasses.replace(self.selecting_settings(), part="confirm")
+
+    def add_clean_evaluation(self, row: PlannedRow) -> Key:
+        """Add the evaluation of a row without an attack, on all samples that select."""
+        settings = dataclasses.replace(self.selecting_settings(), part="all", threats=())
+        return self.add_evaluation(f"{row.name}.clean", row.network, settings)
+
+    def add_confirmation_of(self, row: PlannedRow) -> Key:
+        """Add the full evaluation of a row on the samples that confirm finalists."""
+        return self.add_evaluation(f"{row.name}.confirm", row.network, self.confirming_settings())
 
     def reporting_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the split that reports."""

@@ -15,7 +15,7 @@ from robustsoup.models import default_image_size
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe, checkpoint_places
-from robustsoup.runs.choose import confirm_screened_soups, explain_selection, select_soup
+from robustsoup.runs.choose import choose_soup, confirm_screened_soups, explain_choice
 from robustsoup.runs.context import Context
 from robustsoup.runs.execute import Reporter, execute_plan
 from robustsoup.runs.folder import write_run_folder
@@ -132,7 +132,8 @@ def run_prepared(
     ]
     if recipe.evaluate.screens:
         confirm_screened_soups(planner, store, execute)
-    selection = select_soup(plan, store)
+    choice = choose_soup(planner, store, execute)
+    selection = None if choice is None else choice.selection
     if selection is not None:
         planned = len(plan.steps)
         if recipe.evaluate.report == "chosen":
@@ -141,8 +142,8 @@ def run_prepared(
         if len(plan.steps) > planned:
             execute()
     answer = None
-    if selection is not None:
-        answer = explain_selection(plan, store, selection, prepared.leakage)
+    if choice is not None:
+        answer = explain_choice(plan, store, choice, prepared.leakage)
     results = write_run_folder(
         folder,
         plan,

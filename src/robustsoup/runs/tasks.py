@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustsoup.data import Data
+from robustsoup.data import Data, Split
 from robustsoup.data.corruptions import CorruptionPart
 from robustsoup.settings import (
     AttackSettings,
@@ -21,6 +21,7 @@ from robustsoup.settings import (
     TrainSettings,
     to_record,
 )
+from robustsoup.soups.confirmation import Part, take_part
 from robustsoup.soups.goal import Score
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
@@ -206,8 +207,10 @@ class EvaluationSettings:
         split: Name of the split.
         samples: Number of samples; None for all.
         threats: Threat models.
-        attack: The attack.
+        attack: The attack; its seed also decides which samples are in which part.
         shift: Corrupted copies, for the measure "shift".
+        part: Part of the samples: "all", "confirm" for the third that confirms finalists, or
+            "search" for the others.
     """
 
     split: str
@@ -215,6 +218,7 @@ class EvaluationSettings:
     threats: tuple[ThreatModel, ...]
     attack: AttackSettings
     shift: ShiftedCopies | None = None
+    part: Part = "all"
 
     @property
     def shift_folder(self) -> str | None:
@@ -226,9 +230,16 @@ class EvaluationSettings:
         """Copies of which images are taken."""
         return "all" if self.shift is None else self.shift.part
 
+    def take_samples(self, data: Data) -> Split:
+        """Return the samples."""
+        split = data.split(self.split).first(self.samples)
+        return take_part(split, self.part, seed=self.attack.seed)
+
     def count_samples(self, data: Data) -> int:
         """Return the number of samples."""
-        return self.samples or len(data.split(self.split))
+        samples = self.samples or len(data.split(self.split))
+        confirm = samples // 3
+        return {"all": samples, "search": samples - confirm, "confirm": confirm}[self.part]
 
     def count_passes(self, data: Data, *, points: int = 0, attack: bool = True) -> int:
         """Return the cost of one evaluation in forward passes of one sample.
@@ -541,6 +552,8 @@ def _as_record(value: Any) -> Any:
         record = {f.name: _as_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, EvaluationSettings) and value.shift is None:
             del record["shift"]
+        if isinstance(value, EvaluationSettings) and value.part == "all":
+            del record["part"]  # an evaluation on all samples has the key that it always had
         return record
     return value
 

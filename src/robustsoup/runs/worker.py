@@ -283,7 +283,7 @@ def build_greedy_soup(
     Every evaluation stays in the folder until the step ends, so an interrupted step resumes.
     """
     ingredients = [worker.checkpoint(key) for key in task.ingredients]
-    split = worker.context.data.split(task.evaluation.split)
+    split = task.evaluation.take_samples(worker.context.data)
     evaluated = 0
 
     def evaluate_soup(alpha: Alpha) -> Evaluation:
@@ -296,7 +296,6 @@ def build_greedy_soup(
                 split,
                 task.evaluation.threats,
                 task.evaluation.attack,
-                samples=task.evaluation.samples,
                 device=str(worker.context.device),
                 shift=task.evaluation.shift_folder,
                 shift_part=task.evaluation.shift_part,
@@ -418,10 +417,9 @@ def evaluate_network(
     settings: EvaluationSettings = task.settings
     evaluation = evaluate(
         worker.checkpoint(task.network),
-        worker.context.data.split(settings.split),
+        settings.take_samples(worker.context.data),
         settings.threats,
         settings.attack,
-        samples=settings.samples,
         keep_points=task.keep_points,
         pool=[worker.evaluation(key) for key in task.pool],
         after=None if task.after is None else worker.evaluation(task.after),
@@ -433,6 +431,8 @@ def evaluate_network(
         shift_part=settings.shift_part,
     )
     _check_shift(evaluation, settings)
+    if settings.part != "all":
+        evaluation = replace(evaluation, record={**evaluation.record, "part": settings.part})
     if task.short:
         evaluation = mark_screened(evaluation)
     evaluation.save(folder / EVALUATION)

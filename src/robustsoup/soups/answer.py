@@ -31,6 +31,10 @@ class Gain:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
+    def reversed(self) -> "Gain":
+        """Return how much more of the score the other network has."""
+        return Gain(value=-self.value, low=-self.high, high=-self.low)
+
     def __str__(self) -> str:
         """Return the difference and its interval in points."""
         value, low, high = (f"{100 * part:+z.1f}" for part in (self.value, self.low, self.high))
@@ -296,7 +300,8 @@ def _say_requirements(answer: Answer) -> Iterator[str]:
     if answer.obstacle:
         yield answer.obstacle
     if answer.samples_to_prove:
-        yield f"about {answer.samples_to_prove:,} samples would show it, if the estimate is right"
+        count = _round(answer.samples_to_prove)
+        yield f"about {count} samples would show it, if the estimate is right"
 
 
 def _say_against(answer: Answer) -> Iterator[str]:
@@ -314,7 +319,7 @@ def _say_others(answer: Answer) -> Iterator[str]:
             continue
         yield f"{label}: {other.description}: {other.why}"
         if label == "runner-up" and other.samples_to_separate and not other.gain.distinguishable:
-            yield f"about {other.samples_to_separate:,} samples would tell these two apart"
+            yield f"about {_round(other.samples_to_separate)} samples would tell these two apart"
 
 
 def _say_test(answer: Answer) -> Iterator[str]:
@@ -343,6 +348,12 @@ _PARTS = (
     _say_test,
     _say_guarantee,
 )
+
+
+def _round(count: int) -> str:
+    """Return a number of samples with two digits: 13,979 is "14,000"."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return f"{round(count / unit) * unit:,}"
 
 
 def _points(difference: Difference) -> str:

@@ -10,7 +10,7 @@ order. Clean accuracy is measured for all candidates on all samples.
     search, confirm = split.take(~aside), split.take(aside)
     clean = [...]                                # every candidate, not attacked, on `split`
     tried = [...]                                # what was attacked, on `search` alone
-    judgement = judge_clean(clean, goal, seed=seed)
+    judgement = judge_unattacked(clean, goal, seed=seed)
     ordered = order_finalists(tried, goal, judgement, confirm_samples=len(confirm))
     finalists = [...]                            # `ordered`, evaluated in full on `confirm`
     selection = confirm_finalists(finalists, goal, judgement)
@@ -20,10 +20,12 @@ order. Clean accuracy is measured for all candidates on all samples.
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from robustsoup.data import Split
 from robustsoup.evaluation.simultaneous import (
     Z_ERROR,
     clopper_pearson_lower,
@@ -31,7 +33,7 @@ from robustsoup.evaluation.simultaneous import (
     fixed_sequence,
 )
 from robustsoup.evaluation.verdicts import CLEAN_KEY
-from robustsoup.soups.goal import Goal, Requirement
+from robustsoup.soups.goal import UNATTACKED, Goal, Requirement
 from robustsoup.soups.selection import (
     Candidate,
     Judgement,
@@ -70,16 +72,37 @@ def confirm_part(ids: Tensor, *, seed: int) -> Tensor:
     return aside
 
 
-def judge_clean(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judgement:
-    """Judge the requirements on clean accuracy alone, simultaneously over all candidates.
+Part = Literal["all", "search", "confirm"]
+"""Part of the samples that select: all, those that steer the search, or those kept aside."""
+
+
+def take_part(split: Split, part: Part, *, seed: int) -> Split:
+    """Return a part of the samples of a split; `seed` decides which samples are in which part."""
+    if part == "all":
+        return split
+    aside = confirm_part(split.ids, seed=seed)
+    return split.take(aside if part == "confirm" else ~aside)
+
+
+def requires_confirmation(goal: Goal) -> bool:
+    """Return whether a goal needs samples that did not steer the search, if attacks steer it.
+
+    It does if a bound on an accuracy under attack is required. Clean accuracy is measured for all
+    candidates and bounded without such samples, and estimates guarantee nothing.
+    """
+    return goal.requires_attacked and not goal.point
+
+
+def judge_unattacked(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judgement:
+    """Judge the requirements that need no attack, simultaneously over all candidates.
 
     Args:
-        candidates: All candidates, with clean verdicts on the same samples.
+        candidates: All candidates, with clean verdicts (and natural shift) on the same samples.
         goal: The requirements.
         seed: Seed of the bounds.
     """
-    clean = tuple(item for item in goal.require if item.key == CLEAN_KEY)
-    return judge(candidates, Goal(goal.maximise, clean, goal.point), seed=seed)
+    unattacked = tuple(item for item in goal.require if item.key in UNATTACKED)
+    return judge(candidates, Goal(goal.maximise, unattacked, goal.point), seed=seed)
 
 
 def order_finalists(
@@ -92,7 +115,7 @@ def order_finalists(
 ) -> tuple[Candidate, ...]:
     """Choose the finalists and the order in which the confirm part tests them.
 
-    Only candidates that meet the requirements on clean accuracy take part. Without a requirement on
+    Only candidates that meet the requirements without attack take part. Without a requirement on
     attacked accuracy the best of them comes first and will win; the others are runners-up. With
     one, a candidate is put forward if it is more likely than not to pass its test on the confirm
     part, and no other has both a larger margin and a higher score. The test then runs from the
@@ -101,7 +124,7 @@ def order_finalists(
     Args:
         tried: The candidates that were attacked, on the samples that steered the search.
         goal: What is maximised and required.
-        clean: What `judge_clean` returned.
+        clean: What `judge_unattacked` returned.
         confirm_samples: Number of samples in the confirm part.
         most: Most finalists.
 
@@ -123,7 +146,7 @@ def order_finalists(
 
 
 def _attacked_requirements(goal: Goal) -> list[Requirement]:
-    return [item for item in goal.require if item.key != CLEAN_KEY]
+    return [item for item in goal.require if item.key not in UNATTACKED]
 
 
 def _margin(candidate: Candidate, require: Sequence[Requirement], samples: int) -> float:
@@ -139,15 +162,15 @@ def _margin(candidate: Candidate, require: Sequence[Requirement], samples: int) 
 def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgement) -> Selection:
     """Test finalists in their order by exact binomial tests at 5 %, and stop at the first failure.
 
-    All requirements on attacked accuracies are tested. Those on clean accuracy are not tested
-    again: `judge_clean` bounds it for all candidates on all samples. The last finalist that passes
+    All requirements on attacked accuracies are tested. The others are not tested again:
+    `judge_unattacked` bounds them for all candidates on all samples. The last finalist that passes
     is chosen; without requirements on attacked accuracies it is the first. The two guarantees hold
     separately: each is wrong with a probability of at most 5 %.
 
     Args:
         finalists: Candidates in the order of `order_finalists`, evaluated on the confirm part.
         goal: What is maximised and required.
-        clean: What `judge_clean` returned.
+        clean: What `judge_unattacked` returned.
     """
     require = _attacked_requirements(goal)
     passed = _count_passed(finalists, require, point=goal.point)
@@ -165,6 +188,7 @@ def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgeme
         {**clean.checks, **checks},
         " and ".join(method for method in methods if method != "none") or "none",
         Z_ERROR if require else clean.critical,
+        clean.others,
     )
     score = target_score(goal, finalists)
     others = [item for item in finalists if item.name != winner.name]

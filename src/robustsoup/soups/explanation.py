@@ -154,7 +154,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
         obstacle=None if selection.met else _describe_obstacle(selection),
         guarantee=Guarantee(
             method=method,
-            candidates=len(judgement.checks),
+            candidates=len(judgement.checks) + judgement.others,
             samples=len(best.evaluation.ids),
             seed=context.seed,
             critical=judgement.critical if method == "max-t" else None,
@@ -275,8 +275,8 @@ def _find_runner_up(selection: Selection) -> OtherCandidate | None:
     if gain.value == 0:
         why = "the same estimate; the higher clean accuracy, then the earlier soup is chosen"
     else:
-        told = "" if gain.distinguishable else ", which is not distinguishable"
-        why = f"the chosen one has {gain} of {selection.maximise}{told}"
+        told = "" if gain.distinguishable else ", not distinguishable"
+        why = f"{selection.maximise} {gain.reversed()} from the chosen one{told}"
     return _describe_other(selection, second, why)
 
 
@@ -296,7 +296,8 @@ def _find_refused(selection: Selection) -> OtherCandidate | None:
         if not check.met
     )
     gain = measure_gain(score, first.evaluation, selection.best.evaluation)
-    return _describe_other(selection, first, f"{gain} of {selection.maximise}, but {reasons}")
+    why = f"{selection.maximise} {gain} from the chosen one, but {reasons}"
+    return _describe_other(selection, first, why)
 
 
 def _count_samples_to_prove(selection: Selection) -> int | None:

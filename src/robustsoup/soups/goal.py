@@ -8,7 +8,7 @@ from typing import Self
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import samples_that_can_show
-from robustsoup.evaluation.verdicts import CLEAN_KEY, parse_measure
+from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, parse_measure
 from robustsoup.threats import ThreatModel
 
 AccuracyByMeasure = Mapping[str, Accuracy]
@@ -16,6 +16,9 @@ AccuracyByMeasure = Mapping[str, Accuracy]
 
 Requirements = Mapping[str | ThreatModel, float] | Sequence["str | Requirement"]
 """Requirements as callers write them: {"clean": 0.85} or ["clean>=0.85"]."""
+
+UNATTACKED = (CLEAN_KEY, SHIFT_KEY)
+"""Measures that need no attack, so they can be measured for all soups."""
 
 KNEE = "knee"
 """Maximise clean and robust accuracy, each as a share of its range on the Pareto front."""
@@ -177,7 +180,7 @@ class Goal:
     @property
     def requires_attacked(self) -> bool:
         """Whether a requirement is about an accuracy under attack."""
-        return any(item.key != CLEAN_KEY for item in self.require)
+        return any(item.key not in UNATTACKED for item in self.require)
 
     @property
     def measures(self) -> list[str]:

@@ -32,6 +32,13 @@ from robustsoup.settings import (
     make_settings,
 )
 from robustsoup.soups.answer import Answer
+from robustsoup.soups.confirmation import (
+    confirm_finalists,
+    judge_unattacked,
+    order_finalists,
+    requires_confirmation,
+    take_part,
+)
 from robustsoup.soups.explanation import Explained, describe_gaps, describe_soup, explain, with_test
 from robustsoup.soups.goal import Goal, Score, check_goal
 from robustsoup.soups.greedy import greedy
@@ -47,7 +54,7 @@ from robustsoup.soups.screening import (
     run_screening,
     short_attack,
 )
-from robustsoup.soups.selection import Candidate, select, tabulate_candidates
+from robustsoup.soups.selection import Candidate, Selection, select, tabulate_candidates
 from robustsoup.soups.surrogate_search import (
     PredictedSoup,
     check_modelled,
@@ -174,9 +181,12 @@ def search(
         check_leakage(opened, report_on, allow=allow_leakage)
     merging = _describe_merging(settings, merge_changes, base, parsed)
     _check_merging(merging, len(opened), calibrate_on)
+    adaptive = settings.screen or settings.method == "greedy"
+    confirms = adaptive and requires_confirmation(goal)
+    steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
     evaluator = _SoupEvaluator(
         opened,
-        split,
+        steering,
         parsed,
         attack,
         buffers,
@@ -186,33 +196,72 @@ def search(
         shift,
         merging=merging,
     )
-    progress = _SearchProgress(on_progress)
-    measures = _measures_of(parsed, shift=shift is not None)
     aim = replace(goal, maximise=goal.maximise or _default_measure(parsed))
+    tried = _try_soups(evaluator, settings, goal, aim, _SearchProgress(on_progress))
+    choice = (
+        _choose_among_finalists(evaluator, tried.candidates, aim, split)
+        if confirms
+        else _choose(evaluator, tried, aim)
+    )
+    context = Explained(
+        ingredients=choice.ingredients,
+        seed=attack.seed,
+        selected_on=split.name,
+        fresh_split=f"a part of {split.name} kept aside" if confirms else None,
+        leaves_out=tuple(_list_gaps(evaluator, settings, aim, confirmed=confirms)),
+    )
+    answer = explain(choice.selection, context)
+    if report_on is not None:
+        reporting = replace(evaluator, data=report_on, shift_part="report")
+        evaluation = reporting.evaluate(choice.selection.best.alpha)
+        answer = with_test(answer, evaluation, split=report_on.name)
+    return SearchResult(tuple(tried.candidates), answer, tried.predicted)
+
+
+def _try_soups(
+    evaluator: "_SoupEvaluator",
+    settings: SearchSettings,
+    goal: Goal,
+    aim: Goal,
+    progress: "_SearchProgress",
+) -> "_Tried":
+    """Evaluate the soups of a method, after a check that the goal can be decided at all.
+
+    Args:
+        evaluator: Mixes and evaluates soups.
+        settings: The method and its settings.
+        goal: The goal as it was given, which screening confirms soups for.
+        aim: The goal with the default of what is maximised.
+        progress: Receives progress.
+    """
+    n = len(evaluator.ingredients)
+    measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
+    samples = len(evaluator.data)
     if settings.method == "greedy":
-        check_goal(goal, measures, samples=len(split), candidates=2 * len(opened) - 1)
-        score = Score.parse(settings.score or _default_measure(parsed))
-        tried = _Tried(_search_greedily(evaluator, score, progress))
+        check_goal(goal, measures, samples=samples, candidates=2 * n - 1)
+        score = Score.parse(settings.score or _default_measure(evaluator.threats))
+        return _describe(evaluator, _Tried(_search_greedily(evaluator, score, progress)))
+    alphas = _list_alphas(settings, n)
+    check_goal(goal, measures, samples=samples, candidates=len(alphas))
+    named = {alpha_name(alpha): alpha for alpha in alphas}
+    if settings.method == "surrogate":
+        check_modelled(aim)
+        tried = _search_by_surrogate(evaluator, named, aim, settings, progress)
+    elif settings.screen:
+        tried = _Tried(_search_screened(evaluator, named, goal, settings.screen_steps, progress))
     else:
-        alphas = _list_alphas(settings, len(opened))
-        check_goal(goal, measures, samples=len(split), candidates=len(alphas))
-        named = {alpha_name(alpha): alpha for alpha in alphas}
-        if settings.method == "surrogate":
-            check_modelled(aim)
-            tried = _search_by_surrogate(evaluator, named, aim, settings, progress)
-        elif settings.screen:
-            tried = _Tried(
-                _search_screened(evaluator, named, goal, settings.screen_steps, progress)
-            )
-        else:
-            progress.total = len(named)
-            tried = _Tried(
-                [
-                    Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
-                    for name, alpha in named.items()
-                ]
-            )
-    return _answer(evaluator, tried, aim, settings, report_on)
+        progress.total = len(named)
+        tried = _Tried(
+            [
+                Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
+                for name, alpha in named.items()
+            ]
+        )
+    return _describe(evaluator, tried)
+
+
+def _describe(evaluator: "_SoupEvaluator", tried: "_Tried") -> "_Tried":
+    return replace(tried, candidates=[evaluator.describe(item) for item in tried.candidates])
 
 
 def _default_measure(threats: Sequence[ThreatModel | str]) -> str:
@@ -225,42 +274,46 @@ def _measures_of(threats: Sequence[ThreatModel | str], *, shift: bool) -> list[s
     return [CLEAN_KEY, *names, *union, *([SHIFT_KEY] if shift else [])]
 
 
-def _answer(
-    evaluator: "_SoupEvaluator",
-    tried: "_Tried",
-    goal: Goal,
-    settings: SearchSettings,
-    report_on: Split | None,
-) -> SearchResult:
-    """Select a soup, explain it and evaluate it on the split that reports."""
-    names, seed = name_ingredients(evaluator.ingredients), evaluator.attack.seed
-    described = tuple(evaluator.describe(candidate, names) for candidate in tried.candidates)
+@dataclass(frozen=True)
+class _Choice:
+    """A selection, and the evaluations of the ingredients on the same samples, by name."""
+
+    selection: Selection
+    ingredients: Mapping[str, Evaluation]
+
+
+def _choose(evaluator: "_SoupEvaluator", tried: "_Tried", goal: Goal) -> _Choice:
+    """Choose on the samples of the search."""
     selection = select(
-        described,
+        tried.candidates,
         maximise=str(goal.maximise),
         require=goal.require,
         point=goal.point,
-        seed=seed,
+        seed=evaluator.attack.seed,
         looked_at=tried.looked_at,
     )
-    known = {item.ingredient: item.evaluation for item in described if item.ingredient}
-    corner = dict(zip(names, corners(len(names)), strict=True))
-    unmixed = replace(evaluator, buffers="average")  # mixing one ingredient returns it
-    ingredients = {
-        name: known[name] if name in known else unmixed.evaluate(corner[name]) for name in names
-    }
-    context = Explained(
-        ingredients=ingredients,
+    known = {item.ingredient: item.evaluation for item in tried.candidates if item.ingredient}
+    return _Choice(selection, evaluator.evaluate_ingredients(known))
+
+
+def _choose_among_finalists(
+    evaluator: "_SoupEvaluator", tried: Sequence[Candidate], goal: Goal, split: Split
+) -> _Choice:
+    """Evaluate all soups without an attack and a few finalists on the confirm part, and choose."""
+    seed = evaluator.attack.seed
+    unattacked = replace(evaluator, data=split, threats=())
+    clean = judge_unattacked(
+        [replace(item, evaluation=unattacked.evaluate(item.alpha)) for item in tried],
+        goal,
         seed=seed,
-        selected_on=evaluator.data.name,
-        leaves_out=tuple(_list_gaps(evaluator, names, settings, goal)),
     )
-    answer = explain(selection, context)
-    if report_on is not None:
-        reporting = replace(evaluator, data=report_on, shift_part="report")
-        evaluation = reporting.evaluate(selection.best.alpha)
-        answer = with_test(answer, evaluation, split=report_on.name)
-    return SearchResult(described, answer, tried.predicted)
+    confirm = replace(evaluator, data=take_part(split, "confirm", seed=seed))
+    attacked = [item for item in tried if item.confirmed]
+    ordered = order_finalists(attacked, goal, clean, confirm_samples=len(confirm.data))
+    finalists = [replace(item, evaluation=confirm.evaluate(item.alpha)) for item in ordered]
+    known = {item.ingredient: item.evaluation for item in finalists if item.ingredient}
+    ingredients = confirm.evaluate_ingredients(known)
+    return _Choice(confirm_finalists(finalists, goal, clean), ingredients)
 
 
 def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
@@ -273,20 +326,21 @@ def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
 
 
 def _list_gaps(
-    evaluator: "_SoupEvaluator", names: Sequence[str], settings: SearchSettings, goal: Goal
+    evaluator: "_SoupEvaluator", settings: SearchSettings, goal: Goal, *, confirmed: bool
 ) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
     split = evaluator.data.name
     stopped = [
         name
-        for name, item in zip(names, evaluator.ingredients, strict=True)
+        for name, item in zip(evaluator.names, evaluator.ingredients, strict=True)
         if item.provenance.get("early_stopped_at") is not None
     ]
     yield from describe_gaps(
         split,
         stopped=stopped,
-        greedy=["the greedy soup"] if settings.method == "greedy" else [],
-        screened=settings.screen or (settings.method == "surrogate" and goal.requires_attacked),
+        greedy=["the greedy soup"] if settings.method == "greedy" and not confirmed else [],
+        screened=(settings.screen or (settings.method == "surrogate" and goal.requires_attacked))
+        and not confirmed,
         fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
     )
 
@@ -422,15 +476,29 @@ class _SoupEvaluator:
         soup.load_into(model)
         return model
 
-    def describe(self, candidate: Candidate, names: Sequence[str]) -> Candidate:
+    @property
+    def names(self) -> list[str]:
+        """Names of the ingredients."""
+        return name_ingredients(self.ingredients)
+
+    def describe(self, candidate: Candidate) -> Candidate:
         """Return the candidate with its description in words."""
         averages = self.buffers == "average" and self.merging is None
         equals = averages and 1.0 in candidate.alpha
-        ingredient = names[candidate.alpha.index(1.0)] if equals else None
-        description = describe_soup(candidate.alpha, names, ingredient=ingredient)
+        ingredient = self.names[candidate.alpha.index(1.0)] if equals else None
+        description = describe_soup(candidate.alpha, self.names, ingredient=ingredient)
         if self.merging is not None:
             description = f"{self.merging.method} of {description}"
         return replace(candidate, description=description, ingredient=ingredient)
+
+    def evaluate_ingredients(self, known: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+        """Return the evaluation of each ingredient by name; `known` are not made again."""
+        unmixed = replace(self, buffers="average", merging=None)  # mixing one ingredient returns it
+        alphas = zip(self.names, corners(len(self.ingredients)), strict=True)
+        return {
+            name: known[name] if name in known else unmixed.evaluate(alpha)
+            for name, alpha in alphas
+        }
 
     def _make_soup(self, alpha: Alpha) -> Checkpoint:
         """Mix or merge a soup."""

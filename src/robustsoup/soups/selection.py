@@ -117,11 +117,13 @@ class Judgement:
         method: How the bounds were computed: "max-t", "exact", "fixed sequence", two of them joined
             by "and", or "none" without requirements.
         critical: Quantile in the place of 1.645 of a single bound.
+        others: Number of further soups that the bounds on clean accuracy hold for.
     """
 
     checks: Mapping[str, tuple[RequirementCheck, ...]]
     method: str = "none"
     critical: float = Z_ERROR
+    others: int = 0
 
     def met(self, candidate: Candidate) -> bool:
         """Return whether the candidate meets every requirement."""
@@ -187,7 +189,8 @@ def judge(
             else _check_estimate(requirement, accuracy[requirement.key])
             for requirement, bounds, shown in zip(goal.require, low, met, strict=True)
         )
-    return Judgement(checks, proof.method, proof.critical)
+    others = len(thresholds) - count
+    return Judgement(checks, proof.method, proof.critical, others)
 
 
 def _check(
