@@ -10,7 +10,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 	--no-header --no-annotate -c constraints.txt
 HASHED_INSTALL = $(BIN)/pip install --quiet --no-deps --require-hashes --only-binary :all:
 
-.PHONY: demo test test-browser simulations test-slow test-kernels test-everywhere test-oldest test-extras trust lint docs dist lock hashed audit clean
+.PHONY: demo test test-browser simulations test-slow test-scale test-kernels test-everywhere test-oldest test-extras trust lint docs dist lock hashed audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -29,6 +29,10 @@ simulations: $(VENV)/.installed-dev
 # The report in the Chromium of the system: hover, click, slider, keys, themes, paper, accessibility.
 test-browser: $(VENV)/.installed-dev
 	$(BIN)/pytest -m browser
+
+# Several processes at length, under torchrun too: the same verdicts, one that is killed, Ctrl-C.
+test-scale: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 -m scale --durations=10
 
 # The numeric tests again with the kernels of older processors: no verdict depends on the processor.
 test-kernels: $(VENV)/.installed-dev

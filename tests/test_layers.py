@@ -36,6 +36,7 @@ ROOMS = (
         "torch_files",
         "arrays",
         "digests",
+        "distributed",
         "leftovers",
         "paths",
         "threats",

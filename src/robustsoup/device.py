@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from robustsoup import distributed
 from robustsoup.errors import RequestError
 from robustsoup.settings import PRECISIONS
 
@@ -11,11 +12,15 @@ from robustsoup.settings import PRECISIONS
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Return the device called `name`; "auto" is CUDA if available, else the CPU.
 
+    Where several processes share a machine, each has the GPU of its own number.
+
     Raises:
         RequestError: If the device does not exist on this machine.
     """
     if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name) == "cuda" and distributed.world() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -91,19 +91,26 @@ def _install_handlers() -> "dict[int, Handler]":
     return earlier
 
 
+def signal_waits() -> bool:
+    """Return whether a signal waits for the end of a block of `held_signals`."""
+    return _received.waiting
+
+
 @contextmanager
 def held_signals() -> Iterator[None]:
     """Finish the block before a signal ends the work; a second signal does not wait.
 
+    Within another such block, the signal waits for the end of that one.
+
     Raises:
         KeyboardInterrupt: At the end of the block, if a signal was received in it.
     """
-    _received.held = True
+    outer, _received.held = _received.held, True
     try:
         yield
     finally:
-        _received.held = False
-    if _received.waiting:
+        _received.held = outer
+    if _received.waiting and not outer:
         _received.waiting = False
         raise KeyboardInterrupt
 

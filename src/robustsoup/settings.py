@@ -332,6 +332,12 @@ class TrainSettings:
     synthetic_fraction: float = setting(
         0.7, "Share of each batch that is synthetic, with --synthetic.", ge=0, lt=1
     )
+    batchnorm: str = setting(
+        "per-rank",
+        "BatchNorm where several processes share a batch: per-rank (each normalises its own "
+        "images, and running statistics are averaged) or sync (statistics of the whole batch).",
+        choices=("per-rank", "sync"),
+    )
     early_stop: EarlyStop | None = setting(
         None, "Return the epoch with the lowest robust loss on val, not the last one."
     )
@@ -428,6 +434,12 @@ class LearnSettings:
         "tracked",
         "BatchNorm statistics of the network that is attacked while learning.",
         choices=BUFFER_POLICIES,
+    )
+    batchnorm: str = setting(
+        "per-rank",
+        "BatchNorm where several processes share a batch: per-rank (each normalises its own "
+        "images, and running statistics are averaged) or sync (statistics of the whole batch).",
+        choices=("per-rank", "sync"),
     )
     early_stop: EarlyStop | None = setting(
         None, "Return the epoch with the lowest objective on val, not the last one."

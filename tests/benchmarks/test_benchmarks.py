@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 
 def test_every_script_is_run_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert names == {*TIMED, *READ_RUN_FOLDERS, *LIBRARIES, "gpu"}
+    assert names == {*TIMED, *READ_RUN_FOLDERS, *LIBRARIES, "gpu", "exchanged_bytes"}
 
 
 @pytest.mark.parametrize("name", TIMED)
@@ -89,3 +89,20 @@ def test_the_gpu_script_without_a_gpu_says_how_to_try_it():
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2
     assert "no CUDA device; to try the script: --device cpu --small" in done.stderr
+
+
+@pytest.mark.scale
+def test_the_exchanged_bytes_are_counted(cache):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = BENCHMARKS / "exchanged_bytes.py"
+    ended = run_script(
+        [*torchrun, "--nproc-per-node", "2", str(script)], "resnet9:width=2", cache=cache
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines()]
+    assert [row[2] for row in rows] == ["train", "learn"]
+    parameters, trained, learned = (
+        int(text.replace(",", "")) for text in (rows[0][1], rows[0][3], rows[1][3])
+    )
+    layers, n = 25, 2
+    assert trained - 4 * parameters == learned - 8 * layers * n > 0

@@ -24,7 +24,12 @@ from robustsoup.models import load_model
 from robustsoup.runs.tasks import step_passes
 from robustsoup.soups.learning import learn
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training.adversarial_loss import attack_batch, measure_objective, objective_loss
+from robustsoup.training.adversarial_loss import (
+    BatchNoise,
+    attack_batch,
+    measure_objective,
+    objective_loss,
+)
 from robustsoup.training.objectives import Objective, clean_weight, trades
 
 THREATS = [LINF, ThreatModel("L2", 0.5), ThreatModel("L1", 3.0)]
@@ -91,7 +96,9 @@ def random_logits(seed, b=9, classes=5):
 
 
 def kl_attack(model, x, y, threat, *, steps, key):
-    return attack_batch(model, (x, y), threat, trades(), steps=steps, precision="float32", key=key)
+    return attack_batch(
+        model, (x, y), threat, trades(), steps=steps, precision="float32", noise=BatchNoise(key)
+    )
 
 
 # spellings

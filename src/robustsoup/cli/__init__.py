@@ -54,8 +54,11 @@ def _run(arguments: list[str]) -> "Any":
         # Where a signal arrives, code outside this package can turn it into another error.
         if not isinstance(error, KeyboardInterrupt) and not signal_received():
             raise
-    with suppress(OSError):
-        print(describe_end(), file=sys.stderr)
+    from robustsoup import distributed
+
+    if distributed.claim_message():
+        with suppress(OSError):
+            print(describe_end(), file=sys.stderr)
     return exit_code()
 
 

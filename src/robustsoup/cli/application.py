@@ -18,6 +18,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from robustsoup import distributed
 from robustsoup.cli.checking import check_command
 from robustsoup.cli.doctor import doctor_command
 from robustsoup.cli.evaluating import compare_command, evaluate_command
@@ -34,7 +35,7 @@ from robustsoup.cli.training import train_command
 from robustsoup.cli.verifying import verify_command
 from robustsoup.cli.versions import list_versions, package_version
 from robustsoup.errors import RequestError, RobustsoupError, WorkError
-from robustsoup.interruption import signal_received
+from robustsoup.interruption import INTERRUPTED, signal_received
 
 COMMANDS = {
     "demo": demo_command,
@@ -56,6 +57,9 @@ COMMANDS = {
     "doctor": doctor_command,
 }
 """The commands, in the order of `robustsoup --help`."""
+
+SHARED_COMMANDS = ("run", "search", "landscape", "train", "learn", "evaluate")
+"""The commands that several processes run together, started by torchrun."""
 
 app = typer.Typer(
     help=(
@@ -98,7 +102,10 @@ def run_command_line(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         with _warnings_in_one_line():
+            _join_other_ranks(arguments)
             code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
+            if code != INTERRUPTED:  # else one rank says so
+                distributed.stop()
     except typer.Abort:
         raise EOFError("the input ended") from None
     except Exception as error:
@@ -106,10 +113,28 @@ def run_command_line(arguments: Sequence[str]) -> int:
             raise
         if signal_received():
             raise
-        print_error(_describe_error(error, arguments))
+        if distributed.claim_message():
+            print_error(_describe_error(error, arguments), any_rank=True)
         is_request = isinstance(error, RequestError) and not isinstance(error, WorkError)
         return 2 if is_request or hasattr(error, "exit_code") else 1
     return code if isinstance(code, int) else 0
+
+
+def _join_other_ranks(arguments: Sequence[str]) -> None:
+    """Join the other processes of the command, if torchrun started several.
+
+    Raises:
+        RequestError: The command runs in one process.
+    """
+    if distributed.requested_world() == 1:
+        return
+    distributed.start()
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name in COMMANDS and name not in SHARED_COMMANDS:
+        raise RequestError(
+            f"{name}: runs in one process, got {distributed.world()}; start it without torchrun "
+            f"(commands for several processes: {', '.join(SHARED_COMMANDS)})"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustsoup import distributed
 from robustsoup.cli.options import (
     AsJson,
     DataOptions,
@@ -52,7 +53,8 @@ def evaluate_command(
     """Evaluate checkpoints, clean and under attack.
 
     Prints accuracies with 95 % Wilson intervals. The same command resumes an interrupted
-    evaluation.
+    evaluation. With `torchrun --nproc-per-node N -m robustsoup evaluate ...`, N processes share the
+    samples; the verdicts are the same.
 
     Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 56/255" --steps 20`
@@ -70,7 +72,6 @@ def evaluate_command(
     from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import evaluate
     from robustsoup.files import check_writable
-    from robustsoup.runs.locks import lock_folder
 
     if keep_points and not output:
         raise RequestError("--keep-points: requires -o FOLDER")
@@ -112,9 +113,8 @@ def evaluate_command(
         evaluation.record["duplicates"] = [
             overlap.as_record() for overlap in overlaps if overlap.split == split
         ]
-        if output:
-            with lock_folder(output, print_error):
-                evaluation.save(output / f"{name}.{split}.json")
+        if output and distributed.is_first():
+            _save_evaluation(evaluation, output, f"{name}.{split}.json")
         evaluations[name] = evaluation
     if as_json:
         print_json({name: evaluation.to_json() for name, evaluation in evaluations.items()})
@@ -146,6 +146,13 @@ def _warn_of_evaluation(
     for warning in evaluation.warnings:
         if warning != said_before:
             print_warning(f"{name}: {warning}")
+
+
+def _save_evaluation(evaluation: "Evaluation", folder: Path, name: str) -> None:
+    from robustsoup.runs.locks import lock_folder
+
+    with lock_folder(folder, print_error):
+        evaluation.save(folder / name)
 
 
 def _locate_state(request: object, checkpoint: "Checkpoint", split: "Split") -> Path:

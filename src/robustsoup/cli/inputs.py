@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage
@@ -28,6 +29,7 @@ from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
 
 
+@distributed.local_first()
 def load_requested_data(
     options: DataOptions, network: NetworkOptions, *, warn: bool = True
 ) -> Data:

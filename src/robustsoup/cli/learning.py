@@ -1,5 +1,6 @@
 """The command that learns mixing coefficients."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustsoup import distributed
 from robustsoup.cli.options import (
     AllowLeakage,
     Base,
@@ -67,7 +69,8 @@ def learn_command(
 
     Writes the coefficients and their soup. With --dial, learns a line of soups over the whole
     trade-off in one run; `mix --at` then chooses one of them. The same command resumes an
-    interrupted run.
+    interrupted run. With `torchrun --nproc-per-node N -m robustsoup learn ...`, N processes share
+    each batch.
 
     Example: `robustsoup learn eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 64/255" --epochs 5 -o learned`; the whole trade-off:
@@ -97,7 +100,7 @@ def learn_command(
         settings = replace(settings, dial=dial)
     settings = with_threats(settings, threat, combine)
     policy = soup.buffers or "tracked"
-    on_epoch = tracking.track(track) if track else None
+    on_epoch = tracking.track(track) if track and distributed.is_first() else None
     run.use_threads()
     import_named_module(settings.objective)
     source = load_requested_data(data, network)
@@ -110,7 +113,7 @@ def learn_command(
     place = choose_place(place, budget, ingredients, context.device)
     if place == "files":
         print_error(_describe_streaming(ingredients))
-    with lock_folder(output, print_error):
+    with lock_folder(output, print_error) if distributed.is_first() else nullcontext():
         state = output / ".state.pt"
         learned = _learn_with_bar(
             ingredients,
@@ -123,6 +126,8 @@ def learn_command(
             state_path=state,
             on_epoch=on_epoch,
         )
+        if not distributed.is_first():
+            return
         folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
         lines = folder.write(
             learned, ingredients, context, policy=policy, base=base, settings=settings

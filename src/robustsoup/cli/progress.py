@@ -10,6 +10,7 @@ from typing import Self
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from robustsoup import distributed
 from robustsoup.cli.terminal import make_console
 from robustsoup.printable import make_printable
 from robustsoup.runs.context import Context
@@ -163,6 +164,25 @@ class RunReporter:
             pass
 
 
+class SilentReporter:
+    """Receives the progress events of a run in the processes that show none."""
+
+    def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
+        """Ignore the plan."""
+
+    def progress(self, step: Step, done: int, total: int, figures: str) -> None:
+        """Ignore progress."""
+
+    def warn(self, text: str) -> None:
+        """Ignore a warning, which the first process shows."""
+
+    def note(self, text: str) -> None:
+        """Ignore a line about the run."""
+
+    def finished(self, step: Step, figures: str, seconds: float) -> None:
+        """Ignore that a step is finished."""
+
+
 def _format_time_left(started: float, done: float, total: float | None) -> str:
     """Return the estimated time left, or "" as long as there is no estimate."""
     elapsed = time.monotonic() - started
@@ -189,5 +209,5 @@ def _make_display() -> RichProgress:
         console=console,
         transient=True,
         refresh_per_second=4,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and distributed.is_first()),
     )

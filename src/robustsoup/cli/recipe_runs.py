@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from robustsoup import distributed
 from robustsoup.cli.copying import copy_checkpoint
 from robustsoup.cli.inputs import (
     download_checkpoint,
@@ -12,7 +13,7 @@ from robustsoup.cli.inputs import (
     warn_of_overlaps,
 )
 from robustsoup.cli.options import RunOptions
-from robustsoup.cli.progress import Bar, RunReporter, format_duration
+from robustsoup.cli.progress import Bar, RunReporter, SilentReporter, format_duration
 from robustsoup.cli.tables import print_results
 from robustsoup.cli.terminal import print_error, print_json
 from robustsoup.cli.user_code import import_named_module
@@ -27,6 +28,7 @@ from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
 
 
+@distributed.local_first()
 def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None) -> PreparedRun:
     """Download and load the data and checkpoints of a recipe, and plan it."""
     hold_caches()
@@ -70,6 +72,9 @@ def run_recipe(
     warn_of_overlaps(prepared.overlaps)
     if compares_ways:
         print_ways(prepared)
+    if not distributed.is_first():
+        run_prepared(prepared, folder, SilentReporter())
+        return distributed.from_first(lambda: 0)
     with lock_folder(folder, print_error):
         with RunReporter(prepared.context, folder) as reporter:
             results, _ = run_prepared(prepared, folder, reporter)
@@ -79,7 +84,8 @@ def run_recipe(
         print_json({key: content.get(key) for key in JSON_KEYS})
     else:
         print_results(results, page)
-    return 0 if results.selection is None else results.selection.exit_code
+    code = 0 if results.selection is None else results.selection.exit_code
+    return distributed.from_first(lambda: code)
 
 
 def print_ways(prepared: PreparedRun) -> None:

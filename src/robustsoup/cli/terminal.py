@@ -1,7 +1,8 @@
 """Printing: results on standard output, warnings and errors on standard error.
 
-All output passes through here. Characters that are not printable are escaped, because names and
-messages come from files of strangers; each line, cell and message stays on its line.
+All output passes through here; of several processes of one command, the first prints. Characters
+that are not printable are escaped, because names and messages come from files of strangers; each
+line, cell and message stays on its line.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from robustsoup import distributed
 from robustsoup.printable import make_message, make_printable
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ def print_line(text: str) -> None:
 
 def print_text(text: str) -> None:
     """Print text of this program, such as its help, with its line breaks."""
-    print(text)
+    if distributed.is_first():
+        print(text)
 
 
 def print_json(content: Any) -> None:
@@ -50,12 +53,19 @@ def print_table(
         table.add_column(make_printable(column), overflow="fold")
     for row in rows:
         table.add_row(*map(make_printable, row))
-    make_console().print(table)
+    if distributed.is_first():
+        make_console().print(table)
 
 
-def print_error(text: str) -> None:
-    """Print an error or a notice on standard error, in one line."""
-    print(f"robustsoup: {make_message(text)}", file=sys.stderr)
+def print_error(text: str, *, any_rank: bool = False) -> None:
+    """Print an error or a notice on standard error, in one line.
+
+    Args:
+        text: The message.
+        any_rank: Whether a process other than the first prints it too.
+    """
+    if any_rank or distributed.is_first():
+        print(f"robustsoup: {make_message(text)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:

@@ -1,12 +1,14 @@
 """The command that trains or fine-tunes a network."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustsoup import distributed
 from robustsoup.cli.options import (
     CheckpointPlace,
     Combine,
@@ -76,7 +78,8 @@ def train_command(
     """Train a network adversarially, or fine-tune a checkpoint.
 
     Starts from fresh weights (--model) or from a checkpoint (--from). The same command resumes an
-    interrupted training.
+    interrupted training. With `torchrun --nproc-per-node N -m robustsoup train ...`, N processes
+    share each batch.
 
     Example: `robustsoup train --model resnet9:width=8 --data digits --threat "Linf 48/255" --lr 0.1
     -o base.safetensors`, then `robustsoup train --from base.safetensors --data digits
@@ -105,7 +108,7 @@ def train_command(
     _check_train_options(settings, network, start, given)
     if start is None and "lr" not in given:
         settings = replace(settings, lr=PRETRAIN_DEFAULTS["lr"])
-    on_epoch = tracking.track(track) if track else None
+    on_epoch = tracking.track(track) if track and distributed.is_first() else None
     run.use_threads()
     import_named_module(settings.objective)
     loaded = load_requested_data(data, network)
@@ -118,10 +121,12 @@ def train_command(
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings, loaded)
     if ends[1:]:
+        if distributed.world() > 1:
+            raise RequestError("--subspace: runs in one process; start it without torchrun")
         _train_ends(initial, loaded, ends, settings, output, by=by, run=run, on_epoch=on_epoch)
         return
     state = output.with_name(f".{output.name}.state.pt")
-    with lock_file(output, print_error):
+    with lock_file(output, print_error) if distributed.is_first() else nullcontext():
         with Bar(f"training {output.name}") as bar:
             trained = train(
                 initial,
@@ -133,8 +138,9 @@ def train_command(
                 on_progress=bar,
                 on_epoch=on_epoch,
             )
-        trained.save(output)
-        remove_file(state)
+        if distributed.is_first():
+            trained.save(output)
+            remove_file(state)
     loss = trained.provenance["history"][-1]["loss"]
     print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from robustsoup import distributed
 from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split, to_float
@@ -321,7 +322,8 @@ def landscape(
         model=model,
         data=subset.to(resolved),
     )
-    saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
+    own_path = state_path if distributed.is_first() else None
+    saved = SavedState(own_path, json.dumps(fingerprint, sort_keys=True))
     return evaluator.measure_grid(saved, on_progress)
 
 
@@ -354,7 +356,7 @@ class _PlaneEvaluator:
         settings, columns = self.settings, self.settings.points
         x, y = self.plane.axes(columns)
         points = [(u, v) for v in y for u in x]
-        state = saved.load()
+        state = distributed.from_first(saved.load)
         with saved.refuse_malformed():
             values = [_point_values(value) for value in state["values"]] if state else []
         try:

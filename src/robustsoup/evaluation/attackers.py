@@ -1,7 +1,7 @@
 """The attackers of an evaluation: APGD and PGD, Square, standard AutoAttack, and users' attacks."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,14 @@ class Target:
 
 
 class Attacker(Protocol):
-    """Attacks the samples that are correct without an attack."""
+    """Attacks the samples that are correct without an attack.
+
+    Attributes:
+        together: Samples in one call of the attack, which may attack a sample differently beside
+            others; 1 if every sample is attacked by itself.
+    """
+
+    together: ClassVar[int]
 
     @property
     def attempts(self) -> tuple[str, ...]:
@@ -90,6 +97,7 @@ class QueueAttacker:
         stop_below: Number of surviving samples below which the attack stops; None for never.
     """
 
+    together: ClassVar[int] = 1
     settings: AttackSettings
     classes: int
     pass_size: int
@@ -150,6 +158,7 @@ class SquareAttacker:
         stop_below: Number of surviving samples below which the attack stops; None for never.
     """
 
+    together: ClassVar[int] = 1
     settings: AttackSettings
     pass_size: int
     stop_below: int | None = None
@@ -223,6 +232,7 @@ class FunctionAttacker:
         seed: Seed of the noise.
     """
 
+    together: ClassVar[int] = CHUNK_SAMPLES
     name: str
     function: AttackFunction
     seed: int
@@ -311,6 +321,7 @@ class AutoAttacker:
         seed: Seed of the noise.
     """
 
+    together: ClassVar[int] = CHUNK_SAMPLES
     plan: AutoAttackPlan
     seed: int
 

@@ -3,13 +3,14 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustsoup import distributed
 from robustsoup.attacks.attempts import AttackProgress
 from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.attacks.losses import logit_margin
@@ -38,9 +39,15 @@ from robustsoup.evaluation.reuse import (
     pool_points,
     try_pool,
 )
+from robustsoup.evaluation.sharing import (
+    Share,
+    SharedState,
+    check_same_request,
+    predict_shared,
+)
 from robustsoup.evaluation.shift import measure_shift
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record, Verdicts
-from robustsoup.progress import Progress, SavedState
+from robustsoup.progress import Progress
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
 from robustsoup.threats import ThreatModel
 
@@ -125,7 +132,8 @@ def evaluate(
         device=device,
     )
     corruptions = None if shift is None else open_corruptions(shift, request.data, shift_part)
-    saved = SavedState(state_path, request.fingerprint() if state_path is not None else "")
+    check_same_request(request)
+    saved = SharedState(state_path, request.fingerprint() if state_path is not None else "")
     started = time.perf_counter()
     with frozen_eval(request.model):
         clean = _predict_clean(request)
@@ -178,7 +186,7 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     if after is not None and request.settings.loss != "targeted dlr":
         return _CleanPass(labels, after.prediction[:n], after.margin[:n])
     model, size, device = request.model, request.pass_size, request.device
-    logits = predict_logits(model, request.fetch, n, size, device)
+    logits = predict_shared(model, request.fetch, n, size, device)
     if not bool(logits.isfinite().all()):
         raise Diverged(
             "evaluate: the network's logits hold NaN or infinity; "
@@ -222,11 +230,11 @@ class _EvaluationProgress:
         if self.on_progress is not None:
             self.on_progress(self.n, self.total, self.figures)
 
-    def report_attack(self, number: int, settled: int) -> None:
-        """Report the correctly classified samples that are settled for threat `number`."""
+    def report_attack(self, number: int, done: int, total: int) -> None:
+        """Report threat `number`, of which this rank has attacked `done` of `total` parts."""
         if self.on_progress is not None:
-            done = (number + 1) * self.n + self.wrong + settled
-            self.on_progress(done, self.total, self.figures)
+            settled = (self.n - self.wrong) * done // max(total, 1)
+            self.on_progress((number + 1) * self.n + self.wrong + settled, self.total, self.figures)
 
     def report_shift(self, copies: int) -> None:
         """Report how many corrupted copies are done."""
@@ -250,11 +258,11 @@ class _Attacked:
 def _attack_with_threats(
     request: CheckedRequest,
     clean: _CleanPass,
-    saved: SavedState,
+    saved: SharedState,
     progress: _EvaluationProgress,
 ) -> _Attacked:
     """Attack with each threat model in turn, resuming from the saved state."""
-    stored = _load_outcomes(saved)
+    stored = saved.load()
     samples = _target_samples(request, clean)
     target = Target(request.model, samples, request.device, request.pass_size)
     outcomes: dict[str, Outcome] = {}
@@ -273,13 +281,20 @@ def _attack_with_threats(
                     attempts=len(request.attacker.attempts),
                     by=request.broken_by.index(POOL) - 1,
                 )
-            poll = _make_poll(request, number, outcomes, saved, progress)
-            request.attacker.attack(target, threat, outcome, poll)
+            share = Share(
+                samples,
+                outcome,
+                attempts=len(request.attacker.attempts),
+                together=request.attacker.together,
+                alone=request.reuse.stop_below is not None,
+            )
+            poll = _make_poll(number, outcomes, saved, progress)
+            request.attacker.attack(replace(target, samples=share.samples), threat, outcome, poll)
+            share.merge(outcome)
             if request.settings.masking_check and _is_settled(request, samples.correct, outcome):
                 masking[str(threat)] = _check_masking(request, target, threat, outcome)
     except BaseException:
-        if any(bool(outcome.settled.any()) for outcome in outcomes.values()):
-            saved.save(_snapshot_outcomes(outcomes))
+        saved.save(outcomes)
         raise
     saved.clear()
     return _Attacked(outcomes, masking)
@@ -299,21 +314,16 @@ def _check_masking(
     )
     if earlier is not None:
         return earlier
-    return check_masking(
-        target,
-        threat,
-        request.settings,
-        outcome,
-        attack_passes=request.attacker.count_passes(target.samples.correct, outcome),
-        others=pool_points(request.reuse.others, threat),
+    return distributed.from_first(
+        lambda: check_masking(
+            target,
+            threat,
+            request.settings,
+            outcome,
+            attack_passes=request.attacker.count_passes(target.samples.correct, outcome),
+            others=pool_points(request.reuse.others, threat),
+        )
     )
-
-
-def _load_outcomes(saved: SavedState) -> dict[str, dict[str, Tensor]]:
-    """Return the snapshots of outcomes in the saved state, by threat model."""
-    state = saved.load()
-    with saved.refuse_malformed():
-        return {} if state is None else dict(state["outcomes"])
 
 
 def _target_samples(request: CheckedRequest, clean: _CleanPass) -> AttackedSamples:
@@ -338,25 +348,19 @@ def _start_outcome(
 
 
 def _make_poll(
-    request: CheckedRequest,
     number: int,
     outcomes: Mapping[str, Outcome],
-    saved: SavedState,
+    saved: SharedState,
     progress: _EvaluationProgress,
 ) -> AttackProgress:
     """Return a callback for threat `number` that reports progress and saves the state when due."""
-    attempts = len(request.attacker.attempts)
 
-    def poll(done: int, _total: int) -> None:
-        progress.report_attack(number, done // attempts)
+    def poll(done: int, total: int) -> None:
+        progress.report_attack(number, done, total)
         if saved.due():
-            saved.save(_snapshot_outcomes(outcomes))
+            saved.save(outcomes)
 
     return poll
-
-
-def _snapshot_outcomes(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    return {"outcomes": {name: outcome.snapshot() for name, outcome in outcomes.items()}}
 
 
 def _build_verdicts(outcome: Outcome, clean: _CleanPass) -> Verdicts:
@@ -408,6 +412,8 @@ def _make_record(
         "certificate": certificate,
         "warnings": list(dict.fromkeys(warnings)),
     }
+    if distributed.world() > 1:
+        record["processes"] = distributed.world()
     if attacked.masking:
         record["masking_check"] = attacked.masking
     if not all(_is_settled(request, clean.correct, outcome) for outcome in outcomes.values()):

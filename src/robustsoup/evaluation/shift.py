@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from robustsoup.attacks.forward import predict_logits
 from robustsoup.data.corruptions import SEVERITIES, Corruptions
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.request import CheckedRequest
+from robustsoup.evaluation.sharing import predict_shared
 from robustsoup.evaluation.verdicts import Record
 
 
@@ -44,7 +44,7 @@ def measure_shift(
     hits = torch.zeros(count, dtype=torch.int64)
     for name, split in corruptions.splits(request.data):
         shifted = replace(request, data=split)
-        logits = predict_logits(
+        logits = predict_shared(
             request.model, shifted.fetch, len(split), request.pass_size, request.device
         )
         correct = (logits.argmax(1) == split.labels).view(SEVERITIES, -1)

@@ -4,13 +4,15 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from robustsoup.errors import CheckpointError, RobustsoupError, StorageError
+from robustsoup import distributed
+from robustsoup.digests import digest_json
+from robustsoup.errors import CheckpointError, RequestError, RobustsoupError, StorageError
 from robustsoup.files import read_regular, write_text
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, Step
@@ -19,6 +21,7 @@ from robustsoup.runs.tasks import Key, task_record
 from robustsoup.runs.worker import Worker
 
 _MAX_SECONDS_BYTES = 100
+_RANK_FOLDER = ".rank"
 
 
 class Reporter(Protocol):
@@ -50,6 +53,10 @@ def execute_plan(plan: Plan, context: Context, store: Store, reporter: Reporter)
         RobustsoupError: A step failed; the message starts with its name.
         StorageError: A step does not stay undamaged.
     """
+    keys = [step.key for step in plan.steps]
+    distributed.check_same(
+        {"digest of the plan": digest_json(keys)}, "give all processes the same files and options"
+    )
     missing = _list_missing(plan, store, reporter)
     reporter.begin(plan, missing)
     executed: set[Key] = set()
@@ -71,11 +78,11 @@ def execute_plan(plan: Plan, context: Context, store: Store, reporter: Reporter)
 
 def _list_missing(plan: Plan, store: Store, reporter: Reporter) -> list[Step]:
     """Return the steps that must run, with one line for each damaged one."""
-    missing = []
-    for step in plan.steps:
-        if store.has(step.key):
-            continue
-        missing.append(step)
+    keys = distributed.from_first(
+        lambda: {step.key for step in plan.steps if not store.has(step.key)}
+    )
+    missing = [step for step in plan.steps if step.key in keys]
+    for step in missing:
         damage = store.find_damage(step.key)
         if damage is not None:
             reporter.note(f"{step.name}: {damage}; the step runs again")
@@ -89,9 +96,7 @@ def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
         The figures of the result in one line.
     """
     record = _step_record(step, worker.context)
-    with worker.store.write_step(
-        step.key, record, parents=step.parents, notice=reporter.note
-    ) as folder:
+    with _open_step(step, record, worker.store, reporter) as folder:
         if folder is None:
             return "done by another process"
         clock = StepClock(folder / "seconds.txt", reporter, step)
@@ -103,12 +108,44 @@ def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
         return figures
 
 
+@contextlib.contextmanager
+def _open_step(
+    step: Step, record: dict[str, Any], store: Store, reporter: Reporter
+) -> Iterator[Path | None]:
+    """Yield the folder of a step; None if another process stored it first.
+
+    All ranks run the step, and the folder of the first one is stored. The others get a folder
+    within it, which keeps the state of an interrupted attempt and is removed at the end.
+    """
+    if distributed.is_first():
+        parents, notice = step.parents, reporter.note
+        with store.write_step(step.key, record, parents=parents, notice=notice) as folder:
+            distributed.from_first(lambda: folder)
+            yield folder
+            distributed.gather(None)  # all ranks have finished
+            for other in folder.glob(f"{_RANK_FOLDER}*") if folder else ():
+                shutil.rmtree(other)
+    else:
+        folder = distributed.from_first(lambda: None)
+        if folder is not None and not folder.is_dir():
+            raise RequestError(
+                f"store: rank {distributed.rank()} does not see {folder}; set ROBUSTSOUP_STORE to "
+                "a folder that all machines share"
+            )
+        own = folder and folder / f"{_RANK_FOLDER}{distributed.rank()}"
+        if own is not None:
+            own.mkdir(exist_ok=True)
+        yield own
+        distributed.gather(None)
+    distributed.gather(None)  # the step is in the store
+
+
 def _run_or_restart(step: Step, worker: Worker, folder: Path, clock: "StepClock") -> str:
     """Run a step; if what an interrupted attempt left is damaged, run it from its beginning."""
     try:
         return worker.run_step(step, folder, clock)
     except CheckpointError as error:
-        if str(folder) not in str(error):
+        if str(folder) not in str(error) or distributed.world() > 1:
             raise
         clock.reporter.note(f"{step.name}: {error}; the step starts again")
         shutil.rmtree(folder)

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
@@ -144,15 +145,17 @@ def run_prepared(
     answer = None
     if choice is not None:
         answer = explain_choice(plan, store, choice, prepared.leakage)
-    results = write_run_folder(
-        folder,
-        plan,
-        context,
-        store,
-        answer=answer,
-        leakage=prepared.leakage,
-        overlaps=prepared.overlaps,
-        surrogates=surrogates,
+    results = distributed.from_first(
+        lambda: write_run_folder(
+            folder,
+            plan,
+            context,
+            store,
+            answer=answer,
+            leakage=prepared.leakage,
+            overlaps=prepared.overlaps,
+            surrogates=surrogates,
+        )
     )
     return results, selection
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import landscape
@@ -289,7 +290,7 @@ def build_greedy_soup(
     def evaluate_soup(alpha: Alpha) -> Evaluation:
         nonlocal evaluated
         path = folder / f"{alpha_name(alpha)}.json"
-        if not path.exists():
+        if not distributed.from_first(path.exists):
             soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
             evaluation = evaluate(
                 soup,
@@ -303,7 +304,7 @@ def build_greedy_soup(
             _check_shift(evaluation, task.evaluation)
             evaluation.save(path)
         evaluated += 1
-        evaluation = Evaluation.load(path)
+        evaluation = distributed.from_first(lambda: Evaluation.load(path))
         figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
         on_progress(evaluated, task.rounds, figures)
         return evaluation

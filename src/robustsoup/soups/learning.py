@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
@@ -25,6 +26,7 @@ from robustsoup.tracking import OnEpoch
 from robustsoup.training.loop import run_epochs
 from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
+from robustsoup.training.sharing import check_same_training
 from robustsoup.training.train import check_early_stop
 
 
@@ -206,7 +208,9 @@ def _finish_run(
     val = run.inputs.val
     fingerprint = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
     fingerprint += [network_fingerprint(run.model), run.objective.fingerprint]
-    saved = SavedState(state_path, json.dumps(fingerprint, sort_keys=True))
+    check_same_training(run.data, fingerprint, run.settings, run.inputs.device)
+    own_path = state_path if distributed.is_first() else None
+    saved = SavedState(own_path, json.dumps(fingerprint, sort_keys=True))
     with saved.refuse_malformed():
-        run.restore(saved.load())
+        run.restore(distributed.from_first(saved.load))
     run_epochs(run, saved, on_progress, on_epoch)

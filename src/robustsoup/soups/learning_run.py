@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -34,6 +35,12 @@ from robustsoup.training.adversarial_loss import (
 from robustsoup.training.loop import History, check_step_loss
 from robustsoup.training.objectives import Objective, mixed
 from robustsoup.training.schedules import learning_rate
+from robustsoup.training.sharing import (
+    BatchShare,
+    average_statistics,
+    sum_losses,
+    synchronised_batchnorm,
+)
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,9 @@ class LearningRun:
         return batches(self.data, s.batch_size, seed=s.seed, epoch=epoch, skip=skip)
 
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step on a batch and return its loss."""
-        s = self.settings
+        """Take one step on a global batch and return its loss."""
+        s, share = self.settings, BatchShare.of(len(x))
+        x, y = share.take(x), share.take(y)
         self._turn_dial()
         threat, objective = self._goal()
         attacked = attack_under_all(
@@ -146,27 +154,39 @@ class LearningRun:
             s if s.dial is None else replace(s, threat=threat),
             objective,
             step=self.step,
+            share=share,
             replayed=self.replayed_attack,
         )
         active = self._draw_active_layers()
         trained = self._require_gradients(active)
-        with torch.set_grad_enabled(bool(active)):
-            loss = mean_objective_loss(self.model, x, attacked, y, objective, precision=s.precision)
-        check_step_loss(self, loss, attacked[0])
-        if loss.requires_grad:  # the network may not use any active layer
-            grads = torch.autograd.grad(
-                loss, list(trained.values()), allow_unused=True, materialize_grads=True
-            )
+        with synchronised_batchnorm(self.model, s.batchnorm):
+            with torch.set_grad_enabled(bool(active)):
+                share_loss = mean_objective_loss(
+                    self.model, x, attacked, y, objective, precision=s.precision
+                )
+            loss = sum_losses(share_loss, share)
+            check_step_loss(self, loss, attacked[0])
+            grads: Sequence[Tensor] = ()
+            if share_loss.requires_grad:  # the network may not use any active layer
+                grads = torch.autograd.grad(
+                    share_loss * share.weight,
+                    list(trained.values()),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        if self.settings.buffers == "tracked":
+            average_statistics(self.model, share, s.batchnorm)
+        if grads:
             self.update_line(active, dict(zip(trained, grads, strict=True)), self._learning_rate())
             self.mix_layers(active)
-        return loss.detach()
+        return loss
 
     def update_line(self, active: Sequence[int], grads: dict[str, Tensor], lr: float) -> None:
         """Take a step of SGD with momentum on some layers, and leave the others unchanged.
 
         Args:
             active: Numbers of the layers to update.
-            grads: dL/dtheta of each of their parameters, by name.
+            grads: dL/dtheta of each of their parameters, by name: this rank's part of the sum.
             lr: Learning rate.
 
         Raises:
@@ -177,6 +197,7 @@ class LearningRun:
         by_alpha = torch.stack(
             [sum((inner[name] for name in self.groups[self.layers[i]]), zero) for i in active]
         )
+        by_alpha = distributed.sum_ranks(by_alpha)
         self._check_gradients(active, by_alpha)
         by_logits = logits_gradient(by_alpha, self._alpha()[active])
         self.slope_sums[active] += by_logits.norm(dim=1)

@@ -1,11 +1,13 @@
 """The attack and the loss of one adversarial training step, and their means over a split."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from robustsoup import distributed
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.attacks.folding import fold_batchnorm
@@ -20,9 +22,33 @@ from robustsoup.seeding import keyed_generator
 from robustsoup.settings import LearnSettings, TrainSettings
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
+from robustsoup.training.sharing import BatchShare
 
 START_NOISE = 0.001
 """Standard deviation, per pixel, of the noise added to the start if x has no gradient."""
+
+
+@dataclass(frozen=True)
+class BatchNoise:
+    """Normal noise for a global batch; the noise of an image depends on its place there.
+
+    Attributes:
+        key: Seeds the noise.
+        share: The part of the global batch that this rank attacks; None for all of it.
+    """
+
+    key: tuple[str | int, ...]
+    share: BatchShare | None = None
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Return the noise of this rank's images x, (b, c, h, w)."""
+        share = self.share or BatchShare(0, len(x), len(x))
+        noise = torch.randn(
+            (share.total, *x.shape[1:]),
+            generator=keyed_generator("beside", *self.key),
+            dtype=torch.float32,
+        )
+        return share.take(noise).to(x)
 
 
 def attack_batch(
@@ -33,7 +59,7 @@ def attack_batch(
     *,
     steps: int,
     precision: str,
-    key: tuple[str | int, ...],
+    noise: BatchNoise,
     replayed: ReplayedCall | None = None,
 ) -> Tensor:
     """Return the attacked batch that an objective is computed on.
@@ -46,7 +72,7 @@ def attack_batch(
             not use an attacked batch.
         steps: APGD steps.
         precision: "float32" or "bfloat16".
-        key: Seeds the noise that `attack_compares_with_clean` adds to the start.
+        noise: The noise that `attack_compares_with_clean` adds to the start.
         replayed: Replays the attack on a GPU; the next call may overwrite the returned batch.
 
     Returns:
@@ -59,11 +85,8 @@ def attack_batch(
     if objective.attack_compares_with_clean:
         with frozen_eval(model), torch.no_grad(), autocast(x.device, precision):
             inputs["target"] = _at_least_float32(model(x))
-        noise = torch.randn(
-            x.shape, generator=keyed_generator("beside", *key), dtype=torch.float32
-        ).to(x)
         radii = x.new_full((len(x),), threat.eps)
-        inputs["start"] = project(x + START_NOISE * noise, x, radii, threat.norm)
+        inputs["start"] = project(x + START_NOISE * noise.draw(x), x, radii, threat.norm)
     attack = partial(
         apgd_train,
         model,
@@ -84,6 +107,7 @@ def attack_under_all(
     objective: Objective,
     *,
     step: int,
+    share: BatchShare | None = None,
     replayed: ReplayedCall | None = None,
 ) -> list[Tensor]:
     """Return the attacked batches of a step, whose mean loss counts.
@@ -98,6 +122,7 @@ def attack_under_all(
         settings: Threat models, steps, precision and seed.
         objective: Defines the loss that the attacks maximise.
         step: Number of the step, which keys its draws.
+        share: The part of the global batch that the batch is; None for all of it.
         replayed: Replays the attack on a GPU if there is one threat.
 
     Source: max and mean: Tramer and Boneh 2019, arXiv:1904.13000; random: Croce and Hein 2022,
@@ -115,7 +140,7 @@ def attack_under_all(
             objective,
             steps=settings.attack_steps,
             precision=settings.precision,
-            key=(settings.seed, step),
+            noise=BatchNoise((settings.seed, step), share),
             replayed=replayed if len(settings.threats) == 1 else None,
         )
         for threat in threats
@@ -214,13 +239,13 @@ def measure_robust_loss(
     model.eval()
     attacked_model = model if threat.is_clean else _model_for_attack(model, data, precision)
     sums = torch.zeros(2, dtype=torch.float64)
-    for x, y in passes(data):
+    for x, y in distributed.take_own(passes(data)):
         x_adv = apgd_train(attacked_model, x, y, threat, steps=steps, precision=precision)
         with torch.no_grad():
             logits = model(x_adv)
         loss, correct = ce(logits, y).sum(), (logits.argmax(1) == y).sum()
         sums += torch.stack([loss.double(), correct.double()]).cpu()
-    mean_loss, accuracy = (sums / len(data)).tolist()
+    mean_loss, accuracy = (distributed.sum_ranks(sums) / len(data)).tolist()
     return mean_loss, accuracy
 
 
@@ -262,7 +287,7 @@ def _measure_other_objective(
 ) -> float:
     model.eval()
     attacked_model, total = _model_for_attack(model, data, precision), 0.0
-    for number, (x, y) in enumerate(passes(data)):
+    for number, (x, y) in distributed.take_own(enumerate(passes(data))):
         x_adv = attack_batch(
             attacked_model,
             (x, y),
@@ -270,11 +295,12 @@ def _measure_other_objective(
             objective,
             steps=steps,
             precision=precision,
-            key=("val", number),
+            noise=BatchNoise(("val", number)),
         )
         with torch.no_grad():
             loss = _compute_objective(model, x, x_adv, y, objective, precision="float32")
         total += len(x) * float(loss)
+    total = float(distributed.sum_ranks(torch.tensor(total, dtype=torch.float64)))
     return total / len(data)
 
 

@@ -1,5 +1,6 @@
 """The loop over epochs and steps that training and learning share."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,12 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.data.batches import Batch
 from robustsoup.device import autocast
 from robustsoup.errors import Diverged
+from robustsoup.interruption import held_signals
 from robustsoup.progress import Progress, SavedState
 from robustsoup.tracking import OnEpoch
+from robustsoup.training.sharing import end_together
 
 History = list[dict[str, float]]
 """One entry for each finished epoch: "epoch" (from 1), "loss" and the figures measured on val."""
@@ -50,7 +54,7 @@ class StepwiseRun(Protocol):
         ...
 
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step on a batch and return its loss, a detached scalar."""
+        """Take one step on a global batch and return its loss, a detached scalar."""
         ...
 
     def end_epoch(self, entry: dict[str, float]) -> None:
@@ -89,7 +93,8 @@ def run_epochs(
     after_epoch()
     while len(run.history) < run.epochs:
         try:
-            _take_epoch_steps(run, saved, on_progress)
+            with held_signals() if distributed.world() > 1 else contextlib.nullcontext():
+                _take_epoch_steps(run, saved, on_progress)
         except KeyboardInterrupt:
             saved.save_if_whole(run.state)
             raise
@@ -114,6 +119,7 @@ def _take_epoch_steps(run: StepwiseRun, saved: SavedState, on_progress: Progress
         with saved.changing():
             run.loss_sum += run.take_step(x, y)
             run.step += 1
+        end_together()
         ends_epoch = run.step % run.steps_per_epoch == 0
         save = saved.due() and not ends_epoch
         if save or ends_epoch:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
@@ -53,6 +54,14 @@ from robustsoup.training.optimizer import (
     set_norm_momentum,
 )
 from robustsoup.training.schedules import check_schedule, learning_rate
+from robustsoup.training.sharing import (
+    BatchShare,
+    average_statistics,
+    check_same_training,
+    share_loss_pass,
+    sum_losses,
+    synchronised_batchnorm,
+)
 
 OnCheckpoint = Callable[[int, Checkpoint], None]
 """on_checkpoint(epoch, checkpoint): receives the network after an epoch, counted from 1."""
@@ -131,12 +140,14 @@ def train(
     check_training(model, data, settings.batch_size)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
+    check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every]
-    saved = SavedState(state_path, json.dumps(work, sort_keys=True))
+    own_path = state_path if distributed.is_first() else None
+    saved = SavedState(own_path, json.dumps(work, sort_keys=True))
     with saved.refuse_malformed():
-        run.restore(saved.load())
+        run.restore(distributed.from_first(saved.load))
 
     def pass_checkpoint() -> None:
         epoch = len(run.history)
@@ -172,6 +183,12 @@ class TrainingInputs:
     synthetic: Synthetic | None
     settings: TrainSettings
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings as provenance records them."""
+        synthetic = self.synthetic and self.synthetic.digest
+        return to_record(replace(self.settings, synthetic=synthetic))
+
     def to(self, device: torch.device) -> "TrainingInputs":
         """Return the inputs on `device`; early_stop.samples limits val."""
         stop = self.settings.early_stop
@@ -195,6 +212,7 @@ class TrainingRun:
         if settings.bn_momentum is not None:
             set_norm_momentum(self.model, settings.bn_momentum)
         self.optimizer = make_optimizer(self.model, settings)
+        self.loss_model = share_loss_pass(self.model, inputs.data)
         self.average = WeightAverage(self.model, settings.ema) if settings.ema else None
         self.epochs, self.precision = settings.epochs, settings.precision
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
@@ -208,8 +226,7 @@ class TrainingRun:
     @property
     def record(self) -> dict[str, Any]:
         """The settings as provenance records them."""
-        synthetic = self.inputs.synthetic and self.inputs.synthetic.digest
-        return to_record(replace(self.settings, synthetic=synthetic))
+        return self.inputs.record
 
     @property
     def result(self) -> nn.Module:
@@ -258,26 +275,38 @@ class TrainingRun:
         )
 
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step on a batch and return its loss."""
-        s = self.settings
+        """Take one step on a global batch and return its loss."""
+        s, share = self.settings, BatchShare.of(len(x))
+        x, y = share.take(x), share.take(y)
         epochs_done = self.step / self.steps_per_epoch
         rate = learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         attacked = attack_under_all(
-            self.model, (x, y), s, self.objective, step=self.step, replayed=self.replayed_attack
+            self.model,
+            (x, y),
+            s,
+            self.objective,
+            step=self.step,
+            share=share,
+            replayed=self.replayed_attack,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = mean_objective_loss(
-            self.model, x, attacked, y, self.objective, precision=s.precision
-        )
-        check_step_loss(self, loss, attacked[0])
-        loss.backward()
+        with synchronised_batchnorm(self.model, s.batchnorm):
+            share_loss = mean_objective_loss(
+                self.loss_model, x, attacked, y, self.objective, precision=s.precision
+            )
+            loss = sum_losses(share_loss, share)
+            check_step_loss(self, loss, attacked[0])
+            with distributed.named_failure():
+                # DistributedDataParallel divides the sum of the gradients by the number of ranks.
+                (share_loss * (share.weight * distributed.world())).backward()
+        average_statistics(self.model, share, s.batchnorm)
         clip_gradients(self.model, s.clip_grad)
         self.optimizer.step()
         if self.average:
             self.average.update(self.model, self.step)
-        return loss.detach()
+        return loss
 
     def end_epoch(self, entry: dict[str, float]) -> None:
         """Measure the robust loss on val, and keep the weights if it is the lowest so far.
@@ -356,6 +385,7 @@ def _make_checkpoint(
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": run.device.type,
+            **({"processes": distributed.world()} if distributed.world() > 1 else {}),
         },
     }
     if epoch is not None:

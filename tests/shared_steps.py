@@ -1,0 +1,108 @@
+"""Steps of training and learning that ranks share, for tests: what a rank calls."""
+
+import os
+import signal
+
+import torch
+from learning_helpers import SmallNetwork, small_ingredients
+from training_helpers import DATA, LINF, fresh_network
+
+from robustsoup import distributed
+from robustsoup.interruption import handled_signals
+from robustsoup.settings import LearnSettings, TrainSettings
+from robustsoup.soups import learning_run
+from robustsoup.soups.learning_run import LearningInputs, LearningRun
+from robustsoup.training import adversarial_loss
+from robustsoup.training.objectives import Objective
+from robustsoup.training.train import TrainingInputs, TrainingRun, train
+
+CPU = torch.device("cpu")
+IMAGES = 32
+"""Images of a step: an uneven number for each of 3 ranks."""
+
+
+def _invert(_model, batch, *_arguments, **_settings):
+    """Return the images inverted: an attacked batch that is given, not searched."""
+    return 1 - batch[0]
+
+
+def take_training_step(objective, batchnorm):
+    """Take one step; return the loss, the gradients and the network's tensors, float64."""
+    torch.manual_seed(0)
+    settings = TrainSettings(
+        threat=LINF,
+        batch_size=IMAGES,
+        objective=Objective.parse(objective),
+        precision="float32",
+        batchnorm=batchnorm,
+    )
+    adversarial_loss.attack_batch = _invert
+    run = TrainingRun(SmallNetwork(), TrainingInputs(DATA, None, None, settings))
+    x, y, _ = next(run.batches(0, 0))
+    before = distributed.exchanged_bytes()
+    loss = run.take_step(x, y)
+    grads = {name: parameter.grad for name, parameter in run.model.named_parameters()}
+    return loss, grads, run.model.state_dict(), distributed.exchanged_bytes() - before
+
+
+def take_learning_step(objective, batchnorm):
+    """Take one step; return the loss, the gradient of the coefficients and the statistics."""
+    network, ingredients = small_ingredients()
+    settings = LearnSettings(
+        threat=LINF,
+        batch_size=IMAGES,
+        objective=Objective.parse(objective),
+        precision="float32",
+        detach=0.0,
+        batchnorm=batchnorm,
+    )
+    by_alpha = []
+
+    def logits_gradient(gradient, alpha):
+        by_alpha.append(gradient)
+        return original(gradient, alpha)
+
+    original, learning_run.logits_gradient = learning_run.logits_gradient, logits_gradient
+    adversarial_loss.attack_batch = _invert
+    try:
+        inputs = LearningInputs(ingredients, DATA, None, network, None, "memory", CPU)
+        run = LearningRun(inputs, settings)
+        x, y, _ = next(run.batches(0, 0))
+        before = distributed.exchanged_bytes()
+        loss = run.take_step(x, y)
+    finally:
+        learning_run.logits_gradient = original
+    counted = distributed.exchanged_bytes() - before
+    return loss, {"alpha": by_alpha[0]}, dict(run.model.named_buffers()), counted
+
+
+def train_until(step, path):
+    """Train; rank 1 receives SIGTERM after a step."""
+
+    def terminate(done, _total, _figures):
+        if done == step and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with handled_signals(restore=True):
+        return train_shared(path, terminate)
+
+
+def train_shared(path, on_progress=None):
+    """Train a small network for two epochs of three steps; return the checkpoint's record."""
+    trained = train(
+        fresh_network(),
+        DATA,
+        threat=LINF,
+        epochs=2,
+        batch_size=IMAGES,
+        precision="float32",
+        device="cpu",
+        state_path=path,
+        on_progress=on_progress,
+    )
+    return trained.provenance
+
+
+def train_in_batches(images):
+    """Train with a batch of a few images."""
+    return train(fresh_network(), DATA, threat=LINF, epochs=1, batch_size=images, device="cpu")
