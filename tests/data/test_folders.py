@@ -168,7 +168,7 @@ WRONG_FOLDERS = {
         (
             "broken",
             "b/003.png",
-            "cannot be read (not an image), expected an image; replace or remove it",
+            "cannot be read (not one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP), expected an image;",
         ),
         ("cut short", "b/003.png", "cannot be read ("),
         (

@@ -139,6 +139,24 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(datasets, tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("stored", "text"),
+    [
+        ({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "No such file or directory"),
+        ({"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": None}, "not one of"),
+        ({"bytes": None, "path": "/dev/zero"}, "got a device, expected a regular file"),
+    ],
+)
+def test_images_of_a_row_are_read_from_files_alone(datasets, tmp_path, stored, text):
+    features = {"img": datasets.Image(), "label": datasets.Value("int64")}
+    stranger = from_columns(datasets, features, img=[stored], label=[0])
+    parquet = pytest.importorskip("pyarrow.parquet")  # the library itself would read the image
+    parquet.write_table(stranger.data.table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet: row 0: .*{text}"):
+        load_data(f"hf:{tmp_path / 'a.parquet'}")
+
+
 def test_a_missing_library_is_named_with_its_install_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"install it with: pip install 'robustsoup\[datasets\]'"):

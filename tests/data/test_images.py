@@ -137,3 +137,14 @@ def test_commands_print_the_notes_once_and_take_channels(tmp_path, capsys):
     for channels in ((), ("--channels", 3)):
         assert run("train", *data, *channels, *net, "--epochs", 1, "--threat", "clean") == 0
         assert capsys.readouterr().err.count("120 images of 16 bits were scaled to 8") == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_formats_that_start_other_programs_are_refused_whatever_the_ending(tmp_path, suffix):
+    """Pillow runs Ghostscript on EPS files, which are programs."""
+    for name in ("a", "b"):
+        write_greys(tmp_path / name, range(8))
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "x.eps")
+    (tmp_path / "a" / "x.eps").rename(tmp_path / "a" / f"x.{suffix}")
+    with pytest.raises(DataError, match=rf"x\.{suffix}: cannot be read \(not one of BMP, GIF"):
+        load_all(tmp_path)

@@ -121,6 +121,14 @@ def test_a_recipe_that_is_no_regular_file_is_not_waited_for(tmp_path):
         load_recipe("/dev/zero")
 
 
+def test_links_in_a_circle_are_refused_in_one_line(tmp_path):
+    (tmp_path / "circle.toml").symlink_to("circle.toml")
+    (tmp_path / "a.toml").write_text('extends = "circle.toml"')
+    for name in ("circle", "a"):
+        with pytest.raises(RecipeError, match="circle.toml: not a TOML file: Too many levels of"):
+            load_recipe(tmp_path / f"{name}.toml")
+
+
 @pytest.mark.parametrize(
     "text",
     ["a = " + "[" * 5_000, "a." * 5_000 + "b = 1", "a = 1" + "0" * 5_000, "#" * 300_000, "a = inf"],

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robustsoup.data.folders import SPLIT_FOLDERS
+from robustsoup.data.images import open_image
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, assemble_tensors, promote_val
 from robustsoup.data.torch_datasets import IMAGE_KEYS, LABEL_KEYS, ImageStack
 from robustsoup.errors import DataError
+from robustsoup.files import read_regular
 from robustsoup.printable import first_line
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
 SAVED_FILES = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
+MAX_IMAGE_BYTES = 2**28
+"""Largest image file that is read, in bytes."""
 
 
 def load_hub(request: DataRequest) -> Data:
@@ -98,18 +102,37 @@ def _read_split(
     kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     image = _find_column(kinds, "Image", IMAGE_KEYS, request.spec)
     label = _find_column(kinds, "ClassLabel", LABEL_KEYS, request.spec)
+    if kinds[image] == "Image":
+        dataset = dataset.cast_column(image, type(dataset.features[image])(decode=False))
     stack, labels = ImageStack(request.spec, request.image_size, request.channels), list[object]()
     for number in range(len(dataset)):
         try:
             row = dataset[number]
         except Exception as error:  # whatever decoding raises
             raise DataError(f"{request.spec}: row {number} cannot be read: {error}") from None
-        stack.add(row[image])
+        stack.add(_open_stored_image(row[image], f"{request.spec}: row {number}"))
         labels.append(row[label])
         if request.on_progress:
             request.on_progress(number + 1, len(dataset), "images decoded")
     names = getattr(dataset.features[label], "names", None)
     return stack.stack(), labels, None if names is None else list(names)
+
+
+def _open_stored_image(image: object, place: str) -> object:
+    """Open an image that is stored as bytes, or as the path of a local file.
+
+    The library itself would also download it from an address in the data, and let Pillow start
+    other programs; see IMAGE_FORMATS.
+    """
+    if not isinstance(image, Mapping):
+        return image
+    content, path = image.get("bytes"), image.get("path")
+    if not isinstance(content, bytes):
+        try:
+            content = read_regular(str(path), MAX_IMAGE_BYTES)
+        except OSError as error:
+            raise DataError(f"{place}: {path}: cannot be read ({error.strerror})") from None
+    return open_image(content, place)
 
 
 def _find_column(kinds: Mapping[str, str], kind: str, names: Sequence[str], place: str) -> str:

@@ -30,6 +30,10 @@ IMAGE_SUFFIXES = (
 )
 """The endings that torchvision's ImageFolder reads."""
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What files hold, whatever their ending. Pillow starts another program for some other formats:
+for EPS it runs Ghostscript, so that an image could be a program."""
+
 DEFAULT_IMAGE_SIZE = 32
 _GREY_MODES = ("1", "L", "LA", "La", "I")
 _DEEP_MODES = ("I", "F")
@@ -68,7 +72,7 @@ class Decoder:
         pillow = import_pillow(place)
         with _refuse_broken_images(place):
             source = open_regular(file) if isinstance(file, str) else file
-            with source, pillow.open(source) as image:
+            with source, pillow.open(source, formats=IMAGE_FORMATS) as image:
                 return self._resize(image, place)
 
     def convert(self, image: "Image", place: str) -> torch.Tensor:
@@ -154,7 +158,7 @@ def _refuse_broken_images(place: str) -> Iterator[None]:
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, pillow.UnidentifiedImageError):
-            reason = "not an image"
+            reason = f"not one of {', '.join(IMAGE_FORMATS)}"
         raise DataError(
             f"{place}: cannot be read ({reason}), expected an image; replace or remove it"
         ) from error
@@ -168,7 +172,7 @@ def open_image(content: bytes, place: str) -> "Image":
     """
     pillow = import_pillow(place)
     with _refuse_broken_images(place):
-        return pillow.open(io.BytesIO(content))
+        return pillow.open(io.BytesIO(content), formats=IMAGE_FORMATS)
 
 
 def is_pillow_image(value: object) -> "TypeGuard[Image]":
@@ -186,7 +190,10 @@ def _is_grey(file: str) -> bool:
     """Return whether a file holds a grey image; False if it cannot be read, which decoding says."""
     pillow = import_pillow(file)
     try:
-        with open_regular(file) as opened, pillow.open(opened) as image:
+        with (
+            open_regular(file) as opened,
+            pillow.open(opened, formats=IMAGE_FORMATS) as image,
+        ):
             return is_grey(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError):
         return False

@@ -119,7 +119,7 @@ def _read_extended(
         extending: The recipes that extend this one, to detect circles.
         done: The recipes that were read before, by resolved path; each is read once.
     """
-    resolved = path.resolve()
+    resolved = _resolve(path)
     if resolved in done:
         return done[resolved]
     if max(len(done), len(extending)) > MAX_EXTENDED:
@@ -129,7 +129,7 @@ def _read_extended(
     opened = {resolved, *extending}
     base: dict[str, Any] = {}
     for name in extends if isinstance(extends, list) else [extends]:
-        if not isinstance(name, str) or (path.parent / name).resolve() in opened:
+        if not isinstance(name, str) or _resolve(path.parent / name) in opened:
             raise RecipeError(
                 f"{path}: extends: got {describe_value(name)}, "
                 "expected the name of another recipe that does not extend this one"
@@ -138,6 +138,14 @@ def _read_extended(
         base = _merge_tables(base, other)
     done[resolved] = _merge_tables(base, content)
     return done[resolved]
+
+
+def _resolve(path: Path) -> Path:
+    """Return an absolute path without links; one that leads in a circle stays, and cannot be read.
+
+    Path.resolve raises RuntimeError for such a path in Python 3.11 and 3.12.
+    """
+    return Path(os.path.realpath(path))
 
 
 def _read_table(path: Path) -> dict[str, Any]:
@@ -187,7 +195,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make the paths of a recipe absolute; they are relative to `folder`."""
 
     def absolute(path: str) -> str:
-        return str((folder / user_path(path)).resolve())
+        return str(_resolve(folder / user_path(path)))
 
     def absolute_checkpoint(path: str | None) -> str | None:
         if path is None or path.startswith(PUBLISHED_PREFIX) or remote_address(path):
