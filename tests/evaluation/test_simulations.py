@@ -94,7 +94,7 @@ def test_other_thresholds(capsys, threshold, n):
 
 
 @pytest.mark.simulations
-@pytest.mark.parametrize(("ingredients", "step", "n"), [(3, 0.05, 1000), (4, 0.1, 2000)])
+@pytest.mark.parametrize(("ingredients", "step", "n"), [(3, 0.05, 1000), (4, 0.2, 2000)])
 def test_the_clean_accuracy_of_a_fine_grid(capsys, ingredients, step, n):
     population = Population.soups(ingredients, step, THRESHOLD - BARELY)
     outcome = simulate_requirement(population, THRESHOLD, n)
