@@ -118,3 +118,21 @@ def test_the_step_with_the_clean_verdicts_holds_every_soup(surrogate_run):
     assert len(table.names) == 11
     assert table.hits["clean"].shape == (11, 64)
     assert np.allclose(table.coefficients.sum(1), 1)
+
+
+def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(finished, tmp_path):
+    """The surrogate sees two thirds of the samples; bounds on clean accuracy count all soups."""
+    recipe = recipe_of_files(
+        finished.folder / "checkpoints",
+        soups={"map": SOUPS["map"] | {"tolerance": 0.2}},
+        select={"maximise": "clean", "require": [f"{THREAT}>=0.01", "clean>=0.05"]},
+        evaluate=EVALUATE | {"select_samples": 63},
+    )
+    results, selection, _ = run_recipe(recipe, tmp_path / "run")
+    answer = results["selection"]
+    assert {row["val"]["clean"]["n"] for row in results["rows"]} == {42}
+    tested, measured = answer["checks"]
+    assert (tested["estimate"]["n"], measured["estimate"]["n"]) == (21, 63)
+    assert answer["guarantee"]["candidates"] == 11
+    assert answer["accuracy"][THREAT]["n"] == 21
+    assert selection.best.name == answer["chosen"]

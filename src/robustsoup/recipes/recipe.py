@@ -47,8 +47,8 @@ MAX_INGREDIENTS = 1_000
 _NO_SOUPS: dict[str, Soup] = {}
 _NO_PLANES: dict[str, Plane] = {}
 
-ADAPTIVE_METHODS = ("greedy",)
-"""Methods whose soups depend on attacks on the split that selects."""
+ADAPTIVE_METHODS = ("greedy", "surrogate")
+"""Methods whose soups, or which of them are attacked, depend on attacks that came before."""
 
 
 class Recipe(Section):

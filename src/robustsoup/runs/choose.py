@@ -137,6 +137,7 @@ def _choose_among_finalists(
         [_make_candidate(plan, row, load_evaluation(store, clean_keys[row.name])) for row in soups],
         goal,
         seed=_statistics_seed(plan),
+        looked_at=_find_looked_at(plan, store),
     )
     samples = planner.confirming_settings().count_samples(planner.data)
     tried = [item for item in soup_candidates(plan, store) if item.confirmed]

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from robustsoup.evaluation.hit_tables import Hits
 from robustsoup.evaluation.verdicts import CLEAN_KEY
 from robustsoup.runs.planner import Planner
@@ -10,6 +12,7 @@ from robustsoup.runs.soup_rows import plan_grid_soup
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogate_results import SurrogateResult
 from robustsoup.runs.worker import load_evaluation, load_hits
+from robustsoup.soups.confirmation import part_rows
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.surrogate_search import SurrogateSearch, hits_by_name, make_search
 from robustsoup.soups.time_limit import TimeLimit
@@ -50,10 +53,13 @@ def _make_engine(planner: Planner, store: Store, section: str) -> SurrogateSearc
     recipe = planner.recipe
     soup = recipe.soups[section]
     goal = recipe.goal or Goal()
+    table = load_hits(store, planner.plan.surrogates[section])
+    settings = planner.selecting_settings()
+    steering = part_rows(torch.from_numpy(table.ids), settings.part, seed=settings.attack.seed)
     return make_search(
         recipe.soup_names(section),
         recipe.alphas_of(soup),
-        load_hits(store, planner.plan.surrogates[section]).hits[CLEAN_KEY],
+        table.hits[CLEAN_KEY][:, steering.numpy()],
         goal if goal.maximise else replace(goal, maximise=recipe.default_measure),
         step=soup["step"],
         tolerance=soup["tolerance"],

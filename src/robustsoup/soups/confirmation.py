@@ -28,6 +28,7 @@ from torch import Tensor
 from robustsoup.data import Split
 from robustsoup.evaluation.simultaneous import (
     Z_ERROR,
+    Hits,
     clopper_pearson_lower,
     fewest_hits,
     fixed_sequence,
@@ -76,12 +77,17 @@ Part = Literal["all", "search", "confirm"]
 """Part of the samples that select: all, those that steer the search, or those kept aside."""
 
 
+def part_rows(ids: Tensor, part: Part, *, seed: int) -> Tensor:
+    """Return (n,) bool, which samples are in a part."""
+    if part == "all":
+        return torch.ones(len(ids), dtype=torch.bool)
+    aside = confirm_part(ids, seed=seed)
+    return aside if part == "confirm" else ~aside
+
+
 def take_part(split: Split, part: Part, *, seed: int) -> Split:
     """Return a part of the samples of a split; `seed` decides which samples are in which part."""
-    if part == "all":
-        return split
-    aside = confirm_part(split.ids, seed=seed)
-    return split.take(aside if part == "confirm" else ~aside)
+    return split if part == "all" else split.take(part_rows(split.ids, part, seed=seed))
 
 
 def requires_confirmation(goal: Goal) -> bool:
@@ -93,16 +99,20 @@ def requires_confirmation(goal: Goal) -> bool:
     return goal.requires_attacked and not goal.point
 
 
-def judge_unattacked(candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0) -> Judgement:
+def judge_unattacked(
+    candidates: Sequence[Candidate], goal: Goal, *, seed: int = 0, looked_at: Hits | None = None
+) -> Judgement:
     """Judge the requirements that need no attack, simultaneously over all candidates.
 
     Args:
         candidates: All candidates, with clean verdicts (and natural shift) on the same samples.
         goal: The requirements.
         seed: Seed of the bounds.
+        looked_at: (n, k) clean hits of further soups, as in `judge`.
     """
     unattacked = tuple(item for item in goal.require if item.key in UNATTACKED)
-    return judge(candidates, Goal(goal.maximise, unattacked, goal.point), seed=seed)
+    reduced = Goal(goal.maximise, unattacked, goal.point)
+    return judge(candidates, reduced, seed=seed, looked_at=looked_at)
 
 
 def order_finalists(

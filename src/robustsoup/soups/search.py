@@ -181,7 +181,7 @@ def search(
         check_leakage(opened, report_on, allow=allow_leakage)
     merging = _describe_merging(settings, merge_changes, base, parsed)
     _check_merging(merging, len(opened), calibrate_on)
-    adaptive = settings.screen or settings.method == "greedy"
+    adaptive = settings.screen or settings.method in ("greedy", "surrogate")
     confirms = adaptive and requires_confirmation(goal)
     steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
     evaluator = _SoupEvaluator(
@@ -199,7 +199,7 @@ def search(
     aim = replace(goal, maximise=goal.maximise or _default_measure(parsed))
     tried = _try_soups(evaluator, settings, goal, aim, _SearchProgress(on_progress))
     choice = (
-        _choose_among_finalists(evaluator, tried.candidates, aim, split)
+        _choose_among_finalists(evaluator, tried, aim, split)
         if confirms
         else _choose(evaluator, tried, aim)
     )
@@ -297,18 +297,24 @@ def _choose(evaluator: "_SoupEvaluator", tried: "_Tried", goal: Goal) -> _Choice
 
 
 def _choose_among_finalists(
-    evaluator: "_SoupEvaluator", tried: Sequence[Candidate], goal: Goal, split: Split
+    evaluator: "_SoupEvaluator", tried: "_Tried", goal: Goal, split: Split
 ) -> _Choice:
     """Evaluate all soups without an attack and a few finalists on the confirm part, and choose."""
     seed = evaluator.attack.seed
     unattacked = replace(evaluator, data=split, threats=())
+    others = [
+        unattacked.evaluate(item.alpha).hits()[CLEAN_KEY].numpy()
+        for item in tried.predicted
+        if not item.attacked
+    ]
     clean = judge_unattacked(
-        [replace(item, evaluation=unattacked.evaluate(item.alpha)) for item in tried],
+        [replace(item, evaluation=unattacked.evaluate(item.alpha)) for item in tried.candidates],
         goal,
         seed=seed,
+        looked_at=np.stack(others, axis=1) if others else None,
     )
     confirm = replace(evaluator, data=take_part(split, "confirm", seed=seed))
-    attacked = [item for item in tried if item.confirmed]
+    attacked = [item for item in tried.candidates if item.confirmed]
     ordered = order_finalists(attacked, goal, clean, confirm_samples=len(confirm.data))
     finalists = [replace(item, evaluation=confirm.evaluate(item.alpha)) for item in ordered]
     known = {item.ingredient: item.evaluation for item in finalists if item.ingredient}
