@@ -133,8 +133,7 @@ def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
             points = BYTES_PER_VALUE * channels * height * width if task.keep_points else 0
             return _count_verdicts(task.settings, data) * (BYTES_PER_VERDICT + points)
         case MeasureClean():
-            samples = task.samples or len(data.split(task.split))
-            return len(task.alphas) * samples // 8
+            return len(task.alphas) * task.settings.count_samples(data) // 8
         case BuildGreedySoup():
             return task.rounds * _count_verdicts(task.evaluation, data) * BYTES_PER_VERDICT
         case _:

@@ -332,13 +332,11 @@ class Planner:
 
     def add_clean_verdicts(self, section: str, soup: Soup) -> Key:
         """Add the clean verdicts of all soups of a section on the split that selects."""
-        settings = self.selecting_settings()
         task = MeasureClean(
             self.ingredient_keys(soup),
             tuple(self.recipe.alphas_of(soup)),
             self.mixing_of(soup),
-            settings.split,
-            settings.samples,
+            dataclasses.replace(self.selecting_settings(), threats=()),
         )
         return self.add_step(f"{section}.clean", task)
 

@@ -337,15 +337,13 @@ class MeasureClean:
         ingredients: The ingredients.
         alphas: One coefficient for each ingredient, of each soup.
         mixing: How the soups get their running statistics.
-        split: Name of the split.
-        samples: Number of samples; None for all.
+        settings: Which samples are evaluated; without threat models.
     """
 
     ingredients: tuple[Key, ...]
     alphas: tuple[tuple[float, ...], ...]
     mixing: Mixing
-    split: str
-    samples: int | None
+    settings: EvaluationSettings
     kind = "clean"
     precision = "float32"
     epochs = 0
@@ -357,7 +355,7 @@ class MeasureClean:
 
     def count_passes(self, data: Data) -> int:
         """Return the cost of the task in forward passes of one sample."""
-        samples = self.samples or len(data.split(self.split))
+        samples = self.settings.count_samples(data)
         return len(self.alphas) * (samples + self.mixing.count_passes(data))
 
 

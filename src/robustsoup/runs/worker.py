@@ -384,7 +384,7 @@ def _mix_checkpoints(
 def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress: Progress) -> str:
     """Measure the clean verdicts of many soups and write them as one table."""
     ingredients = [worker.checkpoint(key) for key in task.ingredients]
-    split = worker.context.data.split(task.split).first(task.samples)
+    split = task.settings.take_samples(worker.context.data)
     saved = SavedState(folder / STATE, split.digest)
     state = saved.load()
     with saved.refuse_malformed():
@@ -404,7 +404,7 @@ def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress:
         np.array(task.alphas),
         split.ids.cpu().numpy(),
         {CLEAN_KEY: hits},
-        {"split": task.split},
+        {"split": task.settings.split},
     )
     table.save(folder / HITS)
     shares = hits.mean(1)
