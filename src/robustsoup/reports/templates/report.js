@@ -293,7 +293,7 @@
     byId("ternary-caption").textContent =
       `Dots: ${members.length} soups; a dot without colour was not measured. `
       + (modelled
-        ? "Small dots: soups that were not attacked, predicted by the surrogate, whose surface the colours show."
+        ? "The colours show the surrogate's surface; small dots are soups that it predicted and nobody attacked."
         : "Colours between them are interpolated.");
     moveByKeys(byId("ternary"), members);
   }
