@@ -144,7 +144,10 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(datasets, tmp_path):
     ("stored", "text"),
     [
         ({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "No such file or directory"),
-        ({"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": None}, "not one of"),
+        (
+            {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": None},
+            "not one of",
+        ),
         ({"bytes": None, "path": "/dev/zero"}, "got a device, expected a regular file"),
     ],
 )

@@ -125,7 +125,7 @@ def test_links_in_a_circle_are_refused_in_one_line(tmp_path):
     (tmp_path / "circle.toml").symlink_to("circle.toml")
     (tmp_path / "a.toml").write_text('extends = "circle.toml"')
     for name in ("circle", "a"):
-        with pytest.raises(RecipeError, match="circle.toml: not a TOML file: Too many levels of"):
+        with pytest.raises(RecipeError, match=r"circle\.toml: not a TOML file: Too many levels of"):
             load_recipe(tmp_path / f"{name}.toml")
 
 
