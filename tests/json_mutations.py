@@ -1,8 +1,9 @@
-"""Seeded mutations of JSON content: what a stranger, a mistake or a damaged disk makes of it."""
+"""Seeded mutations of JSON and TOML: what a stranger, a mistake or a damaged disk makes of it."""
 
 import copy
 import json
 import random
+import tomllib
 
 VALUES = (
     None,
@@ -88,3 +89,31 @@ def mutated_texts(content, count, seed=0):
             for _ in range(chance.randrange(3)):
                 changed = mutate(changed, chance)
             yield json.dumps(changed)
+
+
+def write_value(value):
+    """Return a value as one line of TOML; null, which TOML lacks, becomes an empty text."""
+    match value:
+        case None:
+            return '""'
+        case dict():
+            items = (f"{json.dumps(key)} = {write_value(item)}" for key, item in value.items())
+            return f"{{{', '.join(items)}}}"
+        case list():
+            return f"[{', '.join(map(write_value, value))}]"
+        case _:
+            return json.dumps(value)
+
+
+def mutated_recipes(whole, count, seed=0):
+    """Yield recipes with a few changed values, cut-short ones, and texts that are no recipe."""
+    chance = random.Random(seed)
+    yield from TEXTS
+    for number in range(count):
+        if number % 8 == 0:
+            yield whole[: chance.randrange(len(whole))]
+            continue
+        changed = tomllib.loads(whole)
+        for _ in range(chance.randrange(1, 4)):
+            changed = mutate(changed, chance)
+        yield "\n".join(f"{json.dumps(key)} = {write_value(changed[key])}" for key in changed)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
+HANG_SECONDS = 3600
+"""Seconds after which a command counts as hanging, however busy the machine is."""
 UNLASTING = {"created", "seconds", "files", "digest", "digests"}
 """Keys of JSON files that hold times, or digests of files that hold some."""
 
@@ -50,7 +52,7 @@ class Command:
         words = [str(word) for word in arguments]
         self.process = start_process(_run, words, str(folder), str(store), str(self.log), before)
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=HANG_SECONDS):
         """Wait for the end; return the exit code, None if the process still runs."""
         self.process.join(seconds)
         return self.process.exitcode
@@ -80,7 +82,7 @@ def _run(words, folder, store, log, before):
     main(words)
 
 
-def run(arguments, folder, store, before=None, seconds=300):
+def run(arguments, folder, store, before=None, seconds=HANG_SECONDS):
     """Run a command to its end; return its exit code and what it printed."""
     command = Command(arguments, folder, store, before)
     code = command.wait(seconds)

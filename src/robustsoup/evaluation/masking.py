@@ -58,6 +58,10 @@ UNBOUNDED_PASSES = 2 * UNBOUNDED_STEPS + 2
 SQUARE_SAMPLES, SQUARE_QUERIES = 16, 400
 """Square attacks 16 samples, and more once each of them gets 400 queries."""
 MOST_QUERIES = 5000
+MOST_POINT_BYTES = 64 * 2**20
+"""Largest size of an evaluation's points that are kept only for the check of other networks."""
+MOST_OTHERS = 8
+"""Most networks whose points are tried."""
 WHOLE_BOX = ThreatModel("Linf", 1.0)
 
 

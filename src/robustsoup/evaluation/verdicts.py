@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,11 @@ class Evaluation:
             broken = (by >= 0) & (by <= number)
             remaining[name] = Accuracy(int((~broken).sum()), len(by))
         return remaining
+
+    def without_points(self) -> "Evaluation":
+        """Return the evaluation without its adversarial images."""
+        threats = {name: replace(item, x_adv=None) for name, item in self.threats.items()}
+        return replace(self, threats=threats)
 
     def to_json(self) -> Record:
         """Return the record and the accuracies with their intervals, ready for json.dumps."""

@@ -38,12 +38,12 @@ def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[],
         store: Finished steps.
         execute: Runs the missing steps of the plan.
     """
-    screening = planner.screening()
+    screening, threats = planner.screening(), planner.recipe.evaluate.threats
     results: dict[EvaluationRequest, Evaluation] = {}
     batch = screening.first_requests()
     while batch:
         for request in batch:
-            results[request] = load_evaluation(store, planner.add_request(request))
+            results[request] = load_evaluation(store, planner.add_request(request), threats)
         batch = screening.next_requests(results)
         for request in batch:
             planner.add_confirmation(request)
@@ -53,8 +53,9 @@ def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[],
 
 def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
     """Return the soups of a plan with their evaluations on the split that selects."""
+    threats = plan.recipe.evaluate.threats
     return [
-        _make_candidate(plan, row, load_evaluation(store, row.val))
+        _make_candidate(plan, row, load_evaluation(store, row.val, threats))
         for row in plan.rows
         if row.soup is not None and row.val is not None
     ]

@@ -32,7 +32,6 @@ ATTACK_STEP_FRACTION = 0.55
 SHORTEST_STEP = 0.02
 """Seconds."""
 BYTES_PER_VERDICT = 30
-BYTES_PER_VALUE = 4
 
 
 def measure_pass_seconds(context: Context, precision: str) -> float:
@@ -129,9 +128,8 @@ def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
         case MixSoup() | MergeSoup():
             return network_bytes
         case EvaluateNetwork():
-            channels, (height, width) = data.record["channels"], data.record["size"]
-            points = BYTES_PER_VALUE * channels * height * width if task.keep_points else 0
-            return _count_verdicts(task.settings, data) * (BYTES_PER_VERDICT + points)
+            points = task.settings.count_point_bytes(data) if task.keep_points else 0
+            return _count_verdicts(task.settings, data) * BYTES_PER_VERDICT + points
         case MeasureClean():
             return len(task.alphas) * task.settings.count_samples(data) // 8
         case BuildGreedySoup():

@@ -119,7 +119,7 @@ def _write_results(
         figures=recipe.report.figures,
         protocol=_describe_protocol(plan, rows),
         versions=_list_versions(context),
-        seconds=sum(store.record(step.key)["seconds"] for step in plan.steps),
+        seconds=sum(store.record(step.key).get("seconds", 0) for step in plan.steps),
         rows=rows,
         planes=tuple(_write_plane(staged, name, key, plan) for name, key in plan.planes.items()),
         examples=_copy_examples(staged, plan),
@@ -149,8 +149,10 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         checkpoint = f"checkpoints/{row.name}.safetensors"
         staged.copy(row.network, CHECKPOINT, checkpoint)
     coefficients_file, coefficients = _copy_coefficients(staged, row)
-    selecting = _copy_evaluation(staged, row.name, recipe.select_on, row.val)
-    reporting = _copy_evaluation(staged, row.name, recipe.evaluate.report_on, row.test)
+    selecting, reporting = (
+        _copy_evaluation(staged, row.name, split, key, with_points=recipe.evaluate.keep_points)
+        for split, key in ((recipe.select_on, row.val), (recipe.evaluate.report_on, row.test))
+    )
     evaluations = {
         split: evaluation
         for split, evaluation in (
@@ -207,13 +209,13 @@ def _copy_coefficients(
 
 
 def _copy_evaluation(
-    staged: StagedFiles, name: str, split: str, key: Key | None
+    staged: StagedFiles, name: str, split: str, key: Key | None, *, with_points: bool
 ) -> Evaluation | None:
     """Stage the files of an evaluation and load it; None if there is none."""
     if key is None:
         return None
     stem = Path(EVALUATION).stem
-    for suffix in (".npz", ".json", ".points.npz"):
+    for suffix in (".npz", ".json", *([".points.npz"] if with_points else [])):
         if staged.store.lists_file(key, stem + suffix):
             staged.copy(key, stem + suffix, f"evaluations/{name}.{split}{suffix}")
     return load_evaluation(staged.store, key)

@@ -1,6 +1,7 @@
 """The planner: turns a recipe into steps, and extends the plan during the run."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -9,6 +10,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.data.corruptions import CorruptionPart, open_corruptions
 from robustsoup.errors import CheckpointError
+from robustsoup.evaluation.masking import MOST_OTHERS, MOST_POINT_BYTES
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
@@ -326,8 +328,21 @@ class Planner:
         return EvaluationSettings(split, samples, evaluate.threats, attack, shift)
 
     def add_evaluation(self, name: str, network: Key, settings: EvaluationSettings) -> Key:
-        """Add the full evaluation of a network."""
-        task = EvaluateNetwork(network, settings, keep_points=self.recipe.evaluate.keep_points)
+        """Add the full evaluation of a network.
+
+        The masking check of a soup tries the adversarial points of the base and the ingredients,
+        which are evaluated first.
+        """
+        keep_points, others = self.recipe.evaluate.keep_points, ()
+        if self._tries_points_of_others(settings):
+            if network in self.networks.values():
+                keep_points = True
+            else:
+                others = tuple(
+                    self.add_evaluation(other, key, settings)
+                    for other, key in itertools.islice(self.networks.items(), MOST_OTHERS)
+                )
+        task = EvaluateNetwork(network, settings, keep_points=keep_points, others=others)
         return self.add_step(f"{name}.{settings.split}", task)
 
     def add_clean_verdicts(self, section: str, soup: Soup) -> Key:
@@ -339,6 +354,14 @@ class Planner:
             dataclasses.replace(self.selecting_settings(), threats=()),
         )
         return self.add_step(f"{section}.clean", task)
+
+    def _tries_points_of_others(self, settings: EvaluationSettings) -> bool:
+        """Return whether the points for masking checks are small, and all networks evaluated."""
+        recipe = self.recipe
+        evaluates_all = settings.split == recipe.select_on or recipe.evaluate.report == "all"
+        size = settings.count_point_bytes(self.data)
+        has_points = 0 < size <= MOST_POINT_BYTES
+        return bool(recipe.soups and settings.attack.masking_check and evaluates_all and has_points)
 
     def add_evaluations(self) -> None:
         """Add the evaluations of all rows that depend on no result."""

@@ -16,11 +16,16 @@ from robustsoup.files import cache_folder, write_text
 from robustsoup.leftovers import remove_leftovers
 from robustsoup.paths import user_path
 from robustsoup.runs.locks import Notice, hold_folder, hold_lock
+from robustsoup.schema import MisfitError, anything, mapping_of, number, table, text
 
 RECORD = "step.json"
 UNFINISHED = "unfinished"
 """The folder in the store for states of interrupted evaluations."""
 _KEY_GLOB = "??/*/"
+_check_step = table(
+    {"files": mapping_of(anything), "digest": text}, {"inputs": mapping_of(text), "seconds": number}
+)
+"""The entries of a record that code reads."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,10 @@ class StoredStep:
         Raises:
             ValueError: The content is something else, or changed.
         """
-        if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-            raise ValueError("not the record of a step")
+        try:
+            _check_step(content, "record")
+        except MisfitError as misfit:
+            raise ValueError(f"not the record of a step: {misfit}") from None
         rest = {key: value for key, value in content.items() if key != "digest"}
         if content.get("digest") != digest_json(rest):
             raise ValueError("its content changed")

@@ -29,6 +29,9 @@ from robustsoup.training.objectives import Objective
 Key = str
 """Key of a step, or "file:DIGEST" of a checkpoint that existed before the run."""
 
+BYTES_PER_VALUE = 4
+"""Bytes of a value of an adversarial image."""
+
 SETTINGS = (
     TrainSettings,
     LearnSettings,
@@ -241,6 +244,12 @@ class EvaluationSettings:
         confirm = samples // 3
         return {"all": samples, "search": samples - confirm, "confirm": confirm}[self.part]
 
+    def count_point_bytes(self, data: Data) -> int:
+        """Return the bytes of the adversarial images, if they are kept."""
+        channels, (height, width) = data.record["channels"], data.record["size"]
+        threats = sum(not threat.is_clean for threat in self.threats)
+        return self.count_samples(data) * threats * channels * height * width * BYTES_PER_VALUE
+
     def count_passes(self, data: Data, *, points: int = 0, attack: bool = True) -> int:
         """Return the cost of one evaluation in forward passes of one sample.
 
@@ -413,6 +422,7 @@ class EvaluateNetwork:
         settings: How it is evaluated.
         keep_points: Whether the adversarial images are stored.
         pool: Evaluations whose adversarial points are tried before the attack.
+        others: Evaluations whose adversarial points the masking check tries.
         after: Earlier evaluation of the network, whose verdicts this one starts from.
         attacked_before: Whether `after` ran the same attack, so that no sample is attacked again.
         short: Whether the attack is a short one, and robust accuracies are upper bounds.
@@ -423,6 +433,7 @@ class EvaluateNetwork:
     settings: EvaluationSettings
     keep_points: bool = False
     pool: tuple[Key, ...] = ()
+    others: tuple[Key, ...] = ()
     after: Key | None = None
     attacked_before: bool = False
     short: bool = False
@@ -434,7 +445,7 @@ class EvaluateNetwork:
     def parents(self) -> tuple[Key, ...]:
         """Keys of the steps and files that the task reads."""
         after = () if self.after is None or self.after in self.pool else (self.after,)
-        return (self.network, *self.pool, *after)
+        return (self.network, *self.pool, *self.others, *after)
 
     @property
     def precision(self) -> str:

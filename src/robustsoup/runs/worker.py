@@ -1,6 +1,6 @@
 """The worker executes steps: one function for each kind of task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import landscape
-from robustsoup.errors import DataError
+from robustsoup.errors import DataError, StorageError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
@@ -47,6 +47,7 @@ from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
+from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
 if TYPE_CHECKING:
@@ -65,15 +66,27 @@ Measurement = MeasureClean | EvaluateNetwork | AttackExamples | MapPlane
 """The tasks that measure networks and make none."""
 
 
-def load_evaluation(store: Store, key: Key) -> Evaluation:
+def load_evaluation(store: Store, key: Key, threats: Sequence[ThreatModel] = ()) -> Evaluation:
     """Load the output of an evaluation from the store.
 
+    Args:
+        store: Finished steps.
+        key: The evaluation.
+        threats: Threat models that it must hold verdicts for.
+
     Raises:
-        StorageError: A file of it is damaged.
+        StorageError: A file of it is damaged, or it is another evaluation.
     """
     path = store.file(key, EVALUATION)
     store.file(key, path.with_suffix(".npz").name)
-    return Evaluation.load(path)
+    evaluation = Evaluation.load(path)
+    for threat in threats:
+        if not threat.is_clean and str(threat) not in evaluation.threats:
+            raise StorageError(
+                f"{path}: holds no verdicts under {threat}; delete {path.parent} and run the same "
+                "command again, which repeats the step"
+            )
+    return evaluation
 
 
 def load_hits(store: Store, key: Key) -> HitTable:
@@ -295,7 +308,7 @@ def build_greedy_soup(
             evaluation = evaluate(
                 soup,
                 split,
-                task.evaluation.threats,
+                threats,
                 task.evaluation.attack,
                 device=str(worker.context.device),
                 shift=task.evaluation.shift_folder,
@@ -309,7 +322,8 @@ def build_greedy_soup(
         on_progress(evaluated, task.rounds, figures)
         return evaluation
 
-    stored = [worker.evaluation(key) for key in task.evaluations]
+    threats = task.evaluation.threats
+    stored = [load_evaluation(worker.store, key, threats) for key in task.evaluations]
     evaluations = stored or [evaluate_soup(alpha) for alpha in corners(len(ingredients))]
     tried = greedy(evaluations, evaluate_soup, task.score)
     trace = [{"alpha": list(c.alpha), "score": task.score.of(c.evaluation.accuracy)} for c in tried]
@@ -423,6 +437,7 @@ def evaluate_network(
         settings.attack,
         keep_points=task.keep_points,
         pool=[worker.evaluation(key) for key in task.pool],
+        others=[worker.evaluation(key) for key in task.others],
         after=None if task.after is None else worker.evaluation(task.after),
         stop_below=task.stop_below,
         device=str(worker.context.device),

@@ -19,6 +19,7 @@ from robustsoup.data.corruptions import CorruptionPart, open_corruptions
 from robustsoup.display import svg_points
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.masking import MOST_OTHERS, MOST_POINT_BYTES
 from robustsoup.evaluation.simultaneous import Hits
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
@@ -250,13 +251,7 @@ def _try_soups(
     elif settings.screen:
         tried = _Tried(_search_screened(evaluator, named, goal, settings.screen_steps, progress))
     else:
-        progress.total = len(named)
-        tried = _Tried(
-            [
-                Candidate(name, alpha, progress.report(name, evaluator.evaluate(alpha)))
-                for name, alpha in named.items()
-            ]
-        )
+        tried = _Tried(_search_in_full(evaluator, named, progress))
     return _describe(evaluator, tried)
 
 
@@ -533,15 +528,18 @@ class _SoupEvaluator:
             seed=self.attack.seed,
         )
 
-    def evaluate(self, alpha: Alpha) -> Evaluation:
+    def evaluate(
+        self, alpha: Alpha, *, keep_points: bool = False, others: Sequence[Evaluation] = ()
+    ) -> Evaluation:
         """Evaluate a soup in full."""
-        model = self.mix_network(alpha)
         return evaluate(
-            model,
+            self.mix_network(alpha),
             self.data,
             self.threats,
             self.attack,
             device=self.device,
+            keep_points=keep_points,
+            others=others,
             shift=self.shift,
             shift_part=self.shift_part,
         )
@@ -549,6 +547,13 @@ class _SoupEvaluator:
     def evaluate_clean(self, alpha: Alpha) -> Evaluation:
         """Evaluate a soup without an attack."""
         return evaluate(self.mix_network(alpha), self.data, device=self.device)
+
+    @property
+    def tries_points_of_others(self) -> bool:
+        """Whether the masking check of a soup tries the points of the ingredients."""
+        attacked = sum(not threat.is_clean for threat in parse_threats(self.threats))
+        size = attacked * self.data.images.numel() * torch.float32.itemsize
+        return self.attack.masking_check and 0 < size <= MOST_POINT_BYTES
 
     def evaluate_request(
         self,
@@ -573,6 +578,26 @@ class _SoupEvaluator:
             shift_part=self.shift_part,
         )
         return mark_screened(evaluation) if short else evaluation
+
+
+def _search_in_full(
+    evaluator: _SoupEvaluator, alphas: Mapping[str, Alpha], progress: _SearchProgress
+) -> list[Candidate]:
+    """Evaluate the ingredients among the soups first: the masking check tries their points."""
+    progress.total = len(alphas)
+    keep_points = evaluator.tries_points_of_others
+    ingredients = set(corners(len(evaluator.ingredients)))
+    others: list[Evaluation] = []
+    evaluations: dict[str, Evaluation] = {}
+    for name, alpha in sorted(alphas.items(), key=lambda item: item[1] not in ingredients):
+        if alpha in ingredients:
+            evaluation = evaluator.evaluate(alpha, keep_points=keep_points)
+            if keep_points and len(others) < MOST_OTHERS:
+                others.append(evaluation)
+        else:
+            evaluation = evaluator.evaluate(alpha, others=others)
+        evaluations[name] = progress.report(name, evaluation.without_points())
+    return [Candidate(name, alpha, evaluations[name]) for name, alpha in alphas.items()]
 
 
 def _search_greedily(
