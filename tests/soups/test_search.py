@@ -58,6 +58,16 @@ def same_evaluation(a, b):
     )
 
 
+def test_the_masking_check_of_soups_tries_the_points_of_the_ingredients(ingredients, data):
+    soup = mix(ingredients, [0.5, 0.5]).network()
+    split = labelled_by(soup, data.val.first(60))
+    tried = search(ingredients, split, WEAK, step=0.5, steps=20).candidates
+    findings = {c.name: c.evaluation.record["masking_check"]["Linf 0.01"] for c in tried}
+    assert findings["0.5-0.5"]["transfer"]["n"] >= 3
+    assert not any("transfer" in findings[name] for name in ("0-1", "1-0"))
+    assert all(c.evaluation.threats["Linf 0.01"].x_adv is None for c in tried)
+
+
 @pytest.mark.parametrize("buffers", ["average", "recalibrate"])
 def test_search_evaluates_every_soup_of_the_grid(ingredients, data, buffers):
     mixing = {"buffers": buffers, "calibrate_on": data.train.first(64)}
