@@ -139,6 +139,19 @@ def test_a_failed_download_leaves_no_copy_and_shows_no_key(body, options, messag
         assert copy_remote(good).path.read_bytes() == body
 
 
+def test_no_more_is_copied_than_is_read(memory, body, monkeypatch):
+    """A server or a device may send without end."""
+    for module in ("data.download", "checkpoints.transfers"):
+        monkeypatch.setattr(f"robustsoup.{module}.MAX_FILE_BYTES", len(body) - 1)
+    with serving(body) as (url, _), pytest.raises(DownloadError, match="larger than"):
+        copy_remote(url)
+    with pytest.raises(DownloadError, match="are the most that are read"):
+        copy_remote(put(memory, "a.safetensors", body))
+    with pytest.raises(DownloadError, match="/dev/zero: is no regular file"):
+        copy_remote("file:///dev/zero")
+    assert {path.suffix for path in copies_folder().iterdir()} <= {".partial"}
+
+
 def test_a_login_page_does_not_stay():
     with serving(b"<!doctype html><html>log in</html>", kind="text/html") as (url, _):
         address = url.replace("cifar.tar.gz", "model.pth")

@@ -1,4 +1,6 @@
-"""Three networks that mask their gradients and three honest ones: flagged and not flagged."""
+"""Networks that mask their gradients and honest ones: flagged and not flagged."""
+
+import math
 
 import pytest
 import torch
@@ -12,26 +14,58 @@ THREATS = ("Linf 24/255", "L2 0.8")
 
 
 class Front(nn.Module):
-    """A network behind a function of its inputs."""
+    """A network behind a function of its inputs and one of its logits."""
 
-    def __init__(self, network, before):
+    def __init__(self, network, before, after):
         super().__init__()
-        self.network, self.before = network, before
+        self.network, self.before, self.after = network, before, after
 
     def forward(self, x):
-        return self.network(self.before(x))
+        return self.after(self.network(self.before(x)))
+
+
+def keep(values):
+    """Return the values."""
+    return values
+
+
+def round_frequencies(x):
+    """Round the cosine transform of 8x8 images, as JPEG does."""
+    numbers = torch.arange(8.0)
+    waves = torch.cos(math.pi * (2 * numbers + 1) * numbers[:, None] / 16) / 2
+    waves[0] /= math.sqrt(2)
+    return waves.T @ (10 * waves @ x @ waves.T).round() @ waves / 10
+
+
+def move_randomly(x):
+    """Pad the images, and cut out a random part."""
+    top, left = torch.randint(3, (2,)).tolist()
+    return nn.functional.pad(x, (1, 1, 1, 1))[..., top : top + 8, left : left + 8]
 
 
 MASKED = {
-    "reversed gradients": lambda x: 2 * x.detach() - x,
-    "shattered gradients": lambda x: x + 1e-4 * torch.sin(1e7 * x),
-    "no gradients": lambda x: (255 * x).round() / 255,
+    "reversed gradients": (lambda x: 2 * x.detach() - x, keep),
+    "shattered gradients": (lambda x: x + 1e-4 * torch.sin(1e7 * x), keep),
+    "no gradients": (lambda x: (255 * x).round() / 255, keep),
+    "two levels": (lambda x: (x > 0.5).float(), keep),
+    "rounded frequencies": (round_frequencies, keep),
+    "random places": (move_randomly, keep),
+    "huge logits": (keep, lambda logits: 1e4 * logits),
+    "probabilities": (keep, lambda logits: (50 * logits).softmax(1)),
 }
 HONEST = {
-    "a trained network": lambda x: x,
-    "a normalisation in front": lambda x: (x - 0.3) / 0.5 * 0.5 + 0.3,
-    "a straight-through rounding": lambda x: x + ((2048 * x).round() / 2048 - x).detach(),
+    "a trained network": (keep, keep),
+    "a normalisation in front": (lambda x: (x - 0.3) / 0.5 * 0.5 + 0.3, keep),
+    "a straight-through rounding": (
+        lambda x: x + ((2048 * x).round() / 2048 - x).detach(),
+        keep,
+    ),
+    "a blur": (lambda x: nn.functional.avg_pool2d(x, 3, 1, 1), keep),
+    "small logits": (keep, lambda logits: 0.05 * logits),
+    "logarithms of probabilities": (keep, lambda logits: logits.log_softmax(1)),
+    "bounded logits": (keep, lambda logits: 5 * torch.tanh(logits / 5)),
 }
+"""Functions of the images and of the logits, by name."""
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +74,27 @@ def network():
     return digits_network(8, steps=150)
 
 
-def find_masking(network, before, threat):
-    """Return the warnings of an evaluation behind a function of the inputs."""
+def find_masking(network, functions, threat):
+    """Return the warnings of an evaluation between two functions."""
     split = load_data("digits").test.first(200)
-    return evaluate(Front(network, before).eval(), split, [threat], steps=20).warnings
+    return evaluate(Front(network, *functions).eval(), split, [threat], steps=20).warnings
 
 
 def test_masked_networks_are_flagged(network, tally_of):
     tally = tally_of("masked networks (silent: not flagged)")
-    for name, before in MASKED.items():
+    for name, functions in MASKED.items():
         for threat in THREATS:
             tally.count()
-            if not find_masking(network, before, threat):
+            if not find_masking(network, functions, threat):
                 tally.silent.append(f"{name}, {threat}")
     tally.check()
 
 
 def test_honest_networks_are_not_flagged(network, tally_of):
     tally = tally_of("honest networks (lost: flagged)")
-    for name, before in HONEST.items():
+    for name, functions in HONEST.items():
         for threat in THREATS:
             tally.count()
-            if warnings := find_masking(network, before, threat):
+            if warnings := find_masking(network, functions, threat):
                 tally.lost.append(f"{name}, {threat}: {warnings}")
     tally.check()

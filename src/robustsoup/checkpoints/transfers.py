@@ -11,6 +11,7 @@ from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, file_ending
 from robustsoup.data.download import download
 from robustsoup.errors import CheckpointError, DownloadError
+from robustsoup.file_bytes import MAX_FILE_BYTES
 from robustsoup.printable import first_line
 
 OnTransfer = Callable[[int, int | None], None]
@@ -180,9 +181,12 @@ def _copy_with_fsspec(address: str, target: Path, on_transfer: OnTransfer | None
 
     system, path = fsspec.core.url_to_fs(address)
     information = system.info(path)
-    if information.get("type") == "directory":
-        raise IsADirectoryError("is a folder; name a file in it")
-    size = information.get("size")
+    kind, size = information.get("type"), information.get("size")
+    if kind not in ("file", None):  # reading a device may never end
+        is_folder = kind == "directory"
+        raise OSError("is a folder; name a file in it" if is_folder else "is no regular file")
+    if isinstance(size, int) and size > MAX_FILE_BYTES:
+        raise OSError(f"{size:,} bytes, and {MAX_FILE_BYTES:,} are the most that are read")
     callback = fsspec.callbacks.Callback(hooks={"report": report})
     system.get_file(path, os.fspath(target), callback=callback)
     got = target.stat().st_size

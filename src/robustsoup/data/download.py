@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustsoup.errors import DownloadError
+from robustsoup.file_bytes import MAX_FILE_BYTES
 from robustsoup.files import cache_folder
 from robustsoup.paths import user_path
 
@@ -81,6 +82,11 @@ def _download_blocks(
                         f"{url}: got {got} starting {block[:15]!r}, expected {kind.name}; {advice}"
                     )
                 done += len(block)
+                if max(done, total or 0) > MAX_FILE_BYTES:
+                    raise DownloadError(
+                        f"{url}: larger than {MAX_FILE_BYTES:,} bytes, the most that are read; "
+                        f"{advice}"
+                    )
                 yield block, total
     except urllib.error.HTTPError as error:
         error.close()

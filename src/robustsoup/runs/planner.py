@@ -356,12 +356,11 @@ class Planner:
         return self.add_step(f"{section}.clean", task)
 
     def _tries_points_of_others(self, settings: EvaluationSettings) -> bool:
-        """Return whether the points for masking checks are small, and all networks evaluated."""
-        recipe = self.recipe
-        evaluates_all = settings.split == recipe.select_on or recipe.evaluate.report == "all"
-        size = settings.count_point_bytes(self.data)
-        has_points = 0 < size <= MOST_POINT_BYTES
-        return bool(recipe.soups and settings.attack.masking_check and evaluates_all and has_points)
+        """Return whether a split evaluates all networks, and their points are small."""
+        recipe, size = self.recipe, settings.count_point_bytes(self.data)
+        checks_soups = bool(recipe.soups) and settings.attack.masking_check
+        selects = settings.split == recipe.select_on
+        return checks_soups and selects and 0 < size <= MOST_POINT_BYTES
 
     def add_evaluations(self) -> None:
         """Add the evaluations of all rows that depend on no result."""
