@@ -120,3 +120,25 @@ def test_the_checkpoints_of_a_run_know_their_rows(here, capsys):
     assert run(*search) == 0
     shown = show(capsys, "best/soup.safetensors")
     assert {judged["split"] for judged in shown["judged_by"]} == {"val", "test"}
+
+
+def test_a_network_without_sizes_has_the_usual_ones(tmp_path, capsys):
+    record = {"network": {"spec": "resnet9:width=2"}}
+    path = Checkpoint({"w": torch.zeros(2)}, record).save(tmp_path / "a.safetensors")
+    assert run("show", path) == 0
+    assert "network: resnet9:width=2, classes 10, channels 3\n" in capsys.readouterr().out
+
+
+def test_a_file_that_a_record_names_many_times_is_opened_once(tmp_path, capsys, monkeypatch):
+    beside = Checkpoint({"w": torch.ones(2)}).save(tmp_path / "b.safetensors")
+    parents = [{"digest": f"{number:064x}", "file": beside.name} for number in range(400)]
+    path = Checkpoint({"w": torch.zeros(2)}, {"parents": parents}).save(tmp_path / "a.safetensors")
+    opened, open_checkpoint = [], Checkpoint.open
+
+    def open_and_count(place, **options):
+        opened.append(place)
+        return open_checkpoint(place, **options)
+
+    monkeypatch.setattr(Checkpoint, "open", open_and_count)
+    assert len(show(capsys, path)["provenance"]["parents"]) == 400
+    assert opened == [path, beside]

@@ -60,14 +60,13 @@ def _print_description(description: "Description") -> None:
 
 
 def _describe_network(description: "Description") -> str:
-    network = description.network
-    if network is None:
+    from robustsoup.models import NetworkSettings
+
+    if description.network is None:
         return "not recorded; commands need --model"
-    constants = "" if network.get("normalize") is None else ", normalizes its inputs"
-    return (
-        f"{network['spec']}, classes {network['classes']}, channels {network['channels']}"
-        f"{constants}"
-    )
+    network = NetworkSettings.from_record(description.network)
+    constants = "" if network.normalize is None else ", normalizes its inputs"
+    return f"{network.spec}, classes {network.classes}, channels {network.channels}{constants}"
 
 
 def _print_tensors(description: "Description") -> None:

@@ -298,12 +298,14 @@ class _Family:
         folder: The folder of the checkpoint; None if it has no file.
         rows: The checkpoints of the run folder by name.
         known: The checkpoints that were found, by digest.
+        opened: The files that were opened; a record may name one many times.
         left: How many ancestors may still be shown.
     """
 
     folder: Path | None
     rows: dict[str, Path]
     known: dict[str, tuple[str, Checkpoint]] = field(default_factory=dict)
+    opened: set[Path] = field(default_factory=set)
     left: int = MAX_ANCESTORS
 
     @classmethod
@@ -356,6 +358,9 @@ class _Family:
         candidates = {file: self.folder / file} if file else {}
         while candidates or self.rows:
             name, path = (candidates or self.rows).popitem()
+            if path in self.opened:
+                continue
+            self.opened.add(path)
             try:
                 found = Checkpoint.open(path)
                 self.known.setdefault(found.digest, (name, found))
