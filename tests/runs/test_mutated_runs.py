@@ -55,7 +55,7 @@ def test_mutated_recipes_are_planned_or_refused_in_one_line(tmp_path):
         planned.append(plan_recipe(load_recipe(path), DATA, MODEL, "float32").plan.steps)
 
     assert len(collect_refusals(plan, mutated_recipes(TINY, 100))) > 40
-    assert len(planned) > 5
+    assert planned
 
 
 @pytest.mark.parametrize("name", ["grid-0.5-0.5.val", "low.val"])
