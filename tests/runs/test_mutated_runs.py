@@ -20,7 +20,7 @@ from tiny_runs import (
 from robustsoup.digests import FileDigest, digest_json
 from robustsoup.errors import RobustsoupError
 from robustsoup.recipes import load_recipe
-from robustsoup.runs.choose import confirm_screened_soups, select_soup
+from robustsoup.runs.choose import choose_soup, confirm_screened_soups
 from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import RECORD, Store, StoredStep
 
@@ -71,7 +71,7 @@ def test_choosing_from_mutated_evaluations_ends_in_one_line(copied, name):
     def choose(text):
         path.write_text(text, encoding="utf-8")
         sign_step(path.parent)
-        assert select_soup(planner.plan, store).best
+        assert choose_soup(planner, store, refuse_to_execute).selection.best
 
     assert len(collect_refusals(choose, mutated_texts(content, 80))) > 20
 

@@ -118,8 +118,9 @@ def choose_soup(planner: Planner, store: Store, execute: Callable[[], None]) -> 
         seed=_statistics_seed(plan),
         looked_at=_find_looked_at(plan, store),
     )
+    threats = plan.recipe.evaluate.threats
     ingredients = {
-        row.name: load_evaluation(store, row.val)
+        row.name: load_evaluation(store, row.val, threats)
         for row in _ingredient_rows(plan)
         if row.val is not None
     }
@@ -146,7 +147,8 @@ def _choose_among_finalists(
     rows = [*(plan.row(item.name) for item in ordered), *_ingredient_rows(plan)]
     keys = {row.name: planner.add_confirmation_of(row) for row in rows}
     execute()
-    evaluations = {name: load_evaluation(store, key) for name, key in keys.items()}
+    threats = plan.recipe.evaluate.threats
+    evaluations = {name: load_evaluation(store, key, threats) for name, key in keys.items()}
     finalists = [replace(item, evaluation=evaluations[item.name]) for item in ordered]
     ingredients = {row.name: evaluations[row.name] for row in _ingredient_rows(plan)}
     return Choice(confirm_finalists(finalists, goal, clean), ingredients, confirmed=True)
