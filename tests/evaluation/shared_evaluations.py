@@ -44,9 +44,10 @@ def evaluate_counted(path, labels, threats, settings):
     return evaluation, Counted.passes[True]
 
 
-def evaluate_own(paths, labels, threats):
-    """Evaluate another checkpoint, or other labels, in each rank."""
+def evaluate_own(paths, labels, devices, threats):
+    """Evaluate another checkpoint, on other samples or another device, in each rank."""
     rank = distributed.rank()
+    distributed.describe_device = lambda _device: devices[rank]
     return evaluate_path(paths[rank], labels[rank], threats, {"steps": 2})
 
 

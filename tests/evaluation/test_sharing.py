@@ -121,17 +121,20 @@ def test_an_interrupted_evaluation_resumes_with_another_number_of_processes(
     ("what", "reason"),
     [
         ("checkpoint", r"digest of the checkpoint: got \w{12} in rank 1, expected \w{12} as in"),
+        ("device", "device: got another GPU in rank 1, expected a GPU as in rank 0; "),
         ("data", r"digest of the data: got \w{12} in rank 1, expected \w{12} as in rank 0; "),
     ],
 )
 def test_ranks_with_other_inputs_are_refused(path, neighbour, labels, tmp_path, what, reason):
-    paths, own_labels = [path, path], [labels, labels]
+    paths, own_labels, devices = [path, path], [labels, labels], ["a GPU", "a GPU"]
     if what == "checkpoint":
         network = {"spec": "resnet9:width=4", "channels": 1}
         paths[1] = Checkpoint.of(neighbour, {"network": network}).save(tmp_path / "b.safetensors")
+    elif what == "device":
+        devices[1] = "another GPU"
     else:
         own_labels[1] = labels[1:]
-    for error in run_ranks(2, evaluate_own, paths, own_labels, NAMES[:1]):
+    for error in run_ranks(2, evaluate_own, paths, own_labels, devices, NAMES[:1]):
         assert isinstance(error, RequestError)
         assert re.match(reason, str(error))
 
