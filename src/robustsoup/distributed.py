@@ -113,6 +113,9 @@ def start() -> None:
         torch.cuda.set_device(min(local, torch.cuda.device_count() - 1))
     with named_failure():
         store, _, _ = next(iter(distributed.rendezvous("env://", timeout=MEETING_TIMEOUT)))
+        # torchrun may keep one store for all its attempts, with the addresses of lost processes.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(f"robustsoup {attempt} of {count}", store)
         distributed.init_process_group(
             backend, store=store, rank=number, world_size=count, timeout=EXCHANGE_TIMEOUT
         )
@@ -139,7 +142,7 @@ def claim_message() -> bool:
     if _group is None:
         return True
     try:
-        return _group.store.add("robustsoup: message", 1) == 1
+        return _group.store.add("message", 1) == 1
     except RuntimeError:  # the store ended with the process that held it
         return is_first()
 
