@@ -153,6 +153,8 @@ RECORD = {
     "coefficients": {"a": [0.5, 0.5]},
     "learned": None,
     "buffers": {"policy": "average"},
+    "merge": {"method": "ties", "base": "base.safetensors"},
+    "subspace": {"shape": "line", "position": 0, "run": "ab", "ends": ["low", "high"]},
     "adapter": {"folder": "lora", "digest": "ab"},
 }
 ANY_JSON = st.recursive(

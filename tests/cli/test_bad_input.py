@@ -85,6 +85,7 @@ PAIR = "low.safetensors high.safetensors"
 MIX = f"mix {PAIR} -o soup.safetensors"
 SEARCH = f"search {PAIR} {LINF} {FEW} --step 0.5"
 LEARN = f"learn {PAIR} {LINF}"
+LEARN_CLEAN = f"learn {PAIR} --data digits --threat clean"
 
 REFUSED = [
     refuse(
@@ -462,7 +463,7 @@ REFUSED = [
     refuse("unknown buffers, learned", f"{LEARN} --buffers mean -o out", "buffers", "mean"),
     refuse(
         "adversarial buffers without a threat",
-        f"{LEARN} --threat clean --buffers recalibrate-adversarial -o out",
+        f"{LEARN_CLEAN} --buffers recalibrate-adversarial -o out",
         "recalibrate-adversarial",
         "threat",
     ),

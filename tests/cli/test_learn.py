@@ -19,7 +19,8 @@ def file_names(folder, pattern="*"):
 def test_mix_makes_the_same_soup_from_learned_coefficients(here, capsys):
     assert run(*LEARN, "--epochs", 1, "--detach", 0.5, "-o", "learned") == 0
     assert re.search(r"mean coefficients low 0\.\d\d high 0\.\d\d", capsys.readouterr().out)
-    written = {"coefficients.safetensors", "coefficients.csv", "soup.safetensors"} | FIGURES
+    written = {"coefficients.safetensors", "coefficients.csv", "soup.safetensors", "README.md"}
+    written |= FIGURES
     assert file_names(here / "learned") == written
     table = (here / "learned" / "coefficients.csv").read_text().splitlines()
     assert table[0] == "layer,low,high,entropy,moved,slope"

@@ -130,7 +130,7 @@ def test_commands_show_every_setting(command, settings, omitted, names):
     for name, rule in rules(settings).items():
         if name not in omitted:
             option = shown[names.get(name, name)]
-            assert name in ("lr", "seed") or option.help.startswith(rule.help)
+            assert name in ("lr", "seed", "threat") or option.help.startswith(rule.help)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,10 @@ def _soup_sections(
         raise RequestError(
             f"--screen: does not apply to --method {method}, {SEARCHED_IN_FULL[method]}"
         )
+    if search.score is not None and method not in ("greedy", ALL_METHODS):
+        raise RequestError(
+            f"--score: applies to --method greedy, got {method}; --maximise says what is best"
+        )
     parsed = parse_threats(threats)
     sections: dict[str, Any] = {}
     for part in TOGETHER if method == ALL_METHODS else (method,):
