@@ -120,8 +120,8 @@ def parameters_of(name):
 @pytest.mark.parametrize(
     ("command", "settings", "omitted", "names"),
     [
-        ("train", TrainSettings, set(), {}),
-        ("learn", LearnSettings, set(), {"buffers": "learning_buffers"}),
+        ("train", TrainSettings, {"also"}, {}),  # --threat, repeated
+        ("learn", LearnSettings, {"also"}, {"buffers": "learning_buffers"}),
         ("evaluate", AttackSettings, {"targets"}, {}),
     ],
 )
