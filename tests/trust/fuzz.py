@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["robustsoup"]):
 from robustsoup.errors import RobustsoupError
 
 MOST_SECONDS = 1.0
+"""Most seconds of the processor for one input."""
 MOST_BYTES = 64 * 1024
 
 
@@ -40,7 +41,7 @@ class Fuzzing:
         self.tried += 1
         # The file survives a crash of the process.
         (self.folder / "current").write_bytes(content)
-        began = time.monotonic()
+        began = time.process_time()  # a busy machine makes no reader slow
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.reader.read(content, self.folder)
@@ -52,7 +53,7 @@ class Fuzzing:
             self.keep(
                 content, f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
             )
-        if time.monotonic() - began > MOST_SECONDS:
+        if time.process_time() - began > MOST_SECONDS:
             self.keep(content, "slow")
 
     def keep(self, content, reason):
