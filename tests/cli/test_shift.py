@@ -44,7 +44,7 @@ def test_search_chooses_by_natural_shift_and_reports_it(here, capsys):
     assert parts["val"]["shift"]["part"] == "select"
     assert parts["test"]["shift"]["part"] == "report"
     page = (here / "best" / "report.html").read_text()
-    assert "accuracy under natural shift" in page
+    assert "shift, test" in page
     assert "Selected by corrupted copies of half of the test images" in page
     assert run(*SEARCH, *goal, "-o", "none") == 2
     assert "is not evaluated; expected one of clean; set evaluate.shift" in capsys.readouterr().err

@@ -450,8 +450,8 @@ def test_an_unknown_key_that_is_near_no_other_lists_all_keys(table, place, secti
         ),
         (TUNED + "[ingredients.x]\n[soups.s]", ["soups.s.method: missing"]),
         (
-            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "fisher"',
-            ["soups.s.method", "grid", "greedy", "fisher"],
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "melting"',
+            ["soups.s.method", "grid", "greedy", "melting"],
         ),
         (
             TUNED + '[ingredients.x]\n[soups.s]\nmethod = "grid"\nstep = 0.3',
