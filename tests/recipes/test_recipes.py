@@ -861,3 +861,61 @@ def test_three_ingredients_are_no_arc_and_grids_of_weights_are_limited():
     uniform = {"method": "ties", "weights": "uniform"}
     recipe = parse_recipe(content | {"soups": {"s": uniform}}, "merges", Path())
     assert recipe.alphas_of(recipe.soups["s"]) == [(0.05,) * 20]
+
+
+SUBSPACE = {
+    "name": "line",
+    "data": "digits",
+    "checkpoint": "base.safetensors",
+    "subspace": {"threats": ["Linf 16/255", "clean"], "epochs": 4, "objective": "mixed 0.5"},
+    "soups": {"line": {"method": "line"}},
+}
+
+
+def test_the_ends_of_a_subspace_are_ingredients():
+    recipe = parse_recipe(SUBSPACE, "line", Path())
+    assert {name: item.subspace_end for name, item in recipe.ingredients.items()} == {
+        "end1": 1,
+        "end2": 2,
+    }
+    settings = recipe.subspace.settings(seed=3)
+    assert settings.threat == ThreatModel("Linf", 16 / 255)
+    assert (settings.epochs, settings.seed) == (4, 3)
+    again = parse_recipe(tomllib.loads(recipe.to_toml()), "line", Path())
+    assert again == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subspace": {"threats": ["Linf 8/255"]}}, "threats: got 1, expected one for each end"),
+        ({"subspace": {"threats": ["clean", "clean"], "by": "objective"}}, "expected a threat"),
+        ({"subspace": {"threats": ["L2 1", "clean"], "ema": 0.9}}, "subspace.ema: unknown key"),
+        ({"ingredients": {"end1": "a.safetensors"}}, 'would be called "end1"; rename one'),
+        ({"ingredients": {"a": {"subspace_end": 3}}}, "got 3, but .subspace. has 2 ends"),
+        ({"ingredients": {"a": {"subspace_end": 1, "lr": 0.1}}}, "from that table alone"),
+        ({"checkpoint": None}, "ingredients.end1: needs a starting point"),
+    ],
+)
+def test_wrong_subspaces_are_refused(changes, message):
+    content = {key: value for key, value in (SUBSPACE | changes).items() if value is not None}
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(content, "line", Path())
+
+
+def test_several_threats_are_combined_in_recipes():
+    content = {
+        "name": "union",
+        "data": "digits",
+        "checkpoint": "base.safetensors",
+        "finetune": {"threat": "Linf 16/255", "also": ["L2 1"], "combine": "max"},
+        "ingredients": {"a": {}, "b": {"combine": "random"}},
+        "soups": {"s": {"method": "learned", "also": ["L2 2"], "combine": "mean"}},
+    }
+    recipe = parse_recipe(content, "union", Path())
+    assert recipe.training("a").threats == (ThreatModel("Linf", 16 / 255), ThreatModel("L2", 1.0))
+    assert recipe.training("b").combine == "random"
+    assert parse_recipe(tomllib.loads(recipe.to_toml()), "union", Path()) == recipe
+    del content["finetune"]["combine"]
+    with pytest.raises(RecipeError, match="expected max, mean or random"):
+        parse_recipe(content, "union", Path())

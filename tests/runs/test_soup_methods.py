@@ -180,3 +180,30 @@ def test_merges_take_the_base_of_the_recipe_and_resume(copied):
     assert (record["density"], record["scale"]) == (0.5, 1.5)
     again = run_recipe(recipe, folder)[2]
     assert steps_of_kind(again, "merge") == []
+
+
+def test_a_subspace_gives_ingredients_whose_soups_measure_statistics_anew(copied):
+    folder = copied[0].with_name("subspace")
+    subspace = {"threats": ["Linf 64/255", "Linf 16/255"], "epochs": 1, "lr": 0.05}
+    line = {"method": "line", "ingredients": ["end1", "end2"], "step": 0.5}
+    changes = [
+        (("subspace",), subspace),
+        (("soups", "grid", "ingredients"), ["low", "high"]),
+        ((*LEARNED, "ingredients"), ["low", "high"]),
+        (("soups", "line"), line),
+    ]
+    results, _, reporter = run_recipe(recipe_of(changes), folder)
+    assert steps_of_kind(reporter, "subspace") == ["subspace"]
+    assert steps_of_kind(reporter, "end") == ["end1", "end2"]
+    rows = {row["name"]: row for row in results["rows"]}
+    assert (rows["end1"]["role"], rows["end1"]["threat"]) == ("ingredient", "Linf 64/255")
+    end = Checkpoint.load(folder / rows["end2"]["checkpoint"]).provenance
+    assert end["subspace"]["position"] == 1
+    assert (
+        end["parents"][0]["digest"]
+        == Checkpoint.load(folder / "checkpoints" / "pretrained.safetensors").digest
+    )
+    soup = Checkpoint.load(folder / rows["line-0.5-0.5"]["checkpoint"]).provenance
+    assert soup["buffers"]["policy"] == "recalibrate"
+    grid = Checkpoint.load(folder / rows["grid-0.5-0.5"]["checkpoint"]).provenance
+    assert grid["buffers"]["policy"] == "average"

@@ -24,6 +24,7 @@ from robustsoup.recipes.sections import (
     Report,
     Select,
     Soup,
+    Subspace,
     Training,
 )
 from robustsoup.schema import describe_value
@@ -37,6 +38,7 @@ MAX_KEY_PARTS = 8
 _TABLES: dict[str, type[BaseModel]] = {
     "pretrain": Pretrain,
     "finetune": Training,
+    "subspace": Subspace,
     "evaluate": Evaluate,
     "select": Select,
     "report": Report,

@@ -19,6 +19,7 @@ from robustsoup.recipes.sections import (
     Section,
     Select,
     Soup,
+    Subspace,
     Training,
     check_training,
     one_of,
@@ -99,6 +100,9 @@ class Recipe(Section):
     )
     pretrain: Pretrain | None = Field(None, description="Training from fresh weights.")
     finetune: Training = Field(Training(), description="How ingredients are fine-tuned.")
+    subspace: Subspace | None = Field(
+        None, description="A line or a triangle of networks, whose ends are ingredients."
+    )
     ingredients: dict[str, Ingredient] = Field(
         min_length=1,
         description="The ingredients: paths of checkpoints, or tables of training settings.",
@@ -115,7 +119,7 @@ class Recipe(Section):
     @classmethod
     def _expand_checkpoint_every(cls, content: Any) -> Any:
         """Replace an ingredient with `checkpoint_every` by one ingredient for each checkpoint."""
-        tables, finetune = content.get("ingredients"), content.get("finetune")
+        tables, finetune = _with_subspace_ends(content), content.get("finetune")
         if not isinstance(tables, dict):
             return content
         default = TrainSettings().epochs
@@ -281,7 +285,9 @@ class Recipe(Section):
 
     def _check_ingredients(self) -> None:
         for name, ingredient in self.ingredients.items():
-            if ingredient.checkpoint:
+            if ingredient.subspace_end is not None:
+                self._check_end(name, ingredient.subspace_end)
+            if ingredient.checkpoint or ingredient.subspace_end is not None:
                 continue
             try:
                 settings = self.training(name)
@@ -300,6 +306,13 @@ class Recipe(Section):
                     f"ingredients.{name}.epoch: got {ingredient.epoch}, "
                     f"expected one of the {settings.epochs} epochs of its run"
                 )
+
+    def _check_end(self, name: str, number: int) -> None:
+        ends = len(self.subspace.threats) if self.subspace else 0
+        if number > ends:
+            raise ValueError(
+                f"ingredients.{name}.subspace_end: got {number}, but [subspace] has {ends} ends"
+            )
 
     def _check_names(self) -> None:
         for name in [*self.ingredients, *self.soups, *self.planes]:
@@ -514,6 +527,20 @@ _SOUP_NAMES: Mapping[str, Callable[[Recipe, str], list[str]]] = {
     "learned": _name_by_threat_and_objective,
     "dial": _name_by_position,
 }
+
+
+def _with_subspace_ends(content: Any) -> Any:
+    """Return the tables of the ingredients, with one for each end of [subspace]."""
+    tables, subspace = content.get("ingredients"), content.get("subspace")
+    threats = subspace.get("threats") if isinstance(subspace, dict) else None
+    if not isinstance(threats, (list, tuple)) or not isinstance(tables, (dict, type(None))):
+        return tables
+    ends = {f"end{number}": {"subspace_end": number} for number in range(1, len(threats) + 1)}
+    listed = tables or {}
+    for name, end in ends.items():
+        if listed.get(name, end) != end:
+            raise ValueError(f'two ingredients would be called "{name}"; rename one')
+    return {**listed, **ends}
 
 
 def _expand_ingredient(name: str, table: Any, default_epochs: Any) -> list[tuple[str, Any]]:

@@ -43,6 +43,7 @@ from robustsoup.settings import (
 )
 from robustsoup.soups.goal import Goal, Requirement, Score, parse_target
 from robustsoup.soups.granularity import GRANULARITIES
+from robustsoup.soups.subspace import check_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
@@ -267,6 +268,7 @@ class Training(Section):
     """How networks are fine-tuned; an ingredient may override any key but the files."""
 
     @model_validator(mode="after")
+    @raises_value_error
     def _check_together(self) -> "Training":
         if "synthetic_fraction" in self.model_fields_set and not self.has_synthetic:
             raise ValueError(
@@ -338,9 +340,15 @@ class Ingredient(Section):
     epoch: int | None = Field(
         None, ge=1, description="Epoch of the run that this ingredient is taken from."
     )
+    subspace_end: int | None = Field(
+        None, ge=1, le=3, description="Number of the end of [subspace] that this ingredient is."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "Ingredient":
+        others = [key for key in type(self).model_fields if key != "subspace_end"]
+        if self.subspace_end is not None and any(self[key] is not None for key in others):
+            raise ValueError("an end of [subspace] takes its settings from that table alone")
         trained = [
             key
             for key in type(self).model_fields
@@ -359,12 +367,51 @@ class Ingredient(Section):
 
     def overrides(self) -> dict[str, Any]:
         """Return the training settings that the ingredient sets itself."""
-        other_keys = ("checkpoint", "checkpoint_every", "epoch")
+        other_keys = ("checkpoint", "checkpoint_every", "epoch", "subspace_end")
         return {
             key: value
             for key in type(self).model_fields
             if key not in other_keys and (value := getattr(self, key)) is not None
         }
+
+
+@declares(
+    TrainSettings,
+    omit=("threat", "synthetic", "synthetic_fraction", "early_stop", "ema", "precision"),
+    optional=("seed",),
+)
+class Subspace(Section):
+    """A line or a triangle of networks, whose ends become the ingredients end1, end2 (and end3).
+
+    All ends start from [pretrain] or `checkpoint`. Soups of them get statistics that are measured
+    anew, unless they name another policy.
+    """
+
+    threats: tuple[ThreatValue, ...] = Field(
+        description="Threat models of the ends, from robust to clean: 2 for a line, 3 for a "
+        "triangle."
+    )
+    by: Literal["eps", "objective"] = Field(
+        "eps",
+        description="What changes along the subspace: eps (the attack's radius) or objective (the "
+        "weight of the clean loss).",
+    )
+
+    @model_validator(mode="after")
+    @raises_value_error
+    def _check_together(self) -> "Subspace":
+        check_subspace(self.threats, self.settings(seed=0), self.by)
+        return self
+
+    def settings(self, *, seed: int, precision: str = "auto") -> TrainSettings:
+        """Return the settings; the threat is that of the first end."""
+        return settings_from(
+            self,
+            TrainSettings,
+            threat=self.threats[0] if self.threats else LINF_8,
+            seed=self.seed_or(seed),
+            precision=precision,
+        )
 
 
 _MIXED_KEYS = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
@@ -377,6 +424,13 @@ _MERGE_KEYS = _GRID_KEYS | {"weights"}
 _TASK_KEYS = _MERGE_KEYS | {"scale"}
 _MEASURING_KEYS = _MERGE_KEYS | {"threats", "attack_steps", "measure_samples"}
 METHOD_KEYS = {
+    "uniform": _MIXED_KEYS,
+    "grid": _GRID_KEYS,
+    "line": _GRID_KEYS,
+    "surrogate": _GRID_KEYS | {"tolerance", "time_limit"},
+    "greedy": _MIXED_KEYS | {"score"},
+    "learned": _LEARNED_KEYS | {"objectives", "early_stop", "also", "combine"},
+    "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
     "slerp": _MERGE_KEYS,
     "swap": _MERGE_KEYS | {"blocks"},
     "task-arithmetic": _TASK_KEYS,
@@ -385,13 +439,6 @@ METHOD_KEYS = {
     "model-stock": _MIXED_KEYS,
     "fisher": _MEASURING_KEYS | {"seed"},
     "regmean": _MEASURING_KEYS,
-    "uniform": _MIXED_KEYS,
-    "grid": _GRID_KEYS,
-    "line": _GRID_KEYS,
-    "surrogate": _GRID_KEYS | {"tolerance", "time_limit"},
-    "greedy": _MIXED_KEYS | {"score"},
-    "learned": _LEARNED_KEYS | {"objectives", "early_stop", "also", "combine"},
-    "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
 }
 """The valid keys of [soups.X] by method; methods that are not listed take those of "grid"."""
 

@@ -24,6 +24,7 @@ from robustsoup.runs.tasks import (
     MixSoup,
     Task,
     TrainNetwork,
+    TrainSubspace,
 )
 from robustsoup.soups.surrogate_search import TESTS, spread_first
 
@@ -122,9 +123,8 @@ def estimate_bytes(steps: Sequence[Step], context: Context) -> int:
 def _count_output_bytes(task: Task, data: Data, network_bytes: int) -> int:
     """Estimate the bytes of the output of a task; 0 for links and small files."""
     match task:
-        case TrainNetwork():
-            interval = task.checkpoint_every
-            return network_bytes * (1 + (task.epochs // interval if interval else 0))
+        case TrainNetwork() | TrainSubspace():
+            return network_bytes * task.checkpoints
         case MixSoup() | MergeSoup():
             return network_bytes
         case EvaluateNetwork():

@@ -15,6 +15,7 @@ from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
 from robustsoup.recipes.recipe import PRETRAINED
+from robustsoup.recipes.sections import Subspace
 from robustsoup.runs.examples import count_examples
 from robustsoup.runs.plan import Plan, PlannedExamples, PlannedRow, Step, step_key
 from robustsoup.runs.tasks import (
@@ -30,9 +31,11 @@ from robustsoup.runs.tasks import (
     Mixing,
     MixSoup,
     ShiftedCopies,
+    TakeEnd,
     TakeSnapshot,
     Task,
     TrainNetwork,
+    TrainSubspace,
 )
 from robustsoup.settings import BufferSettings, EarlyStop, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
@@ -48,7 +51,7 @@ def fingerprint_functions(task: Task) -> list[str | None]:
     A recipe names a function, but the output depends on the code of the function.
     """
     match task:
-        case TrainNetwork():
+        case TrainNetwork() | TrainSubspace():
             return [Objective.parse(task.settings.objective).fingerprint]
         case LearnCoefficients():
             objective = Objective.parse(task.settings.objective).fingerprint
@@ -62,7 +65,7 @@ def fingerprint_functions(task: Task) -> list[str | None]:
                 _fingerprint_named(BUFFER_POLICIES, task.mixing.policy),
                 _fingerprint_named(ATTACKS, str(task.evaluation.attack.attack)),
             ]
-        case TakeSnapshot() | MapPlane():
+        case TakeSnapshot() | TakeEnd() | MapPlane():
             return []
         case _:
             assert_never(task)
@@ -151,6 +154,10 @@ class Planner:
         if ingredient.checkpoint:
             key = self.add_file(ingredient.checkpoint)
             row = PlannedRow(name=name, role="ingredient", network=key)
+        elif ingredient.subspace_end is not None and self.recipe.subspace is not None:
+            key = self._add_end(name, self.recipe.subspace, ingredient.subspace_end)
+            threat = self.recipe.subspace.threats[ingredient.subspace_end - 1]
+            row = PlannedRow(name=name, role="ingredient", network=key, threat=str(threat))
         else:
             settings = self.recipe.training(name, precision=self.precision)
             key = self._add_finetuning(name, settings)
@@ -163,6 +170,17 @@ class Planner:
             )
         self.networks[name] = key
         self.add_row(row)
+
+    def _add_end(self, name: str, subspace: Subspace, number: int) -> Key:
+        settings = subspace.settings(seed=self.recipe.seed, precision=self.precision)
+        task = TrainSubspace(
+            settings,
+            subspace.threats,
+            subspace.by,
+            self.networks[PRETRAINED],
+            self.recipe.fits_on_val,
+        )
+        return self.add_step(name, TakeEnd(self.add_step("subspace", task), number))
 
     def _add_finetuning(self, name: str, settings: TrainSettings) -> Key:
         ingredient, start = self.recipe.ingredients[name], self.networks[PRETRAINED]
@@ -237,14 +255,22 @@ class Planner:
     def mixing_of(self, soup: Soup) -> Mixing:
         """Return the buffer policy of a soup, and its base."""
         policy = "tracked" if soup.method == "learned" else "average"
-        files = [self.plan.files.get(key) for key in self.ingredient_keys(soup)]
-        if soup.method != "learned" and spans_subspace([item for item in files if item]):
+        if soup.method != "learned" and self._mixes_subspace(soup):
             policy = "recalibrate"
         buffers = soup.buffer_settings(seed=self.recipe.seed, policy=policy)
         if not str(buffers.buffers).startswith("recalibrate"):
             buffers = BufferSettings(buffers=buffers.buffers)  # the rest has no effect
         takes_base = buffers.buffers == "base"
         return Mixing(buffers, self.base_key(self.ingredient_keys(soup)) if takes_base else None)
+
+    def _mixes_subspace(self, soup: Soup) -> bool:
+        """Return whether the ingredients are ends of one subspace, planned or trained before."""
+        names = self.recipe.ingredients_of(soup)
+        planned = [self.recipe.ingredients.get(name) for name in names]
+        if len(names) > 1 and all(item and item.subspace_end for item in planned):
+            return True
+        files = [self.plan.files.get(key) for key in self.ingredient_keys(soup)]
+        return all(files) and spans_subspace([item for item in files if item])
 
     def add_mix(
         self,

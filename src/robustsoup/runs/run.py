@@ -32,6 +32,7 @@ from robustsoup.runs.tasks import (
     LearnCoefficients,
     MapPlane,
     TrainNetwork,
+    TrainSubspace,
 )
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.goal import check_goal
@@ -192,6 +193,9 @@ def _check_radii(plan: Plan, data: Data) -> None:
     for task in (step.task for step in plan.steps):
         if isinstance(task, (EvaluateNetwork, AttackExamples, TrainNetwork, LearnCoefficients)):
             for threat in task.settings.threats:
+                threat.check_shape(shape)
+        elif isinstance(task, TrainSubspace):
+            for threat in (*task.threats, *task.settings.also):
                 threat.check_shape(shape)
         elif isinstance(task, MapPlane):
             task.settings.threat.check_shape(shape)

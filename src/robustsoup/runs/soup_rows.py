@@ -212,8 +212,8 @@ def plan_greedy_soup(planner: Planner, section: str, soup: Soup) -> list[Planned
 
 
 SOUP_PLANNERS: Mapping[str, Callable[[Planner, str, Soup], list[PlannedRow]]] = {
-    "greedy": plan_greedy_soup,
     "surrogate": plan_surrogate,
+    "greedy": plan_greedy_soup,
     "learned": plan_learned_soups,
     "dial": plan_dials,
 }

@@ -66,6 +66,12 @@ class TrainNetwork:
         return "pretrain" if self.start is None else "finetune"
 
     @property
+    def checkpoints(self) -> int:
+        """Number of checkpoints that the task stores."""
+        interval = self.checkpoint_every
+        return 1 + (self.epochs // interval if interval else 0)
+
+    @property
     def parents(self) -> tuple[Key, ...]:
         """Keys of the steps and files that the task reads."""
         return () if self.start is None else (self.start,)
@@ -98,6 +104,75 @@ class TakeSnapshot:
     run: Key
     epoch: int
     kind = "snapshot"
+    precision = "float32"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of the steps and files that the task reads."""
+        return (self.run,)
+
+    def count_passes(self, _data: Data) -> int:
+        """Return 0: the task runs no network."""
+        return 0
+
+
+@dataclass(frozen=True)
+class TrainSubspace:
+    """Train the ends of a line or a triangle of networks from a checkpoint.
+
+    Attributes:
+        settings: How to train; the threat is that of the first end.
+        threats: Threat models of the ends.
+        by: What changes along the subspace.
+        start: The checkpoint to start from.
+        fits_on_val: Whether `val` is trained on too.
+    """
+
+    settings: TrainSettings
+    threats: tuple[ThreatModel, ...]
+    by: str
+    start: Key
+    fits_on_val: bool = False
+    kind = "subspace"
+
+    @property
+    def checkpoints(self) -> int:
+        """Number of checkpoints that the task stores."""
+        return len(self.threats)
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of the steps and files that the task reads."""
+        return (self.start,)
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.settings.precision
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training or learning."""
+        return self.settings.epochs
+
+    def count_passes(self, data: Data) -> int:
+        """Return the cost of the task in forward passes of one sample."""
+        return _fitting_passes(self.settings, data, self.fits_on_val)
+
+
+@dataclass(frozen=True)
+class TakeEnd:
+    """Take one end of a subspace.
+
+    Attributes:
+        run: The training of the subspace.
+        number: Number of the end, from 1.
+    """
+
+    run: Key
+    number: int
+    kind = "end"
     precision = "float32"
     epochs = 0
 
@@ -528,6 +603,8 @@ class MapPlane:
 Task = (
     TrainNetwork
     | TakeSnapshot
+    | TrainSubspace
+    | TakeEnd
     | LearnCoefficients
     | BuildGreedySoup
     | MixSoup

@@ -36,8 +36,10 @@ from robustsoup.runs.tasks import (
     MergeSoup,
     Mixing,
     MixSoup,
+    TakeEnd,
     TakeSnapshot,
     TrainNetwork,
+    TrainSubspace,
 )
 from robustsoup.settings import EarlyStop
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
@@ -47,6 +49,7 @@ from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
+from robustsoup.soups.subspace import train_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -131,8 +134,10 @@ class Worker:
         match task:
             case TrainNetwork():
                 figures = train_network(self, task, folder, on_progress)
-            case TakeSnapshot():
-                figures = take_snapshot(self, task, folder)
+            case TakeSnapshot() | TakeEnd():
+                figures = take_checkpoint(self, task, folder)
+            case TrainSubspace():
+                figures = train_ends(self, task, folder, on_progress)
             case LearnCoefficients():
                 figures = learn_coefficients(self, step.name, task, folder, on_progress)
             case BuildGreedySoup():
@@ -242,10 +247,31 @@ def _open_planned_images(task: TrainNetwork) -> Synthetic:
     return synthetic
 
 
-def take_snapshot(worker: Worker, task: TakeSnapshot, folder: Path) -> str:
-    """Link the checkpoint of one epoch."""
-    link_file(worker.store.file(task.run, f"epoch{task.epoch}.safetensors"), folder / CHECKPOINT)
-    return f"epoch {task.epoch}"
+def take_checkpoint(worker: Worker, task: TakeSnapshot | TakeEnd, folder: Path) -> str:
+    """Link the checkpoint of one epoch, or of one end of a subspace."""
+    if isinstance(task, TakeEnd):
+        kind, number = "end", task.number
+    else:
+        kind, number = "epoch", task.epoch
+    link_file(worker.store.file(task.run, f"{kind}{number}.safetensors"), folder / CHECKPOINT)
+    return f"{kind} {number}"
+
+
+def train_ends(worker: Worker, task: TrainSubspace, folder: Path, on_progress: Progress) -> str:
+    """Train the ends of a subspace and write them."""
+    ends = train_subspace(
+        worker.checkpoint(task.start),
+        worker.fitting_split(task.fits_on_val),
+        task.threats,
+        task.settings,
+        by=task.by,
+        device=worker.context.device,
+        state_path=folder / STATE,
+        on_progress=on_progress,
+    )
+    for number, end in enumerate(ends, 1):
+        end.save(folder / f"end{number}.safetensors")
+    return f"loss {ends[0].provenance['history'][-1]['loss']:.3f}"
 
 
 def learn_coefficients(

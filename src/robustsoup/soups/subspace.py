@@ -91,7 +91,7 @@ def train_subspace(
     ends = [ThreatModel.parse(threat) for threat in listed]
     data = as_split(data, "train_subspace")
     check_schedule(settings.schedule)
-    _check_request(ends, settings, by)
+    check_subspace(ends, settings, by)
     place = resolve_device(device)
     settings = replace(
         settings,
@@ -305,7 +305,8 @@ def draw_point(ends: int, seed: int, step: int) -> tuple[float, ...]:
     return tuple(high - low for low, high in zip([0.0, *draws], [*draws, 1.0], strict=True))
 
 
-def _check_request(threats: Sequence[ThreatModel], settings: TrainSettings, by: str) -> None:
+def check_subspace(threats: Sequence[ThreatModel], settings: TrainSettings, by: str) -> None:
+    """Raise RequestError if the threats of the ends and the settings do not go together."""
     if len(threats) not in SHAPES:
         raise RequestError(
             f"threats: got {len(threats)}, expected one for each end: 2 for a line, "
