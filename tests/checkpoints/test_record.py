@@ -156,8 +156,6 @@ RECORD = {
     "merge": {"method": "ties", "base": "base.safetensors"},
     "subspace": {"shape": "line", "position": 0, "run": "ab", "ends": ["low", "high"]},
     "adapter": {"folder": "lora", "digest": "ab"},
-    "merge": {"method": "ties", "base": "ab"},
-    "subspace": {"shape": "line", "position": 1, "run": "ab", "ends": ["Linf 8/255", "clean"]},
 }
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
