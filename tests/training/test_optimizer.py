@@ -222,7 +222,8 @@ def test_the_record_holds_every_setting():
         objective="mixed 0.40", early_stop={"steps": 3}, val=VAL, epochs=1
     ).provenance
     names = [field.name for field in dataclasses.fields(TrainSettings)]
-    assert list(record["training"]) == names
+    unset = {"also", "combine"}  # they describe several threats
+    assert list(record["training"]) == [name for name in names if name not in unset]
     assert record["training"]["objective"] == "mixed 0.4"
     assert record["training"]["early_stop"] == {"steps": 3, "samples": None}
 

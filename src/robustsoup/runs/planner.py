@@ -372,12 +372,12 @@ class Planner:
         return self.add_step(f"{name}.{settings.split}", task)
 
     def add_clean_verdicts(self, section: str, soup: Soup) -> Key:
-        """Add the clean verdicts of all soups of a section on the split that selects."""
+        """Add the clean verdicts of all soups of a section on all samples that select."""
         task = MeasureClean(
             self.ingredient_keys(soup),
             tuple(self.recipe.alphas_of(soup)),
             self.mixing_of(soup),
-            dataclasses.replace(self.selecting_settings(), threats=()),
+            dataclasses.replace(self.selecting_settings(), part="all", threats=()),
         )
         return self.add_step(f"{section}.clean", task)
 
