@@ -1,5 +1,8 @@
 """Shared by tests: a small network that classifies digits, and the constraints of attacks."""
 
+import copy
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -11,7 +14,12 @@ from robustsoup.models import load_model
 
 
 def digits_network(width: int, steps: int = 60) -> nn.Module:
-    """Return a resnet9 trained for a few steps on digits, frozen, in eval mode."""
+    """Return a copy of a resnet9 trained for a few steps on digits, frozen, in eval mode."""
+    return copy.deepcopy(_train_network(width, steps))
+
+
+@functools.cache
+def _train_network(width: int, steps: int) -> nn.Module:
     train = load_data("digits").train
     model = load_model(f"resnet9:width={width}", channels=1, seed=trained_seed())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
