@@ -271,6 +271,18 @@ class EarlyStop:
         check_ranges(self)
 
 
+COMBINATIONS = ("max", "mean", "random")
+"""Ways to combine several threats."""
+COMBINE_HELP = (
+    "How several threats are combined: max (each image under its worst threat), mean (the mean of "
+    "the losses) or random (one threat in each step)."
+)
+OBJECTIVE_HELP = (
+    'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" (B is the '
+    "weight of the KL term) or package.module:function."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Adversarial training by SGD. The defaults are those of the paper's fine-tuning.
@@ -284,18 +296,8 @@ class TrainSettings:
     also: tuple[ThreatModel, ...] = setting(
         (), "More threat models, trained against together with the first.", recorded_if_set=True
     )
-    combine: str | None = setting(
-        None,
-        "How several threats are combined: max (each image under its worst threat), mean (the mean "
-        "of the losses) or random (one threat in each step).",
-        choices=("max", "mean", "random"),
-        recorded_if_set=True,
-    )
-    objective: Any = setting(
-        "ce",
-        'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" '
-        "(B is the weight of the KL term) or package.module:function.",
-    )
+    combine: str | None = setting(None, COMBINE_HELP, choices=COMBINATIONS, recorded_if_set=True)
+    objective: Any = setting("ce", OBJECTIVE_HELP)
     attack_steps: int = setting(2, "APGD steps of each training attack.", ge=1)
     epochs: int = setting(10, "Passes over the training split.", ge=1)
     batch_size: int = setting(128, "Images in a batch.", ge=2)
@@ -396,18 +398,8 @@ class LearnSettings:
     also: tuple[ThreatModel, ...] = setting(
         (), "More threat models, learned against together with the first.", recorded_if_set=True
     )
-    combine: str | None = setting(
-        None,
-        "How several threats are combined: max (each image under its worst threat), mean (the mean "
-        "of the losses) or random (one threat in each step).",
-        choices=("max", "mean", "random"),
-        recorded_if_set=True,
-    )
-    objective: Any = setting(
-        "ce",
-        'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" '
-        "(B is the weight of the KL term) or package.module:function.",
-    )
+    combine: str | None = setting(None, COMBINE_HELP, choices=COMBINATIONS, recorded_if_set=True)
+    objective: Any = setting("ce", OBJECTIVE_HELP)
     attack_steps: int = setting(2, "APGD steps of each training attack.", ge=1)
     epochs: int = setting(30, "Passes over the training split.", ge=1)
     batch_size: int = setting(128, "Images in a batch.", ge=2)

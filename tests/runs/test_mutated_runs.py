@@ -58,22 +58,26 @@ def test_mutated_recipes_are_planned_or_refused_in_one_line(tmp_path):
     assert planned
 
 
+def read_unsigned(path):
+    """Return the content of a stored evaluation without its digests and format."""
+    content = json.loads(path.read_text())
+    for entry in ("digests", "format", "robustsoup"):
+        content.pop(entry)
+    return content
+
+
 @pytest.mark.parametrize("name", ["grid-0.5-0.5.val", "low.val"])
 def test_choosing_from_mutated_evaluations_ends_in_one_line(copied, name):
     store, planner = Store(copied[1]), planner_of()
     key = steps_of(planner.plan)["evaluate", name].key
     path = store.path(key) / "evaluation.json"
-    content = json.loads(path.read_text())
-    content.pop("digests")
-    for own in ("format", "robustsoup"):
-        content.pop(own)
 
     def choose(text):
         path.write_text(text, encoding="utf-8")
         sign_step(path.parent)
         assert choose_soup(planner, store, refuse_to_execute).selection.best
 
-    assert len(collect_refusals(choose, mutated_texts(content, 80))) > 20
+    assert len(collect_refusals(choose, mutated_texts(read_unsigned(path), 80))) > 20
 
 
 def test_confirming_from_mutated_evaluations_ends_in_one_line(screened, tmp_path):
@@ -81,17 +85,13 @@ def test_confirming_from_mutated_evaluations_ends_in_one_line(screened, tmp_path
     store, planner = Store(tmp_path / "store"), planner_of(SCREENED)
     key = steps_of(planner.plan)["evaluate", "grid-0.5-0.5.val"].key
     path = store.path(key) / "evaluation.json"
-    content = json.loads(path.read_text())
-    content.pop("digests")
-    for own in ("format", "robustsoup"):
-        content.pop(own)
 
     def confirm(text):
         path.write_text(text, encoding="utf-8")
         sign_step(path.parent)
         confirm_screened_soups(planner_of(SCREENED), store, refuse_to_execute)
 
-    assert len(collect_refusals(confirm, mutated_texts(content, 40))) > 10
+    assert len(collect_refusals(confirm, mutated_texts(read_unsigned(path), 40))) > 10
 
 
 class NothingExecutedError(RobustsoupError):

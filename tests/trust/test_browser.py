@@ -149,6 +149,16 @@ def test_the_browser_runs_scripts_and_asks_the_proxy(tmp_path):
     assert asked
 
 
+def count_page(tally, page, profile, payload):
+    """Open a page that holds a payload, and count what it ran or asked for."""
+    ran, asked = open_page(page, profile)
+    tally.count()
+    if ran:
+        tally.lost.append(f"a script ran: {payload}")
+    if asked:
+        tally.silent.append(f"asked for {asked}: {payload}")
+
+
 @needs_browser
 def test_hostile_names_run_no_script_and_load_nothing(tmp_path, tally_of):
     tally = tally_of("hostile names in a report, in Chromium")
@@ -159,12 +169,7 @@ def test_hostile_names_run_no_script_and_load_nothing(tmp_path, tally_of):
         add_dial_and_greedy(folder, results)
         results["figures"] = ["tradeoff", "coefficients"] if number % 6 == 0 else []
         write_and_read_report(folder, put_everywhere(results, payload))
-        ran, asked = open_page(folder / "report.html", tmp_path / "profile")
-        tally.count()
-        if ran:
-            tally.lost.append(f"a script ran: {payload}")
-        if asked:
-            tally.silent.append(f"asked for {asked}: {payload}")
+        count_page(tally, folder / "report.html", tmp_path / "profile", payload)
     tally.check()
 
 
@@ -177,10 +182,5 @@ def test_hostile_names_in_a_card_are_only_text(tmp_path, tally_of):
     for payload in (*PAYLOADS, " ".join(PAYLOADS)):
         body = render_card(make_card(payload))
         page.write_text(f"<html><body>{render(body)}</body></html>", encoding="utf-8")
-        ran, asked = open_page(page, tmp_path / "profile")
-        tally.count()
-        if ran:
-            tally.lost.append(f"a script ran: {payload}")
-        if asked:
-            tally.silent.append(f"asked for {asked}: {payload}")
+        count_page(tally, page, tmp_path / "profile", payload)
     tally.check()

@@ -191,7 +191,7 @@ def check(
     if data is None:
         return result
     subset = data.first(min(samples, len(data)))
-    model = _build_model(opened[0], network, subset, threat, device)
+    model = build_model(opened[0], network, subset, threat, device)
     measured_pairs = measure_curves(
         opened,
         result.pairs,
@@ -273,13 +273,18 @@ def _find_ancestor(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     return ancestor
 
 
-def _build_model(
+def build_model(
     first: Checkpoint,
     network: nn.Module | None,
     data: Split,
     threat: ThreatModel,
     device: str,
 ) -> nn.Module:
+    """Return the network with the weights of a checkpoint, on the device, if it fits the data.
+
+    Raises:
+        ModelError: The network does not fit the data.
+    """
     model = copy_network(network) if network is not None else first.network()
     first.load_into(model)
     check_fit(model, data, [threat])

@@ -6,16 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, SplitLike, as_split
-from robustsoup.device import resolve_device
+from robustsoup.diagnosis.check import build_model
 from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import CLEAN_KEY
-from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.merging import merge
@@ -165,10 +163,7 @@ def map_layers(
     threat, data = ThreatModel.parse(threat), as_split(data, "check")
     pair = open_ingredients([first, second], network)
     subset = data.first(min(samples, len(data)))
-    model = copy_network(network) if network is not None else pair[0].network()
-    pair[0].load_into(model)
-    check_fit(model, subset, [threat])
-    model = set_memory_format(model.to(resolve_device(device)))
+    model = build_model(pair[0], network, subset, threat, device)
     groups = layer_groups(model, granularity)
     measure = _Measure(model, subset.to(next(model.parameters()).device), threat)
     total, done = 2 * len(groups) + 2, 0

@@ -4,7 +4,6 @@
 take at other thresholds.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +68,6 @@ class BestRule:
         goals: dict[str, Terms] = {measure: ((1.0, measure),) for measure in measures}
         if maximise not in goals:
             goals[maximise] = _parse_goal(maximise, soups, split, measures)
-        critical = answer.guarantee.critical if answer else None
         return cls(
             split,
             maximise,
@@ -79,7 +77,7 @@ class BestRule:
             chosen=answer.chosen if answer else None,
             met=answer is None or answer.met,
             soups=len(soups),
-            critical=critical if critical is not None and math.isfinite(critical) else None,
+            critical=answer.guarantee.critical if answer else None,
         )
 
     def is_candidate(self, row: ResultRow) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.adaptation import copy_network, set_memory_format
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
@@ -27,7 +27,7 @@ from robustsoup.tracking import OnEpoch
 from robustsoup.training.adversarial_loss import attack_under_all, mean_objective_loss
 from robustsoup.training.loop import History, check_step_loss, run_epochs
 from robustsoup.training.objectives import Objective, mixed
-from robustsoup.training.optimizer import clip_gradients, make_optimizer, set_norm_momentum
+from robustsoup.training.optimizer import clip_gradients, make_optimizer, prepare_network
 from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
 
@@ -133,12 +133,10 @@ class SubspaceRun:
         self.inputs, self.threats, self.by = inputs, tuple(threats), by
         self.settings = settings = inputs.settings
         self.device = inputs.data.images.device
-        self.model = set_memory_format(model.to(self.device))
+        self.model = prepare_network(model, settings, self.device)
         self.objective: Objective = settings.objective.with_label_smoothing(
             settings.label_smoothing
         )
-        if settings.bn_momentum is not None:
-            set_norm_momentum(self.model, settings.bn_momentum)
         self.ends = [copy_network(self.model) for _ in threats]
         self.optimizers = [make_optimizer(end, settings) for end in self.ends]
         self.epochs, self.precision = settings.epochs, settings.precision

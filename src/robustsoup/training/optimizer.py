@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robustsoup.attacks.adaptation import copy_network
+from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.checkpoints.parameters import find_power_vectors
 from robustsoup.settings import TrainSettings
 
@@ -43,6 +43,18 @@ def set_norm_momentum(model: nn.Module, momentum: float) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = momentum
+
+
+def prepare_network(model: nn.Module, settings: TrainSettings, device: torch.device) -> nn.Module:
+    """Move a network to the device, in its memory format and with the settings' BatchNorm momentum.
+
+    Returns:
+        The network.
+    """
+    model = set_memory_format(model.to(device))
+    if settings.bn_momentum is not None:
+        set_norm_momentum(model, settings.bn_momentum)
+    return model
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup import distributed
-from robustsoup.attacks.adaptation import copy_network, set_memory_format
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.checkpoints.provenance import earlier_data, inherited_sketches
@@ -51,7 +51,7 @@ from robustsoup.training.optimizer import (
     WeightAverage,
     clip_gradients,
     make_optimizer,
-    set_norm_momentum,
+    prepare_network,
 )
 from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.sharing import (
@@ -205,12 +205,10 @@ class TrainingRun:
         self.inputs = inputs
         self.settings = settings = inputs.settings
         self.device = inputs.data.images.device
-        self.model = set_memory_format(model.to(self.device))
+        self.model = prepare_network(model, settings, self.device)
         self.objective: Objective = settings.objective.with_label_smoothing(
             settings.label_smoothing
         )
-        if settings.bn_momentum is not None:
-            set_norm_momentum(self.model, settings.bn_momentum)
         self.optimizer = make_optimizer(self.model, settings)
         self.loss_model = share_loss_pass(self.model, inputs.data)
         self.average = WeightAverage(self.model, settings.ema) if settings.ema else None
