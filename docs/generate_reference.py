@@ -21,7 +21,15 @@ from robustsoup.cli import app
 from robustsoup.recipes import Recipe
 
 PYTHON_GROUPS = {
-    "Data and networks": ("load_data", "load_model", "Data", "Split", "Synthetic"),
+    "Data and networks": (
+        "load_data",
+        "load_model",
+        "find_overlaps",
+        "Data",
+        "Split",
+        "Synthetic",
+        "Overlap",
+    ),
     "Checkpoints": ("Checkpoint",),
     "Attacks": ("ThreatModel", "apgd", "apgd_train", "pgd", "square"),
     "Training": ("train", "train_subspace", "track", "Objective"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robustsoup.attacks import apgd, apgd_train, pgd, square
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Data, Split, Synthetic, load_data
+    from robustsoup.data.duplicates import Overlap, find_overlaps
     from robustsoup.diagnosis.check import Soupability, check
     from robustsoup.diagnosis.landscape import Landscape, landscape
     from robustsoup.diagnosis.layers import LayerMap, map_layers
@@ -72,6 +73,7 @@ _HOMES = {
     "LearnSettings": "settings",
     "MergeSettings": "settings",
     "Objective": "training.objectives",
+    "Overlap": "data.duplicates",
     "RobustsoupError": "errors",
     "SearchResult": "soups.search",
     "SearchSettings": "settings",
@@ -86,6 +88,7 @@ _HOMES = {
     "check": "diagnosis.check",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.evaluate",
+    "find_overlaps": "data.duplicates",
     "landscape": "diagnosis.landscape",
     "learn": "soups.learning",
     "learn_dial": "soups.learning",
@@ -124,6 +127,7 @@ __all__ = [
     "LearnSettings",
     "MergeSettings",
     "Objective",
+    "Overlap",
     "RobustsoupError",
     "SearchResult",
     "SearchSettings",
@@ -138,6 +142,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "find_overlaps",
     "landscape",
     "learn",
     "learn_dial",

@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,24 @@ class FinishedRun:
     reporter: RecordingReporter
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Let PyTorch use one thread, whatever the number that the tests run with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The tiny recipe, run on one thread. Do not change its files; `copied` has copies."""
-    place, threads = tmp_path_factory.mktemp("finished"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setenv("ROBUSTSOUP_STORE", str(place / "store"))
         outcome = run_recipe(recipe_of(), place / "run")
-    torch.set_num_threads(threads)
     return FinishedRun(place / "run", place / "store", *outcome)
 
 
@@ -44,10 +54,14 @@ def screened(finished, tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """Copies of the run folder and the store of the finished run: (folder, store)."""
+    """Copies of the run folder and the store of the finished run: (folder, store).
+
+    The test runs on one thread too, so that a repeated step gives the same bytes.
+    """
     shutil.copytree(finished.folder, tmp_path / "run")
     shutil.copytree(finished.store, tmp_path / "store")
-    return tmp_path / "run", tmp_path / "store"
+    with one_thread():
+        yield tmp_path / "run", tmp_path / "store"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing of each reader and parser: one line of an error, or a value.
 
-Each reader gets ROBUSTSOUP_FUZZ_SECONDS (default 5). Requires the extra robustsoup[fuzz].
+Each reader gets ROBUSTSOUP_FUZZ_SECONDS of the processor (default 5). Requires the extra
+robustsoup[fuzz].
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ def test_a_reader_survives_fuzzing(tmp_path, tally_of, name):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
-        timeout=SECONDS + 300,
+        timeout=20 * SECONDS + 300,  # the machine may be busy
     )
     if process.returncode != 0:
         tally.lost.append(f"the process ended with {process.returncode}: {process.stderr[-800:]}")

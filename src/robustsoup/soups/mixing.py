@@ -304,6 +304,27 @@ def _check_policy_fits(
         raise RequestError(
             f'buffers "{policy.name}": only coefficients made by `learn` carry tracked statistics'
         )
+    if needs_tracked:
+        _check_tracked(first, coefficients.tracked)
+
+
+def _check_tracked(first: Checkpoint, tracked: Mapping[str, Tensor]) -> None:
+    """Check that tracked statistics are all those of the network."""
+    mixed = {*first.parameters, *first.tied}
+    for name in (*running_statistics(first), *tracked):
+        here = first.tensors.get(name) if name not in mixed else None
+        if name not in tracked:
+            raise CoefficientError(f"coefficients: no tracked statistics {name}; learn them again")
+        if here is None or here.shape != tracked[name].shape:
+            expected = "no such statistics" if here is None else f"shape {tuple(here.shape)}"
+            raise CoefficientError(
+                f"coefficients: tracked {name}: got shape {tuple(tracked[name].shape)}, the "
+                f"network has {expected}; they were learned for another network"
+            )
+        if tracked[name].is_complex() or (
+            name.endswith("running_var") and bool((tracked[name] < 0).any())
+        ):
+            raise CoefficientError(f"coefficients: tracked {name}: not a variance")
 
 
 def _check_soup_is_finite(tensors: Mapping[str, Tensor], ingredients: Sequence[Checkpoint]) -> None:
