@@ -11,7 +11,8 @@ from common import RECIPES, run_recipe_small
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-TIMED = ("attack", "grid", "learning", "learning_memory", "memory", "surrogate", "training_attack")
+TIMED = ("attack", "grid", "learning", "training_attack")
+TIMED_LONGER = ("learning_memory", "memory", "surrogate")
 READ_RUN_FOLDERS = ("ablations", "claims")
 LIBRARIES = ("common",)
 LINUX_ONLY = ("learning_memory", "memory")
@@ -35,10 +36,12 @@ def cache(tmp_path_factory):
 
 def test_every_script_is_run_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert names == {*TIMED, *READ_RUN_FOLDERS, *LIBRARIES, "gpu", "exchanged_bytes"}
+    assert names == {*TIMED, *TIMED_LONGER, *READ_RUN_FOLDERS, *LIBRARIES, "gpu", "exchanged_bytes"}
 
 
-@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize(
+    "name", [*TIMED, *(pytest.param(name, marks=pytest.mark.slow) for name in TIMED_LONGER)]
+)
 def test_it_runs_small_and_prints_the_machine_and_a_ratio(name, cache):
     if name in LINUX_ONLY and sys.platform != "linux":
         pytest.skip("reads /proc")
@@ -65,6 +68,7 @@ def test_each_family_of_recipes_runs_on_digits(recipe, tmp_path):
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_small_on_a_cpu(tmp_path, cache):
     script = ["bash", BENCHMARKS / "gpu.sh"]
     done = run_script(script, "--device", "cpu", "--small", "-o", tmp_path, cache=cache)

@@ -128,9 +128,9 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("number", "code", "verb"),
     [
-        (signal.SIGINT, 130, "interrupted"),
         (signal.SIGTERM, 143, "terminated"),
-        (signal.SIGHUP, 129, "hung up"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, "hung up", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_amid_a_step_saves_the_step(here, tmp_path, number, code, verb):

@@ -67,7 +67,9 @@ def test_a_kill_before_the_first_rename_leaves_the_old_run_whole(other_run, monk
     write_report(folder)
 
 
-@pytest.mark.parametrize("renamed", [1, 2, 5])
+@pytest.mark.parametrize(
+    "renamed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_kill_between_renames_is_seen_by_report_and_mended_by_the_next_run(
     other_run, monkeypatch, renamed
 ):

@@ -221,6 +221,7 @@ def test_checkpoint_every_makes_several_ingredients(copied):
     assert load_network(plain, "run").digest == last.digest != first.digest
 
 
+@pytest.mark.slow
 def test_a_run_with_every_training_setting(tmp_path):
     train = load_data("digits").train.first(200)
     path = tmp_path / "generated.npz"
@@ -258,6 +259,7 @@ PLANE = {
 }
 
 
+@pytest.mark.slow
 def test_no_network_depends_on_test(tmp_path, monkeypatch):
     """With other test images, evaluations on them differ, and every network is bit-equal."""
     changes = [

@@ -220,6 +220,7 @@ def start(folder, recipe, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", [("run",) * 4, ("a", "b", "c", "d")])
 def test_four_runs_at_once_on_one_store_all_succeed(copied, tmp_path, folders):
     """Into one folder and into four; three steps are left to do, so that they meet in the store."""

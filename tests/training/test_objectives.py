@@ -341,7 +341,9 @@ def test_with_a_clean_threat_one_pass_sees_one_batch(objective):
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 6.0])
-@pytest.mark.parametrize("name", ["resnet9:width=4", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["resnet9:width=4", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 def test_trades_and_its_gradient_equal_the_authors_with_batchnorm(name, beta):
     model = load_model(name, channels=3 if name == "resnet18" else 1).double()
     size = 32 if name == "resnet18" else 8
