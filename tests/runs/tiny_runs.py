@@ -1,5 +1,6 @@
 """A tiny recipe on digits, and helpers to plan and run it."""
 
+import copy
 import tomllib
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def recipe_of(changes=()):
         table = content
         for name in keys[:-1]:
             table = table.setdefault(name, {})
-        table[keys[-1]] = value
+        table[keys[-1]] = copy.deepcopy(value)  # a later change may go into it
     return parse_recipe(content, "tiny", Path("/nowhere"))
 
 
