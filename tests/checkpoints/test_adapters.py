@@ -11,6 +11,7 @@ from torch import nn
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
 from robustsoup.errors import CheckpointError
+from robustsoup.recipes import load_recipe
 from robustsoup.soups.mixing import mix
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none", "use_rslora": False}
@@ -157,8 +158,8 @@ def test_a_base_below_a_prefix_and_a_base_that_is_named(base, tmp_path):
         ({"peft_type": "IA3"}, "peft_type: got 'IA3', expected LORA"),
         ({"r": 0}, "r: got 0, expected a number above 0"),
         ({"r": 3}, "expected rank 3"),
-        ({"base": "absent.safetensors"}, "absent.safetensors is not on this machine; put the path"),
-        ({"base": None}, "none is named; put the path of the base"),
+        ({"base": "absent.safetensors"}, "absent.safetensors is not on this machine; set --adapter-base"),
+        ({"base": None}, "none is named; set --adapter-base"),
         ({"base": "../hostile\x1b.safetensors"}, r"hostile\\x1b\.safetensors is not on this"),
     ],
 )
@@ -197,6 +198,79 @@ def test_commands_take_adapter_folders(base, tmp_path, monkeypatch, capsys):
     assert "a1: merged into its base, base.safetensors" in capsys.readouterr().err
     expected = mix(["a1", "a2"], [0.5, 0.5])
     assert Checkpoint.load("soup.safetensors").digest == expected.digest
+
+
+def write_named_base(folder):
+    """Write twice the base into a folder, as `save_pretrained` does, and return its tensors."""
+    doubled = {name: 2 * tensor for name, tensor in make_base().items()}
+    folder.mkdir()
+    Checkpoint(doubled).save(folder / "model.safetensors")
+    (folder / "optimizer.pt").write_bytes(b"left alone")
+    return doubled
+
+
+def test_the_base_of_the_command_replaces_that_of_the_files(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "a1", make_factors(1))
+    write_adapter(tmp_path / "a2", make_factors(2), base="org/absent")
+    doubled = write_named_base(tmp_path / "doubled")
+    words = ["mix", "a1", "a2", "doubled", "--adapter-base", "doubled", "-o", "soup.safetensors"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0, capsys.readouterr().err
+    adapters = [Checkpoint.load(name, adapter_base="doubled") for name in ("a1", "a2")]
+    expected = mix([*adapters, "doubled"], [1 / 3, 1 / 3, 1 / 3])
+    soup = Checkpoint.load("soup.safetensors")
+    assert soup.digest == expected.digest
+    assert torch.equal(soup.tensors["head.bias"], doubled["head.bias"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["show", "a2", "--adapter-base", "doubled", "--json"])
+    assert end.value.code == 0
+    assert json.loads(capsys.readouterr().out)["digest"] == adapters[1].digest
+
+
+def test_a_base_without_an_adapter_is_refused(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["mix", "base.safetensors", "base.safetensors", "--adapter-base", "base.safetensors"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "-o", "soup.safetensors"])
+    assert end.value.code == 2
+    assert "adapter_base: none of the checkpoints is a LoRA adapter" in capsys.readouterr().err
+
+
+def test_a_hub_name_in_a_local_adapter_is_not_downloaded(base, tmp_path, monkeypatch):
+    def refuse(address, **_):
+        raise AssertionError(f"{address} was asked for")
+
+    monkeypatch.setattr("robustsoup.checkpoints.remote.copy_remote", refuse)
+    folder = write_adapter(tmp_path / "a", make_factors(), base="org/base")
+    with pytest.raises(CheckpointError, match="org/base is not on this machine; set --adapter-base"):
+        Checkpoint.load(folder)
+
+
+def test_a_recipe_names_the_base(tmp_path):
+    (tmp_path / "inner").mkdir()
+    write_adapter(tmp_path / "a", make_factors(), base="org/absent")
+    write_named_base(tmp_path / "inner" / "doubled")
+    text = 'name = "x"\ndata = "digits"\nadapter_base = "doubled"\n[ingredients]\na = "../a"\n'
+    (tmp_path / "inner" / "recipe.toml").write_text(text, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "inner" / "recipe.toml")
+    opened = recipe.opening.open(recipe.ingredients["a"].checkpoint)
+    expected = Checkpoint.load(tmp_path / "a", adapter_base=tmp_path / "inner" / "doubled")
+    assert opened.digest == expected.digest
+
+
+def test_a_folder_is_read_as_a_repository_is(tmp_path):
+    doubled = write_named_base(tmp_path / "doubled")
+    assert Checkpoint.load(tmp_path / "doubled").digest == Checkpoint(doubled).digest
+    Checkpoint(doubled).save(tmp_path / "doubled" / "other.pth")
+    (tmp_path / "doubled" / "model.safetensors").rename(tmp_path / "doubled" / "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 3 checkpoints .*; name one: "):
+        Checkpoint.load(tmp_path / "doubled")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty: holds no checkpoint"):
+        Checkpoint.load(tmp_path / "empty")
 
 
 class Net(nn.Module):

@@ -87,14 +87,16 @@ class Checkpoint:
         robustsoup wrote.
 
         Args:
-            path: The file; its address elsewhere, such as hf://ORG/NAME or s3://BUCKET/FILE, which
+            path: The file, or a folder that holds one, such as those of `save_pretrained` of
+                transformers or peft; its address elsewhere, such as hf://ORG/NAME or s3://BUCKET/FILE, which
                 is copied into the cache once; or a Checkpoint, a network or a state dict, whose
                 weights are taken.
             key: Which weights to read if the file holds several sets: the keys that lead to them,
                 joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
                 which were read by default.
             adapter_base: The base of a LoRA adapter (a folder that peft saved), into which it is
-                merged; by default the one that its adapter_config.json names.
+                merged; by default the one that its adapter_config.json names, if it is on this
+                machine or the adapter itself came from the hub.
 
         Raises:
             CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
@@ -156,6 +158,7 @@ class Checkpoint:
             return cls._merge(adapter, adapter_base, key)
         if adapter_base is not None:
             raise CheckpointError(f"{path}: is no adapter with an adapter_config.json")
+        path = _file_of(path)
         stored = read_checkpoint(path, mapped=mapped, key=key)
         check_record(stored.record, stored.tensors, path)
         return cls(
@@ -539,6 +542,21 @@ class Checkpoint:
         return html_table(title, (), (row for row in rows.items() if row[1]), self.notes)
 
 
+def _file_of(path: Path) -> Path:
+    """Return the file of a checkpoint, which in a folder is chosen as in a repository.
+
+    Raises:
+        CheckpointError: The folder cannot be read, or holds no checkpoint or several.
+    """
+    if not path.is_dir():
+        return path
+    try:
+        names = [item.name for item in path.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    return path / choose_file(names, str(path))
+
+
 def _locate_base(adapter: Adapter) -> Path:
     """Return the base that the configuration of an adapter names.
 
@@ -548,17 +566,15 @@ def _locate_base(adapter: Adapter) -> Path:
         CheckpointError: It is not on this machine.
     """
     for path in list_base_places(adapter):
-        if not path.is_dir():
-            return path
-        return path / choose_file((item.name for item in path.iterdir()), str(path))
+        return path
     copy = find_copy_of(adapter.weights)
     if copy is not None and copy.address.startswith("hf://") and adapter.base:
         revision = adapter.config.get("revision")
         return local_path(f"hf://{adapter.base}" + (f"@{revision}" if revision else ""))
     named = "none is named" if adapter.base is None else f"{adapter.base} is not on this machine"
     raise CheckpointError(
-        f"{adapter.folder}: the adapter needs its base, and {named}; put the path of the base into "
-        "base_model_name_or_path of adapter_config.json, or in Python set adapter_base"
+        f"{adapter.folder}: the adapter needs its base, and {named}; set --adapter-base "
+        "(adapter_base in a recipe and in Python) to the base: a file, a folder or hf://ORG/NAME"
     )
 
 

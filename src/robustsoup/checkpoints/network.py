@@ -6,10 +6,13 @@ from dataclasses import replace
 
 from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint
 from robustsoup.checkpoints.fitting import network_tensors
+from robustsoup.checkpoints.opening import Opening
 from robustsoup.data import Data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network
 from robustsoup.models.network import channel_constants
+
+_AS_THEY_ARE = Opening()
 
 
 def resolve_network(
@@ -18,7 +21,7 @@ def resolve_network(
     normalize: Sequence[Sequence[float]] | None,
     data: Data,
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
-    key: str | None = None,
+    opening: Opening = _AS_THEY_ARE,
 ) -> NetworkSettings:
     """Return the settings of the network.
 
@@ -27,7 +30,7 @@ def resolve_network(
         normalize: (mean, std) that the user names; it overrides a recorded one.
         data: Supplies the number of classes and channels for `spec`.
         checkpoints: Opened in order until one records its network; only if `spec` is None.
-        key: Which of several sets of weights to read; see `Checkpoint.load`.
+        opening: How they are opened.
 
     Raises:
         ModelError: Neither the user nor a file names the network, or `normalize` is not
@@ -38,7 +41,7 @@ def resolve_network(
     if spec:
         return NetworkSettings(spec, data.test.classes, data.record["channels"], constants)
     for item in checkpoints:
-        if recorded := Checkpoint.open(item, key=key).network_settings:
+        if recorded := opening.open(item).network_settings:
             return replace(recorded, normalize=constants) if constants else recorded
     if not checkpoints:
         raise ModelError(f"no network is named; {NAME_THE_NETWORK}")

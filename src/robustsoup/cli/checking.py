@@ -79,8 +79,12 @@ def check_command(
     --threat "Linf 56/255"`; which blocks carry robustness: `robustsoup check eps16.safetensors
     eps96.safetensors --data digits --threat "Linf 56/255" --layers`
     """
-    from robustsoup.checkpoints.checkpoint import Checkpoint
-    from robustsoup.cli.inputs import load_requested_data, make_context, name_checkpoints
+    from robustsoup.cli.inputs import (
+        load_requested_data,
+        make_context,
+        name_checkpoints,
+        open_checkpoints,
+    )
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_layers, print_soupability
     from robustsoup.data.duplicates import find_overlaps
@@ -97,7 +101,7 @@ def check_command(
         split, module = source.val, build_network(context.network)
     elif network.model or network.normalize or threat != "clean":
         raise RequestError("check: --model, --normalize and --threat require --data")
-    opened = [Checkpoint.open(path, key=network.key) for path in checkpoints]
+    opened = open_checkpoints(checkpoints, network.opening)
     with Bar("checking") as bar:
         result = check(
             opened,

@@ -59,7 +59,6 @@ def evaluate_command(
     Example: `robustsoup evaluate eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 56/255" --steps 20`
     """
-    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import (
         load_requested_data,
         make_context,
@@ -87,7 +86,7 @@ def evaluate_command(
     context = make_context(loaded, network, run, checkpoints)
     selected = loaded.split(split)
     described = {
-        name: context.record_network(Checkpoint.load(path, key=network.key))
+        name: context.record_network(network.opening.load(path))
         for name, path in name_checkpoints(checkpoints).items()
     }
     print_notes(*described.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
+from robustsoup.checkpoints.opening import Opening
 from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.checkpoints.published import Fetched, fetch_published
 from robustsoup.checkpoints.wrapping import file_ending
@@ -82,17 +83,18 @@ def download_checkpoint(name: str, root: str | None, sha256: str | None = None) 
         return fetch_published(name, root, sha256=sha256, on_progress=bar)
 
 
-def open_checkpoints(paths: Sequence[Path], key: str | None = None) -> list[Checkpoint]:
+def open_checkpoints(paths: Sequence[Path], opening: Opening) -> list[Checkpoint]:
     """Open and verify checkpoints, with a bar; their tensors stay in the files.
 
     Args:
         paths: The files.
-        key: Which of several sets of weights to read; see `Checkpoint.load`.
+        opening: How they are opened.
     """
+    opening.check(paths)
     opened: list[Checkpoint] = []
     with Bar("opening checkpoints") as bar:
         for path in paths:
-            opened.append(Checkpoint.open(path, key=key))
+            opened.append(opening.open(path))
             bar(len(opened), len(paths), path.name)
     return opened
 
@@ -113,12 +115,13 @@ def make_context(
         checkpoints: Checkpoints or files that may record their network.
     """
     import_named_module(network.model)
+    network.opening.check(checkpoints)
     settings = resolve_network(
         network.model,
         normalize=network.constants,
         data=data,
         checkpoints=checkpoints,
-        key=network.key,
+        opening=network.opening,
     )
     if network.model:
         build_network(settings)  # reports a wrong --model before any work

@@ -106,7 +106,7 @@ def learn_command(
     source = load_requested_data(data, network)
     check_buffer_policy(policy, source.train, settings.threat)
     context = make_context(source, network, run, checkpoints)
-    opened = open_checkpoints(checkpoints, network.key)
+    opened = open_checkpoints(checkpoints, network.opening)
     ingredients = [context.record_network(item) for item in opened]
     print_notes(*ingredients)
     warn_of_leakage(ingredients, source, allow=allow_leakage)

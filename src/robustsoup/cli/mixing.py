@@ -109,7 +109,7 @@ def mix_command(
     if network.normalize and not (data.data or network.model):
         raise RequestError("mix: --normalize requires --model or --data")
     run.use_threads()
-    ingredients = open_checkpoints(checkpoints, network.key)
+    ingredients = open_checkpoints(checkpoints, network.opening)
     if at is not None and coefficients is None:
         alpha = Coefficients.of(point_on_line(ingredients, at))
     else:

@@ -13,7 +13,16 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 
@@ -30,6 +39,9 @@ from robustsoup.settings import (
     setting,
 )
 from robustsoup.threats import ThreatModel
+
+if TYPE_CHECKING:
+    from robustsoup.checkpoints.opening import Opening
 
 
 class CheckpointPlace:
@@ -166,6 +178,18 @@ class NetworkOptions:
         "Which weights to read from files that hold several sets, such as state_dict_ema; the "
         "command says which it read by default.",
     )
+    adapter_base: Annotated[Path | None, CheckpointPlace()] = setting(
+        None,
+        "Base of the LoRA adapters among the checkpoints: a file, a folder or an address; by "
+        "default the one that adapter_config.json names.",
+    )
+
+    @property
+    def opening(self) -> "Opening":
+        """How the checkpoints of the command are opened."""
+        from robustsoup.checkpoints.opening import Opening
+
+        return Opening(self.key, self.adapter_base)
 
     @property
     def constants(self) -> tuple[list[float], list[float]] | None:
@@ -237,6 +261,7 @@ class _Option:
     rule: Rule
     help: str
     nested: type | None
+    is_place: bool
 
     def is_unset(self, values: Mapping[str, Any]) -> bool:
         """Return whether the user set nothing, so that the field takes the default of its class."""
@@ -291,6 +316,8 @@ def expand(command: Command) -> Callable[..., int | None]:
             groups[name] = (settings_type, options)
             for option in options:
                 flat.setdefault(option.name, option.parameter())
+                if option.is_place:
+                    places.add(option.name)
         else:
             flat[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             if _names_checkpoints(parameter.annotation):
@@ -359,6 +386,7 @@ def _split_annotation(annotation: Any) -> tuple[Any, Fields]:
 
 def _make_options(settings_type: type, shown: Fields) -> list[_Option]:
     hints = get_type_hints(settings_type)
+    annotations = get_type_hints(settings_type, include_extras=True)
     options: list[_Option] = []
     for name, rule in rules(settings_type).items():
         if not shown.shows(name):
@@ -380,6 +408,7 @@ def _make_options(settings_type: type, shown: Fields) -> list[_Option]:
                 rule,
                 help_text + _describe_limits(rule, help_text),
                 nested,
+                _names_checkpoints(annotations[name]),
             )
         )
     return options
@@ -393,7 +422,7 @@ def _option_kind(annotation: Any, default: Any) -> tuple[Any, type | None]:
     for member in members:
         if dataclasses.is_dataclass(member) and member is not ThreatModel:
             return bool, member if isinstance(member, type) else None
-        if member in (bool, int, float):
+        if member in (bool, int, float, Path):
             kind = member
         elif get_origin(member) is tuple:
             kind = list[str] if Ellipsis in get_args(member) else member

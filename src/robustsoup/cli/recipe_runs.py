@@ -36,8 +36,9 @@ def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None
     import_named_module(recipe.model)
     download_data(recipe.data, data_root)
     recipe = with_files(recipe, lambda name: str(download_checkpoint(name, data_root).path))
-    for place in checkpoint_places(recipe):
-        copy_checkpoint(place)
+    for place in [*checkpoint_places(recipe), recipe.adapter_base]:
+        if place is not None:
+            copy_checkpoint(place)
     with Bar(f"reading {recipe.data}") as bar:
         prepared = prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
     print_notes(prepared.context.data, *prepared.planner.plan.files.values())

@@ -182,11 +182,11 @@ def _recipe_content(
     """
     from robustsoup.checkpoints.remote import find_copy_of
 
-    copies = {key: find_copy_of(path) for key, path in checkpoints.items()}
-    places = {
-        key: str(checkpoints[key].absolute()) if copy is None else copy.address
-        for key, copy in copies.items()
-    }
+    def place_of(path: Path) -> str:
+        copy = find_copy_of(path)
+        return str(path.absolute()) if copy is None else copy.address
+
+    base = network.adapter_base
     return {
         "name": name,
         "data": data.data,
@@ -196,8 +196,9 @@ def _recipe_content(
         "model": network.model,
         "normalize": network.constants and list(network.constants),
         "key": network.key,
+        "adapter_base": None if base is None else place_of(base),
         "allow_leakage": allow_leakage,
-        "ingredients": places,
+        "ingredients": {name: place_of(path) for name, path in checkpoints.items()},
     }
 
 

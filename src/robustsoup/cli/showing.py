@@ -24,6 +24,11 @@ def show_command(
     key: Annotated[
         str | None, typer.Option(help="Which weights to read, if the file holds several sets.")
     ] = None,
+    adapter_base: Annotated[
+        Path | None,
+        CheckpointPlace(),
+        typer.Option(help="Base of a LoRA adapter; by default the one that its files name."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint is, what it was made of, and who judged it.
@@ -38,7 +43,7 @@ def show_command(
     from robustsoup.runs.description import describe_checkpoint
 
     with Bar(f"reading {checkpoint.name}") as bar:
-        description = describe_checkpoint(checkpoint, key)
+        description = describe_checkpoint(checkpoint, key, adapter_base=adapter_base)
         bar(1, 1, "")
     if as_json:
         print_json(description.to_json())

@@ -89,7 +89,6 @@ def train_command(
     --at 0.3 --data digits -o soup.safetensors`
     """
     from robustsoup import tracking
-    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.inputs import (
         load_requested_data,
         make_context,
@@ -116,7 +115,7 @@ def train_command(
     if start is None:
         initial = context.fresh_network(data.seed)
     else:
-        initial = context.record_network(Checkpoint.load(start, key=network.key))
+        initial = context.record_network(network.opening.load(start))
         print_notes(initial)
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings, loaded)

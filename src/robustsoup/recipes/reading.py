@@ -230,8 +230,12 @@ def _map_checkpoints(recipe: Recipe, path_of: Callable[[str | None], str | None]
         name: item.model_copy(update={"checkpoint": path_of(item.checkpoint)})
         for name, item in recipe.ingredients.items()
     }
-    checkpoint = path_of(recipe.checkpoint)
-    return recipe.model_copy(update={"ingredients": ingredients, "checkpoint": checkpoint})
+    updates = {
+        "ingredients": ingredients,
+        "checkpoint": path_of(recipe.checkpoint),
+        "adapter_base": path_of(recipe.adapter_base),
+    }
+    return recipe.model_copy(update=updates)
 
 
 def _describe_first_error(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ import tomli_w
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from robustsoup.catalog import DATA_SOURCES, SOUP_METHODS
+from robustsoup.checkpoints.opening import Opening
 from robustsoup.errors import RequestError
 from robustsoup.recipes.sections import (
     Evaluate,
@@ -86,6 +87,11 @@ class Recipe(Section):
         description="Which weights to read from checkpoint files that hold several sets, such as "
         "state_dict_ema.",
     )
+    adapter_base: str | None = Field(
+        None,
+        description="Base of the LoRA adapters among the checkpoints: a file, a folder or an "
+        "address; by default the one that adapter_config.json names.",
+    )
     precision: Annotated[str, AfterValidator(one_of(PRECISIONS))] = Field(
         "auto", description="Arithmetic of training, learning, screening and planes."
     )
@@ -160,6 +166,11 @@ class Recipe(Section):
         return self
 
     # Derived values.
+
+    @property
+    def opening(self) -> Opening:
+        """How the checkpoints of the recipe are opened."""
+        return Opening(self.key, self.adapter_base)
 
     @property
     def select_on(self) -> str:

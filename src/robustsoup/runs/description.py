@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.remote import find_copy_of
 from robustsoup.checkpoints.transfers import show_address
 from robustsoup.documents import read_json
@@ -158,7 +158,9 @@ class Description:
         }
 
 
-def describe_checkpoint(source: Path | Checkpoint, key: str | None = None) -> Description:
+def describe_checkpoint(
+    source: CheckpointLike, key: str | None = None, *, adapter_base: CheckpointLike | None = None
+) -> Description:
     """Read a checkpoint, and look for its ancestors and its evaluations beside it.
 
     Evaluations are found by the digest of the weights that they record, so a file of the right name
@@ -167,11 +169,12 @@ def describe_checkpoint(source: Path | Checkpoint, key: str | None = None) -> De
     Args:
         source: The checkpoint, or its file.
         key: Which of several sets of weights to read; see `Checkpoint.load`.
+        adapter_base: The base of a LoRA adapter; see `Checkpoint.load`.
 
     Raises:
         CheckpointError: The file cannot be read, or was changed.
     """
-    checkpoint = Checkpoint.open(source, key=key)
+    checkpoint = Checkpoint.open(source, key=key, adapter_base=adapter_base)
     notes = list(checkpoint.notes)
     judgements: list[Judgement] = []
     for path in _list_evaluations(checkpoint):

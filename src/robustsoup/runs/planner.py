@@ -122,7 +122,7 @@ class Planner:
 
     def add_file(self, path: str) -> Key:
         """Add a checkpoint that exists and return its key."""
-        return self._add_checkpoint(Checkpoint.open(path, key=self.recipe.key))
+        return self._add_checkpoint(self.recipe.opening.open(path))
 
     def _add_checkpoint(self, checkpoint: Checkpoint) -> Key:
         key = f"file:{checkpoint.digest}"

@@ -85,12 +85,13 @@ def prepare_run(
     """
     resolved = resolve_device(device)
     data = _load_all_data(recipe, data_root, on_progress)
+    recipe.opening.check(checkpoint_places(recipe))
     network = resolve_network(
         recipe.model,
         normalize=recipe.normalize,
         data=data,
         checkpoints=checkpoint_places(recipe),
-        key=recipe.key,
+        opening=recipe.opening,
     )
     context = Context(data, network, resolved, network_named=bool(recipe.model))
     planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
