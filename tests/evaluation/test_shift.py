@@ -11,6 +11,7 @@ import robustsoup as rs
 from robustsoup.data.corruptions import open_corruptions
 from robustsoup.errors import DataError, RequestError
 from robustsoup.evaluation.shift import round_shares
+from robustsoup.soups.confirmation import take_part
 
 
 @pytest.fixture
@@ -63,6 +64,47 @@ def test_the_two_parts_share_no_image(folder, network):
         rows = split.ids % len(data)
         assert torch.equal(split.images, data.images[rows])
         assert torch.equal(split.labels, data.labels[rows])
+
+
+@pytest.mark.parametrize("samples", [3, 4, 5, 60])
+def test_images_that_confirm_did_not_steer_the_search(folder, samples):
+    like = rs.load_data("digits").val.first(samples)
+    parts = {
+        "select": like,
+        "search": take_part(like, "search", seed=0),
+        "confirm": take_part(like, "confirm", seed=0),
+    }
+    images = {
+        part: set(open_corruptions(folder, like, part).rows[: len(split)].tolist())
+        for part, split in parts.items()
+    }
+    assert len(images["confirm"]) == samples // 3
+    assert not images["search"] & images["confirm"]
+    assert images["search"] | images["confirm"] == images["select"]
+
+
+def test_a_search_confirms_finalists_on_copies_of_other_images(folder, monkeypatch):
+    parts = []
+
+    def evaluate_and_note(network, data, *arguments, **options):
+        evaluation = rs.evaluate(network, data, *arguments, **options)
+        parts.append((options["shift_part"], len(data), evaluation.record["shift"]["samples"]))
+        return evaluation
+
+    monkeypatch.setattr("robustsoup.soups.search.evaluate", evaluate_and_note)
+    data = rs.load_data("digits")
+    model = rs.load_model("resnet9:width=2", channels=1)
+    items = [perturbed(model, seed, 0.01) for seed in (1, 2)]
+    goal = {"require": ["Linf 1/255>=0.001", "shift>=0"], "maximise": "shift"}
+    limits = {"step": 1, "samples": 10, "steps": 1, "screen": True, "masking_check": False}
+    result = rs.search(items, data.val, ["Linf 1/255"], shift=folder, **goal, **limits)
+    assert set(parts) == {("search", 7, 7), ("select", 10, 10), ("confirm", 3, 3)}
+    assert "corrupted copies" not in " ".join(result.answer.guarantee.leaves_out)
+    result = rs.search(items, data.test, ["Linf 1/255"], shift=folder, **goal, **limits)
+    assert (
+        "corrupted copies of images of test steered the search"
+        in result.answer.guarantee.leaves_out
+    )
 
 
 def test_a_later_evaluation_of_the_same_network_reuses_the_shift(folder, network):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from corruptions import write_corruptions
 from tiny_runs import (
     DATA,
     LEARNED,
@@ -447,3 +448,19 @@ def test_every_shipped_recipe_can_be_planned(path, tmp_path):
     assert [row.name for row in plan.rows if row.soup is not None] == soups
     assert list(plan.planes) == list(recipe.planes)
     assert all(row.val in plan.steps_by_key for row in plan.rows)
+
+
+def test_each_part_of_the_samples_has_corrupted_copies_of_its_own(tmp_path):
+    folder = str(write_corruptions(tmp_path / "digits-c"))
+    changes = [(("evaluate", "shift"), folder), *SCREENED]
+    plain = planner_of(changes).selecting_settings().shift
+    require = [*changes, (("select", "require"), ["Linf 32/255>=0.1", "shift>=0"])]
+    planner = planner_of(require)
+    steering, confirming = planner.selecting_settings(), planner.confirming_settings()
+    assert [s.part for s in (steering, confirming)] == ["search", "confirm"]
+    shifts = (plain, steering.shift, confirming.shift, planner.reporting_settings().shift)
+    assert [shift.part for shift in shifts] == ["select", "search", "confirm", "report"]
+    assert plain.count == 64 * 10 == steering.shift.count + confirming.shift.count
+    row = planner.plan.row("low")
+    clean = planner.plan.steps_by_key[planner.add_clean_evaluation(row)].task.settings
+    assert (clean.part, clean.shift) == ("all", plain)

@@ -115,3 +115,14 @@ def test_a_test_is_exact_and_the_estimate_may_replace_it():
         goal = Goal.parse("clean", [f"{LINF}>=0.5"], point=point)
         clean = judge_unattacked([barely], goal)
         assert [confirm_finalists([c], goal, clean).met for c in (barely, fails)] == expected
+
+
+def test_the_answer_says_how_many_were_tested_where_nothing_meets_the_requirements():
+    tried = [candidate("a", 190, 60), candidate("b", 180, 70), candidate("c", 100, 65)]
+    goal = Goal.parse(LINF, ["clean>=0.8", f"{LINF}>=0.9"])
+    clean = judge_unattacked(tried, goal)
+    finalists = order_finalists(tried, goal, clean, confirm_samples=100, most=1)
+    answer = explain(confirm_finalists(finalists, goal, clean), Explained(ingredients={}))
+    assert answer.obstacle == (
+        f"of 3 candidates, clean>=0.8 is met by 2, of 1 finalists, {LINF}>=0.9 is met by none"
+    )

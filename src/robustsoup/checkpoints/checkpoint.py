@@ -88,9 +88,9 @@ class Checkpoint:
 
         Args:
             path: The file, or a folder that holds one, such as those of `save_pretrained` of
-                transformers or peft; its address elsewhere, such as hf://ORG/NAME or s3://BUCKET/FILE, which
-                is copied into the cache once; or a Checkpoint, a network or a state dict, whose
-                weights are taken.
+                transformers or peft; its address elsewhere, such as hf://ORG/NAME or
+                s3://BUCKET/FILE, which is copied into the cache once; or a Checkpoint, a network or
+                a state dict, whose weights are taken.
             key: Which weights to read if the file holds several sets: the keys that lead to them,
                 joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
                 which were read by default.

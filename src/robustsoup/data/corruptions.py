@@ -21,9 +21,11 @@ from robustsoup.paths import user_path
 SEVERITIES = 5
 LABELS_FILE = "labels.npy"
 
-CorruptionPart = Literal["all", "select", "report"]
+CorruptionPart = Literal["all", "select", "search", "confirm", "report"]
 """Copies of which images: of all, of every second one from the first on, or of the others. Soups
-are selected by the former half and reported on the latter: there are no corrupted copies of val."""
+are selected by the former half and reported on the latter: there are no corrupted copies of val.
+Where finalists are confirmed, every third image of the selecting half is kept for that ("confirm"),
+and the others steer the search ("search")."""
 
 NumberArray = numpy.ndarray[Any, numpy.dtype[Any]]
 
@@ -50,8 +52,12 @@ class Corruptions:
     def rows(self) -> torch.Tensor:
         """int64, the images of `part`, as rows of one severity."""
         total = len(self.labels) // SEVERITIES
-        first, step = {"all": (0, 1), "select": (0, 2), "report": (1, 2)}[self.part]
-        return torch.arange(first, total, step)
+        if self.part in ("all", "report"):
+            return torch.arange(total)[1::2] if self.part == "report" else torch.arange(total)
+        selecting = torch.arange(0, total, 2)
+        kept_aside = torch.arange(len(selecting)) % 3 == 2
+        parts = {"select": selecting, "search": selecting[~kept_aside]}
+        return parts.get(self.part, selecting[kept_aside])
 
     def count_images(self, like: Split) -> int:
         """Return the number of images whose copies `splits` yields."""

@@ -109,7 +109,9 @@ def evaluate(
             the clean accuracy on them, on the first samples of each severity, and
             record["shift"] holds that on each.
         shift_part: Copies of which images: "all"; "select", every second one from the first on,
-            to select soups by; "report", the others, to report the chosen one on.
+            to select soups by; "report", the others, to report the chosen one on; "search" and
+            "confirm", two of three and the third of the selecting ones, if finalists are
+            confirmed.
         state_path: File for the progress so far; a killed evaluation resumes from it.
         on_progress: Called as on_progress(done, total, figures); counts samples times
             (1 + number of threats), and corrupted copies.

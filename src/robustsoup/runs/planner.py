@@ -313,18 +313,22 @@ class Planner:
 
     def selecting_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the samples that steer the search and select."""
+        settings = self._settings_of_all()
+        return settings.of_part("search") if self.recipe.confirms else settings
+
+    def _settings_of_all(self) -> EvaluationSettings:
+        """Return the evaluation settings of all samples that select."""
         recipe = self.recipe
         part: CorruptionPart = "all" if recipe.protocol == "paper" else "select"
-        settings = self._evaluation_settings(recipe.select_on, recipe.select_samples, part)
-        return dataclasses.replace(settings, part="search") if recipe.confirms else settings
+        return self._evaluation_settings(recipe.select_on, recipe.select_samples, part)
 
     def confirming_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the samples that confirm finalists."""
-        return dataclasses.replace(self.selecting_settings(), part="confirm")
+        return self._settings_of_all().of_part("confirm")
 
     def add_clean_evaluation(self, row: PlannedRow) -> Key:
         """Add the evaluation of a row without an attack, on all samples that select."""
-        settings = dataclasses.replace(self.selecting_settings(), part="all", threats=())
+        settings = dataclasses.replace(self._settings_of_all(), threats=())
         return self.add_evaluation(f"{row.name}.clean", row.network, settings)
 
     def add_confirmation_of(self, row: PlannedRow) -> Key:
@@ -377,7 +381,7 @@ class Planner:
             self.ingredient_keys(soup),
             tuple(self.recipe.alphas_of(soup)),
             self.mixing_of(soup),
-            dataclasses.replace(self.selecting_settings(), part="all", threats=()),
+            dataclasses.replace(self._settings_of_all(), threats=()),
         )
         return self.add_step(f"{section}.clean", task)
 

@@ -276,6 +276,15 @@ class ShiftedCopies:
         """Return what the output depends on."""
         return f"{self.part} of {self.digest}"
 
+    def take_part(self, part: Part) -> "ShiftedCopies":
+        """Return the copies that go with a part of the samples that select."""
+        confirm = self.count // 3
+        if part == "all":
+            return self
+        return dataclasses.replace(
+            self, part=part, count=confirm if part == "confirm" else self.count - confirm
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -307,6 +316,10 @@ class EvaluationSettings:
     def shift_part(self) -> CorruptionPart:
         """Copies of which images are taken."""
         return "all" if self.shift is None else self.shift.part
+
+    def of_part(self, part: Part) -> "EvaluationSettings":
+        """Return the settings for a part of the samples, and of the corrupted copies."""
+        return dataclasses.replace(self, part=part, shift=self.shift and self.shift.take_part(part))
 
     def take_samples(self, data: Data) -> Split:
         """Return the samples."""

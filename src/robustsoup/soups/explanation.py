@@ -74,6 +74,7 @@ def describe_gaps(
     learned: Sequence[str] = (),
     greedy: Sequence[str] = (),
     screened: bool = False,
+    shifted: bool = False,
     fresh: bool = True,
 ) -> Iterator[str]:
     """Yield what a guarantee leaves out, one sentence each.
@@ -84,6 +85,8 @@ def describe_gaps(
         learned: Soups that stopped learning early by the loss on that split.
         greedy: Soups that were built by the score on that split.
         screened: Whether attacks on that split decided which soups are attacked in full.
+        shifted: Whether corrupted copies of images that confirm finalists may have steered the
+            search.
         fresh: Whether it is known that no ingredient was trained on samples of that split.
     """
     if stopped:
@@ -94,6 +97,8 @@ def describe_gaps(
         yield f"{_join(greedy)} was built by the score on {split}"
     if screened:
         yield f"attacks on {split} decided which soups were attacked in full"
+    if shifted:
+        yield f"corrupted copies of images of {split} steered the search"
     if not fresh:
         yield f"the ingredients may have been trained on samples of {split}"
 
@@ -312,13 +317,19 @@ def _count_samples_to_prove(selection: Selection) -> int | None:
 
 
 def _describe_obstacle(selection: Selection) -> str:
-    """Say how many candidates meet each requirement, and whether only all together are too much."""
-    checks = selection.judgement.checks.values()
-    counts = [
-        (str(requirement), sum(row[number].met for row in checks))
-        for number, requirement in enumerate(selection.require)
-    ]
-    met = ", ".join(f"{text} is met by {count or 'none'}" for text, count in counts)
-    if len(counts) > 1 and all(count for _, count in counts):
-        return f"of {len(checks)} candidates, {met}; none meets all: the requirements conflict here"
-    return f"of {len(checks)} candidates, {met}"
+    """Say how many candidates meet each requirement, and whether only all together are too much.
+
+    Requirements on attacked accuracies may have been tested on a few finalists alone.
+    """
+    checks = [check for row in selection.judgement.checks.values() for check in row]
+    tested = {item: [c.met for c in checks if c.requirement == item] for item in selection.require}
+    candidates = len(selection.judgement.checks)
+    parts: list[str] = []
+    for number, (requirement, met) in enumerate(tested.items()):
+        is_like_before = number and len(met) == len(tested[selection.require[number - 1]])
+        kind = "candidates" if len(met) == candidates else "finalists"
+        start = "" if is_like_before else f"of {len(met)} {kind}, "
+        parts.append(f"{start}{requirement} is met by {sum(met) or 'none'}")
+    conflict = len(tested) > 1 and all(map(any, tested.values()))
+    end = "; none meets all: the requirements conflict here" if conflict else ""
+    return ", ".join(parts) + end

@@ -195,6 +195,7 @@ def search(
         network,
         device,
         shift,
+        "search" if confirms else "select",
         merging=merging,
     )
     aim = replace(goal, maximise=goal.maximise or _default_measure(parsed))
@@ -296,7 +297,7 @@ def _choose_among_finalists(
 ) -> _Choice:
     """Evaluate all soups without an attack and a few finalists on the confirm part, and choose."""
     seed = evaluator.attack.seed
-    unattacked = replace(evaluator, data=split, threats=())
+    unattacked = replace(evaluator, data=split, threats=(), shift_part="select")
     others = [
         unattacked.evaluate(item.alpha).hits()[CLEAN_KEY].numpy()
         for item in tried.predicted
@@ -308,7 +309,8 @@ def _choose_among_finalists(
         seed=seed,
         looked_at=np.stack(others, axis=1) if others else None,
     )
-    confirm = replace(evaluator, data=take_part(split, "confirm", seed=seed))
+    aside = take_part(split, "confirm", seed=seed)
+    confirm = replace(evaluator, data=aside, shift_part="confirm")
     attacked = [item for item in tried.candidates if item.confirmed]
     ordered = order_finalists(attacked, goal, clean, confirm_samples=len(confirm.data))
     finalists = [replace(item, evaluation=confirm.evaluate(item.alpha)) for item in ordered]
@@ -342,6 +344,7 @@ def _list_gaps(
         greedy=["the greedy soup"] if settings.method == "greedy" and not confirmed else [],
         screened=(settings.screen or (settings.method == "surrogate" and goal.requires_attacked))
         and not confirmed,
+        shifted=confirmed and evaluator.shift is not None and split == "test",
         fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
     )
 
