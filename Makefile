@@ -30,8 +30,8 @@ simulations: $(VENV)/.installed-dev
 test-browser: $(VENV)/.installed-dev
 	$(BIN)/pytest -m browser
 
-# Several processes at length, under torchrun too: the same verdicts, one that is killed, Ctrl-C.
-test-scale: $(VENV)/.installed-dev
+# Several processes at length: under torchrun, on Ray, by submitit; same results, kills, Ctrl-C.
+test-scale: $(VENV)/.installed-scale
 	$(BIN)/pytest -n 2 -m scale --durations=10
 
 # The numeric tests again with the kernels of older processors: no verdict depends on the processor.
@@ -121,6 +121,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchattacks
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --force-reinstall robustbench
+	touch $@
+
+$(VENV)/.installed-scale: $(VENV)/.installed-dev constraints-extras.txt
+	$(BIN)/pip install --quiet -c constraints.txt -c constraints-extras.txt -e '.[ray,slurm]'
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

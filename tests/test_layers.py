@@ -44,6 +44,7 @@ ROOMS = (
         "settings",
         "tracking",
         "catalog",
+        "user_code",
     ),
     ("attacks",),
     ("data",),

@@ -28,6 +28,8 @@ MEETING_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others to start."""
 EXCHANGE_TIMEOUT = timedelta(days=1)
 """How long a rank waits for a slower one; a rank that ended closes its connections at once."""
+SAME_VERSION = "install the same version on every machine"
+"""What to do about other versions."""
 SHOWN_DIGITS = 12
 """Characters of a digest in an error."""
 
@@ -100,8 +102,6 @@ def start() -> None:
     global _group  # noqa: PLW0603 - a process has one group for its whole life
     if _group is not None or requested_world() == 1:
         return
-    import importlib.metadata
-
     import torch
     from torch import distributed
 
@@ -120,11 +120,19 @@ def start() -> None:
             backend, store=store, rank=number, world_size=count, timeout=EXCHANGE_TIMEOUT
         )
     _group = _Group(number, count, local, store)
-    versions = {
+    check_same(required_versions(), SAME_VERSION)
+
+
+def required_versions() -> dict[str, str]:
+    """Return the versions that all processes of a run must have, by what they are."""
+    import importlib.metadata
+
+    import torch
+
+    return {
         "version of robustsoup": importlib.metadata.version("robustsoup"),
         "version of PyTorch": torch.__version__,
     }
-    check_same(versions, "install the same version on every machine")
 
 
 def stop() -> None:

@@ -53,6 +53,13 @@ def screened(finished, tmp_path_factory):
 
 
 @pytest.fixture
+def on_one_thread():
+    """Run the test on one thread, as the finished run."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture
 def copied(finished, tmp_path):
     """Copies of the run folder and the store of the finished run: (folder, store).
 

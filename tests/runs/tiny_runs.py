@@ -1,6 +1,8 @@
 """A tiny recipe on digits, and helpers to plan and run it."""
 
 import copy
+import hashlib
+import json
 import tomllib
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from robustsoup.runs.locks import HELD_NAME, lock_folder
 from robustsoup.runs.results import Results
 from robustsoup.runs.run import prepare_run, run_prepared
 from robustsoup.runs.soup_rows import plan_recipe
+from robustsoup.runs.store import Store
 
 TINY = """
 name = "tiny"
@@ -76,11 +79,14 @@ class RecordingReporter:
 
     def __init__(self, stop_after=None):
         self.missing, self.finished_steps, self.shares, self.warnings = [], [], [], []
-        self.notes = []
+        self.notes, self.places = [], {}
         self.stop_after = stop_after
 
     def begin(self, plan, missing):
         self.missing.append([(step.kind, step.name) for step in missing])
+
+    def started(self, step, place):
+        self.places[step.name] = place
 
     def progress(self, step, done, total, figures):
         self.shares.append(done / total)
@@ -144,6 +150,31 @@ def run_recipe(recipe, folder, reporter=None):
         results, selection = run_prepared(prepared, folder, reporter)
     assert Results.load(folder / "results.json") == results
     return results.to_json(), selection, reporter
+
+
+TIMES = ("created", "seconds", "digest", "digests", "files", "inputs")
+"""What differs between the JSON files of equal runs: times, and digests of files with times."""
+
+
+def without_times(content):
+    """Return JSON without what says when and how long."""
+    if isinstance(content, dict):
+        return {key: without_times(value) for key, value in content.items() if key not in TIMES}
+    return [without_times(item) for item in content] if isinstance(content, list) else content
+
+
+def stored_content(root):
+    """Return every file of every step in a store: its digest, or JSON without times."""
+    store = Store(root)
+    return {
+        f"{store.record(key)['name']}/{path.name} {key}": (
+            without_times(json.loads(path.read_text()))
+            if path.suffix == ".json"
+            else hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for key in store.keys()  # noqa: SIM118
+        for path in store.path(key).iterdir()
+    }
 
 
 def modification_times(folder):

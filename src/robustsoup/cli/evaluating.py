@@ -67,10 +67,10 @@ def evaluate_command(
     )
     from robustsoup.cli.progress import Bar
     from robustsoup.cli.tables import print_evaluations
-    from robustsoup.cli.user_code import import_named_module
     from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import evaluate
     from robustsoup.files import check_writable
+    from robustsoup.user_code import import_named_module
 
     if keep_points and not output:
         raise RequestError("--keep-points: requires -o FOLDER")

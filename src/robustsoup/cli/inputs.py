@@ -14,7 +14,6 @@ from robustsoup.checkpoints.wrapping import file_ending
 from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.cli.progress import Bar
 from robustsoup.cli.terminal import print_error, print_warning
-from robustsoup.cli.user_code import import_named_module
 from robustsoup.data import Data, fetch_cifar10, fetch_cifar100, load_data
 from robustsoup.data.duplicates import Overlap, find_exact_overlaps
 from robustsoup.device import resolve_device
@@ -28,6 +27,7 @@ from robustsoup.models import (
 )
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
+from robustsoup.user_code import import_named_module
 
 
 @distributed.local_first()

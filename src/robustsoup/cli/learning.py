@@ -88,11 +88,11 @@ def learn_command(
         warn_of_leakage,
     )
     from robustsoup.cli.learned_folder import LearnedFolder
-    from robustsoup.cli.user_code import import_named_module
     from robustsoup.files import check_writable, remove_file
     from robustsoup.runs.locks import lock_folder
     from robustsoup.soups.ingredients import choose_place
     from robustsoup.soups.mixing import check_buffer_policy
+    from robustsoup.user_code import import_named_module
 
     _check_learn_options(settings, soup, base, given)
     check_writable(output, folder=True)

@@ -189,9 +189,9 @@ def _name_network(
 ) -> "list[Checkpoint]":
     """Return the ingredients with the network that the user names, in the size of the first."""
     from robustsoup.checkpoints.network import infer_sizes, record_network
-    from robustsoup.cli.user_code import import_named_module
     from robustsoup.models import NetworkSettings
     from robustsoup.models.network import channel_constants
+    from robustsoup.user_code import import_named_module
 
     import_named_module(network.model)
     named = NetworkSettings(network.model or "", normalize=channel_constants(network.constants))

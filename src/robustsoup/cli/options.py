@@ -220,6 +220,28 @@ class RunOptions:
             torch.set_num_threads(self.threads)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """Other machines that run the steps of a recipe."""
+
+    ray: str | None = setting(
+        None, "Run independent steps as tasks of Ray at HOST:PORT, auto or local (extra ray)."
+    )
+    slurm: str | None = setting(
+        None, "Run independent steps as Slurm jobs in this partition, or local (extra slurm)."
+    )
+
+    def __post_init__(self) -> None:
+        """Check that one of them is named at most."""
+        if self.ray is not None and self.slurm is not None:
+            raise RequestError("--ray and --slurm exclude each other; give one of them")
+
+    @property
+    def named(self) -> bool:
+        """Whether another machine runs steps."""
+        return self.ray is not None or self.slurm is not None
+
+
 def _parse_channels(text: str) -> list[float]:
     try:
         return [float(part) for part in text.replace(",", " ").split()]

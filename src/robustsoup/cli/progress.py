@@ -20,6 +20,8 @@ from robustsoup.runs.staging import LOG
 
 MIN_ELAPSED = 2.0
 """Seconds after which the time left is estimated."""
+MOST_SHOWN = 16
+"""Most lines for steps that run on other machines."""
 
 
 def format_duration(seconds: float) -> str:
@@ -72,6 +74,9 @@ class RunReporter:
         finished_share: Estimated seconds of the finished steps.
         step_count: Number of missing steps.
         finished_count: Number of finished steps.
+        shares: Estimated seconds that are done of each running step, by key.
+        places: Where steps run that other machines run, by key.
+        rows: Lines of the display for these steps, by key.
     """
 
     def __init__(self, context: Context, folder: Path) -> None:
@@ -79,13 +84,16 @@ class RunReporter:
         self.log = folder / LOG
         self.display = _make_display()
         self.task: TaskID = self.display.add_task("", total=None, left="", figures="")
-        self.started = time.monotonic()
+        self.began = time.monotonic()
         self.figures = ""
         self.estimates: dict[str, float] = {}
         self.total = 0.0
         self.finished_share = 0.0
         self.step_count = 0
         self.finished_count = 0
+        self.shares: dict[str, float] = {}
+        self.places: dict[str, str] = {}
+        self.rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self.display.start()
@@ -106,7 +114,7 @@ class RunReporter:
         self.estimates = estimate_seconds(missing, self.context) if missing else {}
         self.total = sum(self.estimates.values())
         self.finished_share, self.finished_count = 0.0, 0
-        self.step_count, self.started = len(missing), time.monotonic()
+        self.step_count, self.began = len(missing), time.monotonic()
         if missing:
             stored = len(plan.steps) - len(missing)
             steps = f"{len(missing)} step{'s' if len(missing) > 1 else ''}"
@@ -115,26 +123,51 @@ class RunReporter:
                 f"about {format_duration(self.total)}"
             )
 
+    def started(self, step: Step, place: str) -> None:
+        """Log where a step runs, and show a line for it below the bar of the run."""
+        self._forget(step)  # what a lost worker had done
+        self.places[step.key] = place
+        self.write_log(f"{step.kind} {step.name}: runs on {place}")
+        if len(self.rows) < MOST_SHOWN:
+            name = make_printable(f"  {step.name} on {place}")
+            self.rows[step.key] = self.display.add_task(name, total=1, left="", figures="")
+
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
         """Show that `done` of `total` parts of a step are done."""
-        share = self.finished_share + done / max(total, 1) * self.estimates[step.key]
+        self.shares[step.key] = done / max(total, 1) * self.estimates[step.key]
+        share = self.finished_share + sum(self.shares.values())
+        elsewhere = len(self.places)
+        title = f"{elsewhere} steps run" if elsewhere > 1 else step.name
         self.figures = make_printable(figures) or self.figures
         self.display.update(
             self.task,
-            description=make_printable(f"{self.finished_count + 1}/{self.step_count} {step.name}"),
+            description=make_printable(f"{self.finished_count + 1}/{self.step_count} {title}"),
             completed=share,
             total=self.total,
-            left=_format_time_left(self.started, share, self.total),
-            figures=self.figures,
+            left=_format_time_left(self.began, share, self.total),
+            figures="" if self.rows else self.figures,
         )
+        if step.key in self.rows:
+            shown = make_printable(figures)
+            self.display.update(self.rows[step.key], completed=done, total=total, figures=shown)
+
+    def _forget(self, step: Step) -> str | None:
+        """Forget the progress of a step; return where it ran."""
+        self.shares.pop(step.key, None)
+        row = self.rows.pop(step.key, None)
+        if row is not None:
+            self.display.remove_task(row)
+        return self.places.pop(step.key, None)
 
     def finished(self, step: Step, figures: str, seconds: float) -> None:
         """Print and log one line for a finished step; quick mixes are only logged."""
         self.finished_share += self.estimates[step.key]
         self.finished_count += 1
+        place = self._forget(step)
+        where = "" if place is None else f" on {place}"
         line = (
             f"{self.finished_count}/{self.step_count} {step.kind} {step.name}: {figures} "
-            f"({format_duration(seconds)})"
+            f"({format_duration(seconds)}{where})"
         )
         if step.kind == "mix" and seconds < MIN_ELAPSED:
             self.write_log(line)
@@ -169,6 +202,9 @@ class SilentReporter:
 
     def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
         """Ignore the plan."""
+
+    def started(self, step: Step, place: str) -> None:
+        """Ignore where a step runs."""
 
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
         """Ignore progress."""

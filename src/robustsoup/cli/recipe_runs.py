@@ -1,7 +1,10 @@
 """Run one recipe, or estimate its cost, with progress on the terminal."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from robustsoup import distributed
 from robustsoup.cli.copying import copy_checkpoint
@@ -12,18 +15,20 @@ from robustsoup.cli.inputs import (
     print_notes,
     warn_of_overlaps,
 )
-from robustsoup.cli.options import RunOptions
+from robustsoup.cli.options import ClusterOptions, RunOptions
 from robustsoup.cli.progress import Bar, RunReporter, SilentReporter, format_duration
 from robustsoup.cli.tables import print_results
 from robustsoup.cli.terminal import print_error, print_json
-from robustsoup.cli.user_code import import_named_module
+from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, checkpoint_places, with_files
 from robustsoup.reports import write_report
 from robustsoup.runs.caches import hold_caches
+from robustsoup.runs.cluster import Cluster, Pool
 from robustsoup.runs.cost import compare_ways, estimate_bytes, estimate_seconds
 from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
+from robustsoup.user_code import import_named_module
 
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
 
@@ -50,6 +55,7 @@ def run_recipe(
     folder: Path,
     run: RunOptions,
     *,
+    cluster: ClusterOptions | None = None,
     data_root: str | None = None,
     as_json: bool = False,
     compares_ways: bool = False,
@@ -60,6 +66,7 @@ def run_recipe(
         recipe: The recipe.
         folder: The run folder.
         run: Device, threads and the like.
+        cluster: Other machines that run the steps.
         data_root: Folder of the data sets.
         as_json: Whether to print the results as JSON.
         compares_ways: Whether to say first how long each way to search would take.
@@ -68,6 +75,9 @@ def run_recipe(
         The exit code: 3 if no soup meets the requirements, 4 if they fail on `test`, else 0.
     """
     check_writable(folder, folder=True)
+    cluster = cluster or ClusterOptions()
+    if cluster.named and distributed.world() > 1:
+        raise RequestError("--ray and --slurm start processes themselves; run without torchrun")
     prepared = prepare_recipe(recipe, run, data_root)
     print_leakage(prepared.leakage)
     warn_of_overlaps(prepared.overlaps)
@@ -77,8 +87,11 @@ def run_recipe(
         run_prepared(prepared, folder, SilentReporter())
         return distributed.from_first(lambda: 0)
     with lock_folder(folder, print_error):
-        with RunReporter(prepared.context, folder) as reporter:
-            results, _ = run_prepared(prepared, folder, reporter)
+        with (
+            RunReporter(prepared.context, folder) as reporter,
+            open_executor(prepared, cluster, data_root) as executor,
+        ):
+            results, _ = run_prepared(prepared, folder, reporter, executor)
         page = write_report(folder)
     if as_json:
         content = results.to_json()
@@ -87,6 +100,29 @@ def run_recipe(
         print_results(results, page)
     code = 0 if results.selection is None else results.selection.exit_code
     return distributed.from_first(lambda: code)
+
+
+def open_executor(
+    prepared: PreparedRun, cluster: ClusterOptions, data_root: str | None
+) -> AbstractContextManager[Cluster | None]:
+    """Return what runs the steps: a cluster, or None for this process.
+
+    Raises:
+        RequestError: The extra that the cluster requires is not installed.
+    """
+    if not cluster.named:
+        return nullcontext()
+    threads, gpus = torch.get_num_threads(), int(prepared.context.device.type == "cuda")
+    pool: Pool
+    if cluster.ray is not None:
+        from robustsoup.runs.ray_pool import RayPool
+
+        pool = RayPool(cluster.ray, threads=threads, gpus=gpus)
+    else:
+        from robustsoup.runs.slurm_pool import SlurmPool
+
+        pool = SlurmPool(cluster.slurm or "", threads=threads, gpus=gpus)
+    return Cluster(prepared, pool, data_root)
 
 
 def print_ways(prepared: PreparedRun) -> None:

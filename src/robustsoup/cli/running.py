@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.cli.options import AsJson, RunOptions
+from robustsoup.cli.options import AsJson, ClusterOptions, RunOptions
 from robustsoup.cli.terminal import print_error, print_json, print_line
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (TOML).", show_default=False)]
@@ -46,6 +46,7 @@ def locate_quickstart() -> Path:
 def run_command(
     recipe: RecipeFile,
     run: RunOptions,
+    cluster: ClusterOptions,
     overrides: Overrides = [],
     output: Annotated[
         Path | None, typer.Option("-o", help="Run folder; runs/NAME by default.")
@@ -55,19 +56,21 @@ def run_command(
 ) -> int:
     """Run or resume a recipe and write its report.
 
-    Steps that are already in the store do not run again.
+    Steps that are already in the store do not run again. With --ray or --slurm, each step runs as
+    soon as its inputs are there, with --threads CPUs, on machines that share the store.
 
-    Example, after `robustsoup demo`:
+    Examples, after `robustsoup demo`:
     `robustsoup run runs/quickstart/recipe.toml --set evaluate.steps=10 -o runs/ten`
+    `robustsoup run runs/quickstart/recipe.toml --ray local --threads 1 --set seed=1 -o runs/ray`
     """
     from robustsoup.cli.recipe_runs import run_recipe
-    from robustsoup.cli.user_code import current_folder_importable
     from robustsoup.recipes import load_recipe
+    from robustsoup.user_code import current_folder_importable
 
     with current_folder_importable():
         loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    return run_recipe(loaded, folder, run, data_root=data_root, as_json=as_json)
+    return run_recipe(loaded, folder, run, cluster=cluster, data_root=data_root, as_json=as_json)
 
 
 def plan_command(
@@ -87,8 +90,8 @@ def plan_command(
     """
     from robustsoup.cli.recipe_runs import prepare_recipe, price_plan
     from robustsoup.cli.tables import print_plan
-    from robustsoup.cli.user_code import current_folder_importable
     from robustsoup.recipes import load_recipe
+    from robustsoup.user_code import current_folder_importable
 
     with current_folder_importable():
         loaded = load_recipe(recipe, overrides)

@@ -96,10 +96,10 @@ def train_command(
         warn_of_leakage,
     )
     from robustsoup.cli.progress import Bar
-    from robustsoup.cli.user_code import import_named_module
     from robustsoup.files import remove_file
     from robustsoup.runs.locks import lock_file
     from robustsoup.training.train import train
+    from robustsoup.user_code import import_named_module
 
     ends, rest = _split_threats(subspace, threat, combine, given)
     settings = with_threats(settings, [*ends[:1], *rest], combine)

@@ -1,10 +1,13 @@
-"""Execute the missing steps of a plan, in this process."""
+"""Execute the missing steps of a plan: a step starts as soon as its inputs are in the store."""
 
 import contextlib
+import itertools
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +15,13 @@ import torch
 
 from robustsoup import distributed
 from robustsoup.digests import digest_json
-from robustsoup.errors import CheckpointError, RequestError, RobustsoupError, StorageError
+from robustsoup.errors import (
+    CheckpointError,
+    RequestError,
+    RobustsoupError,
+    StorageError,
+    WorkError,
+)
 from robustsoup.files import read_regular, write_text
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, Step
@@ -24,11 +33,12 @@ _MAX_SECONDS_BYTES = 100
 _RANK_FOLDER = ".rank"
 
 
-class Reporter(Protocol):
-    """Receives progress events of a run."""
+MOST_LOSSES = 3
+"""How many times a step runs again because its worker was lost."""
 
-    def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
-        """Receive the plan before any step runs; steps that are not in `missing` are finished."""
+
+class StepReporter(Protocol):
+    """Receives the events of one step."""
 
     def progress(self, step: Step, done: int, total: int, figures: str) -> None:
         """Receive that `done` of `total` parts of a step are finished."""
@@ -39,19 +49,114 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Receive a line about the run itself: what it waits for, which damage it repairs."""
 
+
+class Reporter(StepReporter, Protocol):
+    """Receives the events of a run."""
+
+    def begin(self, plan: Plan, missing: Sequence[Step]) -> None:
+        """Receive the plan before any step runs; steps that are not in `missing` are finished."""
+
+    def started(self, step: Step, place: str) -> None:
+        """Receive on which machine a step runs, unless it runs in this process."""
+
     def finished(self, step: Step, figures: str, seconds: float) -> None:
         """Receive that a step is finished, its figures in one line and its seconds."""
 
 
-def execute_plan(plan: Plan, context: Context, store: Store, reporter: Reporter) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """How a started step ended.
+
+    Attributes:
+        step: The step.
+        figures: Its figures in one line.
+        seconds: Its seconds.
+        lost: Why its worker is gone; None if the step is finished.
+    """
+
+    step: Step
+    figures: str = ""
+    seconds: float = 0.0
+    lost: str | None = None
+
+
+class Executor(Protocol):
+    """Runs steps whose inputs are in the store, here or on other machines.
+
+    Attributes:
+        most_at_once: How many steps may be started and not ended.
+    """
+
+    most_at_once: int
+
+    def begin(self, plan: Plan, reporter: Reporter) -> None:
+        """Get ready for steps of a plan."""
+
+    def start(self, step: Step) -> None:
+        """Start a step."""
+
+    def wait(self) -> list[Ended]:
+        """Wait until a started step ends.
+
+        Raises:
+            RobustsoupError: A step failed; the message starts with its name.
+        """
+
+
+class InProcess:
+    """Runs one step after the other in this process.
+
+    Args:
+        context: Data, network and device.
+        store: Finished steps.
+    """
+
+    most_at_once = 1
+
+    def __init__(self, context: Context, store: Store) -> None:
+        self.context = context
+        self.store = store
+        self.worker: Worker | None = None
+        self.reporter: Reporter | None = None
+        self.steps: list[Step] = []
+
+    def begin(self, plan: Plan, reporter: Reporter) -> None:
+        """Get ready for steps of a plan."""
+        self.worker = Worker(
+            self.context, self.store, plan.files, plan.recipe.allow_leakage, reporter.warn
+        )
+        self.reporter = reporter
+
+    def start(self, step: Step) -> None:
+        """Start a step, which runs in `wait`."""
+        self.steps.append(step)
+
+    def wait(self) -> list[Ended]:
+        """Run the started step."""
+        step = self.steps.pop(0)
+        assert self.worker is not None
+        assert self.reporter is not None
+        started = time.perf_counter()
+        figures = execute_step(step, self.worker, self.reporter)
+        return [Ended(step, figures, time.perf_counter() - started)]
+
+
+def execute_plan(plan: Plan, store: Store, reporter: Reporter, executor: Executor) -> None:
     """Run every step of a plan that the store lacks or holds damaged, parents first.
 
     Finished steps stay in the store if a later one fails. If a repeated step gives another output
     than the damaged one did, the steps that read it are repeated too.
 
+    Args:
+        plan: The plan.
+        store: Finished steps.
+        reporter: Receives the events.
+        executor: Runs the steps.
+
     Raises:
         RobustsoupError: A step failed; the message starts with its name.
         StorageError: A step does not stay undamaged.
+        WorkError: A step lost its worker too often.
     """
     keys = [step.key for step in plan.steps]
     distributed.check_same(
@@ -61,19 +166,51 @@ def execute_plan(plan: Plan, context: Context, store: Store, reporter: Reporter)
     reporter.begin(plan, missing)
     executed: set[Key] = set()
     while missing:
-        worker = Worker(context, store, plan.files, plan.recipe.allow_leakage, reporter.warn)
         for step in missing:
             if step.key in executed:
                 raise StorageError(
                     f"{store.path(step.key)}: damaged again as soon as it is written; "
                     "check the disk, or set ROBUSTSOUP_STORE to a folder on another one"
                 )
-            started = time.perf_counter()
-            figures = execute_step(step, worker, reporter)
-            reporter.finished(step, figures, time.perf_counter() - started)
+        executor.begin(plan, reporter)
+        _run_steps(missing, reporter, executor)
         executed |= {step.key for step in missing}
         if missing := _list_missing(plan, store, reporter):
             reporter.begin(plan, missing)
+
+
+def _run_steps(steps: Sequence[Step], reporter: Reporter, executor: Executor) -> None:
+    """Start each step once its inputs are finished, in the order of the plan, and await all."""
+    waiting = {step.key: step for step in steps}
+    unfinished = set(waiting)
+    losses: Counter[Key] = Counter()
+    while unfinished:
+        free = executor.most_at_once - (len(unfinished) - len(waiting))
+        for step in _first_ready(waiting, unfinished, free):
+            executor.start(waiting.pop(step.key))
+        for end in executor.wait():
+            step = end.step
+            if end.lost is None:
+                unfinished.remove(step.key)
+                reporter.finished(step, end.figures, end.seconds)
+                continue
+            losses[step.key] += 1
+            if losses[step.key] > MOST_LOSSES:
+                raise WorkError(
+                    f"{step.name}: lost its worker {losses[step.key]} times, last: {end.lost}; "
+                    "run the same command again to resume"
+                )
+            reporter.note(
+                f"{step.name}: lost its worker ({end.lost}); the step runs again "
+                f"({losses[step.key]} of at most {MOST_LOSSES} times)"
+            )
+            waiting[step.key] = step
+
+
+def _first_ready(waiting: dict[Key, Step], unfinished: set[Key], most: int) -> list[Step]:
+    """Return the first waiting steps none of whose inputs is unfinished."""
+    ready = (step for step in waiting.values() if unfinished.isdisjoint(step.inputs))
+    return list(itertools.islice(ready, max(most, 0)))
 
 
 def _list_missing(plan: Plan, store: Store, reporter: Reporter) -> list[Step]:
@@ -89,7 +226,7 @@ def _list_missing(plan: Plan, store: Store, reporter: Reporter) -> list[Step]:
     return missing
 
 
-def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
+def execute_step(step: Step, worker: Worker, reporter: StepReporter) -> str:
     """Run one step and store its output, unless another process stored it first.
 
     Returns:
@@ -110,7 +247,7 @@ def execute_step(step: Step, worker: Worker, reporter: Reporter) -> str:
 
 @contextlib.contextmanager
 def _open_step(
-    step: Step, record: dict[str, Any], store: Store, reporter: Reporter
+    step: Step, record: dict[str, Any], store: Store, reporter: StepReporter
 ) -> Iterator[Path | None]:
     """Yield the folder of a step; None if another process stored it first.
 
@@ -178,7 +315,7 @@ class StepClock:
 
     SAVE_EVERY = 5.0
 
-    def __init__(self, path: Path, reporter: Reporter, step: Step) -> None:
+    def __init__(self, path: Path, reporter: StepReporter, step: Step) -> None:
         self.path = path
         self.reporter = reporter
         self.step = step

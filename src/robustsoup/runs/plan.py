@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.recipes import Recipe
-from robustsoup.runs.tasks import Key, Task, task_record
+from robustsoup.runs.tasks import Key, Task, list_bases, task_record
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,13 @@ class Step:
 
     @property
     def parents(self) -> tuple[Key, ...]:
-        """Keys of the steps and files that the step reads."""
+        """Keys of the steps and files that the step is derived from."""
         return self.task.parents
+
+    @property
+    def inputs(self) -> tuple[Key, ...]:
+        """Keys of all steps and files that the step reads: its parents and its bases."""
+        return (*self.parents, *list_bases(self.task))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe, checkpoint_places
 from robustsoup.runs.choose import choose_soup, confirm_screened_soups, explain_choice
 from robustsoup.runs.context import Context
-from robustsoup.runs.execute import Reporter, execute_plan
+from robustsoup.runs.execute import Executor, InProcess, Reporter, execute_plan
 from robustsoup.runs.folder import write_run_folder
 from robustsoup.runs.plan import Plan
 from robustsoup.runs.planner import Planner
@@ -84,7 +84,7 @@ def prepare_run(
         RobustsoupError: The data, a file or the network cannot be used.
     """
     resolved = resolve_device(device)
-    data = _load_all_data(recipe, data_root, on_progress)
+    data = load_recipe_data(recipe, data_root, on_progress)
     recipe.opening.check(checkpoint_places(recipe))
     network = resolve_network(
         recipe.model,
@@ -108,7 +108,7 @@ def prepare_run(
 
 
 def run_prepared(
-    prepared: PreparedRun, folder: Path, reporter: Reporter
+    prepared: PreparedRun, folder: Path, reporter: Reporter, executor: Executor | None = None
 ) -> tuple[Results, Selection | None]:
     """Execute missing steps, select a soup, report it on `test`, and write the run folder.
 
@@ -116,6 +116,7 @@ def run_prepared(
         prepared: The planned run.
         folder: The run folder; must exist.
         reporter: Receives progress events.
+        executor: Runs the steps; by default this process does.
 
     Returns:
         The results, and the selection (None if the recipe selects no soup).
@@ -124,9 +125,10 @@ def run_prepared(
     planner, context, store = prepared.planner, prepared.context, prepared.store
     plan, recipe = planner.plan, planner.recipe
     _refuse_files_near_chance(plan, context, reporter)
+    chosen_executor = executor or InProcess(context, store)
 
     def execute() -> None:
-        execute_plan(plan, context, store, reporter)
+        execute_plan(plan, store, reporter, chosen_executor)
 
     execute()
     surrogates = [
@@ -162,8 +164,10 @@ def run_prepared(
     return results, selection
 
 
-def _load_all_data(recipe: Recipe, data_root: str | None, on_progress: Progress | None) -> Data:
-    """Load the data, and read generated images once to compute their digest."""
+def load_recipe_data(
+    recipe: Recipe, data_root: str | None, on_progress: Progress | None = None
+) -> Data:
+    """Load the data of a recipe, and read generated images once to compute their digest."""
     data = load_data(
         recipe.data,
         root=data_root,

@@ -629,6 +629,13 @@ Task = (
 )
 
 
+def list_bases(task: Task) -> list[Key]:
+    """Return the checkpoints that a task takes BatchNorm statistics from or subtracts."""
+    mixing = getattr(task, "mixing", None)
+    bases = (getattr(task, "base", None), None if mixing is None else mixing.base)
+    return [base for base in bases if base is not None]
+
+
 def task_record(task: Task) -> dict[str, Any]:
     """Return a task as JSON-able values, for its key and its record."""
     record = _as_record(task)

@@ -1,0 +1,132 @@
+"""A pool of Slurm jobs, or of processes of this machine, by submitit (extra `slurm`)."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from robustsoup.errors import RequestError, WorkError
+from robustsoup.printable import first_line
+from robustsoup.runs.cluster import Lost
+from robustsoup.runs.locks import POLL_SECONDS
+from robustsoup.runs.remote import Answer, Meeting, run_assignment
+from robustsoup.runs.tasks import Key
+
+LOCAL = "local"
+LOCAL_MINUTES = 100 * 24 * 60
+"""Time limit of local processes, which submitit requires."""
+MOST_JOBS = 100
+CANCEL_SECONDS = 10.0
+
+
+class SlurmPool:
+    """Runs each step as one Slurm job with its threads as CPUs, and one GPU if it uses one.
+
+    A job compares versions and looks for the store before its own work; none is checked before.
+
+    Args:
+        partition: The partition; "local" for processes of this machine without Slurm.
+        threads: CPUs of a step.
+        gpus: GPUs of a step.
+
+    Raises:
+        RequestError: submitit or Slurm is not installed.
+    """
+
+    def __init__(self, partition: str, *, threads: int, gpus: int) -> None:
+        self.partition, self.threads, self.gpus = partition, threads, gpus
+        self.submitit: ModuleType = _import_submitit()
+        self.most_at_once = MOST_JOBS
+        if partition == LOCAL:  # which starts every job at once
+            self.most_at_once = max(1, _count_cores() // threads)
+            if gpus:
+                self.most_at_once = min(self.most_at_once, torch.cuda.device_count())
+        elif shutil.which("sbatch") is None:
+            raise RequestError(
+                "--slurm: sbatch is not found; run the command on a machine that submits jobs, or "
+                "use --slurm local"
+            )
+        self.jobs: dict[Key, Any] = {}
+        self.executor: Any = None
+
+    def open(self, meeting: Meeting) -> str:
+        """Prepare the submission of jobs; their files go into the folder of the run."""
+        local = self.partition == LOCAL
+        self.executor = self.submitit.AutoExecutor(
+            folder=Path(meeting["folder"]) / "jobs", cluster=LOCAL if local else "slurm"
+        )
+        self.executor.update_parameters(
+            tasks_per_node=1, cpus_per_task=self.threads, gpus_per_node=self.gpus
+        )
+        if local:
+            self.executor.update_parameters(timeout_min=LOCAL_MINUTES)
+        else:  # submitit's own limit would be five minutes; without one, the partition's holds
+            self.executor.update_parameters(slurm_partition=self.partition, slurm_time=None)
+        return f"slurm {self.partition}: at most {self.most_at_once} jobs at once"
+
+    def submit(self, key: Key, name: str, meeting: Meeting, content: bytes) -> None:
+        """Submit a step as a job."""
+        from submitit.core.utils import FailedSubmissionError
+
+        self.executor.update_parameters(name=name.replace("/", "-"))
+        try:
+            self.jobs[key] = self.executor.submit(run_assignment, meeting, content)
+        except FailedSubmissionError as error:
+            raise WorkError(
+                f"{name}: sbatch refused the job: {first_line(error)}; SBATCH_ACCOUNT, SBATCH_QOS, "
+                "SBATCH_TIMELIMIT and other variables of sbatch set what your cluster requires"
+            ) from error
+
+    def poll(self, seconds: float) -> Mapping[Key, Answer | Lost]:
+        """Return how jobs ended."""
+        end = time.monotonic() + seconds
+        while True:
+            ended = [key for key, job in self.jobs.items() if job.done()]
+            if ended or time.monotonic() >= end:
+                return {key: _fetch(self.jobs.pop(key)) for key in ended}
+            time.sleep(min(POLL_SECONDS, seconds))
+
+    def close(self) -> None:
+        """Cancel the jobs; each has saved the state of its step half a minute ago at most."""
+        for job in self.jobs.values():
+            job.cancel(check=False)
+        end = time.monotonic() + CANCEL_SECONDS
+        while time.monotonic() < end and not all(job.done() for job in self.jobs.values()):
+            time.sleep(POLL_SECONDS)
+
+
+def _fetch(job: Any) -> Answer | Lost:
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        return job.result()
+    except FailedJobError as error:
+        raise WorkError(f"slurm: job {job.job_id} failed: {_last_line(str(error))}") from error
+    except UncompletedJobError as error:
+        return Lost(f"job {job.job_id}: {first_line(error)}")
+
+
+def _last_line(text: str) -> str:
+    """Return the last line of a text that is not empty or a rule, such as the end of a trace."""
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line.strip("-")), "no message")
+
+
+def _count_cores() -> int:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _import_submitit() -> ModuleType:
+    try:
+        import submitit
+    except ImportError:
+        raise RequestError("submitit is not installed; pip install 'robustsoup[slurm]'") from None
+    return submitit

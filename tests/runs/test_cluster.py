@@ -1,0 +1,371 @@
+"""Steps run on the workers of a pool: same bytes, lost workers, misfits, what is told."""
+
+import builtins
+import json
+import pickle
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_runs import (
+    RecordingReporter,
+    recipe_of,
+    recipe_of_files,
+    run_recipe,
+    stored_content,
+    without_times,
+)
+
+from robustsoup.cli.options import ClusterOptions
+from robustsoup.errors import RequestError, StorageError, WorkError
+from robustsoup.runs import ray_pool, slurm_pool
+from robustsoup.runs.cluster import Cluster, Lost
+from robustsoup.runs.execute import MOST_LOSSES
+from robustsoup.runs.locks import lock_folder
+from robustsoup.runs.remote import PROBE, StatusFile, find_misfit, run_assignment
+from robustsoup.runs.run import prepare_run, run_prepared
+from robustsoup.runs.store import Store
+
+
+class FakePool:
+    """Runs each step in this process when it is asked for ends.
+
+    Args:
+        losses: How many times each step of a name loses its worker.
+        change: Changes an Assignment before it is run.
+        most_at_once: Steps that may be submitted and not ended.
+    """
+
+    def __init__(self, losses=None, change=None, most_at_once=10):
+        self.losses = dict(losses or {})
+        self.change = change
+        self.most_at_once = most_at_once
+        self.submitted, self.waiting = [], []
+        self.most_waiting = 0
+        self.opened = self.closed = 0
+        self.meeting = None
+
+    def open(self, meeting):
+        self.opened += 1
+        self.meeting = meeting
+        return "a pool of tests"
+
+    def submit(self, key, name, meeting, content):
+        inputs = [key for key in pickle.loads(content).step.inputs if not key.startswith("file:")]
+        assert all(map(Store(meeting["store"]).has, inputs)), name
+        self.submitted.append(name)
+        self.waiting.append((key, name, meeting, content))
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+
+    def poll(self, seconds):
+        key, name, meeting, content = self.waiting.pop()
+        if self.losses.get(name, 0) > 0:
+            self.losses[name] -= 1
+            return {key: Lost("killed by a test")}
+        if self.change is not None:
+            content = pickle.dumps(self.change(pickle.loads(content)))
+        return {key: run_assignment(meeting, content)}
+
+    def close(self):
+        self.closed += 1
+
+
+def run_in(pool, recipe, folder, reporter=None):
+    """Run a recipe in a pool and return the reporter."""
+    reporter = reporter or RecordingReporter()
+    prepared = prepare_run(recipe, device="cpu")
+    with lock_folder(folder, reporter.note), Cluster(prepared, pool) as cluster:
+        run_prepared(prepared, folder, reporter, cluster)
+    return reporter
+
+
+def test_a_run_in_a_pool_writes_the_bytes_of_one_in_this_process(finished, tmp_path, on_one_thread):
+    pool = FakePool()
+    reporter = run_in(pool, recipe_of(), tmp_path / "run")
+    found, expected = stored_content(tmp_path / "store"), stored_content(finished.store)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in found if found[name] != expected[name]] == []
+    results = (tmp_path / "run" / "results.json", finished.folder / "results.json")
+    first, second = (without_times(json.loads(path.read_text())) for path in results)
+    assert first == second
+    assert sorted(reporter.finished_steps) == sorted(finished.reporter.finished_steps)
+    assert set(reporter.places) == set(pool.submitted)
+    assert (pool.opened, pool.closed) == (1, 1)
+    assert pool.most_waiting > 1  # steps that do not need each other are submitted together
+    assert "a pool of tests" in reporter.notes
+    assert not list((tmp_path / "store").glob(".run*"))
+
+
+def test_finished_steps_open_no_pool(copied):
+    folder, _ = copied
+    pool = FakePool()
+    reporter = run_in(pool, recipe_of(), folder)
+    assert reporter.finished_steps == []
+    assert (pool.opened, pool.closed, pool.submitted) == (0, 0, [])
+
+
+def forget_steps(store, *names):
+    for key in Store(store).keys():  # noqa: SIM118
+        if Store(store).record(key)["name"] in names:
+            shutil.rmtree(Store(store).path(key))
+
+
+def test_a_step_that_loses_its_worker_runs_again(copied):
+    folder, store = copied
+    before = stored_content(store)
+    forget_steps(store, "low.test")
+    pool = FakePool({"low.test": MOST_LOSSES})
+    reporter = run_in(pool, recipe_of(), folder)
+    assert pool.submitted == ["low.test"] * (1 + MOST_LOSSES)
+    assert reporter.notes[1:] == [
+        f"low.test: lost its worker (killed by a test); the step runs again ({number} of at most "
+        f"{MOST_LOSSES} times)"
+        for number in range(1, 1 + MOST_LOSSES)
+    ]
+    assert stored_content(store).keys() == before.keys()
+
+
+def test_a_step_that_loses_too_many_workers_ends_the_run(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    pool = FakePool({"low.test": 1 + MOST_LOSSES})
+    with pytest.raises(WorkError) as caught:
+        run_in(pool, recipe_of(), folder)
+    assert str(caught.value) == (
+        "low.test: lost its worker 4 times, last: killed by a test; "
+        "run the same command again to resume"
+    )
+    assert pool.closed == 1
+    assert not list(store.glob(".run*"))
+
+
+def test_no_more_steps_are_submitted_than_the_pool_takes(copied):
+    folder, store = copied
+    forget_steps(store, "low.test", "high.test", "pretrained.test")
+    pool = FakePool(most_at_once=1)
+    run_in(pool, recipe_of(), folder)
+    assert len(pool.submitted) == 3
+    assert pool.most_waiting == 1
+
+
+def test_a_step_that_another_run_has_finished_is_not_done_again(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+
+    class SlowPool(FakePool):
+        def poll(self, seconds):
+            run_recipe(recipe_of(), folder.parent / "other")  # another driver is quicker
+            self.stored = self.times()
+            return super().poll(seconds)
+
+        def times(self):
+            return {path: path.stat().st_mtime_ns for path in store.rglob("evaluation.*")}
+
+    pool = SlowPool()
+    run_in(pool, recipe_of(), folder)
+    assert pool.submitted == ["low.test"]
+    assert pool.times() == pool.stored
+
+
+def test_an_interruption_cancels_and_leaves_no_folder(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+
+    class InterruptedPool(FakePool):
+        def poll(self, seconds):
+            raise KeyboardInterrupt
+
+    pool = InterruptedPool()
+    with pytest.raises(KeyboardInterrupt):
+        run_in(pool, recipe_of(), folder)
+    assert pool.closed == 1
+    assert not list(store.glob(".run*"))
+
+
+def other_data(assignment):
+    surroundings = assignment.surroundings
+    recipe = surroundings.recipe.replace("seed = 0", "seed = 5")
+    assert recipe != surroundings.recipe
+    return replace(assignment, surroundings=replace(surroundings, recipe=recipe))
+
+
+def other_task(assignment):
+    return replace(assignment, step=replace(assignment.step, task=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (other_data, RequestError, "low.test: the data, the network or the user's code differs"),
+        (other_task, WorkError, "low.test: unexpected "),
+    ],
+)
+def test_an_error_on_a_worker_is_one_line_that_says_where(copied, change, error, words):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    with pytest.raises(error) as caught:
+        run_in(FakePool(change=change), recipe_of(), folder)
+    assert str(caught.value).startswith(words)
+    assert ", process " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_differs_on_a_worker_is_refused(files, tmp_path):
+    other = shutil.copy(files / "high.safetensors", tmp_path / "other.safetensors")
+
+    def swap(assignment):
+        return replace(assignment, files=dict.fromkeys(assignment.files, str(other)))
+
+    with pytest.raises(RequestError, match=r"other\.safetensors: differs from the file"):
+        run_in(FakePool(change=swap), recipe_of_files(files), tmp_path / "run")
+
+
+def test_files_are_read_by_workers(files, tmp_path):
+    pool = FakePool()
+    run_in(pool, recipe_of_files(files), tmp_path / "pool")
+    _, _, reporter = run_recipe(recipe_of_files(files), tmp_path / "here")
+    assert reporter.finished_steps == []  # the same keys
+    assert {"low.test", "grid-0.5-0.5"} <= set(pool.submitted)
+
+
+def meeting_in(folder, **changes):
+    (folder / PROBE).write_text("token")
+    from robustsoup.distributed import required_versions
+
+    meeting = {"versions": required_versions(), "store": "/the/store", "folder": str(folder)}
+    return {**meeting, "token": "token", **changes}
+
+
+def test_a_worker_that_fits_is_not_refused(tmp_path):
+    assert find_misfit(meeting_in(tmp_path)) is None
+
+
+def test_a_worker_with_another_version_is_refused_by_name(tmp_path):
+    meeting = meeting_in(tmp_path)
+    meeting["versions"]["version of robustsoup"] = "9.9.9"
+    misfit = find_misfit(meeting)
+    assert misfit.startswith("worker ")
+    assert "version of robustsoup: got 0" in misfit
+    assert "expected 9.9.9; install the same version on every machine" in misfit
+    answer = run_assignment(meeting, b"not read")
+    assert answer["error"][0] == "RequestError"
+    assert misfit in answer["error"][1]
+
+
+@pytest.mark.parametrize("folder", ["absent", "stale"])
+def test_a_store_that_a_worker_does_not_see_is_refused(tmp_path, folder):
+    meeting = meeting_in(tmp_path)
+    if folder == "absent":
+        meeting["folder"] = str(tmp_path / "absent")
+    else:  # another folder of the same name
+        meeting["token"] = "another"
+    assert (
+        "does not see the store /the/store; set ROBUSTSOUP_STORE to a folder that all machines "
+        "share"
+    ) in find_misfit(meeting)
+
+
+def test_a_worker_that_does_not_fit_ends_the_run_before_its_step(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+
+    class HidingPool(FakePool):
+        def poll(self, seconds):
+            (Path(self.meeting["folder"]) / PROBE).unlink()
+            return super().poll(seconds)
+
+    with pytest.raises(RequestError, match="does not see the store"):
+        run_in(HidingPool(), recipe_of(), folder)
+    assert not list(store.rglob("*.partial"))
+
+
+def test_a_store_that_cannot_be_written_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "file" / "store"))
+    with pytest.raises(StorageError, match="the store cannot be written"):
+        run_in(FakePool(), recipe_of(), tmp_path / "run")
+
+
+def test_what_a_step_tells_is_told_once(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    names = []
+
+    class TellingPool(FakePool):
+        polls = 0
+
+        def poll(self, seconds):
+            self.polls += 1
+            if self.polls > 3:
+                return super().poll(seconds)
+            status = StatusFile(Path(self.meeting["folder"]) / f"{self.waiting[0][0]}.json")
+            status.progress(None, self.polls, 4, "half done")
+            for number in range(self.polls):
+                status.note(f"note {number}")
+            status.warn("doubtful")
+            return {}
+
+    class Reporter(RecordingReporter):
+        def started(self, step, place):
+            names.append((step.name, place))
+
+    reporter = run_in(TellingPool(), recipe_of(), folder, Reporter())
+    assert [name for name, _ in names] == ["low.test"]
+    assert reporter.notes[1:] == [f"low.test: note {number}" for number in range(3)]
+    assert reporter.warnings.count("doubtful") == 1
+    assert reporter.shares[:3] == [0.25, 0.5, 0.75]
+
+
+@pytest.fixture
+def without_extras(monkeypatch):
+    for name in ("ray", "submitit"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: ray_pool.RayPool("local", threads=1, gpus=0),
+            "ray is not installed; pip install 'robustsoup[ray]'",
+        ),
+        (
+            lambda: slurm_pool.SlurmPool("local", threads=1, gpus=0),
+            "submitit is not installed; pip install 'robustsoup[slurm]'",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(without_extras, make, words):
+    with pytest.raises(RequestError) as caught:
+        make()
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("somewhere", "got somewhere, expected local, auto or HOST:PORT"),
+        ("ray://host:10001", "got ray://host:10001, expected local, auto or HOST:PORT"),
+        ("127.0.0.1:1", "nothing answers at 127.0.0.1:1"),
+        ("127.0.0.1:99999999", "nothing answers at"),
+    ],
+)
+def test_an_address_where_nothing_answers_is_refused(monkeypatch, tmp_path, address, words):
+    monkeypatch.setattr(ray_pool, "_import_ray", lambda: builtins)
+    with pytest.raises(RequestError, match="--ray: ") as caught:
+        ray_pool.RayPool(address, threads=1, gpus=0).open(meeting_in(tmp_path))
+    assert words in str(caught.value)
+
+
+def test_slurm_without_sbatch_is_refused(monkeypatch):
+    monkeypatch.setattr(slurm_pool, "_import_submitit", lambda: builtins)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RequestError, match="sbatch is not found"):
+        slurm_pool.SlurmPool("gpu", threads=1, gpus=0)
+
+
+def test_ray_and_slurm_exclude_each_other():
+    with pytest.raises(RequestError, match="--ray and --slurm exclude each other"):
+        ClusterOptions(ray="local", slurm="local")
