@@ -135,7 +135,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 $(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	$(PYTHON) -m venv --clear $(EXTRAS)
-	$(EXTRAS)/bin/pip install --quiet -c constraints.txt -c constraints-extras.txt -e '.[test,timm,hf,torchvision,tensorboard,datasets,webdataset,notebooks]' peft torchdiffeq geotorch pandas gdown setuptools
+	$(EXTRAS)/bin/pip install --quiet -c constraints.txt -c constraints-extras.txt -e '.[test,timm,hf,torchvision,tensorboard,datasets,webdataset,notebooks]' peft torchdiffeq geotorch pandas gdown s3fs 'moto[s3]' flask flask-cors setuptools
 	$(EXTRAS)/bin/pip install --quiet -c constraints.txt --no-deps robustbench
 	touch $@
 

@@ -1,6 +1,7 @@
 """Checkpoints by address: web servers and what fsspec opens, copied into the cache."""
 
 import hashlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -169,16 +170,48 @@ def test_addresses_in_messages_hide_what_may_be_secret():
     [
         ("nothing://bucket/model.pt", "unknown scheme nothing://; expected hf, https"),
         ("s3://bucket/model.pt", "not installed; pip install s3fs"),
+        ("gs://bucket/model.pt", "what reads gs:// is not installed; pip install gcsfs"),
+        ("az://bucket/model.pt", "what reads az:// is not installed; pip install adlfs"),
         ("memory://bucket/absent.pt", "no such file"),
         ("memory://bucket", "is a folder; name a file in it"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(memory, monkeypatch, address, message):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    for library in ("s3fs", "gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, library, None)
     put(memory, "bucket/model.pt", b"content")
     with pytest.raises((DownloadError, CheckpointError), match=message):
         copy_remote(address)
     assert list(copies_folder().iterdir()) == []
+
+
+@pytest.mark.extras
+def test_a_bucket_of_s3_is_read(tmp_path, body, monkeypatch):
+    """The real s3fs, against a server on this machine that speaks the protocol of S3."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "local")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system = fsspec.filesystem("s3")
+        system.mkdir("bucket")
+        system.pipe("bucket/runs/model.safetensors", body)
+        address, sha256 = "s3://bucket/runs/model.safetensors", hashlib.sha256(body).hexdigest()
+        assert copy_remote(f"{address}#sha256={sha256}").path.read_bytes() == body
+        expected = Checkpoint.load(tmp_path / "weights.safetensors").digest
+        assert Checkpoint.load(address).digest == expected
+        assert run("show", address) == 0
+        with pytest.raises(DownloadError, match=r"s3://bucket/absent\.pt: no such file"):
+            copy_remote("s3://bucket/absent.pt")
+        with pytest.raises(DownloadError, match="is a folder; name a file in it"):
+            copy_remote("s3://bucket/runs")
+    finally:
+        server.stop()
+    assert Checkpoint.load(address).digest == expected  # the copy needs no connection
 
 
 def test_two_processes_copy_once(body):
