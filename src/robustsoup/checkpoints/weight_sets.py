@@ -114,9 +114,9 @@ def list_complete_sets(read: WeightSet, sets: Sequence[WeightSet]) -> list[str]:
 
 
 def _shapes_without_prefix(item: WeightSet) -> dict[str, torch.Size]:
-    prefix = common_prefix(item.tensors)
-    shapes = {name[len(prefix) :]: tensor.shape for name, tensor in item.tensors.items()}
-    return {name: shape for name, shape in shapes.items() if name != "n_averaged"}
+    shapes = {n: tensor.shape for n, tensor in item.tensors.items() if n != "n_averaged"}
+    prefix = common_prefix(shapes)
+    return {name[len(prefix) :]: shape for name, shape in shapes.items()}
 
 
 def common_prefix(names: Mapping[str, object]) -> str:
