@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -137,6 +138,10 @@ def cluster(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     files = tmp_path_factory.mktemp("ray")
+    # Ray demands a token; that of a test is new, and its commands get the same variables.
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     variables = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     # Ray makes Unix sockets in its folder, whose paths have at most 107 letters.
     short = Path("/tmp") / f"ray{port}"
@@ -154,6 +159,7 @@ def cluster(tmp_path_factory):
     try:
         yield wait_for(lambda: answers(port), process)
     finally:
+        patch.undo()
         process.terminate()
         try:
             process.wait(60)

@@ -76,7 +76,8 @@ class RayPool:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise RequestError(
                 f"ray: {self.address} cannot be used: {first_line(error)}; "
-                "give HOST:PORT of a running cluster, or local"
+                "give HOST:PORT of a running cluster, or local (RAY_AUTH_MODE=token if the "
+                "cluster demands its token)"
             ) from error
 
     def _count_slots(self, node: Mapping[str, Any]) -> int:
