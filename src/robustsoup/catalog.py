@@ -149,6 +149,24 @@ ATTACKS = Registry(
         source="Madry et al. 2018, arXiv:1706.06083",
     ),
     Entry(
+        "pma",
+        "robustsoup.attacks.losses:probability_margin",
+        "APGD on the margin of the probabilities (PMA's loss).",
+        source="Xie et al. 2024, arXiv:2411.15210",
+    ),
+    Entry(
+        "malt",
+        "robustsoup.attacks.malt:rank_targets",
+        "APGD towards the classes that a linear network would reach first, the nearest first.",
+        source="Melamed et al. 2024, arXiv:2407.02240",
+    ),
+    Entry(
+        "strong",
+        "robustsoup.attacks.strong:run_strong",
+        "pma, malt and square in turn, each on what survived; any number of classes.",
+        source="arXiv:2411.15210, arXiv:2407.02240 and arXiv:1912.00049",
+    ),
+    Entry(
         "square",
         "robustsoup.attacks.square:square",
         "Random search on the outputs alone, without gradients.",
@@ -170,17 +188,39 @@ LOSSES = Registry(
         "robustsoup.attacks.losses:dlr",
         "Difference of logits ratio; invariant to the scale of the logits.",
         source="Croce and Hein 2020, arXiv:2003.01690, Eq. 6",
-        facts={"classes": 3},
+        facts={"classes": 3, "instead": "margin"},
     ),
     Entry(
         "targeted dlr",
         "robustsoup.attacks.losses:targeted_dlr",
         "DLR towards each of the most likely other classes in turn.",
         source="Croce and Hein 2020, arXiv:2003.01690, Eq. 7",
-        facts={"classes": 4, "targeted": True},
+        facts={"classes": 4, "targeted": True, "instead": "targeted margin"},
+    ),
+    Entry(
+        "margin",
+        "robustsoup.attacks.losses:margin",
+        "Largest other logit minus that of the label; for 2 classes or more.",
+        source="Carlini and Wagner 2017, arXiv:1608.04644",
+        facts={"classes": 2},
+    ),
+    Entry(
+        "targeted margin",
+        "robustsoup.attacks.losses:targeted_margin",
+        "The margin towards each of the most likely other classes in turn.",
+        source="Gowal et al. 2019, arXiv:1910.09338",
+        facts={"classes": 2, "targeted": True},
+    ),
+    Entry(
+        "probability margin",
+        "robustsoup.attacks.losses:probability_margin",
+        "Largest other probability minus that of the label (PMA).",
+        source="Xie et al. 2024, arXiv:2411.15210",
+        facts={"classes": 2},
     ),
 )
-"""facts: "classes", the fewest classes that the loss needs; "targeted", called with a target."""
+"""facts: "classes", the fewest classes that the loss needs; "targeted", called with a target;
+"instead", the loss to use with fewer classes."""
 
 OBJECTIVES = Registry(
     "objectives",

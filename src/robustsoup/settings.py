@@ -23,8 +23,15 @@ from robustsoup.threats import ThreatModel
 PRECISIONS = ("auto", "float32", "bfloat16")
 SEED_LIMIT = 2**63
 LINF_8 = ThreatModel("Linf", 8 / 255)
-QUEUED_ATTACKS = ("apgd", "pgd")
+QUEUED_ATTACKS = ("apgd", "pgd", "pma", "malt")
 """The attacks that the queue of `robustsoup.attacks.engine` runs; screening can shorten them."""
+OWN_LOSSES = {
+    "pma": "probability margin",
+    "malt": "targeted dlr",
+    "strong": "several",
+    "square": "margin",
+}
+"""The attacks that ignore the setting `loss`, with their loss as text."""
 
 
 @dataclass(frozen=True)
@@ -468,17 +475,21 @@ class AttackSettings:
 
     attack: str | Callable[..., Any] = setting(
         "apgd",
-        "Attack: apgd, pgd (a baseline), square (without gradients), autoattack (the standard "
-        "four; requires the extra robustsoup[autoattack]) or package.module:function.",
+        "Attack: apgd, pgd (a baseline), pma, malt, square (without gradients), strong (pma, malt "
+        "and square), autoattack (the standard four; requires the extra robustsoup[autoattack]) "
+        "or package.module:function.",
     )
     loss: str | Callable[..., Any] = setting(
         "ce",
-        'Loss that the attack maximises: ce, dlr or "targeted dlr"; square uses the margin.',
+        'Loss that apgd and pgd maximise: ce, dlr, "targeted dlr", margin (for 2 classes or more), '
+        '"targeted margin" or "probability margin"; other attacks have their own.',
     )
     steps: int = setting(100, "Steps of APGD or PGD.", ge=1)
-    n_queries: int = setting(5000, "Queries of each restart of square.", ge=1)
+    n_queries: int = setting(5000, "Queries of each restart of square, also in strong.", ge=1)
     restarts: int = setting(1, "Random restarts.", ge=1)
-    targets: int = setting(9, 'Most likely other classes that "targeted dlr" tries.', ge=1)
+    targets: int = setting(
+        9, "Other classes that a targeted loss, malt and strong try; the most promising.", ge=1
+    )
     eot: int = setting(1, "Passes to average each gradient over, for stochastic networks.", ge=1)
     seed: int = setting(0, "Seed of the attack's noise.", ge=0, lt=SEED_LIMIT)
     precision: str = setting(
@@ -502,27 +513,54 @@ class AttackSettings:
             raise RequestError(f'attack: got "{attack}", expected one of {names}')
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise RequestError(f'loss: got "{self.loss}", expected one of {", ".join(LOSSES)}')
-        if attack == "square" and self.loss != "ce":
+        if self.own_loss and self.loss != "ce":
             raise RequestError(
-                f'loss: got "{self.loss}" with attack "square", which minimises the logit margin; '
+                f'loss: got "{self.loss_text}" with attack "{attack}", which has its own; '
                 "leave loss out"
             )
 
     @property
     def is_queued(self) -> bool:
-        """Whether the queue of `robustsoup.attacks.engine` runs the attack: apgd and pgd."""
+        """Whether the queue of `robustsoup.attacks.engine` runs it: apgd, pgd, pma and malt."""
         return self.attack in QUEUED_ATTACKS
 
     @property
     def steps_taken(self) -> int:
-        """Steps of each restart: those of `steps`, or the queries of square."""
+        """Steps of each search: those of `steps`, or the queries of square."""
         return self.n_queries if self.attack == "square" else self.steps
 
     @property
-    def loss_name(self) -> str:
-        """The loss as text."""
+    def most_passes(self) -> int:
+        """Passes that a sample takes which survives; a step, with its gradient, counts as two."""
+        is_targeted = isinstance(self.loss, str) and LOSSES[self.loss].facts.get("targeted", False)
+        searches = self.targets if is_targeted or self.attack in ("malt", "strong") else 1
+        steps, queries = 2 * self.steps * self.eot * searches, 0
+        if self.attack == "strong":  # pma comes before the targets, and square after them
+            steps, queries = steps + 2 * self.steps * self.eot, self.n_queries
         if self.attack == "square":
-            return "margin"
+            steps, queries = 0, self.n_queries
+        return (steps + queries) * self.restarts
+
+    @property
+    def ranks_by_logits(self) -> bool:
+        """Whether the attack needs the logits of clean images, to choose target classes."""
+        if self.own_loss or not isinstance(self.loss, str):
+            return False
+        return bool(LOSSES[self.loss].facts.get("targeted", False))
+
+    @property
+    def own_loss(self) -> str | None:
+        """The loss of an attack that ignores `loss`; None if it maximises `loss`."""
+        return OWN_LOSSES.get(self.attack) if isinstance(self.attack, str) else None
+
+    @property
+    def loss_name(self) -> str:
+        """The loss of the attack as text."""
+        return self.own_loss or self.loss_text
+
+    @property
+    def loss_text(self) -> str:
+        """The setting `loss` as text."""
         return self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "custom")
 
 

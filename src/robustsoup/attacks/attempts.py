@@ -22,18 +22,21 @@ from robustsoup.attacks.forward import (
     predict_logits,
 )
 from robustsoup.attacks.lanes import run_in_lanes
-from robustsoup.attacks.losses import ce, logit_margin
+from robustsoup.attacks.losses import Loss, ce, logit_margin
+from robustsoup.attacks.malt import NearestTargets
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.steps import StepSchedule
 from robustsoup.catalog import LOSSES
 from robustsoup.device import resolve_precision
 from robustsoup.errors import RequestError
-from robustsoup.settings import AttackSettings
+from robustsoup.settings import QUEUED_ATTACKS, AttackSettings
 from robustsoup.threats import ThreatModel
 
 FOLDING_IMAGES = 16
 """Number of images on which BatchNorm folding is tested."""
-_LOSS_ABBREVIATIONS = {"targeted dlr": "t"}
+_LOSS_ABBREVIATIONS = {"targeted dlr": "t", "targeted margin": "t-margin"}
+STRONG_PARTS = ("pma", "malt")
+"""The attacks of "strong" that follow gradients, in order; Square comes last."""
 
 
 class AttackProgress(Protocol):
@@ -70,10 +73,13 @@ def check_classes(settings: AttackSettings, classes: int) -> None:
     Raises:
         RequestError: If the loss needs more classes.
     """
-    required = LOSSES[settings.loss].facts["classes"] if isinstance(settings.loss, str) else 2
-    if classes < required:
+    if not isinstance(settings.loss, str):
+        return
+    facts = LOSSES[settings.loss].facts
+    if classes < facts["classes"]:
         raise RequestError(
-            f'loss: "{settings.loss_name}" needs {required} classes or more, got {classes}; use ce'
+            f'loss: "{settings.loss}" needs {facts["classes"]} classes or more, got {classes}; '
+            f'use "{facts.get("instead", "ce")}"'
         )
 
 
@@ -81,23 +87,41 @@ def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
     """List the attempts of an attack: for each restart, one attempt per target.
 
     Args:
-        settings: The attack, "apgd" or "pgd".
+        settings: An attack of the queue, or "strong" for those of its parts.
         classes: Number of classes.
     """
-    if isinstance(settings.loss, str):
-        entry = LOSSES[settings.loss]
-        loss, is_targeted = entry.load(), entry.facts.get("targeted", False)
-    else:
-        loss, is_targeted = settings.loss, False
+    if settings.attack == "strong":
+        parts = [replace(settings, attack=part) for part in STRONG_PARTS]
+        return [attempt for part in parts for attempt in list_attempts(part, classes)]
+    loss: str | Loss = queued_loss(settings, classes)
+    is_targeted = isinstance(loss, str) and LOSSES[loss].facts.get("targeted", False)
     ranks = range(1, min(settings.targets, classes - 1) + 1) if is_targeted else (0,)
-    name = f"{settings.attack}-{_LOSS_ABBREVIATIONS.get(settings.loss_name, settings.loss_name)}"
+    name = str(settings.attack)
+    if not settings.own_loss:
+        loss_name = settings.loss_text
+        name = f"{name}-{_LOSS_ABBREVIATIONS.get(loss_name, loss_name.replace(' ', '-'))}"
+    function: Loss = LOSSES[loss].load() if isinstance(loss, str) else loss
+    by_distance = settings.attack == "malt"
     attempts = []
     for restart in range(settings.restarts):
         suffix = f" restart {restart + 1}" if restart else ""
         for rank in ranks:
             target = f" target {rank}" if rank else ""
-            attempts.append(Attempt(f"{name}{target}{suffix}", loss, rank, restart))
+            attempts.append(
+                Attempt(f"{name}{target}{suffix}", function, rank, restart, by_distance)
+            )
     return attempts
+
+
+def queued_loss(settings: AttackSettings, classes: int) -> str | Loss:
+    """Return the loss that an attack of the queue maximises: its name, or the user's function.
+
+    MALT takes the margin where there are too few classes for DLR.
+    """
+    if not settings.own_loss:
+        return settings.loss
+    facts = LOSSES[settings.own_loss].facts
+    return settings.own_loss if classes >= facts["classes"] else str(facts["instead"])
 
 
 def run_attempts(
@@ -117,13 +141,44 @@ def run_attempts(
         model: Network in eval mode; see `frozen_eval`.
         samples: The samples.
         threat: Threat model with eps above 0.
-        settings: The attack, "apgd" or "pgd".
+        settings: The attack, "apgd", "pgd", "pma" or "malt".
         outcome: Read to resume, and written as samples are settled.
         device: Device of the network.
         stop_below: Stop once fewer samples survive; None for never.
         poll: Receives progress.
     """
     attempts = list_attempts(settings, samples.classes)
+    run_attempt = prepare_attempts(
+        model, samples, threat, settings, outcome, attempts=len(attempts), device=device
+    )
+    order = partial(order_waiting, samples, outcome, likely_first=stop_below is not None)
+    run_in_turn(
+        run_attempt, order, len(attempts), samples, outcome, stop_below=stop_below, poll=poll
+    )
+
+
+def prepare_attempts(
+    model: nn.Module,
+    samples: AttackedSamples,
+    threat: ThreatModel,
+    settings: AttackSettings,
+    outcome: Outcome,
+    *,
+    attempts: int,
+    device: torch.device,
+) -> Callable[[int, SampleQueue, Callable[[], None] | None], None]:
+    """Return a function that runs one of the attempts of `list_attempts`, for `run_in_turn`.
+
+    Args:
+        model: Network in eval mode; see `frozen_eval`.
+        samples: The samples.
+        threat: Threat model with eps above 0.
+        settings: The attack.
+        outcome: Read to resume, and written as samples are settled.
+        attempts: Number of attempts of the whole attack, of which these are the first.
+        device: Device of the network.
+    """
+    listed = list_attempts(settings, samples.classes)
     correct = samples.correct
     precision = resolve_precision(settings.precision, device)
     search_model = model
@@ -134,12 +189,10 @@ def run_attempts(
         model=model,
         search_model=search_model,
         samples=samples,
-        attempt=attempts[0],
+        attempt=listed[0],
         index=0,
-        attempts=len(attempts),
-        schedule=StepSchedule.for_threat(
-            threat, settings.steps, adaptive=settings.attack == "apgd"
-        ),
+        attempts=attempts,
+        schedule=StepSchedule.for_threat(threat, settings.steps, adaptive=settings.attack != "pgd"),
         seed=settings.seed,
         precision=precision,
         eot=settings.eot,
@@ -147,16 +200,20 @@ def run_attempts(
         device=device,
     )
 
+    nearest = NearestTargets(model, samples, threat.norm, search.pass_size, device)
+
     def run_attempt(index: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
-        run_search(replace(search, attempt=attempts[index], index=index), queue, outcome, report)
+        attempt, table = listed[index], None
+        if attempt.by_distance:
+            waiting = torch.tensor(order_waiting(samples, outcome, index, likely_first=False))
+            table = nearest.rank(waiting, report)
+        run = replace(search, attempt=attempt, index=index, nearest=table)
+        run_search(run, queue, outcome, report)
 
-    order = partial(_order_waiting, samples, outcome, likely_first=stop_below is not None)
-    run_in_turn(
-        run_attempt, order, len(attempts), samples, outcome, stop_below=stop_below, poll=poll
-    )
+    return run_attempt
 
 
-def _order_waiting(
+def order_waiting(
     samples: AttackedSamples, outcome: Outcome, index: int, *, likely_first: bool
 ) -> list[int]:
     """Return the samples that wait for attempt `index`, in the order in which to attack them.
@@ -217,14 +274,14 @@ def run_attack(
     known_correct: Tensor | None = None,
     on_progress: AttackProgress | None = None,
 ) -> AttackResult:
-    """Attack images with APGD or PGD, and return the points and verdicts.
+    """Attack images with an attack of the queue, and return the points and verdicts.
 
     Args:
         model: Network, whose state is restored, or a function that returns logits.
         x: (n, ...) float images in [0, 1], on the network's device.
         y: (n,) integer labels.
         threat: Threat model.
-        settings: The attack, "apgd" or "pgd".
+        settings: The attack, "apgd", "pgd", "pma" or "malt".
         ids: (n,) int64 sample numbers that seed the noise; 0..n-1 by default.
         known_correct: (n,) bool, clean verdicts if already known; saves a pass over the data
             unless the loss is targeted.
@@ -235,7 +292,8 @@ def run_attack(
             images or the network do not fit.
     """
     if not settings.is_queued:
-        raise RequestError(f'attack: got "{settings.attack}", expected apgd or pgd')
+        expected = ", ".join(QUEUED_ATTACKS)
+        raise RequestError(f'attack: got "{settings.attack}", expected one of {expected}')
     if ids is not None and len(ids) != len(x):
         raise RequestError(f"ids: got {len(ids)}, expected {len(x)}, one for each image")
     model, x, y = as_attack_inputs(model, x, y)

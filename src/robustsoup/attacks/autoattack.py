@@ -64,7 +64,7 @@ def plan_autoattack(classes: int, threat: ThreatModel) -> AutoAttackPlan:
     if classes < _MIN_CLASSES:
         raise RequestError(
             f"autoattack on {threat}: got {classes} classes, expected at least {_MIN_CLASSES}, "
-            "because its targeted DLR loss compares 4; use the attack apgd"
+            "because its targeted DLR loss compares 4; use the attack strong"
         )
     _import_pyautoattack()
     targets = min(classes - 1, _MAX_TARGETS)

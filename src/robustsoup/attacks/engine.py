@@ -50,12 +50,15 @@ class Attempt:
         loss: Loss to maximise.
         target_rank: Rank of the target class among the other classes; 0 if untargeted.
         restart: Number of the restart, from 0.
+        by_distance: Whether the target is the rank-th class by `rank_targets` of MALT, instead of
+            by the logits.
     """
 
     name: str
     loss: Loss
     target_rank: int = 0
     restart: int = 0
+    by_distance: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Search:
         eot: Passes that each gradient is averaged over.
         pass_size: Number of images in every pass.
         device: Device of the networks.
+        nearest: (n, ranks) int64 target classes, for an attempt that ranks them by distance.
     """
 
     model: nn.Module
@@ -89,6 +93,7 @@ class Search:
     eot: int
     pass_size: int
     device: torch.device
+    nearest: Tensor | None = None
 
     @property
     def threat(self) -> ThreatModel:
@@ -106,6 +111,13 @@ class Search:
             return 1
         common = gcd(*(steps for _, steps in self.schedule.stages))
         return max(k for k in range(1, MAX_WINDOW + 1) if common % k == 0)
+
+    def choose_targets(self, samples: Tensor) -> Tensor:
+        """Return the target class of some samples (b,) int64, for an attempt that has one."""
+        rank = self.attempt.target_rank
+        if self.nearest is not None:
+            return self.nearest[samples, rank - 1]
+        return self.samples.ranked_target(samples, rank)
 
     def needs_check(self) -> bool:
         """Whether a hit of the search must be checked in float32."""
@@ -353,7 +365,7 @@ def begin_search(search: Search, samples: Tensor) -> Pending:
     )
     target = None
     if search.attempt.target_rank:
-        target = data.ranked_target(samples, search.attempt.target_rank).to(x.device)
+        target = search.choose_targets(samples).to(x.device)
     y = data.y[samples].to(x.device)
     state = start_first_stage(x, y, noise, schedule, target=target)
     zeros, false = torch.zeros_like(samples), torch.zeros(len(samples), dtype=torch.bool)

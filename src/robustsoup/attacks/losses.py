@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustsoup.catalog import LOSSES
+
 Loss = Callable[..., Tensor]
 """loss(logits, y) -> (b,); a targeted loss is called as loss(logits, y, target)."""
 
@@ -82,6 +84,63 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     target_logit = logits.gather(1, target.view(-1, 1)).squeeze(1)
     scale = ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12
     return -(label_logit - target_logit) / scale
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the largest other logit minus the logit of the label; above 0 where misclassified.
+
+    Attacks follow the sign or the direction of a gradient, which the scale of the logits does not
+    change. Unlike DLR, the loss needs no third class to divide by.
+
+    Args:
+        logits: (b, classes), 2 classes or more.
+        y: (b,) int64 labels.
+
+    Returns:
+        (b,).
+
+    Source: Carlini and Wagner 2017, arXiv:1608.04644, f6.
+    """
+    return -logit_margin(logits, y)
+
+
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return the logit of the target minus the logit of the label.
+
+    Args:
+        logits: (b, classes), 2 classes or more.
+        y: (b,) int64 labels.
+        target: (b,) int64 classes to move to, never the label.
+
+    Returns:
+        (b,).
+
+    Source: Gowal et al. 2019, arXiv:1910.09338.
+    """
+    ends = logits.gather(1, torch.stack([target, y], 1))
+    return ends[:, 0] - ends[:, 1]
+
+
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the largest other probability minus the probability of the label.
+
+    The gradient vanishes where the network is certain, as that of cross-entropy does.
+
+    Args:
+        logits: (b, classes), 2 classes or more.
+        y: (b,) int64 labels.
+
+    Returns:
+        (b,) in [-1, 1]; above 0 where misclassified.
+
+    Source: Xie et al. 2024 (PMA), arXiv:2411.15210.
+    """
+    return -logit_margin(logits.softmax(1), y)
+
+
+def scale_free_loss(classes: int) -> str:
+    """Return the name of an untargeted loss whose gradient does not vanish with large logits."""
+    return "dlr" if classes >= LOSSES["dlr"].facts["classes"] else "margin"
 
 
 def logit_margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class SquareSearch:
         n_queries: Queries after the starting point.
         seed: Seed of the random numbers.
         restart: Number of the restart, from 0.
-        restarts: Number of restarts of the attack.
+        index: Index of the restart among all attempts of the attack.
+        attempts: Number of attempts of the attack.
         pass_size: Number of images in every pass.
         device: Device of the network.
     """
@@ -130,7 +131,8 @@ class SquareSearch:
     n_queries: int
     seed: int
     restart: int
-    restarts: int
+    index: int
+    attempts: int
     pass_size: int
     device: torch.device
 
@@ -163,20 +165,12 @@ def run_square(
         poll: Called several times a second with (settled, total), which count samples times
             restarts.
     """
-    search = SquareSearch(
-        model,
-        samples,
-        threat,
-        settings.n_queries,
-        settings.seed,
-        restart=0,
-        restarts=settings.restarts,
-        pass_size=pass_size(device, settings.batch_size),
-        device=device,
+    search = first_square_search(
+        model, samples, threat, settings, attempts=settings.restarts, device=device
     )
 
     def run_restart(restart: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
-        search_squares(replace(search, restart=restart), queue, outcome, report)
+        search_squares(replace(search, restart=restart, index=restart), queue, outcome, report)
 
     def list_waiting(restart: int) -> list[int]:
         waiting = samples.correct & (outcome.settled == restart) & ~outcome.broken
@@ -191,6 +185,31 @@ def run_square(
         outcome,
         stop_below=stop_below,
         poll=poll,
+    )
+
+
+def first_square_search(
+    model: nn.Module,
+    samples: AttackedSamples,
+    threat: ThreatModel,
+    settings: AttackSettings,
+    *,
+    attempts: int,
+    device: torch.device,
+    index: int = 0,
+) -> SquareSearch:
+    """Return the first restart; the arguments are those of `run_square` and `SquareSearch`."""
+    return SquareSearch(
+        model,
+        samples,
+        threat,
+        settings.n_queries,
+        settings.seed,
+        restart=0,
+        index=index,
+        attempts=attempts,
+        pass_size=pass_size(device, settings.batch_size),
+        device=device,
     )
 
 
@@ -328,7 +347,7 @@ class SquareLane:
             return
         search, outcome, samples = self.search, self.outcome, self.sample[rows]
         device_rows = rows.to(search.device)
-        if is_broken or search.restart == 0:
+        if is_broken or search.index == 0:
             x = self.x[device_rows]
             points = move_inside(self.best[device_rows], x, search.threat)
             outcome.record_points(samples, points, x, search.threat)
@@ -336,10 +355,10 @@ class SquareLane:
         outcome.nan[samples] |= self.nan[device_rows].cpu()
         outcome.margin[samples] = torch.fmin(outcome.margin[samples], margin)
         if is_broken:
-            outcome.step[samples], outcome.by[samples] = self.query[rows], search.restart
+            outcome.step[samples], outcome.by[samples] = self.query[rows], search.index
             outcome.broken[samples] = True
         # Written last: a snapshot relies on all other results of a settled sample.
-        outcome.settled[samples] = search.restarts if is_broken else search.restart + 1
+        outcome.settled[samples] = search.attempts if is_broken else search.index + 1
         self.sample[rows], self.query[rows] = -1, 0
         if is_broken:
             self.queue.count_broken(len(samples))

@@ -24,4 +24,8 @@ def describe_attack(record: Mapping[str, Any]) -> str:
         return f"{name} {record.get('n_queries')} queries, {ending}"
     precision = record.get("search_precision", "float32")
     search = "" if precision == "float32" else f", search in {precision}"
-    return f"{name} {record.get('steps')} steps, {ending}{search}"
+    if attack in ("pma", "malt", "strong"):
+        name = {"pma": "PMA", "malt": "MALT", "strong": "Strong (PMA, MALT, Square)"}[attack]
+    targets = f", {record['targets']} targets" if attack in ("malt", "strong") else ""
+    queries = f", {record['n_queries']} queries" if attack == "strong" else ""
+    return f"{name} {record.get('steps')} steps{targets}{queries}, {ending}{search}"

@@ -1,4 +1,4 @@
-"""The attackers of an evaluation: APGD and PGD, Square, standard AutoAttack, and users' attacks."""
+"""The attackers of an evaluation: the queue's, Square, strong, AutoAttack, and users' attacks."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
@@ -11,6 +11,7 @@ from robustsoup.attacks.attempts import (
     check_classes,
     check_points,
     list_attempts,
+    queued_loss,
     run_attempts,
 )
 from robustsoup.attacks.autoattack import (
@@ -23,6 +24,7 @@ from robustsoup.attacks.forward import pass_size
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import constraint_excess
 from robustsoup.attacks.square import run_square, square_attempts
+from robustsoup.attacks.strong import run_strong, strong_attempts
 from robustsoup.catalog import ATTACKS, import_by_name
 from robustsoup.errors import RequestError
 from robustsoup.fingerprint import code_fingerprint
@@ -88,7 +90,7 @@ class Attacker(Protocol):
 
 @dataclass(frozen=True)
 class QueueAttacker:
-    """APGD or PGD, by the queue of `robustsoup.attacks.engine`.
+    """APGD, PGD, PMA or MALT, by the queue of `robustsoup.attacks.engine`.
 
     Attributes:
         settings: The attack, with its precision resolved.
@@ -113,7 +115,7 @@ class QueueAttacker:
         s = self.settings
         protocol = {
             "attack": s.attack,
-            "loss": s.loss_name,
+            "loss": self._loss_name,
             "steps": s.steps,
             "restarts": s.restarts,
             "eot": s.eot,
@@ -121,7 +123,7 @@ class QueueAttacker:
             "rows": self.pass_size,
             "l1_schedule": "3eps,2eps,eps",
         }
-        if s.loss == "targeted dlr":
+        if s.ranks_by_logits or s.attack in ("malt", "strong"):
             protocol["targets"] = s.targets
         if self.stop_below is not None:
             protocol["stop_below"] = self.stop_below
@@ -141,6 +143,12 @@ class QueueAttacker:
             stop_below=self.stop_below,
             poll=poll,
         )
+
+    @property
+    def _loss_name(self) -> str:
+        """The loss as text; that of MALT depends on the number of classes."""
+        loss = queued_loss(self.settings, self.classes) if self.settings.is_queued else "several"
+        return loss if isinstance(loss, str) else self.settings.loss_text
 
     def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
         """Return two passes for each step, times eot."""
@@ -200,6 +208,63 @@ class SquareAttacker:
     def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
         """Return one pass for each query."""
         return _count_steps(correct, outcome, len(self.attempts), self.settings.n_queries)
+
+
+@dataclass(frozen=True)
+class StrongAttacker:
+    """PMA, MALT and Square in turn.
+
+    Attributes:
+        settings: The attack, with its precision resolved.
+        classes: Number of classes.
+        pass_size: Images in one pass.
+        stop_below: Number of surviving samples below which the attack stops; None for never.
+    """
+
+    together: ClassVar[int] = 1
+    settings: AttackSettings
+    classes: int
+    pass_size: int
+    stop_below: int | None = None
+
+    @property
+    def attempts(self) -> tuple[str, ...]:
+        """One name for each restart and target, and then for each restart of Square."""
+        return strong_attempts(self.settings, self.classes)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the settings that decide the verdicts."""
+        attacker = QueueAttacker(self.settings, self.classes, self.pass_size, self.stop_below)
+        return attacker.protocol() | {"n_queries": self.settings.n_queries}
+
+    def attack(
+        self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
+    ) -> None:
+        """Run the attempts one after the other."""
+        run_strong(
+            target.model,
+            target.samples,
+            threat,
+            self.settings,
+            outcome,
+            device=target.device,
+            stop_below=self.stop_below,
+            poll=poll,
+        )
+
+    def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
+        """Return two passes for each step, times eot, and one for each query of Square."""
+        steps, restarts = self.settings.steps, self.settings.restarts
+        searches = len(self.attempts) - restarts
+        each_step = 2 * self.settings.eot
+        costs = [each_step * steps] * searches + [self.settings.n_queries] * restarts
+        before = torch.tensor([0, *costs]).cumsum(0)
+        by = torch.where(outcome.broken, outcome.by, len(costs))[correct]
+        taken = outcome.step[correct].clamp(min=0) * torch.where(by < searches, each_step, 1)
+        is_broken = outcome.broken[correct]
+        passes = before[by.clamp(max=len(costs))] + torch.where(is_broken, taken, 0)
+        by_other_means = is_broken & (by >= len(costs))
+        return int(passes[~by_other_means].sum())
 
 
 class AttackFunction(Protocol):
@@ -435,7 +500,7 @@ def make_attacker(
         threats: Threat models of the evaluation.
         classes: Number of classes of the data.
         device: Device of the network.
-        stop_below: Number of surviving samples below which APGD and PGD stop.
+        stop_below: Number of surviving samples below which the attacks of this library stop.
 
     Raises:
         RequestError: If the attack does not support this number of classes, or is not installed.
@@ -446,6 +511,8 @@ def make_attacker(
     images = pass_size(device, settings.batch_size)
     if settings.attack == "square":
         return SquareAttacker(settings, images, stop_below)
+    if settings.attack == "strong":
+        return StrongAttacker(settings, classes, images, stop_below)
     if settings.is_queued or settings.attack == "autoattack":
         name = settings.attack if settings.is_queued else "apgd"
         return QueueAttacker(replace(settings, attack=name), classes, images, stop_below)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from robustsoup.attacks.losses import scale_free_loss
 from robustsoup.attacks.outcome import Outcome
-from robustsoup.catalog import LOSSES
 from robustsoup.evaluation.verdicts import Record, Verdicts
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -99,10 +99,10 @@ def warn_of_attacks(
     nan = sum(int(outcome.nan.sum()) for outcome in outcomes)
     warnings = []
     if zero_gradients:
-        can_use_dlr = settings.loss == "ce" and classes >= LOSSES["dlr"].facts["classes"]
         dlr_helps = [record["dlr_helps"] for record in findings.values() if "dlr_helps" in record]
-        tries_dlr = can_use_dlr and (any(dlr_helps) or not dlr_helps)
-        hint = "try loss dlr, or attack square" if tries_dlr else "try attack square"
+        tries_dlr = settings.loss_name == "ce" and (any(dlr_helps) or not dlr_helps)
+        loss = f"try loss {scale_free_loss(classes)}, or attack square"
+        hint = loss if tries_dlr else "try attack square"
         warnings.append(
             f"the gradient is exactly zero at the start for {zero_gradients} of {attacked} "
             f"attacked samples; robust accuracy may be too high; {hint}"
@@ -112,12 +112,15 @@ def warn_of_attacks(
     return warnings
 
 
-def warn_of_masking(findings: Mapping[str, Record], settings: AttackSettings) -> list[str]:
+def warn_of_masking(
+    findings: Mapping[str, Record], settings: AttackSettings, classes: int
+) -> list[str]:
     """Warn of what the masking check flagged, with what to try next.
 
     Args:
         findings: The findings for each threat model as text.
         settings: The attack.
+        classes: Number of classes.
     """
     warnings = []
     for threat, record in findings.items():
@@ -127,7 +130,7 @@ def warn_of_masking(findings: Mapping[str, Record], settings: AttackSettings) ->
         counts = "; ".join(describe_finding(name, finding) for name, finding in flagged.items())
         warnings.append(
             f"{threat}: robust accuracy is probably too high: {counts}; "
-            f"{_hint(flagged, settings, dlr_helps=record.get('dlr_helps', False))}"
+            f"{_hint(flagged, settings, classes, dlr_helps=record.get('dlr_helps', False))}"
         )
     return warnings
 
@@ -160,10 +163,13 @@ def _is_flagged(record: Record, name: str) -> bool:
     return name in record and bool(record[name]["flagged"])
 
 
-def _hint(flagged: Mapping[str, Record], settings: AttackSettings, *, dlr_helps: bool) -> str:
+def _hint(
+    flagged: Mapping[str, Record], settings: AttackSettings, classes: int, *, dlr_helps: bool
+) -> str:
     """Return what to try next, given the tests that flagged the network."""
     if "gradient" in flagged and dlr_helps:
-        return "the loss is flat and that of dlr is not: try loss dlr"
+        loss = scale_free_loss(classes)
+        return f"the loss is flat and that of {loss} is not: try loss {loss}"
     if "gradient" in flagged or "unbounded" in flagged:
         return (
             "the gradients mislead the attack: try attack square, or an attack of your own with a "

@@ -185,7 +185,7 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     """Predict without an attack, or reuse the predictions of an earlier evaluation."""
     data, after = request.data, request.reuse.after
     n, labels = len(data), data.labels.cpu()
-    if after is not None and request.settings.loss != "targeted dlr":
+    if after is not None and not request.settings.ranks_by_logits:
         return _CleanPass(labels, after.prediction[:n], after.margin[:n])
     model, size, device = request.model, request.pass_size, request.device
     logits = predict_shared(model, request.fetch, n, size, device)
@@ -393,7 +393,7 @@ def _make_record(
         *warn_of_attacks(
             list(outcomes.values()), attacked.masking, request.settings, request.data.classes
         ),
-        *warn_of_masking(attacked.masking, request.settings),
+        *warn_of_masking(attacked.masking, request.settings, request.data.classes),
         *warn_of_points_outside(certificate),
         *warn_above_clean(clean.correct, verdicts),
         *(after.warnings if after is not None else []),

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from robustsoup.attacks.apgd import highest_loss_points
-from robustsoup.attacks.attempts import check_points
+from robustsoup.attacks.attempts import check_points, queued_loss
 from robustsoup.attacks.engine import SampleQueue
 from robustsoup.attacks.forward import CPU_PASS_SIZE, input_gradient, loss_without_gradient
 from robustsoup.attacks.lanes import run_in_lanes
-from robustsoup.attacks.losses import Loss, ce, dlr
+from robustsoup.attacks.losses import Loss, ce, scale_free_loss
 from robustsoup.attacks.outcome import Outcome
 from robustsoup.attacks.square import SquareSearch, search_squares
 from robustsoup.attacks.steps import (
@@ -52,7 +52,8 @@ KEPT_PROMISE = 0.05
 STEP_PASSES = 3
 """Passes of one step along the gradient: a gradient counts as two, and the loss is one."""
 DLR_SAMPLES = 8
-"""Samples on which the gradient of DLR is tried where that of cross-entropy misleads."""
+"""Samples on which the gradient of DLR (of the margin, for 2 classes) is tried where that of
+cross-entropy misleads."""
 UNBOUNDED_STEPS = 5
 UNBOUNDED_PASSES = 2 * UNBOUNDED_STEPS + 2
 SQUARE_SAMPLES, SQUARE_QUERIES = 16, 400
@@ -144,7 +145,7 @@ def check_masking(
     Returns:
         The number of survivors, the budget in passes, and the finding of each test that the budget
         allowed, by name. Where the gradient of cross-entropy misleads, "dlr_helps" says whether
-        that of DLR does not.
+        that of DLR (of the margin, for 2 classes) does not.
     """
     survivors = (target.samples.correct & ~outcome.broken).nonzero().flatten()
     survivors = _shuffle_by_id(survivors, target.samples.ids, settings.seed)
@@ -162,8 +163,8 @@ def check_masking(
             findings["gradient"] = subject.follow_one_step(part, subject.loss)
             left -= findings["gradient"].passes
             few = part[: min(DLR_SAMPLES, left // STEP_PASSES)]
-            if findings["gradient"].flagged and subject.can_use_dlr and few:
-                with_dlr = subject.follow_one_step(few, dlr)
+            if findings["gradient"].flagged and subject.uses_ce and few:
+                with_dlr = subject.follow_one_step(few, subject.scale_free_loss)
                 record["dlr_helps"] = with_dlr.hits <= with_dlr.tolerated * with_dlr.n
                 left -= with_dlr.passes
         if part := take(UNBOUNDED, UNBOUNDED_PASSES):
@@ -172,7 +173,7 @@ def check_masking(
     if others and (part := take(TRANSFER, len(others))):
         findings["transfer"] = subject.try_points(part, others)
         left -= findings["transfer"].passes
-    if settings.attack not in ("square", "autoattack"):
+    if settings.attack not in ("square", "autoattack", "strong"):
         queries, part = subject.plan_square(left)
         if part:
             findings["square"] = subject.query_squares(part, queries)
@@ -198,22 +199,25 @@ class _Subject:
     @property
     def loss(self) -> Loss:
         """The loss whose gradient is tested: that of the attack, else cross-entropy."""
-        loss = self.settings.loss
         if not self.settings.is_queued:
             return ce
+        loss = queued_loss(self.settings, self.target.samples.classes)
         if not isinstance(loss, str):
             return loss
         entry = LOSSES[loss]
-        return dlr if entry.facts.get("targeted", False) else entry.load()
+        is_targeted = entry.facts.get("targeted", False)
+        return self.scale_free_loss if is_targeted else entry.load()
 
     @property
-    def can_use_dlr(self) -> bool:
-        """Whether the attack uses cross-entropy and could use DLR instead."""
-        return (
-            self.settings.is_queued
-            and self.settings.loss == "ce"
-            and self.target.samples.classes >= LOSSES["dlr"].facts["classes"]
-        )
+    def scale_free_loss(self) -> Loss:
+        """DLR, or the margin for 2 classes."""
+        loss: Loss = LOSSES[scale_free_loss(self.target.samples.classes)].load()
+        return loss
+
+    @property
+    def uses_ce(self) -> bool:
+        """Whether the attack uses cross-entropy and could use a scale-free loss instead."""
+        return self.settings.is_queued and self.settings.loss_name == "ce"
 
     def take(self, limits: Limits, budget: int, passes_each: int) -> list[int]:
         """Return the samples of a test, or none if the budget does not allow enough of them."""
@@ -293,7 +297,8 @@ class _Subject:
             queries,
             self.settings.seed,
             restart=0,
-            restarts=1,
+            index=0,
+            attempts=1,
             # A GPU need not fill its whole pass for a few samples.
             pass_size=min(target.pass_size, -(-len(part) // CPU_PASS_SIZE) * CPU_PASS_SIZE),
             device=target.device,

@@ -419,7 +419,7 @@ class Recipe(Section):
         if count <= settings.max_soups:
             return
         attacks = sum(not threat.is_clean for threat in self.evaluate.threats)
-        passes = count * 1000 * (1 + 2 * attacks * attack.steps_taken * attack.restarts)
+        passes = count * 1000 * (1 + attacks * attack.most_passes)
         raise ValueError(
             f"soups.{name}: step {settings.step:g} makes {format_count(count)} soups; mixing and "
             f"evaluating them takes up to {Decimal(passes):.1e} forward passes for every 1,000 "

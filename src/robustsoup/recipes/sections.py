@@ -621,7 +621,7 @@ class Evaluate(Section):
             raise ValueError("screen: there is no attack to shorten; set threats")
         if self.screens and self["attack"] not in QUEUED_ATTACKS:
             raise ValueError(
-                'screen: requires attack "apgd" or "pgd", which can be shortened; '
+                f"screen: requires an attack that can be shortened ({', '.join(QUEUED_ATTACKS)}); "
                 f'got "{self["attack"]}"'
             )
         return self

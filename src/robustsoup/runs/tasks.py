@@ -347,9 +347,7 @@ class EvaluationSettings:
             attack: Whether the attack runs at all.
         """
         threats = sum(not threat.is_clean for threat in self.threats)
-        steps = self.attack.steps_taken * self.attack.restarts if attack else 0
-        if self.attack.attack == "square":  # a query takes half of a step, which has a gradient
-            steps //= 2
+        steps = self.attack.most_passes // 2 if attack else 0
         copies = 0 if self.shift is None else self.shift.count
         return self.count_samples(data) * (1 + threats * (points // 2 + steps)) + copies
 

@@ -26,6 +26,7 @@ from robustsoup.printable import make_printable
 from robustsoup.progress import Progress
 from robustsoup.settings import (
     ALL_METHODS,
+    QUEUED_ATTACKS,
     AttackSettings,
     MergeSettings,
     SearchSettings,
@@ -405,8 +406,8 @@ def _list_alphas(settings: SearchSettings, n: int) -> list[Alpha]:
 def _check_combination(settings: SearchSettings, attack: AttackSettings) -> None:
     if settings.screen and not attack.is_queued:
         raise RequestError(
-            'search: screen requires attack "apgd" or "pgd", which can be shortened; '
-            f'got "{attack.attack}"'
+            f"search: screen requires an attack that can be shortened "
+            f'({", ".join(QUEUED_ATTACKS)}); got "{attack.attack}"'
         )
     if settings.screen and settings.method == "surrogate":
         raise RequestError("search: the surrogate attacks few soups, in full; leave out screen")

@@ -1,0 +1,69 @@
+"""The attack "strong": PMA, MALT and Square in turn, each on the samples that survived so far."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from robustsoup.attacks.attempts import (
+    AttackProgress,
+    list_attempts,
+    order_waiting,
+    prepare_attempts,
+)
+from robustsoup.attacks.engine import SampleQueue, run_in_turn
+from robustsoup.attacks.outcome import AttackedSamples, Outcome
+from robustsoup.attacks.square import first_square_search, search_squares, square_attempts
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
+
+
+def strong_attempts(settings: AttackSettings, classes: int) -> tuple[str, ...]:
+    """Return the names of the attempts, in order."""
+    names = (attempt.name for attempt in list_attempts(settings, classes))
+    return (*names, *square_attempts(settings.restarts))
+
+
+def run_strong(
+    model: nn.Module,
+    samples: AttackedSamples,
+    threat: ThreatModel,
+    settings: AttackSettings,
+    outcome: Outcome,
+    *,
+    device: torch.device,
+    stop_below: int | None = None,
+    poll: AttackProgress | None = None,
+) -> None:
+    """Attack every sample that is classified correctly and not settled yet.
+
+    Args:
+        model: Network in eval mode; see `frozen_eval`.
+        samples: The samples.
+        threat: Threat model with eps above 0.
+        settings: The attack "strong".
+        outcome: Read to resume, and written as samples are settled.
+        device: Device of the network.
+        stop_below: Stop once fewer samples survive; None for never.
+        poll: Receives progress.
+    """
+    attempts = len(strong_attempts(settings, samples.classes))
+    first_square = attempts - settings.restarts
+    run_attempt = prepare_attempts(
+        model, samples, threat, settings, outcome, attempts=attempts, device=device
+    )
+    search = first_square_search(
+        model, samples, threat, settings, attempts=attempts, device=device, index=first_square
+    )
+
+    def run_any(index: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
+        if index < first_square:
+            run_attempt(index, queue, report)
+        else:
+            restart = replace(search, restart=index - first_square, index=index)
+            search_squares(restart, queue, outcome, report)
+
+    order = partial(order_waiting, samples, outcome, likely_first=stop_below is not None)
+    run_in_turn(run_any, order, attempts, samples, outcome, stop_below=stop_below, poll=poll)
