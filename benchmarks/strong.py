@@ -98,7 +98,7 @@ def compare(case: Case, options: argparse.Namespace) -> None:
             case.network, case.split, [threat], attack="strong", precision="auto", **short, **chosen
         )
     )
-    referee = "apgd" if options.small else "autoattack"
+    referee = "apgd" if options.small else "autoattack"  # AutoAttack has no short form
     theirs, their_seconds = time_attack(
         lambda: rs.evaluate(case.network, case.split, [threat], attack=referee, **chosen)
     )

@@ -603,7 +603,8 @@ def test_training_without_steps_is_refused(steps):
 
 def test_run_attack_refuses_autoattack():
     model, x, y = small_problem()
-    with pytest.raises(RequestError, match='attack: got "autoattack", expected apgd or pgd'):
+    expected = 'attack: got "autoattack", expected one of apgd, pgd, pma, malt'
+    with pytest.raises(RequestError, match=expected):
         attack(model, x, y, THREATS[0], attack="autoattack")
 
 
@@ -615,7 +616,7 @@ def test_run_attack_refuses_autoattack():
 def test_a_loss_that_needs_more_classes_is_refused(loss, classes, required, form):
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
     x, y = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
-    text = rf'loss: "{loss}" needs {required} classes or more, got {classes}; use ce'
+    text = rf'loss: "{loss}" needs {required} classes or more, got {classes}; use "'
     with pytest.raises(RequestError, match=text):
         form(network, x, y, "Linf 0.1", loss=loss)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, required))

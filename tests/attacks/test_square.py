@@ -44,7 +44,7 @@ def accept_none(query):
 def our_queries(x, threat, margins, n_queries):
     network, y = Scripted(margins), torch.zeros(1, dtype=torch.long)
     samples = AttackedSamples(lambda rows: x[rows], y, torch.tensor([7]), torch.tensor([[1.0, 0]]))
-    search = SquareSearch(network, samples, threat, n_queries, 3, 0, 1, 1, torch.device("cpu"))
+    search = SquareSearch(network, samples, threat, n_queries, 3, 0, 0, 1, 1, torch.device("cpu"))
     search_squares(search, SampleQueue([0]), Outcome.blank(1))
     return torch.cat(network.points)
 

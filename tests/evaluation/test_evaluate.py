@@ -324,7 +324,7 @@ def test_a_broken_network_is_refused(model, data):
         (
             {"attack": "fgsm"},
             RequestError,
-            'attack: got "fgsm", expected one of apgd, pgd, square, autoattack',
+            'attack: got "fgsm", expected one of apgd, pgd, pma, malt, strong, square, autoattack',
         ),
         ({"stepps": 3}, RequestError, 'unknown setting "stepps"; did you mean "steps"'),
         ({"threats": ["Linf"]}, RequestError, 'got "Linf"'),

@@ -132,7 +132,10 @@ def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
     ("wrong", "message"),
     [
         ({"method": "greedy", "screen": True}, "greedy method evaluates every soup in full"),
-        ({"attack": "autoattack", "screen": True}, 'screen requires attack "apgd" or "pgd"'),
+        (
+            {"attack": "autoattack", "screen": True},
+            "screen requires an attack that can be shortened",
+        ),
         ({"method": "learned"}, 'method "learned" learns its coefficients; use learn'),
         ({"method": "gird"}, 'methods: got "gird", .*did you mean "grid"'),
         ({"step": 0.3}, r"step: got 0\.3, expected a fraction of 1"),
