@@ -4,6 +4,7 @@ from collections import Counter, OrderedDict
 
 import pytest
 import torch
+from hostile_pickles import pickle, tensor
 from torch import nn
 
 from robustsoup.files import write_torch
@@ -118,3 +119,20 @@ def test_other_tensors_are_refused(tmp_path, content):
         pytest.raises(ValueError, match=r"sparse or quantized|the name|without a type"),
     ):
         read_torch(opened)
+
+
+def test_an_old_file_that_begins_with_a_tensor_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(pickle(tensor([4], [1])))
+    with path.open("rb") as file, pytest.raises(ValueError, match="did not write"):
+        read_torch(file)
+
+
+def test_an_old_file_whose_storages_have_numbers_for_names_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    names, rest = content.rsplit(b"]", 1)
+    path.write_bytes(names + b"]K\x00a." + rest[-16:])
+    with path.open("rb") as file, pytest.raises(ValueError, match="storages without names"):
+        read_torch(file)

@@ -98,7 +98,9 @@ class _LegacyStorages:
 
     def fill(self, keys: object) -> None:
         """Read the content of all storages, in the order of `keys`."""
-        if type(keys) is not list or sorted(map(str, keys)) != sorted(self.raw):
+        if type(keys) is not list or any(type(key) is not str for key in keys):
+            raise ValueError("storages without names")
+        if sorted(keys) != sorted(self.raw):
             raise ValueError("storages that are not those of the tensors")
         begin = self.source.file.tell()
         for key in keys:
@@ -125,8 +127,10 @@ def _read_legacy(source: FileBytes) -> Any:
     if source.read(0, min(2, source.size)) != b"\x80\x02":
         raise ValueError("neither a zip archive nor a pickle of torch.save")
     source.file.seek(0)
-    if read_pickle() != _LEGACY_MAGIC or read_pickle() != _LEGACY_PROTOCOL:
-        raise ValueError("a pickle that torch.save did not write")
+    for expected in (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
+        number = read_pickle()
+        if type(number) is not int or number != expected:  # a tensor would compare its elements
+            raise ValueError("a pickle that torch.save did not write")
     read_pickle()  # the sizes of C types on the machine that wrote the file
     content = read_pickle()
     storages.fill(read_pickle())
