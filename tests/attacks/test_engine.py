@@ -403,20 +403,11 @@ def test_pgd_breaks_samples_and_stays_in_the_ball(trained, threat, precision):
 # the queue, and ready-made points
 
 
-def test_the_queue_hands_out_every_sample_once_and_stops_below_the_threshold():
-    queue = SampleQueue(range(5), surviving=10, stop_below=8)
+def test_the_queue_hands_out_every_sample_once_and_stops_on_request():
+    queue = SampleQueue(range(5))
     assert queue.take(2) == [0, 1]
     assert queue.take(9) == [2, 3, 4]
     assert queue.take(1) == []
-    queue.count_broken(2)
-    assert not queue.stopped
-    queue.count_broken(1)
-    assert queue.stopped
-
-
-def test_a_queue_without_a_threshold_stops_only_on_request():
-    queue = SampleQueue([3], surviving=1)
-    queue.count_broken(1)
     assert not queue.stopped
     queue.stop()
     assert queue.stopped

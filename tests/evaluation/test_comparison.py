@@ -190,6 +190,9 @@ def with_record(evaluation, **record):
     return replace(evaluation, record=record)
 
 
+TOO_HIGH = "its robust accuracies may be too high"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "note"),
     [
@@ -224,7 +227,11 @@ def with_record(evaluation, **record):
             {"steps": 2},
             "the second was screened; its robust accuracies may be too high",
         ),
-        ("stopped", True, "the second was stopped; its robust accuracies may be too high"),
+        (
+            "subset",
+            {"samples": 2, "seed": 0, "missed": {}},
+            f"the second was attacked in full on 2 samples alone; {TOO_HIGH}",
+        ),
         ("warnings", ["the gradients vanish"], "the second: the gradients vanish"),
     ],
 )

@@ -179,7 +179,6 @@ def test_a_state_of_other_settings_or_another_network_is_refused(
         {"keep_points": True},
         {"pool": [with_points]},
         {"after": with_points},
-        {"stop_below": 3},
         {"data": data.first(N - 1)},
     ):
         with pytest.raises(CheckpointError, match=r"state\.pt: saved by work with other settings"):

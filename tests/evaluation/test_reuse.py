@@ -1,4 +1,4 @@
-"""Reuse of points of other networks and of earlier evaluations; early stopping of attacks."""
+"""Reuse of points of other networks and of earlier evaluations; attacks on parts of samples."""
 
 from dataclasses import replace
 
@@ -11,6 +11,9 @@ from robustsoup.data import load_data
 from robustsoup.errors import RequestError
 from robustsoup.evaluation import attackers
 from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.two_phase import attacked_rows, subset_rows
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.threats import ThreatModel
 
 FIVE_STEPS = {"steps": 5, "seed": 3}
@@ -183,31 +186,75 @@ def test_samples_broken_before_autoattack_stay_broken(neighbour, data, reuse, br
     assert bool((robust[0] <= robust[1]).all())
 
 
-# giving up early
+# a part of the samples
 
 
-def test_stop_below_gives_up_once_fewer_samples_survive(model, data, passes):
-    settings = {**FIVE_STEPS, "restarts": 3}
-    complete_run = evaluate(Counted(model), data, [LINF], **settings)
-    cost, left, clean = passes[True], complete_run.accuracy[LINF].hits, N - WRONG
-    Counted.reset()
-    stopped = evaluate(Counted(model), data, [LINF], stop_below=clean, **settings)
-    assert passes[True] < cost
-    assert stopped.record["stopped"] is True
-    assert stopped.record["stop_below"] == clean
-    assert left < stopped.accuracy[LINF].hits < clean
-    robust = [e.threats["Linf 0.1"].robust for e in (complete_run, stopped)]
-    assert bool((robust[0] <= robust[1]).all())
-    for threshold in (left, left - 1, 1):  # never fewer survive: nothing changes
-        same = evaluate(model, data, [LINF], stop_below=threshold, **settings)
-        assert "stopped" not in same.record
-        assert same_verdicts(same, complete_run)
-    repeated = evaluate(model, data, [LINF], after=stopped, **settings)
-    assert "stopped" not in repeated.record
-    assert same_verdicts(repeated, complete_run)
+@pytest.fixture(scope="module")
+def brief(model, data):
+    return evaluate(model, data, [LINF, L2], steps=1, seed=3)
 
 
-@pytest.mark.parametrize("threats", [[], ["clean"], [LINF, L2]])
-def test_stop_below_takes_one_threat(model, data, threats):
-    with pytest.raises(RequestError, match=r"stop_below: got \d threats, expected one"):
-        evaluate(model, data, threats, stop_below=3)
+def test_a_subset_is_attacked_and_the_others_keep_their_verdicts(model, data, brief):
+    threats, settings = [LINF, L2], {**FIVE_STEPS, "restarts": 2}
+    complete = evaluate(model, data, threats, after=brief, **settings)
+    size = N // 3
+    part = evaluate(model, data, threats, after=brief, subset=size, **settings)
+    rows = attacked_rows(data.ids, part.record)
+    assert torch.equal(rows, subset_rows(data.ids, size, seed=3))
+    assert int(rows.sum()) == size
+    masks = [e.hits() for e in (part, complete, brief)]
+    for name in (str(LINF), str(L2), "union"):
+        mask, full, short = (hits[name] for hits in masks)
+        assert torch.equal(mask[rows], full[rows])
+        assert torch.equal(mask[~rows], short[~rows])
+        missed = int((short & ~full)[rows].sum())
+        accuracy = part.accuracy[name]
+        assert (accuracy.hits, accuracy.n) == (int(short.sum()), N)
+        assert (accuracy.drawn, accuracy.missed) == (int(short[rows].sum()), missed)
+    assert "masking_check" not in part.record
+    assert part.accuracy["clean"].drawn is None
+
+
+def test_a_larger_subset_continues_and_the_rest_completes(model, data, brief):
+    settings = {**FIVE_STEPS, "restarts": 2}
+    threats = [LINF, L2]
+
+    def attack(after, subset):
+        return evaluate(model, data, threats, after=after, subset=subset, **settings)
+
+    at_once, in_rounds = attack(brief, 30), attack(attack(attack(brief, 9), 20), 30)
+    assert same_verdicts(at_once, in_rounds)
+    for key in ("subset", "after", "broken_by"):
+        assert at_once.record[key] == in_rounds.record[key]
+    complete = attack(brief, None)
+    assert same_verdicts(attack(in_rounds, None), complete)
+    assert attack(in_rounds, None).record["after"] == complete.record["after"]
+    assert "subset" not in complete.record
+    assert "masking_check" in complete.record
+
+
+def test_an_estimate_is_stored(model, data, brief, tmp_path):
+    part = evaluate(model, data, [LINF, L2], after=brief, subset=9, **FIVE_STEPS)
+    loaded = Evaluation.load(part.save(tmp_path / "e.json"))
+    assert loaded.accuracy[LINF] == part.accuracy[LINF]
+    assert Accuracy.from_json(part.accuracy[LINF].to_json()) == part.accuracy[LINF]
+
+
+def test_a_subset_that_cannot_be_attacked_is_refused(model, data, brief):
+    part = evaluate(model, data, [LINF, L2], after=brief, subset=9, **FIVE_STEPS)
+    for request, message in (
+        ({"subset": 0, "after": brief}, rf"subset: got 0, expected 1 to {N - 1} of {N}"),
+        ({"subset": N, "after": brief}, rf"subset: got {N}, expected 1 to {N - 1} of {N}"),
+        ({"subset": 9}, "subset: requires after, an evaluation of the same samples"),
+        ({"subset": 9, "after": part}, "subset: got 9 after 9 samples; expected more"),
+        ({"subset": 12, "after": part, "steps": 9}, "subset: got 12 after 9 samples"),
+        ({"subset": 9, "after": brief, "attack": one_step}, "attacks each sample by itself"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            evaluate(model, data, [LINF, L2], **(FIVE_STEPS | request))
+    with pytest.raises(RequestError, match="under the same threats"):
+        evaluate(model, data, [LINF], after=brief, subset=9, **FIVE_STEPS)
+
+
+def one_step(model, x, y, threat, *, seed):
+    return x

@@ -308,7 +308,7 @@ def test_a_confirmation_starts_from_the_screening():
     plan = planner.plan
     steps, rows, name = plan.steps, plan.rows, "grid-0.5-0.5"
     first = planner.screening().first_request(planner.contender(plan.row(name)))
-    request = EvaluationRequest(name, pool=first.pool, after=first, stop_below=7)
+    request = EvaluationRequest(name, after=first, subset=7)
     key = planner.add_confirmation(request)
     assert plan.steps[:-1] == steps
     (step,) = plan.steps[len(steps) :]
@@ -316,9 +316,8 @@ def test_a_confirmation_starts_from_the_screening():
     assert (plan.row(name).val, step.key, step.name) == (key, key, "grid-0.5-0.5.val")
     task = step.task
     assert (task.after, task.settings.attack.steps, task.short) == (before.val, 3, False)
-    assert (task.stop_below, task.attacked_before) == (7, False)
-    assert task.pool == plan.step(before.val).task.pool
-    assert set(task.parents) == {before.network, before.val, *task.pool}
+    assert (task.subset, task.attacked_before, task.pool) == (7, False, ())
+    assert set(task.parents) == {before.network, before.val}
     assert [row for row in plan.rows if row.name != name] == [r for r in rows if r.name != name]
 
 

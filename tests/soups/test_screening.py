@@ -3,10 +3,13 @@
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from soup_candidates import LINF, N, candidate
 
+from robustsoup.evaluation.two_phase import subset_rows
+from robustsoup.soups import racing
 from robustsoup.soups.screening import (
     Contender,
     EvaluationRequest,
@@ -17,6 +20,16 @@ from robustsoup.soups.screening import (
 from robustsoup.soups.selection import Candidate, Goal, pareto_front, select, worth_confirming
 
 CHOICE = Goal.parse(LINF, ["clean>=0.5"], point=True)
+FIRST = 32
+"""Samples of the first round of the races below."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_rounds():
+    """Let N samples form several rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(racing, "ROUND", 64)
+        yield
 
 
 @dataclass(frozen=True)
@@ -39,15 +52,32 @@ def evaluate_truth(truths, log):
         truth = truths[request.candidate]
         if request.mode == "short":
             return mark_screened(candidate("", truth.clean, truth.short).evaluation)
-        if request.stop_below is not None and truth.full < request.stop_below:
-            stopped_at = request.stop_below - 1
-            return candidate("", truth.clean, stopped_at, stopped=True).evaluation
+        if request.subset is not None:
+            return attack_subset(truth, request.subset)
         return candidate("", truth.clean, truth.full).evaluation
 
     return evaluate
 
 
-def run(truths, goal, contenders=None):
+def attack_subset(truth, subset):
+    """Return the evaluation after the full attack on a part of the samples."""
+    evaluation = candidate("", truth.clean, truth.short).evaluation
+    rows = subset_rows(evaluation.ids, subset, seed=0)
+    full = torch.arange(N) < truth.full
+    verdicts = evaluation.threats[LINF]
+    missed = int((verdicts.robust & ~full)[rows].sum())
+    robust = torch.where(rows, full, verdicts.robust)
+    record = {"subset": {"samples": subset, "seed": 0, "missed": {LINF: missed}}}
+    return replace(evaluation, threats={LINF: replace(verdicts, robust=robust)}, record=record)
+
+
+def steps_of(log):
+    """Return the candidates and sizes of the attacks after the first round."""
+    attacks = [(r.candidate, r.subset) for r in log if r.after and not r.after.keep_points]
+    return [item for item in attacks if item[1] != FIRST]
+
+
+def run(truths, goal, contenders=None, alpha=0.05):
     """Screen the soups between the ingredients "a" and "b"; return candidates and requests."""
     names = [name for name in truths if name not in ("a", "b")]
     contenders = contenders or [
@@ -55,7 +85,7 @@ def run(truths, goal, contenders=None):
         *(Contender(name) for name in names),
         Contender("b", "b"),
     ]
-    screening, log = Screening(("a", "b"), tuple(contenders), goal), []
+    screening, log = Screening(("a", "b"), tuple(contenders), goal, N, alpha), []
     final = run_screening(screening, evaluate_truth(truths, log))
     return [Candidate(name, (), evaluation) for name, evaluation in final.items()], log
 
@@ -71,47 +101,55 @@ TRUTHS = {
 
 def test_the_first_requests_depend_on_no_result():
     contenders = (Contender("a", "a"), Contender("soup"), Contender("learned", mode="full"))
-    screening = Screening(("a", "b"), contenders, Goal())
+    screening = Screening(("a", "b"), contenders, Goal(), N)
     pool = (EvaluationRequest("a", keep_points=True), EvaluationRequest("b", keep_points=True))
     assert screening.first_requests() == (
         *pool,
         EvaluationRequest("a", pool=pool, after=pool[0]),
         EvaluationRequest("soup", "short", pool=pool),
         EvaluationRequest("learned", pool=pool),
+        EvaluationRequest(
+            "soup", after=EvaluationRequest("soup", "short", pool=pool), subset=FIRST
+        ),
     )
 
 
-def test_a_choice_confirms_the_most_promising_first_and_stops_what_has_lost():
+def test_a_choice_races_the_most_promising_first_and_drops_what_has_lost():
     final, log = run(TRUTHS, CHOICE)
-    confirmations = [(r.candidate, r.mode, r.stop_below) for r in log if r.after is not None][2:]
-    assert confirmations == [("high", "full", 80), ("middle", "full", 80)]
+    assert steps_of(log)[:4] == [("middle", 64), ("middle", 128), ("middle", 192), ("middle", None)]
     by_name = {c.name: c for c in final}
-    assert by_name["high"].evaluation.record["stopped"] is True
     assert by_name["middle"].confirmed
-    assert by_name["low"].evaluation.record["screened"] is True  # 60 survivors cannot beat 90
+    assert not by_name["low"].confirmed  # 60 survivors cannot beat 90
+    assert by_name["low"].evaluation.record["subset"]["samples"] == FIRST
     assert select(final, maximise=LINF, require=["clean>=0.5"], point=True).best.name == "middle"
 
 
-def test_without_a_confirmed_leader_the_first_confirmation_does_not_stop():
+def test_few_samples_are_one_round():
+    contender = Contender("soup")
+    screening = Screening(("a",), (contender,), CHOICE, 127)
+    assert screening.opening_request(contender) == screening.first_request(contender)
+    assert screening.first_requests() == (*screening.pool, screening.first_request(contender))
+
+
+def test_without_a_leader_the_most_promising_runs_all_rounds():
     contenders = [Contender("high"), Contender("middle"), Contender("low")]
     _, log = run(TRUTHS, CHOICE, contenders)
-    confirmations = [(r.candidate, r.stop_below) for r in log if r.after is not None]
-    assert confirmations == [("high", None), ("middle", 70)]
+    assert steps_of(log)[0][1] is None
 
 
 def test_a_choice_passes_over_what_misses_the_clean_requirement():
     final, log = run(TRUTHS, Goal.parse(LINF, ["clean>=0.79"], point=True))
-    assert [r.candidate for r in log if r.after is not None] == ["a", "b", "middle"]
+    assert {name for name, _ in steps_of(log)} == {"middle"}
     assert [c.name for c in final if not c.confirmed] == ["high", "low"]
 
 
 def test_if_no_soup_meets_the_requirement_the_closest_compete():
     goal = Goal.parse(LINF, ["clean>=0.999"])
     _, log = run(TRUTHS, goal)
-    assert [r.candidate for r in log if r.after is not None] == ["a", "b"]  # a is the closest
+    assert steps_of(log) == []  # a is the closest
     truths = {**TRUTHS, "high": Truth(195, 110, 20), "middle": Truth(195, 100, 30)}
     final, log = run(truths, goal)
-    assert [r.candidate for r in log if r.after is not None] == ["a", "b", "high", "middle"]
+    assert {name for name, _ in steps_of(log)} <= {"high", "middle"}
     selection = select(final, maximise=LINF, require=goal.require)
     assert (selection.best.name, selection.met) == ("middle", False)
 
@@ -137,20 +175,18 @@ def test_other_goals_confirm_the_front_in_full(goal):
                 screened, maximise=goal.maximise, require=goal.require, unconfirmed=True
             ).best.name
         )
-    confirmations = [r for r in log if r.after is not None][2:]
-    assert {r.candidate for r in confirmations} == expected - {"a", "b"}
-    assert {(r.mode, r.stop_below) for r in confirmations} <= {("full", None)}
+    assert sorted(steps_of(log)) == sorted((name, None) for name in expected - {"a", "b"})
 
 
 def test_a_contender_that_is_evaluated_in_full_is_not_confirmed_again():
     contenders = [Contender("high", mode="full"), Contender("low")]
     final, log = run(TRUTHS, CHOICE, contenders)
-    assert [r.candidate for r in log if not r.keep_points] == ["high", "low"]
+    assert [r.candidate for r in log if not r.keep_points] == ["high", "low", "low"]
     assert [c.confirmed for c in final] == [True, False]
 
 
 def test_without_contenders_nothing_is_confirmed():
-    screening = Screening(("a",), (), CHOICE)
+    screening = Screening(("a",), (), CHOICE, N)
     assert screening.first_requests() == screening.pool
     assert screening.next_requests({screening.pool[0]: candidate("a", 9, 9).evaluation}) == ()
 
@@ -168,10 +204,10 @@ def tabled(rows):
 
 @settings(max_examples=200, deadline=None)
 @given(TABLES, st.floats(0, 1))
-def test_the_choice_is_the_one_of_a_full_search(rows, least):
+def test_without_chance_the_choice_is_the_one_of_a_full_search(rows, least):
     truths = tabled(rows)
     goal = Goal.parse(LINF, {"clean": least}, point=True)
-    final, _ = run(truths, goal)
+    final, _ = run(truths, goal, alpha=1e-300)
     full = [candidate(c.name, truths[c.name].clean, truths[c.name].full) for c in final]
     wanted = {"maximise": LINF, "require": {"clean": least}, "point": True}
     chosen, best = select(final, **wanted), select(full, **wanted)
@@ -187,7 +223,7 @@ def test_a_resumed_screening_requests_the_same(rows, chooses):
     truths, log = tabled(rows), []
     names = [name for name in truths if name not in ("a", "b")]
     contenders = (Contender("a", "a"), *map(Contender, names))
-    screening = Screening(("a", "b"), contenders, CHOICE if chooses else Goal())
+    screening = Screening(("a", "b"), contenders, CHOICE if chooses else Goal(), N)
     evaluate, results = evaluate_truth(truths, log), {}
     batch = screening.first_requests()
     while batch:

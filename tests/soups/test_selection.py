@@ -354,13 +354,13 @@ def test_a_front_of_a_measure_that_was_not_evaluated_is_refused():
 def test_upper_bounds_are_not_confirmed():
     assert candidate("a", 180, 90).confirmed
     assert not candidate("a", 180, 90, screened=True).confirmed
-    assert not candidate("a", 180, 90, stopped=True).confirmed
+    part = {"samples": 50, "seed": 0, "missed": {LINF: 3}}
+    assert not candidate("a", 180, 90, subset=part).confirmed
 
 
-@pytest.mark.parametrize("key", ["screened", "stopped"])
-def test_a_selection_skips_upper_bounds(key):
+def test_a_selection_skips_upper_bounds():
     candidates = [
-        candidate("high", 190, 120, **{key: True}),
+        candidate("high", 190, 120, screened=True),
         candidate("low", 180, 60),
         candidate("middle", 120, 80),
     ]

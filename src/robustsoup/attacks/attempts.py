@@ -132,7 +132,6 @@ def run_attempts(
     outcome: Outcome,
     *,
     device: torch.device,
-    stop_below: int | None = None,
     poll: AttackProgress | None = None,
 ) -> None:
     """Attack every sample that is classified correctly and not settled yet.
@@ -144,17 +143,14 @@ def run_attempts(
         settings: The attack, "apgd", "pgd", "pma" or "malt".
         outcome: Read to resume, and written as samples are settled.
         device: Device of the network.
-        stop_below: Stop once fewer samples survive; None for never.
         poll: Receives progress.
     """
     attempts = list_attempts(settings, samples.classes)
     run_attempt = prepare_attempts(
         model, samples, threat, settings, outcome, attempts=len(attempts), device=device
     )
-    order = partial(order_waiting, samples, outcome, likely_first=stop_below is not None)
-    run_in_turn(
-        run_attempt, order, len(attempts), samples, outcome, stop_below=stop_below, poll=poll
-    )
+    order = partial(order_waiting, samples, outcome)
+    run_in_turn(run_attempt, order, len(attempts), samples, outcome, poll=poll)
 
 
 def prepare_attempts(
@@ -205,7 +201,7 @@ def prepare_attempts(
     def run_attempt(index: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
         attempt, table = listed[index], None
         if attempt.by_distance:
-            waiting = torch.tensor(order_waiting(samples, outcome, index, likely_first=False))
+            waiting = torch.tensor(order_waiting(samples, outcome, index))
             table = nearest.rank(waiting, report)
         run = replace(search, attempt=attempt, index=index, nearest=table)
         run_search(run, queue, outcome, report)
@@ -213,17 +209,14 @@ def prepare_attempts(
     return run_attempt
 
 
-def order_waiting(
-    samples: AttackedSamples, outcome: Outcome, index: int, *, likely_first: bool
-) -> list[int]:
+def order_waiting(samples: AttackedSamples, outcome: Outcome, index: int) -> list[int]:
     """Return the samples that wait for attempt `index`, in the order in which to attack them.
 
-    If the attack may stop early, samples that are likely to break come first. Otherwise they come
-    last, so that short searches fill the rows at the end.
+    Samples that are likely to break come last, so that short searches fill the rows at the end.
     """
     is_waiting = samples.correct & (outcome.settled == index) & ~outcome.broken
     waiting = is_waiting.nonzero().flatten()
-    rank = outcome.margin if likely_first else -logit_margin(samples.logits, samples.y)
+    rank = -logit_margin(samples.logits, samples.y)
     order: list[int] = waiting[rank[waiting].argsort(stable=True)].tolist()
     return order
 

@@ -129,17 +129,11 @@ class SampleQueue:
 
     Args:
         waiting: AttackedSamples, first to last.
-        surviving: Number of samples of the attack that are not broken yet.
-        stop_below: Stop the attack once fewer samples survive; None for never.
     """
 
-    def __init__(
-        self, waiting: Sequence[int], *, surviving: int = 0, stop_below: int | None = None
-    ) -> None:
+    def __init__(self, waiting: Sequence[int]) -> None:
         self.stopped = False
         self._waiting = list(waiting)[::-1]
-        self._surviving = surviving
-        self._stop_below = stop_below
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -149,13 +143,6 @@ class SampleQueue:
         """Remove and return up to `count` samples."""
         with self._lock:
             return [self._waiting.pop() for _ in range(min(count, len(self._waiting)))]
-
-    def count_broken(self, count: int) -> None:
-        """Count broken samples, and stop if too few survive."""
-        with self._lock:
-            self._surviving -= count
-            if self._stop_below is not None and self._surviving < self._stop_below:
-                self.stopped = True
 
     def stop(self) -> None:
         """Make the lanes return soon; unfinished samples stay unsettled."""
@@ -205,7 +192,6 @@ def run_in_turn(
     samples: AttackedSamples,
     outcome: Outcome,
     *,
-    stop_below: int | None = None,
     poll: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run attempts one after the other on the samples that none of them has broken yet.
@@ -216,7 +202,6 @@ def run_in_turn(
         attempts: Number of attempts.
         samples: All samples of the attack.
         outcome: Read before each attempt; the attempts write to it.
-        stop_below: Stop once fewer samples survive; None for never.
         poll: Called several times a second with (settled, total), which count samples times
             attempts.
     """
@@ -227,8 +212,7 @@ def run_in_turn(
             poll(int(outcome.settled[correct].sum()), int(correct.sum()) * attempts)
 
     for index in range(attempts):
-        surviving = int((correct & ~outcome.broken).sum())
-        queue = SampleQueue(order_waiting(index), surviving=surviving, stop_below=stop_below)
+        queue = SampleQueue(order_waiting(index))
         run_attempt(index, queue, report_progress if poll else None)
         if queue.stopped:
             break
@@ -574,8 +558,6 @@ class Lane:
             outcome.broken[samples] = True
         # Written last: a snapshot relies on all other results of a settled sample.
         outcome.settled[samples] = self.search.attempts if is_broken else self.search.index + 1
-        if is_broken:
-            self.queue.count_broken(len(samples))
 
 
 def _concat_pending(parts: list[Pending]) -> Pending:

@@ -149,7 +149,6 @@ def run_square(
     outcome: Outcome,
     *,
     device: torch.device,
-    stop_below: int | None = None,
     poll: Callable[[int, int], None] | None = None,
 ) -> None:
     """Attack every sample that is classified correctly and not settled yet.
@@ -161,7 +160,6 @@ def run_square(
         settings: The attack; `n_queries`, `restarts`, `seed` and `batch_size` count.
         outcome: Read to resume, and written as samples are settled.
         device: Device of the network.
-        stop_below: Stop once fewer samples survive; None for never.
         poll: Called several times a second with (settled, total), which count samples times
             restarts.
     """
@@ -183,7 +181,6 @@ def run_square(
         settings.restarts,
         samples,
         outcome,
-        stop_below=stop_below,
         poll=poll,
     )
 
@@ -360,8 +357,6 @@ class SquareLane:
         # Written last: a snapshot relies on all other results of a settled sample.
         outcome.settled[samples] = search.attempts if is_broken else search.index + 1
         self.sample[rows], self.query[rows] = -1, 0
-        if is_broken:
-            self.queue.count_broken(len(samples))
 
 
 class SquareProposals:

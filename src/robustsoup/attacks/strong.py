@@ -34,7 +34,6 @@ def run_strong(
     outcome: Outcome,
     *,
     device: torch.device,
-    stop_below: int | None = None,
     poll: AttackProgress | None = None,
 ) -> None:
     """Attack every sample that is classified correctly and not settled yet.
@@ -46,7 +45,6 @@ def run_strong(
         settings: The attack "strong".
         outcome: Read to resume, and written as samples are settled.
         device: Device of the network.
-        stop_below: Stop once fewer samples survive; None for never.
         poll: Receives progress.
     """
     attempts = len(strong_attempts(settings, samples.classes))
@@ -65,5 +63,5 @@ def run_strong(
             restart = replace(search, restart=index - first_square, index=index)
             search_squares(restart, queue, outcome, report)
 
-    order = partial(order_waiting, samples, outcome, likely_first=stop_below is not None)
-    run_in_turn(run_any, order, attempts, samples, outcome, stop_below=stop_below, poll=poll)
+    order = partial(order_waiting, samples, outcome)
+    run_in_turn(run_any, order, attempts, samples, outcome, poll=poll)

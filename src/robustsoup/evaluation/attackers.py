@@ -96,14 +96,12 @@ class QueueAttacker:
         settings: The attack, with its precision resolved.
         classes: Number of classes.
         pass_size: Images in one pass.
-        stop_below: Number of surviving samples below which the attack stops; None for never.
     """
 
     together: ClassVar[int] = 1
     settings: AttackSettings
     classes: int
     pass_size: int
-    stop_below: int | None = None
 
     @property
     def attempts(self) -> tuple[str, ...]:
@@ -125,8 +123,6 @@ class QueueAttacker:
         }
         if s.ranks_by_logits or s.attack in ("malt", "strong"):
             protocol["targets"] = s.targets
-        if self.stop_below is not None:
-            protocol["stop_below"] = self.stop_below
         return protocol
 
     def attack(
@@ -140,7 +136,6 @@ class QueueAttacker:
             self.settings,
             outcome,
             device=target.device,
-            stop_below=self.stop_below,
             poll=poll,
         )
 
@@ -163,13 +158,11 @@ class SquareAttacker:
     Attributes:
         settings: The attack.
         pass_size: Images in one pass.
-        stop_below: Number of surviving samples below which the attack stops; None for never.
     """
 
     together: ClassVar[int] = 1
     settings: AttackSettings
     pass_size: int
-    stop_below: int | None = None
 
     @property
     def attempts(self) -> tuple[str, ...]:
@@ -186,8 +179,6 @@ class SquareAttacker:
             "search_precision": "float32",
             "rows": self.pass_size,
         }
-        if self.stop_below is not None:
-            protocol["stop_below"] = self.stop_below
         return protocol
 
     def attack(
@@ -201,7 +192,6 @@ class SquareAttacker:
             self.settings,
             outcome,
             device=target.device,
-            stop_below=self.stop_below,
             poll=poll,
         )
 
@@ -218,14 +208,12 @@ class StrongAttacker:
         settings: The attack, with its precision resolved.
         classes: Number of classes.
         pass_size: Images in one pass.
-        stop_below: Number of surviving samples below which the attack stops; None for never.
     """
 
     together: ClassVar[int] = 1
     settings: AttackSettings
     classes: int
     pass_size: int
-    stop_below: int | None = None
 
     @property
     def attempts(self) -> tuple[str, ...]:
@@ -234,7 +222,7 @@ class StrongAttacker:
 
     def protocol(self) -> dict[str, Any]:
         """Return the settings that decide the verdicts."""
-        attacker = QueueAttacker(self.settings, self.classes, self.pass_size, self.stop_below)
+        attacker = QueueAttacker(self.settings, self.classes, self.pass_size)
         return attacker.protocol() | {"n_queries": self.settings.n_queries}
 
     def attack(
@@ -248,7 +236,6 @@ class StrongAttacker:
             self.settings,
             outcome,
             device=target.device,
-            stop_below=self.stop_below,
             poll=poll,
         )
 
@@ -491,7 +478,6 @@ def make_attacker(
     threats: tuple[ThreatModel, ...],
     classes: int,
     device: torch.device,
-    stop_below: int | None,
 ) -> Attacker:
     """Return the attacker that the settings describe.
 
@@ -500,7 +486,6 @@ def make_attacker(
         threats: Threat models of the evaluation.
         classes: Number of classes of the data.
         device: Device of the network.
-        stop_below: Number of surviving samples below which the attacks of this library stop.
 
     Raises:
         RequestError: If the attack does not support this number of classes, or is not installed.
@@ -510,12 +495,12 @@ def make_attacker(
         return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
     images = pass_size(device, settings.batch_size)
     if settings.attack == "square":
-        return SquareAttacker(settings, images, stop_below)
+        return SquareAttacker(settings, images)
     if settings.attack == "strong":
-        return StrongAttacker(settings, classes, images, stop_below)
+        return StrongAttacker(settings, classes, images)
     if settings.is_queued or settings.attack == "autoattack":
         name = settings.attack if settings.is_queued else "apgd"
-        return QueueAttacker(replace(settings, attack=name), classes, images, stop_below)
+        return QueueAttacker(replace(settings, attack=name), classes, images)
     name, function = _find_attack_function(settings.attack)
     return FunctionAttacker(name, function, settings.seed)
 

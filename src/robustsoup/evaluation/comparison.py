@@ -10,6 +10,7 @@ from torch import Tensor
 from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy, Difference
+from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import SHIFT_KEY, UNION_KEY, Evaluation, Record
 
 ATTACK_KEYS = (
@@ -24,9 +25,6 @@ ATTACK_KEYS = (
     "search_precision",
 )
 """Keys that describe an attack; robust accuracies are comparable if both records agree on them."""
-
-UPPER_BOUND_KEYS = ("screened", "stopped")
-"""Keys of records whose robust accuracies are upper bounds."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,9 +146,13 @@ def _comparison_notes(a: Evaluation, b: Evaluation, n: int, names: list[str]) ->
     yield from _notes_on_coverage(a, b, n, names)
     yield from _notes_on_settings(a, b, attacked=attacked)
     for position, record in (("first", a.record), ("second", b.record)):
-        if attacked and (bounds := [key for key in UPPER_BOUND_KEYS if record.get(key)]):
-            reasons = " and ".join(bounds)
-            yield f"the {position} was {reasons}; its robust accuracies may be too high"
+        if attacked and record.get("screened"):
+            yield f"the {position} was screened; its robust accuracies may be too high"
+        if attacked and (part := record.get(SUBSET_KEY)):
+            yield (
+                f"the {position} was attacked in full on {part['samples']:,} samples alone; "
+                "its robust accuracies may be too high"
+            )
         yield from (f"the {position}: {warning}" for warning in record.get("warnings", ()))
     if attacked:
         yield f"{len(names)} comparisons; the p-values are not adjusted for their number"

@@ -43,10 +43,12 @@ from robustsoup.evaluation.sharing import (
     Share,
     SharedState,
     check_same_request,
+    hide_samples,
     predict_shared,
 )
 from robustsoup.evaluation.shift import measure_shift
-from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record, Verdicts
+from robustsoup.evaluation.two_phase import SUBSET_KEY, subset_rows
+from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation, Record, Verdicts
 from robustsoup.progress import Progress
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
 from robustsoup.threats import ThreatModel
@@ -70,7 +72,7 @@ def evaluate(
     pool: Sequence[Evaluation] = (),
     others: Sequence[Evaluation] = (),
     after: Evaluation | None = None,
-    stop_below: int | None = None,
+    subset: int | None = None,
     shift: str | os.PathLike[str] | None = None,
     shift_part: CorruptionPart = "all",
     state_path: str | os.PathLike[str] | None = None,
@@ -102,8 +104,10 @@ def evaluate(
         after: Earlier evaluation of the same network on the same samples. Its clean predictions
             are reused, samples that it broke stay broken, and samples that survived an identical
             attack are not attacked again.
-        stop_below: Stop once fewer samples survive; requires exactly one threat model. Robust
-            accuracy is then an upper bound, and the record says "stopped".
+        subset: Attack this many samples alone, the first of a random order that depends on the
+            attack's seed and the samples' ids; requires `after`, whose verdicts stand for the
+            others. Accuracies under attack are then estimates, see `two_phase`, and
+            record["subset"] holds what the attack added.
         shift: Folder of corrupted copies of the test set in the format of CIFAR-10-C (labels.npy
             and one .npy file for each corruption, five severities); accuracy["shift"] is then
             the clean accuracy on them, on the first samples of each severity, and
@@ -130,7 +134,7 @@ def evaluate(
         as_split(data, "evaluate").first(samples),
         threats,
         make_settings(AttackSettings, settings, changes),
-        reuse=Reuse(keep_points, tuple(pool), after, stop_below, tuple(others)),
+        reuse=Reuse(keep_points, tuple(pool), after, subset, tuple(others)),
         device=device,
     )
     corruptions = None if shift is None else open_corruptions(shift, request.data, shift_part)
@@ -153,9 +157,12 @@ def evaluate(
     record |= shifted
     if hint is not None:
         record |= {BETTER_INPUTS: hint, "warnings": [hint, *record["warnings"]]}
-    return Evaluation(
+    evaluation = Evaluation(
         request.data.ids.cpu(), clean.labels, clean.prediction, clean.margin, verdicts, record
     )
+    if subset is not None:
+        record[SUBSET_KEY] = _describe_subset(request, evaluation)
+    return evaluation
 
 
 @dataclass(frozen=True)
@@ -288,23 +295,17 @@ def _attack_with_threats(
                 outcome,
                 attempts=len(request.attacker.attempts),
                 together=request.attacker.together,
-                alone=request.reuse.stop_below is not None,
             )
             poll = _make_poll(number, outcomes, saved, progress)
             request.attacker.attack(replace(target, samples=share.samples), threat, outcome, poll)
             share.merge(outcome)
-            if request.settings.masking_check and _is_settled(request, samples.correct, outcome):
+            if request.settings.masking_check and request.reuse.subset is None:
                 masking[str(threat)] = _check_masking(request, target, threat, outcome)
     except BaseException:
         saved.save(outcomes)
         raise
     saved.clear()
     return _Attacked(outcomes, masking)
-
-
-def _is_settled(request: CheckedRequest, correct: Tensor, outcome: Outcome) -> bool:
-    """Return whether the attack ran to its end."""
-    return bool((outcome.settled[correct] == len(request.attacker.attempts)).all())
 
 
 def _check_masking(
@@ -332,7 +333,11 @@ def _target_samples(request: CheckedRequest, clean: _CleanPass) -> AttackedSampl
     logits = clean.logits
     if logits is None:  # only their argmax is used
         logits = functional.one_hot(clean.prediction, request.data.classes).float()
-    return AttackedSamples(request.fetch, clean.labels, request.data.ids.cpu(), logits)
+    ids, reuse = request.data.ids.cpu(), request.reuse
+    samples = AttackedSamples(request.fetch, clean.labels, ids, logits)
+    if reuse.subset is None:
+        return samples
+    return hide_samples(samples, ~subset_rows(ids, reuse.subset, seed=request.settings.seed))
 
 
 def _start_outcome(
@@ -418,9 +423,24 @@ def _make_record(
         record["processes"] = distributed.world()
     if attacked.masking:
         record["masking_check"] = attacked.masking
-    if not all(_is_settled(request, clean.correct, outcome) for outcome in outcomes.values()):
-        record["stopped"] = True
     return record
+
+
+def _describe_subset(request: CheckedRequest, evaluation: Evaluation) -> Record:
+    """Return the size of the subset, its seed, and the survivors that the attack broke in it."""
+    after = request.reuse.after
+    assert after is not None  # the request was checked
+    before, hits = after.hits(), evaluation.hits()
+    earlier = after.record.get(SUBSET_KEY, {"missed": {}})["missed"]
+    measures = [name for name in hits if name in evaluation.threats or name == UNION_KEY]
+    return {
+        "samples": request.reuse.subset,
+        "seed": request.settings.seed,
+        "missed": {
+            name: int((before[name] & ~hits[name]).sum()) + earlier.get(name, 0)
+            for name in measures
+        },
+    }
 
 
 @dataclass(frozen=True)

@@ -13,44 +13,65 @@ Z95 = 1.959963984540054
 class Accuracy:
     """A share of n samples with its 95 % Wilson interval; `float(accuracy)` is the share.
 
+    An estimate by two-phase sampling (`robustsoup.evaluation.two_phase`) has counts of two attacks:
+    a brief one on all samples, and the full one on some of the survivors.
+
     Attributes:
-        hits: Number of correct samples.
+        hits: Number of correct samples; of an estimate, those that survive the brief attack.
         n: Number of samples, at least 1.
+        drawn: Survivors that were attacked in full; None unless the share is an estimate.
+        missed: How many of these the full attack broke.
     """
 
     hits: int
     n: int
+    drawn: int | None = None
+    missed: int = 0
 
     @property
     def value(self) -> float:
-        """The share, hits / n."""
-        return self.hits / self.n
+        """The share, hits / n; of an estimate, less the share of misses."""
+        return self.hits / self.n * (1 - self.missed / (self.drawn or 1))
 
     @property
     def low(self) -> float:
         """The lower end of the interval."""
-        return wilson(self.hits, self.n)[0]
+        return self._interval()[0]
 
     @property
     def high(self) -> float:
         """The upper end of the interval."""
-        return wilson(self.hits, self.n)[1]
+        return self._interval()[1]
+
+    def _interval(self) -> tuple[float, float]:
+        if self.drawn is None:
+            return wilson(self.hits, self.n)
+        n = effective_size(self.hits, self.n, self.drawn, self.missed)
+        return wilson(self.value * n, n)
 
     def to_json(self) -> dict[str, float]:
         """Return the share, its interval and the counts, ready for json.dumps."""
+        counts = {} if self.drawn is None else {"drawn": self.drawn, "missed": self.missed}
         return {
             "value": self.value,
             "low": self.low,
             "high": self.high,
             "hits": self.hits,
             "n": self.n,
+            **counts,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, float]) -> "Accuracy":
         """Read what `to_json` returned, or a share and n as other programs write them."""
         n = int(content["n"])
-        return cls(int(content.get("hits", round(content["value"] * n))), n)
+        drawn = content.get("drawn")
+        return cls(
+            int(content.get("hits", round(content["value"] * n))),
+            n,
+            None if drawn is None else int(drawn),
+            int(content.get("missed", 0)),
+        )
 
     def __float__(self) -> float:
         """Return the share."""
@@ -61,11 +82,38 @@ class Accuracy:
         return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
+def effective_size(survivors: int, n: int, drawn: int, missed: int) -> float:
+    """Return how many samples, attacked in full, would give an estimate of the same variance.
+
+    With the survivors' share s and the miss rate m of the brief attack, the variance of the
+    estimate s (1 - m) is
+
+        (1 - m)^2 s (1 - s) / n + s^2 m (1 - m) / drawn
+        = p (1 - p) / n + s^2 m (1 - m) (1 / drawn - 1 / survivors),  p = s (1 - m).
+
+    The second term is taken at the rate (missed + 1) / (drawn + 2), since no miss in a small part
+    does not show that the brief attack misses nothing.
+
+    Args:
+        survivors: Survivors of the brief attack.
+        n: Number of samples.
+        drawn: Survivors that were attacked in full.
+        missed: How many of these the full attack broke.
+    """
+    if drawn == survivors:
+        return float(n)
+    share, rate = survivors / n, (missed + 1) / (drawn + 2)
+    value = share * (1 - missed / max(drawn, 1))
+    spread = max(value * (1 - value), 1 / n)
+    added = share**2 * rate * (1 - rate) * (1 / max(drawn, 1) - 1 / survivors)
+    return max(1.0, spread / (spread / n + added))
+
+
+def wilson(hits: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval of a share.
 
     Args:
-        hits: Number of hits, in 0..n.
+        hits: Number of hits, in 0..n; an effective one need not be whole.
         n: Number of samples, at least 1.
         z: Quantile of the standard normal distribution.
 

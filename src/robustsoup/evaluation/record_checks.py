@@ -43,6 +43,7 @@ check_record = table(
             },
             {"accuracy": mapping_of(anything), "digest": text, "part": text, "samples": count},
         ),
+        "subset": table({"samples": count, "seed": anything, "missed": mapping_of(count)}, {}),
         "masking_check": mapping_of(
             table({}, dict.fromkeys(("square", "transfer", "unbounded", "gradient"), _finding))
         ),

@@ -20,8 +20,10 @@ from robustsoup.evaluation.reuse import (
     SAME_ATTACK_KEYS,
     Reuse,
     check_same_samples,
+    is_same_attack,
     pool_points,
 )
+from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Record
 from robustsoup.models import NetworkSettings, network_settings_of
 from robustsoup.models.fit import check_fit
@@ -72,10 +74,13 @@ class CheckedRequest:
     def protocol(self) -> Record:
         """Return the settings that decide the verdicts."""
         protocol: Record = {"seed": self.settings.seed, "broken_by": self.broken_by}
-        if self.reuse.after is not None:
-            record = self.reuse.after.record
-            protocol["after"] = {key: record.get(key) for key in SAME_ATTACK_KEYS}
-        return protocol | self.attacker.protocol()
+        protocol |= self.attacker.protocol()
+        after = self.reuse.after
+        if after is not None:
+            continues = SUBSET_KEY in after.record and is_same_attack(after, protocol)
+            earlier = {key: after.record.get(key) for key in SAME_ATTACK_KEYS}
+            protocol["after"] = after.record["after"] if continues else earlier
+        return protocol
 
     def fingerprint(self) -> str:
         """Return a text that identifies the evaluation whose saved progress may be resumed."""
@@ -84,6 +89,7 @@ class CheckedRequest:
             self.protocol(),
             self.data.digest,
             self.reuse.keep_points,
+            self.reuse.subset,
             None if after is None else after.to_json(),
             [evaluation.to_json() for evaluation in self.reuse.pool],
             self.checkpoint_digest or Checkpoint.of(self.model).digest,
@@ -121,8 +127,6 @@ def check_request(
         ModelError: If the network does not fit the data.
     """
     attacked = tuple(dict.fromkeys(t for t in parse_threats(threats) if not t.is_clean))
-    if reuse.stop_below is not None and len(attacked) != 1:
-        raise RequestError(f"stop_below: got {len(attacked)} threats, expected one")
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     source = network if isinstance(network, nn.Module) else Checkpoint.load(network)
@@ -132,9 +136,10 @@ def check_request(
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")
     data = data.with_classes(check_fit(model, data, attacked))
-    attacker = make_attacker(settings, attacked, data.classes, where, reuse.stop_below)
+    attacker = make_attacker(settings, attacked, data.classes, where)
     earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
+    _check_subset(reuse, attacked, attacker, settings, len(data))
     for threat in attacked:
         pool_points([*reuse.pool, *reuse.others], threat)
     return CheckedRequest(
@@ -149,3 +154,32 @@ def check_request(
         where,
         tuple(warnings),
     )
+
+
+def _check_subset(
+    reuse: Reuse,
+    threats: Sequence[ThreatModel],
+    attacker: Attacker,
+    settings: AttackSettings,
+    n: int,
+) -> None:
+    """Raise RequestError if a part of the samples cannot be attacked by itself."""
+    subset, after = reuse.subset, reuse.after
+    if subset is None:
+        return
+    if not 1 <= subset < n:
+        raise RequestError(f"subset: got {subset}, expected 1 to {n - 1} of {n} samples")
+    if attacker.together > 1:
+        raise RequestError("subset: requires an attack that attacks each sample by itself")
+    if after is None or len(after.ids) != n or set(after.threats) != set(map(str, threats)):
+        raise RequestError(
+            "subset: requires after, an evaluation of the same samples under the same threats, "
+            "whose verdicts stand for the other samples"
+        )
+    earlier = after.record.get(SUBSET_KEY)
+    protocol = attacker.protocol() | {"seed": settings.seed}
+    if earlier and not (is_same_attack(after, protocol) and earlier["samples"] < subset):
+        raise RequestError(
+            f"subset: got {subset} after {earlier['samples']} samples; "
+            "expected more samples and the same attack"
+        )

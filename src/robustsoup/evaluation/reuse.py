@@ -11,6 +11,7 @@ from robustsoup.attacks.outcome import Outcome
 from robustsoup.data import Split
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.attackers import CHUNK_SAMPLES, Target
+from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.evaluation.verdicts import Evaluation, Record
 from robustsoup.threats import ThreatModel
 
@@ -30,7 +31,6 @@ SAME_ATTACK_KEYS = (
     "search_precision",
     "rows",
     "chunk",
-    "stopped",
 )
 """Keys whose values are equal in the records of two evaluations by the same attack."""
 
@@ -42,7 +42,7 @@ class Reuse:
     keep_points: bool
     pool: tuple[Evaluation, ...]
     after: Evaluation | None
-    stop_below: int | None
+    subset: int | None
     others: tuple[Evaluation, ...] = ()
 
 
@@ -146,7 +146,8 @@ def copy_verdicts(
 ) -> None:
     """Copy the verdicts of an earlier evaluation of the same network.
 
-    Samples that it broke stay broken. Samples that survived an identical attack are settled.
+    Samples that it broke stay broken. Samples that it attacked by an identical attack, and that
+    survived, are settled.
 
     Args:
         after: The earlier evaluation.
@@ -159,12 +160,12 @@ def copy_verdicts(
     if verdicts is None:
         return
     n = len(outcome.by)
-    same_attack = is_same_attack(after, protocol)
+    attacked = attacked_rows(after.ids, after.record)[:n] & is_same_attack(after, protocol)
     names = protocol["broken_by"]
     renumbered = torch.tensor([names.index(name) - 1 for name in after.record["broken_by"]])
     by = verdicts.by[:n]
     broken = by > 0
-    settled = broken | (same_attack & (by == -1))
+    settled = broken | (attacked & (by == -1))
     outcome.by[broken] = renumbered[by[broken]]
     outcome.broken[broken], outcome.settled[settled] = True, attempts
     outcome.step[settled] = verdicts.step[:n][settled]

@@ -72,7 +72,6 @@ class Share:
         outcome: What is settled before the attack; the same in all ranks.
         attempts: Number of attempts of the attack.
         together: Samples that the attack takes in one call, and that one rank must attack.
-        alone: Whether the first rank attacks all samples.
 
     Attributes:
         samples: The samples; those of other ranks look as if they were classified wrongly.
@@ -86,17 +85,15 @@ class Share:
         *,
         attempts: int,
         together: int,
-        alone: bool,
     ) -> None:
         self.samples = samples
         self.owned = torch.full(samples.y.shape, distributed.is_first())
         if distributed.world() == 1:
             return
-        if not alone:
-            waiting = samples.correct & ((outcome.settled < attempts) | (together > 1))
-            dealt = distributed.from_first(lambda: waiting)
-            self.owned[dealt] = distributed.deal(int(dealt.sum()), together)
-        self.samples = _hide(samples, ~self.owned)
+        waiting = samples.correct & ((outcome.settled < attempts) | (together > 1))
+        dealt = distributed.from_first(lambda: waiting)
+        self.owned[dealt] = distributed.deal(int(dealt.sum()), together)
+        self.samples = hide_samples(samples, ~self.owned)
 
     def merge(self, outcome: Outcome) -> None:
         """Replace the results of the other ranks' samples by what these found."""
@@ -111,7 +108,7 @@ class Share:
             rows[name].copy_(merged[name])
 
 
-def _hide(samples: AttackedSamples, hidden: Tensor) -> AttackedSamples:
+def hide_samples(samples: AttackedSamples, hidden: Tensor) -> AttackedSamples:
     """Return the samples with another class predicted for the hidden ones."""
     wrong = functional.one_hot((samples.y + 1) % samples.classes, samples.classes)
     return replace(

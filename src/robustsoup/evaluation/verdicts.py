@@ -18,6 +18,7 @@ from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.record_checks import check_record
+from robustsoup.evaluation.two_phase import SUBSET_KEY, attacked_rows, estimate_accuracy
 from robustsoup.file_bytes import DamageError, digest_tensors
 from robustsoup.files import atomic_path, open_regular, write_text
 from robustsoup.paths import user_path
@@ -160,12 +161,23 @@ class Evaluation:
 
     @property
     def accuracy(self) -> Accuracies:
-        """The share of each mask of `hits`, with its interval; "shift" too if it was measured."""
+        """The share of each mask of `hits`, with its interval; "shift" too if it was measured.
+
+        Where the last attack ran on a part of the samples, accuracies under attack are estimates
+        (`two_phase`), and the masks hold the verdicts of the earlier attack on the other samples.
+        """
         masks = self.hits()
         if len(shifted := self._shift_hits()):
             masks[SHIFT_KEY] = shifted
+        missed = self.record.get(SUBSET_KEY, {"missed": {}})["missed"]
+        attacked = attacked_rows(self.ids, self.record)
         return Accuracies(
-            {name: Accuracy(int(hits.sum()), len(hits)) for name, hits in masks.items()}
+            {
+                name: estimate_accuracy(hits, attacked, missed[name])
+                if name in missed
+                else Accuracy(int(hits.sum()), len(hits))
+                for name, hits in masks.items()
+            }
         )
 
     @property

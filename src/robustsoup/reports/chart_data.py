@@ -118,6 +118,7 @@ def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str,
         "at": row.at,
         "candidate": rule.is_candidate(row),
         "screened": row.screened,
+        "doubt": row.doubt,
         "bounds": rule.bounds(row),
         "scores": {},
     }

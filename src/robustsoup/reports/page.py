@@ -273,8 +273,8 @@ def _format_attack(results: Results) -> str:
 
 
 def _format_screened(results: Results) -> str:
-    names = ", ".join(row.name for row in results.rows if row.screened)
-    return f"{names} ({results.protocol.select_on} figures are upper bounds)" if names else ""
+    split = results.protocol.select_on
+    return "; ".join(f"{row.name}: {split} {row.doubt}" for row in results.rows if row.screened)
 
 
 def _join_known(values: Mapping[str, object]) -> str:

@@ -176,7 +176,9 @@ def summarise_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[Re
     if protocol.precision:
         parts.append(protocol.precision)
     if protocol.screened and split == protocol.select_on:
-        parts.append("accuracies of screened soups are upper bounds")
+        estimated = any(row.attacked is not None for row in rows)
+        what = "estimates" if estimated else "upper bounds"
+        parts.append(f"accuracies of screened soups are {what}")
     return clean_text(" · ".join(parts), 200)
 
 

@@ -18,6 +18,7 @@ from robustsoup.data.duplicates import Overlap
 from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.documents import read_json
 from robustsoup.evaluation.doubts import describe_masking
+from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import write_text
 from robustsoup.leftovers import remove_leftovers
@@ -47,6 +48,7 @@ from robustsoup.runs.worker import (
 )
 from robustsoup.soups.answer import Answer
 from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.racing import round_ends
 from robustsoup.soups.selection import Candidate
 
 
@@ -161,6 +163,11 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         )
         if evaluation is not None
     }
+    part = None if selecting is None else selecting.record.get(SUBSET_KEY)
+    attacked = left_after = None
+    if part is not None and selecting is not None:
+        attacked = int(part["samples"])
+        left_after = round_ends(len(selecting.ids)).index(attacked) + 1
     scores = {split: dict(evaluation.accuracy) for split, evaluation in evaluations.items()}
     warnings = {text for evaluation in evaluations.values() for text in evaluation.warnings}
     masking = [
@@ -182,6 +189,8 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         val=scores.get("val"),
         test=scores.get("test"),
         screened=selecting is not None and not Candidate(row.name, (), selecting).confirmed,
+        attacked=attacked,
+        left_after=left_after,
         warnings=tuple(sorted(warnings)),
         masking_check=tuple(masking),
     )

@@ -400,7 +400,7 @@ class Planner:
     def add_evaluated_row(self, row: PlannedRow) -> None:
         """Add a row with its first evaluation, and the report on it if all rows are reported."""
         if self.recipe.evaluate.screens:
-            val = self.add_request(self.screening().first_request(self.contender(row)))
+            val = self.add_request(self.screening().opening_request(self.contender(row)))
         else:
             val = self.add_evaluation(row.name, row.network, self.selecting_settings())
         self.add_row(dataclasses.replace(row, val=val))
@@ -437,7 +437,9 @@ class Planner:
         """Return the screening of the recipe's soups."""
         soups = [row for row in self.plan.rows if row.soup is not None]
         goal = self.recipe.goal or Goal()
-        return Screening(tuple(self.recipe.ingredients), tuple(map(self.contender, soups)), goal)
+        samples = self.selecting_settings().count_samples(self.data)
+        contenders = tuple(map(self.contender, soups))
+        return Screening(tuple(self.recipe.ingredients), contenders, goal, samples)
 
     def add_request(self, request: EvaluationRequest) -> Key:
         """Add an evaluation that a screening requests, and the evaluations that it depends on."""
@@ -459,9 +461,9 @@ class Planner:
             keep_points=in_pool or evaluate.keep_points,
             pool=tuple(map(self.add_request, request.pool)),
             after=None if request.after is None else self.add_request(request.after),
-            attacked_before=request.after is not None and request.after.mode == request.mode,
+            attacked_before=request.after is not None and request.after.keep_points,
             short=request.mode == "short",
-            stop_below=request.stop_below,
+            subset=request.subset,
         )
         return self.add_step(f"{name}{'.pool' if in_pool else ''}.{settings.split}", task)
 

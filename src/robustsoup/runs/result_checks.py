@@ -81,6 +81,8 @@ row = table(
         "val": nullable(mapping_of(accuracy)),
         "test": nullable(mapping_of(accuracy)),
         "screened": boolean,
+        "attacked": count,
+        "left_after": count,
         "warnings": list_of(text),
         "masking_check": list_of(text),
     },

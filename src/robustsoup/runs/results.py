@@ -47,7 +47,9 @@ class ResultRow:
         coefficients_file: File of the coefficients by layer in the run folder.
         val: Accuracies on the split that selects.
         test: Accuracies on the split that reports.
-        screened: Whether the robust accuracies on `val` are upper bounds.
+        screened: Whether the robust accuracies on `val` are upper bounds, or estimates.
+        attacked: Samples of `val` that were attacked in full, if they are estimates.
+        left_after: Number of rounds of the race that the soup ran, if they are estimates.
         warnings: Why accuracies are doubtful, one line each.
         masking_check: Findings of the masking check, one line for each split and threat model.
     """
@@ -65,6 +67,8 @@ class ResultRow:
     val: RowScores | None = None
     test: RowScores | None = None
     screened: bool = False
+    attacked: int | None = None
+    left_after: int | None = None
     warnings: tuple[str, ...] = ()
     masking_check: tuple[str, ...] = ()
 
@@ -76,6 +80,18 @@ class ResultRow:
         """Return one accuracy; None if it was not measured."""
         return (self.scores(split) or {}).get(measure)
 
+    @property
+    def doubt(self) -> str:
+        """What the robust accuracies on `val` are, if not all samples were attacked in full."""
+        if not self.screened:
+            return ""
+        if self.attacked is None:
+            return "robust accuracies are upper bounds"
+        return (
+            f"robust accuracies are estimates: {self.attacked:,} samples were attacked in full; "
+            f"left the race after round {self.left_after}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON-able values, without lines and flags that are not set."""
         content: dict[str, Any] = _field_values(self)
@@ -84,7 +100,7 @@ class ResultRow:
             content[split] = scores and {key: value.to_json() for key, value in scores.items()}
         for name in ("ingredients", "coefficients", "warnings", "masking_check"):
             content[name] = None if content[name] is None else list(content[name])
-        for name in ("screened", "warnings", "masking_check"):
+        for name in ("screened", "attacked", "left_after", "warnings", "masking_check"):
             if not content[name]:
                 del content[name]
         return content
@@ -116,6 +132,8 @@ class ResultRow:
             val=_parse_scores(table.get("val")),
             test=_parse_scores(table.get("test")),
             screened=bool(table.get("screened", False)),
+            attacked=table.get("attacked"),
+            left_after=table.get("left_after"),
             warnings=tuple(table.get("warnings", ())),
             masking_check=tuple(table.get("masking_check", ())),
         )

@@ -511,8 +511,8 @@ class EvaluateNetwork:
         others: Evaluations whose adversarial points the masking check tries.
         after: Earlier evaluation of the network, whose verdicts this one starts from.
         attacked_before: Whether `after` ran the same attack, so that no sample is attacked again.
-        short: Whether the attack is a short one, and robust accuracies are upper bounds.
-        stop_below: Number of surviving samples below which the evaluation stops early.
+        short: Whether the attack is the short one of a screening.
+        subset: Number of samples to attack; None for all.
     """
 
     network: Key
@@ -523,7 +523,7 @@ class EvaluateNetwork:
     after: Key | None = None
     attacked_before: bool = False
     short: bool = False
-    stop_below: int | None = None
+    subset: int | None = None
     kind = "evaluate"
     epochs = 0
 
@@ -540,9 +540,10 @@ class EvaluateNetwork:
 
     def count_passes(self, data: Data) -> int:
         """Return the cost of the task in forward passes of one sample."""
-        return self.settings.count_passes(
-            data, points=len(self.pool), attack=not self.attacked_before
-        )
+        settings = self.settings
+        if self.subset is not None:
+            settings = dataclasses.replace(settings, samples=self.subset, part="all", shift=None)
+        return settings.count_passes(data, points=len(self.pool), attack=not self.attacked_before)
 
 
 @dataclass(frozen=True)

@@ -465,7 +465,7 @@ def evaluate_network(
         pool=[worker.evaluation(key) for key in task.pool],
         others=[worker.evaluation(key) for key in task.others],
         after=None if task.after is None else worker.evaluation(task.after),
-        stop_below=task.stop_below,
+        subset=task.subset,
         device=str(worker.context.device),
         state_path=folder / STATE,
         on_progress=on_progress,
@@ -480,7 +480,8 @@ def evaluate_network(
     evaluation.save(folder / EVALUATION)
     for warning in evaluation.warnings:
         worker.warn(f"{name}: {warning}")
-    return describe_scores(evaluation) + (" (screened: upper bounds)" if task.short else "")
+    scores = describe_scores(evaluation)
+    return f"{scores} (after a short attack: upper bounds)" if task.short else scores
 
 
 def _check_shift(evaluation: Evaluation, settings: EvaluationSettings) -> None:

@@ -1,10 +1,10 @@
-"""The screening engine: decide which soups to attack briefly, which in full, and when to stop.
+"""The screening engine: decide which soups to attack in full, and on how many samples.
 
 The engine evaluates nothing. It names evaluations as `EvaluationRequest`s, and its decisions depend
 only on the evaluations that its caller returns. `search` runs the requests in process; a recipe's
 run turns each of them into a stored step. A caller works as follows:
 
-    screening = Screening(ingredients, contenders, goal)
+    screening = Screening(ingredients, contenders, goal, samples=len(split))
     results = {request: evaluate_it(request) for request in screening.first_requests()}
     while batch := screening.next_requests(results):
         results |= {request: evaluate_it(request) for request in batch}
@@ -12,8 +12,8 @@ run turns each of them into a stored step. A caller works as follows:
 
 `run_screening` is this loop. `first_requests` depends on no result, so a planner can list these
 evaluations (and price them) before any work; the requests of one batch do not depend on each other,
-except that a contender's evaluation needs those of its `pool` and `after`. `next_requests` is a
-pure function of `results`: a resumed run that reloads the same evaluations gets the same requests.
+except that an evaluation needs those of its `pool` and `after`. `next_requests` is a pure function
+of `results`: a resumed run that reloads the same evaluations gets the same requests.
 
 A request is evaluated with these arguments of `evaluate`:
 
@@ -21,9 +21,15 @@ A request is evaluated with these arguments of `evaluate`:
 - `keep_points=request.keep_points`;
 - `pool=[results[item] for item in request.pool]`;
 - `after=results[request.after]` unless that is None;
-- `stop_below=request.stop_below`;
+- `subset=request.subset`;
 
 and the evaluation of a short request is passed through `mark_screened` before it is stored.
+
+The short attack on all samples is the first phase of two-phase sampling, the full attack on the
+first round of the race (`round_ends`) the second one: every contender gets an estimate without bias
+(`robustsoup.evaluation.two_phase`). Its later evaluations continue in the same order of samples. On
+fewer samples than two rounds have there is no such part, and what the short attack leaves is an
+upper bound.
 
 A request with `keep_points` evaluates an ingredient. Its adversarial points are then tried on every
 contender, so that no contender looks stronger only because it faced fewer points.
@@ -37,6 +43,7 @@ from typing import Literal
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, Evaluation
 from robustsoup.settings import AttackSettings
 from robustsoup.soups.goal import Goal
+from robustsoup.soups.racing import Race, round_ends
 from robustsoup.soups.selection import Candidate, judge, select, worth_confirming
 
 
@@ -50,8 +57,7 @@ class EvaluationRequest:
         keep_points: Whether to keep the adversarial points for the pool.
         pool: Requests whose adversarial points are tried before the attack.
         after: Request for the same network whose verdicts this evaluation starts from.
-        stop_below: Number of surviving samples below which the evaluation stops early; None to
-            never stop.
+        subset: Number of samples to attack, the first ones of the race; None for all.
     """
 
     candidate: str
@@ -59,7 +65,7 @@ class EvaluationRequest:
     keep_points: bool = False
     pool: "tuple[EvaluationRequest, ...]" = ()
     after: "EvaluationRequest | None" = None
-    stop_below: int | None = None
+    subset: int | None = None
 
 
 EvaluationsByRequest = Mapping[EvaluationRequest, Evaluation]
@@ -87,25 +93,30 @@ class Screening:
     """Decides which evaluations a screened search needs.
 
     Every ingredient is attacked in full and keeps its adversarial points. Every contender is then
-    attacked with these points and, unless it is evaluated in full, a short attack. Two rules decide
-    which screened contenders are confirmed by the full protocol:
+    attacked with these points and, unless it is evaluated in full, a short attack on all samples
+    and the full attack on the first round of them. Two rules decide which screened contenders are
+    attacked further:
 
     - If the goal maximises accuracy under the one threat that is evaluated, and requires nothing
-      but clean accuracy, only contenders that can still win are confirmed, the most promising
-      first, and a confirmation stops as soon as its contender has lost. If no contender meets the
-      requirements, the contenders closest to meeting them compete.
-    - Otherwise the contenders of `worth_confirming` are confirmed, and the contender that the goal
-      would choose by upper bounds.
+      but clean accuracy, the contenders that can still win race (`Race`), the most promising
+      first, until each has run all rounds or has left. If no contender meets the requirements, the
+      contenders closest to meeting them compete.
+    - Otherwise the contenders of `worth_confirming` are attacked in full, and the contender that
+      the goal would choose by the upper bounds that the short attack gives.
 
     Attributes:
         ingredients: Names of the ingredients.
         contenders: The soups, in the order that breaks ties.
         goal: What is chosen at the end; `Goal()` if no soup is chosen.
+        samples: Number of samples of the evaluations.
+        alpha: Probability with which the best contender may leave the race.
     """
 
     ingredients: tuple[str, ...]
     contenders: tuple[Contender, ...]
     goal: Goal
+    samples: int
+    alpha: float = 0.05
 
     @cached_property
     def pool(self) -> tuple[EvaluationRequest, ...]:
@@ -119,9 +130,23 @@ class Screening:
         ingredient = self.pool[self.ingredients.index(contender.ingredient)]
         return EvaluationRequest(contender.name, pool=self.pool, after=ingredient)
 
+    def opening_request(self, contender: Contender) -> EvaluationRequest:
+        """Return the last evaluation of a contender that depends on those of the pool alone."""
+        first = self.first_request(contender)
+        if first.mode == "full" or len(self.ends) == 1:
+            return first
+        return self._continue(first, self.ends[0])
+
     def first_requests(self) -> tuple[EvaluationRequest, ...]:
-        """Return the evaluations that depend on no result: the pool, then first evaluations."""
-        return (*self.pool, *map(self.first_request, self.contenders))
+        """Return the evaluations that depend on no result: the pool, then those of contenders."""
+        firsts = map(self.first_request, self.contenders)
+        openings = map(self.opening_request, self.contenders)
+        return tuple(dict.fromkeys([*self.pool, *firsts, *openings]))
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """How many samples have been attacked at the end of each round."""
+        return round_ends(self.samples)
 
     def next_requests(self, results: EvaluationsByRequest) -> tuple[EvaluationRequest, ...]:
         """Return the next confirmations, given all evaluations so far; empty if there are none.
@@ -137,38 +162,43 @@ class Screening:
             return ()
         measure = self._decisive_measure(screened)
         if measure is not None:
-            return self._next_that_can_win(measure, results)
-        confirmed = self._confirmations(results)
+            return self._next_round(measure, results)
         names = self._names_worth_confirming(screened)
         return tuple(
-            self._confirmation(contender)
+            self._continue(opening, None)
             for contender in self.contenders
-            if contender.name in names and contender.name not in confirmed
+            if contender.name in names
+            and (opening := self.opening_request(contender)) == self._latest(contender, results)
         )
 
     def final_evaluations(self, results: EvaluationsByRequest) -> dict[str, Evaluation]:
         """Return the last evaluation of each contender, by name, in the contenders' order."""
-        first = {item.name: results[self.first_request(item)] for item in self.contenders}
-        return first | self._confirmations(results)
+        return {item.name: results[self._latest(item, results)] for item in self.contenders}
 
     def _screened_candidates(self, results: EvaluationsByRequest) -> list[Candidate]:
         return [
             Candidate(item.name, (), results[self.first_request(item)]) for item in self.contenders
         ]
 
-    def _confirmations(self, results: EvaluationsByRequest) -> dict[str, Evaluation]:
-        firsts = set(map(self.first_request, self.contenders))
-        return {
-            request.candidate: evaluation
-            for request, evaluation in results.items()
-            if request.after in firsts
-        }
+    def _latest(self, contender: Contender, results: EvaluationsByRequest) -> EvaluationRequest:
+        """Return the request of the last evaluation of a contender."""
+        latest = self.opening_request(contender)
+        while latest.mode == "short" or latest.subset is not None:
+            following = [self._continue(latest, end) for end in self._further_ends(latest)]
+            done = [request for request in following if request in results]
+            if not done:
+                break
+            latest = done[0]
+        return latest
 
-    def _confirmation(
-        self, contender: Contender, stop_below: int | None = None
-    ) -> EvaluationRequest:
-        first = self.first_request(contender)
-        return EvaluationRequest(contender.name, pool=self.pool, after=first, stop_below=stop_below)
+    def _further_ends(self, request: EvaluationRequest) -> tuple[int | None, ...]:
+        """Return the sizes that may follow a subset: that of the next round, and all samples."""
+        after = [end for end in self.ends[:-1] if end > (request.subset or 0)]
+        return (*after[:1], None)
+
+    def _continue(self, request: EvaluationRequest, subset: int | None) -> EvaluationRequest:
+        """Return the full attack that follows; the points of the pool were tried before."""
+        return EvaluationRequest(request.candidate, after=request, subset=subset)
 
     def _decisive_measure(self, screened: Sequence[Candidate]) -> str | None:
         """Return the attacked measure that alone decides the choice; None if others matter too."""
@@ -190,23 +220,29 @@ class Screening:
             names |= set() if best.confirmed else {best.name}
         return names
 
-    def _next_that_can_win(
+    def _next_round(
         self, measure: str, results: EvaluationsByRequest
     ) -> tuple[EvaluationRequest, ...]:
-        """Confirm the screened contender with the most survivors, unless it has lost already."""
+        """Attack the contender with the highest estimate that is still in the race once more.
+
+        It runs its next round; without a leader it runs all, as it will lead.
+        """
         latest = self.final_evaluations(results)
         candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
         eligible = judge(candidates, self.goal).eligible(candidates)
-        hits = {c.name: c.evaluation.accuracy[measure].hits for c in eligible}
-        waiting = [c for c in eligible if c.evaluation.record.get("screened")]
-        leading = max((hits[c.name] for c in eligible if c.confirmed), default=None)
-        if not waiting:
+        scores = {c.name: c.evaluation.accuracy[measure] for c in eligible}
+        leading = max((scores[c.name].hits for c in eligible if c.confirmed), default=None)
+        race = Race(len(eligible), leading, self.alpha)
+        running = [
+            c.name for c in eligible if not c.confirmed and not race.has_lost(scores[c.name])
+        ]
+        if not running:
             return ()
-        favourite = max(waiting, key=lambda c: hits[c.name]).name
-        if leading is not None and hits[favourite] < leading:
-            return ()
+        favourite = max(running, key=lambda name: (scores[name].value, scores[name].hits))
         contender = next(item for item in self.contenders if item.name == favourite)
-        return (self._confirmation(contender, stop_below=leading),)
+        request = self._latest(contender, results)
+        subset = None if leading is None else self._further_ends(request)[0]
+        return (self._continue(request, subset),)
 
 
 def run_screening(
@@ -252,5 +288,5 @@ def short_attack(
 
 
 def mark_screened(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation, with its robust accuracies recorded as upper bounds."""
+    """Return the evaluation, with its attack recorded as a brief one."""
     return replace(evaluation, record={**evaluation.record, "screened": True})

@@ -124,9 +124,10 @@ def search(
     """Evaluate every soup of a method on one split, and answer which one to use.
 
     With `screen`, the ingredients are attacked in full; their adversarial points and a short attack
-    (`screen_steps`, in bfloat16 where the device supports it) are tried on every soup; then the
-    soups that can still matter are confirmed in full, see `Screening`. The accuracies of the other
-    soups are upper bounds, and their `Candidate.confirmed` is False.
+    (`screen_steps`, in bfloat16 where the device supports it) are tried on every soup, and the
+    full attack on a random part of the samples; then the soups that can still win race, see
+    `Screening`. The accuracies of those that leave are estimates with their intervals, and their
+    `Candidate.confirmed` is False.
 
     With method "surrogate", the clean accuracy of every soup of the grid is measured, few soups are
     attacked, and only those are candidates; `predicted` holds all, see `SurrogateSearch`.
@@ -577,7 +578,7 @@ class _SoupEvaluator:
             keep_points=request.keep_points,
             pool=[results[item] for item in request.pool],
             after=None if request.after is None else results[request.after],
-            stop_below=request.stop_below,
+            subset=request.subset,
             shift=self.shift,
             shift_part=self.shift_part,
         )
@@ -670,7 +671,7 @@ def _search_screened(
 ) -> list[Candidate]:
     ingredients = {alpha_name(alpha): alpha for alpha in corners(len(evaluator.ingredients))}
     contenders = [Contender(name, name if name in ingredients else None) for name in alphas]
-    screening = Screening(tuple(ingredients), tuple(contenders), goal)
+    screening = Screening(tuple(ingredients), tuple(contenders), goal, len(evaluator.data))
     first_requests = set(screening.first_requests())
     progress.total = len(first_requests)
     all_alphas = {**alphas, **ingredients}

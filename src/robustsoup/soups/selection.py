@@ -18,6 +18,7 @@ from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import Z_ERROR, Floats, Hits, prove_accuracies
+from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
 from robustsoup.soups.goal import (
@@ -57,17 +58,22 @@ class Candidate:
 
     def __repr__(self) -> str:
         """Return one line: the name and the accuracies."""
-        bounds = "" if self.confirmed else ", upper bounds"
-        return make_printable(f"Candidate({self.name}: {self.evaluation.accuracy}{bounds})")
+        note = "" if self.confirmed else f", {self.doubt}"
+        return make_printable(f"Candidate({self.name}: {self.evaluation.accuracy}{note})")
 
     def _repr_html_(self) -> str:
         return tabulate_candidates(self.name, [self])
 
     @property
+    def doubt(self) -> str:
+        """What robust accuracies are that are not confirmed."""
+        return "estimates" if SUBSET_KEY in self.evaluation.record else "upper bounds"
+
+    @property
     def confirmed(self) -> bool:
-        """Whether the full protocol ran to its end; else robust accuracies are upper bounds."""
+        """Whether all samples were attacked in full; else accuracies are estimates or bounds."""
         record = self.evaluation.record
-        return not (record.get("screened") or record.get("stopped"))
+        return not (record.get("screened") or SUBSET_KEY in record)
 
 
 @dataclass(frozen=True)
@@ -295,8 +301,11 @@ def tabulate_candidates(title: str, candidates: Sequence[Candidate]) -> str:
         (item.name, *(str(item.evaluation.accuracy[measure]) for measure in measures))
         for item in candidates
     )
-    bounds = [item.name for item in candidates if not item.confirmed]
-    notes = [f"upper bounds: {', '.join(bounds)}"] if bounds else []
+    doubts: dict[str, list[str]] = {}
+    for item in candidates:
+        if not item.confirmed:
+            doubts.setdefault(item.doubt, []).append(item.name)
+    notes = [f"{doubt}: {', '.join(names)}" for doubt, names in doubts.items()]
     return html_table(title, ("soup", *measures), rows, notes)
 
 

@@ -31,7 +31,7 @@
     for (const measure of data.measures) lines.push(`${measure} ${describe(score(row, measure))}`);
     const any = Object.values(row.scores[state.split] ?? {})[0];
     if (any) lines.push(`on ${any[4]} samples of ${state.split}`);
-    if (row.screened && state.split === data.selectOn) lines.push("robust accuracies are upper bounds");
+    if (row.screened && state.split === data.selectOn) lines.push(row.doubt);
     return lines.join("\n");
   }
 
@@ -136,7 +136,7 @@
         table.append(line);
       }
     card.append(table);
-    if (row.screened) card.append(make("div", `Its robust accuracies on ${data.selectOn} are upper bounds.`));
+    if (row.screened) card.append(make("div", `On ${data.selectOn}, its ${row.doubt}.`));
   }
 
   // Pictures.
@@ -224,7 +224,7 @@
     moveByKeys(place, [...points].sort((a, b) => x(a) - x(b)));
     byId("front-caption").textContent =
       `${points.length} networks on ${state.split}. Grey steps: the front. Bars: 95 % intervals. Red ring: the soup that the rule takes`
-      + ` on ${data.selectOn}; black ring: the selected network. Dashed: the requirement. Pale: upper bounds of screened soups.`;
+      + ` on ${data.selectOn}; black ring: the selected network. Dashed: the requirement. Pale: upper bounds or estimates of screened soups.`;
   }
 
   // Ternary maps: the corners of a triangle are the ingredients, in Cartesian coordinates.
