@@ -268,7 +268,7 @@ def test_a_run_that_selects_where_it_reports_shows_each_number_once(tmp_path, al
     assert text.count('<th scope="col">clean, test</th>') == 1
     assert "clean, val" not in text
     assert '"splits": ["test"]' in text
-    assert "(test figures are upper bounds)" in text
+    assert "test robust accuracies are upper bounds" in text
 
 
 def test_each_learned_soup_has_a_table_and_each_coefficients_file_a_csv_file(tmp_path, results):
