@@ -56,7 +56,7 @@ def share(value: object, place: str) -> None:
 
 _accuracy_entries = table(
     {"value": share, "low": share, "high": share, "n": integer(1, MOST_COUNT)},
-    {"hits": count},
+    {"hits": count, "drawn": count, "missed": count},
 )
 
 
