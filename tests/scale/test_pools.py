@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import stored_content, without_times
 
+from robustsoup.runs.slurm_pool import SlurmPool
 from robustsoup.runs.store import Store
 
 pytestmark = [
@@ -242,3 +243,21 @@ def test_submitit_repeats_the_step_of_a_killed_job(folder):
     assert code == 0, messages
     assert "pretrained: lost its worker (job" in messages
     check_equal(folder, "jobs")
+
+
+def test_a_slurm_job_has_the_time_limit_of_its_partition(tmp_path, monkeypatch):
+    """Files take the place of Slurm's commands; `sbatch` keeps the job that it gets."""
+    script = tmp_path / "script.sh"
+    for name in ("sbatch", "srun", "squeue", "sacct", "scancel"):
+        keep = f'cp "$1" {script}\n' if name == "sbatch" else ""
+        (tmp_path / name).write_text(f'#!/bin/sh\n{keep}echo "Submitted batch job 12"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    pool = SlurmPool("gpu", threads=3, gpus=1)
+    pool.open({"folder": str(tmp_path)})
+    pool.submit("key", "step", {"folder": str(tmp_path)}, b"")
+    lines = script.read_text().splitlines()
+    assert "#SBATCH --partition=gpu" in lines
+    assert "#SBATCH --cpus-per-task=3" in lines
+    assert "#SBATCH --gpus-per-node=1" in lines
+    assert not [line for line in lines if line.startswith("#SBATCH --time")]

@@ -64,8 +64,11 @@ class SlurmPool:
         )
         if local:
             self.executor.update_parameters(timeout_min=LOCAL_MINUTES)
-        else:  # submitit's own limit would be five minutes; without one, the partition's holds
-            self.executor.update_parameters(slurm_partition=self.partition, slurm_time=None)
+        else:
+            self.executor.update_parameters(slurm_partition=self.partition)
+            # submitit asks for five minutes unless its Slurm executor says None, which its
+            # `update_parameters` does not pass on; without a limit, the partition's holds.
+            self.executor._executor.parameters["time"] = None
         return f"slurm {self.partition}: at most {self.most_at_once} jobs at once"
 
     def submit(self, key: Key, name: str, meeting: Meeting, content: bytes) -> None:
