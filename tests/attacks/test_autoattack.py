@@ -105,7 +105,7 @@ def test_fewer_than_four_classes_are_refused():
         plan_autoattack(3, ThreatModel("Linf", 8 / 255))
     assert str(error.value) == (
         "autoattack on Linf 8/255: got 3 classes, expected at least 4, "
-        "because its targeted DLR loss compares 4; use the attack apgd"
+        "because its targeted DLR loss compares 4; use the attack strong"
     )
 
 

@@ -272,7 +272,7 @@ def test_a_folder_is_read_as_a_repository_is(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds 3 checkpoints .*; name one: "):
         Checkpoint.load(tmp_path / "doubled")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="empty: holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="empty: got a folder that holds no checkpoint"):
         Checkpoint.load(tmp_path / "empty")
 
 

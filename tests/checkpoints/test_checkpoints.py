@@ -386,7 +386,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(broken_files, name):
     ("name", "text"),
     [
         ("absent.pth", "no such file"),
-        ("folder.pth", "got a folder, expected a regular file"),
+        ("folder.pth", "got a folder that holds no checkpoint"),
         ("half.safetensors", "cut short"),
         ("nan.pth", "bn.bias holds NaN"),
         ("nan.safetensors", "bn.bias holds NaN"),

@@ -72,5 +72,5 @@ def test_folders_of_trainers(tmp_path):
     pieces = tmp_path / "distributed"
     pieces.mkdir()
     (pieces / "__0_0.distcp").write_bytes(b"one of many")
-    with pytest.raises(CheckpointError, match="distributed: holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="distributed: got a folder that holds no checkpoint"):
         Checkpoint.load(pieces)

@@ -97,7 +97,7 @@ def test_an_ingredient_may_have_the_name_of_a_method(here, capsys):
 
 def test_a_requirement_that_fails_on_test_is_exit_code_4(here, capsys, monkeypatch):
     """Labels of the test set are changed, so that no network is right there."""
-    load = running._load_all_data
+    load = running.load_recipe_data
 
     def load_with_wrong_test(*arguments):
         data = load(*arguments)
@@ -108,7 +108,7 @@ def test_a_requirement_that_fails_on_test_is_exit_code_4(here, capsys, monkeypat
         wrong = taken.argmin(1)  # a class that neither predicts; a soup may
         return replace(data, test=replace(data.test, labels=wrong))
 
-    monkeypatch.setattr(running, "_load_all_data", load_with_wrong_test)
+    monkeypatch.setattr(running, "load_recipe_data", load_with_wrong_test)
     command = ("search", *PAIR, *LINF, *FEW, "--step", 1, "--require", "clean>=0.05", "-o", "best")
     assert run(*command) == 4
     output = capsys.readouterr().out

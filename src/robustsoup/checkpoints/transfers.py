@@ -73,7 +73,7 @@ def choose_file(names: Iterable[str], address: str) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        raise CheckpointError(f"{address}: holds no checkpoint")
+        raise CheckpointError(f"{address}: got a folder that holds no checkpoint; name a file")
     listed = ", ".join(candidates[:6])
     raise CheckpointError(
         f"{address}: holds {len(candidates)} checkpoints ({listed}); name one: "
