@@ -11,8 +11,8 @@ from common import RECIPES, run_recipe_small
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-TIMED = ("attack", "grid", "learning", "training_attack")
-TIMED_LONGER = ("learning_memory", "memory", "strong", "surrogate")
+TIMED = ("attack", "training_attack")
+TIMED_LONGER = ("grid", "learning", "learning_memory", "memory", "strong", "surrogate")
 READ_RUN_FOLDERS = ("ablations", "claims")
 LIBRARIES = ("common",)
 LINUX_ONLY = ("learning_memory", "memory")

@@ -158,6 +158,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes(here, tmp_path, capsys):
     """A state in $ROBUSTSOUP_STORE/unfinished keeps what is settled; it goes when all is done."""
     command = ("evaluate", *PAIR, *LINF, "--steps", 20, "--restarts", 2, "--threads", 1)

@@ -118,11 +118,12 @@ def lasting_output(folder):
     return results["rows"], results["selection"], digests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number"),
     [
         ("evaluation.json", 3),
-        pytest.param("checkpoint.safetensors", 2, marks=pytest.mark.slow),
+        ("checkpoint.safetensors", 2),
     ],
 )
 def test_a_run_killed_while_it_writes_equals_an_undisturbed_one(
