@@ -82,7 +82,6 @@ def test_the_commands_of_the_pages_about_learning_choosing_and_training_run(tmp_
     assert mix
     run_commands([*first_trainings, *shell_commands(how_to / "learn.md"), *greedy, *mix])
     for written in (
-        "learned/soup.safetensors",
         *("blocks/coefficients.csv", "dial/dial.safetensors", "cleaner.safetensors"),
         *("plane/report.html", "greedy/soup.safetensors", "half.safetensors"),
     ):
