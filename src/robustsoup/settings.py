@@ -532,8 +532,7 @@ class AttackSettings:
     @property
     def most_passes(self) -> int:
         """Passes that a sample takes which survives; a step, with its gradient, counts as two."""
-        is_targeted = isinstance(self.loss, str) and LOSSES[self.loss].facts.get("targeted", False)
-        searches = self.targets if is_targeted or self.attack in ("malt", "strong") else 1
+        searches = self.targets if self.tries_targets else 1
         steps, queries = 2 * self.steps * self.eot * searches, 0
         if self.attack == "strong":  # pma comes before the targets, and square after them
             steps, queries = steps + 2 * self.steps * self.eot, self.n_queries
@@ -547,6 +546,11 @@ class AttackSettings:
         if self.own_loss or not isinstance(self.loss, str):
             return False
         return bool(LOSSES[self.loss].facts.get("targeted", False))
+
+    @property
+    def tries_targets(self) -> bool:
+        """Whether the attack moves each image towards several classes in turn."""
+        return self.ranks_by_logits or self.attack in ("malt", "strong")
 
     @property
     def own_loss(self) -> str | None:

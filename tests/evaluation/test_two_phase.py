@@ -68,8 +68,8 @@ def test_evidence_keeps_its_level_under_repeated_looks(survivors, misses):
     highest = []
     for _ in range(draws):
         counts = np.cumsum(rng.permutation(population))
-        found = [miss_evidence(int(counts[t - 1]), int(t), survivors, misses) for t in looks]
-        highest.append(max(found))
+        evidence = [miss_evidence(int(counts[t - 1]), int(t), survivors, misses) for t in looks]
+        highest.append(max(evidence))
     for level in (0.05, 0.005):
         error = 2 * math.sqrt(level * (1 - level) / draws)
         assert np.mean(np.array(highest) >= 1 / level) <= level + error

@@ -84,9 +84,9 @@ def run_in(pool, recipe, folder, reporter=None):
 def test_a_run_in_a_pool_writes_the_bytes_of_one_in_this_process(finished, tmp_path, on_one_thread):
     pool = FakePool()
     reporter = run_in(pool, recipe_of(), tmp_path / "run")
-    found, expected = stored_content(tmp_path / "store"), stored_content(finished.store)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in found if found[name] != expected[name]] == []
+    stored, expected = stored_content(tmp_path / "store"), stored_content(finished.store)
+    assert sorted(stored) == sorted(expected)
+    assert [name for name in stored if stored[name] != expected[name]] == []
     results = (tmp_path / "run" / "results.json", finished.folder / "results.json")
     first, second = (without_times(json.loads(path.read_text())) for path in results)
     assert first == second

@@ -7,7 +7,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; scale of rsLoRA: Kalajdzievski 2023, a
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,10 +252,9 @@ def _is_within(module: object, parts: list[str]) -> bool:
     return any(parts[start : start + len(wanted)] == wanted for start in starts)
 
 
-def list_base_places(adapter: Adapter) -> Iterable[Path]:
-    """Yield where on this machine the base may be that a configuration names."""
+def find_base(adapter: Adapter) -> Path | None:
+    """Return where on this machine the base is that a configuration names; None if it is not."""
     if adapter.base is None:
-        return
-    for path in (adapter.folder / adapter.base, Path(adapter.base)):
-        if path.exists():
-            yield path
+        return None
+    places = (adapter.folder / adapter.base, Path(adapter.base))
+    return next((path for path in places if path.exists()), None)

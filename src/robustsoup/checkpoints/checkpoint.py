@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustsoup.checkpoints.adapters import (
     Adapter,
     find_adapter,
-    list_base_places,
+    find_base,
     merge_adapter,
 )
 from robustsoup.checkpoints.fitting import NamesFit, fit_names, network_tensors
@@ -565,8 +565,9 @@ def _locate_base(adapter: Adapter) -> Path:
     Raises:
         CheckpointError: It is not on this machine.
     """
-    for path in list_base_places(adapter):
-        return path
+    place = find_base(adapter)
+    if place is not None:
+        return place
     copy = find_copy_of(adapter.weights)
     if copy is not None and copy.address.startswith("hf://") and adapter.base:
         revision = adapter.config.get("revision")

@@ -148,8 +148,9 @@ class RunReporter:
             figures="" if self.rows else self.figures,
         )
         if step.key in self.rows:
-            shown = make_printable(figures)
-            self.display.update(self.rows[step.key], completed=done, total=total, figures=shown)
+            self.display.update(
+                self.rows[step.key], completed=done, total=total, figures=make_printable(figures)
+            )
 
     def _forget(self, step: Step) -> str | None:
         """Forget the progress of a step; return where it ran."""

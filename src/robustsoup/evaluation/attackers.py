@@ -1,5 +1,6 @@
 """The attackers of an evaluation: the queue's, Square, strong, AutoAttack, and users' attacks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -121,7 +122,7 @@ class QueueAttacker:
             "rows": self.pass_size,
             "l1_schedule": "3eps,2eps,eps",
         }
-        if s.ranks_by_logits or s.attack in ("malt", "strong"):
+        if s.tries_targets:
             protocol["targets"] = s.targets
         return protocol
 
@@ -129,15 +130,7 @@ class QueueAttacker:
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
     ) -> None:
         """Run the attempts one after the other."""
-        run_attempts(
-            target.model,
-            target.samples,
-            threat,
-            self.settings,
-            outcome,
-            device=target.device,
-            poll=poll,
-        )
+        _attack_target(run_attempts, self.settings, target, threat, outcome=outcome, poll=poll)
 
     @property
     def _loss_name(self) -> str:
@@ -171,7 +164,7 @@ class SquareAttacker:
 
     def protocol(self) -> dict[str, Any]:
         """Return the settings that decide the verdicts."""
-        protocol: dict[str, Any] = {
+        return {
             "attack": "square",
             "loss": self.settings.loss_name,
             "n_queries": self.settings.n_queries,
@@ -179,21 +172,12 @@ class SquareAttacker:
             "search_precision": "float32",
             "rows": self.pass_size,
         }
-        return protocol
 
     def attack(
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
     ) -> None:
         """Run the restarts one after the other."""
-        run_square(
-            target.model,
-            target.samples,
-            threat,
-            self.settings,
-            outcome,
-            device=target.device,
-            poll=poll,
-        )
+        _attack_target(run_square, self.settings, target, threat, outcome=outcome, poll=poll)
 
     def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
         """Return one pass for each query."""
@@ -229,15 +213,7 @@ class StrongAttacker:
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
     ) -> None:
         """Run the attempts one after the other."""
-        run_strong(
-            target.model,
-            target.samples,
-            threat,
-            self.settings,
-            outcome,
-            device=target.device,
-            poll=poll,
-        )
+        _attack_target(run_strong, self.settings, target, threat, outcome=outcome, poll=poll)
 
     def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
         """Return two passes for each step, times eot, and one for each query of Square."""
@@ -252,6 +228,19 @@ class StrongAttacker:
         passes = before[by.clamp(max=len(costs))] + torch.where(is_broken, taken, 0)
         by_other_means = is_broken & (by >= len(costs))
         return int(passes[~by_other_means].sum())
+
+
+def _attack_target(
+    run: Callable[..., None],
+    settings: AttackSettings,
+    target: Target,
+    threat: ThreatModel,
+    *,
+    outcome: Outcome,
+    poll: AttackProgress,
+) -> None:
+    """Call `run_attempts`, `run_square` or `run_strong`, which take the same arguments."""
+    run(target.model, target.samples, threat, settings, outcome, device=target.device, poll=poll)
 
 
 class AttackFunction(Protocol):

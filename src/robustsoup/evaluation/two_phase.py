@@ -12,8 +12,10 @@ is the same for all networks, on every machine, and a larger part contains a sma
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +35,13 @@ def sample_order(ids: Tensor, *, seed: int) -> Tensor:
     Returns:
         (n,) int64.
     """
-    values = ids.tolist()
+    return _draw_order(ids.to(torch.int64).numpy().tobytes(), str(seed))
+
+
+@lru_cache(maxsize=4)  # a screened search asks for few orders, and for each many times
+def _draw_order(ids: bytes, seed: str) -> Tensor:
+    """Return the order for the bytes of int64 ids."""
+    values = np.frombuffer(ids, dtype=np.int64).tolist()
 
     def draw(row: int) -> bytes:
         return hashlib.sha256(f"subset:{seed}:{values[row]}".encode()).digest()

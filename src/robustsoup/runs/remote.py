@@ -185,11 +185,11 @@ class StatusFile:
 
 def find_misfit(meeting: Meeting) -> str | None:
     """Return why this process cannot do steps of a run, in one line; None if it can."""
-    host = socket.gethostname()
+    host, installed = socket.gethostname(), required_versions()
     for name, expected in meeting["versions"].items():
-        installed = required_versions().get(name)
-        if installed != expected:
-            return f"worker {host}: {name}: got {installed}, expected {expected}; {SAME_VERSION}"
+        got = installed.get(name)
+        if got != expected:
+            return f"worker {host}: {name}: got {got}, expected {expected}; {SAME_VERSION}"
     try:
         seen = (Path(meeting["folder"]) / PROBE).read_text(encoding="utf-8")
     except OSError:
