@@ -12,10 +12,12 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 from robustsoup.progress import SavedState
 from robustsoup.reports.style import FORMATS, STYLE
@@ -103,6 +105,17 @@ def quick_figures():
         patch.setitem(STYLE, "pdf.fonttype", 3)
         patch.setitem(FORMATS["png"], "dpi", 40)
         yield
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Write empty files for figures; tests/reports draws them as users get them."""
+
+    def write_nothing(figure, path, **options):
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", write_nothing)
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda figure: None)
 
 
 @pytest.fixture

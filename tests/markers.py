@@ -1,6 +1,7 @@
-"""Markers that skip tests whose data or packages are absent."""
+"""Markers: tests whose data or packages are absent, and combinations that take too long."""
 
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -24,3 +25,17 @@ def model_zoo() -> Path:
     The folder is read without importing the package, which would import torchvision.
     """
     return Path(robustbench.submodule_search_locations[0]) / "model_zoo"
+
+
+def thinned(names, *values, one_in):
+    """Parametrize with all combinations of `values`, but keep one in `one_in` for `make test`.
+
+    Those kept lie on diagonals, so that they hold every single value; `make test-slow` runs the
+    others.
+    """
+    cases = []
+    for combination in itertools.product(*map(enumerate, values)):
+        positions, case = zip(*combination, strict=True)
+        marks = pytest.mark.slow if sum(positions) % one_in else []
+        cases.append(pytest.param(*case, id="-".join(map(str, case)), marks=marks))
+    return pytest.mark.parametrize(names, cases)

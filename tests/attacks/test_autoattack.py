@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from markers import thinned
 from torch import nn
 
 from robustsoup.attacks import autoattack
@@ -170,7 +171,7 @@ def test_apgd_ce_equals_pyautoattack_with_the_same_seed(threat):
     torch.testing.assert_close(x_adv, points, rtol=0, atol=0 if threat.norm != "L1" else 1e-6)
 
 
-@by_threat
+@thinned("threat", THREATS, one_in=3)
 def test_all_four_equal_one_run_of_the_standard_version(threat, monkeypatch):
     # The standard version gives all four attacks the same seed.
     monkeypatch.setattr(autoattack, "_seed_of_attack", lambda seed, name: seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from digits import check_inside, digits_network
 from linear import LINEAR_THREATS, linear_problem, weights
+from markers import thinned
 from torch import nn
 from torch.nn import functional
 
@@ -26,7 +27,8 @@ from robustsoup.threats import NORMS, ThreatModel
 N = 100  # more than one pass, so that rows are refilled
 THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L1", 1.0)]
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
-by_precision = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+PRECISIONS = ("float32", "bfloat16")
+by_precision = pytest.mark.parametrize("precision", PRECISIONS)
 RESULT_FIELDS = ("broken", "step", "by", "x_adv")
 
 
@@ -77,9 +79,7 @@ def equals_part(partial_result, full_result, rows):
 # a verdict depends on the sample alone
 
 
-@by_precision
-@pytest.mark.parametrize("loss", LOSSES)
-@by_threat
+@thinned(("threat", "loss", "precision"), THREATS, LOSSES, PRECISIONS, one_in=3)
 def test_verdicts_are_bit_equal_for_any_batch_order_and_number_of_lanes(
     trained, set_threads, threat, loss, precision
 ):
@@ -165,8 +165,7 @@ def test_only_the_search_runs_in_bfloat16(trained, precision):
     assert checked == {False}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@by_threat
+@thinned(("threat", "loss"), THREATS, LOSSES, one_in=3)
 def test_samples_that_a_bfloat16_search_broke_are_misclassified_in_float32(trained, threat, loss):
     model, x, y = trained
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -383,8 +382,7 @@ def test_eot_finds_a_gradient_that_noise_hides():
 # PGD in the engine
 
 
-@by_precision
-@by_threat
+@thinned(("threat", "precision"), THREATS, PRECISIONS, one_in=2)
 def test_pgd_breaks_samples_and_stays_in_the_ball(trained, threat, precision):
     model, x, y = trained
     broken = [~classified_correctly(model, x, y)]
@@ -466,9 +464,7 @@ def search_of(model, samples, threat, settings):
     )
 
 
-@pytest.mark.parametrize("form", ["apgd", "pgd"])
-@pytest.mark.parametrize("loss", LOSSES)
-@by_threat
+@thinned(("threat", "loss", "form"), THREATS, LOSSES, ["apgd", "pgd"], one_in=3)
 def test_a_step_never_reads_a_value_from_the_device(threat, loss, form):
     """Tensors on PyTorch's "meta" device have no values: reading one raises an error."""
     meta = torch.device("meta")

@@ -129,6 +129,7 @@ def digits():
     return model, x[correct][:1000], y[correct][:1000]
 
 
+@pytest.mark.slow
 def test_l1_leaves_as_many_of_1000_samples_as_the_reference_from_the_same_noise(digits):
     """Half of the samples at each radius; in L1, projections differ by rounding."""
     model, x, y = digits

@@ -11,8 +11,10 @@ from common import RECIPES, run_recipe_small
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-TIMED = ("attack", "training_attack")
-TIMED_LONGER = ("grid", "learning", "learning_memory", "memory", "strong", "surrogate")
+TIMED = ("attack",)
+TIMED_LONGER = (
+    *("grid", "learning", "learning_memory", "memory", "strong", "surrogate", "training_attack"),
+)
 READ_RUN_FOLDERS = ("ablations", "claims")
 LIBRARIES = ("common",)
 LINUX_ONLY = ("learning_memory", "memory")

@@ -12,9 +12,9 @@ from robustsoup.models import load_model
 from robustsoup.training.train import train
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_figures(quick_figures):
-    """Draw all figures quickly."""
+@pytest.fixture(autouse=True)
+def _blank_figures(blank_figures):
+    """Draw no figures."""
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_the_readme_and_the_tutorial_are_among_the_pages():
     assert {"README.md", "docs/tutorial.md", "docs/how-to/choose.md"} <= names
 
 
-@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = shell_commands(ROOT / "README.md")
@@ -70,7 +70,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_the_commands_of_the_pages_about_learning_choosing_and_training_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first_trainings = shell_commands(ROOT / "README.md")[:3]

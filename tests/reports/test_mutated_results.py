@@ -1,7 +1,7 @@
 """A results.json that anybody wrote: the report is drawn, or one line says why not."""
 
-import pytest
 from json_mutations import mutated_texts
+from markers import thinned
 
 from robustsoup.errors import RobustsoupError
 from robustsoup.reports import StoredRun, collect_parts
@@ -9,7 +9,7 @@ from robustsoup.reports.page import render_report
 from robustsoup.runs.results import Results
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@thinned("seed", [0, 1], one_in=2)
 def test_mutated_results_are_rendered_or_refused_in_one_line(tmp_path, all_results, seed):
     path, refusals = tmp_path / "results.json", []
     for text in mutated_texts(all_results, 150, seed):

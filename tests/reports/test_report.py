@@ -99,6 +99,7 @@ def test_the_templates_are_files_of_the_package():
     assert "{%" not in css
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_findings_of_the_masking_check_are_listed(tmp_path, results):
     text = write_and_read_report(tmp_path, results)
     assert "Does a gradient mislead the attack?" not in text
@@ -125,6 +126,7 @@ def test_names_are_escaped_in_the_page_and_start_no_mathematics_in_figures(tmp_p
     assert len(clean_text("x" * 99, 12)) == 12
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("status", ["unknown", "violated"])
 def test_leakage_that_is_not_ruled_out_is_a_banner(tmp_path, results, status):
     results["figures"] = []
@@ -134,6 +136,7 @@ def test_leakage_that_is_not_ruled_out_is_a_banner(tmp_path, results, status):
     assert "eps4: no record" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_fresh_data_has_no_banner(tmp_path, results):
     results["figures"] = []
     text = write_and_read_report(tmp_path, results)
@@ -141,6 +144,7 @@ def test_fresh_data_has_no_banner(tmp_path, results):
     assert "No ingredient was trained on the samples that select and report." in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_head_of_the_report_states_what_biases_its_accuracies(tmp_path, results):
     results["figures"] = []
     assert "biases" not in write_and_read_report(tmp_path, results)
@@ -162,6 +166,7 @@ def test_a_grid_of_two_ingredients_has_no_ternary_figure(tmp_path):
     assert (tmp_path / "figures" / "tradeoff.svg").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_missing_coefficients_file_and_no_learned_soup_have_different_reasons(tmp_path, results):
     (tmp_path / results["rows"][-1]["coefficients_file"]).unlink()
     results["figures"] = ["coefficients"]
@@ -192,6 +197,7 @@ def test_equal_accuracies_are_drawn_and_missing_ones_left_out_without_a_warning(
     assert "Left out: ternary" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_answer_stands_at_the_top_in_words(tmp_path, results):
     results["figures"] = []
     top = write_and_read_report(tmp_path, results).split("<noscript")[0]
@@ -207,6 +213,7 @@ def test_the_answer_stands_at_the_top_in_words(tmp_path, results):
     assert "No soup was selected." in write_and_read_report(tmp_path, results)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_missing_or_broken_results_file_is_named_in_one_line(tmp_path, results):
     target = tmp_path / "results.json"
     with pytest.raises(RequestError, match=r"results\.json: no such file"):
@@ -224,6 +231,7 @@ def test_a_missing_or_broken_results_file_is_named_in_one_line(tmp_path, results
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -249,6 +257,7 @@ def test_an_invalid_entry_is_named(tmp_path, results, spoil, message):
         write_and_read_report(tmp_path, results)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_by_default_all_figures_that_apply_are_drawn(tmp_path, results):
     del results["figures"]
     text = write_and_read_report(tmp_path, results)
@@ -258,6 +267,7 @@ def test_by_default_all_figures_that_apply_are_drawn(tmp_path, results):
     assert "Left out: landscape: no plane through three checkpoints was measured." in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_run_that_selects_where_it_reports_shows_each_number_once(tmp_path, all_results):
     all_results["figures"] = []
     all_results["protocol"] |= {"select_on": "test", "screened": True}
@@ -271,6 +281,7 @@ def test_a_run_that_selects_where_it_reports_shows_each_number_once(tmp_path, al
     assert "test robust accuracies are upper bounds" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_each_learned_soup_has_a_table_and_each_coefficients_file_a_csv_file(tmp_path, results):
     add_dial_and_greedy(tmp_path, results)
     results["figures"] = ["coefficients"]
@@ -300,6 +311,7 @@ def test_each_learned_soup_has_a_table_and_each_coefficients_file_a_csv_file(tmp
     assert "Left out" not in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_missing_coefficients_file_leaves_out_its_section_alone(tmp_path, results):
     add_dial_and_greedy(tmp_path, results)
     results["figures"] = ["coefficients"]
@@ -311,6 +323,7 @@ def test_a_missing_coefficients_file_leaves_out_its_section_alone(tmp_path, resu
     assert (tmp_path / "coefficients" / "dial-0.csv").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_table_is_never_written_outside_the_run_folder(tmp_path, results):
     make_coefficients(LAYERS, 3).save(tmp_path / "elsewhere.safetensors")
     (tmp_path / "run").mkdir()
@@ -322,6 +335,7 @@ def test_a_table_is_never_written_outside_the_run_folder(tmp_path, results):
     assert (tmp_path / "run" / "coefficients" / "elsewhere.csv").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_dial_and_greedy_soups_are_in_the_table(tmp_path, results):
     add_dial_and_greedy(tmp_path, results)
     results["figures"] = []
@@ -331,6 +345,7 @@ def test_dial_and_greedy_soups_are_in_the_table(tmp_path, results):
     assert ">learned-clean</th><td>learned</td><td>by layer</td>" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_report_of_a_run_that_is_half_done_says_so_in_one_line(tmp_path, results):
     results["figures"] = []
     assert 'class="banner' not in write_and_read_report(tmp_path, results)
@@ -354,6 +369,7 @@ def test_a_folder_without_results_is_refused_with_the_last_line_of_its_log(tmp_p
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_no_folder_of_the_machine_is_named(tmp_path, results):
     results["figures"] = []
     results["recipe"] = {"data": "folder:/home/ann/secret data/x", "file": "/home/ann/a.pth"}
@@ -373,6 +389,7 @@ def test_texts_without_folders_are_left_alone():
     assert hide_folders("folder:/data/images") == "folder:images"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_pictures_show_the_original_the_attacked_image_and_the_difference(tmp_path, results):
     results["figures"] = []
     write_examples(tmp_path, results)

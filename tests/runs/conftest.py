@@ -20,6 +20,11 @@ class FinishedRun:
     reporter: RecordingReporter
 
 
+@pytest.fixture(autouse=True)
+def _blank_figures(blank_figures):
+    """Draw no figures."""
+
+
 @contextlib.contextmanager
 def one_thread():
     """Let PyTorch use one thread, whatever the number that the tests run with."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from markers import thinned
 from tiny_runs import find_leftovers, recipe_of, run_recipe
 
 from robustsoup import files
@@ -108,7 +109,7 @@ main(sys.argv[1:])
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
+@thinned("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT], one_in=2)
 def test_a_folder_that_cannot_be_written_keeps_the_old_run(other_run, monkeypatch, code):
     folder, recipe = other_run
     before, calls, utime = digests(folder), [], os.utime

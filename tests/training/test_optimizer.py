@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markers import thinned
 from torch import nn
 from training_helpers import (
     DATA,
@@ -283,7 +284,7 @@ def test_the_average_is_measured_saved_and_returned():
 # kill and resume, and checkpoints during training
 
 
-@pytest.mark.parametrize("kills", [[1], [2], [3], [4], [2, 5, 7], [9]])
+@thinned("kills", [[2, 5, 7], [1], [2], [9], [3], [4]], one_in=3)
 def test_a_killed_run_with_all_options_resumes_bit_for_bit(save_every_step, tmp_path, kills):
     arguments = ALL_OPTIONS | {
         "objective": "trades",
@@ -341,7 +342,7 @@ def test_checkpoints_during_training_belong_to_their_epochs(every, epochs, ema):
     assert tuned.provenance["parents"][0]["digest"] == received[epochs[0]].digest
 
 
-@pytest.mark.parametrize("kills", [[1], [4], [6], [7], [10], [3, 6, 6, 9], [15]])
+@thinned("kills", [[3, 6, 6, 9], [1], [4], [6], [7], [10], [15]], one_in=3)
 def test_a_resumed_run_passes_each_checkpoint_once(save_every_step, tmp_path, kills):
     received, whole = [], {}
     arguments = {"epochs": 5, "checkpoint_every": 2, "ema": 0.5}

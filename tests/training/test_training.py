@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markers import thinned
 from trained_seed import trained_seed
 from training_helpers import (
     DATA,
@@ -207,7 +208,7 @@ def test_early_stopping_requires_val():
 # kill and resume
 
 
-@pytest.mark.parametrize("kills", [[1], [2], [3], [4], [8], [2, 5, 5, 7], [15]])
+@thinned("kills", [[2, 5, 5, 7], [1], [2], [3], [4], [8], [15]], one_in=3)
 def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
     path, seen = tmp_path / "state.pt", []
     for step in kills:
@@ -223,7 +224,7 @@ def test_a_killed_run_resumes_bit_for_bit(save_every_step, tmp_path, kills):
     assert resumed.provenance == complete_run.provenance
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 15])
+@thinned("step", [1, 2, 3, 4, 8, 15], one_in=2)
 def test_an_interrupted_run_saves_every_step_that_it_took(tmp_path, step):
     """It saves on the way out, however long ago it saved last."""
     path, seen = tmp_path / "state.pt", []
