@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustsoup.attacks.engine import Attempt, SampleQueue, Search, run_in_turn, run_search
+from robustsoup.attacks.engine import (
+    Attempt,
+    SampleQueue,
+    Search,
+    order_waiting,
+    run_in_turn,
+    run_search,
+)
 from robustsoup.attacks.folding import fold_batchnorm
 from robustsoup.attacks.forward import (
     ImageBatch,
@@ -149,8 +156,7 @@ def run_attempts(
     run_attempt = prepare_attempts(
         model, samples, threat, settings, outcome, attempts=len(attempts), device=device
     )
-    order = partial(order_waiting, samples, outcome)
-    run_in_turn(run_attempt, order, len(attempts), samples, outcome, poll=poll)
+    run_in_turn(run_attempt, len(attempts), samples, outcome, poll=poll)
 
 
 def prepare_attempts(
@@ -207,18 +213,6 @@ def prepare_attempts(
         run_search(run, queue, outcome, report)
 
     return run_attempt
-
-
-def order_waiting(samples: AttackedSamples, outcome: Outcome, index: int) -> list[int]:
-    """Return the samples that wait for attempt `index`, in the order in which to attack them.
-
-    Samples that are likely to break come last, so that short searches fill the rows at the end.
-    """
-    is_waiting = samples.correct & (outcome.settled == index) & ~outcome.broken
-    waiting = is_waiting.nonzero().flatten()
-    rank = -logit_margin(samples.logits, samples.y)
-    order: list[int] = waiting[rank[waiting].argsort(stable=True)].tolist()
-    return order
 
 
 def check_points(

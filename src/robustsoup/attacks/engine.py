@@ -187,7 +187,6 @@ def run_lanes(
 
 def run_in_turn(
     run_attempt: Callable[[int, SampleQueue, Callable[[], None] | None], None],
-    order_waiting: Callable[[int], list[int]],
     attempts: int,
     samples: AttackedSamples,
     outcome: Outcome,
@@ -198,7 +197,6 @@ def run_in_turn(
 
     Args:
         run_attempt: run_attempt(index, queue, poll) attacks the samples of the queue.
-        order_waiting: order_waiting(index) returns the samples that wait for an attempt, in order.
         attempts: Number of attempts.
         samples: All samples of the attack.
         outcome: Read before each attempt; the attempts write to it.
@@ -212,10 +210,22 @@ def run_in_turn(
             poll(int(outcome.settled[correct].sum()), int(correct.sum()) * attempts)
 
     for index in range(attempts):
-        queue = SampleQueue(order_waiting(index))
+        queue = SampleQueue(order_waiting(samples, outcome, index))
         run_attempt(index, queue, report_progress if poll else None)
         if queue.stopped:
             break
+
+
+def order_waiting(samples: AttackedSamples, outcome: Outcome, index: int) -> list[int]:
+    """Return the samples that wait for attempt `index`, in the order in which to attack them.
+
+    Samples that are likely to break come last, so that short searches fill the rows at the end.
+    """
+    is_waiting = samples.correct & (outcome.settled == index) & ~outcome.broken
+    waiting = is_waiting.nonzero().flatten()
+    rank = -logit_margin(samples.logits, samples.y)
+    order: list[int] = waiting[rank[waiting].argsort(stable=True)].tolist()
+    return order
 
 
 @torch.no_grad()

@@ -170,19 +170,7 @@ def run_square(
     def run_restart(restart: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
         search_squares(replace(search, restart=restart, index=restart), queue, outcome, report)
 
-    def list_waiting(restart: int) -> list[int]:
-        waiting = samples.correct & (outcome.settled == restart) & ~outcome.broken
-        samples_in_order: list[int] = waiting.nonzero().flatten().tolist()
-        return samples_in_order
-
-    run_in_turn(
-        run_restart,
-        list_waiting,
-        settings.restarts,
-        samples,
-        outcome,
-        poll=poll,
-    )
+    run_in_turn(run_restart, settings.restarts, samples, outcome, poll=poll)
 
 
 def first_square_search(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -10,7 +9,6 @@ from torch import nn
 from robustsoup.attacks.attempts import (
     AttackProgress,
     list_attempts,
-    order_waiting,
     prepare_attempts,
 )
 from robustsoup.attacks.engine import SampleQueue, run_in_turn
@@ -63,5 +61,4 @@ def run_strong(
             restart = replace(search, restart=index - first_square, index=index)
             search_squares(restart, queue, outcome, report)
 
-    order = partial(order_waiting, samples, outcome)
-    run_in_turn(run_any, order, attempts, samples, outcome, poll=poll)
+    run_in_turn(run_any, attempts, samples, outcome, poll=poll)
