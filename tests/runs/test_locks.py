@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -94,6 +95,39 @@ def test_a_killed_owner_leaves_a_lock_that_is_taken_at_once(tmp_path, hold_elsew
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_an_owner_that_was_killed_before_it_wrote_its_name_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "UNNAMED_SECONDS", 0.3)
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".lock-owner").touch()
+    with lock_folder(tmp_path, pytest.fail):
+        assert (tmp_path / ".lock-owner").stat().st_size > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_that_writes_its_name_late_keeps_its_lock(tmp_path, monkeypatch):
+    """Another host created the file, and writes its name while this one watches."""
+    owner = tmp_path / ".lock-owner"
+    with hold_lock(tmp_path / ".lock", "it", pytest.fail):
+        name = owner.read_bytes().replace(b"host=", b"host=other-")
+    owner.touch()
+    sleep, notes = time.sleep, []
+
+    def write_late(seconds):
+        if owner.exists() and owner.stat().st_size == 0:
+            owner.write_bytes(name)
+        sleep(seconds)
+
+    def end(text):
+        notes.append(text)
+        owner.unlink()
+
+    monkeypatch.setattr(time, "sleep", write_late)
+    with lock_folder(tmp_path, end):
+        pass
+    assert len(notes) == 1
+    assert "on other-" in notes[0]
+
+
 def test_an_owner_that_stands_still_keeps_its_lock(tmp_path, hold_elsewhere, monkeypatch):
     """Its lease is over long before it goes on; on one host that means nothing."""
     monkeypatch.setattr(locks, "LEASE_SECONDS", 0.2)

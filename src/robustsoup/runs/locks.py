@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from robustsoup.leftovers import remove_leftovers
 LEASE_SECONDS = 60.0
 """Seconds after which a lock that its owner does not renew may be taken by another host."""
 POLL_SECONDS = 0.2
+UNNAMED_SECONDS = 2.0
+"""Seconds after which a file for the owner that stays empty is removed."""
 
 LOCK_NAME = ".lock"
 """The lock of a folder, in it."""
@@ -155,6 +158,8 @@ def _acquire(
     try:
         lock.acquire(timeout=2 * POLL_SECONDS)  # 3.30 takes a dead owner's lock at the second try
     except Timeout:
+        if lock is lease and _remove_unnamed(Path(lease.lock_file)):
+            return _acquire(lock, lease, name, notice, waited=waited)
         if not waited:
             notice(f"{name}: {_describe_owner(lease)} is writing there; waiting until it ends")
         lock.acquire()
@@ -163,6 +168,27 @@ def _acquire(
         if lock is lease or error.errno not in _NO_KERNEL_LOCKS:
             raise
     return waited
+
+
+def _remove_unnamed(path: Path) -> bool:
+    """Remove a file for the owner that stays empty, and return whether it was.
+
+    Its process was killed between creating the file and writing its name. No other process of this
+    host is between the two, because this one holds the kernel's lock.
+    """
+    with contextlib.suppress(OSError):
+        first = path.stat()
+        began = time.monotonic()
+        while first.st_size == 0 and _same_file(path.stat(), first):
+            if time.monotonic() - began >= UNNAMED_SECONDS:
+                path.unlink()
+                return True
+            time.sleep(POLL_SECONDS)
+    return False
+
+
+def _same_file(a: os.stat_result, b: os.stat_result) -> bool:
+    return (a.st_ino, a.st_size, a.st_ctime_ns) == (b.st_ino, b.st_size, b.st_ctime_ns)
 
 
 def _describe_owner(lease: SoftFileLease) -> str:

@@ -321,10 +321,10 @@ def _check_tracked(first: Checkpoint, tracked: Mapping[str, Tensor]) -> None:
                 f"coefficients: tracked {name}: got shape {tuple(tracked[name].shape)}, the "
                 f"network has {expected}; they were learned for another network"
             )
-        if tracked[name].is_complex() or (
-            name.endswith("running_var") and bool((tracked[name] < 0).any())
-        ):
-            raise CoefficientError(f"coefficients: tracked {name}: not a variance")
+        if tracked[name].is_complex():
+            raise CoefficientError(f"coefficients: tracked {name}: got complex numbers")
+        if name.endswith("running_var") and bool((tracked[name] < 0).any()):
+            raise CoefficientError(f"coefficients: tracked {name}: got a negative variance")
 
 
 def _check_soup_is_finite(tensors: Mapping[str, Tensor], ingredients: Sequence[Checkpoint]) -> None:
