@@ -8,7 +8,8 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from robustsoup.evaluation.simultaneous import prove_accuracies, prove_gains
+from robustsoup.evaluation.intervals import tango
+from robustsoup.evaluation.simultaneous import difference_quantile, prove_accuracies
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts
 from robustsoup.soups.confirmation import confirm_finalists, judge_unattacked, order_finalists
 from robustsoup.soups.goal import Goal, Requirement
@@ -126,17 +127,26 @@ def wilson_two_sided(share, n, z=1.959963984540054):
 
 
 def simulate_gains(population, n, *, simulations=SIMULATIONS, draws=10_000, seed=0):
-    """Simulate searches in which no soup is better than the first candidate, an ingredient.
+    """Simulate searches that compare each candidate with the first two, which are ingredients.
 
     Returns:
-        The share of searches that say that one is.
+        The share of searches in which any interval misses the true difference.
     """
     generator = np.random.default_rng(seed)
+    pairs = [(i, j) for i in range(len(population.shares)) for j in range(2) if i != j]
+    truth = [population.shares[i] - population.shares[j] for i, j in pairs]
     wrong = 0
     for _ in range(simulations):
         hits = population.draw(n, generator).astype(float)
-        wrong += prove_gains(hits[:, 1:] - hits[:, :1], seed=seed, draws=draws).any()
+        z = difference_quantile(hits, hits[:, :2], seed=seed, draws=draws)
+        ends = [_paired_interval(hits[:, j], hits[:, i], z) for i, j in pairs]
+        wrong += any(not low <= true <= high for true, (low, high) in zip(truth, ends, strict=True))
     return wrong / simulations
+
+
+def _paired_interval(a, b, z):
+    n = len(a)
+    return tango(int(((a == 1) & (b == 0)).sum()), int(((b == 1) & (a == 0)).sum()), n, z)
 
 
 def simulate_confirmation(

@@ -1,6 +1,7 @@
 """Bounds that hold simultaneously: against exact probabilities, and in simulated searches."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from robustsoup.evaluation.simultaneous import (
     Z_ERROR,
     clopper_pearson_lower,
     correlation_root,
+    difference_quantile,
     fewest_hits,
     fixed_sequence,
     max_quantile,
     prove_accuracies,
-    prove_gains,
     samples_that_can_show,
     samples_to_prove,
     samples_to_separate,
@@ -198,14 +199,23 @@ def test_what_is_met_has_a_bound_of_at_least_the_threshold(seed, case):
 # paired gains
 
 
-def test_a_gain_is_shown_where_the_pairs_show_it():
-    differences = np.zeros((1000, 3))
-    differences[:60, 0], differences[60:80, 0] = 1, -1  # (40 - 1) / sqrt(80) = 4.4
-    differences[:40, 1], differences[40:72, 1] = 1, -1  # (8 - 1) / sqrt(72) = 0.8
-    assert prove_gains(differences).tolist() == [True, False, False]
-    assert prove_gains(0.3 * differences).tolist() == [True, False, False]
-    assert not prove_gains(-differences).any()
-    assert prove_gains(np.zeros((10, 2))).tolist() == [False, False]
+def test_the_quantile_of_differences_grows_with_their_number():
+    hits = np.random.default_rng(0).random((500, 12)) < 0.5
+    scores = hits.astype(float)
+    alone = difference_quantile(scores[:, :1], scores[:, 11:])
+    assert alone == pytest.approx(1.96, abs=0.05)
+    many = difference_quantile(scores[:, :11], scores[:, 11:])
+    assert alone + 0.3 < many < NormalDist().inv_cdf(1 - 0.025 / 11) + 0.05  # at most Bonferroni's
+    assert difference_quantile(0.3 * scores[:, :11], 0.3 * scores[:, 11:]) == pytest.approx(many)
+
+
+def test_equal_columns_are_no_comparison():
+    hits = np.random.default_rng(0).random((500, 3)).round()
+    alone = difference_quantile(hits[:, :1], hits[:, 1:2])  # for two, 2.24
+    assert difference_quantile(hits[:, :2], hits[:, 1:2]) == pytest.approx(alone, abs=0.05)
+    shifted = np.concatenate([hits[:, :1], hits[:, 1:2] + 0.3], axis=1)
+    assert difference_quantile(shifted, hits[:, 1:2]) == pytest.approx(alone, abs=0.05)
+    assert difference_quantile(hits[:, :1], hits[:, :1]) == pytest.approx(1.96, abs=1e-3)
 
 
 # numbers of samples

@@ -53,8 +53,10 @@ def answer_of(candidates, *, maximise=LINF, require=(), point=False, **context):
 def test_a_soup_that_is_clearly_better_is_distinguishable():
     answer = answer_of([ingredient("a", 190, 60), candidate("soup", 185, 100)])
     assert (answer.chosen, answer.best_ingredient) == ("soup", "a")
-    assert answer.distinguishable is True
-    assert answer.lines()[0] == "a soup is better than every ingredient, of which a is best"
+    assert (answer.distinguishable, answer.better_soup) == (True, "soup")
+    assert answer.lines()[0] == (
+        f"the chosen soup is better in {LINF} than every ingredient, of which a is best"
+    )
 
 
 def test_without_a_distinguishable_soup_the_answer_names_the_ingredient():
@@ -62,8 +64,69 @@ def test_without_a_distinguishable_soup_the_answer_names_the_ingredient():
         [ingredient("a", 190, 60), ingredient("b", 150, 90), candidate("s", 180, 92)]
     )
     assert answer.chosen == "s"
-    assert answer.distinguishable is False
-    assert answer.lines()[0] == "no soup is distinguishable from b: use that"
+    assert (answer.distinguishable, answer.better_soup) == (False, None)
+    # the first 180 samples against the first 150: so many are better by any interval
+    assert answer.lines()[0] == (
+        f"no soup is distinguishable from b in {LINF}; the chosen soup is better in clean"
+    )
+    close = answer_of([ingredient("b", 150, 90), candidate("s", 151, 92)])
+    assert close.lines()[0] == f"no soup is distinguishable from b in {LINF}: use that"
+
+
+def test_the_first_sentence_and_the_intervals_agree():
+    """Alone, 6 samples of 200 that only the soup gets right tell two apart; among many they do not.
+
+    Correlated soups cost little, so each of the others is right on samples of its own.
+    """
+    rival = ingredient("a", 150, 60)
+    tried = [rival, with_hits("s", [*range(66)])]
+    alone = answer_of(tried)
+    assert (alone.comparisons, alone.distinguishable) == (1, True)
+    assert alone.against[0].differences[LINF].low > 0
+    assert not any("at once" in line for line in alone.lines())
+    others = [with_hits(f"o{i}", [*range(54), *range(70 + 6 * i, 76 + 6 * i)]) for i in range(20)]
+    among = answer_of([*tried, *others])
+    assert (among.chosen, among.comparisons, among.distinguishable) == ("s", 21, False)
+    difference = among.against[0].differences[LINF]
+    assert difference.low < 0 < difference.value
+    assert difference.z > 1.96
+    assert f"no soup is distinguishable from a in {LINF}: use that" in among.lines()
+    assert (
+        "differences of the chosen one, by intervals that hold for all 21 comparisons of a "
+        "candidate with an ingredient at once (95 %):"
+    ) in among.lines()
+
+
+def test_a_soup_that_is_better_need_not_be_the_chosen_one():
+    """It gains less, but on no sample loses."""
+    a = with_hits("a", range(60))
+    noisy = with_hits("noisy", [*range(30), *range(100, 143)])  # 43 gained, 30 lost
+    tried = [replace(a, ingredient="a"), noisy, with_hits("sure", range(72))]
+    answer = answer_of(tried)
+    assert (answer.chosen, answer.better_soup) == ("noisy", "sure")
+    assert answer.lines()[0] == (
+        f"sure is better in {LINF} than every ingredient, of which a is best"
+    )
+
+
+def test_the_knee_is_named():
+    tried = [ingredient("a", 190, 60), candidate("s", 188, 62), candidate("t", 150, 70)]
+    answer = answer_of(tried, maximise="knee")
+    assert answer.lines()[0].startswith("no soup is distinguishable from a in the knee's score")
+
+
+def with_hits(name, robust, clean=150):
+    """Return a candidate that is right under attack on the given samples."""
+    item = candidate(name, clean, 0)
+    item.evaluation.threats[LINF].robust[list(robust)] = True
+    return item
+
+
+def test_answers_of_older_runs_have_intervals_of_each_pair():
+    content = answer_of([ingredient("a", 190, 60), candidate("s", 188, 62)]).to_json()
+    difference = content["against"][0]["differences"][LINF]
+    difference.pop("z", None)
+    assert Answer.from_json(content).against[0].differences[LINF].z == pytest.approx(1.96, abs=1e-3)
 
 
 def test_an_ingredient_that_fails_the_requirement_is_no_rival():
@@ -118,7 +181,8 @@ def test_the_runner_up_and_what_the_requirement_refused():
     assert runner_up.gain.value == pytest.approx(0.01)
     assert not runner_up.gain.distinguishable
     assert runner_up.why == (
-        f"{LINF} {runner_up.gain.reversed()} from the chosen one, not distinguishable"
+        f"{LINF} {runner_up.gain.reversed()} from the chosen one (this pair alone), "
+        "not distinguishable"
     )
     assert runner_up.samples_to_separate > N
     assert refused.gain.value == pytest.approx(-0.1)

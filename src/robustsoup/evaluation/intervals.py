@@ -139,12 +139,15 @@ class Difference:
         a, b: The two accuracies.
         only_a: Number of samples that only a gets right.
         only_b: Number of samples that only b gets right.
+        z: Quantile of the interval: 1.96 for one comparison alone, larger where the intervals of
+            several comparisons hold at once.
     """
 
     a: Accuracy
     b: Accuracy
     only_a: int
     only_b: int
+    z: float = Z95
 
     @property
     def n(self) -> int:
@@ -159,20 +162,24 @@ class Difference:
     @property
     def low(self) -> float:
         """The lower end of the 95 % interval (`tango`)."""
-        return tango(self.only_a, self.only_b, self.n)[0]
+        return tango(self.only_a, self.only_b, self.n, self.z)[0]
 
     @property
     def high(self) -> float:
         """The upper end of the 95 % interval (`tango`)."""
-        return tango(self.only_a, self.only_b, self.n)[1]
+        return tango(self.only_a, self.only_b, self.n, self.z)[1]
 
     @property
     def p(self) -> float:
-        """The exact two-sided p-value of McNemar's test of no difference."""
+        """The exact two-sided p-value of McNemar's test of no difference, of this pair alone."""
         return mcnemar(self.only_a, self.only_b)
 
     def to_json(self) -> dict[str, Any]:
-        """Return both shares, the counts, the difference, its interval and p, for json.dumps."""
+        """Return both shares, the counts, the difference, its interval and p, for json.dumps.
+
+        The quantile of the interval is "z", unless it is that of one comparison alone.
+        """
+        adjusted = {} if self.z == Z95 else {"z": self.z}
         return {
             "a": self.a.to_json(),
             "b": self.b.to_json(),
@@ -182,13 +189,15 @@ class Difference:
             "low": self.low,
             "high": self.high,
             "p": self.p,
+            **adjusted,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Difference":
         """Read what `to_json` returned."""
         a, b = Accuracy.from_json(content["a"]), Accuracy.from_json(content["b"])
-        return cls(a, b, content["only_a"], content["only_b"])
+        z = float(content.get("z", Z95))
+        return cls(a, b, content["only_a"], content["only_b"], z)
 
     def __float__(self) -> float:
         """Return the difference of the shares."""

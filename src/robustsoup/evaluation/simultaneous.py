@@ -33,6 +33,7 @@ Z_POWER = NormalDist().inv_cdf(POWER)
 
 _MOST_NORMALS = 4_000_000
 _JITTER = 1e-9
+_CONSTANT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,14 @@ def step_down(
     return met
 
 
-def correlation_root(values: NDArray[np.bool_] | Floats, *, centred: bool = True) -> Floats:
+def correlation_root(values: NDArray[np.bool_] | Floats) -> Floats:
     """Return L with L L' = the correlation matrix of the columns of (n, k) values.
 
-    Rows of constant columns are 0. Without `centred`, second moments replace covariances, as a
-    test of a mean of 0 needs them.
-
-    The root exists for dependent columns, too, because 1e-9 is added to the diagonal.
+    Rows of constant columns are 0. The root exists for dependent columns, too, because 1e-9 is
+    added to the diagonal.
     """
     deviations = np.asarray(values, dtype=np.float64)
-    if centred:
-        deviations = deviations - deviations.mean(0)
+    deviations = deviations - deviations.mean(0)
     moments = deviations.T @ deviations
     scale = np.sqrt(moments.diagonal())
     varying = scale > 0
@@ -139,7 +137,12 @@ def correlation_root(values: NDArray[np.bool_] | Floats, *, centred: bool = True
 
 
 def max_quantile(
-    root: Floats, *, seed: int = 0, draws: int = DRAWS, error_rate: float = ERROR_RATE
+    root: Floats,
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+    error_rate: float = ERROR_RATE,
+    two_sided: bool = False,
 ) -> float:
     """Return the 1 - `error_rate` quantile of the maximum of correlated normal variables.
 
@@ -148,24 +151,27 @@ def max_quantile(
         seed: Seed of the draws.
         draws: Number of draws.
         error_rate: 1 minus the level of the quantile.
+        two_sided: Take the maximum of absolute values.
 
     Returns:
         The quantile, at least that of one variable.
     """
-    maxima = np.sort(_draw_maxima(root, seed, draws))
-    return max(
-        float(maxima[math.ceil((1 - error_rate) * draws) - 1]), NormalDist().inv_cdf(1 - error_rate)
-    )
+    maxima = np.sort(_draw_maxima(root, seed, draws, two_sided=two_sided))
+    alone = NormalDist().inv_cdf(1 - (error_rate / 2 if two_sided else error_rate))
+    return max(float(maxima[math.ceil((1 - error_rate) * draws) - 1]), alone)
 
 
-def _draw_maxima(root: Floats, seed: int, draws: int) -> Floats:
-    rows = max(1, _MOST_NORMALS // root.shape[1])
+def _draw_maxima(root: Floats, seed: int, draws: int, *, two_sided: bool) -> Floats:
+    def maxima(normals: Floats) -> Floats:
+        values = normals @ root.T
+        return np.maximum(values.max(1), -values.min(1)) if two_sided else values.max(1)
+
+    rows = max(1, _MOST_NORMALS // max(root.shape))
     if draws <= rows:
-        return (_draw_normals(seed, draws, root.shape[1]) @ root.T).max(1)
+        return maxima(_draw_normals(seed, draws, root.shape[1]))
     generator = np.random.Generator(np.random.PCG64(seed))
     counts = [min(rows, draws - start) for start in range(0, draws, rows)]
-    parts = [generator.standard_normal((count, root.shape[1])) for count in counts]
-    return np.concatenate([(part @ root.T).max(1) for part in parts])
+    return np.concatenate([maxima(generator.standard_normal((c, root.shape[1]))) for c in counts])
 
 
 @lru_cache(maxsize=1)
@@ -303,45 +309,45 @@ def samples_that_can_show(
     return min(exact, normal)
 
 
-def prove_gains(
-    differences: Floats,
+def difference_quantile(
+    first: Floats,
+    second: Floats,
     *,
     seed: int = 0,
     draws: int = DRAWS,
     error_rate: float = ERROR_RATE,
-) -> NDArray[np.bool_]:
-    """Show which of k mean paired differences on the same n samples are above 0, simultaneously.
+) -> float:
+    """Return the quantile with which all paired differences have intervals that hold at once.
 
-    The statistic is that of McNemar's test with continuity correction for differences of hits, and
-    its counterpart for weighted sums of hits; the critical value is that of max-t, stepped down.
+    In the place of 1.96 of a single two-sided interval, it makes the intervals of all k m
+    differences, each column of `first` less each of `second` on the same n samples, hold together
+    with a probability of 1 - `error_rate`. Differences that are the same for all samples do not
+    count.
 
     Args:
-        differences: (n, k) differences for each sample.
+        first: (n, k) scores of each sample, such as hits.
+        second: (n, m) scores of the same samples.
         seed: Seed of the bootstrap.
         draws: Draws of the bootstrap.
-        error_rate: Greatest probability that any statement is wrong.
+        error_rate: Greatest probability that any interval misses the true difference.
 
-    Returns:
-        (k,) whether the mean was shown to be above 0.
-
-    Source: as `prove_accuracies`; McNemar 1947, Psychometrika 12:153.
+    Source: as `prove_accuracies`.
     """
-    size = np.abs(differences)
-    step = np.where(size > 0, size, np.inf).min(0)
-    squares = (differences**2).sum(0)
-    varying = squares > 0
-    statistic = np.where(
-        varying,
-        (differences.sum(0) - np.where(varying, step, 0)) / np.sqrt(np.where(varying, squares, 1)),
-        -np.inf,
-    )
-    root = correlation_root(differences, centred=False)
+    values = np.concatenate([first, second], axis=1).astype(np.float64)
+    root = correlation_root(values) * values.std(0)[:, None]  # a root of the covariance
+    pairs = (root[: first.shape[1], None] - root[None, first.shape[1] :]).reshape(-1, len(root))
+    size = np.sqrt((pairs**2).sum(1, keepdims=True))
+    varying = _vary(first, second)
+    pairs = np.where(varying[:, None], pairs / np.where(size > 0, size, 1), 0.0)
+    return max_quantile(pairs, seed=seed, draws=draws, error_rate=error_rate, two_sided=True)
 
-    def test(columns: NDArray[np.intp]) -> NDArray[np.bool_]:
-        critical = max_quantile(root[columns], seed=seed, draws=draws, error_rate=error_rate)
-        return statistic >= critical
 
-    return step_down(test(np.arange(len(squares))), test)
+def _vary(first: Floats, second: Floats) -> NDArray[np.bool_]:
+    """Return (k m,) whether the difference of two columns is not the same for all samples."""
+    columns = [
+        (first - second[:, [column]]).std(0) > _CONSTANT for column in range(second.shape[1])
+    ]
+    return np.stack(columns, axis=1).ravel()
 
 
 def samples_to_prove(share: float, threshold: float, critical: float = Z_ERROR) -> int | None:

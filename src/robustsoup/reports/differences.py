@@ -79,7 +79,10 @@ def tabulate_differences(differences: Mapping[str, Sequence[PairedDifference]]) 
         }
         for item in items
     ]
-    summary = "on the same samples, with Tango's interval and McNemar's test, not adjusted"
+    summary = (
+        "on the same samples, with Tango's interval and McNemar's test of each pair alone; the "
+        "intervals of the answer hold for all pairs of the search at once"
+    )
     return Table(f"{name} less its ingredients", summary, lines)
 
 

@@ -121,7 +121,7 @@ _checks = list_of(
     table({"require": requirement, "estimate": accuracy, "low": number, "met": boolean}, {})
 )
 _differences = mapping_of(
-    table({"a": accuracy, "b": accuracy, "only_a": count, "only_b": count}, {})
+    table({"a": accuracy, "b": accuracy, "only_a": count, "only_b": count}, {"z": number})
 )
 _other = table(
     {
@@ -143,6 +143,8 @@ selection = table(
         "selected_on": text,
         "best_ingredient": nullable(text),
         "distinguishable": nullable(boolean),
+        "better_soup": nullable(text),
+        "comparisons": count,
         "checks": _checks,
         "accuracy": mapping_of(accuracy),
         "fresh_accuracy": nullable(mapping_of(accuracy)),

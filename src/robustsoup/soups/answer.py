@@ -7,6 +7,7 @@ from typing import Any
 from robustsoup.display import html_table
 from robustsoup.evaluation.intervals import Accuracy, Difference
 from robustsoup.printable import make_printable
+from robustsoup.soups.goal import KNEE
 from robustsoup.soups.selection import RequirementCheck
 
 LEVEL = 0.95
@@ -18,7 +19,7 @@ class Gain:
 
     Attributes:
         value: Mean difference: of accuracies, or of weighted sums of accuracies.
-        low: Lower end of its 95 % interval.
+        low: Lower end of its 95 % interval; in an answer, that of this pair alone.
         high: Upper end.
     """
 
@@ -48,7 +49,8 @@ class AgainstIngredient:
     Attributes:
         ingredient: Name of the ingredient.
         meets: Whether the ingredient was shown to meet the requirements.
-        differences: Paired differences by measure; positive where the soup is better.
+        differences: Paired differences by measure; positive where the soup is better. Their
+            intervals hold at once for all candidates and ingredients.
     """
 
     ingredient: str
@@ -145,8 +147,12 @@ class Answer:
         selected_on: Name of the split that selects.
         best_ingredient: The best ingredient by the same rule; None if none was shown to meet the
             requirements.
-        distinguishable: Whether some soup was shown to be better than every ingredient that meets
-            the requirements, simultaneously over all soups; None if no ingredient meets them.
+        distinguishable: Whether some soup was shown to have more of what is maximised than every
+            ingredient that meets the requirements, by intervals that hold at once for all
+            candidates and ingredients; None if no ingredient meets them.
+        better_soup: The soup that was shown to, in words: the chosen one if it was; None without.
+        comparisons: Number of pairs of a candidate and an ingredient that the intervals of
+            `against` hold for at once.
         checks: One check for each requirement, on the samples that select or confirm.
         accuracy: Accuracies of the chosen candidate on the samples that select, by measure.
         fresh_accuracy: Its accuracies on samples that did not choose it, by measure; None without
@@ -173,6 +179,8 @@ class Answer:
     selected_on: str = "val"
     best_ingredient: str | None = None
     distinguishable: bool | None = None
+    better_soup: str | None = None
+    comparisons: int = 0
     checks: tuple[RequirementCheck, ...] = ()
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     fresh_accuracy: Mapping[str, Accuracy] | None = None
@@ -270,10 +278,31 @@ class Answer:
 def _say_distinguishable(answer: Answer) -> Iterator[str]:
     if not answer.met or answer.distinguishable is None:
         return
-    if answer.distinguishable:
-        yield f"a soup is better than every ingredient, of which {answer.best_ingredient} is best"
-    elif answer.best_ingredient is not None:
-        yield f"no soup is distinguishable from {answer.best_ingredient}: use that"
+    best = answer.best_ingredient
+    maximised = "the knee's score" if answer.maximise == KNEE else answer.maximise
+    if not answer.distinguishable:
+        elsewhere = _list_gains_elsewhere(answer)
+        advice = (
+            f"; the chosen soup is better in {' and in '.join(elsewhere)}"
+            if elsewhere
+            else ": use that"
+        )
+        yield f"no soup is distinguishable from {best} in {maximised}{advice}"
+        return
+    chosen = answer.description or answer.chosen
+    soup = "the chosen soup" if answer.better_soup == chosen else str(answer.better_soup)
+    yield f"{soup} is better in {maximised} than every ingredient, of which {best} is best"
+
+
+def _list_gains_elsewhere(answer: Answer) -> list[str]:
+    """Return in which measures, beside what is maximised, the choice beats the best ingredient."""
+    return [
+        key
+        for item in answer.against
+        if item.ingredient == answer.best_ingredient
+        for key, difference in item.differences.items()
+        if key != answer.maximise and difference.low > 0
+    ]
 
 
 def _say_chosen(answer: Answer) -> Iterator[str]:
@@ -305,6 +334,11 @@ def _say_requirements(answer: Answer) -> Iterator[str]:
 
 
 def _say_against(answer: Answer) -> Iterator[str]:
+    if answer.against and answer.comparisons > 1:
+        yield (
+            f"differences of the chosen one, by intervals that hold for all {answer.comparisons} "
+            "comparisons of a candidate with an ingredient at once (95 %):"
+        )
     for item in answer.against:
         changes = ", ".join(
             f"{key} {_points(difference)}" for key, difference in item.differences.items()

@@ -3,19 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from robustsoup.evaluation.comparison import pair_hits
-from robustsoup.evaluation.intervals import Z95, Accuracy
+from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import (
     clopper_pearson_lower,
     fewest_hits,
-    prove_gains,
     samples_to_prove,
     samples_to_separate,
 )
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.soups.answer import AgainstIngredient, Answer, Gain, Guarantee, OtherCandidate
+from robustsoup.soups.answer import AgainstIngredient, Answer, Guarantee, OtherCandidate
+from robustsoup.soups.comparisons import Comparisons, measure_gain
 from robustsoup.soups.goal import Requirement, Score
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.selection import (
@@ -132,7 +129,9 @@ def explain(selection: Selection, context: Explained) -> Answer:
     best, goal, judgement = selection.best, selection.goal, selection.judgement
     standing = _judge_ingredients(selection, context)
     best_ingredient = _find_best_ingredient(selection.score, context.ingredients, standing)
-    meeting = {name: context.ingredients[name] for name, meets in standing.items() if meets}
+    meeting = [name for name, meets in standing.items() if meets]
+    comparisons = Comparisons(selection.ranking, context.ingredients, context.seed)
+    better = _find_better_soup(selection, comparisons, meeting)
     method = "point" if goal.point and goal.require else judgement.method
     return Answer(
         chosen=best.name,
@@ -143,14 +142,16 @@ def explain(selection: Selection, context: Explained) -> Answer:
         point=goal.point,
         selected_on=context.selected_on,
         best_ingredient=best_ingredient,
-        distinguishable=_find_better_soup(selection, meeting, context.seed) if meeting else None,
+        distinguishable=better is not None if meeting else None,
+        better_soup=None if better is None else better.words,
+        comparisons=comparisons.count,
         checks=selection.checks,
         accuracy=dict(best.evaluation.accuracy),
         fresh_accuracy=dict(best.evaluation.accuracy) if context.fresh_split else None,
         fresh_split=context.fresh_split,
         against=tuple(
-            _compare_with(best.evaluation, name, evaluation, meets=standing[name])
-            for name, evaluation in context.ingredients.items()
+            AgainstIngredient(ingredient=name, meets=standing[name], differences=differences)
+            for name, differences in comparisons.differences(best.evaluation).items()
             if name != best.ingredient
         ),
         runner_up=_find_runner_up(selection),
@@ -219,42 +220,16 @@ def _find_best_ingredient(
 
 
 def _find_better_soup(
-    selection: Selection, ingredients: Mapping[str, Evaluation], seed: int
-) -> bool:
-    """Return whether a soup that meets the requirements beats each of the given ingredients."""
+    selection: Selection, comparisons: Comparisons, ingredients: Sequence[str]
+) -> Candidate | None:
+    """Return a soup that meets the requirements and beats the given ingredients, the best first."""
     soups = [
         item
         for item in selection.ranking
         if item.ingredient is None and selection.judgement.met(item)
     ]
-    if not soups:
-        return False
-    scores = np.stack([sample_scores(selection.score, item.evaluation) for item in soups], 1)
-    differences = [
-        scores - sample_scores(selection.score, evaluation)[:, None]
-        for evaluation in ingredients.values()
-    ]
-    shown = prove_gains(np.concatenate(differences, axis=1), seed=seed)
-    return bool(shown.reshape(len(differences), -1).all(0).any())
-
-
-def _compare_with(
-    chosen: Evaluation, name: str, ingredient: Evaluation, *, meets: bool
-) -> AgainstIngredient:
-    hits, others = chosen.hits(), ingredient.hits()
-    differences = {key: pair_hits(others[key], hits[key]) for key in hits if key in others}
-    return AgainstIngredient(ingredient=name, meets=meets, differences=differences)
-
-
-def measure_gain(score: Score, a: Evaluation, b: Evaluation) -> Gain:
-    """Return the score of a less that of b on the same samples, with a 95 % interval."""
-    if len(score.terms) == 1 and score.terms[0][0] == 1:
-        key = score.terms[0][1]
-        difference = pair_hits(b.hits()[key], a.hits()[key])
-        return Gain(value=difference.value, low=difference.low, high=difference.high)
-    differences = sample_scores(score, a) - sample_scores(score, b)
-    mean, half = float(differences.mean()), Z95 * float(differences.std()) / len(differences) ** 0.5
-    return Gain(value=mean, low=mean - half, high=mean + half)
+    better = comparisons.better_than_all(selection.score, soups, ingredients)
+    return better[0] if better else None
 
 
 def _describe_other(selection: Selection, other: Candidate, why: str) -> OtherCandidate:
@@ -281,7 +256,7 @@ def _find_runner_up(selection: Selection) -> OtherCandidate | None:
         why = "the same estimate; the higher clean accuracy, then the earlier soup is chosen"
     else:
         told = "" if gain.distinguishable else ", not distinguishable"
-        why = f"{selection.maximise} {gain.reversed()} from the chosen one{told}"
+        why = f"{selection.maximise} {gain.reversed()} from the chosen one (this pair alone){told}"
     return _describe_other(selection, second, why)
 
 
@@ -301,7 +276,7 @@ def _find_refused(selection: Selection) -> OtherCandidate | None:
         if not check.met
     )
     gain = measure_gain(score, first.evaluation, selection.best.evaluation)
-    why = f"{selection.maximise} {gain} from the chosen one, but {reasons}"
+    why = f"{selection.maximise} {gain} from the chosen one (this pair alone), but {reasons}"
     return _describe_other(selection, first, why)
 
 

@@ -396,7 +396,7 @@
     place.dataset.name = row.name;
     mount(place, plot, `Accuracy of ${row.name} less that of its ingredients, in points, on ${split}. A table holds the numbers of the chosen soup.`);
     byId("differences-caption").textContent =
-      `${row.name} less each ingredient on the same ${points[0]?.n ?? 0} samples of ${split}; bars: 95 % intervals (Tango). An interval that does not hold 0 tells the two apart.`;
+      `${row.name} less each ingredient on the same ${points[0]?.n ?? 0} samples of ${split}; bars: the 95 % interval of each pair alone (Tango). The intervals of the answer are wider: they hold for all candidates and ingredients of the search at once.`;
   }
 
   // Lines between two networks, and planes of loss values.
