@@ -10,7 +10,7 @@ from training_helpers import DATA, LINF, fresh_network
 from robustsoup import distributed
 from robustsoup.interruption import handled_signals
 from robustsoup.settings import LearnSettings, TrainSettings
-from robustsoup.soups import learning_run
+from robustsoup.soups.layer_weights import Softmax
 from robustsoup.soups.learning_run import LearningInputs, LearningRun
 from robustsoup.training import adversarial_loss
 from robustsoup.training.objectives import Objective
@@ -58,11 +58,11 @@ def take_learning_step(objective, batchnorm):
     )
     by_alpha = []
 
-    def logits_gradient(gradient, alpha):
+    def gradient(self, gradient, alpha):
         by_alpha.append(gradient)
-        return original(gradient, alpha)
+        return original(self, gradient, alpha)
 
-    original, learning_run.logits_gradient = learning_run.logits_gradient, logits_gradient
+    original, Softmax.gradient = Softmax.gradient, gradient
     adversarial_loss.attack_batch = _invert
     try:
         inputs = LearningInputs(ingredients, DATA, None, network, None, "memory", CPU)
@@ -71,7 +71,7 @@ def take_learning_step(objective, batchnorm):
         before = distributed.exchanged_bytes()
         loss = run.take_step(x, y)
     finally:
-        learning_run.logits_gradient = original
+        Softmax.gradient = original
     counted = distributed.exchanged_bytes() - before
     return loss, {"alpha": by_alpha[0]}, dict(run.model.named_buffers()), counted
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_args
 
@@ -422,8 +423,20 @@ class LearnSettings:
     )
     init: str = setting(
         "xavier",
-        "Initial logits: xavier, or zeros (the uniform soup).",
-        choices=("xavier", "zeros"),
+        "Where learning starts: xavier (random), zeros (the uniform soup), or weights of the "
+        "ingredients in their order, such as 0.4,0.6.",
+    )
+    affine: bool = setting(
+        False,
+        "Learn weights that sum to 1 and may be negative, instead of a softmax.",
+        recorded_if_set=True,
+    )
+    average_last: float = setting(
+        0.0,
+        "Return the mean of the coefficients over this last share of the steps.",
+        ge=0,
+        lt=1,
+        recorded_if_set=True,
     )
     granularity: str = setting(
         "parameter",
@@ -459,11 +472,40 @@ class LearnSettings:
         _parse_union(self)
         if self.dial is not None and self.also:
             raise RequestError("threat: a dial turns one threat from robust to clean; got several")
+        for name in ("affine", "average_last"):
+            if self.dial is not None and getattr(self, name):
+                raise RequestError(f"{name}: does not apply to a dial, a line of softmaxes")
+        if self.average_last and self.early_stop is not None:
+            raise RequestError("average_last: early_stop returns one epoch; leave one of them out")
+        self.check_start(len(self.start_weights or ()))
 
     @property
     def threats(self) -> tuple[ThreatModel, ...]:
         """All threat models: the first, and those that are combined with it."""
         return (self.threat, *self.also)
+
+    @property
+    def start_weights(self) -> tuple[float, ...] | None:
+        """The weights that `init` lists, or None for "xavier" and "zeros"."""
+        if self.init in ("xavier", "zeros"):
+            return None
+        try:
+            return tuple(float(Fraction(weight.strip())) for weight in self.init.split(","))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise RequestError(
+                f'init: got "{self.init}", expected xavier, zeros or weights such as 0.4,0.6'
+            ) from None
+
+    def check_start(self, n: int) -> None:
+        """Raise RequestError if `init` does not list the weights of n ingredients."""
+        weights = self.start_weights
+        if weights is None:
+            return
+        if len(weights) != n:
+            raise RequestError(f"init: got {len(weights)} weights, expected {n}, one an ingredient")
+        if not abs(sum(weights) - 1) <= 1e-6 or (min(weights) < 0 and not self.affine):
+            signs = "" if self.affine else " and are at least 0"
+            raise RequestError(f"init: got {self.init}, expected weights that sum to 1{signs}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -524,6 +524,14 @@ def test_an_unknown_key_that_is_near_no_other_lists_all_keys(table, place, secti
             ["soups.s.init", "xavier", "ones"],
         ),
         (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "learned"\ninit = "0.4,0.6"',
+            ["soups.s.init", "got 2 weights", "expected 1"],
+        ),
+        (
+            TUNED + '[ingredients.x]\n[soups.s]\nmethod = "dial"\naffine = true',
+            ["soups.s", "affine", "dial"],
+        ),
+        (
             TUNED + '[ingredients.x]\n[evaluate]\nthreats = "Linf 8/255"',
             ["evaluate.threats", "Linf 8/255"],
         ),

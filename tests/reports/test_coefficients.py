@@ -122,6 +122,24 @@ def test_bars_show_the_shares():
     assert np.allclose(np.transpose(lefts), coefficients.alpha.cumsum(1) - coefficients.alpha)
 
 
+def test_negative_weights_are_bars_to_the_left_of_0():
+    coefficients = make_coefficients(LAYERS, 3)
+    alpha = coefficients.alpha.clone()
+    alpha[0] = torch.tensor([1.3, -0.2, -0.1])
+    coefficients = replace(coefficients, alpha=alpha)
+    assert bool(coefficients.entropy().isfinite().all())
+    axes = axes_by_label(draw_learned(coefficients, NAMES, "x").figure)["share"][0]
+    first = [container[0] for container in axes.containers]
+    assert np.allclose([bar.get_width() for bar in first], [1.3, -0.2, -0.1])
+    assert np.allclose([bar.get_x() for bar in first], [0, 0, -0.2])
+    assert axes.get_xlim() == pytest.approx((-0.3, 1.3))
+    many = make_coefficients(LAYERS, 9)
+    many = replace(many, alpha=many.alpha + torch.tensor([-1.0, 1.0] + [0.0] * 7).double())
+    figure = draw_learned(many, [f"run{i}" for i in range(9)], "x").figure
+    image = axes_by_label(figure)["ingredient"][0].images[0]
+    assert image.norm(0.0) == pytest.approx(0.5)  # white between red and blue
+
+
 @pytest.mark.usefixtures("small_formats")
 def test_figures_do_not_depend_on_the_settings_of_matplotlib_nor_change_them(tmp_path):
     coefficients = make_coefficients(LAYERS, 3)

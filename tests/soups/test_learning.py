@@ -1,7 +1,9 @@
 """The learned soup: gradients equal autograd's, one network in the graph, kills, and records."""
 
+import functools
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -31,11 +33,13 @@ from robustsoup.errors import (
     RequestError,
 )
 from robustsoup.models import load_model
+from robustsoup.settings import LearnSettings
 from robustsoup.soups import learning_run
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.ingredients import Ingredients
+from robustsoup.soups.layer_weights import Softmax
 from robustsoup.soups.learning import learn
-from robustsoup.soups.learning_run import initial_logits, logits_gradient
+from robustsoup.soups.learning_run import initial_logits
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -62,7 +66,7 @@ def test_logits_gradient_equals_autograds(n, shape, seed):
     mixed = torch.tensordot(alpha, thetas, 1)
     (expected,) = torch.autograd.grad(mixed, logits, grad)
     inner = torch.stack([(grad * theta).sum() for theta in thetas])
-    got = logits_gradient(inner, alpha.detach())
+    got = Softmax().gradient(inner, alpha.detach())
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -84,7 +88,7 @@ def test_coefficient_gradients_equal_autograds_with_all_networks_in_the_graph():
     inner = Ingredients(items, names, torch.device("cpu"), "memory").inner(
         dict(zip(names, grads, strict=True))
     )
-    got = logits_gradient(inner, alpha.detach())
+    got = Softmax().gradient(inner, alpha.detach())
     for i, name in enumerate(names):
         if name == "conv1.bias":  # BatchNorm removes it: rounding only
             assert got[i].abs().max() < 1e-12 > expected[i].abs().max()
@@ -92,13 +96,19 @@ def test_coefficient_gradients_equal_autograds_with_all_networks_in_the_graph():
             assert relative_error(got[i], expected[i]) < 1e-9, name
 
 
-def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat):
-    """Learn with softmax and mixing in the graph, PyTorch's SGD and its cosine schedule."""
+def sum_to_one(free):
+    """Return the rows moved evenly so that each sums to 1, in the graph."""
+    return free + (1 - free.sum(1, keepdim=True)) / free.shape[1]
+
+
+def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat, affine=False):
+    """Learn with weights and mixing in the graph, PyTorch's SGD and its cosine schedule."""
     names = [name for name, _ in net.named_parameters()]
-    logits = (
-        initial_logits(len(names), len(items), "xavier", trained_seed()).double().requires_grad_()
-    )
-    optimizer = torch.optim.SGD([logits], lr=lr, momentum=momentum)
+    free = initial_logits(len(names), len(items), "xavier", trained_seed()).double()
+    weigh = sum_to_one if affine else functools.partial(torch.softmax, dim=1)
+    free = (torch.softmax(free, 1) if affine else free).requires_grad_()
+    lr = lr / len(items) ** 2 if affine else lr
+    optimizer = torch.optim.SGD([free], lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     buffers = {name: tensor for name, tensor in items[0].tensors.items() if name not in names}
     buffers = {
@@ -110,7 +120,7 @@ def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat):
     for step in range(steps):
         epoch, number = divmod(step, STEPS_PER_EPOCH)
         x, y, _ = list(batches(DATA, 32, seed=trained_seed(), epoch=epoch))[number]
-        alpha = torch.softmax(logits, 1)
+        alpha = weigh(free)
         theta = {
             n: sum(a * item.tensors[n] for a, item in zip(alpha[i], items, strict=True))
             for i, n in enumerate(names)
@@ -130,18 +140,19 @@ def learn_by_autograd(net, items, steps, *, lr, momentum, objective, threat):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return torch.softmax(logits.detach(), 1), buffers
+    return weigh(free.detach()), buffers
 
 
 @pytest.mark.parametrize(
-    ("epochs", "objective", "threat"),
+    ("epochs", "objective", "threat", "affine"),
     [
-        (1, "ce", LINF),
-        (2, "ce", ThreatModel("L2", 1.0)),
-        (2, "mixed 0.4", LINF),
+        (1, "ce", LINF, False),
+        (2, "ce", ThreatModel("L2", 1.0), False),
+        (2, "mixed 0.4", LINF, False),
+        (2, "ce", LINF, True),
     ],
 )
-def test_whole_steps_equal_autograds(monkeypatch, epochs, objective, threat):
+def test_whole_steps_equal_autograds(monkeypatch, epochs, objective, threat, affine):
     net, items = small_ingredients()
     items.sort(key=lambda item: item.digest)  # the order of the initial logits
     real = initial_logits
@@ -157,6 +168,7 @@ def test_whole_steps_equal_autograds(monkeypatch, epochs, objective, threat):
         epochs=epochs,
         objective=objective,
         threat=threat,
+        affine=affine,
     )
     alpha, buffers = learn_by_autograd(
         net,
@@ -166,6 +178,7 @@ def test_whole_steps_equal_autograds(monkeypatch, epochs, objective, threat):
         momentum=0.9,
         objective=objective,
         threat=threat,
+        affine=affine,
     )
     first = torch.softmax(real(len(got.layers), 3, "xavier", trained_seed()).double(), 1)
     assert (alpha - first).abs().max() > 1e-3
@@ -260,6 +273,98 @@ def test_xavier_is_uniform_within_its_bounds(n, seed):
     assert 0.95 * bound < logits.max() <= bound
     assert -bound <= logits.min() < -0.95 * bound
     assert abs(float(logits.mean())) < 0.2 * bound
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_learning_starts_at_the_weights_that_init_lists(affine):
+    weights = [0.5, 0.2, 0.3]
+    learned = learn_digits(init="1/2, 0.2,0.3", affine=affine, detach=1.0)
+    expected = torch.tensor([weights] * LAYERS, dtype=torch.float64)
+    assert torch.allclose(learned.alpha, expected, rtol=0, atol=1e-6)
+    assert torch.equal(learned.start, learned.alpha)
+
+
+def test_a_softmax_starts_near_0_and_affine_weights_at_it_or_below():
+    convex = learn_digits(init="1,0,0", detach=1.0).alpha
+    assert torch.allclose(convex[:, 1:], torch.full((LAYERS, 2), 0.01 / 1.02).double(), atol=1e-6)
+    affine = learn_digits(init="1.2,0,-0.2", affine=True, detach=1.0).alpha
+    expected = torch.tensor([[1.2, 0, -0.2]] * LAYERS, dtype=torch.float64)
+    assert torch.allclose(affine, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("init", "affine", "message"),
+    [
+        ("0.5,0.5", False, "init: got 2 weights, expected 3, one an ingredient"),
+        ("0.5,0.5,0.5", False, "init: got 0.5,0.5,0.5, expected weights that sum to 1 and are"),
+        ("1,0.5,-0.5", False, "sum to 1 and are at least 0"),
+        ("1,0.5,-0.6", True, "expected weights that sum to 1"),
+        ("a,b,c", True, 'init: got "a,b,c", expected xavier, zeros or weights such as 0.4,0.6'),
+        ("1/0,1,0", True, "expected xavier, zeros or weights"),
+        ("nan,1,0", True, "expected xavier, zeros or weights"),
+    ],
+)
+def test_wrong_starts_are_refused(init, affine, message):
+    with pytest.raises(RequestError, match=re.escape(message)):
+        learn_digits(init=init, affine=affine)
+
+
+def test_affine_weights_turn_negative_sum_to_1_and_are_mixed_without_leave(tmp_path):
+    items = resnet_ingredients()
+    learned = learn_digits(items, affine=True, init="1,0,0", detach=0.0, lr=50.0)
+    assert float(learned.alpha.min()) < 0
+    assert torch.allclose(learned.alpha.sum(1), torch.ones(LAYERS).double(), rtol=0, atol=1e-12)
+    learned = Coefficients.load(learned.save(tmp_path / "affine.safetensors"))
+    name, row = learned.layers[0], learned.alpha[0].tolist()
+    soup = mix(items, learned)
+    expected = sum(a * item.tensors[name].double() for a, item in zip(row, items, strict=True))
+    assert torch.allclose(soup.tensors[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert soup.provenance["buffers"]["policy"] == "tracked"
+    with pytest.raises(RequestError, match='buffers "average": averaged variances can turn'):
+        mix(items, learned, buffers="average")
+    with pytest.raises(RequestError, match='buffers "average": averaged variances can turn'):
+        learn_digits(items, affine=True, buffers="average")
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_mean_over_the_last_steps_is_that_of_every_step(affine):
+    items, alphas = resnet_ingredients(), []
+    real = learning_run.LearningRun.mix_layers
+
+    def record(run, active):
+        real(run, active)
+        alphas.append(run._alpha()[:, run._columns()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning_run.LearningRun, "mix_layers", record)
+        last = learn_digits(items, affine=affine, detach=0.0)
+    assert torch.equal(alphas[-1], last.alpha)
+    mean = learn_digits(items, affine=affine, detach=0.0, average_last=0.5)
+    expected = torch.stack(alphas[-STEPS_PER_EPOCH:]).mean(0)  # the second of two epochs
+    assert torch.allclose(mean.alpha, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(mean.alpha, last.alpha)
+
+
+def test_a_killed_run_resumes_its_mean(save_every_step, tmp_path):
+    items, path = resnet_ingredients(), tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        learn_digits(items, average_last=0.9, state_path=path, on_progress=kill_at(4))
+    resumed = learn_digits(items, average_last=0.9, state_path=path)
+    assert_same_coefficients(resumed, learn_digits(items, average_last=0.9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dial": {}, "affine": True}, "affine: does not apply to a dial"),
+        ({"dial": {}, "average_last": 0.5}, "average_last: does not apply to a dial"),
+        ({"early_stop": {}, "average_last": 0.5}, "average_last: early_stop returns one epoch"),
+        ({"average_last": 1.0}, "average_last: got 1.0"),
+    ],
+)
+def test_settings_that_do_not_apply_together_are_refused(changes, message):
+    with pytest.raises(RequestError, match=message):
+        LearnSettings(**changes)
 
 
 def test_the_seed_determines_the_result():

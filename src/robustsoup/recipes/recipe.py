@@ -26,7 +26,14 @@ from robustsoup.recipes.sections import (
     one_of,
     raises_value_error,
 )
-from robustsoup.settings import MOST_SOUPS, PRECISIONS, SEED_LIMIT, TrainSettings, suggest
+from robustsoup.settings import (
+    LINF_8,
+    MOST_SOUPS,
+    PRECISIONS,
+    SEED_LIMIT,
+    TrainSettings,
+    suggest,
+)
 from robustsoup.soups.confirmation import requires_confirmation
 from robustsoup.soups.goal import KNEE, Goal, Score
 from robustsoup.soups.grid import (
@@ -362,11 +369,21 @@ class Recipe(Section):
                 f'soups.{name}: method = "surrogate" attacks few soups, in full; '
                 "remove evaluate.screen"
             )
+        if soup.method in ("learned", "dial"):
+            self._check_learning(name, soup)
         if soup.method == "dial" and any(threat.is_clean for threat in self.threats_of(soup)):
             raise ValueError(
                 f"soups.{name}.threats: got clean, expected threats with a radius above 0; "
                 "a dial turns from robust to clean"
             )
+
+    def _check_learning(self, name: str, soup: Soup) -> None:
+        """Check the settings of learning that depend on each other or on the ingredients."""
+        try:
+            settings = soup.learn_settings(LINF_8, "ce", seed=0, precision="auto")
+            settings.check_start(len(self.ingredients_of(soup)))
+        except RequestError as error:
+            raise ValueError(f"soups.{name}.{error}") from None
 
     def _weighs_by_grid(self, soup: Soup) -> bool:
         """Return whether a merging method is tried with a grid of weights."""

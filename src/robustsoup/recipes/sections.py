@@ -429,7 +429,8 @@ METHOD_KEYS = {
     "line": _GRID_KEYS,
     "surrogate": _GRID_KEYS | {"tolerance", "time_limit"},
     "greedy": _MIXED_KEYS | {"score"},
-    "learned": _LEARNED_KEYS | {"objectives", "early_stop", "also", "combine"},
+    "learned": _LEARNED_KEYS
+    | {"objectives", "early_stop", "also", "combine", "affine", "average_last"},
     "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
     "slerp": _MERGE_KEYS,
     "swap": _MERGE_KEYS | {"blocks"},

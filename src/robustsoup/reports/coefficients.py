@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import CenteredNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.image import AxesImage
@@ -172,7 +172,7 @@ def _plot_coefficients(
     for (label, coefficients), block in zip(soups, blocks, strict=True):
         axes = figure.add_subplot(block[0])
         axes.set_title(clean_text(label, 26), loc="left", fontsize=9)
-        image = _draw_shares(axes, coefficients, names, scales.largest_share)
+        image = _draw_shares(axes, coefficients, names, scales)
         _format_layer_axis(axes, coefficients.layers, named=block[0].is_first_col())
         for measure, place in zip(scales.measures, block[1:], strict=True):
             values = _measure_layers(coefficients, measure)
@@ -183,7 +183,7 @@ def _plot_coefficients(
     if image is None:
         _add_share_legend(figure, names, title)
     else:
-        _add_share_bar(figure, image, len(names), scales.largest_share, title)
+        _add_share_bar(figure, image, len(names), scales, title)
     add_footer(figure, _describe_columns(scales), results)
     subject = f"{len(soups)} learned soups" if len(soups) > 1 else "a learned soup"
     measures = " and ".join(MEASURES[measure] for measure in scales.measures)
@@ -235,7 +235,8 @@ class _MeasureScales:
 
     Attributes:
         measures: The measures that at least one soup has.
-        largest_share: The largest share of an ingredient.
+        largest_share: The largest share of an ingredient, whatever its sign.
+        signed: Whether some shares are negative.
         moved_limit: Right end of the axis "moved".
         slope_decades: Exponents of both ends of the axis "slope"; None if no slope is positive.
         equal_slopes: Whether several soups all have the same slopes.
@@ -243,6 +244,7 @@ class _MeasureScales:
 
     measures: tuple[str, ...]
     largest_share: float
+    signed: bool
     moved_limit: float
     slope_decades: tuple[int, int] | None
     equal_slopes: bool
@@ -261,7 +263,8 @@ def _choose_scales(soups: LabelledSoups) -> _MeasureScales:
     slopes = np.concatenate([np.empty(0), *values["slope"]])
     return _MeasureScales(
         measures=tuple(measure for measure, layers in values.items() if layers),
-        largest_share=max(float(coefficients.alpha.max()) for _, coefficients in soups),
+        largest_share=max(float(coefficients.alpha.abs().max()) for _, coefficients in soups),
+        signed=any(bool((coefficients.alpha < 0).any()) for _, coefficients in soups),
         moved_limit=next((limit for limit in MOVED_LIMITS if largest_move <= limit), 1.0),
         slope_decades=_find_decades(slopes[slopes > 0]),
         equal_slopes=len(soups) == len(values["slope"]) > 1
@@ -349,11 +352,11 @@ def _set_end_ticks(axes: Axes, low: float, high: float, labels: Sequence[str] = 
 
 
 def _draw_shares(
-    axes: Axes, coefficients: Coefficients, names: Sequence[str], largest: float
+    axes: Axes, coefficients: Coefficients, names: Sequence[str], scales: _MeasureScales
 ) -> AxesImage | None:
     """Draw bars, or a heat map (returned) if there are more ingredients than colours."""
     if len(names) > len(PALETTE):
-        return _draw_share_map(axes, coefficients, names, largest)
+        return _draw_share_map(axes, coefficients, names, scales)
     _draw_share_bars(axes, coefficients)
     return None
 
@@ -361,31 +364,38 @@ def _draw_shares(
 def _draw_share_bars(axes: Axes, coefficients: Coefficients) -> None:
     alpha = coefficients.alpha.numpy()
     layers, n = alpha.shape
-    left = np.zeros(layers)
+    left, right = np.zeros(layers), np.zeros(layers)
     for i, colour in enumerate(PALETTE[:n]):
+        is_negative = alpha[:, i] < 0
         axes.barh(
             range(layers),
             alpha[:, i],
-            left=left,
+            left=np.where(is_negative, left, right),
             color=colour,
             height=0.86 if layers <= MAX_NAMES else 1.0,
         )
-        left += alpha[:, i]
-    axes.set_xlim(0, 1)
-    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        left += np.where(is_negative, alpha[:, i], 0)
+        right += np.where(is_negative, 0, alpha[:, i])
+    if (alpha < 0).any():
+        low, high = float(left.min()), float(right.max())
+        axes.set_xlim(low, high)
+        axes.set_xticks([low, 0, 1, high], [f"{low:.1f}", "0", "1", f"{high:.1f}"])
+    else:
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.set_xlabel("share", fontsize=8)
 
 
 def _draw_share_map(
-    axes: Axes, coefficients: Coefficients, names: Sequence[str], largest: float
+    axes: Axes, coefficients: Coefficients, names: Sequence[str], scales: _MeasureScales
 ) -> AxesImage:
-    n = len(names)
+    n, largest = len(names), scales.largest_share
     image = axes.imshow(
         coefficients.alpha.numpy(),
         aspect="auto",
         interpolation="nearest",
-        cmap="Blues",
-        norm=PowerNorm(0.5, 0, largest),
+        cmap="RdBu" if scales.signed else "Blues",
+        norm=CenteredNorm(0, largest) if scales.signed else PowerNorm(0.5, 0, largest),
     )
     named = range(0, n, math.ceil(n / MAX_NAMES))
     axes.set_xticks(named, [clean_text(names[i], 18) for i in named], rotation=90)
@@ -407,15 +417,22 @@ def _add_share_legend(figure: Figure, names: Sequence[str], title: str) -> None:
     )
 
 
-def _add_share_bar(figure: Figure, image: AxesImage, n: int, largest: float, title: str) -> None:
+def _add_share_bar(
+    figure: Figure, image: AxesImage, n: int, scales: _MeasureScales, title: str
+) -> None:
     add_title(figure, title, x=0.1 / figure.get_figwidth())
     bar = figure.colorbar(
         image, ax=figure.axes, location="top", shrink=0.4, aspect=30, anchor=(0.0, 0.5), pad=0.01
     )
-    bar.set_label("share (square-root scale)", fontsize=8)
-    ticks = {0.0: "0", 1 / n: f"1/{n}"}
-    if largest > 4 / n:
-        ticks[largest] = f"{largest:.2g}"
+    largest = scales.largest_share
+    if scales.signed:
+        bar.set_label("weight", fontsize=8)
+        ticks = {-largest: f"{-largest:.2g}", 0.0: "0", largest: f"{largest:.2g}"}
+    else:
+        bar.set_label("share (square-root scale)", fontsize=8)
+        ticks = {0.0: "0", 1 / n: f"1/{n}"}
+        if largest > 4 / n:
+            ticks[largest] = f"{largest:.2g}"
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.ax.tick_params(length=2, labelsize=7)
     bar.outline.set_visible(False)

@@ -110,12 +110,18 @@ class Coefficients:
             )
         return self.alpha[self.layers.index(layer)].tolist()
 
+    @property
+    def affine(self) -> bool:
+        """Whether the weights were learned as ones that may be negative."""
+        learning = self.record.get("learning")
+        return isinstance(learning, Mapping) and learning.get("affine") is True
+
     def check(self, n: int, *, affine: bool = False) -> None:
         """Check that each row holds n finite weights that sum to 1.
 
         Args:
             n: Number of ingredients.
-            affine: Allow negative weights.
+            affine: Allow negative weights, as weights that were learned to be affine always may be.
 
         Raises:
             CoefficientError: Names the first row that is wrong.
@@ -129,7 +135,7 @@ class Coefficients:
             got = f"coefficients: {where}got {_format_row(row)}"
             if not all(map(math.isfinite, row)) or abs(sum(row) - 1) > SUM_TOLERANCE:
                 raise CoefficientError(f"{got} with sum {sum(row):.6g}, expected sum 1")
-            if not affine and min(row) < 0:
+            if not (affine or self.affine) and min(row) < 0:
                 raise CoefficientError(f"{got}, expected none below 0")
 
     def for_ingredients(self, digests: Sequence[str]) -> "Coefficients":
@@ -151,8 +157,12 @@ class Coefficients:
         return replace(self, alpha=self.alpha[:, columns], ingredients=tuple(digests), start=start)
 
     def entropy(self) -> Tensor:
-        """Return the entropy of each row in nats, (layers,), from 0 (one ingredient) to log(n)."""
-        return -torch.special.xlogy(self.alpha, self.alpha).sum(1)
+        """Return the entropy of each row in nats, (layers,), from 0 (one ingredient) to log(n).
+
+        That of the absolute weights, scaled to sum 1, where some are negative.
+        """
+        shares = self.alpha.abs() / self.alpha.abs().sum(1, keepdim=True)
+        return -torch.special.xlogy(shares, shares).sum(1)
 
     def movement(self) -> Tensor | None:
         """Return the share of weight that learning moved between ingredients, (layers,) in [0, 1].

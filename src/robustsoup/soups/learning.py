@@ -1,4 +1,4 @@
-"""Learn soups and dials adversarially: one softmax over the ingredients for each layer."""
+"""Learn soups and dials adversarially: for each layer, the weights of the ingredients."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def learn(
     on_epoch: OnEpoch | None = None,
     **changes: Any,
 ) -> Coefficients:
-    """Train coefficients for the ingredients adversarially, one softmax for each layer.
+    """Train coefficients for the ingredients adversarially, one row of weights for each layer.
 
     Each step mixes the layers that changed into one ordinary network, attacks it in eval mode, and
     takes one train-mode pass; dL/dalpha = <dL/dtheta_layer, theta_i,layer>, so no autograd graph
@@ -93,6 +93,7 @@ def learn(
     resolved = resolve_device(device)
     settings = _complete_settings(settings, data, resolved)
     opened = _open_for_learning(ingredients, network, data, allow_leakage=allow_leakage)
+    settings.check_start(len(opened))
     stored_in = choose_place(place, budget, opened, resolved)
     inputs = LearningInputs(opened, data, val, network, base, stored_in, resolved)
     run = LearningRun(inputs, settings)
@@ -159,6 +160,7 @@ def learn_dial(
     resolved = resolve_device(device)
     settings = _complete_settings(settings, data, resolved)
     opened = _open_for_learning(ingredients, network, data, allow_leakage=allow_leakage)
+    settings.check_start(len(opened))
     stored_in = choose_place(place, budget, opened, resolved)
     inputs = LearningInputs(opened, data, None, network, base, stored_in, resolved)
     run = LearningRun(inputs, settings)
@@ -178,7 +180,12 @@ def _check_dial(settings: LearnSettings) -> None:
 def _complete_settings(settings: LearnSettings, data: Split, device: torch.device) -> LearnSettings:
     """Check settings that depend on the data, parse the objective and resolve the precision."""
     check_schedule(settings.schedule)
-    check_buffer_policy(settings.buffers, data, settings.threat)
+    policy = check_buffer_policy(settings.buffers, data, settings.threat)
+    if settings.affine and not policy.facts.get("affine"):
+        raise RequestError(
+            f'buffers "{policy.name}": averaged variances can turn negative with affine weights; '
+            "choose another policy"
+        )
     return replace(
         settings,
         objective=Objective.parse(settings.objective),

@@ -24,6 +24,7 @@ from robustsoup.soups.batchnorm import norm_layers
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import Ingredients
+from robustsoup.soups.layer_weights import Affine, LayerWeights, Softmax
 from robustsoup.soups.learning_buffers import LearningBuffers, mix_start
 from robustsoup.soups.summation import canonical_order
 from robustsoup.threats import ThreatModel
@@ -91,11 +92,14 @@ class LearningRun:
         self.layers = list(self.groups)
         self.ingredients = Ingredients(ordered, list(self.parameters), inputs.device, inputs.place)
         self.buffers = LearningBuffers(self.model, ordered, self.data, settings)
+        self.weights: LayerWeights = Affine() if settings.affine else Softmax()
         self.start = self._initial_line()
         self.line = self.start.clone()
         self.velocity = torch.zeros_like(self.line)
         self.slope_sums = torch.zeros(len(self.layers), dtype=torch.float64)
         self.slope_counts = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.alpha_sum = torch.zeros(len(self.layers), len(self.digests), dtype=torch.float64)
+        self.alpha_count = 0
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step, self.t = 0, 0.5
         self.replayed_attack = ReplayedCall()
@@ -116,6 +120,7 @@ class LearningRun:
             return
         self.line, self.velocity = state["line"], state["velocity"]
         self.slope_sums, self.slope_counts = state["slope_sums"], state["slope_counts"]
+        self.alpha_sum, self.alpha_count = state["alpha_sum"], state["alpha_count"]
         self.step, self.t = state["step"], state["t"]
         self.loss_sum = state["loss_sum"].to(self.inputs.device)
         self.history, self.best = state["history"], state["best"]
@@ -129,6 +134,8 @@ class LearningRun:
             "velocity": self.velocity,
             "slope_sums": self.slope_sums,
             "slope_counts": self.slope_counts,
+            "alpha_sum": self.alpha_sum,
+            "alpha_count": self.alpha_count,
             "step": self.step,
             "t": self.t,
             "loss_sum": self.loss_sum,
@@ -179,6 +186,7 @@ class LearningRun:
         if grads:
             self.update_line(active, dict(zip(trained, grads, strict=True)), self._learning_rate())
             self.mix_layers(active)
+        self._add_to_average()
         return loss
 
     def update_line(self, active: Sequence[int], grads: dict[str, Tensor], lr: float) -> None:
@@ -199,10 +207,10 @@ class LearningRun:
         )
         by_alpha = distributed.sum_ranks(by_alpha)
         self._check_gradients(active, by_alpha)
-        by_logits = logits_gradient(by_alpha, self._alpha()[active])
-        self.slope_sums[active] += by_logits.norm(dim=1)
+        by_free = self.weights.gradient(by_alpha, self._alpha()[active])
+        self.slope_sums[active] += by_free.norm(dim=1)
         self.slope_counts[active] += 1
-        by_line = (self._basis().view(-1, 1, 1) * by_logits).to(self.velocity)
+        by_line = (self._basis().view(-1, 1, 1) * by_free).to(self.velocity)
         self.velocity[:, active] = self.settings.momentum * self.velocity[:, active] + by_line
         self.line[:, active] -= lr * self.velocity[:, active]
 
@@ -249,18 +257,17 @@ class LearningRun:
     def coefficients(self) -> Coefficients:
         """Return the learned coefficients, columns in the order of the listed ingredients."""
         best = self.best or {"line": self.line, "buffers": self._model_buffers()}
-        start, alpha = (
-            torch.softmax(line[0].double(), 1)[:, self._columns()]
-            for line in (self.start, best["line"])
-        )
+        start, alpha = (self.weights.alpha(line[0]) for line in (self.start, best["line"]))
+        if self.alpha_count:
+            alpha = self.alpha_sum / self.alpha_count
         return Coefficients(
-            alpha,
+            alpha[:, self._columns()],
             tuple(self.layers),
             tuple(self.digests),
             self._result_record(),
             self._tracked_statistics(best["buffers"]),
             self._layer_of_parameter(),
-            start,
+            start[:, self._columns()],
             self._mean_slopes(),
         )
 
@@ -279,13 +286,28 @@ class LearningRun:
 
     def _initial_line(self) -> Tensor:
         s = self.settings
-        start = initial_logits(len(self.layers), len(self.digests), s.init, s.seed)
+        weights = s.start_weights
+        if weights is not None:
+            ordered = [weights[i] for i in self.order]
+            start = self.weights.start(ordered).repeat(len(self.layers), 1)
+        else:
+            start = initial_logits(len(self.layers), len(self.digests), s.init, s.seed)
+            if s.affine:
+                start = torch.softmax(start, 1)
         return torch.stack([start, torch.zeros_like(start)] if s.dial else [start])
 
     def _learning_rate(self) -> float:
         s = self.settings
         epochs_done = self.step / self.steps_per_epoch
         return learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
+
+    def _add_to_average(self) -> None:
+        """Add the current coefficients to their mean, in the last share of the steps."""
+        s = self.settings
+        first = (1 - s.average_last) * s.epochs * self.steps_per_epoch
+        if s.average_last and self.step >= first:
+            self.alpha_sum += self._alpha()
+            self.alpha_count += 1
 
     def _turn_dial(self) -> None:
         """Draw a new t and mix all layers again, every `turn_every` steps of a dial."""
@@ -335,7 +357,7 @@ class LearningRun:
 
     def _alpha(self) -> Tensor:
         """Return the current coefficients, (layers, n) float64, columns in canonical order."""
-        return torch.softmax(torch.tensordot(self._basis(), self.line.double(), 1), 1)
+        return self.weights.alpha(torch.tensordot(self._basis(), self.line.double(), 1))
 
     def _current_coefficients(self) -> Coefficients:
         parameters = self._layer_of_parameter()
@@ -398,11 +420,6 @@ def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
     bound = math.sqrt(6 / (1 + n))
     logits = torch.empty(layers, n, dtype=torch.float32)
     return logits.uniform_(-bound, bound, generator=keyed_generator("logits", seed))
-
-
-def logits_gradient(by_alpha: Tensor, alpha: Tensor) -> Tensor:
-    """Return dL/dlogits (layers, n) from dL/dalpha and alpha = softmax(logits), of that shape."""
-    return alpha * (by_alpha - (alpha * by_alpha).sum(-1, keepdim=True))
 
 
 def _split_to_measure(inputs: LearningInputs, settings: LearnSettings) -> Split | None:

@@ -122,7 +122,7 @@ def mix(
         calibrate_samples: Maximum number of samples of `calibrate_on` to measure on.
         threat: Threat model of "recalibrate-adversarial".
         attack_steps: APGD steps of "recalibrate-adversarial".
-        affine: Allow negative coefficients.
+        affine: Allow negative coefficients; those that were learned as affine need no leave.
         network: The network, if the ingredients do not record theirs; not changed.
         device: Where to recalibrate.
         precision: Arithmetic of recalibration, "float32" or "bfloat16".
@@ -145,7 +145,9 @@ def mix(
     loaded = open_ingredients(ingredients, network)
     coefficients = Coefficients.of(alpha).for_ingredients([item.digest for item in loaded])
     coefficients.check(len(loaded), affine=affine)
-    default = "base" if affine or base is not None else default_buffer_policy(coefficients)
+    learned = default_buffer_policy(coefficients)
+    affine = affine or coefficients.affine
+    default = "base" if base is not None or (affine and learned == "average") else learned
     calibrate_on = as_optional_split(calibrate_on, "mix: calibrate_on")
     policy = check_buffer_policy(buffers or default, calibrate_on, threat)
     _check_policy_fits(policy, loaded[0], coefficients, affine=affine)
