@@ -34,10 +34,20 @@ class SmallNetwork(nn.Module):
         return self.linear(nn.functional.silu(self.norm2(self.conv2(x))).mean((2, 3)))
 
 
-def small_ingredients(n: int = 3) -> tuple[SmallNetwork, list[Checkpoint]]:
+class NetworkWithoutNorm(SmallNetwork):
+    """The convolutions of a SmallNetwork, whose images do not depend on one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
+
+
+def small_ingredients(
+    n: int = 3, kind: type[SmallNetwork] = SmallNetwork
+) -> tuple[SmallNetwork, list[Checkpoint]]:
     """Return a SmallNetwork and n checkpoints near it."""
     torch.manual_seed(trained_seed())
-    base = SmallNetwork()
+    base = kind()
     return base, [perturbed(base, trained_seed(seed)) for seed in range(n)]
 
 

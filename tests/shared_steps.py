@@ -4,7 +4,7 @@ import os
 import signal
 
 import torch
-from learning_helpers import SmallNetwork, small_ingredients
+from learning_helpers import NetworkWithoutNorm, SmallNetwork, small_ingredients
 from training_helpers import DATA, LINF, fresh_network
 
 from robustsoup import distributed
@@ -26,8 +26,11 @@ def _invert(_model, batch, *_arguments, **_settings):
     return 1 - batch[0]
 
 
-def take_training_step(objective, batchnorm):
-    """Take one step; return the loss, the gradients and the network's tensors, float64."""
+def take_training_step(objective, batchnorm, accumulate=None):
+    """Take one step; return the loss, the gradients and the network's tensors, float64.
+
+    With a number of parts to accumulate, the network has no BatchNorm.
+    """
     torch.manual_seed(0)
     settings = TrainSettings(
         threat=LINF,
@@ -35,9 +38,11 @@ def take_training_step(objective, batchnorm):
         objective=Objective.parse(objective),
         precision="float32",
         batchnorm=batchnorm,
+        accumulate=accumulate or 1,
     )
     adversarial_loss.attack_batch = _invert
-    run = TrainingRun(SmallNetwork(), TrainingInputs(DATA, None, None, settings))
+    network = NetworkWithoutNorm() if accumulate else SmallNetwork()
+    run = TrainingRun(network, TrainingInputs(DATA, None, None, settings))
     x, y, _ = next(run.batches(0, 0))
     before = distributed.exchanged_bytes()
     loss = run.take_step(x, y)
@@ -45,9 +50,14 @@ def take_training_step(objective, batchnorm):
     return loss, grads, run.model.state_dict(), distributed.exchanged_bytes() - before
 
 
-def take_learning_step(objective, batchnorm):
-    """Take one step; return the loss, the gradient of the coefficients and the statistics."""
-    network, ingredients = small_ingredients()
+def take_learning_step(objective, batchnorm, accumulate=None):
+    """Take one step; return the loss, the gradient of the coefficients and the statistics.
+
+    With a number of parts to accumulate, the network has no BatchNorm.
+    """
+    network, ingredients = small_ingredients(
+        kind=NetworkWithoutNorm if accumulate else SmallNetwork
+    )
     settings = LearnSettings(
         threat=LINF,
         batch_size=IMAGES,
@@ -55,6 +65,7 @@ def take_learning_step(objective, batchnorm):
         precision="float32",
         detach=0.0,
         batchnorm=batchnorm,
+        accumulate=accumulate or 1,
     )
     by_alpha = []
 

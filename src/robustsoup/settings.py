@@ -232,6 +232,16 @@ def _parse_threat(settings: Any, name: str = "threat") -> None:
     object.__setattr__(settings, name, ThreatModel.parse(getattr(settings, name)))
 
 
+def _check_parts(settings: Any) -> None:
+    """Check that each part of an accumulated batch has the two images that BatchNorm needs."""
+    images, parts = settings.batch_size, settings.accumulate
+    if parts > 1 and images < 2 * parts:
+        raise RequestError(
+            f"accumulate: got {parts} parts of a batch of {images} images, expected at most "
+            f"{images // 2}"
+        )
+
+
 def _parse_union(settings: Any) -> None:
     """Parse `also`, and check that several threats come with a way to combine them."""
     also = settings.also
@@ -284,6 +294,14 @@ COMBINATIONS = ("max", "mean", "random")
 COMBINE_HELP = (
     "How several threats are combined: max (each image under its worst threat), mean (the mean of "
     "the losses) or random (one threat in each step)."
+)
+ACCUMULATE_HELP = (
+    "Gradient accumulation: parts that each batch passes in, one after another, to save memory; "
+    "BatchNorm normalises, and updates its running statistics, by each part."
+)
+RECOMPUTE_HELP = (
+    "Activation checkpointing: keep the inputs of the network's blocks alone and compute the rest "
+    "again in each backward pass; less memory and more time, equal numbers."
 )
 OBJECTIVE_HELP = (
     'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" (B is the '
@@ -348,6 +366,8 @@ class TrainSettings:
         "images, and running statistics are averaged) or sync (statistics of the whole batch).",
         choices=("per-rank", "sync"),
     )
+    accumulate: int = setting(1, ACCUMULATE_HELP, ge=1, recorded_if_set=True)
+    recompute_activations: bool = setting(False, RECOMPUTE_HELP, recorded_if_set=True)
     early_stop: EarlyStop | None = setting(
         None, "Return the epoch with the lowest robust loss on val, not the last one."
     )
@@ -359,6 +379,7 @@ class TrainSettings:
         _parse_threat(self)
         _parse_early_stop(self)
         check_ranges(self)
+        _check_parts(self)
         _parse_union(self)
         if self.nesterov and not self.momentum:
             raise RequestError("nesterov: requires momentum above 0; got momentum 0")
@@ -453,6 +474,8 @@ class LearnSettings:
         "images, and running statistics are averaged) or sync (statistics of the whole batch).",
         choices=("per-rank", "sync"),
     )
+    accumulate: int = setting(1, ACCUMULATE_HELP, ge=1, recorded_if_set=True)
+    recompute_activations: bool = setting(False, RECOMPUTE_HELP, recorded_if_set=True)
     early_stop: EarlyStop | None = setting(
         None, "Return the epoch with the lowest objective on val, not the last one."
     )
@@ -469,6 +492,7 @@ class LearnSettings:
         if isinstance(self.dial, Mapping):
             object.__setattr__(self, "dial", make_settings(DialSettings, None, self.dial))
         check_ranges(self)
+        _check_parts(self)
         _parse_union(self)
         if self.dial is not None and self.also:
             raise RequestError("threat: a dial turns one threat from robust to clean; got several")

@@ -210,6 +210,8 @@ TRAINING = {
     "weight_decay_bn": st.booleans(),
     "clip_grad": POSITIVE,
     "bn_momentum": st.floats(0.1, 1),
+    "accumulate": st.just(1),
+    "recompute_activations": st.booleans(),
 }
 STOP = st.fixed_dictionaries(
     {}, optional={"steps": st.integers(1, 20), "samples": st.integers(1, 500)}

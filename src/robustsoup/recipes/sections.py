@@ -418,7 +418,8 @@ _MIXED_KEYS = {"method", "ingredients", "buffers", "calibrate_samples", "calibra
 _GRID_KEYS = _MIXED_KEYS | {"step", "max_soups"}
 _LEARNED_KEYS = _MIXED_KEYS | {
     *("threats", "attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach"),
-    *("init", "granularity", "learning_buffers", "seed"),
+    *("init", "granularity", "learning_buffers", "seed", "batchnorm"),
+    *("accumulate", "recompute_activations"),
 }
 _MERGE_KEYS = _GRID_KEYS | {"weights"}
 _TASK_KEYS = _MERGE_KEYS | {"scale"}

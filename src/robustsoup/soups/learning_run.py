@@ -28,18 +28,15 @@ from robustsoup.soups.layer_weights import Affine, LayerWeights, Softmax
 from robustsoup.soups.learning_buffers import LearningBuffers, mix_start
 from robustsoup.soups.summation import canonical_order
 from robustsoup.threats import ThreatModel
-from robustsoup.training.adversarial_loss import (
-    attack_under_all,
-    mean_objective_loss,
-    measure_objective,
-)
+from robustsoup.training.accumulation import attack_parts
+from robustsoup.training.adversarial_loss import mean_objective_loss, measure_objective
 from robustsoup.training.loop import History, check_step_loss
 from robustsoup.training.objectives import Objective, mixed
+from robustsoup.training.recomputation import check_recomputation, recomputed_activations
 from robustsoup.training.schedules import learning_rate
 from robustsoup.training.sharing import (
     BatchShare,
     average_statistics,
-    sum_losses,
     synchronised_batchnorm,
 )
 
@@ -152,35 +149,27 @@ class LearningRun:
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step on a global batch and return its loss."""
         s, share = self.settings, BatchShare.of(len(x))
-        x, y = share.take(x), share.take(y)
+        parts = share.split(s.accumulate)
         self._turn_dial()
         threat, objective = self._goal()
-        attacked = attack_under_all(
-            self.model,
-            (x, y),
-            s if s.dial is None else replace(s, threat=threat),
-            objective,
-            step=self.step,
-            share=share,
-            replayed=self.replayed_attack,
-        )
-        active = self._draw_active_layers()
-        trained = self._require_gradients(active)
-        with synchronised_batchnorm(self.model, s.batchnorm):
-            with torch.set_grad_enabled(bool(active)):
-                share_loss = mean_objective_loss(
-                    self.model, x, attacked, y, objective, precision=s.precision
+        with recomputed_activations(self.model, s.recompute_activations):
+            attacked = attack_parts(
+                self.model,
+                (x, y),
+                s if s.dial is None else replace(s, threat=threat),
+                objective,
+                step=self.step,
+                parts=parts,
+                replayed=self.replayed_attack,
+            )
+            active = self._draw_active_layers()
+            trained = self._require_gradients(active)
+            with synchronised_batchnorm(self.model, s.batchnorm):
+                loss, grads = self._pass_parts(
+                    (x, y), attacked, objective, parts, list(trained.values())
                 )
-            loss = sum_losses(share_loss, share)
-            check_step_loss(self, loss, attacked[0])
-            grads: Sequence[Tensor] = ()
-            if share_loss.requires_grad:  # the network may not use any active layer
-                grads = torch.autograd.grad(
-                    share_loss * share.weight,
-                    list(trained.values()),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+        loss = distributed.sum_ranks(loss)
+        check_step_loss(self, loss, attacked[0][0])
         if self.settings.buffers == "tracked":
             average_statistics(self.model, share, s.batchnorm)
         if grads:
@@ -188,6 +177,37 @@ class LearningRun:
             self.mix_layers(active)
         self._add_to_average()
         return loss
+
+    def _pass_parts(
+        self,
+        batch: tuple[Tensor, Tensor],
+        attacked: Sequence[Sequence[Tensor]],
+        objective: Objective,
+        parts: Sequence[BatchShare],
+        trained: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the parts' share of the loss, and the sum of its gradients by `trained`.
+
+        There are no gradients if the network uses none of these parameters.
+        """
+        (x, y), losses, sums = batch, list[Tensor](), list[Tensor]()
+        for part, points in zip(parts, attacked, strict=True):
+            with torch.set_grad_enabled(bool(trained)):
+                loss = part.weight * mean_objective_loss(
+                    self.model,
+                    part.take(x),
+                    points,
+                    part.take(y),
+                    objective,
+                    precision=self.settings.precision,
+                )
+            losses.append(loss.detach())
+            if loss.requires_grad:
+                grads = torch.autograd.grad(
+                    loss, trained, allow_unused=True, materialize_grads=True
+                )
+                sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
+        return torch.stack(losses).sum(), sums
 
     def update_line(self, active: Sequence[int], grads: dict[str, Tensor], lr: float) -> None:
         """Take a step of SGD with momentum on some layers, and leave the others unchanged.
@@ -231,17 +251,18 @@ class LearningRun:
             return
         stop = self.settings.early_stop
         threats = self.settings.threats
-        losses = [
-            measure_objective(
-                self.model,
-                self.val,
-                threat,
-                self.objective,
-                steps=(stop or EarlyStop()).steps,
-                precision=self.precision,
-            )
-            for threat in threats
-        ]
+        with recomputed_activations(self.model, self.settings.recompute_activations):
+            losses = [
+                measure_objective(
+                    self.model,
+                    self.val,
+                    threat,
+                    self.objective,
+                    steps=(stop or EarlyStop()).steps,
+                    precision=self.precision,
+                )
+                for threat in threats
+            ]
         loss = sum(losses) / len(threats)
         entry["val_loss"] = loss
         lowest = min((earlier["val_loss"] for earlier in self.history), default=math.inf)
@@ -439,4 +460,6 @@ def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.
     start.load_into(model)
     check_fit(model, inputs.data, list(settings.threats))
     check_training(model, inputs.data, settings.batch_size)
+    if settings.recompute_activations:
+        check_recomputation(model)
     return set_memory_format(model.to(inputs.device)), start.provenance["buffers"].get("base")

@@ -24,11 +24,13 @@ from robustsoup.settings import TrainSettings, accepts_settings, make_settings, 
 from robustsoup.soups.batchnorm import recalibrate
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.tracking import OnEpoch
-from robustsoup.training.adversarial_loss import attack_under_all, mean_objective_loss
+from robustsoup.training.accumulation import add_gradients, attack_parts
 from robustsoup.training.loop import History, check_step_loss, run_epochs
 from robustsoup.training.objectives import Objective, mixed
 from robustsoup.training.optimizer import clip_gradients, make_optimizer, prepare_network
+from robustsoup.training.recomputation import check_recomputation, recomputed_activations
 from robustsoup.training.schedules import check_schedule, learning_rate
+from robustsoup.training.sharing import BatchShare, check_parts
 from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
 
 SHAPES = {2: "line", 3: "triangle"}
@@ -104,6 +106,9 @@ def train_subspace(
     check_fit(model, data, [*ends, *settings.also])
     check_trainable(model)
     check_training(model, data, settings.batch_size)
+    check_parts(data, settings)
+    if settings.recompute_activations:
+        check_recomputation(model)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, None, None, settings)
     run = SubspaceRun(model, inputs.to(place), ends, by)
@@ -187,16 +192,19 @@ class SubspaceRun:
         threat, objective = self._goal(weights)
         self.mix(weights)
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        attacked = attack_under_all(
-            self.model, (x, y), replace(s, threat=threat), objective, step=self.step
-        )
+        parts, at_point = BatchShare.of(len(x)).split(s.accumulate), replace(s, threat=threat)
         self.model.zero_grad(set_to_none=True)
-        loss = mean_objective_loss(self.model, x, attacked, y, objective, precision=s.precision)
-        check_step_loss(self, loss, attacked[0])
-        loss.backward()
+        with recomputed_activations(self.model, s.recompute_activations):
+            attacked = attack_parts(
+                self.model, (x, y), at_point, objective, step=self.step, parts=parts
+            )
+            loss = add_gradients(
+                self.model, (x, y), attacked, objective, precision=s.precision, parts=parts
+            )
+        check_step_loss(self, loss, attacked[0][0])
         clip_gradients(self.model, s.clip_grad)
         self._update_ends(weights, before)
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def mix(self, weights: Sequence[float]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,10 +46,13 @@ class BatchShare:
     @classmethod
     def of(cls, total: int) -> "BatchShare":
         """Return this rank's share of a batch: the first ranks get one image more."""
-        each, more = divmod(total, distributed.world())
-        rank = distributed.rank()
-        start = rank * each + min(rank, more)
-        return cls(start, start + each + (rank < more), total)
+        return cls(0, total, total).split(distributed.world())[distributed.rank()]
+
+    def split(self, count: int) -> list["BatchShare"]:
+        """Return consecutive parts of this share; the first ones get one image more."""
+        each, more = divmod(self.stop - self.start, count)
+        starts = [self.start + i * each + min(i, more) for i in range(count + 1)]
+        return [BatchShare(*bounds, self.total) for bounds in pairwise(starts)]
 
     @property
     def weight(self) -> float:
@@ -75,11 +79,12 @@ def check_same_training(
         device: Where this rank computes.
 
     Raises:
-        RequestError: The batch is smaller than the number of ranks, or ranks differ.
+        RequestError: The batch is too small for the ranks or for its parts, or ranks differ.
     """
-    if (world := distributed.world()) == 1:
+    check_parts(data, settings)
+    world, images = distributed.world(), min(settings.batch_size, len(data))
+    if world == 1:
         return
-    images = min(settings.batch_size, len(data))
     if images < 2 * world:  # BatchNorm fails on one image
         raise RequestError(
             f"batch_size: got {images} images for {world} processes, expected {2 * world} or more; "
@@ -93,6 +98,17 @@ def check_same_training(
         },
         "give all processes the same files and options, on devices of one kind",
     )
+
+
+def check_parts(data: Split, settings: TrainSettings | LearnSettings) -> None:
+    """Raise RequestError if a part of an accumulated batch would have fewer than two images."""
+    world, images = distributed.world(), min(settings.batch_size, len(data))
+    if settings.accumulate > 1 and images < 2 * world * settings.accumulate:
+        shared = f" in each of {world} processes" if world > 1 else ""
+        raise RequestError(
+            f"accumulate: got {settings.accumulate} parts{shared} for {images} images, expected at "
+            f"most {images // (2 * world)}; BatchNorm needs two images in each part"
+        )
 
 
 def share_loss_pass(model: nn.Module, data: Split) -> nn.Module:
@@ -150,13 +166,6 @@ def average_statistics(model: nn.Module, share: BatchShare, batchnorm: str) -> N
     means = distributed.sum_ranks(torch.cat(buffers) * share.weight)
     for buffer, mean in zip(buffers, means.split([len(b) for b in buffers]), strict=True):
         buffer.copy_(mean)
-
-
-def sum_losses(loss: Tensor, share: BatchShare) -> Tensor:
-    """Return the loss of the global batch from the mean loss of this rank's share."""
-    if distributed.world() == 1:
-        return loss.detach()
-    return distributed.sum_ranks(loss.detach() * share.weight)
 
 
 def end_together() -> None:

@@ -40,11 +40,8 @@ from robustsoup.settings import (
     to_record,
 )
 from robustsoup.tracking import OnEpoch
-from robustsoup.training.adversarial_loss import (
-    attack_under_all,
-    mean_objective_loss,
-    measure_robust_loss,
-)
+from robustsoup.training.accumulation import add_gradients, attack_parts
+from robustsoup.training.adversarial_loss import measure_robust_loss
 from robustsoup.training.loop import History, check_step_loss, run_epochs
 from robustsoup.training.objectives import Objective
 from robustsoup.training.optimizer import (
@@ -53,13 +50,13 @@ from robustsoup.training.optimizer import (
     make_optimizer,
     prepare_network,
 )
+from robustsoup.training.recomputation import check_recomputation, recomputed_activations
 from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.sharing import (
     BatchShare,
     average_statistics,
     check_same_training,
     share_loss_pass,
-    sum_losses,
     synchronised_batchnorm,
 )
 
@@ -138,6 +135,8 @@ def train(
     check_fit(model, data, list(settings.threats))
     check_trainable(model)
     check_training(model, data, settings.batch_size)
+    if settings.recompute_activations:
+        check_recomputation(model)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
@@ -275,30 +274,33 @@ class TrainingRun:
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step on a global batch and return its loss."""
         s, share = self.settings, BatchShare.of(len(x))
-        x, y = share.take(x), share.take(y)
+        parts = share.split(s.accumulate)
         epochs_done = self.step / self.steps_per_epoch
         rate = learning_rate(s.schedule, s.lr, epochs_done, s.epochs, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        attacked = attack_under_all(
-            self.model,
-            (x, y),
-            s,
-            self.objective,
-            step=self.step,
-            share=share,
-            replayed=self.replayed_attack,
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        with synchronised_batchnorm(self.model, s.batchnorm):
-            share_loss = mean_objective_loss(
-                self.loss_model, x, attacked, y, self.objective, precision=s.precision
+        with recomputed_activations(self.model, s.recompute_activations):
+            attacked = attack_parts(
+                self.model,
+                (x, y),
+                s,
+                self.objective,
+                step=self.step,
+                parts=parts,
+                replayed=self.replayed_attack,
             )
-            loss = sum_losses(share_loss, share)
-            check_step_loss(self, loss, attacked[0])
-            with distributed.named_failure():
-                # DistributedDataParallel divides the sum of the gradients by the number of ranks.
-                (share_loss * (share.weight * distributed.world())).backward()
+            with synchronised_batchnorm(self.model, s.batchnorm):
+                loss = add_gradients(
+                    self.loss_model,
+                    (x, y),
+                    attacked,
+                    self.objective,
+                    precision=s.precision,
+                    parts=parts,
+                )
+        loss = distributed.sum_ranks(loss)
+        check_step_loss(self, loss, attacked[0][0])
         average_statistics(self.model, share, s.batchnorm)
         clip_gradients(self.model, s.clip_grad)
         self.optimizer.step()
@@ -314,16 +316,17 @@ class TrainingRun:
         if self.inputs.val is None:
             return
         stop = self.settings.early_stop
-        figures = [
-            measure_robust_loss(
-                self.result,
-                self.inputs.val,
-                threat,
-                steps=(stop or EarlyStop()).steps,
-                precision=self.precision,
-            )
-            for threat in self.settings.threats
-        ]
+        with recomputed_activations(self.result, self.settings.recompute_activations):
+            figures = [
+                measure_robust_loss(
+                    self.result,
+                    self.inputs.val,
+                    threat,
+                    steps=(stop or EarlyStop()).steps,
+                    precision=self.precision,
+                )
+                for threat in self.settings.threats
+            ]
         loss, accuracy = (sum(values) / len(figures) for values in zip(*figures, strict=True))
         entry["robust_loss"], entry["robust_accuracy"] = loss, accuracy
         lowest = min((past["robust_loss"] for past in self.history), default=math.inf)
