@@ -53,7 +53,7 @@ def test_every_default_is_valid_and_every_setting_has_help(kind):
         (TrainSettings, {"bn_momentum": 0}, "bn_momentum: got 0, expected a number in (0, 1]"),
         (TrainSettings, {"nesterov": True, "momentum": 0}, "nesterov: requires momentum above 0"),
         (TrainSettings, {"precision": "int8"}, 'precision: got "int8", expected one of auto, '),
-        (LearnSettings, {"init": "ones"}, 'init: got "ones", expected one of xavier, zeros'),
+        (LearnSettings, {"init": "ones"}, 'init: got "ones", expected xavier, zeros or weights'),
         (LearnSettings, {"dial": {"by": "t"}}, 'by: got "t", expected one of objective, eps'),
         (AttackSettings, {"loss": "cw"}, 'loss: got "cw", expected one of ce, dlr, targeted dlr'),
         (SearchSettings, {"step": 0.3}, "step: got 0.3, expected a fraction of 1"),
