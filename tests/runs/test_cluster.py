@@ -5,11 +5,13 @@ import json
 import pickle
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_runs import (
+    DATA,
     RecordingReporter,
     recipe_of,
     recipe_of_files,
@@ -27,6 +29,9 @@ from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.remote import PROBE, StatusFile, find_misfit, run_assignment
 from robustsoup.runs.run import prepare_run, run_prepared
 from robustsoup.runs.store import Store
+from robustsoup.runs.tasks import EvaluateNetwork, EvaluationSettings
+from robustsoup.settings import AttackSettings
+from robustsoup.threats import ThreatModel
 
 
 class FakePool:
@@ -72,10 +77,10 @@ class FakePool:
         self.closed += 1
 
 
-def run_in(pool, recipe, folder, reporter=None):
+def run_in(pool, recipe, folder, reporter=None, part_samples=None):
     """Run a recipe in a pool and return the reporter."""
     reporter = reporter or RecordingReporter()
-    prepared = prepare_run(recipe, device="cpu")
+    prepared = prepare_run(recipe, device="cpu", part_samples=part_samples)
     with lock_folder(folder, reporter.note), Cluster(prepared, pool) as cluster:
         run_prepared(prepared, folder, reporter, cluster)
     return reporter
@@ -125,6 +130,53 @@ def test_a_step_that_loses_its_worker_runs_again(copied):
         for number in range(1, 1 + MOST_LOSSES)
     ]
     assert stored_content(store).keys() == before.keys()
+
+
+PLANE = {
+    "checkpoints": ["pretrained", "low", "high"],
+    "points": 2,
+    "samples": 16,
+    "attack_steps": 1,
+    "calibrate_samples": 32,
+}
+
+
+def test_parts_of_evaluations_and_planes_change_no_byte(copied):
+    folder, store = copied
+    with_plane = recipe_of([(("planes",), {"p": PLANE})])
+    run_recipe(with_plane, folder)
+    expected = stored_content(store)
+    forget_steps(store, "low.test", "low.val", "p")
+    pool = FakePool({"low.test.2of3": 1, "p.1of2": 1})
+    run_in(pool, with_plane, folder, part_samples=20)
+    found = stored_content(store)
+    assert [name for name in expected if found[name] != expected[name]] == []
+    added = {name.partition("/")[0] for name in found.keys() - expected.keys()}
+    evaluations = {f"low.{split}.{number}of3" for split in ("val", "test") for number in (1, 2, 3)}
+    assert added >= evaluations | {"p.1of2", "p.2of2"}  # more for what reads low.val
+    # A lost part runs again, and no finished one.
+    counts = Counter(pool.submitted)
+    assert {name for name, count in counts.items() if count > 1} == {"low.test.2of3", "p.1of2"}
+    assert counts.keys() >= added | {"low.test", "low.val", "p"}
+
+
+def test_a_finished_step_needs_no_parts(copied):
+    folder, _ = copied
+    pool = FakePool()
+    run_in(pool, recipe_of(), folder, part_samples=20)
+    assert pool.submitted == []
+
+
+def test_attacks_that_take_samples_together_are_not_divided():
+    def parts(**attack):
+        task = EvaluateNetwork(
+            "network",
+            EvaluationSettings("test", 64, (ThreatModel("Linf", 0.1),), AttackSettings(**attack)),
+        )
+        return task.count_parts(DATA, 20)
+
+    assert parts() == parts(attack="square") == parts(attack="strong") == 3
+    assert parts(attack="autoattack") == parts(attack="my_attack:attack") == 1
 
 
 def test_a_step_that_loses_too_many_workers_ends_the_run(copied):

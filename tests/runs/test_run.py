@@ -25,7 +25,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.cli.tables import print_results
 from robustsoup.data import load_data
-from robustsoup.diagnosis.landscape import landscape
+from robustsoup.diagnosis.landscape import open_plane
 from robustsoup.errors import LeakageError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
@@ -274,11 +274,11 @@ def test_no_network_depends_on_test(tmp_path, monkeypatch):
     noisy = dataclasses.replace(DATA, test=dataclasses.replace(DATA.test, images=noise))
     calibrated_on, digests, scores = [], [], []
 
-    def recording_landscape(*arguments, calibrate_on, **settings):
+    def recording_plane(*arguments, calibrate_on, **settings):
         calibrated_on.append(calibrate_on.digest)
-        return landscape(*arguments, calibrate_on=calibrate_on, **settings)
+        return open_plane(*arguments, calibrate_on=calibrate_on, **settings)
 
-    monkeypatch.setattr("robustsoup.runs.worker.landscape", recording_landscape)
+    monkeypatch.setattr("robustsoup.runs.worker.open_plane", recording_plane)
     for name, data in (("own", DATA), ("noise", noisy)):
         monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / f"store-{name}"))
         monkeypatch.setattr("robustsoup.runs.run.load_data", lambda *_, data=data, **__: data)

@@ -230,9 +230,16 @@ class ClusterOptions:
     slurm: str | None = setting(
         None, "Run independent steps as Slurm jobs in this partition, or local (extra slurm)."
     )
+    part_samples: int = setting(
+        2000,
+        "With --ray or --slurm: samples of the parts that each evaluation is divided into, which "
+        "run as steps of their own; results do not depend on it.",
+        ge=1,
+    )
 
     def __post_init__(self) -> None:
         """Check that one of them is named at most."""
+        check_ranges(self)
         if self.ray is not None and self.slurm is not None:
             raise RequestError("--ray and --slurm exclude each other; give one of them")
 

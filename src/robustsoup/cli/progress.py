@@ -116,10 +116,11 @@ class RunReporter:
         self.finished_share, self.finished_count = 0.0, 0
         self.step_count, self.began = len(missing), time.monotonic()
         if missing:
-            stored = len(plan.steps) - len(missing)
+            keys = {step.key for step in missing}
+            done = [step for step in plan.steps if step.key not in keys and step.kind != "part"]
             steps = f"{len(missing)} step{'s' if len(missing) > 1 else ''}"
             self.print_and_log(
-                f"{plan.recipe.name}: {steps} to do, {stored} already in the store; "
+                f"{plan.recipe.name}: {steps} to do, {len(done)} already in the store; "
                 f"about {format_duration(self.total)}"
             )
 

@@ -34,7 +34,12 @@ JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes
 
 
 @distributed.local_first()
-def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None) -> PreparedRun:
+def prepare_recipe(
+    recipe: Recipe,
+    run: RunOptions,
+    data_root: str | None = None,
+    part_samples: int | None = None,
+) -> PreparedRun:
     """Download and load the data and checkpoints of a recipe, and plan it."""
     hold_caches()
     run.use_threads()
@@ -45,7 +50,13 @@ def prepare_recipe(recipe: Recipe, run: RunOptions, data_root: str | None = None
         if place is not None:
             copy_checkpoint(place)
     with Bar(f"reading {recipe.data}") as bar:
-        prepared = prepare_run(recipe, device=run.device, data_root=data_root, on_progress=bar)
+        prepared = prepare_run(
+            recipe,
+            device=run.device,
+            data_root=data_root,
+            part_samples=part_samples,
+            on_progress=bar,
+        )
     print_notes(prepared.context.data, *prepared.planner.plan.files.values())
     return prepared
 
@@ -78,7 +89,8 @@ def run_recipe(
     cluster = cluster or ClusterOptions()
     if cluster.named and distributed.world() > 1:
         raise RequestError("--ray and --slurm start processes themselves; run without torchrun")
-    prepared = prepare_recipe(recipe, run, data_root)
+    part_samples = cluster.part_samples if cluster.named else None
+    prepared = prepare_recipe(recipe, run, data_root, part_samples)
     print_leakage(prepared.leakage)
     warn_of_overlaps(prepared.overlaps)
     if compares_ways:
@@ -127,7 +139,7 @@ def open_executor(
 
 def print_ways(prepared: PreparedRun) -> None:
     """Print how long each way to search would take, on standard error, unless all is done."""
-    if all(prepared.store.has(step.key) for step in prepared.plan.steps):
+    if not prepared.plan.list_missing(prepared.store.has):
         return
     ways = compare_ways(prepared.planner, prepared.context)
     if ways is not None:
@@ -152,7 +164,7 @@ def price_plan(prepared: PreparedRun) -> dict[str, Any]:
         }
         for step in plan.steps
     ]
-    missing = [step for step in plan.steps if not store.has(step.key)]
+    missing = plan.list_missing(store.has)
     return {
         "recipe": plan.recipe.name,
         "steps": rows,

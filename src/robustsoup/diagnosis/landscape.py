@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -281,55 +281,86 @@ def landscape(
     Source: Garipov et al. 2018, arXiv:1802.10026; Huang 2023, Adversarial Learned Soups, section
         4.3.
     """
-    data = as_split(data, "landscape")
-    calibrate_on = as_optional_split(calibrate_on, "landscape: calibrate_on")
     settings = LandscapeSettings(
         threat=ThreatModel.parse(threat),
         attack_steps=attack_steps,
         points=points,
-        samples=min(samples, len(data)),
+        samples=samples,
         buffers=buffers,
         calibrate_samples=calibrate_samples,
         seed=seed,
-        precision=resolve_precision(precision, resolve_device(device)),
+        precision=precision,
     )
-    check_buffer_policy(buffers, calibrate_on, settings.threat)
+    grid = open_plane(
+        checkpoints,
+        data,
+        settings,
+        base=base,
+        calibrate_on=calibrate_on,
+        network=network,
+        device=device,
+    )
+    return grid.measure(state_path, on_progress)
+
+
+def open_plane(
+    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
+    data: SplitLike,
+    settings: LandscapeSettings,
+    *,
+    base: Checkpoint | str | os.PathLike[str] | None = None,
+    calibrate_on: SplitLike | None = None,
+    network: nn.Module | None = None,
+    device: str = "auto",
+) -> "PlaneGrid":
+    """Check the arguments of `landscape` and return the grid, of which no point is measured."""
+    data = as_split(data, "landscape")
+    calibrate_on = as_optional_split(calibrate_on, "landscape: calibrate_on")
+    resolved = resolve_device(device)
+    settings = replace(
+        settings,
+        samples=min(settings.samples, len(data)),
+        precision=resolve_precision(settings.precision, resolved),
+    )
+    check_buffer_policy(settings.buffers, calibrate_on, settings.threat)
     settings.threat.check_shape(data.images.shape[1:])
     opened = open_all(checkpoints)
     plane = plane_through(opened)
-    subset = data.sample(settings.samples, seed)
-    base = (Checkpoint.open(base) if base is not None else opened[0]) if buffers == "base" else None
+    subset, source = data.sample(settings.samples, settings.seed), None
+    if settings.buffers == "base":
+        source = Checkpoint.open(base) if base is not None else opened[0]
     model = copy_network(network) if network is not None else opened[0].network()
     fingerprint = [
         asdict(settings) | {"threat": str(settings.threat)},
         data.name,
         subset.digest,
         calibrate_on and calibrate_on.digest,
-        base and base.digest,
+        source and source.digest,
         network_fingerprint(model),
         *(item.digest for item in opened),
     ]
-    resolved = resolve_device(device)
     model = model.to(resolved)
     adapt_network(model, to_float(subset.images[:2]).to(resolved))
-    evaluator = _PlaneEvaluator(
+    return PlaneGrid(
         settings=settings,
         plane=plane,
         checkpoints=opened,
-        base=base,
+        base=source,
         calibrate_on=calibrate_on,
         network=network,
         model=model,
         data=subset.to(resolved),
+        fingerprint=json.dumps(fingerprint, sort_keys=True),
     )
-    own_path = state_path if distributed.is_first() else None
-    saved = SavedState(own_path, json.dumps(fingerprint, sort_keys=True))
-    return evaluator.measure_grid(saved, on_progress)
+
+
+PointValues = tuple[float, float, float, float]
+"""Clean loss, clean accuracy, robust loss and robust accuracy at a point."""
 
 
 @dataclass(frozen=True)
-class _PlaneEvaluator:
-    """Evaluates networks on a plane.
+class PlaneGrid:
+    """Measures the networks on a grid of points of a plane.
 
     Attributes:
         settings: The settings of the landscape.
@@ -340,6 +371,7 @@ class _PlaneEvaluator:
         network: The module that the caller passed, or None.
         model: A network on the device; its weights are overwritten.
         data: The samples, on the device.
+        fingerprint: Identifies the work, for saved states.
     """
 
     settings: LandscapeSettings
@@ -350,12 +382,25 @@ class _PlaneEvaluator:
     network: nn.Module | None
     model: nn.Module
     data: Split
+    fingerprint: str
 
-    def measure_grid(self, saved: SavedState, on_progress: Progress | None) -> Landscape:
-        """Measure all points; resume from the saved state, and save the state regularly."""
-        settings, columns = self.settings, self.settings.points
-        x, y = self.plane.axes(columns)
-        points = [(u, v) for v in y for u in x]
+    def measure_rows(
+        self,
+        rows: range,
+        state_path: str | os.PathLike[str] | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[PointValues]:
+        """Measure the points of some rows, row by row.
+
+        Args:
+            rows: Numbers of the rows; a state belongs to the rows that it was saved for.
+            state_path: File for the finished points; an interrupted call resumes from it.
+            on_progress: Receives the number of finished points and their total.
+        """
+        x, y = self.plane.axes(self.settings.points)
+        points = [(u, y[row]) for row in rows for u in x]
+        own_path = state_path if distributed.is_first() else None
+        saved = SavedState(own_path, self.fingerprint)
         state = distributed.from_first(saved.load)
         with saved.refuse_malformed():
             values = [_point_values(value) for value in state["values"]] if state else []
@@ -368,6 +413,15 @@ class _PlaneEvaluator:
                     on_progress(len(values), len(points), f"robust loss {values[-1][2]:.3f}")
         finally:
             saved.save({"values": values})
+        return values
+
+    def measure(
+        self, state_path: str | os.PathLike[str] | None, on_progress: Progress | None
+    ) -> Landscape:
+        """Measure all points; the arguments are those of `measure_rows`."""
+        settings, columns = self.settings, self.settings.points
+        x, y = self.plane.axes(columns)
+        values = self.measure_rows(range(columns), state_path, on_progress)
         clean_loss, clean_accuracy, loss, accuracy = zip(*values, strict=True)
         return Landscape(
             checkpoints=tuple(item.name for item in self.checkpoints),
@@ -387,8 +441,8 @@ class _PlaneEvaluator:
             precision=settings.precision,
         )
 
-    def measure_point(self, x: float, y: float) -> tuple[float, float, float, float]:
-        """Return clean loss, clean accuracy, robust loss and robust accuracy at a point."""
+    def measure_point(self, x: float, y: float) -> PointValues:
+        """Measure one point."""
         settings = self.settings
         soup = mix(
             self.checkpoints,
@@ -417,7 +471,7 @@ class _PlaneEvaluator:
         return (*clean, *robust)
 
 
-def _point_values(values: Sequence[float]) -> tuple[float, float, float, float]:
+def _point_values(values: Sequence[float]) -> PointValues:
     """Return the four values of a finished point of a saved state."""
     clean_loss, clean_accuracy, loss, accuracy = map(float, values)
     return clean_loss, clean_accuracy, loss, accuracy

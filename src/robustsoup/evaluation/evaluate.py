@@ -166,6 +166,66 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class AttackedPart:
+    """What the attack on a part of an evaluation's samples found.
+
+    Attributes:
+        outcomes: Snapshots of the outcome for each threat model, for the samples of the part.
+        fingerprint: Identifies the evaluation, which resumes from all of its parts together.
+    """
+
+    outcomes: dict[str, dict[str, Tensor]]
+    fingerprint: str
+
+
+def attack_part(
+    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    data: SplitLike,
+    threats: Sequence[ThreatModel | str],
+    settings: AttackSettings,
+    rows: range,
+    *,
+    keep_points: bool = False,
+    device: str = "auto",
+    state_path: str | os.PathLike[str] | None = None,
+    on_progress: Progress | None = None,
+) -> AttackedPart:
+    """Attack a part of the samples of an evaluation, for another process to evaluate them all.
+
+    Args:
+        network: As for `evaluate`.
+        data: All samples of the evaluation.
+        threats: As for `evaluate`.
+        settings: The attack, which must take each sample by itself.
+        rows: The samples of the part.
+        keep_points: As for `evaluate`.
+        device: As for `evaluate`.
+        state_path: File for the progress so far; a killed call resumes from it.
+        on_progress: As for `evaluate`, for the samples of the part.
+    """
+    whole = check_request(
+        network,
+        as_split(data, "evaluate"),
+        threats,
+        settings,
+        reuse=Reuse(keep_points, (), None, None),
+        device=device,
+    )
+    taken = torch.zeros(len(whole.data), dtype=torch.bool)
+    taken[rows.start : rows.stop] = True
+    unchecked = replace(whole.settings, masking_check=False)  # the whole is checked
+    request = replace(whole, data=whole.data.take(taken), settings=unchecked)
+    saved = SharedState(state_path, request.fingerprint() if state_path is not None else "")
+    with frozen_eval(request.model):
+        clean = _predict_clean(request)
+        progress = _EvaluationProgress(request, clean, None, on_progress)
+        progress.report_clean()
+        attacked = _attack_with_threats(request, clean, saved, progress)
+    snapshots = {name: outcome.snapshot() for name, outcome in attacked.outcomes.items()}
+    return AttackedPart(snapshots, whole.fingerprint())
+
+
+@dataclass(frozen=True)
 class _CleanPass:
     """Predictions without an attack, for n samples, on the CPU.
 

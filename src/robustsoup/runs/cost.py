@@ -17,6 +17,7 @@ from robustsoup.runs.plan import Step
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.tasks import (
     BuildGreedySoup,
+    DoPart,
     EvaluateNetwork,
     EvaluationSettings,
     MeasureClean,
@@ -149,7 +150,8 @@ def estimate_seconds(steps: Sequence[Step], context: Context) -> dict[str, float
     estimates: dict[str, float] = {}
     for step in steps:
         # count_passes counts an attack step as one pass, but the step runs forward and backward.
-        factor = 2 * ATTACK_STEP_FRACTION if isinstance(step.task, EvaluateNetwork) else 1
+        task = step.task.whole if isinstance(step.task, DoPart) else step.task
+        factor = 2 * ATTACK_STEP_FRACTION if isinstance(task, EvaluateNetwork) else 1
         estimate = step.passes * factor * seconds[step.task.precision]
         estimates[step.key] = max(estimate, SHORTEST_STEP)
     return estimates

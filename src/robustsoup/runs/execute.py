@@ -215,9 +215,7 @@ def _first_ready(waiting: dict[Key, Step], unfinished: set[Key], most: int) -> l
 
 def _list_missing(plan: Plan, store: Store, reporter: Reporter) -> list[Step]:
     """Return the steps that must run, with one line for each damaged one."""
-    keys = distributed.from_first(
-        lambda: {step.key for step in plan.steps if not store.has(step.key)}
-    )
+    keys = distributed.from_first(lambda: {step.key for step in plan.list_missing(store.has)})
     missing = [step for step in plan.steps if step.key in keys]
     for step in missing:
         damage = store.find_damage(step.key)

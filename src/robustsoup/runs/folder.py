@@ -121,7 +121,11 @@ def _write_results(
         figures=recipe.report.figures,
         protocol=_describe_protocol(plan, rows),
         versions=_list_versions(context),
-        seconds=sum(store.record(step.key).get("seconds", 0) for step in plan.steps),
+        seconds=sum(
+            store.record(step.key).get("seconds", 0)
+            for step in plan.steps
+            if step.kind != "part" or store.has(step.key)  # finished steps need no parts
+        ),
         rows=rows,
         planes=tuple(_write_plane(staged, name, key, plan) for name, key in plan.planes.items()),
         examples=_copy_examples(staged, plan),

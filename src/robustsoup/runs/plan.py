@@ -2,11 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.recipes import Recipe
-from robustsoup.runs.tasks import Key, Task, list_bases, task_record
+from robustsoup.runs.tasks import (
+    EvaluateNetwork,
+    Key,
+    MapPlane,
+    Task,
+    list_bases,
+    task_record,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,13 @@ class Step:
 
     @property
     def inputs(self) -> tuple[Key, ...]:
-        """Keys of all steps and files that the step reads: its parents and its bases."""
-        return (*self.parents, *list_bases(self.task))
+        """Keys of all steps and files that the step reads: its parents, bases and parts."""
+        return (*self.parents, *list_bases(self.task), *self.parts)
+
+    @property
+    def parts(self) -> tuple[Key, ...]:
+        """Keys of the steps that do parts of the step beforehand."""
+        return self.task.parts if isinstance(self.task, EvaluateNetwork | MapPlane) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +136,16 @@ class Plan:
     def rows(self) -> tuple[PlannedRow, ...]:
         """The reported networks, in the order of the recipe."""
         return tuple(self.rows_by_name.values())
+
+    def list_missing(self, has: Callable[[Key], bool]) -> list[Step]:
+        """Return the steps that must run: those not finished, but no part of a finished step.
+
+        Args:
+            has: Returns whether a step is finished.
+        """
+        finished = {key for key in self.steps_by_key if has(key)}
+        spare = {part for key in finished for part in self.steps_by_key[key].parts}
+        return [step for step in self.steps if step.key not in finished | spare]
 
     def step(self, key: Key) -> Step:
         """Return the step with a key."""

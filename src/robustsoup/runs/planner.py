@@ -21,6 +21,7 @@ from robustsoup.runs.plan import Plan, PlannedExamples, PlannedRow, Step, step_k
 from robustsoup.runs.tasks import (
     AttackExamples,
     BuildGreedySoup,
+    DoPart,
     EvaluateNetwork,
     EvaluationSettings,
     Key,
@@ -50,6 +51,8 @@ def fingerprint_functions(task: Task) -> list[str | None]:
 
     A recipe names a function, but the output depends on the code of the function.
     """
+    if isinstance(task, DoPart):
+        task = task.whole
     match task:
         case TrainNetwork() | TrainSubspace():
             return [Objective.parse(task.settings.objective).fingerprint]
@@ -90,6 +93,8 @@ class Planner:
         data: Its data.
         network: How the network is built.
         precision: Arithmetic of training on this device.
+        part_samples: Samples of the parts that evaluations are divided into, for many workers;
+            planes are divided into rows. None divides nothing. Keys do not depend on it.
 
     Attributes:
         plan: The plan so far.
@@ -97,11 +102,17 @@ class Planner:
     """
 
     def __init__(
-        self, recipe: Recipe, data: Data, network: NetworkSettings, precision: str
+        self,
+        recipe: Recipe,
+        data: Data,
+        network: NetworkSettings,
+        precision: str,
+        part_samples: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.data = data
         self.precision = precision
+        self.part_samples = part_samples
         self.plan = Plan(recipe)
         self.networks: dict[str, Key] = {}
         self._requests: dict[EvaluationRequest, Key] = {}
@@ -116,9 +127,26 @@ class Planner:
     def add_step(self, name: str, task: Task) -> Key:
         """Add a task and return its key."""
         key = step_key(task, self._surroundings | {"functions": fingerprint_functions(task)})
-        step = Step(key, name, task, task.count_passes(self.data))
-        self.plan.steps_by_key.setdefault(key, step)
+        if key not in self.plan.steps_by_key:
+            task = self._divide(name, task)
+            self.plan.steps_by_key[key] = Step(key, name, task, task.count_passes(self.data))
         return key
+
+    def _divide(self, name: str, task: Task) -> Task:
+        """Add steps for the parts of a task, if it can be divided, and return the task with them.
+
+        A task that has parts, as on a worker, keeps them.
+        """
+        if self.part_samples is None or not isinstance(task, EvaluateNetwork | MapPlane):
+            return task
+        count = task.count_parts(self.data, self.part_samples)
+        if count == 1 or task.parts:
+            return task
+        parts = [DoPart(task, number, count) for number in range(count)]
+        keys = [
+            self.add_step(f"{name}.{number}of{count}", part) for number, part in enumerate(parts, 1)
+        ]
+        return dataclasses.replace(task, parts=tuple(keys))
 
     def add_file(self, path: str) -> Key:
         """Add a checkpoint that exists and return its key."""

@@ -68,6 +68,7 @@ def prepare_run(
     *,
     device: str = "auto",
     data_root: str | None = None,
+    part_samples: int | None = None,
     on_progress: Progress | None = None,
 ) -> PreparedRun:
     """Load the data and the checkpoints that a recipe names, and plan without running a step.
@@ -76,6 +77,7 @@ def prepare_run(
         recipe: The recipe.
         device: "auto", "cpu", "cuda" or a device.
         data_root: Folder of the data sets.
+        part_samples: Samples of the parts that evaluations are divided into; see `Planner`.
         on_progress: Called with (done, total, figures) while data is read.
 
     Raises:
@@ -94,7 +96,8 @@ def prepare_run(
         opening=recipe.opening,
     )
     context = Context(data, network, resolved, network_named=bool(recipe.model))
-    planner = plan_recipe(recipe, data, network, resolve_precision(recipe.precision, resolved))
+    precision = resolve_precision(recipe.precision, resolved)
+    planner = plan_recipe(recipe, data, network, precision, part_samples)
     _check_radii(planner.plan, data)
     _check_goal(planner, data)
     files = list(planner.plan.files.values())

@@ -15,7 +15,13 @@ from robustsoup.soups.surrogate_search import draw_tests, spread_first
 from robustsoup.threats import CLEAN, ThreatModel
 
 
-def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision: str) -> Planner:
+def plan_recipe(
+    recipe: Recipe,
+    data: Data,
+    network: NetworkSettings,
+    precision: str,
+    part_samples: int | None = None,
+) -> Planner:
     """Plan all steps of a recipe that depend on no result.
 
     Args:
@@ -23,6 +29,7 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
         data: Its data.
         network: How the network is built.
         precision: Arithmetic of training on this device.
+        part_samples: Samples of the parts that evaluations are divided into; see `Planner`.
 
     Returns:
         The planner, which can extend its plan.
@@ -32,7 +39,7 @@ def plan_recipe(recipe: Recipe, data: Data, network: NetworkSettings, precision:
         DataError: Generated images cannot be used, or a split has fewer samples than the recipe
             evaluates.
     """
-    planner = Planner(recipe, data, network, precision)
+    planner = Planner(recipe, data, network, precision, part_samples)
     planner.add_base()
     for name in recipe.ingredients:
         planner.add_ingredient(name)

@@ -29,6 +29,8 @@ from robustsoup.training.objectives import Objective
 Key = str
 """Key of a step, or "file:DIGEST" of a checkpoint that existed before the run."""
 
+MOST_PARTS = 100
+"""Most parts of an evaluation."""
 BYTES_PER_VALUE = 4
 """Bytes of a value of an adversarial image."""
 
@@ -513,6 +515,7 @@ class EvaluateNetwork:
         attacked_before: Whether `after` ran the same attack, so that no sample is attacked again.
         short: Whether the attack is the short one of a screening.
         subset: Number of samples to attack; None for all.
+        parts: Steps that attack the samples beforehand, in order; the output is the same without.
     """
 
     network: Key
@@ -524,6 +527,7 @@ class EvaluateNetwork:
     attacked_before: bool = False
     short: bool = False
     subset: int | None = None
+    parts: tuple[Key, ...] = ()
     kind = "evaluate"
     epochs = 0
 
@@ -543,7 +547,20 @@ class EvaluateNetwork:
         settings = self.settings
         if self.subset is not None:
             settings = dataclasses.replace(settings, samples=self.subset, part="all", shift=None)
-        return settings.count_passes(data, points=len(self.pool), attack=not self.attacked_before)
+        attack = not (self.attacked_before or self.parts)
+        return settings.count_passes(data, points=len(self.pool), attack=attack)
+
+    def count_parts(self, data: Data, samples: int) -> int:
+        """Return in how many parts, of about `samples` samples each, the attack can be divided.
+
+        Attacks that take many samples together, and evaluations that build on others, cannot be.
+        """
+        attack, threats = self.settings.attack, self.settings.threats
+        by_itself = attack.is_queued or attack.attack in ("square", "strong")
+        builds_on_others = bool(self.pool) or self.after is not None or self.subset is not None
+        if not by_itself or builds_on_others or all(threat.is_clean for threat in threats):
+            return 1
+        return min(max(self.settings.count_samples(data) // samples, 1), MOST_PARTS)
 
 
 @dataclass(frozen=True)
@@ -584,12 +601,14 @@ class MapPlane:
         settings: The grid, the attack and the running statistics.
         split: Name of the split to measure on.
         base: Checkpoint whose statistics the policy "base" takes.
+        parts: Steps that measure the rows beforehand, in order; the output is the same without.
     """
 
     networks: tuple[Key, ...]
     settings: LandscapeSettings
     split: str
     base: Key | None = None
+    parts: tuple[Key, ...] = ()
     kind = "plane"
     epochs = 0
 
@@ -606,10 +625,57 @@ class MapPlane:
     def count_passes(self, data: Data) -> int:
         """Return the cost of the task in forward passes of one sample."""
         settings = self.settings
+        if self.parts:
+            return 0
         per_point = settings.samples * (2 * settings.attack_steps + 3)
         if settings.buffers.startswith("recalibrate"):
             per_point += min(settings.calibrate_samples, len(data.train))
         return settings.points**2 * per_point
+
+    def count_parts(self, _data: Data, _samples: int) -> int:
+        """Return in how many parts the plane can be divided: its rows."""
+        return self.settings.points
+
+
+@dataclass(frozen=True)
+class DoPart:
+    """Do a part of another task, which then takes what its parts have found.
+
+    Attributes:
+        whole: The other task.
+        number: Number of the part, from 0.
+        count: Number of parts.
+    """
+
+    whole: EvaluateNetwork | MapPlane
+    number: int
+    count: int
+    kind = "part"
+    epochs = 0
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """Keys of the steps and files that the task reads."""
+        whole = self.whole
+        return (whole.network,) if isinstance(whole, EvaluateNetwork) else whole.parents
+
+    @property
+    def base(self) -> Key | None:
+        """Checkpoint whose statistics a plane takes."""
+        return getattr(self.whole, "base", None)
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the task."""
+        return self.whole.precision
+
+    def rows_of(self, n: int) -> range:
+        """Return which of n samples, or rows of a plane, the part is about."""
+        return range(n * self.number // self.count, n * (self.number + 1) // self.count)
+
+    def count_passes(self, data: Data) -> int:
+        """Return the cost of the task in forward passes of one sample."""
+        return self.whole.count_passes(data) // self.count
 
 
 Task = (
@@ -625,6 +691,7 @@ Task = (
     | EvaluateNetwork
     | AttackExamples
     | MapPlane
+    | DoPart
 )
 
 
@@ -659,6 +726,8 @@ def _as_record(value: Any) -> Any:
             del record["shift"]
         if isinstance(value, EvaluationSettings) and value.part == "all":
             del record["part"]  # an evaluation on all samples has the key that it always had
+        if isinstance(value, EvaluateNetwork | MapPlane):
+            del record["parts"]  # they change who does the work, not what it gives
         return record
     return value
 

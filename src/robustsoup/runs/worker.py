@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
-from robustsoup.diagnosis.landscape import landscape
+from robustsoup.diagnosis.landscape import PlaneGrid, open_plane
 from robustsoup.errors import DataError, StorageError
-from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
-from robustsoup.files import link_file
+from robustsoup.files import link_file, open_regular, remove_file
 from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.examples import attack_examples
@@ -27,6 +27,7 @@ from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import (
     AttackExamples,
     BuildGreedySoup,
+    DoPart,
     EvaluateNetwork,
     EvaluationSettings,
     Key,
@@ -51,6 +52,7 @@ from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import mark_screened
 from robustsoup.soups.subspace import train_subspace
 from robustsoup.threats import ThreatModel
+from robustsoup.torch_files import read_torch
 from robustsoup.training.train import train
 
 if TYPE_CHECKING:
@@ -63,9 +65,10 @@ EVALUATION = "evaluation.json"
 EXAMPLES = "examples.npz"
 HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
+PART = "part.pt"
 STATE = "state.pt"
 
-Measurement = MeasureClean | EvaluateNetwork | AttackExamples | MapPlane
+Measurement = MeasureClean | EvaluateNetwork | AttackExamples | MapPlane | DoPart
 """The tasks that measure networks and make none."""
 
 
@@ -161,6 +164,8 @@ class Worker:
                 return save_examples(self, task, folder, on_progress)
             case MapPlane():
                 return map_plane(self, task, folder, on_progress)
+            case DoPart():
+                return do_part(self, task, folder, on_progress)
             case _:
                 assert_never(task)
 
@@ -456,6 +461,8 @@ def evaluate_network(
 ) -> str:
     """Evaluate a network and write its verdicts."""
     settings: EvaluationSettings = task.settings
+    if task.parts:
+        _join_parts(worker, task.parts, folder, join_outcomes)
     evaluation = evaluate(
         worker.checkpoint(task.network),
         settings.take_samples(worker.context.data),
@@ -510,21 +517,91 @@ def save_examples(worker: Worker, task: AttackExamples, folder: Path, on_progres
 
 def map_plane(worker: Worker, task: MapPlane, folder: Path, on_progress: Progress) -> str:
     """Measure the loss on a plane and write it."""
-    plane = landscape(
-        [worker.checkpoint(key) for key in task.networks],
-        worker.context.data.split(task.split),
-        **vars(task.settings),
-        base=worker.optional_checkpoint(task.base),
-        calibrate_on=worker.context.data.train,
-        device=str(worker.context.device),
-        state_path=folder / STATE,
-        on_progress=on_progress,
-    )
+    if task.parts:
+        _join_parts(worker, task.parts, folder, join_points)
+    plane = _open_plane(worker, task).measure(folder / STATE, on_progress)
     plane.save(folder / LANDSCAPE)
     finite = [value for row in plane.loss for value in row if value is not None]
     if not finite:
         return "no loss is finite"
     return f"robust loss {min(finite):.3f} to {max(finite):.3f}"
+
+
+def _open_plane(worker: Worker, task: MapPlane) -> PlaneGrid:
+    return open_plane(
+        [worker.checkpoint(key) for key in task.networks],
+        worker.context.data.split(task.split),
+        task.settings,
+        base=worker.optional_checkpoint(task.base),
+        calibrate_on=worker.context.data.train,
+        device=str(worker.context.device),
+    )
+
+
+def do_part(worker: Worker, task: DoPart, folder: Path, on_progress: Progress) -> str:
+    """Do a part of an evaluation or of a plane, and write what it found."""
+    if isinstance(task.whole, MapPlane):
+        grid = _open_plane(worker, task.whole)
+        rows = task.rows_of(task.whole.settings.points)
+        values = grid.measure_rows(rows, folder / STATE, on_progress)
+        SavedState(folder / PART, grid.fingerprint).save({"values": values})
+        figures = f"{len(values)} points"
+    else:
+        settings = task.whole.settings
+        split = settings.take_samples(worker.context.data)
+        rows = task.rows_of(len(split))
+        part = attack_part(
+            worker.checkpoint(task.whole.network),
+            split,
+            settings.threats,
+            settings.attack,
+            rows,
+            keep_points=task.whole.keep_points,
+            device=str(worker.context.device),
+            state_path=folder / STATE,
+            on_progress=on_progress,
+        )
+        SavedState(folder / PART, part.fingerprint).save({"outcomes": part.outcomes})
+        figures = f"{len(rows)} samples"
+    remove_file(folder / STATE)
+    return figures
+
+
+def _join_parts(
+    worker: Worker, parts: Sequence[Key], folder: Path, join: Callable[[list[Any]], dict[str, Any]]
+) -> None:
+    """Write the state from which a step resumes whose parts are all done.
+
+    Raises:
+        StorageError: The parts belong to different work.
+    """
+    states = []
+    for key in parts:
+        with open_regular(worker.store.file(key, PART)) as file:
+            states.append(read_torch(file))
+    fingerprints = {state.pop("fingerprint") for state in states}
+    if len(fingerprints) > 1:
+        raise StorageError(
+            f"{worker.store.root}: the parts of a step belong to different work; delete the "
+            f"folders {', '.join(parts)} and run the same command again"
+        )
+    SavedState(folder / STATE, fingerprints.pop()).save(join(states))
+
+
+def join_outcomes(states: list[Any]) -> dict[str, Any]:
+    """Return the state of an evaluation from those of its parts."""
+    outcomes = [state["outcomes"] for state in states]
+    return {
+        "outcomes": {
+            threat: {name: torch.cat([part[threat][name] for part in outcomes]) for name in first}
+            for threat, first in outcomes[0].items()
+        }
+    }
+
+
+def join_points(states: list[Any]) -> dict[str, Any]:
+    """Return the state of a plane from those of its rows."""
+    return {"values": [values for state in states for values in state["values"]]}
 
 
 def describe_scores(evaluation: Evaluation) -> str:
