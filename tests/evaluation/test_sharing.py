@@ -18,7 +18,7 @@ from shared_evaluations import (
 )
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.errors import RequestError
+from robustsoup.errors import RequestError, WorkError
 from robustsoup.evaluation import attackers
 from robustsoup.evaluation.verdicts import Evaluation
 
@@ -103,7 +103,9 @@ def test_an_interrupted_evaluation_resumes_with_another_number_of_processes(
     expected, cost = evaluate_counted(path, labels, NAMES[:2], settings)
     resumable = settings | {"state_path": state}
     ended = run_ranks(2, evaluate_until, cost // 4, path, labels, NAMES[:2], resumable)
-    assert [type(end) for end in ended] == [KeyboardInterrupt] * 2
+    # A rank that waits for the other's part loses the connection to it.
+    types = {type(end) for end in ended}
+    assert KeyboardInterrupt in types <= {KeyboardInterrupt, WorkError}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["state.pt", "state.rank1.pt"]
     if later == 1:
         results = [evaluate_counted(path, labels, NAMES[:2], resumable)]
