@@ -11,7 +11,7 @@ from common import RECIPES, run_recipe_small
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-TIMED = ("attack",)
+TIMED = ("attack", "scaling")
 TIMED_LONGER = (
     *("grid", "learning", "learning_memory", "memory", "strong", "surrogate", "training_attack"),
 )

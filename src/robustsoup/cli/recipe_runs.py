@@ -28,6 +28,7 @@ from robustsoup.runs.cluster import Cluster, Pool
 from robustsoup.runs.cost import compare_ways, estimate_bytes, estimate_seconds
 from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
+from robustsoup.runs.scaling import DeviceRate, predict
 from robustsoup.user_code import import_named_module
 
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
@@ -150,10 +151,23 @@ def print_ways(prepared: PreparedRun) -> None:
         )
 
 
-def price_plan(prepared: PreparedRun) -> dict[str, Any]:
-    """Return the steps of a plan and the cost of the missing steps, JSON-able."""
+def price_plan(
+    prepared: PreparedRun, devices: int | None = None, rate: DeviceRate | None = None
+) -> dict[str, Any]:
+    """Return the steps of a plan and the cost of the missing steps, JSON-able.
+
+    Args:
+        prepared: The planned run.
+        devices: Number of devices to predict the cost on; None for this one.
+        rate: Kind of these devices; None for that of this one.
+    """
     plan, store, context = prepared.plan, prepared.store, prepared.context
-    seconds = estimate_seconds(plan.steps, context)
+    missing = plan.list_missing(store.has)
+    if devices is None:
+        seconds, prediction = estimate_seconds(plan.steps, context), None
+    else:
+        prediction = predict(missing, context, devices, rate)
+        seconds = dict.fromkeys((step.key for step in plan.steps), 0.0) | prediction.seconds
     rows = [
         {
             "kind": step.kind,
@@ -164,12 +178,13 @@ def price_plan(prepared: PreparedRun) -> dict[str, Any]:
         }
         for step in plan.steps
     ]
-    missing = plan.list_missing(store.has)
+    predicted = {} if prediction is None else {"prediction": prediction.as_record()}
     return {
         "recipe": plan.recipe.name,
         "steps": rows,
-        "seconds": sum(row["seconds"] for row in rows if not row["done"]),
+        "seconds": round(sum(seconds[step.key] for step in missing), 2),
         "bytes": estimate_bytes(missing, context),
         "passes": sum(step.passes for step in missing),
         "epochs": sum(step.task.epochs for step in missing),
+        **predicted,
     }

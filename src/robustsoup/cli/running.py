@@ -77,6 +77,14 @@ def plan_command(
     recipe: RecipeFile,
     run: RunOptions,
     overrides: Overrides = [],
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Predict the run on this many devices (--ray, --slurm). With --device h100, it is "
+            "calculated for GPUs that are not here.",
+        ),
+    ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -85,18 +93,28 @@ def plan_command(
     Shows which steps are already in the store, and runs none of the others. Their cost is
     extrapolated from a few batches timed on this device.
 
-    Example, after `robustsoup demo`:
+    Examples, after `robustsoup demo`:
     `robustsoup plan runs/quickstart/recipe.toml --set finetune.epochs=20`
+    `robustsoup plan runs/quickstart/recipe.toml --set seed=1 --devices 8 --device h100`
     """
+    from dataclasses import replace
+
     from robustsoup.cli.recipe_runs import prepare_recipe, price_plan
     from robustsoup.cli.tables import print_plan
     from robustsoup.recipes import load_recipe
+    from robustsoup.runs.scaling import RATES
     from robustsoup.user_code import current_folder_importable
 
     with current_folder_importable():
         loaded = load_recipe(recipe, overrides)
-    prepared = prepare_recipe(loaded, run, data_root)
-    price = price_plan(prepared)
+    rate = RATES.get(run.device)
+    if rate is not None:
+        devices, run = devices or 1, replace(run, device="cpu")
+        if loaded.precision == "auto":
+            loaded = loaded.model_copy(update={"precision": "bfloat16"})
+    part_samples = ClusterOptions().part_samples if (devices or 1) > 1 else None
+    prepared = prepare_recipe(loaded, run, data_root, part_samples)
+    price = price_plan(prepared, devices, rate)
     if as_json:
         print_json(price)
     else:

@@ -66,10 +66,29 @@ def print_plan(price: Mapping[str, Any], device: str) -> None:
     ]
     print_table(("step", "name", "store", "about"), rows)
     missing = sum(not step["done"] for step in price["steps"])
+    if "prediction" in price:
+        _print_prediction(price["prediction"], price)
+        return
     print_line(
         f"{len(price['steps'])} steps, {missing} to do: {price['epochs']} epochs, "
         f"{price['passes']:.1e} forward passes, about {format_duration(price['seconds'])} on this "
         f"{device} and {format_bytes(price['bytes'])} of disk"
+    )
+
+
+def _print_prediction(prediction: Mapping[str, Any], price: Mapping[str, Any]) -> None:
+    count = prediction["devices"]
+    print_line(
+        f"{count} device{'s' if count > 1 else ''}: about {format_duration(prediction['seconds'])} "
+        f"for {format_duration(prediction['device_seconds'])} of work "
+        f"(efficiency {prediction['efficiency']:.0%}); {price['passes']:.1e} forward passes, "
+        f"{prediction['source']}"
+    )
+    print_line(
+        f"memory of a device {format_bytes(prediction['memory_bytes'])}; store: "
+        f"{format_bytes(prediction['read_bytes'])} read by workers, "
+        f"{format_bytes(prediction['written_bytes'])} written; under torchrun each process would "
+        f"exchange {format_bytes(prediction['exchanged_bytes'])}"
     )
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,10 +143,20 @@ def _count_verdicts(settings: EvaluationSettings, data: Data) -> int:
     return settings.count_samples(data) * len(settings.threats)
 
 
-def estimate_seconds(steps: Sequence[Step], context: Context) -> dict[str, float]:
-    """Estimate the seconds of each step, by key."""
+def estimate_seconds(
+    steps: Sequence[Step],
+    context: Context,
+    measure: Callable[[Context, str], float] = measure_pass_seconds,
+) -> dict[str, float]:
+    """Estimate the seconds of each step, by key.
+
+    Args:
+        steps: The steps.
+        context: Data, network and device.
+        measure: Returns the seconds of one forward pass of one sample in a precision.
+    """
     precisions = {step.task.precision for step in steps}
-    seconds = {precision: measure_pass_seconds(context, precision) for precision in precisions}
+    seconds = {precision: measure(context, precision) for precision in precisions}
     estimates: dict[str, float] = {}
     for step in steps:
         # count_passes counts an attack step as one pass, but the step runs forward and backward.
