@@ -189,6 +189,20 @@ def test_ray_repeats_the_step_of_a_killed_worker(folder, cluster):
     check_equal(folder, "killed")
 
 
+def test_ray_starts_on_this_machine(folder):
+    pytest.importorskip("ray")
+    code, messages = finish(run(folder, "local", "--ray", "local", "--part-samples", 20))
+    assert code == 0, messages
+    log = (folder / "local" / "log.txt").read_text()
+    assert "ray local: 1 machine, at most" in log
+    assert "low.test.3of3: runs on" in log
+    store = Store(folder / "local.store")
+    for key in store.keys():  # noqa: SIM118
+        if store.record(key)["kind"] == "part":
+            shutil.rmtree(store.path(key))
+    check_equal(folder, "local")
+
+
 def test_two_runs_at_once_do_each_step_once(folder, cluster):
     processes = [
         start(folder, "run", "small.toml", "--threads", "1", "--ray", cluster, "-o", name, store=s)

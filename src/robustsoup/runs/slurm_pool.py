@@ -55,27 +55,34 @@ class SlurmPool:
 
     def open(self, meeting: Meeting) -> str:
         """Prepare the submission of jobs; their files go into the folder of the run."""
-        local = self.partition == LOCAL
-        self.executor = self.submitit.AutoExecutor(
-            folder=Path(meeting["folder"]) / "jobs", cluster=LOCAL if local else "slurm"
-        )
-        self.executor.update_parameters(
-            tasks_per_node=1, cpus_per_task=self.threads, gpus_per_node=self.gpus
-        )
-        if local:
-            self.executor.update_parameters(timeout_min=LOCAL_MINUTES)
+        jobs = Path(meeting["folder"]) / "jobs"
+        if self.partition == LOCAL:
+            self.executor = self.submitit.AutoExecutor(jobs, cluster=LOCAL)
+            self.executor.update_parameters(
+                timeout_min=LOCAL_MINUTES,
+                tasks_per_node=1,
+                cpus_per_task=self.threads,
+                gpus_per_node=self.gpus,
+            )
         else:
-            self.executor.update_parameters(slurm_partition=self.partition)
-            # submitit asks for five minutes unless its Slurm executor says None, which its
-            # `update_parameters` does not pass on; without a limit, the partition's holds.
-            self.executor._executor.parameters["time"] = None
+            # submitit asks for five minutes by default; without a limit, the partition's holds.
+            # Its AutoExecutor does not pass None on.
+            self.executor = self.submitit.SlurmExecutor(jobs)
+            self.executor.update_parameters(
+                time=None,
+                partition=self.partition,
+                ntasks_per_node=1,
+                cpus_per_task=self.threads,
+                gpus_per_node=self.gpus,
+            )
         return f"slurm {self.partition}: at most {self.most_at_once} jobs at once"
 
     def submit(self, key: Key, name: str, meeting: Meeting, content: bytes) -> None:
         """Submit a step as a job."""
         from submitit.core.utils import FailedSubmissionError
 
-        self.executor.update_parameters(name=name.replace("/", "-"))
+        parameter = "name" if self.partition == LOCAL else "job_name"
+        self.executor.update_parameters(**{parameter: name.replace("/", "-")})
         try:
             self.jobs[key] = self.executor.submit(run_assignment, meeting, content)
         except FailedSubmissionError as error:
