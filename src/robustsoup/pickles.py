@@ -321,7 +321,10 @@ class PickleReader:
                 return self._rebuild(inner, args)
         if name.text.rpartition(".")[2] in _SPARSE_OR_QUANTIZED:
             raise ValueError("a tensor that is sparse or quantized; expected plain tensors")
-        raise ValueError(f"the name {name}, which is not plain tensors, numbers or text")
+        raise ValueError(
+            f"the name {name}, which is not plain tensors, numbers or text; if you trust the file, "
+            "load it with torch.load(..., weights_only=False), and save the state_dict() alone"
+        )
 
     def _view_storage(self, storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         """Return a tensor in a storage, after checking that all its elements lie within it."""

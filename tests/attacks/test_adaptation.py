@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import robustsoup as rs
@@ -339,3 +340,146 @@ def test_groupnorm_gets_contiguous_input():
     weight, _ = torch.autograd.grad(logits.sum(), list(network[1].parameters()))
     assert weight.isfinite().all()
     assert len(network[1]._forward_pre_hooks) == 1
+
+
+# networks of other kinds: each works, or is refused in a line before any work
+
+
+class OneForm(Plain):
+    """Takes batches of two images alone, as a program that torch.export traced does."""
+
+    def forward(self, x):
+        assert len(x) == 2, "Guard failed: x.size()[0] == 2"
+        return super().forward(x)
+
+
+class NoHistory(Plain):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class LeavesTorch(Plain):
+    def forward(self, x):
+        return super().forward(torch.from_numpy(x.numpy().copy()))
+
+
+class LateHead(nn.Module):
+    """Adds its last layer in its first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 3), None
+
+    def forward(self, x):
+        features = self.conv(x).flatten(1)
+        if self.head is None:
+            self.head = nn.Linear(features.shape[1], 10)
+        return self.head(features)
+
+
+class Hides(Plain):
+    """Saves its weights under other names."""
+
+    def __init__(self):
+        super().__init__()
+        self._register_state_dict_hook(self.rename)
+
+    def rename(self, _module, state, _prefix, _metadata):
+        for name in list(state):
+            state[f"w_{name}"] = state.pop(name)
+
+
+def build_on_meta():
+    with torch.device("meta"):
+        return Plain()
+
+
+def replace_forward():
+    network = Plain()
+    forward = network.forward
+    network.forward = lambda x: forward(x + 0)
+    return network
+
+
+def compile_network():
+    return torch.compile(Plain(), backend="eager")
+
+
+def train_briefly(network):
+    return rs.train(network, DATA.train.first(64), threat="Linf 8/255", epochs=1, lr=0.01)
+
+
+def evaluate_briefly(network):
+    return rs.evaluate(network, FEW, ["Linf 8/255"], steps=2)
+
+
+REFUSED = {
+    "batches of one size": (evaluate_briefly, OneForm, "fails on 32 images.*Guard failed"),
+    "integers": (evaluate_briefly, lambda: Wrapped(lambda z: z.argmax(1)), "returned int64"),
+    "complex numbers": (evaluate_briefly, lambda: Wrapped(lambda z: z * 1j), "returned complex64"),
+    "no autograd": (evaluate_briefly, LeavesTorch, "fails on 32 images.*numpy"),
+    "no gradient": (train_briefly, NoHistory, r"no gradient of its logits.*no_grad\(\)"),
+    "late weights": (evaluate_briefly, LateHead, r"its first pass added head\.weight"),
+    "float64": (evaluate_briefly, lambda: Plain().double(), r"weights are float64.*float\(\)"),
+    "meta": (evaluate_briefly, build_on_meta, "is on the meta device"),
+    "forward of its own": (train_briefly, replace_forward, "forward of Plain was replaced by a fu"),
+    "other names": (train_briefly, Hides, r"state_dict\(\) has no conv\.weight"),
+    "TorchScript": (
+        evaluate_briefly,
+        lambda: torch.jit.trace(Plain().eval(), torch.rand(2, 1, 8, 8)),
+        "got a TorchScript module",
+    ),
+    "no weights": (rs.Checkpoint.of, nn.Flatten, "Flatten holds no weights"),
+    "lazy network": (evaluate_briefly, lambda: nn.LazyLinear(3), "has lazy weights, which have no"),
+    "lazy weights": (rs.Checkpoint.of, lambda: nn.LazyLinear(3), "weight has no values yet"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_networks_that_cannot_work_are_refused_in_one_line(case):
+    function, build, message = REFUSED[case]
+    network = build()
+    with pytest.raises(rs.RobustsoupError, match=message) as caught:
+        function(network)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_a_gradient_that_a_network_forbids_is_refused_in_one_line():
+    class Recomputes(Plain):
+        def forward(self, x):
+            features = torch.utils.checkpoint.checkpoint(self.features, x, use_reentrant=True)
+            return self.linear(features.flatten(1))
+
+    with pytest.raises(ModelError, match=r"no gradient reaches the images: .*use_reentrant"):
+        evaluate_briefly(Recomputes())
+
+
+class ReturnsNone(Plain):
+    """Overrides `train` without returning the network, as code that freezes BatchNorm does."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+
+
+class FrozenWeights(Plain):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize("build", [ReturnsNone, FrozenWeights, compile_network])
+def test_other_networks_are_mixed_learned_and_checked(build):
+    torch.manual_seed(0)
+    network = build()
+    few, items = DATA.train.first(64), [rs.Checkpoint.of(network)] * 2
+    if build is not FrozenWeights:
+        items = [rs.train(network, few, threat="Linf 8/255", epochs=1, ema=0.5)] * 2
+        assert items[0].digest != rs.Checkpoint.of(network).digest
+    soup = rs.mix(items, [0.5, 0.5], network=network, buffers="recalibrate", calibrate_on=few)
+    soup.load_into(copy_network(network))
+    rs.learn(items, few, network=network, threat="Linf 8/255", epochs=1)
+    rs.check(items, data=FEW, network=network, threat="Linf 8/255")

@@ -1,6 +1,7 @@
 """Files of other programs: names are fitted, sets are chosen, and what cannot be read is named."""
 
 import argparse
+import datetime
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -345,3 +347,89 @@ def test_fitting_prefers_the_right_shapes():
     fit = fit_names(file, wanted)
     assert fit is not None
     assert fit.names == {"a": "long.a", "b": "long.b"}
+
+
+def test_weights_that_are_lazy_take_those_of_a_file(tmp_path):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.LazyConv2d(2, 3), nn.LazyBatchNorm2d()
+            self.head = nn.LazyLinear(3)
+
+    state = {name: t for name, t in network().state_dict().items() if "tied" not in name}
+    torch.save(prefixed("module.", state), tmp_path / "a.pth")
+    lazy = Lazy()
+    Checkpoint.load(tmp_path / "a.pth").load_into(lazy)
+    assert torch.equal(lazy.conv.weight, state["conv.weight"])
+
+
+def test_a_network_that_cannot_take_its_weights_is_refused_in_one_line():
+    fixed = network()
+    fixed.head.bias = nn.Parameter(torch.zeros(1).expand(3))
+    with pytest.raises(ModelError, match=r"not take these weights: .*head\.bias") as caught:
+        Checkpoint(network(1).state_dict()).load_into(fixed)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefixes", [("ema.", "model."), ("teacher.", "student.")])
+def test_a_copy_beside_the_network_is_not_read_by_default(tmp_path, prefixes):
+    other, own = prefixes
+    state = prefixed(other, network(1).state_dict()) | prefixed(own)
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "a.safetensors")
+    read = check_fits(Checkpoint.load(tmp_path / "a.safetensors"))
+    assert f"(--key {other.rstrip('.')})" in read.notes[0]
+    sets = {other.rstrip("."): network(1).state_dict(), own.rstrip("."): network().state_dict()}
+    torch.save(sets, tmp_path / "b.pth")
+    check_fits(Checkpoint.load(tmp_path / "b.pth"))
+
+
+def quantized(seed):
+    state = network(seed).state_dict()
+    return state | {"conv.weight": (state["conv.weight"] * 100).to(torch.int8)}
+
+
+def test_integers_are_not_taken_for_weights(tmp_path):
+    for seed in (0, 1):
+        torch.save(quantized(seed), tmp_path / f"{seed}.pth")
+    paths = [tmp_path / "0.pth", tmp_path / "1.pth"]
+    with pytest.raises(ModelError, match=r"conv\.weight: got int8, the network expects float32"):
+        Checkpoint.load(paths[0]).load_into(Net())
+    for given in (None, Net()):
+        with pytest.raises(IngredientMismatch, match=r"conv\.weight: differs .* not averaged"):
+            mix(paths, [0.5, 0.5], network=given)
+    soup = mix([paths[0], paths[0]], [0.5, 0.5])  # the same numbers are kept
+    assert torch.equal(soup.tensors["conv.weight"], quantized(0)["conv.weight"])
+
+
+def pruned(seed):
+    model = network(seed)
+    prune.l1_unstructured(model.conv, "weight", 0.5)
+    return Checkpoint(model.state_dict())
+
+
+def test_networks_that_were_pruned_differently_are_not_mixed():
+    first, other = pruned(0), pruned(1)
+    assert "conv.weight_mask" not in first.parameters
+    with pytest.raises(IngredientMismatch, match=r"conv\.weight_mask: differs.*prune\.remove"):
+        mix([first, other], [0.5, 0.5])
+    same = Checkpoint(
+        {**other.tensors, "conv.weight_mask": first.tensors["conv.weight_mask"].clone()}
+    )
+    soup = mix([first, same], [0.5, 0.5])
+    assert torch.equal(soup.tensors["conv.weight_mask"], first.tensors["conv.weight_mask"])
+
+
+def test_an_address_of_this_machine_is_read(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("ROBUSTSOUP_CACHE", str(tmp_path / "cache"))
+    save_file(prefixed(""), tmp_path / "a.safetensors")
+    check_fits(Checkpoint.load(f"file://{tmp_path}/a.safetensors"))
+
+
+def test_other_content_is_named(tmp_path):
+    torch.save({name: t.numpy() for name, t in network().state_dict().items()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"\(ndarray\), expected tensors by name"):
+        Checkpoint.load(tmp_path / "a.pth")
+    torch.save({"state_dict": {}, "when": datetime.date(2020, 1, 1)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"datetime\.date.*save the state_dict\(\) alone"):
+        Checkpoint.load(tmp_path / "a.pth")

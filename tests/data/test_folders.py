@@ -71,6 +71,20 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load_data(f"folder:{tmp_path}").record["classes"] == ["train", "tram"]
 
 
+def test_capitals_in_the_names_of_splits_do_not_matter(tmp_path):
+    for part, count in (("Train", 5), ("Valid", 3), ("TEST", 2)):
+        for name in ("a", "b"):
+            write_images(tmp_path / part / name, count)
+    data = load_data(f"folder:{tmp_path}")
+    assert [len(data.train), len(data.val), len(data.test)] == [10, 6, 4]
+    assert data.record["classes"] == ["a", "b"]
+
+
+def test_a_path_alone_is_refused_with_its_spelling(tmp_path):
+    with pytest.raises(DataError, match=f"got the path .*; try folder:{tmp_path}$"):
+        load_data(str(tmp_path))
+
+
 def test_the_digest_depends_on_the_pixels(tmp_path):
     for name in ("a", "b"):
         write_images(tmp_path / name, 10)

@@ -37,6 +37,16 @@ def test_every_network_in_the_catalog_can_be_built(name):
     assert factory_fingerprint(name) is None
 
 
+def lazy_network():
+    """A factory of a network whose weights have no shape before its first pass."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
+def test_lazy_weights_are_refused_with_what_to_do():
+    with pytest.raises(ModelError, match=r"has lazy weights.*calls the network once on images"):
+        load_model(lazy_network)
+
+
 @pytest.mark.parametrize("module", ["own_networks", "own_package.networks"])
 def test_a_factory_in_a_module_gets_the_options_that_it_names(tmp_path, monkeypatch, module):
     folder = tmp_path / "own_package" if "." in module else tmp_path

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from robustsoup.attacks.forward import as_logits, frozen_eval
 from robustsoup.errors import ModelError, RobustsoupError
@@ -42,8 +44,22 @@ def copy_network(model: nn.Module) -> nn.Module:
     keeps) cannot be deep-copied by PyTorch; the copy holds their values until its next pass.
 
     Raises:
-        ModelError: The network holds something else that cannot be copied.
+        ModelError: The network holds something else that cannot be copied, or a copy would run
+            with the weights of the original.
     """
+    _refuse_scripts(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(map(is_lazy, tensors)):
+        raise ModelError(
+            f"network: {type(model).__name__} has lazy weights, which have no shape yet; call it "
+            "once on images"
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ModelError(
+            f"network: {type(model).__name__} is on the meta device, where weights have no values; "
+            "build it on the CPU"
+        )
+    _refuse_functions_as_forward(model)
     memo: dict[int, object] = {id(t): t.detach().clone() for t in _derived_tensors(model)}
     try:
         return copy.deepcopy(model, memo)
@@ -74,6 +90,18 @@ def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ModelError: The network does not take such images, or returns no logits.
     """
+    _refuse_scripts(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    logits = _adapt_until_it_runs(model, x)
+    if late := [name for name, _ in model.named_parameters() if name not in parameters]:
+        raise ModelError(
+            f"network: its first pass added {late[0]}, which no checkpoint could fill; call the "
+            "network once on images where it is built"
+        )
+    return logits
+
+
+def _adapt_until_it_runs(model: nn.Module, x: Tensor) -> Tensor:
     if not _has_hook(model, LogitsOutput):
         model.register_forward_hook(LogitsOutput())
     for module in model.modules():
@@ -87,14 +115,14 @@ def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
         raise
     except Exception as error:
         if _has_hook(model, ContiguousInput):
-            raise _refuse(x, error) from error
+            raise _refuse(model, x, error) from error
         hook = model.register_forward_pre_hook(ContiguousInput())
         set_memory_format(model)
         try:
             return _call_once(model, channels_last)
         except Exception:
             hook.remove()
-            raise _refuse(x, error) from error
+            raise _refuse(model, x, error) from error
 
 
 def set_memory_format(model: nn.Module) -> nn.Module:
@@ -105,19 +133,25 @@ def set_memory_format(model: nn.Module) -> nn.Module:
     return model.to(memory_format=memory_format)  # pyrefly: ignore[no-matching-overload]
 
 
-@torch.no_grad()
 def check_train_mode(model: nn.Module, x: Tensor) -> None:
-    """Check that a network takes images in train mode, on a copy.
+    """Check that a network takes images in train mode and has a gradient, on a copy.
 
     Args:
         model: The network, adapted.
         x: (b, c, h, w) images on its device.
 
     Raises:
-        ModelError: The pass fails, as BatchNorm's does for a single value per channel.
+        ModelError: The pass fails, as BatchNorm's does for a single value per channel, or no
+            gradient of the logits reaches a weight.
     """
+    probe = copy_network(model)
     try:
-        copy_network(model).train()(x)
+        probe.train()
+        weights = enable_gradients(probe)
+        with torch.enable_grad():
+            logits = as_logits(probe(x))
+            if logits.requires_grad:
+                logits.float().sum().backward()
     except RobustsoupError:
         raise
     except Exception as error:
@@ -125,6 +159,20 @@ def check_train_mode(model: nn.Module, x: Tensor) -> None:
             f"network: fails in train mode on {len(x)} images of shape {tuple(x.shape[1:])}: "
             f"{_describe_failure(error)}"
         ) from error
+    if all(weight.grad is None for weight in weights):
+        raise ModelError(
+            "network: no gradient of its logits reaches its weights, so nothing can be learned; "
+            "does its forward run under torch.no_grad()?"
+        )
+
+
+def enable_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Let every weight of a network require a gradient, also frozen ones; return them."""
+    weights = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.grad = None
+    return weights
 
 
 def _call_once(model: nn.Module, x: Tensor) -> Tensor:
@@ -142,9 +190,14 @@ def _has_hook(model: nn.Module, kind: type[object]) -> bool:
     return any(isinstance(hook, kind) for hook in hooks)
 
 
-def _refuse(x: Tensor, error: Exception) -> ModelError:
-    shape = tuple(x.shape[1:])
-    return ModelError(f"network: does not take images of shape {shape}: {_describe_failure(error)}")
+def _refuse(model: nn.Module, x: Tensor, error: Exception) -> ModelError:
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
+    other = str(next(iter(types), "")).removeprefix("torch.")
+    hint = f"; its weights are {other} and images float32: convert it with float()" if other else ""
+    return ModelError(
+        f"network: does not take images of shape {tuple(x.shape[1:])}: "
+        f"{_describe_failure(error)}{hint}"
+    )
 
 
 def _describe_failure(error: Exception) -> str:
@@ -152,6 +205,43 @@ def _describe_failure(error: Exception) -> str:
     return (
         line if isinstance(error, (RuntimeError, ValueError)) or line == kind else f"{kind}: {line}"
     )
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "network: got a TorchScript module, which cannot be adapted; "
+            "give the nn.Module that it was made of"
+        )
+
+
+def _refuse_functions_as_forward(model: nn.Module) -> None:
+    """Refuse a forward that was set on a module and holds modules of the network.
+
+    A copy would call it, and so the modules of the original.
+    """
+    modules = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:  # torch.compile makes its forward again for a copy
+            continue
+        if _holds_one_of(modules, vars(module).get("forward"), depth=3):
+            raise ModelError(
+                f"network: forward of {name or type(module).__name__} was replaced by a function "
+                "that holds the network, so a copy would run with the weights of the original; "
+                "define it in a class, or bind it with types.MethodType"
+            )
+
+
+def _holds_one_of(modules: set[int], function: object, depth: int) -> bool:
+    if not isinstance(function, FunctionType) or not depth:
+        return False  # bound methods and partial functions are copied with their modules
+    for cell in function.__closure__ or ():
+        held = cell.cell_contents
+        if id(held) in modules or id(getattr(held, "__self__", None)) in modules:
+            return True
+        if _holds_one_of(modules, held, depth - 1):
+            return True
+    return False
 
 
 def _derived_tensors(model: nn.Module) -> Iterator[Tensor]:

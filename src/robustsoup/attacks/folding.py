@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from robustsoup.attacks.adaptation import copy_network
-from robustsoup.attacks.forward import as_logits
+from robustsoup.attacks.forward import call_network
 
 MAX_RELATIVE_CHANGE = 1e-3
 """Largest allowed change of the logits, relative to the largest logit."""
@@ -86,7 +86,7 @@ def _find_pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Ten
         if type(module) in (nn.Conv2d, nn.BatchNorm2d)
     ]
     try:
-        logits = as_logits(model(x))
+        logits = call_network(model, x)
     finally:
         for hook in hooks:
             hook.remove()

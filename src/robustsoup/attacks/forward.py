@@ -76,9 +76,9 @@ def as_logits(output: object) -> Tensor:
     part = output
     for _ in range(4):
         if isinstance(part, Tensor):
-            return part
+            return _check_real(part)
         if isinstance(getattr(part, "logits", None), Tensor):
-            return part.logits  # pyrefly: ignore[missing-attribute]
+            return _check_real(part.logits)  # pyrefly: ignore[missing-attribute]
         if isinstance(part, Mapping) and ("logits" in part or len(part) == 1):
             part = part["logits"] if "logits" in part else next(iter(part.values()))
         elif isinstance(part, (tuple, list)) and part:
@@ -89,6 +89,38 @@ def as_logits(output: object) -> Tensor:
     raise ModelError(
         f"network: returned {type(output).__name__}{keys}, expected (b, classes) logits: a tensor, "
         'the first element of a tuple, or the entry "logits"'
+    )
+
+
+def _check_real(logits: Tensor) -> Tensor:
+    if not logits.is_floating_point():
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"network: returned {kind} numbers of shape {tuple(logits.shape)}, expected "
+            "(b, classes) float logits"
+        )
+    return logits
+
+
+def call_network(model: Callable[[Tensor], object], x: Tensor) -> Tensor:
+    """Return the logits of a pass.
+
+    Raises:
+        ModelError: The network fails, such as one that takes batches of one size alone, or returns
+            no logits.
+    """
+    try:
+        return as_logits(model(x))
+    except (RobustsoupError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _refuse_pass(x, error) from error
+
+
+def _refuse_pass(x: Tensor, error: Exception) -> ModelError:
+    return ModelError(
+        f"network: fails on {len(x)} images of shape {tuple(x.shape[1:])}: "
+        f"{type(error).__name__}: {first_line(error)}"
     )
 
 
@@ -289,16 +321,8 @@ def _probe_logits(model: nn.Module, x: Tensor) -> Tensor:
         ModelError: The network fails, or changes its input in place.
     """
     before = x.clone()
-    try:
-        with frozen_eval(model), torch.no_grad():
-            logits = as_logits(model(x))
-    except RobustsoupError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"network: fails on images of shape {tuple(x.shape[1:])}: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+    with frozen_eval(model), torch.no_grad():
+        logits = call_network(model, x)
     if not torch.equal(x, before):
         raise ModelError("network: changes its input in place; let its forward copy x first")
     return logits
@@ -312,9 +336,25 @@ def _gradient_once(
         logits, value = _logits_and_loss(model, point, y, loss, precision, target=target)
         grad = None
         if value.requires_grad:  # false if, for example, the network rounds its input
-            (grad,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+            grad = _differentiate(value.sum(), point)
     grad = torch.zeros_like(x) if grad is None else grad
     return logits.detach(), value.detach().to(x.dtype), grad
+
+
+def _differentiate(value: Tensor, x: Tensor) -> Tensor | None:
+    """Return the gradient of a value with respect to images; None if it does not depend on them.
+
+    Raises:
+        ModelError: The network does not allow it, as with checkpoints that are re-entrant.
+    """
+    try:
+        return torch.autograd.grad(value, x, allow_unused=True)[0]
+    except (RobustsoupError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"network: no gradient reaches the images: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _logits_and_loss(
@@ -322,7 +362,7 @@ def _logits_and_loss(
 ) -> tuple[Tensor, Tensor]:
     # No cache: the weights are frozen, and a captured CUDA graph must not refer to cached casts.
     with autocast(x.device, precision, cache=False):
-        logits = as_logits(model(x))
+        logits = call_network(model, x)
     return logits, _apply_loss(loss, logits, y, target)
 
 
@@ -333,5 +373,5 @@ def _apply_loss(loss: Loss, logits: Tensor, y: Tensor, target: Tensor | None) ->
 
 def _padded_logits(model: nn.Module, x: Tensor, size: int) -> Tensor:
     padding = x[:1].expand(size - len(x), *x.shape[1:])
-    logits = as_logits(model(torch.cat([x, padding])))
+    logits = call_network(model, torch.cat([x, padding]))
     return logits[: len(x)]

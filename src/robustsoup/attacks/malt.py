@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.forward import as_logits
+from robustsoup.attacks.forward import call_network
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.outcome import AttackedSamples
 from robustsoup.attacks.projections import norms
@@ -40,7 +40,7 @@ def rank_targets(model: nn.Module, x: Tensor, y: Tensor, norm: str) -> Tensor:
     """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        logits = as_logits(model(point))
+        logits = call_network(model, point)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         others = logits.detach().scatter(1, y.view(-1, 1), -torch.inf)
         order = others.argsort(dim=1, descending=True, stable=True)

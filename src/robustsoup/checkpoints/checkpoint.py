@@ -16,7 +16,14 @@ from robustsoup.checkpoints.adapters import (
     find_base,
     merge_adapter,
 )
-from robustsoup.checkpoints.fitting import NamesFit, fit_names, network_tensors
+from robustsoup.checkpoints.fitting import (
+    NamesFit,
+    fit_names,
+    has_no_values,
+    has_other_shape,
+    holds_other_numbers,
+    network_tensors,
+)
 from robustsoup.checkpoints.formats import read_checkpoint, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import guess_parameters
@@ -216,12 +223,20 @@ class Checkpoint:
 
         Raises:
             RequestError: The argument is neither.
+            CheckpointError: The network holds no weights, or they have no values yet.
         """
         if not isinstance(model, nn.Module):
             return cls._take(model).with_provenance(**(provenance or {}))
-        tensors = {
-            name: tensor.detach().cpu().clone() for name, tensor in network_tensors(model).items()
-        }
+        named = network_tensors(model)
+        if not named:
+            raise CheckpointError(f"network: {type(model).__name__} holds no weights")
+        for name, tensor in named.items():
+            if has_no_values(tensor):
+                raise CheckpointError(
+                    f"network: {name} has no values yet; call the network on images, or load its "
+                    "weights, before it becomes a checkpoint"
+                )
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
         record = {**(provenance or {}), **_parameter_record(model)}
         if (settings := network_settings_of(model)) is not None:
             record["network"] = settings.as_record()
@@ -356,7 +371,8 @@ class Checkpoint:
             self._tensors_for(skeleton)  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
-        return model.eval()
+        model.eval()  # one of the user's may return None
+        return model
 
     def with_names_of(self, model: nn.Module) -> "Checkpoint":
         """Fit the names to those of `model`; see `fit_names`.
@@ -455,8 +471,15 @@ class Checkpoint:
         Raises:
             ModelError: Names the first name or shape that differs.
         """
-        # Other state of modules, which is not tensors, stays.
-        model.load_state_dict(self._tensors_for(model), strict=False)
+        tensors = self._tensors_for(model)
+        try:
+            # Other state of modules, which is not tensors, stays.
+            model.load_state_dict(tensors, strict=False)
+        except Exception as error:  # modules may load in a way of their own
+            raise ModelError(
+                f"{self.name}: the network does not take these weights: "
+                f"{' '.join(str(error).split()) or type(error).__name__}"
+            ) from error
 
     def _tensors_for(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the state dict to load into `model`."""
@@ -482,10 +505,19 @@ class Checkpoint:
                     f"{self.name}: {name}: the file has this tensor, the network does not; "
                     "is --model right?"
                 )
-            if expected[name].shape != self.tensors[name].shape:
+            if has_other_shape(self.tensors[name], expected[name]):
                 raise ModelError(
                     f"{self.name}: {name}: got shape {tuple(self.tensors[name].shape)}, "
                     f"the network expects {tuple(expected[name].shape)}"
+                )
+            if holds_other_numbers(self.tensors[name], expected[name]):
+                got, wanted = (
+                    str(tensor.dtype).removeprefix("torch.")
+                    for tensor in (self.tensors[name], expected[name])
+                )
+                raise ModelError(
+                    f"{self.name}: {name}: got {got}, the network expects {wanted}; if the file "
+                    "is quantized, give the weights from before"
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -583,8 +615,18 @@ CheckpointLike: TypeAlias = Checkpoint | str | os.PathLike[str]
 
 
 def _parameter_record(model: nn.Module) -> dict[str, Any]:
-    """Return the names of the parameters, and alias -> name for those with two names."""
+    """Return the names of the parameters, and alias -> name for those with two names.
+
+    Raises:
+        ModelError: The state dict of the network has other names.
+    """
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    saved = model.state_dict(keep_vars=True)
+    if missing := [name for name in first_names.values() if name not in saved]:
+        raise ModelError(
+            f"network: its state_dict() has no {missing[0]}, which named_parameters() has; remove "
+            "what renames or drops its weights"
+        )
     tied = {
         name: first_names[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)

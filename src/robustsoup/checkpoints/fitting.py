@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from robustsoup.checkpoints.weight_sets import is_average
 
 OPTIONAL = ("num_batches_tracked",)
 """Last parts of names that a file may lack: BatchNorm's counters, which PyTorch 0.4.1 added."""
@@ -37,6 +40,24 @@ def network_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
+def has_no_values(tensor: Tensor) -> bool:
+    """Return whether a tensor of a network is on the meta device, or lazy and not built yet."""
+    return tensor.is_meta or is_lazy(tensor)
+
+
+def has_other_shape(tensor: Tensor, wanted: Tensor) -> bool:
+    """Return whether a tensor does not fit one of a network; one that is lazy takes any shape."""
+    return not is_lazy(wanted) and tensor.shape != wanted.shape
+
+
+def holds_other_numbers(tensor: Tensor, wanted: Tensor) -> bool:
+    """Return whether integers stand for weights, or complex numbers for real ones."""
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return (wanted.is_floating_point() and not tensor.is_floating_point()) or (
+        wanted.is_complex() and not is_number
+    )
+
+
 def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return alias -> first name for names of one tensor of a network (see network_tensors)."""
     first_names: dict[int, str] = {}
@@ -50,7 +71,7 @@ def fit_names(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> Name
     A fit takes one chain of prefixes off the names of the file (and off those of the network, if
     all have it), looks through wrappers within names, and fills in aliases of tied tensors.
     Everything that the network needs must be there. Of several fits, one with the right shapes
-    and the shortest prefix is taken.
+    is taken, that of no average if possible, and the shortest prefix.
 
     Args:
         file: name -> tensor.
@@ -76,7 +97,13 @@ def fit_names(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> Name
                 for name, tensor in surplus.items()
             ):
                 fits.append(NamesFit(names, tuple(surplus), prefix, ()))
-        fits.sort(key=lambda fit: (not _shapes_agree(fit, file, network), len(fit.prefix)))
+        fits.sort(
+            key=lambda fit: (
+                not _shapes_agree(fit, file, network),
+                is_average(fit.prefix),
+                len(fit.prefix),
+            )
+        )
         if fits:
             others = tuple(fit.prefix for fit in fits[1:])
             return replace(fits[0], other_prefixes=others)
@@ -137,7 +164,9 @@ def _match(
 
 
 def _shapes_agree(fit: NamesFit, file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> bool:
-    return all(file[source].shape == network[name].shape for name, source in fit.names.items())
+    return not any(
+        has_other_shape(file[source], network[name]) for name, source in fit.names.items()
+    )
 
 
 def _may_be_left(name: str, tensor: Tensor, prefix: str, modules: set[str]) -> bool:

@@ -65,7 +65,13 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
         and name not in tied
         and name not in vectors
         and not _is_constant_of_parametrization(name)
+        and not is_pruning_mask(name, tensors)
     ]
+
+
+def is_pruning_mask(name: str, tensors: Collection[str]) -> bool:
+    """Return whether a name is that of the mask that torch.nn.utils.prune puts on a weight."""
+    return name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in tensors
 
 
 def _is_constant_of_parametrization(name: str) -> bool:

@@ -25,7 +25,7 @@ from robustsoup.paths import user_path
 RECORD = "source.json"
 """File of a copy's folder that says where it came from, with the digest of each file."""
 
-_ADDRESS = re.compile(r"([a-z][a-z0-9+]+):/{1,2}([^/].*)")
+_ADDRESS = re.compile(r"([a-z][a-z0-9+]+):/{1,3}([^/].*)")
 _DIGEST = re.compile(r"#sha256=([0-9a-f]{64})")
 
 

@@ -1,5 +1,6 @@
 """Find the sets of weights in what a training script saved, and describe what lies beside them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,13 @@ WRAPPER_KEYS = (
     "weights",
     "params",
 )
-"""Keys of the set that is read if a file holds several, in this order; else the largest is read."""
+"""Keys of the set that is read if a file holds several, in this order; else the largest is read,
+and a copy beside the network, such as its average, last."""
 
+_AVERAGES = re.compile(
+    r"(?<![a-z])(ema|swa|avg|averaged?|shadow|teacher|momentum|target|attacker)(?![a-z])",
+    re.IGNORECASE,
+)
 _MAX_DEPTH = 4
 _REMOVABLE_PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "0.")
 
@@ -78,10 +84,15 @@ def _walk(content: object, path: tuple[str, ...], seen: set[int]) -> Iterator[We
             yield from _walk(value, (*path, name), seen)
 
 
-def _rank(item: WeightSet) -> tuple[int, int]:
+def _rank(item: WeightSet) -> tuple[int, bool, int]:
     last = item.path[-1] if item.path else None
     known = WRAPPER_KEYS.index(last) if last in WRAPPER_KEYS else len(WRAPPER_KEYS)
-    return known, -item.size
+    return known, is_average(item.key), -item.size
+
+
+def is_average(key: str) -> bool:
+    """Return whether a key or a prefix names a copy beside the network, such as its average."""
+    return _AVERAGES.search(key) is not None
 
 
 def choose_weight_set(sets: Sequence[WeightSet], key: str) -> WeightSet | None:

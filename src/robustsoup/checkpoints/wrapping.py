@@ -243,9 +243,10 @@ def unwrap_pickle(
     sets = find_weight_sets(content)
     if not sets:
         if isinstance(content, Mapping) and content:
-            keys = list(content)[:5]
+            keys, kinds = list(content)[:5], {type(value).__name__ for value in content.values()}
             raise CheckpointError(
-                f"{path}: found no state dict; got keys {keys}, expected tensors by name"
+                f"{path}: found no state dict; got keys {keys} ({join_names(sorted(kinds))}), "
+                "expected tensors by name"
             )
         raise CheckpointError(
             f"{path}: got a {type(content).__name__}, expected a state dict (tensors by name)"

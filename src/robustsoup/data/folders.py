@@ -135,13 +135,15 @@ def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
 def _split_folders(root: Path) -> dict[str, Path] | None:
     """Return the folder of each split, or None if `root` is not split.
 
-    A folder "train" of images without a folder "test" is a class.
+    Capitals in their names do not matter. A folder "train" of images without a folder "test" is a
+    class.
     """
+    folders = {folder.name.lower(): folder for folder in _sub_folders(root)}
     found = {
-        name: folder
+        name: folders[spelling]
         for name, spellings in SPLIT_FOLDERS.items()
-        for folder in reversed([root / spelling for spelling in spellings])
-        if folder.is_dir()
+        for spelling in reversed(spellings)
+        if spelling in folders
     }
     if "train" in found and ("test" in found or _sub_folders(found["train"])):
         return found

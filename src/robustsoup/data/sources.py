@@ -9,7 +9,7 @@ from robustsoup.catalog import DATA_SOURCES
 from robustsoup.data.request import DataRequest, DataSource
 from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
-from robustsoup.paths import expand_home
+from robustsoup.paths import expand_home, user_path
 from robustsoup.progress import Progress
 
 
@@ -72,6 +72,9 @@ def _find_data_source(spec: str, form: Mapping[str, int | None]) -> tuple[DataSo
     name, colon, place = spec.partition(":")
     if colon and DATA_SOURCES.find(name) is None and ("." in name or _is_module(name)):
         return _import_data_source(spec)
+    if DATA_SOURCES.find(name) is None and spec and (path := user_path(spec)).exists():
+        kind = "folder" if path.is_dir() else "npz"
+        raise DataError(f'data: got the path "{spec}", expected how it is read; try {kind}:{spec}')
     entry = DATA_SOURCES.get_entry(name, error=DataError)
     is_plugin = DATA_SOURCES.get(name) is None
     if entry.facts.get("place", is_plugin):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.adaptation import copy_network
+from robustsoup.attacks.adaptation import copy_network, enable_gradients
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, to_float
 from robustsoup.threats import ThreatModel
@@ -58,6 +58,7 @@ def measure_cost(checkpoints: Sequence[Checkpoint], step_seconds: float | None) 
 def measure_step_seconds(model: nn.Module, data: Split, threat: ThreatModel) -> float:
     """Time one step of `learn` at a batch of 128: the median of up to three, after a warm-up."""
     model = copy_network(model)
+    weights = enable_gradients(model)  # learn moves frozen weights as well
     data = data.first(min(BATCH_SIZE, len(data))).to(next(model.parameters()).device)
     x, y = to_float(data.images).contiguous(memory_format=torch.channels_last), data.labels
     repeats = math.ceil(BATCH_SIZE / len(x))
@@ -68,8 +69,8 @@ def measure_step_seconds(model: nn.Module, data: Split, threat: ThreatModel) -> 
         started = time.perf_counter()
         x_adv = apgd_train(model, x, y, threat, steps=2)
         loss = objective_loss(model, x, x_adv, y, mixed(0), precision="float32")
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch.autograd.grad(loss, trainable, allow_unused=True)
+        if loss.requires_grad:  # else learn refuses the network
+            torch.autograd.grad(loss, weights, allow_unused=True)
         if x.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

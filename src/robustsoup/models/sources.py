@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from robustsoup.catalog import DATA_SOURCES, MODELS, Entry
 from robustsoup.errors import ModelError
@@ -286,6 +287,11 @@ def _build_from_factory(factory: Factory, text: str, settings: NetworkSettings) 
         raise ModelError(
             f'model "{settings.spec}": the factory returned {type(model).__name__}, '
             "expected a torch.nn.Module"
+        )
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ModelError(
+            f'model "{settings.spec}": has lazy weights, which have no shape yet; give a function '
+            "that calls the network once on images and returns it"
         )
     return model
 

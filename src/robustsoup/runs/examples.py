@@ -140,7 +140,7 @@ def attack_examples(
     Returns:
         The examples.
     """
-    model = checkpoint.network().to(device).eval()
+    model = checkpoint.network().to(device)
     evaluation = evaluate(
         model,
         data,

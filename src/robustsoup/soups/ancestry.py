@@ -3,7 +3,10 @@
 import re
 from collections.abc import Sequence
 
+import torch
+
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.parameters import is_pruning_mask
 from robustsoup.errors import CheckpointError, IngredientMismatch
 
 
@@ -20,6 +23,7 @@ def check_ingredients(ingredients: Sequence[Checkpoint]) -> None:
     if len(ingredients) > 1:
         _refuse_adapters(first)
     for other in ingredients[1:]:
+        _refuse_other_masks(first, other)
         for name in [*first.tensors, *other.tensors]:
             _check_tensor(name, first, other)
 
@@ -38,6 +42,27 @@ def _refuse_adapters(item: Checkpoint) -> None:
             "and B is not that of the products B A: give the folder with its adapter_config.json, "
             "which is merged into its base, or merge it with peft (merge_and_unload)"
         )
+
+
+def _refuse_other_masks(first: Checkpoint, other: Checkpoint) -> None:
+    """Refuse weights that cannot be averaged: quantized ones, and ones pruned by other masks.
+
+    Raises:
+        IngredientMismatch: Names the first such tensor.
+    """
+    for name, a in first.tensors.items():
+        b = other.tensors.get(name)
+        is_mask = is_pruning_mask(name, first.tensors)
+        is_integer = not (a.is_floating_point() or a.is_complex())
+        if b is None or a.shape != b.shape or not (is_mask or (is_integer and a.dim() > 1)):
+            continue
+        if not torch.equal(a, b):
+            reason = (
+                "the networks were pruned differently; make it permanent with prune.remove"
+                if is_mask
+                else "integers are not averaged; give the weights from before quantization"
+            )
+            raise IngredientMismatch(f"{name}: differs in {first.name} and {other.name}: {reason}")
 
 
 def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:

@@ -107,7 +107,8 @@ def recalibrate(
     if count < 2:
         raise DataError(f"recalibrate: got {count} samples, expected at least 2")
     device = next(model.parameters()).device
-    measured = copy_network(model).eval()
+    measured = copy_network(model)
+    measured.eval()
     adapt_network(measured, to_float(data.images[:2]).to(device))
     layers = norm_layers(measured)
     for layer in layers.values():

@@ -309,7 +309,8 @@ def _build_network(
 ) -> nn.Module:
     model = ingredients[i].network() if network is None else copy_network(network)
     ingredients[i].load_into(model)
-    model = model.to(device).eval()
+    model = model.to(device)
+    model.eval()
     if data is not None:
         adapt_network(model, to_float(data.images[:2]).to(device))
     return model

@@ -11,7 +11,7 @@ from robustsoup import distributed
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.attacks.folding import fold_batchnorm
-from robustsoup.attacks.forward import frozen_eval
+from robustsoup.attacks.forward import call_network, frozen_eval
 from robustsoup.attacks.losses import ce, kl
 from robustsoup.attacks.projections import project
 from robustsoup.data import Split, passes
@@ -242,7 +242,7 @@ def measure_robust_loss(
     for x, y in distributed.take_own(passes(data)):
         x_adv = apgd_train(attacked_model, x, y, threat, steps=steps, precision=precision)
         with torch.no_grad():
-            logits = model(x_adv)
+            logits = call_network(model, x_adv)
         loss, correct = ce(logits, y).sum(), (logits.argmax(1) == y).sum()
         sums += torch.stack([loss.double(), correct.double()]).cpu()
     mean_loss, accuracy = (distributed.sum_ranks(sums) / len(data)).tolist()
@@ -332,15 +332,15 @@ def _pass_batches(
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of the clean and the attacked batch; of one batch twice if one is used."""
     if not (objective.uses_clean and objective.uses_attacked) or x_adv is x:
-        logits = model(x_adv if objective.uses_attacked else x)
+        logits = call_network(model, x_adv if objective.uses_attacked else x)
         return logits, logits
     if not (objective.separate_passes and model.training):  # in eval mode the logits are the same
-        clean, attacked = model(torch.cat([x, x_adv])).chunk(2)
+        clean, attacked = call_network(model, torch.cat([x, x_adv])).chunk(2)
         return clean, attacked
     with torch.no_grad():  # a second update of the running statistics; the logits are those below
-        model(x)
-    attacked = model(x_adv)
-    return model(x), attacked
+        call_network(model, x)
+    attacked = call_network(model, x_adv)
+    return call_network(model, x), attacked
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -163,7 +163,8 @@ def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str | None:
         if isinstance(output, Tensor) and not bool(output.isfinite().all()):
             broken.append(name)
 
-    probe = copy_network(run.model).train()
+    probe = copy_network(run.model)
+    probe.train()
     for name, module in probe.named_modules():
         if not list(module.children()):
             module.register_forward_hook(partial(record_if_broken, name))

@@ -76,7 +76,8 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.model = decay, copy_network(model).eval()
+        self.decay, self.model = decay, copy_network(model)
+        self.model.eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

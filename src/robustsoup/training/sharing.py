@@ -121,7 +121,8 @@ def share_loss_pass(model: nn.Module, data: Split) -> nn.Module:
     """
     if distributed.world() == 1:
         return model
-    probe = copy_network(model).eval()
+    probe = copy_network(model)
+    probe.eval()
     trained = [parameter for parameter in probe.parameters() if parameter.requires_grad]
     logits = probe(to_float(data.images[:2]))
     grads = torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
