@@ -123,6 +123,10 @@ def test_a_network_near_chance_is_judged_with_a_warning(foreign_files, capsys):
     command = ("evaluate", foreign_files[-1], "--model", "mynet:Net", "--data", "digits")
     assert run(*command, "--samples", 100, "--normalize", 40, 0.01) == 0
     assert "--normalize" in capsys.readouterr().err
+    for radius in ("Linf 8", "L2 128"):
+        assert run(*command, "--normalize", 40, 0.01, "--threat", radius) == 2
+        (line,) = capsys.readouterr().err.splitlines()  # refused before the network is looked at
+        assert radius in line
 
 
 def test_the_current_folder_is_importable_only_for_named_code(foreign_files, capsys):

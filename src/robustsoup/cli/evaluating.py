@@ -70,6 +70,7 @@ def evaluate_command(
     from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import evaluate
     from robustsoup.files import check_writable
+    from robustsoup.threats import parse_threats
     from robustsoup.user_code import import_named_module
 
     if keep_points and not output:
@@ -82,9 +83,12 @@ def evaluate_command(
             check_writable(output / f"{name}.{split}.json", folder=False)
     run.use_threads()
     import_named_module(attack.attack)
+    threats = parse_threats(threat)
     loaded = load_requested_data(data, network)
     context = make_context(loaded, network, run, checkpoints)
     selected = loaded.split(split)
+    for model in threats:
+        model.check_shape(selected.images.shape[1:])
     described = {
         name: context.record_network(network.opening.load(path))
         for name, path in name_checkpoints(checkpoints).items()
