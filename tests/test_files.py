@@ -177,6 +177,19 @@ def test_the_cache_folder_follows_xdg(monkeypatch, tmp_path):
     assert cache_folder() == Path.home() / "Library" / "Caches" / "robustsoup"
 
 
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch, tmp_path):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(StorageError, match="no home folder; set HOME or XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "robustsoup"
+
+
 def make_fifo(path):
     os.mkfifo(path)
     return path

@@ -289,12 +289,24 @@ def cache_folder() -> Path:
 
     It lies in XDG_CACHE_HOME (by default ~/.cache) on Linux, in ~/Library/Caches on macOS and in
     LOCALAPPDATA on Windows.
+
+    Raises:
+        StorageError: The user has no home folder, as in a container that runs under a bare number.
     """
-    home = Path.home()
     if sys.platform == "darwin":
-        base = home / "Library" / "Caches"
+        base = _home_folder() / "Library" / "Caches"
     elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home_folder() / "AppData" / "Local")
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home_folder() / ".cache")
     return base / "robustsoup"
+
+
+def _home_folder() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise StorageError(
+            "cache: the user of this process has no home folder; "
+            "set HOME or XDG_CACHE_HOME to a folder that it can write"
+        ) from None

@@ -33,6 +33,17 @@ def test_failed_work_is_exit_code_1(here, capsys):
     assert not (here / "new.safetensors").exists()
 
 
+def test_a_current_folder_that_was_removed_is_one_line(here, capsys, monkeypatch):
+    folder = here / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert run("doctor") == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch("robustsoup: the current folder: .*; it was removed: change .*\n", error)
+    monkeypatch.chdir(here)
+
+
 @contextlib.contextmanager
 def full_disk():
     """Let no file grow over 4 kB; the system then answers much as it does on a full disk."""

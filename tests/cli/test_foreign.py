@@ -149,3 +149,15 @@ def test_a_recorded_network_of_the_current_folder_is_not_imported(foreign_files,
     assert done.returncode == 2
     assert "recorded.safetensors: the file names 'mynet:Net' as its network" in done.stderr
     assert not (tmp_path / "imported").exists()
+
+
+def test_modules_of_the_current_folder_do_not_shadow_others(tmp_path):
+    """`python -m` puts the current folder first on the path, the command takes it off."""
+    for module in ("typing", "json", "typer", "numpy", "torch"):
+        (tmp_path / f"{module}.py").write_text("open('imported', 'w')\n")
+    Checkpoint({"weight": torch.zeros(2)}).save(tmp_path / "a.safetensors")
+    command = [sys.executable, "-m", "robustsoup", "verify", "a.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 verified" in done.stdout
+    assert not (tmp_path / "imported").exists()

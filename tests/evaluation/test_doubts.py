@@ -54,6 +54,16 @@ def test_a_network_without_any_gradient_is_reported(model, data):
     assert "the gradient is exactly zero" in evaluation.warnings[0]
 
 
+def test_flat_logits_are_reported_where_cross_entropy_attacks(model, data):
+    flat = Wrapped(model, after=lambda logits: logits / 1e4)
+    by_ce, by_dlr = (evaluate(flat, data, [LINF], steps=2, loss=loss) for loss in ("ce", "dlr"))
+    told = [text for text in by_ce.warnings if "cross-entropy is almost flat" in text]
+    assert len(told) == 1
+    assert told[0].endswith("try loss dlr")
+    for evaluation in (by_dlr, evaluate(model, data, [LINF], steps=2), evaluate(flat, data)):
+        assert not any("almost flat" in text for text in evaluation.warnings)
+
+
 def test_a_stochastic_network_is_reported(model, data):
     generator = torch.Generator().manual_seed(0)
     noisy = Wrapped(

@@ -44,6 +44,7 @@ def mask(name):
         "nan": {"before": lambda x: x + 0 * (x - x.detach()).sqrt()},
         "noise": {"before": NoisyGradient.apply},
         "huge logits": {"after": lambda z: 1e4 * z},
+        "reversed at times": {"before": ReversedAtTimes.apply},
     }
     return Wrapped(linear(), **wrappers[name])
 
@@ -59,6 +60,20 @@ class NoisyGradient(torch.autograd.Function):
     def backward(ctx, grad):
         noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(0))
         return 100 * grad.abs().mean() * noise
+
+
+class ReversedAtTimes(torch.autograd.Function):
+    """The identity, whose gradient is reversed for about three images in ten."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward((x.flatten(1).sum(1) * 1000).round() % 10 < 3)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (reverse,) = ctx.saved_tensors
+        return torch.where(reverse[:, None, None, None], -grad, grad)
 
 
 MASKS = [
@@ -113,6 +128,14 @@ def test_honest_networks_are_not_flagged(data, network, threat, loss):
     assert checked.record["masking_check"][threat]["gradient"]["n"] >= 5
     unchecked = evaluate(network, own, [threat], loss=loss, masking_check=False, **STEPS)
     assert same_verdicts(checked, unchecked)
+
+
+def test_a_gradient_that_misleads_at_a_part_of_the_samples_is_flagged(data):
+    """Three in ten are far more than the promises that honest networks break."""
+    checked = evaluate(mask("reversed at times"), data, ["Linf 0.001"], steps=40)
+    finding = checked.record["masking_check"]["Linf 0.001"]["gradient"]
+    assert 0.1 * finding["n"] < finding["hits"] < 0.5 * finding["n"]
+    assert finding["flagged"]
 
 
 def test_a_trained_network_is_not_flagged(model, data):

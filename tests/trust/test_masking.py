@@ -43,6 +43,12 @@ def move_randomly(x):
     return nn.functional.pad(x, (1, 1, 1, 1))[..., top : top + 8, left : left + 8]
 
 
+def reverse_some(x):
+    """Return the images, with a reversed gradient for about four in ten."""
+    reverse = ((x.detach().flatten(1).sum(1) * 1000).round() % 10 < 4)[:, None, None, None]
+    return torch.where(reverse, 2 * x.detach() - x, x)
+
+
 MASKED = {
     "reversed gradients": (lambda x: 2 * x.detach() - x, keep),
     "shattered gradients": (lambda x: x + 1e-4 * torch.sin(1e7 * x), keep),
@@ -50,6 +56,8 @@ MASKED = {
     "two levels": (lambda x: (x > 0.5).float(), keep),
     "rounded frequencies": (round_frequencies, keep),
     "random places": (move_randomly, keep),
+    "reversed at some images": (reverse_some, keep),
+    "flat logits": (keep, lambda logits: logits / 1e4),
     "huge logits": (keep, lambda logits: 1e4 * logits),
     "probabilities": (keep, lambda logits: (50 * logits).softmax(1)),
 }

@@ -34,7 +34,7 @@ from robustsoup.cli.terminal import print_error, print_line, print_text, print_w
 from robustsoup.cli.training import train_command
 from robustsoup.cli.verifying import verify_command
 from robustsoup.cli.versions import list_versions, package_version
-from robustsoup.errors import RequestError, RobustsoupError, WorkError
+from robustsoup.errors import RequestError, RobustsoupError, StorageError, WorkError
 from robustsoup.interruption import INTERRUPTED, signal_received
 
 COMMANDS = {
@@ -102,6 +102,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         with _warnings_in_one_line():
+            _check_current_folder()
             _join_other_ranks(arguments)
             code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
             if code != INTERRUPTED:  # else one rank says so
@@ -118,6 +119,20 @@ def run_command_line(arguments: Sequence[str]) -> int:
         is_request = isinstance(error, RequestError) and not isinstance(error, WorkError)
         return 2 if is_request or hasattr(error, "exit_code") else 1
     return code if isinstance(code, int) else 0
+
+
+def _check_current_folder() -> None:
+    """Check that the current folder exists: PyTorch's libraries end the process without it.
+
+    Raises:
+        StorageError: It was removed.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise StorageError(
+            f"the current folder: {error.strerror}; it was removed: change into another one"
+        ) from None
 
 
 def _join_other_ranks(arguments: Sequence[str]) -> None:

@@ -24,6 +24,9 @@ FINDING_TEXTS = {
 FEWEST_SIGMOIDS = 20
 """Samples whose outputs must all lie between 0 and 1 before these count as probabilities."""
 
+FLAT_LOGITS = 0.05
+"""Spread of the logits of an image below which cross-entropy weights all wrong classes alike."""
+
 STOCHASTIC_DIFFERENCE = 1e-4
 """Relative difference of two calls above which a network counts as stochastic."""
 
@@ -78,6 +81,25 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
             "logits; they hide the gradient from the attack"
         )
     return warnings
+
+
+def warn_of_flat_logits(logits: Tensor | None, settings: AttackSettings) -> list[str]:
+    """Warn of logits so small that cross-entropy cannot tell the nearest wrong class.
+
+    Args:
+        logits: (n, classes) clean outputs, or None if they were not computed.
+        settings: The attack.
+    """
+    uses_ce = settings.is_queued and settings.loss_name == "ce"
+    if logits is None or logits.shape[1] < 3 or not uses_ce:
+        return []
+    spread = float((logits.amax(1) - logits.amin(1)).max())
+    if not 0 < spread < FLAT_LOGITS:
+        return []
+    return [
+        f"the logits of an image differ by {spread:.1g} at most: cross-entropy is almost flat and "
+        "weakens the attack; try loss dlr"
+    ]
 
 
 def warn_of_attacks(

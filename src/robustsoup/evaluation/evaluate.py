@@ -24,6 +24,7 @@ from robustsoup.evaluation.doubts import (
     certify_points,
     warn_above_clean,
     warn_of_attacks,
+    warn_of_flat_logits,
     warn_of_masking,
     warn_of_outputs,
     warn_of_points_outside,
@@ -455,6 +456,7 @@ def _make_record(
     warnings = [
         *request.warnings,
         *warn_of_outputs(clean.logits, clean.call_difference),
+        *(warn_of_flat_logits(clean.logits, request.settings) if request.threats else ()),
         *warn_of_attacks(
             list(outcomes.values()), attacked.masking, request.settings, request.data.classes
         ),

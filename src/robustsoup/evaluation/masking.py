@@ -15,7 +15,7 @@ Source: Athalye et al. 2018, arXiv:1802.00420, section 3.1; Carlini et al. 2019,
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -84,6 +84,9 @@ class Limits:
 
 
 GRADIENT = Limits(tolerated=0.2, fewest=5, most=64, budget_share=0.6)
+TOLERATED_UNDER_CE = 0.1
+"""Share of broken promises of the gradient of cross-entropy that is tolerated: its loss rises
+along a gradient even where it curves, unlike that of DLR or the margin."""
 UNBOUNDED = Limits(tolerated=0.05, fewest=3, most=16, budget_share=0.2)
 TRANSFER = Limits(tolerated=0.05, fewest=3, most=128, budget_share=0.1)
 SQUARE = Limits(tolerated=0.05, fewest=3, most=128)
@@ -251,7 +254,9 @@ class _Subject:
             rise = after.double() - before.double()
             return ~((promised > 0) & (rise > KEPT_PROMISE * promised))  # true for NaN
 
-        return self._count(follow, part, passes_each=STEP_PASSES, limits=GRADIENT)
+        is_ce = loss is ce
+        limits = replace(GRADIENT, tolerated=TOLERATED_UNDER_CE) if is_ce else GRADIENT
+        return self._count(follow, part, passes_each=STEP_PASSES, limits=limits)
 
     def follow_through_the_box(self, part: list[int]) -> Finding:
         """Count the samples that survive an attack that may change every pixel at will."""
