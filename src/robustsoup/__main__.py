@@ -12,6 +12,6 @@ with suppress(OSError):  # the current folder was removed, and is not on the pat
     if sys.path[0] == os.getcwd():  # noqa: PTH109 - pathlib is not imported yet
         del sys.path[0]
 
-from robustsoup.cli import main  # noqa: E402
+from robustsoup.cli import main
 
 main()

@@ -96,10 +96,11 @@ def warn_of_flat_logits(logits: Tensor | None, settings: AttackSettings) -> list
     spread = float((logits.amax(1) - logits.amin(1)).max())
     if not 0 < spread < FLAT_LOGITS:
         return []
-    return [
+    warning = (
         f"the logits of an image differ by {spread:.1g} at most: cross-entropy is almost flat and "
         "weakens the attack; try loss dlr"
-    ]
+    )
+    return [warning]
 
 
 def warn_of_attacks(
