@@ -89,7 +89,7 @@ def test_usage_errors_import_nothing_slow(line, message):
     [
         ("robustsoup ev", {"evaluate"}),
         ("robustsoup train --data ", {"digits", "cifar10", "folder"}),
-        ("robustsoup learn --init ", {"xavier", "zeros"}),
+        ("robustsoup learn --batchnorm ", {"per-rank", "sync"}),
         ("robustsoup train --model resnet1", {"resnet18"}),
     ],
 )
