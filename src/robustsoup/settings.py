@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Integral, Real
@@ -703,7 +703,7 @@ class MergeSettings:
 SMALLEST_STEP = 1e-4
 """Smallest step of a grid of soups."""
 ALL_METHODS = "all"
-"""The soups of several methods on one front; `robustsoup search` alone knows it."""
+"""The soups of several methods on one front; recipes have a table for each."""
 MOST_SOUPS = 5_000
 """Most soups of one search or recipe."""
 
@@ -726,6 +726,13 @@ class SearchSettings:
         choices=("grid", "uniform"),
     )
     max_soups: int = setting(2000, "Refuse grids with more soups than this.", ge=1, le=MOST_SOUPS)
+    sweep: str = setting(
+        "eps",
+        "What method learned varies from soup to soup: eps (no attack, and a quarter, a half, once "
+        "and twice the radius of the first threat) or alpha (the weight of the clean loss, 0 to 1 "
+        "in steps of 0.2).",
+        choices=("eps", "alpha"),
+    )
     score: str | None = setting(
         None, 'Score that the greedy soup must not lower, such as "0.3 clean + 0.7 Linf 8/255".'
     )
@@ -743,8 +750,8 @@ class SearchSettings:
     )
     time_limit: str | None = setting(
         None,
-        "Time after which the surrogate attacks no further soup and answers from those that it "
-        "attacked, such as 90s, 30m or 1h30m.",
+        "Time after which no further soup is attacked, such as 90s, 30m or 1h30m; the answer is "
+        "about those that were, and says how many were left out.",
     )
     screen: bool = setting(
         False, "Try every soup with a short attack and confirm in full only those that can win."
@@ -756,24 +763,27 @@ class SearchSettings:
         for name in ("score", "maximise"):  # a threat model or a score becomes its text
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        require = self.require
-        object.__setattr__(
-            self, "require", (require,) if isinstance(require, str) else tuple(require)
-        )
+        object.__setattr__(self, "require", _list_requirements(self.require))
         check_ranges(self)
         if isinstance(self.method, str) and self.method != ALL_METHODS:
             SOUP_METHODS.get_entry(self.method)
         if self.time_limit is not None:
             parse_duration(self.time_limit)
-            if self.method not in ("surrogate", ALL_METHODS):
-                raise RequestError(
-                    f'time_limit: applies to method "surrogate", got "{self.method}"; the other '
-                    "methods have no answer before they end"
-                )
+        if self.sweep != "eps" and self.method not in ("learned", ALL_METHODS):
+            raise RequestError(f'sweep: applies to method "learned", got "{self.method}"')
         if abs(round(1 / self.step) * self.step - 1) > 1e-9:
             raise RequestError(
                 f"step: got {self.step}, expected a fraction of 1 such as 0.2 or 0.25"
             )
+
+
+def _list_requirements(value: Any) -> tuple[str, ...]:
+    """Return requirements as texts, from one text, a list, or {"clean": 0.85}."""
+    if isinstance(value, Mapping):
+        return tuple(f"{key}>={threshold}" for key, threshold in value.items())
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return (str(value),)
+    return tuple(map(str, value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,7 @@ def test_all_methods_compete_on_one_front(here, capsys):
 def test_learning_needs_a_threat_and_screening_does_not_go_with_a_surrogate(here, capsys):
     clean = ("search", *PAIR, "--data", "digits", "--threat", "clean", *FEW, "-o", "best")
     assert run(*clean, "--method", "dial") == 2
-    assert "--method dial: learns under attack" in capsys.readouterr().err
+    assert 'method "dial" learns under attack' in capsys.readouterr().err
     for method in ("surrogate", "all"):
         assert run(*SEARCH, "--method", method, "--screen", "-o", "best") == 2
         assert f"--screen: does not apply to --method {method}" in capsys.readouterr().err

@@ -562,6 +562,11 @@ def test_a_wrong_value_is_named_with_its_place(text, parts):
         assert part in message, message
 
 
+def test_two_requirements_on_one_accuracy_are_refused_before_any_work():
+    text = f"{TUNED}[ingredients.x]\n[select]\nrequire = ['clean>=0.5', 'clean>=60%']"
+    assert "expected one requirement on clean; keep the higher" in refused(text)
+
+
 @pytest.mark.parametrize(
     "requirement", ["clean>0.5", "clean>=2", "Lint 8/255>=0.1", "", "clean>=abc"]
 )

@@ -23,6 +23,7 @@ from robustsoup.recipes import load_recipe
 from robustsoup.runs.choose import choose_soup, confirm_screened_soups
 from robustsoup.runs.soup_rows import plan_recipe
 from robustsoup.runs.store import RECORD, Store, StoredStep
+from robustsoup.soups.time_limit import TimeLimit
 
 
 def sign_step(folder):
@@ -89,7 +90,7 @@ def test_confirming_from_mutated_evaluations_ends_in_one_line(screened, tmp_path
     def confirm(text):
         path.write_text(text, encoding="utf-8")
         sign_step(path.parent)
-        confirm_screened_soups(planner_of(SCREENED), store, refuse_to_execute)
+        confirm_screened_soups(planner_of(SCREENED), store, refuse_to_execute, TimeLimit(None))
 
     assert len(collect_refusals(confirm, mutated_texts(read_unsigned(path), 40))) > 10
 

@@ -91,14 +91,6 @@ def test_a_killed_search_resumes_with_the_same_soups(surrogate_run, tmp_path):
     assert results.surrogates == whole.surrogates
 
 
-def test_a_time_limit_answers_from_what_was_attacked(files, tmp_path):
-    results, selection, _ = run_recipe(make_recipe(files, time_limit="1s"), tmp_path / "run")
-    (surrogate,) = results["surrogates"]
-    assert surrogate["stage"] in ("late", "settled", "grid")
-    assert selection.best.name.startswith("map-")
-    assert surrogate["attacked"] >= 2
-
-
 def test_a_surrogate_does_not_go_with_screening(files):
     evaluate = EVALUATE | {"screen": True}
     with pytest.raises(RobustsoupError, match=r"soups.map: .*remove evaluate.screen"):

@@ -18,6 +18,7 @@ from robustsoup.soups.screening import (
     run_screening,
 )
 from robustsoup.soups.selection import Candidate, Goal, pareto_front, select, worth_confirming
+from robustsoup.soups.time_limit import Late
 
 CHOICE = Goal.parse(LINF, ["clean>=0.5"], point=True)
 FIRST = 32
@@ -86,7 +87,8 @@ def run(truths, goal, contenders=None, alpha=0.05):
         Contender("b", "b"),
     ]
     screening, log = Screening(("a", "b"), tuple(contenders), goal, N, alpha), []
-    final = run_screening(screening, evaluate_truth(truths, log))
+    final, late = run_screening(screening, evaluate_truth(truths, log))
+    assert late == Late()
     return [Candidate(name, (), evaluation) for name, evaluation in final.items()], log
 
 

@@ -1,5 +1,6 @@
 """search: the soups of a method, evaluated on one split, in full or screened."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,13 @@ from robustsoup.data import load_data, to_float
 from robustsoup.errors import CheckpointError, LeakageError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
-from robustsoup.settings import AttackSettings, SearchSettings
+from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
+from robustsoup.soups import time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
+from robustsoup.soups.learned_search import LearnedFamily, threat_slug
+from robustsoup.soups.learning import learn
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.search import search
@@ -131,12 +135,11 @@ def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "greedy", "screen": True}, "greedy method evaluates every soup in full"),
+        ({"method": "greedy", "screen": True}, '"greedy", which evaluates each soup in full'),
         (
             {"attack": "autoattack", "screen": True},
             "screen requires an attack that can be shortened",
         ),
-        ({"method": "learned"}, 'method "learned" learns its coefficients; use learn'),
         ({"method": "gird"}, 'methods: got "gird", .*did you mean "grid"'),
         ({"step": 0.3}, r"step: got 0\.3, expected a fraction of 1"),
         ({"steps": 0}, "steps: got 0, expected at least 1"),
@@ -350,22 +353,188 @@ def test_the_surrogate_attacks_a_part_of_the_grid_as_the_grid_does(ends, split, 
         assert torch.equal(survivors(c.evaluation), survivors(by_name[c.name].evaluation))
 
 
-def test_a_surrogate_search_has_a_time_limit_and_the_grid_has_none(ends, split):
-    brief = {"step": 0.1, "steps": 1, "time_limit": "1s"}
-    assert search(ends, split.first(20), [THREAT], method="surrogate", **brief).candidates
-    with pytest.raises(RequestError, match='time_limit: applies to method "surrogate", got "grid"'):
-        search(ends, split, [THREAT], **brief)
+# the time limit, by a clock that the test turns
 
 
-def test_all_methods_at_once_are_for_the_command_line(ends, split):
-    with pytest.raises(RequestError, match='method "all" runs from the command line'):
-        search(ends, split, [THREAT], method="all")
+@pytest.fixture
+def ticks(monkeypatch):
+    """Let every look at the clock take a second: a soup takes one, and so does the next start."""
+    counter = itertools.count()
+    monkeypatch.setattr(time_limit, "clock", lambda: float(next(counter)))
+
+
+@pytest.mark.usefixtures("ticks")
+def test_soups_that_come_too_late_are_left_out_and_counted(ends, split, full):
+    limited = search(ends, split, [THREAT], step=0.1, time_limit="7s", **FULL)
+    assert [c.name for c in limited.candidates] == ["0-1", "0.5-0.5", "1-0"]
+    answer = limited.answer
+    assert (answer.left_out, answer.unfinished) == (8, 0)
+    assert "the time limit left out 8 soups that no attack was tried on" in answer.lines()
+    whole = {c.name: c.evaluation for c in full}
+    for c in limited.candidates:
+        assert torch.equal(survivors(c.evaluation), survivors(whole[c.name]))
+
+
+@pytest.mark.usefixtures("ticks")
+def test_a_screening_that_comes_to_no_end_says_so(ends, split):
+    whole = search(ends, split, [THREAT], step=0.5, screen=True, **FULL)
+    assert (whole.answer.left_out, whole.answer.unfinished) == (0, 0)
+    late = search(ends, split, [THREAT], step=0.25, screen=True, time_limit="7s", **FULL)
+    assert [c.name for c in late.candidates] == ["0-1", "0.5-0.5", "1-0"]
+    assert late.answer.left_out == 2
+    open_race = not late.candidates[1].confirmed
+    assert late.answer.unfinished <= open_race
+    assert late.answer.chosen in [c.name for c in late.candidates if c.confirmed]
+
+
+@pytest.mark.usefixtures("ticks")
+def test_the_first_soup_is_evaluated_whatever_the_limit(ends, split):
+    brief = {"steps": 1, "time_limit": "1s", "samples": 20}
+    for method in ("uniform", "grid", "surrogate"):
+        assert search(ends, split, [THREAT], method=method, **brief).candidates
+
+
+# learned soups
+
+
+LINF = ThreatModel.parse(THREAT)
+LEARNED = {"learn_settings": LearnSettings(epochs=1, attack_steps=1), "steps": 1, "samples": 60}
+
+
+def test_a_search_learns_soups_against_several_radii(ends, data):
+    train = data.train.first(128)
+    found = search(ends, data.val, [THREAT], method="learned", calibrate_on=train, **LEARNED)
+    names = [c.name for c in found.candidates]
+    assert names[0] == "learned-clean"
+    assert len(names) == len({str(t) for t in LearnedFamily.of("learned", [LINF]).threats}) == 5
+    settings = replace(LEARNED["learn_settings"], threat="clean")
+    expected = mix(ends, learn(ends, train, settings))
+    first = found.candidates[0]
+    soup = mix(ends, first.mixed_by)
+    assert all(torch.equal(soup.tensors[k], v) for k, v in expected.tensors.items())
+    assert "learned against clean" in first.description
+    assert found.answer.chosen in names
+    assert {item.ingredient for item in found.answer.against} == {"ingredient 1", "ingredient 2"}
+    assert found.chosen.name == found.answer.chosen
+
+
+def test_a_sweep_of_alpha_learns_with_several_weights(ends, data):
+    train = data.train.first(64)
+    found = search(
+        ends, data.val, [THREAT], method="learned", sweep="alpha", calibrate_on=train, **LEARNED
+    )
+    slug = threat_slug(LINF)
+    weights = ("0.2", "0.4", "0.6", "0.8", "1")
+    expected = ["ce", *(f"mixed-{w}" for w in weights)]
+    assert [c.name for c in found.candidates] == [f"learned-{slug}-{w}" for w in expected]
+    assert len({c.description for c in found.candidates}) == 6
+    assert found.candidates[1].description.endswith("with mixed 0.2")
+
+
+def test_a_dial_is_learned_once_and_turned(ends, data):
+    steps = []
+    found = search(
+        ends,
+        data.val,
+        [THREAT],
+        method="dial",
+        calibrate_on=data.train.first(64),
+        on_progress=lambda done, total, figures: steps.append((done, total, figures)),
+        require=["clean>=0"],
+        **LEARNED,
+    )
+    assert [c.name for c in found.candidates] == [f"dial-t{t / 10:g}" for t in range(11)]
+    learning = [figures for _, _, figures in steps if figures.startswith("learning dial")]
+    assert learning
+    assert len(learning) == len(set(learning))  # one run of steps, for all positions
+    assert steps[-1][:2] == (11, 11)
+    t = found.candidates[0]
+    assert found.answer.description.startswith("the dial of ingredient 1 and ingredient 2 at t = ")
+    assert t.mixed_by is t.coefficients
+
+
+def test_all_methods_are_on_one_front(ends, data):
+    found = search(
+        ends,
+        data.val,
+        [THREAT],
+        method="all",
+        step=0.5,
+        calibrate_on=data.train.first(64),
+        report_on=data.test.first(16),
+        **LEARNED,
+    )
+    names = [c.name for c in found.candidates]
+    roles = list(dict.fromkeys(name.split("-")[0] for name in names))
+    assert roles == ["surrogate", "learned", "dial", "greedy"]
+    assert len(set(names)) == len(names)
+    assert names.count("greedy") == 1
+    assert "the guarantee leaves out: the greedy soup was built by the score on val" in (
+        found.answer.lines()
+    )
+    assert found.answer.fresh_split == "test"
+
+
+@pytest.mark.usefixtures("ticks")
+def test_learned_soups_that_come_too_late_are_left_out(ends, data):
+    found = search(
+        ends,
+        data.val,
+        [THREAT],
+        method="learned",
+        calibrate_on=data.train.first(64),
+        time_limit="5s",
+        **LEARNED,
+    )
+    assert found.candidates[0].name == "learned-clean"
+    assert len(found.candidates) + found.answer.left_out == 5
+    assert found.answer.left_out == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "all"}, 'method "all" learns on training samples; give calibrate_on'),
+        ({"method": "dial"}, 'method "dial" learns on training samples; give calibrate_on'),
+        ({"method": "learned", "screen": True}, "which evaluates each soup in full"),
+        ({"sweep": "alpha"}, 'sweep: applies to method "learned", got "grid"'),
+        ({"method": "learned", "sweep": "t"}, 'sweep: got "t", expected one of eps, alpha'),
+    ],
+)
+def test_wrong_requests_of_learning_methods_are_refused(ends, split, arguments, message):
+    with pytest.raises(RequestError, match=message):
+        search(ends, split, [THREAT], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("require", "message"),
+    [
+        ({"clean": 85}, 'require: got "clean>=85", .*did you mean "clean>=85%"'),
+        ({"clean": float("nan")}, 'require: got "clean>=nan"'),
+        (0.85, 'require: got "0.85", expected a form such as'),
+        ([0.85], 'require: got "0.85", expected a form such as'),
+    ],
+)
+def test_wrong_requirements_are_refused(ends, split, require, message):
+    with pytest.raises(RequestError, match=message):
+        search(ends, split, [THREAT], require=require)
+
+
+def test_requirements_may_be_a_mapping(ends, split):
+    require = {"clean": 0.0, LINF: "0%"}
+    found = search(ends, split.first(8), [THREAT], method="uniform", steps=1, require=require)
+    assert found.answer.require == ("clean>=0", f"{THREAT}>=0")
+
+
+def test_soups_are_not_learned_without_an_attack(ends, data):
+    with pytest.raises(RequestError, match="learns under attack; give a threat"):
+        search(ends, data.val, ["clean"], method="dial", calibrate_on=data.train)
 
 
 def test_the_surrogate_neither_screens_nor_finds_the_knee(ends, split):
     with pytest.raises(RequestError, match="the knee depends on the whole front"):
         search(ends, split, [THREAT], method="surrogate", maximise="knee")
-    with pytest.raises(RequestError, match="the surrogate attacks few soups, in full"):
+    with pytest.raises(RequestError, match="which attacks few soups, in full; leave out screen"):
         search(ends, split, [THREAT], method="surrogate", screen=True)
 
 
@@ -384,7 +553,7 @@ def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "slerp", "screen": True}, '"slerp" is evaluated in full; leave out screen'),
+        ({"method": "slerp", "screen": True}, '"slerp", which evaluates each soup in full'),
         ({"density": 0.5}, 'density: has no meaning with method "grid"'),
         ({"method": "fisher"}, "measures on training samples; give data"),
         ({"method": "swap"}, "give the blocks"),

@@ -1,8 +1,6 @@
 """Commands that build a recipe from their options and run it: search and landscape."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,20 +200,6 @@ def _recipe_content(
     }
 
 
-SWEEP = (0.25, 0.5, 1.0, 2.0)
-"""Radii that --method learned learns against, as shares of the radius of the first threat."""
-POSITIONS = tuple(number / 10 for number in range(11))
-"""Positions of the dial that --method dial evaluates."""
-TOGETHER = ("surrogate", "learned", "dial", "greedy")
-"""The methods of --method all."""
-SEARCHED_IN_FULL = {
-    "greedy": "which evaluates each soup in full",
-    "surrogate": "which attacks few soups, in full",
-    ALL_METHODS: "which attacks few soups, in full",
-}
-"""Methods that --screen does not go with, and why."""
-
-
 def _soup_sections(
     search: SearchSettings,
     soup: BufferSettings,
@@ -224,11 +208,17 @@ def _soup_sections(
     threats: Sequence[str],
 ) -> dict[str, Any]:
     """Return the [soups] tables; their names differ from those of the ingredients."""
+    from robustsoup.soups.learned_search import (
+        LEARNING,
+        TOGETHER,
+        LearnedFamily,
+        why_not_screened,
+    )
+
     method = str(search.method)
-    if search.screen and method in SEARCHED_IN_FULL:
-        raise RequestError(
-            f"--screen: does not apply to --method {method}, {SEARCHED_IN_FULL[method]}"
-        )
+    reason = why_not_screened(method)
+    if search.screen and reason is not None:
+        raise RequestError(f"--screen: does not apply to --method {method}, {reason}")
     if search.score is not None and method not in ("greedy", ALL_METHODS):
         raise RequestError(
             f"--score: applies to --method greedy, got {method}; --maximise says what is best"
@@ -237,48 +227,31 @@ def _soup_sections(
     sections: dict[str, Any] = {}
     for part in TOGETHER if method == ALL_METHODS else (method,):
         name = part.rpartition(":")[2]
-        section = _soup_section(part, search, learn)
-        if part in ("learned", "dial"):
-            section["threats"] = _learned_threats(part, parsed)
+        section = _soup_section(part, search)
+        if part in LEARNING:
+            family = LearnedFamily.of(part, parsed, search.sweep)
+            section |= {"epochs": learn.epochs, "threats": list(map(str, family.threats))}
+            section |= (
+                {"at": list(family.positions)}
+                if part == "dial"
+                else {"objectives": list(family.objectives)}
+            )
         if soup.buffers is not None:
             section["buffers"] = soup.buffers
         sections[name if name not in checkpoints else f"{name}-soup"] = section
     return sections
 
 
-def _soup_section(method: str, search: SearchSettings, learn: LearnSettings) -> dict[str, Any]:
+def _soup_section(method: str, search: SearchSettings) -> dict[str, Any]:
     """Return the [soups] table of one method."""
-    section: dict[str, Any] = {"method": method}
+    section: dict[str, Any] = {"method": method, "time_limit": search.time_limit}
     if method in ("grid", "line", "surrogate") or method not in SOUP_METHODS:
         section["step"] = search.step
     if method == "surrogate":
-        section |= {"tolerance": search.tolerance, "time_limit": search.time_limit}
+        section["tolerance"] = search.tolerance
     if method == "greedy" and search.score is not None:
         section["score"] = search.score
-    if method in ("learned", "dial"):
-        section["epochs"] = learn.epochs
-    if method == "dial":
-        section["at"] = list(POSITIONS)
     return section
-
-
-def _learned_threats(method: str, threats: Sequence[ThreatModel]) -> list[str]:
-    """Return what to learn against: the first threat, and for soups other radii of it too.
-
-    Raises:
-        RequestError: There is no threat to learn against.
-    """
-    attacked = [threat for threat in threats if not threat.is_clean]
-    if not attacked:
-        raise RequestError(
-            f"--method {method}: learns under attack; give --threat a radius above 0"
-        )
-    first = attacked[0]
-    if method == "dial":
-        return [str(first)]
-    largest = 1.0 if first.norm == "Linf" else math.inf
-    radii = dict.fromkeys(min(share * first.eps, largest) for share in SWEEP)
-    return ["clean", *(str(replace(first, eps=eps)) for eps in radii)]
 
 
 def _add_merging(

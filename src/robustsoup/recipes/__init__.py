@@ -6,7 +6,7 @@ from robustsoup.recipes.reading import (
     parse_recipe,
     with_files,
 )
-from robustsoup.recipes.recipe import Recipe, slug, threat_slug
+from robustsoup.recipes.recipe import Recipe
 from robustsoup.recipes.sections import Figure, Ingredient, Plane, Soup, Training
 
 __all__ = [
@@ -19,7 +19,5 @@ __all__ = [
     "checkpoint_places",
     "load_recipe",
     "parse_recipe",
-    "slug",
-    "threat_slug",
     "with_files",
 ]

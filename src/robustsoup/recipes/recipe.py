@@ -34,7 +34,7 @@ from robustsoup.settings import (
     TrainSettings,
     suggest,
 )
-from robustsoup.soups.confirmation import requires_confirmation
+from robustsoup.soups.confirmation import ADAPTIVE_METHODS, requires_confirmation
 from robustsoup.soups.goal import KNEE, Goal, Score
 from robustsoup.soups.grid import (
     Alpha,
@@ -44,6 +44,7 @@ from robustsoup.soups.grid import (
     grid_size,
     merging_weights,
 )
+from robustsoup.soups.learned_search import name_learned, name_positions, threat_slug
 from robustsoup.soups.surrogate_search import check_modelled
 from robustsoup.threats import ThreatModel
 
@@ -55,9 +56,6 @@ MAX_INGREDIENTS = 1_000
 
 _NO_SOUPS: dict[str, Soup] = {}
 _NO_PLANES: dict[str, Plane] = {}
-
-ADAPTIVE_METHODS = ("greedy", "surrogate")
-"""Methods whose soups, or which of them are attacked, depend on attacks that came before."""
 
 
 class Recipe(Section):
@@ -497,16 +495,6 @@ class Recipe(Section):
                 )
 
 
-def slug(text: str) -> str:
-    """Convert text into a part of a file name: "Linf 8/255" -> "linf-8-255"."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def threat_slug(threat: ThreatModel) -> str:
-    """Convert a threat into a part of a file name: "L1 12.0" -> "l1-12"."""
-    return slug(str(threat).removesuffix(".0"))
-
-
 def _name_one_soup(_recipe: Recipe, section: str) -> list[str]:
     return [section]
 
@@ -518,12 +506,7 @@ def _name_by_coefficients(recipe: Recipe, section: str) -> list[str]:
 
 def _name_by_threat_and_objective(recipe: Recipe, section: str) -> list[str]:
     soup = recipe.soups[section]
-    several = len(soup.objectives) > 1
-    return [
-        f"{section}-{threat_slug(threat)}" + (f"-{slug(objective)}" if several else "")
-        for threat in recipe.threats_of(soup)
-        for objective in soup.objectives
-    ]
+    return name_learned(section, recipe.threats_of(soup), soup.objectives)
 
 
 def _name_by_threat_and_weights(recipe: Recipe, section: str) -> list[str]:
@@ -541,12 +524,7 @@ def _name_by_threat_and_weights(recipe: Recipe, section: str) -> list[str]:
 
 def _name_by_position(recipe: Recipe, section: str) -> list[str]:
     soup = recipe.soups[section]
-    threats = recipe.threats_of(soup)
-    return [
-        f"{section}{f'-{threat_slug(threat)}' if len(threats) > 1 else ''}-t{t:g}"
-        for threat in threats
-        for t in soup.at
-    ]
+    return name_positions(section, recipe.threats_of(soup), soup.at)
 
 
 _SOUP_NAMES: Mapping[str, Callable[[Recipe, str], list[str]]] = {

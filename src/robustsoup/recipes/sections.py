@@ -414,7 +414,9 @@ class Subspace(Section):
         )
 
 
-_MIXED_KEYS = {"method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat"}
+_MIXED_KEYS = {
+    *("method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat", "time_limit"),
+}
 _GRID_KEYS = _MIXED_KEYS | {"step", "max_soups"}
 _LEARNED_KEYS = _MIXED_KEYS | {
     *("threats", "attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach"),
@@ -428,7 +430,7 @@ METHOD_KEYS = {
     "uniform": _MIXED_KEYS,
     "grid": _GRID_KEYS,
     "line": _GRID_KEYS,
-    "surrogate": _GRID_KEYS | {"tolerance", "time_limit"},
+    "surrogate": _GRID_KEYS | {"tolerance"},
     "greedy": _MIXED_KEYS | {"score"},
     "learned": _LEARNED_KEYS
     | {"objectives", "early_stop", "also", "combine", "affine", "average_last"},
@@ -652,6 +654,12 @@ class Evaluate(Section):
 @declares(SearchSettings, only=("maximise", "require", "point"))
 class Select(Section):
     """Which soup to choose on the split that selects."""
+
+    @model_validator(mode="after")
+    @raises_value_error
+    def _check_together(self) -> "Select":
+        Requirement.parse_all(self["require"])
+        return self
 
     def goal(self, default: str) -> Goal:
         """Return the goal; it maximises `default` unless the table names a measure."""

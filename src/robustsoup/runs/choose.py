@@ -25,18 +25,25 @@ from robustsoup.soups.explanation import (
 )
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.selection import Candidate, Selection, select
+from robustsoup.soups.time_limit import Late, TimeLimit
 
 if TYPE_CHECKING:
     from robustsoup.soups.screening import EvaluationRequest
 
 
-def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[], None]) -> None:
+def confirm_screened_soups(
+    planner: Planner, store: Store, execute: Callable[[], None], limit: TimeLimit
+) -> int:
     """Add the full evaluations of screened soups that can still win to the plan, and run them.
 
     Args:
         planner: The planner; its first evaluations are finished.
         store: Finished steps.
         execute: Runs the missing steps of the plan.
+        limit: Time after which no further evaluation is added.
+
+    Returns:
+        How many soups could still win when the time was over.
     """
     screening, threats = planner.screening(), planner.recipe.evaluate.threats
     results: dict[EvaluationRequest, Evaluation] = {}
@@ -45,10 +52,14 @@ def confirm_screened_soups(planner: Planner, store: Store, execute: Callable[[],
         for request in batch:
             results[request] = load_evaluation(store, planner.add_request(request), threats)
         batch = screening.next_requests(results)
+        if batch and not limit.begin_soup():
+            return len(screening.pending(results))
         for request in batch:
             planner.add_confirmation(request)
         if batch:
             execute()
+            limit.end_soup()
+    return 0
 
 
 def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
@@ -71,6 +82,7 @@ def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Cand
         method=row.role,
         at=row.at,
         threat=row.threat,
+        objective=row.objective,
     )
     if row.role == "merge" and row.soup is not None:
         description = f"{plan.recipe.soups[row.soup].method} of {description}"
@@ -172,7 +184,9 @@ def _statistics_seed(plan: Plan) -> int:
     return plan.recipe.evaluate.attack_settings(seed=plan.recipe.seed).seed
 
 
-def explain_choice(plan: Plan, store: Store, choice: Choice, leakage: Leakage) -> Answer:
+def explain_choice(
+    plan: Plan, store: Store, choice: Choice, leakage: Leakage, late: Late
+) -> Answer:
     """Explain a choice, with what the split says that reports, if it is another one.
 
     Args:
@@ -180,6 +194,7 @@ def explain_choice(plan: Plan, store: Store, choice: Choice, leakage: Leakage) -
         store: Finished steps.
         choice: The choice.
         leakage: Whether networks were trained on samples that evaluate them.
+        late: What a time limit left out.
     """
     context = Explained(
         ingredients=choice.ingredients,
@@ -187,6 +202,7 @@ def explain_choice(plan: Plan, store: Store, choice: Choice, leakage: Leakage) -
         selected_on=plan.recipe.select_on,
         fresh_split=f"a part of {plan.recipe.select_on} kept aside" if choice.confirmed else None,
         leaves_out=tuple(_list_gaps(plan, store, leakage, confirmed=choice.confirmed)),
+        late=late,
     )
     answer = explain(choice.selection, context)
     row = plan.row(answer.chosen)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.recipes import Recipe
@@ -89,6 +89,12 @@ class PlannedRow:
     val: Key | None = None
     test: Key | None = None
 
+    @property
+    def keys(self) -> list[Key]:
+        """The steps and files that the row refers to."""
+        keys = (self.network, self.learned, self.dial, self.val, self.test)
+        return [key for key in keys if key is not None]
+
 
 @dataclass(frozen=True)
 class PlannedExamples:
@@ -154,6 +160,28 @@ class Plan:
     def row(self, name: str) -> PlannedRow:
         """Return the row called `name`."""
         return self.rows_by_name[name]
+
+    def part(self, rows: Iterable[PlannedRow] = (), *, keys: Iterable[Key] = ()) -> "Plan":
+        """Return the plan with those steps alone that some rows or keys need.
+
+        Without `keys`, planes and the clean verdicts of surrogates are in every part.
+        """
+        wanted = list(keys) or [*self.planes.values(), *self.surrogates.values()]
+        wanted += [key for row in rows for key in row.keys]
+        needed: set[Key] = set()
+        while wanted:
+            key = wanted.pop()
+            if key in self.steps_by_key and key not in needed:
+                needed.add(key)
+                wanted += self.steps_by_key[key].inputs
+        steps = {key: step for key, step in self.steps_by_key.items() if key in needed}
+        return replace(self, steps_by_key=steps)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Remove rows, and the steps that no other row needs."""
+        for name in names:
+            del self.rows_by_name[name]
+        self.steps_by_key = self.part(self.rows).steps_by_key
 
 
 def step_key(task: Task, surroundings: dict[str, object]) -> Key:

@@ -145,6 +145,8 @@ selection = table(
         "distinguishable": nullable(boolean),
         "better_soup": nullable(text),
         "comparisons": count,
+        "left_out": count,
+        "unfinished": count,
         "checks": _checks,
         "accuracy": mapping_of(accuracy),
         "fresh_accuracy": nullable(mapping_of(accuracy)),

@@ -1,7 +1,6 @@
 """Run a recipe: plan, execute, confirm screened soups, select, report, write the run folder."""
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustsoup import distributed
@@ -34,9 +33,17 @@ from robustsoup.runs.tasks import (
     TrainNetwork,
     TrainSubspace,
 )
+from robustsoup.runs.time_limited import (
+    evaluate_in_time,
+    limited_tables,
+    tightest_limit,
+    without_limited_rows,
+)
+from robustsoup.soups import time_limit
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.goal import check_goal
 from robustsoup.soups.selection import Selection
+from robustsoup.soups.time_limit import Late
 
 
 @dataclass(frozen=True)
@@ -124,22 +131,35 @@ def run_prepared(
     Returns:
         The results, and the selection (None if the recipe selects no soup).
     """
-    started = time.monotonic()
+    started = time_limit.clock()
     planner, context, store = prepared.planner, prepared.context, prepared.store
     plan, recipe = planner.plan, planner.recipe
     _refuse_files_near_chance(plan, context, reporter)
     chosen_executor = executor or InProcess(context, store)
 
-    def execute() -> None:
-        execute_plan(plan, store, reporter, chosen_executor)
+    def execute_part(part: Plan) -> None:
+        execute_plan(part, store, reporter, chosen_executor)
 
-    execute()
+    def execute() -> None:
+        execute_part(plan)
+
+    limited = bool(limited_tables(recipe))
+
+    def execute_unlimited() -> None:
+        execute_part(without_limited_rows(plan) if limited else plan)
+
+    execute_unlimited()
     surrogates = [
-        search_by_surrogate(planner, store, section, execute, started=started)
+        search_by_surrogate(planner, store, section, execute_unlimited, started=started)
         for section in plan.surrogates
     ]
+    late = Late()
+    if limited:
+        late = Late(left_out=evaluate_in_time(planner, execute_part, started=started))
     if recipe.evaluate.screens:
-        confirm_screened_soups(planner, store, execute)
+        limit = tightest_limit(plan, started=started)
+        unfinished = confirm_screened_soups(planner, store, execute, limit)
+        late = replace(late, unfinished=unfinished)
     choice = choose_soup(planner, store, execute)
     selection = None if choice is None else choice.selection
     if selection is not None:
@@ -151,7 +171,7 @@ def run_prepared(
             execute()
     answer = None
     if choice is not None:
-        answer = explain_choice(plan, store, choice, prepared.leakage)
+        answer = explain_choice(plan, store, choice, prepared.leakage, late)
     results = distributed.from_first(
         lambda: write_run_folder(
             folder,

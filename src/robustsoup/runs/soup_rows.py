@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 
 from robustsoup.data import Data
 from robustsoup.models import NetworkSettings
-from robustsoup.recipes import Recipe, Soup, threat_slug
+from robustsoup.recipes import Recipe, Soup
 from robustsoup.runs.plan import PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import ROLES
 from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients, MergeSoup
 from robustsoup.soups.grid import Alpha
+from robustsoup.soups.learned_search import threat_slug
 from robustsoup.soups.surrogate_search import draw_tests, spread_first
 from robustsoup.threats import CLEAN, ThreatModel
 

@@ -153,6 +153,8 @@ class Answer:
         better_soup: The soup that was shown to, in words: the chosen one if it was; None without.
         comparisons: Number of pairs of a candidate and an ingredient that the intervals of
             `against` hold for at once.
+        left_out: Number of soups that the time limit left out; they are no candidates.
+        unfinished: Number of screened soups that could still win when the time limit was reached.
         checks: One check for each requirement, on the samples that select or confirm.
         accuracy: Accuracies of the chosen candidate on the samples that select, by measure.
         fresh_accuracy: Its accuracies on samples that did not choose it, by measure; None without
@@ -181,6 +183,8 @@ class Answer:
     distinguishable: bool | None = None
     better_soup: str | None = None
     comparisons: int = 0
+    left_out: int = 0
+    unfinished: int = 0
     checks: tuple[RequirementCheck, ...] = ()
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     fresh_accuracy: Mapping[str, Accuracy] | None = None
@@ -312,6 +316,20 @@ def _say_chosen(answer: Answer) -> Iterator[str]:
         yield f"on samples that did not choose it ({answer.fresh_split}): {figures}"
 
 
+def _say_late(answer: Answer) -> Iterator[str]:
+    if answer.left_out:
+        yield f"the time limit left out {_count_soups(answer.left_out)} that no attack was tried on"
+    if answer.unfinished:
+        yield (
+            f"the time limit came before {_count_soups(answer.unfinished)} that could still win "
+            "met the full attack on all samples"
+        )
+
+
+def _count_soups(count: int) -> str:
+    return f"{count:,} soup{'' if count == 1 else 's'}"
+
+
 def _say_requirements(answer: Answer) -> Iterator[str]:
     guarantee = answer.guarantee
     for check in answer.checks:
@@ -376,6 +394,7 @@ def _say_guarantee(answer: Answer) -> Iterator[str]:
 _PARTS = (
     _say_distinguishable,
     _say_chosen,
+    _say_late,
     _say_requirements,
     _say_against,
     _say_others,

@@ -45,6 +45,8 @@ from robustsoup.soups.selection import (
     target_score,
 )
 
+ADAPTIVE_METHODS = ("surrogate", "greedy")
+"""Methods whose soups, or which of them are attacked, depend on attacks that came before."""
 MOST_FINALISTS = 5
 """Most finalists that are attacked on the confirm part."""
 

@@ -1,7 +1,7 @@
 """Explain a selection: build the `Answer` from the evaluations of a search."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import (
@@ -23,6 +23,7 @@ from robustsoup.soups.selection import (
     rank_by,
     sample_scores,
 )
+from robustsoup.soups.time_limit import Late
 
 
 def describe_soup(
@@ -33,6 +34,7 @@ def describe_soup(
     method: str = "",
     at: float | None = None,
     threat: str | None = None,
+    objective: str | None = None,
 ) -> str:
     """Describe a soup in words.
 
@@ -43,6 +45,7 @@ def describe_soup(
         method: Method of a soup without a single vector, such as "learned".
         at: Position on a dial.
         threat: Threat model that the coefficients were learned against.
+        objective: Objective that they were learned with.
     """
     if ingredient is not None:
         return f"{ingredient} itself"
@@ -50,6 +53,7 @@ def describe_soup(
         return f"the dial of {_join(ingredients)} at t = {at:g} (0 is robust, 1 is clean)"
     if not alpha:
         against = "" if threat is None else f", learned against {threat}"
+        against += "" if objective in (None, "ce") else f" with {objective}"
         return f"a {method or 'layer-wise'} soup of {_join(ingredients)}{against}"
     parts = [(share, name) for share, name in zip(alpha, ingredients, strict=True) if share]
     if len(parts) == 1:
@@ -110,6 +114,7 @@ class Explained:
         selected_on: Name of the split that selects.
         fresh_split: Name of the part that all evaluations are from, if it did not steer the search.
         leaves_out: What the guarantee leaves out, one sentence each.
+        late: What a time limit left out.
     """
 
     ingredients: Mapping[str, Evaluation]
@@ -117,6 +122,7 @@ class Explained:
     selected_on: str = "val"
     fresh_split: str | None = None
     leaves_out: tuple[str, ...] = ()
+    late: Late = field(default_factory=Late)
 
 
 def explain(selection: Selection, context: Explained) -> Answer:
@@ -145,6 +151,8 @@ def explain(selection: Selection, context: Explained) -> Answer:
         distinguishable=better is not None if meeting else None,
         better_soup=None if better is None else better.words,
         comparisons=comparisons.count,
+        left_out=context.late.left_out,
+        unfinished=context.late.unfinished,
         checks=selection.checks,
         accuracy=dict(best.evaluation.accuracy),
         fresh_accuracy=dict(best.evaluation.accuracy) if context.fresh_split else None,

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
+import numpy as np
+
 from robustsoup.catalog import SOUP_METHODS, Entry
 from robustsoup.errors import CoefficientError
 from robustsoup.settings import SMALLEST_STEP
@@ -135,3 +137,22 @@ def alpha_name(alpha: Sequence[float]) -> str:
 def corners(n: int) -> list[Alpha]:
     """Return the n one-hot coefficient vectors, one for each ingredient alone."""
     return [tuple(float(i == j) for j in range(n)) for i in range(n)]
+
+
+def spread_order(alphas: Sequence[Alpha]) -> list[int]:
+    """Return the positions of coefficients so that each is far from all before it.
+
+    One-hot vectors come first. A search that ends early has then looked everywhere.
+    """
+    points = np.array(alphas, dtype=np.float64)
+    order = [row for row in range(len(points)) if (points[row] == 1).any()] or [0]
+    apart = np.full(len(points), np.inf)
+    for row in order:
+        apart = np.minimum(apart, ((points - points[row]) ** 2).sum(1))
+    apart[order] = -1
+    while len(order) < len(points):
+        row = int(apart.argmax())
+        order.append(row)
+        apart = np.minimum(apart, ((points - points[row]) ** 2).sum(1))
+        apart[row] = -1
+    return order

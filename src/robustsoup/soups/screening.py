@@ -10,10 +10,10 @@ run turns each of them into a stored step. A caller works as follows:
         results |= {request: evaluate_it(request) for request in batch}
     final = screening.final_evaluations(results)
 
-`run_screening` is this loop. `first_requests` depends on no result, so a planner can list these
-evaluations (and price them) before any work; the requests of one batch do not depend on each other,
-except that an evaluation needs those of its `pool` and `after`. `next_requests` is a pure function
-of `results`: a resumed run that reloads the same evaluations gets the same requests.
+`run_screening` is this loop, with a time limit. `first_requests` depends on no result, so a planner
+can list these evaluations (and price them) before any work; the requests of one batch do not depend
+on each other, except that an evaluation needs those of its `pool` and `after`. `next_requests` is a
+pure function of `results`: a resumed run that reloads the same evaluations gets the same requests.
 
 A request is evaluated with these arguments of `evaluate`:
 
@@ -35,7 +35,7 @@ A request with `keep_points` evaluates an ingredient. Its adversarial points are
 contender, so that no contender looks stronger only because it faced fewer points.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -45,6 +45,7 @@ from robustsoup.settings import AttackSettings
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.racing import Race, round_ends
 from robustsoup.soups.selection import Candidate, judge, select, worth_confirming
+from robustsoup.soups.time_limit import Late, TimeLimit
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,14 @@ class Screening:
             and (opening := self.opening_request(contender)) == self._latest(contender, results)
         )
 
+    def pending(self, results: EvaluationsByRequest) -> tuple[str, ...]:
+        """Return the contenders that can still win and are not attacked in full yet."""
+        screened = self._screened_candidates(results)
+        measure = self._decisive_measure(screened) if screened else None
+        if measure is not None:
+            return tuple(self._run_race(measure, results).running)
+        return tuple(request.candidate for request in self.next_requests(results))
+
     def final_evaluations(self, results: EvaluationsByRequest) -> dict[str, Evaluation]:
         """Return the last evaluation of each contender, by name, in the contenders' order."""
         return {item.name: results[self._latest(item, results)] for item in self.contenders}
@@ -227,6 +236,16 @@ class Screening:
 
         It runs its next round; without a leader it runs all, as it will lead.
         """
+        standing = self._run_race(measure, results)
+        if not standing.running:
+            return ()
+        favourite = standing.running[0]
+        contender = next(item for item in self.contenders if item.name == favourite)
+        request = self._latest(contender, results)
+        subset = None if standing.leading is None else self._further_ends(request)[0]
+        return (self._continue(request, subset),)
+
+    def _run_race(self, measure: str, results: EvaluationsByRequest) -> "_Standing":
         latest = self.final_evaluations(results)
         candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
         eligible = judge(candidates, self.goal).eligible(candidates)
@@ -236,35 +255,67 @@ class Screening:
         running = [
             c.name for c in eligible if not c.confirmed and not race.has_lost(scores[c.name])
         ]
-        if not running:
-            return ()
-        favourite = max(running, key=lambda name: (scores[name].value, scores[name].hits))
-        contender = next(item for item in self.contenders if item.name == favourite)
-        request = self._latest(contender, results)
-        subset = None if leading is None else self._further_ends(request)[0]
-        return (self._continue(request, subset),)
+        running.sort(key=lambda name: (-scores[name].value, -scores[name].hits))
+        return _Standing(leading, running)
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """A race after some rounds.
+
+    Attributes:
+        leading: Hits of the leader; None while no soup ran all rounds.
+        running: The soups that can still win, the most promising first.
+    """
+
+    leading: int | None
+    running: list[str]
 
 
 def run_screening(
-    screening: Screening, evaluate: Callable[[EvaluationRequest, EvaluationsByRequest], Evaluation]
-) -> dict[str, Evaluation]:
-    """Run a screening to its end.
+    screening: Screening,
+    evaluate: Callable[[EvaluationRequest, EvaluationsByRequest], Evaluation],
+    *,
+    limit: TimeLimit | None = None,
+    order: Sequence[int] | None = None,
+) -> tuple[dict[str, Evaluation], Late]:
+    """Run a screening to its end, or until the time is over.
 
     Args:
         screening: The screening.
         evaluate: Evaluates one request; its second argument holds all earlier evaluations, those
             of the request's `pool` and `after` among them.
+        limit: Decides whether another contender or another round is begun; the first contender is.
+        order: Positions of the contenders in the order in which they begin; by default their own.
 
     Returns:
-        The last evaluation of each contender, by name.
+        The last evaluation of each contender that began, by name, and what came too late.
     """
+    limit = limit or TimeLimit(None)
     results: dict[EvaluationRequest, Evaluation] = {}
-    batch = screening.first_requests()
-    while batch:
-        for request in batch:
-            results[request] = evaluate(request, results)
-        batch = screening.next_requests(results)
-    return screening.final_evaluations(results)
+
+    def run(requests: Iterable[EvaluationRequest]) -> None:
+        for request in requests:
+            if request not in results:
+                results[request] = evaluate(request, results)
+
+    run(screening.pool)
+    begun: set[Contender] = set()
+    for position in order or range(len(screening.contenders)):
+        if not limit.begin_soup() and begun:
+            break
+        contender = screening.contenders[position]
+        run([screening.first_request(contender), screening.opening_request(contender)])
+        begun.add(contender)
+        limit.end_soup()
+    left_out = len(screening.contenders) - len(begun)
+    rest = replace(screening, contenders=tuple(c for c in screening.contenders if c in begun))
+    while batch := rest.next_requests(results):
+        if not limit.begin_soup():
+            return rest.final_evaluations(results), Late(left_out, len(rest.pending(results)))
+        run(batch)
+        limit.end_soup()
+    return rest.final_evaluations(results), Late(left_out)
 
 
 def short_attack(

@@ -21,6 +21,7 @@ from robustsoup.evaluation.simultaneous import Z_ERROR, Floats, Hits, prove_accu
 from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
+from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.goal import (
     KNEE,
     Goal,
@@ -43,6 +44,7 @@ class Candidate:
         evaluation: Verdicts on the split that selects.
         description: What the soup is, in words: "0.4 of eps4 and 0.6 of eps16".
         ingredient: Name of the ingredient that the candidate equals bit for bit, if it is one.
+        coefficients: Coefficients by layer of a soup that a search learned.
     """
 
     name: str
@@ -50,6 +52,12 @@ class Candidate:
     evaluation: Evaluation
     description: str = ""
     ingredient: str | None = None
+    coefficients: Coefficients | None = None
+
+    @property
+    def mixed_by(self) -> Alpha | Coefficients:
+        """What `mix` takes to make the soup: coefficients by layer, else `alpha`."""
+        return self.alpha if self.coefficients is None else self.coefficients
 
     @property
     def words(self) -> str:

@@ -1,9 +1,26 @@
 """The time limit of a search that can answer at any time."""
 
 import time
+from dataclasses import dataclass
 
 from robustsoup import distributed
 from robustsoup.settings import parse_duration
+
+clock = time.monotonic
+"""The clock of all limits, in seconds."""
+
+
+@dataclass(frozen=True)
+class Late:
+    """What a time limit kept a search from attacking.
+
+    Attributes:
+        left_out: Number of soups that were not attacked at all.
+        unfinished: Number of screened soups that could still win, and were not attacked in full.
+    """
+
+    left_out: int = 0
+    unfinished: int = 0
 
 
 class TimeLimit:
@@ -11,18 +28,18 @@ class TimeLimit:
 
     Args:
         text: The limit, such as "30m"; None for no limit.
-        started: Start of the search on the clock of `time.monotonic`; now if None.
+        started: Start of the search on `clock`; now if None.
     """
 
     def __init__(self, text: str | None, started: float | None = None) -> None:
         self.seconds = None if text is None else parse_duration(text)
-        self.started = time.monotonic() if started is None else started
+        self.started = clock() if started is None else started
         self.began = self.started
         self.longest = 0.0
 
     def begin_soup(self) -> bool:
         """Return whether another soup, if it takes as long as the longest, ends in time."""
-        self.began = time.monotonic()
+        self.began = clock()
         if self.seconds is None:
             return True
         expected_end = self.began - self.started + self.longest
@@ -30,4 +47,4 @@ class TimeLimit:
 
     def end_soup(self) -> None:
         """Note how long the soup took since `begin_soup`."""
-        self.longest = max(self.longest, time.monotonic() - self.began)
+        self.longest = max(self.longest, clock() - self.began)

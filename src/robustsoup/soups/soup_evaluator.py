@@ -1,0 +1,206 @@
+"""Mix, merge and evaluate the soups of a search."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustsoup.attacks.adaptation import copy_network
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import Split
+from robustsoup.data.corruptions import CorruptionPart
+from robustsoup.errors import RequestError
+from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.masking import MOST_POINT_BYTES
+from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.settings import (
+    AttackSettings,
+    LearnSettings,
+    MergeSettings,
+    SearchSettings,
+    make_settings,
+)
+from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.explanation import describe_soup
+from robustsoup.soups.grid import Alpha, corners
+from robustsoup.soups.merging import is_merge, merge
+from robustsoup.soups.mixing import mix
+from robustsoup.soups.screening import (
+    EvaluationRequest,
+    EvaluationsByRequest,
+    mark_screened,
+    short_attack,
+)
+from robustsoup.soups.selection import Candidate
+from robustsoup.threats import CLEAN, ThreatModel, parse_threats
+
+
+def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
+    """Return a short unique name for each ingredient: its file's stem, else a number."""
+    names: list[str] = []
+    for number, item in enumerate(ingredients, 1):
+        name = item.path.stem if item.path else f"ingredient {number}"
+        names.append(f"{name} ({number})" if name in names else name)
+    return names
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How a search merges: the method, its numbers, the base, and the threat to measure under."""
+
+    method: str
+    settings: MergeSettings
+    base: Checkpoint | str | os.PathLike[str] | None
+    threat: ThreatModel | str
+
+
+def describe_merging(
+    settings: SearchSettings,
+    changes: Mapping[str, Any],
+    base: Checkpoint | str | os.PathLike[str] | None,
+    threats: Sequence[ThreatModel | str],
+) -> Merging | None:
+    """Return how the method merges; None for a method that lists or learns coefficients."""
+    method = settings.method
+    if not isinstance(method, str) or not is_merge(method):
+        if given := [*changes, *(["base"] if base is not None else [])]:
+            raise RequestError(f'search: {given[0]}: has no meaning with method "{method}"')
+        return None
+    attacked = [threat for threat in threats if not ThreatModel.parse(threat).is_clean]
+    threat = attacked[0] if attacked else CLEAN
+    return Merging(method, make_settings(MergeSettings, None, changes), base, threat)
+
+
+@dataclass(frozen=True)
+class SoupEvaluator:
+    """Mixes and evaluates soups; the attributes are the arguments of `search`."""
+
+    ingredients: tuple[Checkpoint, ...]
+    data: Split
+    threats: tuple[ThreatModel | str, ...]
+    attack: AttackSettings
+    buffers: str | None
+    calibrate_on: Split | None
+    network: nn.Module | None
+    device: str
+    shift: str | os.PathLike[str] | None
+    shift_part: CorruptionPart = "select"
+    merging: Merging | None = None
+    learn: LearnSettings = field(default_factory=LearnSettings)
+    allow_leakage: bool = False
+
+    def mix_network(self, alpha: Alpha | Coefficients) -> nn.Module:
+        """Return the network with the weights of a soup."""
+        soup = self._make_soup(alpha)
+        model = soup.network() if self.network is None else copy_network(self.network)
+        soup.load_into(model)
+        return model
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the ingredients."""
+        return name_ingredients(self.ingredients)
+
+    def describe(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with its description in words."""
+        averages = self.buffers in (None, "average") and self.merging is None
+        equals = averages and 1.0 in candidate.alpha
+        ingredient = self.names[candidate.alpha.index(1.0)] if equals else None
+        description = describe_soup(candidate.alpha, self.names, ingredient=ingredient)
+        if self.merging is not None:
+            description = f"{self.merging.method} of {description}"
+        return replace(candidate, description=description, ingredient=ingredient)
+
+    def evaluate_ingredients(self, known: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+        """Return the evaluation of each ingredient by name; `known` are not made again."""
+        unmixed = replace(self, buffers="average", merging=None)  # mixing one ingredient returns it
+        alphas = zip(self.names, corners(len(self.ingredients)), strict=True)
+        return {
+            name: known[name] if name in known else unmixed.evaluate(alpha)
+            for name, alpha in alphas
+        }
+
+    def _make_soup(self, alpha: Alpha | Coefficients) -> Checkpoint:
+        """Mix or merge a soup."""
+        merging = self.merging
+        if merging is None or isinstance(alpha, Coefficients):
+            return mix(
+                self.ingredients,
+                alpha,
+                buffers=self.buffers,
+                calibrate_on=self.calibrate_on,
+                network=self.network,
+                device=self.device,
+                seed=self.attack.seed,
+            )
+        return merge(
+            self.ingredients,
+            merging.method,
+            alpha,
+            merging.settings,
+            base=merging.base,
+            data=self.calibrate_on,
+            threat=merging.threat,
+            buffers=self.buffers or "average",
+            network=self.network,
+            device=self.device,
+            seed=self.attack.seed,
+        )
+
+    def evaluate(
+        self,
+        alpha: Alpha | Coefficients,
+        *,
+        keep_points: bool = False,
+        others: Sequence[Evaluation] = (),
+    ) -> Evaluation:
+        """Evaluate a soup in full."""
+        return evaluate(
+            self.mix_network(alpha),
+            self.data,
+            self.threats,
+            self.attack,
+            device=self.device,
+            keep_points=keep_points,
+            others=others,
+            shift=self.shift,
+            shift_part=self.shift_part,
+        )
+
+    def evaluate_clean(self, alpha: Alpha) -> Evaluation:
+        """Evaluate a soup without an attack."""
+        return evaluate(self.mix_network(alpha), self.data, device=self.device)
+
+    @property
+    def tries_points_of_others(self) -> bool:
+        """Whether the masking check of a soup tries the points of the ingredients."""
+        attacked = sum(not threat.is_clean for threat in parse_threats(self.threats))
+        size = attacked * self.data.images.numel() * torch.float32.itemsize
+        return self.attack.masking_check and 0 < size <= MOST_POINT_BYTES
+
+    def evaluate_request(
+        self,
+        alpha: Alpha,
+        request: EvaluationRequest,
+        results: EvaluationsByRequest,
+        screen_steps: int,
+    ) -> Evaluation:
+        """Evaluate a soup with the attack that a screening requests."""
+        short = request.mode == "short"
+        evaluation = evaluate(
+            self.mix_network(alpha),
+            self.data,
+            self.threats,
+            short_attack(self.attack, screen_steps) if short else self.attack,
+            device=self.device,
+            keep_points=request.keep_points,
+            pool=[results[item] for item in request.pool],
+            after=None if request.after is None else results[request.after],
+            subset=request.subset,
+            shift=self.shift,
+            shift_part=self.shift_part,
+        )
+        return mark_screened(evaluation) if short else evaluation
