@@ -48,7 +48,10 @@ class Command:
     """
 
     def __init__(self, arguments, folder, store, before=None):
-        self.log = Path(store).parent / f"{Path(store).name}.{os.urandom(4).hex()}.log"
+        # Not beside the store, whose disk may be full.
+        descriptor, name = tempfile.mkstemp(prefix="trust-", suffix=".log")
+        os.close(descriptor)
+        self.log = Path(name)
         words = [str(word) for word in arguments]
         self.process = start_process(_run, words, str(folder), str(store), str(self.log), before)
 
@@ -63,8 +66,10 @@ class Command:
         self.process.join()
 
     def output(self):
-        """Return what the command printed."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        """Return what the command printed, once."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        self.log.unlink()
+        return text
 
 
 def _run(words, folder, store, log, before):
