@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
