@@ -8,6 +8,7 @@ from torch import nn
 
 from robustsoup.attacks import apgd
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
+from robustsoup.errors import ModelError
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,7 @@ def test_an_error_of_the_network_comes_out_of_an_attack(set_threads):
             return x.flatten(1)
 
     x = torch.rand(100, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ModelError, match="ZeroDivisionError") as caught:
         apgd(Fails(), x, x.flatten(1).argmax(1), "Linf 0.1")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert torch.get_num_threads() == 2

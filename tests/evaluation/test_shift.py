@@ -91,7 +91,7 @@ def test_a_search_confirms_finalists_on_copies_of_other_images(folder, monkeypat
         parts.append((options["shift_part"], len(data), evaluation.record["shift"]["samples"]))
         return evaluation
 
-    monkeypatch.setattr("robustsoup.soups.search.evaluate", evaluate_and_note)
+    monkeypatch.setattr("robustsoup.soups.soup_evaluator.evaluate", evaluate_and_note)
     data = rs.load_data("digits")
     model = rs.load_model("resnet9:width=2", channels=1)
     items = [perturbed(model, seed, 0.01) for seed in (1, 2)]
