@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robustsoup.file_bytes import MAX_ELEMENTS, check_shape
 from robustsoup.printable import first_line, make_printable
 
-MAX_OPERATIONS = 500_000
+MAX_OPERATIONS = 350_000
 MAX_TEXT_BYTES = 2**20
 MAX_DEPTH = 32
 """Most levels of containers."""
