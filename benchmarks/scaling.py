@@ -66,26 +66,26 @@ def print_curve(title: str, plan: list[Step], seconds: dict[str, float], hours: 
 
 def main() -> None:
     """Print the curves."""
-    given = parse_arguments(
+    arguments = parse_arguments(
         __doc__,
         **{"soups": 21, "samples": 50_000, "steps": 100, "part-samples": 2000},
         **{"hours-between-losses": 24},
     )
     torch.set_num_threads(1)
-    work = workload(small=given.small)
+    work = workload(small=arguments.small)
     data = work.load_data()
     record = data.record
     network = NetworkSettings(work.model, data.test.classes, record["channels"], None)
     here = measure_pass_seconds(Context(data, network, CPU), "float32")
     rate = RATES["h100"].operations["bfloat16"]
-    sizes = (given.soups, given.samples, given.steps, given.part_samples)
+    sizes = (arguments.soups, arguments.samples, arguments.steps, arguments.part_samples)
     print(describe_machine())
     curves = {
         f"{work.model}, {1e6 * here:.0f} us a pass in float32, measured here": here,
         "ViT-B/16 on H100s in bfloat16, a calculation": VIT_B_OPERATIONS / rate,
     }
     for title, pass_seconds in curves.items():
-        print_curve(title, *plan_grid(*sizes, pass_seconds), given.hours_between_losses)
+        print_curve(title, *plan_grid(*sizes, pass_seconds), arguments.hours_between_losses)
 
 
 if __name__ == "__main__":

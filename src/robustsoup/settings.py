@@ -232,6 +232,18 @@ def _parse_threat(settings: Any, name: str = "threat") -> None:
     object.__setattr__(settings, name, ThreatModel.parse(getattr(settings, name)))
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Return the numbers of a text such as "0.4,0.6" or "1/3,1/3,1/3".
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    try:
+        return tuple(float(Fraction(number.strip())) for number in text.split(","))
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+
+
 def _check_parts(settings: Any) -> None:
     """Check that each part of an accumulated batch has the two images that BatchNorm needs."""
     images, parts = settings.batch_size, settings.accumulate
@@ -501,7 +513,7 @@ class LearnSettings:
                 raise RequestError(f"{name}: does not apply to a dial, a line of softmaxes")
         if self.average_last and self.early_stop is not None:
             raise RequestError("average_last: early_stop returns one epoch; leave one of them out")
-        self.check_start(len(self.start_weights or ()))
+        self._check_start_weights()
 
     @property
     def threats(self) -> tuple[ThreatModel, ...]:
@@ -514,19 +526,22 @@ class LearnSettings:
         if self.init in ("xavier", "zeros"):
             return None
         try:
-            return tuple(float(Fraction(weight.strip())) for weight in self.init.split(","))
-        except (ValueError, ZeroDivisionError, OverflowError):
+            return parse_numbers(self.init)
+        except ValueError:
             raise RequestError(
                 f'init: got "{self.init}", expected xavier, zeros or weights such as 0.4,0.6'
             ) from None
 
     def check_start(self, n: int) -> None:
-        """Raise RequestError if `init` does not list the weights of n ingredients."""
+        """Raise RequestError if `init` lists the weights of another number of ingredients."""
+        weights = self.start_weights
+        if weights is not None and len(weights) != n:
+            raise RequestError(f"init: got {len(weights)} weights, expected {n}, one an ingredient")
+
+    def _check_start_weights(self) -> None:
         weights = self.start_weights
         if weights is None:
             return
-        if len(weights) != n:
-            raise RequestError(f"init: got {len(weights)} weights, expected {n}, one an ingredient")
         if not abs(sum(weights) - 1) <= 1e-6 or (min(weights) < 0 and not self.affine):
             signs = "" if self.affine else " and are at least 0"
             raise RequestError(f"init: got {self.init}, expected weights that sum to 1{signs}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import (
     DATA,
+    PLANE,
     RecordingReporter,
     recipe_of,
     recipe_of_files,
@@ -130,15 +131,6 @@ def test_a_step_that_loses_its_worker_runs_again(copied):
         for number in range(1, 1 + MOST_LOSSES)
     ]
     assert stored_content(store).keys() == before.keys()
-
-
-PLANE = {
-    "checkpoints": ["pretrained", "low", "high"],
-    "points": 2,
-    "samples": 16,
-    "attack_steps": 1,
-    "calibrate_samples": 32,
-}
 
 
 def test_parts_of_evaluations_and_planes_change_no_byte(copied):

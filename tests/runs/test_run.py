@@ -10,6 +10,7 @@ import torch
 from tiny_runs import (
     DATA,
     LEARNED,
+    PLANE,
     ROWS,
     find_leftovers,
     keys_of,
@@ -248,15 +249,6 @@ def test_a_run_with_every_training_setting(tmp_path):
     assert settings.items() <= record["training"].items()
     assert record["training"]["synthetic"] == record["synthetic"][0]["digest"]
     assert {row["objective"] for row in results["rows"]} >= {"trades", "trades 2", "ce"}
-
-
-PLANE = {
-    "checkpoints": ["pretrained", "low", "high"],
-    "points": 2,
-    "samples": 16,
-    "attack_steps": 1,
-    "calibrate_samples": 32,
-}
 
 
 @pytest.mark.slow

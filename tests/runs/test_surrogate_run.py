@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_runs import RecordingReporter, recipe_of_files, run_recipe
+from tiny_runs import FEW_SAMPLES, RecordingReporter, recipe_of_files, run_recipe
 
 from robustsoup.errors import RobustsoupError
 from robustsoup.runs.results import Results
@@ -14,18 +14,13 @@ from robustsoup.runs.worker import load_hits
 
 THREAT = "Linf 32/255"
 SOUPS = {"map": {"method": "surrogate", "step": 0.1}}
-EVALUATE = {
-    "threats": [THREAT],
-    "steps": 2,
-    "select_samples": 64,
-    "report_samples": 16,
-    "report": "chosen",
-}
 
 
 def make_recipe(files, **changes):
     soups = {"map": SOUPS["map"] | changes}
-    return recipe_of_files(files, soups=soups, select={"require": ["clean>=0"]}, evaluate=EVALUATE)
+    return recipe_of_files(
+        files, soups=soups, select={"require": ["clean>=0"]}, evaluate=FEW_SAMPLES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def test_a_killed_search_resumes_with_the_same_soups(surrogate_run, tmp_path):
 
 
 def test_a_surrogate_does_not_go_with_screening(files):
-    evaluate = EVALUATE | {"screen": True}
+    evaluate = FEW_SAMPLES | {"screen": True}
     with pytest.raises(RobustsoupError, match=r"soups.map: .*remove evaluate.screen"):
         recipe_of_files(files, soups=SOUPS, evaluate=evaluate)
 
@@ -118,7 +113,7 @@ def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(finished,
         finished.folder / "checkpoints",
         soups={"map": SOUPS["map"] | {"tolerance": 0.2}},
         select={"maximise": "clean", "require": [f"{THREAT}>=0.01", "clean>=0.05"]},
-        evaluate=EVALUATE | {"select_samples": 63},
+        evaluate=FEW_SAMPLES | {"select_samples": 63},
     )
     results, selection, _ = run_recipe(recipe, tmp_path / "run")
     answer = results["selection"]

@@ -4,20 +4,13 @@ import itertools
 import json
 
 import pytest
-from tiny_runs import recipe_of_files, run_recipe
+from tiny_runs import FEW_SAMPLES, recipe_of_files, run_recipe
 
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs.results import Results
 from robustsoup.soups import time_limit
 
 THREAT = "Linf 32/255"
-EVALUATE = {
-    "threats": [THREAT],
-    "steps": 2,
-    "select_samples": 64,
-    "report_samples": 16,
-    "report": "chosen",
-}
 
 
 @pytest.fixture
@@ -29,7 +22,7 @@ def ticks(monkeypatch):
 
 def make_recipe(files, soups, **evaluate):
     return recipe_of_files(
-        files, soups=soups, select={"require": ["clean>=0"]}, evaluate=EVALUATE | evaluate
+        files, soups=soups, select={"require": ["clean>=0"]}, evaluate=FEW_SAMPLES | evaluate
     )
 
 

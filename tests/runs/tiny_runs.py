@@ -59,6 +59,21 @@ require = ["clean>=0"]
 [report]
 examples = 0
 """
+PLANE = {
+    "checkpoints": ["pretrained", "low", "high"],
+    "points": 2,
+    "samples": 16,
+    "attack_steps": 1,
+    "calibrate_samples": 32,
+}
+FEW_SAMPLES = {
+    "threats": ["Linf 32/255"],
+    "steps": 2,
+    "select_samples": 64,
+    "report_samples": 16,
+    "report": "chosen",
+}
+"""A table [evaluate] for searches of many soups."""
 DATA = load_data("digits")
 MODEL = NetworkSettings("resnet9:width=2", classes=10, channels=1)
 ROWS = ["pretrained", "low", "high", "grid-0-1", "grid-0.5-0.5", "grid-1-0", "learned-linf-32-255"]

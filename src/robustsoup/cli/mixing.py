@@ -1,6 +1,5 @@
 """The command that mixes checkpoints."""
 
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,7 @@ from robustsoup.cli.options import (
 )
 from robustsoup.cli.terminal import print_line
 from robustsoup.errors import CoefficientError, RequestError
-from robustsoup.settings import BufferSettings, MergeSettings, rules
+from robustsoup.settings import BufferSettings, MergeSettings, parse_numbers, rules
 from robustsoup.threats import ThreatModel
 
 if TYPE_CHECKING:
@@ -219,8 +218,8 @@ def parse_coefficients(text: str | None, count: int, at: float | None) -> "Coeff
     if text is None:
         return uniform_coefficients(count)
     try:
-        return Coefficients.of([float(Fraction(value.strip())) for value in text.split(",")])
-    except (ValueError, ZeroDivisionError, OverflowError):
+        return Coefficients.of(parse_numbers(text))
+    except ValueError:
         raise CoefficientError(
             f"--coefficients: got {text}, expected numbers such as 1/3,1/3,1/3 or a file"
         ) from None

@@ -44,7 +44,12 @@ from robustsoup.soups.grid import (
     grid_size,
     merging_weights,
 )
-from robustsoup.soups.learned_search import name_learned, name_positions, threat_slug
+from robustsoup.soups.learned_search import (
+    LEARNING,
+    name_learned,
+    name_positions,
+    threat_slug,
+)
 from robustsoup.soups.surrogate_search import check_modelled
 from robustsoup.threats import ThreatModel
 
@@ -367,7 +372,7 @@ class Recipe(Section):
                 f'soups.{name}: method = "surrogate" attacks few soups, in full; '
                 "remove evaluate.screen"
             )
-        if soup.method in ("learned", "dial"):
+        if soup.method in LEARNING:
             self._check_learning(name, soup)
         if soup.method == "dial" and any(threat.is_clean for threat in self.threats_of(soup)):
             raise ValueError(

@@ -43,6 +43,7 @@ from robustsoup.settings import (
 )
 from robustsoup.soups.goal import Goal, Requirement, Score, parse_target
 from robustsoup.soups.granularity import GRANULARITIES
+from robustsoup.soups.learned_search import LEARNING
 from robustsoup.soups.subspace import check_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
@@ -494,7 +495,7 @@ class Soup(Section):
     def _check_together(self) -> "Soup":
         for key in sorted(self.model_fields_set - self.settable):
             raise ValueError(f'{key} has no meaning with method = "{self.method}"; remove it')
-        if self["buffers"] == "tracked" and self.method not in ("learned", "dial"):
+        if self["buffers"] == "tracked" and self.method not in LEARNING:
             raise ValueError('buffers = "tracked": only learned soups have tracked statistics')
         self.search_settings()
         return self

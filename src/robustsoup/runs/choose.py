@@ -24,6 +24,7 @@ from robustsoup.soups.explanation import (
     with_test,
 )
 from robustsoup.soups.goal import Goal
+from robustsoup.soups.learned_search import LEARNING
 from robustsoup.soups.selection import Candidate, Selection, select
 from robustsoup.soups.time_limit import Late, TimeLimit
 
@@ -221,9 +222,7 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -
             row.name for row in _ingredient_rows(plan) if _was_stopped_early(plan, store, row)
         ],
         learned=[
-            name
-            for name, soup in soups.items()
-            if soup.method in ("learned", "dial") and soup["early_stop"]
+            name for name, soup in soups.items() if soup.method in LEARNING and soup["early_stop"]
         ],
         greedy=[name for name, soup in soups.items() if soup.method == "greedy" and not confirmed],
         screened=(plan.recipe.evaluate.screens or steered) and not confirmed,

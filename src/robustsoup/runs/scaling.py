@@ -134,11 +134,11 @@ def count_network(context: Context) -> NetworkCost:
     from torch.utils.flop_counter import FlopCounterMode
 
     network, images = context.fresh_network(0).eval(), 2
-    kept: dict[int, int] = {}
+    bytes_by_storage: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        bytes_by_storage[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x = torch.zeros(images, context.data.record["channels"], *context.data.record["size"])
@@ -148,7 +148,7 @@ def count_network(context: Context) -> NetworkCost:
     ):
         network(x.requires_grad_())
     weights = {t.untyped_storage().data_ptr() for t in network.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in weights)
+    activations = sum(size for place, size in bytes_by_storage.items() if place not in weights)
     held = sum(tensor.nbytes for tensor in network.state_dict().values())
     return NetworkCost(counter.get_total_flops() / images, activations / images, held)
 

@@ -145,14 +145,13 @@ def spread_order(alphas: Sequence[Alpha]) -> list[int]:
     One-hot vectors come first. A search that ends early has then looked everywhere.
     """
     points = np.array(alphas, dtype=np.float64)
-    order = [row for row in range(len(points)) if (points[row] == 1).any()] or [0]
-    apart = np.full(len(points), np.inf)
-    for row in order:
-        apart = np.minimum(apart, ((points - points[row]) ** 2).sum(1))
-    apart[order] = -1
+    first = [row for row in range(len(points)) if (points[row] == 1).any()] or [0]
+    order: list[int] = []
+    squared_distances = np.full(len(points), np.inf)  # from the nearest point of the order
     while len(order) < len(points):
-        row = int(apart.argmax())
+        row = first[len(order)] if len(order) < len(first) else int(squared_distances.argmax())
         order.append(row)
-        apart = np.minimum(apart, ((points - points[row]) ** 2).sum(1))
-        apart[row] = -1
+        to_row = ((points - points[row]) ** 2).sum(1)
+        squared_distances = np.minimum(squared_distances, to_row)
+        squared_distances[row] = -1
     return order

@@ -198,20 +198,24 @@ def _search_in_full(run: MethodRun, alphas: Mapping[str, Alpha]) -> Tried:
             evaluation = evaluator.evaluate(alpha, others=others)
         evaluations[name] = run.progress.report(name, evaluation.without_points())
         limit.end_soup()
-    candidates = [
-        Candidate(name, alpha, evaluations[name])
-        for name, alpha in alphas.items()
-        if name in evaluations
-    ]
+    candidates = _list_candidates(alphas, evaluations)
     return Tried(candidates, late=Late(left_out=len(alphas) - len(candidates)))
 
 
 def _evaluate_ingredients_first(evaluator: SoupEvaluator) -> dict[str, Evaluation]:
     """Evaluate the ingredients, with their points if the masking check of soups tries them."""
-    unmixed = replace(evaluator, buffers="average", merging=None)
-    keep_points = evaluator.tries_points_of_others
-    alphas = zip(evaluator.names, corners(len(evaluator.ingredients)), strict=True)
-    return {name: unmixed.evaluate(alpha, keep_points=keep_points) for name, alpha in alphas}
+    return evaluator.evaluate_ingredients(keep_points=evaluator.tries_points_of_others)
+
+
+def _list_candidates(
+    alphas: Mapping[str, Alpha], evaluations: Mapping[str, Evaluation]
+) -> list[Candidate]:
+    """Return a candidate for each soup that was evaluated, in the order of `alphas`."""
+    return [
+        Candidate(name, alpha, evaluations[name])
+        for name, alpha in alphas.items()
+        if name in evaluations
+    ]
 
 
 def _search_among_learned(
@@ -226,13 +230,13 @@ def _search_among_learned(
     """
     evaluator, limit = run.evaluator, run.limit
     family = LearnedFamily.of(method, parse_threats(evaluator.threats), run.settings.sweep)
-    kept = list(ingredients.values()) if evaluator.tries_points_of_others else []
+    others = list(ingredients.values()) if evaluator.tries_points_of_others else []
     candidates: list[Candidate] = []
     for name, words, learn_soup in _list_learned(run, method, family):
         if not limit.begin_soup() and candidates:
             break
         coefficients = learn_soup()
-        evaluation = evaluator.evaluate(coefficients, others=kept[:MOST_OTHERS])
+        evaluation = evaluator.evaluate(coefficients, others=others[:MOST_OTHERS])
         evaluation = run.progress.report(name, evaluation.without_points())
         candidates.append(Candidate(name, (), evaluation, words, coefficients=coefficients))
         limit.end_soup()
@@ -362,14 +366,9 @@ def _search_by_surrogate(
         evaluations[name] = progress.report(name, evaluation)
         limit.end_soup()
     attacked = [name in evaluations for name in alphas]
-    candidates = [
-        Candidate(name, alpha, evaluations[name])
-        for name, alpha in alphas.items()
-        if name in evaluations
-    ]
     hits = hits_by_name(evaluations)
     return Tried(
-        candidates,
+        _list_candidates(alphas, evaluations),
         clean_hits[~np.array(attacked)].T,
         tuple(engine.predict(hits)),
     )

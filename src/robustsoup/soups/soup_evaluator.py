@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -114,12 +115,14 @@ class SoupEvaluator:
             description = f"{self.merging.method} of {description}"
         return replace(candidate, description=description, ingredient=ingredient)
 
-    def evaluate_ingredients(self, known: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    def evaluate_ingredients(
+        self, known: Mapping[str, Evaluation] = MappingProxyType({}), *, keep_points: bool = False
+    ) -> dict[str, Evaluation]:
         """Return the evaluation of each ingredient by name; `known` are not made again."""
         unmixed = replace(self, buffers="average", merging=None)  # mixing one ingredient returns it
         alphas = zip(self.names, corners(len(self.ingredients)), strict=True)
         return {
-            name: known[name] if name in known else unmixed.evaluate(alpha)
+            name: known[name] if name in known else unmixed.evaluate(alpha, keep_points=keep_points)
             for name, alpha in alphas
         }
 
