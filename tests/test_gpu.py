@@ -29,6 +29,7 @@ from robustsoup.progress import SavedState
 from robustsoup.settings import AttackSettings
 from robustsoup.soups.learning import learn, learn_dial
 from robustsoup.soups.mixing import mix
+from robustsoup.soups.subspace import train_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -473,6 +474,9 @@ def check_near(cpu, gpu, within=1e-3):
         {"objective": "trades 6"},
         {"threat": "clean"},
         {"threat": "L2 0.5"},
+        {"also": ("L2 0.5",), "combine": "max"},
+        {"accumulate": 2},
+        {"recompute_activations": True},
         {
             "ema": 0.9,
             "nesterov": True,
@@ -490,6 +494,43 @@ def test_training_takes_the_steps_of_the_cpu(start, more):
     # The attack of "trades" starts where the gradient is almost 0, so rounding changes its signs.
     check_near(cpu, gpu, within=2e-2 if "trades" in more.get("objective", "") else 1e-3)
     assert gpu.provenance["versions"]["device"] == GPU
+
+
+@by_precision
+@pytest.mark.parametrize("setting", [{"recompute_activations": True}, {"accumulate": 4}], ids=str)
+def test_settings_that_save_memory_need_less_of_it_on_the_gpu(setting, precision):
+    """The peak of PyTorch's allocator in one step of 512 images, without and with the setting."""
+    network = load_model("resnet9:width=32", channels=1)
+    few, peaks = DATA.train.first(512), []
+    settings = FEW | {"batch_size": 512, "precision": precision, "epochs": 1, "lr": 0.01}
+    for more in ({}, setting):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(network, few, **settings, **more, device=GPU)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 0.9 * peaks[0]
+
+
+def test_a_subspace_is_trained_as_on_the_cpu(start):
+    settings = FEW | {"epochs": 1, "lr": 0.01}
+    del settings["threat"]
+    cpu, gpu = (
+        train_subspace(start, DATA.train.first(256), ["Linf 16/255", "clean"], **settings, device=d)
+        for d in ("cpu", GPU)
+    )
+    for one, other in zip(cpu, gpu, strict=True):
+        check_near(one, other)
+
+
+@pytest.mark.parametrize("more", [{"affine": True}, {"average_last": 0.5}], ids=str)
+def test_more_ways_of_learning_take_the_steps_of_the_cpu(ingredients, more):
+    settings = FEW | {"epochs": 1, "lr": 1.0, "init": "zeros", **more}
+    cpu, gpu = (
+        learn(ingredients, DATA.train.first(512), **settings, device=device)
+        for device in ("cpu", GPU)
+    )
+    torch.testing.assert_close(gpu.alpha, cpu.alpha, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("objective", ["ce", "mixed 0.4", "trades 6"])
