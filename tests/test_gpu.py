@@ -23,6 +23,7 @@ from robustsoup.catalog import LOSSES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
 from robustsoup.diagnosis.landscape import landscape
+from robustsoup.errors import ModelError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
@@ -282,7 +283,7 @@ def test_a_step_that_raises_leaves_the_state_as_it_was(on_gpu):
     before = [tensor.clone() for tensor in rows.tensors()]
     search = replace(step.args[0], search_model=Fails())
     failing = partial(take_step, search, rows, step.args[2])
-    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+    with torch.no_grad(), pytest.raises(ModelError, match="ZeroDivisionError"):
         capture(rows, failing)
     values = zip(rows.tensors(), before, strict=True)
     assert all(torch.equal(tensor, value) for tensor, value in values)
@@ -643,8 +644,9 @@ def test_a_landscape_equals_that_of_the_cpu(ingredients, precision):
     cpu, gpu = (
         landscape(ingredients, DATA.test, **settings, device=device) for device in ("cpu", GPU)
     )
+    within = 0.02 if precision == "float32" else 0.05
     for measure in ("loss", "clean_loss", "accuracy", "clean_accuracy"):
         wanted = torch.tensor(getattr(cpu, measure))
         torch.testing.assert_close(
-            torch.tensor(getattr(gpu, measure)), wanted, rtol=0.02, atol=0.02
+            torch.tensor(getattr(gpu, measure)), wanted, rtol=within, atol=within
         )
