@@ -103,7 +103,10 @@ def count_seeds(runs: Sequence[object]) -> str:
 
 
 def format_interval(draws: list[np.ndarray], *, sign: bool = True) -> str:
-    """Return estimate [bootstrap interval] for one seed, mean ± half interval for several."""
+    """Return estimate [bootstrap interval] for one seed, mean ± half interval for several.
+
+    "-" stands for what is not defined in a draw or seed.
+    """
     plus = "+" if sign else ""
     estimates = [float(values[-1]) for values in draws]
     if len(draws) == 1:
@@ -111,6 +114,8 @@ def format_interval(draws: list[np.ndarray], *, sign: bool = True) -> str:
             return "-"
         low, high = np.percentile(draws[0][:-1], [2.5, 97.5])
         return f"{estimates[0]:{plus}.1f} [{low:{plus}.1f}, {high:{plus}.1f}]"
+    if not np.isfinite(estimates).all():
+        return "-"
     n = len(estimates)
     half = T95[n] * statistics.stdev(estimates) / math.sqrt(n)
     return f"{statistics.mean(estimates):{plus}.1f} ± {half:.1f}"

@@ -5,9 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from claims import format_interval
 from common import RECIPES, run_recipe_small
+from fine_tunes import draw_on_line
+from gpu import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -15,7 +20,8 @@ TIMED = ("attack", "scaling")
 TIMED_LONGER = (
     *("grid", "learning", "learning_memory", "memory", "strong", "surrogate", "training_attack"),
 )
-READ_RUN_FOLDERS = ("ablations", "claims")
+READ_RUN_FOLDERS = {"ablations": 4, "claims": 4, "fine_tunes": 1}
+"""Scripts that read run folders, with the fewest separators of table heads that they print."""
 LIBRARIES = ("common",)
 LINUX_ONLY = ("learning_memory", "memory")
 
@@ -58,7 +64,7 @@ def test_it_runs_small_and_prints_the_machine_and_a_ratio(name, cache):
 def test_it_runs_recipes_on_digits_and_prints_tables(name, cache):
     done = run_script([sys.executable, BENCHMARKS / f"{name}.py"], "--small", cache=cache)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("|---|") >= 4
+    assert done.stdout.count("|---|") >= READ_RUN_FOLDERS[name]
     assert "nan" not in done.stdout
 
 
@@ -76,10 +82,11 @@ def test_the_gpu_script_runs_small_on_a_cpu(tmp_path, cache):
     done = run_script(script, "--device", "cpu", "--small", "-o", tmp_path, cache=cache)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert set(results) == {"machine", "tests", "attack", "steps", "pretraining"}
+    assert set(results) == {"machine", *SECTIONS}
     assert not [name for name, section in results.items() if "error" in section]
     assert results["steps"]["rows"][0]["float32"]["learning_step_seconds"] > 0
-    assert all(row["float32"]["limit_seconds"] > 0 for row in results["attack"]["rows"])
+    for section in ("attack", "attack_on_trained"):
+        assert all(row["float32"]["limit_seconds"] > 0 for row in results[section]["rows"])
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "step of training" in table
     assert "Pre-training resnet9" in table
@@ -112,3 +119,24 @@ def test_the_exchanged_bytes_are_counted(cache):
     )
     layers, n = 25, 2
     assert trained - 4 * parameters == learned - 8 * layers * n > 0
+
+
+def test_a_line_is_read_between_neighbouring_soups():
+    """Robust accuracy at a clean accuracy, interpolated in each draw; undefined outside."""
+    clean = {"a": [50, 50], "b": [70, 60], "end": [80, 80]}
+    robust = {"a": [40, 40], "b": [30, 38], "end": [10, 20]}
+    run = SimpleNamespace(
+        draw_accuracy=lambda name, measure: np.array(
+            {"clean": clean, "Linf": robust}[measure][name]
+        )
+    )
+    drawn = draw_on_line(run, ["end", "b", "a"], np.array([60, 70]), "Linf")
+    assert drawn.tolist() == [35, 29]
+    outside = draw_on_line(run, ["end", "b", "a"], np.array([49, 81]), "Linf")
+    assert np.isnan(outside).all()
+
+
+def test_an_interval_that_is_not_defined_is_a_dash():
+    assert format_interval([np.array([1.0, np.nan, 2.0])]) == "-"
+    assert format_interval([np.array([1.0, 1.0]), np.array([1.0, np.nan])]) == "-"
+    assert format_interval([np.array([1.0, 2.0]), np.array([1.0, 4.0])], sign=False) == "3.0 ± 12.7"

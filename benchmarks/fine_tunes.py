@@ -1,0 +1,120 @@
+"""Is a soup worth a fine-tune of its own? Reads the run folder of a recipe named fine_tunes.toml.
+
+    robustsoup run recipes/two_cores/fine_tunes.toml -o RUN
+    python benchmarks/fine_tunes.py RUN [--pack TABLE.npz]
+    python benchmarks/fine_tunes.py --small
+
+Each [soups.line-S] is a line of soups between two networks that were fine-tuned with seed S. Every
+other ingredient NAME-S is a network fine-tuned for one point of the trade-off. The table compares
+it with the line at the same clean accuracy on the split that reports, interpolated between
+neighbouring soups. For one seed, intervals are percentile bootstraps over the samples (5,000 draws
+shared by all networks, so clean accuracies and interpolation vary with them); for several seeds,
+Student's t over the seeds. All intervals are 95 %, in points. --pack also writes the verdicts of
+all networks, one bit each.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from claims import RunResults, count_seeds, format_interval, table_head
+from common import run_recipe_small
+
+import robustsoup as rs
+from robustsoup.evaluation.hit_tables import HitTable
+
+
+def draw_on_line(run: RunResults, line: list[str], clean: np.ndarray, threat: str) -> np.ndarray:
+    """Return the robust accuracy of a line of soups at a clean accuracy, (DRAWS + 1,).
+
+    NaN where the clean accuracy lies outside the line.
+    """
+    cleans = np.stack([run.draw_accuracy(name, "clean") for name in line])
+    robusts = np.stack([run.draw_accuracy(name, threat) for name in line])
+    order = np.argsort(cleans, axis=0)
+    points = zip(
+        clean,
+        np.take_along_axis(cleans, order, axis=0).T,
+        np.take_along_axis(robusts, order, axis=0).T,
+        strict=True,
+    )
+    return np.array([np.interp(at, x, y, left=np.nan, right=np.nan) for at, x, y in points])
+
+
+def list_lines(run: RunResults) -> dict[str, list[str]]:
+    """Return the names of the networks of each [soups.line-S], with its ends, by S."""
+    lines = {}
+    for section, rows in run.rows_by_section("line").items():
+        if section.startswith("line-"):
+            ends = rows[0]["ingredients"]
+            lines[section.removeprefix("line-")] = [*ends, *(row["name"] for row in rows)]
+    return lines
+
+
+def list_points(run: RunResults, lines: dict[str, list[str]]) -> Iterator[str]:
+    """Yield the names, without the seed, of the networks fine-tuned for points of the lines."""
+    first, line = next(iter(lines.items()))
+    for row in run.results["rows"]:
+        name, _, seed = row["name"].rpartition("-")
+        if row["role"] == "ingredient" and seed == first and row["name"] not in line:
+            yield name
+
+
+def print_table(run: RunResults) -> None:
+    """Print the networks fine-tuned for a point beside the line at the same clean accuracy."""
+    lines = list_lines(run)
+    seeds = [RunResults(run.folder) for _ in lines]
+    for threat in run.threats:
+        print(f"\n**{run.results['name']}, {threat}** ({count_seeds(seeds)} of fine-tuning)\n")
+        print(table_head("fine-tuned", "clean", "robust", "line, robust", "line minus fine-tuned"))
+        for point in list_points(run, lines):
+            cleans, robusts, on_lines = [], [], []
+            for seed, line in lines.items():
+                cleans.append(run.draw_accuracy(f"{point}-{seed}", "clean"))
+                robusts.append(run.draw_accuracy(f"{point}-{seed}", threat))
+                on_lines.append(draw_on_line(run, line, cleans[-1], threat))
+            gains = [line - own for line, own in zip(on_lines, robusts, strict=True)]
+            cells = [format_interval(draws, sign=False) for draws in (cleans, robusts, on_lines)]
+            print(f"| {point} | {' | '.join(cells)} | {format_interval(gains)} |")
+
+
+def pack(run: RunResults) -> HitTable:
+    """Return the verdicts of all networks on the split that reports."""
+    rows = list(run.results["rows"])
+    names = [row["name"] for row in rows]
+    paths = [run.folder / "evaluations" / f"{name}.{run.report_on}.json" for name in names]
+    evaluations = {name: rs.Evaluation.load(path) for name, path in zip(names, paths, strict=True)}
+    coefficients = np.zeros((len(names), len(names)))
+    for number, row in enumerate(rows):
+        parts = dict(zip(row["ingredients"] or (), row["coefficients"] or (), strict=True))
+        for name, weight in (parts or {row["name"]: 1.0}).items():
+            coefficients[number, names.index(name)] = weight
+    record = {"run": run.results["name"], "protocol": run.results["protocol"], "columns": names}
+    return HitTable.of(evaluations, coefficients.tolist(), record)
+
+
+def main() -> None:
+    """Print the table of a run folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="run folder")
+    parser.add_argument("--pack", type=Path, help="table of all verdicts to write")
+    parser.add_argument("--small", action="store_true", help="run in seconds on digits")
+    options = parser.parse_args()
+    if not options.small and options.folder is None:
+        parser.error("a run folder is required")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder
+        if options.small:
+            folder = run_recipe_small("fine_tunes", Path(temporary))
+        run = RunResults(folder)
+        print_table(run)
+        if options.pack:
+            print(pack(run).save(options.pack))
+
+
+if __name__ == "__main__":
+    main()
