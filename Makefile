@@ -10,7 +10,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 	--no-header --no-annotate -c constraints.txt
 HASHED_INSTALL = $(BIN)/pip install --quiet --no-deps --require-hashes --only-binary :all:
 
-.PHONY: demo test test-browser simulations test-slow test-scale test-kernels test-everywhere test-oldest test-extras trust lint docs dist lock hashed audit clean
+.PHONY: demo test test-browser simulations test-slow scale test-scale test-kernels test-everywhere test-oldest test-extras trust lint docs dist lock hashed audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
@@ -33,6 +33,11 @@ test-browser: $(VENV)/.installed-dev
 # Several processes at length: under torchrun, on Ray, by submitit; same results, kills, Ctrl-C.
 test-scale: $(VENV)/.installed-scale
 	$(BIN)/pytest -n 2 -m scale --durations=10
+
+# One machine as a cluster: torchrun with 1 to 3 processes, Ray with a killed worker, submitit; the
+# same results, and the tables of docs/benchmarks.md. An hour; SCALE=--small is a quick look.
+scale: $(VENV)/.installed-scale
+	$(BIN)/python benchmarks/scale.py $(SCALE)
 
 # The numeric tests again with the kernels of older processors: no verdict depends on the processor.
 test-kernels: $(VENV)/.installed-dev

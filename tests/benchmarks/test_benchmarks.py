@@ -44,7 +44,15 @@ def cache(tmp_path_factory):
 
 def test_every_script_is_run_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert names == {*TIMED, *TIMED_LONGER, *READ_RUN_FOLDERS, *LIBRARIES, "gpu", "exchanged_bytes"}
+    assert names == {
+        *TIMED,
+        *TIMED_LONGER,
+        *READ_RUN_FOLDERS,
+        *LIBRARIES,
+        "gpu",
+        "exchanged_bytes",
+        "scale",
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,17 @@ def test_each_family_of_recipes_runs_on_digits(recipe, tmp_path):
     folder = run_recipe_small(recipe.stem, tmp_path)
     assert (folder / "results.json").is_file()
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.scale
+def test_the_demonstration_of_many_processes_runs_small(cache):
+    pytest.importorskip("ray")
+    pytest.importorskip("submitit")
+    done = run_script([sys.executable, BENCHMARKS / "scale.py"], "--small", cache=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("|---|") == 3
+    assert "are the same for all of them" in done.stdout
+    assert "Results are the same" in done.stdout
 
 
 @pytest.mark.slow
