@@ -25,6 +25,7 @@ from common import describe_machine, parse_arguments
 
 LAYOUTS = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 1": (2, 1), "3 x 1": (3, 1)}
 """Processes and threads of each."""
+SMALL_LAYOUTS = ("1 x 1", "2 x 1")
 TIMES = ("created", "seconds", "digest", "digests", "files", "inputs")
 """Keys of results.json that differ between equal runs."""
 RECIPE = """
@@ -87,7 +88,8 @@ def time_layouts(folder: Path, *, small: bool) -> None:
     time_command(folder, list(tunes), 1, 1)
     print("\n| processes x threads | train | learn | evaluate |\n|---|---|---|---|")
     verdicts: dict[str, np.ndarray] = {}
-    for name, (processes, threads) in LAYOUTS.items():
+    for name in SMALL_LAYOUTS if small else LAYOUTS:
+        processes, threads = LAYOUTS[name]
         place = name.replace(" ", "")
         commands = (
             [*trains, f"{place}.safetensors"],

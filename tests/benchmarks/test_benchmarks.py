@@ -26,13 +26,13 @@ LIBRARIES = ("common",)
 LINUX_ONLY = ("learning_memory", "memory")
 
 
-def run_script(path, *arguments, cache):
+def run_script(path, *arguments, cache, timeout=600):
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHON": sys.executable}
     return subprocess.run(
         [*path, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         env=environment,
     )
 
@@ -88,7 +88,8 @@ def test_each_family_of_recipes_runs_on_digits(recipe, tmp_path):
 def test_the_demonstration_of_many_processes_runs_small(cache):
     pytest.importorskip("ray")
     pytest.importorskip("submitit")
-    done = run_script([sys.executable, BENCHMARKS / "scale.py"], "--small", cache=cache)
+    script = [sys.executable, BENCHMARKS / "scale.py"]
+    done = run_script(script, "--small", cache=cache, timeout=1800)  # many processes start
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("|---|") == 3
     assert "are the same for all of them" in done.stdout
