@@ -5,14 +5,23 @@ import torch
 from ingredients import perturbed
 from torch import nn
 
+from robustsoup.attacks import apgd
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import load_data
+from robustsoup.data import load_data, to_float
 from robustsoup.diagnosis.check import check
-from robustsoup.errors import CheckpointError, CoefficientError, Diverged, RequestError
+from robustsoup.errors import (
+    CheckpointError,
+    CoefficientError,
+    Diverged,
+    ModelError,
+    RequestError,
+)
+from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.progress import SavedState
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.learning import learn, learn_dial
+from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -271,3 +280,34 @@ def test_coefficients_of_other_layers_are_refused():
             Coefficients(torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64), ("other",)),
             network=net,
         )
+
+
+class WithoutMode(Odd):
+    """Overrides train without the argument by which PyTorch chooses eval mode."""
+
+    def train(self):
+        super().train()
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize(
+    "function", ["apgd", "evaluate", "train", "learn", "mix", "merge", "check"]
+)
+def test_a_train_without_a_mode_is_refused_in_one_line(function):
+    items = odd_ingredients("plain")[1]
+    network, uniform = WithoutMode("plain"), [1 / 3] * 3
+    calls = {
+        "apgd": lambda: apgd(network, to_float(DATA.images), DATA.labels, LINF, steps=1),
+        "evaluate": lambda: evaluate(network, DATA, [LINF], steps=1),
+        "train": lambda: train(network, DATA, threat=LINF, epochs=1, device="cpu"),
+        "learn": lambda: learned(items, network=network, epochs=1),
+        "mix": lambda: mix(
+            items, uniform, buffers="recalibrate", calibrate_on=DATA, network=network
+        ),
+        "merge": lambda: merge(items, "regmean", uniform, data=DATA, threat=LINF, network=network),
+        "check": lambda: check(items, data=DATA, network=network),
+    }
+    with pytest.raises(ModelError, match=r"must take mode=True") as caught:
+        calls[function]()
+    assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from robustsoup.attacks.forward import as_logits, frozen_eval
+from robustsoup.attacks.forward import as_logits, frozen_eval, set_mode
 from robustsoup.errors import ModelError, RobustsoupError
 from robustsoup.printable import first_line
 
@@ -146,7 +146,7 @@ def check_train_mode(model: nn.Module, x: Tensor) -> None:
     """
     probe = copy_network(model)
     try:
-        probe.train()
+        set_mode(probe, training=True)
         weights = enable_gradients(probe)
         with torch.enable_grad():
             logits = as_logits(probe(x))

@@ -39,7 +39,7 @@ def frozen_eval(model: nn.Module) -> Generator[None, None, None]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
+        set_mode(model, training=False)
         for parameter in trainable:
             parameter.requires_grad_(False)
         with full_float32():
@@ -49,6 +49,23 @@ def frozen_eval(model: nn.Module) -> Generator[None, None, None]:
             module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """Put a network into train or eval mode.
+
+    Raises:
+        ModelError: A `train` of the user's own fails, such as one without the argument `mode`, by
+            which PyTorch chooses eval mode.
+    """
+    try:
+        model.train() if training else model.eval()
+    except Exception as error:
+        raise ModelError(
+            f"network: cannot be put into {'train' if training else 'eval'} mode: "
+            f"{type(error).__name__}: {first_line(error)}; a method train of your own must take "
+            "mode=True, as that of torch.nn.Module does"
+        ) from error
 
 
 class FunctionNetwork(nn.Module):

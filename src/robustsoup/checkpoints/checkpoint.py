@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.adapters import (
     Adapter,
     find_adapter,
@@ -371,7 +372,7 @@ class Checkpoint:
             self._tensors_for(skeleton)  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
-        model.eval()  # one of the user's may return None
+        set_mode(model, training=False)
         return model
 
     def with_names_of(self, model: nn.Module) -> "Checkpoint":

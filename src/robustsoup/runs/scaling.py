@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from robustsoup.attacks.forward import set_mode
 from robustsoup.runs.context import Context
 from robustsoup.runs.cost import estimate_bytes, estimate_seconds, measure_pass_seconds
 from robustsoup.runs.plan import Step
@@ -133,7 +134,8 @@ def count_network(context: Context) -> NetworkCost:
     """Count the operations and bytes of the recipe's network, by one pass of two images."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    network, images = context.fresh_network(0).eval(), 2
+    network, images = context.fresh_network(0), 2
+    set_mode(network, training=False)
     bytes_by_storage: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

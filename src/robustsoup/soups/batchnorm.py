@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import adapt_network, copy_network
+from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, batches, to_float
 from robustsoup.device import autocast
@@ -108,7 +109,7 @@ def recalibrate(
         raise DataError(f"recalibrate: got {count} samples, expected at least 2")
     device = next(model.parameters()).device
     measured = copy_network(model)
-    measured.eval()
+    set_mode(measured, training=False)
     adapt_network(measured, to_float(data.images[:2]).to(device))
     layers = norm_layers(measured)
     for layer in layers.values():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import adapt_network, copy_network
+from robustsoup.attacks.forward import set_mode
 from robustsoup.catalog import SOUP_METHODS, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_same_split
@@ -310,7 +311,7 @@ def _build_network(
     model = ingredients[i].network() if network is None else copy_network(network)
     ingredients[i].load_into(model)
     model = model.to(device)
-    model.eval()
+    set_mode(model, training=False)
     if data is not None:
         adapt_network(model, to_float(data.images[:2]).to(device))
     return model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.adaptation import copy_network
+from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
@@ -343,7 +344,7 @@ def _make_end(
 ) -> Checkpoint:
     """Return an end with the statistics of its own weights, and its record."""
     s, end, threat = run.settings, run.ends[number], run.threats[number]
-    end.eval()
+    set_mode(end, training=False)
     measured = recalibrate(
         end,
         run.inputs.data,

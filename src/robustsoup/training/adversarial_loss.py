@@ -11,7 +11,7 @@ from robustsoup import distributed
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.attacks.folding import fold_batchnorm
-from robustsoup.attacks.forward import call_network, frozen_eval
+from robustsoup.attacks.forward import call_network, frozen_eval, set_mode
 from robustsoup.attacks.losses import ce, kl
 from robustsoup.attacks.projections import project
 from robustsoup.data import Split, passes
@@ -211,7 +211,7 @@ def objective_loss(
     Raises:
         ThreatError: If the objective returns neither a loss for each sample nor a scalar.
     """
-    model.train()
+    set_mode(model, training=True)
     return _compute_objective(model, x, x_adv, y, objective, precision=precision)
 
 
@@ -236,7 +236,7 @@ def measure_robust_loss(
     Returns:
         Mean cross-entropy in nats, and accuracy in [0, 1].
     """
-    model.eval()
+    set_mode(model, training=False)
     attacked_model = model if threat.is_clean else _model_for_attack(model, data, precision)
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in distributed.take_own(passes(data)):
@@ -285,7 +285,7 @@ def _measure_other_objective(
     steps: int,
     precision: str,
 ) -> float:
-    model.eval()
+    set_mode(model, training=False)
     attacked_model, total = _model_for_attack(model, data, precision), 0.0
     for number, (x, y) in distributed.take_own(enumerate(passes(data))):
         x_adv = attack_batch(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
+from robustsoup.attacks.forward import set_mode
 from robustsoup.data.batches import Batch
 from robustsoup.device import autocast
 from robustsoup.errors import Diverged
@@ -164,7 +165,7 @@ def _first_non_finite_module(run: StepwiseRun, x: Tensor) -> str | None:
             broken.append(name)
 
     probe = copy_network(run.model)
-    probe.train()
+    set_mode(probe, training=True)
     for name, module in probe.named_modules():
         if not list(module.children()):
             module.register_forward_hook(partial(record_if_broken, name))

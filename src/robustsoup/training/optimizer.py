@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
+from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.parameters import find_power_vectors
 from robustsoup.settings import TrainSettings
 
@@ -77,7 +78,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.model = decay, copy_network(model)
-        self.model.eval()
+        set_mode(self.model, training=False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

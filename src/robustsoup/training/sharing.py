@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
+from robustsoup.attacks.forward import set_mode
 from robustsoup.data import Split, to_float
 from robustsoup.digests import digest_json
 from robustsoup.errors import RequestError
@@ -122,7 +123,7 @@ def share_loss_pass(model: nn.Module, data: Split) -> nn.Module:
     if distributed.world() == 1:
         return model
     probe = copy_network(model)
-    probe.eval()
+    set_mode(probe, training=False)
     trained = [parameter for parameter in probe.parameters() if parameter.requires_grad]
     logits = probe(to_float(data.images[:2]))
     grads = torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
