@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from robustsoup.errors import RequestError
@@ -55,18 +56,27 @@ def import_by_name(target: str, *, label: str, error: type[RequestError] = Reque
         RequestError: If the module cannot be imported or has no such name.
     """
     module, _, name = target.partition(":")
-    try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        raise error(
-            f'{label}: module "{missing.name}" cannot be found; is it on the Python path?'
-        ) from None
-    except (ImportError, ValueError, TypeError) as problem:
-        reason = first_line(problem)
-        raise error(f'{label}: module "{module}" cannot be imported: {reason}') from None
+    imported = import_user_module(module, label=label, error=error)
     if getattr(imported, name, None) is None:
         raise error(f'{label}: module "{module}" has no "{name}"')
     return getattr(imported, name)
+
+
+def import_user_module(
+    module: str, *, label: str, error: type[RequestError] = RequestError
+) -> ModuleType:
+    """Import a module, which may be the user's own; arguments and errors as `import_by_name`."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        raise error(
+            f'{label}: module "{missing.name}" cannot be found; is it on the Python path?'
+        ) from missing
+    except RequestError:
+        raise
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+        raise error(f'{label}: module "{module}" cannot be imported: {reason}') from problem
 
 
 class Registry(Mapping[str, Entry]):

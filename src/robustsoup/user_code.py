@@ -1,12 +1,12 @@
 """Importing the user's own code that a command names, such as --model my_script:Net."""
 
 import contextlib
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from robustsoup.catalog import DATA_SOURCES, MODELS, OBJECTIVES
+from robustsoup.catalog import DATA_SOURCES, MODELS, OBJECTIVES, import_user_module
 
 
 @contextlib.contextmanager
@@ -40,5 +40,6 @@ def import_named_module(spec: object, folder: Path | None = None) -> None:
     module, colon, _ = str(spec or "").partition(":")
     if not colon or any(module in names for names in (DATA_SOURCES, MODELS, OBJECTIVES)):
         return
-    with current_folder_importable(folder), contextlib.suppress(ModuleNotFoundError, ValueError):
-        importlib.import_module(module)
+    with current_folder_importable(folder), contextlib.suppress(ValueError):
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
+            import_user_module(module, label=f'"{spec}"')

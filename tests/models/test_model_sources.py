@@ -83,6 +83,55 @@ def test_a_function_is_a_network_and_is_recorded_by_its_module(tmp_path, monkeyp
     assert Checkpoint.of(model).network()[2].out_features == 4
 
 
+SIZED = """
+from torch import nn
+def load({arguments}):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * {channels}, {classes}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "channels", "classes"),
+    [("in_channels, num_classes", "in_channels", "num_classes"), ("*, n_classes", 1, "n_classes")],
+)
+def test_a_factory_gets_sizes_that_it_requires_under_other_names(
+    tmp_path, monkeypatch, arguments, channels, classes
+):
+    module = f"sized_{classes}"
+    code = SIZED.format(arguments=arguments, channels=channels, classes=classes)
+    write_plugin(tmp_path, module, code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_model(f"{module}:load", classes=4, channels=1)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4)
+    assert Checkpoint.of(model).network()[1].out_features == 4
+    assert load_model(f"{module}:load:{classes}=7", classes=4, channels=1)[1].out_features == 7
+
+
+def test_a_size_with_a_default_keeps_it(tmp_path, monkeypatch):
+    code = SIZED.format(arguments="num_classes=6", channels=1, classes="num_classes")
+    write_plugin(tmp_path, "sized_by_default", code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_model("sized_by_default:load", classes=4, channels=1)[1].out_features == 6
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "text"),
+    [
+        ("faulty_a", "def load(:", 'module "faulty_a" cannot be imported: SyntaxError'),
+        ("faulty_b", "import no_such_library", 'module "no_such_library" cannot be found'),
+        ("faulty_c", "1 / 0", 'module "faulty_c" cannot be imported: ZeroDivisionError'),
+        ("faulty_d", "def load(): return {}['key']", "cannot be built with {}: KeyError: 'key'"),
+        ("faulty_e", "def load(depth, size): 0", "write faulty_e:load:depth=VALUE,size=VALUE"),
+    ],
+)
+def test_faulty_code_of_the_user_ends_in_one_line(tmp_path, monkeypatch, module, code, text):
+    write_plugin(tmp_path, module, code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match=text) as caught:
+        load_model(f"{module}:load")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_function_that_cannot_be_recorded_is_refused():
     for factory in (lambda: None, nn.Module.cpu):
         with pytest.raises(ModelError, match="define it at the top level of a module"):
@@ -95,7 +144,9 @@ def test_a_function_that_cannot_be_recorded_is_refused():
         ("resnet8", 'models: got "resnet8", expected one of resnet9'),
         ("no_such:net", 'module "no_such" cannot be found; is it on the Python path?'),
         ("json:no_such", 'module "json" has no "no_such"'),
-        ("json:dumps", "cannot be built with"),
+        ("json:dumps", "the factory requires obj; write json:dumps:obj=VALUE"),
+        ("json:dumps:indent=2", "the factory requires obj; write json:dumps:indent=2,obj=VALUE"),
+        ("json:dumps:obj=2,no=3", "cannot be built with"),
         ("json:JSONDecoder", "the factory returned JSONDecoder, expected a torch.nn.Module"),
         ("resnet9:width", 'got "width", expected key=value'),
     ],

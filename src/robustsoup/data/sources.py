@@ -1,11 +1,10 @@
 """Load a data set by its name; the catalog lists the built-in sources."""
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
 
-from robustsoup.catalog import DATA_SOURCES
+from robustsoup.catalog import DATA_SOURCES, import_user_module
 from robustsoup.data.request import DataRequest, DataSource
 from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
@@ -99,12 +98,8 @@ def _import_data_source(spec: str) -> tuple[DataSource, str]:
     """Import the function of "package.module:function[:PLACE]"."""
     module, _, rest = spec.partition(":")
     function, _, place = rest.partition(":")
-    try:
-        source = getattr(importlib.import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f'data "{spec}": module "{error.name}" cannot be found; is it on the Python path?'
-        ) from None
+    imported = import_user_module(module, label=f'data "{spec}"', error=DataError)
+    source = getattr(imported, function, None)
     if not callable(source):
         raise DataError(f'data "{spec}": module "{module}" has no function "{function}"')
     return source, place

@@ -1,16 +1,15 @@
 """Build a network by its name; the catalog lists the built-in ones and the other sources."""
 
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from robustsoup.catalog import DATA_SOURCES, MODELS, Entry
-from robustsoup.errors import ModelError
+from robustsoup.catalog import DATA_SOURCES, MODELS, Entry, import_by_name
+from robustsoup.errors import ModelError, RobustsoupError
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.models.libraries import (
     InputSettings,
@@ -33,6 +32,12 @@ from robustsoup.precision import full_float32
 from robustsoup.printable import first_line
 
 Factory = Callable[..., nn.Module]
+_OTHER_NAMES = {
+    "classes": ("num_classes", "n_classes", "nb_classes", "nclasses", "num_labels"),
+    "channels": ("in_channels", "in_chans", "num_channels", "n_channels", "num_input_channels"),
+}
+"""What factories of other libraries call these sizes."""
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 MOST_WEIGHTS = 2**31
 """Largest number of weights of a built-in network; the largest published one has 2.7e8."""
 
@@ -53,8 +58,9 @@ def load_model(
         spec: "resnet9", "resnet9:width=16", "timm:NAME", "hf:FOLDER" or another source of the
             catalog, "package.module:factory[:key=value,...]", or a function at the top level of a
             module.
-        classes: Number of classes; a factory receives it only if its signature names it.
-        channels: Number of input channels; passed under the same condition as `classes`.
+        classes: Number of classes; a factory receives it as `classes` if its signature names it,
+            or as `num_classes` and the like if it requires that.
+        channels: Number of input channels; passed under the same condition, also as `in_channels`.
         mean: Per-channel mean that a built-in network subtracts from its inputs.
         std: Per-channel standard deviation that a built-in network divides its inputs by.
         normalize: (mean, std) by channel, for a network that expects normalized inputs; applied
@@ -279,10 +285,9 @@ def _build_builtin(
 
 def _build_from_factory(factory: Factory, text: str, settings: NetworkSettings) -> nn.Module:
     """Call a factory that is not built in with the options that it accepts."""
-    accepted = _parameter_names(factory)
-    sizes: dict[str, OptionValue] = {"classes": settings.classes, "channels": settings.channels}
-    options = {key: value for key, value in sizes.items() if key in accepted}
-    model = _call_factory(factory, options | _parse_options(text, settings.spec), settings.spec)
+    options = _size_options(factory, settings) | _parse_options(text, settings.spec)
+    _check_required(factory, options, settings.spec)
+    model = _call_factory(factory, options, settings.spec)
     if not isinstance(model, nn.Module):
         raise ModelError(
             f'model "{settings.spec}": the factory returned {type(model).__name__}, '
@@ -333,29 +338,64 @@ def _parse_number(text: str) -> int | float | str:
     return text
 
 
-def _parameter_names(factory: Factory) -> set[str]:
+def _size_options(factory: Factory, settings: NetworkSettings) -> dict[str, OptionValue]:
+    """Return the sizes that a factory asks for by name.
+
+    `classes` and `channels` are passed whether or not they have a default, other names only if the
+    factory requires them.
+    """
+    parameters, required = _parameters(factory), _required_names(factory)
+    sizes = {"classes": settings.classes, "channels": settings.channels}
+    options: dict[str, OptionValue] = {}
+    for size, value in sizes.items():
+        options |= {name: value for name in required if name in _OTHER_NAMES[size]}
+        if size in parameters:
+            options[size] = value
+    return options
+
+
+def _check_required(factory: Factory, options: Collection[str], spec: str) -> None:
+    """Check that a factory gets each argument that it requires.
+
+    Raises:
+        ModelError: Names those that are missing, and how to give them.
+    """
+    missing = [name for name in _required_names(factory) if name not in options]
+    if missing:
+        given = spec + ("," if spec.count(":") > 1 else ":")
+        raise ModelError(
+            f'model "{spec}": the factory requires {", ".join(missing)}; write '
+            f"{given}{','.join(f'{name}=VALUE' for name in missing)}"
+        )
+
+
+def _required_names(factory: Factory) -> list[str]:
+    return [
+        parameter.name
+        for parameter in _parameters(factory).values()
+        if parameter.default is parameter.empty and parameter.kind in _BY_NAME
+    ]
+
+
+def _parameters(factory: Factory) -> Mapping[str, inspect.Parameter]:
     try:
-        return set(inspect.signature(factory).parameters)
+        return inspect.signature(factory).parameters
     except (TypeError, ValueError):
-        return set()
+        return {}
 
 
 def _import_factory(module: str, name: str, spec: str) -> Factory:
-    try:
-        factory = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            f'model "{spec}": module "{error.name}" cannot be found; is it on the Python path?'
-        ) from None
-    if factory is None:
-        raise ModelError(f'model "{spec}": module "{module}" has no "{name}"')
-    return factory
+    return import_by_name(f"{module}:{name}", label=f'model "{spec}"', error=ModelError)
 
 
 def _call_factory(factory: Factory, options: dict[str, OptionValue], spec: str) -> nn.Module:
     try:
         with full_float32():  # weights are float32 for any default dtype
             return factory(**options)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (RobustsoupError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         reason = first_line(error)
-        raise ModelError(f'model "{spec}": cannot be built with {options}: {reason}') from None
+        if not isinstance(error, (TypeError, ValueError, RuntimeError, OverflowError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ModelError(f'model "{spec}": cannot be built with {options}: {reason}') from error
