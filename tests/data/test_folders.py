@@ -2,6 +2,8 @@
 
 import io
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +228,80 @@ def test_a_fifo_among_the_images_is_refused_without_waiting(tmp_path):
     with pytest.raises(DataError, match=r"b/fifo\.png: cannot be read \(.*FIFO") as caught:
         load_data(f"folder:{data}")
     assert "Errno" not in str(caught.value)
+
+
+LINKS = {
+    "image": ("a/loop.png", "loop.png", r"a/loop\.png: cannot be read \(.*symbolic"),
+    "missing image": ("a/gone.png", "no.png", r"a/gone\.png: cannot be read \(No such file"),
+    "class": ("c", ".", r"data/c: is a link to a folder that holds it, so it is no class"),
+    "missing class": ("c", "no", r"data/c: is a link to nothing, expected a folder"),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_that_leads_nowhere_or_back_is_refused(tmp_path, case):
+    data = tmp_path / "data"
+    write_classes(data, a=10, b=10)
+    place, target, text = LINKS[case]
+    (data / place).symlink_to(target)
+    with pytest.raises(DataError, match=text):
+        load_data(f"folder:{data}")
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("..", "linking to a folder above"),
+        (".", "linking to a folder above"),
+        ("loop", "linking to nothing"),
+    ],
+)
+def test_a_link_in_a_class_adds_no_image_of_another_class(tmp_path, target, reason):
+    data = tmp_path / "data"
+    write_classes(data, a=10, b=10)
+    (data / "a" / "loop").symlink_to(target)
+    loaded = load_data(f"folder:{data}")
+    labels = torch.cat([part.labels for part in (loaded.train, loaded.val, loaded.test)])
+    assert labels.bincount().tolist() == [10, 10]
+    assert f"skipped 1 files: 1 {reason};" in loaded.notes[0]
+
+
+@pytest.fixture
+def stopped_by_permissions():
+    """A folder, and chmod for paths in it, after which root is a user whom permissions stop."""
+    if os.name != "posix":
+        pytest.skip("no permissions on this system")
+    user, closed = os.geteuid(), []
+
+    def close(path, mode):
+        closed.append(path)
+        path.chmod(mode)
+        if user == 0:
+            os.seteuid(65534)
+
+    with tempfile.TemporaryDirectory() as folder:  # unlike tmp_path's, its parents are open to all
+        Path(folder).chmod(0o777)
+        yield Path(folder), close
+        os.seteuid(user)
+        for path in closed:
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "text"),
+    [
+        ("b/003.png", 0, r"b/003\.png: cannot be read \(Permission denied\)"),
+        ("b", 0, r"data/b: cannot be listed \(Permission denied\)"),
+        ("b", 0o444, r"data/b/.*: cannot be listed \(Permission denied\)"),
+        ("", 0, r"data: cannot be listed \(Permission denied\)"),
+        ("", 0o444, r"data/a: cannot be listed \(Permission denied\)"),
+    ],
+)
+def test_what_may_not_be_read_is_named(monkeypatch, stopped_by_permissions, place, mode, text):
+    folder, close = stopped_by_permissions
+    write_classes(folder / "data", a=10, b=10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    close(folder / "data" / place, mode)
+    with pytest.raises(DataError, match=text) as caught:
+        load_data(f"folder:{folder / 'data'}")
+    assert "\n" not in str(caught.value)

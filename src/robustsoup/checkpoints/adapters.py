@@ -74,15 +74,19 @@ def find_adapter(path: Path) -> Adapter | None:
     """Return the adapter in a folder, or of a file of factors beside its configuration.
 
     Raises:
-        CheckpointError: There is one, and its configuration is not understood.
+        CheckpointError: There is one, and its configuration is not understood; or the folder cannot
+            be read.
     """
-    folder = path if path.is_dir() else path.parent
-    if not (path.is_dir() or path.name in ADAPTER_WEIGHTS):
-        return None
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return None
-    files = [folder / name for name in ADAPTER_WEIGHTS] if path.is_dir() else [path]
-    weights = next((file for file in files if file.is_file()), None)
+    try:
+        folder = path if path.is_dir() else path.parent
+        if not (path.is_dir() or path.name in ADAPTER_WEIGHTS):
+            return None
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return None
+        files = [folder / name for name in ADAPTER_WEIGHTS] if path.is_dir() else [path]
+        weights = next((file for file in files if file.is_file()), None)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     if weights is None:
         raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS[0]}")
     return Adapter(folder, weights, _read_config(folder / ADAPTER_CONFIG))

@@ -183,10 +183,17 @@ def fetch_release(
 ) -> Path:
     """Return the folder of a release under data_root(root), downloading missing files."""
     root_folder = data_root(root)
-    if root_folder.exists() and not root_folder.is_dir():
-        raise DataError(f"{root_folder}: got a file, expected a folder for data; set another root")
     folder, archive = root_folder / release.folder, root_folder / release.archive
-    if not _list_missing(release, folder):
+    try:
+        is_file = root_folder.exists() and not root_folder.is_dir()
+        missing = [] if is_file else _list_missing(release, folder)
+    except OSError as error:
+        raise DataError(
+            f"{root_folder}: {error.strerror or error}; make it readable, or set another root"
+        ) from None
+    if is_file:
+        raise DataError(f"{root_folder}: got a file, expected a folder for data; set another root")
+    if not missing:
         return folder
     with one_at_a_time(root_folder):  # another process may have fetched them meanwhile
         if missing := _list_missing(release, folder):

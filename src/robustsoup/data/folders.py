@@ -1,7 +1,8 @@
 """Image folders: one sub-folder for each class, split by folders or by a seed."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,13 +72,16 @@ def load_folder(request: DataRequest) -> Data:
     """
     decoder = make_decoder(request.spec, request.image_size, request.channels)
     root = Path(request.place)
-    if not root.is_dir():
+    with _refuse_closed_folders(root):
+        is_folder = root.is_dir()
+    if not is_folder:
         got = "a file" if root.exists() else "nothing"
         raise DataError(
             f"{root}: got {got}, expected a folder with one sub-folder for each class; "
             "check the path"
         )
-    parts, notes = _list_parts(root, request.seed)
+    with _refuse_closed_folders(root):
+        parts, notes = _list_parts(root, request.seed)
     train, val = (parts.pool.take(rows) for rows in parts.rows)
     _check_classes_trained(root, parts.classes, train)
     decoded = load_decoded(root, parts, decoder, request.on_progress)
@@ -99,6 +103,18 @@ def load_folder(request: DataRequest) -> Data:
     )
     data = assemble(description, train_samples, val_samples, test_samples, seed=request.seed)
     return replace(data, notes=tuple(f"{root}: {note}" for note in notes))
+
+
+@contextlib.contextmanager
+def _refuse_closed_folders(root: Path) -> Iterator[None]:
+    """Raise DataError for a folder that cannot be listed."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root}: cannot be listed ({error.strerror or error}); make the "
+            "folder and what is in it readable, or remove it"
+        ) from error
 
 
 def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
@@ -179,16 +195,44 @@ def _fixed_order(n: int) -> torch.Tensor:
 
 
 def _sub_folders(path: Path) -> list[Path]:
-    return sorted(
-        child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
+    """Return the sorted folders in a folder.
+
+    Raises:
+        DataError: One is a link that leads nowhere or back: a class would be missing, or would hold
+            the images of all.
+    """
+    folders: list[Path] = []
+    for child in sorted(path.iterdir()):
+        if child.name.startswith("."):
+            continue
+        if child.is_dir():
+            if _leads_above(child, path):
+                raise DataError(
+                    f"{child}: is a link to a folder that holds it, so it is no class; remove it"
+                )
+            folders.append(child)
+        elif _is_broken_link(child) and child.suffix.lower() not in IMAGE_SUFFIXES:
+            raise DataError(
+                f"{child}: is a link to nothing, expected a folder; restore what it links to, or "
+                "remove it"
+            )
+    return folders
+
+
+def _leads_above(folder: Path, parent: Path) -> bool:
+    """Return whether a folder in `parent` is a link to it or to one above it."""
+    return parent.resolve().is_relative_to(folder.resolve())
+
+
+def _is_broken_link(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _image_paths(path: Path, skipped: Counter[str]) -> list[str]:
     """Return the sorted image paths of a class, as strings, which take less memory than Paths.
 
     Args:
-        path: The folder of the class; linked folders are followed once.
+        path: The folder of the class; linked folders are followed once, unless they hold it.
         skipped: Counts the files that are left out, by their ending.
     """
     images: list[Path] = []
@@ -201,10 +245,14 @@ def _image_paths(path: Path, skipped: Counter[str]) -> list[str]:
         for child in folder.iterdir():
             if child.name.startswith("."):
                 continue
-            if child.is_dir():
+            if child.is_dir() and _leads_above(child, path):
+                skipped["linking to a folder above"] += 1
+            elif child.is_dir():
                 waiting.append(child)
             elif child.suffix.lower() in IMAGE_SUFFIXES:
                 images.append(child)
+            elif _is_broken_link(child):
+                skipped["linking to nothing"] += 1
             else:
                 skipped[child.suffix.lower() or "without an ending"] += 1
     return [str(image) for image in sorted(images)]
