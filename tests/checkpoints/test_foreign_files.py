@@ -433,3 +433,34 @@ def test_other_content_is_named(tmp_path):
     torch.save({"state_dict": {}, "when": datetime.date(2020, 1, 1)}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"datetime\.date.*save the state_dict\(\) alone"):
         Checkpoint.load(tmp_path / "a.pth")
+
+
+BROKEN_SURPLUS = {
+    "criterion.weight": lambda: prefixed("model."),
+    "optimizer.0.exp_avg": lambda: prefixed("model."),
+    "module.attack.delta": lambda: prefixed("module.model."),
+    "loss_fn.pos_weight": lambda: prefixed(""),
+    "ema.conv.weight": lambda: prefixed("model."),
+}
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", BROKEN_SURPLUS)
+def test_surplus_entries_that_are_broken_are_set_aside_too(tmp_path, name, ending):
+    path = tmp_path / f"a{ending}"
+    tensors = BROKEN_SURPLUS[name]() | {name: torch.full((2,), torch.nan)}
+    save_file(tensors, path) if ending == ".safetensors" else torch.save(tensors, path)
+    read = check_fits(Checkpoint.load(path))
+    assert read.notes == (f"a{ending}: set aside {name}: the network lacks them",)
+    soup = mix([path, path], [0.5, 0.5], network=network())
+    assert name not in torch.load(soup.save(tmp_path / "soup.pth"))
+
+
+def test_a_weight_of_the_network_that_is_broken_is_refused_under_any_name(tmp_path):
+    model = nn.ModuleDict({"normalizer": nn.Linear(3, 3)})
+    state = model.state_dict() | {"normalizer.bias": torch.full((3,), torch.inf)}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: normalizer\.bias holds NaN or infinity"):
+        Checkpoint.load(tmp_path / "a.pth").load_into(model)
+    with pytest.raises(CheckpointError, match=r"normalizer\.bias holds NaN or infinity"):
+        mix([tmp_path / "a.pth"] * 2, [0.5, 0.5])

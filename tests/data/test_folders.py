@@ -271,7 +271,7 @@ def stopped_by_permissions():
     """A folder, and chmod for paths in it, after which root is a user whom permissions stop."""
     if os.name != "posix":
         pytest.skip("no permissions on this system")
-    user, closed = os.geteuid(), []
+    user, closed = os.geteuid(), list[Path]()
 
     def close(path, mode):
         closed.append(path)

@@ -25,12 +25,13 @@ from robustsoup.checkpoints.fitting import (
     holds_other_numbers,
     network_tensors,
 )
-from robustsoup.checkpoints.formats import read_checkpoint, write_checkpoint
+from robustsoup.checkpoints.formats import read_checkpoint, refuse_broken, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import guess_parameters
 from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import find_copy_of, local_path
 from robustsoup.checkpoints.transfers import choose_file
+from robustsoup.checkpoints.weight_sets import may_be_surplus
 from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
 from robustsoup.display import html_table
 from robustsoup.errors import CheckpointError, ModelError, RequestError
@@ -511,6 +512,8 @@ class Checkpoint:
                     f"{self.name}: {name}: got shape {tuple(self.tensors[name].shape)}, "
                     f"the network expects {tuple(expected[name].shape)}"
                 )
+            if may_be_surplus(name):  # reading left it to the network to tell
+                refuse_broken(name, self.tensors[name], self.name)
             if holds_other_numbers(self.tensors[name], expected[name]):
                 got, wanted = (
                     str(tensor.dtype).removeprefix("torch.")

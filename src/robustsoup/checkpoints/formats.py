@@ -21,6 +21,7 @@ from robustsoup.checkpoints.safetensors_files import (
     write_safetensors,
 )
 from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
+from robustsoup.checkpoints.weight_sets import may_be_surplus
 from robustsoup.checkpoints.wrapping import (
     PICKLE_ENDINGS,
     Wrapping,
@@ -105,12 +106,13 @@ def _read_open_checkpoint(
         record = {"tied": _find_tied_tensors(tensors)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    stored = StoredCheckpoint(tensors, record, wrapping, source, notes)
     if not verified:
-        _check_finite(tensors, path)
+        _check_finite(stored, path)
     if source is not None:
         source.check_unchanged()
         source.remember_verified()
-    return StoredCheckpoint(tensors, record, wrapping, source, notes)
+    return stored
 
 
 def _read_shards(path: Path, key: str | None) -> StoredCheckpoint:
@@ -292,12 +294,22 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
             )
 
 
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise CheckpointError(
-                f"{path}: {name} holds NaN or infinity; this checkpoint is broken"
-            )
+def _check_finite(stored: StoredCheckpoint, path: Path) -> None:
+    """Refuse NaN and infinity, except where a network may show that they are not its own."""
+    foreign = stored.wrapping is not None and "parameters" not in stored.record
+    for name, tensor in stored.tensors.items():
+        if not (foreign and may_be_surplus(name)):
+            refuse_broken(name, tensor, path)
+
+
+def refuse_broken(name: str, tensor: Tensor, place: str | os.PathLike[str]) -> None:
+    """Refuse to use a tensor that holds NaN or infinity.
+
+    Raises:
+        CheckpointError: It does; names it and the `place`.
+    """
+    if not is_finite(tensor):
+        raise CheckpointError(f"{place}: {name} holds NaN or infinity; this checkpoint is broken")
 
 
 def is_finite(tensor: Tensor) -> bool:

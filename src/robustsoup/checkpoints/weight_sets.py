@@ -26,6 +26,12 @@ _AVERAGES = re.compile(
     r"(?<![a-z])(ema|swa|avg|averaged?|shadow|teacher|momentum|target|attacker)(?![a-z])",
     re.IGNORECASE,
 )
+_COMPANIONS = re.compile(
+    r"(^|[._])(criterion|loss(es)?|optim(izer)?s?|exp_avg|exp_avg_sq|momentum_buffer|scaler|"
+    r"metrics?|attack|adversary|normali[sz]er?)([._]|$)",
+    re.IGNORECASE,
+)
+"""What training scripts save among the tensors of a network."""
 _MAX_DEPTH = 4
 _REMOVABLE_PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "0.")
 
@@ -93,6 +99,11 @@ def _rank(item: WeightSet) -> tuple[int, bool, int]:
 def is_average(key: str) -> bool:
     """Return whether a key or a prefix names a copy beside the network, such as its average."""
     return _AVERAGES.search(key) is not None
+
+
+def may_be_surplus(name: str) -> bool:
+    """Return whether a tensor is probably no weight of the network; fitting decides."""
+    return _COMPANIONS.search(name) is not None or is_average(name)
 
 
 def choose_weight_set(sets: Sequence[WeightSet], key: str) -> WeightSet | None:
