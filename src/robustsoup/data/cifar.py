@@ -186,14 +186,14 @@ def fetch_release(
     folder, archive = root_folder / release.folder, root_folder / release.archive
     try:
         is_file = root_folder.exists() and not root_folder.is_dir()
-        missing = [] if is_file else _list_missing(release, folder)
+        complete = not is_file and not _list_missing(release, folder)
     except OSError as error:
         raise DataError(
             f"{root_folder}: {error.strerror or error}; make it readable, or set another root"
         ) from None
     if is_file:
         raise DataError(f"{root_folder}: got a file, expected a folder for data; set another root")
-    if not missing:
+    if complete:
         return folder
     with one_at_a_time(root_folder):  # another process may have fetched them meanwhile
         if missing := _list_missing(release, folder):
