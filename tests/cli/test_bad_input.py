@@ -552,6 +552,20 @@ REFUSED = [
     ),
     refuse("unknown option", f"evaluate low.safetensors {LINF} --stepz 3", "--stepz"),
     refuse("missing option", "evaluate low.safetensors", "--data"),
+    refuse(
+        "a percentage without its sign",
+        f"{SEARCH} --require 'clean>=85' -o best",
+        'robustsoup: --require: got "clean>=85", expected a fraction',
+        'did you mean "clean>=85%"?',
+    ),
+    refuse(
+        "two requirements on one accuracy",
+        f"{SEARCH} --require 'clean>=0.3' --require 'clean>=50%' -o best",
+        'robustsoup: --require: got "clean>=0.3" and "clean>=0.5"',
+        "keep the higher",
+    ),
+    refuse("nothing to maximise", f"{SEARCH} --maximise knees -o best", '--maximise: got "knees"'),
+    refuse("no samples", f"search {PAIR} {LINF} --samples 0 -o best", "--samples", "0"),
     refuse("missing argument", "mix -o soup.safetensors", "checkpoints"),
     refuse("unknown command", "bake", "bake"),
     refuse(

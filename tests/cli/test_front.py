@@ -55,6 +55,31 @@ def test_a_long_front_is_thinned_but_keeps_its_ends_and_the_choice(capsys):
     assert {"s0", "s1", "s39"} <= set(names)
 
 
+def test_a_choice_that_is_an_ingredient_is_marked_there(capsys):
+    results = results_of(
+        row("eps2", "ingredient", 95, 20),
+        row("grid-1-0", "grid", 95, 20, coefficients=(1.0, 0.0)),
+        row("best", "grid", 85, 45),
+        row("eps16", "ingredient", 60, 50),
+    )
+    answer = replace(results.selection, description="eps2 itself")
+    print_front(replace(results, selection=answer))
+    output = capsys.readouterr().out
+    lines = output.splitlines()
+    assert "3 of 3 networks" in lines[0]
+    assert lines[2].split()[0] == "eps2"
+    assert lines[2].rstrip().endswith("chosen")
+    assert "grid-1-0" not in output
+
+
+def test_the_closest_soup_is_not_called_chosen(capsys):
+    results = results_of(*(row(f"s{i}", "grid", 90 - i, 10 + i) for i in range(4)))
+    print_front(replace(results, selection=replace(results.selection, met=False)))
+    output = capsys.readouterr().out
+    assert "@ closest" in output
+    assert "chosen" not in output
+
+
 def test_without_an_attack_or_soups_nothing_is_printed(capsys):
     few = results_of(row("a", "grid", 90, 10), row("b", "grid", 80, 20))
     print_front(few)

@@ -416,7 +416,7 @@ def test_an_unknown_key_that_is_near_no_other_lists_all_keys(table, place, secti
         ),
         (
             TUNED + "[ingredients.x]\n[finetune]\nsynthetic_fraction = 0.5",
-            ["finetune: synthetic_fraction: requires generated images", "1m.npz"],
+            ["finetune.synthetic_fraction: requires generated images", "1m.npz"],
         ),
         (
             TUNED + '[ingredients.x]\n[finetune]\nsynthetic = "a.npz"\nsynthetic_fraction = 1',
@@ -564,7 +564,18 @@ def test_a_wrong_value_is_named_with_its_place(text, parts):
 
 def test_two_requirements_on_one_accuracy_are_refused_before_any_work():
     text = f"{TUNED}[ingredients.x]\n[select]\nrequire = ['clean>=0.5', 'clean>=60%']"
-    assert "expected one requirement on clean; keep the higher" in refused(text)
+    assert (
+        'select.require: got "clean>=0.5" and "clean>=0.6", expected one requirement on clean; '
+        "keep the higher"
+    ) in refused(text)
+
+
+def test_a_message_names_its_key_once():
+    text = f"{TUNED}[ingredients.x]\n[select]\n"
+    assert 'select.require.0: got "clean>=85", expected' in refused(
+        f"{text}require = ['clean>=85']"
+    )
+    assert 'select.maximise: got "knees", expected' in refused(f"{text}maximise = 'knees'")
 
 
 @pytest.mark.parametrize(

@@ -511,6 +511,7 @@ def test_wrong_requests_of_learning_methods_are_refused(ends, split, arguments, 
     [
         ({"clean": 85}, 'require: got "clean>=85", .*did you mean "clean>=85%"'),
         ({"clean": float("nan")}, 'require: got "clean>=nan"'),
+        (["clean>=0.3", "clean>=50%"], 'got "clean>=0.3" and "clean>=0.5", .*keep the higher'),
         (0.85, 'require: got "0.85", expected a form such as'),
         ([0.85], 'require: got "0.85", expected a form such as'),
     ],

@@ -265,7 +265,14 @@ def test_the_knee_without_an_attack_is_the_cleanest():
 @pytest.mark.parametrize(
     ("require", "text"),
     [
-        (["clean>=85"], r'got "clean>=85", .*between 0 and 1; did you mean "clean>=85%"\?'),
+        (
+            ["clean>=85"],
+            r'got "clean>=85", expected a fraction in .* 0.85, .*; did you mean "clean>=85%"\?$',
+        ),
+        (["clean>=1.5"], r'got "clean>=1.5", expected a fraction in .* such as 85%$'),
+        (["clean>=850%"], r'got "clean>=850%", expected a fraction in .* such as 85%$'),
+        (["clean>=0.85%"], r'got "clean>=0.85%", .*; did you mean "clean>=0.85"\?$'),
+        ([Requirement("clean", 0.5), "clean >= 50%"], 'got "clean>=0.5" and "clean>=0.5"'),
         (["clean>=0.5", "clean>=0.6"], 'got "clean>=0.5" and "clean>=0.6", .*one requirement on'),
     ],
 )
@@ -301,7 +308,7 @@ def test_a_goal_that_cannot_be_decided_is_refused_before_work(require, samples, 
         ({"maximise": "union"}, 'select: "union" was not evaluated'),
         ({"maximise": "robust"}, 'got "robust"'),
         ({"maximise": LINF, "require": {"accuracy": 0.5}}, 'got "accuracy"'),
-        ({"maximise": LINF, "require": {"clean": 85}}, "between 0 and 1"),
+        ({"maximise": LINF, "require": {"clean": 85}}, "expected a fraction"),
     ],
 )
 def test_a_measure_that_was_not_evaluated_is_refused(arguments, text):

@@ -37,7 +37,8 @@ def print_front(results: Results) -> None:
     rows = _comparable_rows(results, measure) if measure else []
     if measure is None or len(rows) < 3 or not any(row.role in SOUP_ROLES for row in rows):
         return
-    split, chosen = results.protocol.select_on, _chosen(results)
+    split, chosen = results.protocol.select_on, _chosen(results, measure)
+    label = "chosen" if results.selection is None or results.selection.met else "closest"
     points = {row.name: _point(row, split, measure) for row in rows}
     front = [rows[i] for i in find_front(list(points.values()))]
     front.sort(key=lambda row: -points[row.name][0])
@@ -48,7 +49,7 @@ def print_front(results: Results) -> None:
                 row.name,
                 str(row.accuracy(split, CLEAN_KEY)),
                 str(row.accuracy(split, measure)),
-                "chosen" if row.name == chosen else "",
+                label if row.name == chosen else "",
             )
             for row in _thin(front, chosen)
         ],
@@ -60,12 +61,12 @@ def print_front(results: Results) -> None:
     marks += [Mark(*points[chosen], "@")] if chosen in points else []
     for line in draw_plot(marks, x_label=f"{CLEAN_KEY} (%)", y_label=f"{measure} (%)"):
         print_line(line)
-    print_line("@ chosen   x ingredient   o on the front   . other")
+    print_line(f"@ {label}   x ingredient   o on the front   . other")
 
 
 def _comparable_rows(results: Results, measure: str) -> list[ResultRow]:
     """Return the networks with confirmed accuracies, without soups that equal an ingredient."""
-    split, chosen = results.protocol.select_on, _chosen(results)
+    split, chosen = results.protocol.select_on, _chosen(results, measure)
     return [
         row
         for row in results.rows
@@ -75,8 +76,18 @@ def _comparable_rows(results: Results, measure: str) -> list[ResultRow]:
     ]
 
 
-def _chosen(results: Results) -> str | None:
-    return results.selection.chosen if results.selection else None
+def _chosen(results: Results, measure: str) -> str | None:
+    """Return the name of the choice; where it is an ingredient itself, that of the ingredient."""
+    if results.selection is None:
+        return None
+    itself = {f"{name} itself": name for name in _measured_ingredients(results, measure)}
+    return itself.get(results.selection.description, results.selection.chosen)
+
+
+def _measured_ingredients(results: Results, measure: str) -> list[str]:
+    split = results.protocol.select_on
+    rows = [row for row in results.rows if row.role == "ingredient" and not row.screened]
+    return [row.name for row in rows if row.accuracy(split, measure) is not None]
 
 
 def _robust_measure(results: Results) -> str | None:

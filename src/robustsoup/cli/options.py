@@ -76,7 +76,7 @@ Combine = Annotated[
         show_default=False,
     ),
 ]
-SampleLimit = Annotated[int | None, typer.Option(help="Evaluate only the first N samples.")]
+SampleLimit = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first N samples.")]
 ShiftFolder = Annotated[
     Path | None,
     typer.Option(

@@ -1,6 +1,7 @@
 """Commands that build a recipe from their options and run it: search and landscape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,7 @@ def search_command(
     from robustsoup.cli.inputs import name_checkpoints
     from robustsoup.cli.recipe_runs import run_recipe
 
+    _check_goal_options(search)
     names = name_checkpoints(checkpoints)
     content = _recipe_content("search", data, network, names, allow_leakage=allow_leakage)
     content |= {
@@ -164,6 +166,27 @@ def landscape_command(
     }
     recipe = _parse_content(content)
     return run_recipe(recipe, output, run, data_root=data.data_root, as_json=as_json)
+
+
+def _check_goal_options(search: SearchSettings) -> None:
+    """Check --require, --maximise and --score, so that errors name the option."""
+    from robustsoup.soups.goal import Requirement, Score, parse_target
+
+    with _naming_option("require"):
+        Requirement.parse_all(search.require)
+    with _naming_option("maximise"):
+        parse_target("clean" if search.maximise is None else search.maximise)
+    with _naming_option("score"):
+        Score.parse("clean" if search.score is None else search.score)
+
+
+@contextmanager
+def _naming_option(name: str) -> Iterator[None]:
+    """Let a RequestError about a setting begin with its option."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"--{name}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def _recipe_content(

@@ -250,7 +250,17 @@ def _describe_first_error(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] != "value_error":
         message += f"; got {describe_value(first['input'])}"
-    return f"{place}: {message}" if place else message
+    return _name_place(location, message) if place else message
+
+
+def _name_place(location: tuple[int | str, ...], message: str) -> str:
+    """Return a message after the place of its key, which the message may name itself."""
+    place = ".".join(str(part) for part in location)
+    name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    message = message.removeprefix(f"{name}: ")
+    key = message.partition(": ")[0]
+    within = "." if location[-1] in _TABLES and key in _known_keys(location) else ": "
+    return f"{place}{within}{message}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:

@@ -353,9 +353,10 @@ def _say_requirements(answer: Answer) -> Iterator[str]:
 
 def _say_against(answer: Answer) -> Iterator[str]:
     if answer.against and answer.comparisons > 1:
+        choice = "chosen" if answer.met else "closest"
         yield (
-            f"differences of the chosen one, by intervals that hold for all {answer.comparisons} "
-            "comparisons of a candidate with an ingredient at once (95 %):"
+            f"differences of the {choice} one, by intervals that hold for all "
+            f"{answer.comparisons} comparisons of a candidate with an ingredient at once (95 %):"
         )
     for item in answer.against:
         changes = ", ".join(

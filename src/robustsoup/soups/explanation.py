@@ -264,7 +264,8 @@ def _find_runner_up(selection: Selection) -> OtherCandidate | None:
         why = "the same estimate; the higher clean accuracy, then the earlier soup is chosen"
     else:
         told = "" if gain.distinguishable else ", not distinguishable"
-        why = f"{selection.maximise} {gain.reversed()} from the chosen one (this pair alone){told}"
+        other = "chosen" if selection.met else "closest"
+        why = f"{selection.maximise} {gain.reversed()} from the {other} one (this pair alone){told}"
     return _describe_other(selection, second, why)
 
 

@@ -45,7 +45,7 @@ class Requirement:
         """
         if isinstance(text, Requirement):
             return text
-        wrong_form = f'require: got "{text}", expected a form such as "clean>=0.85"'
+        wrong_form = f'require: got "{text}", expected a form such as "clean>=0.85" or "clean>=85%"'
         match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", text)
         if match is None:
             raise RequestError(wrong_form)
@@ -54,13 +54,12 @@ class Requirement:
             threshold = float(number) / (100 if percent else 1)
         except ValueError:
             raise RequestError(wrong_form) from None
-        if not 0 <= threshold <= 1:
-            hint = (
-                f'; did you mean "{key}>={number}%"?'
-                if 1 < threshold <= 100 and not percent
-                else ""
+        hint = _suggest_threshold(key, float(number), percent=bool(percent))
+        if hint or not 0 <= threshold <= 1:
+            raise RequestError(
+                f'require: got "{text}", expected a fraction in [0, 1] such as 0.85, or a '
+                f"percentage such as 85%{hint}"
             )
-            raise RequestError(f'require: got "{text}", expected an accuracy between 0 and 1{hint}')
         return cls(parse_measure(key), threshold)
 
     @classmethod
@@ -85,6 +84,15 @@ class Requirement:
     def __str__(self) -> str:
         """Return the requirement as `parse` reads it."""
         return f"{self.key}>={self.threshold:g}"
+
+
+def _suggest_threshold(key: str, number: float, *, percent: bool) -> str:
+    """Return a hint for a fraction that is written as a percentage, or the reverse."""
+    if percent and 0 < number < 1:
+        return f'; did you mean "{key}>={number:g}"?'
+    if not percent and 10 <= number <= 100:
+        return f'; did you mean "{key}>={number:g}%"?'
+    return ""
 
 
 @dataclass(frozen=True)
