@@ -127,9 +127,7 @@ def fetch_published(
         CheckpointError: The file does not fit the network.
         StorageError: The file cannot be written.
     """
-    published = _look_up_published(name)
-    key = name if "/" in name else f"Linf/{name}"
-    path = data_root(root) / "robustbench" / "cifar10" / f"{key}.pt"
+    published, path = _look_up_published(name), published_path(name, root)
     expected = _expected_digests(path, sha256)
     if path.exists():
         source = str(path)
@@ -147,6 +145,17 @@ def fetch_published(
         record = {"name": name, "from": source, "sha256": digest, "bytes": size}
         write_text(_digest_record_path(path), json.dumps(record, indent=1) + "\n")
     return Fetched(path, published, digest, first_seen)
+
+
+def published_path(name: str, root: str | os.PathLike[str] | None = None) -> Path:
+    """Return the place of a published checkpoint under data_root(root), fetched or not.
+
+    Raises:
+        RequestError: The name is unknown.
+    """
+    _look_up_published(name)
+    key = name if "/" in name else f"Linf/{name}"
+    return data_root(root) / "robustbench" / "cifar10" / f"{key}.pt"
 
 
 def _look_up_published(name: str) -> Published:

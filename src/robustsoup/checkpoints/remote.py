@@ -105,7 +105,7 @@ def copy_remote(
         CheckpointError: It holds no checkpoint, or a library that it needs is missing.
         StorageError: The copy cannot be written.
     """
-    folder = copies_folder() / hashlib.sha256(address.encode()).hexdigest()[:32]
+    folder = _folder_of(address)
     if not again and (copy := _find_copy(folder, address)) is not None:
         return copy
     partial = folder.with_name(f"{folder.name}.partial")
@@ -128,6 +128,15 @@ def copy_remote(
     if copy is None:
         raise StorageError(f"{folder}: was removed by another program; run the command again")
     return copy
+
+
+def has_copy(address: str) -> bool:
+    """Return whether a complete and undamaged copy of an address is in the cache."""
+    return _find_copy(_folder_of(address), address) is not None
+
+
+def _folder_of(address: str) -> Path:
+    return copies_folder() / hashlib.sha256(address.encode()).hexdigest()[:32]
 
 
 def find_copy_of(path: Path) -> RemoteCopy | None:

@@ -22,6 +22,7 @@ from robustsoup.cli.terminal import print_error, print_json
 from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, checkpoint_places, with_files
+from robustsoup.recipes.sections import PUBLISHED_PREFIX
 from robustsoup.reports import write_report
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.cluster import Cluster, Pool
@@ -29,6 +30,7 @@ from robustsoup.runs.cost import compare_ways, estimate_bytes, estimate_seconds
 from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 from robustsoup.runs.scaling import DeviceRate, predict
+from robustsoup.runs.stand_ins import data_is_absent, list_absent
 from robustsoup.user_code import import_named_module
 
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
@@ -40,15 +42,27 @@ def prepare_recipe(
     run: RunOptions,
     data_root: str | None = None,
     part_samples: int | None = None,
+    *,
+    plans_only: bool = False,
 ) -> PreparedRun:
-    """Download and load the data and checkpoints of a recipe, and plan it."""
+    """Download and load the data and checkpoints of a recipe, and plan it.
+
+    With `plans_only`, what has a stand-in is not downloaded (`robustsoup.runs.stand_ins`).
+    """
     hold_caches()
     run.use_threads()
     import_named_module(recipe.model)
-    download_data(recipe.data, data_root)
-    recipe = with_files(recipe, lambda name: str(download_checkpoint(name, data_root).path))
+    if not (plans_only and data_is_absent(recipe, data_root)):
+        download_data(recipe.data, data_root)
+    absent = list_absent(recipe, data_root) if plans_only else []
+
+    def locate(name: str) -> str:
+        published = f"{PUBLISHED_PREFIX}{name}"
+        return published if published in absent else str(download_checkpoint(name, data_root).path)
+
+    recipe = with_files(recipe, locate)
     for place in [*checkpoint_places(recipe), recipe.adapter_base]:
-        if place is not None:
+        if place is not None and place not in absent:
             copy_checkpoint(place)
     with Bar(f"reading {recipe.data}") as bar:
         prepared = prepare_run(
@@ -56,8 +70,11 @@ def prepare_recipe(
             device=run.device,
             data_root=data_root,
             part_samples=part_samples,
+            plans_only=plans_only,
             on_progress=bar,
         )
+    for place in prepared.absent:
+        print_error(f"{place} is not on this machine; planned by its size, without downloading it")
     print_notes(prepared.context.data, *prepared.planner.plan.files.values())
     return prepared
 

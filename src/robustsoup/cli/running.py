@@ -91,7 +91,8 @@ def plan_command(
     """List the steps of a recipe and their cost.
 
     Shows which steps are already in the store, and runs none of the others. Their cost is
-    extrapolated from a few batches timed on this device.
+    extrapolated from a few batches timed on this device. Downloads neither CIFAR nor checkpoints
+    whose network is known: their sizes suffice.
 
     Examples, after `robustsoup demo`:
     `robustsoup plan runs/quickstart/recipe.toml --set finetune.epochs=20`
@@ -113,7 +114,7 @@ def plan_command(
         if loaded.precision == "auto":
             loaded = loaded.model_copy(update={"precision": "bfloat16"})
     part_samples = ClusterOptions().part_samples if (devices or 1) > 1 else None
-    prepared = prepare_recipe(loaded, run, data_root, part_samples)
+    prepared = prepare_recipe(loaded, run, data_root, part_samples, plans_only=True)
     price = price_plan(prepared, devices, rate)
     if as_json:
         print_json(price)

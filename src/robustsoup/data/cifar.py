@@ -64,6 +64,7 @@ CIFAR100 = Release(
 )
 TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILES = ("test_batch",)
+RELEASES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 CIFAR10_CLASSES = (
     "airplane",
     "automobile",
@@ -119,6 +120,41 @@ def load_cifar100(request: DataRequest) -> Data:
     names = _unpickle_published(folder, CIFAR100, "meta")[b"fine_label_names"]
     constants = tuple(name.decode() for name in names), CIFAR100_MEAN, CIFAR100_STD
     return _assemble_cifar(request, _digest_release(CIFAR100), constants, pool, test)
+
+
+def is_here(name: str, root: str | os.PathLike[str] | None = None) -> bool:
+    """Return whether "cifar10" or "cifar100" can be loaded without a download.
+
+    Args:
+        name: A key of RELEASES.
+        root: see `data_root`.
+    """
+    release, folder = RELEASES[name], data_root(root)
+    return (folder / release.archive).exists() or not _list_missing(
+        release, folder / release.folder
+    )
+
+
+def imitate_cifar(name: str, *, seed: int = 0) -> Data:
+    """Return random images with the sizes, splits and record of CIFAR-10 or CIFAR-100.
+
+    They stand for data that is not downloaded yet where only sizes count, as in a plan. The record
+    is that of the real data, so results must never be made from them.
+
+    Args:
+        name: A key of RELEASES.
+        seed: Decides which samples are in val.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts: list[Samples] = []
+    classes = CIFAR10_CLASSES if name == "cifar10" else tuple(f"class {n}" for n in range(100))
+    for count in (50_000, 10_000):
+        images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        rows = torch.arange(count)
+        parts.append(Samples(images, rows % len(classes), rows))
+    mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
+    request = DataRequest(name, seed=seed)
+    return _assemble_cifar(request, _digest_release(RELEASES[name]), (classes, mean, std), *parts)
 
 
 def _assemble_cifar(

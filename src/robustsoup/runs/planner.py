@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, Registry, import_by_name
@@ -95,6 +95,7 @@ class Planner:
         precision: Arithmetic of training on this device.
         part_samples: Samples of the parts that evaluations are divided into, for many workers;
             planes are divided into rows. None divides nothing. Keys do not depend on it.
+        stand_ins: Checkpoints in place of those that the recipe names, by place.
 
     Attributes:
         plan: The plan so far.
@@ -108,8 +109,11 @@ class Planner:
         network: NetworkSettings,
         precision: str,
         part_samples: int | None = None,
+        *,
+        stand_ins: Mapping[str, Checkpoint] | None = None,
     ) -> None:
         self.recipe = recipe
+        self.stand_ins = stand_ins or {}
         self.data = data
         self.precision = precision
         self.part_samples = part_samples
@@ -150,7 +154,7 @@ class Planner:
 
     def add_file(self, path: str) -> Key:
         """Add a checkpoint that exists and return its key."""
-        return self._add_checkpoint(self.recipe.opening.open(path))
+        return self._add_checkpoint(self.recipe.opening.open(self.stand_ins.get(path, path)))
 
     def _add_checkpoint(self, checkpoint: Checkpoint) -> Key:
         key = f"file:{checkpoint.digest}"

@@ -8,6 +8,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import resolve_network
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
 from robustsoup.data import Data, Synthetic, load_data
+from robustsoup.data.cifar import imitate_cifar
 from robustsoup.data.duplicates import Overlap, find_copies, find_exact_overlaps
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
@@ -23,6 +24,7 @@ from robustsoup.runs.plan import Plan
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import Results
 from robustsoup.runs.soup_rows import plan_recipe
+from robustsoup.runs.stand_ins import data_is_absent, imitate_checkpoints, list_absent
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogates import search_by_surrogate
 from robustsoup.runs.tasks import (
@@ -56,6 +58,7 @@ class PreparedRun:
         store: Finished steps.
         leakage: Whether networks were trained on samples that evaluate them.
         overlaps: Samples of val and test that are in another split or in generated images.
+        absent: What is not on this machine, so that the plan has stand-ins for it.
     """
 
     planner: Planner
@@ -63,6 +66,7 @@ class PreparedRun:
     store: Store
     leakage: Leakage
     overlaps: tuple[Overlap, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -76,6 +80,7 @@ def prepare_run(
     device: str = "auto",
     data_root: str | None = None,
     part_samples: int | None = None,
+    plans_only: bool = False,
     on_progress: Progress | None = None,
 ) -> PreparedRun:
     """Load the data and the checkpoints that a recipe names, and plan without running a step.
@@ -85,6 +90,8 @@ def prepare_run(
         device: "auto", "cpu", "cuda" or a device.
         data_root: Folder of the data sets.
         part_samples: Samples of the parts that evaluations are divided into; see `Planner`.
+        plans_only: Take stand-ins for data and checkpoints that would be downloaded
+            (`robustsoup.runs.stand_ins`); such a run must not be executed.
         on_progress: Called with (done, total, figures) while data is read.
 
     Raises:
@@ -93,18 +100,22 @@ def prepare_run(
         RobustsoupError: The data, a file or the network cannot be used.
     """
     resolved = resolve_device(device)
-    data = load_recipe_data(recipe, data_root, on_progress)
-    recipe.opening.check(checkpoint_places(recipe))
+    imitates = plans_only and data_is_absent(recipe, data_root)
+    absent = list_absent(recipe, data_root) if plans_only else []
+    data = load_recipe_data(recipe, data_root, on_progress, imitates=imitates)
+    stand_ins = imitate_checkpoints(recipe, absent, data)
+    checkpoints = [stand_ins.get(place, place) for place in checkpoint_places(recipe)]
+    recipe.opening.check(checkpoints)
     network = resolve_network(
         recipe.model,
         normalize=recipe.normalize,
         data=data,
-        checkpoints=checkpoint_places(recipe),
+        checkpoints=checkpoints,
         opening=recipe.opening,
     )
     context = Context(data, network, resolved, network_named=bool(recipe.model))
     precision = resolve_precision(recipe.precision, resolved)
-    planner = plan_recipe(recipe, data, network, precision, part_samples)
+    planner = plan_recipe(recipe, data, network, precision, part_samples, stand_ins=stand_ins)
     _check_radii(planner.plan, data)
     _check_goal(planner, data)
     files = list(planner.plan.files.values())
@@ -114,7 +125,8 @@ def prepare_run(
         planner.plan.files.update(zip(list(planner.plan.files), files, strict=True))
         check_fit(files[0].network(), data.test)
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
-    return PreparedRun(planner, context, Store(), leakage, overlaps)
+    not_here = (*([recipe.data] if imitates else []), *absent)
+    return PreparedRun(planner, context, Store(), leakage, overlaps, not_here)
 
 
 def run_prepared(
@@ -188,17 +200,27 @@ def run_prepared(
 
 
 def load_recipe_data(
-    recipe: Recipe, data_root: str | None, on_progress: Progress | None = None
+    recipe: Recipe,
+    data_root: str | None,
+    on_progress: Progress | None = None,
+    *,
+    imitates: bool = False,
 ) -> Data:
-    """Load the data of a recipe, and read generated images once to compute their digest."""
-    data = load_data(
-        recipe.data,
-        root=data_root,
-        seed=recipe.seed,
-        image_size=recipe.image_size or default_image_size(recipe.data, recipe.model),
-        channels=recipe.channels,
-        on_progress=on_progress,
-    )
+    """Load the data of a recipe, and read generated images once to compute their digest.
+
+    With `imitates`, return random images of the sizes of CIFAR instead.
+    """
+    if imitates:
+        data = imitate_cifar(recipe.data, seed=recipe.seed)
+    else:
+        data = load_data(
+            recipe.data,
+            root=data_root,
+            seed=recipe.seed,
+            image_size=recipe.image_size or default_image_size(recipe.data, recipe.model),
+            channels=recipe.channels,
+            on_progress=on_progress,
+        )
     for section in (recipe.pretrain, recipe.finetune):
         if section is not None and section["synthetic"]:
             Synthetic.open(section["synthetic"], on_progress)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data
 from robustsoup.models import NetworkSettings
 from robustsoup.recipes import Recipe, Soup
@@ -22,6 +23,8 @@ def plan_recipe(
     network: NetworkSettings,
     precision: str,
     part_samples: int | None = None,
+    *,
+    stand_ins: Mapping[str, Checkpoint] | None = None,
 ) -> Planner:
     """Plan all steps of a recipe that depend on no result.
 
@@ -31,6 +34,7 @@ def plan_recipe(
         network: How the network is built.
         precision: Arithmetic of training on this device.
         part_samples: Samples of the parts that evaluations are divided into; see `Planner`.
+        stand_ins: Checkpoints in place of those that the recipe names; see `Planner`.
 
     Returns:
         The planner, which can extend its plan.
@@ -40,7 +44,7 @@ def plan_recipe(
         DataError: Generated images cannot be used, or a split has fewer samples than the recipe
             evaluates.
     """
-    planner = Planner(recipe, data, network, precision, part_samples)
+    planner = Planner(recipe, data, network, precision, part_samples, stand_ins=stand_ins)
     planner.add_base()
     for name in recipe.ingredients:
         planner.add_ingredient(name)
