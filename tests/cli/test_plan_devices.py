@@ -58,5 +58,14 @@ def test_devices_like_this_one_are_measured(price):
     assert "prediction" not in price("--device", "cpu")[1]
 
 
+def test_an_attack_needs_the_memory_of_a_pass(price):
+    needed = [
+        price("--device", "h100", "--set", f"evaluate.batch_size={size}")[1]["prediction"]
+        for size in (256, 1024, 4096)
+    ]
+    small, medium, large = (prediction["memory_bytes"] for prediction in needed)
+    assert small < medium < large < 4.1 * medium
+
+
 def test_no_device_is_refused(price):
     assert price("--devices", "0")[0] == 2

@@ -13,11 +13,21 @@ from typing import Any
 
 import torch
 
-from robustsoup.attacks.forward import set_mode
+from robustsoup.attacks.forward import pass_size, set_mode
 from robustsoup.runs.context import Context
 from robustsoup.runs.cost import estimate_bytes, estimate_seconds, measure_pass_seconds
 from robustsoup.runs.plan import Step
-from robustsoup.runs.tasks import Key, LearnCoefficients, TrainNetwork, TrainSubspace
+from robustsoup.runs.tasks import (
+    AttackExamples,
+    DoPart,
+    EvaluateNetwork,
+    Key,
+    LearnCoefficients,
+    MapPlane,
+    Task,
+    TrainNetwork,
+    TrainSubspace,
+)
 from robustsoup.seeding import keyed_generator
 
 FLOAT32_BYTES = 4
@@ -215,7 +225,7 @@ def predict(
     return Prediction(
         simulate(steps, seconds, devices),
         seconds,
-        estimate_memory(steps, cost),
+        estimate_memory(steps, cost, torch.device("cuda") if rate else context.device),
         count_moved_bytes(steps, cost),
         estimate_bytes(steps, context),
         sum(exchanged_bytes(step, context, cost) for step in steps),
@@ -223,26 +233,32 @@ def predict(
     )
 
 
-def estimate_memory(steps: Sequence[Step], cost: NetworkCost) -> int:
+def estimate_memory(steps: Sequence[Step], cost: NetworkCost, device: torch.device) -> int:
     """Return the bytes that the largest step needs on a device, roughly.
 
     A step that trains holds its weights three times and the activations of one part of a batch; in
-    learning, the ingredients are counted too, which may lie elsewhere (`ingredients_on`).
+    learning, the ingredients are counted too, which may lie elsewhere (`ingredients_on`). A step
+    that attacks holds its weights twice and the activations of one pass.
     """
-    largest = 0.0
-    for task in (step.task for step in steps):
-        if isinstance(task, TrainNetwork | TrainSubspace | LearnCoefficients):
-            settings = task.settings
-            images = -(-settings.batch_size // settings.accumulate)
-            size = FLOAT32_BYTES if settings.precision == "float32" else FLOAT32_BYTES // 2
-            activations = images * cost.activation_bytes * size / FLOAT32_BYTES
-            copies = STATES_OF_A_WEIGHT * max(getattr(task, "checkpoints", 1), 1)
-            if isinstance(task, LearnCoefficients):
-                copies = 2 + len(task.ingredients)
-            largest = max(largest, copies * cost.weight_bytes + activations)
-        else:
-            largest = max(largest, 2 * cost.weight_bytes)
-    return round(largest)
+    return round(max((_step_memory(step.task, cost, device) for step in steps), default=0))
+
+
+def _step_memory(task: Task, cost: NetworkCost, device: torch.device) -> float:
+    task = task.whole if isinstance(task, DoPart) else task
+    images, precision, copies = 0, "float32", 2
+    if isinstance(task, TrainNetwork | TrainSubspace | LearnCoefficients):
+        settings = task.settings
+        images, precision = -(-settings.batch_size // settings.accumulate), settings.precision
+        copies = STATES_OF_A_WEIGHT * max(getattr(task, "checkpoints", 1), 1)
+        if isinstance(task, LearnCoefficients):
+            copies = 2 + len(task.ingredients)
+    elif isinstance(task, EvaluateNetwork | AttackExamples):
+        attack = task.settings.attack
+        images, precision = pass_size(device, attack.batch_size), attack.precision
+    elif isinstance(task, MapPlane):
+        images, precision = pass_size(device), task.settings.precision
+    size = FLOAT32_BYTES if precision == "float32" else FLOAT32_BYTES // 2
+    return copies * cost.weight_bytes + images * cost.activation_bytes * size / FLOAT32_BYTES
 
 
 def count_moved_bytes(steps: Sequence[Step], cost: NetworkCost) -> int:
