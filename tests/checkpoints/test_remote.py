@@ -14,6 +14,7 @@ from web_server import serving
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.remote import (
+    RECORD,
     copies_folder,
     copy_remote,
     find_copy_of,
@@ -88,6 +89,15 @@ def test_a_copy_is_made_again_when_asked_or_damaged(memory, body, tmp_path):
     assert copy_remote(address, again=True).path.read_bytes() == other
     path.write_bytes(body[:-1])
     assert Checkpoint.load(address).tensors.keys() == {"w"}
+
+
+def test_a_copy_whose_record_changed_is_made_again(memory, body):
+    address = put(memory, "bucket/model.safetensors", body)
+    record = local_path(address).parents[1] / RECORD
+    whole = record.read_text()
+    record.write_text(whole.replace('"revision": null', '"revision": "v2"'))
+    assert copy_remote(address).revision is None
+    assert "v2" not in record.read_text()
 
 
 def test_a_demanded_digest(memory, body):

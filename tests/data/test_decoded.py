@@ -1,5 +1,6 @@
 """Decoded folders: decoded once, mapped, and never confused or left incomplete."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -187,7 +188,18 @@ def test_writing_to_images_stays_in_this_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut short", "wrong shape", "no record", "broken record", "other record", "empty"]
+    "damage",
+    [
+        "cut short",
+        "wrong shape",
+        "no record",
+        "broken record",
+        "other record",
+        "empty",
+        "a pixel",
+        "a mean",
+        "a digit of the digest",
+    ],
 )
 def test_damaged_files_are_decoded_again(tmp_path, cache, damage):
     write_noise(tmp_path / "data", LAYOUTS["whole"])
@@ -202,6 +214,16 @@ def test_damaged_files_are_decoded_again(tmp_path, cache, damage):
         numpy.save(place / "train.npy", numpy.zeros((2, 3, 32, 32), dtype=numpy.uint8))
     elif damage == "empty":
         (place / "train.npy").write_bytes(b"")
+    elif damage == "a pixel":
+        (place / "train.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage in ("a mean", "a digit of the digest"):
+        (place / "train.npy").write_bytes(content)
+        record = json.loads((place / "about.json").read_text())
+        if damage == "a mean":
+            record["mean"][0] += 1e-3
+        else:
+            record["digest"] = record["digest"].translate(str.maketrans("0123", "1230"))
+        (place / "about.json").write_text(json.dumps(record))
     else:
         (place / "train.npy").write_bytes(content)
         (place / "about.json").unlink()

@@ -109,8 +109,10 @@ def test_exact_overlaps_are_cached_by_the_digests_of_data_and_split(tmp_path, mo
     other = replace(data, record={**data.record, "split_digest": "t"}, test=data.val)
     assert find_exact_overlaps(other)[0].exact == 20
     for cached in tmp_path.rglob("duplicates-*.json"):
-        cached.write_text("{")
-    assert find_exact_overlaps(data) == expected
+        whole = cached.read_text()
+        for damaged in ("{", "[]", whole.replace('"exact": 3', '"exact": 7'), whole[:-1]):
+            cached.write_text(damaged)
+            assert find_exact_overlaps(data) == expected
 
 
 def test_copies_in_generated_images_are_counted(tmp_path):

@@ -45,6 +45,8 @@ def mask(name):
         "noise": {"before": NoisyGradient.apply},
         "huge logits": {"after": lambda z: 1e4 * z},
         "reversed at times": {"before": ReversedAtTimes.apply},
+        "mirrored": {"before": MirroredGradient.apply},
+        "saturated": {"after": lambda z: 5 * torch.tanh(z)},
     }
     return Wrapped(linear(), **wrappers[name])
 
@@ -60,6 +62,18 @@ class NoisyGradient(torch.autograd.Function):
     def backward(ctx, grad):
         noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(0))
         return 100 * grad.abs().mean() * noise
+
+
+class MirroredGradient(torch.autograd.Function):
+    """The identity, whose gradient is that of the mirrored image."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.flip(-1)
 
 
 class ReversedAtTimes(torch.autograd.Function):
@@ -132,10 +146,36 @@ def test_honest_networks_are_not_flagged(data, network, threat, loss):
 
 def test_a_gradient_that_misleads_at_a_part_of_the_samples_is_flagged(data):
     """Three in ten are far more than the promises that honest networks break."""
-    checked = evaluate(mask("reversed at times"), data, ["Linf 0.001"], steps=40)
+    checked = evaluate(mask("reversed at times"), data, ["Linf 0.001"], steps=60)
     finding = checked.record["masking_check"]["Linf 0.001"]["gradient"]
     assert 0.1 * finding["n"] < finding["hits"] < 0.5 * finding["n"]
     assert finding["flagged"]
+
+
+@pytest.mark.parametrize("threat", [LINF, "L2 0.05"])
+def test_a_gradient_of_other_pixels_is_flagged(data, threat):
+    """Neighbours on both sides correlate, so such a gradient keeps a part of its promise."""
+    split = replace(data, images=(data.images.float() + data.images.flip(-1)).div(2).byte())
+    network = mask("mirrored")
+    split = replace(split, labels=evaluate(linear(), split).prediction)
+    checked = evaluate(network, split, [threat], **STEPS)
+    assert checked.record["masking_check"][threat]["gradient"]["flagged"]
+
+
+@pytest.mark.parametrize("attack", ["apgd", "square"])
+def test_saturated_logits_are_flagged_where_the_attack_ends_in_a_tie(data, attack):
+    """The gradient is right, but the two highest logits round to the same bound."""
+    network = mask("saturated")
+    split = replace(data, labels=evaluate(network, data).prediction)
+    settings = {"attack": attack} | ({"n_queries": 50} if attack == "square" else STEPS)
+    checked = evaluate(network, split, ["Linf 0.1"], **settings)
+    finding = checked.record["masking_check"]["Linf 0.1"]["tied"]
+    assert finding["flagged"]
+    text = f"the two highest logits tie at {finding['hits']} of {finding['n']} survivors"
+    assert any(text in warning for warning in checked.warnings)
+    assert any("the logits saturate" in warning for warning in checked.warnings)
+    unchecked = evaluate(network, split, ["Linf 0.1"], masking_check=False, **settings)
+    assert same_verdicts(checked, unchecked)
 
 
 def test_a_trained_network_is_not_flagged(model, data):
@@ -257,7 +297,7 @@ def test_square_attacks_as_an_evaluation_and_needs_no_check_of_gradients(data):
     record = honest.record
     assert record["broken_by"] == ["clean", "square", "square restart 2"]
     assert (record["loss"], record["n_queries"]) == ("margin", 30)
-    assert set(record["masking_check"]["Linf 0.05"]) == {"survivors", "budget"}
+    assert set(record["masking_check"]["Linf 0.05"]) == {"survivors", "budget", "tied"}
     certificate = record["certificate"]["Linf 0.05"]
     assert certificate["points"] == N
     assert certificate["outside"] == 0

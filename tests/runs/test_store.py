@@ -83,6 +83,16 @@ def test_a_damaged_step_is_not_finished_and_is_replaced(tmp_path, damage):
     assert store.file(key, "out").read_text() == "done"
 
 
+def test_the_folder_of_another_step_is_not_finished(tmp_path):
+    store = Store(tmp_path)
+    other, own = write_step(store, "ab12", "other"), write_step(store, "ab34", "own")
+    shutil.rmtree(own)
+    shutil.copytree(other, own)
+    assert "the record of another step, ab12" in store.find_damage("ab34")
+    write_step(store, "ab34", "own")
+    assert store.file("ab34", "out").read_text() == "own"
+
+
 @pytest.mark.parametrize("kind", ["a FIFO", "an endless device", "1 TiB of zeros"])
 def test_a_record_that_would_hang_or_fill_the_memory_counts_as_damage(tmp_path, kind):
     store, key = Store(tmp_path), "ab12"
@@ -178,8 +188,10 @@ def test_a_step_that_changes_when_it_is_repeated_repeats_what_read_it(copied, mo
     folder, store = copied
     keys = keys_of(plan_of())
     low, high = (Store(store).path(keys["finetune", name]) for name in ("low", "high"))
+    record = dict(Store(store).record(low.name))
     shutil.rmtree(low)
-    shutil.copytree(high, low)
+    with Store(store).write_step(low.name, record, notice=ignore) as step:
+        shutil.copytree(high, step, dirs_exist_ok=True)
     _, _, reporter = run_recipe(recipe_of(), folder)
     readers = {
         (step.kind, step.name)

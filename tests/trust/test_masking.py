@@ -43,6 +43,18 @@ def move_randomly(x):
     return nn.functional.pad(x, (1, 1, 1, 1))[..., top : top + 8, left : left + 8]
 
 
+class Mirrored(torch.autograd.Function):
+    """The identity, whose gradient is that of the mirrored image."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.flip(-1)
+
+
 def reverse_some(x):
     """Return the images, with a reversed gradient for about four in ten."""
     reverse = ((x.detach().flatten(1).sum(1) * 1000).round() % 10 < 4)[:, None, None, None]
@@ -57,6 +69,10 @@ MASKED = {
     "rounded frequencies": (round_frequencies, keep),
     "random places": (move_randomly, keep),
     "reversed at some images": (reverse_some, keep),
+    "mirrored gradients": (Mirrored.apply, keep),
+    "transposed gradients": (lambda x: x.detach() + (x - x.detach()).mT, keep),
+    "squashed images": (lambda x: torch.tanh(50 * (x - 0.5)) / 2 + 0.5, keep),
+    "saturated logits": (keep, lambda logits: 5 * torch.tanh(3 * logits)),
     "flat logits": (keep, lambda logits: logits / 1e4),
     "huge logits": (keep, lambda logits: 1e4 * logits),
     "probabilities": (keep, lambda logits: (50 * logits).softmax(1)),

@@ -16,7 +16,7 @@ from pathlib import Path
 from robustsoup.checkpoints.formats import read_checkpoint
 from robustsoup.checkpoints.hub import copy_from_hub
 from robustsoup.checkpoints.transfers import OnTransfer, Transfer, copy_from_path, show_address
-from robustsoup.digests import FileDigest, digest_folder, find_damaged_file
+from robustsoup.digests import FileDigest, digest_folder, digest_json, find_damaged_file
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, DownloadError, RobustsoupError, StorageError
 from robustsoup.files import cache_folder, one_at_a_time, write_text
@@ -151,6 +151,8 @@ def _find_copy(folder: Path, address: str | None) -> RemoteCopy | None:
     """Return the complete and undamaged copy in a folder; None if there is none."""
     try:
         content = read_json(folder / RECORD)
+        if content.pop("digest") != digest_json(content):
+            return None
         files = {name: FileDigest.from_json(item) for name, item in content["files"].items()}
         copy = RemoteCopy(
             folder, content["main"], content["address"], files, content.get("revision")
@@ -182,6 +184,7 @@ def _fill_folder(folder: Path, address: str, on_transfer: OnTransfer | None) -> 
         "revision": transfer.revision,
         "files": {name: digests[name].to_json() for name in names},
     }
+    record["digest"] = digest_json(record)
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 

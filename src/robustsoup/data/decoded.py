@@ -24,13 +24,14 @@ from robustsoup.data.splits import (
     streamed_digest,
     tensor_bytes,
 )
+from robustsoup.digests import FileDigest, digest_json, find_damaged_file
 from robustsoup.documents import read_json
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.progress import Progress
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Version of the cache; raise it when the same files decode to other pixels or another layout."""
 SPLIT_NAMES = ("train", "val", "test")
 SUMMARY_FILE = "about.json"
@@ -168,14 +169,19 @@ def _part_shapes(parts: FolderParts, shape: tuple[int, ...]) -> list[tuple[int, 
 
 
 def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages | None:
-    """Map the files of `target`; None if they are absent or incomplete, as after a disk failure."""
+    """Map the files of `target`; None if they are absent or not as they were written."""
     try:
         summary = read_json(target / SUMMARY_FILE)
+        if summary.pop("summary_digest") != digest_json(summary):
+            return None
+        files = {name: FileDigest.from_json(item) for name, item in summary["files"].items()}
+        if find_damaged_file(target, files) is not None:
+            return None
         # Copy on write ("c"): torch refuses read-only arrays.
         arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in SPLIT_NAMES]
         digest, mean, std = summary["digest"], tuple(summary["mean"]), tuple(summary["std"])
         scaled = int(summary["scaled"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     shapes = [array.shape for array in arrays]
     if shapes != _part_shapes(parts, (len(mean), size, size)):
@@ -281,9 +287,12 @@ def _decode_parts(
             for files, rows, write in jobs
         )
     mean, std = statistics_of_counts(counts)
+    names = [f"{name}.npy" for name in SPLIT_NAMES]
+    files = {name: FileDigest.of(folder / name).to_json() for name in names}
+    summary = {"digest": digest, "mean": mean, "std": std, "scaled": decoder.scaled, "files": files}
     with _open_synced(folder / SUMMARY_FILE) as file:
-        summary = {"digest": digest, "mean": mean, "std": std, "scaled": decoder.scaled}
-        file.write(json.dumps(summary).encode())
+        content = {**summary, "summary_digest": digest_json(summary)}
+        file.write(json.dumps(content).encode())
 
 
 def _decode_and_write(

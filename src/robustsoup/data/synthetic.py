@@ -18,6 +18,7 @@ import torch
 
 from robustsoup.data.batches import Batch, augment, to_float
 from robustsoup.data.splits import Augmentation, Split
+from robustsoup.digests import digest_json
 from robustsoup.documents import read_json
 from robustsoup.errors import DataError, StorageError
 from robustsoup.files import cache_folder, open_regular, write_text
@@ -313,11 +314,12 @@ def digest_cache() -> Path:
 
 
 def read_digest_cache(kind: str, of: str) -> object:
-    """Return what `write_digest_cache` stored, or None."""
+    """Return what `write_digest_cache` stored; None if it is absent or was changed since."""
     try:
         content = read_json(_cached_file(kind, of))
-        return content["found"] if content["of"] == of else None
-    except (OSError, ValueError, KeyError, TypeError):
+        damaged = content.pop("digest") != digest_json(content)
+        return None if damaged or content["of"] != of else content["found"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -330,7 +332,9 @@ def write_digest_cache(kind: str, of: str, found: object) -> None:
         found: The finding.
     """
     with contextlib.suppress(StorageError):  # without it the next run looks again
-        write_text(_cached_file(kind, of), json.dumps({"of": of, "found": found}))
+        content = {"of": of, "found": found}
+        digest = digest_json(content)
+        write_text(_cached_file(kind, of), json.dumps({**content, "digest": digest}))
 
 
 def _cached_file(kind: str, of: str) -> Path:

@@ -18,6 +18,7 @@ FINDING_TEXTS = {
     "transfer": "points of other networks further break {hits} of {n} survivors",
     "unbounded": "the whole box does not suffice to break {hits} of {n} survivors",
     "gradient": "the gradient misleads at {hits} of {n} survivors",
+    "tied": "the two highest logits tie at {hits} of {n} survivors",
 }
 """The tests of the masking check in words, in the order of text."""
 
@@ -197,6 +198,11 @@ def _hint(
         return (
             "the gradients mislead the attack: try attack square, or an attack of your own with a "
             "differentiable stand-in for what masks them"
+        )
+    if "tied" in flagged:
+        return (
+            "the logits saturate, which hides the gradient: attack the network without what bounds "
+            "its logits"
         )
     if settings.is_queued:
         return "the attack is too weak or misled: raise steps and restarts, or try autoattack"

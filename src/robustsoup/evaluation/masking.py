@@ -1,12 +1,13 @@
 """The masking check: signs that the gradients of a network mislead its attack.
 
 A network can look robust because its gradients point nowhere. After an attack, the check takes a
-random part of the samples that survived it, and tests four things:
+random part of the samples that survived it, and tests five things:
 
-- *gradient*: a step along the gradient raises the loss about as much as the gradient promises;
+- *gradient*: steps along the gradient raise the loss about as much as the gradient promises;
 - *unbounded*: with the whole box allowed, following the gradient breaks every sample;
 - *transfer*: points found for other networks break no further samples, if the caller has any;
-- *square*: Square, which uses no gradient, breaks no further samples.
+- *square*: Square, which uses no gradient, breaks no further samples;
+- *tied*: the attack seldom ends where the two highest logits are equal, as saturated ones are.
 
 The check takes at most 5 % of the passes of the attack. It never changes a verdict.
 
@@ -49,8 +50,14 @@ SIGNIFICANCE = 1e-3
 """Probability below which a count of hits is no coincidence."""
 KEPT_PROMISE = 0.05
 """Share of the promised rise of the loss below which a gradient counts as misleading."""
-STEP_PASSES = 3
-"""Passes of one step along the gradient: a gradient counts as two, and the loss is one."""
+KEPT_NEARBY = 0.5
+"""The same share after a quarter of that step, where the loss of honest networks is straight."""
+LOSS_ROUNDING = 2.0**-20
+"""Bound on the rounding of a loss in float32, relative to the largest logit."""
+STEP_PASSES = 4
+"""Passes of two steps along the gradient: a gradient counts as two, and each loss is one."""
+TIED_MARGIN = 1e-3
+"""Margin, relative to the range of the clean logits, below which the two highest ones are tied."""
 DLR_SAMPLES = 8
 """Samples on which the gradient of DLR (of the margin, for 2 classes) is tried where that of
 cross-entropy misleads."""
@@ -90,6 +97,7 @@ along a gradient even where it curves, unlike that of DLR or the margin."""
 UNBOUNDED = Limits(tolerated=0.05, fewest=3, most=16, budget_share=0.2)
 TRANSFER = Limits(tolerated=0.05, fewest=3, most=128, budget_share=0.1)
 SQUARE = Limits(tolerated=0.05, fewest=3, most=128)
+TIED = Limits(tolerated=0.05, fewest=3, most=128)
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,8 @@ def check_masking(
         queries, part = subject.plan_square(left)
         if part:
             findings["square"] = subject.query_squares(part, queries)
+    if part := take(TIED, 0):
+        findings["tied"] = subject.count_ties(part, outcome.margin)
     return record | {name: finding.to_json() for name, finding in findings.items()}
 
 
@@ -224,7 +234,8 @@ class _Subject:
 
     def take(self, limits: Limits, budget: int, passes_each: int) -> list[int]:
         """Return the samples of a test, or none if the budget does not allow enough of them."""
-        count = min(len(self.survivors), budget // passes_each, limits.most)
+        affordable = budget // passes_each if passes_each else limits.most
+        count = min(len(self.survivors), affordable, limits.most)
         return self.survivors[:count] if count >= limits.fewest else []
 
     def plan_square(self, budget: int) -> tuple[int, list[int]]:
@@ -236,7 +247,12 @@ class _Subject:
         return min(budget // count - 1, MOST_QUERIES), self.survivors[:count]
 
     def follow_one_step(self, part: list[int], loss: Loss) -> Finding:
-        """Count the samples at which a step along the gradient breaks the gradient's promise."""
+        """Count the samples at which a step along the gradient breaks the gradient's promise.
+
+        A quarter of the step is tried too. It tells a gradient of other pixels, such as that of the
+        mirrored image, from a loss that curves. An L1 step changes few pixels, and a quarter of it
+        would stay below the levels of a network that rounds its images.
+        """
 
         @torch.no_grad()
         def follow(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
@@ -246,13 +262,24 @@ class _Subject:
             noise = cold_noise(x, norm, seed=settings.seed, ids=ids)
             state = start_first_stage(x, y, noise.to(x.device), schedule)
             model, start = self.target.model, state.x_adv.clone()
-            _, before, grad = input_gradient(model, start, y, loss, "float32", eot=settings.eot)
+            logits, before, grad = input_gradient(
+                model, start, y, loss, "float32", eot=settings.eot
+            )
             observe(state, before, grad, schedule.check_periods().to(x.device), norm)
             advance(state, norm, momentum=False)
-            promised = (grad.double() * (state.x_adv - start).double()).flatten(1).sum(1)
-            after = loss_without_gradient(model, state.x_adv, y, loss, "float32")
-            rise = after.double() - before.double()
-            return ~((promised > 0) & (rise > KEPT_PROMISE * promised))  # true for NaN
+            rounding = LOSS_ROUNDING * logits.abs().amax(1)
+
+            def keeps(points: Tensor, share: float, tolerance: Tensor | float) -> Tensor:
+                promised = (grad.double() * (points - start).double()).flatten(1).sum(1)
+                after = loss_without_gradient(model, points, y, loss, "float32")
+                rise = after.double() - before.double()
+                return (promised > 0) & (rise + tolerance > share * promised)  # false for NaN
+
+            kept = keeps(state.x_adv, KEPT_PROMISE, 0.0)
+            if norm != "L1":
+                nearby = start + (state.x_adv - start) / 4
+                kept &= keeps(nearby, KEPT_NEARBY, rounding)
+            return ~kept
 
         is_ce = loss is ce
         limits = replace(GRADIENT, tolerated=TOLERATED_UNDER_CE) if is_ce else GRADIENT
@@ -291,6 +318,18 @@ class _Subject:
             )[0]
         passes = len(part) * len(others)
         return Finding(int(broken.sum()), len(part), passes, TRANSFER.tolerated)
+
+    def count_ties(self, part: list[int], margins: Tensor) -> Finding:
+        """Count the samples whose two highest logits the attack made equal, but not swapped.
+
+        Args:
+            part: The samples.
+            margins: (n,) smallest margin of every sample under attack.
+        """
+        rows = torch.tensor(part)
+        logits = self.target.samples.logits[rows]
+        tied = margins[rows] < TIED_MARGIN * (logits.amax(1) - logits.amin(1))
+        return Finding(int(tied.sum()), len(part), 0, TIED.tolerated)
 
     def query_squares(self, part: list[int], queries: int) -> Finding:
         """Count the samples that Square breaks."""

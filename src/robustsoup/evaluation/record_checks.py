@@ -45,7 +45,9 @@ check_record = table(
         ),
         "subset": table({"samples": count, "seed": anything, "missed": mapping_of(count)}, {}),
         "masking_check": mapping_of(
-            table({}, dict.fromkeys(("square", "transfer", "unbounded", "gradient"), _finding))
+            table(
+                {}, dict.fromkeys(("square", "transfer", "unbounded", "gradient", "tied"), _finding)
+            )
         ),
     },
 )

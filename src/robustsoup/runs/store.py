@@ -23,7 +23,8 @@ UNFINISHED = "unfinished"
 """The folder in the store for states of interrupted evaluations."""
 _KEY_GLOB = "??/*/"
 _check_step = table(
-    {"files": mapping_of(anything), "digest": text}, {"inputs": mapping_of(text), "seconds": number}
+    {"files": mapping_of(anything), "digest": text},
+    {"inputs": mapping_of(text), "seconds": number, "key": text},
 )
 """The entries of a record that code reads."""
 
@@ -33,11 +34,13 @@ class StoredStep:
     """A finished step, as its record describes it.
 
     Attributes:
+        key: The step; None in records without it.
         record: Settings and cost of the step.
         files: Digest of each file, by name in the folder.
         inputs: Digest of the outputs of each parent that the step read, by key.
     """
 
+    key: str | None
     record: Mapping[str, Any]
     files: Mapping[str, FileDigest]
     inputs: Mapping[str, str]
@@ -52,6 +55,7 @@ class StoredStep:
         """Return the content of step.json, which ends with a digest of all the rest."""
         content: dict[str, Any] = {
             **self.record,
+            "key": self.key,
             "files": {name: file.to_json() for name, file in self.files.items()},
             "inputs": dict(self.inputs),
         }
@@ -72,7 +76,8 @@ class StoredStep:
         if content.get("digest") != digest_json(rest):
             raise ValueError("its content changed")
         files = {str(n): FileDigest.from_json(file) for n, file in rest.pop("files").items()}
-        return cls(files=files, inputs=dict(rest.pop("inputs", {})), record=rest)
+        key, inputs = rest.pop("key", None), dict(rest.pop("inputs", {}))
+        return cls(key=key, files=files, inputs=inputs, record=rest)
 
 
 class Store:
@@ -189,7 +194,10 @@ class Store:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not JSON"
             raise ValueError(f"cannot be read ({reason})") from None
-        return StoredStep.from_json(content)
+        step = StoredStep.from_json(content)
+        if step.key is not None and step.key != key:
+            raise ValueError(f"the record of another step, {step.key[:8]}")
+        return step
 
     def hold(self) -> None:
         """Keep `prune` from emptying the store until this process ends, and tidy it.
@@ -235,7 +243,7 @@ class Store:
                 inputs = {key: digest for key in parents if (digest := self.output_digest(key))}
                 yield partial
                 _remove_step_leftovers(partial)
-                step = StoredStep(record, digest_folder(partial), inputs)
+                step = StoredStep(key, record, digest_folder(partial), inputs)
                 write_text(partial / RECORD, json.dumps(step.to_json(), indent=1, sort_keys=True))
                 lock.check()
                 if final.exists():
