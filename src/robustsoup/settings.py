@@ -471,6 +471,13 @@ class LearnSettings:
         lt=1,
         recorded_if_set=True,
     )
+    clean_limit: float | None = setting(
+        None,
+        "Minimise the robust loss among soups whose mean clean loss is at most this, in nats, "
+        "instead of the objective.",
+        gt=0,
+        recorded_if_set=True,
+    )
     granularity: str = setting(
         "parameter",
         "What shares one softmax: parameter, module, block, model or re:PATTERN on names.",
@@ -513,6 +520,7 @@ class LearnSettings:
                 raise RequestError(f"{name}: does not apply to a dial, a line of softmaxes")
         if self.average_last and self.early_stop is not None:
             raise RequestError("average_last: early_stop returns one epoch; leave one of them out")
+        self._check_clean_limit()
         self._check_start_weights()
 
     @property
@@ -537,6 +545,25 @@ class LearnSettings:
         weights = self.start_weights
         if weights is not None and len(weights) != n:
             raise RequestError(f"init: got {len(weights)} weights, expected {n}, one an ingredient")
+
+    def _check_clean_limit(self) -> None:
+        if self.clean_limit is None:
+            return
+        if self.dial is not None:
+            raise RequestError(
+                "clean_limit: does not apply to a dial, which learns every trade-off"
+            )
+        if str(self.objective) != "ce":
+            raise RequestError(
+                f"clean_limit: got the objective {self.objective}, but the robust loss is what is "
+                "minimised; leave objective out"
+            )
+        if self.early_stop is not None:
+            raise RequestError(
+                "clean_limit: no single figure tells the best epoch; leave early_stop out"
+            )
+        if self.threat.is_clean:
+            raise RequestError("clean_limit: requires a threat; got clean")
 
     def _check_start_weights(self) -> None:
         weights = self.start_weights

@@ -434,7 +434,7 @@ METHOD_KEYS = {
     "surrogate": _GRID_KEYS | {"tolerance"},
     "greedy": _MIXED_KEYS | {"score"},
     "learned": _LEARNED_KEYS
-    | {"objectives", "early_stop", "also", "combine", "affine", "average_last"},
+    | {"objectives", "early_stop", "also", "combine", "affine", "average_last", "clean_limit"},
     "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
     "slerp": _MERGE_KEYS,
     "swap": _MERGE_KEYS | {"blocks"},

@@ -21,15 +21,20 @@ from robustsoup.models.fit import check_fit, check_training
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import EarlyStop, LearnSettings, to_record
 from robustsoup.soups.batchnorm import norm_layers
+from robustsoup.soups.clean_limit import CleanLimit
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import Ingredients
 from robustsoup.soups.layer_weights import Affine, LayerWeights, Softmax
 from robustsoup.soups.learning_buffers import LearningBuffers, mix_start
 from robustsoup.soups.summation import canonical_order
-from robustsoup.threats import ThreatModel
+from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.accumulation import attack_parts
-from robustsoup.training.adversarial_loss import mean_objective_loss, measure_objective
+from robustsoup.training.adversarial_loss import (
+    mean_objective_loss,
+    measure_objective,
+    measure_robust_loss,
+)
 from robustsoup.training.loop import History, check_step_loss
 from robustsoup.training.objectives import Objective, mixed
 from robustsoup.training.recomputation import check_recomputation, recomputed_activations
@@ -89,6 +94,7 @@ class LearningRun:
         self.layers = list(self.groups)
         self.ingredients = Ingredients(ordered, list(self.parameters), inputs.device, inputs.place)
         self.buffers = LearningBuffers(self.model, ordered, self.data, settings)
+        self.limit = None if settings.clean_limit is None else CleanLimit(settings.clean_limit)
         self.weights: LayerWeights = Affine() if settings.affine else Softmax()
         self.start = self._initial_line()
         self.line = self.start.clone()
@@ -121,6 +127,8 @@ class LearningRun:
         self.step, self.t = state["step"], state["t"]
         self.loss_sum = state["loss_sum"].to(self.inputs.device)
         self.history, self.best = state["history"], state["best"]
+        if self.limit is not None:
+            self.limit.restore(state["limit"])
         self.model.load_state_dict(state["buffers"], strict=False)
         self.mix_layers(range(len(self.layers)))
 
@@ -138,6 +146,7 @@ class LearningRun:
             "loss_sum": self.loss_sum,
             "history": self.history,
             "best": self.best,
+            "limit": None if self.limit is None else self.limit.state(),
             "buffers": self._model_buffers(),
         }
 
@@ -170,6 +179,8 @@ class LearningRun:
                 )
         loss = distributed.sum_ranks(loss)
         check_step_loss(self, loss, attacked[0][0])
+        if self.limit is not None:
+            self.limit.end_step(parts)
         if self.settings.buffers == "tracked":
             average_statistics(self.model, share, s.batchnorm)
         if grads:
@@ -247,6 +258,8 @@ class LearningRun:
     def end_epoch(self, entry: dict[str, float]) -> None:
         """Measure the objective on val, and store the line if the loss is the lowest so far."""
         self.buffers.end_epoch(self._current_coefficients())
+        if self.limit is not None:
+            self.limit.end_epoch(entry, self.steps_per_epoch)
         if self.val is None:
             return
         stop = self.settings.early_stop
@@ -265,6 +278,9 @@ class LearningRun:
             ]
         loss = sum(losses) / len(threats)
         entry["val_loss"] = loss
+        if self.limit is not None:
+            clean = measure_robust_loss(self.model, self.val, CLEAN, precision=self.precision)
+            entry["val_clean_loss"] = clean[0]
         lowest = min((earlier["val_loss"] for earlier in self.history), default=math.inf)
         if stop and loss < lowest:
             buffers = {name: tensor.clone() for name, tensor in self._model_buffers().items()}
@@ -341,6 +357,8 @@ class LearningRun:
     def _goal(self) -> tuple[ThreatModel, Objective]:
         """Return the threat and the objective of this step; a dial varies one of them."""
         threat, dial = self.settings.threat, self.settings.dial
+        if self.limit is not None:
+            return threat, self.limit.objective
         if dial is None:
             return threat, self.objective
         if dial.by == "eps":
