@@ -22,6 +22,7 @@ from synthetic_results import (
     make_results,
     make_row,
     write_and_read_report,
+    write_evaluations,
     write_examples,
 )
 
@@ -198,6 +199,19 @@ def test_equal_accuracies_are_drawn_and_missing_ones_left_out_without_a_warning(
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_an_ingredient_is_not_compared_with_itself(tmp_path, results):
+    results["figures"] = []
+    results["selection"] |= {"chosen": "grid-1-0-0", "comparisons": 3}
+    results["selection"]["against"] = [{"ingredient": "eps8", "meets": True, "differences": {}}]
+    write_evaluations(tmp_path, results)
+    page = write_and_read_report(tmp_path, results)
+    table = page.partition("grid-1-0-0 less its ingredients")[2].partition("</table>")[0]
+    assert ">eps8<" in table
+    assert ">eps4<" not in table
+    assert "at once (95 %):<" in page
+
+
+@pytest.mark.usefixtures("blank_figures")
 def test_the_answer_stands_at_the_top_in_words(tmp_path, results):
     results["figures"] = []
     top = write_and_read_report(tmp_path, results).split("<noscript")[0]
@@ -209,6 +223,7 @@ def test_the_answer_stands_at_the_top_in_words(tmp_path, results):
     top = write_and_read_report(tmp_path, results).split("<noscript")[0]
     assert "no candidate meets clean&gt;=0.7 by its estimate; the closest is" in top
     assert "estimate on val, which guarantees nothing," in top
+    assert "(closest)" in write_and_read_report(tmp_path, results)
     results["selection"] = None
     assert "No soup was selected." in write_and_read_report(tmp_path, results)
 

@@ -38,7 +38,7 @@ def print_front(results: Results) -> None:
     if measure is None or len(rows) < 3 or not any(row.role in SOUP_ROLES for row in rows):
         return
     split, chosen = results.protocol.select_on, _chosen(results, measure)
-    label = "chosen" if results.selection is None or results.selection.met else "closest"
+    label = results.selection.choice_word if results.selection else "chosen"
     points = {row.name: _point(row, split, measure) for row in rows}
     front = [rows[i] for i in find_front(list(points.values()))]
     front.sort(key=lambda row: -points[row.name][0])

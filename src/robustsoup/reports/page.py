@@ -83,7 +83,7 @@ class NetworkLine:
     name: str
     role: str
     coefficients: str
-    is_selected: bool
+    choice: str
     cells: list[AccuracyCell | None]
 
 
@@ -186,7 +186,8 @@ def _list_columns(results: Results) -> list[tuple[str, str]]:
 
 
 def _make_network_lines(results: Results, columns: Sequence[tuple[str, str]]) -> list[NetworkLine]:
-    chosen = results.selection and results.selection.chosen
+    selection = results.selection
+    chosen, word = (selection.chosen, selection.choice_word) if selection else ("", "")
     numbers = {row.name: number for number, row in enumerate(results.rows)}
     return [
         NetworkLine(
@@ -194,7 +195,7 @@ def _make_network_lines(results: Results, columns: Sequence[tuple[str, str]]) ->
             name=row.name,
             role=row.role,
             coefficients=_format_coefficients(row),
-            is_selected=row.name == chosen,
+            choice=word if row.name == chosen else "",
             cells=[_make_cell(row.accuracy(*column)) for column in columns],
         )
         for row in sorted(results.rows, key=lambda row: (ROLES.index(row.role), row.name))

@@ -21,4 +21,5 @@ def summarise_results(results: Results) -> list[str]:
 def _as_sentence(line: str) -> str:
     """Return a line of the answer as a sentence; one that starts with a requirement stays as is."""
     starts_with_word = line[:1].islower() and ">=" not in line.partition(" ")[0]
-    return f"{line[0].upper()}{line[1:]}." if starts_with_word else f"{line}."
+    sentence = f"{line[0].upper()}{line[1:]}" if starts_with_word else line
+    return sentence if line.endswith(":") else f"{sentence}."

@@ -245,7 +245,7 @@ def _draw_selected_soup(
     scale: PlotScale,
 ) -> None:
     chosen = [row for row in rows if selection and row.name == selection.chosen]
-    if chosen:
+    if selection and chosen:
         axes.plot(
             *scale.coordinates(chosen[:1]).T,
             "o",
@@ -254,5 +254,5 @@ def _draw_selected_soup(
             markeredgecolor=SELECTED_COLOUR,
             markeredgewidth=1.6,
             zorder=7,
-            label=f"selected: {clean_text(chosen[0].name, 22)}",
+            label=f"{selection.choice_word}: {clean_text(chosen[0].name, 22)}",
         )

@@ -212,6 +212,11 @@ class Answer:
         return 4 if self.held_on_test is False else 0
 
     @property
+    def choice_word(self) -> str:
+        """What to call the choice: "chosen", or "closest" if nothing meets the requirements."""
+        return "chosen" if self.met else "closest"
+
+    @property
     def message(self) -> str:
         """The choice in one line."""
         figures = ", ".join(f"{key} {accuracy}" for key, accuracy in self.accuracy.items())
@@ -353,9 +358,8 @@ def _say_requirements(answer: Answer) -> Iterator[str]:
 
 def _say_against(answer: Answer) -> Iterator[str]:
     if answer.against and answer.comparisons > 1:
-        choice = "chosen" if answer.met else "closest"
         yield (
-            f"differences of the {choice} one, by intervals that hold for all "
+            f"differences of the {answer.choice_word} one, by intervals that hold for all "
             f"{answer.comparisons} comparisons of a candidate with an ingredient at once (95 %):"
         )
     for item in answer.against:
