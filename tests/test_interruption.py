@@ -117,6 +117,47 @@ def test_a_signal_that_a_destructor_swallowed_is_sent_again():
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
+TWICE = """
+import signal
+from robustsoup import cli
+from robustsoup.cli import application
+
+def send(*arguments):
+    signal.raise_signal(signal.{first})
+
+def send_while_the_end_is_said():
+    cli.{place} = original
+    signal.raise_signal(signal.{second})
+    return original()
+
+original, cli.{place} = cli.{place}, send_while_the_end_is_said
+application.run_command_line = send
+cli.main()
+"""
+AT_SHUTDOWN = """
+import atexit, signal, sys
+from robustsoup.cli import main
+
+atexit.register(signal.raise_signal, signal.SIGTERM)
+sys.argv = ["robustsoup", "--version"]
+main()
+"""
+
+
+@pytest.mark.parametrize("place", ["end_at_next_signal", "describe_end", "exit_code"])
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT")])
+def test_a_second_signal_ends_the_command_like_one(place, first, second):
+    done = run_script(TWICE.format(place=place, first=first, second=second))
+    assert done.returncode in (SIGNALS[first], SIGNALS[second])
+    assert len(done.stderr.splitlines()) <= 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_as_the_process_shuts_down_gives_its_exit_code():
+    done = run_script(AT_SHUTDOWN)
+    assert (done.returncode, done.stderr) == (SIGNALS["SIGTERM"], "")
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_amid_an_import_ends_the_process_in_one_line(name):
     done = run_script(IMPORTING.format(signal=name))

@@ -66,7 +66,7 @@ def handled_signals(*, restore: bool) -> Iterator[None]:
 
     Args:
         restore: Whether to restore the handlers afterwards; else a later signal ends the process
-            without a word, as it shuts down.
+            without a word, as it shuts down, with the exit code of the first one.
     """
     hook = sys.unraisablehook
     _received.number, _received.held, _received.waiting = None, False, False
@@ -76,7 +76,7 @@ def handled_signals(*, restore: bool) -> Iterator[None]:
         yield
     finally:
         for number, handler in earlier.items():
-            signal.signal(number, handler if restore else signal.SIG_DFL)
+            signal.signal(number, handler if restore else _end_without_a_word)
         sys.unraisablehook = hook
 
 
@@ -89,6 +89,18 @@ def _install_handlers() -> "dict[int, Handler]":
             if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 earlier[number] = signal.signal(number, _handle)
     return earlier
+
+
+def end_at_next_signal() -> None:
+    """Let a further signal end the process without a word, once the work has ended."""
+    for name in _VERBS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is _handle:
+            signal.signal(number, _end_without_a_word)
+
+
+def _end_without_a_word(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + (_received.number or number))
 
 
 def signal_waits() -> bool:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from ingredients import perturbed
+from network_watch import refused_network
 from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from robustsoup.models import (
     factory_fingerprint,
     is_built_in,
     load_model,
+    transformers_networks,
 )
 from robustsoup.models.normalize import normalize_inputs
 from robustsoup.soups.learning import learn
@@ -67,6 +69,14 @@ def write_folder(folder, kind="vit", processor=PROCESSOR, **changed):
     if processor:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return f"hf:{folder}"
+
+
+def write_changed_folder(folder, changes):
+    """Write a folder of transformers, and change its configuration as its library would not."""
+    spec = write_folder(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return spec
 
 
 def enlarge(split, side):
@@ -325,6 +335,50 @@ def test_a_wrong_folder_is_one_line_and_runs_no_code(tmp_path, content, text):
         load_model(f"hf:{tmp_path}")
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"hidden_size": 10**9}, "hidden_size: got 1e+09, expected at most 1,000,000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: got 1000000, expected at most 1,000"),
+        ({"depths": [2, 5000]}, "depths: got 5000, expected at most 1,000"),
+        ({"nested": {"size": -(10**7)}}, "size: got -10000000, expected at most 1,000,000"),
+        ({"hidden_size": 65_536, "intermediate_size": 65_536}, "more than 2,147,483,648 weights"),
+        ({"image_size": 1_000_000}, "more than 2,147,483,648 weights"),
+        *(
+            ({key: "kernels-community/flash-attn"}, "expected eager or sdpa")
+            for key in ("_attn_implementation", "attn_implementation")
+        ),
+        ({"attn_implementation": {"": "someone/kernel"}}, "expected eager or sdpa"),
+        ({"use_kernels": True}, "asks for use_kernels"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "asks for quantization_config"),
+        ({"model_type": "timm_wrapper", "architecture": "hf_hub:a/b"}, "asks for architecture"),
+        ({"use_pretrained_backbone": True, "backbone": "a/b"}, "asks for use_pretrained_backbone"),
+        ({"torch_dtype": "os.system"}, "cannot be built: "),
+    ],
+)
+def test_a_configuration_may_only_describe_a_network_of_a_bounded_size(tmp_path, changes, text):
+    with refused_network() as attempts, pytest.raises(ModelError) as caught:
+        load_model(write_changed_folder(tmp_path, changes), channels=1)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert attempts == []
+
+
+def test_a_configuration_may_not_describe_too_many_modules(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_networks, "MOST_MODULES", 20)
+    with pytest.raises(ModelError, match="has more than 20 modules, the most that are built"):
+        load_model(write_folder(tmp_path), channels=1)
+
+
+def test_the_type_and_the_code_that_a_configuration_names_are_not_used(tmp_path):
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    names = {"AutoConfig": "own.Own", "AutoModelForImageClassification": "own.Own"}
+    spec = write_changed_folder(tmp_path, {"auto_map": names, "dtype": "float16"})
+    model = load_model(spec, channels=1)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not (tmp_path / "ran").exists()
 
 

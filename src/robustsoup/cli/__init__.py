@@ -7,6 +7,7 @@ from contextlib import suppress
 from robustsoup.interruption import (
     INTERRUPTED,
     describe_end,
+    end_at_next_signal,
     exit_code,
     handled_signals,
     signal_received,
@@ -34,7 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The words after `robustsoup`; those of this process by default.
     """
     with handled_signals(restore=arguments is not None):
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        try:
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+        except KeyboardInterrupt:  # a second signal, after the first ended the work
+            code = _say_end()
         code = _flush_output(code)
     sys.exit(code)
 
@@ -54,6 +58,12 @@ def _run(arguments: list[str]) -> "Any":
         # Where a signal arrives, code outside this package can turn it into another error.
         if not isinstance(error, KeyboardInterrupt) and not signal_received():
             raise
+    return _say_end()
+
+
+def _say_end() -> int:
+    """Print that a signal ended the command, and return its exit code."""
+    end_at_next_signal()
     from robustsoup import distributed
 
     if distributed.claim_message():

@@ -24,6 +24,9 @@ ChannelConstants = tuple[tuple[float, ...], tuple[float, ...]]
 
 LARGEST_SIZES = {"width": 65_536, "depth": 1_000, "classes": 1_000_000, "channels": 65_536}
 """Largest values of the sizes of a built-in network."""
+MOST_WEIGHTS = 2**31
+"""Largest number of weights of a network that is built in, or that a configuration describes; the
+largest built-in one that was published has 2.7e8."""
 
 
 def _normalization(value: object, place: str) -> None:

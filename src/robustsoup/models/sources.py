@@ -20,6 +20,7 @@ from robustsoup.models.libraries import (
 )
 from robustsoup.models.network import (
     LARGEST_SIZES,
+    MOST_WEIGHTS,
     ChannelConstants,
     NetworkSettings,
     attach_network_settings,
@@ -38,8 +39,6 @@ _OTHER_NAMES = {
 }
 """What factories of other libraries call these sizes."""
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-MOST_WEIGHTS = 2**31
-"""Largest number of weights of a built-in network; the largest published one has 2.7e8."""
 
 
 def load_model(

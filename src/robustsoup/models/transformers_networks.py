@@ -1,19 +1,30 @@
 """Image classifiers of transformers, as "hf:FOLDER" or "hf:ORG/NAME".
 
 A folder, or a repository of the hub, is read for `config.json` and `preprocessor_config.json`
-alone. Weights are never read from it, and code in it never runs.
+alone. Weights are never read from it, and code in it never runs. A configuration may describe a
+network of a bounded size, and nothing that transformers would fetch or run for it.
 """
 
+import contextlib
 import hashlib
 import importlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from robustsoup.documents import read_json
+from robustsoup.errors import ModelError
 from robustsoup.models.libraries import (
+    DEEPEST_OPTION,
     InputSettings,
     Library,
     LibrarySpec,
@@ -23,12 +34,27 @@ from robustsoup.models.libraries import (
     library_version,
     return_logits,
 )
-from robustsoup.models.network import NetworkSettings, set_file_names
+from robustsoup.models.network import MOST_WEIGHTS, NetworkSettings, set_file_names
 from robustsoup.paths import user_path
 
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's methods, by the number that an image processor's configuration holds."""
+MOST_MODULES = 20_000
+"""Largest number of modules of a network that a configuration describes."""
+LARGEST_NUMBER = 1_000_000
+"""Largest integer in a configuration: a size, a token or a class."""
+_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that PyTorch contains; other names can be those of code on a hub."""
+_FETCHING_KEYS = (
+    "architecture",
+    "backbone",
+    "quantization_config",
+    "use_kernels",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+"""Keys that make transformers load other code, another configuration, or weights."""
 
 
 def _import_transformers(network: LibrarySpec) -> ModuleType:
@@ -81,14 +107,76 @@ def _find_config(network: LibrarySpec) -> Path:
     return path
 
 
+def _check_description(document: object, network: LibrarySpec, key: str = "") -> None:
+    """Check that a configuration holds no huge size, and asks for no code and no weights.
+
+    Raises:
+        ModelError: Names the first key that does.
+    """
+    if isinstance(document, dict):
+        for name, value in document.items():
+            if name in _FETCHING_KEYS and value:
+                raise network.refuse(
+                    f"config.json asks for {name}, which loads code or weights; "
+                    "a configuration may only describe a network"
+                )
+            _check_description(value, network, key if "attn_implementation" in key else name)
+    elif isinstance(document, list):
+        for value in document:
+            _check_description(value, network, key)
+    elif isinstance(document, str):
+        if "attn_implementation" in key and document not in _ATTENTION:
+            raise network.refuse(
+                f'config.json: {key}: got "{document}", expected {" or ".join(_ATTENTION)}'
+            )
+    elif isinstance(document, (int, float)):
+        most = DEEPEST_OPTION if re.search("layers|depth", key) else LARGEST_NUMBER
+        if not abs(document) <= most:
+            raise network.refuse(
+                f"config.json: {key}: got {document:.9g}, expected at most {most:,}"
+            )
+
+
+@contextlib.contextmanager
+def _limited_size(network: LibrarySpec) -> Iterator[None]:
+    """Refuse a network with too many weights or modules while it is being built in the block.
+
+    Raises:
+        ModelError: There are too many.
+    """
+    weights = modules = 0
+
+    def count_weights(_owner: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
+        nonlocal weights
+        weights += 0 if weight is None else weight.numel()
+        if weights > MOST_WEIGHTS:
+            raise network.refuse(f"has more than {MOST_WEIGHTS:,} weights, the most that are built")
+
+    def count_modules(_owner: nn.Module, _name: str, _module: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MOST_MODULES:
+            raise network.refuse(f"has more than {MOST_MODULES:,} modules, the most that are built")
+
+    with contextlib.ExitStack() as stack:
+        for handle in (
+            register_module_parameter_registration_hook(count_weights),
+            register_module_module_registration_hook(count_modules),
+        ):
+            stack.callback(handle.remove)
+        yield
+
+
 def _read_config(network: LibrarySpec, settings: NetworkSettings) -> Any:
     """Return the network's configuration, with the classes and channels of the settings."""
     path = _find_config(network)
-    if "model_type" not in _read_document(path, network):
+    document = _read_document(path, network)
+    if "model_type" not in document:
         raise network.refuse(
             "config.json has no model_type, so it is not of transformers; "
             "name a network of timm as timm:NAME"
         )
+    _check_description(document, network)
     transformers = _import_transformers(network)
     config = call_library(
         lambda: transformers.AutoConfig.from_pretrained(
@@ -111,7 +199,20 @@ def _read_config(network: LibrarySpec, settings: NetworkSettings) -> Any:
 def _build(network: LibrarySpec, settings: NetworkSettings) -> nn.Module:
     config = _read_config(network, settings)
     classifiers = _import_transformers(network).AutoModelForImageClassification
-    model = call_library(lambda: classifiers.from_config(config, trust_remote_code=False), network)
+
+    def build() -> nn.Module:
+        with _limited_size(network):
+            model: nn.Module = classifiers.from_config(config, trust_remote_code=False)
+            return model.float()  # whatever type the configuration names
+
+    with torch.device("meta"):  # first without memory, where the network allows it
+        try:
+            build()
+        except ModelError:
+            raise
+        except Exception:  # such as a network that reads the values of its tensors
+            pass
+    model = call_library(build, network)
     set_file_names(model, call_library(lambda: _find_file_names(model), network))
     return return_logits(model)
 
