@@ -63,6 +63,8 @@ def test_an_error_in_a_held_block_is_raised_and_the_signal_is_remembered():
         with pytest.raises(ZeroDivisionError):
             fail_in_held_block()
         assert signal_received()
+    with held_signals():  # a later block, outside of the command that was interrupted
+        pass
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored():

@@ -78,6 +78,7 @@ def handled_signals(*, restore: bool) -> Iterator[None]:
         for number, handler in earlier.items():
             signal.signal(number, handler if restore else _end_without_a_word)
         sys.unraisablehook = hook
+        _received.held = _received.waiting = False  # what a library call does next is not meant
 
 
 def _install_handlers() -> "dict[int, Handler]":
