@@ -62,7 +62,7 @@ class Checkpoint:
             that the library reads: "network" {spec, classes, channels, normalize}, "parameters"
             [names], "tied" {alias: name}, "parents" [{digest, file}], "data" (the record of the
             data that the weights were fitted on), "earlier_data" (those of its ancestors),
-            "trained_on" [splits].
+            "trained_on" [splits], "warnings" [texts].
         path: The file that was read.
         wrapping: What is around the tensors in their file.
         source: The file, if the tensors are still in it (see `open`).
@@ -189,7 +189,13 @@ class Checkpoint:
             CheckpointError: The base is not found or does not fit, or the adapter is not
                 understood.
         """
-        base = cls.load(_locate_base(adapter) if named is None else named, key=key)
+        place = _locate_base(adapter) if named is None else named
+        try:
+            base = cls.load(place, key=key)
+        except RecursionError:
+            raise CheckpointError(
+                f"{adapter.folder}: the adapter is its own base; set --adapter-base"
+            ) from None
         factors = read_checkpoint(adapter.weights, mapped=True).tensors
         tensors = merge_adapter(adapter, factors, base.tensors)
         before = base.provenance
@@ -279,6 +285,11 @@ class Checkpoint:
         if "parameters" in self.provenance:
             return list(self.provenance["parameters"])
         return guess_parameters(self.tensors, self.tied)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes a soup doubtful, such as constants that differ between its ingredients."""
+        return list(self.provenance.get("warnings", ()))
 
     @property
     def tied(self) -> dict[str, str]:
@@ -575,7 +586,8 @@ class Checkpoint:
             "fitted on": ", ".join(record.get("trained_on", ())),
         }
         title = self.path.name if self.path else "Checkpoint in memory"
-        return html_table(title, (), (row for row in rows.items() if row[1]), self.notes)
+        notes = (*self.notes, *(f"warning: {warning}" for warning in self.warnings))
+        return html_table(title, (), (row for row in rows.items() if row[1]), notes)
 
 
 def _file_of(path: Path) -> Path:

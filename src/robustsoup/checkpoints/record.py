@@ -79,6 +79,7 @@ ENTRIES = {
     "coefficients": nullable(_coefficients),
     "learned": nullable(_ANY_TABLE),
     "buffers": nullable(_ANY_TABLE),
+    "warnings": list_of(text),
     "merge": nullable(table({"method": text}, {"base": nullable(text)})),
     "subspace": nullable(
         table({"shape": text, "position": _COUNT, "run": text}, {"ends": list_of(text)})

@@ -15,7 +15,7 @@ from robustsoup.cli.options import (
     NetworkOptions,
     RunOptions,
 )
-from robustsoup.cli.terminal import print_line
+from robustsoup.cli.terminal import print_line, print_warning
 from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.settings import BufferSettings, MergeSettings, parse_numbers, rules
 from robustsoup.threats import ThreatModel
@@ -153,6 +153,8 @@ def mix_command(
         )
     mixed.save(output)
     print_notes(mixed)
+    for warning in mixed.warnings:
+        print_warning(warning)
     verb = "mixed" if method is None else f"merged by {method}"
     print_line(f"{output}: {len(ingredients)} ingredients {verb}, BatchNorm statistics: {policy}")
 

@@ -18,7 +18,7 @@ from robustsoup.cli.inputs import (
 from robustsoup.cli.options import ClusterOptions, RunOptions
 from robustsoup.cli.progress import Bar, RunReporter, SilentReporter, format_duration
 from robustsoup.cli.tables import print_results
-from robustsoup.cli.terminal import print_error, print_json
+from robustsoup.cli.terminal import print_error, print_json, print_warning
 from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, checkpoint_places, with_files
@@ -111,6 +111,8 @@ def run_recipe(
     prepared = prepare_recipe(recipe, run, data_root, part_samples)
     print_leakage(prepared.leakage)
     warn_of_overlaps(prepared.overlaps)
+    for warning in prepared.plan.warnings:
+        print_warning(warning)
     if compares_ways:
         print_ways(prepared)
     if not distributed.is_first():

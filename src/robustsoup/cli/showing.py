@@ -60,6 +60,8 @@ def _print_description(description: "Description") -> None:
     _print_tensors(description)
     make_console().print(_draw_tree(description.tree))
     _print_judgements(description)
+    for warning in checkpoint.warnings:
+        print_line(f"warning: {warning}")
     for note in description.notes:
         print_line(f"note: {note}")
 

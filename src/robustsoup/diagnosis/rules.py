@@ -4,17 +4,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.parameters import find_power_vectors
 from robustsoup.data import Split
 from robustsoup.diagnosis.barriers import Curve, Pair
 from robustsoup.diagnosis.geometry import Geometry
 from robustsoup.diagnosis.running_statistics import counter_names
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.soups.batchnorm import running_statistics
+from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.threats import CLEAN
 
 MAX_RELATIVE_BARRIER = 0.5
@@ -164,29 +163,7 @@ def _check_batch_counters(item: Checkpoint, values: dict[str, Tensor]) -> Iterat
 
 def check_constant_buffers(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
     """Warn where buffers differ that are not averaged but copied from the first checkpoint."""
-    first = checkpoints[0]
-    constants = sorted(
-        set(first.tensors)
-        - {*first.parameters, *first.tied, *running_statistics(first), *counter_names(first)}
-        - {name for names in find_power_vectors(first.tensors) for name in (names.u, names.v)}
-    )
-    for item in checkpoints[1:]:
-        unequal = [
-            name for name in constants if not torch.equal(first.tensors[name], item.tensors[name])
-        ]
-        if unequal:
-            yield _warning(
-                f"{item.name}: {_join_first_names(unequal)} differs from {first.name}; the tensor "
-                "is not averaged, so a soup takes the first checkpoint's. If it normalises the "
-                "input, the networks expect different inputs"
-            )
-        expected, got = (checkpoint.provenance.get("network") for checkpoint in (first, item))
-        if expected and got and got.get("normalize") != expected.get("normalize"):
-            yield _warning(
-                f"{item.name}: normalises its input by {got.get('normalize')}, {first.name} by "
-                f"{expected.get('normalize')}; a soup uses the first checkpoint's normalisation: "
-                "fine-tune all ingredients with one"
-            )
+    yield from map(_warning, describe_differing_constants(checkpoints))
 
 
 def check_ancestor(

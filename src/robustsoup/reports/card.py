@@ -145,7 +145,7 @@ def make_card(description: Description) -> Card:
         network=_describe_network(description),
         tree=description.tree,
         judgements=_in_order(description.judgements),
-        warnings=_list_warnings(description.judgements),
+        warnings=(*description.checkpoint.warnings, *_list_warnings(description.judgements)),
     )
 
 
@@ -217,6 +217,7 @@ def _list_run_warnings(results: Results) -> Iterator[str]:
         why = results.leakage.why if results.leakage else "no record"
         status = results.leakage.status if results.leakage else "unknown"
         yield f"samples seen in training, {status}: {why}"
+    yield from results.warnings
     for overlap in results.duplicates:
         yield "duplicates: " + ", ".join(f"{key} {value}" for key, value in overlap.items())
     if results.protocol.select_on == results.protocol.report_on:

@@ -258,7 +258,8 @@ def _list_facts(results: Results) -> list[Fact]:
 
 def _list_warnings(results: Results) -> list[str]:
     """List what makes accuracies doubtful, one line each."""
-    warnings = [f"{row.name}: {text}" for row in results.rows for text in row.warnings]
+    warnings = list(results.warnings)
+    warnings += [f"{row.name}: {text}" for row in results.rows for text in row.warnings]
     for overlap in results.duplicates:
         found = ", ".join(f"{key} {value}" for key, value in overlap.items())
         warnings.append(f"samples that are in two splits: {found}")

@@ -118,6 +118,7 @@ def _write_results(
         model=context.network.spec,
         leakage=leakage,
         duplicates=tuple(item.as_record() for item in overlaps),
+        warnings=plan.warnings,
         figures=recipe.report.figures,
         protocol=_describe_protocol(plan, rows),
         versions=_list_versions(context),

@@ -123,6 +123,7 @@ class Plan:
         planes: Steps of the planes, by section.
         surrogates: Steps that measure the clean verdicts of a surrogate's soups, by section.
         examples: Attacked samples of the chosen row, or None.
+        warnings: Doubts about the checkpoints that the recipe names.
     """
 
     recipe: Recipe
@@ -132,6 +133,7 @@ class Plan:
     planes: dict[str, Key] = field(default_factory=dict)
     surrogates: dict[str, Key] = field(default_factory=dict)
     examples: PlannedExamples | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:

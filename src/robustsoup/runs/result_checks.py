@@ -191,6 +191,7 @@ results = table(
         "model": nullable(text),
         "leakage": nullable(table({}, {"status": text, "why": text})),
         "duplicates": nullable(list_of(mapping_of(anything))),
+        "warnings": list_of(text),
         "figures": nullable(list_of(text)),
         "versions": nullable(mapping_of(anything)),
         "seconds": nullable(number),

@@ -266,6 +266,7 @@ class Results:
         leakage: Whether networks were trained on samples that evaluate them.
         duplicates: Counts of samples of val and test that are in another split or in generated
             images; see `Overlap`.
+        warnings: Doubts about the checkpoints that the recipe names, one line each.
         figures: Names of the figures to draw; None for all.
         protocol: How the networks were evaluated.
         versions: Versions and device of the run.
@@ -286,6 +287,7 @@ class Results:
     model: str | None = None
     leakage: Leakage | None = None
     duplicates: tuple[Mapping[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
     figures: tuple[str, ...] | None = None
     protocol: EvaluationProtocol
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -309,6 +311,7 @@ class Results:
             "data": dict(self.data),
             "leakage": self.leakage and self.leakage.as_record(),
             "duplicates": [dict(overlap) for overlap in self.duplicates],
+            "warnings": list(self.warnings),
             "figures": None if self.figures is None else list(self.figures),
             "protocol": self.protocol.to_json(),
             "versions": dict(self.versions),
@@ -321,6 +324,8 @@ class Results:
         }
         if self.soup is None:
             del content["soup"]
+        if not self.warnings:
+            del content["warnings"]
         return content
 
     @classmethod
@@ -346,6 +351,7 @@ class Results:
             model=table.get("model"),
             leakage=Leakage(**_known_fields(Leakage, leakage)) if leakage else None,
             duplicates=tuple(table.get("duplicates") or ()),
+            warnings=tuple(table.get("warnings") or ()),
             figures=None if figures is None else tuple(figures),
             protocol=protocol,
             versions=table.get("versions") or {},

@@ -43,6 +43,7 @@ from robustsoup.runs.time_limited import (
 )
 from robustsoup.soups import time_limit
 from robustsoup.soups.ancestry import check_ingredients
+from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.goal import check_goal
 from robustsoup.soups.selection import Selection
 from robustsoup.soups.time_limit import Late
@@ -124,6 +125,7 @@ def prepare_run(
         files = [context.record_network(item) for item in files]
         planner.plan.files.update(zip(list(planner.plan.files), files, strict=True))
         check_fit(files[0].network(), data.test)
+        planner.plan.warnings = tuple(describe_differing_constants(files))
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
     not_here = (*([recipe.data] if imitates else []), *absent)
     return PreparedRun(planner, context, Store(), leakage, overlaps, not_here)

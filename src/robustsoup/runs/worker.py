@@ -44,6 +44,7 @@ from robustsoup.runs.tasks import (
 )
 from robustsoup.settings import EarlyStop
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
+from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import Alpha, alpha_name, corners
 from robustsoup.soups.learning import learn, learn_dial
@@ -314,8 +315,10 @@ def learn_coefficients(
         on_progress=on_progress,
     )
     coefficients.save(folder / COEFFICIENTS)
+    said = set(describe_differing_constants(ingredients))  # at the start of the run
     for warning in coefficients.record.get("warnings", ()):
-        worker.warn(f"{name}: {warning}")
+        if warning not in said:
+            worker.warn(f"{name}: {warning}")
     loss = coefficients.record["history"][-1]["loss"]
     return f"loss {loss:.3f}, {_describe_shares(coefficients)}"
 

@@ -107,7 +107,7 @@ def recalibrate(
     count = min(samples, len(data))
     if count < 2:
         raise DataError(f"recalibrate: got {count} samples, expected at least 2")
-    device = next(model.parameters()).device
+    device = next(iter(model.parameters())).device
     measured = copy_network(model)
     set_mode(measured, training=False)
     adapt_network(measured, to_float(data.images[:2]).to(device))

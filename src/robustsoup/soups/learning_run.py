@@ -88,7 +88,8 @@ class LearningRun:
         self.digests = [item.digest for item in inputs.ingredients]
         self.order = canonical_order(self.digests)
         ordered = [inputs.ingredients[i] for i in self.order]
-        self.model, self.base_digest = _start_network(inputs, settings)
+        self.model, start = _start_network(inputs, settings)
+        self.base_digest, self.warnings = start.provenance["buffers"].get("base"), start.warnings
         self.parameters = dict(self.model.named_parameters())
         self.groups = layer_groups(self.model, settings.granularity)
         self.layers = list(self.groups)
@@ -435,11 +436,12 @@ class LearningRun:
             "fitted_images": [sketch_split(self.data)],
             "early_stopped_at": self.best and self.best["epoch"],
         }
+        warnings = list(self.warnings)
         if len(self.digests) == 1:
-            record["warnings"] = [
+            warnings.append(
                 "a single ingredient: there is nothing to learn; the soup is the ingredient"
-            ]
-        return record
+            )
+        return record | ({"warnings": warnings} if warnings else {})
 
 
 def initial_logits(layers: int, n: int, init: str, seed: int) -> Tensor:
@@ -468,8 +470,8 @@ def _split_to_measure(inputs: LearningInputs, settings: LearnSettings) -> Split 
     return inputs.val.first(samples).to(inputs.device)
 
 
-def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.Module, str | None]:
-    """Return the uniform soup as a network on the device, and the digest of its base."""
+def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.Module, Checkpoint]:
+    """Return the uniform soup, as a network on the device and as a checkpoint."""
     if inputs.network is not None:
         model = copy_network(inputs.network)
     else:
@@ -480,4 +482,4 @@ def _start_network(inputs: LearningInputs, settings: LearnSettings) -> tuple[nn.
     check_training(model, inputs.data, settings.batch_size)
     if settings.recompute_activations:
         check_recomputation(model)
-    return set_memory_format(model.to(inputs.device)), start.provenance["buffers"].get("base")
+    return set_memory_format(model.to(inputs.device)), start

@@ -19,6 +19,11 @@ from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.batchnorm import average_statistics, running_statistics
 from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.constants import (
+    constant_buffers,
+    describe_differing_constants,
+    take_part,
+)
 from robustsoup.soups.power_iteration import compute_power_vectors
 from robustsoup.soups.soup_record import make_soup_record
 from robustsoup.soups.summation import canonical_sum
@@ -220,12 +225,21 @@ def finish_soup(
     result = run_policy(
         UnfinishedSoup(ingredients, coefficients, build_network, request.base, request.calibration)
     )
+    taking_part = take_part(ingredients, coefficients)
+    tensors |= {
+        name: taking_part[0].tensors[name].clone()
+        for name in constant_buffers(first)
+        if taking_part[0] is not first
+    }
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True)
         for name, tensor in result.tensors.items()
         if name not in vectors
     }
     _check_soup_is_finite(tensors, ingredients)
+    source = "the base's" if policy.name == "base" else None
+    if warnings := list(describe_differing_constants(taking_part, source)):
+        record["warnings"] = warnings
     wrapping, dropped = soup_wrapping([item.wrapping for item in ingredients])
     notes = list(dict.fromkeys(note for item in ingredients for note in item.notes))
     if dropped:

@@ -14,7 +14,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import open_corruptions
-from robustsoup.display import svg_points
+from robustsoup.display import html_table, svg_points
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
 from robustsoup.printable import make_printable
@@ -38,10 +38,12 @@ from robustsoup.soups.confirmation import (
     requires_confirmation,
     take_part,
 )
+from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
 from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, why_not_screened
 from robustsoup.soups.merging import check_merge
+from robustsoup.soups.mixing import open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
     SearchProgress,
@@ -69,11 +71,13 @@ class SearchResult:
         candidates: All soups that were tried, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
         predicted: What the surrogate says about every soup; empty for other methods.
+        warnings: Doubts about the ingredients, such as constants that differ.
     """
 
     candidates: tuple[Candidate, ...]
     answer: Answer
     predicted: tuple[PredictedSoup, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Candidate:
@@ -87,6 +91,8 @@ class SearchResult:
 
     def _repr_html_(self) -> str:
         answer, table = self.answer, tabulate_candidates("all candidates", self.candidates)
+        if self.warnings:
+            table += html_table("ingredients", ("warning",), [(text,) for text in self.warnings])
         measure = next((key for key in answer.accuracy if key != CLEAN_KEY), None)
         if measure is None:
             return answer._repr_html_() + table
@@ -229,7 +235,8 @@ def search(
         reporting = replace(evaluator, data=report_on, shift_part="report")
         evaluation = reporting.evaluate(choice.selection.best.mixed_by)
         answer = with_test(answer, evaluation, split=report_on.name)
-    return SearchResult(tuple(tried.candidates), answer, tried.predicted)
+    doubts = describe_differing_constants(open_ingredients(opened, network))
+    return SearchResult(tuple(tried.candidates), answer, tried.predicted, tuple(doubts))
 
 
 def _try_soups(
