@@ -491,3 +491,12 @@ def test_other_networks_are_mixed_learned_and_checked(build):
     soup.load_into(copy_network(network))
     rs.learn(items, few, network=network, threat="Linf 8/255", epochs=1)
     rs.check(items, data=FEW, network=network, threat="Linf 8/255")
+
+
+@pytest.mark.parametrize("x", [["a"], [object()], [[1.0], [1.0, 2.0]]])
+def test_images_and_labels_that_are_no_numbers_end_in_one_line(images, x):
+    network = Plain()
+    with pytest.raises(DataError, match=r"^x: got list, expected a tensor or array of numbers"):
+        rs.apgd(network, x, [0], "Linf 8/255", steps=1)
+    with pytest.raises(DataError, match=r"^y: got list, expected a tensor or array of numbers"):
+        rs.apgd(network, images[:1], x, "Linf 8/255", steps=1)

@@ -340,3 +340,17 @@ def test_an_adapter_of_the_hub_brings_its_base(base, tmp_path, monkeypatch):
             hub.files["org/adapter", file.name] = file.read_bytes()
         hub.files["org/base", "model.safetensors"] = (tmp_path / "base.safetensors").read_bytes()
         assert Checkpoint.load("hf://org/adapter").digest == expected.digest
+
+
+def test_adapters_that_are_their_own_base_are_refused(tmp_path):
+    for name, base in (("a", "../b"), ("b", "../a"), ("c", "../c")):
+        write_adapter(tmp_path / name, make_factors(), base=base)
+    for name in "ac":
+        with pytest.raises(CheckpointError, match="the adapter is its own base; set --adapter-b"):
+            Checkpoint.load(tmp_path / name)
+
+
+def test_factors_that_are_quantized_are_refused(base, tmp_path):
+    factors = {name: factor.to(torch.int8) for name, factor in make_factors().items()}
+    with pytest.raises(CheckpointError, match="got integers, expected factors from before quant"):
+        Checkpoint.load(write_adapter(tmp_path / "a", factors))

@@ -7,11 +7,20 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import robustsoup as rs
 from robustsoup.data import Augmentation, as_split, load_data
-from robustsoup.errors import DataError
+from robustsoup.errors import DataError, ModelError
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +313,70 @@ def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():
 def test_a_split_keeps_what_is_right_without_a_copy(digits):
     split = dataclasses.replace(digits.test, name="val")
     assert split.images.data_ptr() == digits.test.images.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kept"),
+    [
+        (lambda n: {"sampler": SubsetRandomSampler(range(10))}, "SubsetRandomSampler"),
+        (lambda n: {"sampler": WeightedRandomSampler(torch.ones(n), n)}, "WeightedRandomSampler"),
+        (lambda n: {"sampler": RandomSampler(range(n), num_samples=5)}, "RandomSampler"),
+        (lambda n: {"batch_sampler": [[0, 1], [2]]}, "list"),
+        (lambda n: {"shuffle": True}, None),
+        (lambda n: {"batch_size": None}, None),
+    ],
+)
+def test_a_loader_that_chooses_samples_is_refused(samples, sampler, kept):
+    dataset = TensorDataset(*samples)
+    loader = DataLoader(dataset, **sampler(len(dataset)))
+    if kept is None:
+        assert len(as_split(loader, "evaluate")) == len(dataset)
+        return
+    with pytest.raises(DataError, match=rf"a {kept}, whose choice of samples would be ignored"):
+        as_split(loader, "evaluate")
+
+
+class Faulty(Dataset):
+    """Five samples, of which the last one, or every label, cannot be trusted."""
+
+    def __init__(self, kind):
+        self.kind, self.reads = kind, 0
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, number):
+        self.reads += 1
+        if self.kind == "raises" and number == 4:
+            raise KeyError("no such file")
+        return torch.zeros(1, 8, 8), self.reads % 2 if self.kind == "labels" else 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("raises", "evaluate: sample 4 cannot be read: KeyError: 'no such file'"),
+        ("labels", "the label of sample 0 differs when it is read again"),
+    ],
+)
+def test_a_faulty_data_set_is_named(kind, text):
+    with pytest.raises(DataError, match=text):
+        as_split(Faulty(kind), "evaluate")
+
+
+def test_dark_images_and_labels_from_one_are_said(digits):
+    sixteen = torch.round(digits.test.images / 255 * 16)
+    (dark,) = rs.Split.from_tensors(sixteen.to(torch.uint8), digits.test.labels).notes
+    assert "the brightest pixel is 16 of 255; if the images reach from 0 to 16, divide" in dark
+    labels = digits.test.labels + 1
+    split = rs.Split.from_tensors(digits.test.images, labels)
+    assert "labels run from 1 to 10; if no class is numbered 0, subtract 1" in split.notes[0]
+    assert rs.Split.from_tensors(digits.test.images, labels, classes=11).notes == ()
+    network = rs.load_model("resnet9:width=2", channels=1)
+    with pytest.raises(ModelError, match=r"expected 11 classes.*numbered from 1, subtract 1"):
+        rs.evaluate(network, split, device="cpu")
+
+
+def test_a_part_that_is_no_pair_is_named(samples):
+    with pytest.raises(DataError, match=r"tensors val: got Tensor, expected a pair"):
+        rs.Data.from_tensors(*samples, val=samples[0])

@@ -311,3 +311,24 @@ def test_a_train_without_a_mode_is_refused_in_one_line(function):
     with pytest.raises(ModelError, match=r"must take mode=True") as caught:
         calls[function]()
     assert "\n" not in str(caught.value)
+
+
+def _own_method(name, method):
+    return type("Own", (Odd,), {name: method})("plain")
+
+
+def test_a_method_to_without_a_memory_format_is_left_alone():
+    network = _own_method("to", lambda self, device: self)
+    assert evaluate(network, DATA, [LINF], steps=1, device="cpu").accuracy["clean"].n == len(DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "text"),
+    [
+        ("state_dict", lambda self: {}, r"state_dict cannot be read: .*keep_vars.* take the arg"),
+        ("forward", lambda self, x: Odd.forward(self, x).to_sparse(), "expected dense logits"),
+    ],
+)
+def test_other_methods_of_the_users_own_end_in_one_line(name, method, text):
+    with pytest.raises(ModelError, match=text):
+        train(_own_method(name, method), DATA, threat=LINF, epochs=1, device="cpu")

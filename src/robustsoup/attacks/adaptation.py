@@ -129,8 +129,8 @@ def set_memory_format(model: nn.Module) -> nn.Module:
     """Lay a network's weights out in the memory format that it runs in; returns the network."""
     contiguous = _has_hook(model, ContiguousInput)
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    # PyTorch's annotations lack Module.to(memory_format=...).
-    return model.to(memory_format=memory_format)  # pyrefly: ignore[no-matching-overload]
+    # PyTorch's annotations lack Module.to(memory_format=...), and so may a `to` of the user's own.
+    return nn.Module.to(model, memory_format=memory_format)  # pyrefly: ignore[no-matching-overload]
 
 
 def check_train_mode(model: nn.Module, x: Tensor) -> None:

@@ -110,6 +110,11 @@ def as_logits(output: object) -> Tensor:
 
 
 def _check_real(logits: Tensor) -> Tensor:
+    if logits.layout != torch.strided:
+        raise ModelError(
+            f"network: returned a tensor of layout {logits.layout}, expected dense logits; call "
+            "to_dense() on them"
+        )
     if not logits.is_floating_point():
         kind = str(logits.dtype).removeprefix("torch.")
         raise ModelError(
@@ -267,7 +272,7 @@ def as_attack_inputs(
 
     Raises:
         ModelError: The model cannot be called.
-        DataError: The labels are no integers, or not one for each image.
+        DataError: The images are no numbers, or the labels no integers, one for each image.
     """
     if not callable(model):
         raise ModelError(
@@ -275,7 +280,7 @@ def as_attack_inputs(
             "returns logits"
         )
     network = model if isinstance(model, nn.Module) else FunctionNetwork(model)
-    images, labels = torch.as_tensor(x), torch.as_tensor(y)
+    images, labels = _as_tensor(x, "x"), _as_tensor(y, "y")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"y: got {labels.dtype}, expected the number of a class for each image")
     if labels.dim() != 1:
@@ -287,6 +292,18 @@ def as_attack_inputs(
     if images.is_floating_point() and dtype in (torch.float32, torch.float64):
         images = images.to(dtype)
     return network, images, labels.to(images.device, torch.int64)
+
+
+def _as_tensor(values: object, name: str) -> Tensor:
+    try:
+        if isinstance(values, (list, tuple)) and values and isinstance(values[0], Tensor):
+            return torch.stack([torch.as_tensor(value) for value in values])
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name}: got {type(values).__name__}, expected a tensor or array of numbers: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:

@@ -210,6 +210,8 @@ def _multiply(adapter: Adapter, module: str, pair: Mapping[str, Tensor], weight:
     kind = "embedding" if embedding else "linear"
     if pair.keys() != {f"{kind} A", f"{kind} B"}:
         raise CheckpointError(f"{where}: expected one factor A and one factor B")
+    if not all(factor.is_floating_point() for factor in pair.values()):
+        raise CheckpointError(f"{where}: got integers, expected factors from before quantizing")
     a, b = pair[f"{kind} A"].float(), pair[f"{kind} B"].float()
     rank = a.shape[0] if a.dim() else 0
     ranks = {adapter.config["r"], *(adapter.config.get("rank_pattern") or {}).values()}

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from robustsoup.checkpoints.weight_sets import is_average
+from robustsoup.errors import ModelError
+from robustsoup.printable import first_line
 
 OPTIONAL = ("num_batches_tracked",)
 """Last parts of names that a file may lack: BatchNorm's counters, which PyTorch 0.4.1 added."""
@@ -35,8 +37,18 @@ class NamesFit:
 
 
 def network_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a network by name, without other state that its modules save."""
-    state = model.state_dict(keep_vars=True)
+    """Return the tensors of a network by name, without other state that its modules save.
+
+    Raises:
+        ModelError: A `state_dict` of the user's own does not take `keep_vars`.
+    """
+    try:
+        state = model.state_dict(keep_vars=True)
+    except TypeError as error:
+        raise ModelError(
+            f"network: its state_dict cannot be read: {first_line(error)}; one of your own must "
+            "take the arguments of that of torch.nn.Module"
+        ) from error
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 

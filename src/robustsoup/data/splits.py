@@ -8,7 +8,13 @@ from typing import Literal, TypedDict, TypeVar
 
 import torch
 
-from robustsoup.data.tensors import IMAGES_PER_CHUNK, as_labels, as_pixels
+from robustsoup.data.tensors import (
+    DARKEST,
+    IMAGES_PER_CHUNK,
+    as_labels,
+    as_pixels,
+    numbers_from_one,
+)
 from robustsoup.data.torch_datasets import class_names, read_dataset
 from robustsoup.display import html_table
 from robustsoup.errors import DataError
@@ -129,7 +135,7 @@ class Split:
         Raises:
             DataError: Images or labels are something else; the error names the likely cause.
         """
-        samples, notes = _convert_samples(images, labels, name)
+        samples, notes = _convert_samples(images, labels, name, inferred=classes is None)
         names = _class_names(classes, [samples], name)
         description = _describe_samples(name, [samples], names, Augmentation())
         record = _make_record(description, samples, samples.take(samples.ids[:0]), 0)
@@ -571,8 +577,13 @@ def assemble_tensors(
     """
     pools: dict[str, Samples] = {}
     notes: list[str] = []
-    for part, (images, labels) in parts.items():
-        pools[part], changed = _convert_samples(images, labels, f"{name} {part}")
+    for part, pair in parts.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise DataError(
+                f"{name} {part}: got {type(pair).__name__}, expected a pair (images, labels)"
+            )
+        place, inferred = f"{name} {part}", classes is None
+        pools[part], changed = _convert_samples(*pair, place, inferred=inferred)
         notes += changed
     for one, other in itertools.combinations(pools, 2):
         if torch.equal(pools[one].images, pools[other].images):
@@ -613,16 +624,35 @@ def _shuffle(samples: Samples) -> Samples:
     return samples.take(hold_out(len(samples), 0, "tensors order")[0])
 
 
-def _convert_samples(images: object, labels: object, place: str) -> tuple[Samples, tuple[str, ...]]:
-    """Return the samples of two tensors, and notes on what conversion changed."""
+def _convert_samples(
+    images: object, labels: object, place: str, *, inferred: bool
+) -> tuple[Samples, tuple[str, ...]]:
+    """Return the samples of two tensors, and notes on what conversion changed or left in doubt.
+
+    Args:
+        images: As in `as_pixels`.
+        labels: As in `as_labels`.
+        place: Names the samples in notes and errors.
+        inferred: Whether the labels tell the number of classes.
+    """
     pixels, rounding = as_pixels(images, f"{place}: images")
     numbers = as_labels(labels, f"{place}: labels")
     if len(pixels) != len(numbers):
         raise DataError(
             f"{place}: got {len(pixels)} images and {len(numbers)} labels, expected as many of each"
         )
-    notes = (f"{place}: float pixels were rounded to 8 bits",) if rounding else ()
-    return Samples(pixels.cpu(), numbers.cpu(), torch.arange(len(numbers))), notes
+    notes = [f"{place}: float pixels were rounded to 8 bits"] if rounding else []
+    if 0 < (brightest := int(pixels.max())) <= DARKEST:
+        notes.append(
+            f"{place}: the brightest pixel is {brightest} of 255; if the images reach from 0 to "
+            f"{brightest}, divide them by {brightest}"
+        )
+    if inferred and numbers_from_one(numbers):
+        notes.append(
+            f"{place}: labels run from 1 to {int(numbers.max())}; if no class is numbered 0, "
+            "subtract 1"
+        )
+    return Samples(pixels.cpu(), numbers.cpu(), torch.arange(len(numbers))), tuple(notes)
 
 
 def _class_names(

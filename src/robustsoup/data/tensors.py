@@ -17,6 +17,9 @@ IMAGES_PER_CHUNK = 256
 GRID_TOLERANCE = 0.05
 """Largest distance of a float pixel from a multiple of 1/255, in 1/255, that is no rounding."""
 
+DARKEST = 32
+"""Images of which no pixel exceeds this are in doubt: their range may be 4 bits, or 0 and 1."""
+
 
 def as_pixels(images: object, place: str, *, exact: bool = False) -> tuple[Tensor, float]:
     """Return images as uint8 (n, c, h, w), and by how much they had to be rounded.
@@ -85,6 +88,12 @@ def as_labels(labels: object, place: str) -> Tensor:
             f"{float(tensor[tensor != tensor.round()][0]):g}, expected class numbers"
         )
     return tensor.to(torch.int64).contiguous()
+
+
+def numbers_from_one(labels: Tensor) -> bool:
+    """Return whether labels are 1..n, each of them and no other, for an n of at least 2."""
+    numbers = labels.unique()
+    return len(numbers) > 1 and torch.equal(numbers, torch.arange(1, len(numbers) + 1).to(numbers))
 
 
 def _as_tensor(values: object, place: str) -> Tensor:

@@ -1,14 +1,26 @@
 """Read the data sets and loaders of torch.utils.data into tensors."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+    default_convert,
+)
 
 from robustsoup.data.images import is_grey, is_pillow_image, make_decoder
-from robustsoup.errors import DataError
+from robustsoup.errors import DataError, RobustsoupError
+from robustsoup.printable import first_line
 
 if TYPE_CHECKING:
     from robustsoup.data.images import Image
@@ -16,6 +28,8 @@ if TYPE_CHECKING:
 IMAGE_KEYS = ("image", "img", "pixel_values", "png", "jpg", "jpeg", "webp", "ppm", "pgm")
 LABEL_KEYS = ("label", "labels", "fine_label", "target", "cls")
 """Names of images and labels in samples that are dictionaries."""
+
+_PLAIN_BATCHES = (BatchSampler, type(None))
 
 REPEATED_SAMPLES = 8
 """Samples that are read twice, to detect random augmentation."""
@@ -93,11 +107,12 @@ def read_dataset(
         DataError: The data set holds something else, or its samples differ from read to read.
     """
     if isinstance(dataset, DataLoader):
-        if dataset.collate_fn is not default_collate:
+        if dataset.collate_fn not in (default_collate, default_convert):
             raise DataError(
                 f"{place}: got a DataLoader with a collate_fn of its own, expected a data set of "
                 "(image, label) pairs; pass its images and labels as tensors"
             )
+        _refuse_own_sampler(dataset, place)
         dataset = dataset.dataset
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         return dataset.tensors
@@ -111,6 +126,23 @@ def read_dataset(
     if not labels:
         raise DataError(f"{place}: got no samples, expected one or more")
     return stack.stack(), labels
+
+
+def _refuse_own_sampler(loader: DataLoader[object], place: str) -> None:
+    """Refuse a loader that leaves out or repeats samples, since its data set is read instead."""
+    sampler = loader.sampler
+    reads_all = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+    )
+    is_iterable = isinstance(loader.dataset, IterableDataset)
+    if not is_iterable and not (reads_all and type(loader.batch_sampler) in _PLAIN_BATCHES):
+        own = sampler if not reads_all else loader.batch_sampler
+        raise DataError(
+            f"{place}: got a DataLoader with a {type(own).__name__}, whose choice of samples would "
+            "be ignored; pass a torch.utils.data.Subset of its data set, or the tensors"
+        )
 
 
 def class_names(dataset: object) -> list[str] | None:
@@ -154,15 +186,32 @@ def split_sample(sample: object, place: str) -> tuple[object, object]:
 
 
 def _iterate(dataset: object, place: str) -> Iterator[tuple[object, object]]:
-    samples: Iterable[object]
     if _is_indexed(dataset):  # many such data sets raise no IndexError at their end
-        samples = (dataset[number] for number in range(len(dataset)))
+        for number in range(len(dataset)):
+            yield _read_sample(dataset, number, place)
     elif isinstance(dataset, Iterable):
-        samples = dataset
+        with _named_failure(f"{place}: a sample"):
+            for sample in dataset:
+                yield split_sample(sample, place)
     else:
         raise DataError(f"{place}: got {type(dataset).__name__}, expected a data set of PyTorch")
-    for sample in samples:
-        yield split_sample(sample, place)
+
+
+def _read_sample(dataset: IndexedDataset, number: int, place: str) -> tuple[object, object]:
+    with _named_failure(f"{place}: sample {number}"):
+        return split_sample(dataset[number], place)
+
+
+@contextlib.contextmanager
+def _named_failure(sample: str) -> Iterator[None]:
+    """Raise DataError for what the code of a data set raises."""
+    try:
+        yield
+    except (RobustsoupError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{sample} cannot be read: {reason}") from error
 
 
 def _is_indexed(dataset: object) -> TypeGuard[IndexedDataset]:
@@ -174,8 +223,10 @@ def _refuse_random_samples(dataset: object, place: str) -> None:
     if not _is_indexed(dataset):
         return
     for number in range(min(len(dataset), REPEATED_SAMPLES)):
-        first, second = (split_sample(dataset[number], place)[0] for _ in range(2))
-        if _pixel_bytes(first) != _pixel_bytes(second):
+        first, second = (_read_sample(dataset, number, place) for _ in range(2))
+        if repr(first[1]) != repr(second[1]):
+            raise DataError(f"{place}: the label of sample {number} differs when it is read again")
+        if _pixel_bytes(first[0]) != _pixel_bytes(second[0]):
             raise DataError(
                 f"{place}: sample {number} differs when it is read again; remove random "
                 "augmentation from its transform, and give augmentation= instead"

@@ -33,9 +33,12 @@ def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()
     logits = adapt_network(model, x)
     fits = logits.dim() == 2 and data.with_classes(logits.shape[1]).classes == logits.shape[1]
     if not fits:
+        hint = ""
+        if logits.dim() == 2 and logits.shape[1] == data.classes - 1 and int(data.labels.min()) > 0:
+            hint = "; no label is 0: if classes are numbered from 1, subtract 1"
         raise ModelError(
             f"network: got logits of shape {tuple(logits.shape)} for {len(x)} images, "
-            f"expected {data.classes} classes as in {data.record['name']}"
+            f"expected {data.classes} classes as in {data.record['name']}{hint}"
         )
     return logits.shape[1]
 
