@@ -232,7 +232,7 @@ def _image_paths(path: Path, skipped: Counter[str]) -> list[str]:
     """Return the sorted image paths of a class, as strings, which take less memory than Paths.
 
     Args:
-        path: The folder of the class; linked folders are followed once, unless they hold it.
+        path: The folder of the class; linked folders are followed once, unless they lie above it.
         skipped: Counts the files that are left out, by their ending.
     """
     images: list[Path] = []
@@ -245,7 +245,7 @@ def _image_paths(path: Path, skipped: Counter[str]) -> list[str]:
         for child in folder.iterdir():
             if child.name.startswith("."):
                 continue
-            if child.is_dir() and _leads_above(child, path):
+            if child.is_dir() and child.resolve() in path.resolve().parents:
                 skipped["linking to a folder above"] += 1
             elif child.is_dir():
                 waiting.append(child)
