@@ -63,7 +63,11 @@ def test_exact_duplicates_are_counted_by_pair_of_splits(split, other, count, nea
     assert find_overlaps(data, near=near) == [expected]
 
 
-@pytest.mark.parametrize("change", [brighten, add_noise])
+def mirror(images):
+    return add_noise(images.flip(-1))
+
+
+@pytest.mark.parametrize("change", [brighten, add_noise, mirror])
 @pytest.mark.parametrize(("split", "other"), [("test", "train"), ("val", "train")])
 def test_near_duplicates_are_counted_beside_exact_ones(change, split, other):
     data = make_data(**with_copies(split, other, 6, change))
