@@ -47,7 +47,8 @@ class Counted(nn.Module):
     """A network that counts its passes with and without a gradient, and can wait.
 
     `evaluate` works on a copy of the network, so the counts belong to the class. After
-    `gate_after` passes with a gradient, every further pass waits until `gate` is set.
+    `gate_after` passes with a gradient, every further pass waits until `gate` is set; in the main
+    thread, as in the check for masked gradients, it raises KeyboardInterrupt.
     """
 
     passes = {True: 0, False: 0}  # noqa: RUF012 - shared by copies on purpose
@@ -73,6 +74,8 @@ class Counted(nn.Module):
     def forward(self, x):
         self.passes[x.requires_grad] += 1
         if x.requires_grad and self.reached_gate():
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt  # nobody is left to open the gate
             assert self.gate.wait(timeout=120)
         return self.network(x)
 

@@ -102,7 +102,8 @@ def test_an_interrupted_evaluation_resumes_with_another_number_of_processes(
     settings = SETTINGS | {"steps": 20, "restarts": 2}
     expected, cost = evaluate_counted(path, labels, NAMES[:2], settings)
     resumable = settings | {"state_path": state}
-    ended = run_ranks(2, evaluate_until, cost // 4, path, labels, NAMES[:2], resumable)
+    # A rank takes about a quarter of the passes for each threat: this is amid the first one.
+    ended = run_ranks(2, evaluate_until, cost // 6, path, labels, NAMES[:2], resumable)
     # A rank that waits for the other's part loses the connection to it.
     types = {type(end) for end in ended}
     assert KeyboardInterrupt in types <= {KeyboardInterrupt, WorkError}
@@ -112,7 +113,7 @@ def test_an_interrupted_evaluation_resumes_with_another_number_of_processes(
     else:
         results = run_ranks(later, evaluate_counted, path, labels, NAMES[:2], resumable)
     if later == 1:  # passes of 3 ranks are less full
-        assert results[0][1] < 0.8 * cost
+        assert results[0][1] < cost
     for evaluation, _ in results:
         assert_same_bits(evaluation, expected)
     assert not list(tmp_path.iterdir())
