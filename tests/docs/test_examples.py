@@ -88,6 +88,44 @@ def test_the_commands_of_the_pages_about_learning_choosing_and_training_run(tmp_
         assert (tmp_path / written).exists(), written
 
 
+SMALL_RECIPE = (
+    *("data=digits", "model=resnet9:width=2", "soups.grid.step=0.5"),
+    *("pretrain.epochs=4", "pretrain.batch_size=32"),
+    *("evaluate.steps=2", "evaluate.select_samples=64", "evaluate.report_samples=64"),
+)
+"""Settings with which the recipe of the tutorial of CIFAR-10 runs in seconds on digits."""
+
+
+def shrink_command(words):
+    """Return a command of the tutorial of CIFAR-10 for digits, few samples and few steps."""
+    options = {"--data": "digits", "--samples": "64", "--steps": "2"}
+    words = [options.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    if words[0] in ("plan", "run"):
+        words[1] = str(ROOT / words[1])
+        words += [word for setting in SMALL_RECIPE for word in ("--set", setting)]
+    if words[0] == "evaluate":
+        words += ["--samples", "64", "--steps", "2", "--n-queries", "20"]
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
+def test_the_tutorial_of_cifar10_runs_on_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "tutorial-cifar10.md"
+    commands = shell_commands(page)
+    assert [words[0] for words in commands] == [
+        *("fetch", "plan", "run", "check", "search", "report", "show", "evaluate")
+    ]
+    run_commands([shrink_command(words) for words in commands if words[0] != "fetch"])
+    for written in ("best/README.md", "best/report.html", "final/soup.test.json"):
+        assert (tmp_path / written).exists(), written
+    (code,) = code_blocks(page, "python")
+    capsys.readouterr()
+    exec(compile(code.replace("3, 32, 32", "1, 8, 8"), page.name, "exec"), {})
+    assert "torch.Size([4])" in capsys.readouterr().out
+
+
 PAGES_WITH_PYTHON = [page for page in PAGES if code_blocks(page, "python")]
 
 

@@ -109,6 +109,31 @@ def test_a_soup_that_is_better_need_not_be_the_chosen_one():
     )
 
 
+def test_ingredients_that_miss_the_requirement_are_not_called_worse():
+    tried = [ingredient("a", 190, 60), ingredient("b", 90, 130), candidate("soup", 185, 100)]
+    answer = answer_of(tried, require=["clean>=0.6"])
+    assert answer.chosen == "soup"
+    assert answer.lines()[0] == (
+        f"the chosen soup is better in {LINF} than every ingredient that is shown to meet the "
+        "requirement, of which a is best"
+    )
+
+
+def test_of_equal_ingredients_the_chosen_one_is_called_best():
+    first, second = ingredient("a", 190, 60), ingredient("b", 190, 60)
+    known = {"b": second.evaluation, "a": first.evaluation}
+    answer = answer_of([first, second], ingredients=known)
+    assert (answer.chosen, answer.best_ingredient) == ("a", "a")
+
+
+def test_the_runner_up_of_the_knee_is_told_in_ranges_not_points():
+    tried = [ingredient("a", 190, 40), candidate("bent", 170, 100), ingredient("b", 120, 110)]
+    why = answer_of(tried, maximise="knee").runner_up.why
+    assert why.startswith("the knee's score ")
+    assert "] (1 is the range of an accuracy) from the chosen one" in why
+    assert "points" not in why
+
+
 def test_the_knee_is_named():
     tried = [ingredient("a", 190, 60), candidate("s", 188, 62), candidate("t", 150, 70)]
     answer = answer_of(tried, maximise="knee")

@@ -300,7 +300,9 @@ def _say_distinguishable(answer: Answer) -> Iterator[str]:
         return
     chosen = answer.description or answer.chosen
     soup = "the chosen soup" if answer.better_soup == chosen else str(answer.better_soup)
-    yield f"{soup} is better in {maximised} than every ingredient, of which {best} is best"
+    everyone = all(item.meets for item in answer.against)
+    which = "" if everyone else " that is shown to meet the requirement"
+    yield f"{soup} is better in {maximised} than every ingredient{which}, of which {best} is best"
 
 
 def _list_gains_elsewhere(answer: Answer) -> list[str]:

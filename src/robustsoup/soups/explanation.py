@@ -11,9 +11,9 @@ from robustsoup.evaluation.simultaneous import (
     samples_to_separate,
 )
 from robustsoup.evaluation.verdicts import Evaluation
-from robustsoup.soups.answer import AgainstIngredient, Answer, Guarantee, OtherCandidate
+from robustsoup.soups.answer import AgainstIngredient, Answer, Gain, Guarantee, OtherCandidate
 from robustsoup.soups.comparisons import Comparisons, measure_gain
-from robustsoup.soups.goal import Requirement, Score
+from robustsoup.soups.goal import KNEE, Requirement
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.selection import (
     Candidate,
@@ -134,7 +134,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
     """
     best, goal, judgement = selection.best, selection.goal, selection.judgement
     standing = _judge_ingredients(selection, context)
-    best_ingredient = _find_best_ingredient(selection.score, context.ingredients, standing)
+    best_ingredient = _find_best_ingredient(selection, context.ingredients, standing)
     meeting = [name for name, meets in standing.items() if meets]
     comparisons = Comparisons(selection.ranking, context.ingredients, context.seed)
     better = _find_better_soup(selection, comparisons, meeting)
@@ -221,10 +221,12 @@ def _judge_ingredients(selection: Selection, context: Explained) -> dict[str, bo
 
 
 def _find_best_ingredient(
-    score: Score, ingredients: Mapping[str, Evaluation], meets: Mapping[str, bool]
+    selection: Selection, ingredients: Mapping[str, Evaluation], meets: Mapping[str, bool]
 ) -> str | None:
+    """Return the best ingredient that meets the requirements; of equal ones the chosen one."""
     meeting = [Candidate(name, (), item) for name, item in ingredients.items() if meets[name]]
-    return rank_by(score, meeting)[0].name if meeting else None
+    meeting.sort(key=lambda item: item.name != selection.best.ingredient)
+    return rank_by(selection.score, meeting)[0].name if meeting else None
 
 
 def _find_better_soup(
@@ -252,6 +254,14 @@ def _describe_other(selection: Selection, other: Candidate, why: str) -> OtherCa
     )
 
 
+def _describe_gain(maximise: str, gain: Gain) -> str:
+    """Return a difference of what is maximised; the score of the knee has no points."""
+    if maximise != KNEE:
+        return f"{maximise} {gain}"
+    value, low, high = (f"{part:+z.2f}" for part in (gain.value, gain.low, gain.high))
+    return f"the knee's score {value} [{low}, {high}] (1 is the range of an accuracy)"
+
+
 def _find_runner_up(selection: Selection) -> OtherCandidate | None:
     judgement = selection.judgement
     second = next(
@@ -265,7 +275,8 @@ def _find_runner_up(selection: Selection) -> OtherCandidate | None:
     else:
         told = "" if gain.distinguishable else ", not distinguishable"
         other = "chosen" if selection.met else "closest"
-        why = f"{selection.maximise} {gain.reversed()} from the {other} one (this pair alone){told}"
+        figures = _describe_gain(selection.maximise, gain.reversed())
+        why = f"{figures} from the {other} one (this pair alone){told}"
     return _describe_other(selection, second, why)
 
 
@@ -285,7 +296,8 @@ def _find_refused(selection: Selection) -> OtherCandidate | None:
         if not check.met
     )
     gain = measure_gain(score, first.evaluation, selection.best.evaluation)
-    why = f"{selection.maximise} {gain} from the chosen one (this pair alone), but {reasons}"
+    figures = _describe_gain(selection.maximise, gain)
+    why = f"{figures} from the chosen one (this pair alone), but {reasons}"
     return _describe_other(selection, first, why)
 
 
