@@ -315,6 +315,10 @@ RECOMPUTE_HELP = (
     "Activation checkpointing: keep the inputs of the network's blocks alone and compute the rest "
     "again in each backward pass; less memory and more time, equal numbers."
 )
+TRANSFORM_HELP = (
+    "Augmentation of training images in place of the data's own: package.module:name of a function "
+    "of one image, or of a transform of torchvision.transforms.v2."
+)
 OBJECTIVE_HELP = (
     'Objective: ce, "mixed A" (A is the weight of the clean loss), trades, "trades B" (B is the '
     "weight of the KL term) or package.module:function."
@@ -378,6 +382,7 @@ class TrainSettings:
         "images, and running statistics are averaged) or sync (statistics of the whole batch).",
         choices=("per-rank", "sync"),
     )
+    transform: Any = setting(None, TRANSFORM_HELP, recorded_if_set=True)
     accumulate: int = setting(1, ACCUMULATE_HELP, ge=1, recorded_if_set=True)
     recompute_activations: bool = setting(False, RECOMPUTE_HELP, recorded_if_set=True)
     early_stop: EarlyStop | None = setting(
@@ -493,6 +498,7 @@ class LearnSettings:
         "images, and running statistics are averaged) or sync (statistics of the whole batch).",
         choices=("per-rank", "sync"),
     )
+    transform: Any = setting(None, TRANSFORM_HELP, recorded_if_set=True)
     accumulate: int = setting(1, ACCUMULATE_HELP, ge=1, recorded_if_set=True)
     recompute_activations: bool = setting(False, RECOMPUTE_HELP, recorded_if_set=True)
     early_stop: EarlyStop | None = setting(

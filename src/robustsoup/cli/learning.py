@@ -103,6 +103,7 @@ def learn_command(
     on_epoch = tracking.track(track) if track and distributed.is_first() else None
     run.use_threads()
     import_named_module(settings.objective)
+    import_named_module(settings.transform)
     source = load_requested_data(data, network)
     check_buffer_policy(policy, source.train, settings.threat)
     context = make_context(source, network, run, checkpoints)

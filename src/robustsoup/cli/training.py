@@ -110,6 +110,7 @@ def train_command(
     on_epoch = tracking.track(track) if track and distributed.is_first() else None
     run.use_threads()
     import_named_module(settings.objective)
+    import_named_module(settings.transform)
     loaded = load_requested_data(data, network)
     context = make_context(loaded, network, run, [start] if start else [])
     if start is None:

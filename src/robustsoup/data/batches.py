@@ -35,14 +35,18 @@ def augment(
 ) -> torch.Tensor:
     """Crop each image at a random place after zero padding; mirror each with probability 1/2.
 
+    A transform of the user takes the place of both.
+
     Args:
         images: uint8 (n, c, h, w) on any device.
-        augmentation: The padding, and whether images are mirrored.
+        augmentation: The padding, and whether images are mirrored; or the transform.
         generator: A CPU generator; it draws the same numbers for every device.
 
     Returns:
         Images of the same shape, type and device.
     """
+    if augmentation.transform is not None:
+        return augmentation.transform.apply(images, generator)
     n, _, height, width = images.shape
     pad = augmentation.pad
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator).to(images.device)

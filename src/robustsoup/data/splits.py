@@ -16,6 +16,7 @@ from robustsoup.data.tensors import (
     numbers_from_one,
 )
 from robustsoup.data.torch_datasets import class_names, read_dataset
+from robustsoup.data.transforms import ImageTransform
 from robustsoup.display import html_table
 from robustsoup.errors import DataError
 from robustsoup.printable import make_printable
@@ -60,10 +61,12 @@ class Augmentation:
     Attributes:
         pad: Zero pixels added on each side before a random crop to the original size.
         flip: Whether an image is mirrored with probability 1/2.
+        transform: What is done instead of both, or None.
     """
 
     pad: int = 0
     flip: bool = False
+    transform: ImageTransform | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

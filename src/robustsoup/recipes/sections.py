@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from robustsoup.catalog import ATTACKS, LOSSES, SOUP_METHODS
+from robustsoup.data.transforms import ImageTransform
 from robustsoup.errors import RequestError
 from robustsoup.settings import (
     LINF_8,
@@ -137,6 +138,11 @@ def _check_attack(name: str) -> str:
     return name
 
 
+def _check_transform(text: str) -> str:
+    ImageTransform.parse(text)
+    return text
+
+
 def _none_for_false(value: Any) -> Any:
     """Let `early_stop = false` override a table of the recipe that this one extends."""
     return None if value is False else value
@@ -161,6 +167,7 @@ _VALUE_TYPES: dict[str, Any] = {
     "also": tuple[ThreatValue, ...],
     "schedule": ScheduleValue,
     "synthetic": str | None,
+    "transform": Annotated[str, AfterValidator(raises_value_error(_check_transform))] | None,
     "attack": Annotated[str, AfterValidator(_check_attack)],
     "loss": Annotated[str, AfterValidator(one_of(LOSSES))],
     "granularity": Annotated[str, AfterValidator(_check_granularity)],
@@ -422,7 +429,7 @@ _GRID_KEYS = _MIXED_KEYS | {"step", "max_soups"}
 _LEARNED_KEYS = _MIXED_KEYS | {
     *("threats", "attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach"),
     *("init", "granularity", "learning_buffers", "seed", "batchnorm"),
-    *("accumulate", "recompute_activations"),
+    *("accumulate", "recompute_activations", "transform"),
 }
 _MERGE_KEYS = _GRID_KEYS | {"weights"}
 _TASK_KEYS = _MERGE_KEYS | {"scale"}

@@ -38,12 +38,13 @@ from robustsoup.runs.tasks import (
     TrainNetwork,
     TrainSubspace,
 )
-from robustsoup.settings import BufferSettings, EarlyStop, TrainSettings
+from robustsoup.settings import BufferSettings, EarlyStop, LearnSettings, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.screening import Contender, EvaluationRequest, Screening, short_attack
 from robustsoup.soups.subspace import spans_subspace
 from robustsoup.training.objectives import Objective
+from robustsoup.training.transforms import transform_fingerprint
 
 
 def fingerprint_functions(task: Task) -> list[str | None]:
@@ -55,10 +56,12 @@ def fingerprint_functions(task: Task) -> list[str | None]:
         task = task.whole
     match task:
         case TrainNetwork() | TrainSubspace():
-            return [Objective.parse(task.settings.objective).fingerprint]
+            objective = Objective.parse(task.settings.objective).fingerprint
+            return [objective, *_fingerprint_transform(task.settings)]
         case LearnCoefficients():
             objective = Objective.parse(task.settings.objective).fingerprint
-            return [objective, _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)]
+            policy = _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)
+            return [objective, policy, *_fingerprint_transform(task.settings)]
         case MixSoup() | MergeSoup() | MeasureClean():
             return [_fingerprint_named(BUFFER_POLICIES, task.mixing.policy)]
         case EvaluateNetwork() | AttackExamples():
@@ -72,6 +75,11 @@ def fingerprint_functions(task: Task) -> list[str | None]:
             return []
         case _:
             assert_never(task)
+
+
+def _fingerprint_transform(settings: TrainSettings | LearnSettings) -> list[str | None]:
+    fingerprint = transform_fingerprint(settings)
+    return [] if fingerprint is None else [fingerprint]
 
 
 def _fingerprint_named(registry: Registry, name: str) -> str | None:

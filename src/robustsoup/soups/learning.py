@@ -28,6 +28,7 @@ from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
 from robustsoup.training.sharing import check_same_training
 from robustsoup.training.train import check_early_stop
+from robustsoup.training.transforms import take_transform, transform_fingerprint
 
 
 @accepts_settings(LearnSettings, omit=["dial"])
@@ -91,6 +92,7 @@ def learn(
         raise RequestError("dial: learn returns one soup; call learn_dial")
     check_early_stop(settings.early_stop, val)
     resolved = resolve_device(device)
+    data, settings = take_transform(data, settings)
     settings = _complete_settings(settings, data, resolved)
     opened = _open_for_learning(ingredients, network, data, allow_leakage=allow_leakage)
     settings.check_start(len(opened))
@@ -158,6 +160,7 @@ def learn_dial(
     settings = replace(settings, dial=dial)
     _check_dial(settings)
     resolved = resolve_device(device)
+    data, settings = take_transform(data, settings)
     settings = _complete_settings(settings, data, resolved)
     opened = _open_for_learning(ingredients, network, data, allow_leakage=allow_leakage)
     settings.check_start(len(opened))
@@ -215,6 +218,7 @@ def _finish_run(
     val = run.inputs.val
     fingerprint = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
     fingerprint += [network_fingerprint(run.model), run.objective.fingerprint]
+    fingerprint.append(transform_fingerprint(run.settings))
     check_same_training(run.data, fingerprint, run.settings, run.inputs.device)
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, json.dumps(fingerprint, sort_keys=True))

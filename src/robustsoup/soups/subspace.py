@@ -33,6 +33,7 @@ from robustsoup.training.recomputation import check_recomputation, recomputed_ac
 from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.sharing import BatchShare, check_parts
 from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
+from robustsoup.training.transforms import take_transform, transform_fingerprint
 
 SHAPES = {2: "line", 3: "triangle"}
 """Shape of a subspace by its number of ends."""
@@ -96,6 +97,7 @@ def train_subspace(
     check_schedule(settings.schedule)
     check_subspace(ends, settings, by)
     place = resolve_device(device)
+    data, settings = take_transform(data, settings)
     settings = replace(
         settings,
         threat=ends[0],
@@ -114,7 +116,8 @@ def train_subspace(
     inputs = TrainingInputs(data, None, None, settings)
     run = SubspaceRun(model, inputs.to(place), ends, by)
     work = [run.record, start.digest, data.digest, network_fingerprint(model)]
-    fingerprint = json.dumps([*work, run.objective.fingerprint], sort_keys=True)
+    functions = [run.objective.fingerprint, transform_fingerprint(settings)]
+    fingerprint = json.dumps([*work, *functions], sort_keys=True)
     saved = SavedState(state_path, fingerprint)
     with saved.refuse_malformed():
         run.restore(saved.load())

@@ -59,6 +59,7 @@ from robustsoup.training.sharing import (
     share_loss_pass,
     synchronised_batchnorm,
 )
+from robustsoup.training.transforms import take_transform, transform_fingerprint
 
 OnCheckpoint = Callable[[int, Checkpoint], None]
 """on_checkpoint(epoch, checkpoint): receives the network after an epoch, counted from 1."""
@@ -125,6 +126,7 @@ def train(
     check_early_stop(settings.early_stop, val)
     _check_checkpoint_interval(checkpoint_every, on_checkpoint)
     resolved_device = resolve_device(device)
+    data, settings = take_transform(data, settings)
     settings = replace(
         settings,
         objective=Objective.parse(settings.objective),
@@ -142,7 +144,7 @@ def train(
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
-    work += [run.objective.fingerprint, checkpoint_every]
+    work += [run.objective.fingerprint, checkpoint_every, transform_fingerprint(settings)]
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, json.dumps(work, sort_keys=True))
     with saved.refuse_malformed():

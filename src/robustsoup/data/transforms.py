@@ -1,0 +1,132 @@
+"""Augmentation by a transform of the user, such as those of torchvision.transforms.v2.
+
+Each image passes through the transform by itself. What the transform draws from the global
+generators of PyTorch, NumPy and Python depends on seed, epoch and batch alone, so that a resumed
+run sees the same images; the generators are left as they were.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from robustsoup.catalog import import_by_name
+from robustsoup.errors import DataError, RequestError
+from robustsoup.fingerprint import code_fingerprint
+
+MOST_SEED = 2**32
+"""NumPy's seeds have 32 bits."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A transform of one training image.
+
+    Attributes:
+        function: Takes an image, uint8 (c, h, w), and returns one of the same shape, uint8 or
+            floats in [0, 1].
+        name: How the user named it.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)
+    name: str
+
+    @classmethod
+    def parse(cls, value: object) -> "ImageTransform":
+        """Return the transform that a user names.
+
+        Args:
+            value: "package.module:name", a function, a transform of torchvision.transforms.v2 or
+                another callable object.
+
+        Raises:
+            RequestError: It is none of these.
+        """
+        if isinstance(value, cls):
+            return value
+        name = value if isinstance(value, str) else _describe(value)
+        if isinstance(value, str):
+            if ":" not in value:
+                raise RequestError(f'transform: got "{value}", expected package.module:name')
+            value = import_by_name(value, label=f'transform "{value}"', error=RequestError)
+        if not callable(value) or inspect.isclass(value):
+            raise RequestError(
+                f"transform: got {name}, expected a function of one image or a transform such as "
+                "torchvision.transforms.v2.RandomCrop(32, padding=4)"
+            )
+        return cls(value, name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of its code, and of how it prints if it is an object."""
+        if inspect.isroutine(self.function):
+            return code_fingerprint(self.function)
+        text = f"{code_fingerprint(type(self.function))} {self.function!r}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return the transformed images.
+
+        Args:
+            images: uint8 (n, c, h, w).
+            generator: Draws the seed of what the transform draws.
+
+        Returns:
+            Images of the same shape, type and device.
+
+        Raises:
+            DataError: The transform returns something else.
+        """
+        seed = int(torch.randint(MOST_SEED, (), generator=generator))
+        with _seeded(seed, images.device):
+            changed = [self._check(self.function(image), image) for image in images]
+        return torch.stack(changed)
+
+    def _check(self, changed: object, image: torch.Tensor) -> torch.Tensor:
+        if not isinstance(changed, torch.Tensor) or changed.shape != image.shape:
+            got = tuple(changed.shape) if isinstance(changed, torch.Tensor) else type(changed)
+            raise DataError(
+                f"transform {self.name}: returned {got}, expected an image of shape "
+                f"{tuple(image.shape)}"
+            )
+        if changed.dtype == torch.uint8:
+            return changed.as_subclass(torch.Tensor)
+        low, high = float(changed.min()), float(changed.max())
+        if not changed.is_floating_point() or not (low >= 0 and high <= 1):
+            raise DataError(
+                f"transform {self.name}: returned {changed.dtype} from {low:g} to {high:g}, "
+                "expected uint8 or floats in [0, 1]; leave normalisation to the network"
+            )
+        return (changed.as_subclass(torch.Tensor) * 255).round().to(torch.uint8)
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+
+def _describe(value: object) -> str:
+    """Return a function's import path, or how an object prints, in one line."""
+    if inspect.isroutine(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    return " ".join(repr(value).split())
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators in the block, and restore them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
