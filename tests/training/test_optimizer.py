@@ -223,7 +223,7 @@ def test_the_record_holds_every_setting():
         objective="mixed 0.40", early_stop={"steps": 3}, val=VAL, epochs=1
     ).provenance
     names = [field.name for field in dataclasses.fields(TrainSettings)]
-    unset = {"also", "combine", "accumulate", "recompute_activations"}  # recorded if set
+    unset = {"also", "combine", "transform", "accumulate", "recompute_activations"}
     assert list(record["training"]) == [name for name in names if name not in unset]
     assert record["training"]["objective"] == "mixed 0.4"
     assert record["training"]["early_stop"] == {"steps": 3, "samples": None}
