@@ -156,6 +156,7 @@ RECORD = {
     "merge": {"method": "ties", "base": "base.safetensors"},
     "subspace": {"shape": "line", "position": 0, "run": "ab", "ends": ["low", "high"]},
     "adapter": {"folder": "lora", "digest": "ab"},
+    "warnings": ["ingredients differ"],
 }
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -99,8 +99,8 @@ def test_a_requirement_that_fails_on_test_is_exit_code_4(here, capsys, monkeypat
     """Labels of the test set are changed, so that no network is right there."""
     load = running.load_recipe_data
 
-    def load_with_wrong_test(*arguments):
-        data = load(*arguments)
+    def load_with_wrong_test(*arguments, **more):
+        data = load(*arguments, **more)
         networks = [Checkpoint.load(path).network().eval() for path in PAIR]
         with torch.no_grad():
             outputs = [network(to_float(data.test.images)).argmax(1) for network in networks]

@@ -32,7 +32,8 @@ def sign_step(folder):
     files = {name: FileDigest.of(folder / name) for name in content.pop("files")}
     inputs = content.pop("inputs")
     content.pop("digest")
-    step = StoredStep(content, files, inputs)
+    key = content.pop("key")
+    step = StoredStep(key, content, files, inputs)
     (folder / RECORD).write_text(json.dumps(step.to_json()))
 
 

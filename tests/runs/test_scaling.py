@@ -67,4 +67,4 @@ def test_a_calculation_needs_no_such_device():
     assert few.written > 0
     assert few.read > 0
     # Pre-training exchanges each weight in each of its steps.
-    assert few.exchanged > few.memory
+    assert few.exchanged > count_network(CONTEXT).weight_bytes
