@@ -30,7 +30,7 @@ def test_the_multiplier_follows_the_clean_loss():
     limit, expected = CleanLimit(2.0), 0.0
     for scale in (5.0, 4.0, 0.0, 0.0, 0.0):
         clean = scale * logits(0)
-        limit.objective.loss(clean, logits(1), Y)
+        limit.begin_step().loss(clean, logits(1), Y)
         limit.end_step([BatchShare(0, 4, 4)])
         expected = max(0.0, expected + RATE * (float(ce(clean, Y).mean()) - 2.0))
         assert limit.multiplier == pytest.approx(expected, abs=1e-12)
@@ -39,7 +39,7 @@ def test_the_multiplier_follows_the_clean_loss():
 
 def test_a_limit_that_is_kept_never_gives_a_negative_multiplier():
     limit = CleanLimit(1e9)
-    limit.objective.loss(logits(0), logits(1), Y)
+    limit.begin_step().loss(logits(0), logits(1), Y)
     limit.end_step([BatchShare(0, 4, 4)])
     assert limit.multiplier == 0
 
@@ -48,7 +48,7 @@ def test_a_limit_that_is_kept_never_gives_a_negative_multiplier():
 def test_the_loss_is_the_mixture_that_the_multiplier_gives(multiplier):
     limit = CleanLimit(1.0)
     limit.multiplier = multiplier
-    found = limit.objective.loss(logits(0), logits(1), Y)
+    found = limit.begin_step().loss(logits(0), logits(1), Y)
     if multiplier:
         weight = multiplier / (1 + multiplier)
         assert torch.equal(found, mixed(weight).loss(logits(0), logits(1), Y))
@@ -58,7 +58,7 @@ def test_the_loss_is_the_mixture_that_the_multiplier_gives(multiplier):
 
 def test_parts_of_a_batch_count_by_their_size():
     limit = CleanLimit(0.5)
-    objective, parts = limit.objective, BatchShare(0, 4, 4).split(2)
+    objective, parts = limit.begin_step(), BatchShare(0, 4, 4).split(2)
     for part in parts:
         objective.loss(part.take(logits(0)), part.take(logits(1)), part.take(Y))
     limit.end_step(parts)

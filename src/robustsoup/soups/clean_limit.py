@@ -32,9 +32,8 @@ class CleanLimit:
         self.multiplier = self.loss_sum = 0.0
         self._noted: list[Tensor] = []
 
-    @property
-    def objective(self) -> Objective:
-        """The objective of the next step, which notes the clean loss of each pass."""
+    def begin_step(self) -> Objective:
+        """Return the objective of the next step, which notes the clean loss of each pass."""
         self._noted = []
         weight = self.multiplier / (1 + self.multiplier)
         return Objective(partial(self._mix_and_note, weight=weight), f"clean loss <= {self.most:g}")

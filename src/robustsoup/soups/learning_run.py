@@ -359,7 +359,7 @@ class LearningRun:
         """Return the threat and the objective of this step; a dial varies one of them."""
         threat, dial = self.settings.threat, self.settings.dial
         if self.limit is not None:
-            return threat, self.limit.objective
+            return threat, self.limit.begin_step()
         if dial is None:
             return threat, self.objective
         if dial.by == "eps":
