@@ -57,6 +57,7 @@ def load_hub(request: DataRequest) -> Data:
         classes=classes,
         seed=request.seed,
         augmentation=Augmentation(pad=size // 8, flip=True),
+        decoded=True,
     )
     return replace(data, notes=(*data.notes, *(f"{request.spec}: {note}" for note in notes)))
 

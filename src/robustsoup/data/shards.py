@@ -44,7 +44,9 @@ def load_shards(request: DataRequest) -> Data:
     notes = promote_val(parts)
     size = request.image_size or 0
     augmentation = Augmentation(pad=size // 8, flip=True)
-    data = assemble_tensors(request.spec, parts, seed=request.seed, augmentation=augmentation)
+    data = assemble_tensors(
+        request.spec, parts, seed=request.seed, augmentation=augmentation, decoded=True
+    )
     return replace(data, notes=(*data.notes, *(f"{request.spec}: {note}" for note in notes)))
 
 

@@ -565,6 +565,7 @@ def assemble_tensors(
     classes: int | Sequence[str] | None = None,
     seed: int,
     augmentation: Augmentation = Augmentation(),
+    decoded: bool = False,
 ) -> Data:
     """Build a Data from the images and labels of its parts; see `Data.from_tensors`.
 
@@ -574,6 +575,7 @@ def assemble_tensors(
         classes: Number of classes or their names; by default the largest label plus 1.
         seed: Decides which samples are in val, if that part is missing.
         augmentation: Augmentation of the images in training.
+        decoded: Whether the images come from image files, whose range is in no doubt.
 
     Raises:
         DataError: Images or labels have another form, or a part repeats the tensors of another.
@@ -586,7 +588,7 @@ def assemble_tensors(
                 f"{name} {part}: got {type(pair).__name__}, expected a pair (images, labels)"
             )
         place, inferred = f"{name} {part}", classes is None
-        pools[part], changed = _convert_samples(*pair, place, inferred=inferred)
+        pools[part], changed = _convert_samples(*pair, place, inferred=inferred, decoded=decoded)
         notes += changed
     for one, other in itertools.combinations(pools, 2):
         if torch.equal(pools[one].images, pools[other].images):
@@ -628,7 +630,7 @@ def _shuffle(samples: Samples) -> Samples:
 
 
 def _convert_samples(
-    images: object, labels: object, place: str, *, inferred: bool
+    images: object, labels: object, place: str, *, inferred: bool, decoded: bool = False
 ) -> tuple[Samples, tuple[str, ...]]:
     """Return the samples of two tensors, and notes on what conversion changed or left in doubt.
 
@@ -637,6 +639,7 @@ def _convert_samples(
         labels: As in `as_labels`.
         place: Names the samples in notes and errors.
         inferred: Whether the labels tell the number of classes.
+        decoded: Whether the images come from image files.
     """
     pixels, rounding = as_pixels(images, f"{place}: images")
     numbers = as_labels(labels, f"{place}: labels")
@@ -645,7 +648,7 @@ def _convert_samples(
             f"{place}: got {len(pixels)} images and {len(numbers)} labels, expected as many of each"
         )
     notes = [f"{place}: float pixels were rounded to 8 bits"] if rounding else []
-    if 0 < (brightest := int(pixels.max())) <= DARKEST:
+    if not decoded and 0 < (brightest := int(pixels.max())) <= DARKEST:
         notes.append(
             f"{place}: the brightest pixel is {brightest} of 255; if the images reach from 0 to "
             f"{brightest}, divide them by {brightest}"
