@@ -199,13 +199,13 @@ def without_times(content: Any) -> Any:
 
 def main() -> None:
     """Print the tables."""
-    given = parse_arguments(__doc__)
+    options = parse_arguments(__doc__)
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        time_layouts(folder, small=given.small)
-        print_bytes(folder, small=given.small)
-        compare_pools(folder, small=given.small)
+        time_layouts(folder, small=options.small)
+        print_bytes(folder, small=options.small)
+        compare_pools(folder, small=options.small)
 
 
 if __name__ == "__main__":

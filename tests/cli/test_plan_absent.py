@@ -13,6 +13,7 @@ from robustsoup.data.cifar import imitate_cifar
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe
 from robustsoup.runs.run import prepare_run
+from robustsoup.runs.stand_ins import list_absent
 
 NAME = "Gowal2021Improving_R18_ddpm_100m"
 RECIPE = """
@@ -111,9 +112,11 @@ def test_the_plan_has_the_keys_of_the_real_data(tmp_path, monkeypatch):
         '[pretrain]\nthreat = "clean"\n[ingredients]\na = { threat = "Linf 2/255" }\n'
     )
     loaded = load_recipe(recipe)
-    real = prepare_run(loaded, device="cpu", plans_only=True)
+    real = prepare_run(loaded, device="cpu", absent=list_absent(loaded))
     assert real.absent == ()
-    imitated = prepare_run(loaded, device="cpu", data_root=str(tmp_path / "empty"), plans_only=True)
+    imitated = prepare_run(
+        loaded, device="cpu", absent=list_absent(loaded, str(tmp_path / "empty"))
+    )
     assert imitated.absent == ("cifar10",)
     assert list(imitated.plan.steps_by_key) == list(real.plan.steps_by_key)
     data, other = load_data("cifar10", seed=1), imitate_cifar("cifar10", seed=1)

@@ -43,6 +43,18 @@ def rounding(network):
     return Wrapped(network, before=lambda x: (x * 8).round() / 8)
 
 
+class MirroredGradient(torch.autograd.Function):
+    """The identity, whose gradient is that of the mirrored image."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.flip(-1)
+
+
 class Counted(nn.Module):
     """A network that counts its passes with and without a gradient, and can wait.
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluated_networks import N, Wrapped, same_verdicts
+from evaluated_networks import MirroredGradient, N, Wrapped, same_verdicts
 from torch import nn
 
 from robustsoup.data import load_data
@@ -61,18 +61,6 @@ class NoisyGradient(torch.autograd.Function):
     def backward(ctx, grad):
         noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(0))
         return 100 * grad.abs().mean() * noise
-
-
-class MirroredGradient(torch.autograd.Function):
-    """The identity, whose gradient is that of the mirrored image."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.flip(-1)
 
 
 class ReversedAtTimes(torch.autograd.Function):

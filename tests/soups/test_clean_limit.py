@@ -4,12 +4,10 @@ import pytest
 import torch
 from learning_helpers import (
     NetworkWithoutNorm,
-    assert_same_coefficients,
     learn_digits,
     resnet_ingredients,
     small_ingredients,
 )
-from training_helpers import Killed, kill_at
 
 from robustsoup.attacks.losses import ce
 from robustsoup.errors import RequestError
@@ -48,12 +46,12 @@ def test_a_limit_that_is_kept_never_gives_a_negative_multiplier():
 def test_the_loss_is_the_mixture_that_the_multiplier_gives(multiplier):
     limit = CleanLimit(1.0)
     limit.multiplier = multiplier
-    found = limit.begin_step().loss(logits(0), logits(1), Y)
+    loss = limit.begin_step().loss(logits(0), logits(1), Y)
     if multiplier:
         weight = multiplier / (1 + multiplier)
-        assert torch.equal(found, mixed(weight).loss(logits(0), logits(1), Y))
+        assert torch.equal(loss, mixed(weight).loss(logits(0), logits(1), Y))
     robust, clean = ce(logits(1), Y).mean(), ce(logits(0), Y).mean()
-    assert float(found) == pytest.approx(float(robust + multiplier * clean) / (1 + multiplier))
+    assert float(loss) == pytest.approx(float(robust + multiplier * clean) / (1 + multiplier))
 
 
 def test_parts_of_a_batch_count_by_their_size():
@@ -88,14 +86,6 @@ def test_the_history_tells_the_clean_loss_and_the_multiplier():
     assert entry["multiplier"] == pytest.approx(RATE * steps * (entry["clean_loss"] - 1e-3))
     (kept,) = learn_digits(items, network=net, clean_limit=1e9, epochs=1).record["history"]
     assert kept["multiplier"] == 0
-
-
-def test_a_killed_run_resumes_its_multiplier(save_every_step, tmp_path):
-    items, path = resnet_ingredients(), tmp_path / "state.pt"
-    with pytest.raises(Killed):
-        learn_digits(items, clean_limit=0.1, state_path=path, on_progress=kill_at(4))
-    resumed = learn_digits(items, clean_limit=0.1, state_path=path)
-    assert_same_coefficients(resumed, learn_digits(items, clean_limit=0.1))
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ def test_ingredients_that_miss_the_requirement_are_not_called_worse():
 
 def test_of_equal_ingredients_the_chosen_one_is_called_best():
     first, second = ingredient("a", 190, 60), ingredient("b", 190, 60)
-    known = {"b": second.evaluation, "a": first.evaluation}
-    answer = answer_of([first, second], ingredients=known)
+    evaluations = {"b": second.evaluation, "a": first.evaluation}
+    answer = answer_of([first, second], ingredients=evaluations)
     assert (answer.chosen, answer.best_ingredient) == ("a", "a")
 
 

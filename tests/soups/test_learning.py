@@ -345,12 +345,13 @@ def test_the_mean_over_the_last_steps_is_that_of_every_step(affine):
     assert not torch.equal(mean.alpha, last.alpha)
 
 
-def test_a_killed_run_resumes_its_mean(save_every_step, tmp_path):
+@pytest.mark.parametrize("more", [{"average_last": 0.9}, {"clean_limit": 0.1}], ids=str)
+def test_a_killed_run_resumes_its_mean_and_its_multiplier(save_every_step, tmp_path, more):
     items, path = resnet_ingredients(), tmp_path / "state.pt"
     with pytest.raises(Killed):
-        learn_digits(items, average_last=0.9, state_path=path, on_progress=kill_at(4))
-    resumed = learn_digits(items, average_last=0.9, state_path=path)
-    assert_same_coefficients(resumed, learn_digits(items, average_last=0.9))
+        learn_digits(items, **more, state_path=path, on_progress=kill_at(4))
+    resumed = learn_digits(items, **more, state_path=path)
+    assert_same_coefficients(resumed, learn_digits(items, **more))
 
 
 @pytest.mark.parametrize(

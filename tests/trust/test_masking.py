@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from digits import digits_network
+from evaluated_networks import MirroredGradient
 from torch import nn
 
 from robustsoup.data import load_data
@@ -43,18 +44,6 @@ def move_randomly(x):
     return nn.functional.pad(x, (1, 1, 1, 1))[..., top : top + 8, left : left + 8]
 
 
-class Mirrored(torch.autograd.Function):
-    """The identity, whose gradient is that of the mirrored image."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.flip(-1)
-
-
 def reverse_some(x):
     """Return the images, with a reversed gradient for about four in ten."""
     reverse = ((x.detach().flatten(1).sum(1) * 1000).round() % 10 < 4)[:, None, None, None]
@@ -69,7 +58,7 @@ MASKED = {
     "rounded frequencies": (round_frequencies, keep),
     "random places": (move_randomly, keep),
     "reversed at some images": (reverse_some, keep),
-    "mirrored gradients": (Mirrored.apply, keep),
+    "mirrored gradients": (MirroredGradient.apply, keep),
     "transposed gradients": (lambda x: x.detach() + (x - x.detach()).mT, keep),
     "squashed images": (lambda x: torch.tanh(50 * (x - 0.5)) / 2 + 0.5, keep),
     "saturated logits": (keep, lambda logits: 5 * torch.tanh(3 * logits)),

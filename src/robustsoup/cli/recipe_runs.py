@@ -30,7 +30,7 @@ from robustsoup.runs.cost import compare_ways, estimate_bytes, estimate_seconds
 from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 from robustsoup.runs.scaling import DeviceRate, predict
-from robustsoup.runs.stand_ins import data_is_absent, list_absent
+from robustsoup.runs.stand_ins import list_absent
 from robustsoup.user_code import import_named_module
 
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
@@ -52,9 +52,9 @@ def prepare_recipe(
     hold_caches()
     run.use_threads()
     import_named_module(recipe.model)
-    if not (plans_only and data_is_absent(recipe, data_root)):
-        download_data(recipe.data, data_root)
     absent = list_absent(recipe, data_root) if plans_only else []
+    if recipe.data not in absent:
+        download_data(recipe.data, data_root)
 
     def locate(name: str) -> str:
         published = f"{PUBLISHED_PREFIX}{name}"
@@ -70,7 +70,7 @@ def prepare_recipe(
             device=run.device,
             data_root=data_root,
             part_samples=part_samples,
-            plans_only=plans_only,
+            absent=absent,
             on_progress=bar,
         )
     for place in prepared.absent:

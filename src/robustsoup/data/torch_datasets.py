@@ -138,10 +138,10 @@ def _refuse_own_sampler(loader: DataLoader[object], place: str) -> None:
     )
     is_iterable = isinstance(loader.dataset, IterableDataset)
     if not is_iterable and not (reads_all and type(loader.batch_sampler) in _PLAIN_BATCHES):
-        own = sampler if not reads_all else loader.batch_sampler
+        chooser = sampler if not reads_all else loader.batch_sampler
         raise DataError(
-            f"{place}: got a DataLoader with a {type(own).__name__}, whose choice of samples would "
-            "be ignored; pass a torch.utils.data.Subset of its data set, or the tensors"
+            f"{place}: got a DataLoader with a {type(chooser).__name__}, whose choice of samples "
+            "would be ignored; pass a torch.utils.data.Subset of its data set, or the tensors"
         )
 
 

@@ -275,11 +275,11 @@ class _Subject:
                 rise = after.double() - before.double()
                 return (promised > 0) & (rise + tolerance > share * promised)  # false for NaN
 
-            kept = keeps(state.x_adv, KEPT_PROMISE, 0.0)
+            promise_kept = keeps(state.x_adv, KEPT_PROMISE, 0.0)
             if norm != "L1":
                 nearby = start + (state.x_adv - start) / 4
-                kept &= keeps(nearby, KEPT_NEARBY, rounding)
-            return ~kept
+                promise_kept &= keeps(nearby, KEPT_NEARBY, rounding)
+            return ~promise_kept
 
         is_ce = loss is ce
         limits = replace(GRADIENT, tolerated=TOLERATED_UNDER_CE) if is_ce else GRADIENT

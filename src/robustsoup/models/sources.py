@@ -361,10 +361,10 @@ def _check_required(factory: Factory, options: Collection[str], spec: str) -> No
     """
     missing = [name for name in _required_names(factory) if name not in options]
     if missing:
-        given = spec + ("," if spec.count(":") > 1 else ":")
+        beginning = spec + ("," if spec.count(":") > 1 else ":")
         raise ModelError(
             f'model "{spec}": the factory requires {", ".join(missing)}; write '
-            f"{given}{','.join(f'{name}=VALUE' for name in missing)}"
+            f"{beginning}{','.join(f'{name}=VALUE' for name in missing)}"
         )
 
 

@@ -1,5 +1,6 @@
 """Run a recipe: plan, execute, confirm screened soups, select, report, write the run folder."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from robustsoup.runs.plan import Plan
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import Results
 from robustsoup.runs.soup_rows import plan_recipe
-from robustsoup.runs.stand_ins import data_is_absent, imitate_checkpoints, list_absent
+from robustsoup.runs.stand_ins import imitate_checkpoints
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogates import search_by_surrogate
 from robustsoup.runs.tasks import (
@@ -81,7 +82,7 @@ def prepare_run(
     device: str = "auto",
     data_root: str | None = None,
     part_samples: int | None = None,
-    plans_only: bool = False,
+    absent: Collection[str] = (),
     on_progress: Progress | None = None,
 ) -> PreparedRun:
     """Load the data and the checkpoints that a recipe names, and plan without running a step.
@@ -91,8 +92,8 @@ def prepare_run(
         device: "auto", "cpu", "cuda" or a device.
         data_root: Folder of the data sets.
         part_samples: Samples of the parts that evaluations are divided into; see `Planner`.
-        plans_only: Take stand-ins for data and checkpoints that would be downloaded
-            (`robustsoup.runs.stand_ins`); such a run must not be executed.
+        absent: Data and places of checkpoints to take stand-ins for, as
+            `robustsoup.runs.stand_ins` lists them; such a run must not be executed.
         on_progress: Called with (done, total, figures) while data is read.
 
     Raises:
@@ -101,9 +102,7 @@ def prepare_run(
         RobustsoupError: The data, a file or the network cannot be used.
     """
     resolved = resolve_device(device)
-    imitates = plans_only and data_is_absent(recipe, data_root)
-    absent = list_absent(recipe, data_root) if plans_only else []
-    data = load_recipe_data(recipe, data_root, on_progress, imitates=imitates)
+    data = load_recipe_data(recipe, data_root, on_progress, imitates=recipe.data in absent)
     stand_ins = imitate_checkpoints(recipe, absent, data)
     checkpoints = [stand_ins.get(place, place) for place in checkpoint_places(recipe)]
     recipe.opening.check(checkpoints)
@@ -127,8 +126,7 @@ def prepare_run(
         check_fit(files[0].network(), data.test)
         planner.plan.warnings = tuple(describe_differing_constants(files))
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
-    not_here = (*([recipe.data] if imitates else []), *absent)
-    return PreparedRun(planner, context, Store(), leakage, overlaps, not_here)
+    return PreparedRun(planner, context, Store(), leakage, overlaps, tuple(absent))
 
 
 def run_prepared(

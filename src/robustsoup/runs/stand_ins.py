@@ -6,7 +6,7 @@ that only its files describe, and checkpoints of a network that the recipe does 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -20,34 +20,40 @@ from robustsoup.recipes import Recipe, checkpoint_places
 from robustsoup.recipes.sections import PUBLISHED_PREFIX
 
 
-def data_is_absent(recipe: Recipe, data_root: str | None = None) -> bool:
-    """Return whether the data would be downloaded, and its sizes are known without that."""
-    return recipe.data in RELEASES and not is_here(recipe.data, data_root)
-
-
 def list_absent(recipe: Recipe, data_root: str | None = None) -> list[str]:
-    """Return the places of checkpoints that would be downloaded, if their network is known.
+    """Return what would be downloaded although its size is known without that.
 
     Args:
         recipe: The recipe.
-        data_root: Folder of published checkpoints.
+        data_root: Folder of the data and of published checkpoints.
+
+    Returns:
+        The data of the recipe, if its sizes are known, and the places of checkpoints, if their
+        network is.
 
     Raises:
         RequestError: No published checkpoint has such a name.
     """
+    data_is_absent = recipe.data in RELEASES and not is_here(recipe.data, data_root)
     places = dict.fromkeys(checkpoint_places(recipe))
     absent = [place for place in places if _must_be_fetched(place, data_root)]
-    return absent if _network_of(recipe, absent) else []
+    return [
+        *([recipe.data] if data_is_absent else []),
+        *(absent if _network_of(recipe, absent) else []),
+    ]
 
 
-def imitate_checkpoints(recipe: Recipe, absent: Sequence[str], data: Data) -> dict[str, Checkpoint]:
+def imitate_checkpoints(
+    recipe: Recipe, absent: Collection[str], data: Data
+) -> dict[str, Checkpoint]:
     """Return checkpoints with fresh weights in place of those that `list_absent` found."""
-    spec = _network_of(recipe, absent)
-    if spec is None:
+    places = [place for place in dict.fromkeys(checkpoint_places(recipe)) if place in absent]
+    spec = _network_of(recipe, places)
+    if spec is None or not places:
         return {}
     channels = data.record["channels"]
-    made = Checkpoint.of(load_model(spec, classes=data.test.classes, channels=channels))
-    return {place: _change(made, number) for number, place in enumerate(absent, 1)}
+    fresh = Checkpoint.of(load_model(spec, classes=data.test.classes, channels=channels))
+    return {place: _change(fresh, number) for number, place in enumerate(places, 1)}
 
 
 def _must_be_fetched(place: str, data_root: str | None) -> bool:

@@ -315,9 +315,9 @@ def learn_coefficients(
         on_progress=on_progress,
     )
     coefficients.save(folder / COEFFICIENTS)
-    said = set(describe_differing_constants(ingredients))  # at the start of the run
+    earlier_warnings = set(describe_differing_constants(ingredients))  # at the start of the run
     for warning in coefficients.record.get("warnings", ()):
-        if warning not in said:
+        if warning not in earlier_warnings:
             worker.warn(f"{name}: {warning}")
     loss = coefficients.record["history"][-1]["loss"]
     return f"loss {loss:.3f}, {_describe_shares(coefficients)}"
