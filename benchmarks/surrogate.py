@@ -1,44 +1,47 @@
 """Regret against cost of ways to choose a soup, replayed from stored verdicts.
 
     python benchmarks/surrogate.py                                replay docs/evidence/*.npz
-    python benchmarks/surrogate.py --small                        make and replay a tiny grid
-    python benchmarks/surrogate.py --pack RUN_DIR -o TABLE.npz    pack the grid of a run folder
-    python benchmarks/surrogate.py --make cifar10 -o TABLE.npz    train and evaluate a small grid
+    python benchmarks/surrogate.py --small                        run, pack and replay a tiny recipe
+    python benchmarks/surrogate.py --pack RUN_DIR -o TABLE.npz    pack the soups of a run folder
     python benchmarks/surrogate.py --simulate                     smooth maps with known verdicts
 
 A table holds the verdicts of every soup of a grid on the same samples, so each way can be replayed
-without a network: `grid` attacks every soup, `surrogate` and `quadratic` those that the engine asks
-for, `spread` as many as the surrogate, spread evenly, without a model; `racing` attacks the soups
-that meet the requirement in 16 rounds and drops those that have lost, with clean verdicts in the
-place of a brief attack. Every way chooses on a
-random half of the samples; its regret is the robust accuracy of the full grid's choice minus that
-of its own, on the same half and on the other one. Goals: the most robust soup, and the most robust
-one with clean accuracy above the quartiles of the grid. Each face of a grid (one coefficient is 0)
-is a grid of its own. Times are those of the evaluations as stored, and of the model's work here.
+without a network. `surrogate` and `quadratic` attack the soups that the engine asks for; `spread`
+as many as the surrogate, spread evenly, without a model. `racing` attacks the soups that meet the
+requirement in 16 rounds and drops those that have lost, with clean verdicts in the place of a brief
+attack. `greedy` and `learned` are the soups of these methods in the run, which were built on all
+samples; "surrogate, cost of greedy" attacks as many soups as the greedy soup did.
+
+Every way chooses on a random half of the samples; its regret is the robust accuracy of the full
+grid's choice minus that of its own, on the same half and on the other one, over the goals that it
+meets: the most robust soup, and the most robust one with clean accuracy above the quartiles of the
+grid. Each face of a grid of four (one coefficient is 0) is a grid of its own. Seconds: mixing and a
+clean pass of every soup, attacks of those that are attacked, learning, the model's work; clean
+passes are timed when a run is packed.
 """
 
 import argparse
 import itertools
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import describe_machine
+from common import describe_machine, run_recipe_small
 from numpy.typing import NDArray
-from torch import nn
 
 import robustsoup as rs
-from robustsoup.data import Split
-from robustsoup.evaluation.hit_tables import HitTable
+from robustsoup.evaluation.hit_tables import Hits, HitTable
 from robustsoup.evaluation.two_phase import estimate_accuracy, sample_order
-from robustsoup.files import cache_folder
 from robustsoup.runs.results import Results
+from robustsoup.runs.store import Store
+from robustsoup.runs.worker import COEFFICIENTS
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, candidates
 from robustsoup.soups.racing import Race
@@ -55,7 +58,12 @@ LABELS = {
     "quadratic": "quadratic",
     "spread": "spread evenly",
     "racing": "racing",
+    "greedy": "greedy",
+    "cheap": "surrogate, cost of greedy",
+    "learned": "learned",
 }
+TIMED_SOUPS = 5
+"""Soups whose mixing and clean pass are timed when a run is packed."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,12 @@ class Case:
     """One choice: a grid, a half of its samples, and a requirement.
 
     Attributes:
-        table: The verdicts.
+        table: The verdicts of the grid.
         threat: The measure to maximise.
         half: (samples,) bool, the samples that choose.
         clean: Required clean accuracy; None for no requirement.
         seed: Seed of the engine.
+        others: The verdicts of the greedy and the learned soups.
     """
 
     table: HitTable
@@ -75,6 +84,7 @@ class Case:
     half: NDArray[np.bool_]
     clean: float | None
     seed: int
+    others: HitTable
 
     @property
     def eligible(self) -> NDArray[np.bool_]:
@@ -88,14 +98,34 @@ class Case:
         robust = self.table.hits[self.threat][:, self.half].mean(1)
         return max(eligible, key=lambda row: robust[row])
 
-    def regret(self, row: int, best: int) -> tuple[float, float]:
-        """Return the regret in points, on the samples that choose and on the others."""
-        hits = self.table.hits[self.threat]
-        lost = hits[best].astype(float) - hits[row]
+    def regret(self, hits: Hits, best: int) -> tuple[float, float]:
+        """Return the regret of a choice in points, on the samples that choose and on the others.
+
+        Args:
+            hits: (samples,) verdicts of the choice under attack.
+            best: Row of the full grid's choice.
+        """
+        lost = self.table.hits[self.threat][best].astype(float) - hits
         return 100 * float(lost[self.half].mean()), 100 * float(lost[~self.half].mean())
 
-    def run_engine(self, model: Model) -> tuple[list[int], float]:
-        """Return the rows that the engine attacks, and the seconds of its decisions."""
+    def choose_other(self, prefix: str) -> Hits | None:
+        """Return the verdicts of the most robust soup of a method that meets the requirement.
+
+        Args:
+            prefix: How the names of the soups begin. None is returned where none meets it.
+        """
+        clean, robust = (self.others.hits[key] for key in ("clean", self.threat))
+        rows = [
+            row
+            for row, name in enumerate(self.others.names)
+            if name.startswith(prefix) and clean[row, self.half].mean() >= (self.clean or 0)
+        ]
+        return max(
+            (robust[row] for row in rows), key=lambda hits: hits[self.half].mean(), default=None
+        )
+
+    def run_engine(self, model: Model, most: int | None = None) -> tuple[list[int], float]:
+        """Return the rows that the engine attacks, at most so many, and the seconds it decided."""
         table, half = self.table, self.half
         clean = [
             rs.Accuracy(int(row.sum()), int(half.sum())) for row in table.hits["clean"][:, half]
@@ -112,8 +142,10 @@ class Case:
         started = time.perf_counter()
         attacked: dict[str, Mapping[str, NDArray[np.bool_]]] = {}
         while names := search.next_soups(attacked):
-            for name in names:
+            for name in names[: most and most - len(attacked)]:
                 attacked[name] = {self.threat: table.row(name)[self.threat][half]}
+            if len(attacked) == most:
+                break
         return [table.names.index(name) for name in attacked], time.perf_counter() - started
 
     def run_race(self) -> tuple[float, int]:
@@ -158,10 +190,10 @@ class Case:
 
 
 def list_faces(table: HitTable) -> Iterator[tuple[str, HitTable]]:
-    """Yield the whole grid, and each face of three ingredients with its own coefficients."""
+    """Yield the whole grid, and each face of three of four ingredients with its coefficients."""
     n = table.coefficients.shape[1]
     yield f"all {n}", table
-    for face in itertools.combinations(range(n), 3) if n > 3 else ():
+    for face in itertools.combinations(range(n), 3) if n == 4 else ():
         others = [i for i in range(n) if i not in face]
         rows = [row for row, a in enumerate(table.coefficients) if not a[others].any()]
         part = table.take(rows)
@@ -172,7 +204,7 @@ def list_faces(table: HitTable) -> Iterator[tuple[str, HitTable]]:
         )
 
 
-def list_cases(table: HitTable, threat: str, halves: int) -> Iterator[Case]:
+def list_cases(table: HitTable, others: HitTable, threat: str, halves: int) -> Iterator[Case]:
     """Yield the cases of one grid."""
     samples = len(table.ids)
     for seed in range(halves):
@@ -182,47 +214,99 @@ def list_cases(table: HitTable, threat: str, halves: int) -> Iterator[Case]:
         clean = table.hits["clean"][:, half].mean(1)
         for quantile in QUANTILES:
             limit = None if quantile is None else float(np.quantile(clean, quantile))
-            yield Case(table, threat, half, limit, seed)
+            yield Case(table, threat, half, limit, seed, others)
 
 
-def replay_grid(title: str, table: HitTable, threat: str, halves: int) -> dict[str, float]:
-    """Replay all ways on one grid, print a row for each, and return the surrogate's attacks."""
-    results: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in LABELS}
-    for case in list_cases(table, threat, halves):
-        everything = list(range(len(table.names)))
-        best = case.choose(everything)
-        attacked: dict[str, tuple[list[int], float]] = {m: case.run_engine(m) for m in WAYS}
-        attacked["spread"] = (case.spread(len(attacked["gaussian-process"][0])), 0.0)
-        for name, (rows, seconds) in attacked.items():
-            results[name].append((len(rows), *case.regret(case.choose(rows), best), seconds))
-        cost, winner = case.run_race()
-        results["racing"].append((cost, *case.regret(winner, best), 0.0))
+@dataclass
+class Tally:
+    """What one way cost and lost over the cases of a grid.
+
+    Attributes:
+        attacked: Soups attacked in each case.
+        seconds: Seconds of decisions in each case.
+        same: Regret on the samples that chose, of the goals that were met.
+        other: Regret on the other samples.
+    """
+
+    attacked: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    same: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
+
+    def add(self, attacked: float, regret: tuple[float, float] | None, seconds: float = 0) -> None:
+        """Count one case; None stands for a goal that was not met."""
+        self.attacked.append(attacked)
+        self.seconds.append(seconds)
+        if regret is not None:
+            self.same.append(regret[0])
+            self.other.append(regret[1])
+
+
+def replay_case(case: Case, tallies: Mapping[str, Tally]) -> None:
+    """Choose in every way, and count what it costs and loses."""
+    n = case.table.coefficients.shape[1]
+    robust = case.table.hits[case.threat]
+    best = case.choose(list(range(len(case.table.names))))
+    attacked: dict[str, tuple[list[int], float]] = {m: case.run_engine(m) for m in WAYS}
+    attacked["spread"] = (case.spread(len(attacked["gaussian-process"][0])), 0.0)
+    if case.others.names:
+        attacked["cheap"] = case.run_engine("gaussian-process", 2 * n - 1)
+        learned = sum(name.startswith("learned") for name in case.others.names)
+        for way, count in (("greedy", 2 * n - 1), ("learned", learned)):
+            hits = case.choose_other(way)
+            regret = None if hits is None else case.regret(hits, best)
+            tallies[way].add(count, regret)
+    for way, (rows, seconds) in attacked.items():
+        tallies[way].add(len(rows), case.regret(robust[case.choose(rows)], best), seconds)
+    cost, winner = case.run_race()
+    tallies["racing"].add(cost, case.regret(robust[winner], best))
+
+
+def describe_seconds(way: str, tally: Tally, table: HitTable) -> str:
+    """Return the seconds of a way relative to the full grid, "-" if the table holds none."""
+    costs, total = table.record.get("seconds", {}), len(table.names)
+    if "clean" not in costs:
+        return "-"
+    attacked = statistics.mean(tally.attacked)
+    passed = attacked if way in ("greedy", "learned") else total  # clean passes
+    own = passed * costs["clean"] + attacked * costs["attack"] + statistics.mean(tally.seconds)
+    own += costs["learned"] if way == "learned" else 0
+    return f"{own / (total * (costs['clean'] + costs['attack'])):.2f}"
+
+
+def replay_grid(title: str, table: HitTable, others: HitTable, threat: str, halves: int) -> None:
+    """Replay all ways on one grid and print a row for each."""
+    tallies = {way: Tally() for way in LABELS}
+    cases = list(list_cases(table, others, threat, halves))
+    for case in cases:
+        replay_case(case, tallies)
     total = len(table.names)
-    costs = table.record.get("seconds", {})
-    for name, runs in results.items():
-        counts, same, other, seconds = zip(*runs, strict=True)
-        mean = statistics.mean(counts)
-        beyond = sum(regret > 0.5 for regret in same) / len(same)
-        time_text = "-"
-        if "clean" in costs:
-            whole = total * (costs["clean"] + costs["attack"])
-            own = total * costs["clean"] + mean * costs["attack"] + statistics.mean(seconds)
-            time_text = f"{own / whole:.2f}"
+    for way, tally in tallies.items():
+        if not tally.attacked:
+            continue
+        mean, least, most = (
+            statistics.mean(tally.attacked),
+            min(tally.attacked),
+            max(tally.attacked),
+        )
+        beyond = sum(regret > 0.5 for regret in tally.same)
         cells = [
             title,
-            LABELS[name],
-            f"{mean:.1f} of {total} ({mean / total:.0%}), {min(counts):.0f} to {max(counts):.0f}",
-            time_text,
-            describe(same),
-            f"{beyond:.0%}",
-            describe(other),
+            LABELS[way],
+            f"{mean:.1f} of {total} ({mean / total:.0%}), {least:.0f} to {most:.0f}",
+            describe_seconds(way, tally, table),
+            f"{len(tally.same)} of {len(cases)}",
+            describe(tally.same),
+            f"{beyond / max(len(tally.same), 1):.0%}",
+            describe(tally.other),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-    return {name: statistics.mean(run[0] for run in runs) / total for name, runs in results.items()}
 
 
-def describe(regrets: tuple[float, ...]) -> str:
+def describe(regrets: Sequence[float]) -> str:
     """Return the mean with its 95 % interval over the cases, and the largest."""
+    if not regrets:
+        return "-"
     half = 1.96 * statistics.stdev(regrets) / len(regrets) ** 0.5 if len(regrets) > 1 else 0.0
     return f"{statistics.mean(regrets):+.2f} ± {half:.2f}, at most {max(regrets):+.1f}"
 
@@ -234,39 +318,86 @@ def replay(table: HitTable, name: str, halves: int, *, faces: bool = True) -> No
     print(
         f"\n**{name}** ({record.get('data')}, {record.get('model')}; {len(table.ids):,} samples; "
         f"{record.get('attack')})\n\n"
-        "| grid | way | soups attacked | seconds, grid = 1 | regret, same samples "
-        "| above 0.5 | regret, other samples |\n|---|---|---|---|---|---|---|"
+        "| grid | way | soups attacked | seconds, grid = 1 | goals met | regret, same samples "
+        "| above 0.5 | regret, other samples |\n|---|---|---|---|---|---|---|---|"
     )
+    in_grid = ~np.isnan(table.coefficients).any(1)
+    others = table.take(np.flatnonzero(~in_grid).tolist())
+    table = table.take(np.flatnonzero(in_grid).tolist())
     grids = list(list_faces(table))[: None if faces else 1]
     for threat, (face, part) in itertools.product(threats, grids):
         title = face if len(threats) == 1 else f"{threat}, {face}"
-        replay_grid(title, part, threat, halves)
+        replay_grid(title, part, others if part is table else others.take([]), threat, halves)
 
 
 def pack_run(folder: Path) -> HitTable:
-    """Return the verdicts of the grid of a run folder: on val, and on test if all were reported."""
+    """Return the verdicts of the soups of a run folder: on val, and on test if all were reported.
+
+    The coefficients of greedy and learned soups, which are not of the grid, are NaN.
+    """
     results = Results.load(folder / "results.json")
-    rows = [row for row in results.rows if row.role == "grid"]
+    rows = [row for row in results.rows if row.role in ("grid", "greedy", "learned")]
+    grid = [row for row in rows if row.role == "grid"]
+    absent = (math.nan,) * len(grid[0].ingredients or ())
+    coefficients = [(row.coefficients or absent) if row in grid else absent for row in rows]
     splits = ["val", *(["test"] if all(row.test for row in rows) else [])]
-    parts, seconds = [], 0.0
+    parts, attack = [], 0.0
     for split in splits:
         evaluations = {
             row.name: rs.Evaluation.load(folder / "evaluations" / f"{row.name}.{split}.json")
             for row in rows
         }
-        parts.append(HitTable.of(evaluations, [row.coefficients or () for row in rows]))
-        seconds += statistics.median(item.record["seconds"] for item in evaluations.values())
+        parts.append(HitTable.of(evaluations, coefficients))
+        attack += statistics.median(evaluations[row.name].record["seconds"] for row in grid)
+    clean = time_clean(folder, results, [row.name for row in grid], splits)
     protocol = results.protocol
     record = {
         "data": results.data["name"],
         "model": results.model,
-        "ingredients": list(rows[0].ingredients or ()),
+        "ingredients": list(grid[0].ingredients or ()),
         "attack": f"{protocol.attack}-{protocol.loss} at {', '.join(protocol.threats)}, "
         f"{protocol.steps} {protocol.step_word}, {protocol.restarts} restart(s)",
         "split": ", then ".join(splits),
-        "seconds": {"attack": seconds},
+        "seed": results.recipe["seed"],
+        # An evaluation's seconds hold its clean pass.
+        "seconds": {
+            "clean": clean,
+            "attack": max(attack - clean, 0.0),
+            "learned": sum_learning_seconds(results),
+        },
     }
     return join_tables(parts, record)
+
+
+def time_clean(folder: Path, results: Results, names: list[str], splits: list[str]) -> float:
+    """Return the median seconds of mixing a soup and of a clean pass over the splits' samples."""
+    data = rs.load_data(results.data["name"], seed=results.data["seed"])
+    first = next(row for row in results.rows if row.name == names[0])
+    ingredients = [
+        rs.Checkpoint.load(folder / "checkpoints" / f"{name}.safetensors")
+        for name in first.ingredients or ()
+    ]
+    alpha = [1 / len(ingredients)] * len(ingredients)
+    seconds = []
+    for _ in range(TIMED_SOUPS):
+        started = time.perf_counter()
+        soup = rs.mix(ingredients, alpha)
+        for split in splits:
+            rs.evaluate(soup, getattr(data, split), samples=results.protocol.samples[split])
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def sum_learning_seconds(results: Results) -> float:
+    """Return the seconds in which the learned soups of a run were learned, as the store says."""
+    store = Store()
+    seconds = {
+        store.digest_of(key, COEFFICIENTS).sha256: store.record(key)["seconds"]
+        for key in store.keys()  # noqa: SIM118, a store is no mapping
+        if store.record(key)["kind"] == "learn"
+    }
+    names = [row.coefficients_file for row in results.rows if row.role == "learned"]
+    return sum(seconds[results.files[name].sha256] for name in names if name)
 
 
 def join_tables(parts: Sequence[HitTable], record: dict[str, Any]) -> HitTable:
@@ -275,138 +406,6 @@ def join_tables(parts: Sequence[HitTable], record: dict[str, Any]) -> HitTable:
     hits = {key: np.concatenate([part.hits[key] for part in parts], 1) for key in first.hits}
     ids = np.concatenate([part.ids for part in parts])
     return HitTable(first.names, first.coefficients, ids, hits, record)
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes a small grid: trainings and attacks are short, since the map matters, not its height.
-
-    Attributes:
-        data: Name of the data set.
-        model: Network.
-        threats: Threat models of the ingredients.
-        attacked: Threat model of the evaluation.
-        train: Training samples; None for all.
-        epochs: Epochs of the base; an ingredient takes half of them.
-        samples: Samples of val and of test to evaluate on; None for all.
-        steps: Steps of the attack.
-        step: Step of the grid.
-        seed: Seed of the split and of the trainings.
-    """
-
-    data: str
-    model: str
-    threats: tuple[str, ...]
-    attacked: str
-    train: int | None
-    epochs: int
-    samples: int | None
-    steps: int
-    step: float = 0.2
-    seed: int = 0
-
-    def make(self, folder: Path) -> HitTable:
-        """Train the ingredients and evaluate the grid; a folder keeps what is finished."""
-        data = rs.load_data(self.data, seed=self.seed)
-        record = data.record
-        network = rs.load_model(
-            self.model,
-            channels=record["channels"],
-            mean=record["mean"],
-            std=record["std"],
-            seed=self.seed,
-        )
-        train = data.train.first(self.train)
-        base = self._train(folder / "base", network, train, self.attacked, self.epochs)
-        ingredients = [
-            self._train(folder / f"{i}", base, train, threat, max(self.epochs // 2, 1))
-            for i, threat in enumerate(self.threats)
-        ]
-        parts = [self._evaluate(folder, ingredients, split) for split in (data.val, data.test)]
-        return self._join([table for table, _ in parts], [times for _, times in parts])
-
-    def _train(
-        self,
-        stem: Path,
-        start: nn.Module | rs.Checkpoint,
-        train: Split,
-        threat: str,
-        epochs: int,
-    ) -> rs.Checkpoint:
-        path = stem.with_suffix(".safetensors")
-        if not path.exists():
-            lr = 0.1 if isinstance(start, nn.Module) else 0.02
-            rs.train(
-                start,
-                train,
-                threat=threat,
-                epochs=epochs,
-                attack_steps=1,
-                lr=lr,
-                seed=self.seed,
-                state_path=stem.with_suffix(".state"),
-            ).save(path)
-        return rs.Checkpoint.load(path)
-
-    def _evaluate(
-        self, folder: Path, ingredients: list[rs.Checkpoint], split: Split
-    ) -> tuple[HitTable, dict[str, float]]:
-        """Return the verdicts on a split, and the mean seconds of an attack and a clean pass."""
-        alphas = candidates("grid", len(ingredients), self.step)
-        evaluations: dict[str, rs.Evaluation] = {}
-        clean_seconds = []
-        for alpha in alphas:
-            path = folder / f"{split.name}-{alpha_name(alpha)}.json"
-            if not path.exists():
-                soup, count = rs.mix(ingredients, alpha), {"samples": self.samples}
-                rs.evaluate(
-                    soup, split, [self.attacked], steps=self.steps, precision="auto", **count
-                ).save(path)
-                clean_seconds.append(rs.evaluate(soup, split, **count).record["seconds"])
-            evaluations[alpha_name(alpha)] = rs.Evaluation.load(path)
-        attack_seconds = [item.record["seconds"] for item in evaluations.values()]
-        times = {"attack": statistics.median(attack_seconds)}
-        if clean_seconds:
-            times["clean"] = statistics.median(clean_seconds)
-        return HitTable.of(evaluations, alphas), times
-
-    def _join(self, parts: list[HitTable], times: list[dict[str, float]]) -> HitTable:
-        record: dict[str, Any] = {
-            "data": self.data,
-            "model": self.model,
-            "ingredients": list(self.threats),
-            "attack": f"apgd-ce at {self.attacked}, {self.steps} steps, 1 restart",
-            "split": "val, then test",
-        }
-        if all("clean" in item for item in times):
-            record["seconds"] = {
-                key: sum(item[key] for item in times) for key in ("attack", "clean")
-            }
-        return join_tables(parts, record)
-
-
-DIGITS = Maker(
-    data="digits",
-    model="resnet9:width=4",
-    threats=("Linf 16/255", "Linf 64/255", "Linf 96/255", "L2 1"),
-    attacked="Linf 56/255",
-    train=None,
-    epochs=8,
-    samples=None,
-    steps=10,
-)
-CIFAR = Maker(
-    data="cifar10",
-    model="resnet9:width=4",
-    threats=("Linf 2/255", "Linf 4/255", "Linf 8/255", "L2 0.5"),
-    attacked="Linf 4/255",
-    train=5_000,
-    epochs=8,
-    samples=1_000,
-    steps=10,
-)
-MAKERS = {"digits": DIGITS, "cifar10": CIFAR}
-SMALL = replace(DIGITS, model="resnet9:width=2", threats=DIGITS.threats[:3], step=0.25, epochs=1)
 
 
 def simulate_table(n: int, samples: int, seed: int) -> HitTable:
@@ -435,12 +434,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="*", type=Path, help="tables; docs/evidence/ by default")
-    parser.add_argument("--pack", type=Path, help="run folder whose grid is packed into -o")
-    parser.add_argument("--make", choices=MAKERS, help="make a grid on this data into -o")
-    parser.add_argument(
-        "--ingredients", type=int, choices=(3, 4), default=4, help="of --make, default 4"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of --make, default 0")
+    parser.add_argument("--pack", type=Path, help="run folder whose soups are packed into -o")
     parser.add_argument("-o", "--output", type=Path, help="table to write")
     parser.add_argument("--halves", type=int, default=10, help="random halves, default 10")
     parser.add_argument("--simulate", action="store_true", help="replay simulated smooth maps")
@@ -454,20 +448,11 @@ def main() -> None:
     if options.pack:
         print(pack_run(options.pack).save(options.output))
         return
-    if options.make:
-        maker = MAKERS[options.make]
-        threats = maker.threats[: options.ingredients]
-        maker = replace(maker, threats=threats, seed=options.seed)
-        place = f"{options.make}-{options.ingredients}-{options.seed}"
-        folder = cache_folder() / "benchmarks" / "surrogate" / place
-        folder.mkdir(parents=True, exist_ok=True)
-        print(maker.make(folder).save(options.output))
-        return
     print(describe_machine())
     if options.small:
         with tempfile.TemporaryDirectory() as folder:
-            small = replace(SMALL, steps=2, samples=64)
-            replay(small.make(Path(folder)), "digits, small", halves=1)
+            run = run_recipe_small("choosing_eps", Path(folder))
+            replay(pack_run(run), "digits, small", halves=1)
         return
     if options.simulate:
         for n, seed in itertools.product((3, 4), range(3)):
