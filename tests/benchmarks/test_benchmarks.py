@@ -23,6 +23,8 @@ TIMED_LONGER = (
 READ_RUN_FOLDERS = {"ablations": 4, "claims": 4, "fine_tunes": 1}
 """Scripts that read run folders, with the fewest separators of table heads that they print."""
 LIBRARIES = ("common",)
+FAMILIES = sorted(set(RECIPES.glob("[!_]*.toml")) - set(RECIPES.glob("choosing_*.toml")))
+"""Recipes of two cores, less those for `surrogate.py --small`, which runs one of them."""
 LINUX_ONLY = ("learning_memory", "memory")
 
 
@@ -77,7 +79,7 @@ def test_it_runs_recipes_on_digits_and_prints_tables(name, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[!_]*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", FAMILIES, ids=lambda path: path.stem)
 def test_each_family_of_recipes_runs_on_digits(recipe, tmp_path):
     folder = run_recipe_small(recipe.stem, tmp_path)
     assert (folder / "results.json").is_file()
