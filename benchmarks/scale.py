@@ -5,8 +5,8 @@
 
 It needs the extras ray and slurm (`make scale` installs them), and prints the tables of
 docs/benchmarks.md: times of train, learn and evaluate with 1, 2 and 3 processes, bytes a step, the
-time lost to a killed worker, and what Ray and submitit add to a step. It fails unless verdicts and
-results are the same everywhere.
+time lost to a killed worker, what Ray and submitit add to a step, and what `plan` predicts.
+It fails unless verdicts and results are the same everywhere.
 """
 
 import json
@@ -137,6 +137,13 @@ def run_recipe(folder: Path, name: str, words: tuple[str, ...], *, kill: bool = 
     return time.perf_counter() - started
 
 
+def predict_seconds(folder: Path) -> tuple[float, float]:
+    """Return the seconds that `plan` predicts for the recipe in one process and in two."""
+    command = ["robustsoup", "plan", "scale.toml", "--threads", 1, "--devices", 2, "--json"]
+    plan = json.loads(finish(start(folder, command), folder))
+    return plan["seconds"], plan["prediction"]["seconds"]
+
+
 def find_worker(store: Path, process: Any) -> int:
     """Return the process that works on a step of which a part is done."""
     while process.poll() is None:
@@ -157,6 +164,8 @@ def compare_pools(folder: Path, *, small: bool) -> None:
     recipe = RECIPE.format(**({"width": 8, "epochs": 30, "steps": 50} | sizes))
     (folder / "scale.toml").write_text(recipe)
     pools = {"one": (), "ray": ("--ray", "local"), "jobs": ("--slurm", "local")}
+    alone, shared = predict_seconds(folder)
+    predicted = {"one": alone, "ray": shared, "jobs": shared}
     seconds = {name: run_recipe(folder, name, words) for name, words in pools.items()}
     seconds["killed"] = run_recipe(folder, "killed", pools["ray"], kill=True)
     results = {name: read_results(folder / name / "results.json") for name in seconds}
@@ -164,7 +173,10 @@ def compare_pools(folder: Path, *, small: bool) -> None:
         sys.exit("results differ between one process and the pools")
     log = (folder / "one" / "log.txt").read_text()
     steps = len(re.findall(r"^\S+ \d+/\d+ ", log, re.MULTILINE))
-    print("\n| steps of one thread | seconds | sum of steps | more a step |\n|---|---|---|---|")
+    print(
+        "\n| steps of one thread | seconds | predicted | sum of steps | more a step |"
+        "\n|---|---|---|---|---|"
+    )
     inside = {name: sum_steps(folder / f"{name}.store") for name in seconds}
     for name, title in (
         *(("one", "one process"), ("ray", "Ray, local"), ("killed", "Ray, a worker killed")),
@@ -172,7 +184,8 @@ def compare_pools(folder: Path, *, small: bool) -> None:
     ):
         workers = 1 if name == "one" else os.cpu_count() or 1
         more = (workers * seconds[name] - inside[name]) / max(steps, 1)
-        print(f"| {title} | {seconds[name]:.1f} | {inside[name]:.1f} | {more:.2f} s |")
+        plan = f"{predicted[name]:.1f}" if name in predicted else "-"
+        print(f"| {title} | {seconds[name]:.1f} | {plan} | {inside[name]:.1f} | {more:.2f} s |")
     print(
         f"\n{steps} steps. More a step: the workers' time that no step took, start-up, idleness at "
         f"the end and figures included. Lost to a killed worker: "
