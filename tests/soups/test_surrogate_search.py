@@ -168,6 +168,37 @@ def test_a_map_that_is_not_smooth_falls_back_to_the_grid():
     assert search.state(attacked).stage == "grid"
 
 
+def test_the_fallback_leaves_out_soups_that_miss_a_requirement_on_clean_accuracy():
+    alphas = np.array(grid(3, 0.2))
+    wild = np.random.default_rng(0).choice([-1.5, 1.5], len(alphas))
+    world = World(alphas, wild, np.where(alphas[:, 0] > 0.5, 3.0, 1.0))
+    search = world.search(require=["clean>=0.9"])
+    meeting = {name for name, alpha in zip(world.names, alphas, strict=True) if alpha[0] > 0.5}
+    attacked = world.run(search)
+    assert meeting < set(attacked) < set(world.names)
+    assert search.state(attacked).stage == "grid"
+    most_robust = max(meeting, key=world.accuracy)
+    chosen = world.names[search.state(attacked).chosen]
+    assert world.accuracy(chosen) == world.accuracy(most_robust)
+
+
+def test_the_soups_that_test_the_model_enter_it_after_the_test():
+    world = smooth_world()
+    search = world.search()
+    attacked = world.attack(search.first_soups())
+    tests = [world.names[row] for row in search.test_rows]
+    changed = {
+        name: {LINF: ~hits[LINF]} if name in tests else hits for name, hits in attacked.items()
+    }
+    before, after = search.predict(attacked), search.predict(changed)
+    for row in search.test_rows:
+        moved = after[row].accuracy[LINF][0] - before[row].accuracy[LINF][0]
+        flipped = changed[world.names[row]][LINF].mean() - world.accuracy(world.names[row])
+        assert np.sign(moved) == np.sign(flipped)
+    assert search.state(changed).stage == "misfit"
+    assert search.state(attacked).stage != "misfit"
+
+
 def test_the_fallback_of_a_fine_grid_is_the_coarse_one():
     alphas = np.array(grid(3, 0.1))
     wild = np.random.default_rng(0).choice([-1.5, 1.5], len(alphas))

@@ -10,13 +10,15 @@ engine, and a resumed run names the same soups:
         attacked |= {name: attack_it(name) for name in names}
 
 Clean verdicts of every soup are measured before. The first soups are the ingredients, a few where
-the model knows least, and two soups drawn by the seed that only test the fit. Then follows, one at
-a time, the soup with the largest chance to change the answer. The search ends when, in 95 % of
-refits, no eligible soup beats the chosen one of the same refit by more than the tolerance. Each
-refit takes one bootstrap resample of the samples, which all soups share, and a draw of the model's
-error. It also ends when this holds of the draws alone, without the resamples: what is left then is
-the error of the samples, which attacking more soups does not reduce. Where the model fails its
-test, or two thirds of the grid is attacked without an answer, the rest of the grid is attacked too.
+the model knows least, and two soups drawn by the seed: the model without them is tested on them,
+and then fitted to all. Then follows, one at a time, the soup with the largest chance to change the
+answer. The search ends when, in 95 % of refits, no eligible soup beats the chosen one of the same
+refit by more than the tolerance. Each refit takes one bootstrap resample of the samples, which all
+soups share, and a draw of the model's error. It also ends when this holds of the draws alone,
+without the resamples: what is left then is the error of the samples, which attacking more soups
+does not reduce. Where the model fails its test, or two thirds of the grid is attacked without an
+answer, the rest of the grid is attacked too, less the soups that miss a requirement on clean
+accuracy.
 """
 
 import math
@@ -53,7 +55,7 @@ Rows = NDArray[np.int64]
 
 REFITS = 400
 TESTS = 2
-"""Soups that only test the fit."""
+"""Soups that test the fit."""
 CHANCE = 0.05
 """Share of refits in which a soup may beat the chosen one, and level of the test of the fit."""
 MOST_OF_GRID = 2 / 3
@@ -166,21 +168,25 @@ class SurrogateSearch:
 
     @cached_property
     def test_rows(self) -> tuple[int, ...]:
-        """Rows of the soups that only test the fit; empty for tiny grids."""
+        """Rows of the soups that test the fit; empty for tiny grids."""
         return draw_tests(len(self.names), self.first_rows, seed=self.seed)
 
     @property
     def grid_rows(self) -> tuple[int, ...]:
-        """Rows of the soups that are all attacked if the model fails."""
-        return tuple(
-            row for row, name in enumerate(self.names) if not self.grid or name in self.grid
-        )
+        """Rows of the soups that are all attacked if the model fails.
+
+        Soups that miss a requirement on clean accuracy are left out, unless all do.
+        """
+        rows = [row for row, name in enumerate(self.names) if not self.grid or name in self.grid]
+        meeting = [row for row in rows if not (self.shortfall and self.shortfall[row])]
+        return tuple(meeting or rows)
 
     @property
     def most_attacks(self) -> int:
         """Number of attacked soups without an answer after which the grid is attacked."""
         first = len(self.first_rows) + len(self.test_rows)
-        return max(first + 1, math.ceil(len(self.grid_rows) * MOST_OF_GRID))
+        grid = len(self.grid) or len(self.names)
+        return max(first + 1, math.ceil(grid * MOST_OF_GRID))
 
     def first_soups(self) -> tuple[str, ...]:
         """Return the names of the first soups, which depend on no verdict."""
@@ -217,15 +223,15 @@ class SurrogateSearch:
             if refits.is_attacked(refits.chosen):
                 return refits.state("settled", ())
             return refits.state("search", (refits.chosen,))
-        if len(refits.attacked) >= self.most_attacks:
-            rows = tuple(row for row in self.grid_rows if not refits.is_attacked(row))
+        rows = tuple(row for row in self.grid_rows if not refits.is_attacked(row))
+        if not rows or len(refits.attacked) >= self.most_attacks:
             return refits.state("grid", rows)
         if fits:
             return refits.state("search", refits.likeliest_row())
         return refits.state("misfit", refits.least_known_row())
 
     def predict(self, attacked: Mapping[str, Mapping[str, Hits]]) -> list[PredictedSoup]:
-        """Return what the model says about every soup, fitted to all attacked ones but the tests.
+        """Return what the model says about every soup, fitted to all attacked ones.
 
         Args:
             attacked: For each attacked soup, its hits (n,) by measure.
@@ -254,7 +260,7 @@ class SurrogateSearch:
 
 
 class _Refits:
-    """The model fitted to the verdicts so far, and its refits.
+    """The model fitted to the verdicts so far, with and without the test soups, and its refits.
 
     Args:
         search: The search.
@@ -263,28 +269,32 @@ class _Refits:
 
     def __init__(self, search: SurrogateSearch, attacked: Mapping[str, Mapping[str, Hits]]) -> None:
         self.search, self.attacked = search, attacked
-        tests = {search.names[row] for row in search.test_rows}
-        names = [name for name in attacked if name not in tests]
-        self.rows = sorted(search.names.index(name) for name in names)
+        self.samples = search.clean[0].n
+        self.rows = sorted(search.names.index(name) for name in attacked)
         self.hits = {
             measure: np.stack([attacked[search.names[row]][measure] for row in self.rows])
             for measure in search.measures
         }
-        self.samples = search.clean[0].n
-        self.fitted: dict[str, FittedMap] = {
-            measure: fit_map(
-                search.places,
-                self.rows,
-                to_logit(hits.sum(1).astype(float), hits.shape[1]),
-                search.model,
-            )
-            for measure, hits in self.hits.items()
-        }
+        self.fitted = self._fit(self.rows)
+        self.tested = self._fit([row for row in self.rows if row not in search.test_rows])
         self.shares: dict[str, Floats] = {
             CLEAN_KEY: np.array([accuracy.value for accuracy in search.clean]),
             **{name: to_share(fitted.predict()) for name, fitted in self.fitted.items()},
         }
         self.chosen = int(np.argmax(np.round(self.utility(self.shares), 12)))
+
+    def _fit(self, rows: Sequence[int]) -> dict[str, FittedMap]:
+        """Return the model of each measure, fitted to some of the attacked soups."""
+        places = [self.rows.index(row) for row in rows]
+        return {
+            measure: fit_map(
+                self.search.places,
+                rows,
+                to_logit(hits[places].sum(1).astype(float), self.samples),
+                self.search.model,
+            )
+            for measure, hits in self.hits.items()
+        }
 
     def is_attacked(self, row: int) -> bool:
         """Return whether the soup of a row was attacked."""
@@ -318,9 +328,9 @@ class _Refits:
         if self.p_value > CHANCE:
             return True
         return all(
-            abs(float(self.shares[measure][row]) - self._measured(measure, row))
+            abs(float(to_share(fitted.predict())[row]) - self._measured(measure, row))
             <= self.search.tolerance
-            for measure in self.fitted
+            for measure, fitted in self.tested.items()
             for row in self.search.test_rows
         )
 
@@ -333,7 +343,7 @@ class _Refits:
                 self.search.test_rows,
                 [self._measured_logit(measure, row) for row in self.search.test_rows],
             )
-            for measure, fitted in self.fitted.items()
+            for measure, fitted in self.tested.items()
         ]
         return min(1.0, min(values, default=1.0) * max(len(values), 1))
 
@@ -451,7 +461,7 @@ def spread_first(alphas: Sequence[Alpha], model: Model = "gaussian-process") -> 
 
 
 def draw_tests(count: int, first: Sequence[int], *, seed: int) -> tuple[int, ...]:
-    """Draw the rows of the soups that only test the fit, from `count` soups without the first."""
+    """Draw the rows of the soups that test the fit, from `count` soups without the first."""
     others = [row for row in range(count) if row not in first]
     if len(others) <= TESTS:
         return ()
