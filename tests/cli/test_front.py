@@ -28,7 +28,7 @@ def test_the_front_is_listed_and_plotted(capsys):
         row("inside", "grid", 80, 40),
         row("eps16", "ingredient", 60, 50),
         row("bound", "grid", 99, 99, screened=True),
-        row("corner", "grid", 95, 20, coefficients=(1.0, 0.0)),
+        row("corner", "grid", 95, 20, ingredient="eps2"),
     )
     print_front(results)
     output = capsys.readouterr().out
@@ -58,18 +58,30 @@ def test_a_long_front_is_thinned_but_keeps_its_ends_and_the_choice(capsys):
 def test_a_choice_that_is_an_ingredient_is_marked_there(capsys):
     results = results_of(
         row("eps2", "ingredient", 95, 20),
-        row("grid-1-0", "grid", 95, 20, coefficients=(1.0, 0.0)),
+        row("grid-1-0", "grid", 95, 20, ingredient="eps2"),
         row("best", "grid", 85, 45),
         row("eps16", "ingredient", 60, 50),
     )
-    answer = replace(results.selection, description="eps2 itself")
-    print_front(replace(results, selection=answer))
+    print_front(results)
     output = capsys.readouterr().out
     lines = output.splitlines()
     assert "3 of 3 networks" in lines[0]
     assert lines[2].split()[0] == "eps2"
     assert lines[2].rstrip().endswith("chosen")
     assert "grid-1-0" not in output
+
+
+def test_a_corner_with_statistics_of_its_own_is_another_network(capsys):
+    results = results_of(
+        row("eps2", "ingredient", 90, 20),
+        row("grid-1-0", "grid", 95, 20, coefficients=(1.0, 0.0)),
+        row("best", "grid", 85, 45),
+    )
+    print_front(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 of 3 networks" in lines[0]
+    assert lines[2].split()[0] == "grid-1-0"
+    assert lines[2].rstrip().endswith("chosen")
 
 
 def test_the_closest_soup_is_not_called_chosen(capsys):

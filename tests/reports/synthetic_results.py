@@ -56,6 +56,7 @@ def make_grid_rows(names):
             soup="grid",
             ingredients=names,
             coefficients=alpha.tolist(),
+            ingredient=names[int(alpha.argmax())] if alpha.max() == 1 else None,
         )
         rows.append(row)
     return rows

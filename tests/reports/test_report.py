@@ -209,6 +209,26 @@ def test_an_ingredient_is_not_compared_with_itself(tmp_path, results):
     assert ">eps8<" in table
     assert ">eps4<" not in table
     assert "at once (95 %):<" in page
+    assert '"what": "eps4 itself"' in page
+    corner = next(row for row in results["rows"] if row["name"] == "grid-1-0-0")
+    corner["ingredient"] = None  # such as a soup with statistics of its own
+    page = write_and_read_report(tmp_path, results)
+    table = page.partition("grid-1-0-0 less its ingredients")[2].partition("</table>")[0]
+    assert ">eps4<" in table
+    assert '"what": "eps4 with the soup' in page
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_each_network_counts_once_and_only_where_it_was_measured(tmp_path, results):
+    results["figures"] = []
+    rows = results["rows"]
+    corners = [row["name"] for row in rows if row.get("ingredient")]
+    assert len(corners) == 3
+    page = write_and_read_report(tmp_path, results)
+    assert f"{len(rows) - 3} networks were compared on 2000 test samples." in page
+    rows[1]["val"] = rows[1]["test"] = None
+    page = write_and_read_report(tmp_path, results)
+    assert f"{len(rows) - 4} networks were compared on 2000 test samples." in page
 
 
 @pytest.mark.usefixtures("blank_figures")

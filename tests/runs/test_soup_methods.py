@@ -59,6 +59,23 @@ def test_a_greedy_soup_reuses_the_evaluations_of_its_ingredients(copied):
     assert best["score"] == max(scores.values())
 
 
+def test_a_soup_of_one_ingredient_names_it_if_it_equals_it(copied):
+    """A greedy soup of one ingredient is this ingredient too, unless its statistics are others."""
+    folder = copied[0].with_name("alone")
+    one = {"method": "greedy", "score": "clean", "ingredients": ["low"]}
+    changes = [
+        (("soups", "alone"), one),
+        (("soups", "other"), one | {"buffers": "recalibrate", "calibrate_samples": 40}),
+    ]
+    results, _, _ = run_recipe(recipe_of(changes), folder)
+    equal = {row["name"]: row["ingredient"] for row in results["rows"] if row["ingredient"]}
+    assert equal == {"grid-1-0": "low", "grid-0-1": "high", "alone": "low"}
+    rows = {row["name"]: row for row in results["rows"]}
+    soup, low = (Checkpoint.load(folder / rows[name]["checkpoint"]) for name in ("alone", "low"))
+    assert soup.tensors.keys() == low.tensors.keys()
+    assert all(torch.equal(value, low.tensors[name]) for name, value in soup.tensors.items())
+
+
 @pytest.mark.parametrize(
     ("policy", "settings"),
     [

@@ -37,7 +37,7 @@ def print_front(results: Results) -> None:
     rows = _comparable_rows(results, measure) if measure else []
     if measure is None or len(rows) < 3 or not any(row.role in SOUP_ROLES for row in rows):
         return
-    split, chosen = results.protocol.select_on, _chosen(results, measure)
+    split, chosen = results.protocol.select_on, _chosen(results)
     label = results.selection.choice_word if results.selection else "chosen"
     points = {row.name: _point(row, split, measure) for row in rows}
     front = [rows[i] for i in find_front(list(points.values()))]
@@ -66,28 +66,20 @@ def print_front(results: Results) -> None:
 
 def _comparable_rows(results: Results, measure: str) -> list[ResultRow]:
     """Return the networks with confirmed accuracies, without soups that equal an ingredient."""
-    split, chosen = results.protocol.select_on, _chosen(results, measure)
+    split = results.protocol.select_on
     return [
         row
-        for row in results.rows
-        if row.accuracy(split, measure) is not None
-        and not row.screened
-        and (row.name == chosen or 1.0 not in (row.coefficients or ()))
+        for row in results.distinct_rows
+        if row.accuracy(split, measure) is not None and not row.screened
     ]
 
 
-def _chosen(results: Results, measure: str) -> str | None:
+def _chosen(results: Results) -> str | None:
     """Return the name of the choice; where it is an ingredient itself, that of the ingredient."""
     if results.selection is None:
         return None
-    itself = {f"{name} itself": name for name in _measured_ingredients(results, measure)}
-    return itself.get(results.selection.description, results.selection.chosen)
-
-
-def _measured_ingredients(results: Results, measure: str) -> list[str]:
-    split = results.protocol.select_on
-    rows = [row for row in results.rows if row.role == "ingredient" and not row.screened]
-    return [row.name for row in rows if row.accuracy(split, measure) is not None]
+    chosen = results.selection.chosen
+    return next((row.ingredient for row in results.rows if row.name == chosen), None) or chosen
 
 
 def _robust_measure(results: Results) -> str | None:

@@ -26,7 +26,12 @@ from robustsoup.recipes.sections import PUBLISHED_PREFIX
 from robustsoup.reports import write_report
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.cluster import Cluster, Pool
-from robustsoup.runs.cost import compare_ways, estimate_bytes, estimate_seconds
+from robustsoup.runs.cost import (
+    WaysToSearch,
+    compare_ways,
+    estimate_bytes,
+    estimate_seconds,
+)
 from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 from robustsoup.runs.scaling import DeviceRate, predict
@@ -163,11 +168,18 @@ def print_ways(prepared: PreparedRun) -> None:
         return
     ways = compare_ways(prepared.planner, prepared.context)
     if ways is not None:
-        print_error(
-            f"{ways.soups} soups: about {format_duration(ways.grid)}; "
-            f"--screen: {format_duration(ways.screen)}; "
-            f"--method surrogate: {format_duration(ways.surrogate)}"
-        )
+        print_error(describe_ways(ways))
+
+
+def describe_ways(ways: WaysToSearch) -> str:
+    """Say how long each way to search takes; one that takes as long as the grid saves nothing."""
+    others = {"--screen": ways.screen, "--method surrogate": ways.surrogate}
+    parts = [f"{ways.soups} soups: about {format_duration(ways.grid)}"]
+    parts += [
+        f"{way}: {format_duration(seconds) if seconds < ways.grid else 'saves nothing here'}"
+        for way, seconds in others.items()
+    ]
+    return "; ".join(parts)
 
 
 def price_plan(

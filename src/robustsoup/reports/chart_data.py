@@ -66,7 +66,7 @@ def make_chart_data(
     }
 
 
-def describe_row(row: ResultRow, results: Results) -> str:
+def describe_row(row: ResultRow) -> str:
     """Say in words what a network is: "0.4 of eps4 and 0.6 of eps16", "eps2 itself"."""
     names, shares = row.ingredients or (), row.coefficients or ()
     against = f", trained against {row.threat}" if row.threat else ""
@@ -76,34 +76,10 @@ def describe_row(row: ResultRow, results: Results) -> str:
         return f"an ingredient{against}"
     if not names or (shares and len(names) != len(shares)):
         return f"a soup, {row.role}"
-    itself = _find_equal_ingredient(row, results)
-    words = describe_soup(shares, names, ingredient=itself, method=row.role)
+    words = describe_soup(shares, names, ingredient=row.ingredient, method=row.role)
     if row.at is not None:
         return f"{words} at t = {row.at:g}"
     return words if shares or not row.threat else f"{words}, learned against {row.threat}"
-
-
-def _find_equal_ingredient(row: ResultRow, results: Results) -> str | None:
-    """Return the ingredient whose file the soup equals, if its one coefficient is 1."""
-    parts = [
-        (share, name)
-        for share, name in zip(row.coefficients or (), row.ingredients or (), strict=False)
-        if share
-    ]
-    if len(parts) != 1 or parts[0][0] != 1:
-        return None
-    name = parts[0][1]
-    other = next((item for item in results.rows if item.name == name), None)
-    if other is None or row.checkpoint is None:
-        return name
-    digests = [
-        None if file is None else results.files.get(file)
-        for file in (row.checkpoint, other.checkpoint)
-    ]
-    equal = digests[0] is None or (
-        digests[1] is not None and digests[0].sha256 == digests[1].sha256
-    )
-    return name if equal else None
 
 
 def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str, Any]:
@@ -112,7 +88,7 @@ def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str,
         "name": row.name,
         "role": row.role,
         "section": row.soup or row.role,
-        "what": describe_row(row, results),
+        "what": describe_row(row),
         "ingredients": row.ingredients or (),
         "shares": row.coefficients or (),
         "at": row.at,

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from robustsoup.errors import RobustsoupError
 from robustsoup.evaluation.comparison import compare
 from robustsoup.evaluation.intervals import Difference
@@ -124,18 +122,9 @@ class _StoredVerdicts:
                 continue
             for name in row.ingredients or ():
                 ingredient = self.load_ingredient(name, split)
-                if ingredient is not None and not _is_itself(row, name, ingredient, soup):
+                if ingredient is not None and name != row.ingredient:
                     items += _list_differences(name, split, ingredient, soup)
         return items
-
-
-def _is_itself(row: ResultRow, name: str, ingredient: Evaluation, soup: Evaluation) -> bool:
-    """Return whether a soup is an ingredient alone and has its verdicts, so nothing can differ."""
-    shares = dict(zip(row.ingredients or (), row.coefficients or (), strict=False))
-    if shares.get(name) != 1:
-        return False
-    hits, others = soup.hits(), ingredient.hits()
-    return all(torch.equal(hits[key], others[key]) for key in hits if key in others)
 
 
 def _list_differences(

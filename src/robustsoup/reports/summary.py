@@ -7,8 +7,8 @@ from robustsoup.runs.results import Results
 
 def summarise_results(results: Results) -> list[str]:
     """Say what was chosen and why, what it costs, and how much was compared."""
-    rows = results.rows
-    split = choose_split(rows, results.protocol)
+    split = choose_split(results.rows, results.protocol)
+    rows = [row for row in results.distinct_rows if row.scores(split)]
     compared = (
         f"{len(rows)} networks were compared on {count_samples(rows, split)} {split} samples."
     )

@@ -74,8 +74,7 @@ def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
 
 
 def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Candidate:
-    equals = [item.name for item in _ingredient_rows(plan) if item.network == row.network]
-    ingredient = equals[0] if equals else None
+    ingredient = plan.find_ingredient(row.network)
     description = describe_soup(
         row.coefficients or (),
         row.ingredients or (),

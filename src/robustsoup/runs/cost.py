@@ -27,6 +27,8 @@ from robustsoup.runs.tasks import (
     TrainNetwork,
     TrainSubspace,
 )
+from robustsoup.soups.racing import round_ends
+from robustsoup.soups.screening import short_attack
 from robustsoup.soups.surrogate_search import TESTS, spread_first
 
 ATTACK_STEP_FRACTION = 0.55
@@ -84,8 +86,20 @@ USUAL_STEPS = 4
 """Soups that the surrogate usually attacks after the first ones."""
 
 
-def compare_ways(planner: Planner, context: Context) -> WaysToSearch | None:
+def compare_ways(
+    planner: Planner,
+    context: Context,
+    measure: Callable[[Context, str], float] = measure_pass_seconds,
+) -> WaysToSearch | None:
     """Estimate how long each way to search takes, from one short measurement.
+
+    A screened search attacks the ingredients in full; every other soup meets their adversarial
+    points, a short attack, and the full attack on the first round of samples (`soups.racing`).
+
+    Args:
+        planner: The planner of the search.
+        context: Data, network and device.
+        measure: Returns the seconds of one forward pass of one sample in a precision.
 
     Returns:
         The times, or None unless the recipe searches exactly one grid with a queued attack.
@@ -96,22 +110,30 @@ def compare_ways(planner: Planner, context: Context) -> WaysToSearch | None:
     if len(grids) != 1 or len(recipe.soups) != 1 or not settings.attack.is_queued:
         return None
     soups, n = len(recipe.alphas_of(grids[0])), len(recipe.ingredients_of(grids[0]))
-    steps = min(recipe.evaluate["screen_steps"], settings.attack.steps)
-    short = replace(settings, attack=replace(settings.attack, steps=steps, restarts=1))
-    attack = 2 * ATTACK_STEP_FRACTION * settings.count_passes(context.data)
-    brief = 2 * ATTACK_STEP_FRACTION * short.count_passes(context.data)
+    short = short_attack(settings.attack, recipe.evaluate["screen_steps"])
+    attack = _count_attack_passes(settings, context.data)
+    brief = _count_attack_passes(replace(settings, attack=short), context.data, points=n)
     clean = settings.count_samples(context.data)
     mixing = planner.mixing_of(grids[0]).count_passes(context.data)
-    seconds = measure_pass_seconds(context, settings.attack.precision)
+    seconds = measure(context, settings.attack.precision)
+    ends = round_ends(clean)
+    opening = ends[0] / clean if len(ends) > 1 else 0.0
+    screened = max(0, soups - n)
+    confirmed = min(screened, USUAL_CONFIRMATIONS)
     first = len(spread_first(recipe.alphas_of(grids[0]))) + TESTS
     asked = min(soups, first + USUAL_STEPS)
-    confirmed = min(soups, n + USUAL_CONFIRMATIONS)
+    full = n + confirmed * (1 - opening) + screened * opening
     return WaysToSearch(
         soups,
         seconds * soups * (attack + mixing),
-        seconds * (soups * (brief + mixing) + confirmed * attack),
+        seconds * (soups * mixing + screened * brief + full * attack),
         seconds * (soups * (clean + mixing) + asked * (attack + mixing)),
     )
+
+
+def _count_attack_passes(settings: EvaluationSettings, data: Data, *, points: int = 0) -> float:
+    """Return the passes of an evaluation; the steps that it counts run forward and backward."""
+    return 2 * ATTACK_STEP_FRACTION * settings.count_passes(data, points=points)
 
 
 def estimate_bytes(steps: Sequence[Step], context: Context) -> int:

@@ -36,7 +36,7 @@ from robustsoup.runs.soup_rows import dial_file
 from robustsoup.runs.staging import RESULTS, StagedFiles, stage_files
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogate_results import SurrogateResult
-from robustsoup.runs.tasks import Key
+from robustsoup.runs.tasks import Key, MixSoup
 from robustsoup.runs.worker import (
     CHECKPOINT,
     COEFFICIENTS,
@@ -189,6 +189,7 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         threat=row.threat,
         objective=row.objective,
         at=row.at,
+        ingredient=_find_equal_ingredient(row, coefficients, plan),
         checkpoint=checkpoint,
         coefficients_file=coefficients_file,
         val=scores.get("val"),
@@ -220,6 +221,22 @@ def _copy_coefficients(
         return file, row.coefficients
     stored = Coefficients.load(staged.store.file(row.learned, COEFFICIENTS))
     return file, tuple(map(float, stored.row("")))
+
+
+def _find_equal_ingredient(
+    row: PlannedRow, coefficients: Sequence[float] | None, plan: Plan
+) -> str | None:
+    """Return the ingredient that a soup equals bit for bit, if it is one.
+
+    The plan knows it of a soup of given coefficients; a greedy soup may have kept one ingredient.
+    """
+    if row.soup is None:
+        return None
+    if row.role == "greedy" and 1.0 in (coefficients or ()):
+        task = plan.step(row.network).task
+        if isinstance(task, MixSoup) and task.mixing.policy == "average":
+            return (row.ingredients or ())[(coefficients or ()).index(1.0)]
+    return plan.find_ingredient(row.network)
 
 
 def _copy_evaluation(

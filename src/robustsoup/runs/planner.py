@@ -469,9 +469,9 @@ class Planner:
 
     def contender(self, row: PlannedRow) -> Contender:
         """Return the row as a contender of the screening."""
-        names = [n for n in self.recipe.ingredients if self.networks[n] == row.network]
-        short = row.role in ("grid", "line") and not names
-        return Contender(row.name, names[0] if names else None, "short" if short else "full")
+        ingredient = self.plan.find_ingredient(row.network)
+        short = row.role in ("grid", "line") and ingredient is None
+        return Contender(row.name, ingredient, "short" if short else "full")
 
     def screening(self) -> Screening:
         """Return the screening of the recipe's soups."""

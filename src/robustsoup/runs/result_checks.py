@@ -76,6 +76,7 @@ row = table(
         "threat": nullable(text),
         "objective": nullable(text),
         "at": nullable(share),
+        "ingredient": nullable(text),
         "checkpoint": nullable(text),
         "coefficients_file": nullable(text),
         "val": nullable(mapping_of(accuracy)),

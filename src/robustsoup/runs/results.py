@@ -43,6 +43,7 @@ class ResultRow:
         threat: Threat model that the network or its coefficients were trained against.
         objective: Objective that they were trained with.
         at: Position on a dial, from 0 (robust) to 1 (clean).
+        ingredient: Name of the ingredient that the soup equals bit for bit, if it is one.
         checkpoint: File in the run folder; None for a checkpoint that existed before.
         coefficients_file: File of the coefficients by layer in the run folder.
         val: Accuracies on the split that selects.
@@ -62,6 +63,7 @@ class ResultRow:
     threat: str | None = None
     objective: str | None = None
     at: float | None = None
+    ingredient: str | None = None
     checkpoint: str | None = None
     coefficients_file: str | None = None
     val: RowScores | None = None
@@ -127,6 +129,7 @@ class ResultRow:
             threat=table.get("threat"),
             objective=table.get("objective"),
             at=table.get("at"),
+            ingredient=table.get("ingredient"),
             checkpoint=table.get("checkpoint"),
             coefficients_file=table.get("coefficients_file"),
             val=_parse_scores(table.get("val")),
@@ -303,6 +306,12 @@ class Results:
     def row(self, name: str) -> ResultRow:
         """Return the row called `name`."""
         return next(row for row in self.rows if row.name == name)
+
+    @property
+    def distinct_rows(self) -> list[ResultRow]:
+        """The rows without the soups that are an ingredient once more."""
+        names = {row.name for row in self.rows if row.role == "ingredient"}
+        return [row for row in self.rows if row.ingredient not in names]
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of results.json, without "soup" if no soup was chosen."""
