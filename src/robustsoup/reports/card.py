@@ -34,7 +34,8 @@ _HUB_REPO = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:[@/].*)?", re.ASCII)
 LIMITS = """\
 - The robust accuracies hold for these threat models, these images and these attacks. An attack that
   adapts to the network may break more; nothing here is a certificate.
-- Accuracies on the split that chose the soup are slightly too high; those on another split are not.
+- Accuracies on the split that chose the soup tend to be too high, since the best of many was taken;
+  another split took no part in the choice.
 - Other data, corruptions and threat models were not measured unless a line above says so.
 """
 LICENCE = """\
