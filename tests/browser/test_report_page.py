@@ -43,6 +43,24 @@ def test_the_page_starts_with_the_choice_of_the_run(open_page, report):
     assert page.locator(".examples img").count() == 12
 
 
+def test_the_colours_of_a_plane_have_no_hole_at_its_minimum(open_page, report):
+    page = open_page(report)
+    lowest = page.locator("#planes svg .levels path:first-child")
+    assert lowest.count() == 3
+    for path in lowest.evaluate_all("all => all.map((path) => path.getAttribute('d'))"):
+        assert path.count("M") == 1  # one ring around all
+
+
+def test_a_network_counts_once_in_the_caption(open_page, report):
+    page = open_page(report)
+    rows = read_data(page)["rows"]
+    copies = [row for row in rows if row["equals"]]
+    assert len(copies) == 3
+    count = f"{len(rows) - len(copies)} networks"
+    assert f"{count} on test." in page.locator("#front-caption").text_content()
+    assert page.get_by_text(f"{count} were compared on 2000 test samples.").count() == 1
+
+
 def test_a_click_on_a_name_highlights_the_network_in_every_view(open_page, report):
     page = open_page(report)
     before = page.locator("#front .ring-selected circle").get_attribute("cx")

@@ -270,7 +270,7 @@ def _format_attack(results: Results) -> str:
     protocol = results.protocol
     return (
         f"{protocol.attack}, {protocol.loss} loss, {protocol.steps} {protocol.step_word}, "
-        f"{protocol.restarts} restart(s)"
+        f"{protocol.restarts} restart{'' if protocol.restarts == 1 else 's'}"
     )
 
 

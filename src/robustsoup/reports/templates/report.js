@@ -219,12 +219,15 @@
       ],
     });
     const goal = state.choice ? `; the rule takes ${state.choice.name}` : "";
-    mount(place, plot, `${points.length} networks by clean accuracy and ${measure} on ${state.split}${goal}. The table of all networks holds the numbers.`);
+    const copies = points.filter((row) => points.some((other) => other.name === row.equals)).length;
+    const counted = `${points.length - copies} networks`;
+    mount(place, plot, `${counted} by clean accuracy and ${measure} on ${state.split}${goal}. The table of all networks holds the numbers.`);
     selectByPointer(plot, points, x, y);
     moveByKeys(place, [...points].sort((a, b) => x(a) - x(b)));
     byId("front-caption").textContent =
-      `${points.length} networks on ${state.split}. Grey steps: the front. Bars: 95 % intervals. Red ring: the soup that the rule takes`
-      + ` on ${data.selectOn}; black ring: the selected network. Dashed: the requirement. Pale: upper bounds or estimates of screened soups.`;
+      `${counted} on ${state.split}. Grey steps: the front. Bars: 95 % intervals. Outer ring: the soup that the rule takes`
+      + ` on ${data.selectOn}; inner ring: the selected network. Dashed: the requirement.`
+      + (points.some((row) => row.screened) ? " Pale: upper bounds or estimates of screened soups." : "");
   }
 
   // Ternary maps: the corners of a triangle are the ingredients, in Cartesian coordinates.
@@ -233,6 +236,11 @@
   const TOP = HEIGHT + 0.01; // the triangles beside the map hide what contours extrapolate
   const cornerX = (shares) => shares[0] / 2 + shares[2];
   const cornerY = (shares) => shares[0] * HEIGHT;
+
+  // Contours just below round values, so that a plateau at one is not speckled; the first one fills the minimum.
+  function levelsOf(low, high) {
+    return [low, ...d3.ticks(low, high, 12).filter((value) => value > low)].map((value) => value - 1e-6);
+  }
 
   function drawTernary(ternary, measure) {
     const members = ternary.rows.map((index) => rows[index]);
@@ -258,7 +266,7 @@
       marks: [
         flat || filled.length < 3 ? null : Plot.contour(filled, {
           x: (item) => cornerX(item.shares), y: (item) => cornerY(item.shares), fill: value, interpolate: "barycentric",
-          thresholds: 12, stroke: "white", strokeOpacity: 0.5, x1: 0, x2: 1, y1: 0, y2: HEIGHT,
+          thresholds: levelsOf(...d3.extent(filled, value)), stroke: "white", strokeOpacity: 0.5, x1: 0, x2: 1, y1: 0, y2: HEIGHT,
         }),
         Plot.line([[-0.01, 0], [-0.01, TOP], [0.5, TOP], [0.5, HEIGHT], [0, 0]], outside),
         Plot.line([[1.01, 0], [1.01, TOP], [0.5, TOP], [0.5, HEIGHT], [1, 0]], outside),
@@ -439,12 +447,12 @@
       const finite = plane.loss.filter((value) => value !== null).sort(d3.ascending);
       const domain = [finite[0], d3.quantileSorted(finite, 0.85)]; // without the steep edges
       const plot = Plot.plot({
-        width: 360, height: 320, margin: 34, x: { domain: plane.x, label: "distance in weights" }, y: { domain: plane.y, label: null },
+        width: 360, height: 320, margin: 34, marginLeft: 40, x: { domain: plane.x, label: "distance in weights" }, y: { domain: plane.y, label: null },
         color: { scheme: "viridis", reverse: true, legend: true, width: 300, label: "robust loss (nats)", domain, clamp: true },
         marks: [
           Plot.contour(plane.loss.map((value) => value ?? Number.NaN), {
             width: plane.columns, height: plane.rows, x1: plane.x[0], x2: plane.x[1], y1: plane.y[0], y2: plane.y[1],
-            fill: Plot.identity, stroke: "white", strokeOpacity: 0.4, thresholds: d3.ticks(...domain, 12),
+            fill: Plot.identity, stroke: "white", strokeOpacity: 0.4, thresholds: levelsOf(...domain), className: "levels",
           }),
           Plot.dot(corners, { x: "x", y: "y", r: 5, fill: "white", stroke: "black" }),
           Plot.text(corners, { x: "x", y: "y", text: "name", dy: -12, fill: "black", stroke: "white", strokeWidth: 4 }),
