@@ -104,6 +104,16 @@ def test_what_is_here_is_used(plan, tmp_path):
     assert "cifar10 is not on this machine" in said
 
 
+@pytest.mark.parametrize("root", ["n" * 300, "far.toml"])
+def test_a_root_that_cannot_hold_data_is_a_wrong_request(plan, tmp_path, monkeypatch, root):
+    monkeypatch.setenv("ROBUSTSOUP_DATA", str(tmp_path / root))
+    code, _, said = plan()
+    assert code == 2
+    assert said.count("\n") == 1
+    assert f"{root}: " in said
+    assert "set another root" in said
+
+
 @needs_cifar10
 def test_the_plan_has_the_keys_of_the_real_data(tmp_path, monkeypatch):
     recipe = tmp_path / "trains.toml"

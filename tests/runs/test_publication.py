@@ -17,6 +17,7 @@ from robustsoup import files
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
 from robustsoup.errors import RequestError, StorageError
+from robustsoup.interruption import handled_signals
 from robustsoup.reports import write_report
 from robustsoup.runs import staging
 from robustsoup.runs.results import Results
@@ -109,6 +110,58 @@ main(sys.argv[1:])
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_renames_waits_for_the_last_one(other_run, monkeypatch, number):
+    folder, recipe = other_run
+    rename, sent = staging.StagedFiles._rename, []
+
+    def send_once(staged, name):
+        if not sent:
+            sent.append(name)
+            os.kill(os.getpid(), number)
+        rename(staged, name)
+
+    monkeypatch.setattr(staging.StagedFiles, "_rename", send_once)
+    with pytest.raises(KeyboardInterrupt), handled_signals(restore=True):
+        run_recipe(recipe, folder)
+    assert digests(folder) == digests(folder.parent / "other")
+    assert find_leftovers(folder) == []
+    write_report(folder)
+
+
+def test_a_kill_between_removals_leaves_nothing_after_the_next_run(copied, monkeypatch):
+    folder, _ = copied
+    earlier = [f"evaluations/old{number}.json" for number in range(3)]
+    add_files(folder, earlier)
+    unlink, removed = Path.unlink, []
+
+    def stop_at_the_second(path, missing_ok=False):
+        if path.name.startswith("old"):
+            removed.append(path)
+            if len(removed) == 2:
+                raise Stop
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop_at_the_second)
+        with pytest.raises(Stop):
+            run_recipe(recipe_of(), folder)
+    assert sum((folder / name).exists() for name in earlier) == 2
+    run_recipe(recipe_of(), folder)
+    assert not [name for name in earlier if (folder / name).exists()]
+
+
+def test_a_flip_that_keeps_the_time_is_mended_by_the_next_run(copied):
+    folder, _ = copied
+    path = folder / "checkpoints" / "low.safetensors"
+    content, state = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    run_recipe(recipe_of(), folder)
+    assert path.read_bytes() == content
+
+
 @thinned("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT], one_in=2)
 def test_a_folder_that_cannot_be_written_keeps_the_old_run(other_run, monkeypatch, code):
     folder, recipe = other_run
@@ -146,16 +199,23 @@ def test_a_folder_that_vanishes_during_the_run_is_written_again(copied):
     assert len(digests(folder)) == len(results["rows"])
 
 
-def test_files_of_an_earlier_run_go_and_a_users_files_stay(copied):
-    folder, _ = copied
-    earlier = ("soup.pth", "evaluations/old.val.npz", "landscapes/old.json")
-    kept = ("notes.txt", "evaluations/mine.json", "checkpoints/old.safetensors")
-    for name in (*earlier, *kept):
+def add_files(folder, names):
+    """Write files that the folder's results.json names, as those of an earlier run."""
+    content = json.loads((folder / "results.json").read_text())
+    for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("text")
-    content = json.loads((folder / "results.json").read_text())
-    content["files"] |= dict.fromkeys((*earlier, kept[2]), content["files"]["recipe.toml"])
+    content["files"] |= dict.fromkeys(names, content["files"]["recipe.toml"])
     (folder / "results.json").write_text(json.dumps(content))
+
+
+def test_files_of_an_earlier_run_go_and_a_users_files_stay(copied):
+    folder, _ = copied
+    earlier = ("soup.pth", "evaluations/old.val.npz", "landscapes/old.json", "report.html")
+    kept = ("notes.txt", "evaluations/mine.json", "checkpoints/old.safetensors")
+    add_files(folder, (*earlier, kept[2]))
+    for name in kept:
+        (folder / name).write_text("text")
     run_recipe(recipe_of(), folder)
     assert not [name for name in earlier if (folder / name).exists()]
     assert all((folder / name).exists() for name in kept)

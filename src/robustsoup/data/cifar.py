@@ -1,10 +1,11 @@
 """CIFAR-10 and CIFAR-100: downloaded once; every file is verified before use."""
 
+import contextlib
 import hashlib
 import os
 import pickle
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,15 @@ def is_here(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     Args:
         name: A key of RELEASES.
         root: see `data_root`.
+
+    Raises:
+        DataError: The root is a file, or cannot be read.
     """
     release, folder = RELEASES[name], data_root(root)
-    return (folder / release.archive).exists() or not _list_missing(
-        release, folder / release.folder
-    )
+    with _readable_root(folder):
+        return (folder / release.archive).exists() or not _list_missing(
+            release, folder / release.folder
+        )
 
 
 def imitate_cifar(name: str, *, seed: int = 0) -> Data:
@@ -220,17 +225,9 @@ def fetch_release(
     """Return the folder of a release under data_root(root), downloading missing files."""
     root_folder = data_root(root)
     folder, archive = root_folder / release.folder, root_folder / release.archive
-    try:
-        is_file = root_folder.exists() and not root_folder.is_dir()
-        complete = not is_file and not _list_missing(release, folder)
-    except OSError as error:
-        raise DataError(
-            f"{root_folder}: {error.strerror or error}; make it readable, or set another root"
-        ) from None
-    if is_file:
-        raise DataError(f"{root_folder}: got a file, expected a folder for data; set another root")
-    if complete:
-        return folder
+    with _readable_root(root_folder):
+        if not _list_missing(release, folder):
+            return folder
     with one_at_a_time(root_folder):  # another process may have fetched them meanwhile
         if missing := _list_missing(release, folder):
             downloaded = not archive.is_file()
@@ -241,6 +238,23 @@ def fetch_release(
             if downloaded:
                 archive.unlink(missing_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def _readable_root(root: Path) -> Iterator[None]:
+    """Look for files below a root.
+
+    Raises:
+        DataError: The root is a file, or something in it cannot be read.
+    """
+    try:
+        if root.exists() and not root.is_dir():
+            raise DataError(f"{root}: got a file, expected a folder for data; set another root")
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{root}: {error.strerror or error}; make it readable, or set another root"
+        ) from None
 
 
 def _list_missing(release: Release, folder: Path) -> list[str]:

@@ -299,10 +299,12 @@ def _assemble(
     """Return an evaluation after checking its arrays against each other.
 
     Raises:
-        ValueError: An array has another type or number of samples.
+        ValueError: An array has another type or number of samples, or there are no samples.
         KeyError: An array is missing.
     """
     shape = arrays["ids"].shape
+    if not arrays["ids"].numel():
+        raise ValueError("no samples")
     samples = [_check_array(arrays, name, shape) for name in SAMPLE_ARRAYS]
     threats: dict[str, Verdicts] = {}
     for number, name in enumerate(record["threats"]):

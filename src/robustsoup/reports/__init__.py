@@ -36,6 +36,7 @@ from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import draw_tradeoff
 from robustsoup.reports.unfinished import describe_progress, describe_unfinished
 from robustsoup.runs.results import Results
+from robustsoup.runs.staging import PAGE
 
 __all__ = [
     "FIGURES",
@@ -96,7 +97,7 @@ def write_report(folder: Path) -> Path:
     left_out += write_coefficient_tables(run.results.rows, folder)
     if reason := write_run_card(run.results, folder):
         left_out.append((CARD, reason))
-    target = folder / "report.html"
+    target = folder / PAGE
     write_text(target, render_report(run.results, collect_parts(run, plots, left_out)))
     return target
 

@@ -33,7 +33,7 @@ from robustsoup.runs.results import (
     RowScores,
 )
 from robustsoup.runs.soup_rows import dial_file
-from robustsoup.runs.staging import RESULTS, StagedFiles, stage_files
+from robustsoup.runs.staging import PAGE, RESULTS, StagedFiles, stage_files
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogate_results import SurrogateResult
 from robustsoup.runs.tasks import Key, MixSoup
@@ -140,10 +140,13 @@ _REMOVABLE = re.compile(r"(evaluations|landscapes)/[^/.][^/]*|examples\.npz|soup
 
 
 def _removable_files(folder: Path) -> set[str]:
-    """Return the removable files that the folder's results.json names; none without it."""
+    """Return the page of the old results and the removable files that they name, if there are any.
+
+    The new page is written after the new results; until then, none is better than the old one.
+    """
     try:
         names = read_json(folder / RESULTS)["files"]
-        return {name for name in names if _REMOVABLE.fullmatch(name)}
+        return {PAGE, *(name for name in names if _REMOVABLE.fullmatch(name))}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

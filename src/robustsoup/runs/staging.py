@@ -9,11 +9,13 @@ from pathlib import Path
 from robustsoup.digests import FileDigest, digest_folder
 from robustsoup.errors import StorageError
 from robustsoup.files import copy_file
+from robustsoup.interruption import held_signals
 from robustsoup.leftovers import temporary_sibling
 from robustsoup.runs.store import Store
 
 RESULTS = "results.json"
 LOG = "log.txt"
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class StagedFiles:
             StorageError: The stored file is damaged, or the copy cannot be written.
         """
         digest = self.stored[name] = self.store.digest_of(key, file)
-        if digest.find_damage(self.folder / name) is not None:
+        if digest.find_damage(self.folder / name, thorough=True) is not None:
             copy_file(self.store.file(key, file), self.staging / name)
 
     def digest_files(self) -> dict[str, FileDigest]:
@@ -58,20 +60,31 @@ class StagedFiles:
         return dict(sorted((new | self.stored).items()))
 
     def publish(self, replaced: set[str]) -> None:
-        """Rename the new files to their names, results.json last, and remove replaced ones.
+        """Rename the new files to their names and remove replaced ones, results.json last.
+
+        A signal waits for the end. After a kill, the old results.json still names the files that
+        the next run removes.
 
         Args:
             replaced: Files of the earlier run; those that are not among the new files are removed.
         """
-        new = sorted(path for path in self.staging.rglob("*") if path.is_file())
-        for path in sorted(new, key=lambda path: path.name == RESULTS):
-            target = self.folder / path.relative_to(self.staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-        present = {path.relative_to(self.staging).as_posix() for path in new}
-        for name in replaced - present - set(self.stored):
-            if (self.folder / name).is_file():
-                (self.folder / name).unlink()
+        new = {
+            path.relative_to(self.staging).as_posix()
+            for path in self.staging.rglob("*")
+            if path.is_file()
+        }
+        with held_signals():
+            for name in sorted(new - {RESULTS}):
+                self._rename(name)
+            for name in replaced - new - set(self.stored):
+                if (self.folder / name).is_file():
+                    (self.folder / name).unlink()
+            self._rename(RESULTS)
+
+    def _rename(self, name: str) -> None:
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (self.staging / name).replace(target)
 
 
 @contextlib.contextmanager
