@@ -1,5 +1,6 @@
 """One small file of every format, and a reader that returns all its values."""
 
+import importlib.util
 import json
 
 import torch
@@ -8,6 +9,7 @@ from synthetic_results import make_results
 
 from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts
+from robustsoup.models import NetworkSettings, build_network
 from robustsoup.recipes import load_recipe
 from robustsoup.runs.results import Results
 from robustsoup.runs.store import RECORD, Store
@@ -137,6 +139,34 @@ ALL_FORMATS = FORMATS | {
     "recipe": (save_recipe, lambda path: load_recipe(path).to_toml()),
 }
 """kind -> (function that writes files into a folder and returns the one to damage, reader)."""
+
+
+CONFIGURATION = {
+    "model_type": "vit",
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+
+
+def save_configuration(folder):
+    """Write the configuration of a small network of transformers."""
+    (folder / "config.json").write_text(json.dumps(CONFIGURATION), encoding="utf-8")
+    return folder / "config.json"
+
+
+def read_configuration(path):
+    """Build the network that a configuration describes."""
+    return build_network(NetworkSettings(f"hf:{path.parent}", classes=10, channels=3))
+
+
+READ_FORMATS = dict(ALL_FORMATS)
+"""All formats, and those of other programs that hold no weights."""
+if importlib.util.find_spec("transformers"):
+    READ_FORMATS["configuration of transformers"] = (save_configuration, read_configuration)
 
 
 def without_digests(content):

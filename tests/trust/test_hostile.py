@@ -4,13 +4,14 @@ The second is time of the processor, and the memory is what reading adds to a pr
 PyTorch loaded. Each file is read in a process of its own, which would survive nothing worse.
 """
 
+import json
 import os
 import random
 import zipfile
 
 import hostile_pickles as hostile
 import pytest
-from all_formats import ALL_FORMATS
+from all_formats import CONFIGURATION, READ_FORMATS
 from commands import CONTEXT, start_process
 from hostile_pickles import bomb, group, pickle, storage, table, tensor, text
 from reading_costs import read_measured
@@ -135,6 +136,25 @@ ARRAYS = {
     "many dimensions": zip_of("ids.npy", array_header("(" + "1, " * 40 + ")") + bytes(64)),
     "many members": many_members,
 }
+
+
+def configure(**changes):
+    """Return a function that writes the configuration of a network of transformers."""
+    return fill(json.dumps(CONFIGURATION | changes).encode())
+
+
+CONFIGURATIONS = {
+    "a huge image": configure(image_size=999_999, patch_size=1),
+    "huge layers": configure(hidden_size=999_999, intermediate_size=999_999),
+    "many layers": configure(num_hidden_layers=1_000),
+    "too many layers": configure(num_hidden_layers=10**9),
+    "many stages": configure(model_type="swin", depths=[1_000] * 1_000, num_heads=[1] * 1_000),
+    "many classes": configure(id2label={str(n): str(n) for n in range(100_000)}),
+    "an endless number": configure(hidden_size=float("inf")),
+    "code of its own": configure(auto_map={"AutoConfig": "evil.Config"}, model_type="evil"),
+    "a backbone": configure(model_type="upernet", backbone="evil/network"),
+    "kernels of the hub": configure(attn_implementation="evil/kernels"),
+}
 OWN = {
     ".safetensors": SAFETENSORS,
     ".pth": PICKLES,
@@ -146,12 +166,14 @@ OWN = {
 """Hostile files by the ending of a format."""
 
 
-@pytest.mark.parametrize("kind", ALL_FORMATS)
+@pytest.mark.parametrize("kind", READ_FORMATS)
 def test_hostile_files_cost_little(tmp_path, tally_of, kind):
     tally = tally_of(f"hostile files: {kind}")
-    save, _ = ALL_FORMATS[kind]
+    save, _ = READ_FORMATS[kind]
     path = save(tmp_path)
     files = EVERYWHERE | OWN[path.suffix]
+    if path.name == "config.json":
+        files |= CONFIGURATIONS
     assert len(files) >= 10
     for name, write in files.items():
         path.rmdir() if path.is_dir() else path.unlink()
