@@ -1,9 +1,11 @@
 """Warnings: reasons to doubt an evaluation, which its record holds."""
 
 import json
+import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from evaluated_networks import LINF, WRONG, N, Wrapped, rounding
@@ -62,6 +64,24 @@ def test_flat_logits_are_reported_where_cross_entropy_attacks(model, data):
     assert told[0].endswith("try loss dlr")
     for evaluation in (by_dlr, evaluate(model, data, [LINF], steps=2), evaluate(flat, data)):
         assert not any("almost flat" in text for text in evaluation.warnings)
+
+
+def test_flat_logits_below_a_raised_highest_one_are_reported(model, data):
+    def raise_highest(logits):
+        return 1e-3 * logits + nn.functional.one_hot(logits.argmax(1), logits.shape[1])
+
+    warnings = evaluate(Wrapped(model, after=raise_highest), data, [LINF], steps=2).warnings
+    assert sum("cross-entropy is almost flat" in text for text in warnings) == 1
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random, lambda: float(torch.rand(()))])
+def test_a_network_that_draws_numbers_is_reported_though_two_calls_agree(model, data, draw):
+    def keep(logits):
+        draw()
+        return logits
+
+    (warning,) = evaluate(Wrapped(model, after=keep), data).warnings
+    assert warning.startswith("the network draws random numbers")
 
 
 def test_a_stochastic_network_is_reported(model, data):

@@ -26,7 +26,8 @@ FEWEST_SIGMOIDS = 20
 """Samples whose outputs must all lie between 0 and 1 before these count as probabilities."""
 
 FLAT_LOGITS = 0.05
-"""Spread of the logits of an image below which cross-entropy weights all wrong classes alike."""
+"""Spread of an image's logits, but for the highest, below which cross-entropy weights all wrong
+classes alike."""
 
 STOCHASTIC_DIFFERENCE = 1e-4
 """Relative difference of two calls above which a network counts as stochastic."""
@@ -59,17 +60,25 @@ def certify_points(
     return certificate
 
 
-def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> list[str]:
+def warn_of_outputs(
+    logits: Tensor | None, call_difference: float | None, *, draws_numbers: bool = False
+) -> list[str]:
     """Warn of a stochastic network and of outputs that are probabilities.
 
     Args:
         logits: (n, classes) clean outputs, or None if they were not computed.
         call_difference: Relative difference between two calls, or None if it was not measured.
+        draws_numbers: Whether the network drew random numbers; two calls may be equal by chance.
     """
     warnings = []
     if call_difference is not None and call_difference > STOCHASTIC_DIFFERENCE:
         warnings.append(
             "the network's outputs differ between two calls; attack it with eot above 1"
+        )
+    elif draws_numbers:
+        warnings.append(
+            "the network draws random numbers, so its outputs may differ between two calls; attack "
+            "it with eot above 1"
         )
     if logits is not None and _are_probabilities(logits):
         warnings.append(
@@ -85,7 +94,7 @@ def warn_of_outputs(logits: Tensor | None, call_difference: float | None) -> lis
 
 
 def warn_of_flat_logits(logits: Tensor | None, settings: AttackSettings) -> list[str]:
-    """Warn of logits so small that cross-entropy cannot tell the nearest wrong class.
+    """Warn of logits so close that cross-entropy cannot tell the nearest wrong class.
 
     Args:
         logits: (n, classes) clean outputs, or None if they were not computed.
@@ -94,12 +103,13 @@ def warn_of_flat_logits(logits: Tensor | None, settings: AttackSettings) -> list
     uses_ce = settings.is_queued and settings.loss_name == "ce"
     if logits is None or logits.shape[1] < 3 or not uses_ce:
         return []
-    spread = float((logits.amax(1) - logits.amin(1)).max())
+    second = logits.topk(2, dim=1).values[:, 1]
+    spread = float((second - logits.amin(1)).median())
     if not 0 < spread < FLAT_LOGITS:
         return []
     warning = (
-        f"the logits of an image differ by {spread:.1g} at most: cross-entropy is almost flat and "
-        "weakens the attack; try loss dlr"
+        f"the logits of the wrong classes differ by {spread:.1g} at half of the images, or less: "
+        "cross-entropy is almost flat and weakens the attack; try loss dlr"
     )
     return [warning]
 

@@ -51,6 +51,7 @@ from robustsoup.evaluation.shift import measure_shift
 from robustsoup.evaluation.two_phase import SUBSET_KEY, subset_rows
 from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation, Record, Verdicts
 from robustsoup.progress import Progress
+from robustsoup.seeding import global_random_state
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
 from robustsoup.threats import ThreatModel
 
@@ -235,6 +236,7 @@ class _CleanPass:
         margin: (n,) float32, the label's logit minus the largest other logit.
         logits: (n, classes); None if the predictions of an earlier evaluation are reused.
         call_difference: Relative difference between two calls; None if it was not measured.
+        draws_numbers: Whether the network drew random numbers.
     """
 
     labels: Tensor
@@ -242,6 +244,7 @@ class _CleanPass:
     margin: Tensor
     logits: Tensor | None = None
     call_difference: float | None = None
+    draws_numbers: bool = False
 
     @property
     def correct(self) -> Tensor:
@@ -256,7 +259,9 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     if after is not None and not request.settings.ranks_by_logits:
         return _CleanPass(labels, after.prediction[:n], after.margin[:n])
     model, size, device = request.model, request.pass_size, request.device
+    state = global_random_state(device)
     logits = predict_shared(model, request.fetch, n, size, device)
+    draws_numbers = global_random_state(device) != state
     if not bool(logits.isfinite().all()):
         raise Diverged(
             "evaluate: the network's logits hold NaN or infinity; "
@@ -266,7 +271,7 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     change = (repeated - logits[: len(repeated)]).abs().max()
     relative_change = float(change / logits.abs().max().clamp(min=1e-6))
     margin = logit_margin(logits, labels).float()
-    return _CleanPass(labels, logits.argmax(1), margin, logits, relative_change)
+    return _CleanPass(labels, logits.argmax(1), margin, logits, relative_change, draws_numbers)
 
 
 def _doubt_inputs(request: CheckedRequest, clean: _CleanPass) -> str | None:
@@ -455,7 +460,7 @@ def _make_record(
     after = request.reuse.after
     warnings = [
         *request.warnings,
-        *warn_of_outputs(clean.logits, clean.call_difference),
+        *warn_of_outputs(clean.logits, clean.call_difference, draws_numbers=clean.draws_numbers),
         *(warn_of_flat_logits(clean.logits, request.settings) if request.threats else ()),
         *warn_of_attacks(
             list(outcomes.values()), attacked.masking, request.settings, request.data.classes

@@ -40,8 +40,9 @@ from robustsoup.paths import user_path
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's methods, by the number that an image processor's configuration holds."""
-MOST_MODULES = 20_000
-"""Largest number of modules of a network that a configuration describes."""
+MOST_MODULES = 3_000
+"""Largest number of modules of a network that a configuration describes, some times what published
+networks have; as many are built in less than a second."""
 LARGEST_NUMBER = 1_000_000
 """Largest integer in a configuration: a size, a token or a class."""
 _ATTENTION = ("eager", "sdpa")
