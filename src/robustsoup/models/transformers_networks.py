@@ -45,6 +45,7 @@ MOST_MODULES = 3_000
 networks have; as many are built in less than a second."""
 LARGEST_NUMBER = 1_000_000
 """Largest integer in a configuration: a size, a token or a class."""
+_DEPTHS = re.compile("layers|depth")
 _ATTENTION = ("eager", "sdpa")
 """Implementations of attention that PyTorch contains; other names can be those of code on a hub."""
 _FETCHING_KEYS = (
@@ -125,13 +126,16 @@ def _check_description(document: object, network: LibrarySpec, key: str = "") ->
     elif isinstance(document, list):
         for value in document:
             _check_description(value, network, key)
+        numbers = [value for value in document if isinstance(value, (int, float))]
+        if _DEPTHS.search(key):  # one number for each stage
+            _check_description(sum(numbers), network, key)
     elif isinstance(document, str):
         if "attn_implementation" in key and document not in _ATTENTION:
             raise network.refuse(
                 f'config.json: {key}: got "{document}", expected {" or ".join(_ATTENTION)}'
             )
     elif isinstance(document, (int, float)):
-        most = DEEPEST_OPTION if re.search("layers|depth", key) else LARGEST_NUMBER
+        most = DEEPEST_OPTION if _DEPTHS.search(key) else LARGEST_NUMBER
         if not abs(document) <= most:
             raise network.refuse(
                 f"config.json: {key}: got {document:.9g}, expected at most {most:,}"
