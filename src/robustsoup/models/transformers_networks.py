@@ -124,11 +124,8 @@ def _check_description(document: object, network: LibrarySpec, key: str = "") ->
                 )
             _check_description(value, network, key if "attn_implementation" in key else name)
     elif isinstance(document, list):
-        for value in document:
+        for value in (*document, _count_layers(document, key)):
             _check_description(value, network, key)
-        numbers = [value for value in document if isinstance(value, (int, float))]
-        if _DEPTHS.search(key):  # one number for each stage
-            _check_description(sum(numbers), network, key)
     elif isinstance(document, str):
         if "attn_implementation" in key and document not in _ATTENTION:
             raise network.refuse(
@@ -140,6 +137,12 @@ def _check_description(document: object, network: LibrarySpec, key: str = "") ->
             raise network.refuse(
                 f"config.json: {key}: got {document:.9g}, expected at most {most:,}"
             )
+
+
+def _count_layers(stages: list[object], key: str) -> float:
+    """Return the layers of all stages of a network; 0 if the key names something else."""
+    is_depth = _DEPTHS.search(key) is not None
+    return sum(size for size in stages if is_depth and isinstance(size, (int, float)))
 
 
 @contextlib.contextmanager
