@@ -52,6 +52,15 @@ def test_a_signal_waits_for_the_end_of_a_block_and_a_second_one_does_not():
     assert reached == [1]
 
 
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    """A scheduler sends it to torchrun and to the processes that torchrun started."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    reached = []
+    with handled_signals(restore=True), pytest.raises(KeyboardInterrupt):
+        send_in_held_block(2, reached)
+    assert reached == [2]
+
+
 def fail_in_held_block():
     with held_signals():
         signal.raise_signal(signal.SIGINT)

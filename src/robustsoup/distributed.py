@@ -96,7 +96,8 @@ def start() -> None:
     """Join the processes that torchrun started; do nothing in a single process.
 
     Raises:
-        RequestError: The other processes run another version of robustsoup or PyTorch.
+        RequestError: The other processes run another version of robustsoup or PyTorch, or torchrun
+            did not start this one.
         WorkError: The other processes are not reached.
     """
     global _group  # noqa: PLW0603 - a process has one group for its whole life
@@ -106,6 +107,12 @@ def start() -> None:
     from torch import distributed
 
     number, count = _read_variable("RANK", 0), requested_world()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise RequestError(
+                f"${name}: not set, although $RANK and $WORLD_SIZE are; start the command with "
+                "torchrun"
+            )
     local = _read_variable("LOCAL_RANK", number)
     backend = "gloo"
     if torch.cuda.is_available():

@@ -7,6 +7,7 @@ library alone is imported here, because the handlers are installed before everyt
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -21,6 +22,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 _VERBS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 _SECONDS_TO_RETRY = 0.1
+_SECONDS_TO_REPEAT = 5.0
 
 
 class _Received:
@@ -28,12 +30,14 @@ class _Received:
 
     Attributes:
         number: The last signal; None before the first.
+        time: When it was received, in seconds of the monotonic clock.
         held: Whether the next signal waits for the end of a block.
         waiting: Whether a signal waits for that.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.time = 0.0
         self.held = self.waiting = False
 
 
@@ -101,7 +105,20 @@ def end_at_next_signal() -> None:
 
 
 def _end_without_a_word(number: int, _frame: FrameType | None) -> None:
-    os._exit(128 + (_received.number or number))
+    if not _is_repeated(number):
+        os._exit(128 + (_received.number or number))
+
+
+def _is_repeated(number: int) -> bool:
+    """Return whether torchrun passes on a signal that this process has received itself.
+
+    A scheduler sends a signal to all processes of a job, torchrun and those that it started.
+    """
+    return (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        and number == _received.number
+        and time.monotonic() < _received.time + _SECONDS_TO_REPEAT
+    )
 
 
 def signal_waits() -> bool:
@@ -129,7 +146,9 @@ def held_signals() -> Iterator[None]:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    _received.number = number
+    if _is_repeated(number):
+        return
+    _received.number, _received.time = number, time.monotonic()
     if _received.held and not _received.waiting:
         _received.waiting = True
         return
@@ -162,6 +181,7 @@ def _send_again(hook: "Hook") -> "Hook":
         if unraisable.exc_type is KeyboardInterrupt and _received.number is not None:
             import threading
 
+            _received.time -= _SECONDS_TO_REPEAT  # the next one is no repetition
             retry = threading.Timer(_SECONDS_TO_RETRY, _send_to_main, (_received.number,))
             retry.daemon = True
             retry.start()

@@ -17,6 +17,7 @@ from shared_evaluations import (
     start_as,
 )
 
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError, WorkError
 from robustsoup.evaluation import attackers
@@ -147,6 +148,17 @@ def test_another_version_is_refused():
             "version of robustsoup: got 1.1 in rank 1, expected 1.0 as in rank 0; "
             "install the same version on every machine"
         )
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(RequestError) as caught:
+        distributed.start()
+    assert str(caught.value) == (
+        "$MASTER_PORT: not set, although $RANK and $WORLD_SIZE are; start the command with torchrun"
+    )
 
 
 COMMAND = ("--data", "digits", "--threat", "Linf 8/255", "--steps", "2", "--samples", "40")

@@ -5,11 +5,14 @@ import json
 import pickle
 import shutil
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_runs import (
     DATA,
     PLANE,
@@ -22,8 +25,9 @@ from tiny_runs import (
 )
 
 from robustsoup.cli.options import ClusterOptions
+from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RequestError, StorageError, WorkError
-from robustsoup.runs import ray_pool, slurm_pool
+from robustsoup.runs import cluster, ray_pool, slurm_pool
 from robustsoup.runs.cluster import Cluster, Lost
 from robustsoup.runs.execute import MOST_LOSSES
 from robustsoup.runs.locks import lock_folder
@@ -82,8 +86,8 @@ def run_in(pool, recipe, folder, reporter=None, part_samples=None):
     """Run a recipe in a pool and return the reporter."""
     reporter = reporter or RecordingReporter()
     prepared = prepare_run(recipe, device="cpu", part_samples=part_samples)
-    with lock_folder(folder, reporter.note), Cluster(prepared, pool) as cluster:
-        run_prepared(prepared, folder, reporter, cluster)
+    with lock_folder(folder, reporter.note), Cluster(prepared, pool) as executor:
+        run_prepared(prepared, folder, reporter, executor)
     return reporter
 
 
@@ -213,6 +217,32 @@ def test_a_step_that_another_run_has_finished_is_not_done_again(copied):
     assert pool.times() == pool.stored
 
 
+def test_an_output_that_the_file_system_hides_for_a_while_is_awaited(copied, monkeypatch):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    hidden = folder.parent / "hidden"
+    waited = []
+
+    class HidingPool(FakePool):
+        def poll(self, seconds):
+            ends = super().poll(seconds)
+            (key,) = ends
+            self.output = Store(store).path(key)
+            self.output.rename(hidden)
+            return ends
+
+    def show(seconds):
+        waited.append(seconds)
+        hidden.rename(pool.output)
+
+    pool = HidingPool()
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=show)
+    monkeypatch.setattr(cluster, "time", clock)
+    run_in(pool, recipe_of(), folder)
+    assert waited == [cluster.POLL_SECONDS]
+    assert pool.submitted == ["low.test"]
+
+
 def test_an_interruption_cancels_and_leaves_no_folder(copied):
     folder, store = copied
     forget_steps(store, "low.test")
@@ -276,10 +306,9 @@ def test_files_are_read_by_workers(files, tmp_path):
 
 def meeting_in(folder, **changes):
     (folder / PROBE).write_text("token")
-    from robustsoup.distributed import required_versions
-
     meeting = {"versions": required_versions(), "store": "/the/store", "folder": str(folder)}
-    return {**meeting, "token": "token", **changes}
+    devices = {"cpu": describe_device(torch.device("cpu"))}
+    return {**meeting, "devices": devices, "token": "token", **changes}
 
 
 def test_a_worker_that_fits_is_not_refused(tmp_path):
@@ -296,6 +325,22 @@ def test_a_worker_with_another_version_is_refused_by_name(tmp_path):
     answer = run_assignment(meeting, b"not read")
     assert answer["error"][0] == "RequestError"
     assert misfit in answer["error"][1]
+
+
+def test_a_worker_with_another_kind_of_device_is_refused_by_name(tmp_path, monkeypatch):
+    meeting = meeting_in(tmp_path, devices={"cpu": "cpu with other kernels"})
+    misfit = find_misfit(meeting)
+    assert "device: got cpu with " in misfit
+    assert misfit.endswith(
+        "expected cpu with other kernels as where the run started; run all steps on devices of one "
+        "kind"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_misfit(meeting_in(tmp_path, devices={"cuda": "a GPU"})) is None  # none reserved
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another GPU")
+    misfit = find_misfit(meeting_in(tmp_path, devices={"cuda": "a GPU"}))
+    assert "device: got another GPU, expected a GPU as where the run started" in misfit
 
 
 @pytest.mark.parametrize("folder", ["absent", "stale"])

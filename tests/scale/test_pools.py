@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import stored_content, without_times
 
+from robustsoup.errors import WorkError
 from robustsoup.runs.slurm_pool import SlurmPool
 from robustsoup.runs.store import Store
 
@@ -257,6 +258,24 @@ def test_submitit_repeats_the_step_of_a_killed_job(folder):
     assert code == 0, messages
     assert "pretrained: lost its worker (job" in messages
     check_equal(folder, "jobs")
+
+
+def test_a_partition_that_does_not_exist_is_one_line(tmp_path, monkeypatch, capfd):
+    """A file takes the place of sbatch, with the words of Slurm."""
+    pytest.importorskip("submitit")
+    words = "invalid partition specified: nowhere"
+    for name in ("sbatch", "srun", "squeue", "sacct", "scancel"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "sbatch: error: {words}" >&2\nexit 1\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    pool = SlurmPool("nowhere", threads=1, gpus=0)
+    pool.open({"folder": str(tmp_path)})
+    with pytest.raises(WorkError) as caught:
+        pool.submit("key", "low.test", {"folder": str(tmp_path)}, b"")
+    assert str(caught.value).startswith(
+        f"low.test: sbatch refused the job: sbatch: error: {words}; SBATCH_ACCOUNT, "
+    )
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_slurm_job_has_the_time_limit_of_its_partition(tmp_path, monkeypatch):

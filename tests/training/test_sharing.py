@@ -4,9 +4,14 @@ import pytest
 import torch
 from ranks import run_ranks
 from shared_steps import (
+    NORM_LAYERS,
+    normalise_in_sync,
     take_learning_step,
+    take_subspace_step,
     take_training_step,
     train_in_batches,
+    train_line,
+    train_line_until,
     train_shared,
     train_until,
 )
@@ -15,7 +20,11 @@ from robustsoup.errors import RequestError
 from robustsoup.training import adversarial_loss
 from robustsoup.training.sharing import BatchShare
 
-STEPS = {"train": take_training_step, "learn": take_learning_step}
+STEPS = {
+    "train": take_training_step,
+    "learn": take_learning_step,
+    "subspace": take_subspace_step,
+}
 
 
 @pytest.fixture
@@ -34,7 +43,7 @@ def largest_difference(tensors, expected):
 @pytest.mark.parametrize(
     "objective", ["mixed 0.3", pytest.param("trades", marks=pytest.mark.scale)]
 )
-@pytest.mark.parametrize("verb", ["train", "learn"])
+@pytest.mark.parametrize("verb", STEPS)
 def test_a_step_is_that_of_one_process(alone, verb, objective, world):
     loss, grads, state, _ = alone(verb, objective, "sync")
     assert all(grad.dtype == torch.float64 for grad in grads.values())
@@ -43,6 +52,21 @@ def test_a_step_is_that_of_one_process(alone, verb, objective, world):
         assert abs(float(shared[0] - loss)) < 1e-10
         assert largest_difference(shared[1], grads) < 1e-10
         assert largest_difference(shared[2], state) < 1e-10
+
+
+def test_any_batchnorm_normalises_the_global_batch():
+    alone, ranks = normalise_in_sync(), run_ranks(3, normalise_in_sync)
+    for number in range(len(NORM_LAYERS)):
+        outputs, grads, buffers = alone[number]
+        for part in range(2):  # the passes
+            shared = torch.cat([rank[number][0][part] for rank in ranks])
+            assert (shared - outputs[part]).abs().max() < 1e-10
+            shared = torch.cat([rank[number][1][part] for rank in ranks])
+            assert (shared - grads[part]).abs().max() < 1e-10
+        for rank in ranks:
+            assert rank[number][2].keys() == buffers.keys()
+            for name, buffer in buffers.items():
+                assert torch.allclose(rank[number][2][name], buffer, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("verb", ["train", "learn"])
@@ -99,6 +123,15 @@ def test_a_signal_in_one_rank_ends_all_after_the_same_step(tmp_path):
         assert len(record["history"]) == 2
         assert record["versions"]["processes"] == 3
         assert record["training"]["batchnorm"] == "per-rank"
+
+
+def test_ranks_that_train_a_subspace_share_one_state(tmp_path):
+    ended = run_ranks(2, train_line_until, 2, tmp_path)
+    assert [type(end) for end in ended] == [KeyboardInterrupt] * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["0.pt"]
+    for record in run_ranks(3, train_line, tmp_path):
+        assert len(record["history"]) == 2
+        assert record["versions"]["processes"] == 3
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused():

@@ -121,8 +121,6 @@ def train_command(
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings, loaded)
     if ends[1:]:
-        if distributed.world() > 1:
-            raise RequestError("--subspace: runs in one process; start it without torchrun")
         _train_ends(initial, loaded, ends, settings, output, by=by, run=run, on_epoch=on_epoch)
         return
     state = output.with_name(f".{output.name}.state.pt")
@@ -174,7 +172,7 @@ def _train_ends(
     from robustsoup.soups.subspace import train_subspace
 
     state = output / ".state.pt"
-    with lock_folder(output, print_error):
+    with lock_folder(output, print_error) if distributed.is_first() else nullcontext():
         with Bar(f"training {output.name}") as bar:
             ends = train_subspace(
                 initial,
@@ -189,9 +187,11 @@ def _train_ends(
             )
         for number, (end, threat) in enumerate(zip(ends, threats, strict=True), 1):
             path = output / f"end{number}.safetensors"
-            end.save(path)
+            if distributed.is_first():
+                end.save(path)
             print_line(f"{path}: end {number}, {threat}")
-        remove_file(state)
+        if distributed.is_first():
+            remove_file(state)
     loss = ends[0].provenance["history"][-1]["loss"]
     print_line(f"{output}: loss {loss:.3f} after {settings.epochs} epochs")
 

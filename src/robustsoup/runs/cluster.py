@@ -6,6 +6,7 @@ import os
 import pickle
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Protocol, Self, cast
 import torch
 
 from robustsoup import errors
-from robustsoup.distributed import required_versions
+from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RobustsoupError, StorageError, WorkError
 from robustsoup.files import write_text
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
@@ -26,6 +27,8 @@ from robustsoup.runs.run import PreparedRun
 from robustsoup.runs.tasks import Key
 
 POLL_SECONDS = 1.0
+VISIBLE_SECONDS = 90.0
+"""How long the output of a worker may stay hidden: NFS looks for new folders once a minute."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Cluster:
             data_root=data_root or os.environ.get("ROBUSTSOUP_DATA"),
             folder=str(Path.cwd()),
         )
+        self.device = context.device
         self.meeting: Meeting | None = None
         self.files: Mapping[Key, str] = {}
         self.reporter: Reporter | None = None
@@ -138,7 +142,11 @@ class Cluster:
             raise StorageError(f"{root}: the store cannot be written: {error.strerror}") from error
         write_text(folder / PROBE, token)
         return Meeting(
-            versions=required_versions(), store=str(root), folder=str(folder), token=token
+            versions=required_versions(),
+            devices={self.device.type: describe_device(self.device)},
+            store=str(root),
+            folder=str(folder),
+            token=token,
         )
 
     def start(self, step: Step) -> None:
@@ -175,7 +183,14 @@ class Cluster:
             kind = getattr(errors, name, WorkError)
             raise kind(text) if issubclass(kind, RobustsoupError) else WorkError(text)
         self._tell(key, answer["status"], step)
+        self._await_output(step)
         return Ended(step, answer["figures"], answer["seconds"])
+
+    def _await_output(self, step: Step) -> None:
+        """Wait until this machine sees the output of a step in the store."""
+        end = time.monotonic() + VISIBLE_SECONDS
+        while not self.store.path(step.key).is_dir() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
 
     def _status_path(self, key: Key) -> Path:
         assert self.meeting is not None

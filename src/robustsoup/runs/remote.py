@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 
 from robustsoup.device import resolve_device
-from robustsoup.distributed import SAME_VERSION, required_versions
+from robustsoup.distributed import SAME_VERSION, describe_device, required_versions
 from robustsoup.errors import RequestError, RobustsoupError, WorkError
 from robustsoup.files import write_text
 from robustsoup.models import NetworkSettings
@@ -52,12 +52,14 @@ class Meeting(TypedDict):
 
     Attributes:
         versions: Versions by what they are.
+        devices: The kind of the run's device by its type, such as the name of a GPU.
         store: The store.
         folder: Folder in the store for this run: the probe, and a file for each running step.
         token: Content of the probe.
     """
 
     versions: dict[str, str]
+    devices: dict[str, str]
     store: str
     folder: str
     token: str
@@ -190,6 +192,15 @@ def find_misfit(meeting: Meeting) -> str | None:
         got = installed.get(name)
         if got != expected:
             return f"worker {host}: {name}: got {got}, expected {expected}; {SAME_VERSION}"
+    for kind, expected in meeting["devices"].items():
+        if kind == "cuda" and not torch.cuda.is_available():
+            continue  # a check before the work, which reserves no GPU
+        got = describe_device(torch.device(kind))
+        if got != expected:
+            return (
+                f"worker {host}: device: got {got}, expected {expected} as where the run started; "
+                "run all steps on devices of one kind"
+            )
     try:
         seen = (Path(meeting["folder"]) / PROBE).read_text(encoding="utf-8")
     except OSError:

@@ -1,5 +1,7 @@
 """A pool of Slurm jobs, or of processes of this machine, by submitit (extra `slurm`)."""
 
+import contextlib
+import io
 import shutil
 import time
 from collections.abc import Mapping
@@ -79,13 +81,14 @@ class SlurmPool:
 
     def submit(self, key: Key, name: str, meeting: Meeting, content: bytes) -> None:
         """Submit a step as a job."""
-        from submitit.core.utils import FailedSubmissionError
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         parameter = "name" if self.partition == LOCAL else "job_name"
         self.executor.update_parameters(**{parameter: name.replace("/", "-")})
         try:
-            self.jobs[key] = self.executor.submit(run_assignment, meeting, content)
-        except FailedSubmissionError as error:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says
+                self.jobs[key] = self.executor.submit(run_assignment, meeting, content)
+        except (FailedJobError, FailedSubmissionError) as error:
             raise WorkError(
                 f"{name}: sbatch refused the job: {first_line(error)}; SBATCH_ACCOUNT, SBATCH_QOS, "
                 "SBATCH_TIMELIMIT and other variables of sbatch set what your cluster requires"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
@@ -31,7 +32,13 @@ from robustsoup.training.objectives import Objective, mixed
 from robustsoup.training.optimizer import clip_gradients, make_optimizer, prepare_network
 from robustsoup.training.recomputation import check_recomputation, recomputed_activations
 from robustsoup.training.schedules import check_schedule, learning_rate
-from robustsoup.training.sharing import BatchShare, check_parts
+from robustsoup.training.sharing import (
+    BatchShare,
+    average_statistics,
+    check_same_training,
+    share_loss_pass,
+    synchronised_batchnorm,
+)
 from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
 from robustsoup.training.transforms import take_transform, transform_fingerprint
 
@@ -109,18 +116,21 @@ def train_subspace(
     check_fit(model, data, [*ends, *settings.also])
     check_trainable(model)
     check_training(model, data, settings.batch_size)
-    check_parts(data, settings)
     if settings.recompute_activations:
         check_recomputation(model)
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, None, None, settings)
+    names = [str(threat) for threat in ends]
+    work = [{**to_record(settings), "ends": names, "by": by}, start.digest]
+    check_same_training(data, work, settings, place)
     run = SubspaceRun(model, inputs.to(place), ends, by)
-    work = [run.record, start.digest, data.digest, network_fingerprint(model)]
+    work += [data.digest, network_fingerprint(model)]
     functions = [run.objective.fingerprint, transform_fingerprint(settings)]
     fingerprint = json.dumps([*work, *functions], sort_keys=True)
-    saved = SavedState(state_path, fingerprint)
+    own_path = state_path if distributed.is_first() else None
+    saved = SavedState(own_path, fingerprint)
     with saved.refuse_malformed():
-        run.restore(saved.load())
+        run.restore(distributed.from_first(saved.load))
     run_epochs(run, saved, on_progress, on_epoch)
     identity = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     inherited = inherited_record(run.inputs, origin, start.digest)
@@ -147,21 +157,13 @@ class SubspaceRun:
             settings.label_smoothing
         )
         self.ends = [copy_network(self.model) for _ in threats]
+        self.loss_model = share_loss_pass(self.model, inputs.data)
         self.optimizers = [make_optimizer(end, settings) for end in self.ends]
         self.epochs, self.precision = settings.epochs, settings.precision
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float32)
         self.history: History = []
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The settings as provenance records them."""
-        return {
-            **to_record(self.settings),
-            "ends": [str(threat) for threat in self.threats],
-            "by": self.by,
-        }
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Resume from a saved state; None starts a new run."""
@@ -190,22 +192,25 @@ class SubspaceRun:
         return batches(self.inputs.data, s.batch_size, seed=s.seed, epoch=epoch, skip=skip)
 
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step on a batch and return its loss."""
-        s = self.settings
+        """Take one step on a global batch and return its loss."""
+        s, share = self.settings, BatchShare.of(len(x))
         weights = draw_point(len(self.ends), s.seed, self.step)
         threat, objective = self._goal(weights)
         self.mix(weights)
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        parts, at_point = BatchShare.of(len(x)).split(s.accumulate), replace(s, threat=threat)
+        parts, at_point = share.split(s.accumulate), replace(s, threat=threat)
         self.model.zero_grad(set_to_none=True)
         with recomputed_activations(self.model, s.recompute_activations):
             attacked = attack_parts(
                 self.model, (x, y), at_point, objective, step=self.step, parts=parts
             )
-            loss = add_gradients(
-                self.model, (x, y), attacked, objective, precision=s.precision, parts=parts
-            )
+            with synchronised_batchnorm(self.model, s.batchnorm):
+                loss = add_gradients(
+                    self.loss_model, (x, y), attacked, objective, precision=s.precision, parts=parts
+                )
+        loss = distributed.sum_ranks(loss)
         check_step_loss(self, loss, attacked[0][0])
+        average_statistics(self.model, share, s.batchnorm)
         clip_gradients(self.model, s.clip_grad)
         self._update_ends(weights, before)
         return loss
@@ -376,6 +381,7 @@ def _make_end(
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": run.device.type,
+            **({"processes": distributed.world()} if distributed.world() > 1 else {}),
         },
     }
     return Checkpoint.of(end, record)

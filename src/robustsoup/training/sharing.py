@@ -82,7 +82,7 @@ def check_same_training(
     Raises:
         RequestError: The batch is too small for the ranks or for its parts, or ranks differ.
     """
-    check_parts(data, settings)
+    _check_parts(data, settings)
     world, images = distributed.world(), min(settings.batch_size, len(data))
     if world == 1:
         return
@@ -101,7 +101,7 @@ def check_same_training(
     )
 
 
-def check_parts(data: Split, settings: TrainSettings | LearnSettings) -> None:
+def _check_parts(data: Split, settings: TrainSettings | LearnSettings) -> None:
     """Raise RequestError if a part of an accumulated batch would have fewer than two images."""
     world, images = distributed.world(), min(settings.batch_size, len(data))
     if settings.accumulate > 1 and images < 2 * world * settings.accumulate:
