@@ -2,8 +2,10 @@
 
 import builtins
 import json
+import os
 import pickle
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ from tiny_runs import (
 from robustsoup.cli.options import ClusterOptions
 from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RequestError, StorageError, WorkError
+from robustsoup.interruption import held_signals
 from robustsoup.runs import cluster, ray_pool, slurm_pool
 from robustsoup.runs.cluster import Cluster, Lost
 from robustsoup.runs.execute import MOST_LOSSES
@@ -446,6 +449,23 @@ def test_an_address_where_nothing_answers_is_refused(monkeypatch, tmp_path, addr
     with pytest.raises(RequestError, match="--ray: ") as caught:
         ray_pool.RayPool(address, threads=1, gpus=0).open(meeting_in(tmp_path))
     assert words in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
+def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
+    earlier = signal.getsignal(signal.SIGUSR2)
+    saved = []
+
+    def work(_meeting, _content):
+        with held_signals():  # a step of training
+            signal.raise_signal(getattr(signal, name))
+            saved.append("whole")
+
+    monkeypatch.setattr(slurm_pool, "run_assignment", work)
+    assert slurm_pool.run_job({}, b"") == Lost("the job was told to end")
+    assert saved == ["whole"]
+    assert signal.getsignal(signal.SIGUSR2) is earlier
 
 
 def test_slurm_without_sbatch_is_refused(monkeypatch):

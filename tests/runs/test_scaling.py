@@ -5,7 +5,7 @@ import torch
 from tiny_runs import DATA, MODEL, plan_of
 
 from robustsoup.runs.context import Context
-from robustsoup.runs.scaling import RATES, count_network, predict, simulate
+from robustsoup.runs.scaling import RATES, count_network, exchanged_bytes, predict, simulate
 
 PLAN = plan_of()
 SECONDS = {step.key: float(number % 5 + 1) for number, step in enumerate(PLAN.steps)}
@@ -57,6 +57,14 @@ def test_a_network_is_counted_by_its_layers():
     expected = sum(2 * module.weight.numel() * size.numel() for module, size in shapes.items())
     assert cost.operations == expected
     assert cost.activation_bytes > 0
+
+
+def test_a_subspace_exchanges_the_gradients_of_one_network():
+    subspace = {"threats": ["Linf 64/255", "Linf 16/255"], "epochs": 3, "batch_size": 10**6}
+    (step,) = (s for s in plan_of((("subspace",), subspace)).steps if s.kind == "subspace")
+    cost = count_network(CONTEXT)
+    # A batch larger than the data is one step of an epoch.
+    assert exchanged_bytes(step, CONTEXT, cost) == 3 * cost.weight_bytes
 
 
 def test_a_calculation_needs_no_such_device():

@@ -249,15 +249,19 @@ def test_a_step_that_no_machine_can_run_is_refused(folder, cluster):
     )
 
 
-def test_submitit_repeats_the_step_of_a_killed_job(folder):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("SIGKILL", "job "), ("SIGUSR2", "the job was told to end")]
+)
+def test_submitit_repeats_the_step_of_a_job_that_ends_early(folder, name, reason):
+    """Slurm sends SIGUSR2 before the time limit, as submitit asks for."""
     pytest.importorskip("submitit")
-    process = run(folder, "jobs", "--slurm", "local")
-    status = wait_for(lambda: find_status(folder / "jobs.store", 1), process)
-    os.kill(find_process(status), signal.SIGKILL)
+    process = run(folder, name, "--slurm", "local")
+    status = wait_for(lambda: find_status(folder / f"{name}.store", 1), process)
+    os.kill(find_process(status), getattr(signal, name))
     code, messages = finish(process)
     assert code == 0, messages
-    assert "pretrained: lost its worker (job" in messages
-    check_equal(folder, "jobs")
+    assert f"pretrained: lost its worker ({reason}" in messages
+    check_equal(folder, name)
 
 
 def test_a_partition_that_does_not_exist_is_one_line(tmp_path, monkeypatch, capfd):

@@ -281,10 +281,10 @@ def exchanged_bytes(step: Step, context: Context, cost: NetworkCost) -> int:
     Training sums the gradient of each weight; learning that of each active coefficient, 8 bytes.
     """
     task = step.task
-    if not isinstance(task, TrainNetwork | LearnCoefficients):
+    if not isinstance(task, TrainNetwork | TrainSubspace | LearnCoefficients):
         return 0
-    batches = len(context.data.train) // task.settings.batch_size * task.epochs
-    if isinstance(task, TrainNetwork):
+    batches = max(len(context.data.train) // task.settings.batch_size, 1) * task.epochs
+    if not isinstance(task, LearnCoefficients):
         return batches * cost.weight_bytes
     layers = len(list(context.fresh_network(0).parameters()))
     return round(batches * (1 - task.settings.detach) * layers * len(task.ingredients) * 8)

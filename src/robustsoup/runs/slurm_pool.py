@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from robustsoup.errors import RequestError, WorkError
+from robustsoup.interruption import handled_signals
 from robustsoup.printable import first_line
 from robustsoup.runs.cluster import Lost
 from robustsoup.runs.locks import POLL_SECONDS
@@ -87,7 +89,7 @@ class SlurmPool:
         self.executor.update_parameters(**{parameter: name.replace("/", "-")})
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says
-                self.jobs[key] = self.executor.submit(run_assignment, meeting, content)
+                self.jobs[key] = self.executor.submit(run_job, meeting, content)
         except (FailedJobError, FailedSubmissionError) as error:
             raise WorkError(
                 f"{name}: sbatch refused the job: {first_line(error)}; SBATCH_ACCOUNT, SBATCH_QOS, "
@@ -110,6 +112,23 @@ class SlurmPool:
         end = time.monotonic() + CANCEL_SECONDS
         while time.monotonic() < end and not all(job.done() for job in self.jobs.values()):
             time.sleep(POLL_SECONDS)
+
+
+def run_job(meeting: Meeting, content: bytes) -> Answer | Lost:
+    """Run a step in a job; SIGTERM and the signal before the time limit let it save its state.
+
+    Args:
+        meeting: What is compared first.
+        content: A pickled Assignment.
+    """
+    with handled_signals(restore=True):
+        earlier = signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
+        try:
+            return run_assignment(meeting, content)
+        except KeyboardInterrupt:
+            return Lost("the job was told to end")
+        finally:
+            signal.signal(signal.SIGUSR2, earlier)
 
 
 def _fetch(job: Any) -> Answer | Lost:
