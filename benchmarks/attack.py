@@ -1,20 +1,28 @@
-"""APGD-CE on a robust network: against the physical limit, and against pyautoattack.
+"""APGD-CE beside the physical limit and pyautoattack, for a tiny, a small and a larger network.
 
-    python benchmarks/attack.py [--samples 1000] [--rounds 3] [--small]
+    python benchmarks/attack.py [--tiny 500] [--resnet9 500] [--resnet18 128] [--steps 100]
 
-Each round times, in turn: one pass (forward and input gradient) in both precisions, at the best of
-several batch sizes; robustsoup's evaluation in float32 and with bfloat16 search; and pyautoattack
-at batches of 64, 125, 250 and 500. The physical limit is the time of one pass times the number of
-unavoidable passes: for each attacked sample, up to the step that breaks the sample.
+--tiny, --resnet9 and --resnet18 give numbers of images; 0 leaves a network out. resnet18 takes a
+fifth of the steps. The networks have fresh weights, which take as long as trained ones: an image's
+label is what the network predicts, and at the radius about 60 % of the images survive, as on a
+robust network.
+
+Each round times, in turn: bare passes (forward, cross-entropy and input gradient, nothing else), in
+as many lanes as there are threads, at the best of several sizes; robustsoup's whole evaluation; and
+pyautoattack. The limit is the time of a bare pass times the number of unavoidable passes: for each
+attacked sample, up to the step that breaks it.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from common import (
+    CPU,
     channels_last,
     describe_machine,
     first_images,
@@ -26,60 +34,121 @@ from common import (
 )
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
+from torch.nn import functional
 
 import robustsoup as rs
-from robustsoup.attacks.forward import input_gradient
-from robustsoup.attacks.losses import ce
+from robustsoup.attacks.lanes import lane_count, run_in_lanes
+from robustsoup.attacks.losses import logit_margin
+from robustsoup.data import Split
+from robustsoup.device import autocast
 
-BATCHES = (64, 125, 250, 500)
+PASS_SIZES = (16, 32, 64)
+PEER_BATCH = 125
+"""Batch size at which pyautoattack was fastest (docs/benchmarks.md)."""
+SURVIVORS = 0.6
+PRECISIONS = ("float32", "bfloat16")
 T = TypeVar("T")
 
 
-def time_one_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> float:
-    """Return the seconds of one image's forward and input gradient, at the best batch size."""
-    best = float("inf")
-    for batch in BATCHES:
-        part = channels_last(x[:batch])
-        times = []
-        for _ in range(7):
-            started = time.perf_counter()
-            input_gradient(network, part, y[:batch], ce, precision)
-            times.append(time.perf_counter() - started)
-        best = min(best, statistics.median(times[2:]) / len(part))
+@dataclass(frozen=True)
+class Task:
+    """A network to attack, the images with its own predictions as labels, and the threat."""
+
+    name: str
+    network: nn.Module
+    split: Split
+    threat: rs.ThreatModel
+    steps: int
+
+
+def make_network(name: str, channels: int, pixels: int) -> nn.Module:
+    """Return a network with fresh weights; "tiny" has two convolutions of 16 and 32 channels."""
+    if name != "tiny":
+        return freeze(channels_last_network(rs.load_model(name, channels=channels)))
+    torch.manual_seed(0)
+    tiny = nn.Sequential(
+        *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(32 * (pixels // 4) ** 2, 10)),
+    )
+    return freeze(channels_last_network(tiny))
+
+
+def channels_last_network(network: nn.Module) -> nn.Module:
+    """Return the network with its weights in channels_last memory format."""
+    return network.to(memory_format=torch.channels_last)
+
+
+def make_task(name: str, split: Split, steps: int) -> Task:
+    """Label the images by the network, and choose the radius by its linear approximation."""
+    x, _ = first_images(split, len(split))
+    network = make_network(name, x.shape[1], x.shape[2])
+    labels, distances = [], []
+    for part in x.split(32):
+        point = part.clone().requires_grad_()
+        logits = network(point)
+        margin = logit_margin(logits, logits.argmax(1))
+        (grad,) = torch.autograd.grad(margin.sum(), point)
+        labels.append(logits.argmax(1))
+        distances.append(margin.detach() / grad.flatten(1).abs().sum(1))
+    eps = float(torch.cat(distances).quantile(1 - SURVIVORS))
+    labelled = replace(split, labels=torch.cat(labels))
+    return Task(name, network, labelled, rs.ThreatModel("Linf", eps), steps)
+
+
+def bare_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> None:
+    """Compute the gradient of the cross-entropy with respect to the images."""
+    point = x.detach().requires_grad_()
+    with autocast(x.device, precision, cache=False):
+        logits = network(point)
+    torch.autograd.grad(functional.cross_entropy(logits.float(), y), point)
+
+
+def time_bare_image(task: Task, precision: str) -> float:
+    """Return the seconds of one image's bare pass, in all lanes, at the best size."""
+    x, y = first_images(task.split, max(PASS_SIZES))
+    lanes, best = lane_count(CPU), float("inf")
+    for size in PASS_SIZES:
+        part, passes = channels_last(x[:size]), max(2, 128 // size)
+
+        def run_lane(part: Tensor = part, passes: int = passes) -> None:
+            for _ in range(passes):
+                bare_pass(task.network, part, y[: len(part)], precision)
+
+        run_in_lanes([run_lane] * lanes, CPU)  # warm up
+        started = time.perf_counter()
+        run_in_lanes([run_lane] * lanes, CPU)
+        best = min(best, (time.perf_counter() - started) / (lanes * passes * len(part)))
     return best
 
 
-def attack_with_pyautoattack(
-    network: nn.Module, x: Tensor, y: Tensor, threat: rs.ThreatModel, steps: int, *, batch: int
-) -> Tensor:
+def attack_with_pyautoattack(task: Task) -> Tensor:
     """Return whether each sample is robust, (n,) bool, by pyautoattack in batches."""
+    x, y = first_images(task.split, len(task.split))
     attack = APGDAttack(
-        network, n_iter=steps, norm="Linf", eps=threat.eps, loss="ce", device=x.device.type, seed=0
+        task.network,
+        n_iter=task.steps,
+        norm="Linf",
+        eps=task.threat.eps,
+        loss="ce",
+        device="cpu",
+        seed=0,
     )
-    parts = zip(x.split(batch), y.split(batch), strict=True)
+    parts = zip(x.split(PEER_BATCH), y.split(PEER_BATCH), strict=True)
     points = torch.cat([attack.perturb(images, labels) for images, labels in parts])
     with torch.no_grad():
-        return torch.cat([network(part).argmax(1) for part in points.split(250)]) == y
+        return torch.cat([task.network(part).argmax(1) for part in points.split(250)]) == y
 
 
-def count_passes(verdicts: rs.Evaluation, threat: rs.ThreatModel, steps: int) -> int:
+def count_passes(verdicts: rs.Evaluation, task: Task) -> int:
     """Return the passes that no attack of this length can avoid, given when samples broke."""
-    by, step = (getattr(verdicts.threats[str(threat)], name) for name in ("by", "step"))
+    by, step = (getattr(verdicts.threats[str(task.threat)], name) for name in ("by", "step"))
     broken_under_attack = by > 0
-    return int((step[broken_under_attack] + 1).sum()) + steps * int((by < 0).sum())
+    return int((step[broken_under_attack] + 1).sum()) + task.steps * int((by < 0).sum())
 
 
-def main() -> None:
+def time_task(task: Task, rounds: int) -> None:
     """Time all variants in turn, and print medians and ratios."""
-    options = parse_arguments(__doc__, samples=1000, rounds=3, steps=100)
-    if options.small:
-        options.samples, options.rounds, options.steps = 64, 1, 5
-    task = workload(small=options.small)
-    data, checkpoint = task.load_data(), task.train_ingredient(8)
-    split = data.test.first(min(options.samples, len(data.test)))
-    plain, fast = (freeze(checkpoint.network()) for _ in range(2))
-    fast = fast.to(memory_format=torch.channels_last)
-    x, y = first_images(split, len(split))
     times: dict[str, list[float]] = {}
     robust: dict[str, Tensor] = {}
 
@@ -89,49 +158,57 @@ def main() -> None:
         times.setdefault(name, []).append(time.perf_counter() - started)
         return result
 
-    for _ in range(options.rounds):
-        for precision in ("float32", "bfloat16"):
-
-            def evaluate(precision: str = precision) -> rs.Evaluation:
-                return rs.evaluate(
-                    fast, split, [task.threat], steps=options.steps, precision=precision
-                )
-
+    for _ in range(rounds):
+        for precision in PRECISIONS:
+            attack = partial(rs.evaluate, task.network, task.split, [task.threat])
             name = f"robustsoup, {precision}"
-            verdicts = record(name, evaluate)
+            verdicts = record(name, partial(attack, steps=task.steps, precision=precision))
             robust[name] = verdicts.threats[str(task.threat)].robust
-            passes = count_passes(verdicts, task.threat, options.steps)
-            limit = passes * time_one_pass(fast, x, y, precision)
+            limit = count_passes(verdicts, task) * time_bare_image(task, precision)
             times.setdefault(f"limit, {precision}", []).append(limit)
-        for batch in BATCHES:
-            name = f"pyautoattack, batch {batch}"
-            robust[name] = record(
-                name,
-                lambda batch=batch: attack_with_pyautoattack(
-                    plain, x, y, task.threat, options.steps, batch=batch
-                ),
-            )
-    print(
-        f"{describe_machine()}\n{task.model} on {task.data_name}, {len(y)} images, "
-        f"APGD-CE-{options.steps}, {task.threat}, {options.rounds} rounds; "
-        "medians [minimum, maximum]\n\n| | time | robust |\n|---|---|---|"
-    )
+        robust["pyautoattack"] = record("pyautoattack", partial(attack_with_pyautoattack, task))
+    print(f"\n{task.name}: {len(task.split)} images, {task.steps} steps, {task.threat}\n")
+    print("| | time | robust |\n|---|---|---|")
     print_times(
         times,
         lambda name: f"{100 * float(robust[name].float().mean()):.1f} %" if name in robust else "",
     )
-    best = min(
-        (name for name in times if name.startswith("pyautoattack")),
-        key=lambda name: statistics.median(times[name]),
-    )
-    differ = int((robust["robustsoup, float32"] != robust[best]).sum())
-    print(f"\nbest of pyautoattack: {best}; verdicts that differ in float32: {differ} of {len(y)}")
-    for precision in ("float32", "bfloat16"):
-        ours = f"robustsoup, {precision}"
+    print_ratios(times, rounds)
+
+
+def print_ratios(times: dict[str, list[float]], rounds: int) -> None:
+    """Print the medians over the rounds of the ratios within a round."""
+    for precision in PRECISIONS:
+        ours, limit = times[f"robustsoup, {precision}"], times[f"limit, {precision}"]
+        to_limit = statistics.median(ours[i] / limit[i] for i in range(rounds))
         print(
-            f"{precision}: {ratio(times, ours, f'limit, {precision}'):.2f} x the limit; "
-            f"{ratio(times, best, ours):.2f} x as fast as pyautoattack"
+            f"{precision}: {to_limit:.2f} x the limit; "
+            f"{ratio(times, 'pyautoattack', f'robustsoup, {precision}'):.2f} x as fast as "
+            "pyautoattack"
         )
+
+
+def main() -> None:
+    """Time each network."""
+    options = parse_arguments(__doc__, tiny=500, resnet9=500, resnet18=128, steps=100, rounds=3)
+    numbers = {
+        "tiny": options.tiny,
+        "resnet9:width=16": options.resnet9,
+        "resnet18": options.resnet18,
+    }
+    if options.small:
+        numbers, options.steps, options.rounds = {"tiny": 64, "resnet9:width=4": 64}, 5, 1
+    work = workload(small=options.small)
+    images = work.load_data().test
+    print(
+        f"{describe_machine()}\nAPGD-CE on {work.data_name}, {options.rounds} rounds; medians "
+        f"[minimum, maximum]; pyautoattack in batches of {PEER_BATCH}"
+    )
+    for name, samples in numbers.items():
+        if samples:
+            steps = max(options.steps // 5, 1) if name == "resnet18" else options.steps
+            part = images.first(min(samples, len(images)))
+            time_task(make_task(name, part, steps), options.rounds)
 
 
 if __name__ == "__main__":

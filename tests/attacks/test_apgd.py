@@ -15,7 +15,7 @@ from torch import nn
 from robustsoup.attacks import apgd, apgd_train, pgd, run_attack
 from robustsoup.attacks.losses import ce
 from robustsoup.attacks.projections import move_inside, project, random_start
-from robustsoup.attacks.steps import StepSchedule, cold_noise
+from robustsoup.attacks.steps import StepSchedule, advance, cold_noise, copy_rows, initial_state
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import DataError, Diverged, ModelError, RequestError
 from robustsoup.models import load_model
@@ -638,3 +638,36 @@ def test_invalid_settings_are_refused(wrong, text, form):
     y = torch.zeros(2, dtype=torch.long)
     with pytest.raises(RequestError, match=text):
         form(nn.Flatten(), torch.rand(2, 1, 2, 2), y, "Linf 0.1", **wrong)
+
+
+# one step in place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rows_are_copied_between_memory_formats(dtype, memory_format):
+    source, target = (torch.rand(5, 3, 4, 4, dtype=torch.float64).to(dtype) for _ in range(2))
+    source = source.contiguous(memory_format=torch.channels_last)
+    target = target.contiguous(memory_format=memory_format)
+    before, strides = target.clone(), target.stride()
+    rows = torch.tensor([True, False, True, True, False])
+    copy_rows(rows, source, target)
+    assert torch.equal(target[rows], source[rows])
+    assert torch.equal(target[~rows], before[~rows])
+    assert target.stride() == strides
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_keeps_the_last_point_and_the_memory_format(norm, memory_format):
+    """The format decides which kernels a network runs, and so the bits of its logits."""
+    x = torch.full((4, 3, 6, 6), 0.5).contiguous(memory_format=memory_format)
+    schedule = StepSchedule(norm, ((0.5, 10),))
+    state = initial_state(x, torch.zeros(4, dtype=torch.long), 0.5, x, schedule)
+    for _ in range(3):
+        state.grad.copy_(torch.randn(x.shape))
+        before = state.x_adv.clone()
+        advance(state, norm)
+        assert torch.equal(state.x_prev, before)
+        assert not torch.equal(state.x_adv, before)
+        assert state.x_adv.stride() == state.x_prev.stride() == x.stride()

@@ -195,6 +195,26 @@ def test_hits_of_bfloat16_alone_do_not_count(threat):
     torch.testing.assert_close(found, goal, rtol=2e-2, atol=0)  # refuted hits cost no strength
 
 
+def test_refuted_hits_continue_beside_the_last_searches():
+    """If a hit waited until the other search has ended, its own would add steps of its own."""
+    w, searched, steps = weights(0), [], 12
+    w[0, 4, 4] = 0
+    network, x, y = linear_problem(LINEAR_THREATS[0], w, n=2, gap=0.1)
+    x[:, 0, 4, 4] = torch.tensor([0.0, 1.0])
+
+    class SeesHits(nn.Module):
+        """Under autocast, an image that is bright in the corner looks misclassified."""
+
+        def forward(self, points):
+            searched.append(points.requires_grad)
+            is_marked = (points[:, 0, 4, 4] > 0.5) & torch.is_autocast_enabled("cpu")
+            return network(points) + is_marked[:, None] * torch.tensor([0.0, 100.0])
+
+    result = attack(SeesHits(), x, y, LINEAR_THREATS[0], precision="bfloat16", steps=steps)
+    assert not bool(result.broken.any())
+    assert sum(searched) == steps
+
+
 @pytest.mark.parametrize("threat", LINEAR_THREATS, ids=str)
 def test_hits_that_bfloat16_misses_are_found_at_the_end(threat):
     """No point of the search is a hit; the last and the best point are checked nevertheless."""

@@ -1,5 +1,6 @@
 """Lanes: results keep their order, errors come out, and the number of threads is restored."""
 
+import platform
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from robustsoup.attacks import apgd
-from robustsoup.attacks.lanes import lane_count, run_in_lanes
+from robustsoup.attacks.lanes import keep_freed_memory, lane_count, run_in_lanes
 from robustsoup.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -93,3 +94,14 @@ def test_an_error_of_the_network_comes_out_of_an_attack(set_threads):
         apgd(Fails(), x, x.flatten(1).argmax(1), "Linf 0.1")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert torch.get_num_threads() == 2
+
+
+def test_freed_memory_is_kept_unless_the_user_has_set_up_the_allocator(monkeypatch):
+    keep_freed_memory.cache_clear()
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    keep_freed_memory.cache_clear()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1")
+    assert not keep_freed_memory()
+    keep_freed_memory.cache_clear()

@@ -12,6 +12,7 @@ from robustsoup.attacks.projections import (
     norms,
     project,
     random_start,
+    sort_rows,
 )
 from robustsoup.threats import NORMS, ThreatModel
 
@@ -301,3 +302,10 @@ def test_the_excess_of_ball_and_box(norm):
     outside = torch.tensor([-0.125, 1.125]).view(2, 1, 1, 1)
     excess = constraint_excess(outside, outside.clamp(0, 1), ThreatModel(norm, 0.5))
     torch.testing.assert_close(excess, torch.tensor([0.125, 0.125], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_each_row_is_sorted(dtype):
+    values = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[:, ::7] = 0
+    assert torch.equal(sort_rows(values), values.sort(dim=1).values)

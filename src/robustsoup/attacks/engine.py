@@ -7,7 +7,7 @@ and state, so its verdict does not depend on the batch size, the order or other 
 The search may run in bfloat16. A point that fools the network in the search is checked in
 float32 before it counts, and so is a point that rounding left outside the ball and that was moved
 inside. The last point of every sample (which needs no gradient) and its best point are checked too.
-Rows to check are collected until they fill a whole pass.
+Rows to check are collected until they fill a whole pass, or nothing else can fill their places.
 """
 
 import threading
@@ -31,6 +31,7 @@ from robustsoup.attacks.steps import (
     advance,
     cold_noise,
     concat_states,
+    copy_rows,
     observe,
     start_first_stage,
     start_next_stage,
@@ -289,7 +290,7 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
     is_new = rows.fooled & state.final_stage & ~rows.hit
     if search.needs_check():  # after float32 refuted a hit, check only deeper hits
         is_new &= ~(margin >= state.margin)
-    torch.where(as_column(is_new, state.x), state.x_adv, rows.hit_points, out=rows.hit_points)
+    copy_rows(is_new, state.x_adv, rows.hit_points)
     torch.where(is_new, state.step, rows.hit_step, out=rows.hit_step)
     rows.hit |= is_new
     smallest = torch.minimum(state.margin, margin)
@@ -417,7 +418,12 @@ class Lane:
 
     def _check_is_due(self) -> bool:
         pending = sum(len(items) for items in self.to_check)
-        return pending >= self.search.pass_size or (pending > 0 and not self._is_busy())
+        if pending >= self.search.pass_size or not self._is_busy():
+            return pending > 0
+        # Once the queue is empty nothing else fills the free rows, so a hit that may be refuted
+        # continues at once: after all others it would run its remaining steps almost alone.
+        may_continue = (bool((items.hit & ~items.finished).any()) for items in self.to_check)
+        return len(self.queue) == 0 and any(may_continue)
 
     def _refill(self) -> None:
         free = (self.sample < 0).nonzero().flatten()

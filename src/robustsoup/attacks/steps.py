@@ -15,7 +15,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from robustsoup.attacks.projections import as_column, norms, project, random_start
+from robustsoup.attacks.projections import (
+    as_column,
+    is_numpy_like,
+    norms,
+    project,
+    random_start,
+    sort_rows,
+)
 from robustsoup.settings import SEED_LIMIT
 from robustsoup.threats import ThreatModel
 
@@ -301,10 +308,9 @@ def observe(state: SearchState, loss: Tensor, grad: Tensor, periods: Tensor, nor
         norm: Norm of the threat model.
     """
     better = loss > state.loss_best
-    better_column = as_column(better, grad)
-    state.grad.copy_(grad).nan_to_num_(0.0)
-    torch.where(better_column, state.x_adv, state.x_best, out=state.x_best)
-    torch.where(better_column, state.grad, state.grad_best, out=state.grad_best)
+    torch.nan_to_num(grad, 0.0, out=state.grad)
+    copy_rows(better, state.x_adv, state.x_best)
+    copy_rows(better, state.grad, state.grad_best)
     torch.where(better, loss, state.loss_best, out=state.loss_best)
     torch.where(better, state.step, state.step_best, out=state.step_best)
     has_moved = state.step > 0
@@ -347,16 +353,32 @@ def _count_changed(points: Tensor, x: Tensor) -> Tensor:
 
 
 def _return_to_best(state: SearchState, rows: Tensor) -> None:
-    mask = as_column(rows, state.x)
-    torch.where(mask, state.x_best, state.x_adv, out=state.x_adv)
-    torch.where(mask, state.grad_best, state.grad, out=state.grad)
+    copy_rows(rows, state.x_best, state.x_adv)
+    copy_rows(rows, state.grad_best, state.grad)
+
+
+def copy_rows(rows: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy the rows where `rows` (b,) bool is true from one tensor (b, ...) to another, in place.
+
+    On a CPU only these rows are read and written; a GPU must not wait for their number.
+    """
+    if not is_numpy_like(target):
+        torch.where(as_column(rows, source), source, target, out=target)
+        return
+    # Whole rows are copied fastest by NumPy, in the order of the axes in memory.
+    axes = sorted(range(1, target.dim()), key=target.stride, reverse=True)
+    numbers = rows.numpy().nonzero()[0]
+    target.numpy().transpose(0, *axes)[numbers] = source.numpy().transpose(0, *axes)[numbers]
 
 
 def advance(state: SearchState, norm: str, *, momentum: bool = True) -> None:
     """Move every row to its next point, in place."""
     x_next = _next_l1(state) if norm == "L1" else _next_l2_linf(state, norm, momentum)
-    state.x_prev.copy_(state.x_adv)
-    state.x_adv.copy_(x_next)
+    if x_next.device.type == "cpu" and x_next.stride() == state.x_adv.stride():
+        state.x_prev, state.x_adv = state.x_adv, x_next
+    else:  # a CUDA graph refers to the memory of the state, and the memory format must stay
+        state.x_prev.copy_(state.x_adv)
+        state.x_adv.copy_(x_next)
     state.step.add_(1)
 
 
@@ -393,7 +415,7 @@ def _sparse_sign(grad: Tensor, topk: Tensor) -> Tensor:
     size = grad.abs().flatten(1)
     pixels = size.shape[1]
     rank = ((1.0 - topk) * pixels).clamp(0, pixels - 1).long()
-    threshold = size.sort(dim=1)[0].gather(1, rank.view(-1, 1))
+    threshold = sort_rows(size).gather(1, rank.view(-1, 1))
     return grad.sign() * (grad.abs() >= as_column(threshold, grad))
 
 

@@ -65,6 +65,8 @@ UNBOUNDED_STEPS = 5
 UNBOUNDED_PASSES = 2 * UNBOUNDED_STEPS + 2
 SQUARE_SAMPLES, SQUARE_QUERIES = 16, 400
 """Square attacks 16 samples, and more once each of them gets 400 queries."""
+CPU_PART = 8
+"""Images in a pass of the check on a CPU: a test takes few samples, and all lanes share them."""
 MOST_QUERIES = 5000
 MOST_POINT_BYTES = 64 * 2**20
 """Largest size of an evaluation's points that are kept only for the check of other networks."""
@@ -210,6 +212,12 @@ class _Subject:
     survivors: list[int]
 
     @property
+    def pass_size(self) -> int:
+        """Images in one pass of the check."""
+        size = self.target.pass_size
+        return min(size, CPU_PART) if self.target.device.type == "cpu" else size
+
+    @property
     def loss(self) -> Loss:
         """The loss whose gradient is tested: that of the attack, else cross-entropy."""
         if not self.settings.is_queued:
@@ -313,7 +321,7 @@ class _Subject:
                 target.samples,
                 fetch,
                 selected,
-                size=target.pass_size,
+                size=self.pass_size,
                 device=target.device,
             )[0]
         passes = len(part) * len(others)
@@ -344,7 +352,7 @@ class _Subject:
             index=0,
             attempts=1,
             # A GPU need not fill its whole pass for a few samples.
-            pass_size=min(target.pass_size, -(-len(part) // CPU_PASS_SIZE) * CPU_PASS_SIZE),
+            pass_size=min(self.pass_size, -(-len(part) // CPU_PASS_SIZE) * CPU_PASS_SIZE),
             device=target.device,
         )
         outcome = Outcome.blank(len(target.samples.y))
@@ -363,7 +371,7 @@ class _Subject:
         limits: Limits,
     ) -> Finding:
         """Run a test in passes of fixed size, and count the samples for which it returns true."""
-        target, size = self.target, self.target.pass_size
+        target, size = self.target, self.pass_size
 
         def run_pass(rows: list[int]) -> int:
             padded = torch.tensor(rows + rows[:1] * (size - len(rows)))
