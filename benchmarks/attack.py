@@ -122,22 +122,17 @@ def time_bare_image(task: Task, precision: str) -> float:
     return best
 
 
-def attack_with_pyautoattack(task: Task) -> Tensor:
+def attack_with_pyautoattack(
+    network: nn.Module, x: Tensor, y: Tensor, threat: rs.ThreatModel, steps: int, *, batch: int
+) -> Tensor:
     """Return whether each sample is robust, (n,) bool, by pyautoattack in batches."""
-    x, y = first_images(task.split, len(task.split))
     attack = APGDAttack(
-        task.network,
-        n_iter=task.steps,
-        norm="Linf",
-        eps=task.threat.eps,
-        loss="ce",
-        device="cpu",
-        seed=0,
+        network, n_iter=steps, norm="Linf", eps=threat.eps, loss="ce", device=x.device.type, seed=0
     )
-    parts = zip(x.split(PEER_BATCH), y.split(PEER_BATCH), strict=True)
+    parts = zip(x.split(batch), y.split(batch), strict=True)
     points = torch.cat([attack.perturb(images, labels) for images, labels in parts])
     with torch.no_grad():
-        return torch.cat([task.network(part).argmax(1) for part in points.split(250)]) == y
+        return torch.cat([network(part).argmax(1) for part in points.split(250)]) == y
 
 
 def count_passes(verdicts: rs.Evaluation, task: Task) -> int:
@@ -151,6 +146,7 @@ def time_task(task: Task, rounds: int) -> None:
     """Time all variants in turn, and print medians and ratios."""
     times: dict[str, list[float]] = {}
     robust: dict[str, Tensor] = {}
+    x, y = first_images(task.split, len(task.split))
 
     def record(name: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()
@@ -166,7 +162,8 @@ def time_task(task: Task, rounds: int) -> None:
             robust[name] = verdicts.threats[str(task.threat)].robust
             limit = count_passes(verdicts, task) * time_bare_image(task, precision)
             times.setdefault(f"limit, {precision}", []).append(limit)
-        robust["pyautoattack"] = record("pyautoattack", partial(attack_with_pyautoattack, task))
+        peer = partial(attack_with_pyautoattack, task.network, x, y, task.threat, task.steps)
+        robust["pyautoattack"] = record("pyautoattack", partial(peer, batch=PEER_BATCH))
     print(f"\n{task.name}: {len(task.split)} images, {task.steps} steps, {task.threat}\n")
     print("| | time | robust |\n|---|---|---|")
     print_times(
