@@ -152,6 +152,26 @@ def test_a_gradient_of_other_pixels_is_flagged(data, threat):
     assert checked.record["masking_check"][threat]["gradient"]["flagged"]
 
 
+def hide_half(x):
+    """Return the images, without a gradient in the left half."""
+    return torch.cat([x[..., :4].detach(), x[..., 4:]], dim=-1)
+
+
+@pytest.mark.parametrize("threat", [LINF, "L2 0.05"])
+def test_pixels_whose_gradient_is_hidden_are_flagged(data, threat):
+    checked = evaluate(Wrapped(linear(), before=hide_half), data, [threat], **STEPS)
+    assert checked.record["masking_check"][threat]["gradient"]["flagged"]
+
+
+@pytest.mark.parametrize("threat", [LINF, "L2 0.05"])
+def test_pixels_that_a_network_does_not_see_are_not_flagged(data, threat):
+    cropped = Wrapped(linear(), before=lambda x: nn.functional.pad(x[..., 4:], (4, 0)))
+    split = replace(data, labels=evaluate(cropped, data).prediction)
+    checked = evaluate(cropped, split, [threat], **STEPS)
+    assert checked.warnings == []
+    assert checked.record["masking_check"][threat]["gradient"]["hits"] == 0
+
+
 @pytest.mark.parametrize("attack", ["apgd", "square"])
 def test_saturated_logits_are_flagged_where_the_attack_ends_in_a_tie(data, attack):
     """The gradient is right, but the two highest logits round to the same bound."""

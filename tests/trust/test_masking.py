@@ -50,6 +50,12 @@ def reverse_some(x):
     return torch.where(reverse, 2 * x.detach() - x, x)
 
 
+def hide_columns(x):
+    """Return the images, without a gradient in every other column."""
+    seen = torch.arange(x.shape[-1]) % 2 == 0
+    return torch.where(seen, x, x.detach())
+
+
 MASKED = {
     "reversed gradients": (lambda x: 2 * x.detach() - x, keep),
     "shattered gradients": (lambda x: x + 1e-4 * torch.sin(1e7 * x), keep),
@@ -60,6 +66,7 @@ MASKED = {
     "reversed at some images": (reverse_some, keep),
     "mirrored gradients": (MirroredGradient.apply, keep),
     "transposed gradients": (lambda x: x.detach() + (x - x.detach()).mT, keep),
+    "half of the gradients": (hide_columns, keep),
     "squashed images": (lambda x: torch.tanh(50 * (x - 0.5)) / 2 + 0.5, keep),
     "saturated logits": (keep, lambda logits: 5 * torch.tanh(3 * logits)),
     "flat logits": (keep, lambda logits: logits / 1e4),
@@ -74,6 +81,7 @@ HONEST = {
         keep,
     ),
     "a blur": (lambda x: nn.functional.avg_pool2d(x, 3, 1, 1), keep),
+    "a crop": (lambda x: nn.functional.pad(x[..., 1:], (1, 0)), keep),
     "small logits": (keep, lambda logits: 0.05 * logits),
     "logarithms of probabilities": (keep, lambda logits: logits.log_softmax(1)),
     "bounded logits": (keep, lambda logits: 5 * torch.tanh(logits / 5)),

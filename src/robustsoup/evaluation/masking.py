@@ -3,7 +3,8 @@
 A network can look robust because its gradients point nowhere. After an attack, the check takes a
 random part of the samples that survived it, and tests five things:
 
-- *gradient*: steps along the gradient raise the loss about as much as the gradient promises;
+- *gradient*: steps along the gradient raise the loss about as much as the gradient promises, and
+  pixels without a gradient do not change it;
 - *unbounded*: with the whole box allowed, following the gradient breaks every sample;
 - *transfer*: points found for other networks break no further samples, if the caller has any;
 - *square*: Square, which uses no gradient, breaks no further samples;
@@ -52,10 +53,17 @@ KEPT_PROMISE = 0.05
 """Share of the promised rise of the loss below which a gradient counts as misleading."""
 KEPT_NEARBY = 0.5
 """The same share after a quarter of that step, where the loss of honest networks is straight."""
+HIDDEN_EFFECT = 0.1
+"""Change of the loss above which pixels without a gradient count as hidden. It is relative to
+1 / sqrt(n) of the rise that a step of the same size along the gradient promises, n being the values
+of an image: random steps change the loss by about this much."""
+FEWEST_HIDDEN = 0.05
+"""Share of an image's pixels without a gradient below which they are not tried."""
 LOSS_ROUNDING = 2.0**-20
 """Bound on the rounding of a loss in float32, relative to the largest logit."""
 STEP_PASSES = 4
-"""Passes of two steps along the gradient: a gradient counts as two, and each loss is one."""
+"""Passes of two steps along the gradient: a gradient counts as two, and each loss is one. Images
+with pixels without a gradient take one more."""
 TIED_MARGIN = 1e-3
 """Margin, relative to the range of the clean logits, below which the two highest ones are tied."""
 DLR_SAMPLES = 8
@@ -258,8 +266,9 @@ class _Subject:
         """Count the samples at which a step along the gradient breaks the gradient's promise.
 
         A quarter of the step is tried too. It tells a gradient of other pixels, such as that of the
-        mirrored image, from a loss that curves. An L1 step changes few pixels, and a quarter of it
-        would stay below the levels of a network that rounds its images.
+        mirrored image, from a loss that curves. Pixels without a gradient take random steps of that
+        size: if they change the loss, their gradient is hidden. An L1 step changes few pixels, and
+        a quarter of it would stay below the levels of a network that rounds its images.
         """
 
         @torch.no_grad()
@@ -277,16 +286,26 @@ class _Subject:
             advance(state, norm, momentum=False)
             rounding = LOSS_ROUNDING * logits.abs().amax(1)
 
-            def keeps(points: Tensor, share: float, tolerance: Tensor | float) -> Tensor:
-                promised = (grad.double() * (points - start).double()).flatten(1).sum(1)
+            def promise(points: Tensor) -> Tensor:
+                return (grad.double() * (points - start).double()).flatten(1).sum(1)
+
+            def rise(points: Tensor) -> Tensor:
                 after = loss_without_gradient(model, points, y, loss, "float32")
-                rise = after.double() - before.double()
-                return (promised > 0) & (rise + tolerance > share * promised)  # false for NaN
+                return after.double() - before.double()
+
+            def keeps(points: Tensor, share: float, tolerance: Tensor | float) -> Tensor:
+                promised = promise(points)  # false for NaN
+                return (promised > 0) & (rise(points) + tolerance > share * promised)
 
             promise_kept = keeps(state.x_adv, KEPT_PROMISE, 0.0)
             if norm != "L1":
-                nearby = start + (state.x_adv - start) / 4
-                promise_kept &= keeps(nearby, KEPT_NEARBY, rounding)
+                step = (state.x_adv - start) / 4
+                promise_kept &= keeps(start + step, KEPT_NEARBY, rounding)
+                hidden = grad == 0
+                if bool((hidden.flatten(1).float().mean(1) > FEWEST_HIDDEN).any()):
+                    moved = _move_pixels(start, hidden, noise.to(x.device), step)
+                    usual = promise(start + step) / x[0].numel() ** 0.5
+                    promise_kept &= rise(moved).abs() <= HIDDEN_EFFECT * usual + rounding
             return ~promise_kept
 
         is_ce = loss is ce
@@ -383,6 +402,19 @@ class _Subject:
         passes = [partial(run_pass, part[i : i + size]) for i in range(0, len(part), size)]
         hits = sum(run_in_lanes(passes, target.device))
         return Finding(hits, len(part), passes_each * len(part), limits.tolerated)
+
+
+def _move_pixels(x: Tensor, pixels: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+    """Return images some of whose pixels took random steps, inside the box.
+
+    Args:
+        x: (b, c, h, w) images in [0, 1].
+        pixels: (b, c, h, w) bool, the pixels.
+        noise: (b, c, h, w) random numbers of both signs.
+        step: (b, c, h, w) steps of the other pixels; its root mean square is the size of a step.
+    """
+    size = step.flatten(1).square().mean(1).sqrt()[:, None, None, None]
+    return torch.where(pixels, (x + size * noise.sign()).clamp(0, 1), x)
 
 
 def _shuffle_by_id(samples: Tensor, ids: Tensor, seed: int) -> list[int]:
