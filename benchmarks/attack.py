@@ -45,7 +45,7 @@ from robustsoup.device import autocast
 PASS_SIZES = (16, 32, 64)
 PEER_BATCH = 125
 """Batch size at which pyautoattack was fastest (docs/benchmarks.md)."""
-SURVIVORS = 0.6
+SURVIVORS, LARGEST_RADIUS = 0.6, 0.25
 PRECISIONS = ("float32", "bfloat16")
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def channels_last_network(network: nn.Module) -> nn.Module:
 
 
 def make_task(name: str, split: Split, steps: int) -> Task:
-    """Label the images by the network, and choose the radius by its linear approximation."""
+    """Label the images by the network; the search for a radius starts where a linear one ends."""
     x, _ = first_images(split, len(split))
     network = make_network(name, x.shape[1], x.shape[2])
     labels, distances = [], []
@@ -93,7 +93,20 @@ def make_task(name: str, split: Split, steps: int) -> Task:
         distances.append(margin.detach() / grad.flatten(1).abs().sum(1))
     eps = float(torch.cat(distances).quantile(1 - SURVIVORS))
     labelled = replace(split, labels=torch.cat(labels))
-    return Task(name, network, labelled, rs.ThreatModel("Linf", eps), steps)
+    threat = rs.ThreatModel("Linf", grow_radius(network, *first_images(labelled, 32), eps))
+    return Task(name, network, labelled, threat, steps)
+
+
+def grow_radius(network: nn.Module, x: Tensor, y: Tensor, eps: float) -> float:
+    """Return a radius from eps on at which few enough images survive ten steps."""
+    while eps < LARGEST_RADIUS:
+        points = rs.apgd(network, x, y, f"Linf {eps}", steps=10)
+        with torch.no_grad():
+            survivors = float((network(points).argmax(1) == y).float().mean())
+        if survivors <= SURVIVORS:
+            break
+        eps *= 1.3
+    return eps
 
 
 def bare_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> None:
