@@ -7,9 +7,11 @@ from small_data import write_images
 
 import robustsoup as rs
 from robustsoup.data import data_root
+from robustsoup.errors import RequestError
 from robustsoup.paths import expand_home, user_path
 from robustsoup.recipes import load_recipe
 from robustsoup.runs.store import Store
+from robustsoup.soups.coefficients import load_coefficients
 
 
 @pytest.fixture
@@ -67,3 +69,17 @@ def test_the_paths_of_a_recipe_may_start_with_the_home_folder(home):
     assert recipe.data == f"folder:{home / 'images'}"
     assert recipe.ingredients["low"].checkpoint == str(home / "low.safetensors")
     assert recipe.ingredients["high"].checkpoint == str(home / "high.safetensors")
+
+
+def test_a_path_with_a_nul_is_refused_in_one_line():
+    with pytest.raises(RequestError, match="without NUL characters") as caught:
+        user_path("a\0b.safetensors")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("path", ["~/a\0b.safetensors", "a\0b.pth"])
+def test_readers_refuse_a_path_with_a_nul(path):
+    with pytest.raises(RequestError, match="without NUL characters"):
+        rs.Checkpoint.load(path)
+    with pytest.raises(RequestError, match="without NUL characters"):
+        load_coefficients(path)

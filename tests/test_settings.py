@@ -20,6 +20,7 @@ from robustsoup.settings import (
     TrainSettings,
     accepts_settings,
     make_settings,
+    parse_numbers,
     rules,
     to_record,
 )
@@ -120,3 +121,19 @@ def test_settings_and_catalog_do_not_import_torch():
     script = "import sys, robustsoup.settings, robustsoup.catalog; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("1/3, 2/3", (1 / 3, 2 / 3)), ("-0.5,1e-3,+2", (-0.5, 0.001, 2.0)), (" 1 ", (1.0,))],
+)
+def test_numbers_may_be_fractions(text, numbers):
+    assert parse_numbers(text) == numbers
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,", "1/0", "0.5/2", "1/2/3", "nan", "inf", "1e999999999", "8E" + 60 * "8", "x"]
+)
+def test_what_is_no_finite_number_is_refused_at_once(text):
+    with pytest.raises(ValueError, match=r"."):
+        parse_numbers(text)

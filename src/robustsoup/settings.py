@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_args
 
@@ -239,9 +238,18 @@ def parse_numbers(text: str) -> tuple[float, ...]:
         ValueError: The text is something else.
     """
     try:
-        return tuple(float(Fraction(number.strip())) for number in text.split(","))
+        return tuple(map(_parse_number, text.split(",")))
     except (ZeroDivisionError, OverflowError) as error:
         raise ValueError(str(error)) from None
+
+
+def _parse_number(text: str) -> float:
+    """Return a finite number or a fraction of integers; Fraction would write out 1e999999999."""
+    numerator, slash, denominator = text.partition("/")
+    number = int(numerator) / int(denominator) if slash else float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text.strip()} is no finite number")
+    return number
 
 
 def _check_parts(settings: Any) -> None:
