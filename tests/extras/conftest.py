@@ -4,7 +4,7 @@ import importlib.util
 import sys
 
 import pytest
-import torch
+from torchvision_operators import declare_operators
 
 MISSING = [
     name
@@ -24,18 +24,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _torchvision_beside_any_pytorch():
-    """Declare two compiled operators that torchvision from PyPI lacks beside a CPU build.
-
-    torchvision refers to them when it is imported; no classifier calls them.
-    """
-    if MISSING:
-        yield
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield library
+    if not MISSING:
+        declare_operators()
 
 
 @pytest.fixture(autouse=True, scope="session")

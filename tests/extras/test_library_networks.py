@@ -347,6 +347,7 @@ def test_a_wrong_folder_is_one_line_and_runs_no_code(tmp_path, content, text):
         ({"nested": {"size": -(10**7)}}, "size: got -10000000, expected at most 1,000,000"),
         ({"hidden_size": 65_536, "intermediate_size": 65_536}, "more than 2,147,483,648 weights"),
         ({"image_size": 1_000_000}, "more than 2,147,483,648 weights"),
+        ({"id2label": dict.fromkeys(map(str, range(50_001)))}, "expected at most 50,000"),
         *(
             ({key: "kernels-community/flash-attn"}, "expected eager or sdpa")
             for key in ("_attn_implementation", "attn_implementation")

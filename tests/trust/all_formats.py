@@ -6,6 +6,7 @@ import json
 import torch
 from stored_files import FORMATS, describe
 from synthetic_results import make_results
+from torchvision_operators import declare_operators
 
 from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts
@@ -160,6 +161,7 @@ def save_configuration(folder):
 
 def read_configuration(path):
     """Build the network that a configuration describes."""
+    declare_operators()
     return build_network(NetworkSettings(f"hf:{path.parent}", classes=10, channels=3))
 
 

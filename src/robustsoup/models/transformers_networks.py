@@ -43,6 +43,8 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 MOST_MODULES = 3_000
 """Largest number of modules of a network that a configuration describes, some times what published
 networks have; as many are built in less than a second."""
+MOST_ENTRIES = 50_000
+"""Largest number of entries of an object in a configuration, such as names of classes."""
 LARGEST_NUMBER = 1_000_000
 """Largest integer in a configuration: a size, a token or a class."""
 _DEPTHS = re.compile("layers|depth")
@@ -116,12 +118,8 @@ def _check_description(document: object, network: LibrarySpec, key: str = "") ->
         ModelError: Names the first key that does.
     """
     if isinstance(document, dict):
+        _check_names(document, network, key)
         for name, value in document.items():
-            if name in _FETCHING_KEYS and value:
-                raise network.refuse(
-                    f"config.json asks for {name}, which loads code or weights; "
-                    "a configuration may only describe a network"
-                )
             _check_description(value, network, key if "attn_implementation" in key else name)
     elif isinstance(document, list):
         for value in (*document, _count_layers(document, key)):
@@ -136,6 +134,20 @@ def _check_description(document: object, network: LibrarySpec, key: str = "") ->
         if not abs(document) <= most:
             raise network.refuse(
                 f"config.json: {key}: got {document:.9g}, expected at most {most:,}"
+            )
+
+
+def _check_names(entries: dict[str, object], network: LibrarySpec, key: str) -> None:
+    """Check that an object holds not too many entries, and none that fetches something."""
+    if len(entries) > MOST_ENTRIES:
+        raise network.refuse(
+            f"config.json: {key}: got {len(entries):,} entries, expected at most {MOST_ENTRIES:,}"
+        )
+    for name in _FETCHING_KEYS:
+        if entries.get(name):
+            raise network.refuse(
+                f"config.json asks for {name}, which loads code or weights; "
+                "a configuration may only describe a network"
             )
 
 
