@@ -143,8 +143,8 @@ def _check_names(entries: dict[str, object], network: LibrarySpec, key: str) -> 
         raise network.refuse(
             f"config.json: {key}: got {len(entries):,} entries, expected at most {MOST_ENTRIES:,}"
         )
-    for name in _FETCHING_KEYS:
-        if entries.get(name):
+    for name, value in entries.items():
+        if name in _FETCHING_KEYS and value:
             raise network.refuse(
                 f"config.json asks for {name}, which loads code or weights; "
                 "a configuration may only describe a network"
