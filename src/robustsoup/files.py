@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from robustsoup.archives import seal_archive
-from robustsoup.errors import StorageError
+from robustsoup.errors import RequestError, StorageError
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.paths import user_path
 
@@ -172,11 +172,11 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     Raises:
         OSError: The file is missing, unreadable, or not a regular file; `strerror` is the reason.
     """
-    path = user_path(path)
     try:
-        _require_regular(path.stat().st_mode, path)
-    except ValueError as error:  # a null character, which no file name has
-        raise OSError(errno.EINVAL, str(error), str(path)) from None
+        path = user_path(path)
+    except RequestError as error:  # no file has such a name
+        raise OSError(errno.EINVAL, str(error)) from None
+    _require_regular(path.stat().st_mode, path)
     # The flag keeps the call from waiting if a FIFO took the file's place in between.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     try:
