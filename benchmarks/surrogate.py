@@ -269,9 +269,9 @@ def describe_seconds(way: str, tally: Tally, table: HitTable) -> str:
         return "-"
     attacked = statistics.mean(tally.attacked)
     passed = attacked if way in ("greedy", "learned") else total  # clean passes
-    own = passed * costs["clean"] + attacked * costs["attack"] + statistics.mean(tally.seconds)
-    own += costs["learned"] if way == "learned" else 0
-    return f"{own / (total * (costs['clean'] + costs['attack'])):.2f}"
+    seconds = passed * costs["clean"] + attacked * costs["attack"] + statistics.mean(tally.seconds)
+    seconds += costs["learned"] if way == "learned" else 0
+    return f"{seconds / (total * (costs['clean'] + costs['attack'])):.2f}"
 
 
 def replay_grid(title: str, table: HitTable, others: HitTable, threat: str, halves: int) -> None:

@@ -116,15 +116,15 @@ def take_learning_step(objective, batchnorm, accumulate=None):
     return loss, {"alpha": by_alpha[0]}, dict(run.model.named_buffers()), counted
 
 
-def train_until(step, path):
-    """Train; rank 1 receives SIGTERM after a step."""
+def train_until(step, train_in, place):
+    """Train by `train_shared` or `train_line`; rank 1 receives SIGTERM after a step."""
 
     def terminate(done, _total, _figures):
         if done == step and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with handled_signals(restore=True):
-        return train_shared(path, terminate)
+        return train_in(place, terminate)
 
 
 def train_shared(path, on_progress=None):
@@ -143,19 +143,11 @@ def train_shared(path, on_progress=None):
     return trained.provenance
 
 
-def train_line_until(step, folder):
-    """Train a line, each rank with a file of its own; rank 1 receives SIGTERM after a step."""
-
-    def terminate(done, _total, _figures):
-        if done == step and distributed.rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with handled_signals(restore=True):
-        return train_line(folder, terminate)
-
-
 def train_line(folder, on_progress=None):
-    """Train a line for two epochs of three steps; return the record of an end."""
+    """Train a line for two epochs of three steps, each rank with a file of its own.
+
+    Returns the record of an end.
+    """
     ends = train_subspace(
         fresh_network(),
         DATA,
@@ -187,11 +179,11 @@ def normalise_in_sync():
         shape = (2, IMAGES, 3, 5) if isinstance(layer, nn.BatchNorm1d) else (2, IMAGES, 3, 4, 5)
         passes = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + number
         weights = torch.randn(shape[1:], generator=generator, dtype=torch.float64)
-        own = [share.take(batch).requires_grad_() for batch in passes]
+        parts = [share.take(batch).requires_grad_() for batch in passes]
         with synchronised_batchnorm(layer, "sync"):
-            outputs = [layer(batch) for batch in own]
+            outputs = [layer(batch) for batch in parts]
             loss = sum((output * share.take(weights)).square().sum() for output in outputs)
-            grads = torch.autograd.grad(loss, own)
+            grads = torch.autograd.grad(loss, parts)
         results.append(([output.detach() for output in outputs], grads, layer.state_dict()))
     return results
 

@@ -11,7 +11,6 @@ from shared_steps import (
     take_training_step,
     train_in_batches,
     train_line,
-    train_line_until,
     train_shared,
     train_until,
 )
@@ -116,7 +115,7 @@ def test_shares_are_the_global_batch_in_the_order_of_ranks(monkeypatch):
 
 def test_a_signal_in_one_rank_ends_all_after_the_same_step(tmp_path):
     path = tmp_path / "state.pt"
-    ended = run_ranks(2, train_until, 2, path)
+    ended = run_ranks(2, train_until, 2, train_shared, path)
     assert [type(end) for end in ended] == [KeyboardInterrupt] * 2
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
     for record in run_ranks(3, train_shared, path):
@@ -126,7 +125,7 @@ def test_a_signal_in_one_rank_ends_all_after_the_same_step(tmp_path):
 
 
 def test_ranks_that_train_a_subspace_share_one_state(tmp_path):
-    ended = run_ranks(2, train_line_until, 2, tmp_path)
+    ended = run_ranks(2, train_until, 2, train_line, tmp_path)
     assert [type(end) for end in ended] == [KeyboardInterrupt] * 2
     assert [file.name for file in tmp_path.iterdir()] == ["0.pt"]
     for record in run_ranks(3, train_line, tmp_path):

@@ -294,7 +294,8 @@ class _Subject:
                 return after.double() - before.double()
 
             def keeps(points: Tensor, share: float, tolerance: Tensor | float) -> Tensor:
-                promised = promise(points)  # false for NaN
+                promised = promise(points)
+                # Comparisons with NaN are false.
                 return (promised > 0) & (rise(points) + tolerance > share * promised)
 
             promise_kept = keeps(state.x_adv, KEPT_PROMISE, 0.0)

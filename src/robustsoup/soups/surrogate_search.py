@@ -276,7 +276,6 @@ class _Refits:
             for measure in search.measures
         }
         self.fitted = self._fit(self.rows)
-        self.tested = self._fit([row for row in self.rows if row not in search.test_rows])
         self.shares: dict[str, Floats] = {
             CLEAN_KEY: np.array([accuracy.value for accuracy in search.clean]),
             **{name: to_share(fitted.predict()) for name, fitted in self.fitted.items()},
@@ -321,6 +320,11 @@ class _Refits:
             bound = share if search.goal.point else lower_bounds(share, self.samples)
             shortfall = shortfall + np.clip(item.threshold - bound, 0, None)
         return np.where(shortfall > 0, -1 - shortfall, value)
+
+    @cached_property
+    def tested(self) -> dict[str, FittedMap]:
+        """The model of each measure without the test soups."""
+        return self._fit([row for row in self.rows if row not in self.search.test_rows])
 
     @cached_property
     def fits_hold(self) -> bool:
