@@ -7,7 +7,9 @@
 Each [soups.line-S] is a line of soups between two networks that were fine-tuned with seed S. Every
 other ingredient NAME-S is a network fine-tuned for one point of the trade-off. The table compares
 it with the line at the same clean accuracy on the split that reports, interpolated between
-neighbouring soups. For one seed, intervals are percentile bootstraps over the samples (5,000 draws
+neighbouring soups. Other lines of two ingredients, such as [soups.far], are compared with the
+networks of the first seed, and the mean of several networks, as [soups.seeds], with each of them.
+For one seed, intervals are percentile bootstraps over the samples (5,000 draws
 shared by all networks, so clean accuracies and interpolation vary with them); for several seeds,
 Student's t over the seeds. All intervals are 95 %, in points. --pack also writes the verdicts of
 all networks, one bit each.
@@ -15,11 +17,11 @@ all networks, one bit each.
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from claims import RunResults, count_seeds, format_interval, table_head
+from claims import Row, RunResults, count_seeds, format_interval, table_head
 from common import run_recipe_small
 
 import robustsoup as rs
@@ -45,12 +47,16 @@ def draw_on_line(run: RunResults, line: list[str], clean: np.ndarray, threat: st
 
 def list_lines(run: RunResults) -> dict[str, list[str]]:
     """Return the names of the networks of each [soups.line-S], with its ends, by S."""
-    lines = {}
-    for section, rows in run.rows_by_section("line").items():
-        if section.startswith("line-"):
-            ends = rows[0]["ingredients"]
-            lines[section.removeprefix("line-")] = [*ends, *(row["name"] for row in rows)]
-    return lines
+    return {
+        section.removeprefix("line-"): list_networks(rows)
+        for section, rows in run.rows_by_section("line").items()
+        if section.startswith("line-")
+    }
+
+
+def list_networks(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the ends of a line and of its soups."""
+    return [*rows[0]["ingredients"], *(row["name"] for row in rows)]
 
 
 def list_points(run: RunResults, lines: dict[str, list[str]]) -> Iterator[str]:
@@ -78,6 +84,41 @@ def print_table(run: RunResults) -> None:
             gains = [line - own for line, own in zip(on_lines, robusts, strict=True)]
             cells = [format_interval(draws, sign=False) for draws in (cleans, robusts, on_lines)]
             print(f"| {point} | {' | '.join(cells)} | {format_interval(gains)} |")
+        print_other_lines(run, threat, seed=next(iter(lines)))
+        print_means(run, threat)
+
+
+def print_other_lines(run: RunResults, threat: str, seed: str) -> None:
+    """Print the networks of one seed beside the lines that are not named after a seed."""
+    for section, rows in run.rows_by_section("line").items():
+        if section.startswith("line-"):
+            continue
+        print(f"\n**[soups.{section}], {', '.join(rows[0]['ingredients'])}** (one seed)\n")
+        print(table_head("fine-tuned", "clean", "robust", "line, robust", "line minus fine-tuned"))
+        for row in run.results["rows"]:
+            name = row["name"]
+            if row["role"] != "ingredient" or name.rpartition("-")[2] != seed:
+                continue
+            clean, robust = (run.draw_accuracy(name, measure) for measure in ("clean", threat))
+            line = draw_on_line(run, list_networks(rows), clean, threat)
+            cells = [format_interval([draws], sign=False) for draws in (clean, robust, line)]
+            print(f"| {name} | {' | '.join(cells)} | {format_interval([line - robust])} |")
+
+
+def print_means(run: RunResults, threat: str) -> None:
+    """Print the means of several networks minus each of them, and minus their mean accuracy."""
+    for section, (row,) in run.rows_by_section("uniform").items():
+        print(f"\n**[soups.{section}]** (one soup)\n")
+        print(table_head("soup minus", "clean", "robust"))
+        draws = {
+            name: [run.draw_accuracy(name, measure) for measure in ("clean", threat)]
+            for name in (row["name"], *row["ingredients"])
+        }
+        soup = draws.pop(row["name"])
+        draws["their mean"] = list(np.mean(list(draws.values()), axis=0))
+        for name, other in draws.items():
+            gains = [format_interval([a - b]) for a, b in zip(soup, other, strict=True)]
+            print(f"| {name} | {' | '.join(gains)} |")
 
 
 def pack(run: RunResults) -> HitTable:

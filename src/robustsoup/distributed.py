@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from robustsoup.errors import RequestError, WorkError
 from robustsoup.printable import first_line
+from robustsoup.stamp import NOT_INSTALLED, installed_release
 
 if TYPE_CHECKING:
     import torch
@@ -132,12 +133,10 @@ def start() -> None:
 
 def required_versions() -> dict[str, str]:
     """Return the versions that all processes of a run must have, by what they are."""
-    import importlib.metadata
-
     import torch
 
     return {
-        "version of robustsoup": importlib.metadata.version("robustsoup"),
+        "version of robustsoup": installed_release() or NOT_INSTALLED,
         "version of PyTorch": torch.__version__,
     }
 

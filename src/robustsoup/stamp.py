@@ -14,12 +14,15 @@ FORMAT = 1
 A change that would make an older release misread a file raises this number.
 """
 
+NOT_INSTALLED = "not installed"
+"""What stands for the version where robustsoup runs from a source tree."""
+
 _RELEASE_KEY = "robustsoup"
 
 
 def stamp_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with the format number and the release that writes it."""
-    return {**record, "format": FORMAT, _RELEASE_KEY: _installed_release()}
+    return {**record, "format": FORMAT, _RELEASE_KEY: installed_release()}
 
 
 def is_stamped(record: Mapping[str, Any]) -> bool:
@@ -46,7 +49,8 @@ def unstamp_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> d
 
 
 @functools.cache
-def _installed_release() -> str | None:
+def installed_release() -> str | None:
+    """Return the version of the installed package; None for a source tree on the import path."""
     try:
         return importlib.metadata.version("robustsoup")
     except importlib.metadata.PackageNotFoundError:

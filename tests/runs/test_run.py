@@ -1,6 +1,7 @@
 """A whole run: steps, results, files and selection."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from robustsoup.runs.results import Results
 from robustsoup.runs.run import prepare_run
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.mixing import mix
-from robustsoup.stamp import stamp_record
+from robustsoup.stamp import installed_release, stamp_record
 from robustsoup.training.train import train
 
 
@@ -148,6 +149,20 @@ def test_running_again_executes_no_step(copied):
     assert [modification_times(place) for place in places] == before
     assert [row["name"] for row in results["rows"]] == ROWS
     assert find_leftovers(folder) == find_leftovers(store) == []
+
+
+def test_a_source_tree_that_is_not_installed_runs_recipes(copied, monkeypatch):
+    """Its version is not known: the run ended in an error once all its work was done."""
+
+    def find_no_version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", find_no_version)
+    installed_release.cache_clear()
+    results, _, reporter = run_recipe(recipe_of(), copied[0].with_name("source-tree"))
+    installed_release.cache_clear()
+    assert reporter.finished_steps == []
+    assert results["versions"]["robustsoup"] == "not installed"
 
 
 def test_two_recipes_share_common_steps(copied):

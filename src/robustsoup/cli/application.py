@@ -33,9 +33,10 @@ from robustsoup.cli.showing import show_command
 from robustsoup.cli.terminal import print_error, print_line, print_text, print_warning
 from robustsoup.cli.training import train_command
 from robustsoup.cli.verifying import verify_command
-from robustsoup.cli.versions import list_versions, package_version
+from robustsoup.cli.versions import list_versions
 from robustsoup.errors import RequestError, RobustsoupError, StorageError, WorkError
 from robustsoup.interruption import INTERRUPTED, signal_received
+from robustsoup.stamp import NOT_INSTALLED, installed_release
 
 COMMANDS = {
     "demo": demo_command,
@@ -84,7 +85,7 @@ def show_version(
 ) -> None:
     """Print versions, or help if there is no command."""
     if version:
-        print_line(f"robustsoup {package_version('robustsoup')}")
+        print_line(f"robustsoup {installed_release() or NOT_INSTALLED}")
         if verbose:
             for name, installed in list_versions().items():
                 print_line(f"{name} {installed or 'not installed'}")
