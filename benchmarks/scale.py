@@ -1,6 +1,6 @@
 """Measure many processes on one machine: torchrun, Ray with a killed worker, submitit.
 
-    python benchmarks/scale.py            # CIFAR-10, about an hour on two quiet cores
+    python benchmarks/scale.py            # a quarter of CIFAR-10; half an hour on two quiet cores
     python benchmarks/scale.py --small    # digits: shows that it works; the times are meaningless
 
 It needs the extras ray and slurm (`make scale` installs them), and prints the tables of
@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from common import describe_machine, parse_arguments
+
+import robustsoup as rs
 
 LAYOUTS = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 1": (2, 1), "3 x 1": (3, 1)}
 """Processes and threads of each."""
@@ -78,7 +80,7 @@ def time_layouts(folder: Path, *, small: bool) -> None:
     """Print the times of train, learn and evaluate by number of processes and threads."""
     data, model, samples, steps = ("digits", "resnet9:width=4", 100, 5)
     if not small:
-        data, model, samples, steps = ("cifar10", "resnet9:width=16", 500, 100)
+        data, model, samples, steps = (save_quarter(folder), "resnet9:width=16", 500, 100)
     threat = ("--data", data, "--threat", "Linf 8/255")
     fitted = (*threat, "--epochs", 1, "--precision", "float32")
     attack = (*threat, "--samples", samples, "--steps", steps, "--precision", "float32")
@@ -103,6 +105,21 @@ def time_layouts(folder: Path, *, small: bool) -> None:
     if not all(np.array_equal(first, other) for other in verdicts.values()):
         sys.exit("verdicts differ between numbers of processes")
     print(f"\nThe verdicts ({len(first)} bytes) are the same for all of them.")
+
+
+def save_quarter(folder: Path) -> str:
+    """Write a quarter of CIFAR-10's training images and 1,000 test images; return their name."""
+    data = rs.load_data("cifar10")
+    arrays = {
+        f"{kind}_{split}": values.numpy()
+        for split, part, rows in (
+            ("train", data.train, slice(None, None, 4)),
+            ("test", data.test, slice(1000)),
+        )
+        for kind, values in (("x", part.images[rows]), ("y", part.labels[rows]))
+    }
+    np.savez(folder / "quarter.npz", **arrays)
+    return "npz:quarter.npz"
 
 
 def load_verdicts(folder: Path) -> np.ndarray:
