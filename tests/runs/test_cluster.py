@@ -26,7 +26,8 @@ from tiny_runs import (
     without_times,
 )
 
-from robustsoup.cli.options import ClusterOptions
+from robustsoup.cli import recipe_runs
+from robustsoup.cli.options import ClusterOptions, RunOptions
 from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RequestError, StorageError, WorkError
 from robustsoup.interruption import held_signals
@@ -435,6 +436,14 @@ def test_a_missing_extra_is_named(without_extras, make, words):
     assert str(caught.value) == words
 
 
+@pytest.mark.parametrize(("option", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_missing_extra_is_named_before_data_is_read(without_extras, tmp_path, option, package):
+    recipe = recipe_of([(("data",), f"npz:{tmp_path / 'absent.npz'}")])
+    pools = ClusterOptions(**{option: "local"})
+    with pytest.raises(RequestError, match=f"^{package} is not installed"):
+        recipe_runs.run_recipe(recipe, tmp_path / "run", RunOptions(), cluster=pools)
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
@@ -445,7 +454,7 @@ def test_a_missing_extra_is_named(without_extras, make, words):
     ],
 )
 def test_an_address_where_nothing_answers_is_refused(monkeypatch, tmp_path, address, words):
-    monkeypatch.setattr(ray_pool, "_import_ray", lambda: builtins)
+    monkeypatch.setattr(ray_pool, "import_ray", lambda: builtins)
     with pytest.raises(RequestError, match="--ray: ") as caught:
         ray_pool.RayPool(address, threads=1, gpus=0).open(meeting_in(tmp_path))
     assert words in str(caught.value)
@@ -469,7 +478,7 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
 
 
 def test_slurm_without_sbatch_is_refused(monkeypatch):
-    monkeypatch.setattr(slurm_pool, "_import_submitit", lambda: builtins)
+    monkeypatch.setattr(slurm_pool, "import_submitit", lambda: builtins)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RequestError, match="sbatch is not found"):
         slurm_pool.SlurmPool("gpu", threads=1, gpus=0)

@@ -112,6 +112,7 @@ def run_recipe(
     cluster = cluster or ClusterOptions()
     if cluster.named and distributed.world() > 1:
         raise RequestError("--ray and --slurm start processes themselves; run without torchrun")
+    require_pool(cluster)
     part_samples = cluster.part_samples if cluster.named else None
     prepared = prepare_recipe(recipe, run, data_root, part_samples)
     print_leakage(prepared.leakage)
@@ -137,6 +138,18 @@ def run_recipe(
         print_results(results, page)
     code = 0 if results.selection is None else results.selection.exit_code
     return distributed.from_first(lambda: code)
+
+
+def require_pool(cluster: ClusterOptions) -> None:
+    """Raise RequestError if the extra that a cluster requires is not installed."""
+    if cluster.ray is not None:
+        from robustsoup.runs.ray_pool import import_ray
+
+        import_ray()
+    if cluster.slurm is not None:
+        from robustsoup.runs.slurm_pool import import_submitit
+
+        import_submitit()
 
 
 def open_executor(

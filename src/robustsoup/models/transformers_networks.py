@@ -141,7 +141,8 @@ def _check_names(entries: dict[str, object], network: LibrarySpec, key: str) -> 
     """Check that an object holds not too many entries, and none that fetches something."""
     if len(entries) > MOST_ENTRIES:
         raise network.refuse(
-            f"config.json: {key}: got {len(entries):,} entries, expected at most {MOST_ENTRIES:,}"
+            f"config.json: {f'{key}: ' if key else ''}got {len(entries):,} entries, "
+            f"expected at most {MOST_ENTRIES:,}"
         )
     for name, value in entries.items():
         if name in _FETCHING_KEYS and value:

@@ -39,7 +39,7 @@ class RayPool:
 
     def __init__(self, address: str, *, threads: int, gpus: int) -> None:
         self.address, self.threads, self.gpus = address, threads, gpus
-        self.ray: ModuleType = _import_ray()
+        self.ray: ModuleType = import_ray()
         self.tasks: dict[Any, Key] = {}  # keys by reference of the result
 
     def open(self, meeting: Meeting) -> str:
@@ -142,7 +142,8 @@ class RayPool:
             self.ray.shutdown()
 
 
-def _import_ray() -> ModuleType:
+def import_ray() -> ModuleType:
+    """Return the module ray; RequestError where it is not installed."""
     try:
         import ray
     except ImportError:

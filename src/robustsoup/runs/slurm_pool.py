@@ -43,7 +43,7 @@ class SlurmPool:
 
     def __init__(self, partition: str, *, threads: int, gpus: int) -> None:
         self.partition, self.threads, self.gpus = partition, threads, gpus
-        self.submitit: ModuleType = _import_submitit()
+        self.submitit: ModuleType = import_submitit()
         self.most_at_once = MOST_JOBS
         if partition == LOCAL:  # which starts every job at once
             self.most_at_once = max(1, _count_cores() // threads)
@@ -156,7 +156,8 @@ def _count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _import_submitit() -> ModuleType:
+def import_submitit() -> ModuleType:
+    """Return the module submitit; RequestError where it is not installed."""
     try:
         import submitit
     except ImportError:
