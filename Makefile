@@ -35,7 +35,7 @@ test-scale: $(VENV)/.installed-scale
 	$(BIN)/pytest -n 2 -m scale --durations=10
 
 # One machine as a cluster: torchrun with 1 to 3 processes, Ray with a killed worker, submitit; the
-# same results, and the tables of docs/benchmarks.md. Half an hour; SCALE=--small is a quick look.
+# same results, and the tables of docs/benchmarks.md. 20 minutes; SCALE=--small is a quick look.
 scale: $(VENV)/.installed-scale
 	$(BIN)/python benchmarks/scale.py $(SCALE)
 

@@ -1,6 +1,6 @@
 """Measure many processes on one machine: torchrun, Ray with a killed worker, submitit.
 
-    python benchmarks/scale.py            # a quarter of CIFAR-10; half an hour on two quiet cores
+    python benchmarks/scale.py            # a quarter of CIFAR-10; 20 minutes on two quiet cores
     python benchmarks/scale.py --small    # digits: shows that it works; the times are meaningless
 
 It needs the extras ray and slurm (`make scale` installs them), and prints the tables of
