@@ -167,15 +167,24 @@ class Case:
             missed = int((clean[row] & ~full[row])[attacked].sum())
             return estimate_accuracy(torch.where(attacked, full[row], clean[row]), attacked, missed)
 
-        while True:
-            hits = {row: int(full[row].sum()) for row in rows if ends[row] >= n}
-            race = Race(len(rows), max(hits.values(), default=None), 0.05)
-            scores = {row: count(row) for row in rows if row not in hits}
-            running = [row for row, score in scores.items() if not race.has_lost(score)]
-            if not running:
-                return sum(ends.values()) / n, max(hits, key=lambda row: hits[row])
+        robust = full.sum(1).tolist()
+        scores, running = {row: count(row) for row in rows}, list(rows)
+        hits: dict[int, int] = {}
+        while running:
             favourite = max(running, key=lambda row: scores[row].value)
+            # The first runs all rounds; later ones one round, and are then tested.
             ends[favourite] = min(ends[favourite] + length, n) if hits else n
+            scores[favourite] = count(favourite)
+            tested = [favourite]
+            if ends[favourite] == n:
+                running.remove(favourite)
+                leads = robust[favourite] > max(hits.values(), default=-1)
+                hits[favourite] = robust[favourite]
+                tested = running if leads else []
+            race = Race(len(rows), max(hits.values()), 0.05)
+            lost = {row for row in tested if race.has_lost(scores[row])}
+            running = [row for row in running if row not in lost]
+        return sum(ends.values()) / n, max(sorted(hits), key=lambda row: hits[row])
 
     def spread(self, count: int) -> list[int]:
         """Return `count` rows: the ingredients and soups spread evenly."""
