@@ -807,7 +807,11 @@ class SearchSettings:
         None, 'Score that the greedy soup must not lower, such as "0.3 clean + 0.7 Linf 8/255".'
     )
     require: tuple[str, ...] = setting((), 'Requirement such as "clean>=0.85"; repeatable.')
-    maximise: str | None = setting(None, "Accuracy to maximise; the first threat by default.")
+    maximise: str | None = setting(
+        None,
+        "What to maximise: a threat, clean, union, shift, a weighted sum of these, or knee; by "
+        "default the first threat.",
+    )
     point: bool = setting(
         False,
         "Check requirements by the estimate, which guarantees nothing, not by its lower bound.",
