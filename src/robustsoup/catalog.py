@@ -1,10 +1,11 @@
 """The catalog: one registry for each kind of component, such as attacks or networks.
 
-An entry holds the name, spelling, help text and requirements of a component, and the location of
-its code ("module:function", imported only when used). The command line, recipes, error messages
-and the reference pages read the catalog. Users add a component without changing the catalog: by
-passing a function in Python, by writing "package.module:function", or by an entry point of their
-package in the group "robustsoup.<registry name>". This module imports the standard library only.
+An entry holds the name, spelling, help text and facts of a component, and the location of its code
+("module:name", imported only when used). The command line, recipes, error messages and the
+reference pages read the catalog. Users add a component without changing the catalog: as a function
+in Python, as "package.module:function", or by an entry point of their package in the group
+"robustsoup.<registry name>"; docs/extending.md says which of these ways each registry has. This
+module imports no library, and of robustsoup only errors and printable.
 """
 
 import difflib
@@ -25,7 +26,7 @@ class Entry:
 
     Attributes:
         name: Name to choose the component by.
-        target: Location of its code, "module:function"; "" for an option without code.
+        target: Location of its code, "module:name"; "" for a function that a caller passed.
         help: One sentence for help pages.
         spelling: Name with its parameters, such as "mixed A"; "" if there are none.
         source: Paper and arXiv number, if any.
@@ -348,8 +349,8 @@ DATA_SOURCES = Registry(
         facts={"place": "path", "decodes": True},
     ),
 )
-"""facts: "place", what follows the name: "path" for a path, "name" for anything else; "decodes",
-image_size and channels apply, because image files are decoded."""
+"""facts: "place", what follows the name: "path", or "path or name", where an existing path comes
+first; "decodes", image_size and channels apply, because image files are decoded."""
 
 SOUP_METHODS = Registry(
     "methods",
@@ -370,7 +371,7 @@ SOUP_METHODS = Registry(
     Entry(
         "greedy",
         "robustsoup.soups.greedy:greedy",
-        "Adds ingredients, best first, while a score does not fall.",
+        "Adds each ingredient, best first, unless that lowers a score.",
         source="Wortsman et al. 2022, arXiv:2203.05482, recipe 1",
         facts={"needs": "evaluations"},
     ),
@@ -446,8 +447,8 @@ SOUP_METHODS = Registry(
     takes_functions=True,
 )
 """A target is called as (n, step, max_soups) and returns a list of coefficients (n,), unless its
-facts say what it "needs": "evaluations" of the ingredients, "training", or "merging": the target
-is then called with a robustsoup.soups.merging.Merge, for each list of weights.
+facts say what it "needs": "evaluations" of soups, "training", or "merging": the target is then
+called with a robustsoup.soups.merging.Merge, for each list of weights.
 
 Facts of merging: "requires", any of "base" (the checkpoint that the ingredients were fine-tuned
 from), "data" (training samples to measure on), "threat" (one that is not clean) and "blocks" (names
@@ -460,7 +461,7 @@ BUFFER_POLICIES = Registry(
     Entry(
         "base",
         "robustsoup.soups.buffers:copy_base",
-        "Copy the statistics of one checkpoint, by default the common ancestor.",
+        "Copy the statistics of one checkpoint: by default the common ancestor, else the first.",
         facts={"affine": True, "learning": "start"},
     ),
     Entry(

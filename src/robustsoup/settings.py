@@ -1,9 +1,9 @@
 """The settings of robustsoup's work, each declared once.
 
 Python functions, recipe tables, command-line options, store keys and records all derive from the
-frozen dataclasses below. A field states its default, its help text and its valid range; anything
-out of range raises RequestError when the object is created. Threat models may be given as text.
-This module never imports PyTorch, so `robustsoup --help` can read it quickly.
+frozen dataclasses below. A field states its default, its help text and its valid range; a value of
+the wrong type or out of range raises RequestError when the object is created. Threat models may be
+given as text. This module never imports PyTorch, so `robustsoup --help` can read it quickly.
 """
 
 import dataclasses
@@ -24,14 +24,16 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 SEED_LIMIT = 2**63
 LINF_8 = ThreatModel("Linf", 8 / 255)
 QUEUED_ATTACKS = ("apgd", "pgd", "pma", "malt")
-"""The attacks that the queue of `robustsoup.attacks.engine` runs; screening can shorten them."""
+"""Attacks whose steps all run in the queue of `robustsoup.attacks.engine`; screening can shorten
+them."""
 OWN_LOSSES = {
     "pma": "probability margin",
     "malt": "targeted dlr",
     "strong": "several",
     "square": "margin",
 }
-"""The attacks that ignore the setting `loss`, with their loss as text."""
+"""Attacks with a loss of their own, as text; they refuse another `loss`. For fewer than 4 classes,
+malt takes the targeted margin."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Rule:
     choices: Collection[str] | None = None
 
     def describe_range(self) -> str:
-        """Return the valid range in words, such as "at least 1" or "in [0, 1)"."""
+        """Return the valid range in words, such as "at least 1" or "a number in [0, 1)"."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         low = self.gt if self.ge is None else self.ge
@@ -244,7 +246,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 
 
 def _parse_number(text: str) -> float:
-    """Return a finite number or a fraction of integers; Fraction would write out 1e999999999."""
+    """Return the finite number that "0.4" or "1/3" spells; Fraction would write out 1e999999999."""
     numerator, slash, denominator = text.partition("/")
     number = int(numerator) / int(denominator) if slash else float(text)
     if not math.isfinite(number):
@@ -299,7 +301,10 @@ def _parse_early_stop(settings: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStop:
-    """Early stopping: return the epoch with the lowest robust loss on `val`, not the last one."""
+    """Early stopping: return the epoch with the lowest loss on `val`, not the last one.
+
+    The loss is the cross-entropy under attack in training, and the objective in learning.
+    """
 
     steps: int = setting(10, "APGD steps of the measurement.", ge=1)
     samples: int | None = setting(None, "Samples of val to measure on; all by default.", ge=1)
@@ -316,12 +321,12 @@ COMBINE_HELP = (
     "the losses) or random (one threat in each step)."
 )
 ACCUMULATE_HELP = (
-    "Gradient accumulation: parts that each batch passes in, one after another, to save memory; "
-    "BatchNorm normalises, and updates its running statistics, by each part."
+    "Gradient accumulation: number of parts in which a batch is passed, one after another, to save "
+    "memory; BatchNorm normalises, and updates its running statistics, by part."
 )
 RECOMPUTE_HELP = (
-    "Activation checkpointing: keep the inputs of the network's blocks alone and compute the rest "
-    "again in each backward pass; less memory and more time, equal numbers."
+    "Activation checkpointing: keep only the inputs of the network's blocks and recompute the rest "
+    "in the backward pass; less memory, more time, the same bits."
 )
 TRANSFORM_HELP = (
     "Augmentation of training images in place of the data's own: package.module:name of a function "
@@ -382,7 +387,7 @@ class TrainSettings:
         None, "An .npz file of generated images (image, label) to mix into each batch."
     )
     synthetic_fraction: float = setting(
-        0.7, "Share of each batch that is synthetic, with --synthetic.", ge=0, lt=1
+        0.7, "Share of each batch that is synthetic, if synthetic is set.", ge=0, lt=1
     )
     batchnorm: str = setting(
         "per-rank",
@@ -420,7 +425,8 @@ PRETRAIN_DEFAULTS: Mapping[str, Any] = {
     "lr": 0.1,
     "schedule": {"milestones": [75, 113], "gamma": 0.1},
 }
-"""Values that replace TrainSettings' defaults when a network is trained from fresh weights."""
+"""Defaults of the recipe table [pretrain] that differ from those of TrainSettings, as in the paper.
+`robustsoup train` takes only the lr, and only for fresh weights; `train` in Python takes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,7 +463,7 @@ class LearnSettings:
     attack_steps: int = setting(2, "APGD steps of each training attack.", ge=1)
     epochs: int = setting(30, "Passes over the training split.", ge=1)
     batch_size: int = setting(128, "Images in a batch.", ge=2)
-    lr: float = setting(10.0, "Learning rate of the logits.", gt=0)
+    lr: float = setting(10.0, "Learning rate of the logits, or of affine weights.", gt=0)
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1)
     schedule: str | Mapping[str, Any] = setting(
         "cosine",
@@ -493,7 +499,7 @@ class LearnSettings:
     )
     granularity: str = setting(
         "parameter",
-        "What shares one softmax: parameter, module, block, model or re:PATTERN on names.",
+        "What shares one set of weights: parameter, module, block, model or re:PATTERN on names.",
     )
     buffers: str = setting(
         "tracked",
@@ -619,10 +625,12 @@ class AttackSettings:
         "Arithmetic of the search; every verdict is computed in float32.",
         choices=PRECISIONS,
     )
-    batch_size: int | None = setting(None, "Most images in a pass; by device by default.", ge=1)
+    batch_size: int | None = setting(
+        None, "Most images in a pass; by default 500 on a GPU, 32 (also the limit) on a CPU.", ge=1
+    )
     masking_check: bool = setting(
         True,
-        "Look for masked gradients on a part of the samples, at no more than 5 % of the attack's "
+        "Look for masked gradients on a part of the survivors, on a budget of 5 % of the attack's "
         "passes; this never changes a verdict.",
     )
 
@@ -643,17 +651,20 @@ class AttackSettings:
 
     @property
     def is_queued(self) -> bool:
-        """Whether the queue of `robustsoup.attacks.engine` runs it: apgd, pgd, pma and malt."""
+        """Whether the attack is one of QUEUED_ATTACKS."""
         return self.attack in QUEUED_ATTACKS
 
     @property
     def steps_taken(self) -> int:
-        """Steps of each search: those of `steps`, or the queries of square."""
+        """Steps of each search: `n_queries` for square, else `steps`."""
         return self.n_queries if self.attack == "square" else self.steps
 
     @property
     def most_passes(self) -> int:
-        """Passes that a sample takes which survives; a step, with its gradient, counts as two."""
+        """Passes that a survivor takes; a step, with its gradient, counts as two.
+
+        AutoAttack and attacks of users, whose passes are unknown here, count as APGD.
+        """
         searches = self.targets if self.tries_targets else 1
         steps, queries = 2 * self.steps * self.eot * searches, 0
         if self.attack == "strong":  # pma comes before the targets, and square after them
@@ -671,17 +682,17 @@ class AttackSettings:
 
     @property
     def tries_targets(self) -> bool:
-        """Whether the attack moves each image towards several classes in turn."""
+        """Whether the attack moves each image towards `targets` classes in turn."""
         return self.ranks_by_logits or self.attack in ("malt", "strong")
 
     @property
     def own_loss(self) -> str | None:
-        """The loss of an attack that ignores `loss`; None if it maximises `loss`."""
+        """The loss of an attack of OWN_LOSSES; None for any other attack."""
         return OWN_LOSSES.get(self.attack) if isinstance(self.attack, str) else None
 
     @property
     def loss_name(self) -> str:
-        """The loss of the attack as text."""
+        """The attack's own loss, else the setting `loss`, as text."""
         return self.own_loss or self.loss_text
 
     @property
@@ -697,7 +708,7 @@ class BufferSettings:
     buffers: str | None = setting(
         None,
         "BatchNorm statistics: base, average, recalibrate, recalibrate-adversarial or tracked; "
-        "by default tracked for learned coefficients, else average.",
+        "by default tracked for a learned soup, recalibrate for ends of a subspace, else average.",
         choices=BUFFER_POLICIES,
     )
     calibrate_samples: int = setting(
@@ -729,7 +740,7 @@ def parse_duration(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """The numbers of the methods that combine weights by more than an average."""
+    """The settings of the merging methods, which do more than average weights."""
 
     scale: float = setting(
         1.0,
@@ -742,8 +753,8 @@ class MergeSettings:
     )
     blocks: tuple[str, ...] = setting(
         (),
-        "Beginnings of parameter names, such as residual1: the blocks that swap takes from the "
-        "second checkpoint; repeatable.",
+        "Blocks that swap takes from the second checkpoint, by the beginning of their parameters' "
+        "names, such as residual1; repeatable.",
     )
     measure_samples: int = setting(
         1000, "Training samples that fisher and regmean attack and measure on.", ge=1
@@ -759,7 +770,7 @@ class MergeSettings:
 SMALLEST_STEP = 1e-4
 """Smallest step of a grid of soups."""
 ALL_METHODS = "all"
-"""The soups of several methods on one front; recipes have a table for each."""
+"""The method of a search that joins several; a recipe has a table for each of them instead."""
 MOST_SOUPS = 5_000
 """Most soups of one search or recipe."""
 
@@ -771,10 +782,13 @@ class SearchSettings:
     method: str | Callable[..., Any] = setting(
         "grid",
         "Soups to try: grid, surrogate (attacks few soups of the grid and predicts the others), "
-        "line, uniform, greedy, learned, dial, all (surrogate, learned, dial and greedy) or "
+        "line, uniform, greedy, learned, dial, all (surrogate, learned, dial and greedy), a method "
+        "that merges (slerp, swap, task-arithmetic, ties, dare, model-stock, fisher or regmean) or "
         "package.module:function.",
     )
-    step: float = setting(0.2, "Step of the grid, a fraction of 1.", ge=SMALLEST_STEP, le=1)
+    step: float = setting(
+        0.2, "Step of the grid; 1 must be a multiple of it.", ge=SMALLEST_STEP, le=1
+    )
     weights: str = setting(
         "grid",
         "Weights of the ingredients that a merging method tries: grid (multiples of step) or "
@@ -793,7 +807,11 @@ class SearchSettings:
         None, 'Score that the greedy soup must not lower, such as "0.3 clean + 0.7 Linf 8/255".'
     )
     require: tuple[str, ...] = setting((), 'Requirement such as "clean>=0.85"; repeatable.')
-    maximise: str | None = setting(None, "Accuracy to maximise; the first threat by default.")
+    maximise: str | None = setting(
+        None,
+        "What to maximise: a threat, clean, union, shift, a weighted sum of these, or knee; by "
+        "default the first threat.",
+    )
     point: bool = setting(
         False,
         "Check requirements by the estimate, which guarantees nothing, not by its lower bound.",
@@ -806,11 +824,11 @@ class SearchSettings:
     )
     time_limit: str | None = setting(
         None,
-        "Time after which no further soup is attacked, such as 90s, 30m or 1h30m; the answer is "
-        "about those that were, and says how many were left out.",
+        "Time limit, such as 90s, 30m or 1h30m: one soup is always tried, no other is begun that "
+        "is expected to end later, and the answer says how many were left out.",
     )
     screen: bool = setting(
-        False, "Try every soup with a short attack and confirm in full only those that can win."
+        False, "Attack every soup briefly, and in full only those that can win or be on the front."
     )
     screen_steps: int = setting(10, "Steps of the short attack.", ge=1)
 
