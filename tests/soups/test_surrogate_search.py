@@ -177,9 +177,24 @@ def test_the_fallback_leaves_out_soups_that_miss_a_requirement_on_clean_accuracy
     attacked = world.run(search)
     assert meeting < set(attacked) < set(world.names)
     assert search.state(attacked).stage == "grid"
-    most_robust = max(meeting, key=world.accuracy)
-    chosen = world.names[search.state(attacked).chosen]
-    assert world.accuracy(chosen) == world.accuracy(most_robust)
+    assert world.names[search.state(attacked).chosen] in meeting
+
+
+def test_one_odd_test_soup_is_no_misfit_once_others_are_predicted():
+    """Each failure adds a pair of test soups; the odd one stays among them."""
+    world = smooth_world(4)
+    search = world.search()
+    odd = world.names[search.test_rows[0]]
+    hits = world.attack([odd])[odd][LINF].copy()
+    hits[np.flatnonzero(hits)[: len(hits) // 16]] = False  # six points below the map
+    attacked = world.attack(search.first_soups()) | {odd: {LINF: hits}}
+    state = search.state(attacked)
+    assert state.stage == "misfit"
+    assert set(search.test_order[2:4]) <= set(state.next_rows)
+    while (now := search.state(attacked)).stage == "misfit":
+        attacked |= world.attack([world.names[row] for row in now.next_rows])
+    assert now.stage == "search"
+    assert now.p_value > state.p_value
 
 
 def test_the_soups_that_test_the_model_enter_it_after_the_test():

@@ -13,7 +13,7 @@ from robustsoup.runs.results import ROLES
 from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients, MergeSoup
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.learned_search import threat_slug
-from robustsoup.soups.surrogate_search import draw_tests, spread_first
+from robustsoup.soups.surrogate_search import TESTS, order_tests, spread_first
 from robustsoup.threats import CLEAN, ThreatModel
 
 
@@ -100,7 +100,7 @@ def first_soups(planner: Planner, section: str) -> tuple[str, ...]:
     recipe = planner.recipe
     names, alphas = recipe.soup_names(section), recipe.alphas_of(recipe.soups[section])
     first = spread_first(alphas)
-    tests = draw_tests(len(names), first, seed=recipe.seed)
+    tests = order_tests(len(names), first, seed=recipe.seed)[:TESTS]
     return tuple(names[row] for row in (*first, *tests)) if tests else tuple(names)
 
 

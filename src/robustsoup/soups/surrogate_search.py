@@ -11,12 +11,13 @@ engine, and a resumed run names the same soups:
 
 Clean verdicts of every soup are measured before. The first soups are the ingredients, a few where
 the model knows least, and two soups drawn by the seed: the model without them is tested on them,
-and then fitted to all. Then follows, one at a time, the soup with the largest chance to change the
-answer. The search ends when, in 95 % of refits, no eligible soup beats the chosen one of the same
-refit by more than the tolerance. Each refit takes one bootstrap resample of the samples, which all
-soups share, and a draw of the model's error. It also ends when this holds of the draws alone,
-without the resamples: what is left then is the error of the samples, which attacking more soups
-does not reduce. Where the model fails its test, or two thirds of the grid is attacked without an
+and then fitted to all. While it fails, two more test soups and the one that the model knows least
+are attacked: one odd test soup among many is no misfit. Then follows, one at a time, the soup with
+the largest chance to change the answer. The search ends when, in 95 % of refits, no eligible soup
+beats the chosen one of the same refit by more than the tolerance. Each refit takes one bootstrap
+resample of the samples, which all soups share, and a draw of the model's error. It also ends when
+this holds of the draws alone, without the resamples: what is left then is the error of the samples,
+which attacking more soups does not reduce. Where the model fails its test, or two thirds of the grid is attacked without an
 answer, the rest of the grid is attacked too, less the soups that miss a requirement on clean
 accuracy.
 """
@@ -55,7 +56,7 @@ Rows = NDArray[np.int64]
 
 REFITS = 400
 TESTS = 2
-"""Soups that test the fit."""
+"""Soups that test the fit at first, and that join them while it fails."""
 CHANCE = 0.05
 """Share of refits in which a soup may beat the chosen one, and level of the test of the fit."""
 MOST_OF_GRID = 2 / 3
@@ -168,8 +169,13 @@ class SurrogateSearch:
 
     @cached_property
     def test_rows(self) -> tuple[int, ...]:
-        """Rows of the soups that test the fit; empty for tiny grids."""
-        return draw_tests(len(self.names), self.first_rows, seed=self.seed)
+        """Rows of the soups that test the fit at first; empty for tiny grids."""
+        return self.test_order[:TESTS]
+
+    @cached_property
+    def test_order(self) -> tuple[int, ...]:
+        """Rows of all soups that may test the fit, in the order in which they do."""
+        return order_tests(len(self.names), self.first_rows, seed=self.seed)
 
     @property
     def grid_rows(self) -> tuple[int, ...]:
@@ -228,7 +234,8 @@ class SurrogateSearch:
             return refits.state("grid", rows)
         if fits:
             return refits.state("search", refits.likeliest_row())
-        return refits.state("misfit", refits.least_known_row())
+        more = dict.fromkeys((*refits.least_known_row(), *refits.next_tests))
+        return refits.state("misfit", tuple(more))
 
     def predict(self, attacked: Mapping[str, Mapping[str, Hits]]) -> list[PredictedSoup]:
         """Return what the model says about every soup, fitted to all attacked ones.
@@ -322,9 +329,26 @@ class _Refits:
         return np.where(shortfall > 0, -1 - shortfall, value)
 
     @cached_property
+    def tests(self) -> tuple[int, ...]:
+        """Rows of the soups that test the fit: the first two, and the pairs after them."""
+        order, count = self.search.test_order, TESTS
+        while count + TESTS <= len(order) and all(
+            self.is_attacked(row) for row in order[count : count + TESTS]
+        ):
+            count += TESTS
+        return order[:count]
+
+    @property
+    def next_tests(self) -> tuple[int, ...]:
+        """Rows of the pair that joins the test soups, less those that are attacked."""
+        count = len(self.tests)
+        pair = self.search.test_order[count : count + TESTS]
+        return tuple(row for row in pair if not self.is_attacked(row))
+
+    @cached_property
     def tested(self) -> dict[str, FittedMap]:
         """The model of each measure without the test soups."""
-        return self._fit([row for row in self.rows if row not in self.search.test_rows])
+        return self._fit([row for row in self.rows if row not in self.tests])
 
     @cached_property
     def fits_hold(self) -> bool:
@@ -335,7 +359,7 @@ class _Refits:
             abs(float(to_share(fitted.predict())[row]) - self._measured(measure, row))
             <= self.search.tolerance
             for measure, fitted in self.tested.items()
-            for row in self.search.test_rows
+            for row in self.tests
         )
 
     @cached_property
@@ -344,8 +368,8 @@ class _Refits:
         values = [
             fit_p_value(
                 fitted,
-                self.search.test_rows,
-                [self._measured_logit(measure, row) for row in self.search.test_rows],
+                self.tests,
+                [self._measured_logit(measure, row) for row in self.tests],
             )
             for measure, fitted in self.tested.items()
         ]
@@ -464,13 +488,15 @@ def spread_first(alphas: Sequence[Alpha], model: Model = "gaussian-process") -> 
     return (*corners, *spread_rows(places, corners, max(2, n - 1), model))
 
 
-def draw_tests(count: int, first: Sequence[int], *, seed: int) -> tuple[int, ...]:
-    """Draw the rows of the soups that test the fit, from `count` soups without the first."""
+def order_tests(count: int, first: Sequence[int], *, seed: int) -> tuple[int, ...]:
+    """Return the rows of `count` soups without the first in a random order: the first two test.
+
+    Empty for grids that have hardly more soups.
+    """
     others = [row for row in range(count) if row not in first]
     if len(others) <= TESTS:
         return ()
-    order = np.random.default_rng([seed, 1]).permutation(len(others))
-    return tuple(sorted(others[i] for i in order[:TESTS]))
+    return tuple(others[i] for i in np.random.default_rng([seed, 1]).permutation(len(others)))
 
 
 def make_search(
