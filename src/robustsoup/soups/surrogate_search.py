@@ -17,7 +17,7 @@ the largest chance to change the answer. The search ends when, in 95 % of refits
 beats the chosen one of the same refit by more than the tolerance. Each refit takes one bootstrap
 resample of the samples, which all soups share, and a draw of the model's error. It also ends when
 this holds of the draws alone, without the resamples: what is left then is the error of the samples,
-which attacking more soups does not reduce. Where the model fails its test, or two thirds of the grid is attacked without an
+which attacking more soups does not reduce. Where two thirds of the grid are attacked without an
 answer, the rest of the grid is attacked too, less the soups that miss a requirement on clean
 accuracy.
 """
