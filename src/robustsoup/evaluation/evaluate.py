@@ -88,7 +88,7 @@ def evaluate(
     and depends only on the seed, the sample's id and the pass shape. The record holds the
     protocol, a certificate that every point lies in the ball and the box (computed in float64),
     the findings of the masking check, and warnings. The masking check looks for gradients that
-    mislead the attack; it takes at most 5 % of the attack's passes and never changes a verdict.
+    mislead the attack; it takes at most 6 % of the attack's passes and never changes a verdict.
 
     Args:
         network: Module, checkpoint or path.
