@@ -180,8 +180,8 @@ def test_the_fallback_leaves_out_soups_that_miss_a_requirement_on_clean_accuracy
     assert world.names[search.state(attacked).chosen] in meeting
 
 
-def test_one_odd_test_soup_is_no_misfit_once_others_are_predicted():
-    """Each failure adds a pair of test soups; the odd one stays among them."""
+def test_one_odd_test_soup_is_no_misfit_once_new_ones_are_predicted():
+    """Each failure draws a new pair of test soups; the odd one then enters the model."""
     world = smooth_world(4)
     search = world.search()
     odd = world.names[search.test_rows[0]]

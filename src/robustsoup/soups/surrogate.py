@@ -14,6 +14,7 @@ Scheffé 1958, JRSS B 20:344 (polynomials over a simplex).
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -279,30 +280,25 @@ def fit_p_value(fitted: FittedMap, tests: Sequence[int], values: Sequence[float]
     """Return the p-value of the test that the model predicts soups that it has not seen.
 
     The mean square of the test soups' standardised errors, over 1 or the mean square of the
-    leave-one-out residuals, is compared with the F distribution with k (the number of tests) and m
-    degrees of freedom. For even k its tail is a finite sum: x ** b times the sum over i < k / 2 of
-    binomial(b + i - 1, i) (1 - x) ** i, with b = m / 2 and x = m / (m + k f).
+    leave-one-out residuals, is compared with the F distribution with (number of tests) and m
+    degrees of freedom. For two tests its tail is (1 + 2 f / m) ** (-m / 2).
 
     Args:
         fitted: The model, fitted without the test soups.
-        tests: Rows of the k test soups, an even number.
+        tests: Rows of two test soups.
         values: Their measured values, in logits.
 
     Raises:
-        ValueError: For no test soup or an odd number.
+        ValueError: For another number of tests.
     """
-    if not tests or len(tests) % 2:
-        raise ValueError(f"fit_p_value: got {len(tests)} test soups, expected an even number")
+    if len(tests) != 2:
+        raise ValueError(f"fit_p_value: got {len(tests)} test soups, expected 2")
     rows = np.asarray(tests, dtype=np.int64)
     errors = np.asarray(values) - fitted.predict()[rows]
     stated = fitted.variance[rows] + fitted.noise
     m = len(fitted.values)
-    x = m / (m + float(np.sum(np.square(errors) / stated)))
-    term = total = 1.0
-    for i in range(1, len(tests) // 2):
-        term *= (m / 2 + i - 1) / i * (1 - x)
-        total += term
-    return x ** (m / 2) * total
+    ratio = float(np.mean(np.square(errors) / stated))
+    return math.exp(-m / 2 * math.log1p(2 * ratio / m))
 
 
 def spread_rows(

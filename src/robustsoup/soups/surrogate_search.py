@@ -11,8 +11,8 @@ engine, and a resumed run names the same soups:
 
 Clean verdicts of every soup are measured before. The first soups are the ingredients, a few where
 the model knows least, and two soups drawn by the seed: the model without them is tested on them,
-and then fitted to all. While it fails, two more test soups and the one that the model knows least
-are attacked: one odd test soup among many is no misfit. Then follows, one at a time, the soup with
+and then fitted to all. While it fails, the soup that the model knows least is attacked and two new
+ones that test the model, which then knows all others. Then follows, one at a time, the soup with
 the largest chance to change the answer. The search ends when, in 95 % of refits, no eligible soup
 beats the chosen one of the same refit by more than the tolerance. Each refit takes one bootstrap
 resample of the samples, which all soups share, and a draw of the model's error. It also ends when
@@ -22,6 +22,7 @@ answer, the rest of the grid is attacked too, less the soups that miss a require
 accuracy.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ Rows = NDArray[np.int64]
 
 REFITS = 400
 TESTS = 2
-"""Soups that test the fit at first, and that join them while it fails."""
+"""Soups that test the fit."""
 CHANCE = 0.05
 """Share of refits in which a soup may beat the chosen one, and level of the test of the fit."""
 MOST_OF_GRID = 2 / 3
@@ -234,8 +235,8 @@ class SurrogateSearch:
             return refits.state("grid", rows)
         if fits:
             return refits.state("search", refits.likeliest_row())
-        more = dict.fromkeys((*refits.least_known_row(), *refits.next_tests))
-        return refits.state("misfit", tuple(more))
+        more = dict.fromkeys((*refits.least_known_row(), *refits.test_pairs[1]))
+        return refits.state("misfit", tuple(row for row in more if not refits.is_attacked(row)))
 
     def predict(self, attacked: Mapping[str, Mapping[str, Hits]]) -> list[PredictedSoup]:
         """Return what the model says about every soup, fitted to all attacked ones.
@@ -329,25 +330,25 @@ class _Refits:
         return np.where(shortfall > 0, -1 - shortfall, value)
 
     @cached_property
-    def tests(self) -> tuple[int, ...]:
-        """Rows of the soups that test the fit: the first two, and the pairs after them."""
-        order, count = self.search.test_order, TESTS
-        while count + TESTS <= len(order) and all(
-            self.is_attacked(row) for row in order[count : count + TESTS]
-        ):
-            count += TESTS
-        return order[:count]
+    def test_pairs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows of the two soups that test the fit now, and of the two that would be next.
+
+        The pairs follow one order. The last one that is attacked, and all before it, tests.
+        """
+        order = self.search.test_order
+        pairs = [order[i : i + TESTS] for i in range(0, len(order) - TESTS + 1, TESTS)]
+        attacked = itertools.takewhile(lambda pair: all(map(self.is_attacked, pair)), pairs)
+        count = sum(1 for _ in attacked)
+        return pairs[count - 1], pairs[count] if count < len(pairs) else ()
 
     @property
-    def next_tests(self) -> tuple[int, ...]:
-        """Rows of the pair that joins the test soups, less those that are attacked."""
-        count = len(self.tests)
-        pair = self.search.test_order[count : count + TESTS]
-        return tuple(row for row in pair if not self.is_attacked(row))
+    def tests(self) -> tuple[int, ...]:
+        """Rows of the soups that test the fit now."""
+        return self.test_pairs[0]
 
     @cached_property
     def tested(self) -> dict[str, FittedMap]:
-        """The model of each measure without the test soups."""
+        """The model of each measure without the soups that test it now."""
         return self._fit([row for row in self.rows if row not in self.tests])
 
     @cached_property
