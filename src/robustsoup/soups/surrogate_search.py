@@ -95,7 +95,8 @@ class SurrogateState:
     Attributes:
         stage: "begin" before the first soups are attacked, "search", "misfit" while the model fails
             its test, "grid" once the rest of the grid is attacked, "settled" at the end.
-        chosen: Row of the soup that the model chooses; None at the beginning.
+        chosen: Row of the soup that the model chooses, or the verdicts of the whole grid;
+            None at the beginning.
         chance: Share of refits in which an eligible soup beats it by more than the tolerance.
         map_chance: The same for draws of the model's error alone, on the samples as they are.
         p_value: p-value of the test of the fit; the least of all measures.
@@ -308,10 +309,17 @@ class _Refits:
         return self.search.names[row] in self.attacked
 
     def state(self, stage: Stage, next_rows: tuple[int, ...]) -> SurrogateState:
-        """Return the state of the search."""
-        return SurrogateState(
-            stage, self.chosen, self.chance, self.map_chance, self.p_value, next_rows
-        )
+        """Return the state of the search; the verdicts of a whole grid choose, not the model."""
+        chosen = self.most_robust_row if stage == "grid" and not next_rows else self.chosen
+        return SurrogateState(stage, chosen, self.chance, self.map_chance, self.p_value, next_rows)
+
+    @property
+    def most_robust_row(self) -> int:
+        """Row of the best attacked soup by its measured accuracies."""
+        rows = np.array(self.rows)
+        measured = {name: hits.mean(1) for name, hits in self.hits.items()}
+        clean = {CLEAN_KEY: self.shares[CLEAN_KEY][rows]}
+        return int(rows[np.argmax(self.utility(clean | measured, rows))])
 
     def utility(self, shares: Mapping[str, Floats], rows: Rows | slice = slice(None)) -> Floats:
         """Return what the goal maximises at some rows, the last axis of the shares.
@@ -333,7 +341,7 @@ class _Refits:
     def test_pairs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows of the two soups that test the fit now, and of the two that would be next.
 
-        The pairs follow one order. The last one that is attacked, and all before it, tests.
+        The pairs have one order. Of those that are attacked without a gap, the last one tests.
         """
         order = self.search.test_order
         pairs = [order[i : i + TESTS] for i in range(0, len(order) - TESTS + 1, TESTS)]
