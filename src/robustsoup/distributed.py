@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from robustsoup.errors import RequestError, WorkError
 from robustsoup.printable import first_line
-from robustsoup.stamp import NOT_INSTALLED, installed_release
+from robustsoup.stamp import describe_release
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def required_versions() -> dict[str, str]:
     import torch
 
     return {
-        "version of robustsoup": installed_release() or NOT_INSTALLED,
+        "version of robustsoup": describe_release(),
         "version of PyTorch": torch.__version__,
     }
 

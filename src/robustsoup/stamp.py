@@ -14,9 +14,6 @@ FORMAT = 1
 A change that would make an older release misread a file raises this number.
 """
 
-NOT_INSTALLED = "not installed"
-"""What stands for the version where robustsoup runs from a source tree."""
-
 _RELEASE_KEY = "robustsoup"
 
 
@@ -46,6 +43,11 @@ def unstamp_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> d
             f"{path}: written by a newer robustsoup (format {number}); update robustsoup"
         )
     return {key: value for key, value in record.items() if key not in ("format", _RELEASE_KEY)}
+
+
+def describe_release() -> str:
+    """Return the installed release; "not installed" for a source tree on the import path."""
+    return installed_release() or "not installed"
 
 
 @functools.cache

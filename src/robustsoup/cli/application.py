@@ -36,7 +36,7 @@ from robustsoup.cli.verifying import verify_command
 from robustsoup.cli.versions import list_versions
 from robustsoup.errors import RequestError, RobustsoupError, StorageError, WorkError
 from robustsoup.interruption import INTERRUPTED, signal_received
-from robustsoup.stamp import NOT_INSTALLED, installed_release
+from robustsoup.stamp import describe_release
 
 COMMANDS = {
     "demo": demo_command,
@@ -85,7 +85,7 @@ def show_version(
 ) -> None:
     """Print versions, or help if there is no command."""
     if version:
-        print_line(f"robustsoup {installed_release() or NOT_INSTALLED}")
+        print_line(f"robustsoup {describe_release()}")
         if verbose:
             for name, installed in list_versions().items():
                 print_line(f"{name} {installed or 'not installed'}")

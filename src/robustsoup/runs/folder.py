@@ -49,7 +49,7 @@ from robustsoup.soups.answer import Answer
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.racing import round_ends
 from robustsoup.soups.selection import Candidate
-from robustsoup.stamp import NOT_INSTALLED, installed_release
+from robustsoup.stamp import describe_release
 
 
 def write_run_folder(
@@ -300,7 +300,7 @@ def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationPro
 
 def _list_versions(context: Context) -> dict[str, Any]:
     return {
-        "robustsoup": installed_release() or NOT_INSTALLED,
+        "robustsoup": describe_release(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(context.device),
