@@ -6,11 +6,12 @@
     python benchmarks/surrogate.py --simulate                     smooth maps with known verdicts
 
 A table holds the verdicts of every soup of a grid on the same samples, so each way can be replayed
-without a network. `surrogate` and `quadratic` attack the soups that the engine asks for; `spread`
-as many as the surrogate, spread evenly, without a model. `racing` attacks the soups that meet the
-requirement in 16 rounds and drops those that have lost, with clean verdicts in the place of a brief
-attack. `greedy` and `learned` are the soups of these methods in the run, which were built on all
-samples; "surrogate, cost of greedy" attacks as many soups as the greedy soup did.
+without a network. `surrogate` and `quadratic` attack what the engine requests, in soups' worth of
+attacked samples; `spread` as many soups as the surrogate, spread evenly, without a model. `racing`
+attacks the soups that meet the requirement in 16 rounds and drops those that have lost, with clean
+verdicts in the place of a brief attack. `greedy` and `learned` are the soups of these methods in
+the run, which were built on all samples; "surrogate, cost of greedy" attacks as many samples as the
+greedy soup did.
 
 Every way chooses on a random half of the samples; its regret is the robust accuracy of the full
 grid's choice minus that of its own, on the same half and on the other one, over the goals that it
@@ -45,8 +46,9 @@ from robustsoup.runs.worker import COEFFICIENTS
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, candidates
 from robustsoup.soups.racing import Race
+from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.soups.surrogate import Model, spread_rows
-from robustsoup.soups.surrogate_search import SurrogateSearch
+from robustsoup.soups.surrogate_search import SurrogateSearch, choose_part
 
 LINF_8 = "Linf 8/255"
 EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
@@ -124,29 +126,48 @@ class Case:
             (robust[row] for row in rows), key=lambda hits: hits[self.half].mean(), default=None
         )
 
-    def run_engine(self, model: Model, most: int | None = None) -> tuple[list[int], float]:
-        """Return the rows that the engine attacks, at most so many, and the seconds it decided."""
+    def run_engine(self, model: Model, most: float = math.inf) -> tuple[float, list[int], float]:
+        """Run the engine; return what was attacked, which rows in full, and its seconds.
+
+        Args:
+            model: The model.
+            most: Soups' worth of attacked samples after which the finalists are attacked as they
+                stand, as under a time limit.
+        """
         table, half = self.table, self.half
-        clean = [
-            rs.Accuracy(int(row.sum()), int(half.sum())) for row in table.hits["clean"][:, half]
-        ]
+        clean = table.hits["clean"][:, half]
+        ids = torch.from_numpy(table.ids[half])
         search = SurrogateSearch(
             table.names,
             tuple(tuple(map(float, row)) for row in table.coefficients),
-            tuple(clean),
+            clean,
             Goal.parse(self.threat),
-            shortfall=tuple(max((self.clean or 0) - a.value, 0.0) for a in clean),
+            choose_part(ids, rs.AttackSettings(seed=self.seed)),
+            shortfall=tuple(max((self.clean or 0) - share, 0.0) for share in clean.mean(1)),
             seed=self.seed,
             model=model,
         )
         started = time.perf_counter()
         attacked: dict[str, Mapping[str, NDArray[np.bool_]]] = {}
-        while names := search.next_soups(attacked):
-            for name in names[: most and most - len(attacked)]:
-                attacked[name] = {self.threat: table.row(name)[self.threat][half]}
-            if len(attacked) == most:
-                break
-        return [table.names.index(name) for name in attacked], time.perf_counter() - started
+        cost = 0.0
+        while requests := search.next_requests(attacked):
+            price = sum(price_request(item, len(ids)) for item in requests)
+            if cost + price > most - 1 and attacked:
+                requests = search.last_requests(attacked)[:1]
+                if not requests or cost + price_request(requests[0], len(ids)) > most:
+                    break
+                price = price_request(requests[0], len(ids))
+            cost += price
+            for item in requests:
+                hits = table.row(item.candidate)[self.threat][half]
+                taken = search.part if item.subset else slice(None)
+                attacked[item.candidate] = {self.threat: hits[taken]}
+        rows = [
+            table.names.index(name)
+            for name, hits in attacked.items()
+            if len(hits[self.threat]) == len(ids)
+        ]
+        return cost, rows, time.perf_counter() - started
 
     def run_race(self) -> tuple[float, int]:
         """Race the eligible soups; return what was attacked, in soups, and the winner's row.
@@ -191,11 +212,18 @@ class Case:
         search = SurrogateSearch(
             self.table.names,
             tuple(tuple(map(float, row)) for row in self.table.coefficients),
-            (rs.Accuracy(1, 1),) * len(self.table.names),
+            self.table.hits["clean"],
             Goal.parse(self.threat),
         )
-        corners = list(search.first_rows[: self.table.coefficients.shape[1]])
-        return [*corners, *spread_rows(search.places, corners, count - len(corners))]
+        ends = list(search.ends)
+        return [*ends, *spread_rows(search.places, ends, count - len(ends))]
+
+
+def price_request(request: EvaluationRequest, samples: int) -> float:
+    """Return the share of the samples that a request attacks, or adds to an attack on a part."""
+    if request.after is not None and request.after.subset is not None:
+        return 1 - request.after.subset / samples
+    return 1.0 if request.subset is None else request.subset / samples
 
 
 def list_faces(table: HitTable) -> Iterator[tuple[str, HitTable]]:
@@ -256,8 +284,9 @@ def replay_case(case: Case, tallies: Mapping[str, Tally]) -> None:
     n = case.table.coefficients.shape[1]
     robust = case.table.hits[case.threat]
     best = case.choose(list(range(len(case.table.names))))
-    attacked: dict[str, tuple[list[int], float]] = {m: case.run_engine(m) for m in WAYS}
-    attacked["spread"] = (case.spread(len(attacked["gaussian-process"][0])), 0.0)
+    attacked = {way: case.run_engine(way) for way in WAYS}
+    count = round(attacked["gaussian-process"][0])
+    attacked["spread"] = (count, case.spread(count), 0.0)
     if case.others.names:
         attacked["cheap"] = case.run_engine("gaussian-process", 2 * n - 1)
         learned = sum(name.startswith("learned") for name in case.others.names)
@@ -265,8 +294,8 @@ def replay_case(case: Case, tallies: Mapping[str, Tally]) -> None:
             hits = case.choose_other(way)
             regret = None if hits is None else case.regret(hits, best)
             tallies[way].add(count, regret)
-    for way, (rows, seconds) in attacked.items():
-        tallies[way].add(len(rows), case.regret(robust[case.choose(rows)], best), seconds)
+    for way, (cost, rows, seconds) in attacked.items():
+        tallies[way].add(cost, case.regret(robust[case.choose(rows)], best), seconds)
     cost, winner = case.run_race()
     tallies["racing"].add(cost, case.regret(robust[winner], best))
 

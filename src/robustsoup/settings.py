@@ -655,6 +655,11 @@ class AttackSettings:
         return self.attack in QUEUED_ATTACKS
 
     @property
+    def attacks_each_alone(self) -> bool:
+        """Whether each sample is attacked by itself, whatever others the call holds."""
+        return self.is_queued or self.attack in ("square", "strong")
+
+    @property
     def steps_taken(self) -> int:
         """Steps of each search: `n_queries` for square, else `steps`."""
         return self.n_queries if self.attack == "square" else self.steps

@@ -16,11 +16,9 @@ THREAT = "Linf 32/255"
 SOUPS = {"map": {"method": "surrogate", "step": 0.1}}
 
 
-def make_recipe(files, **changes):
+def make_recipe(files, evaluate=FEW_SAMPLES, **changes):
     soups = {"map": SOUPS["map"] | changes}
-    return recipe_of_files(
-        files, soups=soups, select={"require": ["clean>=0"]}, evaluate=FEW_SAMPLES
-    )
+    return recipe_of_files(files, soups=soups, select={"require": ["clean>=0"]}, evaluate=evaluate)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +55,47 @@ def test_few_soups_are_attacked_and_all_are_predicted(surrogate_run):
         if row.soup == "map":
             assert rows[row.name]["clean"] == row.val["clean"].to_json()
     assert surrogate["message"].startswith(f"map: attacked {len(attacked)} of 11 soups")
+
+
+@pytest.fixture
+def run_on_a_part(finished, tmp_path, monkeypatch):
+    """A search that attacks soups on 24 of 72 samples first: recipe, folder, choice, reporter."""
+    monkeypatch.setattr("robustsoup.soups.surrogate_search.SMALLEST_PART", 24)
+    evaluate = FEW_SAMPLES | {"select_samples": 72}
+    recipe = make_recipe(finished.folder / "checkpoints", evaluate, tolerance=0.05)
+    _, selection, reporter = run_recipe(recipe, tmp_path / "run")
+    return recipe, tmp_path / "run", selection, reporter
+
+
+def test_soups_attacked_on_a_part_have_estimates_and_are_not_chosen(run_on_a_part):
+    _, folder, selection, _ = run_on_a_part
+    results = Results.load(folder / "results.json")
+    rows = [row for row in results.rows if row.soup == "map"]
+    (surrogate,) = results.surrogates
+    in_full = [row for row in rows if not row.screened]
+    assert surrogate["in_full"] == len(in_full) < surrogate["attacked"] == len(rows)
+    assert surrogate["part"] == 24
+    assert f"{len(in_full)} on all 72 samples and the others on 24" in surrogate["message"]
+    assert {"map-1-0", "map-0-1", selection.best.name} <= {row.name for row in in_full}
+    for row in rows:
+        assert row.attacked == (24 if row.screened else None)
+        assert row.left_after is None
+        assert row.doubt == (
+            ""
+            if not row.screened
+            else "robust accuracies are estimates: 24 samples were attacked in full"
+        )
+    best = max(row.val[THREAT].value for row in in_full)
+    assert selection.best.evaluation.accuracy[THREAT].value == best
+
+
+def test_a_search_on_a_part_resumes_with_the_same_requests(run_on_a_part, tmp_path):
+    recipe, folder, *_ = run_on_a_part
+    again = run_recipe(recipe, tmp_path / "again")[2]
+    assert not any(again.missing)
+    assert Results.load(tmp_path / "again" / "results.json").surrogates == (
+        Results.load(folder / "results.json").surrogates
+    )
 
 
 def test_the_ingredients_are_not_evaluated_twice(surrogate_run):

@@ -11,6 +11,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
 from robustsoup.errors import CheckpointError, LeakageError, RequestError
 from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
 from robustsoup.soups import time_limit
@@ -351,6 +352,24 @@ def test_the_surrogate_attacks_a_part_of_the_grid_as_the_grid_does(ends, split, 
     assert result.answer.chosen in names
     for c in few:
         assert torch.equal(survivors(c.evaluation), survivors(by_name[c.name].evaluation))
+
+
+def test_the_surrogate_attacks_on_a_part_first_and_the_answer_on_all(
+    ends, split, full, monkeypatch
+):
+    monkeypatch.setattr("robustsoup.soups.surrogate_search.SMALLEST_PART", len(split) // 3)
+    wide = {"step": 0.1, "tolerance": 0.2}
+    result = search(ends, split, [THREAT], method="surrogate", **wide, **FULL)
+    by_name = {c.name: c for c in full}
+    in_part = [c for c in result.candidates if not c.confirmed]
+    assert in_part
+    for c in result.candidates:
+        rows = attacked_rows(c.evaluation.ids, c.evaluation.record)
+        assert int(rows.sum()) == (len(split) // 3 if c in in_part else len(split))
+        expected = survivors(by_name[c.name].evaluation)
+        assert torch.equal(survivors(c.evaluation)[rows], expected[rows])
+    chosen = next(c for c in result.candidates if c.name == result.answer.chosen)
+    assert chosen.confirmed
 
 
 # the time limit, by a clock that the test turns

@@ -107,9 +107,9 @@ def evaluate(
             are reused, samples that it broke stay broken, and samples that survived an identical
             attack are not attacked again.
         subset: Attack this many samples alone, the first of a random order that depends on the
-            attack's seed and the samples' ids; requires `after`, whose verdicts stand for the
-            others. Accuracies under attack are then estimates, see `two_phase`, and
-            record["subset"] holds what the attack added.
+            attack's seed and the samples' ids. For the others stand the verdicts of `after`, else
+            those without an attack. Accuracies under attack are then estimates, see `two_phase`,
+            and record["subset"] holds what the attack added.
         shift: Folder of corrupted copies of the test set in the format of CIFAR-10-C (labels.npy
             and one .npy file for each corruption, five severities); accuracy["shift"] is then
             the clean accuracy on them, on the first samples of each severity, and
@@ -495,11 +495,10 @@ def _make_record(
 
 def _describe_subset(request: CheckedRequest, evaluation: Evaluation) -> Record:
     """Return the size of the subset, its seed, and the survivors that the attack broke in it."""
-    after = request.reuse.after
-    assert after is not None  # the request was checked
-    before, hits = after.hits(), evaluation.hits()
-    earlier = after.record.get(SUBSET_KEY, {"missed": {}})["missed"]
+    after, hits = request.reuse.after, evaluation.hits()
     measures = [name for name in hits if name in evaluation.threats or name == UNION_KEY]
+    before = dict.fromkeys(measures, hits[CLEAN_KEY]) if after is None else after.hits()
+    earlier = {} if after is None else after.record.get(SUBSET_KEY, {"missed": {}})["missed"]
     return {
         "samples": request.reuse.subset,
         "seed": request.settings.seed,

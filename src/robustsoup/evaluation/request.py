@@ -79,7 +79,10 @@ class CheckedRequest:
         if after is not None:
             continues = SUBSET_KEY in after.record and is_same_attack(after, protocol)
             earlier = {key: after.record.get(key) for key in SAME_ATTACK_KEYS}
-            protocol["after"] = after.record["after"] if continues else earlier
+            if not continues:
+                protocol["after"] = earlier
+            elif "after" in after.record:
+                protocol["after"] = after.record["after"]
         return protocol
 
     def fingerprint(self) -> str:
@@ -171,10 +174,12 @@ def _check_subset(
         raise RequestError(f"subset: got {subset}, expected 1 to {n - 1} of {n} samples")
     if attacker.together > 1:
         raise RequestError("subset: requires an attack that attacks each sample by itself")
-    if after is None or len(after.ids) != n or set(after.threats) != set(map(str, threats)):
+    if after is None:
+        return
+    if len(after.ids) != n or set(after.threats) != set(map(str, threats)):
         raise RequestError(
-            "subset: requires after, an evaluation of the same samples under the same threats, "
-            "whose verdicts stand for the other samples"
+            "subset: after must be an evaluation of the same samples under the same threats, as "
+            "its verdicts stand for the other samples"
         )
     earlier = after.record.get(SUBSET_KEY)
     protocol = attacker.protocol() | {"seed": settings.seed}

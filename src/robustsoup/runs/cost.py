@@ -29,7 +29,7 @@ from robustsoup.runs.tasks import (
 )
 from robustsoup.soups.racing import round_ends
 from robustsoup.soups.screening import short_attack
-from robustsoup.soups.surrogate_search import TESTS, spread_first
+from robustsoup.soups.surrogate_search import TESTS, count_part, spread_first
 
 ATTACK_STEP_FRACTION = 0.55
 """Fraction of an evaluation's attack steps that run: misclassified samples leave the attack."""
@@ -84,6 +84,8 @@ USUAL_CONFIRMATIONS = 3
 """Soups that a screened search usually attacks in full, beside the ingredients."""
 USUAL_STEPS = 4
 """Soups that the surrogate usually attacks after the first ones."""
+USUAL_FINALISTS = 2
+"""Soups beside the ingredients that the surrogate usually attacks on all samples."""
 
 
 def compare_ways(
@@ -122,6 +124,10 @@ def compare_ways(
     confirmed = min(screened, USUAL_CONFIRMATIONS)
     first = len(spread_first(recipe.alphas_of(grids[0]))) + TESTS
     asked = min(soups, first + USUAL_STEPS)
+    part = count_part(clean, settings.attack, shift=settings.shift is not None)
+    if part is not None:
+        finalists = min(asked - n, USUAL_FINALISTS)
+        asked = n + finalists + (asked - n - finalists) * part / clean
     full = n + confirmed * (1 - opening) + screened * opening
     return WaysToSearch(
         soups,

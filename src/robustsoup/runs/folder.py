@@ -175,7 +175,8 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
     attacked = left_after = None
     if part is not None and selecting is not None:
         attacked = int(part["samples"])
-        left_after = round_ends(len(selecting.ids)).index(attacked) + 1
+        if recipe.evaluate.screens:
+            left_after = round_ends(len(selecting.ids)).index(attacked) + 1
     scores = {split: dict(evaluation.accuracy) for split, evaluation in evaluations.items()}
     warnings = {text for evaluation in evaluations.values() for text in evaluation.warnings}
     masking = [

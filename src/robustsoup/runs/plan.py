@@ -15,6 +15,7 @@ from robustsoup.runs.tasks import (
     list_bases,
     task_record,
 )
+from robustsoup.soups.screening import EvaluationRequest
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class PlannedRow:
         dial: Step whose output holds the dial.
         val: Evaluation on the split that selects.
         test: Evaluation on the split that reports.
+        request: The evaluation on the split that selects that a surrogate requests; in full if
+            None.
     """
 
     name: str
@@ -88,6 +91,7 @@ class PlannedRow:
     dial: Key | None = None
     val: Key | None = None
     test: Key | None = None
+    request: EvaluationRequest | None = None
 
     @property
     def keys(self) -> list[Key]:

@@ -397,13 +397,27 @@ class Planner:
             shift = ShiftedCopies(evaluate.shift, copies.digest, part, count)
         return EvaluationSettings(split, samples, evaluate.threats, attack, shift)
 
-    def add_evaluation(self, name: str, network: Key, settings: EvaluationSettings) -> Key:
-        """Add the full evaluation of a network.
+    def add_evaluation(
+        self,
+        name: str,
+        network: Key,
+        settings: EvaluationSettings,
+        request: EvaluationRequest | None = None,
+    ) -> Key:
+        """Add the evaluation of a network, in full unless a request names a subset.
 
         The masking check of a soup tries the adversarial points of the base and the ingredients,
         which are evaluated first.
         """
         keep_points, others = self.recipe.evaluate.keep_points, ()
+        if request is not None and request.subset is not None:
+            task = EvaluateNetwork(
+                network, settings, keep_points=keep_points, subset=request.subset
+            )
+            return self.add_step(f"{name}.{settings.split}", task)
+        after = None
+        if request is not None and request.after is not None:
+            after = self.add_evaluation(name, network, settings, request.after)
         if self._tries_points_of_others(settings):
             if network in self.networks.values():
                 keep_points = True
@@ -412,7 +426,9 @@ class Planner:
                     self.add_evaluation(other, key, settings)
                     for other, key in itertools.islice(self.networks.items(), MOST_OTHERS)
                 )
-        task = EvaluateNetwork(network, settings, keep_points=keep_points, others=others)
+        task = EvaluateNetwork(
+            network, settings, keep_points=keep_points, others=others, after=after
+        )
         return self.add_step(f"{name}.{settings.split}", task)
 
     def add_clean_verdicts(self, section: str, soup: Soup) -> Key:
@@ -442,7 +458,8 @@ class Planner:
         if self.recipe.evaluate.screens:
             val = self.add_request(self.screening().opening_request(self.contender(row)))
         else:
-            val = self.add_evaluation(row.name, row.network, self.selecting_settings())
+            settings = self.selecting_settings()
+            val = self.add_evaluation(row.name, row.network, settings, row.request)
         self.add_row(dataclasses.replace(row, val=val))
         if self.recipe.evaluate.report == "all":
             self.add_report(row.name)

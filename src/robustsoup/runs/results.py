@@ -50,7 +50,7 @@ class ResultRow:
         test: Accuracies on the split that reports.
         screened: Whether the robust accuracies on `val` are upper bounds, or estimates.
         attacked: Samples of `val` that were attacked in full, if they are estimates.
-        left_after: Number of rounds of the race that the soup ran, if they are estimates.
+        left_after: Number of rounds of the race that the soup ran, if it raced.
         warnings: Why accuracies are doubtful, one line each.
         masking_check: Findings of the masking check, one line for each split and threat model.
     """
@@ -89,10 +89,10 @@ class ResultRow:
             return ""
         if self.attacked is None:
             return "robust accuracies are upper bounds"
-        return (
-            f"robust accuracies are estimates: {self.attacked:,} samples were attacked in full; "
-            f"left the race after round {self.left_after}"
-        )
+        text = f"robust accuracies are estimates: {self.attacked:,} samples were attacked in full"
+        if self.left_after is None:
+            return text
+        return f"{text}; left the race after round {self.left_after}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON-able values, without lines and flags that are not set."""

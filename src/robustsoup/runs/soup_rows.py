@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data
@@ -13,7 +14,8 @@ from robustsoup.runs.results import ROLES
 from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients, MergeSoup
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.learned_search import threat_slug
-from robustsoup.soups.surrogate_search import TESTS, order_tests, spread_first
+from robustsoup.soups.screening import EvaluationRequest
+from robustsoup.soups.surrogate_search import count_part, first_requests
 from robustsoup.threats import CLEAN, ThreatModel
 
 
@@ -89,19 +91,20 @@ def plan_surrogate(planner: Planner, section: str, soup: Soup) -> list[PlannedRo
     With a time limit, these are the ingredients alone.
     """
     planner.plan.surrogates[section] = planner.add_clean_verdicts(section, soup)
-    names = first_soups(planner, section)
+    requests = first_surrogate_requests(planner, section)
     if soup["time_limit"] is not None:
-        names = names[: len(planner.recipe.ingredients_of(soup))]
-    return [plan_grid_soup(planner, section, name) for name in names]
+        requests = requests[: len(planner.recipe.ingredients_of(soup))]
+    rows = [(plan_grid_soup(planner, section, item.candidate), item) for item in requests]
+    return [replace(row, request=item) for row, item in rows]
 
 
-def first_soups(planner: Planner, section: str) -> tuple[str, ...]:
-    """Return the names of the soups that a surrogate attacks first."""
-    recipe = planner.recipe
+def first_surrogate_requests(planner: Planner, section: str) -> tuple[EvaluationRequest, ...]:
+    """Return what a surrogate attacks first."""
+    recipe, settings = planner.recipe, planner.selecting_settings()
     names, alphas = recipe.soup_names(section), recipe.alphas_of(recipe.soups[section])
-    first = spread_first(alphas)
-    tests = order_tests(len(names), first, seed=recipe.seed)[:TESTS]
-    return tuple(names[row] for row in (*first, *tests)) if tests else tuple(names)
+    samples = settings.count_samples(planner.data)
+    part = count_part(samples, settings.attack, shift=settings.shift is not None)
+    return first_requests(names, alphas, part, seed=recipe.seed)
 
 
 def plan_grid_soup(planner: Planner, section: str, name: str) -> PlannedRow:

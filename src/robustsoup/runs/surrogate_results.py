@@ -51,10 +51,12 @@ class SurrogateResult:
         stage: "settled", "grid" where the model failed and the grid was attacked, or "late" where
             the time limit ended the search.
         attacked: Number of attacked soups.
+        in_full: How many of them were attacked on all samples.
         soups: Number of soups.
+        samples: Number of samples.
+        part: Samples that the other attacked soups were attacked on; None if there is no part.
         tolerance: Accuracy that the answer may lose to the best soup.
-        chance: Chance that another soup beats it by more, by resampling the samples too.
-        map_chance: The same for the samples as they are.
+        chance: Chance that a soup beats those that were attacked on all samples by more.
         p_value: p-value of the test of the model's fit.
         rows: The predictions; empty where the model was not used.
     """
@@ -62,10 +64,12 @@ class SurrogateResult:
     section: str
     stage: str
     attacked: int
+    in_full: int
     soups: int
+    samples: int
+    part: int | None
     tolerance: float
     chance: float
-    map_chance: float
     p_value: float
     rows: tuple[PredictedRow, ...] = ()
 
@@ -91,10 +95,12 @@ class SurrogateResult:
             section=section,
             stage="late" if late else state.stage,
             attacked=len(attacked),
+            in_full=search.count_in_full(attacked),
             soups=len(search.names),
+            samples=search.samples,
+            part=search.part_size,
             tolerance=search.tolerance,
             chance=state.chance,
-            map_chance=state.map_chance,
             p_value=state.p_value,
             rows=tuple(
                 PredictedRow(
@@ -112,9 +118,12 @@ class SurrogateResult:
     def message(self) -> str:
         """What was attacked and how sure the answer is, in one line."""
         attacked = f"{self.section}: attacked {self.attacked} of {self.soups} soups"
+        if self.part is not None:
+            attacked += f", {self.in_full} on all {self.samples:,} samples"
+            attacked += f" and the others on {self.part:,}"
         chance = (
-            f"another soup is more than {100 * self.tolerance:g} points better with a chance of "
-            f"{self.map_chance:.0%} on these samples, {self.chance:.0%} on samples like them"
+            f"another soup is more than {100 * self.tolerance:g} points better on these samples "
+            f"with a chance of {self.chance:.0%}"
         )
         if self.stage == "settled":
             return f"{attacked}; {chance}"
@@ -131,9 +140,9 @@ class SurrogateResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able values."""
-        names = ("section", "stage", "attacked", "soups", "tolerance", "chance", "map_chance")
+        names = ("section", "stage", "attacked", "in_full", "soups", "samples", "part", "tolerance")
         return {
-            **{name: getattr(self, name) for name in (*names, "p_value")},
+            **{name: getattr(self, name) for name in (*names, "chance", "p_value")},
             "message": self.message,
             "rows": [row.to_json() for row in self.rows],
         }

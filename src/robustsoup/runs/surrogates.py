@@ -14,7 +14,13 @@ from robustsoup.runs.surrogate_results import SurrogateResult
 from robustsoup.runs.worker import load_evaluation, load_hits
 from robustsoup.soups.confirmation import part_rows
 from robustsoup.soups.goal import Goal
-from robustsoup.soups.surrogate_search import SurrogateSearch, hits_by_name, make_search
+from robustsoup.soups.surrogate_search import (
+    SurrogateSearch,
+    choose_part,
+    hits_by_name,
+    make_search,
+    requests_in_time,
+)
 from robustsoup.soups.time_limit import TimeLimit
 
 
@@ -36,13 +42,13 @@ def search_by_surrogate(
     search = _make_engine(planner, store, section)
     limit = TimeLimit(planner.recipe.soups[section]["time_limit"], started)
     attacked = _load_hits(planner, store, search)
-    late = False
-    while names := search.next_soups(attacked):  # with a limit, one at a time
-        late = not limit.begin_soup()
-        if late:
+    while True:
+        requests, late = requests_in_time(search, attacked, limit)
+        if not requests:
             break
-        for name in names if limit.seconds is None else names[:1]:
-            planner.add_evaluated_row(plan_grid_soup(planner, section, name))
+        for request in requests:
+            row = plan_grid_soup(planner, section, request.candidate)
+            planner.add_evaluated_row(replace(row, request=request))
         execute()
         limit.end_soup()
         attacked = _load_hits(planner, store, search)
@@ -61,6 +67,9 @@ def _make_engine(planner: Planner, store: Store, section: str) -> SurrogateSearc
         recipe.alphas_of(soup),
         table.hits[CLEAN_KEY][:, steering.numpy()],
         goal if goal.maximise else replace(goal, maximise=recipe.default_measure),
+        part=choose_part(
+            torch.from_numpy(table.ids)[steering], settings.attack, shift=settings.shift is not None
+        ),
         step=soup["step"],
         tolerance=soup["tolerance"],
         seed=recipe.seed,

@@ -556,9 +556,12 @@ class EvaluateNetwork:
         Attacks that take many samples together, and evaluations that build on others, cannot be.
         """
         attack, threats = self.settings.attack, self.settings.threats
-        by_itself = attack.is_queued or attack.attack in ("square", "strong")
         builds_on_others = bool(self.pool) or self.after is not None or self.subset is not None
-        if not by_itself or builds_on_others or all(threat.is_clean for threat in threats):
+        if (
+            not attack.attacks_each_alone
+            or builds_on_others
+            or all(threat.is_clean for threat in threats)
+        ):
             return 1
         return min(max(self.settings.count_samples(data) // samples, 1), MOST_PARTS)
 

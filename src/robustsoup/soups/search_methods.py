@@ -49,8 +49,10 @@ from robustsoup.soups.soup_evaluator import SoupEvaluator
 from robustsoup.soups.surrogate_search import (
     PredictedSoup,
     check_modelled,
+    choose_part,
     hits_by_name,
     make_search,
+    requests_in_time,
 )
 from robustsoup.soups.time_limit import Late, TimeLimit
 from robustsoup.threats import ThreatModel, parse_threats
@@ -352,17 +354,19 @@ def _search_by_surrogate(
         list(alphas.values()),
         clean_hits,
         run.aim,
+        part=choose_part(evaluator.data.ids, evaluator.attack, shift=evaluator.shift is not None),
         step=run.settings.step,
         tolerance=run.settings.tolerance,
         seed=evaluator.attack.seed,
     )
     evaluations: dict[str, Evaluation] = {}
-    while names := engine.next_soups(hits_by_name(evaluations)):
-        if not limit.begin_soup() and evaluations:
-            break
+    while requests := requests_in_time(engine, hits_by_name(evaluations), limit)[0]:
         progress.total += 1
-        name, alpha = names[0], alphas[names[0]]
-        evaluation = known[alpha] if alpha in known else evaluator.evaluate(alpha)
+        name, subset = requests[0].candidate, requests[0].subset
+        alpha = alphas[name]
+        evaluation = known.get(alpha) or evaluator.evaluate(
+            alpha, after=evaluations.get(name), subset=subset
+        )
         evaluations[name] = progress.report(name, evaluation)
         limit.end_soup()
     attacked = [name in evaluations for name in alphas]

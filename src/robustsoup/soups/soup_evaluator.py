@@ -159,8 +159,10 @@ class SoupEvaluator:
         *,
         keep_points: bool = False,
         others: Sequence[Evaluation] = (),
+        after: Evaluation | None = None,
+        subset: int | None = None,
     ) -> Evaluation:
-        """Evaluate a soup in full."""
+        """Evaluate a soup, on a part of the samples if `subset` says so; see `evaluate`."""
         return evaluate(
             self.mix_network(alpha),
             self.data,
@@ -169,6 +171,8 @@ class SoupEvaluator:
             device=self.device,
             keep_points=keep_points,
             others=others,
+            after=after,
+            subset=subset,
             shift=self.shift,
             shift_part=self.shift_part,
         )

@@ -37,12 +37,16 @@ class TimeLimit:
         self.began = self.started
         self.longest = 0.0
 
-    def begin_soup(self) -> bool:
-        """Return whether another soup, if it takes as long as the longest, ends in time."""
+    def begin_soup(self, count: int = 1) -> bool:
+        """Return whether other soups, if each takes as long as the longest, end in time.
+
+        Args:
+            count: Number of soups that shall end in time; one is begun.
+        """
         self.began = clock()
         if self.seconds is None:
             return True
-        expected_end = self.began - self.started + self.longest
+        expected_end = self.began - self.started + count * self.longest
         return distributed.from_first(lambda: expected_end) <= self.seconds
 
     def end_soup(self) -> None:
