@@ -53,7 +53,9 @@ class Step:
     @property
     def parts(self) -> tuple[Key, ...]:
         """Keys of the steps that do parts of the step beforehand."""
-        return self.task.parts if isinstance(self.task, EvaluateNetwork | MapPlane) else ()
+        begun = self.task.begun if isinstance(self.task, EvaluateNetwork) else None
+        parts = self.task.parts if isinstance(self.task, EvaluateNetwork | MapPlane) else ()
+        return parts if begun is None else (*parts, begun)
 
 
 @dataclass(frozen=True, kw_only=True)

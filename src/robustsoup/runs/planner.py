@@ -415,9 +415,9 @@ class Planner:
                 network, settings, keep_points=keep_points, subset=request.subset
             )
             return self.add_step(f"{name}.{settings.split}", task)
-        after = None
+        begun = None
         if request is not None and request.after is not None:
-            after = self.add_evaluation(name, network, settings, request.after)
+            begun = self.add_evaluation(name, network, settings, request.after)
         if self._tries_points_of_others(settings):
             if network in self.networks.values():
                 keep_points = True
@@ -427,7 +427,7 @@ class Planner:
                     for other, key in itertools.islice(self.networks.items(), MOST_OTHERS)
                 )
         task = EvaluateNetwork(
-            network, settings, keep_points=keep_points, others=others, after=after
+            network, settings, keep_points=keep_points, others=others, begun=begun
         )
         return self.add_step(f"{name}.{settings.split}", task)
 

@@ -516,6 +516,7 @@ class EvaluateNetwork:
         short: Whether the attack is the short one of a screening.
         subset: Number of samples to attack; None for all.
         parts: Steps that attack the samples beforehand, in order; the output is the same without.
+        begun: Evaluation whose attack on a subset this one completes; so are its verdicts.
     """
 
     network: Key
@@ -528,6 +529,7 @@ class EvaluateNetwork:
     short: bool = False
     subset: int | None = None
     parts: tuple[Key, ...] = ()
+    begun: Key | None = None
     kind = "evaluate"
     epochs = 0
 
@@ -556,7 +558,7 @@ class EvaluateNetwork:
         Attacks that take many samples together, and evaluations that build on others, cannot be.
         """
         attack, threats = self.settings.attack, self.settings.threats
-        builds_on_others = bool(self.pool) or self.after is not None or self.subset is not None
+        builds_on_others = bool(self.pool or self.after or self.begun or self.subset)
         if (
             not attack.attacks_each_alone
             or builds_on_others
@@ -731,6 +733,8 @@ def _as_record(value: Any) -> Any:
             del record["part"]  # an evaluation on all samples has the key that it always had
         if isinstance(value, EvaluateNetwork | MapPlane):
             del record["parts"]  # they change who does the work, not what it gives
+        if isinstance(value, EvaluateNetwork):
+            del record["begun"]
         return record
     return value
 

@@ -466,6 +466,7 @@ def evaluate_network(
     settings: EvaluationSettings = task.settings
     if task.parts:
         _join_parts(worker, task.parts, folder, join_outcomes)
+    after = task.after or task.begun
     evaluation = evaluate(
         worker.checkpoint(task.network),
         settings.take_samples(worker.context.data),
@@ -474,7 +475,7 @@ def evaluate_network(
         keep_points=task.keep_points,
         pool=[worker.evaluation(key) for key in task.pool],
         others=[worker.evaluation(key) for key in task.others],
-        after=None if task.after is None else worker.evaluation(task.after),
+        after=None if after is None else worker.evaluation(after),
         subset=task.subset,
         device=str(worker.context.device),
         state_path=folder / STATE,
