@@ -554,7 +554,9 @@ def test_soups_are_not_learned_without_an_attack(ends, data):
 def test_the_surrogate_neither_screens_nor_finds_the_knee(ends, split):
     with pytest.raises(RequestError, match="the knee depends on the whole front"):
         search(ends, split, [THREAT], method="surrogate", maximise="knee")
-    with pytest.raises(RequestError, match="which attacks few soups, in full; leave out screen"):
+    with pytest.raises(
+        RequestError, match="which attacks few soups by a rule of its own; leave out screen"
+    ):
         search(ends, split, [THREAT], method="surrogate", screen=True)
 
 

@@ -9,13 +9,12 @@ from robustsoup.settings import AttackSettings
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, grid
 from robustsoup.soups.surrogate import to_share
+from robustsoup.soups.surrogate_refits import Refits, lower_bounds
 from robustsoup.soups.surrogate_search import (
     SurrogateSearch,
-    _Refits,
     choose_part,
     coarse_names,
     count_part,
-    lower_bounds,
     requests_in_time,
 )
 from robustsoup.soups.time_limit import TimeLimit
@@ -162,7 +161,7 @@ def test_what_the_part_says_of_a_soup_is_corrected_by_what_is_known_of_others():
         world = smooth_world()
         search = world.search(part=some_part(seed=seed))
         attacked = world.answer(search, search.first_requests())
-        refits = _Refits(search, attacked)
+        refits = Refits(search, attacked)
         estimates = to_share(refits.values[LINF])
         for row, estimate in zip(refits.rows, estimates, strict=True):
             name = world.names[row]

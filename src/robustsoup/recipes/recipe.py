@@ -369,7 +369,7 @@ class Recipe(Section):
             raises_value_error(check_modelled)(self.goal)
         if soup.method == "surrogate" and self.evaluate.screens:
             raise ValueError(
-                f'soups.{name}: method = "surrogate" attacks few soups, in full; '
+                f'soups.{name}: method = "surrogate" attacks few soups by a rule of its own; '
                 "remove evaluate.screen"
             )
         if soup.method in LEARNING:

@@ -29,7 +29,8 @@ from robustsoup.runs.tasks import (
 )
 from robustsoup.soups.racing import round_ends
 from robustsoup.soups.screening import short_attack
-from robustsoup.soups.surrogate_search import TESTS, count_part, spread_first
+from robustsoup.soups.surrogate_map import TESTS, spread_first
+from robustsoup.soups.surrogate_search import count_part
 
 ATTACK_STEP_FRACTION = 0.55
 """Fraction of an evaluation's attack steps that run: misclassified samples leave the attack."""

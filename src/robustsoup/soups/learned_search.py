@@ -111,7 +111,7 @@ def threat_slug(threat: ThreatModel) -> str:
 def why_not_screened(method: str) -> str | None:
     """Return why `screen` has no meaning with a method, in words; None if it has."""
     if method in ("surrogate", ALL_METHODS):
-        return "which attacks few soups, in full"
+        return "which attacks few soups by a rule of its own"
     entry = SOUP_METHODS.find(method)
     if entry is not None and entry.facts.get("needs") is not None:
         return "which evaluates each soup in full"

@@ -26,11 +26,9 @@ the grid are attacked without an answer, the rest of the grid is attacked on the
 soups that miss a requirement on clean accuracy, and the finalists come from the attacked soups.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -43,36 +41,16 @@ from robustsoup.evaluation.simultaneous import prove_accuracies
 from robustsoup.evaluation.two_phase import attacked_rows, subset_rows
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, Evaluation
 from robustsoup.settings import AttackSettings
-from robustsoup.soups.goal import KNEE, Goal, Requirement, Score
+from robustsoup.soups.goal import KNEE, Goal
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.screening import EvaluationRequest
-from robustsoup.soups.surrogate import (
-    FittedMap,
-    Floats,
-    Model,
-    Places,
-    fit_map,
-    fit_p_value,
-    spread_rows,
-    to_logit,
-    to_share,
-)
+from robustsoup.soups.surrogate import Model, to_share
+from robustsoup.soups.surrogate_map import TESTS, SoupMap, end_rows, order_tests, spread_first
+from robustsoup.soups.surrogate_refits import Hits, Refits
 from robustsoup.soups.time_limit import TimeLimit
 
-Hits = NDArray[np.bool_]
-"""(n,) whether each of n samples is right; of a soup attacked on the part, (m,) of its samples."""
-Rows = NDArray[np.int64]
-"""(r,) rows of soups."""
-
-REFITS = 400
-TESTS = 2
-"""Soups that test the fit."""
-CHANCE = 0.05
-"""Share of refits in which a soup may beat the answer, and level of the test of the fit."""
 MOST_OF_GRID = 2 / 3
 """Share of the grid that is attacked without an answer before the rest is attacked too."""
-MOST_ROWS = 300
-"""Soups that a refit looks at: the ones that are most likely to win."""
 PART_SHARE = 3
 """The part has one in this many samples."""
 SMALLEST_PART = 256
@@ -135,90 +113,8 @@ class SurrogateState:
     next: tuple[EvaluationRequest, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class SurrogateSearch:
-    """Decides which soups a search by surrogate attacks.
-
-    Attributes:
-        names: Names of the N soups.
-        alphas: Their coefficients, or (t, 1 - t) for positions on a dial.
-        clean_hits: (N, n) whether each of n samples is right without an attack.
-        goal: What is maximised, and the requirements.
-        part: (n,) bool, the samples that most soups are attacked on; all of them if None.
-        shortfall: (N,) by how much each soup misses the requirements on clean accuracy.
-        tolerance: Accuracy that the answer may lose to the best soup.
-        seed: Seed of the test soups and of the refits.
-        grid: Names of the soups that are all attacked if the model fails; all of them if empty.
-        screened: Survivors of a short attack on each soup, if there was one.
-        model: The Gaussian process, or the quadratic.
-    """
-
-    names: tuple[str, ...]
-    alphas: tuple[Alpha, ...]
-    clean_hits: NDArray[np.bool_]
-    goal: Goal
-    part: NDArray[np.bool_] | None = None
-    shortfall: tuple[float, ...] = ()
-    tolerance: float = 0.005
-    seed: int = 0
-    grid: frozenset[str] = frozenset()
-    screened: tuple[Accuracy, ...] = ()
-    model: Model = "gaussian-process"
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.clean_hits.shape[1]
-
-    @cached_property
-    def clean(self) -> tuple[Accuracy, ...]:
-        """The clean accuracies of all soups."""
-        return tuple(Accuracy(int(row.sum()), len(row)) for row in self.clean_hits)
-
-    @cached_property
-    def places(self) -> Places:
-        """The coefficients and the covariates of all soups."""
-        measured = [self.clean, *([self.screened] if self.screened else [])]
-        logits = [
-            to_logit(np.array([a.hits for a in column], float), column[0].n) for column in measured
-        ]
-        return Places.of(self.alphas, *logits)
-
-    @cached_property
-    def score(self) -> Score:
-        """What is maximised, as a sum of measures."""
-        return Score.parse(self.goal.maximise or CLEAN_KEY)
-
-    @cached_property
-    def attacked_requirements(self) -> tuple[Requirement, ...]:
-        """The requirements on accuracies under attack, which are predicted."""
-        return tuple(item for item in self.goal.require if item.key != CLEAN_KEY)
-
-    @cached_property
-    def measures(self) -> tuple[str, ...]:
-        """The attacked measures that the goal needs."""
-        keys = [*self.score.keys, *(item.key for item in self.attacked_requirements)]
-        return tuple(dict.fromkeys(key for key in keys if key != CLEAN_KEY))
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Rows of the soups with the largest coefficient of each ingredient."""
-        return end_rows(self.alphas)
-
-    @cached_property
-    def first_rows(self) -> tuple[int, ...]:
-        """Rows of the first soups that the model is fitted to, the ends before the others."""
-        return spread_first(self.alphas, self.model)
-
-    @cached_property
-    def test_rows(self) -> tuple[int, ...]:
-        """Rows of the soups that test the fit at first; empty for tiny grids."""
-        return self.test_order[:TESTS]
-
-    @cached_property
-    def test_order(self) -> tuple[int, ...]:
-        """Rows of all soups that may test the fit, in the order in which they do."""
-        return order_tests(len(self.names), self.first_rows, seed=self.seed)
+class SurrogateSearch(SoupMap):
+    """Decides which soups a search by surrogate attacks."""
 
     @property
     def grid_rows(self) -> tuple[int, ...]:
@@ -245,11 +141,6 @@ class SurrogateSearch:
             self.names, self.alphas, self.part_size, seed=self.seed, model=self.model
         )
 
-    @property
-    def part_size(self) -> int | None:
-        """Number of samples of the part; None where all are attacked."""
-        return None if self.part is None else int(self.part.sum())
-
     def next_requests(
         self, attacked: Mapping[str, Mapping[str, Hits]]
     ) -> tuple[EvaluationRequest, ...]:
@@ -273,7 +164,7 @@ class SurrogateSearch:
     def state(self, attacked: Mapping[str, Mapping[str, Hits]]) -> SurrogateState:
         """Return where the search stands, given the verdicts so far."""
         if not self.measures:
-            chosen = _Refits(self, attacked).chosen
+            chosen = Refits(self, attacked).chosen
             rest = (
                 () if self.names[chosen] in attacked else (EvaluationRequest(self.names[chosen]),)
             )
@@ -283,9 +174,9 @@ class SurrogateSearch:
             return SurrogateState("begin", None, 1.0, 1.0, waiting)
         if not self.test_rows:
             return SurrogateState("grid", None, 1.0, 1.0, ())
-        return self._next_state(_Refits(self, attacked))
+        return self._next_state(Refits(self, attacked))
 
-    def _next_state(self, refits: "_Refits") -> SurrogateState:
+    def _next_state(self, refits: Refits) -> SurrogateState:
         """Return where the search stands once the first soups are attacked."""
         fits = refits.fits_hold
         rest = tuple(row for row in self.grid_rows if not refits.is_attacked(row))
@@ -301,10 +192,12 @@ class SurrogateSearch:
         else:
             more = dict.fromkeys((*refits.least_known_row(), *refits.test_pairs[1]))
             stage, rows = "misfit", tuple(row for row in more if not refits.is_attacked(row))
-        return refits.state(stage, chance, self._requests(refits, rows))
+        requests = self._requests(refits, rows)
+        chosen = refits.chosen if requests else refits.best_in_full
+        return SurrogateState(stage, chosen, chance, refits.p_value, requests)
 
     def _requests(
-        self, refits: "_Refits", rows: Sequence[int], *, in_full: bool = False
+        self, refits: Refits, rows: Sequence[int], *, in_full: bool = False
     ) -> tuple[EvaluationRequest, ...]:
         """Return the next attack on each of some soups: on the part, then on all samples.
 
@@ -332,7 +225,7 @@ class SurrogateSearch:
         """
         if self.state(attacked).chosen is None or not self.measures:
             return ()
-        refits = _Refits(self, attacked)
+        refits = Refits(self, attacked)
         return self._requests(refits, refits.find_finalists(predicted=True)[0], in_full=True)
 
     def predict(self, attacked: Mapping[str, Mapping[str, Hits]]) -> list[PredictedSoup]:
@@ -346,7 +239,7 @@ class SurrogateSearch:
         """
         if self.measures and self.state(attacked).chosen is None:
             return []
-        refits = _Refits(self, attacked)
+        refits = Refits(self, attacked)
         bands: list[dict[str, tuple[float, float, float]]] = [{} for _ in self.names]
         for measure, fitted in refits.fitted.items():
             logits = fitted.predict()
@@ -363,284 +256,6 @@ class SurrogateSearch:
                 self.names, self.alphas, self.clean, bands, strict=True
             )
         ]
-
-
-class _Refits:
-    """The model fitted to the verdicts so far, with and without the test soups, and its refits.
-
-    Args:
-        search: The search.
-        attacked: For each attacked soup, its hits by measure; the first soups at least.
-    """
-
-    def __init__(self, search: SurrogateSearch, attacked: Mapping[str, Mapping[str, Hits]]) -> None:
-        self.search, self.attacked = search, attacked
-        self.samples = search.samples
-        self.rows = sorted(search.names.index(name) for name in attacked)
-        self.hits = {
-            measure: [attacked[search.names[row]][measure] for row in self.rows]
-            for measure in search.measures
-        }
-        part = np.ones(self.samples, bool) if search.part is None else search.part
-        self.estimates = {
-            measure: _Estimates(search, self.rows, hits, part)
-            for measure, hits in self.hits.items()
-        }
-        self.values = {
-            measure: estimates.to_logits(np.ones((1, int(part.sum()))))[0]
-            for measure, estimates in self.estimates.items()
-        }
-        self.fitted = self._fit(self.rows)
-        self.shares: dict[str, Floats] = {
-            CLEAN_KEY: np.array([accuracy.value for accuracy in search.clean]),
-            **{name: to_share(fitted.predict()) for name, fitted in self.fitted.items()},
-        }
-        self.chosen = int(np.argmax(np.round(self.utility(self.shares), 12)))
-
-    def _fit(self, rows: Sequence[int]) -> dict[str, FittedMap]:
-        """Return the model of each measure, fitted to some of the attacked soups."""
-        places = [self.rows.index(row) for row in rows]
-        return {
-            measure: fit_map(self.search.places, rows, values[places], self.search.model)
-            for measure, values in self.values.items()
-        }
-
-    def is_attacked(self, row: int) -> bool:
-        """Return whether the soup of a row was attacked, on the part at least."""
-        return self.search.names[row] in self.attacked
-
-    @cached_property
-    def in_full(self) -> list[int]:
-        """Rows of the soups that were attacked on all samples."""
-        return [
-            row
-            for row, *hits in zip(self.rows, *self.hits.values(), strict=True)
-            if all(len(item) == self.samples for item in hits)
-        ]
-
-    def state(
-        self, stage: Stage, chance: float, requests: tuple[EvaluationRequest, ...]
-    ) -> SurrogateState:
-        """Return the state of the search; at the end, verdicts on all samples choose."""
-        chosen = self.chosen if requests else self.best_in_full
-        return SurrogateState(stage, chosen, chance, self.p_value, requests)
-
-    @property
-    def best_in_full(self) -> int:
-        """Row of the best soup of those that were attacked on all samples."""
-        rows = np.array(self.in_full)
-        places = [self.rows.index(row) for row in self.in_full]
-        shares = {name: to_share(values[places]) for name, values in self.values.items()}
-        clean = {CLEAN_KEY: self.shares[CLEAN_KEY][rows]}
-        return int(rows[np.argmax(self.utility(clean | shares, rows))])
-
-    def utility(self, shares: Mapping[str, Floats], rows: Rows | slice = slice(None)) -> Floats:
-        """Return what the goal maximises at some rows, the last axis of the shares.
-
-        Soups that miss a requirement are below all that meet them, by their shortfall.
-        """
-        search = self.search
-        value = sum(weight * shares[key] for weight, key in search.score.terms)
-        shortfall = np.zeros_like(value)
-        if search.shortfall:
-            shortfall = shortfall + np.asarray(search.shortfall)[rows]
-        for item in search.attacked_requirements:
-            share = shares[item.key]
-            bound = share if search.goal.point else lower_bounds(share, self.samples)
-            shortfall = shortfall + np.clip(item.threshold - bound, 0, None)
-        return np.where(shortfall > 0, -1 - shortfall, value)
-
-    @cached_property
-    def test_pairs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Rows of the two soups that test the fit now, and of the two that would be next.
-
-        The pairs have one order. Of those that are attacked without a gap, the last one tests.
-        """
-        order = self.search.test_order
-        pairs = [order[i : i + TESTS] for i in range(0, len(order) - TESTS + 1, TESTS)]
-        attacked = itertools.takewhile(lambda pair: all(map(self.is_attacked, pair)), pairs)
-        count = sum(1 for _ in attacked)
-        return pairs[count - 1], pairs[count] if count < len(pairs) else ()
-
-    @property
-    def tests(self) -> tuple[int, ...]:
-        """Rows of the soups that test the fit now."""
-        return self.test_pairs[0]
-
-    @cached_property
-    def tested(self) -> dict[str, FittedMap]:
-        """The model of each measure without the soups that test it now."""
-        return self._fit([row for row in self.rows if row not in self.tests])
-
-    @cached_property
-    def fits_hold(self) -> bool:
-        """Whether the model predicts the test soups, or misses them by less than the tolerance."""
-        if self.p_value > CHANCE:
-            return True
-        return all(
-            abs(self._measured(measure, row) - to_share(fitted.predict())[row])
-            <= self.search.tolerance
-            for measure, fitted in self.tested.items()
-            for row in self.tests
-        )
-
-    @cached_property
-    def p_value(self) -> float:
-        """The least p-value of the test of the fit, over the measures, times their number."""
-        values = [
-            fit_p_value(fitted, self.tests, [self._value(measure, row) for row in self.tests])
-            for measure, fitted in self.tested.items()
-        ]
-        return min(1.0, min(values, default=1.0) * max(len(values), 1))
-
-    def _value(self, measure: str, row: int) -> float:
-        """Return the estimate of an attacked soup in logits."""
-        return float(self.values[measure][self.rows.index(row)])
-
-    def _measured(self, measure: str, row: int) -> float:
-        """Return the estimate of an attacked soup as a share."""
-        return float(to_share(self.values[measure])[self.rows.index(row)])
-
-    @cached_property
-    def candidates(self) -> Rows:
-        """Rows that the refits look at: attacked ones, and those that are likeliest to win."""
-        if len(self.search.names) <= MOST_ROWS:
-            return np.arange(len(self.search.names))
-        spread = sum(np.sqrt(fitted.variance) for fitted in self.fitted.values())
-        hopeful = self.utility(
-            {
-                name: share if name == CLEAN_KEY else np.clip(share + spread, 0, 1)
-                for name, share in self.shares.items()
-            }
-        )
-        order = np.argsort(-hopeful, kind="stable")[:MOST_ROWS]
-        return np.unique(np.concatenate([order, [self.chosen], self.rows]))
-
-    def _draw_utility(self) -> Floats:
-        """Return the utility (REFITS, candidates) of each candidate in each refit.
-
-        The estimates of the attacked soups stand for themselves, predictions for the others.
-        """
-        rng = np.random.default_rng([self.search.seed, 2])
-        rows = self.candidates
-        clean = self.shares[CLEAN_KEY][rows]
-        shares: dict[str, Floats] = {CLEAN_KEY: np.broadcast_to(clean, (REFITS, len(rows)))}
-        for measure, fitted in self.fitted.items():
-            values = self.resampled[measure]
-            errors = fitted.draw(rows, rng.standard_normal((REFITS, len(rows))))
-            logits = fitted.predict(values)[:, rows] + errors
-            logits[:, np.searchsorted(rows, self.rows)] = values
-            shares[measure] = to_share(logits)
-        return self.utility(shares, rows)
-
-    @cached_property
-    def resampled(self) -> dict[str, Floats]:
-        """The estimates (REFITS, r) of the attacked soups from resamples of the part, in logits.
-
-        They vary as much as estimates of all n samples from m random ones do.
-        """
-        rng = np.random.default_rng([self.search.seed, 3])
-        part = self.search.part
-        m = self.samples if part is None else int(part.sum())
-        drawn = rng.multinomial(m, np.full(m, 1 / m), size=REFITS).astype(np.float64)
-        weights = 1 + math.sqrt(1 - m / self.samples) * (drawn - 1)
-        return {name: estimates.to_logits(weights) for name, estimates in self.estimates.items()}
-
-    def find_finalists(self, *, predicted: bool) -> tuple[tuple[int, ...], float]:
-        """Return the soups to attack on all samples, and the chance that a better one is left.
-
-        Args:
-            predicted: Whether soups that were not attacked can be the answer.
-
-        Returns:
-            The fewest rows, the likeliest first, such that in all but CHANCE of the refits one of
-            them, or of the soups that were attacked on all samples, is as good as the best soup
-            less the tolerance; and the share of refits in which this is not so without them.
-        """
-        rows, utility = self.candidates, self._draw_utility()
-        if not predicted:
-            attacked = np.isin(rows, self.rows)
-            rows, utility = rows[attacked], utility[:, attacked]
-        best = utility.max(1, keepdims=True)
-        # Where no soup meets what is required of clean accuracy, which is known, the closest wins.
-        exact = (best <= -1) & (not self.search.attacked_requirements)
-        close = utility >= best - np.where(exact, 0, self.search.tolerance)
-        reached = close[:, np.isin(rows, self.in_full)].any(1)
-        chance = float(1 - reached.mean())
-        finalists: list[int] = []
-        while 1 - reached.mean() > CHANCE:
-            likeliest = int(np.argmax((close & ~reached[:, None]).sum(0)))
-            finalists.append(int(rows[likeliest]))
-            reached = reached | close[:, likeliest]
-        return tuple(finalists), chance
-
-    def least_known_row(self) -> tuple[int, ...]:
-        """Return the soup that is not attacked and whose prediction is least certain."""
-        spread = np.asarray(sum(fitted.variance for fitted in self.fitted.values())).copy()
-        spread[[row for row in range(len(spread)) if self.is_attacked(row)]] = -1
-        row = int(np.argmax(np.round(spread, 9)))
-        return () if spread[row] < 0 else (row,)
-
-
-class _Estimates:
-    """Estimates, under one measure, of the accuracies of attacked soups on all n samples.
-
-    A soup that was attacked on the part alone has a sampling error there. It is predicted, by
-    linear regression over the samples of the part, from the errors of what is known of all
-    samples: the hits of the soups that were attacked on all of them, and the soup's clean hits.
-
-    Args:
-        search: The search.
-        rows: (r,) rows of the attacked soups.
-        hits: Their hits, (n,) of the soups that were attacked on all samples, else (m,).
-        part: (n,) bool, the m samples of the part.
-
-    Source: Cochran 1977, Sampling Techniques, section 7 (regression estimators).
-    """
-
-    def __init__(
-        self, search: SurrogateSearch, rows: list[int], hits: Sequence[Hits], part: Hits
-    ) -> None:
-        self.n = len(part)
-        self.in_full = np.array([len(item) == self.n for item in hits])
-        self.right = np.array([item[part] if len(item) == self.n else item for item in hits], float)
-        clean = search.clean_hits[rows]
-        self.clean_right, self.clean = clean[:, part].astype(float), clean.mean(1)
-        self.exact = np.array([item.mean() for item in hits if len(item) == self.n])
-        self.slopes, self.clean_slopes = self._regress()
-
-    def _regress(self) -> tuple[Floats, Floats]:
-        """Return the slopes of each soup on the hits of the f known ones, and on its clean hits.
-
-        Returns:
-            (f, r) and (r,); those of the known soups are 0.
-        """
-        known = self.right[self.in_full]
-        slopes, clean_slopes = np.zeros((len(known), len(self.right))), np.zeros(len(self.right))
-        for row in np.flatnonzero(~self.in_full):
-            errors = np.stack([*known, self.clean_right[row], self.right[row]])
-            errors -= errors.mean(1, keepdims=True)
-            gram = errors @ errors.T
-            ridge = np.eye(len(gram) - 1) * (1e-3 * np.trace(gram) / len(gram) + 1e-9)
-            solved = np.linalg.solve(gram[:-1, :-1] + ridge, gram[:-1, -1])
-            slopes[:, row], clean_slopes[row] = solved[:-1], solved[-1]
-        return slopes, clean_slopes
-
-    def to_logits(self, weights: Floats) -> Floats:
-        """Return the estimates (b, r) in logits where the part's samples have weights (b, m)."""
-        total = weights.sum(1, keepdims=True)
-        share, clean = (weights @ hits.T / total for hits in (self.right, self.clean_right))
-        missed = (self.exact - share[:, self.in_full]) @ self.slopes
-        estimate = share + missed + (self.clean - clean) * self.clean_slopes
-        estimate[:, self.in_full] = self.exact
-        return to_logit(np.clip(estimate, 0, 1) * self.n, self.n)
-
-
-def lower_bounds(share: Floats, n: int) -> Floats:
-    """Return the lower ends of the 95 % Wilson intervals of shares of n samples."""
-    centre = share + Z95**2 / (2 * n)
-    half = Z95 * np.sqrt(np.clip(share * (1 - share), 0, None) / n + Z95**2 / (4 * n * n))
-    return (centre - half) / (1 + Z95**2 / n)
 
 
 def hits_by_name(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Hits]]:
@@ -672,32 +287,6 @@ def requests_in_time(
         return requests[:1], False
     last = search.last_requests(attacked)
     return (last[:1] if last and limit.begin_soup() else ()), True
-
-
-def spread_first(alphas: Sequence[Alpha], model: Model = "gaussian-process") -> tuple[int, ...]:
-    """Return the rows of the first soups: the ends, then those where the model knows least.
-
-    They depend on the coefficients alone, so a plan can list them before any work.
-    """
-    places, ends = Places.of(alphas), end_rows(alphas)
-    return (*ends, *spread_rows(places, ends, max(2, places.coefficients.shape[1] - 1), model))
-
-
-def end_rows(alphas: Sequence[Alpha]) -> tuple[int, ...]:
-    """Return the rows with the largest coefficient of each ingredient, each once."""
-    columns = np.asarray(alphas).T
-    return tuple(dict.fromkeys(int(np.argmax(column)) for column in columns))
-
-
-def order_tests(count: int, first: Sequence[int], *, seed: int) -> tuple[int, ...]:
-    """Return the rows of `count` soups without the first in a random order: the first two test.
-
-    Empty for grids that have hardly more soups.
-    """
-    others = [row for row in range(count) if row not in first]
-    if len(others) <= TESTS:
-        return ()
-    return tuple(others[i] for i in np.random.default_rng([seed, 1]).permutation(len(others)))
 
 
 def first_requests(
