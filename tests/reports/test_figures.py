@@ -73,10 +73,21 @@ def test_every_figure_states_what_biases_its_accuracies(tmp_path, all_results, d
     assert small_print(plot).startswith(f"{PAPER} · {LEAKED}")
 
 
-def test_screened_soups_are_marked_as_upper_bounds(tmp_path, results):
-    results["protocol"] |= {"select_on": "test", "screened": True}
+@pytest.mark.parametrize(
+    ("screened", "attacked", "text"),
+    [
+        (True, None, "accuracies of screened soups are upper bounds"),
+        (True, 128, "accuracies of screened soups are estimates"),
+        (False, 600, "accuracies of soups attacked on a part are estimates"),
+    ],
+)
+def test_doubtful_accuracies_are_marked(tmp_path, results, screened, attacked, text):
+    results["protocol"] |= {"select_on": "test", "screened": screened}
     (plot,), _ = draw("tradeoff", tmp_path, results)
-    assert "accuracies of screened soups are upper bounds" in small_print(plot)
+    assert text not in small_print(plot)
+    results["rows"][-1] |= {"screened": True} | ({"attacked": attacked} if attacked else {})
+    (plot,), _ = draw("tradeoff", tmp_path, results)
+    assert text in small_print(plot)
 
 
 @pytest.mark.usefixtures("small_formats")

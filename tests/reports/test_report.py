@@ -28,8 +28,10 @@ from synthetic_results import (
 
 from robustsoup.errors import RequestError
 from robustsoup.reports import style, write_report
+from robustsoup.reports.commands import list_commands
 from robustsoup.reports.file_names import hide_folders
 from robustsoup.reports.style import clean_text
+from robustsoup.runs.results import Results
 
 ALL_FORMATS = dict(style.FORMATS)
 BIAS = "this biases the accuracies of selected networks upwards."
@@ -457,3 +459,22 @@ def test_the_vendored_scripts_are_the_published_files():
         head = (folder / name).read_text(encoding="utf-8")[:80]
         version = re.search(r"v(\d+\.\d+\.\d+)", head)[1]
         assert re.search(rf"{name}: .* {re.escape(version)}", licences)
+
+
+@pytest.mark.parametrize(
+    ("attack", "options"),
+    [
+        ({}, "--steps 50"),
+        ({"attack": "pgd", "loss": "dlr", "restarts": 2}, "--attack pgd --loss dlr --steps 50"),
+        ({"attack": "square", "loss": "margin", "steps": 900}, "--attack square --n-queries 900"),
+        ({"attack": "autoattack", "loss": "", "steps": 0}, "--attack autoattack"),
+    ],
+)
+def test_the_command_that_judges_the_soup_runs_the_attack_of_the_run(tmp_path, attack, options):
+    content = make_results(tmp_path)
+    content["protocol"] |= attack
+    content["soup"] = "soup.safetensors"
+    results = Results.from_json(content, "results.json")
+    (command,) = [text for name, text in list_commands(results) if name == "Judge"]
+    assert options in command
+    assert command.endswith("--restarts 2" if attack.get("restarts") else options)

@@ -3,7 +3,7 @@
 import shlex
 
 from robustsoup.reports.file_names import hide_folders
-from robustsoup.runs.results import Results
+from robustsoup.runs.results import EvaluationProtocol, Results
 
 
 def list_commands(results: Results) -> list[tuple[str, str]]:
@@ -16,8 +16,7 @@ def list_commands(results: Results) -> list[tuple[str, str]]:
     words = ["robustsoup", "evaluate", soup, "--data", data]
     for threat in protocol.threats:
         words += ["--threat", threat]
-    if protocol.attack == "apgd":
-        words += ["--steps", str(protocol.steps)]
+    words += _attack_options(protocol)
     return [
         (
             "Load",
@@ -26,3 +25,17 @@ def list_commands(results: Results) -> list[tuple[str, str]]:
         ("Judge", shlex.join(words)),
         ("Publish", shlex.join(["robustsoup", "push", soup, "hf://ORGANISATION/NAME"])),
     ]
+
+
+def _attack_options(protocol: EvaluationProtocol) -> list[str]:
+    """Return the options of `evaluate` that run the attack of the protocol."""
+    words: list[str] = []
+    if protocol.attack != "apgd":
+        words += ["--attack", protocol.attack]
+    if protocol.attack in ("apgd", "pgd") and protocol.loss != "ce":
+        words += ["--loss", protocol.loss]
+    if protocol.steps:
+        words += ["--n-queries" if protocol.attack == "square" else "--steps", str(protocol.steps)]
+    if protocol.restarts > 1:
+        words += ["--restarts", str(protocol.restarts)]
+    return words

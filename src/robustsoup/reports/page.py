@@ -268,10 +268,13 @@ def _list_warnings(results: Results) -> list[str]:
 
 def _format_attack(results: Results) -> str:
     protocol = results.protocol
-    return (
-        f"{protocol.attack}, {protocol.loss} loss, {protocol.steps} {protocol.step_word}, "
-        f"{protocol.restarts} restart{'' if protocol.restarts == 1 else 's'}"
-    )
+    parts = [
+        protocol.attack,
+        f"{protocol.loss} loss" if protocol.loss else "",
+        f"{protocol.steps} {protocol.step_word}" if protocol.steps else "",
+        f"{protocol.restarts} restart{'' if protocol.restarts == 1 else 's'}",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _format_screened(results: Results) -> str:

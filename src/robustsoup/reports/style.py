@@ -175,10 +175,11 @@ def summarise_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[Re
     parts = [attack, f"{count_samples(rows, split)} {split} samples"]
     if protocol.precision:
         parts.append(protocol.precision)
-    if protocol.screened and split == protocol.select_on:
-        estimated = any(row.attacked is not None for row in rows)
-        what = "estimates" if estimated else "upper bounds"
-        parts.append(f"accuracies of screened soups are {what}")
+    doubtful = [row for row in rows if row.screened]
+    if doubtful and split == protocol.select_on:
+        estimated = any(row.attacked is not None for row in doubtful)
+        soups = "screened soups" if protocol.screened else "soups attacked on a part"
+        parts.append(f"accuracies of {soups} are {'estimates' if estimated else 'upper bounds'}")
     return clean_text(" · ".join(parts), 200)
 
 

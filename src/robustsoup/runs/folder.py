@@ -283,8 +283,8 @@ def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationPro
 
     return EvaluationProtocol(
         attack=str(attack.attack),
-        loss=attack.loss_name,
-        steps=attack.steps_taken,
+        loss=attack.loss_name if attack.attacks_each_alone else "",
+        steps=attack.steps_taken if attack.attacks_each_alone else 0,
         restarts=attack.restarts,
         search_precision=attack.precision,
         screened=evaluate.screens,

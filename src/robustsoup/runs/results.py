@@ -148,8 +148,8 @@ class EvaluationProtocol:
 
     Attributes:
         attack: Name of the attack.
-        loss: Loss that the attack maximises.
-        steps: Steps of the attack, or queries of square.
+        loss: Loss that the attack maximises; "" if it has no single one.
+        steps: Steps of the attack, or queries of square; 0 if they are not settings.
         restarts: Restarts of the attack.
         precision: Arithmetic of the verdicts.
         search_precision: Arithmetic of the attack's search.

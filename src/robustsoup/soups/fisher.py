@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.forward import call_network
 from robustsoup.precision import full_float32
 from robustsoup.seeding import keyed_generator
 from robustsoup.soups.merging import Merge, Merged
@@ -62,7 +63,7 @@ def measure_fisher(merge: Merge, network: nn.Module) -> dict[str, Tensor]:
         parameter.requires_grad_(True)
     for x, _ in attacked:
         for image in x.split(1):
-            log_p = network(image).float().log_softmax(1)[0]
+            log_p = call_network(network, image).float().log_softmax(1)[0]
             drawn = int(torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator))
             grads = torch.autograd.grad(log_p[drawn], list(parameters.values()), allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):

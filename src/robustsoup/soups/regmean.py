@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from robustsoup.attacks.forward import call_network
 from robustsoup.precision import full_float32
 from robustsoup.soups.merging import Merge, Merged
 from robustsoup.soups.summation import canonical_order, canonical_sum
@@ -107,7 +108,7 @@ def measure_grams(network: nn.Module, attacked: Batches, names: Sequence[str]) -
     ]
     try:
         for x, _ in attacked:
-            network(x)
+            call_network(network, x)
     finally:
         for hook in hooks:
             hook.remove()

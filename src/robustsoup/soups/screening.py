@@ -325,7 +325,7 @@ def short_attack(
 
     Args:
         settings: The attack of the full protocol.
-        screen_steps: Steps of the brief attack.
+        screen_steps: Steps of the brief attack; at most those of the full one.
         precision: Arithmetic of the search; "auto" is bfloat16 where the device supports it
             natively.
 
@@ -334,7 +334,11 @@ def short_attack(
         follow make.
     """
     return replace(
-        settings, steps=screen_steps, restarts=1, precision=precision, masking_check=False
+        settings,
+        steps=min(screen_steps, settings.steps),
+        restarts=1,
+        precision=precision,
+        masking_check=False,
     )
 
 

@@ -84,7 +84,7 @@ def attack_batch(
     inputs = {"x": x, "y": y}
     if objective.attack_compares_with_clean:
         with frozen_eval(model), torch.no_grad(), autocast(x.device, precision):
-            inputs["target"] = _at_least_float32(model(x))
+            inputs["target"] = _at_least_float32(call_network(model, x))
         radii = x.new_full((len(x),), threat.eps)
         inputs["start"] = project(x + START_NOISE * noise.draw(x), x, radii, threat.norm)
     attack = partial(
@@ -162,10 +162,10 @@ def take_worst(
     """Return for each image the point of highest loss among several attacked batches."""
     x, y = batch
     with frozen_eval(model), autocast(x.device, precision):
-        clean = (_at_least_float32(model(x)),) if objective.attack_compares_with_clean else ()
-        losses = torch.stack(
-            [objective.attack_loss(_at_least_float32(model(p)), y, *clean) for p in attacked]
-        )
+        points = [x, *attacked] if objective.attack_compares_with_clean else attacked
+        logits = [_at_least_float32(call_network(model, p)) for p in points]
+        clean, logits = logits[: -len(attacked)], logits[-len(attacked) :]
+        losses = torch.stack([objective.attack_loss(item, y, *clean) for item in logits])
     worst, points = losses.argmax(0), torch.stack(list(attacked))
     return points[worst, torch.arange(len(x), device=x.device)]
 

@@ -227,7 +227,7 @@
     byId("front-caption").textContent =
       `${counted} on ${state.split}. Grey steps: the front. Bars: 95 % intervals. Outer ring: the soup that the rule takes`
       + ` on ${data.selectOn}; inner ring: the selected network. Dashed: the requirement.`
-      + (points.some((row) => row.screened) ? " Pale: upper bounds or estimates of screened soups." : "");
+      + (points.some((row) => row.screened) ? " Pale: upper bounds, or estimates from a part of the samples." : "");
   }
 
   // Ternary maps: the corners of a triangle are the ingredients, in Cartesian coordinates.
