@@ -231,7 +231,7 @@ def _list_facts(results: Results) -> list[Fact]:
         ("reported on", protocol.report_on),
         ("precision", protocol.precision),
         ("searched in", protocol.search_precision),
-        ("screened", _format_screened(results)),
+        ("not attacked in full", _format_screened(results)),
         (
             "seeds",
             _join_known(
