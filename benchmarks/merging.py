@@ -1,0 +1,139 @@
+"""Which merging method survives an attack? Reads run folders of recipes named merging*.toml.
+
+    robustsoup run recipes/two_cores/merging.toml -o RUN
+    python benchmarks/merging.py RUN [RUN ...]
+    python benchmarks/merging.py --small
+
+Each section of soups that is no grid or line is compared with the front of the grid of the same
+ingredients: the most robust grid soup at the same clean accuracy, interpolated between neighbours.
+The front is chosen on the split that selects and measured, as the methods are, on the split that
+reports. A method that is less clean than the whole front is compared with the front's most robust
+soup; one that is cleaner than all of it has no such difference ("-"). For one comparison, intervals
+are percentile bootstraps over the samples (5,000 draws shared by all networks); for several seeds
+(folders, or sections METHOD-1, METHOD-2 and so on), Student's t over the seeds. All intervals are
+95 %, in points. Seconds are those of merging or learning, as the store says.
+"""
+
+import argparse
+import re
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from claims import Row, RunResults, format_interval, table_head
+from common import run_recipe_small
+from fine_tunes import draw_on_line
+
+from robustsoup.runs.store import Store
+from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS
+
+SECTION = re.compile(r"(.+?)(?:-\d+)?")
+"""A section of soups: its method, and the number of the seed of its ingredients."""
+GRIDS = ("grid", "line")
+
+
+def find_front(run: RunResults, ingredients: list[str], threat: str) -> list[str]:
+    """Return the Pareto front of the grid of some ingredients, on the split that selects.
+
+    Raises:
+        SystemExit: The run has no grid or line of these ingredients.
+    """
+    rows = [row for row in run.rows.values() if row["ingredients"] == ingredients]
+    rows = [row for row in rows if row["role"] in GRIDS]
+    if not rows:
+        raise SystemExit(f"{run.folder}: no grid or line of {', '.join(ingredients)}")
+    points = {
+        row["name"]: [row[run.select_on][key]["value"] for key in ("clean", threat)]
+        for row in (*rows, *(run.rows[name] for name in ingredients))
+    }
+    return [
+        name
+        for name, (clean, robust) in points.items()
+        if not any(
+            c >= clean and r >= robust and (c, r) != (clean, robust) for c, r in points.values()
+        )
+    ]
+
+
+def draw_gain(run: RunResults, row: Row, threat: str) -> np.ndarray:
+    """Return the robust accuracy of a soup less that of the front at its clean accuracy."""
+    front = find_front(run, row["ingredients"], threat)
+    clean, robust = (run.draw_accuracy(row["name"], key) for key in ("clean", threat))
+    on_front = draw_on_line(run, front, clean, threat)
+    robusts = np.stack([run.draw_accuracy(name, threat) for name in front])
+    cleans = np.stack([run.draw_accuracy(name, "clean") for name in front])
+    return robust - np.where(clean < cleans.min(0), robusts.max(0), on_front)
+
+
+def list_methods(runs: list[RunResults]) -> dict[str, list[tuple[RunResults, Row]]]:
+    """Return the soups of each method, with their runs, by what the table calls them."""
+    methods: dict[str, list[tuple[RunResults, Row]]] = {}
+    for run in runs:
+        for row in run.results["rows"]:
+            if row["soup"] is None or row["role"] in GRIDS:
+                continue
+            match = SECTION.fullmatch(row["soup"])
+            name = match[1] if match else row["soup"]
+            if row["role"] == "learned":
+                name += f", {row['threat']}"
+            methods.setdefault(name, []).append((run, row))
+    return methods
+
+
+def find_seconds(row: Row, run: RunResults, seconds: Mapping[str, float]) -> float:
+    """Return the seconds of merging or learning a soup; NaN if the store no longer knows."""
+    names = (row["checkpoint"], row["coefficients_file"])
+    digests = [run.results["files"][name]["sha256"] for name in names if name]
+    return next((seconds[digest] for digest in digests if digest in seconds), float("nan"))
+
+
+def read_seconds() -> dict[str, float]:
+    """Return the seconds of merging and learning steps in the store, by digest of the output."""
+    store, outputs = Store(), {"merge": CHECKPOINT, "learn": COEFFICIENTS}
+    return {
+        store.digest_of(key, outputs[record["kind"]]).sha256: record["seconds"]
+        for key in store.keys()  # noqa: SIM118, a store is no mapping
+        if (record := store.record(key))["kind"] in outputs
+    }
+
+
+def print_table(runs: list[RunResults]) -> None:
+    """Print each method beside the front of its grid."""
+    seconds = read_seconds()
+    for threat in runs[0].threats:
+        names = sorted({run.results["name"] for run in runs})
+        print(f"\n**{', '.join(names)}, {threat}**\n")
+        print(table_head("method", "soups", "clean", "robust", "against the grid", "seconds"))
+        for method, soups in list_methods(runs).items():
+            cleans, robusts = (
+                [run.draw_accuracy(row["name"], key) for run, row in soups]
+                for key in ("clean", threat)
+            )
+            gains = [draw_gain(run, row, threat) for run, row in soups]
+            taken = statistics.mean(find_seconds(row, run, seconds) for run, row in soups)
+            cells = [format_interval(draws, sign=False) for draws in (cleans, robusts)]
+            cells += [format_interval(gains), f"{taken:.0f}" if np.isfinite(taken) else "-"]
+            print(f"| {method} | {len(soups)} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Print the table of run folders."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders")
+    parser.add_argument("--small", action="store_true", help="run in seconds on digits")
+    options = parser.parse_args()
+    if not options.small and not options.folders:
+        parser.error("a run folder is required")
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = options.folders
+        if options.small:
+            folders = [run_recipe_small("merging", Path(temporary))]
+        print_table([RunResults(folder) for folder in folders])
+
+
+if __name__ == "__main__":
+    main()
