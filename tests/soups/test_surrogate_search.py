@@ -408,3 +408,16 @@ def test_without_an_attacked_measure_only_the_answer_is_attacked():
     best = int(np.argmax([accuracy.value for accuracy in world.clean]))
     assert list(attacked) == [world.names[best]]
     assert world.search("clean").predict(attacked)[0].accuracy == {}
+
+
+def test_without_an_attacked_measure_an_answer_attacked_on_the_part_is_attacked_on_the_rest():
+    """The first soups of a run are attacked before its clean verdicts are known."""
+    world = smooth_world()
+    search = world.search("clean", part=some_part())
+    best = world.names[int(np.argmax([accuracy.value for accuracy in world.clean]))]
+    part = {best: {LINF: world.attack([best])[best][LINF][search.part]}}
+    (request,) = search.next_requests(part)
+    assert (request.candidate, request.subset) == (best, None)
+    assert request.after is not None
+    assert request.after.subset == search.part_size
+    assert search.next_requests(part | world.answer(search, (request,), part)) == ()

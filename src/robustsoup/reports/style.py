@@ -175,10 +175,12 @@ def summarise_attack(protocol: EvaluationProtocol, split: str, rows: Sequence[Re
     parts = [attack, f"{count_samples(rows, split)} {split} samples"]
     if protocol.precision:
         parts.append(protocol.precision)
-    if protocol.screened and split == protocol.select_on:
-        estimated = any(row.attacked is not None for row in rows)
-        what = "estimates" if estimated else "upper bounds"
-        parts.append(f"accuracies of screened soups are {what}")
+    if split == protocol.select_on:
+        if any(row.attacked is not None for row in rows):
+            which = "screened soups" if protocol.screened else "soups attacked on a part"
+            parts.append(f"accuracies of {which} are estimates")
+        elif protocol.screened:
+            parts.append("accuracies of screened soups are upper bounds")
     return clean_text(" · ".join(parts), 200)
 
 

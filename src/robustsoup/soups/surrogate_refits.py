@@ -77,8 +77,10 @@ class Refits:
         """Rows of the soups that were attacked on all samples."""
         return [
             row
-            for row, *hits in zip(self.rows, *self.hits.values(), strict=True)
-            if all(len(item) == self.samples for item in hits)
+            for row in self.rows
+            if all(
+                len(hits) == self.samples for hits in self.attacked[self.search.names[row]].values()
+            )
         ]
 
     @property
