@@ -79,6 +79,14 @@ def test_screened_soups_are_marked_as_upper_bounds(tmp_path, results):
     assert "accuracies of screened soups are upper bounds" in small_print(plot)
 
 
+def test_accuracies_of_soups_attacked_on_a_part_are_marked_as_estimates(tmp_path, results):
+    results["protocol"] |= {"select_on": "test"}
+    soup = next(row for row in results["rows"] if row["role"] == "grid")
+    soup |= {"screened": True, "attacked": 100}
+    (plot,), _ = draw("tradeoff", tmp_path, results)
+    assert "accuracies of soups attacked on a part are estimates" in small_print(plot)
+
+
 @pytest.mark.usefixtures("small_formats")
 @pytest.mark.parametrize("name", ["lines", "curves", "landscape"])
 def test_figures_are_saved_in_three_formats_with_everything_inside(tmp_path, draw_shared, name):
