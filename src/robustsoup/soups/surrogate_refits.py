@@ -104,7 +104,10 @@ class Refits:
             shortfall = shortfall + np.asarray(search.shortfall)[rows]
         for item in search.attacked_requirements:
             share = shares[item.key]
-            bound = share if search.goal.point else lower_bounds(share, self.samples)
+            if search.goal.point:  # half a sample undoes the rounding of `to_logit`
+                bound = share + 0.5 / self.samples
+            else:
+                bound = lower_bounds(share, self.samples)
             shortfall = shortfall + np.clip(item.threshold - bound, 0, None)
         return np.where(shortfall > 0, -1 - shortfall, value)
 
