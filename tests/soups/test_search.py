@@ -494,6 +494,20 @@ def test_all_methods_are_on_one_front(ends, data):
     assert found.answer.fresh_split == "test"
 
 
+def test_the_greedy_soup_completes_what_the_surrogate_attacked_on_a_part(
+    ingredients, data, monkeypatch
+):
+    monkeypatch.setattr("robustsoup.soups.surrogate_search.SMALLEST_PART", 30)
+    monkeypatch.setattr("robustsoup.soups.search.methods_of", lambda _: ("surrogate", "greedy"))
+    monkeypatch.setattr("robustsoup.soups.search_methods.LEARNING", ())
+    split = labelled_by(mix(ingredients, [0.5, 0.5]).network(), data.val.first(90))
+    quick = {"step": 0.1, "steps": 2, "tolerance": 0.999, "calibrate_on": data.train.first(64)}
+    found = {c.name: c for c in search(ingredients, split, WEAK, method="all", **quick).candidates}
+    assert not found["surrogate-0.5-0.5"].confirmed
+    assert found["greedy"].alpha == (0.5, 0.5)
+    assert found["greedy"].confirmed
+
+
 @pytest.mark.usefixtures("ticks")
 def test_learned_soups_that_come_too_late_are_left_out(ends, data):
     found = search(

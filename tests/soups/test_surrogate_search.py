@@ -265,6 +265,20 @@ def test_a_requirement_under_attack_is_predicted_too():
     assert world.clean[chosen].value >= max(reaching) - 0.02
 
 
+def test_an_accuracy_of_just_what_is_required_meets_the_requirement():
+    world = smooth_world()
+    hits = {LINF: np.arange(SAMPLES) < 600}
+    for threshold, meets in ((0.6, True), (0.601, False)):
+        search = world.search("clean", [f"{LINF}>={threshold}"])
+        attacked = world.answer(search, search.first_requests())
+        end = world.names[search.ends[0]]
+        refits = Refits(search, attacked | {end: hits})
+        rows = np.array(refits.rows)
+        shares = {"clean": refits.shares["clean"][rows], LINF: to_share(refits.values[LINF])}
+        utility = refits.utility(shares, rows)[refits.rows.index(search.ends[0])]
+        assert (utility > 0) == meets
+
+
 def test_two_threats_are_modelled_apart():
     alphas = np.array(grid(3, 0.2))
     slope = alphas @ np.array([-0.4, 0.0, 0.4])
@@ -408,3 +422,16 @@ def test_without_an_attacked_measure_only_the_answer_is_attacked():
     best = int(np.argmax([accuracy.value for accuracy in world.clean]))
     assert list(attacked) == [world.names[best]]
     assert world.search("clean").predict(attacked)[0].accuracy == {}
+
+
+def test_without_an_attacked_measure_an_answer_attacked_on_the_part_is_attacked_on_the_rest():
+    """The first soups of a run are attacked before its clean verdicts are known."""
+    world = smooth_world()
+    search = world.search("clean", part=some_part())
+    best = world.names[int(np.argmax([accuracy.value for accuracy in world.clean]))]
+    part = {best: {LINF: world.attack([best])[best][LINF][search.part]}}
+    (request,) = search.next_requests(part)
+    assert (request.candidate, request.subset) == (best, None)
+    assert request.after is not None
+    assert request.after.subset == search.part_size
+    assert search.next_requests(part | world.answer(search, (request,), part)) == ()

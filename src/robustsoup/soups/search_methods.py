@@ -13,6 +13,7 @@ import torch
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.evaluation.masking import MOST_OTHERS
 from robustsoup.evaluation.simultaneous import Hits
+from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.progress import Progress
 from robustsoup.settings import ALL_METHODS, SearchSettings
@@ -328,12 +329,14 @@ def search_by_all(run: MethodRun) -> Tried:
 
 
 def _search_greedily(run: MethodRun, known: Mapping[Alpha, Evaluation]) -> list[Candidate]:
-    """Build the greedy soup; `known` soups are not evaluated again."""
+    """Build the greedy soup; of `known` soups, attacks are completed and not repeated."""
     evaluator, n = run.evaluator, len(run.evaluator.ingredients)
     score = Score.parse(run.settings.score or default_measure(evaluator.threats))
 
     def evaluate_alpha(alpha: Alpha) -> Evaluation:
-        evaluation = known[alpha] if alpha in known else evaluator.evaluate(alpha)
+        evaluation = known.get(alpha)
+        if evaluation is None or SUBSET_KEY in evaluation.record:
+            evaluation = evaluator.evaluate(alpha, after=evaluation)
         return run.progress.report(alpha_name(alpha), evaluation)
 
     return greedy([evaluate_alpha(alpha) for alpha in corners(n)], evaluate_alpha, score)

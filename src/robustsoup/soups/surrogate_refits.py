@@ -77,8 +77,10 @@ class Refits:
         """Rows of the soups that were attacked on all samples."""
         return [
             row
-            for row, *hits in zip(self.rows, *self.hits.values(), strict=True)
-            if all(len(item) == self.samples for item in hits)
+            for row in self.rows
+            if all(
+                len(hits) == self.samples for hits in self.attacked[self.search.names[row]].values()
+            )
         ]
 
     @property
@@ -102,7 +104,10 @@ class Refits:
             shortfall = shortfall + np.asarray(search.shortfall)[rows]
         for item in search.attacked_requirements:
             share = shares[item.key]
-            bound = share if search.goal.point else lower_bounds(share, self.samples)
+            if search.goal.point:  # half a sample undoes the rounding of `to_logit`
+                bound = share + 0.5 / self.samples
+            else:
+                bound = lower_bounds(share, self.samples)
             shortfall = shortfall + np.clip(item.threshold - bound, 0, None)
         return np.where(shortfall > 0, -1 - shortfall, value)
 

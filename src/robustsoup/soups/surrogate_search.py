@@ -164,11 +164,10 @@ class SurrogateSearch(SoupMap):
     def state(self, attacked: Mapping[str, Mapping[str, Hits]]) -> SurrogateState:
         """Return where the search stands, given the verdicts so far."""
         if not self.measures:
-            chosen = Refits(self, attacked).chosen
-            rest = (
-                () if self.names[chosen] in attacked else (EvaluationRequest(self.names[chosen]),)
-            )
-            return SurrogateState("settled", chosen, 0.0, 1.0, rest)
+            refits = Refits(self, attacked)
+            rows = () if refits.chosen in refits.in_full else (refits.chosen,)
+            rest = self._requests(refits, rows, in_full=True)
+            return SurrogateState("settled", refits.chosen, 0.0, 1.0, rest)
         waiting = tuple(item for item in self.first_requests() if item.candidate not in attacked)
         if waiting:
             return SurrogateState("begin", None, 1.0, 1.0, waiting)
