@@ -250,6 +250,9 @@ def test_without_an_earlier_evaluation_the_others_keep_their_clean_verdicts(mode
     assert same_verdicts(finished, complete)
     for key in ("broken_by", "masking_check"):
         assert finished.record[key] == complete.record[key]
+    for threat, counts in complete.record["certificate"].items():
+        for key in ("points", "outside"):
+            assert finished.record["certificate"][threat][key] == counts[key]
     assert "after" not in finished.record
     assert "subset" not in finished.record
 

@@ -27,7 +27,9 @@ from synthetic_results import (
 )
 
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.reports import style, write_report
+from robustsoup.reports.best import BestRule
 from robustsoup.reports.commands import list_commands
 from robustsoup.reports.file_names import hide_folders
 from robustsoup.reports.style import clean_text
@@ -478,3 +480,17 @@ def test_the_command_that_judges_the_soup_runs_the_attack_of_the_run(tmp_path, a
     (command,) = [text for name, text in list_commands(results) if name == "Judge"]
     assert options in command
     assert command.endswith("--restarts 2" if attack.get("restarts") else options)
+
+
+def test_bounds_of_estimates_are_below_them(tmp_path):
+    """The hits of an estimate count what was not attacked as surviving."""
+    content = make_results(tmp_path)
+    row = next(row for row in content["rows"] if row.get("soup"))
+    threat = content["protocol"]["threats"][0]
+    estimate = Accuracy(900, 2000, 300, 120)
+    row["val"][threat] = estimate.to_json()
+    row |= {"screened": True, "attacked": 600}
+    results = Results.from_json(content, "results.json")
+    (changed,) = [item for item in results.rows if item.name == row["name"]]
+    bound = BestRule.of(results).bounds(changed)[threat]
+    assert bound < estimate.value == 0.27

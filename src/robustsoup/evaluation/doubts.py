@@ -60,6 +60,21 @@ def certify_points(
     return certificate
 
 
+def join_certificates(a: Mapping[str, Record], b: Mapping[str, Record]) -> dict[str, Record]:
+    """Return the certificate of the points of two parts of one attack."""
+    joined: dict[str, Record] = {}
+    for threat, counts in a.items():
+        others = b.get(threat, {"points": 0, "outside": 0})
+        excesses = [part["largest_excess"] for part in (counts, others) if part["points"]]
+        joined[threat] = {
+            "points": counts["points"] + others["points"],
+            "outside": counts["outside"] + others["outside"],
+            "tolerance": counts["tolerance"],
+            "largest_excess": max(excesses, default=None),
+        }
+    return joined
+
+
 def warn_of_outputs(
     logits: Tensor | None, call_difference: float | None, *, draws_numbers: bool = False
 ) -> list[str]:

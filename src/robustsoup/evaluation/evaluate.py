@@ -22,6 +22,7 @@ from robustsoup.errors import Diverged, ModelError
 from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
     certify_points,
+    join_certificates,
     warn_above_clean,
     warn_of_attacks,
     warn_of_flat_logits,
@@ -456,8 +457,9 @@ def _make_record(
     seconds: float,
 ) -> Record:
     outcomes = attacked.outcomes
-    certificate = certify_points(request.threats, outcomes)
-    after = request.reuse.after
+    certificate, after = certify_points(request.threats, outcomes), request.reuse.after
+    if after is not None and request.continues(after):
+        certificate = join_certificates(certificate, after.record.get("certificate", {}))
     warnings = [
         *request.warnings,
         *warn_of_outputs(clean.logits, clean.call_difference, draws_numbers=clean.draws_numbers),

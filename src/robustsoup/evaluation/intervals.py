@@ -44,10 +44,15 @@ class Accuracy:
         return self._interval()[1]
 
     def _interval(self) -> tuple[float, float]:
+        return wilson(*self.effective_counts)
+
+    @property
+    def effective_counts(self) -> tuple[float, float]:
+        """The hits and the number of samples of a full attack that would say as much."""
         if self.drawn is None:
-            return wilson(self.hits, self.n)
+            return self.hits, self.n
         n = effective_size(self.hits, self.n, self.drawn, self.missed)
-        return wilson(self.value * n, n)
+        return self.value * n, n
 
     def to_json(self) -> dict[str, float]:
         """Return the share, its interval and the counts, ready for json.dumps."""

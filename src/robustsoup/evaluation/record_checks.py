@@ -43,6 +43,17 @@ check_record = table(
             },
             {"accuracy": mapping_of(anything), "digest": text, "part": text, "samples": count},
         ),
+        "certificate": mapping_of(
+            table(
+                {
+                    "points": count,
+                    "outside": count,
+                    "tolerance": number,
+                    "largest_excess": nullable(number),
+                },
+                {},
+            )
+        ),
         "subset": table({"samples": count, "seed": anything, "missed": mapping_of(count)}, {}),
         "masking_check": mapping_of(
             table(

@@ -24,7 +24,7 @@ from robustsoup.evaluation.reuse import (
     pool_points,
 )
 from robustsoup.evaluation.two_phase import SUBSET_KEY
-from robustsoup.evaluation.verdicts import CLEAN_KEY, Record
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record
 from robustsoup.models import NetworkSettings, network_settings_of
 from robustsoup.models.fit import check_fit
 from robustsoup.settings import AttackSettings
@@ -71,15 +71,19 @@ class CheckedRequest:
         earlier = self.reuse.after.record["broken_by"] if self.reuse.after else []
         return list(dict.fromkeys([CLEAN_KEY, *self.attacker.attempts, *pool, *earlier]))
 
+    def continues(self, after: Evaluation) -> bool:
+        """Return whether the attack is that of an earlier evaluation of a subset."""
+        protocol = {"seed": self.settings.seed} | self.attacker.protocol()
+        return SUBSET_KEY in after.record and is_same_attack(after, protocol)
+
     def protocol(self) -> Record:
         """Return the settings that decide the verdicts."""
         protocol: Record = {"seed": self.settings.seed, "broken_by": self.broken_by}
         protocol |= self.attacker.protocol()
         after = self.reuse.after
         if after is not None:
-            continues = SUBSET_KEY in after.record and is_same_attack(after, protocol)
             earlier = {key: after.record.get(key) for key in SAME_ATTACK_KEYS}
-            if not continues:
+            if not self.continues(after):
                 protocol["after"] = earlier
             elif "after" in after.record:
                 protocol["after"] = after.record["after"]

@@ -179,12 +179,12 @@ def _draw_normals(seed: int, draws: int, k: int) -> Floats:
     return np.random.Generator(np.random.PCG64(seed)).standard_normal((draws, k))
 
 
-def wilson_lower(counts: NDArray[np.int64], n: int, z: float) -> Floats:
+def wilson_lower(counts: NDArray[np.int64] | Floats, n: float, z: float) -> Floats:
     """Return Wilson's lower bounds of shares with continuity correction.
 
     Args:
         counts: (k,) hits, in 0..n.
-        n: Number of samples.
+        n: Number of samples; those of an estimate may be no integers.
         z: Quantile of the one-sided bound.
 
     Returns:

@@ -94,16 +94,12 @@ class BestRule:
         if self.point:
             return {measure: accuracy.value for measure, accuracy in scores.items()}
         bonferroni = NormalDist().inv_cdf(1 - ERROR_RATE / max(1, self.soups))
-        return {
-            measure: float(
-                wilson_lower(
-                    np.array([accuracy.hits]),
-                    accuracy.n,
-                    self.critical if self.critical and measure in self.require else bonferroni,
-                )[0]
-            )
-            for measure, accuracy in scores.items()
-        }
+        bounds: dict[str, float] = {}
+        for measure, accuracy in scores.items():
+            hits, n = accuracy.effective_counts
+            quantile = (measure in self.require and self.critical) or bonferroni
+            bounds[measure] = float(wilson_lower(np.array([hits]), n, quantile)[0])
+        return bounds
 
     @property
     def statement(self) -> str:
