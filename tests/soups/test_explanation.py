@@ -16,6 +16,8 @@ from robustsoup.soups.selection import select
     [
         ((1.0, 0.0, 0.0), {"ingredient": "eps2"}, "eps2 itself"),
         ((1.0, 0.0, 0.0), {}, "eps2 with the soup's BatchNorm statistics"),
+        ((1.0, 0.0, 0.0), {"merged_by": "ties"}, "ties of eps2"),
+        ((0.25, 0.75, 0.0), {"merged_by": "slerp"}, "slerp of 0.25 of eps2 and 0.75 of eps4"),
         ((0.0, 0.4, 0.6), {}, "0.4 of eps4 and 0.6 of eps8"),
         ((0.2, 0.3, 0.5), {}, "0.2 of eps2, 0.3 of eps4 and 0.5 of eps8"),
         ((1 / 3, 1 / 3, 1 / 3), {}, "equal parts of eps2, eps4 and eps8"),

@@ -83,9 +83,8 @@ def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Cand
         at=row.at,
         threat=row.threat,
         objective=row.objective,
+        merged_by=plan.recipe.soups[row.soup].method if row.role == "merge" and row.soup else None,
     )
-    if row.role == "merge" and row.soup is not None:
-        description = f"{plan.recipe.soups[row.soup].method} of {description}"
     return Candidate(row.name, row.coefficients or (), evaluation, description, ingredient)
 
 

@@ -414,7 +414,7 @@ class Planner:
             task = EvaluateNetwork(
                 network, settings, keep_points=keep_points, subset=request.subset
             )
-            return self.add_step(f"{name}.{settings.split}", task)
+            return self.add_step(f"{name}.part.{settings.split}", task)
         begun = None
         if request is not None and request.after is not None:
             begun = self.add_evaluation(name, network, settings, request.after)

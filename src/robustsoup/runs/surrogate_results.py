@@ -118,7 +118,7 @@ class SurrogateResult:
     def message(self) -> str:
         """What was attacked and how sure the answer is, in one line."""
         attacked = f"{self.section}: attacked {self.attacked} of {self.soups} soups"
-        if self.part is not None:
+        if self.in_full < self.attacked:
             attacked += f", {self.in_full} on all {self.samples:,} samples"
             attacked += f" and the others on {self.part:,}"
         chance = (

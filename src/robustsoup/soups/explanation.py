@@ -35,6 +35,7 @@ def describe_soup(
     at: float | None = None,
     threat: str | None = None,
     objective: str | None = None,
+    merged_by: str | None = None,
 ) -> str:
     """Describe a soup in words.
 
@@ -46,6 +47,7 @@ def describe_soup(
         at: Position on a dial.
         threat: Threat model that the coefficients were learned against.
         objective: Objective that they were learned with.
+        merged_by: Method that merged the ingredients, if they were not averaged.
     """
     if ingredient is not None:
         return f"{ingredient} itself"
@@ -55,9 +57,18 @@ def describe_soup(
         against = "" if threat is None else f", learned against {threat}"
         against += "" if objective in (None, "ce") else f" with {objective}"
         return f"a {method or 'layer-wise'} soup of {_join(ingredients)}{against}"
+    if merged_by is not None:
+        return f"{merged_by} of {_describe_shares(alpha, ingredients)}"
+    if sum(map(bool, alpha)) == 1:
+        return f"{_describe_shares(alpha, ingredients)} with the soup's BatchNorm statistics"
+    return _describe_shares(alpha, ingredients)
+
+
+def _describe_shares(alpha: Alpha, ingredients: Sequence[str]) -> str:
+    """Name the ingredients that have a share, with it unless all have the same."""
     parts = [(share, name) for share, name in zip(alpha, ingredients, strict=True) if share]
     if len(parts) == 1:
-        return f"{parts[0][1]} with the soup's BatchNorm statistics"
+        return parts[0][1]
     if len({share for share, _ in parts}) == 1:
         return f"equal parts of {_join([name for _, name in parts])}"
     return _join([f"{share:.3g} of {name}" for share, name in parts])

@@ -110,9 +110,10 @@ class SoupEvaluator:
         averages = self.buffers in (None, "average") and self.merging is None
         equals = averages and 1.0 in candidate.alpha
         ingredient = self.names[candidate.alpha.index(1.0)] if equals else None
-        description = describe_soup(candidate.alpha, self.names, ingredient=ingredient)
-        if self.merging is not None:
-            description = f"{self.merging.method} of {description}"
+        merged_by = None if self.merging is None else self.merging.method
+        description = describe_soup(
+            candidate.alpha, self.names, ingredient=ingredient, merged_by=merged_by
+        )
         return replace(candidate, description=description, ingredient=ingredient)
 
     def evaluate_ingredients(
