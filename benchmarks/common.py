@@ -148,6 +148,7 @@ def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
     soups = {
         name: ({"epochs": 1} if soup["method"] in learns else {})
         | ({"step": 0.5} if soup["method"] == "grid" else {})
+        | ({"measure_samples": 32} if soup["method"] in ("fisher", "regmean") else {})
         | {"calibrate_samples": 64}
         for name, soup in recipe.get("soups", {}).items()
     }

@@ -13,6 +13,7 @@ from claims import format_interval
 from common import RECIPES, run_recipe_small
 from fine_tunes import draw_on_line
 from gpu import SECTIONS
+from merging import draw_gain, find_front
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -156,6 +157,32 @@ def test_a_line_is_read_between_neighbouring_soups():
     assert drawn.tolist() == [35, 29]
     outside = draw_on_line(run, ["end", "b", "a"], np.array([49, 81]), "Linf")
     assert np.isnan(outside).all()
+
+
+def test_a_merge_is_compared_with_the_front_of_its_grid():
+    points = {
+        "eps4": (80, 20), "eps16": (50, 40), "half": (66, 38), "dominated": (60, 30),
+        "between": (73, 27), "robust": (40, 41), "clean": (90, 10),
+    }  # fmt: skip
+    ends = ["eps4", "eps16"]
+    rows = {
+        name: {
+            "name": name,
+            "role": "grid" if name in ("half", "dominated") else "merge",
+            "ingredients": None if name in ends else ends,
+            "val": {"clean": {"value": clean}, "Linf": {"value": robust}},
+        }
+        for name, (clean, robust) in points.items()
+    }
+    run = SimpleNamespace(
+        rows=rows,
+        select_on="val",
+        draw_accuracy=lambda name, key: np.full(2, points[name][key == "Linf"], dtype=float),
+    )
+    assert set(find_front(run, ends, "Linf")) == {"eps4", "half", "eps16"}
+    assert draw_gain(run, rows["between"], "Linf").tolist() == [-2, -2]
+    assert draw_gain(run, rows["robust"], "Linf").tolist() == [1, 1]
+    assert np.isnan(draw_gain(run, rows["clean"], "Linf")).all()
 
 
 def test_an_interval_that_is_not_defined_is_a_dash():
