@@ -8,7 +8,7 @@ Each section of soups that is no grid or line is compared with the front of the 
 ingredients: the most robust grid soup at the same clean accuracy, interpolated between neighbours.
 The front is chosen on the split that selects and measured, as the methods are, on the split that
 reports. A method that is less clean than the whole front is compared with the front's most robust
-soup; one that is cleaner than all of it has no such difference ("-"). For one comparison, intervals
+soup, one that is cleaner with its cleanest, which understates it. For one comparison, intervals
 are percentile bootstraps over the samples (5,000 draws shared by all networks); for several seeds
 (folders, or sections METHOD-1, METHOD-2 and so on), Student's t over the seeds. All intervals are
 95 %, in points. Seconds are those of merging or learning, as the store says.
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from claims import Row, RunResults, format_interval, table_head
 from common import run_recipe_small
-from fine_tunes import draw_on_line
+from fine_tunes import draw_on_line, pack
 
 from robustsoup.runs.store import Store
 from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS
@@ -64,6 +64,8 @@ def draw_gain(run: RunResults, row: Row, threat: str) -> np.ndarray:
     on_front = draw_on_line(run, front, clean, threat)
     robusts = np.stack([run.draw_accuracy(name, threat) for name in front])
     cleans = np.stack([run.draw_accuracy(name, "clean") for name in front])
+    cleanest = np.take_along_axis(robusts, cleans.argmax(0)[None], axis=0)[0]
+    on_front = np.where(clean > cleans.max(0), cleanest, on_front)
     return robust - np.where(clean < cleans.min(0), robusts.max(0), on_front)
 
 
@@ -124,6 +126,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="run folders")
+    parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
     parser.add_argument("--small", action="store_true", help="run in seconds on digits")
     options = parser.parse_args()
     if not options.small and not options.folders:
@@ -132,7 +135,10 @@ def main() -> None:
         folders = options.folders
         if options.small:
             folders = [run_recipe_small("merging", Path(temporary))]
-        print_table([RunResults(folder) for folder in folders])
+        runs = [RunResults(folder) for folder in folders]
+        print_table(runs)
+        if options.pack:
+            print(pack(runs[0]).save(options.pack))
 
 
 if __name__ == "__main__":
