@@ -129,8 +129,10 @@ def pack(run: RunResults) -> HitTable:
     evaluations = {name: rs.Evaluation.load(path) for name, path in zip(names, paths, strict=True)}
     coefficients = np.zeros((len(names), len(names)))
     for number, row in enumerate(rows):
-        parts = dict(zip(row["ingredients"] or (), row["coefficients"] or (), strict=True))
-        for name, weight in (parts or {row["name"]: 1.0}).items():
+        parts = {row["name"]: 1.0}  # a network of its own, or coefficients by layer
+        if row["coefficients"]:
+            parts = dict(zip(row["ingredients"], row["coefficients"], strict=True))
+        for name, weight in parts.items():
             coefficients[number, names.index(name)] = weight
     record = {"run": run.results["name"], "protocol": run.results["protocol"], "columns": names}
     return HitTable.of(evaluations, coefficients.tolist(), record)
