@@ -127,6 +127,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="*", type=Path, help="run folders")
     parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
+    parser.add_argument("--swap", action="store_true", help="exchange the two splits' roles")
     parser.add_argument("--small", action="store_true", help="run in seconds on digits")
     options = parser.parse_args()
     if not options.small and not options.folders:
@@ -136,6 +137,9 @@ def main() -> None:
         if options.small:
             folders = [run_recipe_small("merging", Path(temporary))]
         runs = [RunResults(folder) for folder in folders]
+        if options.swap:
+            for run in runs:
+                run.select_on, run.report_on = run.report_on, run.select_on
         print_table(runs)
         if options.pack:
             print(pack(runs[0]).save(options.pack))
