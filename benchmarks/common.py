@@ -127,6 +127,19 @@ def run_recipe_small(name: str, folder: Path) -> Path:
     return folder
 
 
+def read_step_seconds() -> dict[str, float]:
+    """Return the seconds of merging and learning steps in the store, by digest of the output."""
+    from robustsoup.runs.store import Store
+    from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS
+
+    store, outputs = Store(), {"merge": CHECKPOINT, "learn": COEFFICIENTS}
+    return {
+        store.digest_of(key, outputs[record["kind"]]).sha256: record["seconds"]
+        for key in store.keys()  # noqa: SIM118, a store is no mapping
+        if (record := store.record(key))["kind"] in outputs
+    }
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a recipe and of the recipe that it extends."""
     content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -23,11 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from claims import Row, RunResults, format_interval, table_head
-from common import run_recipe_small
+from common import read_step_seconds, run_recipe_small
 from fine_tunes import draw_on_line, pack
-
-from robustsoup.runs.store import Store
-from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS
 
 SECTION = re.compile(r"(.+?)(?:-\d+)?")
 """A section of soups: its method, and the number of the seed of its ingredients."""
@@ -91,19 +88,9 @@ def find_seconds(row: Row, run: RunResults, seconds: Mapping[str, float]) -> flo
     return next((seconds[digest] for digest in digests if digest in seconds), float("nan"))
 
 
-def read_seconds() -> dict[str, float]:
-    """Return the seconds of merging and learning steps in the store, by digest of the output."""
-    store, outputs = Store(), {"merge": CHECKPOINT, "learn": COEFFICIENTS}
-    return {
-        store.digest_of(key, outputs[record["kind"]]).sha256: record["seconds"]
-        for key in store.keys()  # noqa: SIM118, a store is no mapping
-        if (record := store.record(key))["kind"] in outputs
-    }
-
-
 def print_table(runs: list[RunResults]) -> None:
     """Print each method beside the front of its grid."""
-    seconds = read_seconds()
+    seconds = read_step_seconds()
     for threat in runs[0].threats:
         names = sorted({run.results["name"] for run in runs})
         print(f"\n**{', '.join(names)}, {threat}**\n")

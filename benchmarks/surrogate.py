@@ -34,15 +34,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import describe_machine, run_recipe_small
+from common import describe_machine, read_step_seconds, run_recipe_small
 from numpy.typing import NDArray
 
 import robustsoup as rs
 from robustsoup.evaluation.hit_tables import Hits, HitTable
 from robustsoup.evaluation.two_phase import estimate_accuracy, sample_order
 from robustsoup.runs.results import Results
-from robustsoup.runs.store import Store
-from robustsoup.runs.worker import COEFFICIENTS
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, candidates
 from robustsoup.soups.racing import Race
@@ -428,12 +426,7 @@ def time_clean(folder: Path, results: Results, names: list[str], splits: list[st
 
 def sum_learning_seconds(results: Results) -> float:
     """Return the seconds in which the learned soups of a run were learned, as the store says."""
-    store = Store()
-    seconds = {
-        store.digest_of(key, COEFFICIENTS).sha256: store.record(key)["seconds"]
-        for key in store.keys()  # noqa: SIM118, a store is no mapping
-        if store.record(key)["kind"] == "learn"
-    }
+    seconds = read_step_seconds()
     names = [row.coefficients_file for row in results.rows if row.role == "learned"]
     return sum(seconds[results.files[name].sha256] for name in names if name)
 

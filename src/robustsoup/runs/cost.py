@@ -124,17 +124,18 @@ def compare_ways(
     screened = max(0, soups - n)
     confirmed = min(screened, USUAL_CONFIRMATIONS)
     first = len(spread_first(recipe.alphas_of(grids[0]))) + TESTS
-    asked = min(soups, first + USUAL_STEPS)
+    attacked = min(soups, first + USUAL_STEPS)
+    attacks: float = attacked  # in soups' worth of samples
     part = count_part(clean, settings.attack, shift=settings.shift is not None)
     if part is not None:
-        finalists = min(asked - n, USUAL_FINALISTS)
-        asked = n + finalists + (asked - n - finalists) * part / clean
+        in_full = n + min(attacked - n, USUAL_FINALISTS)
+        attacks = in_full + (attacked - in_full) * part / clean
     full = n + confirmed * (1 - opening) + screened * opening
     return WaysToSearch(
         soups,
         seconds * soups * (attack + mixing),
         seconds * (soups * mixing + screened * brief + full * attack),
-        seconds * (soups * (clean + mixing) + asked * (attack + mixing)),
+        seconds * (soups * (clean + mixing) + attacks * (attack + mixing)),
     )
 
 

@@ -95,7 +95,7 @@ class SurrogateResult:
             section=section,
             stage="late" if late else state.stage,
             attacked=len(attacked),
-            in_full=search.count_in_full(attacked),
+            in_full=sum(map(search.is_in_full, attacked.values())),
             soups=len(search.names),
             samples=search.samples,
             part=search.part_size,

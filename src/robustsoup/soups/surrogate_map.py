@@ -1,6 +1,6 @@
 """The soups of a search by surrogate, and which are attacked before any verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,6 +101,10 @@ class SoupMap:
     def test_order(self) -> tuple[int, ...]:
         """Rows of all soups that may test the fit, in the order in which they do."""
         return order_tests(len(self.names), self.first_rows, seed=self.seed)
+
+    def is_in_full(self, hits: Mapping[str, NDArray[np.bool_]]) -> bool:
+        """Return whether the hits of a soup, by measure, are those of all samples."""
+        return all(len(item) == self.samples for item in hits.values())
 
     @property
     def part_size(self) -> int | None:

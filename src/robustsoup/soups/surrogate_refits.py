@@ -78,9 +78,7 @@ class Refits:
         return [
             row
             for row in self.rows
-            if all(
-                len(hits) == self.samples for hits in self.attacked[self.search.names[row]].values()
-            )
+            if self.search.is_in_full(self.attacked[self.search.names[row]])
         ]
 
     @property

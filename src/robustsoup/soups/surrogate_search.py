@@ -154,12 +154,10 @@ class SurrogateSearch(SoupMap):
         """
         return self.state(attacked).next
 
-    def count_in_full(self, attacked: Mapping[str, Mapping[str, Hits]]) -> int:
-        """Return how many soups were attacked on all samples."""
-        return sum(
-            all(len(hits) == self.samples for hits in by_measure.values())
-            for by_measure in attacked.values()
-        )
+    def _is_begun(self, attacked: Mapping[str, Mapping[str, Hits]]) -> bool:
+        """Return whether the model can be fitted: some soups test it, the first are attacked."""
+        first = (request.candidate for request in self.first_requests())
+        return bool(self.test_rows) and all(name in attacked for name in first)
 
     def state(self, attacked: Mapping[str, Mapping[str, Hits]]) -> SurrogateState:
         """Return where the search stands, given the verdicts so far."""
@@ -222,7 +220,7 @@ class SurrogateSearch(SoupMap):
         Args:
             attacked: For each attacked soup, its hits by measure.
         """
-        if self.state(attacked).chosen is None or not self.measures:
+        if not (self.measures and self._is_begun(attacked)):
             return ()
         refits = Refits(self, attacked)
         return self._requests(refits, refits.find_finalists(predicted=True)[0], in_full=True)
@@ -236,7 +234,7 @@ class SurrogateSearch(SoupMap):
         Returns:
             The prediction for each soup; empty while the first soups are not attacked yet.
         """
-        if self.measures and self.state(attacked).chosen is None:
+        if self.measures and not self._is_begun(attacked):
             return []
         refits = Refits(self, attacked)
         bands: list[dict[str, tuple[float, float, float]]] = [{} for _ in self.names]

@@ -162,9 +162,10 @@ def take_worst(
     """Return for each image the point of highest loss among several attacked batches."""
     x, y = batch
     with frozen_eval(model), autocast(x.device, precision):
-        points = [x, *attacked] if objective.attack_compares_with_clean else attacked
-        logits = [_at_least_float32(call_network(model, p)) for p in points]
-        clean, logits = logits[: -len(attacked)], logits[-len(attacked) :]
+        logits = (_at_least_float32(call_network(model, points)) for points in attacked)
+        clean: tuple[Tensor, ...] = ()
+        if objective.attack_compares_with_clean:
+            clean = (_at_least_float32(call_network(model, x)),)
         losses = torch.stack([objective.attack_loss(item, y, *clean) for item in logits])
     worst, points = losses.argmax(0), torch.stack(list(attacked))
     return points[worst, torch.arange(len(x), device=x.device)]
