@@ -1,28 +1,32 @@
 """APGD-CE beside the physical limit and pyautoattack, for a tiny, a small and a larger network.
 
-    python benchmarks/attack.py [--tiny 500] [--resnet9 500] [--resnet18 128] [--steps 100]
+    python benchmarks/attack.py [--tiny 500] [--resnet9 500] [--resnet18 256] [--steps 100]
 
 --tiny, --resnet9 and --resnet18 give numbers of images; 0 leaves a network out. resnet18 takes a
-fifth of the steps. The networks have fresh weights, which take as long as trained ones: an image's
-label is what the network predicts, and at the radius about 60 % of the images survive, as on a
-robust network.
+fifth of the steps. The networks are trained adversarially on the first call (half an hour on two
+cores, a third of it for resnet18, which sees few images), and attacked on test images that they
+classify correctly. bfloat16 is timed where the processor has it.
 
 Each round times, in turn: bare passes (forward, cross-entropy and input gradient, nothing else), in
-as many lanes as there are threads, at the best of several sizes; robustsoup's whole evaluation; and
-pyautoattack. The limit is the time of a bare pass times the number of unavoidable passes: for each
-attacked sample, up to the step that breaks it.
+as many lanes as there are threads, at the best of several sizes; robustsoup's whole evaluation;
+bare passes again; and pyautoattack. The limit is the mean time of a bare pass times the number of
+unavoidable passes: for each attacked sample, up to the step that breaks it.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
 from common import (
     CPU,
+    FULL,
+    LINF,
+    SMALL,
+    Workload,
     channels_last,
     describe_machine,
     first_images,
@@ -30,7 +34,6 @@ from common import (
     parse_arguments,
     print_times,
     ratio,
-    workload,
 )
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
@@ -38,21 +41,22 @@ from torch.nn import functional
 
 import robustsoup as rs
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
-from robustsoup.attacks.losses import logit_margin
 from robustsoup.data import Split
-from robustsoup.device import autocast
+from robustsoup.device import autocast, resolve_precision
 
 PASS_SIZES = (16, 32, 64)
 PEER_BATCH = 125
 """Batch size at which pyautoattack was fastest (docs/benchmarks.md)."""
-SURVIVORS, LARGEST_RADIUS = 0.6, 0.25
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = sorted({"float32", resolve_precision("auto", CPU)}, reverse=True)
+TINY = Workload("cifar10", "common:two_convolutions", LINF, 3, 1, None)
+TINY_DIGITS = Workload("digits", "common:two_convolutions:pixels=8", SMALL.threat, 1, 1, 256)
+RESNET18 = Workload("cifar10", "resnet18", LINF, 2, 1, 4000)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A network to attack, the images with its own predictions as labels, and the threat."""
+    """A network to attack, images that it classifies correctly, and the threat."""
 
     name: str
     network: nn.Module
@@ -61,52 +65,17 @@ class Task:
     steps: int
 
 
-def make_network(name: str, channels: int, pixels: int) -> nn.Module:
-    """Return a network with fresh weights; "tiny" has two convolutions of 16 and 32 channels."""
-    if name != "tiny":
-        return freeze(channels_last_network(rs.load_model(name, channels=channels)))
-    torch.manual_seed(0)
-    tiny = nn.Sequential(
-        *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(32 * (pixels // 4) ** 2, 10)),
+def make_task(workload: Workload, images: int, steps: int) -> Task:
+    """Train a network and take the first test images that it classifies correctly."""
+    network = freeze(
+        workload.train_base().network(workload.model).to(memory_format=torch.channels_last)
     )
-    return freeze(channels_last_network(tiny))
-
-
-def channels_last_network(network: nn.Module) -> nn.Module:
-    """Return the network with its weights in channels_last memory format."""
-    return network.to(memory_format=torch.channels_last)
-
-
-def make_task(name: str, split: Split, steps: int) -> Task:
-    """Label the images by the network; the search for a radius starts where a linear one ends."""
-    x, _ = first_images(split, len(split))
-    network = make_network(name, x.shape[1], x.shape[2])
-    labels, distances = [], []
-    for part in x.split(32):
-        point = part.clone().requires_grad_()
-        logits = network(point)
-        margin = logit_margin(logits, logits.argmax(1))
-        (grad,) = torch.autograd.grad(margin.sum(), point)
-        labels.append(logits.argmax(1))
-        distances.append(margin.detach() / grad.flatten(1).abs().sum(1))
-    eps = float(torch.cat(distances).quantile(1 - SURVIVORS))
-    labelled = replace(split, labels=torch.cat(labels))
-    threat = rs.ThreatModel("Linf", grow_radius(network, *first_images(labelled, 32), eps))
-    return Task(name, network, labelled, threat, steps)
-
-
-def grow_radius(network: nn.Module, x: Tensor, y: Tensor, eps: float) -> float:
-    """Return a radius from eps on at which few enough images survive ten steps."""
-    while eps < LARGEST_RADIUS:
-        points = rs.apgd(network, x, y, f"Linf {eps}", steps=10)
-        with torch.no_grad():
-            survivors = float((network(points).argmax(1) == y).float().mean())
-        if survivors <= SURVIVORS:
-            break
-        eps *= 1.3
-    return eps
+    test = workload.load_data().test
+    x, y = first_images(test, 4 * images)
+    with torch.no_grad():
+        correct = torch.cat([network(part).argmax(1) for part in x.split(PEER_BATCH)]) == y
+    split = test.take(correct.nonzero().flatten()[:images])
+    return Task(workload.model, network, split, workload.threat, steps)
 
 
 def bare_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> None:
@@ -117,22 +86,23 @@ def bare_pass(network: nn.Module, x: Tensor, y: Tensor, precision: str) -> None:
     torch.autograd.grad(functional.cross_entropy(logits.float(), y), point)
 
 
-def time_bare_image(task: Task, precision: str) -> float:
-    """Return the seconds of one image's bare pass, in all lanes, at the best size."""
-    x, y = first_images(task.split, max(PASS_SIZES))
-    lanes, best = lane_count(CPU), float("inf")
-    for size in PASS_SIZES:
-        part, passes = channels_last(x[:size]), max(2, 128 // size)
+def time_bare_image(task: Task, precision: str, size: int, seconds: float = 1.0) -> float:
+    """Return the seconds of one image's bare pass, in all lanes, from passes for some seconds."""
+    x, y = first_images(task.split, size)
+    x, lanes = channels_last(x), lane_count(CPU)
 
-        def run_lane(part: Tensor = part, passes: int = passes) -> None:
+    def time_passes(passes: int) -> float:
+        def run_lane() -> None:
             for _ in range(passes):
-                bare_pass(task.network, part, y[: len(part)], precision)
+                bare_pass(task.network, x, y, precision)
 
-        run_in_lanes([run_lane] * lanes, CPU)  # warm up
         started = time.perf_counter()
         run_in_lanes([run_lane] * lanes, CPU)
-        best = min(best, (time.perf_counter() - started) / (lanes * passes * len(part)))
-    return best
+        return (time.perf_counter() - started) / passes
+
+    time_passes(1)  # warm up
+    passes = max(round(seconds / time_passes(1)), 1)
+    return time_passes(passes) / (lanes * len(x))
 
 
 def attack_with_pyautoattack(
@@ -160,6 +130,10 @@ def time_task(task: Task, rounds: int) -> None:
     times: dict[str, list[float]] = {}
     robust: dict[str, Tensor] = {}
     x, y = first_images(task.split, len(task.split))
+    sizes = {
+        precision: min(PASS_SIZES, key=partial(time_bare_image, task, precision))
+        for precision in PRECISIONS
+    }
 
     def record(name: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()
@@ -171,9 +145,11 @@ def time_task(task: Task, rounds: int) -> None:
         for precision in PRECISIONS:
             attack = partial(rs.evaluate, task.network, task.split, [task.threat])
             name = f"robustsoup, {precision}"
+            before = time_bare_image(task, precision, sizes[precision])
             verdicts = record(name, partial(attack, steps=task.steps, precision=precision))
+            after = time_bare_image(task, precision, sizes[precision])
             robust[name] = verdicts.threats[str(task.threat)].robust
-            limit = count_passes(verdicts, task) * time_bare_image(task, precision)
+            limit = count_passes(verdicts, task) * (before + after) / 2
             times.setdefault(f"limit, {precision}", []).append(limit)
         peer = partial(attack_with_pyautoattack, task.network, x, y, task.threat, task.steps)
         robust["pyautoattack"] = record("pyautoattack", partial(peer, batch=PEER_BATCH))
@@ -183,6 +159,7 @@ def time_task(task: Task, rounds: int) -> None:
         times,
         lambda name: f"{100 * float(robust[name].float().mean()):.1f} %" if name in robust else "",
     )
+    print(f"\nbare passes of {', '.join(map(str, sizes.values()))} images")
     print_ratios(times, rounds)
 
 
@@ -200,25 +177,22 @@ def print_ratios(times: dict[str, list[float]], rounds: int) -> None:
 
 def main() -> None:
     """Time each network."""
-    options = parse_arguments(__doc__, tiny=500, resnet9=500, resnet18=128, steps=100, rounds=3)
-    numbers = {
-        "tiny": options.tiny,
-        "resnet9:width=16": options.resnet9,
-        "resnet18": options.resnet18,
-    }
+    options = parse_arguments(__doc__, tiny=500, resnet9=500, resnet18=256, steps=100, rounds=3)
+    tasks = [
+        (TINY, options.tiny, options.steps),
+        (FULL, options.resnet9, options.steps),
+        (RESNET18, options.resnet18, max(options.steps // 5, 1)),
+    ]
     if options.small:
-        numbers, options.steps, options.rounds = {"tiny": 64, "resnet9:width=4": 64}, 5, 1
-    work = workload(small=options.small)
-    images = work.load_data().test
+        options.rounds = 1
+        tasks = [(TINY_DIGITS, 64, 5), (SMALL, 64, 5)]
     print(
-        f"{describe_machine()}\nAPGD-CE on {work.data_name}, {options.rounds} rounds; medians "
-        f"[minimum, maximum]; pyautoattack in batches of {PEER_BATCH}"
+        f"{describe_machine()}\nAPGD-CE, {options.rounds} rounds; medians [minimum, maximum]; "
+        f"pyautoattack in batches of {PEER_BATCH}"
     )
-    for name, samples in numbers.items():
-        if samples:
-            steps = max(options.steps // 5, 1) if name == "resnet18" else options.steps
-            part = images.first(min(samples, len(images)))
-            time_task(make_task(name, part, steps), options.rounds)
+    for workload, images, steps in tasks:
+        if images:
+            time_task(make_task(workload, images, steps), options.rounds)
 
 
 if __name__ == "__main__":

@@ -49,11 +49,10 @@ class Workload:
         """Load the data set."""
         return rs.load_data(self.data_name)
 
-    def train_ingredient(self, eps: int) -> rs.Checkpoint:
-        """Return a network fine-tuned at Linf eps/255; trained on the first call, then cached."""
+    def train_base(self) -> rs.Checkpoint:
+        """Return an adversarially trained network; trained on the first call, then cached."""
         data = self.load_data()
-        train = data.train.first(self.pretrain_samples)
-        base = self._train_once(
+        return self._train_once(
             "pretrained",
             lambda: rs.load_model(
                 self.model,
@@ -61,17 +60,20 @@ class Workload:
                 mean=data.record["mean"],
                 std=data.record["std"],
             ),
-            train,
+            data.train.first(self.pretrain_samples),
             threat=self.threat,
             epochs=self.pretrain_epochs,
             lr=0.1,
         )
-        threat = rs.ThreatModel("Linf", self.threat.eps * eps / 8)
+
+    def train_ingredient(self, eps: int) -> rs.Checkpoint:
+        """Return the base fine-tuned at Linf eps/255; trained on the first call, then cached."""
+        base = self.train_base()
         return self._train_once(
             f"eps{eps}",
             lambda: base,
-            train,
-            threat=threat,
+            self.load_data().train.first(self.pretrain_samples),
+            threat=rs.ThreatModel("Linf", self.threat.eps * eps / 8),
             epochs=self.finetune_epochs,
             lr=0.02,
         )
@@ -87,6 +89,8 @@ class Workload:
         lr: float,
     ) -> rs.Checkpoint:
         label = f"{self.data_name}-{self.model}-{self.pretrain_epochs}".replace(":", "-")
+        if self.pretrain_samples:
+            label += f"-{self.pretrain_samples}"
         path = cache_folder() / "benchmarks" / label / f"{name}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +107,15 @@ class Workload:
             trained.save(path)
             state.unlink(missing_ok=True)
         return rs.Checkpoint.load(path)
+
+
+def two_convolutions(*, channels: int = 3, pixels: int = 32, classes: int = 10) -> nn.Module:
+    """Return a network of two convolutions with 16 and 32 channels."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(32 * (pixels // 4) ** 2, classes)),
+    )
 
 
 FULL = Workload("cifar10", "resnet9:width=16", LINF, 12, 2, None)

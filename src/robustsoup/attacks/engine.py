@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import gcd
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustsoup.attacks.cuda_graph import capture_step
@@ -29,15 +31,18 @@ from robustsoup.attacks.steps import (
     SearchState,
     StepSchedule,
     advance,
+    as_arrays,
     cold_noise,
     concat_states,
     copy_rows,
     observe,
+    set_rows,
     start_first_stage,
     start_next_stage,
 )
 from robustsoup.threats import ThreatModel
 
+Numbers, Flags = NDArray[np.int64], NDArray[np.bool_]
 MAX_WINDOW = 10
 """Largest number of steps that a GPU takes between two inspections by the host."""
 
@@ -286,15 +291,18 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
         eot=search.eot,
     )
     margin = logit_margin(logits, state.y).to(state.margin)
-    rows.fooled.copy_(logits.argmax(1) != state.y)
-    is_new = rows.fooled & state.final_stage & ~rows.hit
+    prediction, y, fooled, hit, hit_step, step, final, value, smallest, lowest = as_arrays(
+        *(logits.argmax(1), state.y, rows.fooled, rows.hit, rows.hit_step, state.step),
+        *(state.final_stage, margin, state.margin, torch.minimum(margin, state.margin)),
+    )
+    fooled[...] = prediction != y
+    is_new = fooled & final & ~hit
     if search.needs_check():  # after float32 refuted a hit, check only deeper hits
-        is_new &= ~(margin >= state.margin)
+        is_new &= ~(value >= smallest)
     copy_rows(is_new, state.x_adv, rows.hit_points)
-    torch.where(is_new, state.step, rows.hit_step, out=rows.hit_step)
-    rows.hit |= is_new
-    smallest = torch.minimum(state.margin, margin)
-    state.margin.copy_(torch.where(state.final_stage, smallest, state.margin))
+    set_rows(is_new, step, hit_step)
+    hit |= is_new
+    set_rows(final, lowest, smallest)
     observe(state, loss, grad, periods, norm)
     advance(state, norm, momentum=search.schedule.adaptive)
 
@@ -383,12 +391,11 @@ class Lane:
         self.search, self.queue, self.outcome = search, queue, outcome
         self.window = search.window
         size, stages = search.pass_size, search.schedule.stages
-        self.stage_steps = torch.tensor([steps for _, steps in stages])
-        self.steps_before = self.stage_steps.cumsum(0) - self.stage_steps
+        self.stage_steps = np.array([steps for _, steps in stages], dtype=np.int64)
+        self.steps_before = torch.from_numpy(self.stage_steps.cumsum() - self.stage_steps)
         # The host's view of the rows: sample (-1: free), stage, and step within the stage.
-        self.sample = torch.full((size,), -1)
-        self.stage = torch.zeros(size, dtype=torch.long)
-        self.step = torch.zeros(size, dtype=torch.long)
+        self.sample = np.full(size, -1, dtype=np.int64)
+        self.stage, self.step = np.zeros_like(self.sample), np.zeros_like(self.sample)
         self.to_check: list[Pending] = []
         self.to_place: list[Pending] = []
         # Rows that stay free hold copies of the first ones, so that every pass is full.
@@ -409,7 +416,7 @@ class Lane:
                 self._run_window()
             elif not self.to_check:
                 return
-            while self._check_is_due():
+            while self.to_check and self._check_is_due():
                 self._check_pass()
             self._refill()
 
@@ -419,14 +426,16 @@ class Lane:
     def _check_is_due(self) -> bool:
         pending = sum(len(items) for items in self.to_check)
         if pending >= self.search.pass_size or not self._is_busy():
-            return pending > 0
+            return True
         # Once the queue is empty nothing else fills the free rows, so a hit that may be refuted
         # continues at once: after all others it would run its remaining steps almost alone.
         may_continue = (bool((items.hit & ~items.finished).any()) for items in self.to_check)
         return len(self.queue) == 0 and any(may_continue)
 
     def _refill(self) -> None:
-        free = (self.sample < 0).nonzero().flatten()
+        if not (self.to_place or len(self.queue)):
+            return
+        free = torch.from_numpy((self.sample < 0).nonzero()[0])
         if self.to_place and len(free):
             pending = _concat_pending(self.to_place)
             placed, remaining = torch.arange(len(pending)).tensor_split([len(free)])
@@ -440,29 +449,31 @@ class Lane:
 
     def _place(self, rows: Tensor, items: Pending) -> None:
         self.rows.state.overwrite(rows.to(self.search.device), items.state)
-        self.sample[rows], self.stage[rows] = items.sample, items.stage
-        self.step[rows] = items.state.step.cpu()
+        numbers = rows.numpy()
+        self.sample[numbers], self.stage[numbers] = items.sample.numpy(), items.stage.numpy()
+        self.step[numbers] = items.state.step.cpu().numpy()
 
     def _run_window(self) -> None:
         """Take the steps of one window, then remove the rows that were hit or have finished."""
         self.rows.hit.zero_()
-        starting = (self.step == 0) & (self.stage == 0) & (self.sample >= 0)
+        busy = self.sample >= 0
+        starting = (self.step == 0) & (self.stage == 0) & busy
         self.take_step()
         zero_gradient = None  # stays on the device until the end of the window
-        if bool(starting.any()):
+        if starting.any():
             # Where the start fools the network, the gradient of dlr may be 0; that is no doubt.
             zero_gradient = self.rows.state.grad.flatten(1).abs().amax(1) == 0
             zero_gradient &= ~self.rows.fooled
         for _ in range(self.window - 1):
             self.take_step()
         self.step += self.window
-        busy = self.sample >= 0
-        hit = self.rows.hit.cpu() & busy
+        hit = self.rows.hit.cpu().numpy() & busy
         finished = (self.step == self.stage_steps[self.stage]) & busy
         if zero_gradient is not None:
-            self.outcome.zero_gradient[self.sample[starting]] |= zero_gradient.cpu()[starting]
-        self._reset_steps((~busy).nonzero().flatten())
-        rows = (finished | hit).nonzero().flatten()
+            started = torch.from_numpy(self.sample[starting])
+            self.outcome.zero_gradient[started] |= zero_gradient.cpu()[starting]
+        self._reset_steps((~busy).nonzero()[0])
+        rows = (finished | hit).nonzero()[0]
         if len(rows):
             self._sort_removed(self._remove_rows(rows, finished[rows], hit[rows]))
 
@@ -484,27 +495,31 @@ class Lane:
         inside = move_inside(points, state.x, self.search.threat)
         return torch.where(as_column(state.final_stage, points), inside, points)
 
-    def _reset_steps(self, rows: Tensor) -> None:
+    def _reset_steps(self, rows: Numbers) -> None:
         """Set free rows back to step 0, so that they stay inside the table of checks."""
         if not len(rows):
             return
-        device_rows = rows.to(self.search.device)
+        device_rows = torch.from_numpy(rows).to(self.search.device)
         self.step[rows] = 0
         self.rows.state.step[device_rows] = 0
         self.rows.state.offset[device_rows] = 0
 
-    def _remove_rows(self, rows: Tensor, finished: Tensor, hit: Tensor) -> Pending:
+    def _remove_rows(self, rows: Numbers, finished: Flags, hit: Flags) -> Pending:
         """Free some rows and return each with its hit, or else with its current point."""
-        device_rows = rows.to(self.search.device)
-        state, stage = self.rows.state.select(device_rows), self.stage[rows]
-        is_hit = as_column(hit.to(self.search.device), state.x)
-        points = torch.where(is_hit, self.rows.hit_points[device_rows], state.x_adv)
-        step = torch.where(hit, self.rows.hit_step[device_rows].cpu(), self.step[rows])
+        device_rows = torch.from_numpy(rows).to(self.search.device)
+        sample, stage, last = (
+            torch.from_numpy(values[rows]) for values in (self.sample, self.stage, self.step)
+        )
+        has_ended, is_hit = torch.from_numpy(finished), torch.from_numpy(hit)
+        state = self.rows.state.select(device_rows)
+        moves = as_column(is_hit.to(self.search.device), state.x)
+        points = torch.where(moves, self.rows.hit_points[device_rows], state.x_adv)
+        step = torch.where(is_hit, self.rows.hit_step[device_rows].cpu(), last)
         step = step + self.steps_before[stage]
-        sample, is_best = self.sample[rows], torch.zeros_like(hit)
         self.sample[rows] = -1
         self._reset_steps(rows)
-        return Pending(sample, stage, points, step, finished, hit, is_best, state)
+        is_best = torch.zeros_like(is_hit)
+        return Pending(sample, stage, points, step, has_ended, is_hit, is_best, state)
 
     def _check_pass(self) -> None:
         """Check one pass of pending points in float32, and settle or continue each row."""

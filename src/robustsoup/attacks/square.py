@@ -23,6 +23,7 @@ from robustsoup.attacks.forward import check_inputs, frozen_eval, pass_size, pre
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
+from robustsoup.attacks.steps import copy_rows
 from robustsoup.errors import RequestError
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import AttackSettings
@@ -286,15 +287,17 @@ class SquareLane:
         points, search = self._next_points(), self.search
         logits = search.model(points)
         margin = logit_margin(logits, self.y).to(self.margin)
-        better = margin < self.margin  # false for NaN, so that NaN is never followed
         fooled = logits.argmax(1) != self.y
         busy = self.sample >= 0
-        if bool((fooled.cpu() & busy).any()):
-            points, margin, fooled = self._move_hits_inside(points, margin, fooled)
-        self.nan |= margin.isnan()
-        self.best = torch.where(as_column(better | fooled, points), points, self.best)
-        self.margin = torch.where(better | fooled, margin, self.margin)
         is_broken = fooled.cpu() & busy
+        if bool(is_broken.any()):
+            points, margin, fooled = self._move_hits_inside(points, margin, fooled)
+            is_broken = fooled.cpu() & busy
+        # Comparisons with NaN are false, so that NaN is never followed.
+        accepted = (margin < self.margin) | fooled
+        self.nan |= margin.isnan()
+        copy_rows(accepted, points, self.best)
+        torch.where(accepted, margin, self.margin, out=self.margin)
         ended = (self.query >= search.n_queries) & busy & ~is_broken
         self._settle(is_broken.nonzero().flatten(), is_broken=True)
         self._settle(ended.nonzero().flatten(), is_broken=False)
@@ -323,8 +326,10 @@ class SquareLane:
         block = ((query - 1) % _BLOCK).to(self.uniforms.device)
         uniforms = self.uniforms[torch.arange(len(block), device=block.device), block]
         proposals = self.proposals.propose(self.x, self.best, query - 1, uniforms)
-        is_start = as_column((query == 0).to(self.x.device), self.x)
-        return torch.where(is_start, self.best, proposals)
+        is_start = query == 0
+        if not bool(is_start.any()):
+            return proposals
+        return torch.where(as_column(is_start.to(self.x.device), self.x), self.best, proposals)
 
     def _settle(self, rows: Tensor, *, is_broken: bool) -> None:
         """Write the result of this restart for some rows, and free them."""
@@ -424,10 +429,13 @@ class SquareProposals:
             (b, c, h, w) points in the ball and the box.
         """
         sides = self.sides[query.clamp(0, len(self.sides) - 1)]  # free rows count on
+        change = self._change_square if self.is_linf else self._move_mass
+        different = set(sides.tolist())
+        if len(different) == 1:
+            return change(x, best, different.pop(), uniforms)
         proposals = torch.empty_like(best)
-        for side in sides.unique().tolist():
+        for side in different:
             rows = (sides == side).nonzero().flatten().to(x.device)
-            change = self._change_square if self.is_linf else self._move_mass
             proposals[rows] = change(x[rows], best[rows], side, uniforms[rows])
         return proposals
 

@@ -10,8 +10,9 @@ PGD: Madry et al. 2018, arXiv:1706.06083.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,10 @@ from robustsoup.attacks.projections import (
 )
 from robustsoup.settings import SEED_LIMIT
 from robustsoup.threats import ThreatModel
+
+
+Array = Any
+"""A vector with an entry for each row: a tensor, or a NumPy array; see `as_arrays`."""
 
 
 @dataclass(frozen=True)
@@ -307,36 +312,44 @@ def observe(state: SearchState, loss: Tensor, grad: Tensor, periods: Tensor, nor
         periods: The table of `StepSchedule.check_periods`, on the device.
         norm: Norm of the threat model.
     """
-    better = loss > state.loss_best
     torch.nan_to_num(grad, 0.0, out=state.grad)
+    step, offset, reached, table, values, previous, highest, at_check, rises = as_arrays(
+        *(state.step, state.offset, state.step_best, periods),
+        *(loss, state.loss_prev, state.loss_best, state.loss_best_at_check, state.rises),
+    )
+    better = values > highest
     copy_rows(better, state.x_adv, state.x_best)
     copy_rows(better, state.grad, state.grad_best)
-    torch.where(better, loss, state.loss_best, out=state.loss_best)
-    torch.where(better, state.step, state.step_best, out=state.step_best)
-    has_moved = state.step > 0
-    torch.where(has_moved, state.loss_best_at_check, loss, out=state.loss_best_at_check)
+    set_rows(better, values, highest)
+    set_rows(better, step, reached)
+    has_moved = step > 0
+    set_rows(~has_moved, values, at_check)
     # As in the reference, the first step compares with a loss of 0, not with that of the start.
-    state.rises.add_(has_moved & (loss > state.loss_prev))
-    torch.where(has_moved, loss, state.loss_prev, out=state.loss_prev)
-    period = periods[state.offset + state.step]
-    if period.device.type != "cpu" or bool((period > 0).any()):
+    rises += has_moved & (values > previous)
+    set_rows(has_moved, values, previous)
+    period = table[offset + step]
+    # Only a CPU knows at no cost whether a check is due.
+    if loss.device.type != "cpu" or (period > 0).any():
         (_check_l1 if norm == "L1" else _check_l2_linf)(state, period)
 
 
-def _check_l2_linf(state: SearchState, period: Tensor) -> None:
+def _check_l2_linf(state: SearchState, period: Array) -> None:
+    rises, halved, step_size, highest, at_check = as_arrays(
+        state.rises, state.halved, state.step_size, state.loss_best, state.loss_best_at_check
+    )
     due = period > 0
-    few_rises = state.rises <= 0.75 * period
-    stalled = ~state.halved & (state.loss_best_at_check >= state.loss_best)
+    few_rises = rises <= 0.75 * period
+    stalled = ~halved & (at_check >= highest)
     halve = due & (few_rises | stalled)
-    torch.where(due, halve, state.halved, out=state.halved)
-    torch.where(due, state.loss_best, state.loss_best_at_check, out=state.loss_best_at_check)
-    state.rises.masked_fill_(due, 0.0)
-    torch.where(halve, state.step_size / 2, state.step_size, out=state.step_size)
+    set_rows(due, halve, halved)
+    set_rows(due, highest, at_check)
+    rises *= ~due
+    set_rows(halve, step_size / 2, step_size)
     _return_to_best(state, halve)
 
 
-def _check_l1(state: SearchState, period: Tensor) -> None:
-    due = period > 0
+def _check_l1(state: SearchState, period: Array) -> None:
+    due = torch.as_tensor(period) > 0
     support = _count_changed(state.x_best, state.x)
     sparser = due & (support / state.support < 0.95)
     step_size = torch.where(sparser, state.eps, state.step_size / 1.5)
@@ -352,12 +365,31 @@ def _count_changed(points: Tensor, x: Tensor) -> Tensor:
     return (points != x).flatten(1).sum(1).to(x)
 
 
-def _return_to_best(state: SearchState, rows: Tensor) -> None:
+def _return_to_best(state: SearchState, rows: Array) -> None:
     copy_rows(rows, state.x_best, state.x_adv)
     copy_rows(rows, state.grad_best, state.grad)
 
 
-def copy_rows(rows: Tensor, source: Tensor, target: Tensor) -> None:
+def as_arrays(*vectors: Tensor) -> list[Any]:
+    """Return vectors as NumPy arrays that share their memory, if NumPy can read all of them.
+
+    A step has some thirty operations on one number a row. PyTorch lets go of the interpreter's
+    lock in each of them, and two lanes then wait for each other; NumPy keeps it.
+    """
+    if all(is_numpy_like(vector) for vector in vectors):
+        return [vector.numpy() for vector in vectors]
+    return list(vectors)
+
+
+def set_rows(rows: Array, values: Array, target: Array) -> None:
+    """Set `target` (b,) to `values` (b,) where `rows` (b,) bool is true, in place."""
+    if isinstance(target, Tensor):
+        torch.where(rows, values, target, out=target)
+    else:
+        np.copyto(target, values, where=rows)
+
+
+def copy_rows(rows: Array, source: Tensor, target: Tensor) -> None:
     """Copy the rows where `rows` (b,) bool is true from one tensor (b, ...) to another, in place.
 
     On a CPU only these rows are read and written; a GPU must not wait for their number.
@@ -365,9 +397,11 @@ def copy_rows(rows: Tensor, source: Tensor, target: Tensor) -> None:
     if not is_numpy_like(target):
         torch.where(as_column(rows, source), source, target, out=target)
         return
+    numbers = np.asarray(rows).nonzero()[0]
+    if not len(numbers):
+        return
     # Whole rows are copied fastest by NumPy, in the order of the axes in memory.
     axes = sorted(range(1, target.dim()), key=target.stride, reverse=True)
-    numbers = rows.numpy().nonzero()[0]
     target.numpy().transpose(0, *axes)[numbers] = source.numpy().transpose(0, *axes)[numbers]
 
 
@@ -398,7 +432,7 @@ def _next_l2_linf(state: SearchState, norm: str, momentum: bool) -> Tensor:
     z = _clip_to_ball_and_box(step.add_(state.x_adv), state, norm)
     if not momentum:
         return z
-    a = as_column(1.0 - 0.25 * (state.step > 0).to(state.eps), state.x)
+    a = as_column(1.0 - 0.25 * (state.step > 0), state.x)
     x_next = z.sub_(state.x_adv).mul_(a).add_(state.x_adv)
     x_next.add_((state.x_adv - state.x_prev).mul_(1 - a))
     return _clip_to_ball_and_box(x_next, state, norm)
