@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -133,34 +134,39 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """The address of a Ray cluster of one machine with two CPUs."""
-    pytest.importorskip("ray")
+@contextmanager
+def run_cluster(log, *, path=""):
+    """Run a Ray cluster of one machine with two CPUs, and yield its address and its process.
+
+    Args:
+        log: File for the messages of Ray.
+        path: Folder in which the workers look for modules first.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    files = tmp_path_factory.mktemp("ray")
     # Ray demands a token; that of a test is new, and its commands get the same variables.
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "token")
     patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     variables = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    if path:
+        variables["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
     # Ray makes Unix sockets in its folder, whose paths have at most 107 letters.
     short = Path("/tmp") / f"ray{port}"
     words = ("start", "--head", "--block", "--port", port, "--num-cpus", 2, "--temp-dir", short)
     words += ("--include-dashboard", "false", "--object-store-memory", 80 * 2**20)
     words += ("--disable-usage-stats",)
-    with (files / "log").open("w") as log:
+    with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *map(str, words)],
             env=variables,
-            stdout=log,
-            stderr=log,
+            stdout=file,
+            stderr=file,
             start_new_session=True,
         )
     try:
-        yield wait_for(lambda: answers(port), process)
+        yield wait_for(lambda: answers(port), process), process
     finally:
         patch.undo()
         process.terminate()
@@ -168,6 +174,14 @@ def cluster(tmp_path_factory):
             process.wait(60)
         finally:
             shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a Ray cluster of one machine with two CPUs."""
+    pytest.importorskip("ray")
+    with run_cluster(tmp_path_factory.mktemp("ray") / "log") as (address, _):
+        yield address
 
 
 def answers(port):
@@ -237,6 +251,37 @@ def test_an_interrupted_run_says_how_to_go_on(folder, cluster):
     code, messages = finish(run(folder, "stopped", "--ray", cluster))
     assert code == 0, messages
     check_equal(folder, "stopped")
+
+
+def test_a_worker_of_another_version_is_refused(folder, tmp_path):
+    pytest.importorskip("ray")
+    installed = tmp_path / "robustsoup-0.0.9.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: robustsoup\nVersion: 0.0.9\n"
+    )
+    with run_cluster(tmp_path / "log", path=tmp_path) as (address, _):
+        code, messages = finish(run(folder, "refused", "--ray", address))
+    assert code == 2
+    assert "version of robustsoup: got 0.0.9, expected" in messages
+    assert "install the same version on every machine" in messages
+
+
+def test_a_head_that_dies_ends_the_run_in_one_line(folder, tmp_path):
+    pytest.importorskip("ray")
+    with run_cluster(tmp_path / "log") as (address, head):
+        process = run(folder, "headless", "--ray", address)
+        wait_for(lambda: find_status(folder / "headless.store", 1), process)
+        os.killpg(head.pid, signal.SIGKILL)
+        code, messages = finish(process)
+        head.wait()
+    assert code == 1
+    last = messages.splitlines()[-1]
+    assert last.startswith("robustsoup: ray: the head of the cluster is gone")
+    assert "run the same command" in last
+    code, messages = finish(run(folder, "headless"))
+    assert code == 0, messages
+    check_equal(folder, "headless")
 
 
 def test_a_step_that_no_machine_can_run_is_refused(folder, cluster):

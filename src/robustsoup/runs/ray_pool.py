@@ -41,6 +41,7 @@ class RayPool:
         self.address, self.threads, self.gpus = address, threads, gpus
         self.ray: ModuleType = import_ray()
         self.tasks: dict[Any, Key] = {}  # keys by reference of the result
+        self.head = address  # HOST:PORT once Ray is reached
 
     def open(self, meeting: Meeting) -> str:
         """Connect to Ray, and check a worker on each machine.
@@ -73,6 +74,7 @@ class RayPool:
         try:
             with _kept_handlers():
                 self.ray.init(address=self.address, **options)
+            self.head = self.ray.get_runtime_context().gcs_address
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise RequestError(
                 f"ray: {self.address} cannot be used: {first_line(error)}; "
@@ -126,9 +128,20 @@ class RayPool:
         try:
             return self.ray.get(reference)
         except lost as error:
+            self._check_head()
             return Lost(first_line(error))
         except exceptions.RayError as error:
             raise WorkError(f"ray: a task failed: {first_line(error)}") from error
+
+    def _check_head(self) -> None:
+        """Raise WorkError if the head of the cluster is gone, for which Ray waits a minute."""
+        try:
+            _check_reached(self.head)
+        except RequestError as error:
+            raise WorkError(
+                f"ray: the head of the cluster is gone: nothing answers at {self.head}; start Ray "
+                "again and run the same command: finished steps are in the store"
+            ) from error
 
     def close(self) -> None:
         """Interrupt the tasks, so that they save their state, and disconnect."""
