@@ -257,9 +257,7 @@ def test_a_worker_of_another_version_is_refused(folder, tmp_path):
     pytest.importorskip("ray")
     installed = tmp_path / "robustsoup-0.0.9.dist-info"
     installed.mkdir()
-    (installed / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: robustsoup\nVersion: 0.0.9\n"
-    )
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: robustsoup\nVersion: 0.0.9\n")
     with run_cluster(tmp_path / "log", path=tmp_path) as (address, _):
         code, messages = finish(run(folder, "refused", "--ray", address))
     assert code == 2

@@ -27,7 +27,6 @@ from robustsoup.attacks.projections import (
 from robustsoup.settings import SEED_LIMIT
 from robustsoup.threats import ThreatModel
 
-
 Array = Any
 """A vector with an entry for each row: a tensor, or a NumPy array; see `as_arrays`."""
 
