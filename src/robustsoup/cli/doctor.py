@@ -21,16 +21,37 @@ def doctor_command(
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --prune, do not ask.")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="Time attacks on the CPU with several numbers of images a pass, for a network or "
+            "a checkpoint, and say which to choose.",
+        ),
+    ] = None,
+    pixels: Annotated[
+        int, typer.Option(min=1, help="With --calibrate, height and width of the images.")
+    ] = 32,
 ) -> None:
     """Show versions, devices, folders, and causes of slowness.
 
     Also shows which extras are installed and how to install the others, and what the store and the
-    caches hold. --prune empties them, unless another command uses them.
+    caches hold. --prune empties them, unless another command uses them. --calibrate changes no
+    setting: the last bits of verdicts depend on the size of a pass, so it belongs in your command
+    or recipe, which records it.
 
-    Example: `robustsoup doctor`, or `robustsoup doctor --prune --yes`
+    Example: `robustsoup doctor`, `robustsoup doctor --calibrate resnet9:width=4`, or
+    `robustsoup doctor --prune --yes`
     """
     if yes and not prune:
         raise RequestError("--yes: requires --prune")
+    if calibrate is not None:
+        if prune:
+            raise RequestError("--calibrate: not with --prune")
+        from robustsoup.cli.calibration import calibrate as time_passes
+
+        time_passes(calibrate, pixels, as_json=as_json)
+        return
     if prune:
         _prune_caches(ask=not yes)
         return
