@@ -3,9 +3,9 @@
     python benchmarks/attack.py [--tiny 2000] [--resnet9 1000] [--resnet18 512] [--steps 100]
 
 --tiny, --resnet9 and --resnet18 give numbers of images; 0 leaves a network out. resnet18 takes a
-fifth of the steps. The networks are trained adversarially on the first call (half an hour on two
-cores, a third of it for resnet18, which sees few images), and attacked on test images that they
-classify correctly. bfloat16 is timed where the processor has it.
+fifth of the steps. The networks are trained adversarially on the first call (20 minutes on two
+cores; resnet18 sees few images), and attacked on test images that they classify correctly. bfloat16
+is timed where the processor has it.
 
 Each round times, in turn: bare passes (forward, cross-entropy and input gradient, nothing else), in
 as many lanes as there are threads, at the best of several sizes; robustsoup's whole evaluation;
@@ -16,7 +16,7 @@ unavoidable passes: for each attacked sample, up to the step that breaks it.
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -48,6 +48,7 @@ PASS_SIZES = (16, 32, 64)
 PEER_BATCH = 125
 """Batch size at which pyautoattack was fastest (docs/benchmarks.md)."""
 PRECISIONS = sorted({"float32", resolve_precision("auto", CPU)}, reverse=True)
+RESNET9 = replace(FULL, pretrain_epochs=4)
 TINY = Workload("cifar10", "common:two_convolutions", LINF, 3, 1, None)
 TINY_DIGITS = Workload("digits", "common:two_convolutions:pixels=8", SMALL.threat, 1, 1, 256)
 RESNET18 = Workload("cifar10", "resnet18", LINF, 2, 1, 4000)
@@ -184,7 +185,7 @@ def main() -> None:
     options = parse_arguments(__doc__, tiny=2000, resnet9=1000, resnet18=512, steps=100, rounds=3)
     tasks = [
         (TINY, options.tiny, options.steps),
-        (FULL, options.resnet9, options.steps),
+        (RESNET9, options.resnet9, options.steps),
         (RESNET18, options.resnet18, max(options.steps // 5, 1)),
     ]
     if options.small:

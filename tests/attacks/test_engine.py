@@ -10,7 +10,7 @@ from markers import thinned
 from torch import nn
 from torch.nn import functional
 
-from robustsoup.attacks import losses, pgd, run_attack
+from robustsoup.attacks import losses, pgd, run_attack, steps
 from robustsoup.attacks.attempts import check_points, list_attempts
 from robustsoup.attacks.engine import DeviceRows, SampleQueue, Search, take_step
 from robustsoup.attacks.forward import frozen_eval, pass_size, predict_logits
@@ -101,6 +101,17 @@ def test_verdicts_are_bit_equal_for_any_batch_order_and_number_of_lanes(
     set_threads(2)
     assert equals_part(attack(model, x, y, threat, ids=ids, **settings), full_result, everything)
     assert torch.get_num_threads() == 2
+
+
+@by_precision
+@by_threat
+def test_rows_that_numpy_keeps_are_those_of_pytorch(trained, monkeypatch, threat, precision):
+    model, x, y = trained
+    settings = {"steps": 20, "precision": precision}
+    by_numpy = attack(model, x, y, threat, **settings)
+    monkeypatch.setattr(steps, "is_numpy_like", lambda _: False)  # as on a GPU
+    by_pytorch = attack(model, x, y, threat, **settings)
+    assert equals_part(by_pytorch, by_numpy, torch.arange(N))
 
 
 @by_precision
