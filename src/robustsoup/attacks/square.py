@@ -15,15 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.engine import SampleQueue, run_in_turn, run_lanes
+from robustsoup.attacks.engine import Numbers, SampleQueue, run_in_turn, run_lanes
 from robustsoup.attacks.forward import check_inputs, frozen_eval, pass_size, predict_logits
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
-from robustsoup.attacks.steps import copy_rows
+from robustsoup.attacks.steps import as_arrays, copy_rows, set_rows
 from robustsoup.errors import RequestError
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import AttackSettings
@@ -245,21 +246,23 @@ class SquareLane:
         self.y = search.samples.y[filling].to(device)
         shape = (int(self.x.shape[1]), int(self.x.shape[2]), int(self.x.shape[3]))
         self.proposals = SquareProposals(shape, search.threat, search.n_queries, device)
+        self.bounds = self.proposals.bounds(self.x)
         self.best = self.x.clone()
         self.margin = torch.full((size,), torch.inf, device=device, dtype=self.x.dtype)
         self.nan = torch.zeros(size, dtype=torch.bool, device=device)
         # The host's view of the rows: sample (-1: free), and queries so far.
-        self.sample = torch.full((size,), -1)
-        self.query = torch.zeros(size, dtype=torch.long)
+        self.sample = np.full(size, -1, dtype=np.int64)
+        self.query = np.zeros_like(self.sample)
         self.generators: list[torch.Generator | None] = [None] * size
         self.uniforms = torch.zeros(size, _BLOCK, self.proposals.draws, device=device)
+        self.rows = torch.arange(size, device=device)
         self._place(list(range(len(first))), first)
 
     def run(self) -> None:
         """Attack until the queue is empty and every row is settled, or until it is stopped."""
-        while not self.queue.stopped and bool((self.sample >= 0).any()):
+        while not self.queue.stopped and (self.sample >= 0).any():
             self._query()
-            free = (self.sample < 0).nonzero().flatten().tolist()
+            free = (self.sample < 0).nonzero()[0].tolist()
             samples = self.queue.take(len(free))
             if samples:
                 self._place(free[: len(samples)], samples)
@@ -274,10 +277,12 @@ class SquareLane:
         )
         device_rows = torch.tensor(rows, device=search.device)
         self.x[device_rows] = x
+        for bound, values in zip(self.bounds, self.proposals.bounds(x), strict=True):
+            bound[device_rows] = values
         self.y[device_rows] = search.samples.y[numbers].to(search.device)
         self.best[device_rows] = self.proposals.start(x, uniforms.to(search.device))
         self.margin[device_rows], self.nan[device_rows] = torch.inf, False
-        self.sample[rows], self.query[rows] = numbers, 0
+        self.sample[rows], self.query[rows] = samples, 0
         for row, generator in zip(rows, generators, strict=True):
             self.generators[row] = generator
         self.outcome.attacked[numbers] = True
@@ -289,18 +294,19 @@ class SquareLane:
         margin = logit_margin(logits, self.y).to(self.margin)
         fooled = logits.argmax(1) != self.y
         busy = self.sample >= 0
-        is_broken = fooled.cpu() & busy
-        if bool(is_broken.any()):
+        is_broken = fooled.cpu().numpy() & busy
+        if is_broken.any():
             points, margin, fooled = self._move_hits_inside(points, margin, fooled)
-            is_broken = fooled.cpu() & busy
+            is_broken = fooled.cpu().numpy() & busy
+        found, value, smallest, nan = as_arrays(fooled, margin, self.margin, self.nan)
         # Comparisons with NaN are false, so that NaN is never followed.
-        accepted = (margin < self.margin) | fooled
-        self.nan |= margin.isnan()
+        accepted = (value < smallest) | found
+        nan |= value != value
         copy_rows(accepted, points, self.best)
-        torch.where(accepted, margin, self.margin, out=self.margin)
+        set_rows(accepted, value, smallest)
         ended = (self.query >= search.n_queries) & busy & ~is_broken
-        self._settle(is_broken.nonzero().flatten(), is_broken=True)
-        self._settle(ended.nonzero().flatten(), is_broken=False)
+        self._settle(is_broken.nonzero()[0], is_broken=True)
+        self._settle(ended.nonzero()[0], is_broken=False)
         self.query += 1
 
     def _move_hits_inside(
@@ -320,23 +326,26 @@ class SquareLane:
     def _next_points(self) -> Tensor:
         """Return the starting points of new rows, and the proposals of the others."""
         busy, query = self.sample >= 0, self.query
-        for row in (busy & (query % _BLOCK == 1)).nonzero().flatten().tolist():
+        for row in (busy & (query % _BLOCK == 1)).nonzero()[0].tolist():
             draws = torch.rand(_BLOCK, self.proposals.draws, generator=self.generators[row])
             self.uniforms[row] = draws.to(self.uniforms)
-        block = ((query - 1) % _BLOCK).to(self.uniforms.device)
-        uniforms = self.uniforms[torch.arange(len(block), device=block.device), block]
-        proposals = self.proposals.propose(self.x, self.best, query - 1, uniforms)
+        block = torch.from_numpy((query - 1) % _BLOCK).to(self.uniforms.device)
+        uniforms = self.uniforms[self.rows, block]
+        sides = self.proposals.sides_of(query - 1)
+        proposals = self.proposals.propose(self.x, self.best, self.bounds, sides, uniforms)
         is_start = query == 0
-        if not bool(is_start.any()):
+        if not is_start.any():
             return proposals
-        return torch.where(as_column(is_start.to(self.x.device), self.x), self.best, proposals)
+        starts = torch.from_numpy(is_start).to(self.x.device)
+        return torch.where(as_column(starts, self.x), self.best, proposals)
 
-    def _settle(self, rows: Tensor, *, is_broken: bool) -> None:
+    def _settle(self, rows: Numbers, *, is_broken: bool) -> None:
         """Write the result of this restart for some rows, and free them."""
         if not len(rows):
             return
-        search, outcome, samples = self.search, self.outcome, self.sample[rows]
-        device_rows = rows.to(search.device)
+        search, outcome = self.search, self.outcome
+        samples = torch.from_numpy(self.sample[rows])
+        device_rows = torch.from_numpy(rows).to(search.device)
         if is_broken or search.index == 0:
             x = self.x[device_rows]
             points = move_inside(self.best[device_rows], x, search.threat)
@@ -345,7 +354,8 @@ class SquareLane:
         outcome.nan[samples] |= self.nan[device_rows].cpu()
         outcome.margin[samples] = torch.fmin(outcome.margin[samples], margin)
         if is_broken:
-            outcome.step[samples], outcome.by[samples] = self.query[rows], search.index
+            outcome.step[samples] = torch.from_numpy(self.query[rows])
+            outcome.by[samples] = search.index
             outcome.broken[samples] = True
         # Written last: a snapshot relies on all other results of a settled sample.
         outcome.settled[samples] = search.attempts if is_broken else search.index + 1
@@ -372,7 +382,9 @@ class SquareProposals:
         self.channels, self.height, self.width = shape
         self.threat, self.is_linf = threat, threat.norm == "Linf"
         sides = [window_side(query, n_queries, shape, threat.norm) for query in range(n_queries)]
-        self.sides = torch.tensor(sides)
+        self.sides = np.array(sides, dtype=np.int64)
+        self.row_numbers = torch.arange(self.height, device=device).view(1, 1, -1, 1)
+        self.column_numbers = torch.arange(self.width, device=device).view(1, 1, 1, -1)
         self.tile = max(self.height // 5, 1)
         self.bumps: dict[int, Tensor] = {}
         if not self.is_linf:
@@ -416,44 +428,66 @@ class SquareProposals:
                 part += (bumps * signs[:, :, None, None]).to(x)
         return self._into_ball(x, delta)
 
-    def propose(self, x: Tensor, best: Tensor, query: Tensor, uniforms: Tensor) -> Tensor:
+    def bounds(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the smallest and largest values in the Linf ball and the box; else nothing."""
+        if not self.is_linf:
+            return ()
+        return (x - self.threat.eps).clamp(min=0.0), (x + self.threat.eps).clamp(max=1.0)
+
+    def sides_of(self, query: Numbers) -> Numbers:
+        """Return the side of the window that each proposal changes.
+
+        Args:
+            query: (b,) numbers of the proposals, from 0; those of free rows may be out of range.
+        """
+        sides: Numbers = self.sides[query.clip(0, len(self.sides) - 1)]
+        return sides
+
+    def propose(
+        self, x: Tensor, best: Tensor, bounds: tuple[Tensor, ...], sides: Numbers, uniforms: Tensor
+    ) -> Tensor:
         """Return the next point of each search, which changes one window of the best point.
 
         Args:
             x: (b, c, h, w) clean images.
             best: (b, c, h, w) best points so far.
-            query: (b,) int64 on the CPU, number of the proposal, from 0.
+            bounds: See `bounds`.
+            sides: (b,) sides of the windows.
             uniforms: (b, draws) numbers in [0, 1).
 
         Returns:
             (b, c, h, w) points in the ball and the box.
         """
-        sides = self.sides[query.clamp(0, len(self.sides) - 1)]  # free rows count on
-        change = self._change_square if self.is_linf else self._move_mass
+        if self.is_linf:
+            return self._change_square(best, bounds, torch.from_numpy(sides), uniforms)
         different = set(sides.tolist())
         if len(different) == 1:
-            return change(x, best, different.pop(), uniforms)
+            return self._move_mass(x, best, different.pop(), uniforms)
         proposals = torch.empty_like(best)
         for side in different:
-            rows = (sides == side).nonzero().flatten().to(x.device)
-            proposals[rows] = change(x[rows], best[rows], side, uniforms[rows])
+            rows = torch.from_numpy((sides == side).nonzero()[0]).to(x.device)
+            proposals[rows] = self._move_mass(x[rows], best[rows], side, uniforms[rows])
         return proposals
 
-    def _window(self, side: int, top: Tensor, left: Tensor) -> Tensor:
+    def _window(self, side: Tensor | int, top: Tensor, left: Tensor) -> Tensor:
         """Return where windows lie, (b, 1, h, w) bool; `top` and `left` are uniform numbers."""
-        top = ((self.height - side) * top).long().view(-1, 1, 1, 1)
-        left = ((self.width - side) * left).long().view(-1, 1, 1, 1)
-        rows = torch.arange(self.height, device=top.device).view(1, 1, -1, 1)
-        columns = torch.arange(self.width, device=top.device).view(1, 1, 1, -1)
-        inside_rows = (rows >= top) & (rows < top + side)
-        return inside_rows & (columns >= left) & (columns < left + side)
+        side = torch.as_tensor(side, device=top.device).expand(len(top))
+        sides, tops, lefts, rows, columns = as_arrays(
+            side, top, left, self.row_numbers, self.column_numbers
+        )
+        sides, tops, lefts = (vector[:, None, None, None] for vector in (sides, tops, lefts))
+        tops, lefts = (self.height - sides) * tops // 1, (self.width - sides) * lefts // 1
+        inside_rows = (rows >= tops) & (rows < tops + sides)
+        return torch.as_tensor(inside_rows & (columns >= lefts) & (columns < lefts + sides))
 
-    def _change_square(self, x: Tensor, best: Tensor, side: int, uniforms: Tensor) -> Tensor:
+    def _change_square(
+        self, best: Tensor, bounds: tuple[Tensor, ...], sides: Tensor, uniforms: Tensor
+    ) -> Tensor:
         """Return the best points with one square moved to the bounds of the Linf ball."""
-        eps, window = self.threat.eps, self._window(side, uniforms[:, 0], uniforms[:, 1])
-        signs = 2 * eps * _signs(uniforms[:, 2:])
-        moved = best + torch.where(window, signs[:, :, None, None].to(x), 0.0)
-        return torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0.0, 1.0)
+        window = self._window(sides, uniforms[:, 0], uniforms[:, 1])
+        signs = 2 * self.threat.eps * _signs(uniforms[:, 2:])
+        change = torch.where(window, signs[:, :, None, None].to(best), 0.0)
+        return torch.clamp(best + change, *bounds)
 
     def _move_mass(self, x: Tensor, best: Tensor, side: int, uniforms: Tensor) -> Tensor:
         """Return the best points with the mass of a second window moved into a first one.

@@ -72,7 +72,8 @@ cross-entropy misleads."""
 UNBOUNDED_STEPS = 5
 UNBOUNDED_PASSES = 2 * UNBOUNDED_STEPS + 2
 SQUARE_SAMPLES, SQUARE_QUERIES = 16, 400
-"""Square attacks 16 samples, and more once each of them gets 400 queries."""
+"""Square attacks 16 samples, and 16 more whenever each of them gets 400 queries: whole passes, for
+one or two cores."""
 CPU_PART = 8
 """Images in a pass of the check on a CPU: a test takes few samples, and all lanes share them."""
 MOST_QUERIES = 5000
@@ -256,8 +257,8 @@ class _Subject:
 
     def plan_square(self, budget: int) -> tuple[int, list[int]]:
         """Return the queries of each sample after its starting point, and the samples."""
-        count = max(SQUARE_SAMPLES, budget // SQUARE_QUERIES)
-        count = min(count, len(self.survivors), SQUARE.most, budget // 2)
+        groups = max(budget // (SQUARE_QUERIES * SQUARE_SAMPLES), 1)
+        count = min(groups * SQUARE_SAMPLES, len(self.survivors), SQUARE.most, budget // 2)
         if count < SQUARE.fewest:
             return 0, []
         return min(budget // count - 1, MOST_QUERIES), self.survivors[:count]
