@@ -7,7 +7,13 @@ from torch import nn
 
 from robustsoup.attacks.engine import SampleQueue
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
-from robustsoup.attacks.square import SquareSearch, search_squares, square, window_side
+from robustsoup.attacks.square import (
+    SquareProposals,
+    SquareSearch,
+    search_squares,
+    square,
+    window_side,
+)
 from robustsoup.errors import RequestError
 from robustsoup.models import load_model
 from robustsoup.seeding import keyed_generator
@@ -96,6 +102,20 @@ def test_linf_queries_of_other_rectangles_are_those_of_the_reference(shape):
     x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
     queries = (x, THREATS[0], accept_two_of_three, 100)
     assert torch.equal(our_queries(*queries), reference_queries(*queries))
+
+
+def test_windows_lie_where_float32_puts_them():
+    """Where the product of a float32 number and a length rounds up to a whole number."""
+    proposals = SquareProposals((3, 32, 32), THREATS[0], 10, torch.device("cpu"))
+    uniforms = (torch.arange(1, 31) / 31).float()
+    expected = (31 * uniforms).long()
+    exact = (31 * uniforms.double()).long()
+    assert not torch.equal(expected, exact)
+    sides = torch.ones(30, dtype=torch.int64)
+    window = proposals._window(sides, uniforms, uniforms.flip(0))
+    assert torch.equal(window.flatten(1).sum(1), sides)
+    assert torch.equal(window.any(3).flatten(1).int().argmax(1), expected)
+    assert torch.equal(window.any(2).flatten(1).int().argmax(1), expected.flip(0))
 
 
 @pytest.mark.parametrize("n_queries", [100, 5000, 10_000])

@@ -299,7 +299,7 @@ class SquareLane:
             points, margin, fooled = self._move_hits_inside(points, margin, fooled)
             is_broken = fooled.cpu().numpy() & busy
         found, value, smallest, nan = as_arrays(fooled, margin, self.margin, self.nan)
-        # Comparisons with NaN are false, so that NaN is never followed.
+        # Comparisons with NaN are false, so that NaN is never followed; it differs from itself.
         accepted = (value < smallest) | found
         nan |= value != value
         copy_rows(accepted, points, self.best)
@@ -471,7 +471,7 @@ class SquareProposals:
 
     def _window(self, side: Tensor | int, top: Tensor, left: Tensor) -> Tensor:
         """Return where windows lie, (b, 1, h, w) bool; `top` and `left` are uniform numbers."""
-        side = torch.as_tensor(side, device=top.device).expand(len(top))
+        side = torch.as_tensor(side).to(top).expand(len(top))  # positions round as in the reference
         sides, tops, lefts, rows, columns = as_arrays(
             side, top, left, self.row_numbers, self.column_numbers
         )
