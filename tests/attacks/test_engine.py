@@ -103,6 +103,21 @@ def test_verdicts_are_bit_equal_for_any_batch_order_and_number_of_lanes(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numpy_judges_logits_as_pytorch_does(dtype):
+    """Ties, infinities and NaN too: the first of the highest logits is the prediction."""
+    special = [0.0, 1.0, -torch.inf, torch.inf, torch.nan]
+    some = torch.tensor(list(itertools.product(special, repeat=3)))
+    logits = torch.cat([some, torch.rand(75, 3)]).to(dtype)
+    y = torch.arange(len(logits)) % 3
+    margin, fooled = losses.judge(logits, y)
+    assert margin.dtype == dtype
+    torch.testing.assert_close(
+        margin, losses.logit_margin(logits, y), rtol=0, atol=0, equal_nan=True
+    )
+    assert torch.equal(fooled, logits.argmax(1) != y)
+
+
 @by_precision
 @by_threat
 def test_rows_that_numpy_keeps_are_those_of_pytorch(trained, monkeypatch, threat, precision):

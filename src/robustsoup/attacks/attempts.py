@@ -29,7 +29,7 @@ from robustsoup.attacks.forward import (
     predict_logits,
 )
 from robustsoup.attacks.lanes import run_in_lanes
-from robustsoup.attacks.losses import Loss, ce, logit_margin
+from robustsoup.attacks.losses import Loss, ce, judge
 from robustsoup.attacks.malt import NearestTargets
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.steps import StepSchedule
@@ -241,7 +241,8 @@ def check_points(
     def check_pass(batch: Tensor) -> tuple[Tensor, Tensor]:
         y = samples.y[batch].to(device)
         logits, _ = padded_loss(model, fetch_points(batch), y, ce, size)
-        return (logits.argmax(1) != y).cpu(), logit_margin(logits, y).float().cpu()
+        margin, is_fooled = judge(logits, y)
+        return is_fooled.cpu(), margin.float().cpu()
 
     if len(selected) == 0:
         return torch.zeros(0, dtype=torch.bool), torch.zeros(0)

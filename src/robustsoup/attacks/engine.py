@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from robustsoup.attacks.cuda_graph import capture_step
 from robustsoup.attacks.forward import input_gradient, padded_loss
 from robustsoup.attacks.lanes import lane_count, run_in_lanes
-from robustsoup.attacks.losses import Loss, logit_margin
+from robustsoup.attacks.losses import Loss, judge, logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside
 from robustsoup.attacks.steps import (
@@ -290,12 +290,13 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
         target=target,
         eot=search.eot,
     )
-    margin = logit_margin(logits, state.y).to(state.margin)
-    prediction, y, fooled, hit, hit_step, step, final, value, smallest, lowest = as_arrays(
-        *(logits.argmax(1), state.y, rows.fooled, rows.hit, rows.hit_step, state.step),
-        *(state.final_stage, margin, state.margin, torch.minimum(margin, state.margin)),
+    margin, is_fooled = judge(logits, state.y)
+    margin = margin.to(state.margin)
+    now, fooled, hit, hit_step, step, final, value, smallest, lowest = as_arrays(
+        *(is_fooled, rows.fooled, rows.hit, rows.hit_step, state.step, state.final_stage),
+        *(margin, state.margin, torch.minimum(margin, state.margin)),
     )
-    fooled[...] = prediction != y
+    fooled[...] = now
     is_new = fooled & final & ~hit
     if search.needs_check():  # after float32 refuted a hit, check only deeper hits
         is_new &= ~(value >= smallest)
@@ -536,8 +537,9 @@ class Lane:
             self.search.pass_size,
             target=state.target if attempt.target_rank else None,
         )
-        margin = logit_margin(logits, state.y).to(state.margin)
-        fooled = ((logits.argmax(1) != state.y) & state.final_stage).cpu()
+        margin, is_fooled = judge(logits, state.y)
+        margin = margin.to(state.margin)
+        fooled = (is_fooled & state.final_stage).cpu()
         ended = items.finished & ~items.hit & ~fooled
         _update_best(items, loss, ended & ~items.is_best)
         smallest = torch.minimum(state.margin, margin)

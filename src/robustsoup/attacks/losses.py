@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustsoup.attacks.projections import is_numpy_like
 from robustsoup.catalog import LOSSES
 
 Loss = Callable[..., Tensor]
@@ -155,3 +157,25 @@ def logit_margin(logits: Tensor, y: Tensor) -> Tensor:
     """
     label_logit = logits.gather(1, y.view(-1, 1)).squeeze(1)
     return label_logit - logits.scatter(1, y.view(-1, 1), -torch.inf).amax(1)
+
+
+def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logit margin of each sample and whether it is misclassified, without gradients.
+
+    On a CPU NumPy computes them, which keeps the interpreter's lock; see `as_arrays`.
+
+    Args:
+        logits: (b, classes).
+        y: (b,) int64 labels.
+
+    Returns:
+        (b,) margins in the dtype of the logits; (b,) bool.
+    """
+    if not (is_numpy_like(logits) and is_numpy_like(y)):
+        return logit_margin(logits, y), logits.argmax(1) != y
+    values, labels = logits.numpy(force=True), y.numpy()
+    rows, others = np.arange(len(labels)), values.copy()
+    others[rows, labels] = -np.inf
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN
+        margin = values[rows, labels] - others.max(1)
+    return torch.from_numpy(margin), torch.from_numpy(values.argmax(1) != labels)

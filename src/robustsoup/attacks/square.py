@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from robustsoup.attacks.engine import Numbers, SampleQueue, run_in_turn, run_lanes
 from robustsoup.attacks.forward import check_inputs, frozen_eval, pass_size, predict_logits
-from robustsoup.attacks.losses import logit_margin
+from robustsoup.attacks.losses import judge
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
 from robustsoup.attacks.steps import as_arrays, copy_rows, set_rows
@@ -291,8 +291,8 @@ class SquareLane:
         """Query the network once for every row, and settle the rows that end."""
         points, search = self._next_points(), self.search
         logits = search.model(points)
-        margin = logit_margin(logits, self.y).to(self.margin)
-        fooled = logits.argmax(1) != self.y
+        margin, fooled = judge(logits, self.y)
+        margin = margin.to(self.margin)
         busy = self.sample >= 0
         is_broken = fooled.cpu().numpy() & busy
         if is_broken.any():
@@ -318,10 +318,9 @@ class SquareLane:
         if not bool(is_moved.any()):
             return points, margin, fooled
         points = torch.where(as_column(is_moved, points), inside, points)
-        logits = self.search.model(points)
-        moved_margin = logit_margin(logits, self.y).to(margin)
-        margin = torch.where(is_moved, moved_margin, margin)
-        return points, margin, torch.where(is_moved, logits.argmax(1) != self.y, fooled)
+        moved_margin, moved_fooled = judge(self.search.model(points), self.y)
+        margin = torch.where(is_moved, moved_margin.to(margin), margin)
+        return points, margin, torch.where(is_moved, moved_fooled, fooled)
 
     def _next_points(self) -> Tensor:
         """Return the starting points of new rows, and the proposals of the others."""
