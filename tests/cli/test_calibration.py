@@ -36,5 +36,5 @@ def test_calibration_refuses_what_it_cannot_time(capsys):
 
 @pytest.mark.parametrize(("seconds", "best"), [(0.94, 16), (0.96, 32), (1.2, 32)])
 def test_a_smaller_pass_is_chosen_only_where_it_saves_enough(seconds, best):
-    times = PassTimes(2, (3, 32, 32), {"float32": {8: 2.0, 16: seconds, 32: 1.0}})
+    times = PassTimes(2, {"float32": {8: 2.0, 16: seconds, 32: 1.0}})
     assert times.best_size("float32") == best

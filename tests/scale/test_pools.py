@@ -142,6 +142,7 @@ def run_cluster(log, *, path=""):
         log: File for the messages of Ray.
         path: Folder in which the workers look for modules first.
     """
+    pytest.importorskip("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -179,7 +180,6 @@ def run_cluster(log, *, path=""):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """The address of a Ray cluster of one machine with two CPUs."""
-    pytest.importorskip("ray")
     with run_cluster(tmp_path_factory.mktemp("ray") / "log") as (address, _):
         yield address
 
@@ -205,7 +205,6 @@ def test_ray_repeats_the_step_of_a_killed_worker(folder, cluster):
 
 
 def test_ray_starts_on_this_machine(folder):
-    pytest.importorskip("ray")
     code, messages = finish(run(folder, "local", "--ray", "local", "--part-samples", 20))
     assert code == 0, messages
     log = (folder / "local" / "log.txt").read_text()
@@ -254,7 +253,6 @@ def test_an_interrupted_run_says_how_to_go_on(folder, cluster):
 
 
 def test_a_worker_of_another_version_is_refused(folder, tmp_path):
-    pytest.importorskip("ray")
     installed = tmp_path / "robustsoup-0.0.9.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: robustsoup\nVersion: 0.0.9\n")
@@ -266,7 +264,6 @@ def test_a_worker_of_another_version_is_refused(folder, tmp_path):
 
 
 def test_a_head_that_dies_ends_the_run_in_one_line(folder, tmp_path):
-    pytest.importorskip("ray")
     with run_cluster(tmp_path / "log") as (address, head):
         process = run(folder, "headless", "--ray", address)
         wait_for(lambda: find_status(folder / "headless.store", 1), process)

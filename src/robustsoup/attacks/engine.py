@@ -292,18 +292,18 @@ def take_step(search: Search, rows: DeviceRows, periods: Tensor) -> None:
     )
     margin, is_fooled = judge(logits, state.y)
     margin = margin.to(state.margin)
-    now, fooled, hit, hit_step, step, final, value, smallest, lowest = as_arrays(
+    is_fooled_now, fooled, hit, hit_step, step, final, margins, before, smallest = as_arrays(
         *(is_fooled, rows.fooled, rows.hit, rows.hit_step, state.step, state.final_stage),
         *(margin, state.margin, torch.minimum(margin, state.margin)),
     )
-    fooled[...] = now
+    fooled[...] = is_fooled_now
     is_new = fooled & final & ~hit
     if search.needs_check():  # after float32 refuted a hit, check only deeper hits
-        is_new &= ~(value >= smallest)
+        is_new &= ~(margins >= before)
     copy_rows(is_new, state.x_adv, rows.hit_points)
     set_rows(is_new, step, hit_step)
     hit |= is_new
-    set_rows(final, lowest, smallest)
+    set_rows(final, smallest, before)
     observe(state, loss, grad, periods, norm)
     advance(state, norm, momentum=search.schedule.adaptive)
 
@@ -417,7 +417,7 @@ class Lane:
                 self._run_window()
             elif not self.to_check:
                 return
-            while self.to_check and self._check_is_due():
+            while self._check_is_due():
                 self._check_pass()
             self._refill()
 
@@ -425,6 +425,8 @@ class Lane:
         return bool((self.sample >= 0).any())
 
     def _check_is_due(self) -> bool:
+        if not self.to_check:
+            return False
         pending = sum(len(items) for items in self.to_check)
         if pending >= self.search.pass_size or not self._is_busy():
             return True

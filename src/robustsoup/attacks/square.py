@@ -298,12 +298,11 @@ class SquareLane:
         if is_broken.any():
             points, margin, fooled = self._move_hits_inside(points, margin, fooled)
             is_broken = fooled.cpu().numpy() & busy
-        found, value, smallest, nan = as_arrays(fooled, margin, self.margin, self.nan)
-        # Comparisons with NaN are false, so that NaN is never followed; it differs from itself.
-        accepted = (value < smallest) | found
-        nan |= value != value
+        self.nan |= margin.isnan()
+        is_fooled, margins, lowest_margins = as_arrays(fooled, margin, self.margin)
+        accepted = (margins < lowest_margins) | is_fooled  # NaN is never followed
         copy_rows(accepted, points, self.best)
-        set_rows(accepted, value, smallest)
+        set_rows(accepted, margins, lowest_margins)
         ended = (self.query >= search.n_queries) & busy & ~is_broken
         self._settle(is_broken.nonzero()[0], is_broken=True)
         self._settle(ended.nonzero()[0], is_broken=False)
@@ -330,8 +329,7 @@ class SquareLane:
             self.uniforms[row] = draws.to(self.uniforms)
         block = torch.from_numpy((query - 1) % _BLOCK).to(self.uniforms.device)
         uniforms = self.uniforms[self.rows, block]
-        sides = self.proposals.sides_of(query - 1)
-        proposals = self.proposals.propose(self.x, self.best, self.bounds, sides, uniforms)
+        proposals = self.proposals.propose(self.x, self.best, self.bounds, query - 1, uniforms)
         is_start = query == 0
         if not is_start.any():
             return proposals
@@ -433,17 +431,8 @@ class SquareProposals:
             return ()
         return (x - self.threat.eps).clamp(min=0.0), (x + self.threat.eps).clamp(max=1.0)
 
-    def sides_of(self, query: Numbers) -> Numbers:
-        """Return the side of the window that each proposal changes.
-
-        Args:
-            query: (b,) numbers of the proposals, from 0; those of free rows may be out of range.
-        """
-        sides: Numbers = self.sides[query.clip(0, len(self.sides) - 1)]
-        return sides
-
     def propose(
-        self, x: Tensor, best: Tensor, bounds: tuple[Tensor, ...], sides: Numbers, uniforms: Tensor
+        self, x: Tensor, best: Tensor, bounds: tuple[Tensor, ...], query: Numbers, uniforms: Tensor
     ) -> Tensor:
         """Return the next point of each search, which changes one window of the best point.
 
@@ -451,19 +440,17 @@ class SquareProposals:
             x: (b, c, h, w) clean images.
             best: (b, c, h, w) best points so far.
             bounds: See `bounds`.
-            sides: (b,) sides of the windows.
+            query: (b,) numbers of the proposals, from 0.
             uniforms: (b, draws) numbers in [0, 1).
 
         Returns:
             (b, c, h, w) points in the ball and the box.
         """
+        sides = self.sides[query.clip(0, len(self.sides) - 1)]  # free rows count on
         if self.is_linf:
             return self._change_square(best, bounds, torch.from_numpy(sides), uniforms)
-        different = set(sides.tolist())
-        if len(different) == 1:
-            return self._move_mass(x, best, different.pop(), uniforms)
         proposals = torch.empty_like(best)
-        for side in different:
+        for side in set(sides.tolist()):
             rows = torch.from_numpy((sides == side).nonzero()[0]).to(x.device)
             proposals[rows] = self._move_mass(x[rows], best[rows], side, uniforms[rows])
         return proposals

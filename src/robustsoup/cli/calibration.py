@@ -45,12 +45,12 @@ def _print_times(times: PassTimes) -> None:
     ]
     print_table(("images a pass", *precisions), rows)
     print_line(f"for one step of one image, with {times.threads} threads")
-    for precision, seconds in times.seconds.items():
+    for precision in precisions:
         best = times.best_size(precision)
         if best == CPU_PASS_SIZE:
             print_line(f"{precision}: keep the default of {CPU_PASS_SIZE} images a pass")
         else:
-            saved = 1 - seconds[best] / seconds[CPU_PASS_SIZE]
+            saved = times.saved_share(precision, best)
             print_line(
                 f"{precision}: --batch-size {best} saves {saved:.0%}; in a recipe, batch_size = "
                 f"{best} under [evaluate]"

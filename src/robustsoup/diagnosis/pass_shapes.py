@@ -10,7 +10,7 @@ from torch import nn
 
 from robustsoup.attacks import run_attack
 from robustsoup.attacks.adaptation import adapt_network
-from robustsoup.attacks.forward import CPU_PASS_SIZE, call_network
+from robustsoup.attacks.forward import CPU_PASS_SIZE, frozen_eval, predict_logits
 from robustsoup.attacks.lanes import lane_count
 from robustsoup.device import resolve_precision
 from robustsoup.settings import AttackSettings
@@ -31,20 +31,22 @@ class PassTimes:
 
     Attributes:
         threads: Threads of PyTorch, each of which runs passes of its own.
-        image: Channels, height and width.
         seconds: Median seconds for a step of one image, by precision and images a pass.
     """
 
     threads: int
-    image: tuple[int, int, int]
     seconds: Mapping[str, Mapping[int, float]]
 
     def best_size(self, precision: str) -> int:
         """Return the fastest size, or the default where that saves less than WORTHWHILE."""
         seconds = self.seconds[precision]
         best = min(seconds, key=seconds.__getitem__)
-        saves = 1 - seconds[best] / seconds[CPU_PASS_SIZE]
-        return best if saves >= WORTHWHILE else CPU_PASS_SIZE
+        return best if self.saved_share(precision, best) >= WORTHWHILE else CPU_PASS_SIZE
+
+    def saved_share(self, precision: str, size: int) -> float:
+        """Return the share of the time that a size saves, compared with the default."""
+        seconds = self.seconds[precision]
+        return 1 - seconds[size] / seconds[CPU_PASS_SIZE]
 
 
 def measure_pass_times(
@@ -56,7 +58,7 @@ def measure_pass_times(
     """Time attacks that fill all lanes, on random images, for each size in turn.
 
     Args:
-        network: A network on the CPU; put in eval mode and adapted to attacks.
+        network: A network on the CPU; adapted to attacks.
         image: Channels, height and width of its images.
         on_progress: Called with (attacks done, all attacks).
 
@@ -68,10 +70,9 @@ def measure_pass_times(
     images = lane_count(device) * CPU_PASS_SIZE
     x = torch.rand(images, *image, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
-    network.eval()
-    with torch.no_grad():
+    with frozen_eval(network):
         adapt_network(network, x[:2])
-        y = torch.cat([call_network(network, part).argmax(1) for part in x.split(CPU_PASS_SIZE)])
+        y = predict_logits(network, lambda at: x[at], images, CPU_PASS_SIZE, device).argmax(1)
     tried = [(precision, size) for precision in precisions for size in SIZES]
     seconds: dict[tuple[str, int], list[float]] = {one: [] for one in tried}
     for number in range(ROUNDS + 1):
@@ -89,4 +90,4 @@ def measure_pass_times(
         }
         for precision in precisions
     }
-    return PassTimes(torch.get_num_threads(), image, medians)
+    return PassTimes(torch.get_num_threads(), medians)
