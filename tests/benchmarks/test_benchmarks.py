@@ -21,7 +21,7 @@ TIMED = ("attack", "scaling")
 TIMED_LONGER = (
     *("grid", "learning", "learning_memory", "memory", "strong", "surrogate", "training_attack"),
 )
-READ_RUN_FOLDERS = {"ablations": 4, "claims": 4, "fine_tunes": 1, "merging": 1}
+READ_RUN_FOLDERS = {"ablations": 4, "claims": 4, "fine_tunes": 1, "merging": 1, "subspaces": 1}
 """Scripts that read run folders, with the fewest separators of table heads that they print."""
 LIBRARIES = ("common",)
 FAMILIES = sorted(set(RECIPES.glob("[!_]*.toml")) - set(RECIPES.glob("choosing_*.toml")))

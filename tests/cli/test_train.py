@@ -94,6 +94,7 @@ def test_a_union_is_trained(here):
         (("--subspace", "line"), "--subspace line: got 1 --threat, expected 2"),
         (("--subspace", "square"), '--subspace: got "square", expected line or triangle'),
         (("--subspace-by", "eps"), "--subspace-by: requires --subspace"),
+        (("--subspace-at-ends", "0"), "--subspace-at-ends: requires --subspace"),
     ],
 )
 def test_threats_that_do_not_go_together_are_refused(here, capsys, options, message):

@@ -916,6 +916,7 @@ def test_the_ends_of_a_subspace_are_ingredients():
     [
         ({"subspace": {"threats": ["Linf 8/255"]}}, "threats: got 1, expected one for each end"),
         ({"subspace": {"threats": ["clean", "clean"], "by": "objective"}}, "expected a threat"),
+        ({"subspace": {"threats": ["L2 1", "clean"], "at_ends": 2}}, "subspace.at_ends"),
         ({"subspace": {"threats": ["L2 1", "clean"], "ema": 0.9}}, "subspace.ema: unknown key"),
         ({"ingredients": {"end1": "a.safetensors"}}, 'would be called "end1"; rename one'),
         ({"ingredients": {"a": {"subspace_end": 3}}}, "got 3, but .subspace. has 2 ends"),

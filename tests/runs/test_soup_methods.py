@@ -201,7 +201,12 @@ def test_merges_take_the_base_of_the_recipe_and_resume(copied):
 
 def test_a_subspace_gives_ingredients_whose_soups_measure_statistics_anew(copied):
     folder = copied[0].with_name("subspace")
-    subspace = {"threats": ["Linf 64/255", "Linf 16/255"], "epochs": 1, "lr": 0.05}
+    subspace = {
+        "threats": ["Linf 64/255", "Linf 16/255"],
+        "epochs": 1,
+        "lr": 0.05,
+        "at_ends": 0.5,
+    }
     line = {"method": "line", "ingredients": ["end1", "end2"], "step": 0.5}
     changes = [
         (("subspace",), subspace),
@@ -215,7 +220,7 @@ def test_a_subspace_gives_ingredients_whose_soups_measure_statistics_anew(copied
     rows = {row["name"]: row for row in results["rows"]}
     assert (rows["end1"]["role"], rows["end1"]["threat"]) == ("ingredient", "Linf 64/255")
     end = Checkpoint.load(folder / rows["end2"]["checkpoint"]).provenance
-    assert end["subspace"]["position"] == 1
+    assert (end["subspace"]["position"], end["subspace"]["at_ends"]) == (1, 0.5)
     assert (
         end["parents"][0]["digest"]
         == Checkpoint.load(folder / "checkpoints" / "pretrained.safetensors").digest

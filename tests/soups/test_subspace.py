@@ -67,6 +67,24 @@ def test_each_end_and_the_inside_take_the_same_share_of_the_steps(ends):
     assert points[:20] != [draw_point(ends, 1, step) for step in range(20)]
 
 
+@pytest.mark.parametrize(("ends", "share"), [(2, 0.0), (2, 0.5), (3, 1.0)])
+def test_the_share_of_the_ends_can_be_set(ends, share):
+    points = [draw_point(ends, 0, step, share) for step in range(3000)]
+    places = Counter(point.index(1.0) if 1.0 in point else "inside" for point in points)
+    assert places["inside"] == pytest.approx(3000 * (1 - share), abs=150)
+    for end in range(ends):
+        assert places[end] == pytest.approx(3000 * share / ends, abs=150)
+
+
+def test_the_share_of_the_ends_changes_the_line_and_its_record(line):
+    uniform = train_line(at_ends=0.0)
+    assert uniform[0].provenance["subspace"]["at_ends"] == 0
+    assert "at_ends" not in line[0].provenance["subspace"]
+    assert uniform[0].digest != line[0].digest
+    with pytest.raises(RequestError, match="at_ends: got 2, expected a number from 0 to 1"):
+        train_line(at_ends=2)
+
+
 # One step.
 
 

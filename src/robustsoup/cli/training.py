@@ -1,10 +1,10 @@
 """The command that trains or fine-tunes a network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,6 +73,17 @@ def train_command(
             "weight of the clean loss).",
         ),
     ] = "eps",
+    at_ends: Annotated[
+        float | None,
+        typer.Option(
+            "--subspace-at-ends",
+            min=0,
+            max=1,
+            help="Share of the steps that are at an end of a subspace, the same for each; the "
+            "others draw a point uniformly. By default 2/3 for a line and 3/4 for a triangle.",
+            show_default=False,
+        ),
+    ] = None,
     track: Track = None,
 ) -> None:
     """Train a network adversarially, or fine-tune a checkpoint.
@@ -121,7 +132,8 @@ def train_command(
         warn_of_leakage([initial], loaded, allow=True)
     settings = _open_synthetic_with_bar(settings, loaded)
     if ends[1:]:
-        _train_ends(initial, loaded, ends, settings, output, by=by, run=run, on_epoch=on_epoch)
+        points = {"by": by, "at_ends": at_ends}
+        _train_ends(initial, loaded, ends, settings, output, points, run=run, on_epoch=on_epoch)
         return
     state = output.with_name(f".{output.name}.state.pt")
     with lock_file(output, print_error) if distributed.is_first() else nullcontext():
@@ -160,12 +172,12 @@ def _train_ends(
     threats: Sequence[str],
     settings: TrainSettings,
     output: Path,
+    points: Mapping[str, Any],
     *,
-    by: str,
     run: RunOptions,
     on_epoch: "OnEpoch | None",
 ) -> None:
-    """Train the ends of a subspace and write them as end1.safetensors and so on."""
+    """Train the ends of a subspace (`points`: by, at_ends) and write them."""
     from robustsoup.cli.progress import Bar
     from robustsoup.files import remove_file
     from robustsoup.runs.locks import lock_folder
@@ -179,7 +191,7 @@ def _train_ends(
                 data.train,
                 threats,
                 settings,
-                by=by,
+                **points,
                 device=run.device,
                 state_path=state,
                 on_progress=bar,
@@ -201,8 +213,10 @@ def _split_threats(
 ) -> tuple[list[str], list[str]]:
     """Return the threats of the ends of a subspace, or the first, and those combined with it."""
     if subspace is None:
-        if "by" in given:
-            raise RequestError("--subspace-by: requires --subspace")
+        for name in ("by", "at_ends"):
+            if name in given:
+                option = name.replace("_", "-")
+                raise RequestError(f"--subspace-{option}: requires --subspace")
         return threats[:1], threats[1:]
     shapes = {"line": 2, "triangle": 3}
     if subspace not in shapes:

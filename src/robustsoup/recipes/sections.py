@@ -404,11 +404,18 @@ class Subspace(Section):
         description="What changes along the subspace: eps (the attack's radius) or objective (the "
         "weight of the clean loss).",
     )
+    at_ends: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the steps that are at an end, the same for each; the others draw a "
+        "point uniformly. By default 2/3 for a line and 3/4 for a triangle.",
+    )
 
     @model_validator(mode="after")
     @raises_value_error
     def _check_together(self) -> "Subspace":
-        check_subspace(self.threats, self.settings(seed=0), self.by)
+        check_subspace(self.threats, self.settings(seed=0), self.by, self.at_ends)
         return self
 
     def settings(self, *, seed: int, precision: str = "auto") -> TrainSettings:

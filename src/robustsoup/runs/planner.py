@@ -219,6 +219,7 @@ class Planner:
             subspace.by,
             self.networks[PRETRAINED],
             self.recipe.fits_on_val,
+            subspace.at_ends,
         )
         return self.add_step(name, TakeEnd(self.add_step("subspace", task), number))
 

@@ -129,6 +129,7 @@ class TrainSubspace:
         by: What changes along the subspace.
         start: The checkpoint to start from.
         fits_on_val: Whether `val` is trained on too.
+        at_ends: Share of the steps at an end; None for the default.
     """
 
     settings: TrainSettings
@@ -136,6 +137,7 @@ class TrainSubspace:
     by: str
     start: Key
     fits_on_val: bool = False
+    at_ends: float | None = None
     kind = "subspace"
 
     @property
@@ -727,16 +729,25 @@ def _as_record(value: Any) -> Any:
         return {key: _as_record(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
         record = {f.name: _as_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, EvaluationSettings) and value.shift is None:
-            del record["shift"]
-        if isinstance(value, EvaluationSettings) and value.part == "all":
-            del record["part"]  # an evaluation on all samples has the key that it always had
-        if isinstance(value, EvaluateNetwork | MapPlane):
-            del record["parts"]  # they change who does the work, not what it gives
-        if isinstance(value, EvaluateNetwork):
-            del record["begun"]
-        return record
+        return {name: item for name, item in record.items() if not _is_left_out(value, name)}
     return value
+
+
+def _is_left_out(value: Any, name: str) -> bool:
+    """Return whether a field is no part of a key: it changes no result, or has its default."""
+    match value:
+        case EvaluationSettings():
+            return (name == "shift" and value.shift is None) or (
+                name == "part" and value.part == "all"
+            )
+        case (
+            EvaluateNetwork() | MapPlane()
+        ):  # the parts change who does the work, not what it gives
+            return name in ("parts", "begun")
+        case TrainSubspace():
+            return name == "at_ends" and value.at_ends is None
+        case _:
+            return False
 
 
 def step_passes(threat: ThreatModel, objective: str | Objective, attack_steps: int) -> int:

@@ -271,6 +271,7 @@ def train_ends(worker: Worker, task: TrainSubspace, folder: Path, on_progress: P
         task.threats,
         task.settings,
         by=task.by,
+        at_ends=task.at_ends,
         device=worker.context.device,
         state_path=folder / STATE,
         on_progress=on_progress,

@@ -56,6 +56,7 @@ def train_subspace(
     settings: TrainSettings | None = None,
     *,
     by: str = "eps",
+    at_ends: float | None = None,
     device: str | torch.device = "auto",
     state_path: str | os.PathLike[str] | None = None,
     on_progress: Progress | None = None,
@@ -65,8 +66,8 @@ def train_subspace(
     """Train the ends of a line or a triangle of weights so that all points between them are good.
 
     Each step draws weights w, mixes W = sum_i w_i W_i, attacks W, and sends w_i times its gradient
-    to end i. On a line, w = (1 - t, t): t is 0 in a third of the steps, 1 in a third, and uniform
-    in the others; on a triangle, each end and the uniform draw take a quarter of the steps.
+    to end i. On a line, w = (1 - t, t): by default t is 0 in a third of the steps, 1 in a third,
+    and uniform in the others; on a triangle, each end and the uniform draw take a quarter.
 
     Args:
         network: A module, which is not changed, a Checkpoint or a path; all ends start from it.
@@ -78,6 +79,8 @@ def train_subspace(
         by: "eps": between the ends, the radius of the attack is the mean of theirs by w; threats of
             other norms are drawn with probability w. "objective": the first threat at every point,
             and the clean loss weighs what the clean ends weigh.
+        at_ends: Share of the steps that are at an end, in [0, 1], the same for each; the others
+            draw w uniformly. By default 2/3 for a line and 3/4 for a triangle.
         device: "auto", "cpu", "cuda" or a device.
         state_path: File for the state of the run. A killed run resumes from it.
         on_progress: Receives (steps done, all steps, figures).
@@ -102,7 +105,7 @@ def train_subspace(
     ends = [ThreatModel.parse(threat) for threat in listed]
     data = as_split(data, "train_subspace")
     check_schedule(settings.schedule)
-    check_subspace(ends, settings, by)
+    check_subspace(ends, settings, by, at_ends)
     place = resolve_device(device)
     data, settings = take_transform(data, settings)
     settings = replace(
@@ -121,9 +124,10 @@ def train_subspace(
     start = Checkpoint.of(model)
     inputs = TrainingInputs(data, None, None, settings)
     names = [str(threat) for threat in ends]
-    work = [{**to_record(settings), "ends": names, "by": by}, start.digest]
+    drawn = {} if at_ends is None else {"at_ends": at_ends}
+    work = [{**to_record(settings), "ends": names, "by": by, **drawn}, start.digest]
     check_same_training(data, work, settings, place)
-    run = SubspaceRun(model, inputs.to(place), ends, by)
+    run = SubspaceRun(model, inputs.to(place), ends, by, at_ends)
     work += [data.digest, network_fingerprint(model)]
     functions = [run.objective.fingerprint, transform_fingerprint(settings)]
     fingerprint = json.dumps([*work, *functions], sort_keys=True)
@@ -147,9 +151,14 @@ class SubspaceRun:
     verb = "train_subspace"
 
     def __init__(
-        self, model: nn.Module, inputs: TrainingInputs, threats: Sequence[ThreatModel], by: str
+        self,
+        model: nn.Module,
+        inputs: TrainingInputs,
+        threats: Sequence[ThreatModel],
+        by: str,
+        at_ends: float | None = None,
     ) -> None:
-        self.inputs, self.threats, self.by = inputs, tuple(threats), by
+        self.inputs, self.threats, self.by, self.at_ends = inputs, tuple(threats), by, at_ends
         self.settings = settings = inputs.settings
         self.device = inputs.data.images.device
         self.model = prepare_network(model, settings, self.device)
@@ -194,7 +203,7 @@ class SubspaceRun:
     def take_step(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step on a global batch and return its loss."""
         s, share = self.settings, BatchShare.of(len(x))
-        weights = draw_point(len(self.ends), s.seed, self.step)
+        weights = draw_point(len(self.ends), s.seed, self.step, self.at_ends)
         threat, objective = self._goal(weights)
         self.mix(weights)
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -307,20 +316,29 @@ def spans_subspace(items: Sequence[Checkpoint]) -> bool:
     return len(items) > 1 and len(runs) == 1 and None not in runs
 
 
-def draw_point(ends: int, seed: int, step: int) -> tuple[float, ...]:
+def draw_point(ends: int, seed: int, step: int, at_ends: float | None = None) -> tuple[float, ...]:
     """Return the weights of the ends in a step: of one end alone, or uniform on the simplex.
 
-    Each end, and the uniform draw, has the probability 1 / (ends + 1).
+    Each end has the probability `at_ends` / `ends`; by default as much as the uniform draw.
     """
     generator = keyed_generator("subspace", seed, step)
-    place = int(torch.randint(ends + 1, (), generator=generator))
+    if at_ends is None:
+        place = int(torch.randint(ends + 1, (), generator=generator))
+    else:
+        is_end = float(torch.rand((), generator=generator, dtype=torch.float64)) < at_ends
+        place = int(torch.randint(ends, (), generator=generator)) if is_end else ends
     if place < ends:
         return tuple(float(number == place) for number in range(ends))
     draws = torch.rand(ends - 1, generator=generator, dtype=torch.float64).sort().values.tolist()
     return tuple(high - low for low, high in zip([0.0, *draws], [*draws, 1.0], strict=True))
 
 
-def check_subspace(threats: Sequence[ThreatModel], settings: TrainSettings, by: str) -> None:
+def check_subspace(
+    threats: Sequence[ThreatModel],
+    settings: TrainSettings,
+    by: str,
+    at_ends: float | None = None,
+) -> None:
     """Raise RequestError if the threats of the ends and the settings do not go together."""
     if len(threats) not in SHAPES:
         raise RequestError(
@@ -329,6 +347,8 @@ def check_subspace(threats: Sequence[ThreatModel], settings: TrainSettings, by: 
         )
     if by not in WAYS:
         raise RequestError(f'by: got "{by}", expected one of {", ".join(WAYS)}')
+    if at_ends is not None and not 0 <= at_ends <= 1:
+        raise RequestError(f"at_ends: got {at_ends:g}, expected a number from 0 to 1")
     for name in ("early_stop", "ema", "synthetic"):
         if getattr(settings, name):
             raise RequestError(f"{name}: a subspace is trained without it; leave it out")
@@ -376,6 +396,7 @@ def _make_end(
             "ends": [str(item) for item in run.threats],
             "by": run.by,
             "run": identity,
+            **({} if run.at_ends is None else {"at_ends": run.at_ends}),
         },
         "versions": {
             "torch": torch.__version__,

@@ -1,0 +1,83 @@
+"""Is a line that is trained as a whole better than one between two fine-tuned ends?
+
+    robustsoup run recipes/two_cores/subspaces.toml -o RUN
+    python benchmarks/subspaces.py RUN [RUN ...] [--pack TABLE.npz]
+    python benchmarks/subspaces.py --small
+
+[soups.line] is the line between ends that were fine-tuned apart. Every network that is not on it,
+points of [soups.subspace] and ingredients such as "single", is compared with it: robust accuracy
+less that of the line at the same clean accuracy, interpolated between neighbouring soups. A network
+that is cleaner or less clean than the whole line has no comparison. The recipe gives all of them
+the same total epochs. For one folder, intervals are percentile bootstraps over the samples (5,000
+draws shared by all networks); for several, which differ by seed, Student's t. All intervals are
+95 %, in points.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from claims import RunResults, count_seeds, format_interval, table_head
+from common import run_recipe_small
+from fine_tunes import draw_on_line, pack
+
+LINE = "line"
+
+
+def line_names(run: RunResults) -> list[str]:
+    """Return the soups between the ends that were fine-tuned apart."""
+    return [row["name"] for row in run.rows_by_section("line")[LINE]]
+
+
+def compared_names(run: RunResults) -> list[str]:
+    """Return the networks that are not on the line, less its ends and what all started from."""
+    ends = run.rows_by_section("line")[LINE][0]["ingredients"]
+    left_out = [*line_names(run), *ends]
+    return [
+        name
+        for name, row in run.rows.items()
+        if name not in left_out and row["role"] != "pretrained"
+    ]
+
+
+def print_table(runs: list[RunResults]) -> None:
+    """Print the line, and every other network beside it."""
+    for threat in runs[0].threats:
+        print(f"\n**{runs[0].results['name']}, {threat}** ({count_seeds(runs)} of fine-tuning)\n")
+        print(table_head("network", "clean", "robust", "less the line at this clean accuracy"))
+        for name in [*line_names(runs[0]), *compared_names(runs[0])]:
+            cleans, robusts = (
+                [run.draw_accuracy(name, measure) for run in runs] for measure in ("clean", threat)
+            )
+            cells = [format_interval(draws, sign=False) for draws in (cleans, robusts)]
+            gains = [
+                robust - draw_on_line(run, line_names(run), clean, threat)
+                for run, clean, robust in zip(runs, cleans, robusts, strict=True)
+            ]
+            gain = "" if name in line_names(runs[0]) else format_interval(gains)
+            print(f"| {name} | {' | '.join(cells)} | {gain} |")
+
+
+def main() -> None:
+    """Print the table of run folders that differ by seed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders")
+    parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
+    parser.add_argument("--small", action="store_true", help="run in seconds on digits")
+    options = parser.parse_args()
+    if not options.small and not options.folders:
+        parser.error("a run folder is required")
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = options.folders
+        if options.small:
+            folders = [run_recipe_small("subspaces", Path(temporary))]
+        runs = [RunResults(folder) for folder in folders]
+        print_table(runs)
+        if options.pack:
+            print(pack(runs[0]).save(options.pack))
+
+
+if __name__ == "__main__":
+    main()
