@@ -613,7 +613,12 @@ class AttackSettings:
         '"targeted margin" or "probability margin"; other attacks have their own.',
     )
     steps: int = setting(100, "Steps of APGD or PGD.", ge=1)
-    n_queries: int = setting(5000, "Queries of each restart of square, also in strong.", ge=1)
+    n_queries: int = setting(
+        5000,
+        "Queries of each restart of square, also in strong, which leaves a sample early if Square "
+        "is behind the gradients.",
+        ge=1,
+    )
     restarts: int = setting(1, "Random restarts.", ge=1)
     targets: int = setting(
         9, "Other classes that a targeted loss, malt and strong try; the most promising.", ge=1
@@ -665,15 +670,22 @@ class AttackSettings:
         return self.n_queries if self.attack == "square" else self.steps
 
     @property
+    def trial_queries(self) -> int:
+        """Queries after which strong may leave a sample: a twentieth of all, at least 250."""
+        return min(max(self.n_queries // 20, 250), self.n_queries)
+
+    @property
     def most_passes(self) -> int:
         """Passes that a survivor takes; a step, with its gradient, counts as two.
 
-        AutoAttack and attacks of users, whose passes are unknown here, count as APGD.
+        AutoAttack and attacks of users, whose passes are unknown here, count as APGD. The first
+        Square of strong counts as its trial, with which it ends unless gradients are masked.
         """
         searches = self.targets if self.tries_targets else 1
         steps, queries = 2 * self.steps * self.eot * searches, 0
         if self.attack == "strong":  # pma comes before the targets, and square after them
-            steps, queries = steps + 2 * self.steps * self.eot, self.n_queries
+            steps = steps + 2 * self.steps * self.eot
+            return steps * self.restarts + self.trial_queries + self.n_queries * (self.restarts - 1)
         if self.attack == "square":
             steps, queries = 0, self.n_queries
         return (steps + queries) * self.restarts

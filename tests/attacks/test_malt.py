@@ -134,7 +134,7 @@ def test_strong_names_its_parts_and_its_points_are_inside():
     record = evaluation.record
     assert record["broken_by"][:4] == ["clean", "pma", "pma restart 2", "malt target 1"]
     assert record["broken_by"][-2:] == ["square", "square restart 2"]
-    assert (record["targets"], record["n_queries"]) == (2, 6)
+    assert (record["targets"], record["n_queries"], record["trial_queries"]) == (2, 6, 6)
     verdicts = evaluation.threats["Linf 24/255"]
     check_inside(verdicts.x_adv, to_float(split.images), ThreatModel.parse("Linf 24/255"))
     with torch.no_grad():
@@ -162,6 +162,69 @@ def test_attacks_with_a_loss_of_their_own_refuse_another(attack):
 def test_passes_count_every_part():
     settings = AttackSettings(attack="strong", steps=10, targets=3, n_queries=7, restarts=2)
     assert settings.most_passes == 2 * (2 * 10 * 4 + 7)
+    long = AttackSettings(attack="strong", steps=10, targets=3, n_queries=2000, restarts=2)
+    assert long.most_passes == 2 * 2 * 10 * 4 + 250 + 2000  # a trial, and a whole Square
     assert AttackSettings(attack="malt", steps=10, targets=3).most_passes == 60
     assert AttackSettings(attack="square", n_queries=9).most_passes == 9
     assert AttackSettings(steps=10, eot=2).most_passes == 40
+
+
+class Rounded(nn.Module):
+    """A network whose inputs are rounded, so that no gradient arrives."""
+
+    def __init__(self, network, levels=32):
+        super().__init__()
+        self.network, self.levels = network, levels
+
+    def forward(self, x):
+        return self.network((x * self.levels).round() / self.levels)
+
+
+class Counted(nn.Module):
+    """A network that tells `note`, a function, how many images each pass has."""
+
+    def __init__(self, network, note):
+        super().__init__()
+        self.network, self.note = network, note
+
+    def forward(self, x):
+        self.note(len(x))
+        return self.network(x)
+
+
+def count_images(network, split, **settings):
+    """Return how many images strong passes, at a radius that breaks few, and the verdicts."""
+    passed = []
+    counted = Counted(network, passed.append)
+    evaluation = evaluate(
+        counted, split, ["Linf 0.001"], attack="strong", steps=3, masking_check=False, **settings
+    )
+    return sum(passed), evaluation.threats["Linf 0.001"].robust
+
+
+def test_square_continues_where_gradients_are_masked():
+    network, split = few_classes(5)
+    settings = {"steps": 3, "n_queries": 600, "masking_check": False}
+    evaluations = [
+        evaluate(Rounded(network), split, ["Linf 0.1"], attack=attack, **settings)
+        for attack in ("square", "pma", "strong")
+    ]
+    square, pma, strong = (item.threats["Linf 0.1"].robust for item in evaluations)
+    assert int((pma & ~square).sum()) > 0  # Square breaks what gradients leave
+    assert not bool((strong & ~square).any())
+
+
+def test_square_ends_early_where_gradients_are_ahead():
+    network, split = few_classes(5)
+    few, robust = count_images(network, split, n_queries=250)
+    many, same = count_images(network, split, n_queries=2500)
+    assert int(robust.sum()) > len(split) / 2
+    assert torch.equal(robust, same)
+    assert many < 2 * few  # a trial of 250 queries in both
+
+
+def test_further_restarts_of_square_take_all_queries():
+    network, split = few_classes(3)
+    few, robust = count_images(network, split, n_queries=250, restarts=2)
+    many, _ = count_images(network, split, n_queries=500, restarts=2)
+    assert many - few >= 250 * int(robust.sum())

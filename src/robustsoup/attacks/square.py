@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustsoup.attacks.engine import Numbers, SampleQueue, run_in_turn, run_lanes
+from robustsoup.attacks.engine import Flags, Numbers, SampleQueue, run_in_turn, run_lanes
 from robustsoup.attacks.forward import check_inputs, frozen_eval, pass_size, predict_logits
-from robustsoup.attacks.losses import judge
+from robustsoup.attacks.losses import judge, logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
 from robustsoup.attacks.steps import as_arrays, copy_rows, set_rows
@@ -32,6 +32,8 @@ from robustsoup.threats import ThreatModel
 
 WINDOW_AREA = 0.8
 """Share of the image that the first windows cover."""
+TRIAL_SHARE = 0.8
+"""Share of the fall of the margin under earlier attempts with which a search continues."""
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10,000, after which the area of a window halves."""
 _BLOCK = 64
@@ -125,6 +127,8 @@ class SquareSearch:
         attempts: Number of attempts of the attack.
         pass_size: Number of images in every pass.
         device: Device of the network.
+        trial: Queries after which a sample is left if its margin fell by less than TRIAL_SHARE of
+            what earlier attempts reached; None: never.
     """
 
     model: nn.Module
@@ -137,6 +141,7 @@ class SquareSearch:
     attempts: int
     pass_size: int
     device: torch.device
+    trial: int | None = None
 
     def generator(self, sample: int) -> torch.Generator:
         """Return the generator of a sample's random numbers."""
@@ -253,6 +258,7 @@ class SquareLane:
         # The host's view of the rows: sample (-1: free), and queries so far.
         self.sample = np.full(size, -1, dtype=np.int64)
         self.query = np.zeros_like(self.sample)
+        self.trial_margin = np.full(size, np.inf, dtype=np.float32)
         self.generators: list[torch.Generator | None] = [None] * size
         self.uniforms = torch.zeros(size, _BLOCK, self.proposals.draws, device=device)
         self.rows = torch.arange(size, device=device)
@@ -283,6 +289,8 @@ class SquareLane:
         self.best[device_rows] = self.proposals.start(x, uniforms.to(search.device))
         self.margin[device_rows], self.nan[device_rows] = torch.inf, False
         self.sample[rows], self.query[rows] = samples, 0
+        if search.trial is not None:
+            self.trial_margin[rows] = self._margin_to_continue(numbers).numpy()
         for row, generator in zip(rows, generators, strict=True):
             self.generators[row] = generator
         self.outcome.attacked[numbers] = True
@@ -303,10 +311,24 @@ class SquareLane:
         accepted = (margins < lowest_margins) | is_fooled  # NaN is never followed
         copy_rows(accepted, points, self.best)
         set_rows(accepted, margins, lowest_margins)
-        ended = (self.query >= search.n_queries) & busy & ~is_broken
+        ended = ((self.query >= search.n_queries) | self._find_trailing()) & busy & ~is_broken
         self._settle(is_broken.nonzero()[0], is_broken=True)
         self._settle(ended.nonzero()[0], is_broken=False)
         self.query += 1
+
+    def _margin_to_continue(self, samples: Tensor) -> Tensor:
+        """Return the largest margin, (b,) float32, that continues a search after its trial."""
+        clean = logit_margin(self.search.samples.logits[samples], self.search.samples.y[samples])
+        return clean.float().lerp(self.outcome.margin[samples], TRIAL_SHARE)
+
+    def _find_trailing(self) -> Flags:
+        """Return the rows whose trial ends far behind earlier attempts."""
+        if self.search.trial is None:
+            return np.zeros_like(self.query, dtype=bool)
+        trailing: Flags = self.query == self.search.trial
+        if trailing.any():
+            trailing &= self.margin.float().cpu().numpy() > self.trial_margin
+        return trailing
 
     def _move_hits_inside(
         self, points: Tensor, margin: Tensor, fooled: Tensor

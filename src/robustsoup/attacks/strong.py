@@ -1,4 +1,9 @@
-"""The attack "strong": PMA, MALT and Square in turn, each on the samples that survived so far."""
+"""The attack "strong": PMA, MALT and Square in turn, each on the samples that survived so far.
+
+Where gradients lead, Square is behind them for long, and breaks nothing that they leave; where
+gradients are masked it is soon ahead. So after its first queries it leaves the samples whose margin
+it has lowered by less than 80 % of what the gradients did.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,12 +58,15 @@ def run_strong(
     search = first_square_search(
         model, samples, threat, settings, attempts=attempts, device=device, index=first_square
     )
+    search = replace(search, trial=settings.trial_queries)
 
     def run_any(index: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
         if index < first_square:
             run_attempt(index, queue, report)
         else:
             restart = replace(search, restart=index - first_square, index=index)
+            if restart.restart:  # the margin to compare with would be that of Square itself
+                restart = replace(restart, trial=None)
             search_squares(restart, queue, outcome, report)
 
     run_in_turn(run_any, attempts, samples, outcome, poll=poll)

@@ -207,7 +207,8 @@ class StrongAttacker:
     def protocol(self) -> dict[str, Any]:
         """Return the settings that decide the verdicts."""
         attacker = QueueAttacker(self.settings, self.classes, self.pass_size)
-        return attacker.protocol() | {"n_queries": self.settings.n_queries}
+        queries = {name: getattr(self.settings, name) for name in ("n_queries", "trial_queries")}
+        return attacker.protocol() | queries
 
     def attack(
         self, target: Target, threat: ThreatModel, outcome: Outcome, poll: AttackProgress
@@ -216,11 +217,19 @@ class StrongAttacker:
         _attack_target(run_strong, self.settings, target, threat, outcome=outcome, poll=poll)
 
     def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
-        """Return two passes for each step, times eot, and one for each query of Square."""
-        steps, restarts = self.settings.steps, self.settings.restarts
+        """Return two passes for each step, times eot, and one for each query of Square.
+
+        A survivor counts the trial of the first Square alone, whether it went on or not.
+        """
+        steps, restarts, queries = (
+            self.settings.steps,
+            self.settings.restarts,
+            self.settings.n_queries,
+        )
         searches = len(self.attempts) - restarts
         each_step = 2 * self.settings.eot
-        costs = [each_step * steps] * searches + [self.settings.n_queries] * restarts
+        costs = [each_step * steps] * searches + [self.settings.trial_queries]
+        costs += [queries] * (restarts - 1)
         before = torch.tensor([0, *costs]).cumsum(0)
         by = torch.where(outcome.broken, outcome.by, len(costs))[correct]
         taken = outcome.step[correct].clamp(min=0) * torch.where(by < searches, each_step, 1)

@@ -26,6 +26,7 @@ SAME_ATTACK_KEYS = (
     "restarts",
     "targets",
     "n_queries",
+    "trial_queries",
     "eot",
     "seed",
     "search_precision",
