@@ -32,8 +32,8 @@ from robustsoup.threats import ThreatModel
 
 WINDOW_AREA = 0.8
 """Share of the image that the first windows cover."""
-TRIAL_SHARE = 0.8
-"""Share of the fall of the margin under earlier attempts with which a search continues."""
+TRIALS = ((1, 0.8), (2, 1.0))
+"""Multiples of a trial, and the share of the margin's fall under earlier attempts needed there."""
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10,000, after which the area of a window halves."""
 _BLOCK = 64
@@ -127,8 +127,8 @@ class SquareSearch:
         attempts: Number of attempts of the attack.
         pass_size: Number of images in every pass.
         device: Device of the network.
-        trial: Queries after which a sample is left if its margin fell by less than TRIAL_SHARE of
-            what earlier attempts reached; None: never.
+        trial: Queries after which a sample is left if its margin fell much less than under earlier
+            attempts (see TRIALS); None: never.
     """
 
     model: nn.Module
@@ -258,7 +258,7 @@ class SquareLane:
         # The host's view of the rows: sample (-1: free), and queries so far.
         self.sample = np.full(size, -1, dtype=np.int64)
         self.query = np.zeros_like(self.sample)
-        self.trial_margin = np.full(size, np.inf, dtype=np.float32)
+        self.clean_margin, self.earlier_margin = np.zeros((2, size), dtype=np.float32)
         self.generators: list[torch.Generator | None] = [None] * size
         self.uniforms = torch.zeros(size, _BLOCK, self.proposals.draws, device=device)
         self.rows = torch.arange(size, device=device)
@@ -289,8 +289,9 @@ class SquareLane:
         self.best[device_rows] = self.proposals.start(x, uniforms.to(search.device))
         self.margin[device_rows], self.nan[device_rows] = torch.inf, False
         self.sample[rows], self.query[rows] = samples, 0
-        if search.trial is not None:
-            self.trial_margin[rows] = self._margin_to_continue(numbers).numpy()
+        clean_margin = logit_margin(search.samples.logits[numbers], search.samples.y[numbers])
+        self.clean_margin[rows] = clean_margin.float().numpy()
+        self.earlier_margin[rows] = self.outcome.margin[numbers].numpy()
         for row, generator in zip(rows, generators, strict=True):
             self.generators[row] = generator
         self.outcome.attacked[numbers] = True
@@ -316,18 +317,17 @@ class SquareLane:
         self._settle(ended.nonzero()[0], is_broken=False)
         self.query += 1
 
-    def _margin_to_continue(self, samples: Tensor) -> Tensor:
-        """Return the largest margin, (b,) float32, that continues a search after its trial."""
-        clean = logit_margin(self.search.samples.logits[samples], self.search.samples.y[samples])
-        return clean.float().lerp(self.outcome.margin[samples], TRIAL_SHARE)
-
     def _find_trailing(self) -> Flags:
-        """Return the rows whose trial ends far behind earlier attempts."""
+        """Return the rows that are too far behind earlier attempts to continue."""
+        trailing = np.zeros_like(self.query, dtype=bool)
         if self.search.trial is None:
-            return np.zeros_like(self.query, dtype=bool)
-        trailing: Flags = self.query == self.search.trial
-        if trailing.any():
-            trailing &= self.margin.float().cpu().numpy() > self.trial_margin
+            return trailing
+        for multiple, share in TRIALS:
+            due = self.query == multiple * self.search.trial
+            if due.any():
+                margin = self.margin.float().cpu().numpy()
+                needed = self.clean_margin + share * (self.earlier_margin - self.clean_margin)
+                trailing |= due & (margin > needed)
         return trailing
 
     def _move_hits_inside(

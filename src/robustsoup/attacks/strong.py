@@ -1,8 +1,9 @@
 """The attack "strong": PMA, MALT and Square in turn, each on the samples that survived so far.
 
 Where gradients lead, Square is behind them for long, and breaks nothing that they leave; where
-gradients are masked it is soon ahead. So after its first queries it leaves the samples whose margin
-it has lowered by less than 80 % of what the gradients did.
+gradients are masked it is soon ahead. So it leaves the samples whose margin it has lowered by less
+than 80 % of what the gradients did after a trial, and by less than they did after twice as many
+queries.
 """
 
 from collections.abc import Callable
