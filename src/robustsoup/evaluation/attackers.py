@@ -221,15 +221,10 @@ class StrongAttacker:
 
         A survivor counts the trial of the first Square alone, whether it went on or not.
         """
-        steps, restarts, queries = (
-            self.settings.steps,
-            self.settings.restarts,
-            self.settings.n_queries,
-        )
-        searches = len(self.attempts) - restarts
-        each_step = 2 * self.settings.eot
-        costs = [each_step * steps] * searches + [self.settings.trial_queries]
-        costs += [queries] * (restarts - 1)
+        s = self.settings
+        searches, each_step = len(self.attempts) - s.restarts, 2 * s.eot
+        costs = [each_step * s.steps] * searches + [s.trial_queries]
+        costs += [s.n_queries] * (s.restarts - 1)
         before = torch.tensor([0, *costs]).cumsum(0)
         by = torch.where(outcome.broken, outcome.by, len(costs))[correct]
         taken = outcome.step[correct].clamp(min=0) * torch.where(by < searches, each_step, 1)
