@@ -6,6 +6,7 @@
 
 Each section of soups that is no grid or line is compared with the front of the grid of the same
 ingredients: the most robust grid soup at the same clean accuracy, interpolated between neighbours.
+Where there is no grid, as with many ingredients, the front is that of the ingredients themselves.
 The front is chosen on the split that selects and measured, as the methods are, on the split that
 reports. A method that is less clean than the whole front is compared with the front's most robust
 soup, one that is cleaner with its cleanest, which understates it. For one comparison, intervals
@@ -32,15 +33,9 @@ GRIDS = ("grid", "line")
 
 
 def find_front(run: RunResults, ingredients: list[str], threat: str) -> list[str]:
-    """Return the Pareto front of the grid of some ingredients, on the split that selects.
-
-    Raises:
-        SystemExit: The run has no grid or line of these ingredients.
-    """
+    """Return the Pareto front of some ingredients and their grid, on the split that selects."""
     rows = [row for row in run.rows.values() if row["ingredients"] == ingredients]
     rows = [row for row in rows if row["role"] in GRIDS]
-    if not rows:
-        raise SystemExit(f"{run.folder}: no grid or line of {', '.join(ingredients)}")
     points = {
         row["name"]: [row[run.select_on][key]["value"] for key in ("clean", threat)]
         for row in (*rows, *(run.rows[name] for name in ingredients))

@@ -185,6 +185,19 @@ def test_a_merge_is_compared_with_the_front_of_its_grid():
     assert draw_gain(run, rows["clean"], "Linf").tolist() == [-10, -10]
 
 
+def test_without_a_grid_the_front_is_that_of_the_ingredients():
+    points = {"eps4": (80, 20), "eps16": (50, 40), "worse": (49, 39)}
+    rows = {
+        name: {
+            **{"name": name, "role": "ingredient", "ingredients": None},
+            "val": {"clean": {"value": clean}, "Linf": {"value": robust}},
+        }
+        for name, (clean, robust) in points.items()
+    }
+    run = SimpleNamespace(rows=rows, select_on="val")
+    assert find_front(run, list(points), "Linf") == ["eps4", "eps16"]
+
+
 def test_an_interval_that_is_not_defined_is_a_dash():
     assert format_interval([np.array([1.0, np.nan, 2.0])]) == "-"
     assert format_interval([np.array([1.0, 1.0]), np.array([1.0, np.nan])]) == "-"
