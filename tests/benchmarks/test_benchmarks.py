@@ -189,7 +189,9 @@ def test_without_a_grid_the_front_is_that_of_the_ingredients():
     points = {"eps4": (80, 20), "eps16": (50, 40), "worse": (49, 39)}
     rows = {
         name: {
-            **{"name": name, "role": "ingredient", "ingredients": None},
+            "name": name,
+            "role": "ingredient",
+            "ingredients": None,
             "val": {"clean": {"value": clean}, "Linf": {"value": robust}},
         }
         for name, (clean, robust) in points.items()
