@@ -18,6 +18,7 @@ all networks, one bit each.
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -138,25 +139,46 @@ def pack(run: RunResults) -> HitTable:
     return HitTable.of(evaluations, coefficients.tolist(), record)
 
 
-def main() -> None:
-    """Print the table of a run folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", nargs="?", type=Path, help="run folder")
-    parser.add_argument("--pack", type=Path, help="table of all verdicts to write")
+@contextmanager
+def open_runs(
+    parser: argparse.ArgumentParser, recipe: str
+) -> Iterator[tuple[argparse.Namespace, list[RunResults]]]:
+    """Parse the arguments of a script that reads run folders, and yield them and the runs.
+
+    Adds the folders, --pack, which is done after the script, and --small to the parser.
+
+    Args:
+        parser: The parser with the script's own options.
+        recipe: The recipe that --small runs, by its name under recipes/two_cores.
+    """
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders")
+    parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
     parser.add_argument("--small", action="store_true", help="run in seconds on digits")
     options = parser.parse_args()
-    if not options.small and options.folder is None:
+    if not options.small and not options.folders:
         parser.error("a run folder is required")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder
+        folders = options.folders
         if options.small:
-            folder = run_recipe_small("fine_tunes", Path(temporary))
-        run = RunResults(folder)
-        print_table(run)
+            folders = [run_recipe_small(recipe, Path(temporary))]
+        runs = [RunResults(folder) for folder in folders]
+        yield options, runs
         if options.pack:
-            print(pack(run).save(options.pack))
+            print(pack(runs[0]).save(options.pack))
+
+
+def describe_script(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the text of a script."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def main() -> None:
+    """Print the table of each run folder."""
+    with open_runs(describe_script(__doc__), "fine_tunes") as (_, runs):
+        for run in runs:
+            print_table(run)
 
 
 if __name__ == "__main__":

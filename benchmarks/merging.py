@@ -15,17 +15,14 @@ are percentile bootstraps over the samples (5,000 draws shared by all networks);
 95 %, in points. Seconds are those of merging or learning, as the store says.
 """
 
-import argparse
 import re
 import statistics
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from claims import Row, RunResults, format_interval, table_head
-from common import read_step_seconds, run_recipe_small
-from fine_tunes import draw_on_line, pack
+from common import read_step_seconds
+from fine_tunes import describe_script, draw_on_line, open_runs
 
 SECTION = re.compile(r"(.+?)(?:-\d+)?")
 """A section of soups: its method, and the number of the seed of its ingredients."""
@@ -104,27 +101,13 @@ def print_table(runs: list[RunResults]) -> None:
 
 def main() -> None:
     """Print the table of run folders."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="*", type=Path, help="run folders")
-    parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
+    parser = describe_script(__doc__)
     parser.add_argument("--swap", action="store_true", help="exchange the two splits' roles")
-    parser.add_argument("--small", action="store_true", help="run in seconds on digits")
-    options = parser.parse_args()
-    if not options.small and not options.folders:
-        parser.error("a run folder is required")
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = options.folders
-        if options.small:
-            folders = [run_recipe_small("merging", Path(temporary))]
-        runs = [RunResults(folder) for folder in folders]
+    with open_runs(parser, "merging") as (options, runs):
         if options.swap:
             for run in runs:
                 run.select_on, run.report_on = run.report_on, run.select_on
         print_table(runs)
-        if options.pack:
-            print(pack(runs[0]).save(options.pack))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,8 @@ draws shared by all networks); for several, which differ by seed, Student's t. A
 95 %, in points.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
-
 from claims import RunResults, count_seeds, format_interval, table_head
-from common import run_recipe_small
-from fine_tunes import draw_on_line, pack
+from fine_tunes import describe_script, draw_on_line, open_runs
 
 LINE = "line"
 
@@ -31,8 +26,7 @@ def line_names(run: RunResults) -> list[str]:
 
 def compared_names(run: RunResults) -> list[str]:
     """Return the networks that are not on the line, less its ends and what all started from."""
-    ends = run.rows_by_section("line")[LINE][0]["ingredients"]
-    left_out = [*line_names(run), *ends]
+    left_out = [*line_names(run), *run.rows[line_names(run)[0]]["ingredients"]]
     return [
         name
         for name, row in run.rows.items()
@@ -60,23 +54,8 @@ def print_table(runs: list[RunResults]) -> None:
 
 def main() -> None:
     """Print the table of run folders that differ by seed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="*", type=Path, help="run folders")
-    parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
-    parser.add_argument("--small", action="store_true", help="run in seconds on digits")
-    options = parser.parse_args()
-    if not options.small and not options.folders:
-        parser.error("a run folder is required")
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = options.folders
-        if options.small:
-            folders = [run_recipe_small("subspaces", Path(temporary))]
-        runs = [RunResults(folder) for folder in folders]
+    with open_runs(describe_script(__doc__), "subspaces") as (_, runs):
         print_table(runs)
-        if options.pack:
-            print(pack(runs[0]).save(options.pack))
 
 
 if __name__ == "__main__":

@@ -258,7 +258,6 @@ class SquareLane:
         # The host's view of the rows: sample (-1: free), and queries so far.
         self.sample = np.full(size, -1, dtype=np.int64)
         self.query = np.zeros_like(self.sample)
-        self.clean_margin, self.earlier_margin = np.zeros((2, size), dtype=np.float32)
         self.generators: list[torch.Generator | None] = [None] * size
         self.uniforms = torch.zeros(size, _BLOCK, self.proposals.draws, device=device)
         self.rows = torch.arange(size, device=device)
@@ -289,9 +288,6 @@ class SquareLane:
         self.best[device_rows] = self.proposals.start(x, uniforms.to(search.device))
         self.margin[device_rows], self.nan[device_rows] = torch.inf, False
         self.sample[rows], self.query[rows] = samples, 0
-        clean_margin = logit_margin(search.samples.logits[numbers], search.samples.y[numbers])
-        self.clean_margin[rows] = clean_margin.float().numpy()
-        self.earlier_margin[rows] = self.outcome.margin[numbers].numpy()
         for row, generator in zip(rows, generators, strict=True):
             self.generators[row] = generator
         self.outcome.attacked[numbers] = True
@@ -323,12 +319,19 @@ class SquareLane:
         if self.search.trial is None:
             return trailing
         for multiple, share in TRIALS:
-            due = self.query == multiple * self.search.trial
+            due = (self.query == multiple * self.search.trial) & (self.sample >= 0)
             if due.any():
-                margin = self.margin.float().cpu().numpy()
-                needed = self.clean_margin + share * (self.earlier_margin - self.clean_margin)
-                trailing |= due & (margin > needed)
+                trailing[due] = self._is_behind(due.nonzero()[0], share)
         return trailing
+
+    def _is_behind(self, rows: Numbers, share: float) -> Flags:
+        """Return whether the margin of some rows fell by less than a share of its fall before."""
+        samples, known = torch.from_numpy(self.sample[rows]), self.search.samples
+        clean = logit_margin(known.logits[samples], known.y[samples]).float()
+        needed = clean + share * (self.outcome.margin[samples] - clean)
+        margin = self.margin[torch.from_numpy(rows).to(self.margin.device)].float().cpu()
+        is_behind: Flags = (margin > needed).numpy()
+        return is_behind
 
     def _move_hits_inside(
         self, points: Tensor, margin: Tensor, fooled: Tensor

@@ -59,15 +59,15 @@ def run_strong(
     search = first_square_search(
         model, samples, threat, settings, attempts=attempts, device=device, index=first_square
     )
-    search = replace(search, trial=settings.trial_queries)
 
     def run_any(index: int, queue: SampleQueue, report: Callable[[], None] | None) -> None:
         if index < first_square:
             run_attempt(index, queue, report)
         else:
-            restart = replace(search, restart=index - first_square, index=index)
-            if restart.restart:  # the margin to compare with would be that of Square itself
-                restart = replace(restart, trial=None)
-            search_squares(restart, queue, outcome, report)
+            restart = index - first_square
+            # A further restart could only be compared with Square itself.
+            trial = None if restart else settings.trial_queries
+            square = replace(search, restart=restart, index=index, trial=trial)
+            search_squares(square, queue, outcome, report)
 
     run_in_turn(run_any, attempts, samples, outcome, poll=poll)
