@@ -122,8 +122,8 @@ FULL = Workload("cifar10", "resnet9:width=16", LINF, 12, 2, None)
 SMALL = Workload("digits", "resnet9:width=4", rs.ThreatModel("Linf", 16 / 255), 3, 1, 768)
 
 
-def run_recipe_small(name: str, folder: Path) -> Path:
-    """Run recipes/two_cores/NAME.toml on digits with a tiny network; return the run folder.
+def write_small_recipe(name: str, folder: Path) -> Path:
+    """Write recipes/two_cores/NAME.toml for digits and a tiny network; return the new recipe.
 
     Only sizes differ from the recipe: one epoch, two attack steps, few samples and points.
     """
@@ -133,6 +133,12 @@ def run_recipe_small(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     small = folder / "small.toml"
     small.write_text(tomli_w.dumps({"extends": str(recipe), **shrink(read_toml(recipe))}))
+    return small
+
+
+def run_recipe_small(name: str, folder: Path) -> Path:
+    """Run a recipe that `write_small_recipe` writes; return the run folder."""
+    small = write_small_recipe(name, folder)
     command = [sys.executable, "-m", "robustsoup", "run", str(small), "-o", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 3):  # 3: no soup met the requirement

@@ -54,6 +54,7 @@ def test_every_script_is_run_here():
         *LIBRARIES,
         "gpu",
         "exchanged_bytes",
+        "pieces",
         "scale",
     }
 
@@ -125,6 +126,14 @@ def test_the_gpu_script_without_a_gpu_says_how_to_try_it():
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2
     assert "no CUDA device; to try the script: --device cpu --small" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces_ends_like_one_at_once(cache):
+    done = run_script([sys.executable, BENCHMARKS / "pieces.py"], "--small", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "files of at most 15 MiB: 1" in done.stdout
+    assert "evaluations with the same verdicts" in done.stdout
 
 
 @pytest.mark.scale

@@ -72,6 +72,7 @@ def test_a_calculation_needs_no_such_device():
     assert few.seconds == many.seconds
     assert many.simulation.seconds <= few.simulation.seconds
     assert few.source.startswith("calculated from ")
+    assert 600 * (few.pieces - 1) < few.simulation.seconds <= 600 * few.pieces
     assert few.written > 0
     assert few.read > 0
     # Pre-training exchanges each weight in each of its steps.

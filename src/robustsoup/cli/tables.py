@@ -77,12 +77,12 @@ def print_plan(price: Mapping[str, Any], device: str) -> None:
 
 
 def _print_prediction(prediction: Mapping[str, Any], price: Mapping[str, Any]) -> None:
-    count = prediction["devices"]
+    count, pieces = prediction["devices"], prediction["pieces"]
     print_line(
         f"{count} device{'s' if count > 1 else ''}: about {format_duration(prediction['seconds'])} "
         f"for {format_duration(prediction['device_seconds'])} of work "
-        f"(efficiency {prediction['efficiency']:.0%}); {price['passes']:.1e} forward passes, "
-        f"{prediction['source']}"
+        f"(efficiency {prediction['efficiency']:.0%}), {pieces} piece{'s' if pieces > 1 else ''} "
+        f"of ten minutes; {price['passes']:.1e} forward passes, {prediction['source']}"
     )
     print_line(
         f"memory of a device {format_bytes(prediction['memory_bytes'])}; store: "

@@ -7,6 +7,7 @@ operations and the rate that robustsoup reached there.
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from robustsoup.seeding import keyed_generator
 FLOAT32_BYTES = 4
 STATES_OF_A_WEIGHT = 3
 """Training holds the weight, its gradient and its momentum."""
+PIECE_SECONDS = 600
+"""Seconds of a piece of a run on a machine that is lent for minutes (benchmarks/pieces.py)."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,18 @@ class Prediction:
     exchanged: int
     source: str
 
+    @property
+    def pieces(self) -> int:
+        """Number of pieces of ten minutes that the run takes, one after another."""
+        return math.ceil(self.simulation.seconds / PIECE_SECONDS)
+
     def as_record(self) -> dict[str, Any]:
         """Return the prediction ready for JSON, without the steps."""
         return {
             "devices": self.simulation.devices,
             "seconds": round(self.simulation.seconds, 2),
             "device_seconds": round(self.simulation.busy, 2),
+            "pieces": self.pieces,
             "efficiency": round(self.simulation.efficiency, 4),
             "memory_bytes": self.memory,
             "read_bytes": self.read,

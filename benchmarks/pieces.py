@@ -1,0 +1,146 @@
+"""Run a recipe in pieces, on machines that are lent for minutes and keep nothing.
+
+    python benchmarks/pieces.py RECIPE -o RUN --pack PARTS --minutes 10
+    python benchmarks/pieces.py RECIPE -o RUN --unpack PARTS --pack MORE_PARTS --minutes 10
+    python benchmarks/pieces.py --small
+
+Each call fills the store from the parts that the last one packed, lets `robustsoup run` go on for
+some minutes, ends it as Ctrl-C would, and packs what the next call needs: finished steps and the
+state of the unfinished one, in files of at most 15 MiB. Networks that take a second to make again
+(plain mixes) are left out. `robustsoup plan RECIPE --device h100` says how many pieces of ten
+minutes a recipe takes. Options that it does not know are handed to `robustsoup run`. The exit code
+is that of the run, or 75 if it is not finished. --small runs a recipe on digits in two pieces and
+at once, and compares the verdicts.
+"""
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from common import write_small_recipe
+
+from robustsoup.errors import StorageError
+from robustsoup.runs.store import Store
+
+PART_BYTES = 15 * 2**20
+UNFINISHED = 75
+"""The exit code of a piece that others must follow; EX_TEMPFAIL of sysexits.h."""
+MADE_AGAIN = "mix"
+"""The kind of step that takes a second to repeat."""
+
+
+def is_packed(path: Path, store: Store) -> bool:
+    """Return whether the next piece needs a file of the store."""
+    if path.suffix == ".lock":
+        return False
+    try:
+        return store.record(path.parent.name)["kind"] != MADE_AGAIN
+    except StorageError:  # the state of an unfinished step
+        return True
+
+
+def pack(store: Store, folder: Path) -> list[Path]:
+    """Write the files of the store that the next piece needs, as parts of one archive."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
+        for path in sorted(store.root.rglob("*")):
+            if path.is_file() and is_packed(path, store):
+                tar.add(path, path.relative_to(store.root))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for begin in range(0, archive.tell(), PART_BYTES):
+        parts.append(folder / f"part-{len(parts):03}")
+        parts[-1].write_bytes(archive.getbuffer()[begin : begin + PART_BYTES])
+    return parts
+
+
+def unpack(folder: Path, store: Store) -> None:
+    """Fill the store from the parts in a folder."""
+    parts = sorted(folder.glob("part-*"))
+    if not parts:
+        sys.exit(f"{folder}: no parts of an earlier piece")
+    archive = io.BytesIO(b"".join(part.read_bytes() for part in parts))
+    with tarfile.open(fileobj=archive, mode="r:gz") as tar:
+        tar.extractall(store.root, filter="data")
+
+
+def run_for(minutes: float | None, arguments: Sequence[str], store: Store) -> int:
+    """Run `robustsoup run` for some minutes; return its exit code, or UNFINISHED."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robustsoup", "run", *arguments],
+        env=os.environ | {"ROBUSTSOUP_STORE": str(store.root)},
+    )
+    try:
+        return process.wait(None if minutes is None else 60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return UNFINISHED
+
+
+def run_piece(options: argparse.Namespace, arguments: Sequence[str], store: Store) -> int:
+    """Run one piece, and return its exit code."""
+    if options.unpack:
+        unpack(options.unpack, store)
+    arguments = [str(options.recipe), "-o", str(options.output), *arguments]
+    code = run_for(options.minutes, arguments, store)
+    if options.pack:
+        parts = pack(store, options.pack)
+        print(f"{options.pack}: files of at most {PART_BYTES // 2**20} MiB: {len(parts)}")
+    print("not finished: run the next piece" if code == UNFINISHED else f"finished: {code}")
+    return code
+
+
+def run_small(folder: Path) -> int:
+    """Run a recipe on digits in two pieces, each with an empty store, and once at once."""
+    recipe, parts = write_small_recipe("subspaces", folder), folder / "parts"
+    pieces = {"first": (None, parts, 0.15), "second": (parts, None, None), "whole": (None,) * 3}
+    for name, (unpacked, packed, minutes) in pieces.items():
+        options = argparse.Namespace(
+            recipe=recipe,
+            output=folder / name,
+            unpack=unpacked,
+            pack=packed,
+            minutes=minutes,
+        )
+        code = run_piece(options, [], Store(folder / f"store-{name}"))
+    if code not in (0, 3):  # 3: no soup met the requirement
+        return code
+    paths = sorted((folder / "whole" / "evaluations").glob("*.npz"))
+    for path in paths:
+        with np.load(path) as whole, np.load(folder / "second/evaluations" / path.name) as piece:
+            if any(not np.array_equal(whole[name], piece[name]) for name in whole.files):
+                sys.exit(f"{path.name}: the pieces have other verdicts")
+    print(f"in two pieces and at once: {len(paths)} evaluations with the same verdicts")
+    return 0
+
+
+def main() -> int:
+    """Run one piece."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, help="recipe (TOML)")
+    parser.add_argument("-o", "--output", type=Path, help="run folder")
+    parser.add_argument("--unpack", type=Path, help="folder of the parts of the last piece")
+    parser.add_argument("--pack", type=Path, help="folder for the parts that the next one needs")
+    parser.add_argument("--minutes", type=float, default=10, help="default 10")
+    parser.add_argument("--small", action="store_true", help="run in seconds on digits")
+    options, arguments = parser.parse_known_args()
+    if options.small:
+        with tempfile.TemporaryDirectory() as temporary:
+            return run_small(Path(temporary))
+    if options.recipe is None or options.output is None:
+        parser.error("a recipe and -o are required")
+    return run_piece(options, arguments, Store())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
