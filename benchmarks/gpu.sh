@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu.sh --data FOLDER [-o OUT] [--device cuda|cpu] [--small] [--only SECTION ...]
 #
-# FOLDER holds cifar-10-batches-py. Requires a Python with PyTorch, numpy and safetensors; uses
-# pytest and pyautoattack if they are installed, and names what was left out. Installs and downloads
-# nothing. Writes OUT/gpu.json and OUT/gpu.md, the table for docs/benchmarks.md.
+# FOLDER holds cifar-10-batches-py. Requires a Python with PyTorch and numpy; uses pytest and
+# pyautoattack if they are installed, and names what was left out. Installs and downloads nothing.
+# Writes OUT/gpu.json and OUT/gpu.md, the table for docs/benchmarks.md.
 # To try the whole script without a GPU: benchmarks/gpu.sh --device cpu --small
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
 import sys
 
 missing = []
-for package in ("torch", "numpy", "safetensors"):
+for package in ("torch", "numpy"):
     try:
         __import__(package)
     except ImportError:

@@ -460,6 +460,16 @@ def test_an_address_where_nothing_answers_is_refused(monkeypatch, tmp_path, addr
     assert words in str(caught.value)
 
 
+def test_an_ipv6_address_is_reached_without_its_brackets(monkeypatch, tmp_path):
+    def refuse(address, timeout):
+        raise OSError(f"{address} was called")
+
+    monkeypatch.setattr(ray_pool, "import_ray", lambda: builtins)
+    monkeypatch.setattr(ray_pool.socket, "create_connection", refuse)
+    with pytest.raises(RequestError, match=r"\('::1', 6379\) was called"):
+        ray_pool.RayPool("[::1]:6379", threads=1, gpus=0).open(meeting_in(tmp_path))
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
 def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):

@@ -167,6 +167,7 @@ def import_ray() -> ModuleType:
 def _check_reached(address: str) -> None:
     """Raise RequestError unless something listens at HOST:PORT, which Ray would await for long."""
     host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # an IPv6 address
     if not host or not port.isdecimal() or "/" in host:
         raise RequestError(f"--ray: got {address}, expected local, auto or HOST:PORT")
     try:
