@@ -188,7 +188,7 @@ def test_merges_take_the_base_of_the_recipe_and_resume(copied):
     rows = {row["name"]: row for row in results["rows"] if row["role"] == "merge"}
     assert list(rows) == [
         *("ties-0-1", "ties-0.5-0.5", "ties-1-0"),
-        *("regmean-linf-16-255-0.5-0.5", "regmean-linf-32-255-0.5-0.5"),
+        *("regmean-linf-16-255", "regmean-linf-32-255"),
     ]
     assert steps_of_kind(reporter, "merge") == list(rows)
     record = Checkpoint.load(folder / rows["ties-1-0"]["checkpoint"]).provenance["merge"]

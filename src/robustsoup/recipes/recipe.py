@@ -518,6 +518,8 @@ def _name_by_threat_and_weights(recipe: Recipe, section: str) -> list[str]:
     soup = recipe.soups[section]
     threats = recipe.threats_of(soup) if soup.requires("threat") else ()
     names = _name_by_coefficients(recipe, section)
+    if len(names) == 1:
+        names = [section]
     if len(threats) < 2:
         return names
     return [
