@@ -32,7 +32,7 @@ from robustsoup.runs.store import Store
 PART_BYTES = 15 * 2**20
 UNFINISHED = 75
 """The exit code of a piece that others must follow; EX_TEMPFAIL of sysexits.h."""
-MADE_AGAIN = "mix"
+QUICK_KIND = "mix"
 """The kind of step that takes a second to repeat."""
 
 
@@ -41,7 +41,7 @@ def is_packed(path: Path, store: Store) -> bool:
     if path.suffix == ".lock":
         return False
     try:
-        return store.record(path.parent.name)["kind"] != MADE_AGAIN
+        return store.record(path.parent.name)["kind"] != QUICK_KIND
     except StorageError:  # the state of an unfinished step
         return True
 
