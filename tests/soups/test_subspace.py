@@ -229,6 +229,8 @@ def test_several_threats_hold_at_every_point():
         ((LINF,), {}, "threats: got 1, expected one for each end: 2 for a line"),
         ("Linf 8/255", {}, "threats: got 1, expected one for each end"),
         ((LINF, WEAK, CLEAN, CLEAN), {}, "threats: got 4"),
+        ((WEAK, LINF), {}, "expected an order from robust to clean"),
+        ((LINF, CLEAN, "L2 1.0"), {}, "expected an order from robust to clean"),
         ((LINF, CLEAN), {"by": "radius"}, 'by: got "radius", expected one of eps, objective'),
         ((LINF, WEAK), {"by": "objective"}, "expected a threat first and clean last"),
         ((LINF, CLEAN), {"by": "objective", "objective": "trades"}, "which weighs the clean loss"),

@@ -1,6 +1,7 @@
 """Train a line or a triangle of networks instead of its ends one by one."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -345,6 +346,9 @@ def check_subspace(
             f"threats: got {len(threats)}, expected one for each end: 2 for a line, "
             "3 for a triangle"
         )
+    if any(_is_less_robust(*pair) for pair in itertools.combinations(threats, 2)):
+        names = ", ".join(map(str, threats))
+        raise RequestError(f"threats: got {names}, expected an order from robust to clean")
     if by not in WAYS:
         raise RequestError(f'by: got "{by}", expected one of {", ".join(WAYS)}')
     if at_ends is not None and not 0 <= at_ends <= 1:
@@ -365,6 +369,13 @@ def check_subspace(
             raise RequestError(
                 f'threats: got {names} with by "objective", expected a threat first and clean last'
             )
+
+
+def _is_less_robust(threat: ThreatModel, other: ThreatModel) -> bool:
+    """Return whether a threat is clean, or has the smaller radius in the norm of the other."""
+    if threat.is_clean or other.is_clean:
+        return not other.is_clean
+    return threat.norm == other.norm and threat.eps < other.eps
 
 
 def _make_end(
