@@ -79,6 +79,7 @@ def test_a_method_merges(here, capsys):
         (("--method", "fisher"), 'method "fisher": measures on training samples; give data'),
         (("--method", "swap"), 'method "swap": give the blocks'),
         (("--method", "slerp", "--base", "base.safetensors"), "--base: requires --buffers base"),
+        (("--method", "tise", "--base", "base.safetensors"), 'did you mean "ties"?'),
         (("--method", "learned"), 'method: "learned" is made by mix, search or learn'),
     ],
 )

@@ -167,7 +167,7 @@ def _check_method(
         for name in rules(MergeSettings):
             if name in given:
                 raise RequestError(f"--{name.replace('_', '-')}: requires --method")
-    entry = None if method is None else SOUP_METHODS.find(method)
+    entry = None if method is None else SOUP_METHODS.get_entry(method)
     takes_base = entry is not None and (
         ":" in entry.name or "base" in entry.facts.get("requires", ())
     )
