@@ -32,6 +32,8 @@ from robustsoup.runs.store import Store
 PART_BYTES = 15 * 2**20
 UNFINISHED = 75
 """The exit code of a piece that others must follow; EX_TEMPFAIL of sysexits.h."""
+TERMINATED = 143
+"""The exit code of robustsoup after SIGTERM."""
 QUICK_KIND = "mix"
 """The kind of step that takes a second to repeat."""
 
@@ -54,6 +56,8 @@ def pack(store: Store, folder: Path) -> list[Path]:
             if path.is_file() and is_packed(path, store):
                 tar.add(path, path.relative_to(store.root))
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("part-*"):
+        earlier.unlink()
     parts = []
     for begin in range(0, archive.tell(), PART_BYTES):
         parts.append(folder / f"part-{len(parts):03}")
@@ -81,8 +85,8 @@ def run_for(minutes: float | None, arguments: Sequence[str], store: Store) -> in
         return process.wait(None if minutes is None else 60 * minutes)
     except subprocess.TimeoutExpired:
         process.terminate()
-        process.wait()
-        return UNFINISHED
+        code = process.wait()
+        return UNFINISHED if code == TERMINATED else code
 
 
 def run_piece(options: argparse.Namespace, arguments: Sequence[str], store: Store) -> int:
@@ -94,7 +98,8 @@ def run_piece(options: argparse.Namespace, arguments: Sequence[str], store: Stor
     if options.pack:
         parts = pack(store, options.pack)
         print(f"{options.pack}: files of at most {PART_BYTES // 2**20} MiB: {len(parts)}")
-    print("not finished: run the next piece" if code == UNFINISHED else f"finished: {code}")
+    if code == UNFINISHED:
+        print("not finished: run the next piece")
     return code
 
 
