@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,11 @@ class RunResults:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.results = folder, json.loads((folder / "results.json").read_text())
+        self.folder = folder
+        try:
+            self.results = json.loads((folder / "results.json").read_text())
+        except OSError as error:
+            sys.exit(f"{folder}: no folder of a finished run: {error.strerror}")
         protocol = self.results["protocol"]
         self.select_on, self.report_on = protocol["select_on"], protocol["report_on"]
         self.threats = [threat for threat in protocol["threats"] if threat != "clean"]
