@@ -341,14 +341,7 @@ def check_subspace(
     at_ends: float | None = None,
 ) -> None:
     """Raise RequestError if the threats of the ends and the settings do not go together."""
-    if len(threats) not in SHAPES:
-        raise RequestError(
-            f"threats: got {len(threats)}, expected one for each end: 2 for a line, "
-            "3 for a triangle"
-        )
-    if any(_is_less_robust(*pair) for pair in itertools.combinations(threats, 2)):
-        names = ", ".join(map(str, threats))
-        raise RequestError(f"threats: got {names}, expected an order from robust to clean")
+    _check_ends(threats)
     if by not in WAYS:
         raise RequestError(f'by: got "{by}", expected one of {", ".join(WAYS)}')
     if at_ends is not None and not 0 <= at_ends <= 1:
@@ -369,6 +362,18 @@ def check_subspace(
             raise RequestError(
                 f'threats: got {names} with by "objective", expected a threat first and clean last'
             )
+
+
+def _check_ends(threats: Sequence[ThreatModel]) -> None:
+    """Raise RequestError unless the threats are those of 2 or 3 ends, from robust to clean."""
+    if len(threats) not in SHAPES:
+        raise RequestError(
+            f"threats: got {len(threats)}, expected one for each end: 2 for a line, "
+            "3 for a triangle"
+        )
+    if any(_is_less_robust(*pair) for pair in itertools.combinations(threats, 2)):
+        names = ", ".join(map(str, threats))
+        raise RequestError(f"threats: got {names}, expected an order from robust to clean")
 
 
 def _is_less_robust(threat: ThreatModel, other: ThreatModel) -> bool:
