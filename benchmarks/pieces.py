@@ -6,7 +6,7 @@
 
 Each call fills the store from the parts that the last one packed, lets `robustsoup run` go on for
 some minutes, ends it as Ctrl-C would, and packs what the next call needs: finished steps and the
-state of the unfinished one, in files of at most 15 MiB. Networks that take a second to make again
+state of the unfinished one, in files of at most 15 MiB. Networks that take seconds to make again
 (plain mixes) are left out. `robustsoup plan RECIPE --device h100` says how many pieces of ten
 minutes a recipe takes. Options that it does not know are handed to `robustsoup run`. The exit code
 is that of the run, or 75 if it is not finished. --small runs a recipe on digits in two pieces and
@@ -16,6 +16,7 @@ at once, and compares the verdicts.
 import argparse
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -32,10 +33,10 @@ from robustsoup.runs.store import Store
 PART_BYTES = 15 * 2**20
 UNFINISHED = 75
 """The exit code of a piece that others must follow; EX_TEMPFAIL of sysexits.h."""
-TERMINATED = 143
+TERMINATED = 128 + signal.SIGTERM
 """The exit code of robustsoup after SIGTERM."""
 QUICK_KIND = "mix"
-"""The kind of step that takes a second to repeat."""
+"""The kind of step that takes seconds to repeat."""
 
 
 def is_packed(path: Path, store: Store) -> bool:
@@ -89,15 +90,21 @@ def run_for(minutes: float | None, arguments: Sequence[str], store: Store) -> in
         return UNFINISHED if code == TERMINATED else code
 
 
-def run_piece(options: argparse.Namespace, arguments: Sequence[str], store: Store) -> int:
-    """Run one piece, and return its exit code."""
-    if options.unpack:
-        unpack(options.unpack, store)
-    arguments = [str(options.recipe), "-o", str(options.output), *arguments]
-    code = run_for(options.minutes, arguments, store)
-    if options.pack:
-        parts = pack(store, options.pack)
-        print(f"{options.pack}: files of at most {PART_BYTES // 2**20} MiB: {len(parts)}")
+def run_piece(
+    arguments: Sequence[str],
+    store: Store,
+    minutes: float | None = None,
+    *,
+    unpack_from: Path | None = None,
+    pack_to: Path | None = None,
+) -> int:
+    """Run one piece, and return its exit code; without `minutes`, run to the end."""
+    if unpack_from:
+        unpack(unpack_from, store)
+    code = run_for(minutes, arguments, store)
+    if pack_to:
+        parts = pack(store, pack_to)
+        print(f"{pack_to}: files of at most {PART_BYTES // 2**20} MiB: {len(parts)}")
     if code == UNFINISHED:
         print("not finished: run the next piece")
     return code
@@ -105,17 +112,14 @@ def run_piece(options: argparse.Namespace, arguments: Sequence[str], store: Stor
 
 def run_small(folder: Path) -> int:
     """Run a recipe on digits in two pieces, each with an empty store, and once at once."""
-    recipe, parts = write_small_recipe("subspaces", folder), folder / "parts"
-    pieces = {"first": (None, parts, 0.15), "second": (parts, None, None), "whole": (None,) * 3}
-    for name, (unpacked, packed, minutes) in pieces.items():
-        options = argparse.Namespace(
-            recipe=recipe,
-            output=folder / name,
-            unpack=unpacked,
-            pack=packed,
-            minutes=minutes,
-        )
-        code = run_piece(options, [], Store(folder / f"store-{name}"))
+    recipe, parts = str(write_small_recipe("subspaces", folder)), folder / "parts"
+    first, second, whole = (
+        ([recipe, "-o", str(folder / name)], Store(folder / f"store-{name}"))
+        for name in ("first", "second", "whole")
+    )
+    run_piece(*first, 0.15, pack_to=parts)
+    run_piece(*second, unpack_from=parts)
+    code = run_piece(*whole)
     if code not in (0, 3):  # 3: no soup met the requirement
         return code
     paths = sorted((folder / "whole" / "evaluations").glob("*.npz"))
@@ -144,7 +148,10 @@ def main() -> int:
             return run_small(Path(temporary))
     if options.recipe is None or options.output is None:
         parser.error("a recipe and -o are required")
-    return run_piece(options, arguments, Store())
+    arguments = [str(options.recipe), "-o", str(options.output), *arguments]
+    return run_piece(
+        arguments, Store(), options.minutes, unpack_from=options.unpack, pack_to=options.pack
+    )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _print_prediction(prediction: Mapping[str, Any], price: Mapping[str, Any]) -
     print_line(
         f"{count} device{'s' if count > 1 else ''}: about {format_duration(prediction['seconds'])} "
         f"for {format_duration(prediction['device_seconds'])} of work "
-        f"(efficiency {prediction['efficiency']:.0%}), {pieces} piece{'s' if pieces > 1 else ''} "
+        f"(efficiency {prediction['efficiency']:.0%}), {pieces} piece{'' if pieces == 1 else 's'} "
         f"of ten minutes; {price['passes']:.1e} forward passes, {prediction['source']}"
     )
     print_line(
