@@ -35,11 +35,12 @@ SMALL_RECIPES = ("eps_soups", "wise_ft", "landscape")
 class RunResults:
     """Results of one run folder, with bootstrap draws of the accuracies on test.
 
-    `draw_accuracy` returns DRAWS bootstrap values followed by the estimate itself.
+    `draw_accuracy` returns DRAWS bootstrap values followed by the estimate itself. Verdicts of
+    another folder can take the place of the run's own, for the networks that they are of.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, verdicts: Path | None = None) -> None:
+        self.folder, self.verdicts = folder, verdicts or folder / "evaluations"
         try:
             self.results = json.loads((folder / "results.json").read_text())
         except OSError as error:
@@ -47,9 +48,19 @@ class RunResults:
         protocol = self.results["protocol"]
         self.select_on, self.report_on = protocol["select_on"], protocol["report_on"]
         self.threats = [threat for threat in protocol["threats"] if threat != "clean"]
+        if verdicts:
+            rows = self.results["rows"]
+            kept = [row for row in rows if self.verdict_path(row["name"]).exists()]
+            if not kept:
+                sys.exit(f"{verdicts}: no verdicts on {self.report_on} of networks of {folder}")
+            self.results["rows"] = kept
         self.rows: dict[str, Row] = {row["name"]: row for row in self.results["rows"]}
         self._accuracies: dict[str, dict[str, np.ndarray]] = {}
         self._weights: np.ndarray | None = None
+
+    def verdict_path(self, name: str) -> Path:
+        """Return the record of a network's evaluation on the split that reports."""
+        return self.verdicts / f"{name}.{self.report_on}.json"
 
     def rows_by_section(self, role: str) -> dict[str, list[Row]]:
         """Return the rows of a role, grouped by their section of the recipe."""
@@ -66,8 +77,7 @@ class RunResults:
     def draw_accuracy(self, name: str, measure: str) -> np.ndarray:
         """Return the accuracy on test in percent, (DRAWS + 1,)."""
         if name not in self._accuracies:
-            path = self.folder / "evaluations" / f"{name}.{self.report_on}.npz"
-            with np.load(path) as arrays:
+            with np.load(self.verdict_path(name).with_suffix(".npz")) as arrays:
                 hits = {"clean": arrays["prediction"] == arrays["labels"]}
                 hits |= {
                     threat: arrays[f"robust_{number}"] for number, threat in enumerate(self.threats)

@@ -125,17 +125,22 @@ def print_means(run: RunResults, threat: str) -> None:
 def pack(run: RunResults) -> HitTable:
     """Return the verdicts of all networks on the split that reports."""
     rows = list(run.results["rows"])
-    names = [row["name"] for row in rows]
-    paths = [run.folder / "evaluations" / f"{name}.{run.report_on}.json" for name in names]
-    evaluations = {name: rs.Evaluation.load(path) for name, path in zip(names, paths, strict=True)}
-    coefficients = np.zeros((len(names), len(names)))
+    evaluations = {row["name"]: rs.Evaluation.load(run.verdict_path(row["name"])) for row in rows}
+    ingredients = [name for row in rows for name in row["ingredients"] or ()]
+    columns = list(dict.fromkeys([*evaluations, *ingredients]))
+    coefficients = np.zeros((len(rows), len(columns)))
     for number, row in enumerate(rows):
         parts = {row["name"]: 1.0}  # a network of its own, or coefficients by layer
         if row["coefficients"]:
             parts = dict(zip(row["ingredients"], row["coefficients"], strict=True))
         for name, weight in parts.items():
-            coefficients[number, names.index(name)] = weight
-    record = {"run": run.results["name"], "protocol": run.results["protocol"], "columns": names}
+            coefficients[number, columns.index(name)] = weight
+    record = {
+        "run": run.results["name"],
+        "protocol": run.results["protocol"],
+        "attack": evaluations[rows[0]["name"]].record["attack"],
+        "columns": columns,
+    }
     return HitTable.of(evaluations, coefficients.tolist(), record)
 
 
@@ -145,23 +150,31 @@ def open_runs(
 ) -> Iterator[tuple[argparse.Namespace, list[RunResults]]]:
     """Parse the arguments of a script that reads run folders, and yield them and the runs.
 
-    Adds the folders, --pack, which is done after the script, and --small to the parser.
+    Adds the folders, --verdicts, --pack, which is done after the script, and --small to the parser.
 
     Args:
         parser: The parser with the script's own options.
         recipe: The recipe that --small runs, by its name under recipes/two_cores.
     """
     parser.add_argument("folders", nargs="*", type=Path, help="run folders")
+    parser.add_argument(
+        "--verdicts",
+        type=Path,
+        help="folder of `robustsoup evaluate -o`, such as verdicts of AutoAttack, to read in place "
+        "of the one run's own; tables have only the networks that were evaluated",
+    )
     parser.add_argument("--pack", type=Path, help="table of the first folder's verdicts to write")
     parser.add_argument("--small", action="store_true", help="run in seconds on digits")
     options = parser.parse_args()
     if not options.small and not options.folders:
         parser.error("a run folder is required")
+    if options.verdicts and len(options.folders) != 1:
+        parser.error("--verdicts requires one run folder")
     with tempfile.TemporaryDirectory() as temporary:
         folders = options.folders
         if options.small:
             folders = [run_recipe_small(recipe, Path(temporary))]
-        runs = [RunResults(folder) for folder in folders]
+        runs = [RunResults(folder, options.verdicts) for folder in folders]
         yield options, runs
         if options.pack:
             print(pack(runs[0]).save(options.pack))

@@ -2,6 +2,7 @@
 
     robustsoup run recipes/two_cores/merging.toml -o RUN
     python benchmarks/merging.py RUN [RUN ...]
+    python benchmarks/merging.py RUN --verdicts FOLDER
     python benchmarks/merging.py --small
 
 Each section of soups that is no grid or line is compared with the front of the grid of the same
@@ -35,7 +36,7 @@ def find_front(run: RunResults, ingredients: list[str], threat: str) -> list[str
     rows = [row for row in rows if row["role"] in GRIDS]
     points = {
         row["name"]: [row[run.select_on][key]["value"] for key in ("clean", threat)]
-        for row in (*rows, *(run.rows[name] for name in ingredients))
+        for row in (*rows, *(run.rows[name] for name in ingredients if name in run.rows))
     }
     return [
         name

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from claims import format_interval
+from claims import RunResults, format_interval
 from common import RECIPES, run_recipe_small
 from fine_tunes import draw_on_line
 from gpu import SECTIONS
@@ -207,6 +207,27 @@ def test_without_a_grid_the_front_is_that_of_the_ingredients():
     }
     run = SimpleNamespace(rows=rows, select_on="val")
     assert find_front(run, list(points), "Linf") == ["eps4", "eps16"]
+
+
+def test_verdicts_of_another_attack_take_the_place_of_the_runs_own(tmp_path):
+    rows = [{"name": name, "role": "line", "soup": "line"} for name in ("a-0.5", "b")]
+    protocol = {"select_on": "val", "report_on": "test", "threats": ["clean", "Linf 8/255"]}
+    results = {"rows": rows, "protocol": protocol}
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    autoattack = tmp_path / "autoattack"
+    autoattack.mkdir()
+    (autoattack / "a-0.5.test.json").touch()
+    labels = np.arange(4)
+    robust = np.array([True, False, False, False])
+    np.savez(autoattack / "a-0.5.test.npz", prediction=labels, labels=labels, robust_0=robust)
+    run = RunResults(tmp_path, autoattack)
+    assert list(run.rows) == ["a-0.5"]
+    assert run.rows_by_section("line") == {"line": [rows[0]]}
+    assert run.draw_accuracy("a-0.5", "clean")[-1] == 100
+    assert run.draw_accuracy("a-0.5", "Linf 8/255")[-1] == 25
+    assert list(RunResults(tmp_path).rows) == ["a-0.5", "b"]
+    with pytest.raises(SystemExit, match="no verdicts on test"):
+        RunResults(tmp_path, tmp_path / "empty")
 
 
 def test_an_interval_that_is_not_defined_is_a_dash():
