@@ -120,6 +120,11 @@ def use(path):
         ({"coefficients": ["a"]}, "coefficients[0]: got 'a', expected a finite number"),
         ({"coefficients": {"a": 1}}, "coefficients['a']: got 1, expected a list"),
         ({"kind": []}, "kind: got [], expected text"),
+        ({"statistics": []}, "statistics: got [], expected a table"),
+        (
+            {"statistics": {"no": "prep.0.weight"}},
+            "statistics['no']: got 'prep.0.weight', expected",
+        ),
     ],
 )
 def test_a_malformed_record_is_refused_when_the_file_is_read(tmp_path, entries, text):
@@ -137,6 +142,7 @@ RECORD = {
     "network": NETWORK,
     "parameters": [name for name, _ in MODEL.named_parameters()],
     "tied": {},
+    "statistics": {"prep.1.running_mean": "prep.0.weight"},
     "data": {**SPLIT, "val": 10, "classes": ["a", "b"], "mean": [0.5]},
     "earlier_data": [None, SPLIT],
     "fitted_images": [SKETCH],

@@ -50,6 +50,17 @@ def test_mix_chooses_a_point_on_a_learned_dial(here, capsys):
     assert Checkpoint.load("at0.safetensors").digest != Checkpoint.load("at1.safetensors").digest
 
 
+def test_what_the_soup_cannot_take_is_refused_before_learning(here, capsys):
+    start = (*LEARN, "--epochs", 1, "-o", "out")
+    assert run(*start, "--affine", "--buffers", "average") == 2
+    assert "averaged variances can turn negative" in capsys.readouterr().err
+    other = ("train", *LINF, "--epochs", 1, "--model", "resnet9:width=3", "-o", "o.safetensors")
+    assert run(*other) == 0
+    assert run(*start, "--buffers", "base", "--base", "o.safetensors") == 2
+    assert "in o.safetensors; ingredients must share" in capsys.readouterr().err
+    assert not (here / "out" / ".state.pt").exists()
+
+
 def test_a_dial_can_change_the_radius(here):
     assert run(*LEARN, "--epochs", 1, "--dial", "--dial-by", "eps", "-o", "turned") == 0
     assert "eps" in str(Dial.load("turned/dial.safetensors").record["learning"]["dial"])

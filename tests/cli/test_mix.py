@@ -72,6 +72,18 @@ def test_a_method_merges(here, capsys):
     assert Checkpoint.load("soup.safetensors").provenance["merge"]["threat"] == "Linf 32/255"
 
 
+def test_a_method_takes_learned_weights_of_the_whole_network(here, capsys):
+    learn = ("learn", *PAIR, *LINF, "--epochs", 1, "--granularity", "model", "--init", "0.9,0.1")
+    assert run(*learn, "-o", "whole") == 0
+    coefficients = ("--coefficients", "whole/coefficients.safetensors", "--method", "slerp")
+    for order, name in ((PAIR, "a.safetensors"), (PAIR[::-1], "b.safetensors")):
+        assert run("mix", *order, *coefficients, "-o", name) == 0
+    assert Checkpoint.load("a.safetensors").digest == Checkpoint.load("b.safetensors").digest
+    assert Checkpoint.load("a.safetensors").provenance["buffers"]["policy"] == "average"
+    assert run("mix", PAIR[0], "base.safetensors", *coefficients, "-o", "c.safetensors") == 2
+    assert "computed for other ingredients" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

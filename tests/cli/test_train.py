@@ -75,6 +75,19 @@ def test_a_line_is_trained_mixed_and_searched(here, capsys):
     assert soup["buffers"]["policy"] == "recalibrate"
     assert run("show", ends[0]) == 0
     assert "end 1 of a line, trained against Linf 32/255" in capsys.readouterr().out
+    assert run("learn", *ends, *LINF, "--epochs", 1, "-o", "learned") == 0
+    coefficients = ("--coefficients", "learned/coefficients.safetensors")
+    assert run("mix", *ends, *coefficients, "-o", "again.safetensors") == 0
+    digests = {Checkpoint.load(f).digest for f in ("again.safetensors", "learned/soup.safetensors")}
+    assert len(digests) == 1
+
+
+def test_a_line_in_the_folder_of_a_triangle_leaves_two_ends(here):
+    train = ("train", "--from", "base.safetensors", "--data", "digits", "--epochs", 1)
+    threats = [word for eps in (32, 16, 8) for word in ("--threat", f"Linf {eps}/255")]
+    assert run(*train, *threats, "--subspace", "triangle", "-o", "ends") == 0
+    assert run(*train, *threats[:4], "--subspace", "line", "-o", "ends") == 0
+    assert {path.name for path in here.glob("ends/*")} == {"end1.safetensors", "end2.safetensors"}
 
 
 def test_a_union_is_trained(here):

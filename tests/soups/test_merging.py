@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ingredients import perturbed
@@ -13,9 +14,16 @@ from training_helpers import DATA, fresh_network
 
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.errors import IngredientMismatch, RequestError
+from robustsoup.errors import (
+    CheckpointError,
+    CoefficientError,
+    IngredientMismatch,
+    RequestError,
+)
+from robustsoup.models import load_model
 from robustsoup.settings import MergeSettings
 from robustsoup.soups import regmean as regmean_module
+from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.fisher import measure_fisher
 from robustsoup.soups.interpolation import arc_factors
 from robustsoup.soups.merging import Merge, Merged, is_merge, merge
@@ -331,7 +339,126 @@ def test_statistics_follow_the_buffer_policies():
     assert not torch.equal(measured.tensors[name], average.tensors[name])
 
 
+def test_weights_may_be_tensors_or_coefficients_of_these_ingredients():
+    items = [point(1, 0), point(0, 1)]
+    listed = merged_weight("slerp", items, [0.25, 0.75])
+    for weights in (torch.tensor([0.25, 0.75]), np.array([0.25, 0.75])):
+        assert merged_weight("slerp", items, weights) == listed
+    digests = [item.digest for item in items]
+    learned = Coefficients(
+        torch.tensor([[0.25, 0.75]], dtype=torch.float64),
+        ingredients=tuple(digests),
+        record={"trained_on": ["val"]},
+    )
+    assert merged_weight("slerp", items, learned) == listed
+    assert merged_weight("slerp", items[::-1], learned) == listed
+    assert merge(items, "slerp", learned).provenance["trained_on"] == ["val"]
+    with pytest.raises(CoefficientError, match="computed for other ingredients"):
+        merge([point(1, 2), items[1]], "slerp", learned)
+    with pytest.raises(CoefficientError, match="got coefficients by layer"):
+        merge(items, "slerp", {"weight": [0.25, 0.75]})
+
+
+def test_a_function_that_may_measure_on_data_is_recorded_so():
+    def first(inputs: Merge) -> Merged:
+        return Merged({name: inputs.rows(name)[0] for name in inputs.parameters})
+
+    _, items = small_ingredients(2)
+    soup = merge(items, first, data=DATA, threat=LINF)
+    assert soup.provenance["trained_on"] == ["train"]
+    assert soup.provenance["merge"]["threat"] == str(LINF)
+
+
+class WithHeads(nn.Module):
+    """A classifier of digits with layers that are not called like others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.linear, self.training_alone = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, x):
+        """Return the logits."""
+        x = x.reshape(-1, 8, 8)
+        return self.linear(input=self.attention(x, x, x)[0].flatten(1))
+
+
+def test_regmean_averages_layers_that_are_never_called():
+    network = WithHeads()
+    items = [perturbed(network, seed) for seed in range(2)]
+    soup = merge(items, "regmean", **arguments_of("regmean", network, None))
+    averaged = ["attention.out_proj.weight", "training_alone.weight"]
+    assert soup.provenance["merge"]["averaged_layers"] == averaged
+    line = mix(items, [0.5, 0.5])
+    for name in averaged:
+        torch.testing.assert_close(soup.tensors[name], line.tensors[name])
+    assert not torch.allclose(soup.tensors["linear.weight"], line.tensors["linear.weight"])
+
+
+def test_files_without_a_record_merge_by_the_network_that_was_named(tmp_path):
+    spec, items = {"classes": 10, "channels": 1}, []
+    network = load_model("resnet9:width=2", **spec)
+    for seed in range(2):
+        path = tmp_path / f"{seed}.pth"
+        torch.save(dict(perturbed(network, seed).tensors), path)
+        items.append(Checkpoint.load(path).with_network("resnet9:width=2", **spec))
+    arguments = arguments_of("fisher", None, None)
+    named = merge(items, "fisher", **arguments)
+    given = merge(items, "fisher", **(arguments | {"network": network}))
+    assert named.digest == given.digest
+
+
+class Tied(nn.Module):
+    """A network whose second layer is its first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("block", ["first", "second"])
+def test_swap_moves_tied_weights_under_any_of_their_names(block):
+    items = [perturbed(Tied(), seed) for seed in range(2)]
+    assert merge(items, "swap", [0, 1], blocks=(block,)).digest == items[1].digest
+
+
+class Complex(nn.Module):
+    """A classifier of digits with a complex layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.randn(10, 64, dtype=torch.complex64))
+
+    def forward(self, x):
+        """Return the logits."""
+        return (x.flatten(1) @ self.phase.real.T) + (x.flatten(1) @ self.phase.imag.T)
+
+
+@pytest.mark.parametrize("method", [m for m in MERGES if m != "swap"])
+def test_complex_weights_keep_both_parts(method):
+    torch.manual_seed(0)
+    network = Complex()
+    item = Checkpoint.of(network)
+    soup = merge([item, item], method, **arguments_of(method, network, item))
+    torch.testing.assert_close(soup.tensors["phase"], item.tensors["phase"])
+
+
+def test_slerp_of_complex_weights_is_that_of_their_parts():
+    values = [torch.tensor([[1 + 2j, 3j]]), torch.tensor([[2 - 1j, 1 + 0j]])]
+    items = [Checkpoint({"weight": value}, {"parameters": ["weight"]}) for value in values]
+    got = merge(items, "slerp", [0.25, 0.75]).tensors["weight"]
+    flat = [point(*torch.view_as_real(value).flatten().tolist()) for value in values]
+    expected = merged_weight("slerp", flat, [0.25, 0.75])
+    assert torch.view_as_real(got).flatten().tolist() == pytest.approx(expected)
+
+
 # Wrong requests.
+
+
+def test_a_base_that_holds_nan_is_named():
+    with pytest.raises(CheckpointError, match="weight holds NaN or infinity; this checkpoint is"):
+        merge([point(1), point(2)], "ties", base=point(math.nan))
 
 
 @pytest.mark.parametrize(

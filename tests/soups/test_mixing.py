@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -254,6 +255,28 @@ def test_average_mixes_the_statistics_with_the_coefficients_of_their_batchnorm()
         assert owners[name] == owner
         exact = exact_mix(FIVE[:3], {name: alpha[owner]}, name)
         torch.testing.assert_close(soup.tensors[name].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def unweighted_network():
+    """Return a network whose files sort its convolutions away from their BatchNorms."""
+    layers = {"z": nn.Conv2d(1, 4, 3), "a_norm": nn.BatchNorm2d(4, affine=False)}
+    layers |= {"y": nn.Conv2d(4, 4, 3, bias=False), "b_norm": nn.BatchNorm2d(4, affine=False)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_statistics_of_a_batchnorm_without_weight_follow_the_layer_before_it(tmp_path, ending):
+    item = Checkpoint.of(unweighted_network())
+    read = Checkpoint.load(item.save(tmp_path / f"a.{ending}"))
+    soup = Checkpoint.load(mix([read], [1.0]).save(tmp_path / f"soup.{ending}"))
+    prefixed = {f"module.{name}": tensor for name, tensor in read.tensors.items()}
+    fitted = Checkpoint.of(prefixed).with_network_of(unweighted_network())
+    for checkpoint in (item, read, soup, fitted):
+        owners = running_statistics(checkpoint)
+        assert owners == {
+            "a_norm.running_mean": "z.bias", "a_norm.running_var": "z.bias",
+            "b_norm.running_mean": "y.weight", "b_norm.running_var": "y.weight",
+        }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -643,6 +666,17 @@ def test_coefficients_follow_their_ingredients_into_another_order(tmp_path):
     moved = read.for_ingredients([FIVE[i].digest for i in (2, 0, 1)])
     assert torch.equal(moved.alpha, read.alpha[:, [2, 0, 1]])
     assert again.provenance["coefficients"][PARAMETERS[0]] == moved.alpha[0].tolist()
+
+
+def test_coefficients_of_an_ingredient_that_occurs_twice_follow_it():
+    twice = [FIVE[0], FIVE[0], FIVE[1]]
+    digests = tuple(item.digest for item in twice)
+    alpha = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64)
+    coefficients = Coefficients(alpha, ingredients=digests)
+    soup, again = mix(twice, coefficients), mix(twice[::-1], coefficients)
+    assert again.provenance["coefficients"] == [0.5, 0.2, 0.3]
+    for name in PARAMETERS:
+        torch.testing.assert_close(soup.tensors[name], again.tensors[name])
 
 
 @pytest.mark.parametrize("others", [[0, 1, 3], [0, 1], [0, 1, 2, 3], [0, 0, 1]])

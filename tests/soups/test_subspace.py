@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from trained_seed import trained_seed
 from training_helpers import DATA, LINF, Killed, fresh_network, kill_at
 
@@ -161,6 +162,28 @@ def test_the_weight_of_the_clean_loss_can_change_instead():
     assert objective.clean_weight == 0.25
 
 
+def test_labels_are_smoothed_at_every_point():
+    objective = make_run(by="objective", label_smoothing=0.3)._goal((0.75, 0.25))[1]
+    assert objective == Objective.parse("mixed 0.25").with_label_smoothing(0.3)
+
+
+def test_complex_parameters_are_mixed_too():
+    class Phase(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.phase = fresh_network(), nn.Parameter(torch.ones(10) + 0j)
+
+        def forward(self, x):
+            return self.network(x) * self.phase.real
+
+    settings = TrainSettings(threat=LINF, objective=Objective.parse("ce"), precision="float32")
+    run = SubspaceRun(Phase(), TrainingInputs(DATA, None, None, settings), (LINF, WEAK), "eps")
+    with torch.no_grad():
+        run.ends[1].phase.copy_(torch.full((10,), 3j))
+    run.mix((0.5, 0.5))
+    assert torch.equal(run.model.phase, torch.full((10,), 0.5 + 1.5j))
+
+
 # Whole runs.
 
 
@@ -219,8 +242,9 @@ def test_a_triangle_has_three_ends_and_leaves_its_network_alone():
 
 
 def test_several_threats_hold_at_every_point():
-    ends = train_line(also=("L2 1.0",), combine="random", epochs=1)
-    assert ends[1].provenance["training"]["also"] == ["L2 1.0"]
+    also = ("Linf 16/255",)  # between the ends
+    ends = train_line(threats=(LINF, "Linf 4/255"), also=also, combine="random", epochs=1)
+    assert ends[1].provenance["training"]["also"] == ["Linf 16/255"]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +261,7 @@ def test_several_threats_hold_at_every_point():
         ((LINF, CLEAN), {"ema": 0.9}, "ema: a subspace is trained without it"),
         ((LINF, CLEAN), {"early_stop": True}, "early_stop: a subspace is trained without it"),
         ((LINF, CLEAN), {"also": ("L2 1.0",), "combine": "max"}, "leave no clean end"),
+        ((LINF, WEAK), {"also": (WEAK,), "combine": "max"}, "which is the threat of an end"),
         ((LINF, CLEAN), {"epoch": 1}, 'unknown setting "epoch"; did you mean "epochs"'),
     ],
 )

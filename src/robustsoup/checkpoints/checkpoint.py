@@ -27,7 +27,7 @@ from robustsoup.checkpoints.fitting import (
 )
 from robustsoup.checkpoints.formats import read_checkpoint, refuse_broken, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
-from robustsoup.checkpoints.parameters import guess_parameters
+from robustsoup.checkpoints.parameters import find_unweighted_statistics, guess_parameters
 from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import find_copy_of, local_path
 from robustsoup.checkpoints.transfers import choose_file
@@ -60,9 +60,10 @@ class Checkpoint:
         tensors: name -> tensor on the CPU.
         provenance: JSON-able record of how the weights were made; empty for a foreign file. Keys
             that the library reads: "network" {spec, classes, channels, normalize}, "parameters"
-            [names], "tied" {alias: name}, "parents" [{digest, file}], "data" (the record of the
-            data that the weights were fitted on), "earlier_data" (those of its ancestors),
-            "trained_on" [splits], "warnings" [texts].
+            [names], "tied" {alias: name}, "statistics" {running statistic: parameter whose output
+            it describes, where the layer itself has none}, "parents" [{digest, file}], "data" (the
+            record of the data that the weights were fitted on), "earlier_data" (those of its
+            ancestors), "trained_on" [splits], "warnings" [texts].
         path: The file that was read.
         wrapping: What is around the tensors in their file.
         source: The file, if the tensors are still in it (see `open`).
@@ -199,7 +200,7 @@ class Checkpoint:
         factors = read_checkpoint(adapter.weights, mapped=True).tensors
         tensors = merge_adapter(adapter, factors, base.tensors)
         before = base.provenance
-        kept = ["parameters", "tied"]
+        kept = ["parameters", "tied", "statistics"]
         if all(tensor.shape == tensors[name].shape for name, tensor in base.tensors.items()):
             kept.append("network")
         record = {entry: before[entry] for entry in kept if entry in before}
@@ -631,7 +632,10 @@ CheckpointLike: TypeAlias = Checkpoint | str | os.PathLike[str]
 
 
 def _parameter_record(model: nn.Module) -> dict[str, Any]:
-    """Return the names of the parameters, and alias -> name for those with two names.
+    """Return the names of the parameters, alias -> name for those with two names, and statistics.
+
+    "statistics" maps those of normalisation layers without a weight to the last parameter before
+    the layer, in the order of the network; files are in another order.
 
     Raises:
         ModelError: The state dict of the network has other names.
@@ -648,7 +652,9 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if first_names[id(parameter)] != name
     }
-    return {"parameters": list(first_names.values()), "tied": tied}
+    parameters = list(first_names.values())
+    statistics = find_unweighted_statistics(saved, parameters)
+    return {"parameters": parameters, "tied": tied, "statistics": statistics}
 
 
 def _rename_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -671,6 +677,13 @@ def _rename_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[
             tied |= dict.fromkeys(new_names[alias], new_names[name][0])
     if tied or "tied" in record:
         renamed["tied"] = tied
+    if "statistics" in record:
+        renamed["statistics"] = {
+            new: new_names[owner][0]
+            for statistic, owner in record["statistics"].items()
+            if owner in new_names
+            for new in new_names.get(statistic, ())
+        }
     return renamed
 
 

@@ -1,6 +1,6 @@
 """What the tensors of a file are: parameters, statistics, or vectors of power iterations."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -67,6 +67,35 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
         and not _is_constant_of_parametrization(name)
         and not is_pruning_mask(name, tensors)
     ]
+
+
+def find_unweighted_statistics(names: Iterable[str], parameters: Sequence[str]) -> dict[str, str]:
+    """Map running means and variances of layers without a weight to the last parameter before.
+
+    Args:
+        names: Names of all tensors, in the order of the network.
+        parameters: Names of the parameters.
+    """
+    known = set(parameters)
+    latest = parameters[0] if parameters else None
+    found: dict[str, str] = {}
+    for name in names:
+        if name in known:
+            latest = name
+        elif is_running_moment(name) and latest is not None and weight_beside(name) not in known:
+            found[name] = latest
+    return found
+
+
+def is_running_moment(name: str) -> bool:
+    """Return whether a name is that of a running mean or variance."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def weight_beside(name: str) -> str:
+    """Return the name of the weight of the layer that a tensor belongs to."""
+    prefix = name.rpartition(".")[0]
+    return f"{prefix}.weight" if prefix else "weight"
 
 
 def is_pruning_mask(name: str, tensors: Collection[str]) -> bool:

@@ -63,6 +63,7 @@ ENTRIES = {
     "network": nullable(check_network_record),
     "parameters": list_of(text),
     "tied": mapping_of(text),
+    "statistics": mapping_of(text),
     "data": nullable(_DATA),
     "fitted_images": _sketches,
     "earlier_data": list_of(nullable(_DATA)),
@@ -115,6 +116,7 @@ def check_record(record: Mapping[str, object], tensors: Mapping[str, Tensor], pa
         check_entries(record)
         _check_parameters(record.get("parameters", ()), tensors)
         _check_tied(record.get("tied", {}), tensors)
+        _check_statistics(record, tensors)
     except MisfitError as misfit:
         raise CheckpointError(
             f"{path}: record: {misfit}; the file is damaged or was changed by another program: "
@@ -129,6 +131,17 @@ def _check_parameters(parameters: object, tensors: Mapping[str, Tensor]) -> None
             raise MisfitError(f"parameters[{position}]", name, "the name of a tensor of the file")
     if len(set(names)) < len(names):
         raise MisfitError("parameters", names, "each name once")
+
+
+def _check_statistics(record: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Check that a running statistic exists, and that what it belongs to is a parameter."""
+    statistics, parameters = record.get("statistics", {}), record.get("parameters", ())
+    owners = dict(statistics) if isinstance(statistics, Mapping) else {}
+    known = set(parameters) if isinstance(parameters, (list, tuple)) else set()
+    for name, owner in owners.items():
+        if name not in tensors or owner not in known:
+            place = f"statistics[{describe_value(name)}]"
+            raise MisfitError(place, owner, "the names of a statistic and of a parameter")
 
 
 def _check_tied(tied: object, tensors: Mapping[str, Tensor]) -> None:

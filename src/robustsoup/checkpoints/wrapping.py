@@ -94,6 +94,11 @@ class Wrapping:
                 for alias, name in record["tied"].items()
             }
             renamed["tied"] = {alias: name for alias, name in tied.items() if alias != name}
+        if "statistics" in record:
+            renamed["statistics"] = {
+                self.names.get(name, name): self.names.get(owner, owner)
+                for name, owner in record["statistics"].items()
+            }
         return renamed
 
     def rename(

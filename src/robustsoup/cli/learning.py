@@ -105,7 +105,7 @@ def learn_command(
     import_named_module(settings.objective)
     import_named_module(settings.transform)
     source = load_requested_data(data, network)
-    check_buffer_policy(policy, source.train, settings.threat)
+    check_buffer_policy(policy, source.train, settings.threat, affine=settings.affine)
     context = make_context(source, network, run, checkpoints)
     opened = open_checkpoints(checkpoints, network.opening)
     ingredients = [context.record_network(item) for item in opened]
@@ -173,9 +173,13 @@ def _learn_with_bar(
     on_epoch: "OnEpoch | None",
 ) -> "Coefficients | Dial":
     """Learn a soup, or a dial if `settings.dial` is set, with a progress bar."""
+    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.progress import Bar
+    from robustsoup.soups.ancestry import check_ingredients
     from robustsoup.soups.learning import learn, learn_dial
 
+    if base:  # before anything is learned; also where only the soup takes its statistics
+        check_ingredients([ingredients[0], Checkpoint.open(base)])
     val = data.val if settings.early_stop else None
     learn_with = partial(learn, val=val) if settings.dial is None else learn_dial
     with Bar("learning") as bar:

@@ -98,6 +98,7 @@ def mix_command(
         print_notes,
     )
     from robustsoup.device import resolve_device
+    from robustsoup.soups.batchnorm import running_statistics
     from robustsoup.soups.coefficients import Coefficients
     from robustsoup.soups.merging import merge
     from robustsoup.soups.mixing import default_buffer_policy, mix
@@ -113,9 +114,10 @@ def mix_command(
         alpha = Coefficients.of(point_on_line(ingredients, at))
     else:
         alpha = parse_coefficients(coefficients, len(checkpoints), at)
-    policy = soup.buffers or default_buffer_policy(alpha)
-    if soup.buffers is None and spans_subspace(ingredients):
-        policy = "recalibrate"  # the statistics of a subspace are measured anew at each point
+    policy = soup.buffers or ("average" if method else default_buffer_policy(alpha))
+    if soup.buffers is None and policy == "average" and spans_subspace(ingredients):
+        # The statistics of a subspace, if there are any, are measured anew at each point.
+        policy = "recalibrate" if running_statistics(ingredients[0]) else policy
     split = None
     if data.data:
         source = load_requested_data(data, network)
@@ -141,7 +143,7 @@ def mix_command(
         mixed = merge(
             ingredients,
             method,
-            _as_weights(alpha),
+            alpha,
             merging,
             base=base,
             data=split,
@@ -173,16 +175,6 @@ def _check_method(
     )
     if base and buffers != "base" and not takes_base:
         raise RequestError("--base: requires --buffers base, or a --method that takes a base")
-
-
-def _as_weights(coefficients: "Coefficients") -> list[float]:
-    """Return one weight for each ingredient; coefficients by layer belong to no method."""
-    if coefficients.alpha.shape[0] != 1:
-        raise CoefficientError(
-            "--coefficients: --method takes one weight for each checkpoint, such as 0.5,0.5; "
-            "got coefficients by layer"
-        )
-    return coefficients.alpha[0].tolist()
 
 
 def _name_network(

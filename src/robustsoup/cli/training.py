@@ -201,6 +201,7 @@ def _train_ends(
             path = output / f"end{number}.safetensors"
             if distributed.is_first():
                 end.save(path)
+                remove_file(output / f"end{number + 1}.safetensors")  # of an earlier, larger one
             print_line(f"{path}: end {number}, {threat}")
         if distributed.is_first():
             remove_file(state)

@@ -10,6 +10,11 @@ from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.parameters import (
+    find_unweighted_statistics,
+    is_running_moment,
+    weight_beside,
+)
 from robustsoup.data import Split, batches, to_float
 from robustsoup.device import autocast
 from robustsoup.errors import DataError
@@ -34,19 +39,19 @@ def running_statistics(item: Checkpoint) -> dict[str, str]:
     """Map each running mean and variance to the parameter whose coefficients average it.
 
     That parameter is the weight of the BatchNorm or, for a BatchNorm without weight, the last
-    parameter before it: that of the layer that the BatchNorm normalises.
+    parameter before it: that of the layer that the BatchNorm normalises. Without a record of that
+    order, the file's counts.
     """
-    parameters = set(item.parameters)
-    owners: dict[str, str] = {}
-    latest = item.parameters[0] if parameters else None
-    for name in item.tensors:
-        prefix, _, kind = name.rpartition(".")
-        if name in parameters:
-            latest = name
-        elif kind in ("running_mean", "running_var") and latest is not None:
-            weight = f"{prefix}.weight" if prefix else "weight"
-            owners[name] = weight if weight in parameters else latest
-    return owners
+    parameters = item.parameters
+    latest = find_unweighted_statistics(item.tensors, parameters)
+    latest |= item.provenance.get("statistics", {})
+    weights = set(parameters)
+    owners = {name: weight_beside(name) for name in item.tensors if is_running_moment(name)}
+    return {
+        name: weight if weight in weights else latest[name]
+        for name, weight in owners.items()
+        if name not in weights and (weight in weights or name in latest)
+    }
 
 
 def average_statistics(

@@ -152,7 +152,10 @@ class Coefficients:
                 "coefficients: computed for other ingredients; "
                 f"expected the checkpoints with digests {expected}"
             )
-        columns = [self.ingredients.index(digest) for digest in digests]
+        places: dict[str, list[int]] = {}
+        for place, digest in enumerate(self.ingredients):
+            places.setdefault(digest, []).append(place)
+        columns = [places[digest].pop(0) for digest in digests]  # each once, also of equal ones
         start = None if self.start is None else self.start[:, columns]
         return replace(self, alpha=self.alpha[:, columns], ingredients=tuple(digests), start=start)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from robustsoup.attacks.forward import call_network
 from robustsoup.precision import full_float32
 from robustsoup.seeding import keyed_generator
-from robustsoup.soups.merging import Merge, Merged
+from robustsoup.soups.merging import Merge, Merged, as_real
 from robustsoup.soups.summation import canonical_order, canonical_sum
 
 
@@ -22,14 +22,14 @@ def fisher(merge: Merge) -> Merged:
     weighted = {name: torch.zeros(()) for name in owners}
     total = {name: torch.zeros(()) for name in owners}
     for i in canonical_order(merge.digests):
-        item, weight = merge.ingredients[i], merge.weights[i]
+        weight = merge.weights[i]
         if weight == 0:
             continue
         information = measure_fisher(merge, merge.network(i))
         for name in owners:
             part = weight * information[name]
             total[name] = total[name] + part
-            weighted[name] = weighted[name] + part * item.tensors[name].double()
+            weighted[name] = weighted[name] + part * merge.rows(name)[i].double()
     averaged = {
         name: torch.where(
             total[name] > 0,
@@ -53,10 +53,13 @@ def measure_fisher(merge: Merge, network: nn.Module) -> dict[str, Tensor]:
         network: The network, in eval mode.
 
     Returns:
-        Parameter name -> float64 tensor of its shape, on the CPU.
+        Parameter name -> float64 tensor of the shape that `Merge.rows` gives it, on the CPU.
     """
     parameters = dict(network.named_parameters())
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros_like(as_real(p.detach()), dtype=torch.float64)
+        for name, p in parameters.items()
+    }
     generator, count = keyed_generator("fisher", merge.seed), 0
     attacked = merge.attacked_batches(network)
     for parameter in parameters.values():
@@ -68,6 +71,6 @@ def measure_fisher(merge: Merge, network: nn.Module) -> dict[str, Tensor]:
             grads = torch.autograd.grad(log_p[drawn], list(parameters.values()), allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
-                    sums[name] += grad.double().square()
+                    sums[name] += as_real(grad).double().square()
             count += 1
     return {name: (total / count).cpu() for name, total in sums.items()}

@@ -61,7 +61,10 @@ def swap(merge: Merge) -> Merged:
                 f"{', '.join(list(names)[:3])}, ..."
             )
     owners = list(dict.fromkeys(names.values()))
-    moved = {n for n in owners if any(in_block(n, block) for block in merge.settings.blocks)}
+    blocks = merge.settings.blocks
+    moved = {  # a tied tensor moves under any of its names
+        owner for name, owner in names.items() if any(in_block(name, block) for block in blocks)
+    }
     rows = [merge.weights if name in moved else (1.0, 0.0) for name in owners]
     coefficients = Coefficients(torch.tensor(rows, dtype=torch.float64), tuple(owners))
     tensors = {

@@ -183,12 +183,7 @@ def _check_dial(settings: LearnSettings) -> None:
 def _complete_settings(settings: LearnSettings, data: Split, device: torch.device) -> LearnSettings:
     """Check settings that depend on the data, parse the objective and resolve the precision."""
     check_schedule(settings.schedule)
-    policy = check_buffer_policy(settings.buffers, data, settings.threat)
-    if settings.affine and not policy.facts.get("affine"):
-        raise RequestError(
-            f'buffers "{policy.name}": averaged variances can turn negative with affine weights; '
-            "choose another policy"
-        )
+    check_buffer_policy(settings.buffers, data, settings.threat, affine=settings.affine)
     return replace(
         settings,
         objective=Objective.parse(settings.objective),

@@ -18,17 +18,19 @@ from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.catalog import SOUP_METHODS, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split, SplitLike, as_optional_split, passes, to_float
 from robustsoup.data.sketches import sketch_split
 from robustsoup.device import resolve_device, resolve_precision
-from robustsoup.errors import RequestError
+from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
 from robustsoup.soups.ancestry import check_ingredients, common_ancestor
-from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
 from robustsoup.soups.mixing import (
     BufferRequest,
     Calibration,
+    CoefficientsLike,
     check_buffer_policy,
     finish_soup,
     open_ingredients,
@@ -82,14 +84,17 @@ class Merge:
         return [item.digest for item in self.ingredients]
 
     def rows(self, name: str) -> list[Tensor]:
-        """Return the tensor of that name of each ingredient."""
-        return [item.tensors[name] for item in self.ingredients]
+        """Return the tensor of that name of each ingredient.
 
-    def require_base(self) -> Checkpoint:
-        """Return the base; `merge` has checked that there is one."""
+        Complex numbers are pairs of real ones, in a last dimension of 2.
+        """
+        return [as_real(item.tensors[name]) for item in self.ingredients]
+
+    def base_row(self, name: str) -> Tensor:
+        """Return the tensor of that name of the base; `merge` has checked that there is one."""
         if self.base is None:
             raise RequestError("merge: requires a base")
-        return self.base
+        return as_real(self.base.tensors[name])
 
     def attacked_batches(self, network: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return attacked training images and their labels, the same images for every network."""
@@ -123,11 +128,16 @@ class Merged:
 MergeMethod = Callable[[Merge], Merged]
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a tensor of real numbers; complex ones are pairs, in a last dimension of 2."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 @accepts_settings(MergeSettings)
 def merge(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     method: str | MergeMethod,
-    weights: Sequence[float] | None = None,
+    weights: CoefficientsLike | None = None,
     settings: MergeSettings | None = None,
     *,
     base: Checkpoint | str | os.PathLike[str] | None = None,
@@ -148,7 +158,8 @@ def merge(
     Args:
         ingredients: n checkpoints or paths of one network.
         method: An entry of `catalog.SOUP_METHODS` that merges, or a function of a `Merge`.
-        weights: (n,) weights of at least 0 that sum to 1; uniform by default.
+        weights: (n,) weights of at least 0 that sum to 1, or Coefficients of the whole network;
+            uniform by default.
         settings: The numbers of the method; MergeSettings() by default.
         base: The checkpoint that the ingredients were fine-tuned from; by default the common
             ancestor, if its file is next to an ingredient. The buffer policy "base" takes its
@@ -179,16 +190,14 @@ def merge(
     settings = make_settings(MergeSettings, settings, changes)
     threat, data = ThreatModel.parse(threat), as_optional_split(data, "merge: data")
     entry = _find_method(method)
-    opened = open_ingredients(ingredients, network)
+    opened = _fit_to_named_network(open_ingredients(ingredients, network))
     check_merge(entry, len(opened), settings, data=data, threat=threat)
-    coefficients = Coefficients.of(weights or [1 / len(opened)] * len(opened))
-    coefficients.check(len(opened))
-    _check_weights(entry, coefficients)
+    coefficients = _take_weights(entry, weights, opened)
     policy = check_buffer_policy(buffers, data, threat)
     if policy.name == "tracked":
         raise RequestError('merge: buffers "tracked": only learned soups have tracked statistics')
     source = _find_base(entry, opened, base)
-    if data is not None and _measures(entry):
+    if data is not None and _measures(entry, data):
         check_same_split(opened, data, allow=allow_leakage)
     place = resolve_device(device)
     inputs = Merge(
@@ -210,7 +219,7 @@ def merge(
     averaging = merged.coefficients or coefficients
     return finish_soup(
         opened,
-        replace(averaging, record=_fitted_record(entry, inputs)),
+        replace(averaging, record=_fitted_record(entry, inputs, coefficients)),
         _complete_tensors(opened[0], inputs, merged),
         request,
         _make_entries(entry, inputs, merged),
@@ -269,7 +278,24 @@ def _find_method(method: str | MergeMethod) -> Entry:
     return entry
 
 
-def _check_weights(entry: Entry, coefficients: Coefficients) -> None:
+def _take_weights(
+    entry: Entry, weights: CoefficientsLike | None, ingredients: Sequence[Checkpoint]
+) -> Coefficients:
+    """Return the weights as coefficients in the order of the ingredients.
+
+    Raises:
+        CoefficientError: If they do not fit the ingredients, or differ by layer.
+        RequestError: If the method takes uniform weights alone.
+    """
+    n = len(ingredients)
+    coefficients = uniform_coefficients(n) if weights is None else Coefficients.of(weights)
+    coefficients = coefficients.for_ingredients([item.digest for item in ingredients])
+    if coefficients.layers != (EVERY_LAYER,):
+        raise CoefficientError(
+            "coefficients: a merging method (--method) takes one weight for each checkpoint, such "
+            "as 0.5,0.5; got coefficients by layer"
+        )
+    replace(coefficients, record={}).check(n)  # no method takes weights learned below 0
     alpha = coefficients.alpha[0]
     uniform = torch.allclose(alpha, alpha.mean().expand_as(alpha), rtol=0, atol=1e-6)
     if entry.facts.get("weights") == "uniform" and not uniform:
@@ -277,6 +303,16 @@ def _check_weights(entry: Entry, coefficients: Coefficients) -> None:
             f'method "{entry.name}": all ingredients weigh the same, got '
             f"{', '.join(f'{value:g}' for value in alpha.tolist())}; leave the weights out"
         )
+    return coefficients
+
+
+def _fit_to_named_network(ingredients: list[Checkpoint]) -> list[Checkpoint]:
+    """Record the parameters of the network that this program named, where files record none."""
+    named = [item.named_network is not None for item in ingredients]
+    if not all(named) or all("parameters" in item.provenance for item in ingredients):
+        return ingredients
+    model = ingredients[0].network()
+    return [item.with_parameters_of(model) for item in ingredients]
 
 
 def _find_base(
@@ -298,6 +334,8 @@ def _find_base(
         return None
     found = found.with_names_like(ingredients[0])
     check_ingredients([ingredients[0], found])
+    for name, tensor in found.tensors.items():
+        refuse_broken(name, tensor, found.name)
     return found
 
 
@@ -324,9 +362,16 @@ def _complete_tensors(first: Checkpoint, inputs: Merge, merged: Merged) -> dict[
         missing = sorted(set(names) ^ set(merged.tensors))
         raise RequestError(f"merge: the method must return each parameter; differs in {missing[0]}")
     return {
-        name: merged.tensors[name].to(tensor.dtype) if name in names else tensor.clone()
+        name: _as_type(merged.tensors[name], tensor) if name in names else tensor.clone()
         for name, tensor in first.tensors.items()
     }
+
+
+def _as_type(merged: Tensor, like: Tensor) -> Tensor:
+    """Return a merged tensor in the dtype of the ingredients', which may be complex."""
+    if like.is_complex() and not merged.is_complex():
+        merged = torch.view_as_complex(merged.contiguous())
+    return merged.to(like.dtype)
 
 
 def _make_entries(entry: Entry, inputs: Merge, merged: Merged) -> dict[str, Any]:
@@ -339,23 +384,34 @@ def _make_entries(entry: Entry, inputs: Merge, merged: Merged) -> dict[str, Any]
         "seed": inputs.seed,
         **merged.record,
     }
-    if _measures(entry):
+    if _measures(entry, inputs.data):
         details |= {"threat": str(inputs.threat), "attack_steps": inputs.attack_steps}
     return {"merge": details, "learned": None}
 
 
-def _measures(entry: Entry) -> bool:
-    return "data" in entry.facts.get("requires", ())
+def _measures(entry: Entry, data: Split | None) -> bool:
+    """Return whether a method measures on the data; a function of the user's may."""
+    is_known = entry.facts.get("needs") == NEEDS_MERGING
+    return "data" in entry.facts.get("requires", ()) if is_known else data is not None
 
 
-def _fitted_record(entry: Entry, inputs: Merge) -> dict[str, Any]:
-    """Return the samples behind a merge beyond those of its ingredients: the base's, the data's."""
+def _fitted_record(entry: Entry, inputs: Merge, weights: Coefficients) -> dict[str, Any]:
+    """Return the samples behind a merge beyond those of its ingredients.
+
+    They are those of the base, of weights that were learned, and the data.
+    """
     base = inputs.base.provenance if inputs.base is not None else {}
-    names = ("data", "trained_on", "fitted_images")
-    record: dict[str, Any] = {name: base[name] for name in names if name in base}
-    data = inputs.data
-    if data is not None and _measures(entry):
-        record["data"] = data.record
-        record["trained_on"] = sorted({*record.get("trained_on", []), data.name})
-        record["fitted_images"] = [*record.get("fitted_images", []), sketch_split(data)]
+    sources = [base, weights.record]
+    if inputs.data is not None and _measures(entry, inputs.data):
+        data = inputs.data
+        sketches = [sketch_split(data)]
+        sources.append({"data": data.record, "trained_on": [data.name], "fitted_images": sketches})
+    record: dict[str, Any] = {}
+    for source in sources:
+        record |= {"data": source["data"]} if "data" in source else {}
+        for name in ("trained_on", "fitted_images"):
+            if name in source:
+                record[name] = [*record.get(name, []), *source[name]]
+    if "trained_on" in record:
+        record["trained_on"] = sorted(set(record["trained_on"]))
     return record

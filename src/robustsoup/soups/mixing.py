@@ -282,16 +282,20 @@ def default_buffer_policy(coefficients: Coefficients) -> str:
     return "tracked" if coefficients.tracked and "at" not in coefficients.record else "average"
 
 
-def check_buffer_policy(name: str, calibrate_on: Split | None, threat: ThreatModel) -> Entry:
+def check_buffer_policy(
+    name: str, calibrate_on: Split | None, threat: ThreatModel, *, affine: bool = False
+) -> Entry:
     """Return the entry of a buffer policy in the catalog.
 
     Args:
         name: The policy.
         calibrate_on: Training split, or None.
         threat: Threat model of the calibration.
+        affine: Whether weights are learned that may be negative.
 
     Raises:
-        RequestError: If the policy is unknown, or requires data or a threat that is missing.
+        RequestError: If the policy is unknown, requires data or a threat that is missing, or does
+            not go with negative weights.
         ThreatError: If the radius is too large for images of this shape.
     """
     policy = BUFFER_POLICIES.get_entry(name)
@@ -304,6 +308,11 @@ def check_buffer_policy(name: str, calibrate_on: Split | None, threat: ThreatMod
         )
     if "threat" in needs and calibrate_on is not None:
         threat.check_shape(calibrate_on.images.shape[1:])
+    if affine and not policy.facts.get("affine"):
+        raise RequestError(
+            f'buffers "{name}": averaged variances can turn negative with affine weights; '
+            "choose another policy"
+        )
     return policy
 
 

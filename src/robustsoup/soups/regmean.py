@@ -29,7 +29,9 @@ def regmean(merge: Merge) -> Merged:
 
     G_i is the Gram matrix of the layer's inputs on images that are attacked on ingredient i, with
     its entries off the diagonal shrunk. A convolution is a linear layer of its patches; grouped and
-    transposed convolutions, biases and normalisation are averaged by the weights.
+    transposed convolutions, biases and normalisation are averaged by the weights. So are layers
+    that the network does not call as modules, such as the last one of nn.MultiheadAttention; the
+    record names them.
 
     Source: Jin et al. 2022, arXiv:2212.09849, section 3; attacked images and convolutions: here.
     """
@@ -40,22 +42,27 @@ def regmean(merge: Merge) -> Merged:
     order = [i for i in canonical_order(merge.digests) if merge.weights[i] > 0]
     layers = find_linear_layers(merge.network(order[0]), owners)
     attacked = {i: merge.attacked_batches(merge.network(i)) for i in order}
+    averaged: list[str] = []
     for group in group_by_budget(layers, GRAM_BUDGET):
         sums: dict[str, Tensor] = {}
         products: dict[str, Tensor] = {}
+        called = group
         for i in order:
             grams = measure_grams(merge.network(i), attacked[i], group)
-            for name in group:
+            called = [name for name in called if name in grams]
+            for name in called:
                 gram = merge.weights[i] * shrink(grams.pop(name))
                 matrix = merge.ingredients[i].tensors[name].double().flatten(1).T
                 product = gram @ matrix
                 sums[name] = sums[name] + gram if name in sums else gram
                 products[name] = products[name] + product if name in products else product
-        for name in group:
+        averaged += [name for name in group if name not in called]
+        for name in called:
             average = tensors[name].double()
             solved = solve_layer(sums.pop(name), products.pop(name), average.flatten(1).T)
             tensors[name] = solved.T.reshape(average.shape)
-    return Merged({name: tensors[owner] for name, owner in merge.parameters.items()})
+    merged = {name: tensors[owner] for name, owner in merge.parameters.items()}
+    return Merged(merged, record={"averaged_layers": averaged} if averaged else {})
 
 
 def find_linear_layers(network: nn.Module, owners: Mapping[str, object]) -> dict[str, int]:
@@ -66,7 +73,7 @@ def find_linear_layers(network: nn.Module, owners: Mapping[str, object]) -> dict
         dense = isinstance(module, nn.Linear) or (
             isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         )
-        if dense and name in owners:
+        if dense and name in owners and not module.weight.is_complex():  # type: ignore[union-attr,operator]
             sizes[name] = module.weight[0].numel()  # type: ignore[union-attr,index,operator]
     return sizes
 
@@ -94,15 +101,17 @@ def measure_grams(network: nn.Module, attacked: Batches, names: Sequence[str]) -
     grams: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
-    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = list_inputs(module, inputs[0]).double()
+    def add(
+        name: str, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        x = list_inputs(module, inputs[0] if inputs else named["input"]).double()
         gram = (x.T @ x).cpu()
         grams[name] = grams[name] + gram if name in grams else gram
         rows[name] = rows.get(name, 0) + len(x)
 
     hooks = [
         modules[name.removesuffix("weight").removesuffix(".")].register_forward_pre_hook(
-            partial(add, name)
+            partial(add, name), with_kwargs=True
         )
         for name in names
     ]

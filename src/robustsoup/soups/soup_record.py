@@ -7,7 +7,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import inherited_sketches
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients
 
-SHARED_ENTRIES = ("network", "parameters", "tied")
+SHARED_ENTRIES = ("network", "parameters", "tied", "statistics")
 """Entries that a soup has in common with its first ingredient."""
 
 

@@ -101,9 +101,9 @@ def train_subspace(
 
     Source: Wortsman et al. 2021, arXiv:2102.10472; under attack: here.
     """
-    settings = make_settings(TrainSettings, settings, changes)
     listed = [threats] if isinstance(threats, str | ThreatModel) else threats
     ends = [ThreatModel.parse(threat) for threat in listed]
+    settings = make_settings(TrainSettings, settings, {**changes, "threat": (*ends, CLEAN)[0]})
     data = as_split(data, "train_subspace")
     check_schedule(settings.schedule)
     check_subspace(ends, settings, by, at_ends)
@@ -231,7 +231,7 @@ class SubspaceRun:
         mixed_tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         parts = [{**dict(end.named_parameters()), **dict(end.named_buffers())} for end in self.ends]
         for name, tensor in mixed_tensors.items():
-            if not tensor.is_floating_point():
+            if not _is_averaged(tensor):
                 tensor.copy_(parts[0][name])
                 continue
             tensor.zero_()
@@ -251,7 +251,8 @@ class SubspaceRun:
         if self.by == "objective":
             ends = zip(self.threats, weights, strict=True)
             clean = sum(weight for threat, weight in ends if threat.is_clean)
-            return self.threats[0], mixed(min(clean, 1.0))
+            objective = mixed(min(clean, 1.0))
+            return self.threats[0], objective.with_label_smoothing(self.settings.label_smoothing)
         return self._threat_at(weights), self.objective
 
     def _threat_at(self, weights: Sequence[float]) -> ThreatModel:
@@ -281,10 +282,15 @@ class SubspaceRun:
                 group["lr"] = rate
             optimizer.step()
             for name, buffer in end.named_buffers():
-                if buffer.is_floating_point():
+                if _is_averaged(buffer):
                     buffer.add_(after[name] - before[name], alpha=weight)
                 else:
                     buffer.copy_(after[name])
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    """Return whether a point takes the mean of the ends' tensors, and not that of the first."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def point_on_line(ends: Sequence[Checkpoint], t: float) -> list[float]:
@@ -351,6 +357,10 @@ def check_subspace(
             raise RequestError(f"{name}: a subspace is trained without it; leave it out")
     if settings.also and any(threat.is_clean for threat in threats):
         raise RequestError("also: several threats at every point leave no clean end")
+    if repeated := [str(threat) for threat in settings.also if threat in threats]:
+        raise RequestError(
+            f"also: got {repeated[0]}, which is the threat of an end; give a threat that no end has"
+        )
     if by == "objective":
         if str(settings.objective) != "ce":
             raise RequestError(

@@ -123,14 +123,14 @@ def _add_to_base(merge: Merge, combine: CombineTasks) -> Merged:
 
     The tasks are in the order of the ingredients' digests, so that permuting changes no bit.
     """
-    base, order = merge.require_base(), canonical_order(merge.digests)
+    order = canonical_order(merge.digests)
     weights = [merge.weights[i] for i in order]
     tensors: dict[str, Tensor] = {}
     for name, owner in merge.parameters.items():
         if owner in tensors:
             tensors[name] = tensors[owner]
             continue
-        rows, start = merge.rows(owner), _widen(base.tensors[owner])
+        rows, start = merge.rows(owner), _widen(merge.base_row(owner))
         tasks = [_widen(rows[i]) - start for i in order]
         tensors[name] = start + combine(owner, tasks, weights)
     return Merged(tensors)
@@ -138,11 +138,9 @@ def _add_to_base(merge: Merge, combine: CombineTasks) -> Merged:
 
 def _magnitude_threshold(merge: Merge, i: int) -> float:
     """Return the smallest magnitude among the entries that trimming keeps of a task vector."""
-    base, item = merge.require_base(), merge.ingredients[i]
     owners = dict.fromkeys(merge.parameters.values())
-    magnitudes = torch.cat(
-        [(_widen(item.tensors[n]) - _widen(base.tensors[n])).abs().flatten() for n in owners]
-    )
+    tasks = (_widen(merge.rows(name)[i]) - _widen(merge.base_row(name)) for name in owners)
+    magnitudes = torch.cat([task.abs().flatten() for task in tasks])
     kept = max(round(merge.settings.density * len(magnitudes)), 1)
     return float(magnitudes.kthvalue(len(magnitudes) - kept + 1).values)
 
