@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def save_results(path):
     content = Results(name="a", protocol=protocol, rows=()).to_json()
     path.write_text(json.dumps(stamp_record(content)), encoding="utf-8")
     return path
+
+
+def test_bytes_of_names_that_are_no_utf8_are_written_as_question_marks(tmp_path):
+    name = os.fsdecode(b"r\xe9")
+    checkpoint = Checkpoint({"w": torch.ones(2)}, {"parents": [{"digest": "a", "file": name}]})
+    path = checkpoint.save(tmp_path / "a.safetensors")
+    assert Checkpoint.load(path).provenance["parents"][0]["file"] == "r?"
+    assert stamp_record({name: [(name, 1)]})["r?"] == [["r?", 1]]
 
 
 KINDS = [

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from robustsoup.file_bytes import MAX_ELEMENTS, check_shape
 from robustsoup.printable import first_line, make_printable
 
+SAVE_WEIGHTS_ALONE = "load it with torch.load, and save the state_dict() of the network alone"
 MAX_OPERATIONS = 350_000
 MAX_TEXT_BYTES = 2**20
 MAX_DEPTH = 32
@@ -70,15 +71,17 @@ class StorageRequest:
         return self.count * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Storage:
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """A storage of tensors in a pickle, or the type of one, which holds nothing."""
+
     raw: Tensor
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class _Name:
-    """A global name in a pickle, as text."""
+class Name:
+    """A global name in a pickle, such as that of a class, as text."""
 
     text: str
 
@@ -129,7 +132,9 @@ class PickleReader:
             raise ValueError("a broken pickle") from None
         except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"a broken pickle: {first_line(error)[:160]}") from None
-        raise ValueError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
+        raise ValueError(
+            f"a pickle of more than {MAX_OPERATIONS:,} operations; {SAVE_WEIGHTS_ALONE}"
+        )
 
     def _run(self, opcode: bytes) -> None:
         if opcode in _CONSTANTS:
@@ -140,10 +145,17 @@ class PickleReader:
             self._push_tuple_of(_TUPLE_LENGTHS[opcode])
         elif opcode in _OPERATIONS:
             _OPERATIONS[opcode](self)
-        elif opcode == b"\x80":  # the number of the protocol
-            self._take(1)
+        elif opcode == b"\x80":
+            self._check_protocol(self._take(1)[0])
         else:
             raise ValueError(f"a pickle with the opcode {opcode!r}")
+
+    def _check_protocol(self, number: int) -> None:
+        if number > 3:
+            raise ValueError(
+                f"a pickle of protocol {number}; load the file with torch.load and save it again "
+                "with torch.save, which writes protocol 2"
+            )
 
     def _take(self, length: int) -> bytes:
         if length > MAX_TEXT_BYTES:
@@ -240,14 +252,14 @@ class PickleReader:
     def _call_name(self) -> None:
         arguments = self._stack.pop()
         name = self._stack.pop()
-        if not isinstance(name, _Name) or type(arguments) is not tuple:
+        if not isinstance(name, Name) or type(arguments) is not tuple:
             raise TypeError("a call of what is not a name")
         self._stack.append(self._rebuild(name, arguments))
 
     def _make_object(self) -> None:
         """Make an object of a class that is known to be harmless."""
         arguments, name = self._stack.pop(), self._stack.pop()
-        if not isinstance(name, _Name) or type(arguments) is not tuple:
+        if not isinstance(name, Name) or type(arguments) is not tuple:
             raise TypeError("an object of what is not a class")
         make = _PLAIN_TYPES.get(name.text)
         if make is None:
@@ -255,7 +267,7 @@ class PickleReader:
             raise ValueError(self._describe_foreign_class(name, whole=whole))
         self._stack.append(make(*arguments))
 
-    def _describe_foreign_class(self, name: _Name, *, whole: bool) -> str:
+    def _describe_foreign_class(self, name: Name, *, whole: bool) -> str:
         is_network = b"_parameters" in self._stream.read(MAX_TEXT_BYTES)
         kind = "network" if is_network else "object"
         what = f"a whole {kind} ({name})" if whole else f"an {kind} of the class {name}"
@@ -286,36 +298,36 @@ class PickleReader:
         kind, storage_type, key, _location, count, *view = self._stack.pop()
         if kind != "storage" or type(key) is not str or view not in ([], [None]):
             raise ValueError("a reference to what is not a storage of tensors")
-        if not isinstance(storage_type, _Storage) or type(count) is not int:
+        if not isinstance(storage_type, Storage) or type(count) is not int:
             raise ValueError("a storage without a type or a size")
         if not 0 <= count <= MAX_ELEMENTS:
             raise ValueError(f"a storage of {count:,} elements")
         request = StorageRequest(key, storage_type.dtype, count)
         if self._requests.setdefault(key, request) != request:
             raise ValueError(f"two types or sizes for the storage {key!r}")
-        self._stack.append(_Storage(self._find_storage(request), request.dtype))
+        self._stack.append(Storage(self._find_storage(request), request.dtype))
 
-    def _rebuild(self, name: _Name, arguments: tuple[Any, ...]) -> Any:
+    def _rebuild(self, name: Name, arguments: tuple[Any, ...]) -> Any:
         rebuild = _PLAIN_TYPES.get(name.text)
         if rebuild is not None:
             return rebuild(*arguments)
         match name.text, arguments:
             case "torch._utils._rebuild_tensor", (storage, offset, size, stride):
                 return self._view_storage(storage, offset, size, stride)
-            case "torch._utils._rebuild_tensor_v2", (storage, offset, size, stride, _, _, *_):
-                return self._view_storage(storage, offset, size, stride)
+            case "torch._utils._rebuild_tensor_v2", (storage, offset, size, stride, _, _, *more):
+                return _set_bits(self._view_storage(storage, offset, size, stride), more)
             case (
                 "torch._utils._rebuild_tensor_v3",
                 (storage, offset, size, stride, _, _, torch.dtype() as dtype, *_),
             ):
-                typed = _Storage(storage.raw, dtype)
+                typed = Storage(storage.raw, dtype)
                 return self._view_storage(typed, offset, size, stride)
             case (
                 "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
                 (Tensor() as data, bool() as requires_grad, *_),
             ):
                 return nn.Parameter(data, requires_grad)
-            case "torch._tensor._rebuild_from_type_v2", (_Name() as inner, _, tuple() as args, _):
+            case "torch._tensor._rebuild_from_type_v2", (Name() as inner, _, tuple() as args, _):
                 if inner.text == name.text:
                     raise ValueError("a tensor type within a tensor type")
                 return self._rebuild(inner, args)
@@ -328,7 +340,7 @@ class PickleReader:
 
     def _view_storage(self, storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         """Return a tensor in a storage, after checking that all its elements lie within it."""
-        if not isinstance(storage, _Storage):
+        if not isinstance(storage, Storage):
             raise TypeError("a tensor without a storage")
         sizes, strides = check_shape(size), check_shape(stride)
         (start,) = check_shape([offset])
@@ -343,17 +355,25 @@ class PickleReader:
             raise ValueError(f"a tensor of shape {list(sizes)} that its storage does not hold")
         self._bytes_left -= elements * itemsize
         if self._bytes_left < 0:
-            raise ValueError("tensors that are larger than the file allows")
+            raise ValueError(f"tensors that are larger than the file allows; {SAVE_WEIGHTS_ALONE}")
         return storage.raw.view(storage.dtype).as_strided(sizes, strides, start)
+
+
+def _set_bits(tensor: Tensor, more: list[Any]) -> Tensor:
+    """Return a tensor that is conjugated or negated where the file only says so."""
+    bits = more[0] if more and type(more[0]) is dict else {}
+    if bits.get("conj") is True:
+        tensor = tensor.conj().resolve_conj()
+    return -tensor if bits.get("neg") is True else tensor
 
 
 def _resolve_name(module: str, name: str) -> Any:
     """Return a dtype or a type of storages; other names stay text."""
     if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_TYPES:
-        return _Storage(torch.empty(0, dtype=torch.uint8), STORAGE_TYPES[name])
+        return Storage(torch.empty(0, dtype=torch.uint8), STORAGE_TYPES[name])
     if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
         return dtype
-    return _Name(f"{module}.{name}")
+    return Name(f"{module}.{name}")
 
 
 def _add_pairs(target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -365,7 +385,7 @@ def _add_pairs(target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> dict
     return target
 
 
-_KEY_TYPES = (str, int, float, bool, bytes, type(None))
+_KEY_TYPES = (str, int, float, bool, bytes, type(None), Name)
 
 
 def _check_key(key: Any) -> None:

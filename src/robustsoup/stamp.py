@@ -18,8 +18,20 @@ _RELEASE_KEY = "robustsoup"
 
 
 def stamp_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with the format number and the release that writes it."""
-    return {**record, "format": FORMAT, _RELEASE_KEY: installed_release()}
+    """Return a record with the format number and the release that writes it.
+
+    Bytes of file names that are no UTF-8, which Python holds as lone surrogates, become "?":
+    readers refuse text that has no encoding.
+    """
+    return _make_encodable({**record, "format": FORMAT, _RELEASE_KEY: installed_release()})
+
+
+def _make_encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {_make_encodable(key): _make_encodable(item) for key, item in value.items()}
+    return [_make_encodable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_stamped(record: Mapping[str, Any]) -> bool:

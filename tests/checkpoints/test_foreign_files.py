@@ -228,6 +228,68 @@ def test_harmless_types_are_read(tmp_path):
     Checkpoint.load(tmp_path / "b.pth")
 
 
+def test_names_of_code_are_set_aside_and_not_written(tmp_path):
+    for seed in (0, 1):
+        content = {
+            "state_dict": network(seed).state_dict(),
+            "class of the network": torch.optim.SGD,
+            "types": [torch.FloatTensor, torch.FloatStorage],
+            "hyper_parameters": {"lr": 0.1, "activation": nn.functional.relu},
+            "callbacks": {torch.optim.SGD: {"best": 1}},
+            "dtype": torch.float16,
+        }
+        torch.save(content, tmp_path / f"{seed}.pth")
+    items = [Checkpoint.load(tmp_path / f"{seed}.pth") for seed in (0, 1)]
+    assert "0.pth: set aside class of the network, types, activation, " in items[0].notes[0]
+    written = [mix(items, [0.5, 0.5]).save(tmp_path / "soup.pth")]
+    written.append(items[0].save(tmp_path / "again.pth"))
+    for path in written:
+        saved = torch.load(path, weights_only=True)
+        assert saved["hyper_parameters"] == {"lr": 0.1}
+        assert saved["dtype"] == torch.float16
+        assert Checkpoint.load(path).notes == ()
+
+
+def test_a_mapping_that_holds_itself_and_names_of_code_is_read(tmp_path):
+    settings = {"kind": torch.optim.SGD, "lr": 0.1}
+    settings["again"] = settings
+    torch.save({"state_dict": network().state_dict(), "settings": settings}, tmp_path / "a.pth")
+    assert "set aside kind" in Checkpoint.load(tmp_path / "a.pth").notes[0]
+
+
+def test_weights_that_are_conjugated_or_negated_when_read_are_so(tmp_path):
+    numbers = torch.view_as_complex(torch.randn(4, 2))
+    weights = {"conjugated": numbers.conj(), "negated": torch._neg_view(torch.ones(2))}
+    torch.save(weights, tmp_path / "a.pth")
+    tensors = Checkpoint.load(tmp_path / "a.pth").tensors
+    assert torch.equal(tensors["conjugated"], numbers.conj().resolve_conj())
+    assert tensors["negated"].tolist() == [-1, -1]
+    again = Checkpoint.load(Checkpoint(tensors).save(tmp_path / "b.safetensors")).tensors
+    assert torch.equal(again["conjugated"], tensors["conjugated"])
+
+
+@pytest.mark.parametrize(
+    ("key", "is_read"),
+    [
+        *[(key, True) for key in ("optimal_state_dict", "model_optimized")],
+        *[(key, False) for key in ("optimizer", "optim", "optimizer_states", "g.optimizers")],
+    ],
+)
+def test_the_state_of_an_optimizer_is_no_set_of_weights(tmp_path, key, is_read):
+    torch.save({key: network().state_dict()}, tmp_path / "a.pth")
+    if is_read:
+        check_fits(Checkpoint.load(tmp_path / "a.pth"))
+    else:
+        with pytest.raises(CheckpointError, match="found no state dict"):
+            Checkpoint.load(tmp_path / "a.pth")
+
+
+def test_a_newer_pickle_says_how_to_save_it(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pth", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"a pickle of protocol 4; .* save it again"):
+        Checkpoint.load(tmp_path / "a.pth")
+
+
 def test_a_soup_keeps_shared_settings_alone(tmp_path):
     for seed in (0, 1):
         content = {

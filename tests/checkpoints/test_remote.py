@@ -106,6 +106,23 @@ def test_a_demanded_digest(memory, body):
     assert local_path(f"{address}#sha256={digest}").read_bytes() == body
     with pytest.raises(DownloadError, match=f"got sha256 {digest}, expected {'0' * 64}"):
         copy_remote(f"{address}#sha256={'0' * 64}")
+    with pytest.raises(DownloadError, match=f"got sha256 {digest}, expected {'a' * 64}"):
+        copy_remote(f"{address}#SHA256:{'A' * 64}")
+    assert copy_remote(f"{address}#SHA256={digest.upper()}") == copy_remote(
+        f"{address}#sha256={digest}"
+    )
+
+
+@pytest.mark.parametrize("end", ["sha256=0000", "sha256=", "md5=0", "sha-512=0", "0" * 40])
+def test_a_demanded_digest_that_would_not_be_checked_is_refused(memory, body, end):
+    address = put(memory, "bucket/model.safetensors", body)
+    for place in (address, "https://localhost/model.pth", "hf://org/name"):
+        with pytest.raises(CheckpointError, match=r"expected .#sha256=. and 64 hexadecimal"):
+            copy_remote(f"{place}#{end}")
+
+
+def test_a_sign_in_the_name_of_a_file_is_no_digest(memory, body):
+    assert local_path(put(memory, "bucket/run#3/model.safetensors", body)).read_bytes() == body
 
 
 def test_shards_come_with_their_index(memory, tmp_path):

@@ -1,5 +1,6 @@
 """CIFAR-10: the download from a server on this machine, and the published files."""
 
+import base64
 import hashlib
 import io
 import pickle
@@ -18,7 +19,7 @@ from robustsoup.data import (
     load_data,
 )
 from robustsoup.data.cifar import CIFAR10
-from robustsoup.data.download import data_root
+from robustsoup.data.download import _make_request, data_root
 from robustsoup.data.splits import channel_statistics
 from robustsoup.errors import DataError, DownloadError
 from robustsoup.files import cache_folder
@@ -217,3 +218,11 @@ def test_cifar10():
     mean, std = channel_statistics(torch.cat([data.train.images, data.val.images]))
     assert data.record["mean"] == pytest.approx(mean, abs=1e-3)
     assert data.record["std"] == pytest.approx(std, abs=1e-3)
+
+
+def test_a_url_may_hold_a_password_and_any_letters():
+    request = _make_request("http://me:p%40ss@host:81/run ü/a%20b.pth?key=ü&b=1#end")
+    assert request.full_url == "http://host:81/run%20%C3%BC/a%20b.pth?key=%C3%BC&b=1"
+    token = base64.b64encode(b"me:p@ss").decode()
+    assert request.unredirected_hdrs == {"Authorization": f"Basic {token}"}
+    assert _make_request("https://host/a.pth").unredirected_hdrs == {}

@@ -26,7 +26,8 @@ RECORD = "source.json"
 """File of a copy's folder that says where it came from, with the digest of each file."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+]+):/{1,3}([^/].*)")
-_DIGEST = re.compile(r"#sha256=([0-9a-f]{64})")
+_DIGEST = re.compile(r"sha256[=:]([0-9a-f]{64})", re.IGNORECASE)
+_LOOKS_LIKE_A_DIGEST = re.compile(r"(sha|md)[-_]?[0-9]*[=:].*|[0-9a-f]{32,}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def copy_remote(
         CheckpointError: It holds no checkpoint, or a library that it needs is missing.
         StorageError: The copy cannot be written.
     """
+    address = _with_plain_digest(address)
     folder = _folder_of(address)
     if not again and (copy := _find_copy(folder, address)) is not None:
         return copy
@@ -132,6 +134,7 @@ def copy_remote(
 
 def has_copy(address: str) -> bool:
     """Return whether a complete and undamaged copy of an address is in the cache."""
+    address = _with_plain_digest(address)
     return _find_copy(_folder_of(address), address) is not None
 
 
@@ -166,14 +169,13 @@ def _find_copy(folder: Path, address: str | None) -> RemoteCopy | None:
 
 def _fill_folder(folder: Path, address: str, on_transfer: OnTransfer | None) -> None:
     """Copy the files of an address into a folder, check them, and write the record."""
-    demanded = _DIGEST.search(address)
-    place = address if demanded is None else address[: demanded.start()]
+    place, demanded = _split_digest(address)
     within = _name_folder(place)
     (folder / within).mkdir(exist_ok=True)
     copy_files = copy_from_hub if place.startswith("hf://") else copy_from_path
     transfer = copy_files(place, folder / within, on_transfer)
     try:
-        _check_content(folder / within, transfer, demanded and demanded[1], show_address(place))
+        _check_content(folder / within, transfer, demanded, show_address(place))
     except RobustsoupError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -186,6 +188,33 @@ def _fill_folder(folder: Path, address: str, on_transfer: OnTransfer | None) -> 
     }
     record["digest"] = digest_json(record)
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def _split_digest(address: str) -> tuple[str, str | None]:
+    """Split an address into the place and the sha256 (hex) that it demands; None without one.
+
+    Elsewhere than on the web, other text after a "#" belongs to the name of a file.
+
+    Raises:
+        CheckpointError: The end of the address is no such digest, and would not be checked.
+    """
+    place, mark, end = address.rpartition("#")
+    found = _DIGEST.fullmatch(end)
+    if mark and found:
+        return place, found[1].lower()
+    is_web = address.startswith(("http://", "https://", "hf://"))
+    if mark and (is_web or _LOOKS_LIKE_A_DIGEST.fullmatch(end)):
+        raise CheckpointError(
+            f'{show_address(place)}: got "#{end}" at the end of the address, expected "#sha256=" '
+            "and 64 hexadecimal digits"
+        )
+    return address, None
+
+
+def _with_plain_digest(address: str) -> str:
+    """Return an address with the demanded digest spelled as one of our own."""
+    place, demanded = _split_digest(address)
+    return place if demanded is None else f"{place}#sha256={demanded}"
 
 
 def _name_folder(place: str) -> str:

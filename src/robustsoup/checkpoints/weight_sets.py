@@ -32,6 +32,7 @@ _COMPANIONS = re.compile(
     re.IGNORECASE,
 )
 """What training scripts save among the tensors of a network."""
+_OPTIMIZER = re.compile(r"(?<![a-z])optim(izers?)?(?![a-z])", re.IGNORECASE)
 _MAX_DEPTH = 4
 _REMOVABLE_PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "0.")
 
@@ -86,7 +87,7 @@ def _walk(content: object, path: tuple[str, ...], seen: set[int]) -> Iterator[We
         beside = {name: value for name, value in content.items() if name not in tensors}
         yield WeightSet(path, tensors, beside)
     for name, value in named.items():
-        if "optim" not in name.lower():
+        if not _OPTIMIZER.search(name):
             yield from _walk(value, (*path, name), seen)
 
 

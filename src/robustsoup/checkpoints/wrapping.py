@@ -21,6 +21,7 @@ from robustsoup.checkpoints.weight_sets import (
     list_complete_sets,
 )
 from robustsoup.errors import CheckpointError
+from robustsoup.pickles import Name, Storage
 from robustsoup.printable import make_printable
 
 PICKLE_ENDINGS = (
@@ -182,16 +183,22 @@ def _is_state(key: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a value holds no tensor; what it repeats is looked at once."""
+    """Return whether a value holds no tensor."""
+    return not _holds(value, (Tensor,))
+
+
+def _holds(value: object, types: tuple[type, ...]) -> bool:
+    """Return whether a value or a part of it is of these types; what repeats is looked at once."""
     left, seen = [value], set[int]()
     while left:
         item = left.pop()
-        if isinstance(item, Tensor):
-            return False
+        if isinstance(item, types):
+            return True
         if id(item) not in seen:
             seen.add(id(item))
             left.extend(_parts_of(item))
-    return True
+            left.extend(item if isinstance(item, Mapping) else ())
+    return False
 
 
 def _parts_of(value: object) -> list[object]:
@@ -264,8 +271,39 @@ def unwrap_pickle(
             raise CheckpointError(f"{path}: {name} is sparse or quantized; expected plain tensors")
     names = _own_names(read, path)
     tensors = {own: read.tensors[name].detach() for own, name in names.items()}
-    wrapping = Wrapping(names, content, read.path, read.beside)
-    return tensors, wrapping, _describe_choice(read, sets, path) if key is None else ()
+    dropped: list[str] = []
+    content = _without_code(content, dropped)
+    beside = _without_code(read.beside, [])
+    notes = _describe_choice(read, sets, path) if key is None else ()
+    if dropped:
+        notes += (f"{path.name}: set aside {join_names(dropped)}: names of code are not written",)
+    return tensors, Wrapping(names, content, read.path, beside), notes
+
+
+def _without_code(content: Any, dropped: list[str], seen: dict[int, Any] | None = None) -> Any:
+    """Return the content without the entries that hold names of classes or the like.
+
+    They are text here, and a file that holds them could not be read again.
+
+    Args:
+        content: The content; only mappings lose entries.
+        dropped: Receives the names of the entries.
+        seen: What was made of a mapping, by its id.
+    """
+    if not isinstance(content, Mapping) or not _holds(content, (Name, Storage)):
+        return content
+    made = {} if seen is None else seen
+    if id(content) in made:
+        return made[id(content)]
+    kept: dict[Any, Any] = {}
+    made[id(content)] = kept  # now, since a mapping may hold itself
+    for key, value in content.items():
+        inner = _without_code(value, dropped, made)
+        if _holds([key, inner], (Name, Storage)):
+            dropped.append(str(key))
+        else:
+            kept[key] = inner
+    return kept
 
 
 def _no_such_key(path: Path, key: str | None, sets: Iterable[WeightSet]) -> CheckpointError:

@@ -94,7 +94,8 @@ def _fetch_address(address: str, sha256: str | None) -> dict[str, object]:
     from robustsoup.checkpoints.remote import find_copy_of
     from robustsoup.cli.copying import copy_checkpoint
 
-    demanded = "" if sha256 is None else f"#sha256={sha256.strip().lower()}"
+    digits = None if sha256 is None else sha256.strip().lower().removeprefix("sha256:")
+    demanded = "" if digits is None else f"#sha256={digits}"
     path = copy_checkpoint(f"{address}{demanded}", again=True)
     copy = find_copy_of(path)
     return {

@@ -1,8 +1,10 @@
 """Download a file completely and check its kind."""
 
+import base64
 import http.client
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from robustsoup.paths import user_path
 
 DOWNLOAD_BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
+_URL_SIGNS = "%/:;,=&?+!$'()*~@[]|"
 
 DownloadProgress = Callable[[int, int | None], None]
 """on_progress(done, total) in bytes; total is None if the server does not announce it."""
@@ -66,13 +69,29 @@ def download(
                 on_progress(file.tell(), total)
 
 
+def _make_request(url: str) -> urllib.request.Request:
+    """Return a request for a URL, which may hold a user and a password, and letters of any script.
+
+    What a server redirects to receives no password.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    path, query = (urllib.parse.quote(text, safe=_URL_SIGNS) for text in (parts.path, parts.query))
+    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, path, query, "")))
+    if parts.username is not None:
+        user, password = (urllib.parse.unquote(t or "") for t in (parts.username, parts.password))
+        token = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
+
+
 def _download_blocks(
     url: str, kind: FileKind | None, advice: str
 ) -> Iterator[tuple[bytes, int | None]]:
     """Yield (block, total bytes); every failure of the transfer is raised as a DownloadError."""
     done, total = 0, None
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        with urllib.request.urlopen(_make_request(url), timeout=TIMEOUT_SECONDS) as response:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
             while block := response.read(DOWNLOAD_BLOCK_BYTES):
