@@ -71,6 +71,12 @@ def test_toml_that_later_code_cannot_use_is_refused(text, reason):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_mark_of_utf8_and_line_ends_of_windows_are_read():
+    mark = b"\xef\xbb\xbf"
+    assert parse_toml(mark + b'x = 1\r\n[t]\r\ny = "\xc3\xbc"\r\n') == {"x": 1, "t": {"y": "ü"}}
+    assert parse_json(mark + b'{"x":\r\n 1}') == {"x": 1}
+
+
 def test_ordinary_content_is_returned_as_it_is():
     deepest = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert parse_json('{"a": [1, -2.5, "ü", null, true], "b": {}}') == {

@@ -58,7 +58,7 @@ def parse_json(text: bytes | str) -> Any:
     """
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode("utf-8-sig")
         if (count := text.count(",") + text.count(":")) > MAX_SEPARATORS:
             raise ValueError(f"{count:,} commas and colons; at most {MAX_SEPARATORS:,} are read")
         content = json.loads(
@@ -88,14 +88,14 @@ def parse_toml(text: bytes | str) -> dict[str, Any]:
     """Parse TOML that anybody may have written.
 
     Raises:
-        ValueError: The text is not TOML in UTF-8, is deeper than MAX_DEPTH, or holds a number that
-            is not finite or an integer beyond 64 bits.
+        ValueError: The text is not TOML in UTF-8 (with or without a mark), is deeper than
+            MAX_DEPTH, or holds a number that is not finite or an integer beyond 64 bits.
     """
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if _LONG_KEY.search(raw):
         raise ValueError(_TOO_DEEP)
     try:
-        content = tomllib.loads(raw.decode("utf-8"))
+        content = tomllib.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except ValueError as error:
