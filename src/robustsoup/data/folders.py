@@ -137,14 +137,14 @@ def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
         if part.classes != train.classes:
             differing = sorted(set(part.classes) ^ set(train.classes))
             raise DataError(
-                f"{folders[name]}: got classes {_abbreviate(part.classes)}, expected those of "
-                f"train, {_abbreviate(train.classes)} (in only one of them: "
-                f"{_abbreviate(differing)}); make the folders agree"
+                f"{folders[name]}: got classes {abbreviate(part.classes)}, expected those of "
+                f"train, {abbreviate(train.classes)} (in only one of them: "
+                f"{abbreviate(differing)}); make the folders agree"
             )
     skipped = train.skipped + val.skipped + test.skipped
     unused = [f.name for f in _sub_folders(root) if f not in folders.values()]
     if unused:
-        notes.append(f"folders {_abbreviate(unused)} beside {folders['train'].name} are not used")
+        notes.append(f"folders {abbreviate(unused)} beside {folders['train'].name} are not used")
     return _join_listings(train, val, test, seed), notes + _describe_skipped(skipped)
 
 
@@ -303,7 +303,7 @@ def _describe_skipped(skipped: Counter[str]) -> list[str]:
 
 
 def _count_reasons(skipped: Counter[str]) -> str:
-    return _abbreviate([f"{count:,} {reason}" for reason, count in sorted(skipped.items())])
+    return abbreviate([f"{count:,} {reason}" for reason, count in sorted(skipped.items())])
 
 
 def _check_classes_trained(root: Path, classes: tuple[str, ...], train: ImageFiles) -> None:
@@ -321,6 +321,7 @@ def _number_files(files: tuple[str, ...], labels: tuple[int, ...]) -> ImageFiles
     return ImageFiles(files, torch.tensor(labels), torch.arange(len(files)))
 
 
-def _abbreviate(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
+    """Return the first five names as text, and how many there are if there are more."""
     first = ", ".join(names[:5])
     return f"{first}, ... ({len(names)})" if len(names) > 5 else first
