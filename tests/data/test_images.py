@@ -8,6 +8,7 @@ from PIL import Image
 from small_data import write_images
 
 from robustsoup.data import load_data
+from robustsoup.data.images import Decoder
 from robustsoup.errors import DataError
 
 
@@ -38,6 +39,38 @@ def test_16_bits_are_scaled_to_8_and_said_once(tmp_path, suffix):
             f"{tmp_path}: every image is grey, so images have 1 channel; channels = 3 repeats it",
             f"{tmp_path}: 10 images of 16 bits were scaled to 8",
         )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "I;16"])
+def test_of_a_thin_image_only_the_middle_is_resized(monkeypatch, turned, mode):
+    shades = numpy.random.default_rng(0).integers(0, 256, (4000, 5))
+    dtype, factor = (numpy.uint16, 257) if mode == "I;16" else (numpy.uint8, 1)
+    pixels = (shades.T if turned else shades).astype(dtype) * factor
+    image = Image.fromarray(pixels) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    decoded = Decoder(4, 1).convert(image, "thin")
+    monkeypatch.setattr("robustsoup.data.images.LARGEST_RATIO", 10**6)
+    whole = Decoder(4, 1).convert(image, "thin")
+    assert (decoded.int() - whole.int()).abs().max() <= 1
+    monkeypatch.setattr("robustsoup.data.images.LARGEST_RATIO", 16)
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, _: Image.new("L", size))
+    sizes = []
+    monkeypatch.setattr(
+        Image.Image,
+        "crop",
+        lambda image, box, crop=Image.Image.crop: sizes.append(image.size) or crop(image, box),
+    )
+    Decoder(4, 1).convert(image, "thin")
+    assert sorted(sizes[-1]) == [4, 4 * 16]
+
+
+def test_an_image_that_needs_more_memory_than_there_is_names_its_file(monkeypatch):
+    def resize(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    with pytest.raises(DataError, match=r"large: cannot be read \(it needs more memory than there"):
+        Decoder(4, 1).convert(Image.new("L", (8, 8)), "large")
 
 
 def test_pixels_of_32_bits_are_refused(tmp_path):

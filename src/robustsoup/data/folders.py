@@ -3,15 +3,23 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from robustsoup.data.decoded import FolderParts, ImageFiles, load_decoded
-from robustsoup.data.images import IMAGE_SUFFIXES, make_decoder
+from robustsoup.data.images import IMAGE_SUFFIXES, doubt_depth, make_decoder
 from robustsoup.data.request import DataRequest
-from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
+from robustsoup.data.splits import (
+    Augmentation,
+    Data,
+    DataDescription,
+    Samples,
+    add_notes,
+    assemble,
+    hold_out,
+)
 from robustsoup.errors import DataError
 
 SPLIT_FOLDERS = {
@@ -89,6 +97,7 @@ def load_folder(request: DataRequest) -> Data:
         notes.append("every image is grey, so images have 1 channel; channels = 3 repeats it")
     if decoded.scaled:
         notes.append(f"{decoded.scaled:,} images of 16 bits were scaled to 8")
+    doubts = doubt_depth(decoded.scaled, decoded.brightest)
     description = DataDescription(
         request.spec,
         decoded.digest,
@@ -102,7 +111,7 @@ def load_folder(request: DataRequest) -> Data:
         for images, files in zip(decoded.images, (train, val, parts.test), strict=True)
     )
     data = assemble(description, train_samples, val_samples, test_samples, seed=request.seed)
-    return replace(data, notes=tuple(f"{root}: {note}" for note in notes))
+    return add_notes(data, [f"{root}: {note}" for note in notes], [f"{root}: {d}" for d in doubts])
 
 
 @contextlib.contextmanager

@@ -1,13 +1,12 @@
 """Images and labels in one .npz file."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 from robustsoup.arrays import read_arrays
 from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
 from robustsoup.data.request import DataRequest
-from robustsoup.data.splits import Data, assemble_tensors
+from robustsoup.data.splits import Data, add_notes, assemble_tensors
 from robustsoup.errors import DataError
 from robustsoup.files import open_regular
 
@@ -55,8 +54,7 @@ def load_npz(request: DataRequest) -> Data:
     data = assemble_tensors(request.spec, parts, seed=request.seed)
     if not unused:
         return data
-    note = f"{request.spec}: arrays that are not used: {abbreviate(unused)}"
-    return replace(data, notes=(*data.notes, note))
+    return add_notes(data, [f"{request.spec}: arrays that are not used: {abbreviate(unused)}"], [])
 
 
 def find_pairs(names: Collection[str], place: str) -> dict[str, tuple[str, str]]:

@@ -612,13 +612,19 @@ def assemble_tensors(
         train, val = pool.take(rows[0]), pool.take(rows[1])
     _check_trained(name, pools, train)
     data = assemble(description, train, val, _shuffle(test), seed=seed)
-    return replace(
-        data,
-        notes=tuple(notes),
-        train=replace(data.train, notes=tuple(notes)),
-        val=replace(data.val, notes=tuple(notes)),
-        test=replace(data.test, notes=tuple(notes)),
-    )
+    return add_notes(data, [], notes)
+
+
+def add_notes(data: Data, notes: Sequence[str], doubts: Sequence[str]) -> Data:
+    """Return the data with more notes.
+
+    Args:
+        data: The data.
+        notes: What reading the data left out or changed.
+        doubts: Notes that concern the pixels, which evaluations on each split repeat as warnings.
+    """
+    train, val, test = (replace(s, notes=(*s.notes, *doubts)) for s in data._splits())
+    return replace(data, notes=(*data.notes, *notes, *doubts), train=train, val=val, test=test)
 
 
 def _check_trained(name: str, pools: Mapping[str, Samples], train: Samples) -> None:
@@ -626,8 +632,8 @@ def _check_trained(name: str, pools: Mapping[str, Samples], train: Samples) -> N
         return
     held_out = " and ".join(part for part in ("val", "test") if part not in pools)
     raise DataError(
-        f"{name}: got {len(pools['train'])} samples in all, of which none is left to train on after "
-        f"{held_out} were held out; expected 3 or more, or give val and test"
+        f"{name}: got {len(pools['train'])} samples in all, and none is left to train on after "
+        f"{held_out} were taken; expected 3 or more, or give val and test"
     )
 
 
