@@ -36,6 +36,9 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 for EPS it runs Ghostscript, so that an image could be a program."""
 
 DEFAULT_IMAGE_SIZE = 32
+MAX_IMAGE_BYTES = 2**28
+"""Largest image file that is read from a shard or a data set of the Hub, in bytes."""
+
 LARGEST_RATIO = 16
 """An image that is longer than this, as a multiple of its shorter side, is cropped before it is
 resized, because memory grows with the ratio."""
@@ -48,9 +51,9 @@ _DEEP_MODES = ("I", "F")
 class Decoder:
     """Decodes images to uint8 (channels, size, size).
 
-    The shorter side is resized (bilinear, antialiased), then the centre is cropped. Of an image much
-    longer than wide, or wider than long, only the centre is resized. Grey pixels of 16 bits are
-    scaled to 8; Pillow itself scales those of colour images.
+    The shorter side is resized (bilinear, antialiased), then the centre is cropped. Of an image
+    longer than LARGEST_RATIO, only the centre is resized. Grey pixels of 16 bits are scaled to 8;
+    Pillow itself scales those of colour images.
 
     Attributes:
         size: Pixels a side.
@@ -148,13 +151,15 @@ def doubt_depth(scaled: int, brightest: int) -> tuple[str, ...]:
         brightest: Their largest pixel, before it was scaled.
     """
     pixel = (brightest + 128) // 257
-    if not scaled or not 0 < brightest or pixel > DARKEST:
+    if not scaled or not brightest or pixel > DARKEST:
         return ()
-    return (
+    bits = brightest.bit_length()
+    note = (
         f"the brightest pixel of {scaled:,} images of 16 bits is {brightest:,} of 65,535, "
-        f"{pixel} of 255 after scaling; if they hold {brightest.bit_length()} bits in 16, multiply "
-        f"their pixels by {65535 // (2 ** brightest.bit_length() - 1)}",
+        f"{pixel} of 255 after scaling; if they hold {bits} bits in 16, multiply their pixels by "
+        f"{65535 // (2**bits - 1)}"
     )
+    return (note,)
 
 
 def make_decoder(where: str, size: int | None, channels: int | None) -> Decoder:
