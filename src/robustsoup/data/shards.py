@@ -162,7 +162,6 @@ def _iterate_members(file: BufferedReader, path: Path) -> Iterator[dict[str, obj
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
-            archive.members = []  # which would grow with the shard
             if not member.isreg() or _NO_SAMPLES.match(member.name):
                 continue
             yield {
