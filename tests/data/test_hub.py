@@ -209,7 +209,7 @@ def test_labels_are_there_for_all_rows_or_for_none():
     for labels in ([None, None], [-1, -1], []):
         assert not has_labels(labels, "x")
     with pytest.raises(
-        DataError, match=r"x: row 1: got label None, expected a class; remove the 2"
+        DataError, match=r"x: row 1: got label None, expected a class; remove the rows"
     ):
         has_labels([0, None, -1], "x")
 

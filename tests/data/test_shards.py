@@ -118,6 +118,15 @@ def test_only_images_and_labels_are_read_and_none_too_large(webdataset, tmp_path
 
 
 @pytest.mark.extras
+@pytest.mark.parametrize("pattern", ["{0..999999999}.tar", "{0..999}/{000..999}.tar"])
+def test_a_pattern_of_too_many_files_is_refused_before_it_is_expanded(webdataset, pattern):
+    with pytest.raises(
+        DataError, match=r"a pattern of more than 100,000 files; shorten its ranges"
+    ):
+        load_data(f"wds:{pattern}")
+
+
+@pytest.mark.extras
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(webdataset, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         member = tarfile.TarInfo("0.bin")

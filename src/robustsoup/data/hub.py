@@ -175,7 +175,7 @@ def has_labels(labels: Sequence[object], place: str) -> bool:
     if 0 < len(missing) < len(labels):
         raise DataError(
             f"{place}: row {missing[0]}: got label {labels[missing[0]]}, expected a class; remove "
-            f"the {len(missing):,} rows without a label"
+            f"the rows without a label ({len(missing):,})"
         )
     return bool(labels) and not missing
 

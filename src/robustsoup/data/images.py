@@ -143,6 +143,10 @@ def _crop_long(image: "Image") -> "Image":
     return image.crop((before, 0, before + longest, shorter))
 
 
+_SENSOR_DEPTHS = (8, 10, 12, 14)
+"""Bits of pixels that are stored in 16."""
+
+
 def doubt_depth(scaled: int, brightest: int) -> tuple[str, ...]:
     """Return a note if images of 16 bits seem to hold fewer bits, which makes them almost black.
 
@@ -153,7 +157,7 @@ def doubt_depth(scaled: int, brightest: int) -> tuple[str, ...]:
     pixel = (brightest + 128) // 257
     if not scaled or not brightest or pixel > DARKEST:
         return ()
-    bits = brightest.bit_length()
+    bits = next(depth for depth in _SENSOR_DEPTHS if brightest < 2**depth)
     note = (
         f"the brightest pixel of {scaled:,} images of 16 bits is {brightest:,} of 65,535, "
         f"{pixel} of 255 after scaling; if they hold {bits} bits in 16, multiply their pixels by "

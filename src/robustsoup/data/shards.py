@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ from robustsoup.printable import first_line
 LABEL_SUFFIXES = (".cls", ".json")
 MAX_LABEL_BYTES = 2**24
 """Largest file of a label that is read, in bytes."""
+
+MAX_SHARDS = 100_000
+"""Most files that a pattern describes."""
 
 _NO_SAMPLES = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset leaves out."""
@@ -84,6 +88,12 @@ def _find_files(request: DataRequest) -> list[Path]:
             "pip install 'robustsoup[webdataset]'"
         ) from None
     folder = Path(request.place)
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)(?:\.\.\d+)?\}", request.place)
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
+    if count > MAX_SHARDS:
+        raise DataError(
+            f"{request.spec}: got a pattern of more than {MAX_SHARDS:,} files; shorten its ranges"
+        )
     patterns = [str(folder / "*.tar")] if folder.is_dir() else expand_urls(request.place)
     files: list[Path] = []
     for pattern in patterns:
