@@ -41,6 +41,29 @@ def test_16_bits_are_scaled_to_8_and_said_once(tmp_path, suffix):
         )
 
 
+@pytest.mark.parametrize(
+    ("brightest", "note"),
+    [
+        (4000, "is 4,000 of 65,535, 16 of 255 after scaling; if they hold 12 bits in 16, multiply"),
+        (
+            200,
+            "is 200 of 65,535, 1 of 255 after scaling; if they hold 8 bits in 16, multiply their",
+        ),
+        (9000, None),
+        (0, None),
+    ],
+)
+def test_16_bits_that_hold_fewer_are_doubted(tmp_path, brightest, note):
+    for name in ("a", "b"):
+        write_greys(tmp_path / name, [0, brightest] * 5, "png", numpy.uint16)
+    for _ in range(2):  # decoded, then from the cache folder
+        _, data = load_all(tmp_path)
+        doubts = tuple(each for each in data.notes if "pixel of 20 images of 16 bits" in each)
+        assert len(doubts) == (note is not None)
+        assert all(note in doubt for doubt in doubts)
+        assert data.train.notes == data.val.notes == data.test.notes == doubts
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "I;16"])
 def test_of_a_thin_image_only_the_middle_is_resized(monkeypatch, turned, mode):
