@@ -19,6 +19,8 @@ ARRAYS = {
     "x": np.arange(24, dtype=np.float64).reshape(2, 3, 4),
     "half": np.ones(3, dtype=np.float16),
     "small": np.arange(3, dtype=np.int8),
+    "unsigned": np.arange(3, dtype=np.uint16),
+    "blocks": np.arange(500_000) % 1000,
     "none": np.zeros((0, 3), dtype=np.float32),
     "one": np.array(5),
 }

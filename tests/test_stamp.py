@@ -40,7 +40,7 @@ def save_dial(path):
 def save_evaluation(path):
     n = torch.zeros(3, dtype=torch.int64)
     verdicts = Verdicts(n == 0, n, n, n.float(), n.float())
-    record = {"threats": ["Linf 8/255"]}
+    record = {"threats": ["Linf 8/255"], "broken_by": ["clean"]}
     return Evaluation(n, n, n, n.float(), {"Linf 8/255": verdicts}, record).save(path)
 
 

@@ -9,10 +9,11 @@ import itertools
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from robustsoup.file_bytes import (
@@ -33,6 +34,7 @@ MAX_MEMBERS = 4 * MAX_TENSORS
 MAX_UNPACKED_BYTES = 2**26
 """Most bytes that the compressed members of an archive hold together."""
 
+_BLOCK_BYTES = 2**20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _END = struct.Struct("<4s4xHHIIH")
 _END_64_LOCATOR = struct.Struct("<4s4xQ4x")
@@ -78,13 +80,16 @@ class Archive:
     Args:
         source: The file.
         unpacks: Whether compressed members are read; they are refused otherwise.
+        max_unpacked: Most bytes that the compressed members may hold together.
 
     Raises:
         ValueError: The archive is broken, too large, encrypted or ambiguous: a name stands twice,
             or members share bytes.
     """
 
-    def __init__(self, source: FileBytes, *, unpacks: bool = False) -> None:
+    def __init__(
+        self, source: FileBytes, *, unpacks: bool = False, max_unpacked: int = MAX_UNPACKED_BYTES
+    ) -> None:
         self.source = source
         _check_directory_size(source)
         try:
@@ -103,8 +108,12 @@ class Archive:
                 f"{packed[0].name} is compressed, which torch.save does not do; "
                 "load the file with torch.load and save it again"
             )
-        if sum(member.length for member in packed) > MAX_UNPACKED_BYTES:
-            raise ValueError(f"compressed members of more than {MAX_UNPACKED_BYTES:,} bytes in all")
+        unpacked = sum(member.length for member in packed)
+        if unpacked > max_unpacked:
+            raise ValueError(
+                f"compressed members of {unpacked:,} bytes, and {max_unpacked:,} bytes in all are "
+                "the most that are unpacked; write the file with numpy.savez, without compression"
+            )
 
     def find_folder(self, name: str) -> str:
         """Return the folder of the only member of that name, with its slash.
@@ -176,23 +185,38 @@ def _parse_seal(text: bytes) -> dict[str, str]:
     return {name: digest for digest, name in pairs}
 
 
-def unpack_member(source: FileBytes, member: Member) -> bytes:
-    """Return the content of a member, decompressed if it is compressed.
+def unpack_member(source: FileBytes, member: Member) -> Tensor:
+    """Return the content of a compressed member, uint8 (length,).
 
     Raises:
-        DamageError: The content does not have the member's CRC-32.
-        ValueError: The content is broken or has another length.
+        DamageError: The content does not have the member's length or CRC-32, or is broken.
     """
-    content = source.read(member.begin, member.stored)
-    if member.packed:
-        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            content = unpacker.decompress(content, member.length + 1)
-        except zlib.error as error:
-            raise DamageError(f"{member.name} is damaged: {error}") from None
-    if len(content) != member.length or zlib.crc32(content) != member.crc:
+    content = torch.empty(member.length, dtype=torch.uint8)
+    target, done = content.numpy().data, 0
+    try:
+        for block in _unpack_blocks(source, member):
+            if done + len(block) > member.length:
+                raise DamageError(f"{member.name} was changed after the file was written")
+            target[done : done + len(block)] = block
+            done += len(block)
+    except zlib.error as error:
+        raise DamageError(f"{member.name} is damaged: {error}") from None
+    if done < member.length or zlib.crc32(target) != member.crc:
         raise DamageError(f"{member.name} was changed after the file was written")
     return content
+
+
+def _unpack_blocks(source: FileBytes, member: Member) -> Iterator[bytes]:
+    """Decompress a member in blocks, so that memory holds its content once."""
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    end = member.begin + member.stored
+    for begin in range(member.begin, end, _BLOCK_BYTES):
+        packed = source.read(begin, min(_BLOCK_BYTES, end - begin))
+        while packed and not unpacker.eof:
+            yield unpacker.decompress(packed, _BLOCK_BYTES)
+            packed = unpacker.unconsumed_tail
+    while block := unpacker.decompress(b"", _BLOCK_BYTES):
+        yield block
 
 
 def _check_directory_size(source: FileBytes) -> None:

@@ -2,12 +2,13 @@
 
 import re
 import zlib
+from collections.abc import Callable, Collection
 from io import BufferedReader
 
 import torch
 from torch import Tensor
 
-from robustsoup.archives import Archive, Member, unpack_member
+from robustsoup.archives import MAX_UNPACKED_BYTES, Archive, Member, unpack_member
 from robustsoup.file_bytes import DamageError, FileBytes, check_name, view_as
 
 MAX_ARRAYS = 1000
@@ -25,35 +26,47 @@ _DTYPES = {
     "<i2": torch.int16,
     "<i4": torch.int32,
     "<i8": torch.int64,
+    "<u2": torch.uint16,
+    "<u4": torch.uint32,
+    "<u8": torch.uint64,
     "|i1": torch.int8,
     "|u1": torch.uint8,
     "|b1": torch.bool,
 }
 
 
-def read_arrays(file: BufferedReader) -> dict[str, Tensor]:
-    """Read all arrays of an .npz file, compressed or not, and compare their CRC-32.
+def read_arrays(
+    file: BufferedReader,
+    *,
+    choose: Callable[[Collection[str]], Collection[str]] | None = None,
+    max_unpacked: int = MAX_UNPACKED_BYTES,
+) -> dict[str, Tensor]:
+    """Read the arrays of an .npz file, compressed or not, and compare their CRC-32.
 
     Args:
         file: A regular file, opened in binary mode.
+        choose: Returns the names to read, of the names of all arrays; by default all are read.
+        max_unpacked: Most bytes that the compressed arrays of the file may hold together.
 
     Returns:
         name -> tensor, a copy.
 
     Raises:
         DamageError: The content of an array is not what was written.
-        ValueError: The file is broken or too large, or an array is no array of plain numbers in C
-            order and the processor's byte order.
+        ValueError: The file is broken or too large, or an array that is read is no array of plain
+            numbers in C order and the processor's byte order.
     """
     source = FileBytes(file, mapped=False)
-    archive = Archive(source, unpacks=True)
+    archive = Archive(source, unpacks=True, max_unpacked=max_unpacked)
     if len(archive.members) > MAX_ARRAYS:
         raise ValueError(f"{len(archive.members):,} arrays; at most {MAX_ARRAYS:,} are read")
+    members = {check_name(name.removesuffix(".npy")): name for name in archive.members}
     arrays: dict[str, Tensor] = {}
-    for name, member in archive.members.items():
-        raw = _read_member(source, member)
+    for array in members if choose is None else choose(members):
+        name = members[array]
+        raw = _read_member(source, archive.members[name])
         try:
-            arrays[check_name(name.removesuffix(".npy"))] = _parse_array(raw)
+            arrays[array] = _parse_array(raw)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return arrays
@@ -61,7 +74,7 @@ def read_arrays(file: BufferedReader) -> dict[str, Tensor]:
 
 def _read_member(source: FileBytes, member: Member) -> Tensor:
     if member.packed and member.length:
-        return torch.frombuffer(bytearray(unpack_member(source, member)), dtype=torch.uint8)
+        return unpack_member(source, member)
     raw = source.tensor(member.begin, member.length)
     if zlib.crc32(raw.numpy().data) != member.crc:
         raise DamageError(f"{member.name} was changed after the file was written")

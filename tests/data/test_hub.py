@@ -10,6 +10,13 @@ from PIL import Image
 from small_data import write_images
 
 from robustsoup.data import load_data
+from robustsoup.data.hub import (
+    HubSplit,
+    has_labels,
+    match_splits,
+    number_classes,
+    open_stored_image,
+)
 from robustsoup.errors import DataError
 
 
@@ -36,10 +43,10 @@ def encode(shade, mode):
     return {"bytes": written.getvalue(), "path": None}
 
 
-def make_dataset(datasets, count, labels=None, mode="RGB"):
+def make_dataset(datasets, count, labels=None, mode="RGB", classes=("cat", "dog")):
     """Make a data set whose image n has the shade n and the label n % 2."""
     labels = [number % 2 for number in range(count)] if labels is None else labels
-    names = datasets.ClassLabel(names=["cat", "dog"])
+    names = datasets.ClassLabel(names=list(classes))
     kind = datasets.Value("string") if isinstance(labels[0], str) else names
     images = [encode(number, mode) for number in range(count)]
     features = {"id": datasets.Value("int64"), "img": datasets.Image(), "label": kind}
@@ -114,6 +121,102 @@ def test_saved_to_disk_with_text_labels_and_a_test_split_without_labels(datasets
     data = load_data(f"hf:{tmp_path / 'secret'}")
     assert len(data.test) == 4
     assert data.notes == (f"hf:{tmp_path / 'secret'}: test has no labels and is left out",)
+
+
+@pytest.mark.extras
+def test_splits_that_number_their_classes_differently(datasets, tmp_path):
+    turned = make_dataset(datasets, 6, [1, 0] * 3, classes=("dog", "cat"))
+    parts = {"train": make_dataset(datasets, 20), "test": turned}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "turned")
+    data = load_data(f"hf:{tmp_path / 'turned'}")
+    assert data.record["classes"] == ["cat", "dog"]
+    check_samples(data.test)
+
+
+@pytest.mark.extras
+def test_splits_without_labels_or_with_other_names(datasets, tmp_path):
+    train = make_dataset(datasets, 20)
+    bare = train.remove_columns("label")
+    parts = {"Train": train, "test": bare, "dev": train, "eval": train}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "bare")
+    place = f"hf:{tmp_path / 'bare'}"
+    assert load_data(place).notes == (
+        f"{place}: splits that are not used: dev, eval",
+        f"{place}: test has no labels and is left out",
+    )
+    unlabelled = make_dataset(datasets, 4, [None] * 4)
+    datasets.DatasetDict(train=unlabelled, dev=train).save_to_disk(tmp_path / "none")
+    with pytest.raises(DataError, match=r"no labelled split train.*the data has train, dev"):
+        load_data(f"hf:{tmp_path / 'none'}")
+    datasets.DatasetDict(train=bare).save_to_disk(tmp_path / "no")
+    with pytest.raises(
+        DataError, match=r"got the columns id, img, expected one of type ClassLabel"
+    ):
+        load_data(f"hf:{tmp_path / 'no'}")
+
+
+@pytest.mark.extras
+def test_other_columns_of_images_are_not_opened(datasets, tmp_path):
+    features = {"img": datasets.Image(), "label": datasets.Value("int64"), "x": datasets.Image()}
+    columns = {"img": [encode(n, "L") for n in range(9)], "label": [0, 1, 2] * 3}
+    mask = [{"bytes": b"no image", "path": None}] * 9
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = from_columns(datasets, features, **columns, x=mask).data.table
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert load_data(f"hf:{tmp_path / 'a.parquet'}").train.classes == 3
+
+
+def number(classes, **splits):
+    """Return the numbers of the labels of each split, and the names of the classes."""
+    samples = {part: HubSplit([], labels, classes.get(part)) for part, labels in splits.items()}
+    parts, names = number_classes(samples, "hf:x")
+    return {part: labels for part, (_, labels) in parts.items()}, names
+
+
+def test_classes_are_translated_by_name():
+    abc, cb = ["a", "b", "c"], ["c", "b"]
+    assert number({"train": abc, "test": cb}, train=[0, 1, 2], test=[0, 1]) == (
+        {"train": [0, 1, 2], "test": [2, 1]},
+        abc,
+    )
+    assert number({"train": abc}, train=[0, 1], test=["b", "c"])[0]["test"] == [1, 2]
+    assert number({"test": abc}, train=[2, 1], test=[0])[0] == {"train": [2, 1], "test": [0]}
+    assert number({}, train=["y", "x"], test=["x"]) == ({"train": [1, 0], "test": [0]}, ["x", "y"])
+    assert number({}, train=[5, 1]) == ({"train": [5, 1]}, None)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], ["c"], [["a"]]])
+def test_classes_that_train_lacks_are_refused(labels):
+    with pytest.raises(
+        DataError, match=r"hf:x test: got classes .*, expected those of train, a, b"
+    ):
+        number({"train": ["a", "b"], "test": ["a", "c"]}, train=[0], test=labels)
+
+
+def test_splits_are_found_by_their_names():
+    assert match_splits(["Test", "valid", "train", "dev"]) == {
+        "train": "train",
+        "val": "valid",
+        "test": "Test",
+    }
+    assert match_splits(["all"]) == {"train": "all"}
+    assert match_splits(["dev", "eval"]) == {}
+
+
+def test_labels_are_there_for_all_rows_or_for_none():
+    assert has_labels([0, 1], "x")
+    assert has_labels(["a"], "x")
+    for labels in ([None, None], [-1, -1], []):
+        assert not has_labels(labels, "x")
+    with pytest.raises(
+        DataError, match=r"x: row 1: got label None, expected a class; remove the rows"
+    ):
+        has_labels([0, None, -1], "x")
+
+
+def test_a_row_without_an_image_is_named():
+    with pytest.raises(DataError, match=r"row 3: got None, expected an image; remove the row"):
+        open_stored_image(None, "row 3")
 
 
 @pytest.mark.extras

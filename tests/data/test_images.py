@@ -8,6 +8,7 @@ from PIL import Image
 from small_data import write_images
 
 from robustsoup.data import load_data
+from robustsoup.data.images import Decoder
 from robustsoup.errors import DataError
 
 
@@ -38,6 +39,61 @@ def test_16_bits_are_scaled_to_8_and_said_once(tmp_path, suffix):
             f"{tmp_path}: every image is grey, so images have 1 channel; channels = 3 repeats it",
             f"{tmp_path}: 10 images of 16 bits were scaled to 8",
         )
+
+
+@pytest.mark.parametrize(
+    ("brightest", "note"),
+    [
+        (4000, "is 4,000 of 65,535, 16 of 255 after scaling; if they hold 12 bits in 16, multiply"),
+        (
+            200,
+            "is 200 of 65,535, 1 of 255 after scaling; if they hold 8 bits in 16, multiply their",
+        ),
+        (9000, None),
+        (0, None),
+    ],
+)
+def test_16_bits_that_hold_fewer_are_doubted(tmp_path, brightest, note):
+    for name in ("a", "b"):
+        write_greys(tmp_path / name, [0, brightest] * 5, "png", numpy.uint16)
+    for _ in range(2):  # decoded, then from the cache folder
+        _, data = load_all(tmp_path)
+        doubts = tuple(each for each in data.notes if "pixel of 20 images of 16 bits" in each)
+        assert len(doubts) == (note is not None)
+        assert all(note in doubt for doubt in doubts)
+        assert data.train.notes == data.val.notes == data.test.notes == doubts
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "I;16"])
+def test_of_a_thin_image_only_the_middle_is_resized(monkeypatch, turned, mode):
+    shades = numpy.random.default_rng(0).integers(0, 256, (4000, 5))
+    dtype, factor = (numpy.uint16, 257) if mode == "I;16" else (numpy.uint8, 1)
+    pixels = (shades.T if turned else shades).astype(dtype) * factor
+    image = Image.fromarray(pixels) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    decoded = Decoder(4, 1).convert(image, "thin")
+    monkeypatch.setattr("robustsoup.data.images.LARGEST_RATIO", 10**6)
+    whole = Decoder(4, 1).convert(image, "thin")
+    assert (decoded.int() - whole.int()).abs().max() <= 1
+    monkeypatch.setattr("robustsoup.data.images.LARGEST_RATIO", 16)
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, _: Image.new("L", size))
+    sizes = []
+    monkeypatch.setattr(
+        Image.Image,
+        "crop",
+        lambda image, box, crop=Image.Image.crop: sizes.append(image.size) or crop(image, box),
+    )
+    Decoder(4, 1).convert(image, "thin")
+    assert sorted(sizes[-1]) == [4, 4 * 16]
+
+
+def test_an_image_that_needs_more_memory_than_there_is_names_its_file(monkeypatch):
+    def resize(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    with pytest.raises(DataError, match=r"large: cannot be read \(it needs more memory than there"):
+        Decoder(4, 1).convert(Image.new("L", (8, 8)), "large")
 
 
 def test_pixels_of_32_bits_are_refused(tmp_path):

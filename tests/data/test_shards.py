@@ -5,12 +5,15 @@ import json
 import pickle
 import sys
 import tarfile
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 
-from robustsoup.data import load_data
+from robustsoup.data import load_data, shards
+from robustsoup.data.shards import group_files
 from robustsoup.errors import DataError
 
 
@@ -67,6 +70,85 @@ def test_splits_by_the_names_of_the_files(webdataset, tmp_path, monkeypatch):
     assert "val is test" in data.notes[0]
 
 
+def group(*names):
+    groups, notes = group_files([Path(name) for name in names], "wds:x")
+    return {part: [file.name for file in files] for part, files in groups.items()}, notes
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("imagenet-train-0.tar", "imagenet-val-0.tar"), ["train", "val"]),
+        (("Train-0.tar", "Test-0.tar"), ["train", "test"]),
+        (("trainset000.tar", "valid_0.tar", "testing.tar"), ["train", "val", "test"]),
+        (("test-run-train-0.tar", "test-run-test-0.tar"), ["train", "test"]),
+    ],
+)
+def test_a_split_is_a_word_of_the_name(names, expected):
+    assert group(*names) == ({part: [n] for part, n in zip(expected, names, strict=True)}, [])
+
+
+def test_files_whose_names_name_no_split_to_train_on():
+    assert group("trainer-0.tar", "value-0.tar")[1] == []
+    groups, notes = group("val-0.tar", "val-1.tar")
+    assert groups == {"train": ["val-0.tar", "val-1.tar"]}
+    assert notes == ["no file names train; those of val are split anew"]
+
+
+def test_files_of_which_only_some_name_a_split_are_refused():
+    with pytest.raises(
+        DataError, match=r"\(train-0\.tar, test-0\.tar\) beside .* \(extra-0\.tar\)"
+    ):
+        group("train-0.tar", "test-0.tar", "extra-0.tar")
+
+
+@pytest.mark.extras
+def test_only_images_and_labels_are_read_and_none_too_large(webdataset, tmp_path, monkeypatch):
+    def label(number):
+        return {"cls": b"0", "bin": bytes(5000)}
+
+    write_shard(tmp_path / "a.tar", range(10), label=label)
+    monkeypatch.setattr(shards, "MAX_IMAGE_BYTES", 1000)
+    assert len(load_data(f"wds:{tmp_path}").test) == 2
+    write_shard(tmp_path / "a.tar", range(10), image=lambda number: bytes(1001))
+    with pytest.raises(
+        DataError, match=r"000000\.png: got 1,001 bytes, expected at most 1,000; re"
+    ):
+        load_data(f"wds:{tmp_path}")
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("pattern", ["{0..999999999}.tar", "{0..999}/{000..999}.tar"])
+def test_a_pattern_of_too_many_files_is_refused_before_it_is_expanded(webdataset, pattern):
+    with pytest.raises(
+        DataError, match=r"a pattern of more than 100,000 files; shorten its ranges"
+    ):
+        load_data(f"wds:{pattern}")
+
+
+@pytest.mark.extras
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(webdataset, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        member = tarfile.TarInfo("0.bin")
+        member.size = 10**6
+        tar.addfile(member, io.BytesIO(bytes(10**6)))
+    with pytest.raises(DataError, match=r"not a readable \.tar file: .*; expected one that is not"):
+        load_data(f"wds:{tmp_path}")
+
+
+@pytest.mark.extras
+def test_16_bits_that_hold_fewer_are_doubted(webdataset, tmp_path):
+    def image(number):
+        written = io.BytesIO()
+        Image.fromarray(numpy.full((8, 8), 4095, numpy.uint16)).save(written, "png")
+        return written.getvalue()
+
+    write_shard(tmp_path / "a.tar", range(10), image=image)
+    data = load_data(f"wds:{tmp_path}")
+    assert "hold 12 bits in 16" in data.notes[0]
+    assert data.test.notes == data.notes
+
+
 @pytest.mark.extras
 def test_nothing_is_unpickled_and_no_command_runs(webdataset, tmp_path):
     class Evil:
@@ -91,6 +173,11 @@ def test_nothing_is_unpickled_and_no_command_runs(webdataset, tmp_path):
         ({"label": lambda n: {}}, "sample 000000: no label; got .png, expected the number"),
         ({"label": lambda n: {"cls": b"cat"}}, "sample 000000: no label; got .png, .cls, expected"),
         ({"label": lambda n: {"json": b'{"x": 1}'}}, "sample 000000: no label"),
+        (
+            {"label": lambda n: {"cls": b"9" * 25}},
+            "got label a number of 84 bits, expected 0 to 99",
+        ),
+        ({"label": lambda n: {"cls": b"100000"}}, "sample 000000: got label 100000, expected 0 to"),
         ({"image": lambda n: b"no image"}, "sample 000000: cannot be read (not one of BMP"),
         ({"image": lambda n: encode(0, 8 + n)}, "an image of 9 x 9 pixels, expected square"),
     ],

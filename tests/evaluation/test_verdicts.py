@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,6 +160,50 @@ def save_small_evaluation(path, shift=0):
     verdicts = Verdicts(n % 2 == 0, -(n % 2), -(n % 2), n.float() / 8, n.float() - 4, points)
     record = {"threats": ["Linf 8/255"], "broken_by": ["clean"], "note": "grüße", "eps": 8 / 255}
     return Evaluation(n, n % 3, n % 2, n.float(), {"Linf 8/255": verdicts}, record).save(path)
+
+
+def save_changed_evaluation(path, record=(), **arrays):
+    """Save an evaluation with other content and valid digests."""
+    small = Evaluation.load(save_small_evaluation(path))
+    verdicts = {"by": arrays.pop("by")} if "by" in arrays else {}
+    threats = {name: replace(item, **verdicts) for name, item in small.threats.items()}
+    content = {key: value for key, value in (small.record | dict(record)).items() if value}
+    return replace(small, **arrays, threats=threats, record=content).save(path)
+
+
+NUMBERS = torch.zeros(8, dtype=torch.int64)
+FINDING = {"hits": 1, "n": 4, "low": 0.1, "high": 0.6}
+CLASSES = {"data": {"classes": ["a", "b", "c"]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prediction": NUMBERS - 5}, "prediction holds -5 to -5, expected 0 to 99999"),
+        (
+            {"prediction": NUMBERS + 3, "record": CLASSES},
+            "prediction holds 3 to 3, expected",
+        ),
+        ({"labels": NUMBERS + 10**6}, "labels holds 1000000 to 1000000, expected 0 to"),
+        ({"by": NUMBERS + 1}, "by_0 holds 1 to 1, expected -1 to 0"),
+        ({"by": NUMBERS - 2}, "by_0 holds -2 to -2, expected -1 to 0"),
+        ({"record": {"broken_by": None}}, "expected the keys threats, broken_by, accuracy"),
+        (
+            {"record": {"masking_check": {"Linf 8/255": {"tied": FINDING}}}},
+            "expected the keys hits, n, low, high, flagged",
+        ),
+        (
+            {"record": {"masking_check": {"Linf 8/255": {"tied": FINDING | {"flagged": "no"}}}}},
+            "flagged: got 'no', expected true or false",
+        ),
+    ],
+)
+def test_content_that_no_evaluation_has_is_refused(tmp_path, changes, reason):
+    path = save_changed_evaluation(tmp_path / "eval.json", **changes)
+    with pytest.raises(CheckpointError) as error:
+        Evaluation.load(path)
+    assert reason in str(error.value)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("ending", [".json", ".npz", ".points.npz"])

@@ -214,7 +214,12 @@ def write_evaluations(folder, results):
                 (torch.arange(n) >= hits["clean"]).long(),
                 zeros,
                 {THREAT: verdicts},
-                {"threats": [THREAT], "data": {"name": "x", "digest": "d"}, "split": split},
+                {
+                    "threats": [THREAT],
+                    "broken_by": ["clean"],
+                    "data": {"name": "x", "digest": "d"},
+                    "split": split,
+                },
             )
             evaluation.save(folder / "evaluations" / f"{row['name']}.{split}.json")
     results["selection"]["chosen"] = chosen.replace("/", "-")

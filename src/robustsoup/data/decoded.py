@@ -31,7 +31,7 @@ from robustsoup.files import cache_folder
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.progress import Progress
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """Version of the cache; raise it when the same files decode to other pixels or another layout."""
 SPLIT_NAMES = ("train", "val", "test")
 SUMMARY_FILE = "about.json"
@@ -94,6 +94,7 @@ class DecodedImages:
         mean: Mean of each channel of the pool, in [0, 1].
         std: Standard deviation of each channel of the pool, in [0, 1].
         scaled: Number of images whose pixels were scaled from 16 bits to 8.
+        brightest: Largest pixel of these images, before it was scaled.
     """
 
     images: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -101,6 +102,7 @@ class DecodedImages:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scaled: int
+    brightest: int
 
 
 def decoded_folder() -> Path:
@@ -180,7 +182,7 @@ def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages 
         # Copy on write ("c"): torch refuses read-only arrays.
         arrays = [numpy.load(target / f"{name}.npy", mmap_mode="c") for name in SPLIT_NAMES]
         digest, mean, std = summary["digest"], tuple(summary["mean"]), tuple(summary["std"])
-        scaled = int(summary["scaled"])
+        scaled, brightest = int(summary["scaled"]), int(summary["brightest"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     shapes = [array.shape for array in arrays]
@@ -189,7 +191,7 @@ def _open_decoded(target: Path, parts: FolderParts, size: int) -> DecodedImages 
     if any(array.dtype != numpy.uint8 for array in arrays):
         return None
     train, val, test = (torch.from_numpy(array) for array in arrays)
-    return DecodedImages((train, val, test), digest, mean, std, scaled)
+    return DecodedImages((train, val, test), digest, mean, std, scaled, brightest)
 
 
 @contextlib.contextmanager
@@ -289,7 +291,14 @@ def _decode_parts(
     mean, std = statistics_of_counts(counts)
     names = [f"{name}.npy" for name in SPLIT_NAMES]
     files = {name: FileDigest.of(folder / name).to_json() for name in names}
-    summary = {"digest": digest, "mean": mean, "std": std, "scaled": decoder.scaled, "files": files}
+    summary = {
+        "digest": digest,
+        "mean": mean,
+        "std": std,
+        "scaled": decoder.scaled,
+        "brightest": decoder.brightest,
+        "files": files,
+    }
     with _open_synced(folder / SUMMARY_FILE) as file:
         content = {**summary, "summary_digest": digest_json(summary)}
         file.write(json.dumps(content).encode())

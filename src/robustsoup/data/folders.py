@@ -3,15 +3,23 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from robustsoup.data.decoded import FolderParts, ImageFiles, load_decoded
-from robustsoup.data.images import IMAGE_SUFFIXES, make_decoder
+from robustsoup.data.images import IMAGE_SUFFIXES, doubt_depth, make_decoder
 from robustsoup.data.request import DataRequest
-from robustsoup.data.splits import Augmentation, Data, DataDescription, Samples, assemble, hold_out
+from robustsoup.data.splits import (
+    Augmentation,
+    Data,
+    DataDescription,
+    Samples,
+    add_notes,
+    assemble,
+    hold_out,
+)
 from robustsoup.errors import DataError
 
 SPLIT_FOLDERS = {
@@ -89,6 +97,7 @@ def load_folder(request: DataRequest) -> Data:
         notes.append("every image is grey, so images have 1 channel; channels = 3 repeats it")
     if decoded.scaled:
         notes.append(f"{decoded.scaled:,} images of 16 bits were scaled to 8")
+    doubts = doubt_depth(decoded.scaled, decoded.brightest)
     description = DataDescription(
         request.spec,
         decoded.digest,
@@ -102,7 +111,7 @@ def load_folder(request: DataRequest) -> Data:
         for images, files in zip(decoded.images, (train, val, parts.test), strict=True)
     )
     data = assemble(description, train_samples, val_samples, test_samples, seed=request.seed)
-    return replace(data, notes=tuple(f"{root}: {note}" for note in notes))
+    return add_notes(data, [f"{root}: {note}" for note in notes], [f"{root}: {d}" for d in doubts])
 
 
 @contextlib.contextmanager
@@ -137,14 +146,14 @@ def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
         if part.classes != train.classes:
             differing = sorted(set(part.classes) ^ set(train.classes))
             raise DataError(
-                f"{folders[name]}: got classes {_abbreviate(part.classes)}, expected those of "
-                f"train, {_abbreviate(train.classes)} (in only one of them: "
-                f"{_abbreviate(differing)}); make the folders agree"
+                f"{folders[name]}: got classes {abbreviate(part.classes)}, expected those of "
+                f"train, {abbreviate(train.classes)} (in only one of them: "
+                f"{abbreviate(differing)}); make the folders agree"
             )
     skipped = train.skipped + val.skipped + test.skipped
     unused = [f.name for f in _sub_folders(root) if f not in folders.values()]
     if unused:
-        notes.append(f"folders {_abbreviate(unused)} beside {folders['train'].name} are not used")
+        notes.append(f"folders {abbreviate(unused)} beside {folders['train'].name} are not used")
     return _join_listings(train, val, test, seed), notes + _describe_skipped(skipped)
 
 
@@ -303,7 +312,7 @@ def _describe_skipped(skipped: Counter[str]) -> list[str]:
 
 
 def _count_reasons(skipped: Counter[str]) -> str:
-    return _abbreviate([f"{count:,} {reason}" for reason, count in sorted(skipped.items())])
+    return abbreviate([f"{count:,} {reason}" for reason, count in sorted(skipped.items())])
 
 
 def _check_classes_trained(root: Path, classes: tuple[str, ...], train: ImageFiles) -> None:
@@ -321,6 +330,7 @@ def _number_files(files: tuple[str, ...], labels: tuple[int, ...]) -> ImageFiles
     return ImageFiles(files, torch.tensor(labels), torch.arange(len(files)))
 
 
-def _abbreviate(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
+    """Return the first five names as text, and how many there are if there are more."""
     first = ", ".join(names[:5])
     return f"{first}, ... ({len(names)})" if len(names) > 5 else first

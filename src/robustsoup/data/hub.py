@@ -1,14 +1,14 @@
 """Data sets that the library `datasets` reads: of the Hugging Face Hub, or in local files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustsoup.data.folders import SPLIT_FOLDERS
-from robustsoup.data.images import open_image
+from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
+from robustsoup.data.images import MAX_IMAGE_BYTES, open_image
 from robustsoup.data.request import DataRequest
-from robustsoup.data.splits import Augmentation, Data, assemble_tensors, promote_val
+from robustsoup.data.splits import Augmentation, Data, add_notes, assemble_tensors, promote_val
 from robustsoup.data.torch_datasets import IMAGE_KEYS, LABEL_KEYS, ImageStack
 from robustsoup.errors import DataError
 from robustsoup.files import read_regular
@@ -20,36 +20,58 @@ if TYPE_CHECKING:
 FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
 SAVED_FILES = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
-MAX_IMAGE_BYTES = 2**28
-"""Largest image file that is read, in bytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class HubSplit:
+    """The samples of a split as the library gives them.
+
+    Attributes:
+        images: Images, as `as_pixels` takes them.
+        labels: The class of each image, by its number or by its name.
+        names: Names of the classes in the order of their numbers, if the split states them.
+        doubts: Notes on the depth of the images.
+    """
+
+    images: list[object]
+    labels: list[object]
+    names: list[str] | None
+    doubts: tuple[str, ...] = ()
 
 
 def load_hub(request: DataRequest) -> Data:
     """Load NAME[@REVISION][:CONFIGURATION] of the Hub, or a local file or folder, into memory.
 
     Splits may be called train, validation and test, as in folders; a split without labels is left
-    out. The image is the first column of images, the label the first column of classes. Images are
+    out. The image is the first column of images, the label the first column of classes. Classes
+    are numbered as in train, and the labels of other splits are translated by name. Images are
     square and of one size, unless image_size is set. Libraries of the Hub run no code of a data
     set.
 
+    Returns:
+        The data; its notes say which splits were left out.
+
     Raises:
-        DataError: `datasets` is not installed or cannot load the data, or a column is missing.
+        DataError: `datasets` is not installed or cannot load the data, a column, an image or a
+            label is missing, or a split has a class that train lacks.
     """
-    parts: dict[str, tuple[list[object], list[object]]] = {}
-    notes: list[str] = []
-    classes: list[str] | None = None
-    for part, dataset in _find_splits(request).items():
-        images, labels, names = _read_split(dataset, request)
-        if labels and all(isinstance(label, int) and label < 0 for label in labels):
+    found, unused = _find_splits(request)
+    notes = [f"splits that are not used: {abbreviate(unused)}"] if unused else []
+    splits: dict[str, HubSplit] = {}
+    for part, dataset in found.items():
+        split = _read_split(dataset, part, request)
+        if split is None:
             notes.append(f"{part} has no labels and is left out")
-            continue
-        parts[part] = images, labels
-        classes = classes or names
-    if "train" not in parts:
-        raise DataError(f"{request.spec}: got no labelled split, expected train")
+        else:
+            splits[part] = split
+    if "train" not in splits:
+        raise DataError(
+            f"{request.spec}: got no labelled split train, expected one; the data has "
+            f"{abbreviate([*found, *unused])}"
+        )
+    doubts = [f"{request.spec} {part}: {d}" for part, split in splits.items() for d in split.doubts]
+    parts, classes = number_classes(splits, request.spec)
     notes += promote_val(parts)
-    if classes is None:
-        classes = _number_names(parts)
     size = request.image_size or 0
     data = assemble_tensors(
         request.spec,
@@ -59,11 +81,11 @@ def load_hub(request: DataRequest) -> Data:
         augmentation=Augmentation(pad=size // 8, flip=True),
         decoded=True,
     )
-    return replace(data, notes=(*data.notes, *(f"{request.spec}: {note}" for note in notes)))
+    return add_notes(data, [f"{request.spec}: {note}" for note in notes], doubts)
 
 
-def _find_splits(request: DataRequest) -> dict[str, "Dataset"]:
-    """Load the data and return its splits by our names."""
+def _find_splits(request: DataRequest) -> tuple[dict[str, "Dataset"], list[str]]:
+    """Load the data; return its splits by our names, and the names of those that are not used."""
     try:
         import datasets
     except ImportError:
@@ -88,43 +110,87 @@ def _find_splits(request: DataRequest) -> dict[str, "Dataset"]:
         reason = first_line(error)
         raise DataError(f"{request.spec}: datasets cannot load it: {reason}") from None
     if not isinstance(loaded, Mapping):
-        return {"train": loaded}
-    ours = {theirs: part for part, names in SPLIT_FOLDERS.items() for theirs in names}
-    found = {ours[name]: dataset for name, dataset in loaded.items() if name in ours}
-    if "train" not in found and len(loaded) == 1:
-        return {"train": next(iter(loaded.values()))}
-    return found
+        return {"train": loaded}, []
+    names = match_splits([str(name) for name in loaded])
+    unused = [str(name) for name in loaded if name not in names.values()]
+    return {part: loaded[name] for part, name in names.items()}, unused
 
 
-def _read_split(
-    dataset: "Dataset", request: DataRequest
-) -> tuple[list[object], list[object], list[str] | None]:
-    """Return images, labels and, if the data states them, the names of the classes."""
+def match_splits(names: Sequence[str]) -> dict[str, str]:
+    """Return the name of each split, by our name of it; a single one is train."""
+    lower = {name.lower(): name for name in names}
+    found = {
+        part: lower[spelling]
+        for part, spellings in SPLIT_FOLDERS.items()
+        for spelling in reversed(spellings)
+        if spelling in lower
+    }
+    return {"train": names[0]} if "train" not in found and len(names) == 1 else found
+
+
+def _read_split(dataset: "Dataset", part: str, request: DataRequest) -> HubSplit | None:
+    """Return the samples of a split; None if it is not train and has no labels."""
     kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     image = _find_column(kinds, "Image", IMAGE_KEYS, request.spec)
+    if part != "train" and not _list_columns(kinds, "ClassLabel", LABEL_KEYS):
+        return None
     label = _find_column(kinds, "ClassLabel", LABEL_KEYS, request.spec)
+    labels = _read_labels(dataset, label, f"{request.spec} {part}")
+    if not has_labels(labels, f"{request.spec} {part}"):
+        return None
+    names = getattr(dataset.features[label], "names", None)
+    dataset = dataset.select_columns([image])  # the library would decode others too
     if kinds[image] == "Image":
         dataset = dataset.cast_column(image, type(dataset.features[image])(decode=False))
-    stack, labels = ImageStack(request.spec, request.image_size, request.channels), list[object]()
+    stack = ImageStack(request.spec, request.image_size, request.channels)
     for number in range(len(dataset)):
         try:
             row = dataset[number]
         except Exception as error:  # whatever decoding raises
             raise DataError(f"{request.spec}: row {number} cannot be read: {error}") from None
-        stack.add(_open_stored_image(row[image], f"{request.spec}: row {number}"))
-        labels.append(row[label])
+        stack.add(open_stored_image(row[image], f"{request.spec}: row {number}"))
         if request.on_progress:
             request.on_progress(number + 1, len(dataset), "images decoded")
-    names = getattr(dataset.features[label], "names", None)
-    return stack.stack(), labels, None if names is None else list(names)
+    return HubSplit(stack.stack(), labels, None if names is None else list(names), stack.doubts())
 
 
-def _open_stored_image(image: object, place: str) -> object:
+def _read_labels(dataset: "Dataset", column: str, place: str) -> list[object]:
+    try:
+        return list(dataset.select_columns([column]).with_format(None)[:][column])
+    except Exception as error:  # whatever decoding raises
+        raise DataError(f"{place}: {column} cannot be read: {first_line(error)}") from None
+
+
+def has_labels(labels: Sequence[object], place: str) -> bool:
+    """Return whether a split has labels; data sets write None or -1 for the secret ones of tests.
+
+    Raises:
+        DataError: Only some labels are missing; the error names the first row without one.
+    """
+    missing = [
+        row
+        for row, label in enumerate(labels)
+        if label is None or (isinstance(label, int) and label < 0)
+    ]
+    if 0 < len(missing) < len(labels):
+        raise DataError(
+            f"{place}: row {missing[0]}: got label {labels[missing[0]]}, expected a class; remove "
+            f"the rows without a label ({len(missing):,})"
+        )
+    return bool(labels) and not missing
+
+
+def open_stored_image(image: object, place: str) -> object:
     """Open an image that is stored as bytes, or as the path of a local file.
 
     The library itself would also download it from an address in the data, and let Pillow start
     other programs; see IMAGE_FORMATS.
+
+    Raises:
+        DataError: There is no image, or its file cannot be read; the error names the `place`.
     """
+    if image is None:
+        raise DataError(f"{place}: got None, expected an image; remove the row")
     if not isinstance(image, Mapping):
         return image
     content, path = image.get("bytes"), image.get("path")
@@ -138,9 +204,7 @@ def _open_stored_image(image: object, place: str) -> object:
 
 def _find_column(kinds: Mapping[str, str], kind: str, names: Sequence[str], place: str) -> str:
     """Return the column of a kind of feature, else the first of some names."""
-    known = [name for name in names if name in kinds]
-    of_kind = [name for name in kinds if kinds[name] == kind]
-    for column in [*(name for name in known if name in of_kind), *of_kind, *known]:
+    for column in _list_columns(kinds, kind, names):
         return column
     raise DataError(
         f"{place}: got the columns {', '.join(kinds)}, expected one of type {kind} or one of "
@@ -148,16 +212,51 @@ def _find_column(kinds: Mapping[str, str], kind: str, names: Sequence[str], plac
     )
 
 
-def _number_names(parts: dict[str, tuple[list[object], list[object]]]) -> list[str] | None:
-    """Replace labels that are text by their numbers in sorted order, in place.
+def _list_columns(kinds: Mapping[str, str], kind: str, names: Sequence[str]) -> list[str]:
+    known = [name for name in names if name in kinds]
+    of_kind = [name for name in kinds if kinds[name] == kind]
+    return [*(name for name in known if name in of_kind), *of_kind, *known]
+
+
+def number_classes(
+    splits: Mapping[str, HubSplit], place: str
+) -> tuple[dict[str, tuple[object, object]], list[str] | None]:
+    """Number the classes of all splits alike: as in train, or as the first split that names them.
+
+    Labels that are text are numbered in sorted order if no split states the names of the classes.
 
     Returns:
-        The names of the classes; None if the labels are no text.
+        Images and labels of each split; and the names of the classes, None if labels are numbers
+        without names.
+
+    Raises:
+        DataError: A split has a class that is not among the names.
     """
-    labels = [label for _, labels in parts.values() for label in labels]
-    if not all(isinstance(label, str) for label in labels):
-        return None
-    names = sorted({str(label) for label in labels})
-    for part, (images, texts) in parts.items():
-        parts[part] = images, [names.index(str(text)) for text in texts]
-    return names
+    names = next((split.names for split in splits.values() if split.names is not None), None)
+    labels = [label for split in splits.values() for label in split.labels]
+    if names is None and all(isinstance(label, str) for label in labels):
+        names = sorted({str(label) for label in labels})
+    parts: dict[str, tuple[object, object]] = {}
+    for part, split in splits.items():
+        numbers = split.labels if names is None else _renumber(split, names, f"{place} {part}")
+        parts[part] = split.images, numbers
+    return parts, names
+
+
+def _renumber(split: HubSplit, names: Sequence[str], place: str) -> list[object]:
+    """Return labels as numbers of `names`."""
+    is_text = any(isinstance(label, str) for label in split.labels)
+    own = split.names
+    if not is_text and (own is None or own == names):
+        return split.labels
+    numbers = {name: number for number, name in enumerate(names)}
+    texts = [
+        own[label] if own and isinstance(label, int) and 0 <= label < len(own) else label
+        for label in split.labels
+    ]
+    if unknown := {str(text) for text in texts if not isinstance(text, str) or text not in numbers}:
+        raise DataError(
+            f"{place}: got classes {abbreviate(sorted(unknown))}, expected those of train, "
+            f"{abbreviate(names)}; make the splits agree"
+        )
+    return [numbers[str(text)] for text in texts]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 import numpy
 import torch
 
+from robustsoup.data.tensors import DARKEST
 from robustsoup.errors import DataError
 from robustsoup.files import open_regular
 
@@ -35,6 +36,12 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 for EPS it runs Ghostscript, so that an image could be a program."""
 
 DEFAULT_IMAGE_SIZE = 32
+MAX_IMAGE_BYTES = 2**28
+"""Largest image file that is read from a shard or a data set of the Hub, in bytes."""
+
+LARGEST_RATIO = 16
+"""An image that is longer than this, as a multiple of its shorter side, is cropped before it is
+resized, because memory grows with the ratio."""
 _GREY_MODES = ("1", "L", "LA", "La", "I")
 _DEEP_MODES = ("I", "F")
 """Modes of 32 bits; 16 bits of PNG and PPM files are among them in older versions of Pillow."""
@@ -44,18 +51,21 @@ _DEEP_MODES = ("I", "F")
 class Decoder:
     """Decodes images to uint8 (channels, size, size).
 
-    The shorter side is resized (bilinear, antialiased), then the centre is cropped. Grey pixels of
-    16 bits are scaled to 8; Pillow itself scales those of colour images.
+    The shorter side is resized (bilinear, antialiased), then the centre is cropped. Of an image
+    longer than LARGEST_RATIO, only the centre is resized. Grey pixels of 16 bits are scaled to 8;
+    Pillow itself scales those of colour images.
 
     Attributes:
         size: Pixels a side.
         channels: 1 or 3; None until `count_channels` decides.
         scaled: Number of images of 16 bits that were decoded so far.
+        brightest: Largest pixel of these images, before it was scaled.
     """
 
     size: int
     channels: int | None = None
     scaled: int = 0
+    brightest: int = 0
 
     def count_channels(self, files: Iterable[str]) -> int:
         """Return the channels: 1 if every file holds a grey image, else 3, unless they are set."""
@@ -83,7 +93,8 @@ class Decoder:
     def _resize(self, image: "Image", place: str) -> torch.Tensor:
         from PIL.Image import Resampling
 
-        image = self._to_8_bits(image, place).convert("L" if self.channels == 1 else "RGB")
+        image = _crop_long(self._to_8_bits(image, place))
+        image = image.convert("L" if self.channels == 1 else "RGB")
         width, height = image.size
         scale = self.size / min(width, height)
         width = max(self.size, round(width * scale))
@@ -112,7 +123,47 @@ class Decoder:
                 "convert the image to 8 bits"
             )
         self.scaled += 1
+        self.brightest = max(self.brightest, int(pixels.max()))
         return fromarray(((pixels.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
+
+
+def _crop_long(image: "Image") -> "Image":
+    """Return the centre of an image that exceeds LARGEST_RATIO, and other images unchanged.
+
+    The result is still longer than a square by far, so that the filter of the resizing finds every
+    pixel around the centre.
+    """
+    shorter, longer = sorted(image.size)
+    longest = shorter * LARGEST_RATIO
+    if longer <= longest:
+        return image
+    before = (longer - longest) // 2
+    if image.width == shorter:
+        return image.crop((0, before, shorter, before + longest))
+    return image.crop((before, 0, before + longest, shorter))
+
+
+_SENSOR_DEPTHS = (8, 10, 12, 14)
+"""Bits of pixels that are stored in 16."""
+
+
+def doubt_depth(scaled: int, brightest: int) -> tuple[str, ...]:
+    """Return a note if images of 16 bits seem to hold fewer bits, which makes them almost black.
+
+    Args:
+        scaled: Number of images of 16 bits that were scaled to 8.
+        brightest: Their largest pixel, before it was scaled.
+    """
+    pixel = (brightest + 128) // 257
+    if not scaled or not brightest or pixel > DARKEST:
+        return ()
+    bits = next(depth for depth in _SENSOR_DEPTHS if brightest < 2**depth)
+    note = (
+        f"the brightest pixel of {scaled:,} images of 16 bits is {brightest:,} of 65,535, "
+        f"{pixel} of 255 after scaling; if they hold {bits} bits in 16, multiply their pixels by "
+        f"{65535 // (2**bits - 1)}"
+    )
+    return (note,)
 
 
 def make_decoder(where: str, size: int | None, channels: int | None) -> Decoder:
@@ -155,8 +206,16 @@ def _refuse_broken_images(place: str) -> Iterator[None]:
     pillow = import_pillow(place)
     try:
         yield
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        MemoryError,
+        pillow.DecompressionBombError,
+    ) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, MemoryError):
+            reason = "it needs more memory than there is"
         if isinstance(error, pillow.UnidentifiedImageError):
             reason = f"not one of {', '.join(IMAGE_FORMATS)}"
         raise DataError(
@@ -195,5 +254,5 @@ def _is_grey(file: str) -> bool:
             pillow.open(opened, formats=IMAGE_FORMATS) as image,
         ):
             return is_grey(image)
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, MemoryError, pillow.DecompressionBombError):
         return False

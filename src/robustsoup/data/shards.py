@@ -2,52 +2,80 @@
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import math
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 
-from robustsoup.data.folders import SPLIT_FOLDERS
-from robustsoup.data.images import IMAGE_SUFFIXES, open_image
+from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
+from robustsoup.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, open_image
 from robustsoup.data.request import DataRequest
-from robustsoup.data.splits import Augmentation, Data, assemble_tensors, promote_val
+from robustsoup.data.splits import (
+    MAX_CLASSES,
+    Augmentation,
+    Data,
+    add_notes,
+    assemble_tensors,
+    promote_val,
+)
 from robustsoup.data.torch_datasets import LABEL_KEYS, ImageStack
 from robustsoup.errors import DataError
 from robustsoup.files import open_regular
 from robustsoup.printable import first_line
 
+LABEL_SUFFIXES = (".cls", ".json")
+MAX_LABEL_BYTES = 2**24
+"""Largest file of a label that is read, in bytes."""
+
+MAX_SHARDS = 100_000
+"""Most files that a pattern describes."""
+
+_NO_SAMPLES = re.compile(r"__[^/]*__($|/)")
+"""Members that webdataset leaves out."""
+
 
 def load_shards(request: DataRequest) -> Data:
     """Load the samples of local .tar files into memory.
 
-    PATTERN is a folder, or a path with {000..012}, * and ?. Files whose names start with train, val
-    or test are these splits; other files are split 70/10/20. A sample is an image and a label: the
-    text of .cls, or "label" in .json. Images are square and of one size, unless image_size is set.
+    PATTERN is a folder, or a path with {000..012}, * and ?. Files with the word train, val or test
+    in their names, spelled as folders are, are these splits; if no name has one, the samples are
+    split 70/10/20. A sample is an image and a label: the text of .cls, or "label" in .json. Images
+    are square and of one size, unless image_size is set.
 
     Raises:
-        DataError: webdataset is not installed, there is no file, or a sample lacks its image or
-            label; the error names the sample.
+        DataError: webdataset is not installed, there is no file, only some files name a split, or a
+            sample lacks its image or label; the error names the sample.
     """
-    files = _find_files(request)
+    groups, notes = group_files(_find_files(request), request.spec)
     parts: dict[str, tuple[object, object]] = {}
-    for part, shards in _group_files(files).items():
-        stack = ImageStack(request.spec, request.image_size, request.channels)
-        labels: list[int] = []
-        for sample in _iterate_samples(shards, request.spec):
-            key = f"{request.spec}: sample {sample.get('__key__')}"
-            stack.add(open_image(_find_image(sample, key), key))
-            labels.append(_find_label(sample, key))
-            if request.on_progress:
-                request.on_progress(len(labels), len(labels), "images decoded")
+    doubts: list[str] = []
+    for part, shards in groups.items():
+        stack, labels = _read_shards(shards, request)
         if not labels:
             raise DataError(f"{request.spec}: got no samples in the files of {part}")
         parts[part] = stack.stack(), labels
-    notes = promote_val(parts)
+        doubts += (f"{request.spec} {part}: {doubt}" for doubt in stack.doubts())
+    notes += promote_val(parts)
     size = request.image_size or 0
     augmentation = Augmentation(pad=size // 8, flip=True)
     data = assemble_tensors(
         request.spec, parts, seed=request.seed, augmentation=augmentation, decoded=True
     )
-    return replace(data, notes=(*data.notes, *(f"{request.spec}: {note}" for note in notes)))
+    return add_notes(data, [f"{request.spec}: {note}" for note in notes], doubts)
+
+
+def _read_shards(shards: Sequence[Path], request: DataRequest) -> tuple[ImageStack, list[int]]:
+    stack = ImageStack(request.spec, request.image_size, request.channels)
+    labels: list[int] = []
+    for sample in _iterate_samples(shards, request.spec):
+        key = f"{request.spec}: sample {sample.get('__key__')}"
+        stack.add(open_image(_find_image(sample, key), key))
+        labels.append(_find_label(sample, key))
+        if request.on_progress:
+            request.on_progress(len(labels), len(labels), "images decoded")
+    return stack, labels
 
 
 def _find_files(request: DataRequest) -> list[Path]:
@@ -60,6 +88,12 @@ def _find_files(request: DataRequest) -> list[Path]:
             "pip install 'robustsoup[webdataset]'"
         ) from None
     folder = Path(request.place)
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)(?:\.\.\d+)?\}", request.place)
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
+    if count > MAX_SHARDS:
+        raise DataError(
+            f"{request.spec}: got a pattern of more than {MAX_SHARDS:,} files; shorten its ranges"
+        )
     patterns = [str(folder / "*.tar")] if folder.is_dir() else expand_urls(request.place)
     files: list[Path] = []
     for pattern in patterns:
@@ -70,32 +104,96 @@ def _find_files(request: DataRequest) -> list[Path]:
     return files
 
 
-def _group_files(files: list[Path]) -> dict[str, list[Path]]:
-    """Return the files of each split by the start of their names."""
+def group_files(files: Sequence[Path], place: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the files of each split by the words in their names, and notes on their splits.
+
+    Raises:
+        DataError: Some files name a split and others do not.
+    """
     groups: dict[str, list[Path]] = {}
+    unnamed: list[str] = []
     for file in files:
-        for part, starts in SPLIT_FOLDERS.items():
-            if file.name.startswith(starts):
-                groups.setdefault(part, []).append(file)
-    grouped = sum(len(group) for group in groups.values())
-    return groups if "train" in groups and grouped == len(files) else {"train": files}
+        part = _find_split(file.name)
+        if part is None:
+            unnamed.append(file.name)
+        else:
+            groups.setdefault(part, []).append(file)
+    if groups and unnamed:
+        named = [file.name for group in groups.values() for file in group]
+        raise DataError(
+            f"{place}: got files that name a split ({abbreviate(named)}) beside files that do not "
+            f"({abbreviate(unnamed)}), expected train, val or test in the name of every file or of "
+            "none; rename some, or give a pattern that leaves some out"
+        )
+    if "train" in groups:
+        return groups, []
+    notes = [f"no file names train; those of {' and '.join(groups)} are split anew"]
+    return {"train": list(files)}, notes if groups else []
 
 
-def _iterate_samples(files: list[Path], place: str) -> Iterator[Mapping[str, object]]:
+def _find_split(name: str) -> str | None:
+    """Return the split that a file names, such as train in imagenet-train-000.tar.
+
+    The last of several is taken. "trainset" is a spelling of train, as "train" is.
+    """
+    words = re.findall("[a-z]+", name.lower())
+    parts = {
+        f"{spelling}{ending}": part
+        for part, spellings in SPLIT_FOLDERS.items()
+        for spelling in spellings
+        for ending in ("", "set", "data")
+    }
+    return next((parts[word] for word in reversed(words) if word in parts), None)
+
+
+def _iterate_samples(files: Sequence[Path], place: str) -> Iterator[Mapping[str, object]]:
     """Iterate over samples as bytes by ending; nothing is unpickled or decoded by webdataset."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+    from webdataset.tariterators import group_by_keys
 
     for path in files:
         try:
             with open_regular(path) as file:
-                yield from group_by_keys(
-                    {**member, "__url__": str(path)} for member in tar_file_iterator(file)
-                )
+                yield from group_by_keys(_iterate_members(file, path))
         except DataError:
             raise
         except Exception as error:  # what tarfile and webdataset raise on broken files
             reason = first_line(error)
-            raise DataError(f"{place}: {path}: not a readable .tar file: {reason}") from None
+            raise DataError(
+                f"{place}: {path}: not a readable .tar file: {reason}; expected one that is not "
+                "compressed"
+            ) from None
+
+
+def _iterate_members(file: BufferedReader, path: Path) -> Iterator[dict[str, object]]:
+    """Iterate over the members of a .tar file, in the form that `group_by_keys` takes.
+
+    Only images and labels are read; the content of others is empty. A compressed archive is
+    refused, because a small one could unpack to terabytes.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            if not member.isreg() or _NO_SAMPLES.match(member.name):
+                continue
+            yield {
+                "fname": member.name,
+                "data": _read_member(archive, member, path),
+                "__url__": str(path),
+            }
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    """Return the content of an image or a label; nothing of other members."""
+    ending = f".{member.name.rpartition('.')[2].lower()}"
+    if ending not in IMAGE_SUFFIXES + LABEL_SUFFIXES:
+        return b""
+    limit = MAX_LABEL_BYTES if ending in LABEL_SUFFIXES else MAX_IMAGE_BYTES
+    if member.size > limit:
+        raise DataError(
+            f"{path}: {member.name}: got {member.size:,} bytes, expected at most {limit:,}; "
+            "remove the sample"
+        )
+    content = archive.extractfile(member)
+    return b"" if content is None else content.read()
 
 
 def _find_image(sample: Mapping[str, object], place: str) -> bytes:
@@ -113,13 +211,20 @@ def _find_label(sample: Mapping[str, object], place: str) -> int:
             if isinstance(label, dict):
                 label = next(label[key] for key in LABEL_KEYS if key in label)
             if type(label) is int:
-                return label
+                return _check_label(label, place)
     except (ValueError, RecursionError, StopIteration):
         pass
     raise DataError(
         f"{place}: no label; got {_list_endings(sample)}, expected the number of a class in .cls, "
         'or {"label": number} in .json'
     )
+
+
+def _check_label(label: int, place: str) -> int:
+    if not 0 <= label < MAX_CLASSES:
+        got = f"{label}" if abs(label) < 2**63 else f"a number of {label.bit_length()} bits"
+        raise DataError(f"{place}: got label {got}, expected 0 to {MAX_CLASSES - 1:,}")
+    return label
 
 
 def _list_endings(sample: Mapping[str, object]) -> str:

@@ -22,6 +22,9 @@ from robustsoup.errors import DataError
 from robustsoup.printable import make_printable
 from robustsoup.seeding import keyed_generator
 
+MAX_CLASSES = 100_000
+"""Most classes of a data set; a larger label is a mistake, not one of a million classes."""
+
 P = TypeVar("P")
 SplitName = Literal["train", "val", "test"]
 
@@ -578,7 +581,8 @@ def assemble_tensors(
         decoded: Whether the images come from image files, whose range is in no doubt.
 
     Raises:
-        DataError: Images or labels have another form, or a part repeats the tensors of another.
+        DataError: Images or labels have another form, a part repeats the tensors of another, or no
+            sample is left to train on.
     """
     pools: dict[str, Samples] = {}
     notes: list[str] = []
@@ -606,13 +610,30 @@ def assemble_tensors(
     else:
         rows = hold_out(len(pool), max(1, len(pool) // 8), seed)
         train, val = pool.take(rows[0]), pool.take(rows[1])
+    _check_trained(name, pools, train)
     data = assemble(description, train, val, _shuffle(test), seed=seed)
-    return replace(
-        data,
-        notes=tuple(notes),
-        train=replace(data.train, notes=tuple(notes)),
-        val=replace(data.val, notes=tuple(notes)),
-        test=replace(data.test, notes=tuple(notes)),
+    return add_notes(data, [], notes)
+
+
+def add_notes(data: Data, notes: Sequence[str], doubts: Sequence[str]) -> Data:
+    """Return the data with more notes.
+
+    Args:
+        data: The data.
+        notes: What reading the data left out or changed.
+        doubts: Notes that concern the pixels, which evaluations on each split repeat as warnings.
+    """
+    train, val, test = (replace(s, notes=(*s.notes, *doubts)) for s in data._splits())
+    return replace(data, notes=(*data.notes, *notes, *doubts), train=train, val=val, test=test)
+
+
+def _check_trained(name: str, pools: Mapping[str, Samples], train: Samples) -> None:
+    if len(train):
+        return
+    held_out = " and ".join(part for part in ("val", "test") if part not in pools)
+    raise DataError(
+        f"{name}: got {len(pools['train'])} samples in all, and none is left to train on after "
+        f"{held_out} were taken; expected 3 or more, or give val and test"
     )
 
 
@@ -640,6 +661,9 @@ def _convert_samples(
         place: Names the samples in notes and errors.
         inferred: Whether the labels tell the number of classes.
         decoded: Whether the images come from image files.
+
+    Raises:
+        DataError: Images or labels have another form, or there are none.
     """
     pixels, rounding = as_pixels(images, f"{place}: images")
     numbers = as_labels(labels, f"{place}: labels")
@@ -647,6 +671,8 @@ def _convert_samples(
         raise DataError(
             f"{place}: got {len(pixels)} images and {len(numbers)} labels, expected as many of each"
         )
+    if not len(pixels):
+        raise DataError(f"{place}: got no samples, expected one or more")
     notes = [f"{place}: float pixels were rounded to 8 bits"] if rounding else []
     if not decoded and 0 < (brightest := int(pixels.max())) <= DARKEST:
         notes.append(
@@ -664,10 +690,22 @@ def _convert_samples(
 def _class_names(
     classes: int | Sequence[str] | None, pools: Sequence[Samples], place: str
 ) -> tuple[str, ...]:
-    """Return the names of the classes; by default as many as the largest label asks for."""
+    """Return the names of the classes; by default as many as the largest label asks for.
+
+    Raises:
+        DataError: There are fewer than 2 or more than MAX_CLASSES; the error names the label.
+    """
     if classes is None:
-        classes = max((int(pool.labels.max()) + 1 for pool in pools if len(pool.labels)), default=0)
-        classes = max(classes, 2)
+        largest = max(int(pool.labels.max()) for pool in pools)
+        if largest >= MAX_CLASSES:
+            raise DataError(
+                f"{place}: got label {largest}, expected 0 to {MAX_CLASSES - 1:,}; number the "
+                "classes from 0 without gaps"
+            )
+        classes = max(largest + 1, 2)
+    count = classes if isinstance(classes, int) else len(classes)
+    if count > MAX_CLASSES:
+        raise DataError(f"{place}: got {count:,} classes, expected at most {MAX_CLASSES:,}")
     if isinstance(classes, int):
         classes = [str(number) for number in range(classes)]
     if len(classes) < 2:

@@ -18,7 +18,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from robustsoup.data.images import is_grey, is_pillow_image, make_decoder
+from robustsoup.data.images import doubt_depth, is_grey, is_pillow_image, make_decoder
 from robustsoup.errors import DataError, RobustsoupError
 from robustsoup.printable import first_line
 
@@ -73,6 +73,10 @@ class ImageStack:
         if {len(tensor) for tensor in tensors if tensor.ndim == 3} == {1, 3}:
             return [tensor.expand(3, *tensor.shape[1:]) for tensor in tensors]
         return self.images
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return notes on the depth of images of 16 bits; see `doubt_depth`."""
+        return doubt_depth(self.decoder.scaled, self.decoder.brightest)
 
     def _convert(self, image: "Image") -> Tensor:
         width, height = image.size

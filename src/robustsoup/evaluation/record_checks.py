@@ -26,14 +26,25 @@ def _verdicts(value: object, place: str) -> None:
         raise MisfitError(place, value, "a text of 0 and 1")
 
 
-_finding = table({"hits": count, "n": count, "low": number, "high": number}, {})
+def _flag(value: object, place: str) -> None:
+    """Accept true and false."""
+    if not isinstance(value, bool):
+        raise MisfitError(place, value, "true or false")
+
+
+_finding = table({"hits": count, "n": count, "low": number, "high": number, "flagged": _flag}, {})
 
 check_record = table(
-    {"threats": _distinct_texts, "accuracy": mapping_of(anything)},
     {
+        "threats": _distinct_texts,
         "broken_by": _distinct_texts,
+        "accuracy": mapping_of(anything),
+    },
+    {
         "warnings": list_of(text),
-        "data": table({}, {"name": nullable(text), "digest": nullable(text)}),
+        "data": table(
+            {}, {"name": nullable(text), "digest": nullable(text), "classes": list_of(text)}
+        ),
         "split": nullable(text),
         "shift": table(
             {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustsoup.arrays import read_arrays
+from robustsoup.data.splits import MAX_CLASSES
 from robustsoup.display import html_table
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError
@@ -299,16 +300,21 @@ def _assemble(
     """Return an evaluation after checking its arrays against each other.
 
     Raises:
-        ValueError: An array has another type or number of samples, or there are no samples.
+        ValueError: An array has another type or number of samples, there are no samples, or a
+            number stands for no class or cause.
         KeyError: An array is missing.
     """
     shape = arrays["ids"].shape
     if not arrays["ids"].numel():
         raise ValueError("no samples")
     samples = [_check_array(arrays, name, shape) for name in SAMPLE_ARRAYS]
+    classes = record.get("data", {}).get("classes")
+    for name in ("labels", "prediction"):
+        _check_range(arrays, name, 0, MAX_CLASSES if classes is None else len(classes))
     threats: dict[str, Verdicts] = {}
     for number, name in enumerate(record["threats"]):
         parts = [_check_array(arrays, f"{part}_{number}", shape) for part in VERDICT_ARRAYS]
+        _check_range(arrays, f"by_{number}", -1, len(record["broken_by"]))
         x_adv = points.get(str(number))
         if x_adv is not None and (x_adv.dtype != torch.float32 or x_adv.shape[:1] != shape):
             raise ValueError(f"points of type {x_adv.dtype} and shape {tuple(x_adv.shape)}")
@@ -324,6 +330,12 @@ def _check_array(arrays: Mapping[str, Tensor], name: str, shape: torch.Size) -> 
             f"expected {dtype} and {tuple(shape[:1])}"
         )
     return array
+
+
+def _check_range(arrays: Mapping[str, Tensor], name: str, low: int, end: int) -> None:
+    found = int(arrays[name].min()), int(arrays[name].max())
+    if found[0] < low or found[1] >= end:
+        raise ValueError(f"{name} holds {found[0]} to {found[1]}, expected {low} to {end - 1}")
 
 
 def _read_digested(path: Path, digests: Mapping[str, str] | None, part: str) -> dict[str, Tensor]:
