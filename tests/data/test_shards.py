@@ -55,6 +55,16 @@ def test_a_pattern_or_a_folder_of_shards(webdataset, tmp_path, pattern):
 
 
 @pytest.mark.extras
+def test_members_that_macos_adds_are_left_out(webdataset, tmp_path):
+    write_shard(tmp_path / "a.tar", range(40))
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name in ("._000000.png", "some/folder/._000001.cls"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    data = load_data(f"wds:{tmp_path / 'a.tar'}")
+    assert [len(data.train), len(data.val), len(data.test)] == [28, 4, 8]
+
+
+@pytest.mark.extras
 def test_splits_by_the_names_of_the_files(webdataset, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
 

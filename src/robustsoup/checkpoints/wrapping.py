@@ -292,7 +292,7 @@ def _without_code(content: Any, dropped: list[str], seen: dict[int, Any] | None 
     """
     if not isinstance(content, Mapping) or not _holds(content, (Name, Storage)):
         return content
-    made = {} if seen is None else seen
+    made: dict[int, Any] = {} if seen is None else seen
     if id(content) in made:
         return made[id(content)]
     kept: dict[Any, Any] = {}

@@ -32,8 +32,8 @@ MAX_LABEL_BYTES = 2**24
 MAX_SHARDS = 100_000
 """Most files that a pattern describes."""
 
-_NO_SAMPLES = re.compile(r"__[^/]*__($|/)")
-"""Members that webdataset leaves out."""
+_NO_SAMPLES = re.compile(r"__[^/]*__($|/)|(.*/)?\._[^/]*$")
+"""Members that webdataset leaves out, and those that macOS adds to a file."""
 
 
 def load_shards(request: DataRequest) -> Data:
