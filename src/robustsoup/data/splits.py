@@ -21,6 +21,7 @@ from robustsoup.display import html_table
 from robustsoup.errors import DataError
 from robustsoup.printable import make_printable
 from robustsoup.seeding import keyed_generator
+from robustsoup.settings import plain_number
 
 P = TypeVar("P")
 SplitName = Literal["train", "val", "test"]
@@ -225,9 +226,9 @@ class Split:
         return replace(self, images=self.images[kept], labels=self.labels[kept], ids=self.ids[kept])
 
     def _check_count(self, n: int) -> None:
-        if not 1 <= n <= len(self):
+        if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= n <= len(self):
             raise DataError(
-                f"{self.record['name']} {self.name}: requested {n} samples, "
+                f"{self.record['name']} {self.name}: requested {n!r} samples, "
                 f"expected 1 to {len(self)}"
             )
 
@@ -647,6 +648,8 @@ def _convert_samples(
         raise DataError(
             f"{place}: got {len(pixels)} images and {len(numbers)} labels, expected as many of each"
         )
+    if not len(pixels):
+        raise DataError(f"{place}: got no images, expected one or more")
     notes = [f"{place}: float pixels were rounded to 8 bits"] if rounding else []
     if not decoded and 0 < (brightest := int(pixels.max())) <= DARKEST:
         notes.append(
@@ -668,6 +671,7 @@ def _class_names(
     if classes is None:
         classes = max((int(pool.labels.max()) + 1 for pool in pools if len(pool.labels)), default=0)
         classes = max(classes, 2)
+    classes = plain_number(classes)
     if isinstance(classes, int):
         classes = [str(number) for number in range(classes)]
     if len(classes) < 2:
