@@ -60,6 +60,7 @@ def test_one_threat_is_a_list_of_one(digits):
 
 WRONG_VALUES = {
     "samples 8.0": lambda data: evaluate(data, samples=8.0),
+    "samples in a tensor of floats": lambda data: evaluate(data, samples=torch.tensor(8.0)),
     "samples as text": lambda data: evaluate(data, samples="8"),
     "samples true": lambda data: evaluate(data, samples=True),
     "subset 4.0": lambda data: evaluate(data, subset=4.0),

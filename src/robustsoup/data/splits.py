@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, TypeVar
@@ -226,7 +227,11 @@ class Split:
         return replace(self, images=self.images[kept], labels=self.labels[kept], ids=self.ids[kept])
 
     def _check_count(self, n: int) -> None:
-        if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= n <= len(self):
+        try:
+            count = operator.index(n)
+        except TypeError:
+            count = 0
+        if isinstance(n, bool) or not 1 <= count <= len(self):
             raise DataError(
                 f"{self.record['name']} {self.name}: requested {n!r} samples, "
                 f"expected 1 to {len(self)}"
