@@ -1,5 +1,6 @@
 """Arguments of other types: what is plain is taken, the rest ends in one line."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,3 +56,87 @@ def test_networks_and_state_dicts_are_checkpoints(source):
 def test_one_threat_is_a_list_of_one(digits):
     one = rs.evaluate(NET, digits.test, "Linf 1/255", samples=8, steps=1)
     assert list(one.accuracy) == ["clean", "Linf 1/255"]
+
+
+WRONG_VALUES = {
+    "samples 8.0": lambda data: evaluate(data, samples=8.0),
+    "samples in a tensor of floats": lambda data: evaluate(data, samples=torch.tensor(8.0)),
+    "samples as text": lambda data: evaluate(data, samples="8"),
+    "samples true": lambda data: evaluate(data, samples=True),
+    "subset 4.0": lambda data: evaluate(data, subset=4.0),
+    "device None": lambda data: evaluate(data, device=None),
+    "settings of another class": lambda data: evaluate(data, settings=rs.TrainSettings()),
+    "settings as a mapping": lambda data: evaluate(data, settings={"steps": 2}),
+    "no attack": lambda data: evaluate(data, attack=None),
+    "no method": lambda data: rs.SearchSettings(method=None),
+    "a pool of text": lambda data: evaluate(data, pool=["a.json"]),
+    "after a path": lambda data: evaluate(data, after="a.json"),
+    "compare paths": lambda data: rs.compare("a.json", "b.json"),
+    "no images": lambda data: evaluate((data.images[:0], data.labels[:0])),
+    "a threat in an array of no dimension": lambda data: evaluate(
+        data, threats=np.array("Linf 1/255")
+    ),
+    "a radius as text": lambda data: rs.ThreatModel("Linf", "8/255"),
+    "a radius of None": lambda data: rs.ThreatModel("Linf", None),
+    "two lists as requirements": lambda data: (
+        rs.SearchSettings(require=[["clean", 0.5]])
+        and rs.select([1], maximise="clean", require=[["clean", 0.5]])
+    ),
+    "learning settings as a mapping": lambda data: rs.search(
+        [NET, NET], data, ["clean"], samples=8, learn_settings={"epochs": 1}
+    ),
+}
+
+
+def evaluate(data, **changes):
+    return rs.evaluate(NET, data, **{"samples": 8, "steps": 1, **changes})
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_wrong_values_end_in_one_line(digits, name):
+    with pytest.raises(rs.RobustsoupError, match=r"got|requested|cannot be used"):
+        WRONG_VALUES[name](digits.test)
+
+
+def test_numbers_of_numpy_become_plain_ones(digits, tmp_path):
+    changes = {"threats": ["Linf 1/255"], "samples": 8, "steps": 1, "seed": 3}
+    plain = rs.evaluate(NET, digits.test, **changes)
+    numbers = {"samples": np.int64(8), "steps": np.int32(1), "seed": np.uint8(3)}
+    evaluation = rs.evaluate(NET, digits.test, **{**changes, **numbers})
+    assert torch.equal(evaluation.hits()["Linf 1/255"], plain.hits()["Linf 1/255"])
+    evaluation.save(tmp_path / "a.json")
+    assert rs.Evaluation.load(tmp_path / "a.json").record["seed"] == 3
+    settings = rs.TrainSettings(lr=np.float32(0.5), epochs=np.int64(2), nesterov=np.True_)
+    assert [type(value) for value in (settings.lr, settings.epochs)] == [float, int]
+    assert settings.nesterov is True
+    assert rs.load_model("resnet9:width=2", channels=np.int64(1), seed=np.int64(2)) is not None
+    assert rs.load_data("digits", seed=np.int64(1)).record["seed"] == 1
+
+
+def test_one_evaluation_is_a_pool_of_one(digits):
+    kept = evaluate(digits.test, threats="Linf 1/255", keep_points=True)
+    pooled = evaluate(digits.test, threats="Linf 1/255", pool=kept)
+    assert "pool" in pooled.record["broken_by"]
+
+
+def test_attacks_work_in_the_callers_inference_mode(digits):
+    x, y = digits.test.images[:8].float() / 255, digits.test.labels[:8]
+    expected = rs.apgd(NET, x, y, "Linf 8/255", steps=2)
+    evaluation = evaluate(digits.test, threats="Linf 8/255")
+    with torch.inference_mode():
+        assert torch.equal(rs.apgd(NET, x * 1, y * 1, "Linf 8/255", steps=2), expected)
+        assert rs.square(NET, x * 1, y * 1, "Linf 8/255", n_queries=2).shape == x.shape
+        again = evaluate(digits.test, threats="Linf 8/255")
+        inner = rs.load_model("resnet9:width=2", channels=1)
+        with pytest.raises(rs.RobustsoupError, match="inference_mode"):
+            rs.apgd(inner, x, y, "Linf 8/255", steps=2)
+    assert torch.equal(again.hits()["Linf 8/255"], evaluation.hits()["Linf 8/255"])
+
+
+def test_samples_that_choose_a_soup_do_not_report_it(digits):
+    val = digits.val
+    with pytest.raises(rs.RobustsoupError, match="report_on: got 8 samples of val that choose"):
+        rs.search([NET, NET], val, ["clean"], samples=8, step=0.5, report_on=val)
+    others = val.take(torch.arange(len(val)) >= 8).first(8)
+    found = rs.search([NET, NET], val, ["clean"], samples=8, step=0.5, report_on=others)
+    assert found.answer.fresh_split == "val"

@@ -107,16 +107,31 @@ def rules(settings_type: type) -> dict[str, Rule]:
 
 
 def check_ranges(settings: Any) -> None:
-    """Raise RequestError for the first setting of a wrong type or outside its valid range."""
+    """Raise RequestError for the first setting of a wrong type or outside its valid range.
+
+    Numbers of other types, such as NumPy's, become those of Python, which records can hold.
+    """
     for field_of_settings in dataclasses.fields(settings):
         name, rule = field_of_settings.name, field_of_settings.metadata["rule"]
-        value = getattr(settings, name)
+        value = plain_number(getattr(settings, name))
+        object.__setattr__(settings, name, value)
         expected = _expected_type(field_of_settings.type, value)
         if expected is None and not rule.allows(value):
             expected = rule.describe_range()
+        if value is None and expected is None and field_of_settings.default is not None:
+            expected = "a value; leave it out for the default"
         if expected is not None:
             text = f'"{value}"' if isinstance(value, str) else value
             raise RequestError(f"{name}: got {text}, expected {expected}")
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number or a truth value, such as NumPy's, as that of Python; others unchanged."""
+    if type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _expected_type(annotation: Any, value: Any) -> str | None:
@@ -150,8 +165,14 @@ def make_settings(settings_type: type[S], base: S | None, changes: Mapping[str, 
         changes: Values by name; they override those of `base`.
 
     Raises:
-        RequestError: For an unknown name (the nearest known one is suggested) or an invalid value.
+        RequestError: For an unknown name (the nearest known one is suggested), an invalid value, or
+            a base of another class.
     """
+    if not isinstance(base, settings_type | None):
+        raise RequestError(
+            f"settings: got {type(base).__name__}, expected {settings_type.__name__}, such as "
+            f"rs.{settings_type.__name__}()"
+        )
     names = [f.name for f in dataclasses.fields(settings_type)]  # type: ignore[arg-type]
     for name in changes:
         if name not in names:

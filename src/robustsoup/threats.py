@@ -33,6 +33,8 @@ class ThreatModel:
         """Check the values and normalise them."""
         if self.norm not in NORMS:
             raise ThreatError(f'norm: got "{self.norm}", expected one of {", ".join(NORMS)}')
+        if isinstance(self.eps, (str, bytes)) or not hasattr(self.eps, "__float__"):
+            raise ThreatError(f"eps: got {self.eps!r}, expected a number, such as 8 / 255")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"eps: got {self.eps}, expected a finite number of at least 0")
         if self.norm == "Linf" and self.eps > 1:
@@ -123,7 +125,7 @@ def parse_threats(threats: object) -> tuple[ThreatModel, ...]:
     """
     if isinstance(threats, (str, ThreatModel)):
         return (ThreatModel.parse(threats),)
-    if not isinstance(threats, Iterable):
+    if not isinstance(threats, Iterable) or getattr(threats, "shape", None) == ():
         raise ThreatError(
             f"threats: got {type(threats).__name__}, expected a list such as {_EXAMPLES}"
         )

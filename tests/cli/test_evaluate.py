@@ -220,3 +220,13 @@ def test_compare_notes_different_protocols(here, capsys):
     text = capsys.readouterr().out
     assert "note: on 32 common samples, of 64 in the first and 32 in the second" in text
     assert "note: different steps: 2 and 3; the robust accuracies are not comparable" in text
+
+
+def test_accuracies_are_printed_even_if_they_cannot_be_written(here, tmp_path, capsys):
+    (tmp_path / "out" / "a.test.npz" / "taken").mkdir(parents=True)
+    shutil.copy(PAIR[0], tmp_path / "a.safetensors")
+    output = ("-o", tmp_path / "out")
+    assert run("evaluate", tmp_path / "a.safetensors", *LINF, *FEW, *output) == 1
+    printed = capsys.readouterr()
+    assert "clean" in printed.out
+    assert "a.test.npz" in printed.err

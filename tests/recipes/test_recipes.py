@@ -946,3 +946,34 @@ def test_several_threats_are_combined_in_recipes():
     del content["finetune"]["combine"]
     with pytest.raises(RecipeError, match="expected max, mean or random"):
         parse_recipe(content, "union", Path())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=true", "seed: got True, expected a whole number"),
+        ("evaluate.steps=true", "evaluate.steps: got True, expected a whole number"),
+        ('evaluate.steps="3"', "evaluate.steps: got '3', expected a whole number"),
+        ("soups.grid.step=true", "soups.grid.step: got True, expected a number"),
+        ("allow_leakage=no", "allow_leakage: got 'no', expected true or false"),
+        ("evaluate.screen=1", "evaluate.screen: got 1, expected true or false"),
+        ("evaluate.threats=Linf 8/255", "evaluate.threats: expected a list, such as"),
+        ("evaluate=3", "evaluate: expected a table; got 3"),
+        ("=3", "--set =3: expected KEY=VALUE with a key"),
+        ("a.=3", "--set a.=3: expected KEY=VALUE with a key"),
+        ("name=..", 'name: got "..", expected a name'),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path, override, message):
+    path = tmp_path / "a.toml"
+    path.write_text(FULL)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [override])
+    assert message in str(caught.value)
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(FULL)
+    with pytest.raises(RecipeError, match="a name of 201 bytes, expected at most 200"):
+        load_recipe(path, [f'ingredients.{"x" * 201}={{ threat = "Linf 4/255" }}'])

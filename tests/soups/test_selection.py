@@ -473,3 +473,22 @@ def test_soups_that_are_only_looked_at_widen_the_bounds_on_clean_accuracy():
     assert judge(tried, robust, looked_at=others) == judge(tried, robust)
     choice = select(tried, maximise=LINF, require=["clean>=0.5"], looked_at=others)
     assert choice.checks == together.checks[choice.best.name]
+
+
+# Arguments of other types, and spellings
+
+
+def test_generators_single_measures_and_single_requirements_are_taken():
+    candidates = [candidate("a", 180, 90), candidate("b", 150, 100)]
+    selection = select(iter(candidates), maximise=LINF, require="clean>=0.5")
+    assert (selection.best.name, selection.met) == ("b", True)
+    assert [item.name for item in pareto_front(iter(candidates), "clean")] == ["a"]
+
+
+@pytest.mark.parametrize("weight", [1e-5, 1e6, 1 / 3, 0.123456789, 1.0])
+def test_weights_and_thresholds_are_spelled_with_all_digits(weight):
+    score = Score(((weight, "clean"), (0.5, LINF)))
+    assert Score.parse(str(score)) == score
+    requirement = Requirement("clean", min(weight, 1.0))
+    assert Requirement.parse(str(requirement)) == requirement
+    assert Goal.parse(score).measures == ["clean", LINF]

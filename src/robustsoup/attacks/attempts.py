@@ -251,6 +251,7 @@ def check_points(
     return torch.cat(broken), torch.cat(margin)
 
 
+@torch.inference_mode(mode=False)  # under the caller's, no tensor would have a gradient
 def run_attack(
     model: nn.Module | Callable[[Tensor], object],
     x: ImageBatch,

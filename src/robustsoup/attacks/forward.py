@@ -280,6 +280,11 @@ def as_attack_inputs(
             "returns logits"
         )
     network = model if isinstance(model, nn.Module) else FunctionNetwork(model)
+    if any(parameter.is_inference() for parameter in network.parameters()):
+        raise ModelError(
+            "network: made under torch.inference_mode(), where no weight takes part in a gradient; "
+            "make it outside"
+        )
     images, labels = _as_tensor(x, "x"), _as_tensor(y, "y")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"y: got {labels.dtype}, expected the number of a class for each image")
@@ -291,6 +296,7 @@ def as_attack_inputs(
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
     if images.is_floating_point() and dtype in (torch.float32, torch.float64):
         images = images.to(dtype)
+    images, labels = (t.clone() if t.is_inference() else t for t in (images, labels))
     return network, images, labels.to(images.device, torch.int64)
 
 

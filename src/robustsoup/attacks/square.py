@@ -40,6 +40,7 @@ _BLOCK = 64
 """Queries whose random numbers a sample draws at once."""
 
 
+@torch.inference_mode(mode=False)  # lanes write to these tensors from threads without it
 def square(
     model: nn.Module,
     x: Tensor,

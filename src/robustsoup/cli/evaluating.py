@@ -20,11 +20,11 @@ from robustsoup.cli.options import (
     Threats,
 )
 from robustsoup.cli.terminal import print_error, print_json, print_warning
-from robustsoup.errors import RequestError
+from robustsoup.errors import RequestError, RobustsoupError
 from robustsoup.settings import AttackSettings, to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Split
@@ -66,7 +66,6 @@ def evaluate_command(
         print_notes,
     )
     from robustsoup.cli.progress import Bar
-    from robustsoup.cli.tables import print_evaluations
     from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import evaluate
     from robustsoup.files import check_writable
@@ -116,13 +115,14 @@ def evaluate_command(
         evaluation.record["duplicates"] = [
             overlap.as_record() for overlap in overlaps if overlap.split == split
         ]
-        if output and distributed.is_first():
-            _save_evaluation(evaluation, output, f"{name}.{split}.json")
         evaluations[name] = evaluation
-    if as_json:
-        print_json({name: evaluation.to_json() for name, evaluation in evaluations.items()})
-    else:
-        print_evaluations(evaluations, split)
+        if output and distributed.is_first():
+            try:
+                _save_evaluation(evaluation, output, f"{name}.{split}.json")
+            except RobustsoupError:
+                _print_accuracies(evaluations, split, as_json=as_json)  # or they would be lost
+                raise
+    _print_accuracies(evaluations, split, as_json=as_json)
 
 
 def _warn_of_misfits(checkpoints: "Iterable[Checkpoint]", data: "Split", device: str) -> None:
@@ -156,6 +156,17 @@ def _save_evaluation(evaluation: "Evaluation", folder: Path, name: str) -> None:
 
     with lock_folder(folder, print_error):
         evaluation.save(folder / name)
+
+
+def _print_accuracies(
+    evaluations: "Mapping[str, Evaluation]", split: str, *, as_json: bool
+) -> None:
+    from robustsoup.cli.tables import print_evaluations
+
+    if as_json:
+        print_json({name: evaluation.to_json() for name, evaluation in evaluations.items()})
+    else:
+        print_evaluations(evaluations, split)
 
 
 def _locate_state(request: object, checkpoint: "Checkpoint", split: "Split") -> Path:

@@ -10,6 +10,7 @@ from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
 from robustsoup.paths import expand_home, user_path
 from robustsoup.progress import Progress
+from robustsoup.settings import plain_number
 
 
 def load_data(
@@ -45,6 +46,7 @@ def load_data(
         StorageError: Decoded images cannot be stored.
     """
     text = spec if isinstance(spec, str) else f"{spec.__module__}:{spec.__qualname__}"
+    seed = plain_number(seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise DataError(f'data "{text}": got seed {seed!r}, expected an integer of at least 0')
     if isinstance(spec, str):

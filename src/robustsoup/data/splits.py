@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, TypeVar
@@ -21,6 +22,7 @@ from robustsoup.display import html_table
 from robustsoup.errors import DataError
 from robustsoup.printable import make_printable
 from robustsoup.seeding import keyed_generator
+from robustsoup.settings import plain_number
 
 MAX_CLASSES = 100_000
 """Most classes of a data set; a larger label is a mistake, not one of a million classes."""
@@ -228,9 +230,13 @@ class Split:
         return replace(self, images=self.images[kept], labels=self.labels[kept], ids=self.ids[kept])
 
     def _check_count(self, n: int) -> None:
-        if not 1 <= n <= len(self):
+        try:
+            count = operator.index(n)
+        except TypeError:
+            count = 0
+        if isinstance(n, bool) or not 1 <= count <= len(self):
             raise DataError(
-                f"{self.record['name']} {self.name}: requested {n} samples, "
+                f"{self.record['name']} {self.name}: requested {n!r} samples, "
                 f"expected 1 to {len(self)}"
             )
 
@@ -703,6 +709,7 @@ def _class_names(
                 "classes from 0 without gaps"
             )
         classes = max(largest + 1, 2)
+    classes = plain_number(classes)
     count = classes if isinstance(classes, int) else len(classes)
     if count > MAX_CLASSES:
         raise DataError(f"{place}: got {count:,} classes, expected at most {MAX_CLASSES:,}")

@@ -11,7 +11,13 @@ from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy, Difference
 from robustsoup.evaluation.two_phase import SUBSET_KEY
-from robustsoup.evaluation.verdicts import SHIFT_KEY, UNION_KEY, Evaluation, Record
+from robustsoup.evaluation.verdicts import (
+    SHIFT_KEY,
+    UNION_KEY,
+    Evaluation,
+    Record,
+    as_evaluations,
+)
 
 ATTACK_KEYS = (
     "attack",
@@ -78,6 +84,8 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     Raises:
         RequestError: If data or split differ, no sample is common, or a label differs.
     """
+    for position, evaluation in (("first", a), ("second", b)):
+        as_evaluations([evaluation], f"compare: the {position}")
     _check_same_split(a, b)
     ids, *indices = np.intersect1d(a.ids.numpy(), b.ids.numpy(), return_indices=True)
     if not len(ids):

@@ -50,7 +50,14 @@ from robustsoup.evaluation.sharing import (
 )
 from robustsoup.evaluation.shift import measure_shift
 from robustsoup.evaluation.two_phase import SUBSET_KEY, subset_rows
-from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation, Record, Verdicts
+from robustsoup.evaluation.verdicts import (
+    CLEAN_KEY,
+    UNION_KEY,
+    Evaluation,
+    Record,
+    Verdicts,
+    as_evaluations,
+)
 from robustsoup.progress import Progress
 from robustsoup.seeding import global_random_state
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
@@ -63,6 +70,7 @@ BETTER_INPUTS = "better_inputs"
 
 
 @accepts_settings(AttackSettings)
+@torch.inference_mode(mode=False)  # under the caller's, no tensor would have a gradient
 def evaluate(
     network: nn.Module | Checkpoint | str | os.PathLike[str],
     data: SplitLike,
@@ -137,7 +145,7 @@ def evaluate(
         as_split(data, "evaluate").first(samples),
         threats,
         make_settings(AttackSettings, settings, changes),
-        reuse=Reuse(keep_points, tuple(pool), after, subset, tuple(others)),
+        reuse=_parse_reuse(pool, after, others, keep_points=keep_points, subset=subset),
         device=device,
     )
     corruptions = None if shift is None else open_corruptions(shift, request.data, shift_part)
@@ -166,6 +174,22 @@ def evaluate(
     if subset is not None:
         record[SUBSET_KEY] = _describe_subset(request, evaluation)
     return evaluation
+
+
+def _parse_reuse(
+    pool: Sequence[Evaluation],
+    after: Evaluation | None,
+    others: Sequence[Evaluation],
+    *,
+    keep_points: bool,
+    subset: int | None,
+) -> Reuse:
+    """Return the work shared with other evaluations, after a check of its types."""
+    if after is not None:
+        as_evaluations([after], "after")
+    return Reuse(
+        keep_points, as_evaluations(pool, "pool"), after, subset, as_evaluations(others, "others")
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ def _check_subset(
     subset, after = reuse.subset, reuse.after
     if subset is None:
         return
-    if not 1 <= subset < n:
+    if not (isinstance(subset, Integral) and 1 <= subset < n):
         raise RequestError(f"subset: got {subset}, expected 1 to {n - 1} of {n} samples")
     if attacker.together > 1:
         raise RequestError("subset: requires an attack that attacks each sample by itself")

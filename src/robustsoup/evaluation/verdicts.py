@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from robustsoup.arrays import read_arrays
 from robustsoup.data.splits import MAX_CLASSES
 from robustsoup.display import html_table
 from robustsoup.documents import read_json
-from robustsoup.errors import CheckpointError
+from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.record_checks import check_record
 from robustsoup.evaluation.two_phase import SUBSET_KEY, attacked_rows, estimate_accuracy
@@ -292,6 +292,27 @@ class Evaluation:
             raise CheckpointError(
                 f"{path}: not an evaluation that robustsoup wrote: {reason}"
             ) from None
+
+
+def as_evaluations(value: object, place: str) -> tuple[Evaluation, ...]:
+    """Return a list of evaluations, or a single one, as a tuple.
+
+    Args:
+        value: What a user passes.
+        place: Names it in errors.
+
+    Raises:
+        RequestError: It is something else.
+    """
+    evaluations: list[Evaluation] = []
+    for item in value if isinstance(value, Iterable) else (value,):
+        if not isinstance(item, Evaluation):
+            raise RequestError(
+                f"{place}: got {type(item).__name__}, expected an evaluation, as evaluate and "
+                "Evaluation.load return it"
+            )
+        evaluations.append(item)
+    return tuple(evaluations)
 
 
 def _assemble(

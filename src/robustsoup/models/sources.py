@@ -31,6 +31,7 @@ from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
 from robustsoup.models.wide_resnet import published_constants
 from robustsoup.precision import full_float32
 from robustsoup.printable import first_line
+from robustsoup.settings import plain_number
 
 Factory = Callable[..., nn.Module]
 _OTHER_NAMES = {
@@ -77,6 +78,7 @@ def load_model(
         ModelError: An unknown name, a wrong option, or a factory that returns no nn.Module.
     """
     text = spec if isinstance(spec, str) else _factory_spec(spec)
+    classes, channels, seed = map(plain_number, (classes, channels, seed))
     settings = NetworkSettings(text, classes, channels, channel_constants(normalize))
     return build_network(settings, mean=mean, std=std, seed=seed)
 

@@ -50,6 +50,14 @@ _NAMED_TABLES: dict[str, type[BaseModel]] = {
 }
 
 
+_EXPECTED = {
+    "tuple_type": "expected a list, such as [...]",
+    "dict_type": "expected a table",
+    "model_type": "expected a table",
+}
+"""What a value should have been, in the words of TOML, by pydantic's type of error."""
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -183,7 +191,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = text
     except ValueError as error:
         raise RecipeError(f"--set {override}: {error}") from None
-    *tables, last = key.strip().split(".")
+    *tables, last = parts = key.strip().split(".")
+    if not all(parts):
+        raise RecipeError(f"--set {override}: expected KEY=VALUE with a key, such as seed=1")
     if len(tables) >= MAX_KEY_PARTS:
         raise RecipeError(f"--set {override}: got {len(tables) + 1} parts in a key, expected fewer")
     for table in tables:
@@ -248,6 +258,7 @@ def _describe_first_error(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{place}: missing"
     message = first["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(first["type"], message)
     if first["type"] != "value_error":
         message += f"; got {describe_value(first['input'])}"
     return _name_place(location, message) if place else message

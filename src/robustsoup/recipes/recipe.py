@@ -58,6 +58,8 @@ PRETRAINED = "pretrained"
 MAX_INGREDIENTS = 1_000
 """Most ingredients of a recipe, each checkpoint of `checkpoint_every` counted."""
 
+MAX_NAME_BYTES = 200
+"""Longest name of a run, a network or a plane; file systems allow 255 bytes with what is added."""
 
 _NO_SOUPS: dict[str, Soup] = {}
 _NO_PLANES: dict[str, Plane] = {}
@@ -336,6 +338,8 @@ class Recipe(Section):
             )
 
     def _check_names(self) -> None:
+        if self.name in (".", ".."):
+            raise ValueError(f'name: got "{self.name}", expected a name, not a folder')
         for name in [*self.ingredients, *self.soups, *self.planes]:
             if not re.fullmatch(r"[\w.-]+", name) or name == PRETRAINED:
                 raise ValueError(
@@ -459,6 +463,12 @@ class Recipe(Section):
         names = [PRETRAINED, *self.ingredients]
         for section in self.soups:
             names += self.soup_names(section)
+        for name in [*names, *self.planes, self.name]:
+            if len(name.encode()) > MAX_NAME_BYTES:
+                raise ValueError(
+                    f'"{name[:20]}...": got a name of {len(name.encode()):,} bytes, expected at '
+                    f"most {MAX_NAME_BYTES}, as files are named after it; shorten it"
+                )
         if duplicate := _first_duplicate(names):
             raise ValueError(
                 f'two networks would be called "{duplicate}"; rename a soup or an ingredient'

@@ -8,7 +8,7 @@ table holds parsed values: a threat is a ThreatModel, a requirement a Requiremen
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -26,6 +27,7 @@ from pydantic import (
 from robustsoup.catalog import ATTACKS, LOSSES, SOUP_METHODS
 from robustsoup.data.transforms import ImageTransform
 from robustsoup.errors import RequestError
+from robustsoup.schema import describe_value
 from robustsoup.settings import (
     LINF_8,
     PRETRAIN_DEFAULTS,
@@ -58,10 +60,34 @@ S = TypeVar("S")
 T = TypeVar("T", bound="Section")
 
 
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _expected_scalar(annotation: Any, value: Any) -> str | None:
+    """Return what a number or a truth value should have been, or None if its type may be right."""
+    types = set(get_args(annotation) or (annotation,)) - {type(None)}
+    expected = _SCALARS.get(types.pop()) if len(types) == 1 else None
+    if value is None or expected is None:
+        return None
+    kinds = (bool,) if expected == _SCALARS[bool] else (int, float)
+    is_right = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
+    return None if is_right else expected
+
+
 class Section(BaseModel):
     """A table of a recipe: frozen, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_scalar(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` or text for a number, and anything else for `true` or `false`."""
+        field = cls.model_fields.get(info.field_name or "")
+        expected = None if field is None else _expected_scalar(field.annotation, value)
+        if expected is not None:
+            raise ValueError(f"got {describe_value(value)}, expected {expected}")
+        return value
 
     def __getitem__(self, key: str) -> Any:
         """Return the value of a key."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Self
 
 from robustsoup.errors import RequestError
@@ -46,7 +47,7 @@ class Requirement:
         if isinstance(text, Requirement):
             return text
         wrong_form = f'require: got "{text}", expected a form such as "clean>=0.85" or "clean>=85%"'
-        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", text)
+        match = re.fullmatch(r"\s*(.+?)\s*>=\s*([0-9.eE+-]+)\s*(%?)\s*", str(text))
         if match is None:
             raise RequestError(wrong_form)
         key, number, percent = match.groups()
@@ -69,6 +70,8 @@ class Requirement:
         Raises:
             RequestError: If one cannot be parsed, or two are about the same accuracy.
         """
+        if isinstance(requirements, (str, Requirement)):
+            requirements = [requirements]
         if isinstance(requirements, Mapping):
             requirements = [f"{key}>={value}" for key, value in requirements.items()]
         parsed = tuple(cls.parse(item) for item in requirements)
@@ -83,7 +86,13 @@ class Requirement:
 
     def __str__(self) -> str:
         """Return the requirement as `parse` reads it."""
-        return f"{self.key}>={self.threshold:g}"
+        return f"{self.key}>={_spell_number(self.threshold)}"
+
+
+def _spell_number(number: float) -> str:
+    """Return all digits of a number, without an exponent, which a score cannot contain."""
+    text = format(Decimal(repr(float(number))), "f")
+    return text.removesuffix(".0")
 
 
 def _suggest_threshold(key: str, number: float, *, percent: bool) -> str:
@@ -143,7 +152,7 @@ class Score:
         """Return the score as `parse` reads it."""
         if len(self.terms) == 1:
             return self.terms[0][1]
-        return " + ".join(f"{weight:g} {key}" for weight, key in self.terms)
+        return " + ".join(f"{_spell_number(weight)} {key}" for weight, key in self.terms)
 
 
 def _parse_score_term(text: str) -> tuple[float, str]:

@@ -175,7 +175,8 @@ def search(
         the answer.
 
     Raises:
-        RequestError: For invalid settings, before any work.
+        RequestError: For invalid settings, or a `report_on` that shares samples with `data`, before
+            any work.
         LeakageError: If an ingredient was trained on samples of `data`.
     """
     data = as_split(data, "search")
@@ -194,6 +195,7 @@ def search(
         split = split.first(open_corruptions(shift, split, "select").count_images(split))
     report_on = as_optional_split(report_on, "search: report_on")
     if report_on is not None:
+        _check_report(report_on, split)
         check_leakage(opened, report_on, allow=allow_leakage)
     merging = describe_merging(settings, merge_changes, base, parsed)
     _check_merging(merging, len(opened), calibrate_on)
@@ -212,7 +214,7 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=learn_settings or LearnSettings(),
+        learn=make_settings(LearnSettings, learn_settings, {}),
         allow_leakage=allow_leakage,
     )
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
@@ -237,6 +239,20 @@ def search(
         answer = with_test(answer, evaluation, split=report_on.name)
     doubts = describe_differing_constants(open_ingredients(opened, network))
     return SearchResult(tuple(tried.candidates), answer, tried.predicted, tuple(doubts))
+
+
+def _check_report(report_on: Split, data: Split) -> None:
+    """Raise RequestError if samples that choose a soup would also report it."""
+    shared = set(report_on.ids.tolist()) & set(data.ids.tolist())
+    if (
+        shared
+        and report_on.name == data.name
+        and report_on.record["split_digest"] == data.record["split_digest"]
+    ):
+        raise RequestError(
+            f"search: report_on: got {len(shared)} samples of {data.name} that choose the soup, "
+            "expected others, such as data.test"
+        )
 
 
 def _try_soups(

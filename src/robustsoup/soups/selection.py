@@ -352,6 +352,7 @@ def select(
     Raises:
         RequestError: If there are no candidates, or a measure was not evaluated.
     """
+    tried = list(tried)
     if not tried:
         raise RequestError("select: no candidates")
     goal = Goal.parse(maximise, require, point=point)
@@ -426,7 +427,8 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
     Raises:
         RequestError: If a measure was not evaluated.
     """
-    measures = [str(key) for key in keys]
+    tried = list(tried)
+    measures = [str(key) for key in ([keys] if isinstance(keys, (str, ThreatModel)) else keys)]
     if tried:
         require_measures("pareto_front", measures, tried[0].evaluation.accuracy)
 
