@@ -977,3 +977,5 @@ def test_names_that_no_file_can_have_are_refused(tmp_path):
     path.write_text(FULL)
     with pytest.raises(RecipeError, match="a name of 201 bytes, expected at most 200"):
         load_recipe(path, [f'ingredients.{"x" * 201}={{ threat = "Linf 4/255" }}'])
+    with pytest.raises(RecipeError, match=r'"low" and "LOW": files are named after networks'):
+        load_recipe(path, ['ingredients.LOW={ threat = "Linf 4/255" }'])

@@ -175,6 +175,11 @@ def test_search_refuses_what_the_ingredients_were_trained_on(ingredients, data):
     assert search(ingredients, data.train.first(10), [], method="uniform", allow_leakage=True)
 
 
+def test_search_refuses_no_files(data):
+    with pytest.raises(RequestError, match="search: got no checkpoints, expected one or more"):
+        search([], data.val, ["Linf 8/255"])
+
+
 def test_search_refuses_missing_files(data):
     with pytest.raises(CheckpointError, match="no such file"):
         search(["absent.pth"], data.val, [])

@@ -473,6 +473,12 @@ class Recipe(Section):
             raise ValueError(
                 f'two networks would be called "{duplicate}"; rename a soup or an ingredient'
             )
+        if duplicate := _first_duplicate([name.casefold() for name in names]):
+            first, second, *_ = [name for name in names if name.casefold() == duplicate]
+            raise ValueError(
+                f'"{first}" and "{second}": files are named after networks, and some file systems '
+                "cannot tell these names apart; rename one"
+            )
 
     def _check_protocol(self) -> None:
         if self.protocol != "paper":

@@ -189,6 +189,8 @@ def search(
     goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
     parsed = parse_threats(threats)
     opened = tuple(open_all(ingredients))
+    if not opened:
+        raise RequestError("search: got no checkpoints, expected one or more")
     check_leakage(opened, data, allow=allow_leakage)
     split = data.first(samples)
     if shift is not None:
