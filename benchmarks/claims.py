@@ -49,11 +49,10 @@ class RunResults:
         self.select_on, self.report_on = protocol["select_on"], protocol["report_on"]
         self.threats = [threat for threat in protocol["threats"] if threat != "clean"]
         if verdicts:
-            rows = self.results["rows"]
-            kept = [row for row in rows if self.verdict_path(row["name"]).exists()]
-            if not kept:
+            rows = [r for r in self.results["rows"] if self.verdict_path(r["name"]).exists()]
+            if not rows:
                 sys.exit(f"{verdicts}: no verdicts on {self.report_on} of networks of {folder}")
-            self.results["rows"] = kept
+            self.results["rows"] = rows
         self.rows: dict[str, Row] = {row["name"]: row for row in self.results["rows"]}
         self._accuracies: dict[str, dict[str, np.ndarray]] = {}
         self._weights: np.ndarray | None = None

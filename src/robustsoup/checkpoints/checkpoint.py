@@ -27,7 +27,11 @@ from robustsoup.checkpoints.fitting import (
 )
 from robustsoup.checkpoints.formats import read_checkpoint, refuse_broken, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
-from robustsoup.checkpoints.parameters import find_unweighted_statistics, guess_parameters
+from robustsoup.checkpoints.parameters import (
+    find_unweighted_statistics,
+    guess_parameters,
+    is_inexact,
+)
 from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import find_copy_of, local_path
 from robustsoup.checkpoints.transfers import choose_file
@@ -416,7 +420,7 @@ class Checkpoint:
     def _holds_weight(self, name_in_file: str) -> bool:
         names = {self._name_in_file(name): name for name in self.tensors}
         tensor = self.tensors.get(names.get(name_in_file, ""))
-        return tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+        return tensor is not None and is_inexact(tensor)
 
     def _with_names_of(
         self, expected: Mapping[str, Tensor], own_names: Mapping[str, str] | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from robustsoup.checkpoints.parameters import is_inexact
 from robustsoup.checkpoints.weight_sets import is_average
 from robustsoup.errors import ModelError
 from robustsoup.printable import first_line
@@ -64,9 +65,8 @@ def has_other_shape(tensor: Tensor, wanted: Tensor) -> bool:
 
 def holds_other_numbers(tensor: Tensor, wanted: Tensor) -> bool:
     """Return whether integers stand for weights, or complex numbers for real ones."""
-    is_number = tensor.is_floating_point() or tensor.is_complex()
     return (wanted.is_floating_point() and not tensor.is_floating_point()) or (
-        wanted.is_complex() and not is_number
+        wanted.is_complex() and not is_inexact(tensor)
     )
 
 

@@ -46,6 +46,11 @@ def _is_original(name: str) -> bool:
     return len(parts) == 4 and parts[1] == "parametrizations" and parts[3] == "original"
 
 
+def is_inexact(tensor: Tensor) -> bool:
+    """Return whether a tensor holds real or complex numbers, which can be averaged."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> list[str]:
     """Return the tensors of a file without a record that are probably parameters.
 
@@ -60,7 +65,7 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
     return [
         name
         for name, tensor in tensors.items()
-        if (tensor.is_floating_point() or tensor.is_complex())
+        if is_inexact(tensor)
         and name.rpartition(".")[2] not in _RUNNING_STATISTICS
         and name not in tied
         and name not in vectors
@@ -69,31 +74,32 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
     ]
 
 
-def find_unweighted_statistics(names: Iterable[str], parameters: Sequence[str]) -> dict[str, str]:
-    """Map running means and variances of layers without a weight to the last parameter before.
+def find_owners_of_statistics(names: Iterable[str], parameters: Sequence[str]) -> dict[str, str]:
+    """Map each running mean and variance to the weight beside it, else to the parameter before.
 
     Args:
         names: Names of all tensors, in the order of the network.
         parameters: Names of the parameters.
     """
-    known = set(parameters)
+    all_parameters = set(parameters)
     latest = parameters[0] if parameters else None
-    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for name in names:
-        if name in known:
+        if name in all_parameters:
             latest = name
-        elif is_running_moment(name) and latest is not None and weight_beside(name) not in known:
-            found[name] = latest
-    return found
+        elif name.rpartition(".")[2] in ("running_mean", "running_var") and latest is not None:
+            weight = _weight_beside(name)
+            owners[name] = weight if weight in all_parameters else latest
+    return owners
 
 
-def is_running_moment(name: str) -> bool:
-    """Return whether a name is that of a running mean or variance."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
+def find_unweighted_statistics(names: Iterable[str], parameters: Sequence[str]) -> dict[str, str]:
+    """Return those owners of statistics that depend on the order of the names."""
+    owners = find_owners_of_statistics(names, parameters)
+    return {name: owner for name, owner in owners.items() if owner != _weight_beside(name)}
 
 
-def weight_beside(name: str) -> str:
-    """Return the name of the weight of the layer that a tensor belongs to."""
+def _weight_beside(name: str) -> str:
     prefix = name.rpartition(".")[0]
     return f"{prefix}.weight" if prefix else "weight"
 

@@ -137,9 +137,9 @@ def _check_statistics(record: Mapping[str, object], tensors: Mapping[str, Tensor
     """Check that a running statistic exists, and that what it belongs to is a parameter."""
     statistics, parameters = record.get("statistics", {}), record.get("parameters", ())
     owners = dict(statistics) if isinstance(statistics, Mapping) else {}
-    known = set(parameters) if isinstance(parameters, (list, tuple)) else set()
+    names = set(parameters) if isinstance(parameters, (list, tuple)) else set()
     for name, owner in owners.items():
-        if name not in tensors or owner not in known:
+        if name not in tensors or owner not in names:
             place = f"statistics[{describe_value(name)}]"
             raise MisfitError(place, owner, "the names of a statistic and of a parameter")
 

@@ -199,9 +199,9 @@ def _split_digest(address: str) -> tuple[str, str | None]:
         CheckpointError: The end of the address is no such digest, and would not be checked.
     """
     place, mark, end = address.rpartition("#")
-    found = _DIGEST.fullmatch(end)
-    if mark and found:
-        return place, found[1].lower()
+    digest = _DIGEST.fullmatch(end)
+    if mark and digest:
+        return place, digest[1].lower()
     is_web = address.startswith(("http://", "https://", "hf://"))
     if mark and (is_web or _LOOKS_LIKE_A_DIGEST.fullmatch(end)):
         raise CheckpointError(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustsoup.checkpoints.parameters import is_inexact
+
 WRAPPER_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -70,9 +72,7 @@ def find_weight_sets(content: object) -> list[WeightSet]:
     """
     found = list(_walk(content, (), set()))
     holding_floats = [
-        item
-        for item in found
-        if any(t.is_floating_point() or t.is_complex() for t in item.tensors.values())
+        item for item in found if any(is_inexact(tensor) for tensor in item.tensors.values())
     ]
     return sorted(holding_floats or found, key=_rank)
 

@@ -292,18 +292,18 @@ def _without_code(content: Any, dropped: list[str], seen: dict[int, Any] | None 
     """
     if not isinstance(content, Mapping) or not _holds(content, (Name, Storage)):
         return content
-    made: dict[int, Any] = {} if seen is None else seen
-    if id(content) in made:
-        return made[id(content)]
-    kept: dict[Any, Any] = {}
-    made[id(content)] = kept  # now, since a mapping may hold itself
+    pruned: dict[int, Any] = {} if seen is None else seen
+    if id(content) in pruned:
+        return pruned[id(content)]
+    entries: dict[Any, Any] = {}
+    pruned[id(content)] = entries  # now, since a mapping may hold itself
     for key, value in content.items():
-        inner = _without_code(value, dropped, made)
+        inner = _without_code(value, dropped, pruned)
         if _holds([key, inner], (Name, Storage)):
             dropped.append(str(key))
         else:
-            kept[key] = inner
-    return kept
+            entries[key] = inner
+    return entries
 
 
 def _no_such_key(path: Path, key: str | None, sets: Iterable[WeightSet]) -> CheckpointError:

@@ -115,9 +115,9 @@ def mix_command(
     else:
         alpha = parse_coefficients(coefficients, len(checkpoints), at)
     policy = soup.buffers or ("average" if method else default_buffer_policy(alpha))
-    if soup.buffers is None and policy == "average" and spans_subspace(ingredients):
-        # The statistics of a subspace, if there are any, are measured anew at each point.
-        policy = "recalibrate" if running_statistics(ingredients[0]) else policy
+    is_point = soup.buffers is None and policy == "average" and spans_subspace(ingredients)
+    # The statistics of a subspace, if there are any, are measured anew at each point.
+    policy = "recalibrate" if is_point and running_statistics(ingredients[0]) else policy
     split = None
     if data.data:
         source = load_requested_data(data, network)

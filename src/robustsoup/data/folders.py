@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,6 +157,21 @@ def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
     return _join_listings(train, val, test, seed), notes + _describe_skipped(skipped)
 
 
+def find_spellings(names: Collection[str], form: str = "{}") -> dict[str, str]:
+    """Return how each split is spelled in some names, by our name of it.
+
+    Args:
+        names: The names, such as those of folders.
+        form: What a name is, with {} for the split, such as "x_{}".
+    """
+    return {
+        part: spelling
+        for part, spellings in SPLIT_FOLDERS.items()
+        for spelling in reversed(spellings)
+        if form.format(spelling) in names
+    }
+
+
 def _split_folders(root: Path) -> dict[str, Path] | None:
     """Return the folder of each split, or None if `root` is not split.
 
@@ -164,12 +179,7 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
     class.
     """
     folders = {folder.name.lower(): folder for folder in _sub_folders(root)}
-    found = {
-        name: folders[spelling]
-        for name, spellings in SPLIT_FOLDERS.items()
-        for spelling in reversed(spellings)
-        if spelling in folders
-    }
+    found = {part: folders[spelling] for part, spelling in find_spellings(folders).items()}
     if "train" in found and ("test" in found or _sub_folders(found["train"])):
         return found
     return None

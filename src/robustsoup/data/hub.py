@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
+from robustsoup.data.folders import abbreviate, find_spellings
 from robustsoup.data.images import MAX_IMAGE_BYTES, open_image
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, add_notes, assemble_tensors, promote_val
@@ -119,12 +119,7 @@ def _find_splits(request: DataRequest) -> tuple[dict[str, "Dataset"], list[str]]
 def match_splits(names: Sequence[str]) -> dict[str, str]:
     """Return the name of each split, by our name of it; a single one is train."""
     lower = {name.lower(): name for name in names}
-    found = {
-        part: lower[spelling]
-        for part, spellings in SPLIT_FOLDERS.items()
-        for spelling in reversed(spellings)
-        if spelling in lower
-    }
+    found = {part: lower[spelling] for part, spelling in find_spellings(lower).items()}
     return {"train": names[0]} if "train" not in found and len(names) == 1 else found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from robustsoup.arrays import read_arrays
-from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
+from robustsoup.data.folders import abbreviate, find_spellings
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Data, add_notes, assemble_tensors
 from robustsoup.errors import DataError
@@ -70,9 +70,7 @@ def find_pairs(names: Collection[str], place: str) -> dict[str, tuple[str, str]]
     for images, labels in SPLIT_ARRAYS:
         pairs = {
             part: (images.format(spelling), labels.format(spelling))
-            for part, spellings in SPLIT_FOLDERS.items()
-            for spelling in reversed(spellings)
-            if images.format(spelling) in names
+            for part, spelling in find_spellings(names, images).items()
         }
         if "train" in pairs:
             return {part: _check_pair(names, pair, place) for part, pair in pairs.items()}

@@ -66,12 +66,12 @@ _SCALARS = {bool: "true or false", int: "a whole number", float: "a number"}
 def _expected_scalar(annotation: Any, value: Any) -> str | None:
     """Return what a number or a truth value should have been, or None if its type may be right."""
     types = set(get_args(annotation) or (annotation,)) - {type(None)}
-    expected = _SCALARS.get(types.pop()) if len(types) == 1 else None
-    if value is None or expected is None:
+    kind = types.pop() if len(types) == 1 else None
+    if value is None or kind not in _SCALARS:
         return None
-    kinds = (bool,) if expected == _SCALARS[bool] else (int, float)
-    is_right = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
-    return None if is_right else expected
+    is_truth = isinstance(value, bool)
+    is_right = is_truth if kind is bool else isinstance(value, (int, float)) and not is_truth
+    return None if is_right else _SCALARS[kind]
 
 
 class Section(BaseModel):

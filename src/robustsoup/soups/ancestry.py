@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.parameters import is_pruning_mask
+from robustsoup.checkpoints.parameters import is_inexact, is_pruning_mask
 from robustsoup.errors import CheckpointError, IngredientMismatch
 
 
@@ -53,8 +53,7 @@ def _refuse_other_masks(first: Checkpoint, other: Checkpoint) -> None:
     for name, a in first.tensors.items():
         b = other.tensors.get(name)
         is_mask = is_pruning_mask(name, first.tensors)
-        is_integer = not (a.is_floating_point() or a.is_complex())
-        if b is None or a.shape != b.shape or not (is_mask or (is_integer and a.dim() > 1)):
+        if b is None or a.shape != b.shape or not (is_mask or (not is_inexact(a) and a.dim() > 1)):
             continue
         if not torch.equal(a, b):
             reason = (

@@ -10,11 +10,7 @@ from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import adapt_network, copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.parameters import (
-    find_unweighted_statistics,
-    is_running_moment,
-    weight_beside,
-)
+from robustsoup.checkpoints.parameters import find_owners_of_statistics
 from robustsoup.data import Split, batches, to_float
 from robustsoup.device import autocast
 from robustsoup.errors import DataError
@@ -42,16 +38,9 @@ def running_statistics(item: Checkpoint) -> dict[str, str]:
     parameter before it: that of the layer that the BatchNorm normalises. Without a record of that
     order, the file's counts.
     """
-    parameters = item.parameters
-    latest = find_unweighted_statistics(item.tensors, parameters)
-    latest |= item.provenance.get("statistics", {})
-    weights = set(parameters)
-    owners = {name: weight_beside(name) for name in item.tensors if is_running_moment(name)}
-    return {
-        name: weight if weight in weights else latest[name]
-        for name, weight in owners.items()
-        if name not in weights and (weight in weights or name in latest)
-    }
+    owners = find_owners_of_statistics(item.tensors, item.parameters)
+    recorded = item.provenance.get("statistics", {})
+    return {name: recorded.get(name, owner) for name, owner in owners.items()}
 
 
 def average_statistics(

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from robustsoup.attacks.forward import call_network
 from robustsoup.precision import full_float32
 from robustsoup.seeding import keyed_generator
-from robustsoup.soups.merging import Merge, Merged, as_real
-from robustsoup.soups.summation import canonical_order, canonical_sum
+from robustsoup.soups.merging import Merge, Merged
+from robustsoup.soups.summation import as_real, canonical_order, canonical_sum
 
 
 def fisher(merge: Merge) -> Merged:
@@ -71,6 +71,6 @@ def measure_fisher(merge: Merge, network: nn.Module) -> dict[str, Tensor]:
             grads = torch.autograd.grad(log_p[drawn], list(parameters.values()), allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
-                    sums[name] += as_real(grad).double().square()
+                    sums[name] += as_real(grad.resolve_conj()).double().square()
             count += 1
     return {name: (total / count).cpu() for name, total in sums.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
-from robustsoup.soups.summation import sum_dtype, weighted_sum
+from robustsoup.soups.summation import as_real, sum_dtype, weighted_sum
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Ingredients:
     @torch.no_grad()
     def mix_into(self, name: str, weights: Sequence[float], parameter: Tensor) -> None:
         """Overwrite `parameter` with sum_i weights[i] * theta_i, summed in at least float32."""
-        rows, target = self.rows[name], _as_real(parameter)
+        rows, target = self.rows[name], as_real(parameter)
         dtype = sum_dtype(rows[0].dtype)
         flat = torch.empty(target.numel(), dtype=dtype, device=self.device)
 
@@ -85,7 +85,7 @@ class Ingredients:
         target.copy_(flat.view(target.shape))
 
     def _inner_products(self, name: str, grad: Tensor) -> Tensor:
-        rows, flat = self.rows[name], _as_real(grad.detach()).contiguous().view(-1)
+        rows, flat = self.rows[name], as_real(grad.detach()).contiguous().view(-1)
 
         def chunk_products(begin: int) -> Tensor:
             piece = flat[begin : begin + self.chunk]
@@ -165,14 +165,9 @@ def _read_lines(path: str) -> list[str]:
 
 def _place_parameter(item: Checkpoint, name: str, device: torch.device, place: str) -> Tensor:
     """Return a parameter as a flat tensor at its place; "files" keeps the mapped view."""
-    tensor = _as_real(item.tensors[name].detach())
+    tensor = as_real(item.tensors[name].detach())
     if place == "device":
         tensor = tensor.to(device)
     if place in ("device", "memory") and item.source is not None and tensor.device.type == "cpu":
         tensor = tensor.clone()
     return tensor.contiguous().view(-1)
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """Return complex numbers as pairs: gradients and sums treat both parts alike."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -35,6 +35,7 @@ from robustsoup.soups.mixing import (
     finish_soup,
     open_ingredients,
 )
+from robustsoup.soups.summation import as_real
 from robustsoup.threats import CLEAN, ThreatModel
 
 NEEDS_MERGING = "merging"
@@ -88,13 +89,13 @@ class Merge:
 
         Complex numbers are pairs of real ones, in a last dimension of 2.
         """
-        return [as_real(item.tensors[name]) for item in self.ingredients]
+        return [as_real(item.tensors[name].resolve_conj()) for item in self.ingredients]
 
     def base_row(self, name: str) -> Tensor:
         """Return the tensor of that name of the base; `merge` has checked that there is one."""
         if self.base is None:
             raise RequestError("merge: requires a base")
-        return as_real(self.base.tensors[name])
+        return as_real(self.base.tensors[name].resolve_conj())
 
     def attacked_batches(self, network: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return attacked training images and their labels, the same images for every network."""
@@ -126,11 +127,6 @@ class Merged:
 
 
 MergeMethod = Callable[[Merge], Merged]
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Return a tensor of real numbers; complex ones are pairs, in a last dimension of 2."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @accepts_settings(MergeSettings)

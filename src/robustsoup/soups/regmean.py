@@ -73,8 +73,9 @@ def find_linear_layers(network: nn.Module, owners: Mapping[str, object]) -> dict
         dense = isinstance(module, nn.Linear) or (
             isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         )
-        if dense and name in owners and not module.weight.is_complex():  # type: ignore[union-attr,operator]
-            sizes[name] = module.weight[0].numel()  # type: ignore[union-attr,index,operator]
+        weight = module.weight if dense else None
+        if isinstance(weight, Tensor) and name in owners and not weight.is_complex():
+            sizes[name] = weight[0].numel()
     return sizes
 
 

@@ -15,6 +15,7 @@ from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.parameters import is_inexact
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.device import resolve_device, resolve_precision
@@ -231,7 +232,7 @@ class SubspaceRun:
         mixed_tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         parts = [{**dict(end.named_parameters()), **dict(end.named_buffers())} for end in self.ends]
         for name, tensor in mixed_tensors.items():
-            if not _is_averaged(tensor):
+            if not is_inexact(tensor):
                 tensor.copy_(parts[0][name])
                 continue
             tensor.zero_()
@@ -282,15 +283,10 @@ class SubspaceRun:
                 group["lr"] = rate
             optimizer.step()
             for name, buffer in end.named_buffers():
-                if _is_averaged(buffer):
+                if is_inexact(buffer):
                     buffer.add_(after[name] - before[name], alpha=weight)
                 else:
                     buffer.copy_(after[name])
-
-
-def _is_averaged(tensor: Tensor) -> bool:
-    """Return whether a point takes the mean of the ends' tensors, and not that of the first."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def point_on_line(ends: Sequence[Checkpoint], t: float) -> list[float]:

@@ -30,6 +30,14 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs, in a last dimension of 2; others unchanged.
+
+    Sums, gradients and merging methods treat both parts alike.
+    """
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which tensors of a type are summed: at least float32."""
     if dtype.is_floating_point and dtype.itemsize == 1:  # float8 cannot be promoted

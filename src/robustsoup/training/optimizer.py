@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.forward import set_mode
-from robustsoup.checkpoints.parameters import find_power_vectors
+from robustsoup.checkpoints.parameters import find_power_vectors, is_inexact
 from robustsoup.settings import TrainSettings
 
 
@@ -87,8 +87,7 @@ class WeightAverage:
         latest = _parameters_and_buffers(model)
         vectors = {name for names in find_power_vectors(latest) for name in (names.u, names.v)}
         for name, average in _parameters_and_buffers(self.model).items():
-            is_number = average.is_floating_point() or average.is_complex()
-            if is_number and name not in vectors:
+            if is_inexact(average) and name not in vectors:
                 average.lerp_(latest[name].detach(), share)
             else:
                 average.copy_(latest[name])
