@@ -26,6 +26,7 @@ ROOMS = (
         "stamp",
         "device",
         "precision",
+        "gradients",
         "fingerprint",
         "files",
         "documents",

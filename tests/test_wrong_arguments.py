@@ -25,6 +25,8 @@ CALLS = {
     "check a path": lambda data: rs.check("a.pth"),
     "landscape None": lambda data: rs.landscape(None, data.val, threat="clean", buffers="average"),
     "load None": lambda data: rs.Checkpoint.load(None),
+    "mix in another precision": lambda data: rs.mix([NET], [1], precision="half"),
+    "mix on half a sample": lambda data: rs.mix([NET], [1], calibrate_samples=0.5),
     "a checkpoint of a list": lambda data: rs.Checkpoint.of([1]),
     "a checkpoint of text": lambda data: rs.Checkpoint.of({"a": "b"}),
 }
@@ -131,6 +133,33 @@ def test_attacks_work_in_the_callers_inference_mode(digits):
         with pytest.raises(rs.RobustsoupError, match="inference_mode"):
             rs.apgd(inner, x, y, "Linf 8/255", steps=2)
     assert torch.equal(again.hits()["Linf 8/255"], evaluation.hits()["Linf 8/255"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_functions_that_take_gradients_do_so_in_any_mode_of_the_caller(digits, mode):
+    data = digits.train.first(32)
+    settings = {"epochs": 1, "lr": 0.1, "attack_steps": 1, "batch_size": 16}
+    ends = ["Linf 16/255", "Linf 1/255"]
+    attack = {"threat": "Linf 16/255", "attack_steps": 1}
+
+    def compute(network):
+        items = [rs.train(network, data, threat=end, **settings) for end in ends]
+        yield from (item.digest for item in items)
+        yield from (end.digest for end in rs.train_subspace(network, data, ends, **settings))
+        yield rs.learn(items, data, **settings).alpha
+        yield rs.learn_dial(items, data, by="objective", **settings).at(0.5).alpha
+        for method in ("fisher", "regmean"):
+            yield rs.merge(items, method, data=data, **attack).digest
+        policy = {"buffers": "recalibrate-adversarial", "calibrate_on": data}
+        yield rs.mix(items, [0.5, 0.5], **policy, **attack).digest
+
+    expected = list(compute(NET))
+    with mode():
+        inner = rs.load_model("resnet9:width=2", channels=1)
+        inner.load_state_dict(STATE)
+        found = list(compute(inner))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_samples_that_choose_a_soup_do_not_report_it(digits):

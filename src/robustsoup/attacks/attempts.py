@@ -36,6 +36,7 @@ from robustsoup.attacks.steps import StepSchedule
 from robustsoup.catalog import LOSSES
 from robustsoup.device import resolve_precision
 from robustsoup.errors import RequestError
+from robustsoup.gradients import gradients_enabled
 from robustsoup.settings import QUEUED_ATTACKS, AttackSettings
 from robustsoup.threats import ThreatModel
 
@@ -251,7 +252,7 @@ def check_points(
     return torch.cat(broken), torch.cat(margin)
 
 
-@torch.inference_mode(mode=False)  # under the caller's, no tensor would have a gradient
+@gradients_enabled()
 def run_attack(
     model: nn.Module | Callable[[Tensor], object],
     x: ImageBatch,

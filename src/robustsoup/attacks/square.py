@@ -26,6 +26,7 @@ from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
 from robustsoup.attacks.steps import as_arrays, copy_rows, set_rows
 from robustsoup.errors import RequestError
+from robustsoup.gradients import gradients_enabled
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -40,7 +41,7 @@ _BLOCK = 64
 """Queries whose random numbers a sample draws at once."""
 
 
-@torch.inference_mode(mode=False)  # lanes write to these tensors from threads without it
+@gradients_enabled()
 def square(
     model: nn.Module,
     x: Tensor,

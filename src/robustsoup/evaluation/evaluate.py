@@ -58,6 +58,7 @@ from robustsoup.evaluation.verdicts import (
     Verdicts,
     as_evaluations,
 )
+from robustsoup.gradients import gradients_enabled
 from robustsoup.progress import Progress
 from robustsoup.seeding import global_random_state
 from robustsoup.settings import AttackSettings, accepts_settings, make_settings
@@ -70,7 +71,7 @@ BETTER_INPUTS = "better_inputs"
 
 
 @accepts_settings(AttackSettings)
-@torch.inference_mode(mode=False)  # under the caller's, no tensor would have a gradient
+@gradients_enabled()
 def evaluate(
     network: nn.Module | Checkpoint | str | os.PathLike[str],
     data: SplitLike,

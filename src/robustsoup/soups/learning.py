@@ -16,6 +16,7 @@ from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import RequestError
 from robustsoup.fingerprint import network_fingerprint
+from robustsoup.gradients import gradients_enabled
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import DialSettings, LearnSettings, accepts_settings, make_settings
 from robustsoup.soups.coefficients import Coefficients, Dial
@@ -32,6 +33,7 @@ from robustsoup.training.transforms import take_transform, transform_fingerprint
 
 
 @accepts_settings(LearnSettings, omit=["dial"])
+@gradients_enabled()
 def learn(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     data: SplitLike,
@@ -104,6 +106,7 @@ def learn(
 
 
 @accepts_settings(LearnSettings, omit=["objective", "early_stop", "dial"])
+@gradients_enabled()
 def learn_dial(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     data: SplitLike,

@@ -24,6 +24,7 @@ from robustsoup.data import Split, SplitLike, as_optional_split, passes, to_floa
 from robustsoup.data.sketches import sketch_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import CoefficientError, RequestError
+from robustsoup.gradients import gradients_enabled
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
 from robustsoup.soups.ancestry import check_ingredients, common_ancestor
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
@@ -130,6 +131,7 @@ MergeMethod = Callable[[Merge], Merged]
 
 
 @accepts_settings(MergeSettings)
+@gradients_enabled()
 def merge(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     method: str | MergeMethod,
@@ -208,9 +210,9 @@ def merge(
         resolve_precision(precision, place),
         seed,
     )
+    calibration = Calibration(data, calibrate_samples, threat, attack_steps, inputs.precision, seed)
     run_method: MergeMethod = entry.load() if isinstance(method, str) else method
     merged = run_method(inputs)
-    calibration = Calibration(data, calibrate_samples, threat, attack_steps, inputs.precision, seed)
     request = BufferRequest(policy, base, calibration, network, place)
     averaging = merged.coefficients or coefficients
     return finish_soup(

@@ -14,8 +14,10 @@ from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.formats import is_finite
 from robustsoup.checkpoints.wrapping import join_names, soup_wrapping
 from robustsoup.data import Split, SplitLike, as_optional_split
-from robustsoup.device import resolve_device
+from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
+from robustsoup.gradients import gradients_enabled
+from robustsoup.settings import BufferSettings
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.batchnorm import average_statistics, running_statistics
 from robustsoup.soups.coefficients import Coefficients
@@ -51,6 +53,12 @@ class Calibration:
     attack_steps: int = 2
     precision: str = "float32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        BufferSettings(
+            calibrate_samples=self.samples, attack_steps=self.attack_steps, seed=self.seed
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Buffers:
 BufferPolicy = Callable[[UnfinishedSoup], Buffers]
 
 
+@gradients_enabled()
 def mix(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     alpha: CoefficientsLike,
@@ -97,7 +106,7 @@ def mix(
     base: Checkpoint | str | os.PathLike[str] | None = None,
     calibrate_on: SplitLike | None = None,
     calibrate_samples: int = 10_000,
-    threat: ThreatModel = CLEAN,
+    threat: ThreatModel | str = CLEAN,
     attack_steps: int = 2,
     affine: bool = False,
     network: nn.Module | None = None,
@@ -141,8 +150,8 @@ def mix(
         IngredientMismatch: Names the first tensor whose name, shape or dtype differs.
         CoefficientError: If alpha does not fit the ingredients.
         CheckpointError: If a tensor of the soup would hold NaN or infinity; names it.
-        RequestError: If the policy is unknown, or requires data, a threat or tracked statistics
-            that were not passed.
+        RequestError: If the policy is unknown, requires data, a threat or tracked statistics that
+            were not passed, or a number is out of range.
 
     Source: Wortsman et al. 2022, arXiv:2203.05482, section 2; by layer: Huang, Adversarial Learned
         Soups, section 2.
@@ -153,11 +162,13 @@ def mix(
     learned = default_buffer_policy(coefficients)
     affine = affine or coefficients.affine
     default = "base" if base is not None or (affine and learned == "average") else learned
+    threat = ThreatModel.parse(threat)
     calibrate_on = as_optional_split(calibrate_on, "mix: calibrate_on")
     policy = check_buffer_policy(buffers or default, calibrate_on, threat)
     _check_policy_fits(policy, loaded[0], coefficients, affine=affine)
     for item in loaded:
         item.check_source()
+    precision = resolve_precision(precision, resolve_device(device))
     calibration = Calibration(
         calibrate_on, calibrate_samples, threat, attack_steps, precision, seed
     )

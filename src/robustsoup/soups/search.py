@@ -17,6 +17,7 @@ from robustsoup.data.corruptions import open_corruptions
 from robustsoup.display import html_table, svg_points
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
+from robustsoup.gradients import gradients_enabled
 from robustsoup.printable import make_printable
 from robustsoup.progress import Progress
 from robustsoup.settings import (
@@ -107,6 +108,7 @@ class SearchResult:
 @accepts_settings(AttackSettings)
 @accepts_settings(SearchSettings)
 @accepts_settings(MergeSettings)
+@gradients_enabled()
 def search(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
     data: SplitLike,

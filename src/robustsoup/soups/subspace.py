@@ -21,6 +21,7 @@ from robustsoup.data.batches import Batch
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.fingerprint import network_fingerprint
+from robustsoup.gradients import gradients_enabled
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.progress import Progress, SavedState
 from robustsoup.seeding import keyed_generator
@@ -51,6 +52,7 @@ CALIBRATION_SAMPLES = 10_000
 
 
 @accepts_settings(TrainSettings, omit=("threat",))
+@gradients_enabled()
 def train_subspace(
     network: nn.Module | Checkpoint | str | os.PathLike[str],
     data: SplitLike,

@@ -30,6 +30,7 @@ from robustsoup.data.synthetic import check_fraction
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import ModelError, RequestError
 from robustsoup.fingerprint import network_fingerprint
+from robustsoup.gradients import gradients_enabled
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import (
@@ -72,6 +73,7 @@ OUTDATED_ENTRIES = (
 
 
 @accepts_settings(TrainSettings)
+@gradients_enabled()
 def train(
     network: nn.Module | Checkpoint | str | os.PathLike[str],
     data: SplitLike,
