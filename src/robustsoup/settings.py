@@ -636,8 +636,8 @@ class AttackSettings:
     steps: int = setting(100, "Steps of APGD or PGD.", ge=1)
     n_queries: int = setting(
         5000,
-        "Queries of each restart of square, also in strong, which leaves a sample early if Square "
-        "is behind the gradients.",
+        "Queries of each restart of square. In strong it leaves a sample early if it makes less "
+        "progress than the gradient attacks did.",
         ge=1,
     )
     restarts: int = setting(1, "Random restarts.", ge=1)

@@ -138,7 +138,9 @@ class Fields:
 class DataOptions:
     """Which data a command reads."""
 
-    data: str = setting(dataclasses.MISSING, f"Data: {DATA_SOURCES.spellings()}.")
+    data: str = setting(
+        dataclasses.MISSING, f"Data: {DATA_SOURCES.spellings()} or package.module:function."
+    )
     seed: int = setting(
         0, "Seed of the data split, sample order and all noise.", ge=0, lt=SEED_LIMIT
     )
