@@ -1,8 +1,13 @@
 """Fingerprints change exactly when the code or the network may give other results."""
 
+import copy
 import importlib.util
+import subprocess
+import sys
 from functools import partial
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -74,11 +79,81 @@ def test_attributes_of_a_callable_object_matter():
     assert code_fingerprint(Callable) != code_fingerprint(Callable(2))
 
 
+class Penalty(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+
+def make_loss(factor, default=0):
+    class Loss:
+        weight = default
+
+        def __call__(self, x):
+            return factor * x
+
+    def loss(x, offset=default):
+        return factor * x + offset
+
+    return Loss, Loss(), Loss().__call__, loss
+
+
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize(
+    "values",
+    [
+        (2, 2, 3),
+        (torch.ones(2000), torch.ones(2000), torch.ones(2000) * (torch.arange(2000) != 1000)),
+        (np.ones(2000), np.ones(2000), np.ones(2000) * (np.arange(2000) != 1000)),
+        (nn.Linear(2, 2), None, nn.Linear(2, 2)),
+        ({"b": [scale], "a": 1}, {"a": 1, "b": [scale]}, {"a": 1, "b": [len]}),
+        (Callable(2), Callable(2), Callable(3)),
+        (Penalty(2), Penalty(2), Penalty(3)),
+    ],
+    ids=["number", "tensor", "array", "network", "functions", "object", "module"],
+)
+def test_values_that_a_nested_function_takes_from_around_it_matter(values, kind):
+    value, equal, other = values
+    equal = copy.deepcopy(value) if equal is None else equal
+    same, again, changed = (code_fingerprint(make_loss(v)[kind]) for v in (value, equal, other))
+    assert same == again
+    assert same != changed
+    same, again, changed = (code_fingerprint(make_loss(1, v)[kind]) for v in (value, equal, other))
+    assert same == again
+    assert same != changed
+
+
+def test_a_function_may_refer_to_itself():
+    def first(x):
+        return x and first(x - 1)
+
+    assert code_fingerprint(first) == code_fingerprint(first)
+
+
+def test_values_have_the_same_fingerprint_in_every_process(tmp_path):
+    (tmp_path / "nested.py").write_text(
+        "from functools import partial\n"
+        "class Plain: pass\n"
+        "def make(*bound):\n"
+        "    return lambda x, y=Plain(): (x, y, bound)\n"
+        "print(__import__('robustsoup.fingerprint').fingerprint.code_fingerprint(\n"
+        "    partial(make(Plain(), make, len, {'a', 'b'}), make)))\n"
+    )
+    run = [sys.executable, str(tmp_path / "nested.py")]
+    prints = {subprocess.run(run, check=True, capture_output=True).stdout for _ in range(2)}
+    assert len(prints) == 1
+
+
 def test_code_without_a_file_has_a_fingerprint():
     spaces = [{"__name__": "notebook"} for _ in range(3)]
     for space, factor in zip(spaces, (2, 2, 3), strict=True):
         exec(f"def loss(x):\n    return {factor} * x\n", space)
     same, again, other = (code_fingerprint(space["loss"]) for space in spaces)
+    assert same == again
+    assert same != other
+    for space, factor in zip(spaces, (2, 2, 3), strict=True):
+        exec(f"class Loss:\n    def __call__(self, x):\n        return {factor} * x\n", space)
+    same, again, other = (code_fingerprint(space["Loss"]()) for space in spaces)
     assert same == again
     assert same != other
     assert code_fingerprint(len) != code_fingerprint(max)  # built-in functions have no bytecode

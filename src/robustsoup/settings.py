@@ -719,6 +719,11 @@ class AttackSettings:
         return bool(LOSSES[self.loss].facts.get("targeted", False))
 
     @property
+    def reads_clean_logits(self) -> bool:
+        """Whether verdicts depend on the logits of clean images, beyond the predicted class."""
+        return self.ranks_by_logits or self.attack == "strong"  # Square in it compares margins
+
+    @property
     def tries_targets(self) -> bool:
         """Whether the attack moves each image towards `targets` classes in turn."""
         return self.ranks_by_logits or self.attack in ("malt", "strong")

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from robustsoup.data import to_float
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.comparison import compare
 from robustsoup.evaluation.evaluate import evaluate
 
 
@@ -78,6 +79,8 @@ def test_its_name_may_be_text(model, data, tmp_path, monkeypatch):
         (lambda x: x + 1, f"outside the ball or the box of {LINF}; project the points"),
         (lambda x: x[:, :, :4], "returned ("),
         (lambda x: (x * 255).round().to(torch.uint8), "torch.uint8, expected ("),
+        (lambda x: torch.where(x > x.mean(), torch.nan, x), "a point holds NaN"),
+        (lambda x: x.numpy(), "returned ndarray, expected a tensor of shape ("),
     ],
 )
 def test_impossible_points_are_errors(model, data, change, message):
@@ -93,3 +96,37 @@ def test_impossible_points_are_errors(model, data, change, message):
 def test_an_unknown_module_is_named(model, data):
     with pytest.raises(RequestError, match=re.escape('attack "nowhere:stay"')):
         evaluate(model, data, [LINF], attack="nowhere:stay")
+
+
+def name_attack(attack):
+    def mine(model, x, y, threat, *, seed):
+        return attack(model, x, y, threat, seed=seed)
+
+    return mine
+
+
+def name_loss(sign):
+    def mine(logits, y):
+        return sign * torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("setting", "weak", "other"),
+    [
+        ("attack", name_attack(lambda _, x, *args, seed: x), name_attack(fgsm)),
+        ("loss", name_loss(-1), name_loss(1)),
+    ],
+)
+def test_another_attack_or_loss_of_the_same_name_is_another_attack(
+    model, data, setting, weak, other
+):
+    settings = {} if setting == "attack" else {"steps": 3}
+    earlier = evaluate(model, data, [LINF], **{setting: weak}, **settings)
+    alone = evaluate(model, data, [LINF], **{setting: other}, **settings)
+    after = evaluate(model, data, [LINF], after=earlier, **{setting: other}, **settings)
+    expected = earlier.threats[str(LINF)].robust & alone.threats[str(LINF)].robust
+    assert torch.equal(after.threats[str(LINF)].robust, expected)
+    assert not torch.equal(expected, earlier.threats[str(LINF)].robust)
+    assert any(note.startswith("different code") for note in compare(earlier, alone).notes)

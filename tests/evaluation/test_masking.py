@@ -324,3 +324,15 @@ def test_the_tail_of_the_binomial_distribution():
     assert binomial_tail(1, 3, 0.5) == pytest.approx(7 / 8)
     tails = [binomial_tail(hits, 20, 0.2) for hits in range(21)]
     assert tails == sorted(tails, reverse=True)
+
+
+def test_what_reads_clean_logits_says_the_same_after_another_evaluation(data):
+    network = Wrapped(linear(), before=ReversedAtTimes.apply, after=lambda z: 0.01 * z)
+    clean = evaluate(network, data)
+    settings = {"attack": "strong", "steps": 3, "n_queries": 1000, "targets": 2}
+    alone = evaluate(network, data, ["Linf 0.02"], **settings)
+    assert 0 < alone.accuracy["Linf 0.02"].hits < clean.accuracy["clean"].hits
+    assert same_verdicts(evaluate(network, data, ["Linf 0.02"], after=clean, **settings), alone)
+    tied = evaluate(mask("one-hot"), data, [LINF], **STEPS)
+    after = evaluate(mask("one-hot"), data, [LINF], after=evaluate(mask("one-hot"), data), **STEPS)
+    assert after.record["masking_check"] == tied.record["masking_check"]

@@ -1,5 +1,6 @@
 """The attackers of an evaluation: the queue's, Square, strong, AutoAttack, and users' attacks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
@@ -124,6 +125,8 @@ class QueueAttacker:
         }
         if s.tries_targets:
             protocol["targets"] = s.targets
+        if callable(s.loss):
+            protocol["code"] = code_fingerprint(s.loss)
         return protocol
 
     def attack(
@@ -313,9 +316,10 @@ class FunctionAttacker:
         x, y = target.samples.fetch(chunk), target.samples.y[chunk].to(target.device)
         seed = self.seed + int(target.samples.ids[chunk[0]])
         with torch.enable_grad():
-            points = self.function(target.model, x, y, threat, seed=seed).detach()
-        self._check_shape(points, x)
+            points = self._check_points(self.function(target.model, x, y, threat, seed=seed), x)
         excess = float(constraint_excess(points, x, threat).max())
+        if math.isnan(excess):
+            raise RequestError(f'attack "{self.name}": a point holds NaN')
         if excess > POINT_TOLERANCE:
             raise RequestError(
                 f'attack "{self.name}": a point lies {excess:.2g} outside the ball or the box of '
@@ -349,12 +353,19 @@ class FunctionAttacker:
         by_other_means = outcome.broken & (outcome.by > 0)
         return 2 * int((correct & ~by_other_means).sum())
 
-    def _check_shape(self, points: Tensor, x: Tensor) -> None:
+    def _check_points(self, points: object, x: Tensor) -> Tensor:
+        """Return what the attack returned, without its graph, after a check of type and shape."""
+        if not isinstance(points, Tensor):
+            raise RequestError(
+                f'attack "{self.name}": returned {type(points).__name__}, expected a tensor of '
+                f"shape {tuple(x.shape)}"
+            )
         if points.shape != x.shape or not points.is_floating_point():
             raise RequestError(
                 f'attack "{self.name}": returned {tuple(points.shape)} {points.dtype}, '
                 f"expected {tuple(x.shape)} {x.dtype}"
             )
+        return points.detach()
 
 
 @dataclass(frozen=True)

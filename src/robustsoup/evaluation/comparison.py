@@ -22,10 +22,13 @@ from robustsoup.evaluation.verdicts import (
 ATTACK_KEYS = (
     "attack",
     "version",
+    "code",
     "loss",
     "steps",
     "restarts",
     "targets",
+    "n_queries",
+    "trial_queries",
     "eot",
     "seed",
     "search_precision",

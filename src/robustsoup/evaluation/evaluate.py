@@ -37,7 +37,6 @@ from robustsoup.evaluation.reuse import (
     POOL,
     Reuse,
     copy_verdicts,
-    find_masking_check,
     pool_points,
     try_pool,
 )
@@ -282,7 +281,7 @@ def _predict_clean(request: CheckedRequest) -> _CleanPass:
     """Predict without an attack, or reuse the predictions of an earlier evaluation."""
     data, after = request.data, request.reuse.after
     n, labels = len(data), data.labels.cpu()
-    if after is not None and not request.settings.ranks_by_logits:
+    if after is not None and not request.needs_logits():
         return _CleanPass(labels, after.prediction[:n], after.margin[:n])
     model, size, device = request.model, request.pass_size, request.device
     state = global_random_state(device)
@@ -391,7 +390,7 @@ def _attack_with_threats(
             poll = _make_poll(number, outcomes, saved, progress)
             request.attacker.attack(replace(target, samples=share.samples), threat, outcome, poll)
             share.merge(outcome)
-            if request.settings.masking_check and request.reuse.subset is None:
+            if request.checks_masking:
                 masking[str(threat)] = _check_masking(request, target, threat, outcome)
     except BaseException:
         saved.save(outcomes)
@@ -404,9 +403,7 @@ def _check_masking(
     request: CheckedRequest, target: Target, threat: ThreatModel, outcome: Outcome
 ) -> Record:
     """Check for masked gradients, or copy the check of an identical attack."""
-    earlier = find_masking_check(
-        request.reuse.after, threat, protocol=request.protocol(), n=len(request.data)
-    )
+    earlier = request.find_masking_check(threat)
     if earlier is not None:
         return earlier
     return distributed.from_first(

@@ -21,6 +21,7 @@ from robustsoup.evaluation.reuse import (
     SAME_ATTACK_KEYS,
     Reuse,
     check_same_samples,
+    find_masking_check,
     is_same_attack,
     pool_points,
 )
@@ -64,6 +65,23 @@ class CheckedRequest:
     def pass_size(self) -> int:
         """Images in one pass."""
         return pass_size(self.device, self.settings.batch_size)
+
+    @property
+    def checks_masking(self) -> bool:
+        """Whether the masking check follows the attack."""
+        is_attacked = bool(self.threats) and self.reuse.subset is None
+        return is_attacked and self.settings.masking_check
+
+    def find_masking_check(self, threat: ThreatModel) -> Record | None:
+        """Return the findings of an identical earlier attack; None if there was none."""
+        protocol, n = self.protocol(), len(self.data)
+        return find_masking_check(self.reuse.after, threat, protocol=protocol, n=n)
+
+    def needs_logits(self) -> bool:
+        """Return whether clean predictions of an earlier evaluation do not suffice."""
+        if self.settings.reads_clean_logits:
+            return True
+        return self.checks_masking and None in map(self.find_masking_check, self.threats)
 
     @property
     def broken_by(self) -> list[str]:

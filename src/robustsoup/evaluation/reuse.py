@@ -21,6 +21,7 @@ POOL = "pool"
 SAME_ATTACK_KEYS = (
     "attack",
     "version",
+    "code",
     "loss",
     "steps",
     "restarts",
