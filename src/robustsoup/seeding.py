@@ -1,7 +1,9 @@
 """Random generators with named streams."""
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -13,9 +15,31 @@ def keyed_generator(*key: str | int) -> torch.Generator:
     Every part of the key matters, and similar keys (such as consecutive epochs) give unrelated
     streams.
     """
+    return torch.Generator().manual_seed(_hash_key(key))
+
+
+@contextlib.contextmanager
+def keyed_random_state(device: torch.device, *key: str | int) -> Generator[None, None, None]:
+    """Seed PyTorch's global generators by a hash of `key` for a while, and restore them.
+
+    Dropout, stochastic depth and other layers draw from these generators.
+
+    Args:
+        device: The generator of this GPU, if it is one, is seeded beside that of the CPU.
+        key: As for `keyed_generator`.
+    """
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(_hash_key(key))
+        if gpus:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(_hash_key(key))
+        yield
+
+
+def _hash_key(key: tuple[str | int, ...]) -> int:
     text = ":".join(str(part) for part in key)
-    digest = hashlib.sha256(text.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def global_random_state(device: torch.device) -> tuple[object, ...]:

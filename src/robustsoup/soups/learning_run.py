@@ -83,6 +83,7 @@ class LearningRun:
         self.inputs, self.settings = inputs, settings
         self.objective: Objective = settings.objective
         self.epochs, self.precision = settings.epochs, settings.precision
+        self.seed = settings.seed
         self.data = inputs.data.to(inputs.device)
         self.val = _split_to_measure(inputs, settings)
         self.digests = [item.digest for item in inputs.ingredients]

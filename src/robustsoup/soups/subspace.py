@@ -173,6 +173,7 @@ class SubspaceRun:
         self.loss_model = share_loss_pass(self.model, inputs.data)
         self.optimizers = [make_optimizer(end, settings) for end in self.ends]
         self.epochs, self.precision = settings.epochs, settings.precision
+        self.seed = settings.seed
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device, dtype=torch.float32)

@@ -17,6 +17,7 @@ from robustsoup.device import autocast
 from robustsoup.errors import Diverged
 from robustsoup.interruption import held_signals
 from robustsoup.progress import Progress, SavedState
+from robustsoup.seeding import keyed_random_state
 from robustsoup.tracking import OnEpoch
 from robustsoup.training.sharing import end_together
 
@@ -36,6 +37,7 @@ class StepwiseRun(Protocol):
         epochs: Epochs of the whole run.
         steps_per_epoch: Steps of each epoch.
         precision: "float32" or "bfloat16".
+        seed: Seed of all random numbers, those of the network's layers included.
         step: Number of steps taken.
         loss_sum: Sum of the losses of the current epoch's steps, a scalar on the model's device.
         history: The finished epochs.
@@ -46,6 +48,7 @@ class StepwiseRun(Protocol):
     epochs: int
     steps_per_epoch: int
     precision: str
+    seed: int
     step: int
     loss_sum: Tensor
     history: History
@@ -117,7 +120,8 @@ def _take_epoch_steps(run: StepwiseRun, saved: SavedState, on_progress: Progress
     total, epoch = run.epochs * run.steps_per_epoch, len(run.history)
     for x, y, _ in run.batches(epoch, run.step - epoch * run.steps_per_epoch):
         x = x.contiguous(memory_format=torch.channels_last)
-        with saved.changing():
+        key = ("layers", run.seed, run.step, distributed.rank())
+        with saved.changing(), keyed_random_state(x.device, *key):
             run.loss_sum += run.take_step(x, y)
             run.step += 1
         end_together()

@@ -216,6 +216,7 @@ class TrainingRun:
         self.loss_model = share_loss_pass(self.model, inputs.data)
         self.average = WeightAverage(self.model, settings.ema) if settings.ema else None
         self.epochs, self.precision = settings.epochs, settings.precision
+        self.seed = settings.seed
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step = 0
         self.replayed_attack = ReplayedCall()
