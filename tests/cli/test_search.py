@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -216,4 +217,22 @@ def test_options_of_other_methods_are_refused(here, capsys, options, message):
     shutil.copy("high.safetensors", "third.safetensors")
     options = tuple("third.safetensors" if o == "high.safetensors" else o for o in options)
     assert run(*SEARCH, *options, "-o", "best") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_adversarial_calibration_is_under_the_threat_of_the_search(here):
+    attack = ("--threat", "clean", "--threat", "L2 1", "--steps", 1, "--samples", 32)
+    command = ("search", *PAIR, "--data", "digits", *attack, "--method", "uniform")
+    assert run(*command, "--buffers", "recalibrate-adversarial", "-o", "best") == 0
+    recipe = tomllib.loads((here / "best" / "recipe.toml").read_text())
+    assert recipe["soups"]["uniform"]["calibrate_threat"] == "L2 1.0"
+
+
+@pytest.mark.parametrize(
+    "option", [("--method", "fisher"), ("--buffers", "recalibrate-adversarial")], ids=str
+)
+def test_what_attacks_training_samples_requires_a_threat(here, capsys, option):
+    command = ("search", *PAIR, "--data", "digits", "--threat", "clean", "--samples", 32, *option)
+    assert run(*command, "-o", "best") == 2
+    message = f"{' '.join(option)}: attacks training samples; give a threat (--threat)"
     assert message in capsys.readouterr().err

@@ -659,3 +659,63 @@ def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(ends, spl
 def test_a_requirement_that_the_samples_cannot_show_is_refused_before_work(ends, split):
     with pytest.raises(RequestError, match=r'100 samples cannot show "clean>=0.99" for 11'):
         search(ends, split, [THREAT], step=0.1, require=["clean>=0.99"])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("all", {"affine": True}),
+        ("all", {"average_last": 0.5}),
+        ("dial", {"clean_limit": 1.0}),
+    ],
+)
+def test_settings_that_do_not_fit_a_method_are_refused_before_any_work(
+    ends, data, method, settings
+):
+    steps = []
+    with pytest.raises(RequestError):
+        search(
+            ends,
+            data.val,
+            [THREAT],
+            method=method,
+            calibrate_on=data.train.first(64),
+            learn_settings=LearnSettings(epochs=1, **{"clean_limit": None, **settings}),
+            on_progress=lambda *figures: steps.append(figures),
+            steps=1,
+            samples=20,
+        )
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    "changes", [{"also": ["L2 0.5"], "combine": "mean"}, {"clean_limit": 2.0}], ids=str
+)
+def test_the_soup_learned_without_an_attack_has_no_settings_of_attacks(ends, data, changes):
+    settings = LearnSettings(epochs=1, attack_steps=1, **changes)
+    arguments = {"calibrate_on": data.train.first(64), "steps": 1, "samples": 20}
+    found = search(ends, data.val, [THREAT], method="learned", learn_settings=settings, **arguments)
+    plain = search(
+        ends, data.val, [THREAT], method="learned", **{**arguments, **LEARNED, "samples": 20}
+    )
+    assert torch.equal(found.candidates[0].mixed_by.alpha, plain.candidates[0].mixed_by.alpha)
+    assert not torch.equal(found.candidates[3].mixed_by.alpha, plain.candidates[3].mixed_by.alpha)
+
+
+@pytest.mark.parametrize("method", ["learned", "dial", "all", "fisher", "regmean"])
+def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method):
+    arguments = {"method": method, "steps": 1, "samples": 20, "step": 0.5}
+    with pytest.raises(LeakageError, match="got 20 samples of val that choose or report a soup"):
+        search(ends, data.val, [THREAT], calibrate_on=data.val, **arguments)
+    with pytest.raises(LeakageError, match="samples of test that choose or report a soup"):
+        search(ends, data.val, [THREAT], calibrate_on=data.test, report_on=data.test, **arguments)
+
+
+def test_adversarial_calibration_is_under_the_first_threat_of_the_search(ends, data):
+    train = data.train.first(64)
+    arguments = {"method": "uniform", "steps": 1, "samples": 20, "calibrate_on": train}
+    policy = "recalibrate-adversarial"
+    found = search(ends, data.val, ["clean", "L2 1", THREAT], buffers=policy, **arguments)
+    soup = mix(ends, [0.5, 0.5], buffers=policy, calibrate_on=train, threat="L2 1", seed=0)
+    expected = evaluate(soup, data.val.first(20), ["L2 1"], steps=1)
+    assert torch.equal(found.chosen.evaluation.margin, expected.margin)

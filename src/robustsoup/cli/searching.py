@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustsoup.catalog import SOUP_METHODS
+from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS
 from robustsoup.cli.options import (
     AllowLeakage,
     AsJson,
@@ -260,9 +260,25 @@ def _soup_sections(
                 else {"objectives": list(family.objectives)}
             )
         if soup.buffers is not None:
-            section["buffers"] = soup.buffers
+            section |= _describe_buffers(soup.buffers, parsed)
         sections[name if name not in checkpoints else f"{name}-soup"] = section
     return sections
+
+
+def _describe_buffers(policy: str, threats: Sequence[ThreatModel]) -> dict[str, Any]:
+    """Return the keys of a buffer policy; one that attacks does so under the first threat."""
+    section: dict[str, Any] = {"buffers": policy}
+    if "threat" in BUFFER_POLICIES.get_entry(policy).facts.get("needs", ()):
+        section["calibrate_threat"] = str(_first_attacked(threats, f"--buffers {policy}"))
+    return section
+
+
+def _first_attacked(threats: Sequence[ThreatModel], option: str) -> ThreatModel:
+    """Return the first threat with a radius, which an option requires."""
+    for threat in threats:
+        if not threat.is_clean:
+            return threat
+    raise RequestError(f"{option}: attacks training samples; give a threat (--threat)")
 
 
 def _soup_section(method: str, search: SearchSettings) -> dict[str, Any]:
@@ -303,8 +319,8 @@ def _add_merging(
     if "step" in keys:
         section["step"] = search.step
     if "threat" in requires:
-        attacked = [t for t in content["evaluate"]["threats"] if not ThreatModel.parse(t).is_clean]
-        section["threats"] = attacked[:1]
+        threats = parse_threats(content["evaluate"]["threats"])
+        section["threats"] = [str(_first_attacked(threats, f"--method {method}"))]
     if base is not None:
         content["checkpoint"] = str(base.absolute())
 

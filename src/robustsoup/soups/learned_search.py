@@ -4,14 +4,16 @@
 tables of a recipe, so they become steps of a run.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.errors import RequestError
-from robustsoup.settings import ALL_METHODS
+from robustsoup.settings import ALL_METHODS, DialSettings, LearnSettings
 from robustsoup.threats import ThreatModel
 
 SHARES = (0.25, 0.5, 1.0, 2.0)
@@ -68,6 +70,32 @@ class LearnedFamily:
         radii = dict.fromkeys(min(share * first.eps, largest) for share in SHARES)
         clean = ThreatModel.parse("clean")
         return cls((clean, *(replace(first, eps=eps) for eps in radii)))
+
+    def list_settings(self, learn: LearnSettings) -> list[LearnSettings]:
+        """Return the settings that learn each soup, by threat and objective, or the dial.
+
+        Args:
+            learn: The settings but for threat, objective and dial. The soup that is learned without
+                an attack combines no threats and has no limit on its clean loss.
+
+        Raises:
+            RequestError: A setting does not go with this method.
+        """
+        if self.positions:
+            dial = learn.dial or DialSettings()
+            own = {"objective": "ce", "early_stop": None, "dial": dial}
+            return [replace(learn, threat=threat, **own) for threat in self.threats]
+        unattacked: dict[str, Any] = {"also": (), "combine": None, "clean_limit": None}
+        return [
+            replace(
+                learn,
+                threat=threat,
+                objective=objective,
+                dial=None,
+                **(unattacked if threat.is_clean else {}),
+            )
+            for threat, objective in itertools.product(self.threats, self.objectives)
+        ]
 
     @property
     def size(self) -> int:

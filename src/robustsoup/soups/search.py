@@ -15,7 +15,7 @@ from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import open_corruptions
 from robustsoup.display import html_table, svg_points
-from robustsoup.errors import RequestError
+from robustsoup.errors import LeakageError, RequestError
 from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
 from robustsoup.gradients import gradients_enabled
 from robustsoup.printable import make_printable
@@ -42,8 +42,8 @@ from robustsoup.soups.confirmation import (
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
 from robustsoup.soups.goal import Goal, check_goal
-from robustsoup.soups.learned_search import LEARNING, why_not_screened
-from robustsoup.soups.merging import check_merge
+from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
+from robustsoup.soups.merging import check_merge, is_merge
 from robustsoup.soups.mixing import open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
@@ -164,7 +164,8 @@ def search(
         shift: Folder of corrupted copies of the test set, as in `evaluate`; adds the measure
             "shift" on copies of every second image, and limits `samples` to their number. On
             `report_on`, the copies of the other images are evaluated.
-        allow_leakage: Accept ingredients that were trained on samples of `data`.
+        allow_leakage: Accept ingredients that were trained on samples of `data`, and a
+            `calibrate_on` that shares samples with it.
         network: The network, if the ingredients do not record it; left unchanged.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         on_progress: Called as on_progress(done, total, figures) after each soup.
@@ -179,7 +180,8 @@ def search(
     Raises:
         RequestError: For invalid settings, or a `report_on` that shares samples with `data`, before
             any work.
-        LeakageError: If an ingredient was trained on samples of `data`.
+        LeakageError: If an ingredient was trained on samples of `data`, or a method would learn or
+            measure on them.
     """
     data = as_split(data, "search")
     calibrate_on = as_optional_split(calibrate_on, "search: calibrate_on")
@@ -203,6 +205,8 @@ def search(
         check_leakage(opened, report_on, allow=allow_leakage)
     merging = describe_merging(settings, merge_changes, base, parsed)
     _check_merging(merging, len(opened), calibrate_on)
+    if not allow_leakage:
+        _check_fitting(settings, calibrate_on, [split, report_on])
     adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
     confirms = adaptive and requires_confirmation(goal)
     steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
@@ -218,7 +222,7 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=make_settings(LearnSettings, learn_settings, {}),
+        learn=_parse_learning(settings, learn_settings, parsed),
         allow_leakage=allow_leakage,
     )
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
@@ -247,16 +251,48 @@ def search(
 
 def _check_report(report_on: Split, data: Split) -> None:
     """Raise RequestError if samples that choose a soup would also report it."""
-    shared = set(report_on.ids.tolist()) & set(data.ids.tolist())
-    if (
-        shared
-        and report_on.name == data.name
-        and report_on.record["split_digest"] == data.record["split_digest"]
-    ):
+    if shared := _count_shared(report_on, data):
         raise RequestError(
-            f"search: report_on: got {len(shared)} samples of {data.name} that choose the soup, "
+            f"search: report_on: got {shared} samples of {data.name} that choose the soup, "
             "expected others, such as data.test"
         )
+
+
+def _check_fitting(
+    settings: SearchSettings, calibrate_on: Split | None, others: Sequence[Split | None]
+) -> None:
+    """Raise LeakageError if soups would be fitted to samples that choose or report one."""
+    methods = [method for method in methods_of(settings) if isinstance(method, str)]
+    fits = any(method in LEARNING or is_merge(method) for method in methods)
+    if calibrate_on is None or not fits:
+        return
+    for data in filter(None, others):
+        if shared := _count_shared(calibrate_on, data):
+            raise LeakageError(
+                f"search: calibrate_on: got {shared} samples of {data.name} that choose or report "
+                "a soup, expected training samples, such as data.train; or pass allow_leakage=True"
+            )
+
+
+def _count_shared(a: Split, b: Split) -> int:
+    """Return the number of samples that two splits of one division of the data share."""
+    same = a.name == b.name and a.record["split_digest"] == b.record["split_digest"]
+    return len(set(a.ids.tolist()) & set(b.ids.tolist())) if same else 0
+
+
+def _parse_learning(
+    settings: SearchSettings, learn_settings: LearnSettings | None, threats: Sequence[ThreatModel]
+) -> LearnSettings:
+    """Return the settings of learning, after a check of those of each soup to learn.
+
+    Raises:
+        RequestError: A setting does not go with a method that learns, or there is no threat.
+    """
+    learn = make_settings(LearnSettings, learn_settings, {})
+    for method in methods_of(settings):
+        if method in LEARNING:
+            LearnedFamily.of(method, threats, settings.sweep).list_settings(learn)
+    return learn
 
 
 def _try_soups(

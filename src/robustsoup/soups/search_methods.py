@@ -16,7 +16,7 @@ from robustsoup.evaluation.simultaneous import Hits
 from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.progress import Progress
-from robustsoup.settings import ALL_METHODS, SearchSettings
+from robustsoup.settings import ALL_METHODS, LearnSettings, SearchSettings
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.explanation import describe_soup
 from robustsoup.soups.goal import Goal, Score
@@ -253,27 +253,27 @@ def _list_learned(
 ) -> Iterator[tuple[str, str, Callable[[], Coefficients]]]:
     """Yield name, description and a function that learns, for each soup of a family."""
     names, describe = run.evaluator.names, partial(describe_soup, (), method=method)
+    each = family.list_settings(run.evaluator.learn)
     if method == "dial":
-        (threat,) = family.threats
-        make_dial = cache(lambda: _learn_dial(run, threat))
+        make_dial = cache(lambda: _learn_dial(run, each[0]))
         soups = name_positions(method, family.threats, family.positions)
         for name, t in zip(soups, family.positions, strict=True):
             yield name, describe(names, at=t), lambda t=t: make_dial().at(t)
         return
     soups = name_learned(method, family.threats, family.objectives)
     pairs = itertools.product(family.threats, family.objectives)
-    for name, (threat, objective) in zip(soups, pairs, strict=True):
+    for name, (threat, objective), settings in zip(soups, pairs, each, strict=True):
         words = describe(names, threat=str(threat), objective=objective)
-        yield name, words, partial(_learn_soup, run, name, threat, objective)
+        yield name, words, partial(_learn_soup, run, name, settings)
 
 
-def _learn_soup(run: MethodRun, name: str, threat: ThreatModel, objective: str) -> Coefficients:
+def _learn_soup(run: MethodRun, name: str, settings: LearnSettings) -> Coefficients:
     evaluator = run.evaluator
     return learn(
         evaluator.ingredients,
         evaluator.calibrate_on or evaluator.data,
-        replace(evaluator.learn, threat=threat, objective=objective, dial=None),
-        val=evaluator.data if evaluator.learn.early_stop else None,
+        settings,
+        val=evaluator.data if settings.early_stop else None,
         network=evaluator.network,
         allow_leakage=evaluator.allow_leakage,
         device=evaluator.device,
@@ -281,13 +281,13 @@ def _learn_soup(run: MethodRun, name: str, threat: ThreatModel, objective: str) 
     )
 
 
-def _learn_dial(run: MethodRun, threat: ThreatModel) -> Dial:
+def _learn_dial(run: MethodRun, settings: LearnSettings) -> Dial:
     """Learn a dial; the time limit does not take its time for that of a position."""
     evaluator = run.evaluator
     dial = learn_dial(
         evaluator.ingredients,
         evaluator.calibrate_on or evaluator.data,
-        replace(evaluator.learn, threat=threat, objective="ce", early_stop=None),
+        settings,
         network=evaluator.network,
         allow_leakage=evaluator.allow_leakage,
         device=evaluator.device,

@@ -70,9 +70,13 @@ def describe_merging(
         if given := [*changes, *(["base"] if base is not None else [])]:
             raise RequestError(f'search: {given[0]}: has no meaning with method "{method}"')
         return None
-    attacked = [threat for threat in threats if not ThreatModel.parse(threat).is_clean]
-    threat = attacked[0] if attacked else CLEAN
-    return Merging(method, make_settings(MergeSettings, None, changes), base, threat)
+    merging = make_settings(MergeSettings, None, changes)
+    return Merging(method, merging, base, first_attacked(threats))
+
+
+def first_attacked(threats: Sequence[ThreatModel | str]) -> ThreatModel:
+    """Return the first threat with a radius, under which soups are measured; else clean."""
+    return next((t for t in map(ThreatModel.parse, threats) if not t.is_clean), CLEAN)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class SoupEvaluator:
                 alpha,
                 buffers=self.buffers,
                 calibrate_on=self.calibrate_on,
+                threat=first_attacked(self.threats),
                 network=self.network,
                 device=self.device,
                 seed=self.attack.seed,
