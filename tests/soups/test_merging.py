@@ -10,7 +10,7 @@ import torch
 from ingredients import perturbed
 from learning_helpers import SmallNetwork, small_ingredients
 from torch import nn
-from training_helpers import DATA, fresh_network
+from training_helpers import DATA, fresh_network, train_digits
 
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -513,3 +513,23 @@ def test_a_base_beside_the_ingredients_is_found(tmp_path: Path):
         replace(item, provenance={**item.provenance, "parents": parents}).save(path)
         items.append(path)
     assert merged_weight("task-arithmetic", items, scale=2.0) == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_is_found_beside_its_fine_tunes(tmp_path, dtype):
+    network = fresh_network().to(dtype)
+    Checkpoint.of(network, Checkpoint.of(fresh_network()).provenance).save(tmp_path / "base.safetensors")
+    for seed in (1, 2):
+        tuned = train_digits(tmp_path / "base.safetensors", epochs=1, seed=seed)
+        tuned.save(tmp_path / f"{seed}.safetensors")
+    items = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    merged = merge(items, "ties")
+    base = Checkpoint.load(tmp_path / "base.safetensors")
+    assert merged.provenance["merge"]["base"] == base.digest
+    wide = base.with_dtypes_like(Checkpoint.load(items[0]))
+    assert merged.digest == merge(items, "ties", base=wide).digest
+    assert merged.tensors["linear.weight"].dtype == torch.float32
+    soup = mix(items, [0.5, 0.5], buffers="base")
+    statistics = soup.tensors["prep.1.running_var"]
+    assert torch.equal(statistics, base.tensors["prep.1.running_var"].float())
+    assert soup.provenance["buffers"]["base"] == base.digest

@@ -74,7 +74,7 @@ class Checkpoint:
         named_network: The network that this program named (see `with_network`). It comes before the
             record, which may name built-in networks only: data never names code that runs.
         notes: What was read, left aside or left out, each in a line.
-        as_read: The checkpoint before its names were fitted to a network; its digest counts.
+        as_read: The checkpoint before names or dtypes were fitted to others; its digest counts.
     """
 
     tensors: Mapping[str, Tensor]
@@ -268,7 +268,7 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 (hex) over names, dtypes, shapes and bytes of the tensors, for any file format.
 
-        Fitting the names to a network does not change it.
+        Fitting the names to a network, or the dtypes to a checkpoint, does not change it.
         """
         if self.as_read is not None:
             return self.as_read.digest
@@ -416,6 +416,19 @@ class Checkpoint:
         left = () if renamed is self or renamed.wrapping is None else renamed.wrapping.beside
         kept = [name for name in left if self._holds_weight(name)]
         return self if kept else renamed
+
+    def with_dtypes_like(self, other: "Checkpoint") -> "Checkpoint":
+        """Convert floating-point tensors to the dtypes of those of the same names in another."""
+        dtypes = {name: tensor.dtype for name, tensor in other.tensors.items()}
+        tensors = {
+            name: tensor.to(dtypes[name])
+            for name, tensor in self.tensors.items()
+            if tensor.is_floating_point() and dtypes.get(name, tensor.dtype).is_floating_point
+        }
+        if all(tensor is self.tensors[name] for name, tensor in tensors.items()):
+            return self
+        converted = {**self.tensors, **tensors}
+        return replace(self, tensors=converted, as_read=self.as_read or self)
 
     def _holds_weight(self, name_in_file: str) -> bool:
         names = {self._name_in_file(name): name for name in self.tensors}

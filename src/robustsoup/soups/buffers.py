@@ -19,6 +19,7 @@ def copy_base(soup: UnfinishedSoup) -> Buffers:
         source = Checkpoint.open(soup.base)
     else:
         source = common_ancestor(soup.ingredients) or first
+    source = source.with_names_like(first).with_dtypes_like(first)
     check_ingredients([first, source])
     mixed = {*first.parameters, *first.tied}
     tensors = {name: tensor for name, tensor in source.tensors.items() if name not in mixed}

@@ -141,7 +141,7 @@ def train_subspace(
         run.restore(distributed.from_first(saved.load))
     run_epochs(run, saved, on_progress, on_epoch)
     identity = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    inherited = inherited_record(run.inputs, origin, start.digest)
+    inherited = inherited_record(run.inputs, origin)
     return [_make_end(run, number, inherited, identity) for number in range(len(ends))]
 
 

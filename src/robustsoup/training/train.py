@@ -156,12 +156,12 @@ def train(
         epoch = len(run.history)
         due = checkpoint_every and (epoch % checkpoint_every == 0 or epoch == run.epochs)
         if on_checkpoint and due and run.last_passed_epoch < epoch:
-            on_checkpoint(epoch, _make_checkpoint(run, origin, start.digest, epoch=epoch))
+            on_checkpoint(epoch, _make_checkpoint(run, origin, epoch=epoch))
             run.last_passed_epoch = epoch
             saved.save(run.state())
 
     run_epochs(run, saved, on_progress, on_epoch, pass_checkpoint)
-    return _make_checkpoint(run, origin, start.digest)
+    return _make_checkpoint(run, origin)
 
 
 def check_early_stop(early_stop: EarlyStop | None, val: Split | None) -> None:
@@ -373,14 +373,14 @@ def _open_checked_synthetic(settings: TrainSettings, data: Split) -> Synthetic |
 
 
 def _make_checkpoint(
-    run: TrainingRun, origin: Checkpoint | None, start_digest: str, *, epoch: int | None = None
+    run: TrainingRun, origin: Checkpoint | None, *, epoch: int | None = None
 ) -> Checkpoint:
     """Return a checkpoint of the network after `epoch`; for None, of the network to return."""
     stopped = epoch is None and run.best_weights is not None
     if epoch is None and run.best_weights is not None:
         run.result.load_state_dict(run.best_weights)
     best = min(run.history, key=lambda entry: entry["robust_loss"])["epoch"] if stopped else None
-    record = inherited_record(run.inputs, origin, start_digest) | {
+    record = inherited_record(run.inputs, origin) | {
         "kind": "trained",
         "data": run.inputs.data.record,
         "training": run.record,
@@ -399,9 +399,7 @@ def _make_checkpoint(
     return Checkpoint.of(run.result, record)
 
 
-def inherited_record(
-    inputs: TrainingInputs, origin: Checkpoint | None, start_digest: str
-) -> dict[str, Any]:
+def inherited_record(inputs: TrainingInputs, origin: Checkpoint | None) -> dict[str, Any]:
     """Return the entries that continue the record of the parent: parents, splits, other data."""
     data, synthetic = inputs.data, inputs.synthetic
     inherited = origin.provenance if origin is not None else {}
@@ -412,7 +410,7 @@ def inherited_record(
     parents: list[dict[str, str | None]] = []
     if origin is not None:
         file = origin.path.name if origin.path else None
-        parents = [{"digest": start_digest, "file": file}]
+        parents = [{"digest": origin.digest, "file": file}]
         if earlier := earlier_data(origin, data):
             record["earlier_data"] = earlier
     record["parents"] = parents
