@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from ingredients import perturbed
 from learning_helpers import (
+    SmallNetwork,
     assert_same_coefficients,
     learn_digits,
     resnet_ingredients,
 )
+from torch import nn
 from training_helpers import DATA, LINF, interrupt_at
 
 from robustsoup.errors import RequestError
@@ -95,3 +98,31 @@ def test_policies_without_what_they_need_are_refused():
         learn_digits(buffers="mean")
     with pytest.raises(RequestError, match="requires a threat to attack the samples with"):
         learn_digits(buffers="recalibrate-adversarial", threat="clean")
+
+
+class FrozenNorm(nn.Module):
+    """Normalises by statistics that training does not change."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        mean, var = (b[:, None, None] for b in (self.running_mean, self.running_var))
+        return (x - mean) / (var + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("policy", ["tracked", "average", "recalibrate"])
+@pytest.mark.parametrize(
+    "norm", [FrozenNorm, lambda channels: nn.InstanceNorm2d(channels, track_running_stats=True)]
+)
+def test_statistics_of_other_normalisations_are_mixed_too(norm, policy):
+    base = SmallNetwork()
+    base.norm1 = norm(4).double()
+    items = [perturbed(base, seed) for seed in (1, 2)]
+    settings = {"buffers": policy} if policy != "tracked" else {}
+    alpha = learn_digits(items, network=base, **settings)
+    soup = mix(items, alpha, network=base)
+    for name in ("norm1.running_mean", "norm1.running_var", "norm2.running_var"):
+        assert torch.equal(soup.tensors[name], alpha.tracked[name].to(soup.tensors[name]))

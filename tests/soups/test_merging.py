@@ -518,7 +518,9 @@ def test_a_base_beside_the_ingredients_is_found(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_base_in_half_precision_is_found_beside_its_fine_tunes(tmp_path, dtype):
     network = fresh_network().to(dtype)
-    Checkpoint.of(network, Checkpoint.of(fresh_network()).provenance).save(tmp_path / "base.safetensors")
+    Checkpoint.of(network, Checkpoint.of(fresh_network()).provenance).save(
+        tmp_path / "base.safetensors"
+    )
     for seed in (1, 2):
         tuned = train_digits(tmp_path / "base.safetensors", epochs=1, seed=seed)
         tuned.save(tmp_path / f"{seed}.safetensors")

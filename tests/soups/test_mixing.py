@@ -23,7 +23,7 @@ from robustsoup.errors import (
 )
 from robustsoup.models import load_model
 from robustsoup.soups.ancestry import common_ancestor
-from robustsoup.soups.batchnorm import norm_layers, recalibrate, running_statistics
+from robustsoup.soups.batchnorm import divide_samples, norm_layers, recalibrate, running_statistics
 from robustsoup.soups.coefficients import Coefficients, uniform_coefficients
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.summation import weighted_sum
@@ -357,6 +357,17 @@ def test_recalibrate_adversarial_measures_on_attacked_samples(digits):
     assert recorded["policy"] == "recalibrate-adversarial"
     assert (recorded["threat"], recorded["attack_steps"]) == (str(threat), 3)
     assert clean.provenance["buffers"]["threat"] == "clean"
+
+
+def test_statistics_are_measured_on_equal_batches_of_nearly_all_samples(digits):
+    for count in (2, 3, 249, 250, 251, 300, 499, 1258, 10_000):
+        number, size = divide_samples(count)
+        assert 2 <= size <= 250
+        assert 0 <= count - number * size < number
+    measured = recalibrate(FIVE[0].network(), digits, batch_size=48, seed=3)
+    inputs = list(batches(digits, 32, seed=3, epoch=0))
+    expected = statistics_by_hand(FIVE[0].network(), [x for x, _, _ in inputs])
+    check_statistics(measured, expected, count=2)
 
 
 @pytest.mark.parametrize(("requested", "used"), [(10_000, 64), (48, 48)])

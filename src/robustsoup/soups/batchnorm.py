@@ -1,5 +1,6 @@
 """BatchNorm's running statistics: find, average and recalibrate them."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,8 @@ from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.summation import canonical_sum
 from robustsoup.threats import CLEAN, ThreatModel
 
+BATCH_SIZE = 250
+"""Most images of a batch that statistics are measured on."""
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -65,6 +68,21 @@ def average_statistics(
     return averages
 
 
+def divide_samples(count: int, batch_size: int = BATCH_SIZE) -> tuple[int, int]:
+    """Return the number and the size of the equal batches that statistics are measured on.
+
+    The average counts each batch alike, so a smaller last batch would count too much. At most
+    one sample of each batch but the first is left out.
+
+    Raises:
+        DataError: For fewer than 2 samples.
+    """
+    if count < 2:
+        raise DataError(f"recalibrate: got {count} samples, expected at least 2")
+    number = min(-(-count // batch_size), count // 2)
+    return number, count // number
+
+
 @full_float32()
 def recalibrate(
     model: nn.Module,
@@ -73,7 +91,7 @@ def recalibrate(
     threat: ThreatModel = CLEAN,
     attack_steps: int = 2,
     samples: int = 10_000,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     precision: str = "float32",
 ) -> dict[str, Tensor]:
@@ -88,7 +106,7 @@ def recalibrate(
             current statistics. Clean: no attack.
         attack_steps: APGD steps.
         samples: Maximum number of samples.
-        batch_size: Images per batch.
+        batch_size: Most images per batch; see `divide_samples`.
         seed: Seed that draws the samples; one seed draws the same samples for every network.
         precision: "float32" or "bfloat16".
 
@@ -98,9 +116,7 @@ def recalibrate(
     Raises:
         DataError: For fewer than 2 samples.
     """
-    count = min(samples, len(data))
-    if count < 2:
-        raise DataError(f"recalibrate: got {count} samples, expected at least 2")
+    number, size = divide_samples(min(samples, len(data)), batch_size)
     device = next(iter(model.parameters())).device
     measured = copy_network(model)
     set_mode(measured, training=False)
@@ -110,15 +126,11 @@ def recalibrate(
         layer.reset_running_stats()
         layer.momentum = None
         layer.train()
-    used = 0
-    for x, y, _ in batches(data.to(device), min(batch_size, count), seed=seed, epoch=0):
-        x, y = x[: count - used], y[: count - used]
-        if len(x) < 2 or not layers:
-            break
+    each = batches(data.to(device), size, seed=seed, epoch=0)
+    for x, y, _ in itertools.islice(each, number if layers else 0):
         x = apgd_train(model, x, y, threat, steps=attack_steps, precision=precision)
         with torch.no_grad(), autocast(device, precision):
             measured(x)
-        used += len(x)
     tensors = measured.state_dict()
     names = [f"{layer}.{kind}" if layer else kind for layer in layers for kind in STATISTICS]
     return {name: tensors[name].cpu() for name in names}

@@ -4,10 +4,12 @@ To add a policy, write a function of an UnfinishedSoup that returns Buffers, and
 `robustsoup.catalog.BUFFER_POLICIES`.
 """
 
+import math
+
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
 from robustsoup.soups.ancestry import check_ingredients, common_ancestor
-from robustsoup.soups.batchnorm import average_statistics, recalibrate
+from robustsoup.soups.batchnorm import average_statistics, divide_samples, recalibrate
 from robustsoup.soups.mixing import Buffers, UnfinishedSoup
 from robustsoup.threats import CLEAN, ThreatModel
 
@@ -60,7 +62,7 @@ def _recalibrate(soup: UnfinishedSoup, threat: ThreatModel) -> Buffers:
         precision=how.precision,
     )
     record = {
-        "samples": min(how.samples, len(how.data)),
+        "samples": math.prod(divide_samples(min(how.samples, len(how.data)))),
         "threat": str(threat),
         "attack_steps": how.attack_steps,
     }

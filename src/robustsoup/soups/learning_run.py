@@ -20,7 +20,7 @@ from robustsoup.errors import Diverged
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import EarlyStop, LearnSettings, to_record
-from robustsoup.soups.batchnorm import norm_layers
+from robustsoup.soups.batchnorm import norm_layers, running_statistics
 from robustsoup.soups.clean_limit import CleanLimit
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.granularity import layer_groups
@@ -94,6 +94,7 @@ class LearningRun:
         self.parameters = dict(self.model.named_parameters())
         self.groups = layer_groups(self.model, settings.granularity)
         self.layers = list(self.groups)
+        self.statistics = set(running_statistics(ordered[0]))
         self.ingredients = Ingredients(ordered, list(self.parameters), inputs.device, inputs.place)
         self.buffers = LearningBuffers(self.model, ordered, self.data, settings)
         self.limit = None if settings.clean_limit is None else CleanLimit(settings.clean_limit)
@@ -425,7 +426,7 @@ class LearningRun:
         return {
             name: tensor.cpu().clone()
             for name, tensor in buffers.items()
-            if name.rpartition(".")[0] in layers
+            if name in self.statistics or name.rpartition(".")[0] in layers
         }
 
     def _result_record(self) -> dict[str, Any]:
