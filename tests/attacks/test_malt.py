@@ -5,6 +5,7 @@ import torch
 from digits import check_inside, digits_network
 from torch import nn
 
+from robustsoup.attacks.attempts import list_attempts
 from robustsoup.attacks.losses import margin, probability_margin, targeted_margin
 from robustsoup.attacks.malt import rank_targets
 from robustsoup.catalog import LOSSES
@@ -228,3 +229,14 @@ def test_further_restarts_of_square_take_all_queries():
     few, robust = count_images(network, split, n_queries=250, restarts=2)
     many, _ = count_images(network, split, n_queries=500, restarts=2)
     assert many - few >= 250 * int(robust.sum())
+
+
+def test_malt_tries_no_more_targets_than_it_ranks():
+    settings = AttackSettings(attack="malt", targets=150)
+    assert [len(list_attempts(settings, classes)) for classes in (3, 101, 102, 1000)] == [
+        2,
+        100,
+        100,
+        100,
+    ]
+    assert len(list_attempts(AttackSettings(loss="targeted dlr", targets=150), 1000)) == 150

@@ -418,6 +418,24 @@ def test_the_first_soup_is_evaluated_whatever_the_limit(ends, split):
         assert search(ends, split, [THREAT], method=method, **brief).candidates
 
 
+@pytest.mark.usefixtures("ticks")
+@pytest.mark.parametrize("limit", ["1s", "2s", "3s"])
+def test_a_soup_whose_race_the_limit_cut_short_is_confirmed_on_the_part_kept_aside(
+    ends, split, limit
+):
+    found = search(
+        ends,
+        split,
+        [THREAT],
+        method="uniform",
+        screen=True,
+        time_limit=limit,
+        require=[f"{THREAT}>=0"],
+        **FULL,
+    )
+    assert found.answer.chosen == found.candidates[0].name
+
+
 # learned soups
 
 

@@ -30,7 +30,7 @@ from robustsoup.attacks.forward import (
 )
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import Loss, ce, judge
-from robustsoup.attacks.malt import NearestTargets
+from robustsoup.attacks.malt import MOST_CANDIDATES, NearestTargets
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.steps import StepSchedule
 from robustsoup.catalog import LOSSES
@@ -103,13 +103,14 @@ def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
         return [attempt for part in parts for attempt in list_attempts(part, classes)]
     loss: str | Loss = queued_loss(settings, classes)
     is_targeted = isinstance(loss, str) and LOSSES[loss].facts.get("targeted", False)
-    ranks = range(1, min(settings.targets, classes - 1) + 1) if is_targeted else (0,)
+    by_distance = settings.attack == "malt"
+    most = min(settings.targets, classes - 1, MOST_CANDIDATES if by_distance else classes)
+    ranks = range(1, most + 1) if is_targeted else (0,)
     name = str(settings.attack)
     if not settings.own_loss:
         loss_name = settings.loss_text
         name = f"{name}-{_LOSS_ABBREVIATIONS.get(loss_name, loss_name.replace(' ', '-'))}"
     function: Loss = LOSSES[loss].load() if isinstance(loss, str) else loss
-    by_distance = settings.attack == "malt"
     attempts = []
     for restart in range(settings.restarts):
         suffix = f" restart {restart + 1}" if restart else ""

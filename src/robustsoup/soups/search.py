@@ -375,7 +375,7 @@ def _choose_among_finalists(
     )
     aside = take_part(split, "confirm", seed=seed)
     confirm = replace(evaluator, data=aside, shift_part="confirm")
-    attacked = [item for item in tried.candidates if item.confirmed]
+    attacked = [item for item in tried.candidates if item.confirmed] or tried.candidates
     ordered = order_finalists(attacked, goal, clean, confirm_samples=len(confirm.data))
     finalists = [replace(item, evaluation=confirm.evaluate(item.mixed_by)) for item in ordered]
     known = {item.ingredient: item.evaluation for item in finalists if item.ingredient}
