@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from training_helpers import DATA, DIGITS, LINF, fresh_network, interrupt_at, tr
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.forward import input_gradient
 from robustsoup.attacks.losses import ce, kl
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import batches, to_float
 from robustsoup.errors import CheckpointError, ThreatError
 from robustsoup.models import load_model
 from robustsoup.runs.tasks import step_passes
+from robustsoup.settings import LearnSettings
 from robustsoup.soups.learning import learn
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import (
@@ -338,6 +341,33 @@ def test_with_a_clean_threat_one_pass_sees_one_batch(objective):
     assert seen == [32]
     expected = F.cross_entropy(model(x), y)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+class Seeing(nn.Sequential):
+    """A linear network that notes the sizes of the batches that it is trained on."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def forward(self, x):
+        if self.training:
+            self.sizes.append(len(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", ["trades", "mixed 0.4"])
+def test_clean_training_passes_each_image_once(objective, accumulate):
+    network = Seeing(nn.Flatten(), nn.Linear(64, 10))
+    items = [Checkpoint.of(network), Checkpoint.of(network)]
+    sizes = {}
+    for name in ("ce", objective):
+        options = {"epochs": 1, "threat": CLEAN, "objective": name, "accumulate": accumulate}
+        Seeing.sizes.clear()
+        train_digits(network, **options)
+        learn(items, DATA, LearnSettings(batch_size=32, **options), network=network)
+        sizes[name] = list(Seeing.sizes)
+    assert sizes[objective] == sizes["ce"]
+    assert sizes["ce"].count(32 // accumulate) >= 2 * 3 * accumulate
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 6.0])

@@ -332,7 +332,7 @@ def _pass_batches(
     model: nn.Module, x: Tensor, x_adv: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of the clean and the attacked batch; of one batch twice if one is used."""
-    if not (objective.uses_clean and objective.uses_attacked) or x_adv is x:
+    if not (objective.uses_clean and objective.uses_attacked) or _is_view_of(x_adv, x):
         logits = call_network(model, x_adv if objective.uses_attacked else x)
         return logits, logits
     if not (objective.separate_passes and model.training):  # in eval mode the logits are the same
@@ -342,6 +342,11 @@ def _pass_batches(
         call_network(model, x)
     attacked = call_network(model, x_adv)
     return call_network(model, x), attacked
+
+
+def _is_view_of(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are one: a clean "attack" returns the images themselves."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
