@@ -189,6 +189,36 @@ def test_a_killed_evaluation_resumes(here, tmp_path, capsys):
     assert [p for p in (store / "unfinished").iterdir() if not p.name.endswith(".tmp")] == []
 
 
+@pytest.mark.parametrize("output", [(), ("-o", "verdicts")], ids=["printed", "written"])
+def test_an_interrupted_command_keeps_what_it_finished(here, capsys, monkeypatch, output):
+    from robustsoup.evaluation import evaluate as evaluating
+
+    command = ("evaluate", *PAIR, *LINF, "--steps", 2, "--samples", 32, *output, "--json")
+    assert run(*command) == 0
+    expected = json.loads(capsys.readouterr().out)
+    evaluate, evaluated = evaluating.evaluate, []
+
+    def interrupt_second(checkpoint, *args, **options):
+        if "state_path" not in options:  # a look at the network before the work
+            return evaluate(checkpoint, *args, **options)
+        if len(evaluated) == 1:
+            evaluated.append("interrupted")
+            raise KeyboardInterrupt
+        evaluated.append(checkpoint.path.stem)
+        return evaluate(checkpoint, *args, **options)
+
+    monkeypatch.setattr(evaluating, "evaluate", interrupt_second)
+    assert run(*command) == 130
+    assert run(*command) == 0
+    assert evaluated == ["low", "interrupted", "high"]
+    resumed = json.loads(capsys.readouterr().out)
+    for content in (*expected.values(), *resumed.values()):
+        content.pop("seconds")
+    assert resumed == expected
+    assert run(*command) == 0  # nothing is left of it
+    assert evaluated[3:] == ["low", "high"]
+
+
 def test_compare_pairs_two_evaluations(here, capsys):
     assert run("evaluate", *PAIR, *LINF, *FEW, "-o", "verdicts") == 0
     capsys.readouterr()

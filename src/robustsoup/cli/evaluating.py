@@ -1,5 +1,6 @@
 """Commands that evaluate checkpoints and compare evaluations."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ from robustsoup.errors import RequestError, RobustsoupError
 from robustsoup.settings import AttackSettings, to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Split
@@ -63,12 +64,10 @@ def evaluate_command(
         load_requested_data,
         make_context,
         name_checkpoints,
-        print_notes,
     )
     from robustsoup.cli.progress import Bar
     from robustsoup.data.duplicates import find_exact_overlaps
     from robustsoup.evaluation.evaluate import evaluate
-    from robustsoup.files import check_writable
     from robustsoup.threats import parse_threats
     from robustsoup.user_code import import_named_module
 
@@ -77,9 +76,7 @@ def evaluate_command(
     if shift and split != "test":
         raise RequestError(f"--shift: applies to --split test, got {split}")
     if output:
-        check_writable(output, folder=True)
-        for name in name_checkpoints(checkpoints):
-            check_writable(output / f"{name}.{split}.json", folder=False)
+        _check_output(output, [f"{name}.{split}.json" for name in name_checkpoints(checkpoints)])
     run.use_threads()
     import_named_module(attack.attack)
     threats = parse_threats(threat)
@@ -92,43 +89,58 @@ def evaluate_command(
         name: context.record_network(network.opening.load(path))
         for name, path in name_checkpoints(checkpoints).items()
     }
-    print_notes(*described.values())
     _warn_of_misfits(described.values(), selected, run.device)
     overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
+    request = [to_record(attack), _fingerprint_attack(attack), threat, samples, keep_points]
+    states = {
+        name: _locate_state([*request, run.device], checkpoint, selected)
+        for name, checkpoint in described.items()
+    }
+    finished = _FinishedEvaluations(states, keeps=shift is None)
     for name, checkpoint in described.items():
-        request = [to_record(attack), threat, samples, keep_points, run.device]
-        with Bar(f"evaluating {name}") as bar:
-            evaluation = evaluate(
-                checkpoint,
-                selected,
-                threat,
-                attack,
-                samples=samples,
-                device=run.device,
-                keep_points=keep_points,
-                shift=shift,
-                state_path=_locate_state(request, checkpoint, selected),
-                on_progress=bar,
-            )
+        evaluation = finished.load(name)
+        if evaluation is None:
+            with Bar(f"evaluating {name}") as bar:
+                evaluation = evaluate(
+                    checkpoint,
+                    selected,
+                    threat,
+                    attack,
+                    samples=samples,
+                    device=run.device,
+                    keep_points=keep_points,
+                    shift=shift,
+                    state_path=states[name],
+                    on_progress=bar,
+                )
+            finished.keep(name, evaluation)
         _warn_of_evaluation(name, checkpoint, selected, evaluation)
         evaluation.record["duplicates"] = [
             overlap.as_record() for overlap in overlaps if overlap.split == split
         ]
         evaluations[name] = evaluation
         if output and distributed.is_first():
-            try:
+            with _printed_on_error(evaluations, split, as_json=as_json):
                 _save_evaluation(evaluation, output, f"{name}.{split}.json")
-            except RobustsoupError:
-                _print_accuracies(evaluations, split, as_json=as_json)  # or they would be lost
-                raise
     _print_accuracies(evaluations, split, as_json=as_json)
+    finished.forget()
 
 
-def _warn_of_misfits(checkpoints: "Iterable[Checkpoint]", data: "Split", device: str) -> None:
-    """Warn of networks that are near chance, or better with another normalisation."""
+def _check_output(folder: Path, names: "Iterable[str]") -> None:
+    from robustsoup.files import check_writable
+
+    check_writable(folder, folder=True)
+    for name in names:
+        check_writable(folder / name, folder=False)
+
+
+def _warn_of_misfits(checkpoints: "Collection[Checkpoint]", data: "Split", device: str) -> None:
+    """Print the notes of files, and warn of networks near chance or better with other inputs."""
+    from robustsoup.cli.inputs import print_notes
     from robustsoup.evaluation.evaluate import doubt_network
 
+    print_notes(*checkpoints)
     for checkpoint in checkpoints:
         if doubt := doubt_network(checkpoint, data, device=device):
             print_warning(f"{checkpoint.name}: {doubt.text}")
@@ -158,6 +170,18 @@ def _save_evaluation(evaluation: "Evaluation", folder: Path, name: str) -> None:
         evaluation.save(folder / name)
 
 
+@contextlib.contextmanager
+def _printed_on_error(
+    evaluations: "Mapping[str, Evaluation]", split: str, *, as_json: bool
+) -> "Iterator[None]":
+    """Print the accuracies if the block fails to write them, or they would be lost."""
+    try:
+        yield
+    except RobustsoupError:
+        _print_accuracies(evaluations, split, as_json=as_json)
+        raise
+
+
 def _print_accuracies(
     evaluations: "Mapping[str, Evaluation]", split: str, *, as_json: bool
 ) -> None:
@@ -169,13 +193,64 @@ def _print_accuracies(
         print_evaluations(evaluations, split)
 
 
+def _fingerprint_attack(attack: AttackSettings) -> str | None:
+    """Return a digest of the code of an attack of the user's; None for one of the catalog."""
+    from robustsoup.catalog import ATTACKS, import_by_name
+    from robustsoup.fingerprint import code_fingerprint
+
+    if attack.attack in ATTACKS:
+        return None
+    return code_fingerprint(import_by_name(str(attack.attack), label=f'attack "{attack.attack}"'))
+
+
 def _locate_state(request: object, checkpoint: "Checkpoint", split: "Split") -> Path:
     """Return the file for the state of an interrupted evaluation, in the folder of the store."""
-    from robustsoup.runs.store import Store
+    from robustsoup.fingerprint import network_fingerprint
+    from robustsoup.runs.store import UNFINISHED, Store
 
-    key = json.dumps([request, checkpoint.digest, split.digest])
+    network = network_fingerprint(checkpoint.network())
+    key = json.dumps([request, checkpoint.digest, network, split.digest])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return Store().root / "unfinished" / f"{name}.pt"
+    return Store().root / UNFINISHED / f"{name}.pt"
+
+
+class _FinishedEvaluations:
+    """Keeps evaluations in the store until all of a command are finished, so that it may resume.
+
+    Args:
+        states: The place of the state of each evaluation by name.
+        keeps: False if the command reads files that may change between two calls.
+    """
+
+    def __init__(self, states: "Mapping[str, Path]", *, keeps: bool) -> None:
+        is_useful = keeps and len(states) > 1 and distributed.world() == 1  # other ranks would wait
+        self._paths = {n: p.with_suffix(".json") for n, p in states.items()} if is_useful else {}
+
+    def load(self, name: str) -> "Evaluation | None":
+        """Return an evaluation that an interrupted call of the same command has finished."""
+        from robustsoup.evaluation.verdicts import Evaluation
+
+        path = self._paths.get(name)
+        if path is None or not path.is_file():
+            return None
+        try:
+            return Evaluation.load(path)
+        except RobustsoupError:
+            return None
+
+    def keep(self, name: str, evaluation: "Evaluation") -> None:
+        """Keep an evaluation, if the store can be written."""
+        if name in self._paths:
+            with contextlib.suppress(RobustsoupError, OSError):
+                self._paths[name].parent.mkdir(parents=True, exist_ok=True)
+                evaluation.save(self._paths[name])
+
+    def forget(self) -> None:
+        """Remove what is kept."""
+        for path in self._paths.values():
+            for suffix in (".json", ".npz", ".points.npz"):
+                with contextlib.suppress(OSError):
+                    path.with_suffix(suffix).unlink()
 
 
 def compare_command(
