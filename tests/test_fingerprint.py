@@ -1,9 +1,13 @@
 """Fingerprints change exactly when the code or the network may give other results."""
 
 import copy
+import functools
 import importlib.util
+import math
 import subprocess
 import sys
+import types
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -123,6 +127,90 @@ def test_values_that_a_nested_function_takes_from_around_it_matter(values, kind)
     assert same != changed
 
 
+def scaled(factor):
+    def decorate(function):
+        @functools.wraps(function)
+        def run(x):
+            return factor * function(x)
+
+        return run
+
+    return decorate
+
+
+def test_what_a_decorator_adds_matters():
+    first, again, other = (code_fingerprint(scaled(k)(scale)) for k in (1, 1, 2))
+    assert first == again
+    assert len({first, other, code_fingerprint(scale)}) == 3
+
+
+@dataclass
+class Pair:
+    function: object
+    weights: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda k: Pair(lambda x: k * x, torch.ones(3)),
+        lambda k: Pair(scale, k * 1e-9 + torch.ones(2000, dtype=torch.float64)),
+        lambda k: types.SimpleNamespace(weights=k * torch.ones(2)),
+        lambda k: torch.tensor([1.0, k]).conj(),
+        lambda k: {"set": {1, k + 5}, "own": []},
+        lambda k: nn.Sequential(nn.Linear(2, 2), Penalty(k)) if torch.manual_seed(0) else None,
+    ],
+)
+def test_objects_count_by_what_they_hold(make):
+    first, again, other = (code_fingerprint(make_loss(make(k))[3]) for k in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_use_of_a_bound_network_does_not_change_it():
+    network = nn.Sequential(nn.Linear(2, 2), Penalty(1))
+    before = code_fingerprint(make_loss(network)[3])
+    network[0].register_forward_hook(lambda *_: None)
+    network.eval()
+    assert code_fingerprint(make_loss(network)[3]) == before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.Generator(),
+        np.random.default_rng(0),
+        torch.Tensor.sign,
+        str.lower,
+        "a".join,
+        property(lambda self: 1),
+        functools.lru_cache(scale),
+        math,
+        torch,
+        slice(1),
+        torch.float32,
+        torch.device("cpu"),
+        np.float32(1),
+        np.array([None, "a"], dtype=object),
+        iter([1]),
+        open,
+        type,
+        object(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_anything_may_be_bound(value):
+    assert code_fingerprint(make_loss(value)[3]) == code_fingerprint(make_loss(value)[3])
+    assert code_fingerprint(make_loss(value)[1])
+
+
+def test_densely_linked_objects_are_described_once():
+    nodes = [types.SimpleNamespace() for _ in range(30)]
+    for node in nodes:
+        node.others = nodes
+    assert code_fingerprint(make_loss(nodes)[3])
+
+
 def test_a_function_may_refer_to_itself():
     def first(x):
         return x and first(x - 1)
@@ -135,7 +223,7 @@ def test_values_have_the_same_fingerprint_in_every_process(tmp_path):
         "from functools import partial\n"
         "class Plain: pass\n"
         "def make(*bound):\n"
-        "    return lambda x, y=Plain(): (x, y, bound)\n"
+        "    return lambda x, y=Plain(): (x, y, bound, x in {'Linf', 'L2', 'L1'})\n"
         "print(__import__('robustsoup.fingerprint').fingerprint.code_fingerprint(\n"
         "    partial(make(Plain(), make, len, {'a', 'b'}), make)))\n"
     )
@@ -152,7 +240,8 @@ def test_code_without_a_file_has_a_fingerprint():
     assert same == again
     assert same != other
     for space, factor in zip(spaces, (2, 2, 3), strict=True):
-        exec(f"class Loss:\n    def __call__(self, x):\n        return {factor} * x\n", space)
+        code = f"class Loss:\n    def __call__(self, x):\n        return {factor} * x * self.one\n"
+        exec(code + "    @property\n    def one(self):\n        return 1\n", space)
     same, again, other = (code_fingerprint(space["Loss"]()) for space in spaces)
     assert same == again
     assert same != other

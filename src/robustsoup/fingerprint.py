@@ -3,10 +3,11 @@
 import ast
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
-from types import CellType, CodeType
+from pathlib import Path, PurePath
+from types import CellType, CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,6 @@ from torch import Tensor, nn
 
 SMALL_BUFFER = 1000
 """Buffers with fewer elements than this enter a network's fingerprint by value."""
-
-
-_SETS = (set, frozenset)
 
 
 def code_fingerprint(function: Callable[..., object]) -> str:
@@ -56,80 +54,125 @@ def network_fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_SETS = (set, frozenset)
+_PLAIN = (
+    *(str, bytes, int, float, complex, type(None), type(Ellipsis), range, slice, PurePath),
+    *(np.generic, torch.dtype, torch.device, torch.Size, torch.layout),
+)
+"""Types whose repr says all, in every process."""
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+
+
 class _Describer:
     """Describes functions and what they bind by values whose repr is the same in every process."""
 
     def __init__(self) -> None:
-        self._open: set[int] = set()  # a function may be bound in itself
+        self._open: set[int] = set()  # containers may hold themselves
+        self._numbers: dict[int, int] = {}
+        self._kept: list[object] = []  # so that no other object gets their ids
         self._sources: dict[str, str] = {}
 
     def describe(self, value: object) -> object:
         """Return the description of a function, an object or a plain value."""
-        if id(value) in self._open:
-            return "recursion"
-        self._open.add(id(value))
-        try:
-            if callable(value):
-                return self._describe_callable(value)
-            return self._describe_value(value)
-        finally:
-            self._open.remove(id(value))
-
-    def _describe_value(self, value: object) -> object:
-        if isinstance(value, Tensor | np.ndarray):
-            return _describe_numbers(value)
+        if isinstance(value, (*_PLAIN, ModuleType, Tensor, np.ndarray)):
+            return _describe_leaf(value)
         if isinstance(value, (*_SETS, list, tuple, dict)):
-            return type(value).__name__, self._describe_items(value)
-        if type(value).__repr__ is object.__repr__:  # it prints an address
-            return self._describe_object(value)
-        return value
+            return self._describe_container(value)
+        if id(value) in self._numbers:
+            return f"#{self._numbers[id(value)]}"
+        self._numbers[id(value)] = len(self._numbers)
+        self._kept.append(value)
+        return self._describe_new(value)
 
-    def _describe_object(self, value: object) -> object:
-        return self.describe(type(value)), self.describe(dict(getattr(value, "__dict__", {})))
+    def _describe_new(self, value: object) -> object:
+        if isinstance(value, partial):
+            return [self.describe(v) for v in (value.func, value.args, value.keywords)]
+        if inspect.isroutine(value) or inspect.isclass(value):
+            return self._describe_code(value)
+        return self.describe(type(value)), self._describe_state(value)
 
-    def _describe_items(self, items: Collection[object]) -> object:
-        if isinstance(items, dict):
-            return [(repr(key), self.describe(items[key])) for key in sorted(items, key=repr)]
-        described = [self.describe(item) for item in items]
-        return sorted(described, key=repr) if isinstance(items, _SETS) else described
+    def _describe_container(self, items: Collection[object]) -> object:
+        if id(items) in self._open:
+            return "recursion"
+        self._open.add(id(items))
+        try:
+            if isinstance(items, dict):
+                return [(repr(key), self.describe(items[key])) for key in sorted(items, key=repr)]
+            described = [self.describe(item) for item in items]
+        finally:
+            self._open.remove(id(items))
+        ordered = sorted(described, key=repr) if isinstance(items, _SETS) else described
+        return type(items).__name__, ordered
 
-    def _describe_callable(self, function: Callable[..., object]) -> object:
-        if isinstance(function, partial):
-            return [self.describe(v) for v in (function.func, function.args, function.keywords)]
-        function = inspect.unwrap(function)
-        if not (inspect.isroutine(function) or inspect.isclass(function)):
-            return self._describe_object(function)
+    def _describe_state(self, value: object) -> object:
+        """Return the attributes of an object; of one without, what it prints."""
+        if isinstance(value, nn.Module):  # hooks and modes change with use
+            state = {k: v for k, v in vars(value).items() if k[:1] != "_" and k != "training"}
+            state |= dict(value.named_parameters(recurse=False))
+            state |= dict(value.named_buffers(recurse=False))
+            return self.describe(state | dict(value.named_children()))
+        slots = [name for kind in type(value).__mro__ for name in _list_slots(kind)]
+        state = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        state |= getattr(value, "__dict__", {})
+        return self.describe(state) if state else _ADDRESS.sub("", repr(value))
+
+    def _describe_code(self, function: Any) -> object:
+        """Return the description of a function, a method or a class."""
         owner = function.__self__ if inspect.ismethod(function) else None
         source = self._read_source(function)
-        name_is_shared = "<" in function.__qualname__  # <lambda>, <locals>
-        body = self._describe_body(function) if name_is_shared or source is None else None
-        return function.__qualname__, source, body, self.describe(owner)
+        # The name may be shared: <lambda>, <locals>, wrappers with the name of what they wrap.
+        is_shared = "<" in function.__qualname__ or getattr(function, "__closure__", None)
+        body = self._describe_body(function) if is_shared or source is None else None
+        wrapped = self.describe(getattr(function, "__wrapped__", None))
+        return function.__qualname__, source, body, wrapped, self.describe(owner)
 
-    def _describe_body(self, function: Callable[..., object]) -> object:
+    def _describe_body(self, function: Any) -> object:
         """Return bytecode and bound values; the module's name of what has none."""
         if inspect.isclass(function):
-            members = sorted(vars(function).items())
-            return [
-                (name, self.describe(getattr(member, "__func__", member)))
-                for name, member in members
-                if name in ("__init__", "__call__") or not name.startswith("__")
-            ]
+            return function.__module__, self._describe_members(function)
         code = getattr(function, "__code__", None)
         if code is None:
-            return function.__module__
-        bound = [getattr(function, name) for name in ("__defaults__", "__kwdefaults__")]
+            return getattr(function, "__module__", None)
+        bound = [function.__defaults__, function.__kwdefaults__]
         bound += [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
-        return _describe_bytecode(code), self.describe(bound)
+        return self._describe_bytecode(code), self.describe(bound)
 
-    def _read_source(self, function: Callable[..., object]) -> str | None:
-        """Return the normalised source of the function's file; None without one."""
+    def _describe_members(self, kind: type) -> list[tuple[str, object]]:
+        """Return the members of a class that are written in Python."""
+        members: list[tuple[str, object]] = []
+        for name, member in sorted(vars(kind).items()):
+            if name.startswith("__") and name not in ("__init__", "__call__"):
+                continue
+            if isinstance(member, property):
+                member = (member.fget, member.fset, member.fdel)
+            member = getattr(member, "__func__", member)
+            if inspect.isfunction(member) or not (inspect.isroutine(member) or _is_slot(member)):
+                members.append((name, self.describe(member)))
+        return members
+
+    def _describe_bytecode(self, code: CodeType) -> tuple[object, ...]:
+        constants = [
+            self._describe_bytecode(item) if isinstance(item, CodeType) else self.describe(item)
+            for item in code.co_consts
+        ]
+        return code.co_code, code.co_names, constants
+
+    def _read_source(self, function: Any) -> str | None:
+        """Return a digest of the normalised source of the function's file; None without one."""
         try:
             path = inspect.getfile(function)
             if path not in self._sources:
-                self._sources[path] = ast.unparse(ast.parse(Path(path).read_bytes()))
+                source = ast.unparse(ast.parse(Path(path).read_bytes()))
+                self._sources[path] = hashlib.sha256(source.encode()).hexdigest()
             return self._sources[path]
         except (OSError, SyntaxError, TypeError, ValueError):
             return None
+
+
+def _describe_leaf(value: object) -> object:
+    if isinstance(value, ModuleType):
+        return value.__name__
+    return _describe_numbers(value) if isinstance(value, Tensor | np.ndarray) else value
 
 
 def _describe_numbers(numbers: Tensor | np.ndarray[Any, Any]) -> object:
@@ -141,16 +184,19 @@ def _describe_numbers(numbers: Tensor | np.ndarray[Any, Any]) -> object:
     return str(numbers.dtype), tuple(numbers.shape), hashlib.sha256(content).hexdigest()
 
 
+def _list_slots(kind: type) -> list[str]:
+    slots = vars(kind).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _is_slot(member: object) -> bool:
+    return inspect.isgetsetdescriptor(member) or inspect.ismemberdescriptor(member)
+
+
 def _is_empty(cell: CellType) -> bool:
     try:
         _ = cell.cell_contents
     except ValueError:
         return True
     return False
-
-
-def _describe_bytecode(code: CodeType) -> tuple[object, ...]:
-    constants = [
-        _describe_bytecode(item) if isinstance(item, CodeType) else item for item in code.co_consts
-    ]
-    return code.co_code, code.co_names, constants

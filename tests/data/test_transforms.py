@@ -1,6 +1,7 @@
 """Augmentation by a transform of the user."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -114,6 +115,25 @@ def test_names_and_fingerprints_tell_transforms_apart():
     assert ImageTransform.parse(Mirror(0.5)).fingerprint == (
         ImageTransform.parse(Mirror(0.5)).fingerprint
     )
+
+
+class Lighten:
+    """A transform that prints where it lies in memory."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, image):
+        return (image + self.by).clamp(max=255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("make", [Lighten, lambda by: partial(Lighten.__call__, Lighten(by))])
+def test_equal_objects_are_one_transform(make):
+    first, again, other = (ImageTransform.parse(make(by)) for by in (1, 1, 2))
+    assert first.fingerprint == again.fingerprint
+    assert first.fingerprint != other.fingerprint
+    assert first.name == again.name
+    assert "0x" not in first.name
 
 
 def test_training_uses_records_and_resumes_it(save_every_step, tmp_path):

@@ -1,5 +1,8 @@
 """Dropout draws by the seed of a run: whatever the caller drew, and after a kill."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,11 +13,18 @@ import robustsoup as rs
 SETTINGS = {"epochs": 2, "batch_size": 32, "lr": 0.1, "device": "cpu", "precision": "float32"}
 
 
+class Noise(nn.Module):
+    """Draws from the generators of Python and NumPy."""
+
+    def forward(self, x):
+        return x * (1 + random.random() + np.random.random()) if self.training else x
+
+
 def dropping(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10)
+            nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), Noise(), nn.Linear(16, 10)
         )
 
 

@@ -5,19 +5,16 @@ generators of PyTorch, NumPy and Python depends on seed, epoch and batch alone, 
 run sees the same images; the generators are left as they were.
 """
 
-import contextlib
-import hashlib
 import inspect
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from robustsoup.catalog import import_by_name
 from robustsoup.errors import DataError, RequestError
 from robustsoup.fingerprint import code_fingerprint
+from robustsoup.seeding import seeded_random_state
 
 MOST_SEED = 2**32
 """NumPy's seeds have 32 bits."""
@@ -63,11 +60,8 @@ class ImageTransform:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of its code, and of how it prints if it is an object."""
-        if inspect.isroutine(self.function):
-            return code_fingerprint(self.function)
-        text = f"{code_fingerprint(type(self.function))} {self.function!r}"
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        """Digest of its code, and of what it holds if it is an object."""
+        return code_fingerprint(self.function)
 
     def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Return the transformed images.
@@ -83,7 +77,7 @@ class ImageTransform:
             DataError: The transform returns something else.
         """
         seed = int(torch.randint(MOST_SEED, (), generator=generator))
-        with _seeded(seed, images.device):
+        with seeded_random_state(seed, images.device):
             changed = [self._check(self.function(image), image) for image in images]
         return torch.stack(changed)
 
@@ -110,23 +104,8 @@ class ImageTransform:
 
 
 def _describe(value: object) -> str:
-    """Return a function's import path, or how an object prints, in one line."""
-    if inspect.isroutine(value):
-        return f"{value.__module__}:{value.__qualname__}"
-    return " ".join(repr(value).split())
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators in the block, and restore them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    """Return how an object prints, in one line; the import path of a function or its class."""
+    text = " ".join(repr(value).split())
+    named = value if inspect.isroutine(value) else type(value)
+    is_bare = named is value or " at 0x" in text
+    return f"{named.__module__}:{named.__qualname__}" if is_bare else text
