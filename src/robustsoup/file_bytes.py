@@ -123,16 +123,28 @@ def check_shape(shape: Sequence[object]) -> tuple[int, ...]:
         ValueError: The shape has too many dimensions, or one that is not a number from 0 on, or
             describes more than MAX_ELEMENTS elements.
     """
-    if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"a tensor of {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
-    sizes: list[int] = []
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
-            raise ValueError("a shape that is not a list of numbers from 0 on")
-        sizes.append(size)
+    sizes = check_numbers(shape)
     if math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS:
         raise ValueError(f"a shape of more than {MAX_ELEMENTS:,} elements")
-    return tuple(sizes)
+    return sizes
+
+
+def check_numbers(numbers: Sequence[object]) -> tuple[int, ...]:
+    """Return one number for each dimension of a tensor, such as its strides, as integers.
+
+    Raises:
+        ValueError: There are too many, or one is not a number from 0 to MAX_ELEMENTS.
+    """
+    if len(numbers) > MAX_DIMENSIONS:
+        raise ValueError(
+            f"a tensor of {len(numbers)} dimensions; at most {MAX_DIMENSIONS} are read"
+        )
+    checked: list[int] = []
+    for number in numbers:
+        if type(number) is not int or not 0 <= number <= MAX_ELEMENTS:
+            raise ValueError("a shape that is not a list of numbers from 0 on")
+        checked.append(number)
+    return tuple(checked)
 
 
 def view_as(raw: Tensor, dtype: torch.dtype, shape: Sequence[object]) -> Tensor:

@@ -7,6 +7,7 @@ plain data or a ValueError with a short reason.
 """
 
 import struct
+import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -19,12 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustsoup.file_bytes import MAX_ELEMENTS, check_shape
+from robustsoup.file_bytes import MAX_ELEMENTS, check_numbers, check_shape
 from robustsoup.printable import first_line, make_printable
 
 SAVE_WEIGHTS_ALONE = "load it with torch.load, and save the state_dict() of the network alone"
 MAX_OPERATIONS = 350_000
 MAX_TEXT_BYTES = 2**20
+MAX_PLAIN_BYTES = 2**28
+"""Most bytes of all plain objects together, such as sets and bytes."""
 MAX_DEPTH = 32
 """Most levels of containers."""
 
@@ -108,6 +111,7 @@ class PickleReader:
         self._stream = stream
         self._find_storage = find_storage
         self._bytes_left = max_tensor_bytes
+        self._plain_bytes_left = MAX_PLAIN_BYTES
         self._requests: dict[str, StorageRequest] = {}
         self._stack: list[Any] = []
         self._outer_stacks: list[list[Any]] = []
@@ -265,7 +269,15 @@ class PickleReader:
         if make is None:
             whole = not self._stack and not self._outer_stacks
             raise ValueError(self._describe_foreign_class(name, whole=whole))
-        self._stack.append(make(*arguments))
+        self._stack.append(self._make_plain(make, arguments))
+
+    def _make_plain(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Return a plain object; a few bytes of a pickle may ask for many large ones."""
+        made = make(*arguments)
+        self._plain_bytes_left -= sys.getsizeof(made)
+        if self._plain_bytes_left < 0:
+            raise ValueError(f"objects of more than {MAX_PLAIN_BYTES:,} bytes")
+        return made
 
     def _describe_foreign_class(self, name: Name, *, whole: bool) -> str:
         is_network = b"_parameters" in self._stream.read(MAX_TEXT_BYTES)
@@ -310,7 +322,7 @@ class PickleReader:
     def _rebuild(self, name: Name, arguments: tuple[Any, ...]) -> Any:
         rebuild = _PLAIN_TYPES.get(name.text)
         if rebuild is not None:
-            return rebuild(*arguments)
+            return self._make_plain(rebuild, arguments)
         match name.text, arguments:
             case "torch._utils._rebuild_tensor", (storage, offset, size, stride):
                 return self._view_storage(storage, offset, size, stride)
@@ -342,8 +354,8 @@ class PickleReader:
         """Return a tensor in a storage, after checking that all its elements lie within it."""
         if not isinstance(storage, Storage):
             raise TypeError("a tensor without a storage")
-        sizes, strides = check_shape(size), check_shape(stride)
-        (start,) = check_shape([offset])
+        sizes, strides = check_shape(size), check_numbers(stride)
+        (start,) = check_numbers([offset])
         if len(sizes) != len(strides):
             raise ValueError(f"a tensor with {len(sizes)} dimensions and {len(strides)} strides")
         elements = torch.Size(sizes).numel()

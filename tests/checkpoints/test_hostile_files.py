@@ -413,6 +413,22 @@ def test_the_old_format_of_these_tests_is_read_without_its_faults(tmp_path):
         assert read(path).tensors["w"].tolist() == [1, 2, 3, 4]
 
 
+def test_bytes_that_a_few_operations_ask_for_again_and_again_are_refused(tmp_path):
+    memoized = hostile.text("a" * 2**20) + b"q\0" + hostile.name("_codecs", "encode") + b"q\1"
+    again = b"h\1" + b"(h\0" + hostile.text("latin1") + b"tR"
+    path = tmp_path / "a.pth"
+    hostile.write_archive(path, hostile.pickle(b"(" + memoized + 300 * again + b"t"))
+    assert "objects of more than 268,435,456 bytes" in check_refused(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_tensors_of_many_large_dimensions_are_read(tmp_path, old):
+    weights = {"embedding": torch.ones(1, 1, 1024, 1024), "images": torch.ones(2, 3, 224, 224)}
+    torch.save(weights, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    loaded = Checkpoint.load(tmp_path / "a.pth").tensors
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
 # what is no file
 
 
