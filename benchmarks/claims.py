@@ -79,11 +79,21 @@ class RunResults:
             with np.load(self.verdict_path(name).with_suffix(".npz")) as arrays:
                 hits = {"clean": arrays["prediction"] == arrays["labels"]}
                 hits |= {
-                    threat: arrays[f"robust_{number}"] for number, threat in enumerate(self.threats)
+                    threat: arrays[f"robust_{self._number(name, threat)}"]
+                    for threat in self.threats
                 }
             weights = self._sample_weights(len(hits["clean"]))
             self._accuracies[name] = {key: 100 * (weights @ value) for key, value in hits.items()}
         return self._accuracies[name][measure]
+
+    def _number(self, name: str, threat: str) -> int:
+        """Return the number of a threat in the evaluation of a network."""
+        path = self.verdict_path(name)
+        listed = json.loads(path.read_text("utf-8"))["threats"]
+        threats = [item for item in listed if item != "clean"]
+        if threat not in threats:
+            sys.exit(f"{path}: got verdicts under {', '.join(threats)}, expected {threat}")
+        return threats.index(threat)
 
     def _sample_weights(self, n: int) -> np.ndarray:
         if self._weights is None:

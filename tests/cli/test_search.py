@@ -236,3 +236,24 @@ def test_what_attacks_training_samples_requires_a_threat(here, capsys, option):
     assert run(*command, "-o", "best") == 2
     message = f"{' '.join(option)}: attacks training samples; give a threat (--threat)"
     assert message in capsys.readouterr().err
+
+
+def test_functions_of_the_current_folder_are_found(here, capsys):
+    name = f"own_{here.parent.name}"
+    (here / f"{name}.py").write_text(
+        "from robustsoup.soups.buffers import average\n"
+        "def stay(model, x, y, threat, *, seed):\n    return x\n"
+        "def policy(soup):\n    return average(soup)\n"
+    )
+    own = {key: f"{name}:{key}" for key in ("stay", "policy")}
+    few = ("--samples", 32, "--data", "digits")
+    command = ("search", *PAIR, *few, "--threat", "Linf 32/255", "--method", "uniform")
+    assert run(*command, "--attack", own["stay"], "--buffers", own["policy"], "-o", "best") == 0
+    recipe = here / "again.toml"
+    recipe.write_text((here / "best" / "recipe.toml").read_text())
+    assert run("run", recipe, "-o", "again") == 0
+    mixed = ("mix", *PAIR, "--coefficients", "0.5,0.5", "-o", "mixed.safetensors")
+    assert run(*mixed, "--buffers", own["policy"]) == 0
+    learn = ("learn", *PAIR, "--data", "digits", "--threat", "Linf 32/255", "--epochs", 1)
+    assert run(*learn, "--attack-steps", 1, "--buffers", own["policy"], "-o", "learned") == 0
+    assert capsys.readouterr().err.count("cannot be found") == 0

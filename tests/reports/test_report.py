@@ -30,9 +30,11 @@ from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.reports import style, write_report
 from robustsoup.reports.best import BestRule
+from robustsoup.reports.chart_data import describe_row
 from robustsoup.reports.commands import list_commands
 from robustsoup.reports.file_names import hide_folders
 from robustsoup.reports.style import clean_text
+from robustsoup.runs.result_checks import ROLES
 from robustsoup.runs.results import Results
 
 ALL_FORMATS = dict(style.FORMATS)
@@ -494,3 +496,20 @@ def test_bounds_of_estimates_are_below_them(tmp_path):
     (changed,) = [item for item in results.rows if item.name == row["name"]]
     bound = BestRule.of(results).bounds(changed)[threat]
     assert bound < estimate.value == 0.27
+
+
+def test_the_page_draws_every_role():
+    folder = Path(style.__file__).parent / "templates"
+    script, sheet = (folder / f"report.{kind}" for kind in ("js", "css"))
+    roles = script.read_text("utf-8").partition("const ROLES = {")[2].partition("}")[0]
+    for role in ROLES:
+        assert re.search(rf"\b{role}: ", roles), role
+        assert f"--c-{role}: " in sheet.read_text("utf-8"), role
+
+
+def test_a_merged_soup_is_described_by_its_method(results):
+    results["recipe"]["soups"] = {"ties": {"method": "ties"}}
+    shares = {"soup": "ties", "ingredients": NAMES[:2], "coefficients": [0.4, 0.6]}
+    results["rows"].append(make_row("ties-0.4-0.6", "merge", 0.7, 0.3, **shares))
+    parsed = Results.from_json(results, "results")
+    assert describe_row(parsed.rows[-1], parsed) == "ties of 0.4 of eps4 and 0.6 of eps8"

@@ -205,6 +205,15 @@ def test_early_stopping_requires_val():
         train_digits(early_stop=True)
 
 
+def test_a_first_loss_that_is_not_finite_is_no_lowest_loss(monkeypatch):
+    measured = iter([(math.nan, 0.1), (math.inf, 0.1), (1.0, 0.2), (2.0, 0.3)])
+    monkeypatch.setattr(
+        "robustsoup.training.train.measure_robust_loss", lambda *_, **__: next(measured)
+    )
+    stopped = train_digits(val=VAL, early_stop=True, epochs=4)
+    assert stopped.provenance["early_stopped_at"] == 3
+
+
 # kill and resume
 
 

@@ -104,6 +104,7 @@ def learn_command(
     run.use_threads()
     import_named_module(settings.objective)
     import_named_module(settings.transform)
+    import_named_module(policy)
     source = load_requested_data(data, network)
     check_buffer_policy(policy, source.train, settings.threat, affine=settings.affine)
     context = make_context(source, network, run, checkpoints)

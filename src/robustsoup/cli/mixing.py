@@ -164,7 +164,11 @@ def mix_command(
 def _check_method(
     method: str | None, given: "Given", base: Path | None, buffers: str | None
 ) -> None:
-    """Refuse options that nothing would read."""
+    """Refuse options that nothing would read, and import the user's functions among them."""
+    from robustsoup.user_code import import_named_module
+
+    for name in (method, buffers):
+        import_named_module(name)
     if method is None:
         for name in rules(MergeSettings):
             if name in given:

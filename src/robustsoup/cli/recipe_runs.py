@@ -56,7 +56,8 @@ def prepare_recipe(
     """
     hold_caches()
     run.use_threads()
-    import_named_module(recipe.model)
+    for name in recipe.list_named_functions():
+        import_named_module(name)
     absent = list_absent(recipe, data_root) if plans_only else []
     if recipe.data not in absent:
         download_data(recipe.data, data_root)

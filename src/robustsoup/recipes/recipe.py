@@ -259,6 +259,15 @@ class Recipe(Section):
         target = self.default_measure if maximised in (None, KNEE) else maximised
         return soup["score"] or Score.parse(target)
 
+    def list_named_functions(self) -> list[str]:
+        """Return what may name code of the user's, "package.module:name", beside objectives."""
+        attack = str(self.evaluate.attack_settings(seed=self.seed).attack)
+        keys = ("buffers", "learning_buffers")
+        names: list[str | None] = [self.model, self.data, attack]
+        for soup in self.soups.values():
+            names += [soup.method, *map(soup.__getitem__, keys)]
+        return [name for name in names if name and ":" in name]
+
     def soup_names(self, section: str) -> list[str]:
         """Return the names of the soups of a section, in order."""
         soup = self.soups[section]

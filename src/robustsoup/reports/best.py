@@ -139,7 +139,7 @@ def _parse_goal(
             return Score.parse(text).terms
         except RequestError:
             return ((1.0, measures[0]),)
-    keys = [CLEAN, UNION if UNION in measures else measures[-1]]
+    keys = [CLEAN, UNION if UNION in measures else measures[min(1, len(measures) - 1)]]
     points = [
         tuple(accuracy.value for key in keys if (accuracy := row.accuracy(split, key)))
         for row in soups

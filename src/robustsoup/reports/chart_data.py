@@ -66,7 +66,7 @@ def make_chart_data(
     }
 
 
-def describe_row(row: ResultRow) -> str:
+def describe_row(row: ResultRow, results: Results) -> str:
     """Say in words what a network is: "0.4 of eps4 and 0.6 of eps16", "eps2 itself"."""
     names, shares = row.ingredients or (), row.coefficients or ()
     against = f", trained against {row.threat}" if row.threat else ""
@@ -76,10 +76,18 @@ def describe_row(row: ResultRow) -> str:
         return f"an ingredient{against}"
     if not names or (shares and len(names) != len(shares)):
         return f"a soup, {row.role}"
-    words = describe_soup(shares, names, ingredient=row.ingredient, method=row.role)
+    merged_by = _find_method(row, results) if row.role == "merge" else None
+    words = describe_soup(
+        shares, names, ingredient=row.ingredient, method=row.role, merged_by=merged_by
+    )
     if row.at is not None:
         return f"{words} at t = {row.at:g}"
     return words if shares or not row.threat else f"{words}, learned against {row.threat}"
+
+
+def _find_method(row: ResultRow, results: Results) -> str:
+    section = results.recipe.get("soups", {}).get(row.soup, {})
+    return str(section.get("method", row.role))
 
 
 def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str,
         "name": row.name,
         "role": row.role,
         "section": row.soup or row.role,
-        "what": describe_row(row),
+        "what": describe_row(row, results),
         "ingredients": row.ingredients or (),
         "shares": row.coefficients or (),
         "at": row.at,

@@ -13,7 +13,11 @@ from robustsoup.errors import StorageError
 from robustsoup.runs.locks import claim_unused_folder, hold_folder
 from robustsoup.runs.store import UNFINISHED, Store
 
-_STORE_ENTRY = re.compile(r"[0-9a-f]{2}/[0-9a-f]+(\.partial)?|" + UNFINISHED + r"/[0-9a-f]+\.pt")
+_STORE_ENTRY = re.compile(
+    r"[0-9a-f]{2}/[0-9a-f]+(\.partial)?|"
+    + UNFINISHED
+    + r"/[0-9a-f]+(\.rank\d+)?\.(pt|json|npz|points\.npz)"
+)
 _CACHE_ENTRY = re.compile(r"([a-z]+-)?[0-9a-f]{32}(\.json|\.partial)?")
 
 

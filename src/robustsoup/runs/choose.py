@@ -153,7 +153,8 @@ def _choose_among_finalists(
         looked_at=_find_looked_at(plan, store),
     )
     samples = planner.confirming_settings().count_samples(planner.data)
-    tried = [item for item in soup_candidates(plan, store) if item.confirmed]
+    candidates = soup_candidates(plan, store)
+    tried = [item for item in candidates if item.confirmed] or candidates
     ordered = order_finalists(tried, goal, clean, confirm_samples=samples)
     rows = [*(plan.row(item.name) for item in ordered), *_ingredient_rows(plan)]
     keys = {row.name: planner.add_confirmation_of(row) for row in rows}

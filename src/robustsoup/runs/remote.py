@@ -290,7 +290,8 @@ def _load_context(surroundings: Surroundings) -> tuple[Recipe, Context]:
     folder = Path(surroundings.folder)
     with current_folder_importable(folder):
         recipe = parse_recipe(tomllib.loads(surroundings.recipe), "recipe", folder)
-    import_named_module(recipe.model, folder)
+    for name in recipe.list_named_functions():
+        import_named_module(name, folder)
     data = load_recipe_data(recipe, surroundings.data_root)
     device = resolve_device(surroundings.device)
     named = surroundings.network_named

@@ -334,7 +334,8 @@ class TrainingRun:
             ]
         loss, accuracy = (sum(values) / len(figures) for values in zip(*figures, strict=True))
         entry["robust_loss"], entry["robust_accuracy"] = loss, accuracy
-        lowest = min((past["robust_loss"] for past in self.history), default=math.inf)
+        losses = [past["robust_loss"] for past in self.history]
+        lowest = min(filter(math.isfinite, losses), default=math.inf)
         if stop and loss < lowest:
             weights = self.result.state_dict()
             self.best_weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -379,7 +380,8 @@ def _make_checkpoint(
     stopped = epoch is None and run.best_weights is not None
     if epoch is None and run.best_weights is not None:
         run.result.load_state_dict(run.best_weights)
-    best = min(run.history, key=lambda entry: entry["robust_loss"])["epoch"] if stopped else None
+    finite = [entry for entry in run.history if math.isfinite(entry.get("robust_loss", math.nan))]
+    best = min(finite, key=lambda entry: entry["robust_loss"])["epoch"] if stopped else None
     record = inherited_record(run.inputs, origin) | {
         "kind": "trained",
         "data": run.inputs.data.record,

@@ -8,7 +8,7 @@
   const byId = (id) => document.getElementById(id);
   const ROLES = {
     grid: "circle", line: "circle", uniform: "diamond", greedy: "cross", learned: "square",
-    dial: "wye", pretrained: "star", ingredient: "triangle",
+    dial: "wye", merge: "triangle2", pretrained: "star", ingredient: "triangle",
   };
   const SHARES = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7f7f7f"];
   const state = {
