@@ -1,5 +1,7 @@
 """Natural shift: accuracy on corrupted copies of the test set."""
 
+import contextlib
+
 import numpy
 import pytest
 import torch
@@ -216,3 +218,29 @@ def test_comparing_needs_the_same_copies(folder, network):
     )
     assert rs.compare(a, b).rows["shift"].value == 0
     assert "shift" not in rs.compare(a, c).rows
+
+
+ATTACKED: list[int] = []
+
+
+def count_attacks(model, x, y, threat, *, seed):
+    ATTACKED.append(len(x))
+    return x
+
+
+def test_an_interruption_while_shift_is_measured_keeps_the_attack(folder, network, tmp_path):
+    data = rs.load_data("digits").test
+    settings = {"samples": 32, "steps": 2, "shift": folder, "state_path": tmp_path / "state.pt"}
+
+    def interrupt(done, total, figures):
+        if done > 2 * 32:
+            raise KeyboardInterrupt
+
+    for progress in (interrupt, None):
+        with pytest.raises(KeyboardInterrupt) if progress else contextlib.nullcontext():
+            evaluation = rs.evaluate(
+                network, data, ["Linf 0.1"], attack=count_attacks, on_progress=progress, **settings
+            )
+    assert len(ATTACKED) == 1
+    assert "shift" in evaluation.accuracy
+    assert not (tmp_path / "state.pt").exists()

@@ -159,6 +159,7 @@ def evaluate(
         attacked = _attack_with_threats(request, clean, saved, progress)
         shifted: Record = {}
         if corruptions is not None:
+            saved.save(attacked.outcomes)  # a kill from here on must not lose the attack
             shifted["shift"] = measure_shift(request, corruptions, progress.report_shift)
         hint = _doubt_inputs(request, clean)
     verdicts = {
@@ -173,6 +174,7 @@ def evaluate(
     )
     if subset is not None:
         record[SUBSET_KEY] = _describe_subset(request, evaluation)
+    saved.clear()
     return evaluation
 
 
@@ -249,6 +251,7 @@ def attack_part(
         progress.report_clean()
         attacked = _attack_with_threats(request, clean, saved, progress)
     snapshots = {name: outcome.snapshot() for name, outcome in attacked.outcomes.items()}
+    saved.clear()
     return AttackedPart(snapshots, whole.fingerprint())
 
 
@@ -395,7 +398,6 @@ def _attack_with_threats(
     except BaseException:
         saved.save(outcomes)
         raise
-    saved.clear()
     return _Attacked(outcomes, masking)
 
 
