@@ -979,3 +979,15 @@ def test_names_that_no_file_can_have_are_refused(tmp_path):
         load_recipe(path, [f'ingredients.{"x" * 201}={{ threat = "Linf 4/255" }}'])
     with pytest.raises(RecipeError, match=r'"low" and "LOW": files are named after networks'):
         load_recipe(path, ['ingredients.LOW={ threat = "Linf 4/255" }'])
+
+
+def test_links_to_checkpoints_stay_links(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123").write_bytes(b"")
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "blobs" / "0123")
+    text = 'name = "a"\ndata = "digits"\nmodel = "resnet9"\n[ingredients]\n'
+    text += 'a = { checkpoint = "a.safetensors" }\nb = { checkpoint = "a.safetensors" }\n'
+    text += '[soups.grid]\nmethod = "grid"\n'
+    (tmp_path / "recipe.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert recipe.ingredients["a"].checkpoint == str(tmp_path / "a.safetensors")

@@ -206,11 +206,12 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make the paths of a recipe absolute; they are relative to `folder`.
 
-    Links stay: the files in the caches of other programs are links to files without an ending.
+    A last part that is a link stays: the caches of other programs link to files without an ending.
     """
 
     def absolute(path: str) -> str:
-        return str((folder / user_path(path)).absolute())
+        place = folder / user_path(path)
+        return str(_resolve(place) if place.name == ".." else _resolve(place.parent) / place.name)
 
     def absolute_checkpoint(path: str | None) -> str | None:
         if path is None or path.startswith(PUBLISHED_PREFIX) or remote_address(path):

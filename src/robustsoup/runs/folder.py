@@ -14,6 +14,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.checkpoints.wrapping import soup_ending, soup_wrapping
 from robustsoup.data.duplicates import Overlap
+from robustsoup.device import resolve_precision
 from robustsoup.diagnosis.landscape import Landscape
 from robustsoup.documents import read_json
 from robustsoup.evaluation.doubts import describe_masking
@@ -120,7 +121,7 @@ def _write_results(
         duplicates=tuple(item.as_record() for item in overlaps),
         warnings=plan.warnings,
         figures=recipe.report.figures,
-        protocol=_describe_protocol(plan, rows),
+        protocol=_describe_protocol(plan, rows, context.device),
         versions=_list_versions(context),
         seconds=sum(
             store.record(step.key).get("seconds", 0)
@@ -274,9 +275,12 @@ def _copy_examples(staged: StagedFiles, plan: Plan) -> ExamplesResult | None:
     )
 
 
-def _describe_protocol(plan: Plan, rows: tuple[ResultRow, ...]) -> EvaluationProtocol:
+def _describe_protocol(
+    plan: Plan, rows: tuple[ResultRow, ...], device: torch.device
+) -> EvaluationProtocol:
     recipe, evaluate = plan.recipe, plan.recipe.evaluate
-    attack = evaluate.attack_settings(seed=recipe.seed)
+    precision = resolve_precision(recipe.precision, device)
+    attack = evaluate.attack_settings(seed=recipe.seed, precision=precision)
 
     def count_samples(scores_of: Callable[[ResultRow], RowScores | None]) -> int | None:
         return next((scores["clean"].n for row in rows if (scores := scores_of(row))), None)
