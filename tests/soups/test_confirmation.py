@@ -4,7 +4,7 @@ import pytest
 import torch
 from soup_candidates import LINF, N, candidate
 
-from robustsoup.evaluation.simultaneous import fewest_hits
+from robustsoup.evaluation.simultaneous import Z_ERROR, fewest_hits, samples_to_prove
 from robustsoup.soups.confirmation import (
     confirm_finalists,
     confirm_part,
@@ -126,3 +126,18 @@ def test_the_answer_says_how_many_were_tested_where_nothing_meets_the_requiremen
     assert answer.obstacle == (
         f"of 3 candidates, clean>=0.8 is met by 2, of 1 finalists, {LINF}>=0.9 is met by none"
     )
+
+
+def test_samples_to_prove_count_those_that_are_not_kept_aside():
+    tried = [candidate("a", 190, 110), candidate("b", 165, 130)]
+    goal = Goal.parse(LINF, [f"{LINF}>=0.6"])
+    clean = judge_unattacked(tried, goal)
+    answer = explain(confirm_finalists(tried[1:], goal, clean), Explained(ingredients={}))
+    assert not answer.met
+    assert answer.samples_to_prove == 3 * samples_to_prove(0.65, 0.6)
+    assert "(one-sided 95 % bound of this finalist alone)" in "\n".join(answer.lines())
+    unmet = Goal.parse(LINF, ["clean>=0.8", f"{LINF}>=0.5"])
+    clean = judge_unattacked(tried, unmet)
+    assert clean.critical > Z_ERROR or clean.method == "exact"
+    answer = explain(confirm_finalists(tried[1:], unmet, clean), Explained(ingredients={}))
+    assert answer.samples_to_prove == samples_to_prove(0.825, 0.8, clean.critical)

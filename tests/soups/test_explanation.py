@@ -307,3 +307,20 @@ def test_gains_of_weighted_sums_are_paired():
     gain = answer.runner_up.gain
     assert gain.value == pytest.approx(0.0)
     assert gain.low < 0 < gain.high
+
+
+def test_where_nothing_meets_the_requirement_the_runner_up_misses_it_least():
+    tried = [candidate("far", 100, 150), candidate("near", 165, 60), candidate("nearest", 170, 50)]
+    answer = answer_of(tried, require=["clean>=0.9"], ingredients={})
+    assert (answer.chosen, answer.met, answer.runner_up.name) == ("nearest", False, "near")
+
+
+def test_a_soup_that_was_not_attacked_in_full_is_not_compared():
+    record = {"screened": {"steps": 10}}
+    known = {"a": ingredient("a", 190, 60).evaluation}
+    tried = [candidate("s", 185, 100, **record), candidate("t", 184, 99, **record)]
+    answer = answer_of(tried, ingredients=known)
+    assert (answer.against, answer.better_soup, answer.distinguishable) == ((), None, None)
+    assert (answer.runner_up, answer.comparisons) == (None, 0)
+    assert sum("its robust accuracies are upper bounds" in line for line in answer.lines()) == 1
+    assert Answer.from_json(json.loads(json.dumps(answer.to_json()))) == answer

@@ -7,8 +7,8 @@ from typing import Any
 from robustsoup.display import html_table
 from robustsoup.evaluation.intervals import Accuracy, Difference
 from robustsoup.printable import make_printable
-from robustsoup.soups.goal import KNEE
-from robustsoup.soups.selection import RequirementCheck
+from robustsoup.soups.goal import KNEE, UNATTACKED
+from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck
 
 LEVEL = 0.95
 
@@ -143,6 +143,8 @@ class Answer:
         maximise: What was maximised: a measure, a weighted sum of measures, or "knee".
         require: The requirements as text.
         met: Whether the chosen candidate was shown to meet every requirement.
+        doubt: What its robust accuracies are if the full attack on all samples did not run, as
+            before a time limit: "estimates" or "upper bounds"; None if it ran.
         point: Whether estimates were compared with the thresholds, which guarantees nothing.
         selected_on: Name of the split that selects.
         best_ingredient: The best ingredient by the same rule; None if none was shown to meet the
@@ -157,8 +159,8 @@ class Answer:
         unfinished: Number of screened soups that could still win when the time limit was reached.
         checks: One check for each requirement, on the samples that select or confirm.
         accuracy: Accuracies of the chosen candidate on the samples that select, by measure.
-        fresh_accuracy: Its accuracies on samples that did not choose it, by measure; None without
-            such samples.
+        fresh_accuracy: Its accuracies on samples that did not steer the search, by measure; None
+            without such samples.
         fresh_split: Name of the split or part that `fresh_accuracy` is from.
         against: The chosen candidate less each ingredient.
         runner_up: The second best candidate by the same rule.
@@ -177,6 +179,7 @@ class Answer:
     maximise: str
     require: tuple[str, ...] = ()
     met: bool = True
+    doubt: str | None = None
     point: bool = False
     selected_on: str = "val"
     best_ingredient: str | None = None
@@ -318,9 +321,14 @@ def _list_gains_elsewhere(answer: Answer) -> list[str]:
 
 def _say_chosen(answer: Answer) -> Iterator[str]:
     yield f"on {answer.selected_on}: {answer.message}"
+    if answer.doubt:
+        yield (
+            f"its robust accuracies are {answer.doubt}, since the full attack on all samples did "
+            "not run; it is not compared with the ingredients"
+        )
     if answer.fresh_accuracy and answer.fresh_split != "test":
         figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
-        yield f"on samples that did not choose it ({answer.fresh_split}): {figures}"
+        yield f"on samples that did not steer the search ({answer.fresh_split}): {figures}"
 
 
 def _say_late(answer: Answer) -> Iterator[str]:
@@ -345,11 +353,11 @@ def _say_requirements(answer: Answer) -> Iterator[str]:
         if answer.point:
             yield f"{check.requirement} {verdict}: {figures}, an estimate, which guarantees nothing"
             continue
-        among = (
-            f"one-sided 95 % bound over {guarantee.candidates} candidates"
-            if guarantee.candidates > 1
-            else "one-sided 95 % bound"
-        )
+        among = "one-sided 95 % bound"
+        if FIXED_SEQUENCE in guarantee.method and check.requirement.key not in UNATTACKED:
+            among += " of this finalist alone"
+        elif guarantee.candidates > 1:
+            among += f" over {guarantee.candidates} candidates"
         yield f"{check.requirement} {verdict}: {figures}, at least {check.low:.1%} ({among})"
     if answer.obstacle:
         yield answer.obstacle

@@ -36,6 +36,7 @@ from robustsoup.evaluation.simultaneous import (
 from robustsoup.evaluation.verdicts import CLEAN_KEY
 from robustsoup.soups.goal import UNATTACKED, Goal, Requirement
 from robustsoup.soups.selection import (
+    FIXED_SEQUENCE,
     Candidate,
     Judgement,
     RequirementCheck,
@@ -195,11 +196,11 @@ def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgeme
         }
         known = {check.requirement.key: check for check in clean.checks[finalist.name]}
         checks[finalist.name] = tuple((known | tested)[item.key] for item in goal.require)
-    methods = [clean.method, *(["fixed sequence"] if require else [])]
+    methods = [clean.method, *([FIXED_SEQUENCE] if require else [])]
     judgement = Judgement(
         {**clean.checks, **checks},
         " and ".join(method for method in methods if method != "none") or "none",
-        Z_ERROR if require else clean.critical,
+        clean.critical,
         clean.others,
     )
     score = target_score(goal, finalists)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import (
+    Z_ERROR,
     clopper_pearson_lower,
     fewest_hits,
     samples_to_prove,
@@ -13,9 +14,10 @@ from robustsoup.evaluation.simultaneous import (
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.soups.answer import AgainstIngredient, Answer, Gain, Guarantee, OtherCandidate
 from robustsoup.soups.comparisons import Comparisons, measure_gain
-from robustsoup.soups.goal import KNEE, Requirement
+from robustsoup.soups.goal import KNEE, UNATTACKED, Requirement
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.selection import (
+    FIXED_SEQUENCE,
     Candidate,
     RequirementCheck,
     Selection,
@@ -147,8 +149,11 @@ def explain(selection: Selection, context: Explained) -> Answer:
     standing = _judge_ingredients(selection, context)
     best_ingredient = _find_best_ingredient(selection, context.ingredients, standing)
     meeting = [name for name, meets in standing.items() if meets]
-    comparisons = Comparisons(selection.ranking, context.ingredients, context.seed)
-    better = _find_better_soup(selection, comparisons, meeting)
+    # A part of an attack says nothing about differences from networks that were attacked in full.
+    compared = selection.ranking if best.confirmed else ()
+    ingredients = context.ingredients if best.confirmed else {}
+    comparisons = Comparisons(compared, ingredients, context.seed)
+    better = _find_better_soup(selection, comparisons, meeting) if best.confirmed else None
     method = "point" if goal.point and goal.require else judgement.method
     return Answer(
         chosen=best.name,
@@ -159,7 +164,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
         point=goal.point,
         selected_on=context.selected_on,
         best_ingredient=best_ingredient,
-        distinguishable=better is not None if meeting else None,
+        distinguishable=better is not None if meeting and best.confirmed else None,
         better_soup=None if better is None else better.words,
         comparisons=comparisons.count,
         left_out=context.late.left_out,
@@ -173,8 +178,9 @@ def explain(selection: Selection, context: Explained) -> Answer:
             for name, differences in comparisons.differences(best.evaluation).items()
             if name != best.ingredient
         ),
-        runner_up=_find_runner_up(selection),
-        refused=_find_refused(selection),
+        runner_up=_find_runner_up(selection) if best.confirmed else None,
+        refused=_find_refused(selection) if best.confirmed else None,
+        doubt=None if best.confirmed else best.doubt,
         samples_to_prove=None if selection.met else _count_samples_to_prove(selection),
         obstacle=None if selection.met else _describe_obstacle(selection),
         guarantee=Guarantee(
@@ -314,11 +320,15 @@ def _find_refused(selection: Selection) -> OtherCandidate | None:
 
 def _count_samples_to_prove(selection: Selection) -> int | None:
     judgement = selection.judgement
-    counts = [
-        samples_to_prove(check.estimate.value, check.requirement.threshold, judgement.critical)
-        for check in selection.checks
-        if not check.met
-    ]
+    confirms = FIXED_SEQUENCE in judgement.method
+    counts: list[int | None] = []
+    for check in selection.checks:
+        is_confirmed = confirms and check.requirement.key not in UNATTACKED
+        critical = Z_ERROR if is_confirmed else judgement.critical
+        count = samples_to_prove(check.estimate.value, check.requirement.threshold, critical)
+        if not check.met:
+            # The confirm part is a third of the samples.
+            counts.append(3 * count if is_confirmed and count is not None else count)
     numbers = [count for count in counts if count is not None]
     return max(numbers) if numbers and len(numbers) == len(counts) else None
 

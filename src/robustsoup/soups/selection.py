@@ -122,6 +122,10 @@ class RequirementCheck:
         return 0.0 if self.met else self.requirement.threshold - self.low
 
 
+FIXED_SEQUENCE = "fixed sequence"
+"""Method of bounds that test finalists in a fixed order, on samples kept aside."""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """Which candidates meet the requirements.
@@ -364,12 +368,11 @@ def select(
     eligible = judgement.eligible(considered)
     names = {candidate.name for candidate in eligible}
     score = target_score(goal, eligible)
-    ranking = [
-        *rank_by(score, eligible),
-        *rank_by(score, [item for item in considered if item.name not in names]),
-    ]
-    best = ranking[0]
-    return Selection(best, judgement.met(best), goal, judgement, tuple(ranking), score)
+    best, *others = rank_by(score, eligible)
+    rest = rank_by(score, [item for item in considered if item.name not in names])
+    if not judgement.met(best):
+        rest.sort(key=judgement.shortfall)
+    return Selection(best, judgement.met(best), goal, judgement, (best, *others, *rest), score)
 
 
 def rank_by(score: Score, candidates: Sequence[Candidate]) -> list[Candidate]:
