@@ -12,6 +12,7 @@ from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import CheckpointError, LeakageError, ModelError
 from robustsoup.models import load_model
 from robustsoup.runs.run import prepare_run
+from robustsoup.runs.tasks import file_key
 
 
 def test_keys_of_files_follow_from_their_weights(files):
@@ -59,3 +60,16 @@ def test_a_missing_file_is_named(files):
     (files / "low.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"low\.safetensors: no such file"):
         prepare_run(recipe_of_files(files), device="cpu")
+
+
+def test_the_key_of_a_file_tells_other_constants_of_normalisation():
+    plain = Checkpoint.of(load_model("resnet9:width=2", channels=1))
+    shifted = plain.with_network(normalize=([0.5], [0.5]))
+    assert plain.digest == shifted.digest
+    network = plain.network_settings
+    assert file_key(plain, network) == f"file:{plain.digest}"
+    keys = {file_key(item, network) for item in (plain, shifted)}
+    assert len(keys) == 2
+    assert file_key(shifted, shifted.network_settings) == f"file:{plain.digest}"
+    bare = Checkpoint(plain.tensors, {})
+    assert file_key(bare, network) == f"file:{plain.digest}"

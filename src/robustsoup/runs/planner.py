@@ -37,6 +37,7 @@ from robustsoup.runs.tasks import (
     Task,
     TrainNetwork,
     TrainSubspace,
+    file_key,
 )
 from robustsoup.settings import BufferSettings, EarlyStop, LearnSettings, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
@@ -122,7 +123,7 @@ class Planner:
     ) -> None:
         self.recipe = recipe
         self.stand_ins = stand_ins or {}
-        self.data = data
+        self.data, self.network = data, network
         self.precision = precision
         self.part_samples = part_samples
         self.plan = Plan(recipe)
@@ -165,7 +166,7 @@ class Planner:
         return self._add_checkpoint(self.recipe.opening.open(self.stand_ins.get(path, path)))
 
     def _add_checkpoint(self, checkpoint: Checkpoint) -> Key:
-        key = f"file:{checkpoint.digest}"
+        key = file_key(checkpoint, self.network)
         self.plan.files.setdefault(key, checkpoint)
         return key
 

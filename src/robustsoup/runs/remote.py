@@ -32,7 +32,7 @@ from robustsoup.runs.plan import Step
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.run import load_recipe_data
 from robustsoup.runs.store import Store
-from robustsoup.runs.tasks import Key
+from robustsoup.runs.tasks import Key, file_key
 from robustsoup.runs.worker import Worker
 from robustsoup.user_code import current_folder_importable, import_named_module
 
@@ -275,7 +275,7 @@ def _open_worker(assignment: Assignment, store: str, status: StatusFile) -> Work
     files: dict[Key, Checkpoint] = {}
     for key, path in assignment.files.items():
         files[key] = recipe.opening.open(path)
-        if key != f"file:{files[key].digest}":
+        if key != file_key(files[key], context.network):
             raise RequestError(
                 f"{path}: differs from the file of this name where the run started; "
                 "give all machines the same files"

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Split
 from robustsoup.data.corruptions import CorruptionPart
+from robustsoup.digests import digest_json
+from robustsoup.models import NetworkSettings
 from robustsoup.settings import (
     AttackSettings,
     BufferSettings,
@@ -27,7 +30,20 @@ from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.objectives import Objective
 
 Key = str
-"""Key of a step, or "file:DIGEST" of a checkpoint that existed before the run."""
+"""Key of a step, or that of a checkpoint that existed before the run, see `file_key`."""
+
+
+def file_key(checkpoint: Checkpoint, network: NetworkSettings) -> Key:
+    """Return the key of a file: "file:DIGEST", and a digest of the network that it records.
+
+    The latter is left out if the file records no other network than that of the run, such as other
+    constants of normalisation.
+    """
+    recorded = checkpoint.provenance.get("network")
+    if recorded is None or recorded == network.as_record():
+        return f"file:{checkpoint.digest}"
+    return f"file:{checkpoint.digest}:{digest_json(recorded)[:16]}"
+
 
 MOST_PARTS = 100
 """Most parts of an evaluation."""
