@@ -216,10 +216,11 @@ def test_verdicts_of_another_attack_take_the_place_of_the_runs_own(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     autoattack = tmp_path / "autoattack"
     autoattack.mkdir()
-    (autoattack / "a-0.5.test.json").touch()
+    record = {"threats": ["L2 0.5", "clean", "Linf 8/255"]}
+    (autoattack / "a-0.5.test.json").write_text(json.dumps(record), encoding="utf-8")
     labels = np.arange(4)
-    robust = np.array([True, False, False, False])
-    np.savez(autoattack / "a-0.5.test.npz", prediction=labels, labels=labels, robust_0=robust)
+    robust = {"robust_0": labels > 9, "robust_1": np.array([True, False, False, False])}
+    np.savez(autoattack / "a-0.5.test.npz", prediction=labels, labels=labels, **robust)
     run = RunResults(tmp_path, autoattack)
     assert list(run.rows) == ["a-0.5"]
     assert run.rows_by_section("line") == {"line": [rows[0]]}
@@ -228,6 +229,9 @@ def test_verdicts_of_another_attack_take_the_place_of_the_runs_own(tmp_path):
     assert list(RunResults(tmp_path).rows) == ["a-0.5", "b"]
     with pytest.raises(SystemExit, match="no verdicts on test"):
         RunResults(tmp_path, tmp_path / "empty")
+    (autoattack / "a-0.5.test.json").write_text('{"threats": ["L2 0.5"]}', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"under L2 0\.5, expected Linf 8/255"):
+        RunResults(tmp_path, autoattack).draw_accuracy("a-0.5", "clean")
 
 
 def test_an_interval_that_is_not_defined_is_a_dash():

@@ -7,6 +7,7 @@ import pytest
 from tiny_runs import FEW_SAMPLES, RecordingReporter, recipe_of_files, run_recipe
 
 from robustsoup.errors import RobustsoupError
+from robustsoup.reports import write_report
 from robustsoup.runs.results import Results
 from robustsoup.runs.run import prepare_run
 from robustsoup.runs.store import Store
@@ -182,3 +183,23 @@ def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(finished,
     assert answer["guarantee"]["candidates"] == 11
     assert answer["accuracy"][THREAT]["n"] == 21
     assert selection.best.name == answer["chosen"]
+
+
+def test_one_split_has_one_evaluation_of_a_soup_however_often_it_runs(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("robustsoup.soups.surrogate_search.SMALLEST_PART", 24)
+    evaluate = FEW_SAMPLES | {"report_samples": 72, "report": "all"}
+    recipe = recipe_of_files(
+        finished.folder / "checkpoints",
+        protocol="paper",
+        soups={"map": SOUPS["map"] | {"tolerance": 0.999}},
+        evaluate=evaluate,
+    )
+    for _ in range(2):
+        run_recipe(recipe, tmp_path / "run")
+        results = Results.load(tmp_path / "run" / "results.json")
+        measured = [row for row in results.rows if row.soup == "map"]
+        assert len(measured) > 2
+        assert not any(row.screened for row in measured)
+        write_report(tmp_path / "run")

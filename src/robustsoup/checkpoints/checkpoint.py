@@ -419,11 +419,11 @@ class Checkpoint:
 
     def with_dtypes_like(self, other: "Checkpoint") -> "Checkpoint":
         """Convert floating-point tensors to the dtypes of those of the same names in another."""
-        dtypes = {name: tensor.dtype for name, tensor in other.tensors.items()}
+        dtypes = {n: t.dtype for n, t in other.tensors.items() if t.is_floating_point()}
         tensors = {
             name: tensor.to(dtypes[name])
             for name, tensor in self.tensors.items()
-            if tensor.is_floating_point() and dtypes.get(name, tensor.dtype).is_floating_point
+            if tensor.is_floating_point() and name in dtypes
         }
         if all(tensor is self.tensors[name] for name, tensor in tensors.items()):
             return self
