@@ -9,13 +9,14 @@ other ingredient NAME-S is a network fine-tuned for one point of the trade-off. 
 it with the line at the same clean accuracy on the split that reports, interpolated between
 neighbouring soups. Other lines of two ingredients, such as [soups.far], are compared with the
 networks of the first seed, and the mean of several networks, as [soups.seeds], with each of them.
-For one seed, intervals are percentile bootstraps over the samples (5,000 draws
-shared by all networks, so clean accuracies and interpolation vary with them); for several seeds,
-Student's t over the seeds. All intervals are 95 %, in points. --pack also writes the verdicts of
-all networks, one bit each.
+For one or two seeds, each has a row of its own, and intervals are percentile bootstraps over the
+samples (5,000 draws shared by all networks, so clean accuracies and interpolation vary with them);
+for three seeds or more, Student's t over the seeds. All intervals are 95 %, in points. --pack also
+writes the verdicts of all networks, one bit each.
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from common import run_recipe_small
 
 import robustsoup as rs
 from robustsoup.evaluation.hit_tables import HitTable
+
+FEWEST_SEEDS = 3
+"""Fewer seeds say too little of their spread for an interval over them."""
 
 
 def draw_on_line(run: RunResults, line: list[str], clean: np.ndarray, threat: str) -> np.ndarray:
@@ -76,15 +80,17 @@ def print_table(run: RunResults) -> None:
     for threat in run.threats:
         print(f"\n**{run.results['name']}, {threat}** ({count_seeds(seeds)} of fine-tuning)\n")
         print(table_head("fine-tuned", "clean", "robust", "line, robust", "line minus fine-tuned"))
-        for point in list_points(run, lines):
+        rows = [list(lines)] if len(lines) >= FEWEST_SEEDS else [[seed] for seed in lines]
+        for point, row in itertools.product(list_points(run, lines), rows):
             cleans, robusts, on_lines = [], [], []
-            for seed, line in lines.items():
+            for seed in row:
                 cleans.append(run.draw_accuracy(f"{point}-{seed}", "clean"))
                 robusts.append(run.draw_accuracy(f"{point}-{seed}", threat))
-                on_lines.append(draw_on_line(run, line, cleans[-1], threat))
+                on_lines.append(draw_on_line(run, lines[seed], cleans[-1], threat))
             gains = [line - own for line, own in zip(on_lines, robusts, strict=True)]
             cells = [format_interval(draws, sign=False) for draws in (cleans, robusts, on_lines)]
-            print(f"| {point} | {' | '.join(cells)} | {format_interval(gains)} |")
+            name = point if row == list(lines) else f"{point}, seed {row[0]}"
+            print(f"| {name} | {' | '.join(cells)} | {format_interval(gains)} |")
         print_other_lines(run, threat, seed=next(iter(lines)))
         print_means(run, threat)
 
