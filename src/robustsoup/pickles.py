@@ -273,11 +273,11 @@ class PickleReader:
 
     def _make_plain(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Return a plain object; a few bytes of a pickle may ask for many large ones."""
-        made = make(*arguments)
-        self._plain_bytes_left -= sys.getsizeof(made)
+        plain_object = make(*arguments)
+        self._plain_bytes_left -= sys.getsizeof(plain_object)
         if self._plain_bytes_left < 0:
             raise ValueError(f"objects of more than {MAX_PLAIN_BYTES:,} bytes")
-        return made
+        return plain_object
 
     def _describe_foreign_class(self, name: Name, *, whole: bool) -> str:
         is_network = b"_parameters" in self._stream.read(MAX_TEXT_BYTES)

@@ -117,6 +117,11 @@ class ThreatModel:
 CLEAN = ThreatModel("Linf", 0.0)
 
 
+def first_attacked(threats: Sequence[ThreatModel | str]) -> ThreatModel:
+    """Return the first threat model with a radius; clean without one."""
+    return next((t for t in map(ThreatModel.parse, threats) if not t.is_clean), CLEAN)
+
+
 def parse_threats(threats: object) -> tuple[ThreatModel, ...]:
     """Parse a list of threat models, or a single one.
 

@@ -34,7 +34,7 @@ from robustsoup.settings import (
     SearchSettings,
     to_record,
 )
-from robustsoup.threats import ThreatModel, parse_threats
+from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 if TYPE_CHECKING:
     from robustsoup.recipes import Recipe
@@ -275,10 +275,10 @@ def _describe_buffers(policy: str, threats: Sequence[ThreatModel]) -> dict[str, 
 
 def _first_attacked(threats: Sequence[ThreatModel], option: str) -> ThreatModel:
     """Return the first threat with a radius, which an option requires."""
-    for threat in threats:
-        if not threat.is_clean:
-            return threat
-    raise RequestError(f"{option}: attacks training samples; give a threat (--threat)")
+    threat = first_attacked(threats)
+    if threat.is_clean:
+        raise RequestError(f"{option}: attacks training samples; give a threat (--threat)")
+    return threat
 
 
 def _soup_section(method: str, search: SearchSettings) -> dict[str, Any]:

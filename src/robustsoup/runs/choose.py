@@ -25,7 +25,7 @@ from robustsoup.soups.explanation import (
 )
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.learned_search import LEARNING
-from robustsoup.soups.selection import Candidate, Selection, select
+from robustsoup.soups.selection import Candidate, Selection, prefer_confirmed, select
 from robustsoup.soups.time_limit import Late, TimeLimit
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ def _choose_among_finalists(
         looked_at=_find_looked_at(plan, store),
     )
     samples = planner.confirming_settings().count_samples(planner.data)
-    candidates = soup_candidates(plan, store)
-    tried = [item for item in candidates if item.confirmed] or candidates
+    tried = prefer_confirmed(soup_candidates(plan, store))
     ordered = order_finalists(tried, goal, clean, confirm_samples=samples)
     rows = [*(plan.row(item.name) for item in ordered), *_ingredient_rows(plan)]
     keys = {row.name: planner.add_confirmation_of(row) for row in rows}

@@ -83,8 +83,8 @@ class LearnedFamily:
         """
         if self.positions:
             dial = learn.dial or DialSettings()
-            own = {"objective": "ce", "early_stop": None, "dial": dial}
-            return [replace(learn, threat=threat, **own) for threat in self.threats]
+            of_dial = {"objective": "ce", "early_stop": None, "dial": dial}
+            return [replace(learn, threat=threat, **of_dial) for threat in self.threats]
         unattacked: dict[str, Any] = {"also": (), "combine": None, "clean_limit": None}
         return [
             replace(

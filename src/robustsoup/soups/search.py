@@ -55,7 +55,13 @@ from robustsoup.soups.search_methods import (
     search_by,
     search_by_all,
 )
-from robustsoup.soups.selection import Candidate, Selection, select, tabulate_candidates
+from robustsoup.soups.selection import (
+    Candidate,
+    Selection,
+    prefer_confirmed,
+    select,
+    tabulate_candidates,
+)
 from robustsoup.soups.soup_evaluator import Merging, SoupEvaluator, describe_merging
 from robustsoup.soups.surrogate_search import (
     PredictedSoup,
@@ -375,7 +381,7 @@ def _choose_among_finalists(
     )
     aside = take_part(split, "confirm", seed=seed)
     confirm = replace(evaluator, data=aside, shift_part="confirm")
-    attacked = [item for item in tried.candidates if item.confirmed] or tried.candidates
+    attacked = prefer_confirmed(tried.candidates)
     ordered = order_finalists(attacked, goal, clean, confirm_samples=len(confirm.data))
     finalists = [replace(item, evaluation=confirm.evaluate(item.mixed_by)) for item in ordered]
     known = {item.ingredient: item.evaluation for item in finalists if item.ingredient}

@@ -364,7 +364,7 @@ def select(
     judgement = judge(tried, goal, seed=seed, looked_at=looked_at)
     considered = list(tried)
     if not unconfirmed:
-        considered = [candidate for candidate in tried if candidate.confirmed] or considered
+        considered = prefer_confirmed(tried)
     eligible = judgement.eligible(considered)
     names = {candidate.name for candidate in eligible}
     score = target_score(goal, eligible)
@@ -373,6 +373,11 @@ def select(
     if not judgement.met(best):
         rest.sort(key=judgement.shortfall)
     return Selection(best, judgement.met(best), goal, judgement, (best, *others, *rest), score)
+
+
+def prefer_confirmed(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that were attacked in full; all of them if none was."""
+    return [item for item in candidates if item.confirmed] or list(candidates)
 
 
 def rank_by(score: Score, candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -36,7 +36,7 @@ from robustsoup.soups.screening import (
     short_attack,
 )
 from robustsoup.soups.selection import Candidate
-from robustsoup.threats import CLEAN, ThreatModel, parse_threats
+from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 
 def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
@@ -72,11 +72,6 @@ def describe_merging(
         return None
     merging = make_settings(MergeSettings, None, changes)
     return Merging(method, merging, base, first_attacked(threats))
-
-
-def first_attacked(threats: Sequence[ThreatModel | str]) -> ThreatModel:
-    """Return the first threat with a radius, under which soups are measured; else clean."""
-    return next((t for t in map(ThreatModel.parse, threats) if not t.is_clean), CLEAN)
 
 
 @dataclass(frozen=True)
