@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustsoup.catalog import Registry, import_by_name
+
 SMALL_BUFFER = 1000
 """Buffers with fewer elements than this enter a network's fingerprint by value."""
 
@@ -33,6 +35,23 @@ def code_fingerprint(function: Callable[..., object]) -> str:
         32 hexadecimal digits.
     """
     return hashlib.sha256(repr(_Describer().describe(function)).encode()).hexdigest()[:32]
+
+
+def entry_fingerprint(registry: Registry, name: str) -> str | None:
+    """Return the fingerprint of a user's code that a name stands for.
+
+    Args:
+        registry: Where the name is looked up.
+        name: A built-in name, one that an installed package adds, or "package.module:function".
+
+    Returns:
+        As `code_fingerprint`; None for a built-in name.
+    """
+    if name in registry:
+        return None
+    entry = registry.find(name)
+    target = name if entry is None else entry.target
+    return code_fingerprint(import_by_name(target, label=f"{registry.name} {name}"))
 
 
 def network_fingerprint(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 from plugins import write_plugin
 
 import robustsoup as rs
@@ -14,7 +15,9 @@ from robustsoup.catalog import ATTACKS, DATA_SOURCES, MODELS
 PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
 
 
-def test_the_example_package_adds_an_attack_a_network_and_a_data_source(tmp_path, monkeypatch):
+@pytest.fixture
+def _example_package(tmp_path, monkeypatch):
+    """The example package, findable as an installed one in an empty current folder."""
     code = (PLUGIN / "robustsoup_example.py").read_text("utf-8")
     write_plugin(tmp_path, "robustsoup_example", code, "unused", "unused")
     project = (PLUGIN / "pyproject.toml").read_text("utf-8")
@@ -25,6 +28,13 @@ def test_the_example_package_adds_an_attack_a_network_and_a_data_source(tmp_path
     )
     (tmp_path / "robustsoup_example-1.0.dist-info" / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(tmp_path)
+    current = tmp_path / "current"
+    current.mkdir()
+    monkeypatch.chdir(current)
+
+
+@pytest.mark.usefixtures("_example_package")
+def test_the_example_package_adds_an_attack_a_network_and_a_data_source():
     for registry, name in ((ATTACKS, "fgsm"), (MODELS, "tiny-cnn"), (DATA_SOURCES, "stripes")):
         assert name in registry.all_entries()
     data = rs.load_data("stripes")
@@ -35,6 +45,21 @@ def test_the_example_package_adds_an_attack_a_network_and_a_data_source(tmp_path
     )
     assert len(evaluation.prediction) == 16
     assert evaluation.record["attack"]
+
+
+@pytest.mark.usefixtures("_example_package")
+def test_commands_know_what_the_example_package_adds(capsys):
+    what = ("--data", "stripes", "--model", "tiny-cnn:width=4", "--device", "cpu")
+    training = ("--epochs", 20, "--attack-steps", 1)
+    for name, threat in (("a", "Linf 1/255"), ("b", "Linf 8/255")):
+        trained = f"{name}.safetensors"
+        assert run("train", *what, *training, "--threat", threat, "-o", trained) == 0
+    attacked = ("a.safetensors", "b.safetensors", *what, "--threat", "Linf 8/255")
+    attack = ("--attack", "fgsm", "--samples", 16)
+    assert run("evaluate", *attacked, *attack, "-o", "verdicts") == 0
+    assert run("search", *attacked, *attack, "--method", "line", "-o", "soup.safetensors") == 0
+    assert "fgsm" in capsys.readouterr().out
+    assert rs.Evaluation.load("verdicts/a.test.json").record["attack"] == "fgsm"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from robustsoup.errors import RequestError, RobustsoupError
 from robustsoup.settings import AttackSettings, to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Split
@@ -92,11 +92,7 @@ def evaluate_command(
     _warn_of_misfits(described.values(), selected, run.device)
     overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
-    request = [to_record(attack), _fingerprint_attack(attack), threat, samples, keep_points]
-    states = {
-        name: _locate_state([*request, run.device], checkpoint, selected)
-        for name, checkpoint in described.items()
-    }
+    states = _locate_states(described, selected, attack, [threat, samples, keep_points, run.device])
     finished = _FinishedEvaluations(states, keeps=shift is None)
     for name, checkpoint in described.items():
         evaluation = finished.load(name)
@@ -193,25 +189,32 @@ def _print_accuracies(
         print_evaluations(evaluations, split)
 
 
-def _fingerprint_attack(attack: AttackSettings) -> str | None:
-    """Return a digest of the code of an attack of the user's; None for one of the catalog."""
-    from robustsoup.catalog import ATTACKS, import_by_name
-    from robustsoup.fingerprint import code_fingerprint
+def _locate_states(
+    described: "Mapping[str, Checkpoint]",
+    split: "Split",
+    attack: AttackSettings,
+    request: "Sequence[object]",
+) -> dict[str, Path]:
+    """Return the file for the state of each interrupted evaluation, in the folder of the store.
 
-    if attack.attack in ATTACKS:
-        return None
-    return code_fingerprint(import_by_name(str(attack.attack), label=f'attack "{attack.attack}"'))
-
-
-def _locate_state(request: object, checkpoint: "Checkpoint", split: "Split") -> Path:
-    """Return the file for the state of an interrupted evaluation, in the folder of the store."""
-    from robustsoup.fingerprint import network_fingerprint
+    Args:
+        described: The networks by name.
+        split: The samples.
+        attack: The attack; a user's attack counts by its code.
+        request: What else decides the verdicts.
+    """
+    from robustsoup.catalog import ATTACKS
+    from robustsoup.fingerprint import entry_fingerprint, network_fingerprint
     from robustsoup.runs.store import UNFINISHED, Store
 
-    network = network_fingerprint(checkpoint.network())
-    key = json.dumps([request, checkpoint.digest, network, split.digest])
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return Store().root / UNFINISHED / f"{name}.pt"
+    parts = [to_record(attack), entry_fingerprint(ATTACKS, str(attack.attack)), *request]
+    folder = Store().root / UNFINISHED
+    states = {}
+    for name, checkpoint in described.items():
+        network = network_fingerprint(checkpoint.network())
+        key = json.dumps([*parts, checkpoint.digest, network, split.digest])
+        states[name] = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
+    return states
 
 
 class _FinishedEvaluations:

@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
-from robustsoup.catalog import ATTACKS, BUFFER_POLICIES, Registry, import_by_name
+from robustsoup.catalog import ATTACKS, BUFFER_POLICIES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.data.corruptions import CorruptionPart, open_corruptions
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.masking import MOST_OTHERS, MOST_POINT_BYTES
-from robustsoup.fingerprint import code_fingerprint
+from robustsoup.fingerprint import entry_fingerprint
 from robustsoup.models import NetworkSettings, factory_fingerprint
 from robustsoup.recipes import Plane, Recipe, Soup
 from robustsoup.recipes.recipe import PRETRAINED
@@ -61,16 +61,16 @@ def fingerprint_functions(task: Task) -> list[str | None]:
             return [objective, *_fingerprint_transform(task.settings)]
         case LearnCoefficients():
             objective = Objective.parse(task.settings.objective).fingerprint
-            policy = _fingerprint_named(BUFFER_POLICIES, task.settings.buffers)
+            policy = entry_fingerprint(BUFFER_POLICIES, task.settings.buffers)
             return [objective, policy, *_fingerprint_transform(task.settings)]
         case MixSoup() | MergeSoup() | MeasureClean():
-            return [_fingerprint_named(BUFFER_POLICIES, task.mixing.policy)]
+            return [entry_fingerprint(BUFFER_POLICIES, task.mixing.policy)]
         case EvaluateNetwork() | AttackExamples():
-            return [_fingerprint_named(ATTACKS, str(task.settings.attack.attack))]
+            return [entry_fingerprint(ATTACKS, str(task.settings.attack.attack))]
         case BuildGreedySoup():
             return [
-                _fingerprint_named(BUFFER_POLICIES, task.mixing.policy),
-                _fingerprint_named(ATTACKS, str(task.evaluation.attack.attack)),
+                entry_fingerprint(BUFFER_POLICIES, task.mixing.policy),
+                entry_fingerprint(ATTACKS, str(task.evaluation.attack.attack)),
             ]
         case TakeSnapshot() | TakeEnd() | MapPlane():
             return []
@@ -81,14 +81,6 @@ def fingerprint_functions(task: Task) -> list[str | None]:
 def _fingerprint_transform(settings: TrainSettings | LearnSettings) -> list[str | None]:
     fingerprint = transform_fingerprint(settings)
     return [] if fingerprint is None else [fingerprint]
-
-
-def _fingerprint_named(registry: Registry, name: str) -> str | None:
-    if name in registry:
-        return None
-    entry = registry.find(name)
-    target = name if entry is None else entry.target
-    return code_fingerprint(import_by_name(target, label=f"{registry.name} {name}"))
 
 
 class Planner:
