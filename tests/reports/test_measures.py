@@ -1,10 +1,11 @@
 """Which accuracies of a stored run are shown."""
 
-from synthetic_results import THREAT, make_accuracies, make_row, parse_row
+import pytest
+from synthetic_results import THREAT, make_accuracies, make_results, make_row, parse_row
 
 from robustsoup.reports.learned_curves import group_into_curves
-from robustsoup.reports.measures import choose_split, find_two_best
-from robustsoup.runs.results import EvaluationProtocol, ResultRow
+from robustsoup.reports.measures import choose_split, find_two_best, list_caveats
+from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 
 PROTOCOL = EvaluationProtocol(select_on="val", report_on="test", threats=(THREAT,))
 
@@ -33,6 +34,25 @@ def test_ties_go_to_the_row_that_is_better_at_the_other_measure():
         make_row("c", "grid", 0.70, 0.25),
     ]
     assert names_of_two_best(rows) == ["b", "b"]
+
+
+def test_an_estimate_is_the_most_robust_only_where_nothing_was_attacked_in_full():
+    rows = [
+        make_row("a", "grid", 0.80, 0.30, screened=True, test=None),
+        make_row("b", "grid", 0.70, 0.20, test=None),
+    ]
+    assert names_of_two_best(rows) == ["a", "b"]
+    rows[1]["screened"] = True
+    assert names_of_two_best(rows) == ["a", "a"]
+
+
+@pytest.mark.parametrize("maximise", ["shift", "0.5 shift + 0.5 Linf 8/255", "knee"])
+@pytest.mark.parametrize("require", [(), ("shift >= 40%",)])
+def test_a_choice_by_corrupted_test_images_is_a_caveat(tmp_path, maximise, require):
+    content = make_results(tmp_path)
+    content["selection"] |= {"maximise": maximise, "require": list(require)}
+    caveats = list_caveats(Results.from_json(content, "results.json"))
+    assert any("corrupted" in caveat for caveat in caveats) == ("shift" in f"{maximise} {require}")
 
 
 def test_the_reporting_split_is_shown_only_if_all_measured_rows_have_it():

@@ -265,6 +265,9 @@ def test_the_test_split_tests_the_chosen_soup_alone():
     failed = with_test(answer, candidate("s", 169, 85).evaluation)
     assert (failed.held_on_test, failed.exit_code) == (False, 4)
     assert any("clean>=0.85 did NOT hold on test: 84.5%, at least " in s for s in failed.lines())
+    other = with_test(answer, candidate("s", 169, 85).evaluation, split="held out").lines()
+    assert any(line.startswith("on held out, which chose nothing: clean 84.5%") for line in other)
+    assert any("clean>=0.85 did NOT hold on held out: 84.5%, at least " in line for line in other)
     without = with_test(replace(answer, require=(), checks=()), candidate("s", 1, 0).evaluation)
     assert (without.held_on_test, without.exit_code) == (None, 0)
 

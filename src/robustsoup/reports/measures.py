@@ -1,6 +1,6 @@
 """A stored run, and which of its accuracies figures and the report show."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
+from robustsoup.soups.goal import Goal
 
 CLEAN, UNION, SHIFT = "clean", "union", "shift"
 LAYERWISE_ROLES = ("learned", "dial")
@@ -108,8 +109,9 @@ def find_two_best(
 
     Both are chosen on select_on if all rows were measured there, else on report_on. Choosing on
     select_on keeps the accuracies shown on report_on from being maxima of noise (unless both are
-    one split; see `list_caveats`). Ties go to the row that is better at the other measure, then to
-    the first row.
+    one split; see `list_caveats`). A row whose robust accuracies are estimates or bounds is the best
+    at `measure` only if all are. Ties go to the row that is better at the other measure, then to the
+    first row.
 
     Returns:
         The two rows, which are the black squares of Fig. 5 in Huang 2023; None without rows.
@@ -121,12 +123,11 @@ def find_two_best(
     if not rows:
         return None
 
-    def best_by(*measures: str) -> ResultRow:
-        return max(
-            rows, key=lambda row: [require_accuracy(row, split, name).value for name in measures]
-        )
+    def best_by(*measures: str) -> Callable[[ResultRow], list[float]]:
+        return lambda row: [require_accuracy(row, split, name).value for name in measures]
 
-    return best_by(CLEAN, measure), best_by(measure, CLEAN)
+    exact = [row for row in rows if not (row.screened and split == select_on)] or rows
+    return max(rows, key=best_by(CLEAN, measure)), max(exact, key=best_by(measure, CLEAN))
 
 
 def list_caveats(results: Results) -> list[str]:
@@ -146,8 +147,7 @@ def _selects_by_shift(results: Results) -> bool:
     selection = results.selection
     if selection is None or results.protocol.select_on == results.protocol.report_on:
         return False
-    keys = [text.rpartition(">=")[0] for text in selection.require]
-    return SHIFT in (selection.maximise, *keys)
+    return SHIFT in Goal.parse(selection.maximise, selection.require).measures
 
 
 def count_samples(rows: Iterable[ResultRow], split: str) -> int:

@@ -326,7 +326,7 @@ def _say_chosen(answer: Answer) -> Iterator[str]:
             f"its robust accuracies are {answer.doubt}, since the full attack on all samples did "
             "not run; it is not compared with the ingredients"
         )
-    if answer.fresh_accuracy and answer.fresh_split != "test":
+    if answer.fresh_accuracy and answer.test is None:
         figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
         yield f"on samples that did not steer the search ({answer.fresh_split}): {figures}"
 
@@ -390,13 +390,16 @@ def _say_others(answer: Answer) -> Iterator[str]:
 
 
 def _say_test(answer: Answer) -> Iterator[str]:
-    if answer.fresh_accuracy and answer.fresh_split == "test":
+    if answer.test is None:
+        return
+    split = answer.fresh_split or "test"
+    if answer.fresh_accuracy:
         figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
-        yield f"on test, which chose nothing: {figures}"
-    for check in answer.test or ():
+        yield f"on {split}, which chose nothing: {figures}"
+    for check in answer.test:
         held = "held" if check.estimate.value >= check.requirement.threshold else "did NOT hold"
         yield (
-            f"{check.requirement} {held} on test: {check.estimate.value:.1%}, "
+            f"{check.requirement} {held} on {split}: {check.estimate.value:.1%}, "
             f"at least {check.low:.1%} (one-sided 95 % bound)"
         )
 
