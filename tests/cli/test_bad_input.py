@@ -479,12 +479,16 @@ REFUSED = [
     ),
     refuse(
         "a greedy search that screens",
-        f"{SEARCH} --method greedy --screen -o best",
+        f"search {PAIR} {LINF} {FEW} --method greedy --screen -o best",
         "--screen",
         "greedy",
     ),
     refuse("infinite coefficients", f"{MIX} --coefficients 1e400,0", "1e400", "numbers"),
-    refuse("a score of two lines", f"{SEARCH} --method greedy --score 'clean\nx' -o best", "score"),
+    refuse(
+        "a score of two lines",
+        f"search {PAIR} {LINF} --method greedy --score 'clean\nx' -o best",
+        "score",
+    ),
     refuse(
         "coefficients as a checkpoint",
         "mix low.safetensors alpha.safetensors -o soup.safetensors",
@@ -517,7 +521,12 @@ REFUSED = [
         "unknown learning buffers", f"{LEARN} --learning-buffers mean -o out", "buffers", "mean"
     ),
     refuse("learning on another split", f"{LEARN} --seed 1 -o out", "seed 0", "--allow-leakage"),
-    refuse("an unknown score", f"{SEARCH} --method greedy --score best -o best", "score", "best"),
+    refuse(
+        "an unknown score",
+        f"search {PAIR} {LINF} --method greedy --score best -o best",
+        "score",
+        "best",
+    ),
     refuse("a score for a grid", f"{SEARCH} --score clean -o best", "score", "grid"),
     refuse(
         "a missing file, checked",

@@ -81,7 +81,9 @@ def test_a_requirement_that_nothing_meets_is_exit_code_3(here, capsys):
 
 @pytest.mark.parametrize(("method", "count"), [("uniform", 1), ("line", 3), ("grid", 3)])
 def test_a_method_tries_its_soups(here, capsys, method, count):
-    assert run(*SEARCH, "--method", method, "--json", "-o", method) == 0
+    steps = () if method == "uniform" else ("--step", 0.5)
+    search = ("search", *PAIR, *LINF, *FEW, *steps, "--method", method)
+    assert run(*search, "--json", "-o", method) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len([row for row in rows if row["role"] == method]) == count
 
@@ -209,6 +211,9 @@ def test_a_measuring_method_is_searched_with_uniform_weights(here, capsys):
         (("--weights", "uniform"), "--weights: has no meaning with --method grid"),
         (("--base", "base.safetensors"), "--base: requires a --method that takes a base"),
         (("--method", "slerp", "--scale", 2), "--scale: has no meaning with --method slerp"),
+        (("--method", "greedy"), "--step: has no meaning with --method greedy"),
+        (("--tolerance", 0.01), "--tolerance: has no meaning with --method grid"),
+        (("--epochs", 3), "--epochs: has no meaning with --method grid"),
         (("--method", "swap"), "soups.swap.blocks: missing"),
         (("high.safetensors", "--method", "slerp"), "merges 2 ingredients, got 3"),
     ],

@@ -75,6 +75,7 @@ def search_command(
     from robustsoup.cli.recipe_runs import run_recipe
 
     _check_goal_options(search)
+    _check_meanings(search, merging, given)
     names = name_checkpoints(checkpoints)
     content = _recipe_content("search", data, network, names, allow_leakage=allow_leakage)
     content |= {
@@ -101,7 +102,7 @@ def search_command(
         },
         "report": {"figures": ["ternary", "tradeoff"]},
     }
-    _add_merging(content, search, merging, given, base)
+    _add_merging(content, search, merging, base)
     recipe = _parse_content(content)
     return run_recipe(
         recipe, output, run, data_root=data.data_root, as_json=as_json, compares_ways=True
@@ -283,41 +284,43 @@ def _first_attacked(threats: Sequence[ThreatModel], option: str) -> ThreatModel:
 
 def _soup_section(method: str, search: SearchSettings) -> dict[str, Any]:
     """Return the [soups] table of one method."""
-    section: dict[str, Any] = {"method": method, "time_limit": search.time_limit}
-    if method in ("grid", "line", "surrogate") or method not in SOUP_METHODS:
-        section["step"] = search.step
-    if method == "surrogate":
-        section["tolerance"] = search.tolerance
-    if method == "greedy" and search.score is not None:
-        section["score"] = search.score
-    return section
+    from robustsoup.recipes.sections import method_keys
+
+    keys = method_keys(method)
+    values = {name: getattr(search, name) for name in ("time_limit", "step", "tolerance", "score")}
+    section = {name: value for name, value in values.items() if name in keys and value is not None}
+    return {"method": method} | section
+
+
+def _check_meanings(search: SearchSettings, merging: MergeSettings, given: Given) -> None:
+    """Raise RequestError if an option was typed that the method does not read."""
+    from robustsoup.recipes.sections import method_keys
+    from robustsoup.soups.learned_search import TOGETHER
+
+    method = str(search.method)
+    parts = TOGETHER if method == ALL_METHODS else (method,)
+    keys = {key for part in parts for key in method_keys(part)}
+    for name in ("step", "tolerance", "epochs", "weights", *to_record(merging)):
+        if name in given and name not in keys:
+            raise RequestError(f"--{name.replace('_', '-')}: has no meaning with --method {method}")
 
 
 def _add_merging(
-    content: dict[str, Any],
-    search: SearchSettings,
-    merging: MergeSettings,
-    given: Given,
-    base: Path | None,
+    content: dict[str, Any], search: SearchSettings, merging: MergeSettings, base: Path | None
 ) -> None:
     """Add the keys of a merging method to its [soups] table, and its base to the recipe."""
-    from robustsoup.recipes.sections import METHOD_KEYS
+    from robustsoup.recipes.sections import method_keys
 
     method = str(search.method)
-    entry, keys = SOUP_METHODS.find(method), METHOD_KEYS.get(method, set())
-    values = {**to_record(merging), "weights": search.weights}
-    for name in values:
-        if name in given and name not in keys:
-            raise RequestError(f"--{name.replace('_', '-')}: has no meaning with --method {method}")
+    entry, keys = SOUP_METHODS.find(method), method_keys(method)
     requires = entry.facts.get("requires", ()) if entry is not None else ()
     if base is not None and "base" not in requires:
         raise RequestError("--base: requires a --method that takes a base, such as ties")
     if entry is None or entry.facts.get("needs") != "merging":
         return
     (section,) = content["soups"].values()
+    values = {**to_record(merging), "weights": search.weights}
     section |= {name: value for name, value in values.items() if name in keys}
-    if "step" in keys:
-        section["step"] = search.step
     if "threat" in requires:
         threats = parse_threats(content["evaluate"]["threats"])
         section["threats"] = [str(_first_attacked(threats, f"--method {method}"))]

@@ -485,7 +485,12 @@ METHOD_KEYS = {
     "fisher": _MEASURING_KEYS | {"seed"},
     "regmean": _MEASURING_KEYS,
 }
-"""The valid keys of [soups.X] by method; methods that are not listed take those of "grid"."""
+"""The valid keys of [soups.X] by method of the catalog."""
+
+
+def method_keys(method: str) -> set[str]:
+    """Return the valid keys of [soups.X]; methods of the user's take those of "grid"."""
+    return METHOD_KEYS.get(method, _GRID_KEYS)
 
 
 @declares(
@@ -543,7 +548,7 @@ class Soup(Section):
     @property
     def settable(self) -> set[str]:
         """The valid keys for the table's method."""
-        return METHOD_KEYS.get(self.method, _GRID_KEYS)
+        return method_keys(self.method)
 
     def search_settings(self) -> SearchSettings:
         """Return the step and the size of a grid."""

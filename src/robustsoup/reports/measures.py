@@ -109,9 +109,9 @@ def find_two_best(
 
     Both are chosen on select_on if all rows were measured there, else on report_on. Choosing on
     select_on keeps the accuracies shown on report_on from being maxima of noise (unless both are
-    one split; see `list_caveats`). A row whose robust accuracies are estimates or bounds is the best
-    at `measure` only if all are. Ties go to the row that is better at the other measure, then to the
-    first row.
+    one split; see `list_caveats`). A row whose robust accuracies are estimates or bounds is the
+    best at `measure` only if all are. Ties go to the row that is better at the other measure, then
+    to the first row.
 
     Returns:
         The two rows, which are the black squares of Fig. 5 in Huang 2023; None without rows.
