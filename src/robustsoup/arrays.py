@@ -16,22 +16,22 @@ _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 1024
 _ALIGNMENT = 16
 _HEADER = re.compile(
-    r"\{'descr': '([<|][a-z]\d)', 'fortran_order': False, "
+    r"\{'descr': '([<>|])([a-z]\d)', 'fortran_order': (False|True), "
     r"'shape': \(((?:\d{1,15}, ?)*(?:\d{1,15})?)\), \} *\n"
 )
 _DTYPES = {
-    "<f2": torch.float16,
-    "<f4": torch.float32,
-    "<f8": torch.float64,
-    "<i2": torch.int16,
-    "<i4": torch.int32,
-    "<i8": torch.int64,
-    "<u2": torch.uint16,
-    "<u4": torch.uint32,
-    "<u8": torch.uint64,
-    "|i1": torch.int8,
-    "|u1": torch.uint8,
-    "|b1": torch.bool,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u2": torch.uint16,
+    "u4": torch.uint32,
+    "u8": torch.uint64,
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "b1": torch.bool,
 }
 
 
@@ -54,7 +54,7 @@ def read_arrays(
     Raises:
         DamageError: The content of an array is not what was written.
         ValueError: The file is broken or too large, or an array that is read is no array of plain
-            numbers in C order and the processor's byte order.
+            numbers.
     """
     source = FileBytes(file, mapped=False)
     archive = Archive(source, unpacks=True, max_unpacked=max_unpacked)
@@ -92,10 +92,16 @@ def _parse_array(raw: Tensor) -> Tensor:
         raise ValueError("not an array that numpy.savez wrote")
     begin = 10 + length
     header = _HEADER.fullmatch(bytes(raw[10:begin].numpy()).decode("latin-1"))
-    if header is None or header[1] not in _DTYPES:
-        raise ValueError("not an array of plain numbers in C order")
-    shape = [int(size) for size in header[2].replace(" ", "").split(",") if size]
+    if header is None or header[2] not in _DTYPES:
+        raise ValueError("not an array of plain numbers")
+    byte_order, dtype, order = header[1], _DTYPES[header[2]], header[3]
+    shape = [int(size) for size in header[4].replace(" ", "").split(",") if size]
     data = raw[begin:]
     # An aligned view is as fast as a copy; numpy aligns the data, others need not.
     data = data if begin % _ALIGNMENT == 0 else data.clone()
-    return view_as(data, _DTYPES[header[1]], shape)
+    if byte_order == ">" and len(data) % dtype.itemsize == 0:
+        data = data.view(-1, dtype.itemsize).flip(1).flatten()
+    if order == "False":
+        return view_as(data, dtype, shape)
+    columns_first = view_as(data, dtype, shape[::-1])
+    return columns_first.permute(*range(len(shape))[::-1]).contiguous()
