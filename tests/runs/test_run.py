@@ -199,6 +199,22 @@ def test_the_papers_protocol_learns_soups_of_networks_that_were_fitted_on_less(c
     assert any(row["role"] == "learned" for row in results["rows"])
 
 
+@pytest.mark.parametrize("screens", [False, True])
+def test_a_soup_of_the_pretrained_network_is_compared_with_it(copied, screens):
+    line = {"method": "line", "ingredients": ["low", "pretrained"], "step": 0.5}
+    soups = (("soups",), {"line": line})
+    changes = [soups, (("evaluate", "screen"), screens), (("select", "require"), [])]
+    recipe = recipe_of([*changes, (("select", "maximise"), "clean")])
+    results, selection, _ = run_recipe(recipe, copied[0].with_name(f"base-{screens}"))
+    equal = {row["name"]: row["ingredient"] for row in results["rows"] if row["soup"]}
+    assert equal == {"line-0-1": "pretrained", "line-0.5-0.5": None, "line-1-0": "low"}
+    names = {item["ingredient"] for item in results["selection"]["against"]}
+    assert names == {"pretrained", "low", "high"} - {selection.best.ingredient}
+    assert selection.best.ingredient is None or "itself" in results["selection"]["message"]
+    rows = Results.from_json(results, "results").distinct_rows
+    assert [row.name for row in rows] == ["pretrained", "low", "high", "line-0.5-0.5"]
+
+
 def test_results_name_the_papers_protocol(copied, capsys, monkeypatch):
     folder = copied[0].with_name("paper")
     results, selection, _ = run_recipe(recipe_of([(("protocol",), "paper")]), folder)

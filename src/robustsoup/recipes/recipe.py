@@ -249,6 +249,12 @@ class Recipe(Section):
         """Return the names of a soup's ingredients; by default all ingredients of the recipe."""
         return soup.ingredients or tuple(self.ingredients)
 
+    @property
+    def mixed_networks(self) -> tuple[str, ...]:
+        """Names of the ingredients, and of the pre-trained network if a soup is made of it."""
+        names = {name for soup in self.soups.values() for name in self.ingredients_of(soup)}
+        return (*self.ingredients, *([PRETRAINED] if PRETRAINED in names else []))
+
     def threats_of(self, soup: Soup) -> tuple[ThreatModel, ...]:
         """Return the threats to learn soups against; by default the threat of the base."""
         return soup.threats or (self.base_threat,)

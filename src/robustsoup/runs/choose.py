@@ -88,10 +88,6 @@ def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Cand
     return Candidate(row.name, row.coefficients or (), evaluation, description, ingredient)
 
 
-def _ingredient_rows(plan: Plan) -> list[PlannedRow]:
-    return [row for row in plan.rows if row.role == "ingredient"]
-
-
 @dataclass(frozen=True)
 class Choice:
     """A selection, and what explains it.
@@ -132,7 +128,7 @@ def choose_soup(planner: Planner, store: Store, execute: Callable[[], None]) -> 
     threats = plan.recipe.evaluate.threats
     ingredients = {
         row.name: load_evaluation(store, row.val, threats)
-        for row in _ingredient_rows(plan)
+        for row in plan.ingredient_rows
         if row.val is not None
     }
     return Choice(selection, ingredients)
@@ -155,13 +151,13 @@ def _choose_among_finalists(
     samples = planner.confirming_settings().count_samples(planner.data)
     tried = prefer_confirmed(soup_candidates(plan, store))
     ordered = order_finalists(tried, goal, clean, confirm_samples=samples)
-    rows = [*(plan.row(item.name) for item in ordered), *_ingredient_rows(plan)]
+    rows = [*(plan.row(item.name) for item in ordered), *plan.ingredient_rows]
     keys = {row.name: planner.add_confirmation_of(row) for row in rows}
     execute()
     threats = plan.recipe.evaluate.threats
     evaluations = {name: load_evaluation(store, key, threats) for name, key in keys.items()}
     finalists = [replace(item, evaluation=evaluations[item.name]) for item in ordered]
-    ingredients = {row.name: evaluations[row.name] for row in _ingredient_rows(plan)}
+    ingredients = {row.name: evaluations[row.name] for row in plan.ingredient_rows}
     return Choice(confirm_finalists(finalists, goal, clean), ingredients, confirmed=True)
 
 
@@ -216,9 +212,7 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -
     steered = bool(plan.surrogates) and goal is not None and goal.requires_attacked
     yield from describe_gaps(
         plan.recipe.select_on,
-        stopped=[
-            row.name for row in _ingredient_rows(plan) if _was_stopped_early(plan, store, row)
-        ],
+        stopped=[row.name for row in plan.ingredient_rows if _was_stopped_early(plan, store, row)],
         learned=[
             name for name, soup in soups.items() if soup.method in LEARNING and soup["early_stop"]
         ],

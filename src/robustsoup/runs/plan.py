@@ -169,10 +169,16 @@ class Plan:
         """Return the row called `name`."""
         return self.rows_by_name[name]
 
+    @property
+    def ingredient_rows(self) -> list[PlannedRow]:
+        """The rows of the networks that soups are made of, the pre-trained one included."""
+        rows = map(self.rows_by_name.get, self.recipe.mixed_networks)
+        return [row for row in rows if row is not None]
+
     def find_ingredient(self, network: Key) -> str | None:
         """Return the name of the ingredient that has a network, the first one; None without one."""
-        rows = (self.rows_by_name.get(name) for name in self.recipe.ingredients)
-        return next((row.name for row in rows if row and row.network == network), None)
+        rows = self.ingredient_rows
+        return next((row.name for row in rows if row.network == network), None)
 
     def part(self, rows: Iterable[PlannedRow] = (), *, keys: Iterable[Key] = ()) -> "Plan":
         """Return the plan with those steps alone that some rows or keys need.

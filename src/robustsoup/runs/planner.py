@@ -490,7 +490,7 @@ class Planner:
         goal = self.recipe.goal or Goal()
         samples = self.selecting_settings().count_samples(self.data)
         contenders = tuple(map(self.contender, soups))
-        return Screening(tuple(self.recipe.ingredients), contenders, goal, samples)
+        return Screening(self.recipe.mixed_networks, contenders, goal, samples)
 
     def add_request(self, request: EvaluationRequest) -> Key:
         """Add an evaluation that a screening requests, and the evaluations that it depends on."""

@@ -309,8 +309,8 @@ class Results:
 
     @property
     def distinct_rows(self) -> list[ResultRow]:
-        """The rows without the soups that are an ingredient once more."""
-        names = {row.name for row in self.rows if row.role == "ingredient"}
+        """The rows without the soups that are another row's network once more."""
+        names = {row.name for row in self.rows if row.soup is None}
         return [row for row in self.rows if row.ingredient not in names]
 
     def to_json(self) -> dict[str, Any]:
