@@ -1,8 +1,11 @@
 """Checkpoints that plain PyTorch wrote, for a network in the user's own file."""
 
+import html
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from trained_seed import trained_seed
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import to_float
+from robustsoup.reports.commands import list_commands
+from robustsoup.reports.origins import describe_soup_of
+from robustsoup.runs.results import Results
 
 NETWORK = """
 import torch
@@ -75,7 +81,9 @@ def make_network():
     return sys.modules["mynet"].Net()
 
 
-def test_a_chosen_soup_keeps_the_format_of_its_ingredients(foreign_files, digits, tmp_path, capsys):
+def test_a_chosen_soup_keeps_the_format_of_its_ingredients(
+    foreign_files, digits, tmp_path, capsys, monkeypatch
+):
     before = read_files(tmp_path)
     options = ("--threat", "Linf 16/255", "--steps", 3, "--samples", 100, "--step", 0.5)
     command = ("search", *foreign_files, *FOREIGN, *options, "--require", "clean>=0")
@@ -99,9 +107,21 @@ def test_a_chosen_soup_keeps_the_format_of_its_ingredients(foreign_files, digits
     chosen = next(row for row in output["rows"] if row["name"] == output["selection"]["chosen"])
     assert abs(hits - chosen["test"]["clean"]["hits"]) <= 1  # kernels may round differently
 
-    assert run("evaluate", "best/soup.pth", *FOREIGN, "--samples", 100, "--json") == 0
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir("best")
+    content = json.loads(Path("results.json").read_text(encoding="utf-8"))
+    results = Results.from_json(content, "results.json")
+    recorded = describe_soup_of(results, tmp_path / "best").network
+    commands = dict(list_commands(results, recorded))
+    names = {}
+    exec(commands["Load"], names)
+    with torch.no_grad():
+        assert hits == int((names["network"](images).argmax(1) == labels).sum())
+    assert run(*shlex.split(commands["Judge"])[1:], "--samples", 100, "--json") == 0
     accuracy = json.loads(capsys.readouterr().out)["soup"]["accuracy"]
     assert accuracy["clean"] == chosen["test"]["clean"]
+    report = html.unescape(Path("report.html").read_text(encoding="utf-8"))
+    assert all(command in report for command in commands.values())
 
 
 def test_foreign_checkpoints_are_mixed_and_learned(foreign_files, capsys):

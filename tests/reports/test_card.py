@@ -6,13 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from synthetic_results import NAMES, make_results
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.printable import make_printable
-from robustsoup.reports.card import CARD, Card, is_own_card, make_card, render_card, write_card
+from robustsoup.reports.card import (
+    CARD,
+    Card,
+    is_own_card,
+    list_sources,
+    make_card,
+    render_card,
+    write_card,
+)
 from robustsoup.reports.markup import escape_markdown, hide_folders, quote_code
 from robustsoup.runs.description import Ancestor, Judgement, describe_checkpoint
+from robustsoup.runs.results import Results
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -63,6 +73,40 @@ def test_the_header_holds_the_measured_figures():
     accuracy = Accuracy(4, 10)
     assert (robust["args"]["low"], robust["args"]["high"]) == (accuracy.low, accuracy.high)
     assert "license" not in header
+
+
+def test_natural_shift_is_no_attack():
+    accuracy = {"clean": Accuracy(9, 10), "shift": Accuracy(7, 10)}
+    header = read_header(render_card(make(accuracy=accuracy)))
+    metrics = header["model-index"][0]["results"][0]["metrics"]
+    assert [item["name"] for item in metrics] == [
+        "clean accuracy",
+        "clean accuracy under natural shift",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_only_ingredients_with_a_share_count(count):
+    card = make()
+    unused = dataclasses.replace(card.tree.parents[0], coefficient=0.0)
+    parents = (*card.tree.parents[:count], unused)
+    tree = dataclasses.replace(card.tree, parents=parents)
+    text = render_card(dataclasses.replace(card, tree=tree))
+    assert ("base_model_relation" in read_header(text)) == (count > 1)
+    assert ("mixed from 2 fine-tuned checkpoints" in text) == (count > 1)
+
+
+def test_sources_are_those_of_the_soup(tmp_path):
+    content = make_results(tmp_path)
+    places = {name: {"checkpoint": f"hf://org/{name}/a.safetensors"} for name in NAMES}
+    content["recipe"] |= {"ingredients": places, "checkpoint": "hf://org/base/a.safetensors"}
+    results = Results.from_json(content, "results.json")
+    row = next(row for row in results.rows if row.coefficients == (0.4, 0.0, 0.6))
+    assert list_sources(results, row) == ("org/eps4", "org/eps16")
+    learned = next(row for row in results.rows if row.role == "learned")
+    assert list_sources(results, learned) == ("org/eps4", "org/eps8", "org/eps16")
+    of_base = dataclasses.replace(row, ingredients=("pretrained", "eps8"), coefficients=(0.5, 0.5))
+    assert list_sources(results, of_base) == ("org/base", "org/eps8")
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -484,6 +484,36 @@ def test_the_command_that_judges_the_soup_runs_the_attack_of_the_run(tmp_path, a
     assert command.endswith("--restarts 2" if attack.get("restarts") else options)
 
 
+def test_the_commands_name_a_network_that_the_soup_does_not(tmp_path):
+    content = make_results(tmp_path)
+    content["recipe"] |= {"seed": 3, "image_size": 40}
+
+    def commands(soup, spec):
+        content["soup"] = soup
+        record = {"spec": spec, "classes": 7, "normalize": [[0.5, 0.4, 0.3], [0.25, 0.2, 0.1]]}
+        found = dict(list_commands(Results.from_json(content, "results.json"), record))
+        return found["Load"].rpartition(".network")[2], found["Judge"]
+
+    load, judge = commands("soup.safetensors", "resnet9")
+    assert load == "()"
+    assert "--seed 3 --image-size 40 --threat" in judge
+    load, judge = commands("soup.safetensors", "my_code:make")
+    assert load == '("my_code:make")'
+    assert "--image-size 40 --model my_code:make --threat" in judge
+    load, judge = commands("soup.pth", "resnet9")
+    constants = "normalize=((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))"
+    assert load == f'("resnet9", classes=7, channels=3, {constants})'
+    assert "--model resnet9 --normalize 0.5,0.4,0.3 0.25,0.2,0.1 --threat" in judge
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_split_without_a_number_of_samples_is_not_listed(tmp_path, results):
+    results["protocol"]["samples"] = {"val": None, "test": 2000}
+    text = write_and_read_report(tmp_path, results)
+    assert "2000 test" in text
+    assert "None" not in text.partition("2000 test")[0][-30:]
+
+
 def test_bounds_of_estimates_are_below_them(tmp_path):
     """The hits of an estimate count what was not attacked as surviving."""
     content = make_results(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from robustsoup.errors import RequestError
+from robustsoup.errors import RequestError, RobustsoupError
 from robustsoup.files import remove_file, write_text
 from robustsoup.paths import user_path
 from robustsoup.reports.best import BestRule
@@ -18,12 +18,13 @@ from robustsoup.reports.coefficients import (
     draw_learned,
     tabulate_all_soups,
 )
+from robustsoup.reports.commands import list_commands
 from robustsoup.reports.curves import draw_curves
 from robustsoup.reports.differences import compare_with_ingredients, tabulate_differences
 from robustsoup.reports.examples import read_examples
 from robustsoup.reports.lines import draw_lines
 from robustsoup.reports.measures import StoredRun
-from robustsoup.reports.origins import trace_origins
+from robustsoup.reports.origins import describe_soup_of, trace_origins
 from robustsoup.reports.page import PageParts, render_report
 from robustsoup.reports.planes import draw_landscape, read_planes
 from robustsoup.reports.style import STYLE, Plot, save_plot
@@ -35,6 +36,7 @@ from robustsoup.reports.tables import (
 from robustsoup.reports.ternary import draw_ternary
 from robustsoup.reports.tradeoff import draw_tradeoff
 from robustsoup.reports.unfinished import describe_progress, describe_unfinished
+from robustsoup.runs.description import Description
 from robustsoup.runs.results import Results
 from robustsoup.runs.staging import PAGE
 
@@ -116,7 +118,7 @@ def collect_parts(
     differences = compare_with_ingredients(run.results, run.folder)
     planes, _ = read_planes(run)
     examples, no_examples = read_examples(run)
-    origins, no_origins = trace_origins(run)
+    soup, no_origins = _describe_soup(run)
     reasons = (("adversarial images", no_examples), ("origins", no_origins))
     return PageParts(
         rule=rule,
@@ -132,9 +134,20 @@ def collect_parts(
         figures=[plot.stem for plot in plots],
         left_out=[*left_out, *(item for item in reasons if item[1])],
         examples=examples,
-        origins=origins,
+        origins=None if soup is None else trace_origins(soup.tree),
+        commands=list_commands(run.results, None if soup is None else soup.network),
         unfinished=describe_unfinished(run.results, run.folder),
     )
+
+
+def _describe_soup(run: StoredRun) -> tuple[Description | None, str]:
+    """Describe the chosen soup; None and why, if there is one that cannot be read."""
+    if run.results.soup is None:
+        return None, ""
+    try:
+        return describe_soup_of(run.results, run.folder), ""
+    except RobustsoupError as error:
+        return None, str(error)
 
 
 def _draw_figures(run: StoredRun, names: Iterable[str]) -> tuple[list[Plot], list[tuple[str, str]]]:

@@ -6,11 +6,11 @@ It holds measured figures alone, and leaves the licence to whoever publishes the
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from robustsoup.errors import CheckpointError, RobustsoupError
+from robustsoup.errors import RobustsoupError
 from robustsoup.files import read_regular, remove_file, write_text
 from robustsoup.reports.markup import (
     YamlValue,
@@ -19,9 +19,11 @@ from robustsoup.reports.markup import (
     quote_code,
     render_yaml,
 )
-from robustsoup.reports.measures import choose_split
-from robustsoup.runs.description import Ancestor, Description, Judgement, describe_checkpoint
+from robustsoup.reports.measures import CLEAN, SHIFT, UNION, choose_split
+from robustsoup.reports.origins import describe_soup_of
+from robustsoup.runs.description import Ancestor, Description, Judgement
 from robustsoup.runs.results import ResultRow, Results
+from robustsoup.soups.answer import Answer
 
 CARD = "README.md"
 MAX_CARD_BYTES = 2**20
@@ -88,12 +90,13 @@ def write_run_card(results: Results, folder: Path) -> str | None:
     Raises:
         StorageError: The file cannot be written.
     """
-    if results.soup is None or results.selection is None:
+    selection, soup = results.selection, results.soup
+    if soup is None or selection is None:
         if is_own_card(folder / CARD):
             remove_file(folder / CARD)
         return None
     try:
-        card = _make_run_card(results, folder)
+        card = _make_run_card(results, selection, soup, folder)
     except (RobustsoupError, StopIteration) as error:
         return f"the soup cannot be read: {error}"
     return write_card(card, folder)
@@ -150,27 +153,22 @@ def make_card(description: Description) -> Card:
     )
 
 
-def _make_run_card(results: Results, folder: Path) -> Card:
+def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path) -> Card:
     """Return the card of the chosen soup.
 
     Raises:
         CheckpointError: Its file cannot be read.
         StopIteration: The results lack its row.
     """
-    selection, soup = results.selection, results.soup
-    if selection is None or soup is None or Path(soup).name != soup:
-        raise CheckpointError(f"{folder}: no soup was chosen")
+    description = describe_soup_of(results, folder)
     row = results.row(selection.chosen)
-    # A soup in the format of another program has no record; that of the run's own file has one.
-    own = folder / "checkpoints" / Path(row.checkpoint).name if row.checkpoint else folder / soup
-    description = describe_checkpoint(own)
     judged = [
         item
         for item in description.judgements
         if item.path.name in (f"{row.name}.{split}.json" for split in ("val", "test"))
     ]
     ingredients = [
-        item for item in results.rows if item.role == "ingredient" and item.name in _names(row)
+        item for item in results.rows if item.soup is None and item.name in (row.ingredients or ())
     ]
     split = choose_split(ingredients, results.protocol)
     return Card(
@@ -183,13 +181,9 @@ def _make_run_card(results: Results, folder: Path) -> Card:
         beside=tuple(item for item in ingredients if item.scores(split)),
         beside_split=split,
         warnings=(*_list_warnings(judged), *_list_run_warnings(results)),
-        sources=_list_sources(results),
+        sources=list_sources(results, row),
         versions=dict(results.versions),
     )
-
-
-def _names(row: ResultRow) -> Sequence[str]:
-    return row.ingredients or ()
 
 
 def _describe_network(description: Description) -> str | None:
@@ -227,11 +221,17 @@ def _list_run_warnings(results: Results) -> Iterator[str]:
         yield "the requirement does not hold on test"
 
 
-def _list_sources(results: Results) -> tuple[str, ...]:
-    """Return the hub's repositories that a recipe took ingredients from, each once."""
-    ingredients = results.recipe.get("ingredients")
-    tables = list(ingredients.values()) if isinstance(ingredients, dict) else []
-    places = [table.get("checkpoint") for table in tables if isinstance(table, dict)]
+def list_sources(results: Results, row: ResultRow) -> tuple[str, ...]:
+    """Return the hub's repositories that a soup has its ingredients from, each once."""
+    tables = results.recipe.get("ingredients")
+    tables = dict(tables) if isinstance(tables, dict) else {}
+    tables["pretrained"] = results.recipe
+    names = row.ingredients or ()
+    used = [
+        n for n, share in zip(names, row.coefficients or [1] * len(names), strict=True) if share
+    ]
+    found_tables = [tables.get(name) for name in used]
+    places = [table.get("checkpoint") for table in found_tables if isinstance(table, Mapping)]
     found = [_HUB_REPO.fullmatch(place) for place in places if isinstance(place, str)]
     return tuple(dict.fromkeys(match[1] for match in found if match))
 
@@ -269,7 +269,9 @@ def _make_header(card: Card) -> dict[str, YamlValue]:
         "tags": list(TAGS),
     }
     if card.sources:
-        header |= {"base_model": list(card.sources), "base_model_relation": "merge"}
+        header["base_model"] = list(card.sources)
+        if _count_mixed(card.tree) > 1:
+            header["base_model_relation"] = "merge"
     if card.judgements:
         results: list[YamlValue] = [_make_result(item) for item in card.judgements]
         header["model-index"] = [{"name": card.title, "results": results}]
@@ -304,14 +306,21 @@ def _make_result(judgement: Judgement) -> dict[str, YamlValue]:
 
 
 def _name_measure(measure: str, attack: str) -> str:
-    if measure == "clean":
+    if measure == CLEAN:
         return "clean accuracy"
-    return f"accuracy under {'all threat models' if measure == 'union' else measure}, {attack}"
+    if measure == SHIFT:
+        return "clean accuracy under natural shift"
+    return f"accuracy under {'all threat models' if measure == UNION else measure}, {attack}"
+
+
+def _count_mixed(tree: Ancestor) -> int:
+    """Return of how many checkpoints a checkpoint has a share."""
+    return sum(parent.coefficient != 0 for parent in tree.parents)
 
 
 def _render_summary(card: Card) -> list[str]:
     network = "a network that is not recorded" if card.network is None else quote_code(card.network)
-    count = len(card.tree.parents)
+    count = _count_mixed(card.tree)
     made = (
         f"One checkpoint of {network}, mixed from {count} fine-tuned checkpoints of that network "
         "by robustsoup. It takes the time and memory of one of them."

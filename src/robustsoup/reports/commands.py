@@ -1,30 +1,74 @@
 """The commands that load, judge and publish the chosen soup."""
 
+import json
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
+from robustsoup.models import NetworkSettings, is_built_in
 from robustsoup.reports.file_names import hide_folders
 from robustsoup.runs.results import EvaluationProtocol, Results
 
 
-def list_commands(results: Results) -> list[tuple[str, str]]:
-    """List (what it does, command) for the chosen soup; none without a soup."""
+def list_commands(
+    results: Results, recorded: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """List (what it does, command) for the chosen soup; none without a soup.
+
+    Args:
+        results: The results of the run.
+        recorded: The network that the run recorded of the soup.
+    """
     soup = results.soup
     if soup is None:
         return []
-    protocol = results.protocol
+    arguments, options = _name_network(soup, _find_network(results, recorded))
+    load = f"rs.Checkpoint.load({json.dumps(soup)}).network({arguments})"
     data = hide_folders(str(results.data.get("name") or "DATA"))
     words = ["robustsoup", "evaluate", soup, "--data", data]
-    for threat in protocol.threats:
+    for name in ("seed", "image_size", "channels"):
+        if value := results.recipe.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += options
+    for threat in results.protocol.threats:
         words += ["--threat", threat]
-    words += _attack_options(protocol)
+    words += _attack_options(results.protocol)
     return [
-        (
-            "Load",
-            f"import robustsoup as rs\n\nnetwork = rs.Checkpoint.load({soup!r}).network().eval()",
-        ),
+        ("Load", f"import robustsoup as rs\n\nnetwork = {load}"),
         ("Judge", shlex.join(words)),
         ("Publish", shlex.join(["robustsoup", "push", soup, "hf://ORGANISATION/NAME"])),
     ]
+
+
+def _find_network(results: Results, recorded: Mapping[str, Any] | None) -> NetworkSettings | None:
+    """Return the network of the soup: what is recorded, else what the recipe says."""
+    if recorded is not None:
+        return NetworkSettings.from_record(recorded)
+    if results.model is None:
+        return None
+    classes = results.data.get("classes")
+    said = {
+        "spec": results.model,
+        "classes": len(classes) if isinstance(classes, list) else classes,
+        "channels": results.data.get("channels"),
+        "normalize": results.recipe.get("normalize"),
+    }
+    return NetworkSettings.from_record({name: item for name, item in said.items() if item})
+
+
+def _name_network(soup: str, network: NetworkSettings | None) -> tuple[str, list[str]]:
+    """Return what names the network in Python and on the command line, if the file does not."""
+    has_record = soup.endswith(".safetensors")
+    if network is None or (has_record and is_built_in(network.spec)):
+        return "", []
+    arguments, options = json.dumps(network.spec), ["--model", network.spec]
+    if has_record:
+        return arguments, options
+    arguments += f", classes={network.classes}, channels={network.channels}"
+    if network.normalize:
+        arguments += f", normalize={network.normalize}"
+        options += ["--normalize", *(",".join(map(repr, part)) for part in network.normalize)]
+    return arguments, options
 
 
 def _attack_options(protocol: EvaluationProtocol) -> list[str]:

@@ -1,11 +1,12 @@
 """Where the chosen soup comes from, as a tree of file names."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from robustsoup.errors import RobustsoupError
+from robustsoup.errors import CheckpointError
 from robustsoup.reports.file_names import hide_folders
-from robustsoup.reports.measures import StoredRun
-from robustsoup.runs.description import Ancestor, describe_checkpoint
+from robustsoup.runs.description import Ancestor, Description, describe_checkpoint
+from robustsoup.runs.results import Results
 
 DIGITS = 16
 """Hex digits of a digest that the report shows."""
@@ -20,17 +21,24 @@ class Origin:
     parents: tuple["Origin", ...]
 
 
-def trace_origins(run: StoredRun) -> tuple[Origin | None, str]:
-    """Return the tree of the chosen soup, or None and why it cannot be drawn."""
-    if run.results.soup is None:
-        return None, ""
-    try:
-        return _describe_origin(describe_checkpoint(run.folder / run.results.soup).tree), ""
-    except RobustsoupError as error:
-        return None, str(error)
+def describe_soup_of(results: Results, folder: Path) -> Description:
+    """Describe the chosen soup of a run.
+
+    A soup in the format of another program has no record; that of the run's own file has one.
+
+    Raises:
+        CheckpointError: No soup was chosen, or its file cannot be read.
+    """
+    selection, soup = results.selection, results.soup
+    if selection is None or soup is None or Path(soup).name != soup:
+        raise CheckpointError(f"{folder}: no soup was chosen")
+    row = next((row for row in results.rows if row.name == selection.chosen), None)
+    own = folder / "checkpoints" / Path(row.checkpoint).name if row and row.checkpoint else None
+    return describe_checkpoint(own if own is not None and own.exists() else folder / soup)
 
 
-def _describe_origin(ancestor: Ancestor) -> Origin:
+def trace_origins(ancestor: Ancestor) -> Origin:
+    """Return the tree of a checkpoint and its ancestors."""
     share = ancestor.coefficient
     facts = (
         "" if share is None else f"coefficient {share:.3g}",
@@ -41,5 +49,5 @@ def _describe_origin(ancestor: Ancestor) -> Origin:
     return Origin(
         hide_folders(ancestor.name),
         tuple(fact for fact in facts if fact and fact != ancestor.name),
-        tuple(map(_describe_origin, ancestor.parents)),
+        tuple(map(trace_origins, ancestor.parents)),
     )

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.reports.best import BestRule
-from robustsoup.reports.commands import list_commands
 from robustsoup.reports.examples import ExamplePage
 from robustsoup.reports.file_names import hide_all_folders, hide_folders
 from robustsoup.reports.measures import CLEAN, LAYERWISE_ROLES, list_caveats, list_compared_measures
@@ -42,6 +41,7 @@ class PageParts:
         left_out: (name, reason in one line) of each figure or table that was left out.
         examples: Adversarial images, or None.
         origins: Where the chosen soup comes from, or None.
+        commands: (what it does, command) for the chosen soup.
         unfinished: What is missing from the run, in one line; "" if it is complete.
     """
 
@@ -54,6 +54,7 @@ class PageParts:
     left_out: Sequence[tuple[str, str]]
     examples: ExamplePage | None
     origins: Origin | None
+    commands: Sequence[tuple[str, str]]
     unfinished: str
 
 
@@ -123,7 +124,6 @@ def render_report(results: Results, parts: PageParts) -> str:
             "masking": [(row.name, line) for row in results.rows for line in row.masking_check],
             "facts": _list_facts(results),
             "warnings": _list_warnings(results),
-            "commands": list_commands(results),
             "recipe": json.dumps(hide_all_folders(results.recipe), indent=2, ensure_ascii=False),
             "scripts": [Markup(script) for script in scripts],  # files of the package
             "script_hashes": " ".join(map(_hash_script, scripts)),
@@ -226,7 +226,10 @@ def _list_facts(results: Results) -> list[Fact]:
     facts = [
         ("attack", _format_attack(results)),
         ("threats", ", ".join(protocol.threats)),
-        ("samples", ", ".join(f"{count} {split}" for split, count in protocol.samples.items())),
+        (
+            "samples",
+            ", ".join(f"{count} {split}" for split, count in protocol.samples.items() if count),
+        ),
         ("selected on", protocol.select_on),
         ("reported on", protocol.report_on),
         ("precision", protocol.precision),
