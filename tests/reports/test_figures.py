@@ -6,6 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from synthetic_results import (
     CORNERS,
     NAMES,
@@ -128,6 +129,26 @@ def test_soups_of_a_ternary_map_are_where_their_coefficients_say(all_results, dr
             assert values[tuple(np.round(spot, 6))] == pytest.approx(expected)
 
 
+def test_an_upper_bound_is_not_ringed_as_the_best(tmp_path, results):
+    grid = [row for row in results["rows"] if row["role"] == "grid"]
+    for row in grid:
+        row["test"] = None
+    bound, *rest = sorted(grid, key=lambda row: row["coefficients"])
+    bound["val"], bound["screened"] = make_accuracies(0.99, 0.9), True
+    ((plot,), _) = draw("ternary", tmp_path, results)
+    panels = [axes for axes in plot.figure.axes if axes.get_title()]
+    for axes, measure, rows in zip(panels, ("clean", THREAT), (grid, rest), strict=True):
+        highest = 100 * max(row["val"][measure]["value"] for row in rows)
+        scatters = [item for item in axes.collections if isinstance(item, PathCollection)]
+        (dots,) = [item for item in scatters if len(item.get_offsets()) == len(grid)]
+        (rings,) = [item for item in scatters if item.get_sizes()[0] == 120]
+        spots = np.asarray(dots.get_offsets(), dtype=float).round(6).tolist()
+        ringed = np.asarray(rings.get_offsets(), dtype=float).round(6).tolist()
+        values = [dots.get_array()[spots.index(spot)] for spot in ringed]
+        assert values == pytest.approx([highest] * len(values))
+        assert f"{highest:.1f} %" in {text.get_text() for text in axes.texts}
+
+
 def make_grid_of_five():
     names = ["e10", "e20", "e30", "e40", "e50"]
     alphas = [np.eye(5)[i] / 2 + np.eye(5)[j] / 2 for i in range(5) for j in range(i, 5)]
@@ -219,6 +240,18 @@ def test_each_line_is_a_panel_in_order_of_the_second_weight(tmp_path, all_result
     assert (cells["from"], cells["to"]) == ("pretrained", "eps4")
     assert cells["largest gap"] == "+3.4"  # 29.4 less 32 - 8 * (76 - 70) / (78 - 70)
     assert (cells["at"], cells["above the line"], cells["not comparable"]) == ("0.6", "4 of 4", 0)
+
+
+def test_gaps_leave_out_soups_that_were_not_attacked_in_full(tmp_path, all_results):
+    rows = [row for row in all_results["rows"] if row["name"].startswith("line-")]
+    for row in all_results["rows"]:
+        row["test"] = None
+    bound = next(row for row in rows if row["name"] == "line-eps4-0.4-0.6")
+    bound["val"], bound["screened"] = make_accuracies(0.76, 0.9), True
+    ((plot,), _) = draw("lines", tmp_path, all_results)
+    cells = plot.tables[0].lines[0]
+    assert (cells["above the line"], cells["not comparable"]) == ("3 of 3", 1)
+    assert cells["at"] != "0.6"
 
 
 def test_lines_between_equally_clean_ends_have_no_gap_and_incomplete_lines_are_left_out(

@@ -14,6 +14,7 @@ from robustsoup.soups.screening import (
     Contender,
     EvaluationRequest,
     Screening,
+    decisive_measure,
     mark_screened,
     run_screening,
 )
@@ -178,6 +179,21 @@ def test_other_goals_confirm_the_front_in_full(goal):
             ).best.name
         )
     assert sorted(steps_of(log)) == sorted((name, None) for name in expected - {"a", "b"})
+
+
+@pytest.mark.parametrize(
+    ("maximise", "require", "attacked", "races"),
+    [
+        (LINF, ["clean>=0.5"], [LINF], True),
+        (LINF, [f"{LINF}>=0.5"], [LINF], False),
+        (LINF, [], [LINF, "L2 0.5"], False),
+        ("clean", [], [LINF], False),
+        (None, [], [LINF], False),
+    ],
+)
+def test_a_race_needs_one_attacked_measure_that_decides(maximise, require, attacked, races):
+    goal = Goal.parse(maximise, require)
+    assert decisive_measure(goal, attacked) == (LINF if races else None)
 
 
 def test_a_contender_that_is_evaluated_in_full_is_not_confirmed_again():

@@ -13,6 +13,7 @@ from robustsoup.reports.measures import (
     StoredRun,
     choose_split,
     group_by_section,
+    is_exact,
     list_robust_measures,
     rows_with_measures,
 )
@@ -30,7 +31,7 @@ from robustsoup.reports.style import (
     summarise_attack,
 )
 from robustsoup.reports.tables import Cell, Table
-from robustsoup.runs.results import ResultRow, Results
+from robustsoup.runs.results import EvaluationProtocol, ResultRow, Results
 
 MAX_LINE_COLUMNS = 4
 MIN_POINTS = 3
@@ -38,7 +39,7 @@ LINE_COLOUR, END_COLOUR = "#0072B2", "#D55E00"
 GAP_SUMMARY = (
     "largest gap: robust accuracy less that of the line at the same clean accuracy, in points, by "
     "the estimates alone (no interval); not comparable: soups whose clean accuracy is not between "
-    "those of the line's ends"
+    "those of the line's ends, or that were not attacked in full"
 )
 
 Lines = dict[str, list[ResultRow]]
@@ -91,9 +92,11 @@ def gaps_above_chord(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.where((share >= 0) & (share <= 1), gaps, np.nan)
 
 
-def tabulate_gaps(ends: np.ndarray, points: np.ndarray, labels: Sequence[str]) -> dict[str, Cell]:
-    """Tabulate how far points lie above the line between two ends, as cells of one line."""
-    gaps = gaps_above_chord(ends, points)
+def tabulate_gaps(
+    ends: np.ndarray, points: np.ndarray, labels: Sequence[str], exact: Sequence[bool] | bool = True
+) -> dict[str, Cell]:
+    """Tabulate how far exact points lie above the line between two ends, as cells of one line."""
+    gaps = np.where(exact, gaps_above_chord(ends, points), np.nan)
     comparable = np.isfinite(gaps)
     best = int(np.nanargmax(gaps)) if comparable.any() else None
     return {
@@ -158,7 +161,7 @@ def _plot_lines(results: Results, lines: Lines, scale: PlotScale, stem: str) -> 
         f"Clean accuracy against robust accuracy at {scale.measure} on {scale.split}, along "
         f"{len(lines)} line(s) between two networks."
     )
-    return Plot(stem, figure, caption, (_tabulate_lines(lines, scale),))
+    return Plot(stem, figure, caption, (_tabulate_lines(lines, scale, results.protocol),))
 
 
 def _draw_line_panel(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -> None:
@@ -196,12 +199,13 @@ def _label_line_panel(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -
     place_labels(axes, labels, avoid, size=7.5)
 
 
-def _tabulate_lines(lines: Lines, scale: PlotScale) -> Table:
+def _tabulate_lines(lines: Lines, scale: PlotScale, protocol: EvaluationProtocol) -> Table:
     table_lines: list[dict[str, Cell]] = []
     for section, rows in lines.items():
-        xy = scale.coordinates(rows)
-        weights = [f"{_second_weight(row):.3g}" for row in rows[1:-1]]
+        xy, between = scale.coordinates(rows), rows[1:-1]
+        weights = [f"{_second_weight(row):.3g}" for row in between]
+        exact = [is_exact(row, scale.split, scale.measure, protocol) for row in between]
         first, second = rows[0].ingredients or ()
         ends: dict[str, Cell] = {"line": section, "from": first, "to": second}
-        table_lines.append(ends | tabulate_gaps(xy[[0, -1]], xy[1:-1], weights))
+        table_lines.append(ends | tabulate_gaps(xy[[0, -1]], xy[1:-1], weights, exact))
     return Table(f"Above the straight line, {scale.measure}", GAP_SUMMARY, table_lines)

@@ -126,8 +126,20 @@ def find_two_best(
     def best_by(*measures: str) -> Callable[[ResultRow], list[float]]:
         return lambda row: [require_accuracy(row, split, name).value for name in measures]
 
-    exact = [row for row in rows if not (row.screened and split == select_on)] or rows
+    exact = prefer_exact(rows, split, measure, protocol)
     return max(rows, key=best_by(CLEAN, measure)), max(exact, key=best_by(measure, CLEAN))
+
+
+def is_exact(row: ResultRow, split: str, measure: str, protocol: EvaluationProtocol) -> bool:
+    """Return whether an accuracy was measured: it is no estimate and no upper bound."""
+    return not row.screened or split != protocol.select_on or measure in (CLEAN, SHIFT)
+
+
+def prefer_exact(
+    rows: Sequence[ResultRow], split: str, measure: str, protocol: EvaluationProtocol
+) -> list[ResultRow]:
+    """Return the rows whose accuracy was measured; all of them if none was."""
+    return [row for row in rows if is_exact(row, split, measure, protocol)] or list(rows)
 
 
 def list_caveats(results: Results) -> list[str]:

@@ -15,6 +15,7 @@ from robustsoup.reports.measures import (
     choose_split,
     group_by_section,
     list_compared_measures,
+    prefer_exact,
     require_accuracy,
     rows_with_measures,
 )
@@ -80,16 +81,19 @@ def _plot_ternary(
     columns = choose_columns(len(measures))
     lines = math.ceil(len(measures) / columns)
     figure = new_figure(3.75 * columns, 3.35 * lines + 0.6, w_pad=0.1, h_pad=0.06)
-    panels: list[tuple[TernaryAxes, list[float]]] = []
+    panels: list[tuple[TernaryAxes, list[float], list[int]]] = []
     for number, measure in enumerate(measures):
         axes = figure.add_subplot(lines, columns, number + 1, projection="ternary")
         if not isinstance(axes, TernaryAxes):
             raise TypeError(f"got {type(axes).__name__}, expected TernaryAxes")
         values = [100 * require_accuracy(row, split, measure).value for row in rows]
-        _draw_ternary_panel(figure, axes, rows, values)
+        exact = prefer_exact(rows, split, measure, results.protocol)
+        top = max(require_accuracy(row, split, measure).value for row in exact)
+        best = [k for k, row in enumerate(rows) if row in exact and values[k] == 100 * top]
+        _draw_ternary_panel(figure, axes, rows, values, best)
         title = name_accuracy(measure)
         axes.set_title(title, pad=30, fontsize=10)
-        panels.append((axes, values))
+        panels.append((axes, values, best))
     figure.suptitle(
         f"{clean_text(results.name)}: {clean_text(section)}, on {clean_text(split)}",
         fontsize=11,
@@ -99,8 +103,8 @@ def _plot_ternary(
     footer = f"{len(rows)} soups (dots) · {attack} · ring: the best of the panel (each, if tied)"
     add_footer(figure, footer, results)
     settle_layout(figure)
-    for axes, values in panels:
-        _label_ternary_panel(axes, rows, values)
+    for axes, values, best in panels:
+        _label_ternary_panel(axes, rows, values, best[0])
     caption = (
         f"Accuracy on {split} of {len(rows)} weighted averages ({section}) of "
         f"{', '.join(rows[0].ingredients or ())}; the best is ringed."
@@ -109,7 +113,11 @@ def _plot_ternary(
 
 
 def _draw_ternary_panel(
-    figure: Figure, axes: TernaryAxes, rows: Sequence[ResultRow], values: Sequence[float]
+    figure: Figure,
+    axes: TernaryAxes,
+    rows: Sequence[ResultRow],
+    values: Sequence[float],
+    best: Sequence[int],
 ) -> None:
     alpha = _stack_coefficients(rows)
     low, high = min(values), max(values)
@@ -136,10 +144,10 @@ def _draw_ternary_panel(
         vmin=low,
         vmax=high,
     )
-    best = alpha[np.array(values) == max(values)].T
-    axes.scatter(*best, s=190, color="white", linewidths=0, zorder=3, clip_on=False)
+    ringed = alpha[best].T
+    axes.scatter(*ringed, s=190, color="white", linewidths=0, zorder=3, clip_on=False)
     axes.scatter(
-        *best, s=120, facecolors="none", edgecolors=INK, linewidths=1.5, zorder=5, clip_on=False
+        *ringed, s=120, facecolors="none", edgecolors=INK, linewidths=1.5, zorder=5, clip_on=False
     )
     _name_corners(axes, rows[0].ingredients or ())
     bar = figure.colorbar(dots, ax=axes, shrink=0.8, pad=0.06, aspect=20)
@@ -169,12 +177,11 @@ def _name_corners(axes: TernaryAxes, names: Sequence[str]) -> None:
 
 
 def _label_ternary_panel(
-    axes: TernaryAxes, rows: Sequence[ResultRow], values: Sequence[float]
+    axes: TernaryAxes, rows: Sequence[ResultRow], values: Sequence[float], best: int
 ) -> None:
     """Label the best value, then each contour where points and text are farthest away."""
     alpha = _stack_coefficients(rows)
     points = axes.transProjection.transform(alpha)
-    best = int(np.argmax(values))
     label = (*points[best], f"{values[best]:.1f} %", INK)
     corners = axes.transProjection.transform(np.eye(3))
     boxes = place_labels(axes, [label], np.concatenate([points, corners]), size=9)

@@ -48,7 +48,9 @@ from robustsoup.runs.worker import (
 )
 from robustsoup.soups.answer import Answer
 from robustsoup.soups.coefficients import Coefficients
+from robustsoup.soups.goal import Goal
 from robustsoup.soups.racing import round_ends
+from robustsoup.soups.screening import decisive_measure
 from robustsoup.soups.selection import Candidate
 from robustsoup.stamp import describe_release
 
@@ -179,7 +181,8 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
     attacked = left_after = None
     if part is not None and selecting is not None:
         attacked = int(part["samples"])
-        if recipe.evaluate.screens:
+        goal = recipe.goal or Goal()
+        if recipe.evaluate.screens and decisive_measure(goal, list(selecting.threats)):
             left_after = round_ends(len(selecting.ids)).index(attacked) + 1
     scores = {split: dict(evaluation.accuracy) for split, evaluation in evaluations.items()}
     warnings = {text for evaluation in evaluations.values() for text in evaluation.warnings}

@@ -92,7 +92,8 @@ class ResultRow:
         text = f"robust accuracies are estimates: {self.attacked:,} samples were attacked in full"
         if self.left_after is None:
             return text
-        return f"{text}; left the race after round {self.left_after}"
+        rounds = "1 round" if self.left_after == 1 else f"{self.left_after} rounds"
+        return f"{text}, in {rounds} of a race"
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON-able values, without lines and flags that are not set."""

@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, Evaluation
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.settings import AttackSettings
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.racing import Race, round_ends
@@ -161,7 +161,7 @@ class Screening:
         screened = self._screened_candidates(results)
         if not screened:
             return ()
-        measure = self._decisive_measure(screened)
+        measure = decisive_measure(self.goal, list(screened[0].evaluation.threats))
         if measure is not None:
             return self._next_round(measure, results)
         names = self._names_worth_confirming(screened)
@@ -175,7 +175,9 @@ class Screening:
     def pending(self, results: EvaluationsByRequest) -> tuple[str, ...]:
         """Return the contenders that can still win and are not attacked in full yet."""
         screened = self._screened_candidates(results)
-        measure = self._decisive_measure(screened) if screened else None
+        if not screened:
+            return ()
+        measure = decisive_measure(self.goal, list(screened[0].evaluation.threats))
         if measure is not None:
             return tuple(self._run_race(measure, results).running)
         return tuple(request.candidate for request in self.next_requests(results))
@@ -208,12 +210,6 @@ class Screening:
     def _continue(self, request: EvaluationRequest, subset: int | None) -> EvaluationRequest:
         """Return the full attack that follows; the points of the pool were tried before."""
         return EvaluationRequest(request.candidate, after=request, subset=subset)
-
-    def _decisive_measure(self, screened: Sequence[Candidate]) -> str | None:
-        """Return the attacked measure that alone decides the choice; None if others matter too."""
-        attacked = list(screened[0].evaluation.threats)
-        unattacked = all(item.key in (CLEAN_KEY, SHIFT_KEY) for item in self.goal.require)
-        return self.goal.maximise if attacked == [self.goal.maximise] and unattacked else None
 
     def _names_worth_confirming(self, screened: Sequence[Candidate]) -> set[str]:
         names = {candidate.name for candidate in worth_confirming(screened)}
@@ -340,6 +336,17 @@ def short_attack(
         precision=precision,
         masking_check=False,
     )
+
+
+def decisive_measure(goal: Goal, attacked: Sequence[str]) -> str | None:
+    """Return the attacked measure that alone decides a choice, by a race; None if others matter.
+
+    Args:
+        goal: What is chosen.
+        attacked: The threats that are attacked.
+    """
+    alone = list(attacked) == [goal.maximise] and not goal.requires_attacked
+    return goal.maximise if alone else None
 
 
 def mark_screened(evaluation: Evaluation) -> Evaluation:
