@@ -103,7 +103,7 @@ def test(folder, path):
     with torch.no_grad():
         for images, labels in zip(x.split(500), y.split(500), strict=True):
             correct += (net((images - MEAN) / STD).argmax(1) == labels).sum().item()
-    print(f"{path}: epoch {content['epoch']}, {correct / len(y):.1%} of the test set correct")
+    print(f"{path}: {correct / len(y):.1%} of the test set correct")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,9 @@ class DataOptions:
         None, "Folder of the data; by default $ROBUSTSOUP_DATA, else the user's cache folder."
     )
     image_size: int | None = setting(
-        None, "Width and height of images in pixels, for image files; by default 32."
+        None,
+        "Width and height of images in pixels, for image files; by default what the network's own "
+        "configuration names, else 32 for folder: and the images' own for hf: and wds:.",
     )
     channels: int | None = setting(
         None,

@@ -25,14 +25,17 @@ def load_data(
     """Load a data set, split into train, val and test.
 
     Args:
-        spec: "digits" (embedded in the package), "cifar10" (read from `root`, where it is
-            downloaded once and verified), "folder:PATH" (one sub-folder of images for each class,
-            decoded once into the user's cache folder), "package.module:function[:PLACE]", or a
-            function that takes a DataRequest and returns Data.
+        spec: "digits" (embedded in the package), "cifar10" or "cifar100" (read from `root`, where
+            it is downloaded once and verified), "folder:PATH" (one sub-folder of images for each
+            class, decoded once into the user's cache folder), "npz:PATH" (arrays of one file),
+            "hf:NAME" (a data set of the Hugging Face Hub, or a local folder or file),
+            "wds:PATTERN" (local .tar shards), "package.module:function[:PLACE]", or a function
+            that takes a DataRequest and returns Data.
         root: Folder for downloads; default: $ROBUSTSOUP_DATA, else the user's cache folder.
         seed: Decides which samples are in val; an integer of at least 0. test does not depend on
             the seed.
-        image_size: Pixels a side, for sources of image files; default: 32.
+        image_size: Pixels a side, for sources of image files; default: 32 for folder:, and the
+            images' own size for hf: and wds:.
         channels: 1 (grey) or 3 (colour), for sources of image files; default: 1 if every image is
             grey, else 3.
         on_progress: Called with (done, total, figures) as images are decoded.
