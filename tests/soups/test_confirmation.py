@@ -105,7 +105,21 @@ def test_the_last_finalist_that_passes_wins(hits, winner, met):
     evaluations = {"a": finalists[0].evaluation}
     answer = explain(selection, Explained(ingredients=evaluations, fresh_split="confirm"))
     assert answer.fresh_accuracy[LINF].hits == hits["abc".index(winner)]
+    assert answer.selected_on == "confirm"
     assert answer.guarantee.candidates == 3
+
+
+def test_a_finalist_behind_the_first_failure_was_not_tested():
+    finalists = [candidate("a", 160, 150), candidate("b", 165, 100), candidate("c", 170, 140)]
+    goal = Goal.parse("clean", [f"{LINF}>=0.5"])
+    selection = confirm_finalists(finalists, goal, judge_unattacked(finalists, goal))
+    answer = explain(selection, Explained(ingredients={}, fresh_split="confirm"))
+    assert (answer.chosen, answer.refused.name) == ("a", "c")
+    assert answer.refused.why.endswith(
+        f"but not tested for {LINF}>=0.5, as a safer finalist failed before it"
+    )
+    (check,) = selection.judgement.checks["c"]
+    assert (check.met, check.shortfall) == (False, 0)
 
 
 def test_a_test_is_exact_and_the_estimate_may_replace_it():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 from soup_candidates import L2, LINF, N, candidate
@@ -97,6 +98,30 @@ def test_the_first_sentence_and_the_intervals_agree():
         "differences of the chosen one, by intervals that hold for all 21 comparisons of a "
         "candidate with an ingredient at once (95 %):"
     ) in among.lines()
+
+
+def test_the_first_sentence_names_ingredients_that_the_choice_does_not_beat():
+    """It beats the best ingredient on nearly the same samples, not a worse one on others."""
+    best = replace(with_hits("best", range(60)), ingredient="best")
+    other = replace(with_hits("other", range(90, 149)), ingredient="other")
+    answer = answer_of([best, other, with_hits("s", range(70))])
+    assert (answer.chosen, answer.best_ingredient, answer.distinguishable) == ("s", "best", False)
+    assert answer.lines()[0] == (
+        f"no soup is shown to be better in {LINF} than every ingredient: the chosen one is better "
+        "than best, but not shown to be better than other"
+    )
+
+
+def test_soups_that_were_looked_at_but_not_attacked_in_full_count_in_comparisons():
+    """The same samples decided which soups are attacked in full."""
+    tried = [ingredient("a", 150, 60), with_hits("s", [*range(66)])]
+    short = [candidate(f"o{k}", 150, 50, screened=True) for k in range(100)]
+    alone, among = answer_of(tried), answer_of([*tried, *short])
+    assert (alone.comparisons, alone.distinguishable) == (1, True)
+    assert (among.chosen, among.comparisons, among.distinguishable) == ("s", 101, False)
+    assert among.against[0].differences[LINF].z == pytest.approx(
+        NormalDist().inv_cdf(1 - 0.05 / (2 * 101))
+    )
 
 
 def test_a_soup_that_is_better_need_not_be_the_chosen_one():

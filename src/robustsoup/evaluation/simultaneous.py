@@ -342,6 +342,11 @@ def difference_quantile(
     return max_quantile(pairs, seed=seed, draws=draws, error_rate=error_rate, two_sided=True)
 
 
+def bonferroni_quantile(statements: int, *, error_rate: float = ERROR_RATE) -> float:
+    """Return the two-sided quantile with which any so many intervals hold at once."""
+    return NormalDist().inv_cdf(1 - error_rate / (2 * max(statements, 1)))
+
+
 def _vary(first: Floats, second: Floats) -> NDArray[np.bool_]:
     """Return (k m,) whether the difference of two columns is not the same for all samples."""
     columns = [

@@ -292,6 +292,12 @@ def _say_distinguishable(answer: Answer) -> Iterator[str]:
         return
     best = answer.best_ingredient
     maximised = "the knee's score" if answer.maximise == KNEE else answer.maximise
+    if not answer.distinguishable and (unbeaten := _list_unbeaten(answer)):
+        yield (
+            f"no soup is shown to be better in {maximised} than every ingredient: the chosen one "
+            f"is better than {best}, but not shown to be better than {' and '.join(unbeaten)}"
+        )
+        return
     if not answer.distinguishable:
         elsewhere = _list_gains_elsewhere(answer)
         advice = (
@@ -306,6 +312,18 @@ def _say_distinguishable(answer: Answer) -> Iterator[str]:
     everyone = all(item.meets for item in answer.against)
     which = "" if everyone else " that is shown to meet the requirement"
     yield f"{soup} is better in {maximised} than every ingredient{which}, of which {best} is best"
+
+
+def _list_unbeaten(answer: Answer) -> list[str]:
+    """Return the ingredients that the choice does not beat, if it beats the best one."""
+    lows = {
+        item.ingredient: item.differences[answer.maximise].low
+        for item in answer.against
+        if answer.maximise in item.differences and (item.meets or not answer.require)
+    }
+    if lows.get(str(answer.best_ingredient), 0) <= 0:
+        return []
+    return [name for name, low in lows.items() if low <= 0]
 
 
 def _list_gains_elsewhere(answer: Answer) -> list[str]:
@@ -326,9 +344,6 @@ def _say_chosen(answer: Answer) -> Iterator[str]:
             f"its robust accuracies are {answer.doubt}, since the full attack on all samples did "
             "not run; it is not compared with the ingredients"
         )
-    if answer.fresh_accuracy and answer.test is None:
-        figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
-        yield f"on samples that did not steer the search ({answer.fresh_split}): {figures}"
 
 
 def _say_late(answer: Answer) -> Iterator[str]:

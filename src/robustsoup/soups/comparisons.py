@@ -12,7 +12,7 @@ import numpy as np
 
 from robustsoup.evaluation.comparison import pair_hits
 from robustsoup.evaluation.intervals import Z95, Difference
-from robustsoup.evaluation.simultaneous import Floats, difference_quantile
+from robustsoup.evaluation.simultaneous import Floats, bonferroni_quantile, difference_quantile
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.soups.answer import Gain
 from robustsoup.soups.goal import Score
@@ -23,23 +23,29 @@ from robustsoup.soups.selection import Candidate, sample_scores
 class Comparisons:
     """All pairs of a candidate and an ingredient.
 
-    The intervals under one measure hold together with a probability of 95 %.
+    The intervals under one measure hold together with a probability of 95 %. If the same samples
+    decided which candidates were attacked in full, all that were looked at count: Bonferroni's
+    correction needs no verdicts of the others.
 
     Attributes:
         candidates: The candidates, evaluated on the same samples.
         ingredients: The ingredients by name, evaluated on these samples too.
         seed: Seed of the quantiles.
+        looked_at: Number of candidates that were looked at on these samples, if it is higher.
     """
 
     candidates: Sequence[Candidate]
     ingredients: Mapping[str, Evaluation]
     seed: int = 0
+    looked_at: int = 0
 
     @property
     def count(self) -> int:
         """Number of pairs; an ingredient among the candidates is not compared with itself."""
+        if not self.candidates:
+            return 0
         same = sum(item.ingredient in self.ingredients for item in self.candidates)
-        return len(self.candidates) * len(self.ingredients) - same
+        return max(len(self.candidates), self.looked_at) * len(self.ingredients) - same
 
     def differences(self, chosen: Evaluation) -> dict[str, dict[str, Difference]]:
         """Return one candidate less each ingredient, by ingredient and measure."""
@@ -79,7 +85,10 @@ class Comparisons:
             return np.stack([sample_scores(score, item) for item in evaluations], axis=1)
 
         first = stack([item.evaluation for item in self.candidates])
-        return difference_quantile(first, stack([*self.ingredients.values()]), seed=self.seed)
+        z = difference_quantile(first, stack([*self.ingredients.values()]), seed=self.seed)
+        if self.looked_at <= len(self.candidates):
+            return z
+        return max(z, bonferroni_quantile(self.count))
 
 
 def measure_gain(score: Score, a: Evaluation, b: Evaluation, *, z: float = Z95) -> Gain:

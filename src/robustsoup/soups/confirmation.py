@@ -229,6 +229,10 @@ def _check(
     if point:
         value = estimate.value
         return RequirementCheck(requirement, estimate, value, tested and value >= threshold)
-    met = tested and estimate.hits >= fewest_hits(estimate.n, threshold)
     low = clopper_pearson_lower(estimate.hits, estimate.n)
-    return RequirementCheck(requirement, estimate, max(low, threshold) if met else low, met)
+    if estimate.hits < fewest_hits(estimate.n, threshold):
+        return RequirementCheck(requirement, estimate, low, met=False)
+    # Of a finalist that was not tested, nothing beyond the threshold is known.
+    return RequirementCheck(
+        requirement, estimate, max(low, threshold) if tested else threshold, tested
+    )

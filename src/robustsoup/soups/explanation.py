@@ -152,7 +152,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
     # A part of an attack says nothing about differences from networks that were attacked in full.
     compared = selection.ranking if best.confirmed else ()
     ingredients = context.ingredients if best.confirmed else {}
-    comparisons = Comparisons(compared, ingredients, context.seed)
+    comparisons = Comparisons(compared, ingredients, context.seed, selection.looked_at)
     better = _find_better_soup(selection, comparisons, meeting) if best.confirmed else None
     method = "point" if goal.point and goal.require else judgement.method
     return Answer(
@@ -162,7 +162,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
         require=tuple(map(str, goal.require)),
         met=selection.met,
         point=goal.point,
-        selected_on=context.selected_on,
+        selected_on=context.fresh_split or context.selected_on,
         best_ingredient=best_ingredient,
         distinguishable=better is not None if meeting and best.confirmed else None,
         better_soup=None if better is None else better.words,
@@ -306,16 +306,21 @@ def _find_refused(selection: Selection) -> OtherCandidate | None:
     first = rank_by(score, failing)[0]
     if score.of(first.evaluation.accuracy) <= score.of(selection.best.evaluation.accuracy):
         return None
-    reasons = " and ".join(
-        f"not shown to meet {check.requirement}: {check.estimate.value:.1%}, "
-        f"at least {check.low:.1%}"
-        for check in judgement.checks[first.name]
-        if not check.met
-    )
+    unmet = [check for check in judgement.checks[first.name] if not check.met]
+    reasons = " and ".join(map(_describe_unmet, unmet))
     gain = measure_gain(score, first.evaluation, selection.best.evaluation)
     figures = _describe_gain(selection.maximise, gain)
     why = f"{figures} from the chosen one (this pair alone), but {reasons}"
     return _describe_other(selection, first, why)
+
+
+def _describe_unmet(check: RequirementCheck) -> str:
+    if check.low >= check.requirement.threshold:  # its bound, if it had been tested
+        return f"not tested for {check.requirement}, as a safer finalist failed before it"
+    return (
+        f"not shown to meet {check.requirement}: {check.estimate.value:.1%}, "
+        f"at least {check.low:.1%}"
+    )
 
 
 def _count_samples_to_prove(selection: Selection) -> int | None:

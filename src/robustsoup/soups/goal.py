@@ -200,6 +200,11 @@ class Goal:
         return any(item.key not in UNATTACKED for item in self.require)
 
     @property
+    def requires_unattacked(self) -> bool:
+        """Whether a requirement is about an accuracy without an attack."""
+        return any(item.key in UNATTACKED for item in self.require)
+
+    @property
     def measures(self) -> list[str]:
         """The measures that the goal names."""
         named = self.maximise not in (None, KNEE)

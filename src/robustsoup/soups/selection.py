@@ -254,6 +254,8 @@ class Selection:
         ranking: The confirmed candidates in the order of the rule for "best": those that meet the
             requirements first.
         score: What the goal maximises, as a weighted sum of accuracies.
+        looked_at: Number of soups that were measured, with or without an attack, on the samples
+            that choose; 0 if other samples steered the search.
     """
 
     best: Candidate
@@ -262,6 +264,7 @@ class Selection:
     judgement: Judgement
     ranking: tuple[Candidate, ...]
     score: Score
+    looked_at: int = 0
 
     @property
     def maximise(self) -> str:
@@ -372,7 +375,9 @@ def select(
     rest = rank_by(score, [item for item in considered if item.name not in names])
     if not judgement.met(best):
         rest.sort(key=judgement.shortfall)
-    return Selection(best, judgement.met(best), goal, judgement, (best, *others, *rest), score)
+    ranking = (best, *others, *rest)
+    count = len(tried) + (0 if looked_at is None else looked_at.shape[1])
+    return Selection(best, judgement.met(best), goal, judgement, ranking, score, count)
 
 
 def prefer_confirmed(candidates: Sequence[Candidate]) -> list[Candidate]:
