@@ -1,9 +1,14 @@
 """report.html in a real Chromium: what is clicked, moved and pressed does what the page says."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from synthetic_results import make_results, write_and_read_report
+from synthetic_results import THREAT, make_results, write_and_read_report
+
+from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.soups.goal import Goal
+from robustsoup.soups.selection import Candidate, rank_by, target_score
 
 pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api").expect
@@ -128,6 +133,33 @@ def test_the_slider_moves_the_choice_by_the_stated_rule(open_page, report):
     assert len(names) >= 4
     page.locator("#reset").click()
     expect(page.locator("#choice")).to_have_attribute("data-name", data["rule"]["chosen"])
+
+
+def find_knee(data, threshold):
+    """Return the soup at the knee of those that reach the threshold, as a search chooses it."""
+    soups = [row for row in data["rows"] if row["candidate"] and not row["screened"]]
+    tried = []
+    for row in soups:
+        if row["bounds"]["clean"] >= threshold:
+            scores = row["scores"]["val"]
+            accuracy = {key: Accuracy(*scores[key][-2:]) for key in ("clean", THREAT)}
+            tried.append(Candidate(row["name"], (), SimpleNamespace(accuracy=accuracy)))
+    return rank_by(target_score(Goal("knee"), tried), tried)[0].name
+
+
+def test_the_slider_weighs_the_knee_by_the_soups_that_compete(open_page, tmp_path):
+    results = make_results(tmp_path) | {"figures": []}
+    results["selection"] |= {"maximise": "knee", "require": [], "test": None}
+    write_and_read_report(tmp_path, results)
+    page = open_page(tmp_path / "report.html")
+    data = read_data(page)
+    names = set()
+    for percent in (55, 65, 71, 75):
+        move_slider(page, percent)
+        name = find_knee(data, percent / 100)
+        expect(page.locator("#choice")).to_have_attribute("data-name", name)
+        names.add(name)
+    assert len(names) >= 2
 
 
 def test_the_slider_works_by_the_keyboard(open_page, report):

@@ -39,7 +39,8 @@ class BestRule:
     Attributes:
         select_on: Split whose accuracies choose.
         maximise: What is maximised, as text.
-        goals: The weighted sum of each text that can be maximised.
+        goals: The weighted sum of each text that can be maximised; of the knee the measures, as its
+            weights depend on the soups that compete.
         require: Thresholds of the run by measure.
         point: Whether estimates, not lower bounds, are compared with the thresholds.
         chosen: The row that the run chose, or None.
@@ -67,7 +68,7 @@ class BestRule:
         maximise = answer.maximise if answer else measures[min(1, len(measures) - 1)]
         goals: dict[str, Terms] = {measure: ((1.0, measure),) for measure in measures}
         if maximise not in goals:
-            goals[maximise] = _parse_goal(maximise, soups, split, measures)
+            goals[maximise] = _parse_goal(maximise, measures)
         return cls(
             split,
             maximise,
@@ -130,25 +131,12 @@ class BestRule:
         }
 
 
-def _parse_goal(
-    text: str, soups: Sequence[ResultRow], split: str, measures: Sequence[str]
-) -> Terms:
+def _parse_goal(text: str, measures: Sequence[str]) -> Terms:
     """Return the terms of a weighted sum, or of the knee; of the first measure for other texts."""
-    if text != KNEE:
-        try:
-            return Score.parse(text).terms
-        except RequestError:
-            return ((1.0, measures[0]),)
-    keys = [CLEAN, UNION if UNION in measures else measures[min(1, len(measures) - 1)]]
-    points = [
-        tuple(accuracy.value for key in keys if (accuracy := row.accuracy(split, key)))
-        for row in soups
-    ]
-    points = [point for point in points if len(point) == len(keys)]
-    front = [
-        point
-        for point in points
-        if not any(other != point and np.all(np.greater_equal(other, point)) for other in points)
-    ]
-    spans = [max(values) - min(values) for values in zip(*front, strict=True)] or [1.0, 1.0]
-    return [(1 / span if span > 0 else 1.0, key) for span, key in zip(spans, keys, strict=True)]
+    if text == KNEE:
+        robust = UNION if UNION in measures else measures[min(1, len(measures) - 1)]
+        return [(1.0, key) for key in dict.fromkeys((CLEAN, robust))]
+    try:
+        return Score.parse(text).terms
+    except RequestError:
+        return ((1.0, measures[0]),)

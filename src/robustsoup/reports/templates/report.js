@@ -55,7 +55,18 @@
       && Object.entries(requirements()).every(([measure, threshold]) => threshold === (own[measure] ?? 0));
   }
 
-  const scoreOf = (row) => d3.sum(data.rule.goals[state.maximise], ([weight, measure]) => weight * (share(row, measure, data.selectOn) ?? Number.NaN));
+  // The knee weighs each measure by the inverse of its range on the front of the soups that compete.
+  function termsOf(goal, soups) {
+    const terms = data.rule.goals[goal];
+    if (goal !== "knee") return terms;
+    const points = soups.map((row) => terms.map(([, measure]) => share(row, measure, data.selectOn)));
+    const dominates = (a, b) => a.every((value, k) => value >= b[k]) && a.some((value, k) => value > b[k]);
+    const front = points.filter((point) => !points.some((other) => dominates(other, point)));
+    return terms.map(([, measure], k) => {
+      const [low, high] = d3.extent(front, (point) => point[k]);
+      return [high > low ? 1 / (high - low) : 1, measure];
+    });
+  }
   const measuresOf = (goal) => data.rule.goals[goal].map(([, measure]) => measure);
 
   function choose() {
@@ -68,9 +79,12 @@
     if (!candidates.length) return { row: null, met: false };
     const require = requirements();
     const least = d3.min(candidates, (row) => shortfall(row, require));
+    const eligible = candidates.filter((row) => shortfall(row, require) === least);
+    const terms = termsOf(state.maximise, eligible);
+    const scoreOf = (row) => d3.sum(terms, ([weight, measure]) => weight * (share(row, measure, data.selectOn) ?? Number.NaN));
     const rank = (row) => [scoreOf(row), share(row, "clean", data.selectOn) ?? 0];
     let best = null;
-    for (const row of candidates.filter((item) => shortfall(item, require) === least)) {
+    for (const row of eligible) {
       const [first, second] = rank(row);
       if (!best || first > best.first || (first === best.first && second > best.second))
         best = { row, first, second };
