@@ -30,6 +30,8 @@ def test_calibration_reads_a_checkpoint(tmp_path, capsys):
 
 def test_calibration_refuses_what_it_cannot_time(capsys):
     assert run("doctor", "--calibrate", "resnet9:width=1", "--prune") == 2
+    assert run("doctor", "--pixels", 16) == 2
+    assert run("doctor", "--prune", "--json") == 2
     assert run("doctor", "--calibrate", "resnet9:width=1", "--pixels", "2") == 2
     assert "images of shape (3, 2, 2)" in capsys.readouterr().err
 

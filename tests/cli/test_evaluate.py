@@ -252,7 +252,9 @@ def test_compare_notes_different_protocols(here, capsys):
     assert "note: different steps: 2 and 3; the robust accuracies are not comparable" in text
 
 
-def test_accuracies_are_printed_even_if_they_cannot_be_written(here, tmp_path, capsys):
+def test_accuracies_are_printed_even_if_they_cannot_be_written(here, tmp_path, capsys, monkeypatch):
+    from robustsoup.evaluation import evaluate as evaluating
+
     (tmp_path / "out" / "a.test.npz" / "taken").mkdir(parents=True)
     shutil.copy(PAIR[0], tmp_path / "a.safetensors")
     output = ("-o", tmp_path / "out")
@@ -260,3 +262,15 @@ def test_accuracies_are_printed_even_if_they_cannot_be_written(here, tmp_path, c
     printed = capsys.readouterr()
     assert "clean" in printed.out
     assert "a.test.npz" in printed.err
+    # The same command goes on with the verdicts that it could not write.
+    (tmp_path / "out" / "a.test.npz" / "taken").rmdir()
+    (tmp_path / "out" / "a.test.npz").rmdir()
+    evaluate = evaluating.evaluate
+
+    def look_at_network(*args, **options):
+        assert "state_path" not in options, "it attacks again"
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(evaluating, "evaluate", look_at_network)
+    assert run("evaluate", tmp_path / "a.safetensors", *LINF, *FEW, *output) == 0
+    assert Evaluation.load(tmp_path / "out" / "a.test.json").accuracy

@@ -16,6 +16,17 @@ def file_names(folder, pattern="*"):
     return {path.name for path in folder.glob(pattern)}
 
 
+def test_a_policy_while_learning_may_be_a_function_in_this_folder(here, capsys):
+    code = (
+        "from robustsoup.soups.mixing import Buffers\n\n\ndef none(soup):\n    return Buffers({})\n"
+    )
+    (here / "own_policies.py").write_text(code)
+    learn = (*LEARN, "--epochs", 1, "--attack-steps", 1, "--buffers", "average")
+    assert run(*learn, "--learning-buffers", "own_policies:none", "-o", "out") == 0, (
+        capsys.readouterr()
+    )
+
+
 def test_mix_makes_the_same_soup_from_learned_coefficients(here, capsys):
     assert run(*LEARN, "--epochs", 1, "--detach", 0.5, "-o", "learned") == 0
     assert re.search(r"mean coefficients low 0\.\d\d high 0\.\d\d", capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """`robustsoup push`: the real client of the hub against a hub on this machine."""
 
+import io
 import json
 import os
 import subprocess
@@ -81,6 +82,17 @@ def test_what_the_hub_refuses_is_one_line(here, hub):
     assert done.returncode == 2
     assert "exists and is public" in done.stderr
     assert hub.files == {}
+
+
+def test_the_question_is_not_mixed_with_json(here, capsys, monkeypatch):
+    answer = io.StringIO("n\n")
+    monkeypatch.setattr(answer, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", answer)
+    with refused_network():
+        assert run("push", "low.safetensors", TARGET, "--json") == 2
+    printed = capsys.readouterr()
+    assert "Send these files?" in printed.err
+    assert printed.out.strip() == ""  # click prints a blank
 
 
 def test_nothing_is_sent_without_a_yes(here, capsys):

@@ -88,6 +88,15 @@ def test_a_method_tries_its_soups(here, capsys, method, count):
     assert len([row for row in rows if row["role"] == method]) == count
 
 
+def test_a_method_may_be_a_function_in_this_folder(here, capsys):
+    code = "def halves(n, step, max_soups):\n    return [(1 / n,) * n]\n"
+    (here / "halving_soups.py").write_text(code)
+    search = ("search", *PAIR, *LINF, *FEW, "--method", "halving_soups:halves")
+    assert run(*search, "--json", "-o", "best") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["coefficients"] for row in rows if row["coefficients"]] == [[0.5, 0.5]]
+
+
 def test_an_ingredient_may_have_the_name_of_a_method(here, capsys):
     shutil.copy("low.safetensors", "uniform.safetensors")
     command = ("search", "uniform.safetensors", "high.safetensors", *LINF, *FEW)

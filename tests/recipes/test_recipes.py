@@ -666,6 +666,12 @@ def test_settings_can_be_overridden(tmp_path):
     )
 
 
+def test_a_name_with_a_dot_is_quoted_in_an_override(tmp_path):
+    setting = 'ingredients."eps0.5".threat="L2 0.5"'
+    recipe = load_recipe(written(tmp_path, FULL), [setting])
+    assert recipe.ingredients["eps0.5"].threat == ThreatModel("L2", 0.5)
+
+
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
@@ -943,6 +949,12 @@ def test_several_threats_are_combined_in_recipes():
     assert recipe.training("a").threats == (ThreatModel("Linf", 16 / 255), ThreatModel("L2", 1.0))
     assert recipe.training("b").combine == "random"
     assert parse_recipe(tomllib.loads(recipe.to_toml()), "union", Path()) == recipe
+    content["soups"]["s"] |= {"threats": ["L2 1"], "also": ["Linf 8/255"]}
+    assert parse_recipe(content, "union", Path()).soups["s"]["combine"] == "mean"
+    content["soups"]["s"]["threats"] = ["L2 1", "clean"]
+    with pytest.raises(RecipeError, match=r"soups\.s\..*clean"):
+        parse_recipe(content, "union", Path())
+    content["soups"]["s"]["threats"] = ["L2 1"]
     del content["finetune"]["combine"]
     with pytest.raises(RecipeError, match="expected max, mean or random"):
         parse_recipe(content, "union", Path())

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.cli.options import AsJson
+from robustsoup.cli.options import AsJson, Given
 from robustsoup.cli.running import DataRoot
 from robustsoup.cli.terminal import print_json, print_line
 from robustsoup.errors import RequestError
 
 
 def doctor_command(
+    given: Given,
     data_root: DataRoot = None,
     as_json: AsJson = False,
     prune: Annotated[
@@ -45,6 +46,10 @@ def doctor_command(
     """
     if yes and not prune:
         raise RequestError("--yes: requires --prune")
+    if prune and as_json:
+        raise RequestError("--json: not with --prune")
+    if "pixels" in given and calibrate is None:
+        raise RequestError("--pixels: requires --calibrate")
     if calibrate is not None:
         if prune:
             raise RequestError("--calibrate: not with --prune")
@@ -78,7 +83,7 @@ def _prune_caches(*, ask: bool) -> None:
     if ask:
         if not sys.stdin.isatty():
             raise RequestError("--prune: requires --yes where nobody can answer")
-        if not typer.confirm("Remove all of these?"):
+        if not typer.confirm("Remove all of these?", err=True):
             return
     for cache in list_caches():
         cache.prune()

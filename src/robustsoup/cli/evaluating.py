@@ -93,7 +93,7 @@ def evaluate_command(
     overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
     states = _locate_states(described, selected, attack, [threat, samples, keep_points, run.device])
-    finished = _FinishedEvaluations(states, keeps=shift is None)
+    finished = _FinishedEvaluations(states, keeps=shift is None, writes=output is not None)
     for name, checkpoint in described.items():
         evaluation = finished.load(name)
         if evaluation is None:
@@ -223,10 +223,12 @@ class _FinishedEvaluations:
     Args:
         states: The place of the state of each evaluation by name.
         keeps: False if the command reads files that may change between two calls.
+        writes: Whether the command writes evaluations, which a full disk may prevent.
     """
 
-    def __init__(self, states: "Mapping[str, Path]", *, keeps: bool) -> None:
-        is_useful = keeps and len(states) > 1 and distributed.world() == 1  # other ranks would wait
+    def __init__(self, states: "Mapping[str, Path]", *, keeps: bool, writes: bool) -> None:
+        alone = distributed.world() == 1  # other ranks would wait
+        is_useful = keeps and alone and (writes or len(states) > 1)
         self._paths = {n: p.with_suffix(".json") for n, p in states.items()} if is_useful else {}
 
     def load(self, name: str) -> "Evaluation | None":

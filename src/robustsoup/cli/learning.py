@@ -105,6 +105,7 @@ def learn_command(
     import_named_module(settings.objective)
     import_named_module(settings.transform)
     import_named_module(policy)
+    import_named_module(settings.buffers)
     source = load_requested_data(data, network)
     check_buffer_policy(policy, source.train, settings.threat, affine=settings.affine)
     context = make_context(source, network, run, checkpoints)

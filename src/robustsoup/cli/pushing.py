@@ -101,5 +101,5 @@ def _confirm(*, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise RequestError("push: requires --yes where nobody can answer")
-    if not typer.confirm("Send these files?"):
+    if not typer.confirm("Send these files?", err=True):
         raise RequestError("push: nothing was sent")

@@ -330,5 +330,7 @@ def _add_merging(
 
 def _parse_content(content: dict[str, Any]) -> "Recipe":
     from robustsoup.recipes import parse_recipe
+    from robustsoup.user_code import current_folder_importable
 
-    return parse_recipe(content, content["name"], Path.cwd())
+    with current_folder_importable():  # a method may be the user's function
+        return parse_recipe(content, content["name"], Path.cwd())

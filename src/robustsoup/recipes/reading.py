@@ -191,7 +191,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = text
     except ValueError as error:
         raise RecipeError(f"--set {override}: {error}") from None
-    *tables, last = parts = key.strip().split(".")
+    *tables, last = parts = _split_key(key.strip())
     if not all(parts):
         raise RecipeError(f"--set {override}: expected KEY=VALUE with a key, such as seed=1")
     if len(tables) >= MAX_KEY_PARTS:
@@ -201,6 +201,19 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise RecipeError(f"--set {override}: {table} is not a table")
     content[last] = value
+
+
+def _split_key(key: str) -> list[str]:
+    """Split a dotted key as TOML does, which may quote a part: ingredients."eps0.5".epochs."""
+    try:
+        table: Any = parse_toml(f"{key} = 0")
+    except ValueError:
+        return key.split(".")  # names that TOML would quote
+    parts: list[str] = []
+    while isinstance(table, dict) and len(table) == 1:
+        ((part, table),) = table.items()
+        parts.append(part)
+    return parts if table == 0 else key.split(".")
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

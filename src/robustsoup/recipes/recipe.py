@@ -1,5 +1,6 @@
 """The recipe: all tables together, and the checks across them."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
@@ -27,7 +28,6 @@ from robustsoup.recipes.sections import (
     raises_value_error,
 )
 from robustsoup.settings import (
-    LINF_8,
     MOST_SOUPS,
     PRECISIONS,
     SEED_LIMIT,
@@ -402,8 +402,9 @@ class Recipe(Section):
     def _check_learning(self, name: str, soup: Soup) -> None:
         """Check the settings of learning that depend on each other or on the ingredients."""
         try:
-            settings = soup.learn_settings(LINF_8, "ce", seed=0, precision="auto")
-            settings.check_start(len(self.ingredients_of(soup)))
+            for threat, objective in itertools.product(self.threats_of(soup), soup.objectives):
+                settings = soup.learn_settings(threat, objective, seed=0, precision="auto")
+                settings.check_start(len(self.ingredients_of(soup)))
         except RequestError as error:
             raise ValueError(f"soups.{name}.{error}") from None
 
@@ -463,7 +464,7 @@ class Recipe(Section):
             f"soups.{name}: step {settings.step:g} makes {format_count(count)} soups; mixing and "
             f"evaluating them takes up to {Decimal(passes):.1e} forward passes for every 1,000 "
             f"samples. max_soups is {settings.max_soups:,}; choose a larger step or a learned "
-            "soup, or raise max_soups"
+            "soup, or raise max_soups in a recipe"
         )
 
     def _check_plane(self, name: str, plane: Plane) -> None:
