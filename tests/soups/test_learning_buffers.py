@@ -10,8 +10,9 @@ from learning_helpers import (
     resnet_ingredients,
 )
 from torch import nn
-from training_helpers import DATA, LINF, interrupt_at
+from training_helpers import DATA, LINF, fresh_network, interrupt_at
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN
@@ -126,3 +127,19 @@ def test_statistics_of_other_normalisations_are_mixed_too(norm, policy):
     soup = mix(items, alpha, network=base)
     for name in ("norm1.running_mean", "norm1.running_var", "norm2.running_var"):
         assert torch.equal(soup.tensors[name], alpha.tracked[name].to(soup.tensors[name]))
+
+
+def test_ingredients_without_counters_are_learned_and_recalibrated():
+    network = fresh_network()
+    items = [without_counters(item).with_network_of(network) for item in resnet_ingredients(2)]
+    learned = mix(items, learn_digits(items, epochs=1))
+    measured = mix(items, [0.5, 0.5], buffers="recalibrate", calibrate_on=DATA)
+    for soup in (learned, measured):
+        assert set(soup.tensors) == set(items[0].tensors)
+        soup.load_into(network)
+
+
+def without_counters(item):
+    """Return a checkpoint as files from before PyTorch 0.4.1 are, without BatchNorm's counters."""
+    tensors = item.tensors.items()
+    return Checkpoint({name: tensor for name, tensor in tensors if "num_batches" not in name})

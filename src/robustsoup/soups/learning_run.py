@@ -422,11 +422,12 @@ class LearningRun:
         }
 
     def _tracked_statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        layers = norm_layers(self.model)
+        """Return the statistics that the ingredients have; their files may lack counters."""
+        layers, names = norm_layers(self.model), self.inputs.ingredients[0].tensors
         return {
             name: tensor.cpu().clone()
             for name, tensor in buffers.items()
-            if name in self.statistics or name.rpartition(".")[0] in layers
+            if name in self.statistics or (name.rpartition(".")[0] in layers and name in names)
         }
 
     def _result_record(self) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def finish_soup(
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True)
         for name, tensor in result.tensors.items()
-        if name not in vectors
+        if name not in vectors and not _is_missing_counter(name, tensors)
     }
     _check_soup_is_finite(tensors, ingredients)
     source = "the base's" if policy.name == "base" else None
@@ -262,6 +262,11 @@ def finish_soup(
         named_network=first.named_network,
         notes=tuple(notes),
     )
+
+
+def _is_missing_counter(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a name is of a BatchNorm's counter, which files before PyTorch 0.4.1 lack."""
+    return name not in tensors and name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def open_ingredients(
