@@ -44,7 +44,7 @@ from robustsoup.soups.explanation import Explained, describe_gaps, explain, with
 from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.mixing import open_ingredients
+from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
     SearchProgress,
@@ -198,9 +198,7 @@ def search(
     _check_combination(settings, attack, calibrate_on)
     goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
     parsed = parse_threats(threats)
-    opened = tuple(open_all(ingredients))
-    if not opened:
-        raise RequestError("search: got no checkpoints, expected one or more")
+    opened = _open(ingredients, network)
     check_leakage(opened, data, allow=allow_leakage)
     split = data.first(samples)
     if shift is not None:
@@ -253,6 +251,20 @@ def search(
         answer = with_test(answer, evaluation, split=report_on.name)
     doubts = describe_differing_constants(open_ingredients(opened, network))
     return SearchResult(tuple(tried.candidates), answer, tried.predicted, tuple(doubts))
+
+
+def _open(
+    ingredients: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
+) -> tuple[Checkpoint, ...]:
+    """Open the checkpoints, in the names of the network that they name themselves.
+
+    Raises:
+        RequestError: If there are none.
+    """
+    opened = open_all(ingredients)
+    if not opened:
+        raise RequestError("search: got no checkpoints, expected one or more")
+    return tuple(fit_to_own_network(opened) if network is None else opened)
 
 
 def _check_report(report_on: Split, data: Split) -> None:
