@@ -253,6 +253,7 @@ def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, fu
         ends,
         split,
         [THREAT],
+        maximise="clean",
         on_progress=lambda *report: reports.append(report[:2]),
         **SCREEN,
         **FULL,
@@ -273,9 +274,19 @@ def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, fu
         mark = {} if 1.0 in c.alpha else {"screened": True}
         evaluation = replace(short[c.name], record=short[c.name].record | mark)
         screened.append(replace(c, evaluation=evaluation))
-    expected = {c.name for c in worth_confirming(screened)} | {"0-1", "1-0"}
+    cleanest = select(screened, maximise="clean", unconfirmed=True).best.name
+    expected = {c.name for c in worth_confirming(screened)} | {"0-1", "1-0", cleanest}
     assert {c.name for c in candidates if c.confirmed} == expected
-    assert select(candidates, maximise=THREAT).best.confirmed
+    assert select(candidates, maximise="clean").best.confirmed
+
+
+def test_a_screened_search_without_a_goal_confirms_soups_for_the_first_threat(ends, split):
+    def search_screened(**goal):
+        brief = {"step": 0.2, "steps": 5, "screen": True, "screen_steps": 1}
+        result = search(ends, split.first(50), [THREAT], **brief, **goal)
+        return result.answer.chosen, [c.name for c in result.candidates if c.confirmed]
+
+    assert search_screened() == search_screened(maximise=THREAT)
 
 
 def median_clean(candidates):
@@ -285,7 +296,7 @@ def median_clean(candidates):
 
 
 def test_every_soup_has_a_confirmed_one_that_screened_as_well_up_to_noise(ends, split, short):
-    candidates = search(ends, split, [THREAT], **SCREEN, **FULL).candidates
+    candidates = search(ends, split, [THREAT], maximise="clean", **SCREEN, **FULL).candidates
     confirmed = [short[c.name].accuracy for c in candidates if c.confirmed]
     noise = 0.5 / 100**0.5 + 1e-9
     for c in candidates:

@@ -325,7 +325,7 @@ def _try_soups(
     Args:
         evaluator: Mixes and evaluates soups.
         settings: The method and its settings.
-        goal: The goal as it was given, which screening confirms soups for.
+        goal: The goal as it was given.
         aim: The goal with the default of what is maximised.
         progress: Receives progress.
     """
@@ -336,7 +336,7 @@ def _try_soups(
     run = MethodRun(evaluator, settings, aim, progress, TimeLimit(settings.time_limit))
     if settings.method == ALL_METHODS:
         return _describe(evaluator, search_by_all(run))
-    return _describe(evaluator, search_by(run, settings.method, goal))
+    return _describe(evaluator, search_by(run, settings.method))
 
 
 def _describe(evaluator: SoupEvaluator, tried: Tried) -> Tried:
