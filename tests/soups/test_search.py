@@ -740,6 +740,24 @@ def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method
         search(ends, data.val, [THREAT], calibrate_on=data.test, report_on=data.test, **arguments)
 
 
+def test_joined_and_redrawn_splits_are_searched_for_the_samples_that_choose(ends, data):
+    arguments = {"method": "learned", "steps": 1, "samples": 20}
+    for fitted in (data.unsplit(), load_data("digits", seed=1).train):
+        shared = len(set(fitted.ids.tolist()) & set(data.val.first(20).ids.tolist()))
+        with pytest.raises(LeakageError, match=f"got {shared} samples of val that choose"):
+            search(ends, data.val, [THREAT], calibrate_on=fitted, **arguments)
+    with pytest.raises(RequestError, match="report_on: got 20 samples of val"):
+        search(ends, data.val, [THREAT], report_on=data.unsplit(), samples=20)
+
+
+def test_statistics_are_not_measured_on_the_samples_that_choose(ends, data):
+    arguments = {"method": "uniform", "steps": 1, "samples": 20, "buffers": "recalibrate"}
+    with pytest.raises(LeakageError, match="got 20 samples of val that choose or report a soup"):
+        search(ends, data.val, [THREAT], calibrate_on=data.val, **arguments)
+    allowed = {**arguments, "allow_leakage": True}
+    assert search(ends, data.val, [THREAT], calibrate_on=data.val, **allowed).candidates
+
+
 def test_adversarial_calibration_is_under_the_first_threat_of_the_search(ends, data):
     train = data.train.first(64)
     arguments = {"method": "uniform", "steps": 1, "samples": 20, "calibrate_on": train}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from robustsoup.catalog import SOUP_METHODS
+from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
@@ -186,8 +186,8 @@ def search(
     Raises:
         RequestError: For invalid settings, or a `report_on` that shares samples with `data`, before
             any work.
-        LeakageError: If an ingredient was trained on samples of `data`, or a method would learn or
-            measure on them.
+        LeakageError: If an ingredient was trained on samples of `data`, or a method or policy would
+            learn or measure on them.
     """
     data = as_split(data, "search")
     calibrate_on = as_optional_split(calibrate_on, "search: calibrate_on")
@@ -210,7 +210,7 @@ def search(
     merging = describe_merging(settings, merge_changes, base, parsed)
     _check_merging(merging, len(opened), calibrate_on)
     if not allow_leakage:
-        _check_fitting(settings, calibrate_on, [split, report_on])
+        _check_fitting(settings, buffers, calibrate_on, [split, report_on])
     adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
     confirms = adaptive and requires_confirmation(goal)
     steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
@@ -277,11 +277,16 @@ def _check_report(report_on: Split, data: Split) -> None:
 
 
 def _check_fitting(
-    settings: SearchSettings, calibrate_on: Split | None, others: Sequence[Split | None]
+    settings: SearchSettings,
+    buffers: str | None,
+    calibrate_on: Split | None,
+    others: Sequence[Split | None],
 ) -> None:
     """Raise LeakageError if soups would be fitted to samples that choose or report one."""
     methods = [method for method in methods_of(settings) if isinstance(method, str)]
     fits = any(method in LEARNING or is_merge(method) for method in methods)
+    if buffers is not None:
+        fits |= "data" in BUFFER_POLICIES.get_entry(buffers).facts.get("needs", ())
     if calibrate_on is None or not fits:
         return
     for data in filter(None, others):
@@ -293,8 +298,12 @@ def _check_fitting(
 
 
 def _count_shared(a: Split, b: Split) -> int:
-    """Return the number of samples that two splits of one division of the data share."""
-    same = a.name == b.name and a.record["split_digest"] == b.record["split_digest"]
+    """Return the number of samples that two splits of one data set share.
+
+    Splits may divide train and val differently, or join them; the ids of test are its own.
+    """
+    same_ids = (a.name == "test") == (b.name == "test")
+    same = same_ids and a.record["digest"] == b.record["digest"]
     return len(set(a.ids.tolist()) & set(b.ids.tolist())) if same else 0
 
 
