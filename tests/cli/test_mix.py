@@ -84,10 +84,18 @@ def test_a_method_takes_learned_weights_of_the_whole_network(here, capsys):
     assert "computed for other ingredients" in capsys.readouterr().err
 
 
+def test_a_method_may_measure_on_another_split(here, capsys):
+    fisher = ("--method", "fisher", "--data", "digits", "--seed", 1, "--measure-samples", 16)
+    assert run(*MIX, *fisher, "--threat", "Linf 32/255") == 2
+    assert "or --allow-leakage" in capsys.readouterr().err
+    assert run(*MIX, *fisher, "--threat", "Linf 32/255", "--allow-leakage") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--density", 0.5), "--density: requires --method"),
+        (("--allow-leakage",), "--allow-leakage: requires --method"),
         (("--method", "fisher"), 'method "fisher": measures on training samples; give data'),
         (("--method", "swap"), 'method "swap": give the blocks'),
         (("--method", "slerp", "--base", "base.safetensors"), "--base: requires --buffers base"),

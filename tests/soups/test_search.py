@@ -750,6 +750,16 @@ def test_joined_and_redrawn_splits_are_searched_for_the_samples_that_choose(ends
         search(ends, data.val, [THREAT], report_on=data.unsplit(), samples=20)
 
 
+def test_ingredients_of_another_split_are_merged_if_leakage_is_allowed(ends, data):
+    other = {"data": load_data("digits", seed=1).record}
+    items = [ends[0], ends[1].with_provenance(**other)]
+    arguments = {"steps": 1, "samples": 20, "calibrate_on": data.train, "measure_samples": 8}
+    with pytest.raises(LeakageError, match="was trained on another split"):
+        search(items, data.val, [THREAT], method="fisher", **arguments)
+    found = search(items, data.val, [THREAT], method="fisher", allow_leakage=True, **arguments)
+    assert found.candidates
+
+
 def test_statistics_are_not_measured_on_the_samples_that_choose(ends, data):
     arguments = {"method": "uniform", "steps": 1, "samples": 20, "buffers": "recalibrate"}
     with pytest.raises(LeakageError, match="got 20 samples of val that choose or report a soup"):

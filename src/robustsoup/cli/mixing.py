@@ -81,6 +81,14 @@ def mix_command(
             "regmean."
         ),
     ] = "clean",
+    allow_leakage: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leakage",
+            help="Let --method fisher and regmean measure although an ingredient was trained on "
+            "another split of --data.",
+        ),
+    ] = False,
 ) -> None:
     """Average checkpoints with given coefficients, or merge them by a method.
 
@@ -149,6 +157,7 @@ def mix_command(
             data=split,
             threat=threat,
             buffers=policy,
+            allow_leakage=allow_leakage,
             network=module,
             device=resolve_device(run.device),
             seed=data.seed,
@@ -170,7 +179,7 @@ def _check_method(
     for name in (method, buffers):
         import_named_module(name)
     if method is None:
-        for name in rules(MergeSettings):
+        for name in (*rules(MergeSettings), "allow_leakage"):
             if name in given:
                 raise RequestError(f"--{name.replace('_', '-')}: requires --method")
     entry = None if method is None else SOUP_METHODS.get_entry(method)
