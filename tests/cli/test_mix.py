@@ -5,6 +5,7 @@ import torch
 from command_line import LINF, MIX, PAIR, run
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 
@@ -45,6 +46,17 @@ def test_statistics_can_be_measured_again(here):
     mean = "prep.1.running_mean"
     assert not torch.equal(first.tensors[mean], second.tensors[mean])
     assert second.provenance["buffers"]["threat"] == "Linf 48/255"
+
+
+def test_affine_coefficients_without_statistics_take_those_of_the_base(here):
+    """As for a network without BatchNorm, whose learning tracks none."""
+    record = {"learning": {"affine": True}}
+    alpha = Coefficients(torch.tensor([[1.5, -0.5]], dtype=torch.float64), record=record)
+    alpha.save("affine.safetensors")
+    assert run(*MIX, "--coefficients", "affine.safetensors") == 0
+    expected = mix(PAIR, alpha)
+    assert Checkpoint.load("soup.safetensors").digest == expected.digest
+    assert expected.provenance["buffers"]["policy"] == "base"
 
 
 def test_the_base_gives_its_statistics(here):

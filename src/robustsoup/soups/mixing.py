@@ -310,8 +310,10 @@ def fit_to_own_network(ingredients: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def default_buffer_policy(coefficients: Coefficients) -> str:
-    """Return "tracked" for coefficients of one learned soup, else "average"."""
-    return "tracked" if coefficients.tracked and "at" not in coefficients.record else "average"
+    """Return "tracked" for those of one learned soup, else "base" if affine, else "average"."""
+    if coefficients.tracked and "at" not in coefficients.record:
+        return "tracked"
+    return "base" if coefficients.affine else "average"
 
 
 def check_buffer_policy(
