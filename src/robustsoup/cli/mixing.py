@@ -118,10 +118,12 @@ def mix_command(
         raise RequestError("mix: --normalize requires --model or --data")
     run.use_threads()
     ingredients = open_checkpoints(checkpoints, network.opening)
-    if at is not None and coefficients is None:
-        alpha = Coefficients.of(point_on_line(ingredients, at))
-    else:
-        alpha = parse_coefficients(coefficients, len(checkpoints), at)
+    opened_base = None if base is None else network.opening.open(base)
+    alpha = (
+        Coefficients.of(point_on_line(ingredients, at))
+        if at is not None and coefficients is None
+        else parse_coefficients(coefficients, len(checkpoints), at)
+    )
     policy = soup.buffers or ("average" if method else default_buffer_policy(alpha))
     is_point = soup.buffers is None and policy == "average" and spans_subspace(ingredients)
     # The statistics of a subspace, if there are any, are measured anew at each point.
@@ -140,7 +142,7 @@ def mix_command(
             ingredients,
             alpha,
             buffers=policy,
-            base=base,
+            base=opened_base,
             calibrate_on=split,
             threat=ThreatModel.parse(threat),
             network=module,
@@ -153,7 +155,7 @@ def mix_command(
             method,
             alpha,
             merging,
-            base=base,
+            base=opened_base,
             data=split,
             threat=threat,
             buffers=policy,
