@@ -423,6 +423,30 @@ def test_a_screening_that_comes_to_no_end_says_so(ends, split):
 
 
 @pytest.mark.usefixtures("ticks")
+def test_soups_that_the_surrogate_comes_too_late_for_are_counted(ends, split, monkeypatch):
+    brief = {"method": "surrogate", "step": 0.1, "steps": 1}
+    whole = search(ends, split, [THREAT], **brief)
+    assert (whole.answer.left_out, whole.answer.unfinished) == (0, 0)
+    late = search(ends, split, [THREAT], time_limit="7s", **brief)
+    assert len(late.candidates) + late.answer.left_out == 11
+    assert late.answer.left_out > 0
+    monkeypatch.setattr("robustsoup.soups.surrogate_search.SMALLEST_PART", len(split) // 3)
+    in_part = search(ends, split, [THREAT], time_limit="13s", **brief)  # the first soups
+    assert in_part.answer.unfinished <= sum(not c.confirmed for c in in_part.candidates)
+
+
+@pytest.mark.usefixtures("ticks")
+def test_the_search_by_all_counts_what_the_surrogate_came_too_late_for(
+    ends, split, data, monkeypatch
+):
+    monkeypatch.setattr("robustsoup.soups.search.methods_of", lambda _: ("surrogate", "greedy"))
+    monkeypatch.setattr("robustsoup.soups.search_methods.LEARNING", ())
+    brief = {"step": 0.1, "steps": 1, "calibrate_on": data.train.first(64)}
+    late = search(ends, split, [THREAT], method="all", time_limit="7s", **brief)
+    assert len(late.candidates) + late.answer.left_out == 11 + 1  # the greedy soup
+
+
+@pytest.mark.usefixtures("ticks")
 def test_the_first_soup_is_evaluated_whatever_the_limit(ends, split):
     brief = {"steps": 1, "time_limit": "1s", "samples": 20}
     for method in ("uniform", "grid", "surrogate"):

@@ -313,7 +313,7 @@ def search_by_all(run: MethodRun) -> Tried:
     greedy_soups: list[Candidate] = []
     if run.limit.begin_soup():
         greedy_soups = [replace(_search_greedily(run, known)[-1], name="greedy")]
-    left_out = sum(part.late.left_out for part in learned) + 1 - len(greedy_soups)
+    left_out = sum(part.late.left_out for part in (mapped, *learned)) + 1 - len(greedy_soups)
     return Tried(
         [
             *(replace(item, name=f"surrogate-{item.name}") for item in mapped.candidates),
@@ -323,7 +323,7 @@ def search_by_all(run: MethodRun) -> Tried:
         mapped.looked_at,
         tuple(replace(item, name=f"surrogate-{item.name}") for item in mapped.predicted),
         evaluations,
-        Late(left_out=left_out),
+        Late(left_out, mapped.late.unfinished),
     )
 
 
@@ -362,7 +362,10 @@ def _search_by_surrogate(
         seed=evaluator.attack.seed,
     )
     evaluations: dict[str, Evaluation] = {}
-    while requests := requests_in_time(engine, hits_by_name(evaluations), limit)[0]:
+    while True:
+        requests, is_late = requests_in_time(engine, hits_by_name(evaluations), limit)
+        if not requests:
+            break
         progress.total += 1
         name, subset = requests[0].candidate, requests[0].subset
         alpha = alphas[name]
@@ -373,10 +376,15 @@ def _search_by_surrogate(
         limit.end_soup()
     attacked = [name in evaluations for name in alphas]
     hits = hits_by_name(evaluations)
+    late = Late()
+    if is_late:
+        begun = [request for request in engine.last_requests(hits) if request.after is not None]
+        late = Late(len(alphas) - len(evaluations), len(begun))
     return Tried(
         _list_candidates(alphas, evaluations),
         clean_hits[~np.array(attacked)].T,
         tuple(engine.predict(hits)),
+        late=late,
     )
 
 
