@@ -755,6 +755,22 @@ def test_the_soup_learned_without_an_attack_has_no_settings_of_attacks(ends, dat
     assert not torch.equal(found.candidates[3].mixed_by.alpha, plain.candidates[3].mixed_by.alpha)
 
 
+def test_the_soup_learned_without_an_attack_recalibrates_without_one(ends, data):
+    policy = LearnSettings(epochs=1, attack_steps=1, buffers="recalibrate-adversarial")
+    arguments = {"calibrate_on": data.train.first(64), "steps": 1, "samples": 20}
+    found = search(ends, data.val, [THREAT], method="learned", learn_settings=policy, **arguments)
+    policies = [c.mixed_by.record["learning"]["buffers"] for c in found.candidates]
+    assert policies == ["recalibrate", *["recalibrate-adversarial"] * 4]
+
+
+def test_a_policy_that_learning_cannot_take_is_refused_before_any_work(ends, data, monkeypatch):
+    monkeypatch.setattr("robustsoup.soups.soup_evaluator.evaluate", None)
+    settings = LearnSettings(affine=True, buffers="average")
+    arguments = {"method": "learned", "calibrate_on": data.train, "learn_settings": settings}
+    with pytest.raises(RequestError, match="averaged variances can turn negative"):
+        search(ends, data.val, [THREAT], **arguments)
+
+
 @pytest.mark.parametrize("method", ["learned", "dial", "all", "fisher", "regmean"])
 def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method):
     arguments = {"method": method, "steps": 1, "samples": 20, "step": 0.5}

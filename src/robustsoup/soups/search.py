@@ -44,7 +44,7 @@ from robustsoup.soups.explanation import Explained, describe_gaps, explain, with
 from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
+from robustsoup.soups.mixing import check_buffer_policy, fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
     SearchProgress,
@@ -226,7 +226,7 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=_parse_learning(settings, learn_settings, parsed),
+        learn=_parse_learning(settings, learn_settings, parsed, calibrate_on),
         allow_leakage=allow_leakage,
     )
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
@@ -308,7 +308,10 @@ def _count_shared(a: Split, b: Split) -> int:
 
 
 def _parse_learning(
-    settings: SearchSettings, learn_settings: LearnSettings | None, threats: Sequence[ThreatModel]
+    settings: SearchSettings,
+    learn_settings: LearnSettings | None,
+    threats: Sequence[ThreatModel],
+    calibrate_on: Split | None,
 ) -> LearnSettings:
     """Return the settings of learning, after a check of those of each soup to learn.
 
@@ -318,7 +321,9 @@ def _parse_learning(
     learn = make_settings(LearnSettings, learn_settings, {})
     for method in methods_of(settings):
         if method in LEARNING:
-            LearnedFamily.of(method, threats, settings.sweep).list_settings(learn)
+            family = LearnedFamily.of(method, threats, settings.sweep)
+            for item in family.list_settings(learn):
+                check_buffer_policy(item.buffers, calibrate_on, item.threat, affine=item.affine)
     return learn
 
 
