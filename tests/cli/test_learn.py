@@ -72,6 +72,25 @@ def test_what_the_soup_cannot_take_is_refused_before_learning(here, capsys):
     assert not (here / "out" / ".state.pt").exists()
 
 
+def test_a_base_is_read_as_the_ingredients_are(here):
+    """Under other names, in other dtypes and with --key."""
+    low, base = (Checkpoint.load(f"{name}.safetensors") for name in ("low", "base"))
+    averaged = {
+        f"module.{name}": tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in base.tensors.items()
+    }
+    torch.save({"state_dict": dict(low.tensors), "ema": averaged}, "base.pth")
+    torch.save({"state_dict": dict(base.tensors), "ema": dict(low.tensors)}, "low.pth")
+    options = ("--key", "ema", "--base", "base.pth", "--buffers", "base")
+    pair = ("low.pth", "low.pth", "--model", "resnet9:width=2")
+    assert run("learn", *pair, *LINF, *options, "--epochs", 1, "-o", "out") == 0
+    assert run("mix", *pair, *options, "-o", "mixed.safetensors") == 0
+    for soup in ("out/soup.safetensors", "mixed.safetensors"):
+        tensors = Checkpoint.load(soup).tensors
+        for name in ("prep.1.running_mean", "prep.1.running_var"):
+            assert torch.equal(tensors[name], base.tensors[name])
+
+
 def test_a_dial_can_change_the_radius(here):
     assert run(*LEARN, "--epochs", 1, "--dial", "--dial-by", "eps", "-o", "turned") == 0
     assert "eps" in str(Dial.load("turned/dial.safetensors").record["learning"]["dial"])

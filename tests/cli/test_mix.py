@@ -5,6 +5,7 @@ import torch
 from command_line import LINF, MIX, PAIR, run
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import mix
 
@@ -47,6 +48,17 @@ def test_statistics_can_be_measured_again(here):
     assert second.provenance["buffers"]["threat"] == "Linf 48/255"
 
 
+def test_affine_coefficients_without_statistics_take_those_of_the_base(here):
+    """As for a network without BatchNorm, whose learning tracks none."""
+    record = {"learning": {"affine": True}}
+    alpha = Coefficients(torch.tensor([[1.5, -0.5]], dtype=torch.float64), record=record)
+    alpha.save("affine.safetensors")
+    assert run(*MIX, "--coefficients", "affine.safetensors") == 0
+    expected = mix(PAIR, alpha)
+    assert Checkpoint.load("soup.safetensors").digest == expected.digest
+    assert expected.provenance["buffers"]["policy"] == "base"
+
+
 def test_the_base_gives_its_statistics(here):
     options = ("--buffers", "base", "--base", "base.safetensors")
     learn = ("learn", *PAIR, *LINF, "--epochs", 1, "--learning-buffers", "base")
@@ -84,10 +96,18 @@ def test_a_method_takes_learned_weights_of_the_whole_network(here, capsys):
     assert "computed for other ingredients" in capsys.readouterr().err
 
 
+def test_a_method_may_measure_on_another_split(here, capsys):
+    fisher = ("--method", "fisher", "--data", "digits", "--seed", 1, "--measure-samples", 16)
+    assert run(*MIX, *fisher, "--threat", "Linf 32/255") == 2
+    assert "or --allow-leakage" in capsys.readouterr().err
+    assert run(*MIX, *fisher, "--threat", "Linf 32/255", "--allow-leakage") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--density", 0.5), "--density: requires --method"),
+        (("--allow-leakage",), "--allow-leakage: requires --method"),
         (("--method", "fisher"), 'method "fisher": measures on training samples; give data'),
         (("--method", "swap"), 'method "swap": give the blocks'),
         (("--method", "slerp", "--base", "base.safetensors"), "--base: requires --buffers base"),

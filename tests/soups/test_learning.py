@@ -618,3 +618,22 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_no_ingredients_are_refused():
     with pytest.raises(CheckpointError, match="got none"):
         learn([], DATA, threat=LINF)
+
+
+@pytest.mark.parametrize("named", ["all", "the first", "in the files"])
+def test_files_whose_names_need_fitting_are_learned_and_mixed(named, tmp_path):
+    items = []
+    for number, item in enumerate(resnet_ingredients(2)):
+        path = tmp_path / f"{number}.pth"
+        torch.save({f"1.{name}": tensor for name, tensor in item.tensors.items()}, path)
+        if named != "the first" or not items:
+            wrapped = Checkpoint.load(path).with_network("resnet9:width=2", channels=1)
+        else:
+            wrapped = Checkpoint.load(path)
+        if named == "in the files":
+            wrapped = Checkpoint.load(wrapped.save(tmp_path / f"{number}.safetensors"))
+        items.append(wrapped)
+    alpha = learn_digits(items, epochs=1, detach=0.0)
+    fitted = items[0].with_names_of(items[0].network())
+    assert set(alpha.layers) <= set(fitted.tensors)
+    assert set(mix(items, alpha).tensors) == set(fitted.tensors)

@@ -1,5 +1,7 @@
 """BatchNorm statistics while a soup is learned, by each policy."""
 
+import copy
+
 import pytest
 import torch
 from ingredients import perturbed
@@ -8,11 +10,14 @@ from learning_helpers import (
     assert_same_coefficients,
     learn_digits,
     resnet_ingredients,
+    small_ingredients,
 )
 from torch import nn
-from training_helpers import DATA, LINF, interrupt_at
+from training_helpers import DATA, LINF, fresh_network, interrupt_at
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
+from robustsoup.soups.batchnorm import recalibrate, running_statistics
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN
 
@@ -126,3 +131,74 @@ def test_statistics_of_other_normalisations_are_mixed_too(norm, policy):
     soup = mix(items, alpha, network=base)
     for name in ("norm1.running_mean", "norm1.running_var", "norm2.running_var"):
         assert torch.equal(soup.tensors[name], alpha.tracked[name].to(soup.tensors[name]))
+
+
+def test_ingredients_without_counters_are_learned_and_recalibrated():
+    network = fresh_network()
+    items = [without_counters(item).with_network_of(network) for item in resnet_ingredients(2)]
+    learned = mix(items, learn_digits(items, epochs=1))
+    measured = mix(items, [0.5, 0.5], buffers="recalibrate", calibrate_on=DATA)
+    for soup in (learned, measured):
+        assert set(soup.tensors) == set(items[0].tensors)
+        soup.load_into(network)
+
+
+def without_counters(item):
+    """Return a checkpoint as files from before PyTorch 0.4.1 are, without BatchNorm's counters."""
+    tensors = item.tensors.items()
+    return Checkpoint({name: tensor for name, tensor in tensors if "num_batches" not in name})
+
+
+class SharedNorm(SmallNetwork):
+    """A SmallNetwork that applies one block three times, under three names."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)).double()
+        self.blocks = nn.ModuleList([block] * 3)
+        self.after = nn.Conv2d(4, 4, 1).double()
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x.double()))
+        for block in self.blocks:
+            x = block(x)
+        x = nn.functional.silu(self.after(x))
+        return self.linear(nn.functional.silu(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+class SharedWeight(SmallNetwork):
+    """A SmallNetwork with two BatchNorms that share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv2 = nn.Conv2d(4, 4, 3, stride=2, padding=1, bias=False).double()
+        self.norm2, self.linear = nn.BatchNorm2d(4).double(), nn.Linear(4, 10).double()
+        self.norm2.weight = self.norm1.weight
+
+
+def test_a_batchnorm_under_several_names_is_recalibrated_under_all():
+    network, items = small_ingredients(2, SharedNorm)
+    soup = mix(items, [0.5, 0.5], buffers="recalibrate", calibrate_on=DATA, network=network)
+    measured = recalibrate(soup_network(network, soup), DATA)
+    for kind in ("running_mean", "running_var"):
+        for number in range(3):
+            name = f"blocks.{number}.1.{kind}"
+            assert torch.equal(soup.tensors[name], soup.tensors[f"blocks.0.1.{kind}"])
+            assert torch.equal(soup.tensors[name], measured[name])
+
+
+@pytest.mark.parametrize("kind", [SharedNorm, SharedWeight])
+def test_statistics_follow_a_shared_weight_and_can_be_learned(kind):
+    network, items = small_ingredients(2, kind)
+    for name, owner in running_statistics(items[0]).items():
+        weight = f"{name.rpartition('.')[0]}.weight"
+        assert owner == items[0].tied.get(weight, weight)
+    soup = mix(items, learn_digits(items, epochs=1, network=network), network=network)
+    assert set(soup.tensors) == set(items[0].tensors)
+
+
+def soup_network(network, soup):
+    """Return a copy of the network with the weights of a soup."""
+    model = copy.deepcopy(network)
+    soup.load_into(model)
+    return model

@@ -253,6 +253,7 @@ def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, fu
         ends,
         split,
         [THREAT],
+        maximise="clean",
         on_progress=lambda *report: reports.append(report[:2]),
         **SCREEN,
         **FULL,
@@ -273,9 +274,19 @@ def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, fu
         mark = {} if 1.0 in c.alpha else {"screened": True}
         evaluation = replace(short[c.name], record=short[c.name].record | mark)
         screened.append(replace(c, evaluation=evaluation))
-    expected = {c.name for c in worth_confirming(screened)} | {"0-1", "1-0"}
+    cleanest = select(screened, maximise="clean", unconfirmed=True).best.name
+    expected = {c.name for c in worth_confirming(screened)} | {"0-1", "1-0", cleanest}
     assert {c.name for c in candidates if c.confirmed} == expected
-    assert select(candidates, maximise=THREAT).best.confirmed
+    assert select(candidates, maximise="clean").best.confirmed
+
+
+def test_a_screened_search_without_a_goal_confirms_soups_for_the_first_threat(ends, split):
+    def search_screened(**goal):
+        brief = {"step": 0.2, "steps": 5, "screen": True, "screen_steps": 1}
+        result = search(ends, split.first(50), [THREAT], **brief, **goal)
+        return result.answer.chosen, [c.name for c in result.candidates if c.confirmed]
+
+    assert search_screened() == search_screened(maximise=THREAT)
 
 
 def median_clean(candidates):
@@ -285,7 +296,7 @@ def median_clean(candidates):
 
 
 def test_every_soup_has_a_confirmed_one_that_screened_as_well_up_to_noise(ends, split, short):
-    candidates = search(ends, split, [THREAT], **SCREEN, **FULL).candidates
+    candidates = search(ends, split, [THREAT], maximise="clean", **SCREEN, **FULL).candidates
     confirmed = [short[c.name].accuracy for c in candidates if c.confirmed]
     noise = 0.5 / 100**0.5 + 1e-9
     for c in candidates:
@@ -409,6 +420,30 @@ def test_a_screening_that_comes_to_no_end_says_so(ends, split):
     open_race = not late.candidates[1].confirmed
     assert late.answer.unfinished <= open_race
     assert late.answer.chosen in [c.name for c in late.candidates if c.confirmed]
+
+
+@pytest.mark.usefixtures("ticks")
+def test_soups_that_the_surrogate_comes_too_late_for_are_counted(ends, split, monkeypatch):
+    brief = {"method": "surrogate", "step": 0.1, "steps": 1}
+    whole = search(ends, split, [THREAT], **brief)
+    assert (whole.answer.left_out, whole.answer.unfinished) == (0, 0)
+    late = search(ends, split, [THREAT], time_limit="7s", **brief)
+    assert len(late.candidates) + late.answer.left_out == 11
+    assert late.answer.left_out > 0
+    monkeypatch.setattr("robustsoup.soups.surrogate_search.SMALLEST_PART", len(split) // 3)
+    in_part = search(ends, split, [THREAT], time_limit="13s", **brief)  # the first soups
+    assert in_part.answer.unfinished <= sum(not c.confirmed for c in in_part.candidates)
+
+
+@pytest.mark.usefixtures("ticks")
+def test_the_search_by_all_counts_what_the_surrogate_came_too_late_for(
+    ends, split, data, monkeypatch
+):
+    monkeypatch.setattr("robustsoup.soups.search.methods_of", lambda _: ("surrogate", "greedy"))
+    monkeypatch.setattr("robustsoup.soups.search_methods.LEARNING", ())
+    brief = {"step": 0.1, "steps": 1, "calibrate_on": data.train.first(64)}
+    late = search(ends, split, [THREAT], method="all", time_limit="7s", **brief)
+    assert len(late.candidates) + late.answer.left_out == 11 + 1  # the greedy soup
 
 
 @pytest.mark.usefixtures("ticks")
@@ -720,6 +755,22 @@ def test_the_soup_learned_without_an_attack_has_no_settings_of_attacks(ends, dat
     assert not torch.equal(found.candidates[3].mixed_by.alpha, plain.candidates[3].mixed_by.alpha)
 
 
+def test_the_soup_learned_without_an_attack_recalibrates_without_one(ends, data):
+    policy = LearnSettings(epochs=1, attack_steps=1, buffers="recalibrate-adversarial")
+    arguments = {"calibrate_on": data.train.first(64), "steps": 1, "samples": 20}
+    found = search(ends, data.val, [THREAT], method="learned", learn_settings=policy, **arguments)
+    policies = [c.mixed_by.record["learning"]["buffers"] for c in found.candidates]
+    assert policies == ["recalibrate", *["recalibrate-adversarial"] * 4]
+
+
+def test_a_policy_that_learning_cannot_take_is_refused_before_any_work(ends, data, monkeypatch):
+    monkeypatch.setattr("robustsoup.soups.soup_evaluator.evaluate", None)
+    settings = LearnSettings(affine=True, buffers="average")
+    arguments = {"method": "learned", "calibrate_on": data.train, "learn_settings": settings}
+    with pytest.raises(RequestError, match="averaged variances can turn negative"):
+        search(ends, data.val, [THREAT], **arguments)
+
+
 @pytest.mark.parametrize("method", ["learned", "dial", "all", "fisher", "regmean"])
 def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method):
     arguments = {"method": method, "steps": 1, "samples": 20, "step": 0.5}
@@ -727,6 +778,34 @@ def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method
         search(ends, data.val, [THREAT], calibrate_on=data.val, **arguments)
     with pytest.raises(LeakageError, match="samples of test that choose or report a soup"):
         search(ends, data.val, [THREAT], calibrate_on=data.test, report_on=data.test, **arguments)
+
+
+def test_joined_and_redrawn_splits_are_searched_for_the_samples_that_choose(ends, data):
+    arguments = {"method": "learned", "steps": 1, "samples": 20}
+    for fitted in (data.unsplit(), load_data("digits", seed=1).train):
+        shared = len(set(fitted.ids.tolist()) & set(data.val.first(20).ids.tolist()))
+        with pytest.raises(LeakageError, match=f"got {shared} samples of val that choose"):
+            search(ends, data.val, [THREAT], calibrate_on=fitted, **arguments)
+    with pytest.raises(RequestError, match="report_on: got 20 samples of val"):
+        search(ends, data.val, [THREAT], report_on=data.unsplit(), samples=20)
+
+
+def test_ingredients_of_another_split_are_merged_if_leakage_is_allowed(ends, data):
+    other = {"data": load_data("digits", seed=1).record}
+    items = [ends[0], ends[1].with_provenance(**other)]
+    arguments = {"steps": 1, "samples": 20, "calibrate_on": data.train, "measure_samples": 8}
+    with pytest.raises(LeakageError, match="was trained on another split"):
+        search(items, data.val, [THREAT], method="fisher", **arguments)
+    found = search(items, data.val, [THREAT], method="fisher", allow_leakage=True, **arguments)
+    assert found.candidates
+
+
+def test_statistics_are_not_measured_on_the_samples_that_choose(ends, data):
+    arguments = {"method": "uniform", "steps": 1, "samples": 20, "buffers": "recalibrate"}
+    with pytest.raises(LeakageError, match="got 20 samples of val that choose or report a soup"):
+        search(ends, data.val, [THREAT], calibrate_on=data.val, **arguments)
+    allowed = {**arguments, "allow_leakage": True}
+    assert search(ends, data.val, [THREAT], calibrate_on=data.val, **allowed).candidates
 
 
 def test_adversarial_calibration_is_under_the_first_threat_of_the_search(ends, data):

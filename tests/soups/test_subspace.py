@@ -16,6 +16,7 @@ from robustsoup.soups import subspace
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.subspace import (
     SubspaceRun,
+    check_subspace,
     draw_point,
     point_on_line,
     spans_subspace,
@@ -162,6 +163,11 @@ def test_the_weight_of_the_clean_loss_can_change_instead():
     assert objective.clean_weight == 0.25
 
 
+def test_a_middle_end_may_share_the_first_threat_or_be_clean():
+    for middle in (LINF, CLEAN):
+        check_subspace((LINF, middle, CLEAN), TrainSettings(threat=LINF), "objective")
+
+
 def test_labels_are_smoothed_at_every_point():
     objective = make_run(by="objective", label_smoothing=0.3)._goal((0.75, 0.25))[1]
     assert objective == Objective.parse("mixed 0.25").with_label_smoothing(0.3)
@@ -257,6 +263,9 @@ def test_several_threats_hold_at_every_point():
         ((LINF, CLEAN, "L2 1.0"), {}, "expected an order from robust to clean"),
         ((LINF, CLEAN), {"by": "radius"}, 'by: got "radius", expected one of eps, objective'),
         ((LINF, WEAK), {"by": "objective"}, "expected a threat first and clean last"),
+        ((LINF, "L2 0.5", CLEAN), {"by": "objective"}, "and no other threat between them"),
+        ((LINF, WEAK, CLEAN), {"by": "objective"}, "and no other threat between them"),
+        ((CLEAN, CLEAN), {"by": "objective"}, "expected a threat first and clean last"),
         ((LINF, CLEAN), {"by": "objective", "objective": "trades"}, "which weighs the clean loss"),
         ((LINF, CLEAN), {"ema": 0.9}, "ema: a subspace is trained without it"),
         ((LINF, CLEAN), {"early_stop": True}, "early_stop: a subspace is trained without it"),

@@ -670,7 +670,7 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
         if first_names[id(parameter)] != name
     }
     parameters = list(first_names.values())
-    statistics = find_unweighted_statistics(saved, parameters)
+    statistics = find_unweighted_statistics(saved, parameters, tied)
     return {"parameters": parameters, "tied": tied, "statistics": statistics}
 
 

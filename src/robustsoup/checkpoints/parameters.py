@@ -74,12 +74,15 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
     ]
 
 
-def find_owners_of_statistics(names: Iterable[str], parameters: Sequence[str]) -> dict[str, str]:
+def find_owners_of_statistics(
+    names: Iterable[str], parameters: Sequence[str], tied: Mapping[str, str]
+) -> dict[str, str]:
     """Map each running mean and variance to the weight beside it, else to the parameter before.
 
     Args:
         names: Names of all tensors, in the order of the network.
         parameters: Names of the parameters.
+        tied: The parameter of each alias.
     """
     all_parameters = set(parameters)
     latest = parameters[0] if parameters else None
@@ -88,20 +91,23 @@ def find_owners_of_statistics(names: Iterable[str], parameters: Sequence[str]) -
         if name in all_parameters:
             latest = name
         elif name.rpartition(".")[2] in ("running_mean", "running_var") and latest is not None:
-            weight = _weight_beside(name)
+            weight = _weight_beside(name, tied)
             owners[name] = weight if weight in all_parameters else latest
     return owners
 
 
-def find_unweighted_statistics(names: Iterable[str], parameters: Sequence[str]) -> dict[str, str]:
+def find_unweighted_statistics(
+    names: Iterable[str], parameters: Sequence[str], tied: Mapping[str, str]
+) -> dict[str, str]:
     """Return those owners of statistics that depend on the order of the names."""
-    owners = find_owners_of_statistics(names, parameters)
-    return {name: owner for name, owner in owners.items() if owner != _weight_beside(name)}
+    owners = find_owners_of_statistics(names, parameters, tied)
+    return {name: owner for name, owner in owners.items() if owner != _weight_beside(name, tied)}
 
 
-def _weight_beside(name: str) -> str:
+def _weight_beside(name: str, tied: Mapping[str, str]) -> str:
     prefix = name.rpartition(".")[0]
-    return f"{prefix}.weight" if prefix else "weight"
+    weight = f"{prefix}.weight" if prefix else "weight"
+    return tied.get(weight, weight)
 
 
 def is_pruning_mask(name: str, tensors: Collection[str]) -> bool:

@@ -41,7 +41,7 @@ class LearnedFolder:
         context: Context,
         *,
         policy: str,
-        base: Path | None,
+        base: Checkpoint | None,
         settings: LearnSettings,
     ) -> list[str]:
         """Write coefficients, soup, card, table and figure, or a dial and its figure.

@@ -29,6 +29,7 @@ from robustsoup.settings import BufferSettings, DialSettings, LearnSettings
 
 if TYPE_CHECKING:
     from robustsoup.checkpoints.checkpoint import Checkpoint
+    from robustsoup.checkpoints.opening import Opening
     from robustsoup.data import Data
     from robustsoup.soups.coefficients import Coefficients, Dial
     from robustsoup.tracking import OnEpoch
@@ -113,6 +114,7 @@ def learn_command(
     ingredients = [context.record_network(item) for item in opened]
     print_notes(*ingredients)
     warn_of_leakage(ingredients, source, allow=allow_leakage)
+    opened_base = None if base is None else _open_base(base, network.opening, ingredients[0])
     place = choose_place(place, budget, ingredients, context.device)
     if place == "files":
         print_error(_describe_streaming(ingredients))
@@ -122,7 +124,7 @@ def learn_command(
             ingredients,
             source,
             settings,
-            base=base,
+            base=opened_base,
             place=place,
             allow_leakage=allow_leakage,
             device=run.device,
@@ -133,7 +135,7 @@ def learn_command(
             return
         folder = LearnedFolder(output, list(name_checkpoints(checkpoints)))
         lines = folder.write(
-            learned, ingredients, context, policy=policy, base=base, settings=settings
+            learned, ingredients, context, policy=policy, base=opened_base, settings=settings
         )
         remove_file(state)
     for warning in learned.record.get("warnings", ()):
@@ -162,12 +164,25 @@ def _check_learn_options(
         raise RequestError("--base: requires --buffers base or --learning-buffers base")
 
 
+def _open_base(base: Path, opening: "Opening", first: "Checkpoint") -> "Checkpoint":
+    """Open the base as the buffer policy does, before anything is learned.
+
+    Raises:
+        IngredientMismatch: It does not fit the first ingredient.
+    """
+    from robustsoup.soups.ancestry import check_ingredients
+
+    opened = opening.open(base).with_names_like(first).with_dtypes_like(first)
+    check_ingredients([first, opened])
+    return opened
+
+
 def _learn_with_bar(
     ingredients: list["Checkpoint"],
     data: "Data",
     settings: LearnSettings,
     *,
-    base: Path | None,
+    base: "Checkpoint | None",
     place: str,
     allow_leakage: bool,
     device: str,
@@ -175,13 +190,9 @@ def _learn_with_bar(
     on_epoch: "OnEpoch | None",
 ) -> "Coefficients | Dial":
     """Learn a soup, or a dial if `settings.dial` is set, with a progress bar."""
-    from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.cli.progress import Bar
-    from robustsoup.soups.ancestry import check_ingredients
     from robustsoup.soups.learning import learn, learn_dial
 
-    if base:  # before anything is learned; also where only the soup takes its statistics
-        check_ingredients([ingredients[0], Checkpoint.open(base)])
     val = data.val if settings.early_stop else None
     learn_with = partial(learn, val=val) if settings.dial is None else learn_dial
     with Bar("learning") as bar:

@@ -81,6 +81,14 @@ def mix_command(
             "regmean."
         ),
     ] = "clean",
+    allow_leakage: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leakage",
+            help="Let --method fisher and regmean measure although an ingredient was trained on "
+            "another split of --data.",
+        ),
+    ] = False,
 ) -> None:
     """Average checkpoints with given coefficients, or merge them by a method.
 
@@ -110,10 +118,12 @@ def mix_command(
         raise RequestError("mix: --normalize requires --model or --data")
     run.use_threads()
     ingredients = open_checkpoints(checkpoints, network.opening)
-    if at is not None and coefficients is None:
-        alpha = Coefficients.of(point_on_line(ingredients, at))
-    else:
-        alpha = parse_coefficients(coefficients, len(checkpoints), at)
+    opened_base = None if base is None else network.opening.open(base)
+    alpha = (
+        Coefficients.of(point_on_line(ingredients, at))
+        if at is not None and coefficients is None
+        else parse_coefficients(coefficients, len(checkpoints), at)
+    )
     policy = soup.buffers or ("average" if method else default_buffer_policy(alpha))
     is_point = soup.buffers is None and policy == "average" and spans_subspace(ingredients)
     # The statistics of a subspace, if there are any, are measured anew at each point.
@@ -132,7 +142,7 @@ def mix_command(
             ingredients,
             alpha,
             buffers=policy,
-            base=base,
+            base=opened_base,
             calibrate_on=split,
             threat=ThreatModel.parse(threat),
             network=module,
@@ -145,10 +155,11 @@ def mix_command(
             method,
             alpha,
             merging,
-            base=base,
+            base=opened_base,
             data=split,
             threat=threat,
             buffers=policy,
+            allow_leakage=allow_leakage,
             network=module,
             device=resolve_device(run.device),
             seed=data.seed,
@@ -170,7 +181,7 @@ def _check_method(
     for name in (method, buffers):
         import_named_module(name)
     if method is None:
-        for name in rules(MergeSettings):
+        for name in (*rules(MergeSettings), "allow_leakage"):
             if name in given:
                 raise RequestError(f"--{name.replace('_', '-')}: requires --method")
     entry = None if method is None else SOUP_METHODS.get_entry(method)

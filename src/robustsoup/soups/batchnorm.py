@@ -26,10 +26,10 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers of `model` that keep running statistics, by name."""
+    """Return the BatchNorm layers of `model` that keep running statistics, by each name."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
 
@@ -41,7 +41,7 @@ def running_statistics(item: Checkpoint) -> dict[str, str]:
     parameter before it: that of the layer that the BatchNorm normalises. Without a record of that
     order, the file's counts.
     """
-    owners = find_owners_of_statistics(item.tensors, item.parameters)
+    owners = find_owners_of_statistics(item.tensors, item.parameters, item.tied)
     recorded = item.provenance.get("statistics", {})
     return {name: recorded.get(name, owner) for name, owner in owners.items()}
 

@@ -76,7 +76,8 @@ class LearnedFamily:
 
         Args:
             learn: The settings but for threat, objective and dial. The soup that is learned without
-                an attack combines no threats and has no limit on its clean loss.
+                an attack combines no threats, has no limit on its clean loss, and measures its
+                statistics without one.
 
         Raises:
             RequestError: A setting does not go with this method.
@@ -86,6 +87,8 @@ class LearnedFamily:
             of_dial = {"objective": "ce", "early_stop": None, "dial": dial}
             return [replace(learn, threat=threat, **of_dial) for threat in self.threats]
         unattacked: dict[str, Any] = {"also": (), "combine": None, "clean_limit": None}
+        if learn.buffers == "recalibrate-adversarial":
+            unattacked["buffers"] = "recalibrate"
         return [
             replace(
                 learn,

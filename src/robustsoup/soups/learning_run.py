@@ -422,12 +422,10 @@ class LearningRun:
         }
 
     def _tracked_statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        layers = norm_layers(self.model)
-        return {
-            name: tensor.cpu().clone()
-            for name, tensor in buffers.items()
-            if name in self.statistics or name.rpartition(".")[0] in layers
-        }
+        """Return the statistics that the ingredients have; their files may lack counters."""
+        counters = {f"{name}.num_batches_tracked".lstrip(".") for name in norm_layers(self.model)}
+        names = self.statistics | (counters & self.inputs.ingredients[0].tensors.keys())
+        return {name: tensor.cpu().clone() for name, tensor in buffers.items() if name in names}
 
     def _result_record(self) -> dict[str, Any]:
         record = {

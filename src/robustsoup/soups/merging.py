@@ -188,7 +188,7 @@ def merge(
     settings = make_settings(MergeSettings, settings, changes)
     threat, data = ThreatModel.parse(threat), as_optional_split(data, "merge: data")
     entry = _find_method(method)
-    opened = _fit_to_named_network(open_ingredients(ingredients, network))
+    opened = open_ingredients(ingredients, network)
     check_merge(entry, len(opened), settings, data=data, threat=threat)
     coefficients = _take_weights(entry, weights, opened)
     policy = check_buffer_policy(buffers, data, threat)
@@ -302,15 +302,6 @@ def _take_weights(
             f"{', '.join(f'{value:g}' for value in alpha.tolist())}; leave the weights out"
         )
     return coefficients
-
-
-def _fit_to_named_network(ingredients: list[Checkpoint]) -> list[Checkpoint]:
-    """Record the parameters of the network that this program named, where files record none."""
-    named = [item.named_network is not None for item in ingredients]
-    if not all(named) or all("parameters" in item.provenance for item in ingredients):
-        return ingredients
-    model = ingredients[0].network()
-    return [item.with_parameters_of(model) for item in ingredients]
 
 
 def _find_base(

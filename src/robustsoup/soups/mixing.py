@@ -15,7 +15,7 @@ from robustsoup.checkpoints.formats import is_finite
 from robustsoup.checkpoints.wrapping import join_names, soup_wrapping
 from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device, resolve_precision
-from robustsoup.errors import CheckpointError, CoefficientError, RequestError
+from robustsoup.errors import CheckpointError, CoefficientError, ModelError, RequestError
 from robustsoup.gradients import gradients_enabled
 from robustsoup.settings import BufferSettings
 from robustsoup.soups.ancestry import check_ingredients
@@ -245,7 +245,7 @@ def finish_soup(
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True)
         for name, tensor in result.tensors.items()
-        if name not in vectors
+        if name not in vectors and not _is_missing_counter(name, tensors)
     }
     _check_soup_is_finite(tensors, ingredients)
     source = "the base's" if policy.name == "base" else None
@@ -264,6 +264,11 @@ def finish_soup(
     )
 
 
+def _is_missing_counter(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a name is of a BatchNorm's counter, which files before PyTorch 0.4.1 lack."""
+    return name not in tensors and name.rpartition(".")[2] == "num_batches_tracked"
+
+
 def open_ingredients(
     ingredients: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
 ) -> list[Checkpoint]:
@@ -272,7 +277,7 @@ def open_ingredients(
     Args:
         ingredients: Checkpoints or paths.
         network: Comes before the records of the files, and determines their parameters; None if
-            all files record their network.
+            the files record their network or `with_network` named it.
 
     Raises:
         CheckpointError: If there are no ingredients, or a file cannot be read.
@@ -283,14 +288,32 @@ def open_ingredients(
         raise RequestError(f"network: got {type(network).__name__}, expected an nn.Module")
     if network is not None:
         opened = [item.with_network_of(network) for item in opened]
+    else:
+        opened = fit_to_own_network(opened)
     opened = [item.with_names_like(opened[0]) for item in opened]
     check_ingredients(opened)
     return opened
 
 
+def fit_to_own_network(ingredients: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Fit names to the network that the first checkpoint names, and record its parameters.
+
+    Checkpoints that record their parameters, name no network or do not fit it stay as they are.
+    """
+    if all("parameters" in item.provenance for item in ingredients):
+        return list(ingredients)
+    try:
+        model = ingredients[0].network()
+    except ModelError:  # whatever runs the network raises it again
+        return list(ingredients)
+    return [item.with_parameters_of(model) for item in ingredients]
+
+
 def default_buffer_policy(coefficients: Coefficients) -> str:
-    """Return "tracked" for coefficients of one learned soup, else "average"."""
-    return "tracked" if coefficients.tracked and "at" not in coefficients.record else "average"
+    """Return "tracked" for those of one learned soup, else "base" if affine, else "average"."""
+    if coefficients.tracked and "at" not in coefficients.record:
+        return "tracked"
+    return "base" if coefficients.affine else "average"
 
 
 def check_buffer_policy(

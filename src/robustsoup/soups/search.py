@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from robustsoup.catalog import SOUP_METHODS
+from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
@@ -44,7 +44,7 @@ from robustsoup.soups.explanation import Explained, describe_gaps, explain, with
 from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.mixing import open_ingredients
+from robustsoup.soups.mixing import check_buffer_policy, fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
     SearchProgress,
@@ -186,8 +186,8 @@ def search(
     Raises:
         RequestError: For invalid settings, or a `report_on` that shares samples with `data`, before
             any work.
-        LeakageError: If an ingredient was trained on samples of `data`, or a method would learn or
-            measure on them.
+        LeakageError: If an ingredient was trained on samples of `data`, or a method or policy would
+            learn or measure on them.
     """
     data = as_split(data, "search")
     calibrate_on = as_optional_split(calibrate_on, "search: calibrate_on")
@@ -198,9 +198,7 @@ def search(
     _check_combination(settings, attack, calibrate_on)
     goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
     parsed = parse_threats(threats)
-    opened = tuple(open_all(ingredients))
-    if not opened:
-        raise RequestError("search: got no checkpoints, expected one or more")
+    opened = _open(ingredients, network)
     check_leakage(opened, data, allow=allow_leakage)
     split = data.first(samples)
     if shift is not None:
@@ -212,7 +210,7 @@ def search(
     merging = describe_merging(settings, merge_changes, base, parsed)
     _check_merging(merging, len(opened), calibrate_on)
     if not allow_leakage:
-        _check_fitting(settings, calibrate_on, [split, report_on])
+        _check_fitting(settings, buffers, calibrate_on, [split, report_on])
     adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
     confirms = adaptive and requires_confirmation(goal)
     steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
@@ -228,7 +226,7 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=_parse_learning(settings, learn_settings, parsed),
+        learn=_parse_learning(settings, learn_settings, parsed, calibrate_on),
         allow_leakage=allow_leakage,
     )
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
@@ -255,6 +253,20 @@ def search(
     return SearchResult(tuple(tried.candidates), answer, tried.predicted, tuple(doubts))
 
 
+def _open(
+    ingredients: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
+) -> tuple[Checkpoint, ...]:
+    """Open the checkpoints, in the names of the network that they name themselves.
+
+    Raises:
+        RequestError: If there are none.
+    """
+    opened = open_all(ingredients)
+    if not opened:
+        raise RequestError("search: got no checkpoints, expected one or more")
+    return tuple(fit_to_own_network(opened) if network is None else opened)
+
+
 def _check_report(report_on: Split, data: Split) -> None:
     """Raise RequestError if samples that choose a soup would also report it."""
     if shared := _count_shared(report_on, data):
@@ -265,11 +277,16 @@ def _check_report(report_on: Split, data: Split) -> None:
 
 
 def _check_fitting(
-    settings: SearchSettings, calibrate_on: Split | None, others: Sequence[Split | None]
+    settings: SearchSettings,
+    buffers: str | None,
+    calibrate_on: Split | None,
+    others: Sequence[Split | None],
 ) -> None:
     """Raise LeakageError if soups would be fitted to samples that choose or report one."""
     methods = [method for method in methods_of(settings) if isinstance(method, str)]
     fits = any(method in LEARNING or is_merge(method) for method in methods)
+    if buffers is not None:
+        fits |= "data" in BUFFER_POLICIES.get_entry(buffers).facts.get("needs", ())
     if calibrate_on is None or not fits:
         return
     for data in filter(None, others):
@@ -281,13 +298,20 @@ def _check_fitting(
 
 
 def _count_shared(a: Split, b: Split) -> int:
-    """Return the number of samples that two splits of one division of the data share."""
-    same = a.name == b.name and a.record["split_digest"] == b.record["split_digest"]
+    """Return the number of samples that two splits of one data set share.
+
+    Splits may divide train and val differently, or join them; the ids of test are its own.
+    """
+    same_ids = (a.name == "test") == (b.name == "test")
+    same = same_ids and a.record["digest"] == b.record["digest"]
     return len(set(a.ids.tolist()) & set(b.ids.tolist())) if same else 0
 
 
 def _parse_learning(
-    settings: SearchSettings, learn_settings: LearnSettings | None, threats: Sequence[ThreatModel]
+    settings: SearchSettings,
+    learn_settings: LearnSettings | None,
+    threats: Sequence[ThreatModel],
+    calibrate_on: Split | None,
 ) -> LearnSettings:
     """Return the settings of learning, after a check of those of each soup to learn.
 
@@ -297,7 +321,9 @@ def _parse_learning(
     learn = make_settings(LearnSettings, learn_settings, {})
     for method in methods_of(settings):
         if method in LEARNING:
-            LearnedFamily.of(method, threats, settings.sweep).list_settings(learn)
+            family = LearnedFamily.of(method, threats, settings.sweep)
+            for item in family.list_settings(learn):
+                check_buffer_policy(item.buffers, calibrate_on, item.threat, affine=item.affine)
     return learn
 
 
@@ -313,7 +339,7 @@ def _try_soups(
     Args:
         evaluator: Mixes and evaluates soups.
         settings: The method and its settings.
-        goal: The goal as it was given, which screening confirms soups for.
+        goal: The goal as it was given.
         aim: The goal with the default of what is maximised.
         progress: Receives progress.
     """
@@ -324,7 +350,7 @@ def _try_soups(
     run = MethodRun(evaluator, settings, aim, progress, TimeLimit(settings.time_limit))
     if settings.method == ALL_METHODS:
         return _describe(evaluator, search_by_all(run))
-    return _describe(evaluator, search_by(run, settings.method, goal))
+    return _describe(evaluator, search_by(run, settings.method))
 
 
 def _describe(evaluator: SoupEvaluator, tried: Tried) -> Tried:

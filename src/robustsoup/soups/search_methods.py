@@ -149,7 +149,6 @@ def count_soups(evaluator: SoupEvaluator, method: SearchMethod, settings: Search
 def search_by(
     run: MethodRun,
     method: SearchMethod,
-    goal: Goal,
     known: Mapping[Alpha, Evaluation] = MappingProxyType({}),
 ) -> Tried:
     """Evaluate the soups of one method; `known` are not attacked again by the surrogate."""
@@ -164,7 +163,7 @@ def search_by(
         check_modelled(run.aim)
         return _search_by_surrogate(run, named, known)
     if settings.screen:
-        return _search_screened(run, named, goal)
+        return _search_screened(run, named)
     return _search_in_full(run, named)
 
 
@@ -308,13 +307,13 @@ def search_by_all(run: MethodRun) -> Tried:
     known = dict(zip(corners(len(evaluations)), evaluations.values(), strict=True))
     if run.evaluator.buffers not in (None, "average"):
         known.clear()  # a one-hot soup is then no ingredient
-    mapped = search_by(run, "surrogate", run.aim, known)
+    mapped = search_by(run, "surrogate", known)
     known |= {item.alpha: item.evaluation for item in mapped.candidates}
     learned = [_search_among_learned(run, method, ingredients) for method in LEARNING]
     greedy_soups: list[Candidate] = []
     if run.limit.begin_soup():
         greedy_soups = [replace(_search_greedily(run, known)[-1], name="greedy")]
-    left_out = sum(part.late.left_out for part in learned) + 1 - len(greedy_soups)
+    left_out = sum(part.late.left_out for part in (mapped, *learned)) + 1 - len(greedy_soups)
     return Tried(
         [
             *(replace(item, name=f"surrogate-{item.name}") for item in mapped.candidates),
@@ -324,7 +323,7 @@ def search_by_all(run: MethodRun) -> Tried:
         mapped.looked_at,
         tuple(replace(item, name=f"surrogate-{item.name}") for item in mapped.predicted),
         evaluations,
-        Late(left_out=left_out),
+        Late(left_out, mapped.late.unfinished),
     )
 
 
@@ -363,7 +362,10 @@ def _search_by_surrogate(
         seed=evaluator.attack.seed,
     )
     evaluations: dict[str, Evaluation] = {}
-    while requests := requests_in_time(engine, hits_by_name(evaluations), limit)[0]:
+    while True:
+        requests, is_late = requests_in_time(engine, hits_by_name(evaluations), limit)
+        if not requests:
+            break
         progress.total += 1
         name, subset = requests[0].candidate, requests[0].subset
         alpha = alphas[name]
@@ -374,14 +376,19 @@ def _search_by_surrogate(
         limit.end_soup()
     attacked = [name in evaluations for name in alphas]
     hits = hits_by_name(evaluations)
+    late = Late()
+    if is_late:
+        begun = [request for request in engine.last_requests(hits) if request.after is not None]
+        late = Late(len(alphas) - len(evaluations), len(begun))
     return Tried(
         _list_candidates(alphas, evaluations),
         clean_hits[~np.array(attacked)].T,
         tuple(engine.predict(hits)),
+        late=late,
     )
 
 
-def _search_screened(run: MethodRun, alphas: Mapping[str, Alpha], goal: Goal) -> Tried:
+def _search_screened(run: MethodRun, alphas: Mapping[str, Alpha]) -> Tried:
     """Try a short attack on all soups, and the full one on those that can win.
 
     With a time limit, soups are begun in an order in which each is far from those before it, and
@@ -390,7 +397,7 @@ def _search_screened(run: MethodRun, alphas: Mapping[str, Alpha], goal: Goal) ->
     evaluator, progress, limit = run.evaluator, run.progress, run.limit
     ingredients = {alpha_name(alpha): alpha for alpha in corners(len(evaluator.ingredients))}
     contenders = [Contender(name, name if name in ingredients else None) for name in alphas]
-    screening = Screening(tuple(ingredients), tuple(contenders), goal, len(evaluator.data))
+    screening = Screening(tuple(ingredients), tuple(contenders), run.aim, len(evaluator.data))
     first_requests = set(screening.first_requests())
     progress.total = len(first_requests)
     all_alphas = {**alphas, **ingredients}

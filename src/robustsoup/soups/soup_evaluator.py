@@ -149,6 +149,7 @@ class SoupEvaluator:
             data=self.calibrate_on,
             threat=merging.threat,
             buffers=self.buffers or "average",
+            allow_leakage=self.allow_leakage,
             network=self.network,
             device=self.device,
             seed=self.attack.seed,

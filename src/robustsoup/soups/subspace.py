@@ -82,7 +82,8 @@ def train_subspace(
             every point, and the ends must not be clean.
         by: "eps": between the ends, the radius of the attack is the mean of theirs by w; threats of
             other norms are drawn with probability w. "objective": the first threat at every point,
-            and the clean loss weighs what the clean ends weigh.
+            and the clean loss weighs what the clean ends weigh; an end has the first threat or is
+            clean.
         at_ends: Share of the steps that are at an end, in [0, 1], the same for each; the others
             draw w uniformly. By default 2/3 for a line and 3/4 for a triangle.
         device: "auto", "cpu", "cuda" or a device.
@@ -366,10 +367,12 @@ def check_subspace(
                 f'objective: got {settings.objective}, expected none with by "objective", '
                 "which weighs the clean loss itself"
             )
-        if threats[0].is_clean or not threats[-1].is_clean:
+        attacked = {threat for threat in threats if not threat.is_clean}
+        if attacked != {threats[0]} or not threats[-1].is_clean:
             names = ", ".join(map(str, threats))
             raise RequestError(
-                f'threats: got {names} with by "objective", expected a threat first and clean last'
+                f'threats: got {names} with by "objective", expected a threat first and clean '
+                "last, and no other threat between them"
             )
 
 
