@@ -103,10 +103,8 @@ def learn_command(
     policy = soup.buffers or "tracked"
     on_epoch = tracking.track(track) if track and distributed.is_first() else None
     run.use_threads()
-    import_named_module(settings.objective)
-    import_named_module(settings.transform)
-    import_named_module(policy)
-    import_named_module(settings.buffers)
+    for name in (settings.objective, settings.transform, policy, settings.buffers):
+        import_named_module(name)
     source = load_requested_data(data, network)
     check_buffer_policy(policy, source.train, settings.threat, affine=settings.affine)
     context = make_context(source, network, run, checkpoints)
