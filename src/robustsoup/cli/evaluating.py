@@ -134,12 +134,18 @@ def _check_output(folder: Path, names: "Iterable[str]") -> None:
 def _warn_of_misfits(checkpoints: "Collection[Checkpoint]", data: "Split", device: str) -> None:
     """Print the notes of files, and warn of networks near chance or better with other inputs."""
     from robustsoup.cli.inputs import print_notes
+    from robustsoup.cli.progress import Bar
     from robustsoup.evaluation.evaluate import doubt_network
 
     print_notes(*checkpoints)
-    for checkpoint in checkpoints:
-        if doubt := doubt_network(checkpoint, data, device=device):
-            print_warning(f"{checkpoint.name}: {doubt.text}")
+    warnings: list[str] = []
+    with Bar("looking at the networks") as bar:
+        for number, checkpoint in enumerate(checkpoints, 1):
+            if doubt := doubt_network(checkpoint, data, device=device):
+                warnings.append(f"{checkpoint.name}: {doubt.text}")
+            bar(number, len(checkpoints))
+    for warning in warnings:
+        print_warning(warning)
 
 
 def _warn_of_evaluation(

@@ -105,6 +105,7 @@ def mix_command(
         open_checkpoints,
         print_notes,
     )
+    from robustsoup.cli.progress import Bar
     from robustsoup.device import resolve_device
     from robustsoup.soups.batchnorm import running_statistics
     from robustsoup.soups.coefficients import Coefficients
@@ -137,33 +138,34 @@ def mix_command(
     elif network.model:
         ingredients = _name_network(network, ingredients)
     module = ingredients[0].network() if data.data or network.model else None
-    if method is None:
-        mixed = mix(
-            ingredients,
-            alpha,
-            buffers=policy,
-            base=opened_base,
-            calibrate_on=split,
-            threat=ThreatModel.parse(threat),
-            network=module,
-            device=resolve_device(run.device),
-            seed=data.seed,
-        )
-    else:
-        mixed = merge(
-            ingredients,
-            method,
-            alpha,
-            merging,
-            base=opened_base,
-            data=split,
-            threat=threat,
-            buffers=policy,
-            allow_leakage=allow_leakage,
-            network=module,
-            device=resolve_device(run.device),
-            seed=data.seed,
-        )
+    with Bar("mixing" if method is None else f"merging by {method}"):
+        if method is None:
+            mixed = mix(
+                ingredients,
+                alpha,
+                buffers=policy,
+                base=opened_base,
+                calibrate_on=split,
+                threat=ThreatModel.parse(threat),
+                network=module,
+                device=resolve_device(run.device),
+                seed=data.seed,
+            )
+        else:
+            mixed = merge(
+                ingredients,
+                method,
+                alpha,
+                merging,
+                base=opened_base,
+                data=split,
+                threat=threat,
+                buffers=policy,
+                allow_leakage=allow_leakage,
+                network=module,
+                device=resolve_device(run.device),
+                seed=data.seed,
+            )
     mixed.save(output)
     print_notes(mixed)
     for warning in mixed.warnings:

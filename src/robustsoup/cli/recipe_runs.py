@@ -131,7 +131,8 @@ def run_recipe(
             open_executor(prepared, cluster, data_root) as executor,
         ):
             results, _ = run_prepared(prepared, folder, reporter, executor)
-        page = write_report(folder)
+        with Bar("drawing the report"):
+            page = write_report(folder)
     if as_json:
         content = results.to_json()
         print_json({key: content.get(key) for key in JSON_KEYS})

@@ -131,12 +131,13 @@ def report_command(
 
     Example, after `robustsoup demo`: `robustsoup report runs/quickstart`
     """
+    from robustsoup.cli.progress import Bar
     from robustsoup.reports import check_finished, write_report
     from robustsoup.runs.locks import lock_folder
     from robustsoup.runs.results import Results
 
     check_finished(folder)
     Results.load(folder / "results.json")  # an error before a lock is left in a wrong folder
-    with lock_folder(folder, print_error):
+    with lock_folder(folder, print_error), Bar("drawing the report"):
         page = write_report(folder)
     print_line(f"report: {page}")
