@@ -63,7 +63,7 @@ ROOMS = (
 )
 ROWS = {name: number for number, room in enumerate(ROOMS) for name in room}
 CORE = 8
-OUTSIDE = {"torch", "numpy", "safetensors"}
+OUTSIDE = {"torch", "numpy"}
 
 
 def modules():
@@ -161,7 +161,7 @@ def is_lazy(name, imported, node):
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if row_of_module(name) <= CORE))
-def test_the_core_imports_only_torch_numpy_and_safetensors(name):
+def test_the_core_imports_only_torch_and_numpy(name):
     for imported, node in all_imports(name, MODULES[name], MODULES):
         package = imported.partition(".")[0]
         allowed = package in {"robustsoup", *OUTSIDE} or package in sys.stdlib_module_names

@@ -306,7 +306,7 @@ def test_a_soup_keeps_shared_settings_alone(tmp_path):
     saved = torch.load(soup.save(tmp_path / "soup.pth.tar"))
     assert saved.keys() == {"state_dict", "hyper_parameters"}
     left_out = "state_dict_ema, seed of mine, epoch, best_acc1, scaler"
-    assert soup.notes[-1] == f"soup: left out {left_out}, which were not mixed"
+    assert soup.notes[-1] == f"soup: left out {left_out} (not mixed)"
 
 
 def test_metadata_of_safetensors_is_kept(tmp_path):

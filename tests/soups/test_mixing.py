@@ -630,7 +630,7 @@ def test_a_soup_of_foreign_files_keeps_the_format_of_the_first(tmp_path):
     soup.save(tmp_path / "soup.pth")
     loaded = torch.load(tmp_path / "soup.pth", weights_only=True)
     assert loaded.keys() == {"state_dict", "arch"}
-    assert soup.notes == ("soup: left out epoch, optimizer, which were not mixed",)
+    assert soup.notes == ("soup: left out epoch, optimizer (not mixed)",)
     network = nn.DataParallel(load_model("resnet9:width=2", channels=1))
     network.load_state_dict(loaded["state_dict"])
     assert torch.equal(

@@ -254,7 +254,7 @@ def finish_soup(
     wrapping, dropped = soup_wrapping([item.wrapping for item in ingredients])
     notes = list(dict.fromkeys(note for item in ingredients for note in item.notes))
     if dropped:
-        notes.append(f"soup: left out {join_names(dropped)}, which were not mixed")
+        notes.append(f"soup: left out {join_names(dropped)} (not mixed)")
     return Checkpoint(
         tensors,
         record | {"buffers": {"policy": policy.name, **result.record}},
