@@ -14,6 +14,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import PlaneGrid, open_plane
+from robustsoup.digests import digest_json
 from robustsoup.errors import DataError, StorageError
 from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
@@ -68,6 +69,8 @@ HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 PART = "part.pt"
 STATE = "state.pt"
+LONGEST_STEM = 200
+"""Most letters of a file name without its ending; file systems allow 255 bytes with it."""
 
 Measurement = MeasureClean | EvaluateNetwork | AttackExamples | MapPlane | DoPart
 """The tasks that measure networks and make none."""
@@ -337,7 +340,7 @@ def build_greedy_soup(
 
     def evaluate_soup(alpha: Alpha) -> Evaluation:
         nonlocal evaluated
-        path = folder / f"{alpha_name(alpha)}.json"
+        path = folder / f"{_file_stem(alpha)}.json"
         if not distributed.from_first(path.exists):
             soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
             evaluation = evaluate(
@@ -371,6 +374,12 @@ def build_greedy_soup(
     coefficients.save(folder / COEFFICIENTS)
     used = sum(share > 0 for share in best)
     return f"{used} of {len(best)} ingredients, {task.score}: {trace[-1]['score']:.1%}"
+
+
+def _file_stem(alpha: Alpha) -> str:
+    """Return the name of a file about a soup: of many ingredients, a digest of their shares."""
+    name = alpha_name(alpha)
+    return name if len(name) <= LONGEST_STEM else digest_json(alpha)
 
 
 def mix_soup(worker: Worker, task: MixSoup, folder: Path) -> str:

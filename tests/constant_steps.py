@@ -1,0 +1,34 @@
+"""Steps on networks that answer class 0 to every image, so that all soups score the same."""
+
+import torch
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import load_data
+from robustsoup.models import NetworkSettings, build_network
+from robustsoup.runs.context import Context
+from robustsoup.runs.store import Store
+from robustsoup.runs.tasks import EvaluationSettings, Mixing
+from robustsoup.runs.worker import Worker
+from robustsoup.settings import AttackSettings, BufferSettings
+
+MIXING = Mixing(BufferSettings(buffers="average"))
+CLEAN = EvaluationSettings("val", 16, (), AttackSettings())
+"""Without an attack, on 16 samples."""
+
+
+def name_ingredients(n):
+    """Return the names of n ingredients."""
+    return tuple(f"ingredient{number}" for number in range(n))
+
+
+def constant_worker(folder, n):
+    """Return a worker with n ingredients and a store in a folder."""
+    settings = NetworkSettings("resnet9:width=2", classes=10, channels=1)
+    network = build_network(settings)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    checkpoint = Checkpoint.of(network)
+    context = Context(load_data("digits"), settings, torch.device("cpu"))
+    files = dict.fromkeys(name_ingredients(n), checkpoint)
+    return Worker(context, Store(folder), files, allow_leakage=False, warn=lambda _: None)
