@@ -2,14 +2,17 @@
 
 import torch
 
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.models import NetworkSettings, build_network
+from robustsoup.progress import SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.store import Store
-from robustsoup.runs.tasks import EvaluationSettings, Mixing
-from robustsoup.runs.worker import Worker
+from robustsoup.runs.tasks import EvaluationSettings, MeasureClean, Mixing
+from robustsoup.runs.worker import STATE, Worker, measure_clean
 from robustsoup.settings import AttackSettings, BufferSettings
+from robustsoup.soups.grid import grid
 
 MIXING = Mixing(BufferSettings(buffers="average"))
 CLEAN = EvaluationSettings("val", 16, (), AttackSettings())
@@ -32,3 +35,20 @@ def constant_worker(folder, n):
     context = Context(load_data("digits"), settings, torch.device("cpu"))
     files = dict.fromkeys(name_ingredients(n), checkpoint)
     return Worker(context, Store(folder), files, allow_leakage=False, warn=lambda _: None)
+
+
+def resume_clean_verdicts(folder):
+    """Resume the clean verdicts of 3 soups; two were measured by one process.
+
+    Returns:
+        The verdicts that this rank announces, as (done, total).
+    """
+    worker, shown = constant_worker(folder / "store", 2), []
+    task = MeasureClean(name_ingredients(2), tuple(grid(2, 0.5)), MIXING, CLEAN)
+    own = folder if distributed.is_first() else folder / f"rank{distributed.rank()}"
+    own.mkdir(exist_ok=True)
+    if distributed.is_first():
+        digest = CLEAN.take_samples(worker.context.data).digest
+        SavedState(own / STATE, digest).save({"hits": torch.ones(2, CLEAN.samples)})
+    measure_clean(worker, task, own, lambda *progress: shown.append(progress[:2]))
+    return shown

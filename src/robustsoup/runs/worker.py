@@ -443,8 +443,8 @@ def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress:
     """Measure the clean verdicts of many soups and write them as one table."""
     ingredients = [worker.checkpoint(key) for key in task.ingredients]
     split = task.settings.take_samples(worker.context.data)
-    saved = SavedState(folder / STATE, split.digest)
-    state = saved.load()
+    saved = SavedState(folder / STATE if distributed.is_first() else None, split.digest)
+    state = distributed.from_first(saved.load)
     with saved.refuse_malformed():
         rows: list[Tensor] = [] if state is None else list(state["hits"].bool())
     for alpha in task.alphas[len(rows) :]:
