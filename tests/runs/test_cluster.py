@@ -315,6 +315,21 @@ def meeting_in(folder, **changes):
     return {**meeting, "devices": devices, "token": "token", **changes}
 
 
+@pytest.mark.parametrize(
+    ("option", "variable", "expected"),
+    [("given", "other", "given"), (None, "other", "other"), (None, None, None)],
+)
+def test_workers_find_the_data_in_the_folder_of_the_command(
+    monkeypatch, tmp_path, option, variable, expected
+):
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("ROBUSTSOUP_DATA", variable or "")
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare_run(recipe_of(), device="cpu")
+    surroundings = Cluster(prepared, FakePool(), option).surroundings
+    assert surroundings.data_root == (expected and str(Path.cwd() / expected))
+
+
 def test_a_worker_that_fits_is_not_refused(tmp_path):
     assert find_misfit(meeting_in(tmp_path)) is None
 

@@ -20,6 +20,7 @@ from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RobustsoupError, StorageError, WorkError
 from robustsoup.files import write_text
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
+from robustsoup.paths import user_path
 from robustsoup.runs.execute import Ended, Reporter
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.remote import PROBE, Answer, Assignment, Meeting, Status, Surroundings
@@ -85,6 +86,7 @@ class Cluster:
 
     def __init__(self, prepared: PreparedRun, pool: Pool, data_root: str | None = None) -> None:
         context = prepared.context
+        root = data_root or os.environ.get("ROBUSTSOUP_DATA")
         self.pool = pool
         self.most_at_once = pool.most_at_once
         self.store = prepared.store
@@ -94,7 +96,7 @@ class Cluster:
             network_named=context.network_named,
             device=context.device.type,
             threads=torch.get_num_threads(),
-            data_root=data_root or os.environ.get("ROBUSTSOUP_DATA"),
+            data_root=str(user_path(root).absolute()) if root else None,
             folder=str(Path.cwd()),
         )
         self.device = context.device
