@@ -193,6 +193,43 @@ def test_a_step_that_loses_too_many_workers_ends_the_run(copied):
     assert not list(store.glob(".run*"))
 
 
+class TimeLimitedPool(FakePool):
+    """A pool whose first jobs of a step reach their time limit with some parts done."""
+
+    def __init__(self, *done):
+        super().__init__()
+        self.done = list(done)
+
+    def poll(self, seconds):
+        if not self.done:
+            return super().poll(seconds)
+        key, _, meeting, _ = self.waiting.pop()
+        status = StatusFile(Path(meeting["folder"]) / f"{key}.json")
+        status.status["done"] = self.done.pop(0)
+        status.write()
+        return {key: Lost("the job was told to end", saved=True)}
+
+
+def test_a_step_takes_any_number_of_time_limits(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    pool = TimeLimitedPool(*range(1, 10))
+    reporter = run_in(pool, recipe_of(), folder)
+    assert pool.submitted == ["low.test"] * 10
+    assert (
+        reporter.notes[1:]
+        == ["low.test: the job was told to end; the step goes on in another worker"] * 9
+    )
+
+
+def test_a_step_that_gets_no_further_ends_the_run(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    pool = TimeLimitedPool(5, *[5] * (1 + MOST_LOSSES))
+    with pytest.raises(WorkError, match=r"^low\.test: lost its worker 4 times, last: the job was"):
+        run_in(pool, recipe_of(), folder)
+
+
 def test_no_more_steps_are_submitted_than_the_pool_takes(copied):
     folder, store = copied
     forget_steps(store, "low.test", "high.test", "pretrained.test")
@@ -497,7 +534,7 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
             saved.append("whole")
 
     monkeypatch.setattr(slurm_pool, "run_assignment", work)
-    assert slurm_pool.run_job({}, b"") == Lost("the job was told to end")
+    assert slurm_pool.run_job({}, b"") == Lost("the job was told to end", saved=True)
     assert saved == ["whole"]
     assert signal.getsignal(signal.SIGUSR2) is earlier
 

@@ -38,9 +38,11 @@ class Lost:
 
     Attributes:
         reason: Why, in one line.
+        saved: Whether it was told to end and saved the state of its step, as at a time limit.
     """
 
     reason: str
+    saved: bool = False
 
 
 class Pool(Protocol):
@@ -179,7 +181,8 @@ class Cluster:
     def _end(self, key: Key, answer: Answer | Lost) -> Ended:
         step = self.running.pop(key)
         if isinstance(answer, Lost):
-            return Ended(step, lost=answer.reason)
+            status = self._read_status(key) if answer.saved else None
+            return Ended(step, lost=answer.reason, done=status["done"] if status else 0)
         if answer["error"] is not None:
             name, text = answer["error"]
             kind = getattr(errors, name, WorkError)
