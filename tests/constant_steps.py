@@ -8,9 +8,9 @@ from robustsoup.data import load_data
 from robustsoup.models import NetworkSettings, build_network
 from robustsoup.progress import SavedState
 from robustsoup.runs.context import Context
-from robustsoup.runs.store import Store
+from robustsoup.runs.store import STATE, Store
 from robustsoup.runs.tasks import EvaluationSettings, MeasureClean, Mixing
-from robustsoup.runs.worker import STATE, Worker, measure_clean
+from robustsoup.runs.worker import Worker, measure_clean
 from robustsoup.settings import AttackSettings, BufferSettings
 from robustsoup.soups.grid import grid
 

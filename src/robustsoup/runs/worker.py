@@ -24,7 +24,7 @@ from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.examples import attack_examples
 from robustsoup.runs.plan import Step
-from robustsoup.runs.store import Store
+from robustsoup.runs.store import STATE, Store
 from robustsoup.runs.tasks import (
     AttackExamples,
     BuildGreedySoup,
@@ -68,7 +68,6 @@ EXAMPLES = "examples.npz"
 HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 PART = "part.pt"
-STATE = "state.pt"
 LONGEST_STEM = 200
 """Most letters of a file name without its ending; file systems allow 255 bytes with it."""
 
