@@ -9,6 +9,7 @@ from trained_seed import trained_seed
 from training_helpers import DATA, LINF, fresh_network
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.data import Split
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.learning import learn
 
@@ -57,7 +58,7 @@ def resnet_ingredients(n: int = 3) -> list[Checkpoint]:
     return [perturbed(base, trained_seed(seed), 0.1) for seed in range(n)]
 
 
-def learn_digits(items=None, **changes: Any) -> Coefficients:
+def learn_digits(items=None, data: Split = DATA, **changes: Any) -> Coefficients:
     """Learn for two epochs of three steps; `changes` are arguments of `learn`."""
     arguments = {
         "threat": LINF,
@@ -68,7 +69,7 @@ def learn_digits(items=None, **changes: Any) -> Coefficients:
         "detach": 0.5,
         "seed": trained_seed(),
     }
-    return learn(items or resnet_ingredients(), DATA, **(arguments | changes))
+    return learn(items or resnet_ingredients(), data, **(arguments | changes))
 
 
 def assert_same_coefficients(a: Coefficients, b: Coefficients) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,22 @@ class FileDigest:
         return None if content == self.sha256 else "its content changed"
 
 
-def digest_folder(folder: Path) -> dict[str, FileDigest]:
+def digest_folder(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileDigest]:
     """Read every file below a folder; names are relative, with "/".
+
+    Args:
+        folder: The folder.
+        without: Names of files that are not read.
 
     Raises:
         OSError: A file cannot be read.
     """
-    return {
-        path.relative_to(folder).as_posix(): FileDigest.of(path)
+    files = {
+        path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    return {name: FileDigest.of(path) for name, path in files.items() if name not in without}
 
 
 def find_damaged_file(

@@ -26,6 +26,10 @@ LINF_8 = ThreatModel("Linf", 8 / 255)
 QUEUED_ATTACKS = ("apgd", "pgd", "pma", "malt")
 """Attacks whose steps all run in the queue of `robustsoup.attacks.engine`; screening can shorten
 them."""
+AUTOATTACK_PASSES = 2 * 100 * (1 + 9) + 3 * 100 * 9 + 5000
+"""Passes that a survivor of AutoAttack takes, for 10 classes or more: 100 steps of APGD on the
+cross-entropy and for each of 9 targets, 100 steps of FAB for each target, at three passes a step,
+and 5000 queries of Square."""
 OWN_LOSSES = {
     "pma": "probability margin",
     "malt": "targeted dlr",
@@ -699,9 +703,11 @@ class AttackSettings:
     def most_passes(self) -> int:
         """Passes that a survivor takes; a step, with its gradient, counts as two.
 
-        AutoAttack and attacks of users, whose passes are unknown here, count as APGD. The first
-        Square of strong counts as its trial, with which it ends unless gradients are masked.
+        Attacks of users, whose passes are unknown here, count as APGD. The first Square of strong
+        counts as its trial, with which it ends unless gradients are masked.
         """
+        if self.attack == "autoattack":
+            return AUTOATTACK_PASSES
         searches = self.targets if self.tries_targets else 1
         steps, queries = 2 * self.steps * self.eot * searches, 0
         if self.attack == "strong":  # pma comes before the targets, and square after them

@@ -20,6 +20,7 @@ from robustsoup.attacks.autoattack import (
 )
 from robustsoup.errors import RequestError
 from robustsoup.models import load_model
+from robustsoup.settings import AttackSettings
 from robustsoup.threats import CLEAN, ThreatModel
 
 pyautoattack = pytest.importorskip("pyautoattack")
@@ -99,6 +100,13 @@ def test_ten_classes_are_the_standard_and_fewer_are_not():
     assert plan_autoattack(4, threat) == AutoAttackPlan(
         STANDARD_ATTACKS, 3, "non-standard (3 targets)"
     )
+
+
+def test_the_passes_of_a_survivor_are_those_of_the_standard():
+    plan = AutoAttackPlan()
+    apgd, fab = 2 * plan.steps * (1 + plan.targets), 3 * plan.steps * plan.targets
+    settings = AttackSettings(attack="autoattack", steps=7, restarts=2)  # which have no effect
+    assert settings.most_passes == apgd + fab + plan.queries
 
 
 def test_fewer_than_four_classes_are_refused():

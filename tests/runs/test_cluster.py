@@ -193,6 +193,43 @@ def test_a_step_that_loses_too_many_workers_ends_the_run(copied):
     assert not list(store.glob(".run*"))
 
 
+class TimeLimitedPool(FakePool):
+    """A pool whose first jobs of a step reach their time limit with some parts done."""
+
+    def __init__(self, *done):
+        super().__init__()
+        self.done = list(done)
+
+    def poll(self, seconds):
+        if not self.done:
+            return super().poll(seconds)
+        key, _, meeting, _ = self.waiting.pop()
+        status = StatusFile(Path(meeting["folder"]) / f"{key}.json")
+        status.status["done"] = self.done.pop(0)
+        status.write()
+        return {key: Lost("the job was told to end", saved=True)}
+
+
+def test_a_step_takes_any_number_of_time_limits(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    pool = TimeLimitedPool(*range(1, 10))
+    reporter = run_in(pool, recipe_of(), folder)
+    assert pool.submitted == ["low.test"] * 10
+    assert (
+        reporter.notes[1:]
+        == ["low.test: the job was told to end; the step goes on in another worker"] * 9
+    )
+
+
+def test_a_step_that_gets_no_further_ends_the_run(copied):
+    folder, store = copied
+    forget_steps(store, "low.test")
+    pool = TimeLimitedPool(5, *[5] * (1 + MOST_LOSSES))
+    with pytest.raises(WorkError, match=r"^low\.test: lost its worker 4 times, last: the job was"):
+        run_in(pool, recipe_of(), folder)
+
+
 def test_no_more_steps_are_submitted_than_the_pool_takes(copied):
     folder, store = copied
     forget_steps(store, "low.test", "high.test", "pretrained.test")
@@ -313,6 +350,21 @@ def meeting_in(folder, **changes):
     meeting = {"versions": required_versions(), "store": "/the/store", "folder": str(folder)}
     devices = {"cpu": describe_device(torch.device("cpu"))}
     return {**meeting, "devices": devices, "token": "token", **changes}
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "expected"),
+    [("given", "other", "given"), (None, "other", "other"), (None, None, None)],
+)
+def test_workers_find_the_data_in_the_folder_of_the_command(
+    monkeypatch, tmp_path, option, variable, expected
+):
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("ROBUSTSOUP_DATA", variable or "")
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare_run(recipe_of(), device="cpu")
+    surroundings = Cluster(prepared, FakePool(), option).surroundings
+    assert surroundings.data_root == (expected and str(Path.cwd() / expected))
 
 
 def test_a_worker_that_fits_is_not_refused(tmp_path):
@@ -482,7 +534,7 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
             saved.append("whole")
 
     monkeypatch.setattr(slurm_pool, "run_assignment", work)
-    assert slurm_pool.run_job({}, b"") == Lost("the job was told to end")
+    assert slurm_pool.run_job({}, b"") == Lost("the job was told to end", saved=True)
     assert saved == ["whole"]
     assert signal.getsignal(signal.SIGUSR2) is earlier
 

@@ -23,13 +23,15 @@ from tiny_runs import (
     plan_of,
     planner_of,
     recipe_of,
+    recipe_of_files,
     steps_of,
 )
 
 import robustsoup
 from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import load_data
+from robustsoup.data import Augmentation, load_data
+from robustsoup.data.transforms import ImageTransform
 from robustsoup.errors import DataError
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, with_files
@@ -348,6 +350,50 @@ def test_data_network_and_precision_are_in_every_training_key():
         assert not set(before.values()) & set(after.values())
     bfloat16 = keys_of(plan_of(precision="bfloat16"))
     assert all(before[step] != bfloat16[step] for step in before)
+
+
+def with_augmentation(**changes):
+    """Return the data of the tests with another augmentation of the same samples."""
+    train = dataclasses.replace(DATA.train, augmentation=Augmentation(**changes))
+    return dataclasses.replace(DATA, train=train)
+
+
+OWN_DATA = (("data",), "my_data:load")
+AUGMENTATIONS = [
+    {"pad": 1},
+    {"flip": True},
+    {"transform": ImageTransform.parse(lambda image: image.flip(2))},
+]
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda each: next(iter(each)))
+def test_the_augmentation_of_a_users_data_is_in_the_keys_of_training(augmentation):
+    before = keys_of(plan_of(OWN_DATA))
+    after = keys_of(plan_of(OWN_DATA, data=with_augmentation(**augmentation)))
+    assert {step for step in before if before[step] == after[step]} == set()
+    assert keys_of(plan_of(data=with_augmentation(**augmentation))) == keys_of(plan_of())
+
+
+def test_the_constants_of_a_users_data_are_in_the_keys_of_training():
+    other = dataclasses.replace(DATA, record={**DATA.record, "mean": [0.5]})
+    before, after = keys_of(plan_of(OWN_DATA)), keys_of(plan_of(OWN_DATA, data=other))
+    assert {step for step in before if before[step] == after[step]} == set()
+    assert keys_of(plan_of(data=other)) == keys_of(plan_of())
+
+
+@pytest.mark.parametrize(("buffers", "is_same"), [("average", True), ("recalibrate", False)])
+def test_a_soup_depends_on_augmentation_if_its_statistics_do(tmp_path, buffers, is_same):
+    for seed, name in enumerate(("low", "high")):
+        network = load_model("resnet9:width=2", channels=1, seed=seed)
+        Checkpoint.of(network).save(tmp_path / f"{name}.safetensors")
+    soups = {"flat": {"method": "uniform", "buffers": buffers}}
+    recipe = recipe_of_files(tmp_path, data="my_data:load", soups=soups)
+    keys = [
+        keys_of(plan_recipe(recipe, data, MODEL, "float32").plan)
+        for data in (DATA, with_augmentation(pad=1))
+    ]
+    assert (keys[0]["mix", "flat"] == keys[1]["mix", "flat"]) is is_same
+    assert keys[0]["evaluate", "low.val"] == keys[1]["evaluate", "low.val"]
 
 
 def test_slugs_are_file_names():

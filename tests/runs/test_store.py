@@ -10,6 +10,7 @@ from tiny_runs import keys_of, plan_of, recipe_of, run_recipe, steps_of
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import StorageError
+from robustsoup.runs import store as store_module
 from robustsoup.runs.store import Store
 
 
@@ -52,6 +53,29 @@ def test_a_step_is_finished_or_absent(tmp_path):
     with store.write_step(key, {}, notice=ignore) as folder:
         assert folder is None
     assert {path.name for path in store.path(key).parent.iterdir()} == {key}
+
+
+@pytest.mark.parametrize("moment", ["digest_folder", "write_text"])
+def test_a_step_that_is_killed_while_it_is_published_keeps_its_state(tmp_path, monkeypatch, moment):
+    store, key = Store(tmp_path), "ab12"
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    def finish_step():
+        with store.write_step(key, {"kind": "x"}, notice=ignore) as folder:
+            (folder / "state.pt").write_text("all steps")
+            (folder / "out").write_text("done")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, moment, kill)
+        with pytest.raises(KeyboardInterrupt):
+            finish_step()
+    assert not store.has(key)
+    with store.write_step(key, {"kind": "x"}, notice=ignore) as folder:
+        assert (folder / "state.pt").read_text() == "all steps"
+    assert store.has(key)
+    assert {path.name for path in store.path(key).iterdir()} == {"out", "step.json"}
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_submitit_repeats_the_step_of_a_job_that_ends_early(folder, name, reason
     os.kill(find_process(status), getattr(signal, name))
     code, messages = finish(process)
     assert code == 0, messages
-    assert f"pretrained: lost its worker ({reason}" in messages
+    assert re.search(rf"pretrained: .*{reason}", messages)
     check_equal(folder, name)
 
 

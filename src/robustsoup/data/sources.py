@@ -66,6 +66,11 @@ def load_data(
     return data
 
 
+def is_built_in(spec: str) -> bool:
+    """Return whether a spec names a source of the catalog, not code of the user or a package."""
+    return spec.partition(":")[0] in DATA_SOURCES
+
+
 def _find_data_source(spec: str, form: Mapping[str, int | None]) -> tuple[DataSource, str]:
     """Return the source that a spec names, and the place that follows the name.
 

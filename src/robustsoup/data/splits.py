@@ -73,6 +73,12 @@ class Augmentation:
     flip: bool = False
     transform: ImageTransform | None = None
 
+    @property
+    def fingerprint(self) -> list[int | str | None]:
+        """What identifies the augmentation, with a digest of the transform's code, JSON-able."""
+        transform = None if self.transform is None else self.transform.fingerprint
+        return [self.pad, self.flip, transform]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:

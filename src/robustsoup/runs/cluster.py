@@ -20,6 +20,7 @@ from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RobustsoupError, StorageError, WorkError
 from robustsoup.files import write_text
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
+from robustsoup.paths import user_path
 from robustsoup.runs.execute import Ended, Reporter
 from robustsoup.runs.plan import Plan, Step
 from robustsoup.runs.remote import PROBE, Answer, Assignment, Meeting, Status, Surroundings
@@ -37,9 +38,11 @@ class Lost:
 
     Attributes:
         reason: Why, in one line.
+        saved: Whether it was told to end and saved the state of its step, as at a time limit.
     """
 
     reason: str
+    saved: bool = False
 
 
 class Pool(Protocol):
@@ -85,6 +88,7 @@ class Cluster:
 
     def __init__(self, prepared: PreparedRun, pool: Pool, data_root: str | None = None) -> None:
         context = prepared.context
+        root = data_root or os.environ.get("ROBUSTSOUP_DATA")
         self.pool = pool
         self.most_at_once = pool.most_at_once
         self.store = prepared.store
@@ -94,7 +98,7 @@ class Cluster:
             network_named=context.network_named,
             device=context.device.type,
             threads=torch.get_num_threads(),
-            data_root=data_root or os.environ.get("ROBUSTSOUP_DATA"),
+            data_root=str(user_path(root).absolute()) if root else None,
             folder=str(Path.cwd()),
         )
         self.device = context.device
@@ -177,7 +181,8 @@ class Cluster:
     def _end(self, key: Key, answer: Answer | Lost) -> Ended:
         step = self.running.pop(key)
         if isinstance(answer, Lost):
-            return Ended(step, lost=answer.reason)
+            status = self._read_status(key) if answer.saved else None
+            return Ended(step, lost=answer.reason, done=status["done"] if status else 0)
         if answer["error"] is not None:
             name, text = answer["error"]
             kind = getattr(errors, name, WorkError)

@@ -34,7 +34,8 @@ _RANK_FOLDER = ".rank"
 
 
 MOST_LOSSES = 3
-"""How many times a step runs again because its worker was lost."""
+"""How many times a step runs again because its worker was lost; a worker that was told to end and
+got further than those before it is not counted."""
 
 
 class StepReporter(Protocol):
@@ -72,12 +73,14 @@ class Ended:
         figures: Its figures in one line.
         seconds: Its seconds.
         lost: Why its worker is gone; None if the step is finished.
+        done: Finished parts that a worker saved before it ended.
     """
 
     step: Step
     figures: str = ""
     seconds: float = 0.0
     lost: str | None = None
+    done: int = 0
 
 
 class Executor(Protocol):
@@ -184,6 +187,7 @@ def _run_steps(steps: Sequence[Step], reporter: Reporter, executor: Executor) ->
     waiting = {step.key: step for step in steps}
     unfinished = set(waiting)
     losses: Counter[Key] = Counter()
+    furthest: Counter[Key] = Counter()
     while unfinished:
         free = executor.most_at_once - (len(unfinished) - len(waiting))
         for step in _first_ready(waiting, unfinished, free):
@@ -193,6 +197,11 @@ def _run_steps(steps: Sequence[Step], reporter: Reporter, executor: Executor) ->
             if end.lost is None:
                 unfinished.remove(step.key)
                 reporter.finished(step, end.figures, end.seconds)
+                continue
+            waiting[step.key] = step
+            if end.done > furthest[step.key]:
+                furthest[step.key] = end.done
+                reporter.note(f"{step.name}: {end.lost}; the step goes on in another worker")
                 continue
             losses[step.key] += 1
             if losses[step.key] > MOST_LOSSES:
@@ -204,7 +213,6 @@ def _run_steps(steps: Sequence[Step], reporter: Reporter, executor: Executor) ->
                 f"{step.name}: lost its worker ({end.lost}); the step runs again "
                 f"({losses[step.key]} of at most {MOST_LOSSES} times)"
             )
-            waiting[step.key] = step
 
 
 def _first_ready(waiting: dict[Key, Step], unfinished: set[Key], most: int) -> list[Step]:

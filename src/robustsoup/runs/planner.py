@@ -9,6 +9,7 @@ from robustsoup.catalog import ATTACKS, BUFFER_POLICIES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
 from robustsoup.data.corruptions import CorruptionPart, open_corruptions
+from robustsoup.data.sources import is_built_in
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.masking import MOST_OTHERS, MOST_POINT_BYTES
 from robustsoup.fingerprint import entry_fingerprint
@@ -83,6 +84,23 @@ def _fingerprint_transform(settings: TrainSettings | LearnSettings) -> list[str 
     return [] if fingerprint is None else [fingerprint]
 
 
+def augments_images(task: Task) -> bool:
+    """Return whether a task trains or measures running statistics on augmented images."""
+    if isinstance(task, DoPart):
+        task = task.whole
+    match task:
+        case TrainNetwork() | TrainSubspace() | LearnCoefficients():
+            return True
+        case MixSoup() | MergeSoup() | MeasureClean() | BuildGreedySoup():
+            policy = task.mixing.policy
+        case MapPlane():
+            policy = task.settings.buffers
+        case _:
+            return False
+    entry = BUFFER_POLICIES.get(policy)  # None for a policy of the user
+    return entry is None or "data" in entry.facts.get("needs", ())
+
+
 class Planner:
     """Builds the plan of a recipe step by step.
 
@@ -126,12 +144,19 @@ class Planner:
             "model": network.as_record(),
             "code": factory_fingerprint(network.spec),
         }
+        self._training_surroundings = self._surroundings.copy()
+        if not is_built_in(recipe.data):  # whose digest covers the samples alone
+            self._training_surroundings |= {
+                "augmentation": data.train.augmentation.fingerprint,
+                "normalize": [data.record["mean"], data.record["std"]],
+            }
 
     # Steps of any kind.
 
     def add_step(self, name: str, task: Task) -> Key:
         """Add a task and return its key."""
-        key = step_key(task, self._surroundings | {"functions": fingerprint_functions(task)})
+        around = self._training_surroundings if augments_images(task) else self._surroundings
+        key = step_key(task, around | {"functions": fingerprint_functions(task)})
         if key not in self.plan.steps_by_key:
             task = self._divide(name, task)
             self.plan.steps_by_key[key] = Step(key, name, task, task.count_passes(self.data))

@@ -126,7 +126,7 @@ def run_job(meeting: Meeting, content: bytes) -> Answer | Lost:
         try:
             return run_assignment(meeting, content)
         except KeyboardInterrupt:
-            return Lost("the job was told to end")
+            return Lost("the job was told to end", saved=True)
         finally:
             signal.signal(signal.SIGUSR2, earlier)
 

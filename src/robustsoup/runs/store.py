@@ -13,12 +13,14 @@ from robustsoup.digests import FileDigest, digest_folder, digest_json, find_dama
 from robustsoup.documents import read_json
 from robustsoup.errors import StorageError
 from robustsoup.files import cache_folder, write_text
+from robustsoup.interruption import held_signals
 from robustsoup.leftovers import remove_leftovers
 from robustsoup.paths import user_path
 from robustsoup.runs.locks import Notice, hold_folder, hold_lock
 from robustsoup.schema import MisfitError, anything, mapping_of, number, table, text
 
 RECORD = "step.json"
+STATE = "state.pt"
 UNFINISHED = "unfinished"
 """The folder in the store for states of interrupted evaluations."""
 _KEY_GLOB = "??/*/"
@@ -243,12 +245,15 @@ class Store:
                 inputs = {key: digest for key in parents if (digest := self.output_digest(key))}
                 yield partial
                 _remove_step_leftovers(partial)
-                step = StoredStep(key, record, digest_folder(partial), inputs)
+                files = digest_folder(partial, without=(STATE,))
+                step = StoredStep(key, record, files, inputs)
                 write_text(partial / RECORD, json.dumps(step.to_json(), indent=1, sort_keys=True))
                 lock.check()
-                if final.exists():
-                    shutil.rmtree(final)
-                partial.replace(final)
+                with held_signals():
+                    if final.exists():
+                        shutil.rmtree(final)
+                    partial.replace(final)
+                    (final / STATE).unlink(missing_ok=True)  # the step resumed from it until now
         except OSError as error:
             raise StorageError(
                 f"{final}: the store cannot be written: {error.strerror or error}"
@@ -261,6 +266,6 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _remove_step_leftovers(folder: Path) -> None:
-    """Remove the saved state, the record of a cut publication and temporary files."""
-    for path in (folder / "state.pt", folder / RECORD, *folder.rglob(".*.tmp")):
+    """Remove the record of a cut publication and temporary files."""
+    for path in (folder / RECORD, *folder.rglob(".*.tmp")):
         path.unlink(missing_ok=True)

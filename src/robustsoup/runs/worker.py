@@ -14,6 +14,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import PlaneGrid, open_plane
+from robustsoup.digests import digest_json
 from robustsoup.errors import DataError, StorageError
 from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
@@ -23,7 +24,7 @@ from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.examples import attack_examples
 from robustsoup.runs.plan import Step
-from robustsoup.runs.store import Store
+from robustsoup.runs.store import STATE, Store
 from robustsoup.runs.tasks import (
     AttackExamples,
     BuildGreedySoup,
@@ -67,7 +68,8 @@ EXAMPLES = "examples.npz"
 HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 PART = "part.pt"
-STATE = "state.pt"
+LONGEST_STEM = 200
+"""Most letters of a file name without its ending; file systems allow 255 bytes with it."""
 
 Measurement = MeasureClean | EvaluateNetwork | AttackExamples | MapPlane | DoPart
 """The tasks that measure networks and make none."""
@@ -337,7 +339,7 @@ def build_greedy_soup(
 
     def evaluate_soup(alpha: Alpha) -> Evaluation:
         nonlocal evaluated
-        path = folder / f"{alpha_name(alpha)}.json"
+        path = folder / f"{_file_stem(alpha)}.json"
         if not distributed.from_first(path.exists):
             soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
             evaluation = evaluate(
@@ -371,6 +373,12 @@ def build_greedy_soup(
     coefficients.save(folder / COEFFICIENTS)
     used = sum(share > 0 for share in best)
     return f"{used} of {len(best)} ingredients, {task.score}: {trace[-1]['score']:.1%}"
+
+
+def _file_stem(alpha: Alpha) -> str:
+    """Return the name of a file about a soup: of many ingredients, a digest of their shares."""
+    name = alpha_name(alpha)
+    return name if len(name) <= LONGEST_STEM else digest_json(alpha)
 
 
 def mix_soup(worker: Worker, task: MixSoup, folder: Path) -> str:
@@ -434,8 +442,8 @@ def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress:
     """Measure the clean verdicts of many soups and write them as one table."""
     ingredients = [worker.checkpoint(key) for key in task.ingredients]
     split = task.settings.take_samples(worker.context.data)
-    saved = SavedState(folder / STATE, split.digest)
-    state = saved.load()
+    saved = SavedState(folder / STATE if distributed.is_first() else None, split.digest)
+    state = distributed.from_first(saved.load)
     with saved.refuse_malformed():
         rows: list[Tensor] = [] if state is None else list(state["hits"].bool())
     for alpha in task.alphas[len(rows) :]:

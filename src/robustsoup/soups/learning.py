@@ -29,7 +29,11 @@ from robustsoup.training.objectives import Objective
 from robustsoup.training.schedules import check_schedule
 from robustsoup.training.sharing import check_same_training
 from robustsoup.training.train import check_early_stop
-from robustsoup.training.transforms import take_transform, transform_fingerprint
+from robustsoup.training.transforms import (
+    augmentation_fingerprint,
+    take_transform,
+    transform_fingerprint,
+)
 
 
 @accepts_settings(LearnSettings, omit=["dial"])
@@ -216,7 +220,7 @@ def _finish_run(
     val = run.inputs.val
     fingerprint = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
     fingerprint += [network_fingerprint(run.model), run.objective.fingerprint]
-    fingerprint.append(transform_fingerprint(run.settings))
+    fingerprint += [transform_fingerprint(run.settings), *augmentation_fingerprint(run.data)]
     check_same_training(run.data, fingerprint, run.settings, run.inputs.device)
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, json.dumps(fingerprint, sort_keys=True))

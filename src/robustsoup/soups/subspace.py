@@ -43,7 +43,11 @@ from robustsoup.training.sharing import (
     synchronised_batchnorm,
 )
 from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
-from robustsoup.training.transforms import take_transform, transform_fingerprint
+from robustsoup.training.transforms import (
+    augmentation_fingerprint,
+    take_transform,
+    transform_fingerprint,
+)
 
 SHAPES = {2: "line", 3: "triangle"}
 """Shape of a subspace by its number of ends."""
@@ -135,6 +139,7 @@ def train_subspace(
     run = SubspaceRun(model, inputs.to(place), ends, by, at_ends)
     work += [data.digest, network_fingerprint(model)]
     functions = [run.objective.fingerprint, transform_fingerprint(settings)]
+    functions += augmentation_fingerprint(data)
     fingerprint = json.dumps([*work, *functions], sort_keys=True)
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, fingerprint)

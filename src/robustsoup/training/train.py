@@ -60,7 +60,11 @@ from robustsoup.training.sharing import (
     share_loss_pass,
     synchronised_batchnorm,
 )
-from robustsoup.training.transforms import take_transform, transform_fingerprint
+from robustsoup.training.transforms import (
+    augmentation_fingerprint,
+    take_transform,
+    transform_fingerprint,
+)
 
 OnCheckpoint = Callable[[int, Checkpoint], None]
 """on_checkpoint(epoch, checkpoint): receives the network after an epoch, counted from 1."""
@@ -147,6 +151,7 @@ def train(
     run = TrainingRun(model, inputs.to(resolved_device))
     work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
     work += [run.objective.fingerprint, checkpoint_every, transform_fingerprint(settings)]
+    work += augmentation_fingerprint(data)
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, json.dumps(work, sort_keys=True))
     with saved.refuse_malformed():

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from robustsoup.data import Split
+from robustsoup.data.sources import is_built_in
 from robustsoup.data.splits import Augmentation
 from robustsoup.data.transforms import ImageTransform
 from robustsoup.settings import LearnSettings, TrainSettings
@@ -29,3 +30,11 @@ def transform_fingerprint(settings: TrainSettings | LearnSettings) -> str | None
     if settings.transform is None:
         return None
     return ImageTransform.parse(settings.transform).fingerprint
+
+
+def augmentation_fingerprint(data: Split) -> list[int | str | None]:
+    """Return what identifies the augmentation of a user's data, whose digest does not say it.
+
+    The list is empty for built-in data, which always has the same augmentation.
+    """
+    return [] if is_built_in(data.record["name"]) else data.augmentation.fingerprint
