@@ -93,6 +93,22 @@ def test_impossible_points_are_errors(model, data, change, message):
         evaluate(model, data, [LINF], attack=leave)
 
 
+def test_an_attack_may_change_its_images_in_place(model, data, tmp_path):
+    def move(model, x, y, threat, *, seed):
+        y.fill_(0)
+        return x.sub_(threat.eps).clamp_(0, 1).requires_grad_()
+
+    def leave(model, x, y, threat, *, seed):
+        return x.add_(0.5).clamp_(0, 1)
+
+    evaluation = evaluate(model, data, [LINF], attack=move)
+    attacked = evaluation.prediction == evaluation.labels
+    assert bool((evaluation.threats[str(LINF)].norm[attacked] > 0.9 * LINF.eps).all())
+    evaluation.save(tmp_path / "moved")
+    with pytest.raises(RequestError, match="outside the ball or the box"):
+        evaluate(model, data, [LINF], attack=leave)
+
+
 def test_an_unknown_module_is_named(model, data):
     with pytest.raises(RequestError, match=re.escape('attack "nowhere:stay"')):
         evaluate(model, data, [LINF], attack="nowhere:stay")

@@ -315,8 +315,9 @@ class FunctionAttacker:
     ) -> None:
         x, y = target.samples.fetch(chunk), target.samples.y[chunk].to(target.device)
         seed = self.seed + int(target.samples.ids[chunk[0]])
-        with torch.enable_grad():
-            points = self._check_points(self.function(target.model, x, y, threat, seed=seed), x)
+        with torch.enable_grad():  # the attack may change its copies in place
+            returned = self.function(target.model, x.clone(), y.clone(), threat, seed=seed)
+        points = self._check_points(returned, x)
         excess = float(constraint_excess(points, x, threat).max())
         if math.isnan(excess):
             raise RequestError(f'attack "{self.name}": a point holds NaN')
