@@ -55,12 +55,23 @@ def check_same_samples(evaluations: Sequence[Evaluation], data: Split) -> None:
         RequestError: If an evaluation begins with other samples.
     """
     for evaluation in evaluations:
-        ids = evaluation.ids[: len(data)]
-        if len(ids) < len(data) or not torch.equal(ids, data.ids.cpu()):
+        if not _begins_with(evaluation, data):
             raise RequestError(
                 "evaluate: pool, after and others must be evaluations of the same samples; "
                 "evaluate them on this split again"
             )
+
+
+def _begins_with(evaluation: Evaluation, data: Split) -> bool:
+    """Compare ids and labels, and the data and the split where the record names them."""
+    n, record = len(data), evaluation.record
+    digest, split = record.get("data", {}).get("digest"), record.get("split")
+    return (
+        torch.equal(evaluation.ids[:n], data.ids.cpu())
+        and torch.equal(evaluation.labels[:n], data.labels.cpu())
+        and digest in (None, data.record["digest"])
+        and split in (None, data.name)
+    )
 
 
 def pool_points(pool: Sequence[Evaluation], threat: ThreatModel) -> list[Tensor]:
