@@ -92,6 +92,22 @@ def test_images_of_equal_ids_must_be_of_the_same_data(model):
 # an earlier evaluation of the same network
 
 
+def test_points_cannot_be_kept_after_an_evaluation_without_points(
+    evaluation, with_points, model, data
+):
+    settings = {"keep_points": True, **FIVE_STEPS}
+    for steps in (5, 6):
+        changes = {**settings, "steps": steps}
+        with pytest.raises(RequestError, match="keep_points: after kept no points"):
+            evaluate(model, data, [LINF], after=evaluation, **changes)
+        after = evaluate(model, data, [LINF], after=with_points, **changes)
+        broken = ~with_points.threats[str(LINF)].robust
+        points = with_points.threats[str(LINF)].x_adv[broken]
+        assert torch.equal(after.threats[str(LINF)].x_adv[broken], points)
+    clean = evaluate(model, data)
+    assert evaluate(model, data, [LINF], after=clean, **settings).threats[str(LINF)].x_adv.any()
+
+
 def test_after_the_very_same_attack_nothing_is_attacked_again(with_points, model, data, passes):
     network = Counted(model)
     repeated = evaluate(

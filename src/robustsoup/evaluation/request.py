@@ -23,6 +23,7 @@ from robustsoup.evaluation.reuse import (
     check_same_samples,
     find_masking_check,
     is_same_attack,
+    lacks_points,
     pool_points,
 )
 from robustsoup.evaluation.two_phase import SUBSET_KEY
@@ -166,6 +167,11 @@ def check_request(
     earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
     _check_subset(reuse, attacked, attacker, settings, len(data))
+    if reuse.keep_points and reuse.after is not None and lacks_points(reuse.after, attacked):
+        raise RequestError(
+            "keep_points: after kept no points, which its verdicts need; evaluate it again with "
+            "keep_points=True"
+        )
     for threat in attacked:
         pool_points([*reuse.pool, *reuse.others], threat)
     return CheckedRequest(

@@ -1,6 +1,6 @@
 """Reuse the verdicts of an earlier evaluation, and adversarial points of other networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,12 @@ def _begins_with(evaluation: Evaluation, data: Split) -> bool:
         and digest in (None, data.record["digest"])
         and split in (None, data.name)
     )
+
+
+def lacks_points(after: Evaluation, threats: Iterable[ThreatModel]) -> bool:
+    """Return whether an evaluation has verdicts for some threat model without their points."""
+    verdicts = [after.threats.get(str(threat)) for threat in threats]
+    return any(item is not None and item.x_adv is None for item in verdicts)
 
 
 def pool_points(pool: Sequence[Evaluation], threat: ThreatModel) -> list[Tensor]:
