@@ -16,12 +16,7 @@ from robustsoup.attacks.attempts import (
     queued_loss,
     run_attempts,
 )
-from robustsoup.attacks.autoattack import (
-    POINT_TOLERANCE,
-    AutoAttackPlan,
-    attack_chunk,
-    plan_autoattack,
-)
+from robustsoup.attacks.autoattack import AutoAttackPlan, attack_chunk, plan_autoattack
 from robustsoup.attacks.forward import pass_size
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import constraint_excess
@@ -29,6 +24,7 @@ from robustsoup.attacks.square import run_square, square_attempts
 from robustsoup.attacks.strong import run_strong, strong_attempts
 from robustsoup.catalog import ATTACKS, import_by_name
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.doubts import certificate_tolerance
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -321,7 +317,7 @@ class FunctionAttacker:
         excess = float(constraint_excess(points, x, threat).max())
         if math.isnan(excess):
             raise RequestError(f'attack "{self.name}": a point holds NaN')
-        if excess > POINT_TOLERANCE:
+        if excess > certificate_tolerance(threat):
             raise RequestError(
                 f'attack "{self.name}": a point lies {excess:.2g} outside the ball or the box of '
                 f"{threat}; project the points"
@@ -355,7 +351,7 @@ class FunctionAttacker:
         return 2 * int((correct & ~by_other_means).sum())
 
     def _check_points(self, points: object, x: Tensor) -> Tensor:
-        """Return what the attack returned, without its graph, after a check of type and shape."""
+        """Return what the attack returned as numbers like x, after a check of type and shape."""
         if not isinstance(points, Tensor):
             raise RequestError(
                 f'attack "{self.name}": returned {type(points).__name__}, expected a tensor of '
@@ -366,7 +362,7 @@ class FunctionAttacker:
                 f'attack "{self.name}": returned {tuple(points.shape)} {points.dtype}, '
                 f"expected {tuple(x.shape)} {x.dtype}"
             )
-        return points.detach()
+        return points.detach().to(x.dtype)
 
 
 @dataclass(frozen=True)
