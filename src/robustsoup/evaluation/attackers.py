@@ -16,7 +16,12 @@ from robustsoup.attacks.attempts import (
     queued_loss,
     run_attempts,
 )
-from robustsoup.attacks.autoattack import AutoAttackPlan, attack_chunk, plan_autoattack
+from robustsoup.attacks.autoattack import (
+    AutoAttackPlan,
+    attack_chunk,
+    check_square_tiling,
+    plan_autoattack,
+)
 from robustsoup.attacks.forward import pass_size
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import constraint_excess
@@ -479,6 +484,7 @@ def make_attacker(
     threats: tuple[ThreatModel, ...],
     classes: int,
     device: torch.device,
+    shape: tuple[int, ...],
 ) -> Attacker:
     """Return the attacker that the settings describe.
 
@@ -487,13 +493,18 @@ def make_attacker(
         threats: Threat models of the evaluation.
         classes: Number of classes of the data.
         device: Device of the network.
+        shape: Shape of an image, (c, h, w).
 
     Raises:
-        RequestError: If the attack does not support this number of classes, or is not installed.
+        RequestError: If the attack does not support this number of classes or images of this
+            shape, or is not installed.
     """
     check_classes(settings, classes)
     if settings.attack == "autoattack" and threats:
-        return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
+        plan = plan_autoattack(classes, threats[0])
+        for threat in threats:
+            check_square_tiling(shape, threat)
+        return AutoAttacker(plan, settings.seed)
     images = pass_size(device, settings.batch_size)
     if settings.attack == "square":
         return SquareAttacker(settings, images)

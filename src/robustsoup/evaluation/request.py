@@ -163,7 +163,8 @@ def check_request(
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")
     data = data.with_classes(check_fit(model, data, attacked))
-    attacker = make_attacker(settings, attacked, data.classes, where)
+    shape = tuple(data.images.shape[1:])
+    attacker = make_attacker(settings, attacked, data.classes, where, shape)
     earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
     _check_subset(reuse, attacked, attacker, settings, len(data))
