@@ -124,8 +124,13 @@ def test_one_evaluation_is_a_pool_of_one(digits):
 def test_attacks_work_in_the_callers_inference_mode(digits):
     x, y = digits.test.images[:8].float() / 255, digits.test.labels[:8]
     expected = rs.apgd(NET, x, y, "Linf 8/255", steps=2)
+    trained = rs.apgd_train(NET, x, y, "Linf 8/255")
+    many_x, many_y = x.repeat(8, 1, 1, 1), y.repeat(8)  # divided among the cores
     evaluation = evaluate(digits.test, threats="Linf 8/255")
+    assert not torch.equal(trained, x)
     with torch.inference_mode():
+        assert torch.equal(rs.apgd_train(NET, x * 1, y * 1, "Linf 8/255"), trained)
+        assert not torch.equal(rs.apgd_train(NET, many_x * 1, many_y * 1, "Linf 8/255"), many_x)
         assert torch.equal(rs.apgd(NET, x * 1, y * 1, "Linf 8/255", steps=2), expected)
         assert rs.square(NET, x * 1, y * 1, "Linf 8/255", n_queries=2).shape == x.shape
         again = evaluate(digits.test, threats="Linf 8/255")

@@ -19,6 +19,7 @@ from robustsoup.attacks.autoattack import (
     plan_autoattack,
 )
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import CLEAN, ThreatModel
@@ -144,6 +145,22 @@ def test_image_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
             on_progress=lambda *at: reports.append(at),
         )
     assert reports == []
+
+
+def test_an_evaluation_checks_the_tiling_of_every_threat_before_any_work():
+    model, x, y = problem(2, side=12)
+    reports, threats = [], ["Linf 0.1", "L2 0.1"]
+    state = torch.random.get_rng_state()
+    with pytest.raises(RequestError, match="Square cannot tile images of 12 x 12 in L2"):
+        evaluate(
+            model,
+            (x, y),
+            threats,
+            attack="autoattack",
+            on_progress=lambda *report: reports.append(report),
+        )
+    assert reports == []
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_square_in_linf_accepts_sizes_that_it_cannot_tile_in_l2():

@@ -156,3 +156,14 @@ def test_one_pair_is_folded_where_another_cannot_be():
     assert isinstance(copied.norm2, nn.BatchNorm2d)
     with torch.no_grad():
         torch.testing.assert_close(copied(images(50)), model(images(50)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [ConvNet, OneOfTwo])
+@pytest.mark.parametrize("wrap", [lambda logits: (logits, 0), lambda logits: {"logits": logits}])
+def test_a_network_that_returns_a_tuple_or_a_dict_is_folded(network, wrap):
+    model = network().eval()
+    expected = count_batchnorms(fold_batchnorm(model, images()))
+    model.register_forward_hook(lambda _module, _inputs, logits: wrap(logits))
+    copied = fold_batchnorm(model, images())
+    assert count_batchnorms(copied) == expected
+    assert type(copied(images())) is type(wrap(0))

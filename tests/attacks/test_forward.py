@@ -7,6 +7,7 @@ from torch import nn
 from robustsoup.attacks import apgd, apgd_train
 from robustsoup.attacks.forward import frozen_eval, input_gradient, pass_size, predict_logits
 from robustsoup.attacks.losses import ce
+from robustsoup.errors import RequestError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -139,3 +140,14 @@ def test_predictions_keep_the_order_and_every_pass_is_full():
     logits = predict_logits(Records(), lambda samples: x[samples], 10, 4, CPU)
     assert torch.equal(logits, x.flatten(1))
     assert sizes == [4, 4, 4]
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda *_: 1.0])
+def test_a_loss_must_return_one_value_for_each_image(loss):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    for form in (apgd, apgd_train):
+        with pytest.raises(RequestError, match=r"loss: returned .*, expected \(\d+,\), one value"):
+            form(model, x, y, "Linf 0.1", steps=1, loss=loss)

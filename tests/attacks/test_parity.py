@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from robustsoup.attacks.apgd import apgd_train
 from robustsoup.attacks.forward import frozen_eval, input_gradient
-from robustsoup.attacks.losses import ce
+from robustsoup.attacks.losses import ce, dlr
 from robustsoup.attacks.projections import random_start
 from robustsoup.attacks.steps import (
     StepSchedule,
@@ -222,3 +222,11 @@ def test_three_l1_stages_agree_with_the_reference_from_the_same_noise(digits, ep
     assert int((ours != expected).sum()) <= 6
     distance = (best - expected_best).abs().flatten(1).amax(1)
     assert float(distance.median()) < 1e-4
+
+
+@pytest.mark.parametrize("label", [0, 2])
+def test_dlr_has_a_gradient_where_the_label_ties_with_another_class(label):
+    logits = torch.tensor([[2.0, 0.0, 2.0, 1.0]], requires_grad=True)
+    (grad,) = torch.autograd.grad(dlr(logits, torch.tensor([label])).sum(), logits)
+    assert grad[0, label] == -1
+    assert grad[0, 2 - label] == 1

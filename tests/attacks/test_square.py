@@ -14,7 +14,7 @@ from robustsoup.attacks.square import (
     square,
     window_side,
 )
-from robustsoup.errors import RequestError
+from robustsoup.errors import DataError, RequestError
 from robustsoup.models import load_model
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import AttackSettings
@@ -205,6 +205,24 @@ def test_a_gradient_is_never_needed(problem):
     x, y = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.long)
     points = square(Threshold(), x, y, "Linf 0.1", n_queries=1)
     assert bool((Threshold()(points).argmax(1) == 1).all())
+
+
+@pytest.mark.parametrize("wrap", [lambda logits: (logits, 0), lambda logits: {"logits": logits}])
+def test_functions_arrays_and_wrapped_logits_are_accepted(problem, wrap):
+    model, x, y = problem
+    expected = square(model, x, y, "L2 0.5", n_queries=20)
+
+    def function(x):
+        return wrap(model(x))
+
+    points = square(function, x.numpy(), y.tolist(), "L2 0.5", n_queries=20)
+    assert torch.equal(points, expected)
+
+
+def test_images_without_height_and_width_are_refused():
+    x, y = torch.rand(3, 4), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(DataError, match=r"x: got shape \(3, 4\), expected \(n, c, h, w\) images"):
+        square(nn.Linear(4, 2), x, y, "Linf 0.1", n_queries=1)
 
 
 def test_wrong_settings_are_refused(problem):

@@ -11,6 +11,7 @@ from robustsoup.data import to_float
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.comparison import compare
 from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.threats import ThreatModel
 
 
 def fgsm(model, x, y, threat, *, seed):
@@ -91,6 +92,40 @@ def test_impossible_points_are_errors(model, data, change, message):
         evaluate(model, data, [LINF], attack=leave)
     with pytest.raises(RequestError, match=re.escape(message)):
         evaluate(model, data, [LINF], attack=leave)
+
+
+def test_an_attack_may_change_its_images_in_place(model, data, tmp_path):
+    def move(model, x, y, threat, *, seed):
+        y.fill_(0)
+        return x.sub_(threat.eps).clamp_(0, 1).requires_grad_()
+
+    def leave(model, x, y, threat, *, seed):
+        return x.add_(0.5).clamp_(0, 1)
+
+    evaluation = evaluate(model, data, [LINF], attack=move)
+    attacked = evaluation.prediction == evaluation.labels
+    assert bool((evaluation.threats[str(LINF)].norm[attacked] > 0.9 * LINF.eps).all())
+    evaluation.save(tmp_path / "moved")
+    with pytest.raises(RequestError, match="outside the ball or the box"):
+        evaluate(model, data, [LINF], attack=leave)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_tolerated_as_by_the_certificate(model, data, dtype):
+    def move(model, x, y, threat, *, seed):
+        up = x.to(dtype).flatten(1)
+        radius = threat.eps * (1 + 5e-7)
+        for column in range(up.shape[1]):  # the first pixels take the radius
+            step = (1 - up[:, column]).clamp(max=radius)
+            up[:, column] += step
+            radius = radius - step
+        return up.view_as(x)
+
+    threat = ThreatModel("L1", 12)
+    evaluation = evaluate(model, data, [threat], attack=move)
+    certificate = evaluation.record["certificate"][str(threat)]
+    assert certificate["outside"] == 0
+    assert certificate["largest_excess"] > 1e-6
 
 
 def test_an_unknown_module_is_named(model, data):

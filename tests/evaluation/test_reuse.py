@@ -75,7 +75,37 @@ def test_a_pool_must_have_points_of_the_same_samples_and_threats(
                 evaluate(model, split, [LINF], **request)
 
 
+def test_images_of_equal_ids_must_be_of_the_same_data(model):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 20, 1, 8, 8, generator=generator)
+    y = torch.arange(20) % 10
+    settings = {"threats": [LINF], "steps": 1}
+    earlier = evaluate(model, (a, y), keep_points=True, **settings)
+    for name, reused in (("pool", [earlier]), ("others", [earlier]), ("after", earlier)):
+        evaluate(model, (a, y), **{name: reused}, **settings)
+        evaluate(model, (a, y), **{name: reused}, samples=10, **settings)
+        for images, labels in ((b, y), (a, 9 - y)):
+            with pytest.raises(RequestError, match="must be evaluations of the same samples"):
+                evaluate(model, (images, labels), **{name: reused}, **settings)
+
+
 # an earlier evaluation of the same network
+
+
+def test_points_cannot_be_kept_after_an_evaluation_without_points(
+    evaluation, with_points, model, data
+):
+    settings = {"keep_points": True, **FIVE_STEPS}
+    for steps in (5, 6):
+        changes = {**settings, "steps": steps}
+        with pytest.raises(RequestError, match="keep_points: after kept no points"):
+            evaluate(model, data, [LINF], after=evaluation, **changes)
+        after = evaluate(model, data, [LINF], after=with_points, **changes)
+        broken = ~with_points.threats[str(LINF)].robust
+        points = with_points.threats[str(LINF)].x_adv[broken]
+        assert torch.equal(after.threats[str(LINF)].x_adv[broken], points)
+    clean = evaluate(model, data)
+    assert evaluate(model, data, [LINF], after=clean, **settings).threats[str(LINF)].x_adv.any()
 
 
 def test_after_the_very_same_attack_nothing_is_attacked_again(with_points, model, data, passes):

@@ -306,6 +306,10 @@ def test_screening_changes_the_keys_of_selecting_evaluations_alone():
     assert changed == {"grid-0.25-0.75.val", "grid-0.5-0.5.val", "grid-0.75-0.25.val"}
 
 
+def test_a_screening_judges_with_the_seed_of_the_attack():
+    assert planner_of((*SCREENED, (("seed",), 5))).screening().seed == 5
+
+
 def test_a_confirmation_starts_from_the_screening():
     planner = planner_of(SCREENED)
     plan = planner.plan

@@ -14,7 +14,7 @@ from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
-from robustsoup.soups import time_limit
+from robustsoup.soups import selection, time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
@@ -245,6 +245,22 @@ def survivors(evaluation):
 
 def hits(candidate):
     return candidate.evaluation.accuracy[THREAT].hits
+
+
+def test_a_screening_judges_by_the_bounds_of_the_choice(ingredients, data, monkeypatch):
+    seeds, prove = [], selection.prove_accuracies
+
+    def record_seed(hits, thresholds, *, seed):
+        seeds.append(seed)
+        return prove(hits, thresholds, seed=seed)
+
+    monkeypatch.setattr(selection, "prove_accuracies", record_seed)
+    for require in (["clean>=0"], [f"{WEAK[0]}>=0"]):  # a race, and possible winners
+        goal = {"maximise": WEAK[0], "require": require}
+        settings = {"step": 0.5, "screen": True, "screen_steps": 1, "steps": 2, "seed": 3}
+        search(ingredients, data.val.first(20), WEAK, **goal, **settings)
+    assert len(seeds) > 2
+    assert set(seeds) == {3}
 
 
 def test_a_screened_search_confirms_the_front_and_marks_the_rest(ends, split, full, short):

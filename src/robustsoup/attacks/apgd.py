@@ -23,6 +23,7 @@ from robustsoup.attacks.losses import Loss, ce
 from robustsoup.attacks.projections import as_column
 from robustsoup.attacks.steps import Stage, StepSchedule, advance, initial_state, observe
 from robustsoup.errors import RequestError
+from robustsoup.gradients import gradients_enabled
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
@@ -163,6 +164,7 @@ def pgd(
     return run_attack(model, x, y, ThreatModel.parse(threat), settings, ids=ids).x_adv
 
 
+@gradients_enabled()
 @torch.no_grad()
 def apgd_train(
     model: nn.Module,
@@ -215,6 +217,7 @@ def apgd_train(
     schedule = StepSchedule.for_threat(threat, steps, staged=False)
     attack = partial(highest_loss_points, model, schedule=schedule, loss=loss, precision=precision)
     batch = [x, y, x if start is None else start, *([] if target is None else [target])]
+    batch = [tensor.clone() if tensor.is_inference() else tensor for tensor in batch]
     parts = max(1, min(lane_count(x.device), len(x) // MIN_LANE_IMAGES))
     with frozen_eval(model):
         if parts == 1:

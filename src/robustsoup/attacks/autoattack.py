@@ -116,7 +116,7 @@ def attack_chunk(
     # FAB would accumulate gradients in the weights if they were not frozen.
     with _contained_side_effects(), frozen_eval(model):
         if "square" in plan.attacks:
-            _check_square_tiling(tuple(x.shape[1:]), threat)
+            check_square_tiling(tuple(x.shape[1:]), threat)
         for index, name in enumerate(plan.attacks):
             unbroken = (by < 0).nonzero().flatten()
             if len(unbroken):
@@ -195,8 +195,12 @@ def _certify_points(
     return points, feasible & (logits.argmax(1).to(y.device) != y)
 
 
-def _check_square_tiling(shape: tuple[int, ...], threat: ThreatModel) -> None:
+def check_square_tiling(shape: tuple[int, ...], threat: ThreatModel) -> None:
     """Check, without a query, that Square can start: in L2 and L1 its tiling fails on some sizes.
+
+    Args:
+        shape: Shape of an image, (c, h, w).
+        threat: Threat model.
 
     Raises:
         RequestError: If Square cannot start. Without this check, the error would surface only after
@@ -215,7 +219,8 @@ def _check_square_tiling(shape: tuple[int, ...], threat: ThreatModel) -> None:
         device="cpu",
     )
     try:
-        square.perturb(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
+        with _contained_side_effects():
+            square.perturb(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
     except (RuntimeError, ZeroDivisionError):
         raise RequestError(
             f"autoattack on {threat}: pyautoattack's Square cannot tile images of "

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from robustsoup.errors import ModelError
+
 WARM_UP_STEPS = 3
 """Steps before recording, in which libraries choose their kernels and allocate workspaces."""
 
@@ -135,7 +137,7 @@ def _record_graph(step: Callable[[], None], side: torch.cuda.Stream) -> torch.cu
     try:
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             step()
-    except RuntimeError:
+    except (RuntimeError, ModelError):  # `call_network` turns the first into the second
         # A failed capture leaves `side` as the current stream, and leaves the default generator
         # in capture mode, in which every later random number on this device raises an error.
         torch.cuda.set_stream(current)

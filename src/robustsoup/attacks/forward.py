@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import Loss
 from robustsoup.device import autocast
-from robustsoup.errors import DataError, Diverged, ModelError, RobustsoupError
+from robustsoup.errors import DataError, Diverged, ModelError, RequestError, RobustsoupError
 from robustsoup.precision import full_float32
 from robustsoup.printable import first_line
 
@@ -408,7 +408,14 @@ def _logits_and_loss(
 
 def _apply_loss(loss: Loss, logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return loss(logits, y) if target is None else loss(logits, y, target)
+    value = loss(logits, y) if target is None else loss(logits, y, target)
+    if isinstance(value, Tensor) and value.shape == y.shape:
+        return value
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise RequestError(
+        f"loss: returned {shape}, expected ({len(y)},), one value for each image; losses of "
+        'PyTorch need reduction="none"'
+    )
 
 
 def _padded_logits(model: nn.Module, x: Tensor, size: int) -> Tensor:

@@ -61,9 +61,9 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
     Source: Croce and Hein 2020, arXiv:2003.01690, Eq. 6.
     """
-    ordered = logits.sort(dim=1).values
+    ordered, classes = logits.sort(dim=1)
     label_logit = logits.gather(1, y.view(-1, 1)).squeeze(1)
-    correct = logits.argmax(1) == y
+    correct = classes[:, -1] == y  # not argmax, which may order ties otherwise
     best_other = torch.where(correct, ordered[:, -2], ordered[:, -1])
     return -(label_logit - best_other) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 

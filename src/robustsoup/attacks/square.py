@@ -20,12 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.engine import Flags, Numbers, SampleQueue, run_in_turn, run_lanes
-from robustsoup.attacks.forward import check_inputs, frozen_eval, pass_size, predict_logits
+from robustsoup.attacks.forward import (
+    ImageBatch,
+    LabelBatch,
+    as_attack_inputs,
+    call_network,
+    check_inputs,
+    frozen_eval,
+    pass_size,
+    predict_logits,
+)
 from robustsoup.attacks.losses import judge, logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import as_column, move_inside, norms, project
 from robustsoup.attacks.steps import as_arrays, copy_rows, set_rows
-from robustsoup.errors import RequestError
+from robustsoup.errors import DataError, RequestError
 from robustsoup.gradients import gradients_enabled
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import AttackSettings
@@ -43,9 +52,9 @@ _BLOCK = 64
 
 @gradients_enabled()
 def square(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Module | Callable[[Tensor], object],
+    x: ImageBatch,
+    y: LabelBatch,
     threat: ThreatModel | str,
     *,
     n_queries: int = 5000,
@@ -61,9 +70,10 @@ def square(
     it was; no global random state is used.
 
     Args:
-        model: Network that maps (b, c, h, w) images to (b, classes) logits.
-        x: (n, c, h, w) float images in [0, 1], on the network's device.
-        y: (n,) int64 labels.
+        model: Network or function that maps (b, c, h, w) images to (b, classes) logits; as for
+            `apgd`.
+        x: (n, c, h, w) float images in [0, 1], on the network's device; a tensor or an array.
+        y: (n,) integer labels; a tensor, an array or a list.
         threat: Norm and radius in units of x, such as "Linf 8/255"; "clean" returns a copy of x.
         n_queries: Queries of each restart after its starting point, at least 1.
         restarts: Number of searches; each attacks the images that no earlier one broke.
@@ -88,6 +98,9 @@ def square(
         attack="square", n_queries=n_queries, restarts=restarts, seed=seed, batch_size=batch_size
     )
     threat = ThreatModel.parse(threat)
+    model, x, y = as_attack_inputs(model, x, y)
+    if x.dim() != 4:
+        raise DataError(f"x: got shape {tuple(x.shape)}, expected (n, c, h, w) images")
     threat.check_shape(x.shape[1:])
     check_inputs(model, x, y)
     if ids is not None and len(ids) != len(x):
@@ -297,7 +310,7 @@ class SquareLane:
     def _query(self) -> None:
         """Query the network once for every row, and settle the rows that end."""
         points, search = self._next_points(), self.search
-        logits = search.model(points)
+        logits = call_network(search.model, points)
         margin, fooled = judge(logits, self.y)
         margin = margin.to(self.margin)
         busy = self.sample >= 0
@@ -344,7 +357,7 @@ class SquareLane:
         if not bool(is_moved.any()):
             return points, margin, fooled
         points = torch.where(as_column(is_moved, points), inside, points)
-        moved_margin, moved_fooled = judge(self.search.model(points), self.y)
+        moved_margin, moved_fooled = judge(call_network(self.search.model, points), self.y)
         margin = torch.where(is_moved, moved_margin.to(margin), margin)
         return points, margin, torch.where(is_moved, moved_fooled, fooled)
 

@@ -17,9 +17,9 @@ from robustsoup.attacks.attempts import (
     run_attempts,
 )
 from robustsoup.attacks.autoattack import (
-    POINT_TOLERANCE,
     AutoAttackPlan,
     attack_chunk,
+    check_square_tiling,
     plan_autoattack,
 )
 from robustsoup.attacks.forward import pass_size
@@ -29,6 +29,7 @@ from robustsoup.attacks.square import run_square, square_attempts
 from robustsoup.attacks.strong import run_strong, strong_attempts
 from robustsoup.catalog import ATTACKS, import_by_name
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.doubts import certificate_tolerance
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -315,12 +316,13 @@ class FunctionAttacker:
     ) -> None:
         x, y = target.samples.fetch(chunk), target.samples.y[chunk].to(target.device)
         seed = self.seed + int(target.samples.ids[chunk[0]])
-        with torch.enable_grad():
-            points = self._check_points(self.function(target.model, x, y, threat, seed=seed), x)
+        with torch.enable_grad():  # the attack may change its copies in place
+            returned = self.function(target.model, x.clone(), y.clone(), threat, seed=seed)
+        points = self._check_points(returned, x)
         excess = float(constraint_excess(points, x, threat).max())
         if math.isnan(excess):
             raise RequestError(f'attack "{self.name}": a point holds NaN')
-        if excess > POINT_TOLERANCE:
+        if excess > certificate_tolerance(threat):
             raise RequestError(
                 f'attack "{self.name}": a point lies {excess:.2g} outside the ball or the box of '
                 f"{threat}; project the points"
@@ -354,7 +356,7 @@ class FunctionAttacker:
         return 2 * int((correct & ~by_other_means).sum())
 
     def _check_points(self, points: object, x: Tensor) -> Tensor:
-        """Return what the attack returned, without its graph, after a check of type and shape."""
+        """Return what the attack returned as numbers like x, after a check of type and shape."""
         if not isinstance(points, Tensor):
             raise RequestError(
                 f'attack "{self.name}": returned {type(points).__name__}, expected a tensor of '
@@ -365,7 +367,7 @@ class FunctionAttacker:
                 f'attack "{self.name}": returned {tuple(points.shape)} {points.dtype}, '
                 f"expected {tuple(x.shape)} {x.dtype}"
             )
-        return points.detach()
+        return points.detach().to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -482,6 +484,7 @@ def make_attacker(
     threats: tuple[ThreatModel, ...],
     classes: int,
     device: torch.device,
+    shape: tuple[int, ...],
 ) -> Attacker:
     """Return the attacker that the settings describe.
 
@@ -490,13 +493,18 @@ def make_attacker(
         threats: Threat models of the evaluation.
         classes: Number of classes of the data.
         device: Device of the network.
+        shape: Shape of an image, (c, h, w).
 
     Raises:
-        RequestError: If the attack does not support this number of classes, or is not installed.
+        RequestError: If the attack does not support this number of classes or images of this
+            shape, or is not installed.
     """
     check_classes(settings, classes)
     if settings.attack == "autoattack" and threats:
-        return AutoAttacker(plan_autoattack(classes, threats[0]), settings.seed)
+        plan = plan_autoattack(classes, threats[0])
+        for threat in threats:
+            check_square_tiling(shape, threat)
+        return AutoAttacker(plan, settings.seed)
     images = pass_size(device, settings.batch_size)
     if settings.attack == "square":
         return SquareAttacker(settings, images)

@@ -33,6 +33,11 @@ STOCHASTIC_DIFFERENCE = 1e-4
 """Relative difference of two calls above which a network counts as stochastic."""
 
 
+def certificate_tolerance(threat: ThreatModel) -> float:
+    """Return how far a point may leave the ball or the box."""
+    return CERTIFICATE_TOLERANCE * max(1.0, threat.eps)
+
+
 def certify_points(
     threats: Sequence[ThreatModel], outcomes: Mapping[str, Outcome]
 ) -> dict[str, Record]:
@@ -50,7 +55,7 @@ def certify_points(
     for threat in threats:
         excess = outcomes[str(threat)].excess
         excess = excess[~excess.isnan()]
-        tolerance = CERTIFICATE_TOLERANCE * max(1.0, threat.eps)
+        tolerance = certificate_tolerance(threat)
         certificate[str(threat)] = {
             "points": len(excess),
             "outside": int((excess > tolerance).sum()),

@@ -107,7 +107,7 @@ def evaluate(
         settings: The attack; AttackSettings() if None.
         samples: Number of samples to evaluate on, from the first; all if None.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
-        keep_points: Keep the adversarial images, for `pool`.
+        keep_points: Keep the adversarial images, for `pool`; `after` must have kept its own.
         pool: Evaluations of other networks on the same samples, with points; these points are
             tried on top of the attack.
         others: Evaluations of other networks on the same samples, with points; only the masking

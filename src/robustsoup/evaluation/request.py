@@ -23,6 +23,7 @@ from robustsoup.evaluation.reuse import (
     check_same_samples,
     find_masking_check,
     is_same_attack,
+    lacks_points,
     pool_points,
 )
 from robustsoup.evaluation.two_phase import SUBSET_KEY
@@ -162,10 +163,16 @@ def check_request(
     if isinstance(source, nn.Module) and any(module.training for module in source.modules()):
         warnings.append("the network was in train mode; it was evaluated in eval mode")
     data = data.with_classes(check_fit(model, data, attacked))
-    attacker = make_attacker(settings, attacked, data.classes, where)
+    shape = tuple(data.images.shape[1:])
+    attacker = make_attacker(settings, attacked, data.classes, where, shape)
     earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
     _check_subset(reuse, attacked, attacker, settings, len(data))
+    if reuse.keep_points and reuse.after is not None and lacks_points(reuse.after, attacked):
+        raise RequestError(
+            "keep_points: after kept no points, which its verdicts need; evaluate it again with "
+            "keep_points=True"
+        )
     for threat in attacked:
         pool_points([*reuse.pool, *reuse.others], threat)
     return CheckedRequest(

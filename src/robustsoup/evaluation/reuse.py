@@ -1,6 +1,6 @@
 """Reuse the verdicts of an earlier evaluation, and adversarial points of other networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,12 +55,29 @@ def check_same_samples(evaluations: Sequence[Evaluation], data: Split) -> None:
         RequestError: If an evaluation begins with other samples.
     """
     for evaluation in evaluations:
-        ids = evaluation.ids[: len(data)]
-        if len(ids) < len(data) or not torch.equal(ids, data.ids.cpu()):
+        if not _begins_with(evaluation, data):
             raise RequestError(
                 "evaluate: pool, after and others must be evaluations of the same samples; "
                 "evaluate them on this split again"
             )
+
+
+def _begins_with(evaluation: Evaluation, data: Split) -> bool:
+    """Compare ids and labels, and the data and the split where the record names them."""
+    n, record = len(data), evaluation.record
+    digest, split = record.get("data", {}).get("digest"), record.get("split")
+    return (
+        torch.equal(evaluation.ids[:n], data.ids.cpu())
+        and torch.equal(evaluation.labels[:n], data.labels.cpu())
+        and digest in (None, data.record["digest"])
+        and split in (None, data.name)
+    )
+
+
+def lacks_points(after: Evaluation, threats: Iterable[ThreatModel]) -> bool:
+    """Return whether an evaluation has verdicts for some threat model without their points."""
+    verdicts = [after.threats.get(str(threat)) for threat in threats]
+    return any(item is not None and item.x_adv is None for item in verdicts)
 
 
 def pool_points(pool: Sequence[Evaluation], threat: ThreatModel) -> list[Tensor]:

@@ -513,9 +513,10 @@ class Planner:
         """Return the screening of the recipe's soups."""
         soups = [row for row in self.plan.rows if row.soup is not None]
         goal = self.recipe.goal or Goal()
-        samples = self.selecting_settings().count_samples(self.data)
+        settings = self.selecting_settings()
+        samples, seed = settings.count_samples(self.data), settings.attack.seed
         contenders = tuple(map(self.contender, soups))
-        return Screening(self.recipe.mixed_networks, contenders, goal, samples)
+        return Screening(self.recipe.mixed_networks, contenders, goal, samples, seed=seed)
 
     def add_request(self, request: EvaluationRequest) -> Key:
         """Add an evaluation that a screening requests, and the evaluations that it depends on."""

@@ -18,6 +18,7 @@ from robustsoup.digests import digest_json
 from robustsoup.errors import DataError, StorageError
 from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
+from robustsoup.evaluation.reuse import lacks_points
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.files import link_file, open_regular, remove_file
 from robustsoup.progress import Progress, SavedState
@@ -475,16 +476,19 @@ def evaluate_network(
     settings: EvaluationSettings = task.settings
     if task.parts:
         _join_parts(worker, task.parts, folder, join_outcomes)
-    after = task.after or task.begun
+    key = task.after or task.begun
+    after = None if key is None else worker.evaluation(key)
+    # Nothing reads the points of an ingredient that a surrogate search attacked on a part first.
+    begun_without = after is not None and lacks_points(after, settings.threats)
     evaluation = evaluate(
         worker.checkpoint(task.network),
         settings.take_samples(worker.context.data),
         settings.threats,
         settings.attack,
-        keep_points=task.keep_points,
+        keep_points=task.keep_points and not begun_without,
         pool=[worker.evaluation(key) for key in task.pool],
         others=[worker.evaluation(key) for key in task.others],
-        after=None if after is None else worker.evaluation(after),
+        after=after,
         subset=task.subset,
         device=str(worker.context.device),
         state_path=folder / STATE,

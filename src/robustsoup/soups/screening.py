@@ -111,6 +111,7 @@ class Screening:
         goal: What is chosen at the end; `Goal()` if no soup is chosen.
         samples: Number of samples of the evaluations.
         alpha: Probability with which the best contender may leave the race.
+        seed: Seed of the bounds by which the requirements are judged; that of the final choice.
     """
 
     ingredients: tuple[str, ...]
@@ -118,6 +119,7 @@ class Screening:
     goal: Goal
     samples: int
     alpha: float = 0.05
+    seed: int = 0
 
     @cached_property
     def pool(self) -> tuple[EvaluationRequest, ...]:
@@ -220,6 +222,7 @@ class Screening:
                 maximise=goal.maximise,
                 require=goal.require,
                 point=goal.point,
+                seed=self.seed,
                 unconfirmed=True,
             ).best
             names |= set() if best.confirmed else {best.name}
@@ -244,7 +247,7 @@ class Screening:
     def _run_race(self, measure: str, results: EvaluationsByRequest) -> "_Standing":
         latest = self.final_evaluations(results)
         candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
-        eligible = judge(candidates, self.goal).eligible(candidates)
+        eligible = judge(candidates, self.goal, seed=self.seed).eligible(candidates)
         scores = {c.name: c.evaluation.accuracy[measure] for c in eligible}
         leading = max((scores[c.name].hits for c in eligible if c.confirmed), default=None)
         race = Race(len(eligible), leading, self.alpha)

@@ -397,7 +397,13 @@ def _search_screened(run: MethodRun, alphas: Mapping[str, Alpha]) -> Tried:
     evaluator, progress, limit = run.evaluator, run.progress, run.limit
     ingredients = {alpha_name(alpha): alpha for alpha in corners(len(evaluator.ingredients))}
     contenders = [Contender(name, name if name in ingredients else None) for name in alphas]
-    screening = Screening(tuple(ingredients), tuple(contenders), run.aim, len(evaluator.data))
+    screening = Screening(
+        tuple(ingredients),
+        tuple(contenders),
+        run.aim,
+        len(evaluator.data),
+        seed=evaluator.attack.seed,
+    )
     first_requests = set(screening.first_requests())
     progress.total = len(first_requests)
     all_alphas = {**alphas, **ingredients}
