@@ -105,7 +105,7 @@ def learn_command(
     import_named_module(settings.objective)
     import_named_module(settings.transform)
     import_named_module(policy)
-    source = load_requested_data(data, network)
+    source = load_requested_data(data, network, checkpoints)
     check_buffer_policy(policy, source.train, settings.threat, affine=settings.affine)
     context = make_context(source, network, run, checkpoints)
     opened = open_checkpoints(checkpoints, network.opening)

@@ -96,6 +96,7 @@ class Cluster:
             threads=torch.get_num_threads(),
             data_root=data_root or os.environ.get("ROBUSTSOUP_DATA"),
             folder=str(Path.cwd()),
+            image_size=prepared.image_size,
         )
         self.device = context.device
         self.meeting: Meeting | None = None
