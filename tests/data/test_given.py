@@ -240,6 +240,22 @@ def test_every_function_names_what_it_expects(digits, network, function):
         FUNCTIONS[function](network, "digits")
 
 
+def test_the_first_of_sorted_samples_are_of_all_classes_and_named_by_their_rows(digits, network):
+    order = digits.test.labels.argsort(stable=True)
+    x, y = digits.test.images[order], digits.test.labels[order]
+    split = as_split((x, y), "evaluate")
+    few = split.first(60)
+    assert set(few.labels.tolist()) == set(range(10))
+    assert torch.equal(few.images, x[few.ids])
+    assert torch.equal(few.labels, y[few.ids])
+    assert torch.equal(few.first(20).ids, split.first(20).ids)
+    assert torch.equal(split.first(len(y)).ids, torch.arange(len(y)))
+    evaluation = rs.evaluate(network, (x, y), samples=60, device="cpu")
+    assert torch.equal(evaluation.ids, few.ids)
+    assert torch.equal(evaluation.labels, few.labels)
+    assert torch.equal(digits.test.first(60).ids, digits.test.ids[:60])
+
+
 def test_samples_that_differ_from_read_to_read_are_refused():
     noisy = Samples(8, lambda number: (torch.rand(1, 8, 8), number % 2))
     with pytest.raises(DataError, match=r"sample 0 differs when it is read again; remove random"):

@@ -92,6 +92,7 @@ class Split:
         augmentation: Augmentation of the images in training.
         notes: What conversion changed, which evaluations repeat as warnings.
         inferred: Whether the number of classes is only the largest label plus 1.
+        in_given_order: Whether the samples are in a user's order, which may be sorted by class.
 
     Raises:
         DataError: Images or labels cannot be converted; the error names the likely cause.
@@ -105,6 +106,7 @@ class Split:
     augmentation: Augmentation = Augmentation()
     notes: tuple[str, ...] = ()
     inferred: bool = False
+    in_given_order: bool = False
 
     def __post_init__(self) -> None:
         """Convert images, labels and ids of another type."""
@@ -132,6 +134,8 @@ class Split:
     ) -> "Split":
         """Make a test split of all samples of two tensors or arrays, to evaluate networks on.
 
+        The samples keep their order, and their ids are the numbers of their rows.
+
         Args:
             images: (n, c, h, w), (n, h, w, c) or (n, h, w), uint8 or floats in [0, 1], not
                 normalised. Floats are rounded to 8 bits; a note says so if that changes them.
@@ -156,6 +160,7 @@ class Split:
             record,
             notes=notes,
             inferred=classes is None,
+            in_given_order=True,
         )
 
     def __repr__(self) -> str:
@@ -199,7 +204,8 @@ class Split:
     def first(self, n: int | None) -> "Split":
         """Return the first n samples, or all of them if n is None.
 
-        No split is sorted by class, so the first samples are representative.
+        They are representative, because splits of a data source are not sorted by class. Samples
+        in the order of a user may be: the first n of a fixed shuffle are returned, unless n is all.
 
         Raises:
             DataError: If n is below 1 or above the number of samples.
@@ -207,6 +213,9 @@ class Split:
         if n is None:
             return self
         self._check_count(n)
+        if self.in_given_order and n < len(self):
+            order = torch.randperm(len(self), generator=keyed_generator("first"))
+            return replace(self.take(order[:n]), in_given_order=False)
         return replace(self, images=self.images[:n], labels=self.labels[:n], ids=self.ids[:n])
 
     def sample(self, n: int, seed: int) -> "Split":
@@ -221,10 +230,10 @@ class Split:
         return replace(self, images=self.images[rows], labels=self.labels[rows], ids=self.ids[rows])
 
     def take(self, rows: torch.Tensor) -> "Split":
-        """Return some samples, in the order of the split.
+        """Return some samples.
 
         Args:
-            rows: (n,) bool, which samples to take.
+            rows: (n,) bool, which samples to take, or their numbers, whose order decides then.
         """
         kept = rows.to(self.images.device)
         return replace(self, images=self.images[kept], labels=self.labels[kept], ids=self.ids[kept])
