@@ -326,6 +326,35 @@ def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():
     assert grey.train.images.shape[1:] == (1, 9, 9)
 
 
+def of_classes(names, labels):
+    """A data set whose images are of the shade of their class's first letter."""
+
+    def make(number):
+        label = labels[number]
+        shade = "abcd".index(names[label][0])
+        return torch.full((1, 4, 4), shade, dtype=torch.uint8), label
+
+    pictures = Samples(len(labels), make)
+    pictures.classes = list(names)
+    return pictures
+
+
+def test_the_classes_of_val_and_test_are_translated_by_name():
+    train = of_classes(("ant", "bee", "cow"), [0, 1, 2] * 4)
+    test = of_classes(("cow", "ant"), [1, 0, 1])
+    val = of_classes(("bee", "cow", "dog"), [0, 1])
+    data = rs.Data.from_dataset(train, val=val, test=test)
+    assert data.record["classes"] == ["ant", "bee", "cow"]
+    for split in (data.train, data.val, data.test):
+        assert torch.equal(split.labels, split.images[:, 0, 0, 0].long())
+    with pytest.raises(DataError, match=r"dataset val: got samples of the classes dog, expected"):
+        rs.Data.from_dataset(train, val=of_classes(("bee", "cow", "dog"), [2]))
+    strange = of_classes(("ant", "bee"), [0, 1])
+    strange.make = lambda number: (torch.zeros(1, 4, 4), 7)
+    with pytest.raises(DataError, match=r"labels: got 7 to 7, expected 0 to 1"):
+        rs.Data.from_dataset(train, test=strange)
+
+
 def test_a_split_keeps_what_is_right_without_a_copy(digits):
     split = dataclasses.replace(digits.test, name="val")
     assert split.images.data_ptr() == digits.test.images.data_ptr()

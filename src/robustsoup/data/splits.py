@@ -322,7 +322,8 @@ class Data:
     ) -> "Data":
         """Make a data set of data sets of PyTorch, which are read into memory.
 
-        Splits are held out as by `from_tensors`.
+        Splits are held out as by `from_tensors`. Where `val` and `test` have other `classes` than
+        `dataset`, as folders do that lack a class, their labels are translated by name.
 
         Args:
             dataset: A data set of (image, label) pairs, without augmentation and normalisation, or
@@ -337,7 +338,8 @@ class Data:
             augmentation: Augmentation of the images in training.
 
         Raises:
-            DataError: A sample is something else, or differs from read to read.
+            DataError: A sample is something else, or differs from read to read; or a sample of
+                `val` or `test` is of a class that `dataset.classes` lacks.
         """
         parts = {"train": dataset, "val": val, "test": test}
         given = {
@@ -345,7 +347,13 @@ class Data:
             for part, dataset in parts.items()
             if dataset is not None
         }
-        classes = class_names(dataset) if classes is None else classes
+        names = class_names(dataset)
+        for part in ("val", "test"):
+            own = class_names(parts[part])
+            if own is not None and names is not None and own != names:
+                images, labels = given[part]
+                given[part] = images, _renumber(labels, own, names, f"{name} {part}")
+        classes = names if classes is None else classes
         return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)
 
     def __repr__(self) -> str:
@@ -628,6 +636,30 @@ def assemble_tensors(
     _check_trained(name, pools, train)
     data = assemble(description, train, val, _shuffle(test), seed=seed)
     return add_notes(data, [], notes)
+
+
+def _renumber(labels: object, own: Sequence[str], names: Sequence[str], place: str) -> torch.Tensor:
+    """Return labels that are numbers of `own` as numbers of `names`.
+
+    Raises:
+        DataError: A label is the number of no class, or of one that `names` lacks or has twice.
+    """
+    numbers = as_labels(labels, f"{place}: labels")
+    used = numbers.unique().tolist()
+    if used and not 0 <= used[0] <= used[-1] < len(own):
+        raise DataError(
+            f"{place}: labels: got {used[0]} to {used[-1]}, expected 0 to {len(own) - 1}, one "
+            f"number for each of its {len(own)} classes"
+        )
+    unknown = sorted({own[label] for label in used if names.count(own[label]) != 1})
+    if unknown:
+        raise DataError(
+            f"{place}: got samples of the classes {', '.join(unknown[:5])}, expected those of "
+            f"train, {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}, each once; make "
+            "the attributes classes of the data sets agree"
+        )
+    table = torch.tensor([names.index(own[label]) for label in used], dtype=torch.int64)
+    return table[torch.searchsorted(torch.tensor(used, dtype=torch.int64), numbers)]
 
 
 def add_notes(data: Data, notes: Sequence[str], doubts: Sequence[str]) -> Data:
