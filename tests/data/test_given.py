@@ -326,6 +326,21 @@ def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():
     assert grey.train.images.shape[1:] == (1, 9, 9)
 
 
+def test_a_grey_part_beside_parts_in_colour_gets_three_channels():
+    grey = Samples(6, lambda number: (Image.new("L", (9, 9), number), number % 2))
+    colour = Samples(8, lambda number: (Image.new("RGB", (9, 9), (number,) * 3), number % 2))
+    for parts in ({"test": grey}, {"val": grey, "test": colour}):
+        train = Samples(9, lambda number: (Image.new("RGB", (9, 9), (9, 0, number)), number % 2))
+        data = rs.Data.from_dataset(train, **parts)
+        split = data.val if "val" in parts else data.test
+        assert split.images.shape == (6, 3, 9, 9)
+        assert torch.equal(split.images[:, 0], split.images[:, 2])
+    turned = rs.Data.from_dataset(grey, test=colour)
+    assert turned.record["channels"] == 3
+    assert len(turned.train.images[0]) == len(turned.test.images[0]) == 3
+    assert rs.Data.from_dataset(grey, test=colour, channels=1).record["channels"] == 1
+
+
 def of_classes(names, labels):
     """A data set whose images are of the shade of their class's first letter."""
 

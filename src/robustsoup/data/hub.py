@@ -9,7 +9,12 @@ from robustsoup.data.folders import abbreviate, find_spellings
 from robustsoup.data.images import MAX_IMAGE_BYTES, open_image
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, add_notes, assemble_tensors, promote_val
-from robustsoup.data.torch_datasets import IMAGE_KEYS, LABEL_KEYS, ImageStack
+from robustsoup.data.torch_datasets import (
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    ImageStack,
+    match_channels,
+)
 from robustsoup.errors import DataError
 from robustsoup.files import read_regular
 from robustsoup.printable import first_line
@@ -71,6 +76,7 @@ def load_hub(request: DataRequest) -> Data:
         )
     doubts = [f"{request.spec} {part}: {d}" for part, split in splits.items() for d in split.doubts]
     parts, classes = number_classes(splits, request.spec)
+    parts = match_channels(parts)
     notes += promote_val(parts)
     size = request.image_size or 0
     data = assemble_tensors(

@@ -20,7 +20,7 @@ from robustsoup.data.splits import (
     assemble_tensors,
     promote_val,
 )
-from robustsoup.data.torch_datasets import LABEL_KEYS, ImageStack
+from robustsoup.data.torch_datasets import LABEL_KEYS, ImageStack, match_channels
 from robustsoup.errors import DataError
 from robustsoup.files import open_regular
 from robustsoup.printable import first_line
@@ -57,6 +57,7 @@ def load_shards(request: DataRequest) -> Data:
             raise DataError(f"{request.spec}: got no samples in the files of {part}")
         parts[part] = stack.stack(), labels
         doubts += (f"{request.spec} {part}: {doubt}" for doubt in stack.doubts())
+    parts = match_channels(parts)
     notes += promote_val(parts)
     size = request.image_size or 0
     augmentation = Augmentation(pad=size // 8, flip=True)

@@ -16,7 +16,7 @@ from robustsoup.data.tensors import (
     as_pixels,
     numbers_from_one,
 )
-from robustsoup.data.torch_datasets import class_names, read_dataset
+from robustsoup.data.torch_datasets import class_names, match_channels, read_dataset
 from robustsoup.data.transforms import ImageTransform
 from robustsoup.display import html_table
 from robustsoup.errors import DataError
@@ -354,6 +354,7 @@ class Data:
                 images, labels = given[part]
                 given[part] = images, _renumber(labels, own, names, f"{name} {part}")
         classes = names if classes is None else classes
+        given = match_channels(given)
         return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)
 
     def __repr__(self) -> str:
