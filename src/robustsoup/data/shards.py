@@ -40,9 +40,9 @@ def load_shards(request: DataRequest) -> Data:
     """Load the samples of local .tar files into memory.
 
     PATTERN is a folder, or a path with {000..012}, * and ?. Files with the word train, val or test
-    in their names, spelled as folders are, are these splits; if no name has one, the samples are
-    split 70/10/20. A sample is an image and a label: the text of .cls, or "label" in .json. Images
-    are square and of one size, unless image_size is set.
+    in their names, spelled as folders are, are these splits; if no name has one, the folders of the
+    files may, and else the samples are split 70/10/20. A sample is an image and a label: the text
+    of .cls, or "label" in .json. Images are square and of one size, unless image_size is set.
 
     Raises:
         DataError: webdataset is not installed, there is no file, only some files name a split, or a
@@ -95,7 +95,10 @@ def _find_files(request: DataRequest) -> list[Path]:
         raise DataError(
             f"{request.spec}: got a pattern of more than {MAX_SHARDS:,} files; shorten its ranges"
         )
-    patterns = [str(folder / "*.tar")] if folder.is_dir() else expand_urls(request.place)
+    if folder.is_dir():
+        patterns = [f"{glob.escape(str(folder))}/*.tar"]
+    else:
+        patterns = expand_urls(request.place)
     files: list[Path] = []
     for pattern in patterns:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207
@@ -108,19 +111,27 @@ def _find_files(request: DataRequest) -> list[Path]:
 def group_files(files: Sequence[Path], place: str) -> tuple[dict[str, list[Path]], list[str]]:
     """Return the files of each split by the words in their names, and notes on their splits.
 
+    If no file names a split, the names of their folders decide where these name two or more.
+
     Raises:
         DataError: Some files name a split and others do not.
     """
+    names = [file.name for file in files]
+    if not any(map(_find_split, names)):
+        folders = [file.parent.name for file in files]
+        if len(set(map(_find_split, folders)) - {None}) > 1:
+            names = [f"{file.parent.name}/{file.name}" for file in files]
     groups: dict[str, list[Path]] = {}
+    named: list[str] = []
     unnamed: list[str] = []
-    for file in files:
-        part = _find_split(file.name)
+    for file, name in zip(files, names, strict=True):
+        part = _find_split(name)
         if part is None:
-            unnamed.append(file.name)
+            unnamed.append(name)
         else:
             groups.setdefault(part, []).append(file)
+            named.append(name)
     if groups and unnamed:
-        named = [file.name for group in groups.values() for file in group]
         raise DataError(
             f"{place}: got files that name a split ({abbreviate(named)}) beside files that do not "
             f"({abbreviate(unnamed)}), expected train, val or test in the name of every file or of "
