@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 
-from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
+from robustsoup.data.folders import abbreviate, find_split_word
 from robustsoup.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, open_image
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import (
@@ -117,15 +117,15 @@ def group_files(files: Sequence[Path], place: str) -> tuple[dict[str, list[Path]
         DataError: Some files name a split and others do not.
     """
     names = [file.name for file in files]
-    if not any(map(_find_split, names)):
+    if not any(map(find_split_word, names)):
         folders = [file.parent.name for file in files]
-        if len(set(map(_find_split, folders)) - {None}) > 1:
+        if len(set(map(find_split_word, folders)) - {None}) > 1:
             names = [f"{file.parent.name}/{file.name}" for file in files]
     groups: dict[str, list[Path]] = {}
     named: list[str] = []
     unnamed: list[str] = []
     for file, name in zip(files, names, strict=True):
-        part = _find_split(name)
+        part = find_split_word(name)
         if part is None:
             unnamed.append(name)
         else:
@@ -141,21 +141,6 @@ def group_files(files: Sequence[Path], place: str) -> tuple[dict[str, list[Path]
         return groups, []
     notes = [f"no file names train; those of {' and '.join(groups)} are split anew"]
     return {"train": list(files)}, notes if groups else []
-
-
-def _find_split(name: str) -> str | None:
-    """Return the split that a file names, such as train in imagenet-train-000.tar.
-
-    The last of several is taken. "trainset" is a spelling of train, as "train" is.
-    """
-    words = re.findall("[a-z]+", name.lower())
-    parts = {
-        f"{spelling}{ending}": part
-        for part, spellings in SPLIT_FOLDERS.items()
-        for spelling in spellings
-        for ending in ("", "set", "data")
-    }
-    return next((parts[word] for word in reversed(words) if word in parts), None)
 
 
 def _iterate_samples(files: Sequence[Path], place: str) -> Iterator[Mapping[str, object]]:
