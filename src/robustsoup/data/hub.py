@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robustsoup.data.folders import abbreviate, find_spellings
-from robustsoup.data.images import MAX_IMAGE_BYTES, open_image
+from robustsoup.data.images import MAX_IMAGE_BYTES, open_image, turn_upright
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, add_notes, assemble_tensors, promote_val
 from robustsoup.data.torch_datasets import (
@@ -184,7 +184,8 @@ def has_labels(labels: Sequence[object], place: str) -> bool:
 def open_stored_image(image: object, place: str) -> object:
     """Open an image that is stored as bytes, or as the path of a local file.
 
-    The library itself would also download it from an address in the data, and let Pillow start
+    It is turned as its EXIF orientation says, which the library does too. The library itself would
+    also download it from an address in the data, and let Pillow start
     other programs; see IMAGE_FORMATS.
 
     Raises:
@@ -200,7 +201,7 @@ def open_stored_image(image: object, place: str) -> object:
             content = read_regular(str(path), MAX_IMAGE_BYTES)
         except OSError as error:
             raise DataError(f"{place}: {path}: cannot be read ({error.strerror})") from None
-    return open_image(content, place)
+    return turn_upright(open_image(content, place), place)
 
 
 def _find_column(kinds: Mapping[str, str], kind: str, names: Sequence[str], place: str) -> str:
