@@ -17,6 +17,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.fitting import fit_names
 from robustsoup.checkpoints.wrapping import soup_ending
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError
+from robustsoup.models import load_model
 from robustsoup.soups.mixing import mix
 
 
@@ -115,6 +116,40 @@ def test_a_deeper_network_is_not_cut_down():
     state = prefixed("") | {"conv.second.weight": torch.ones(2)}
     with pytest.raises(ModelError, match=r"conv\.second\.weight: the file has this tensor"):
         Checkpoint(state).load_into(Net())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("spec", ["resnet18:width=2", "resnet9:width=2"])
+def test_a_built_in_network_takes_files_without_constants_of_normalisation(tmp_path, spec, prefix):
+    state = load_model(spec, mean=[0.5] * 3, std=[0.25] * 3).state_dict()
+    constants = {"normalize.mean": 0, "normalize.std": 1}
+    foreign = {name: tensor for name, tensor in state.items() if name not in constants}
+    torch.save({"net": prefixed(prefix, foreign)}, tmp_path / "a.pth")
+    checkpoint = Checkpoint.load(tmp_path / "a.pth").with_network(spec)
+    filled = checkpoint.network()
+    for name, tensor in filled.state_dict().items():
+        expected = torch.full_like(tensor, constants[name]) if name in constants else state[name]
+        assert torch.equal(tensor, expected)
+    described = checkpoint.with_parameters_of(filled)
+    assert "parameters" in described.provenance
+    note = "a.pth: has no normalize.mean, normalize.std: the network's inputs are not normalised"
+    assert described.notes[-1].startswith(note)
+    assert described.with_parameters_of(filled).notes == described.notes
+    assert described.digest == checkpoint.digest
+    named = checkpoint.with_network(normalize=([0.5] * 3, [0.25] * 3))
+    assert named.with_parameters_of(named.network()).notes == checkpoint.notes
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(named.network()(x), filled((x - 0.5) / 0.25))
+    soup = mix([named, named], [0.5, 0.5]).save(tmp_path / "soup.pth")
+    assert set(torch.load(soup)["net"]) == set(prefixed(prefix, foreign))
+
+
+def test_a_file_must_have_both_constants_of_normalisation_or_none():
+    spec = "resnet9:width=2"
+    state = dict(load_model(spec).state_dict())
+    del state["normalize.std"]
+    with pytest.raises(ModelError, match=r"normalize\.std: the network has this tensor"):
+        Checkpoint.load(state).network(spec)
 
 
 def test_aliases_of_tied_weights_are_filled_in(tmp_path):

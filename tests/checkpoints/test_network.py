@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from small_data import write_images
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import record_network, resolve_network
+from robustsoup.checkpoints.network import (
+    choose_image_size,
+    describe_other_sizes,
+    record_network,
+    resolve_network,
+)
+from robustsoup.cli.inputs import load_requested_data
+from robustsoup.cli.options import DataOptions, NetworkOptions
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network, load_model
@@ -94,3 +102,40 @@ def test_the_arguments_of_network_override_the_record():
     assert item.network(channels=3).prep[0].in_channels == 3
     with pytest.raises(ModelError, match=r"normalize\.mean: got shape"):
         item.network()
+
+
+def trained_at(size, path):
+    return recorded().with_provenance(data={**DATA.record, "size": size}).save(path)
+
+
+def test_a_folder_is_decoded_at_the_size_that_the_first_checkpoint_records(tmp_path, capsys):
+    for name in ("cats", "dogs"):
+        write_images(tmp_path / "pets" / name, 10)
+    source = f"folder:{tmp_path / 'pets'}"
+    path = trained_at([6, 6], tmp_path / "a.safetensors")
+    network = NetworkOptions()
+    loaded = load_requested_data(DataOptions(data=source), network, [path])
+    assert loaded.record["size"] == [6, 6]
+    assert "was trained on images" not in capsys.readouterr().err
+    chosen = load_requested_data(DataOptions(data=source, image_size=5), network, [path])
+    assert chosen.record["size"] == [5, 5]
+    error = " ".join(capsys.readouterr().err.split())
+    assert "a.safetensors: was trained on images of 6 x 6 pixels, the data has 5 x 5" in error
+    assert load_requested_data(DataOptions(data=source), network).record["size"] == [32, 32]
+
+
+def test_images_with_a_size_of_their_own_keep_it_but_a_warning_names_the_other(tmp_path):
+    path = trained_at([6, 6], tmp_path / "a.safetensors")
+    assert choose_image_size("folder:pets", "resnet9", [foreign(), path]) == 6
+    for data in ("hf:pets", "wds:pets", "digits", "mymodule:load"):
+        assert choose_image_size(data, None, [path]) is None
+    warning = next(describe_other_sizes([Checkpoint.open(path)], DATA))
+    assert "6 x 6 pixels, the data has 8 x 8; for image files, --image-size" in warning
+    same = trained_at([8, 8], tmp_path / "b.safetensors")
+    assert list(describe_other_sizes([foreign(), Checkpoint.open(same)], DATA)) == []
+
+
+@pytest.mark.parametrize("size", [[6, 7], [6], [True, True], [-6, -6], "66", None])
+def test_a_recorded_size_that_is_no_square_decides_nothing(tmp_path, size):
+    path = trained_at(size, tmp_path / "a.safetensors")
+    assert choose_image_size("folder:pets", None, [path]) is None

@@ -7,7 +7,7 @@ import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, find_leakage, worst_leakage
-from robustsoup.data import load_data
+from robustsoup.data import Split, load_data
 from robustsoup.data.sketches import sketch_split
 from robustsoup.errors import LeakageError
 from robustsoup.models import load_model
@@ -68,6 +68,26 @@ def test_after_training_on_other_data_it_is_unknown(data):
     leakage = find_leakage([trained(data, digest="other", name="cifar10")], data.val)
     assert leakage.status == "unknown"
     assert "trained on other data (cifar10)" in leakage.why
+
+
+def test_a_split_of_the_same_name_of_other_data_is_no_leakage(data):
+    samples = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
+    own = Split.from_tensors(*samples, classes=10)
+    settings = {"threat": "clean", "epochs": 1, "lr": 0.01, "device": "cpu"}
+    base = train(load_model("resnet9:width=2", channels=1), own, **settings)
+    tuned = train(base, data.train.first(40), **settings)
+    assert tuned.provenance["trained_on"] == ["test", "train"]
+    assert find_leakage([tuned], data.test).status == "unknown"
+    assert find_leakage([tuned], data.train).status == "violated"
+    assert find_leakage([mix([tuned, tuned], [0.5, 0.5])], data.test).status == "unknown"
+    assert find_leakage([tuned], own).status == "violated"
+    for part in (data.test.first(40), own):
+        assert find_leakage([train(tuned, part, **settings)], data.test.first(30)).status == (
+            "violated" if part is not own else "unknown"
+        )
+    for sketches in ([], tuned.provenance["fitted_images"][:1]):  # those of older files, or few
+        older = tuned.with_provenance(fitted_images=sketches)
+        assert find_leakage([older], data.test).status == "violated"
 
 
 @pytest.mark.parametrize("others", [[], ["known"], ["unknown"]])

@@ -43,6 +43,16 @@ LAYOUTS = {
     "compiled part": below("0._orig_mod."),
     "fsdp": below("_fsdp_wrapped_module.module."),
 }
+LARGER = below("more.") | EMA
+"""Another network, such as a discriminator; larger than the network itself."""
+LAYOUTS |= {
+    "nested average": {"model_ema": {"state_dict": EMA}, "model": STATE},
+    "nested discriminator": {"discriminator": {"state_dict": LARGER}, "net": STATE},
+    "both nested": {"D": {"model": LARGER}, "G": {"state_dict": STATE}},
+    "tensors outside": {"mean": torch.zeros(1000), "run": {"state_dict": STATE}},
+    "average alone": {"ema": {"state_dict": STATE}, "queue": {"images": torch.zeros(1000)}},
+    "average by a known key": {"model_state": EMA, "ema_state_dict": STATE},
+}
 NOTES = {
     "lightning": "set aside criterion.weight",
     "ddp and ema": "read model; ema is complete too (--key ema)",

@@ -73,6 +73,29 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load_data(f"folder:{tmp_path}").record["classes"] == ["train", "tram"]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        ("training_set", "test_set", "training_set and test_set"),
+        ("seg_train/seg_train", "seg_test/seg_test", "seg_train and seg_test"),
+    ],
+)
+def test_splits_under_other_names_are_not_taken_for_classes(tmp_path, train, test, names):
+    for part in (train, test):
+        for name in ("cats", "dogs"):
+            write_images(tmp_path / part / name, 2)
+    write_images(tmp_path / "seg_pred", 2)
+    with pytest.raises(DataError, match=f"{names} look like splits, because both hold cats, dogs"):
+        load_data(f"folder:{tmp_path}")
+
+
+def test_classes_may_hold_folders_of_the_same_names(tmp_path):
+    for name in ("cats", "dogs"):
+        for part in ("train", "test"):
+            write_images(tmp_path / name / part, 6)
+    assert load_data(f"folder:{tmp_path}").record["classes"] == ["cats", "dogs"]
+
+
 def test_capitals_in_the_names_of_splits_do_not_matter(tmp_path):
     for part, count in (("Train", 5), ("Valid", 3), ("TEST", 2)):
         for name in ("a", "b"):

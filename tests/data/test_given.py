@@ -240,6 +240,22 @@ def test_every_function_names_what_it_expects(digits, network, function):
         FUNCTIONS[function](network, "digits")
 
 
+def test_the_first_of_sorted_samples_are_of_all_classes_and_named_by_their_rows(digits, network):
+    order = digits.test.labels.argsort(stable=True)
+    x, y = digits.test.images[order], digits.test.labels[order]
+    split = as_split((x, y), "evaluate")
+    few = split.first(60)
+    assert set(few.labels.tolist()) == set(range(10))
+    assert torch.equal(few.images, x[few.ids])
+    assert torch.equal(few.labels, y[few.ids])
+    assert torch.equal(few.first(20).ids, split.first(20).ids)
+    assert torch.equal(split.first(len(y)).ids, torch.arange(len(y)))
+    evaluation = rs.evaluate(network, (x, y), samples=60, device="cpu")
+    assert torch.equal(evaluation.ids, few.ids)
+    assert torch.equal(evaluation.labels, few.labels)
+    assert torch.equal(digits.test.first(60).ids, digits.test.ids[:60])
+
+
 def test_samples_that_differ_from_read_to_read_are_refused():
     noisy = Samples(8, lambda number: (torch.rand(1, 8, 8), number % 2))
     with pytest.raises(DataError, match=r"sample 0 differs when it is read again; remove random"):
@@ -308,6 +324,50 @@ def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():
     assert data.train.images.shape[1:] == (3, 8, 8)
     grey = rs.Data.from_dataset(pictures, channels=1)
     assert grey.train.images.shape[1:] == (1, 9, 9)
+
+
+def test_a_grey_part_beside_parts_in_colour_gets_three_channels():
+    grey = Samples(6, lambda number: (Image.new("L", (9, 9), number), number % 2))
+    colour = Samples(8, lambda number: (Image.new("RGB", (9, 9), (number,) * 3), number % 2))
+    for parts in ({"test": grey}, {"val": grey, "test": colour}):
+        train = Samples(9, lambda number: (Image.new("RGB", (9, 9), (9, 0, number)), number % 2))
+        data = rs.Data.from_dataset(train, **parts)
+        split = data.val if "val" in parts else data.test
+        assert split.images.shape == (6, 3, 9, 9)
+        assert torch.equal(split.images[:, 0], split.images[:, 2])
+    turned = rs.Data.from_dataset(grey, test=colour)
+    assert turned.record["channels"] == 3
+    assert len(turned.train.images[0]) == len(turned.test.images[0]) == 3
+    assert rs.Data.from_dataset(grey, test=colour, channels=1).record["channels"] == 1
+
+
+def of_classes(names, labels):
+    """A data set whose images are of the shade of their class's first letter."""
+
+    def make(number):
+        label = labels[number]
+        shade = "abcd".index(names[label][0])
+        return torch.full((1, 4, 4), shade, dtype=torch.uint8), label
+
+    pictures = Samples(len(labels), make)
+    pictures.classes = list(names)
+    return pictures
+
+
+def test_the_classes_of_val_and_test_are_translated_by_name():
+    train = of_classes(("ant", "bee", "cow"), [0, 1, 2] * 4)
+    test = of_classes(("cow", "ant"), [1, 0, 1])
+    val = of_classes(("bee", "cow", "dog"), [0, 1])
+    data = rs.Data.from_dataset(train, val=val, test=test)
+    assert data.record["classes"] == ["ant", "bee", "cow"]
+    for split in (data.train, data.val, data.test):
+        assert torch.equal(split.labels, split.images[:, 0, 0, 0].long())
+    with pytest.raises(DataError, match=r"dataset val: got samples of the classes dog, expected"):
+        rs.Data.from_dataset(train, val=of_classes(("bee", "cow", "dog"), [2]))
+    strange = of_classes(("ant", "bee"), [0, 1])
+    strange.make = lambda number: (torch.zeros(1, 4, 4), 7)
+    with pytest.raises(DataError, match=r"labels: got 7 to 7, expected 0 to 1"):
+        rs.Data.from_dataset(train, test=strange)
 
 
 def test_a_split_keeps_what_is_right_without_a_copy(digits):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from small_data import write_images
 
 from robustsoup.data import load_data
@@ -41,6 +41,30 @@ def encode(shade, mode):
     written = io.BytesIO()
     Image.new(mode, (8, 8), shade if mode == "L" else (shade, shade, shade)).save(written, "png")
     return {"bytes": written.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("orientation", [None, *range(10)])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
+def test_images_are_turned_as_their_orientation_says(orientation, kind):
+    pixels = torch.arange(8 * 16, dtype=torch.uint8).view(8, 16).numpy()
+    exif, written = Image.Exif(), io.BytesIO()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(written, kind, exif=exif)
+    with Image.open(io.BytesIO(written.getvalue())) as image:
+        image.load()
+        expected = ImageOps.exif_transpose(image)
+    opened = open_stored_image({"bytes": written.getvalue(), "path": None}, "row 0")
+    assert opened.size == expected.size
+    assert opened.tobytes() == expected.tobytes()
+    assert opened.format == kind.upper()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # of Pillow, when it opens the file
+def test_a_broken_exif_block_turns_nothing():
+    written = io.BytesIO()
+    Image.new("L", (4, 8)).save(written, "jpeg", exif=b"Exif\0\0II*\0\xff\xff\xff\xffbroken")
+    assert open_stored_image({"bytes": written.getvalue()}, "row 0").size == (4, 8)
 
 
 def make_dataset(datasets, count, labels=None, mode="RGB", classes=("cat", "dog")):

@@ -98,6 +98,24 @@ def test_a_split_is_a_word_of_the_name(names, expected):
     assert group(*names) == ({part: [n] for part, n in zip(expected, names, strict=True)}, [])
 
 
+def test_folders_name_the_splits_of_files_that_do_not():
+    assert group("s/train/0.tar", "s/val/0.tar", "s/val/1.tar") == (
+        {"train": ["0.tar"], "val": ["0.tar", "1.tar"]},
+        [],
+    )
+    assert group("test/train-0.tar", "test/test-0.tar")[0].keys() == {"train", "test"}
+    for names in (("test/0.tar", "test/1.tar"), ("train/0.tar", "more/1.tar")):
+        assert group(*names) == ({"train": [Path(name).name for name in names]}, [])
+    with pytest.raises(DataError, match=r"\(train/0\.tar, val/0\.tar\) beside .* \(more/0\.tar\)"):
+        group("train/0.tar", "val/0.tar", "more/0.tar")
+
+
+@pytest.mark.extras
+def test_a_folder_may_have_brackets_in_its_name(webdataset, tmp_path):
+    write_shard(tmp_path / "set[1]" / "a.tar", range(40))
+    assert len(load_data(f"wds:{tmp_path / 'set[1]'}").train) == 28
+
+
 def test_files_whose_names_name_no_split_to_train_on():
     assert group("trainer-0.tar", "value-0.tar")[1] == []
     groups, notes = group("val-0.tar", "val-1.tar")

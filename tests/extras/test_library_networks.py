@@ -482,6 +482,7 @@ def test_image_files_get_the_size_that_the_network_expects(tmp_path):
     chosen = load_requested_data(DataOptions(data=data, image_size=16), network)
     assert chosen.test.images.shape[1:] == (1, 16, 16)
     assert default_image_size(data, "timm:test_vit") == 160
+    assert default_image_size(data, "torchvision:vit_b_16:image_size=32") == 32
     for other, model in ((data, None), (data, "resnet9"), ("digits", spec)):
         assert default_image_size(other, model) is None
 

@@ -13,6 +13,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, factory_fingerprint, is_built_in, load_model
+from robustsoup.models.libraries import LibrarySpec, may_be_recorded
 from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
 
 BUILT_IN = [name for name, entry in MODELS.items() if not entry.facts.get("library")]
@@ -138,9 +139,44 @@ def test_a_function_that_cannot_be_recorded_is_refused():
             load_model(factory)
 
 
+OPTIONS = """
+from torch import nn
+
+def load(**options):
+    network = nn.Linear(1, 1)
+    network.options = options
+    return network
+"""
+
+
+def test_switches_and_none_in_options_are_no_text(tmp_path, monkeypatch):
+    write_plugin(tmp_path, "networks_with_switches", OPTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_model("networks_with_switches:load:a=False,b=true,c=None,d=none,e=1,f=0.5")
+    assert model.options == {"a": False, "b": True, "c": None, "d": "none", "e": 1, "f": 0.5}
+    assert model.options["a"] is False
+    assert type(model.options["e"]) is int
+
+
+@pytest.mark.parametrize(
+    ("options", "is_allowed"),
+    [
+        ({"qkv_bias": False}, True),
+        ({"depth": 12}, True),
+        ({"act": None}, False),
+        ({"a": "x"}, False),
+        ({"pretrained": True}, False),
+    ],
+)
+def test_a_record_may_hold_numbers_and_switches_alone(options, is_allowed):
+    assert may_be_recorded(LibrarySpec("timm:net", "net", options)) == is_allowed
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
+        ("resnet9:width=True", "width: got True, expected a number"),
+        ("resnet9:mean=None", "mean: got None, expected a number"),
         ("resnet8", 'models: got "resnet8", expected one of resnet9'),
         ("no_such:net", 'module "no_such" cannot be found; is it on the Python path?'),
         ("json:no_such", 'module "json" has no "no_such"'),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from small_data import write_images
 from tiny_runs import DATA, MODEL, keys_of, recipe_of_files, run_recipe
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -54,6 +55,22 @@ def test_an_ingredient_near_chance_is_refused_with_a_hint(files, tmp_path):
         ModelError, match=rf"accuracy {share:.1%} .*near chance \(10\.0%\).*--normalize"
     ):
         run_recipe(recipe_of_files(files), tmp_path / "run")
+
+
+def test_a_folder_is_decoded_at_the_size_that_the_files_record(files):
+    for number in range(10):
+        write_images(files / "images" / str(number), 10)
+    for name in ("low", "high"):
+        path = files / f"{name}.safetensors"
+        item = Checkpoint.load(path)
+        item.with_provenance(data={**item.provenance["data"], "size": [9, 9]}).save(path)
+    recipe = recipe_of_files(files, data=f"folder:{files / 'images'}", channels=1)
+    prepared = prepare_run(recipe, device="cpu")
+    assert prepared.image_size == 9
+    assert prepared.context.data.record["size"] == [9, 9]
+    assert prepared.plan.warnings == ()
+    other = prepare_run(recipe.model_copy(update={"image_size": 10}), device="cpu")
+    assert "9 x 9 pixels, the data has 10 x 10" in other.plan.warnings[0]
 
 
 def test_a_missing_file_is_named(files):

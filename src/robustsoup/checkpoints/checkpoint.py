@@ -1,7 +1,7 @@
 """Checkpoints: the weights of one network and a record of where they come from."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,7 @@ from robustsoup.models import (
     network_settings_of,
 )
 from robustsoup.models.network import channel_constants, file_names_of
+from robustsoup.models.normalize import list_identity_constants
 from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
 from robustsoup.schema import describe_value
@@ -396,7 +397,8 @@ class Checkpoint:
         """Fit the names to those of `model`; see `fit_names`.
 
         Tensors that the network lacks are set aside, and `notes` names them. Aliases of tied
-        tensors are filled in.
+        tensors are filled in. The file may lack the constants by which a built-in network
+        normalises its inputs; a note says so.
 
         Names that the network's library uses in files become the network's own.
 
@@ -408,7 +410,30 @@ class Checkpoint:
         if renamed is self and file_names and set(self.tensors) != set(expected):
             in_files = {file_names.get(name, name): tensor for name, tensor in expected.items()}
             return self._with_names_of(in_files, {new: name for name, new in file_names.items()})
+        constants = self._list_missing_constants(model)
+        if constants and renamed is self:
+            plain = {name: expected[name] for name in expected if name not in constants}
+            renamed = self._with_names_of(plain)
+            if _have_same_names(renamed.tensors, plain):
+                return renamed._with_note_on(constants, model)
         return renamed
+
+    def _list_missing_constants(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the constants of a built-in network, if the file has none of them."""
+        constants = list_identity_constants(model)
+        present = any(name.endswith(tuple(constants)) for name in self.tensors)
+        return {} if present else constants
+
+    def _with_note_on(self, constants: Iterable[str], model: nn.Module) -> "Checkpoint":
+        """Return the checkpoint with a note that it lacks constants, unless the user gives some."""
+        name = self.path.name if self.path else "checkpoint"
+        note = (
+            f"{name}: has no {join_names(list(constants))}: the network's inputs are not "
+            "normalised; if they were in training, give --normalize"
+        )
+        if hasattr(model, "input_mean") or note in self.notes:
+            return self
+        return replace(self, notes=(*self.notes, note), as_read=self.as_read or self)
 
     def with_names_like(self, other: "Checkpoint") -> "Checkpoint":
         """Fit the names to those of another checkpoint, if only integers are set aside for it."""
@@ -481,7 +506,8 @@ class Checkpoint:
     def with_parameters_of(self, model: nn.Module) -> "Checkpoint":
         """Rename as `with_names_of` does, and record the parameters of `model` if it fits."""
         renamed = self.with_names_of(model)
-        if not _have_same_names(renamed.tensors, network_tensors(model)):
+        constants = self._list_missing_constants(model)
+        if not _have_same_names(renamed.tensors, network_tensors(model), constants):
             return renamed
         return renamed.with_provenance(**_parameter_record(model))
 
@@ -497,7 +523,8 @@ class Checkpoint:
     def load_into(self, model: nn.Module) -> None:
         """Copy the weights into `model`; every name and shape must match.
 
-        BatchNorm's counters, which files from before PyTorch 0.4.1 lack, start at zero.
+        BatchNorm's counters, which files from before PyTorch 0.4.1 lack, start at zero. Without
+        constants of normalisation in the file, a built-in network does not normalise its inputs.
 
         Raises:
             ModelError: Names the first name or shape that differs.
@@ -517,12 +544,14 @@ class Checkpoint:
         self.check_source()
         renamed = self.with_names_of(model)
         expected = network_tensors(model)
-        counters: dict[str, Tensor] = {}
-        if _have_same_names(renamed.tensors, expected):
+        constants = self._list_missing_constants(model)
+        missing: dict[str, Tensor] = {}
+        if _have_same_names(renamed.tensors, expected, constants):
             for name in [name for name in expected if name not in renamed.tensors]:
-                counters[name] = torch.zeros_like(expected.pop(name))
+                wanted = expected.pop(name)
+                missing[name] = constants.get(name, torch.zeros_like(wanted))
         renamed._check_fits(expected)
-        return counters | dict(renamed.tensors)
+        return missing | dict(renamed.tensors)
 
     def _check_fits(self, expected: dict[str, Tensor]) -> None:
         for name in [*expected, *self.tensors]:
@@ -717,12 +746,17 @@ def _find_copies(
     return copies
 
 
-def _have_same_names(names: Iterable[str], expected: Iterable[str]) -> bool:
-    """Compare a file's names with a network's; BatchNorm's counters may be missing in the file."""
+def _have_same_names(
+    names: Iterable[str], expected: Iterable[str], optional: Collection[str] = ()
+) -> bool:
+    """Compare a file's names with a network's.
+
+    BatchNorm's counters, and the names in `optional`, may be missing in the file.
+    """
     names = set(names)
     differing = names.symmetric_difference(expected)
     return differing.isdisjoint(names) and all(
-        name.endswith(".num_batches_tracked") for name in differing
+        name.endswith(".num_batches_tracked") or name in optional for name in differing
     )
 
 

@@ -1,15 +1,16 @@
 """Determine the network of checkpoints: named by the user, else recorded in a checkpoint."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from robustsoup.catalog import DATA_SOURCES
 from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint
 from robustsoup.checkpoints.fitting import network_tensors
 from robustsoup.checkpoints.opening import Opening
 from robustsoup.data import Data
 from robustsoup.errors import ModelError
-from robustsoup.models import NetworkSettings, build_network
+from robustsoup.models import NetworkSettings, build_network, default_image_size
 from robustsoup.models.network import channel_constants
 
 _AS_THEY_ARE = Opening()
@@ -48,6 +49,74 @@ def resolve_network(
     first = checkpoints[0]
     where = first.name if isinstance(first, Checkpoint) else os.fspath(first)
     raise ModelError(f"{where}: the file does not record its network; {NAME_THE_NETWORK}")
+
+
+def choose_image_size(
+    data: str,
+    model: str | None,
+    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
+    opening: Opening = _AS_THEY_ARE,
+) -> int | None:
+    """Return the side in pixels to which image files are resized if the user names none.
+
+    The size that the configuration of the named network names comes first; then the size that the
+    first checkpoint with a record was trained at. Images that have a size of their own (hf: and
+    wds:) keep it, unless the configuration of the recorded network names one.
+
+    Args:
+        data: The data, as `load_data` takes it.
+        model: The network that the user names, or None.
+        checkpoints: Opened in order until one records a size or such a network.
+        opening: How they are opened.
+
+    Returns:
+        The side; None for the default of the source.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+        ModelError: A file names a network that is not built in, or whose library is missing.
+    """
+    source = data.partition(":")[0]
+    entry = DATA_SOURCES.get(source)
+    if entry is None or not entry.facts.get("decodes"):
+        return None
+    if (side := default_image_size(data, model)) is not None:
+        return side
+    for item in checkpoints:
+        checkpoint = opening.open(item)
+        settings = None if model else checkpoint.network_settings
+        side = default_image_size(data, settings.spec if settings else None)
+        recorded = _recorded_size(checkpoint)
+        decides = side is not None or source == "folder"
+        if decides and recorded and recorded[0] == recorded[1]:
+            return recorded[0]
+        if side is not None:
+            return side
+    return None
+
+
+def describe_other_sizes(checkpoints: Sequence[Checkpoint], data: Data) -> Iterator[str]:
+    """Yield a warning for each checkpoint that was trained on images of another size."""
+    height, width = data.record["size"]
+    for checkpoint in checkpoints:
+        size = _recorded_size(checkpoint)
+        if size is None or size == (height, width):
+            continue
+        name = checkpoint.path.name if checkpoint.path else checkpoint.name
+        yield (
+            f"{name}: was trained on images of {size[0]} x {size[1]} pixels, the data has "
+            f"{height} x {width}; for image files, --image-size (image_size in a recipe) sets it"
+        )
+
+
+def _recorded_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Return (height, width) of the images that a checkpoint was fitted on last, if recorded."""
+    size = (checkpoint.provenance.get("data") or {}).get("size")
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
+        return None
+    return size[0], size[1]
 
 
 def record_network(

@@ -65,7 +65,7 @@ def _compare_split(checkpoint: Checkpoint, fitted: DataRecord | None, data: Spli
         return Leakage("unknown", why)
     if fitted["digest"] != data.record["digest"]:
         return Leakage("unknown", f"{checkpoint.name}: trained on other data ({fitted['name']})")
-    if data.name in checkpoint.provenance.get("trained_on", []):
+    if _was_fitted_on(checkpoint, data):
         why = f"{checkpoint.name}: was trained on the {data.name} split itself"
         return Leakage("violated", why)
     if fitted["split_digest"] != data.record["split_digest"] and data.name != "test":
@@ -76,6 +76,22 @@ def _compare_split(checkpoint: Checkpoint, fitted: DataRecord | None, data: Spli
         )
         return Leakage("violated", why)
     return Leakage()
+
+
+def _was_fitted_on(checkpoint: Checkpoint, data: Split) -> bool:
+    """Return whether a checkpoint with a record of this data was fitted on this very split.
+
+    "trained_on" names the splits of all data behind a checkpoint. The sketches tell whose they are:
+    a name counts unless there are sketches of other splits of this data, and one of other data has
+    the name.
+    """
+    if data.name not in checkpoint.provenance.get("trained_on", []):
+        return False
+    sketches: list[Sketch] = checkpoint.provenance.get("fitted_images", [])
+    own = {item["split"] for item in sketches if item["digest"] == data.record["digest"]}
+    others = {item["split"] for item in sketches if item["digest"] != data.record["digest"]}
+    is_joined = any(not item["digest"] for item in sketches)
+    return not own or data.name in own or data.name not in others or is_joined
 
 
 def _describe_shared_images(checkpoint: Checkpoint, sketch: Sketch, data: Split) -> str:

@@ -21,8 +21,8 @@ WRAPPER_KEYS = (
     "weights",
     "params",
 )
-"""Keys of the set that is read if a file holds several, in this order; else the largest is read,
-and a copy beside the network, such as its average, last."""
+"""Keys of the set that is read if a file holds several, in this order, outer keys first; else the
+largest is read, and a copy beside the network, such as its average, last."""
 
 _AVERAGES = re.compile(
     r"(?<![a-z])(ema|swa|avg|averaged?|shadow|teacher|momentum|target|attacker)(?![a-z])",
@@ -91,10 +91,17 @@ def _walk(content: object, path: tuple[str, ...], seen: set[int]) -> Iterator[We
             yield from _walk(value, (*path, name), seen)
 
 
-def _rank(item: WeightSet) -> tuple[int, bool, int]:
-    last = item.path[-1] if item.path else None
-    known = WRAPPER_KEYS.index(last) if last in WRAPPER_KEYS else len(WRAPPER_KEYS)
-    return known, is_average(item.key), -item.size
+def _rank(item: WeightSet) -> tuple[bool, bool, list[int], int]:
+    """Return what sorts sets: those under known keys first, averages among them last.
+
+    The outer keys come before the inner ones, so that a known key within another network, as in
+    discriminator.state_dict, does not outrank the network.
+    """
+    count = len(WRAPPER_KEYS)
+    known = [WRAPPER_KEYS.index(key) if key in WRAPPER_KEYS else count for key in item.path]
+    known += [count] * (_MAX_DEPTH + 1 - len(known))
+    averaged = any(is_average(key) for key in item.path if key not in WRAPPER_KEYS)
+    return min(known) == count, averaged, known, -item.size
 
 
 def is_average(key: str) -> bool:

@@ -96,7 +96,7 @@ def check_command(
     run.use_threads()
     source, split, module = None, None, None
     if data.data:
-        source = load_requested_data(data, network, warn=False)
+        source = load_requested_data(data, network, checkpoints, warn=False)
         context = make_context(source, network, run, checkpoints)
         split, module = source.val, build_network(context.network)
     elif network.model or network.normalize or threat != "clean":

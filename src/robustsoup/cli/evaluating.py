@@ -80,7 +80,7 @@ def evaluate_command(
     run.use_threads()
     import_named_module(attack.attack)
     threats = parse_threats(threat)
-    loaded = load_requested_data(data, network)
+    loaded = load_requested_data(data, network, checkpoints)
     context = make_context(loaded, network, run, checkpoints)
     selected = loaded.split(split)
     for model in threats:

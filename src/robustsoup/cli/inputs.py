@@ -6,7 +6,11 @@ from pathlib import Path
 
 from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import resolve_network
+from robustsoup.checkpoints.network import (
+    choose_image_size,
+    describe_other_sizes,
+    resolve_network,
+)
 from robustsoup.checkpoints.opening import Opening
 from robustsoup.checkpoints.provenance import Leakage, check_leakage
 from robustsoup.checkpoints.published import Fetched, fetch_published
@@ -22,7 +26,6 @@ from robustsoup.files import check_writable
 from robustsoup.models import (
     NetworkSettings,
     build_network,
-    default_image_size,
     input_settings,
 )
 from robustsoup.runs.caches import hold_caches
@@ -32,20 +35,27 @@ from robustsoup.user_code import import_named_module
 
 @distributed.local_first()
 def load_requested_data(
-    options: DataOptions, network: NetworkOptions, *, warn: bool = True
+    options: DataOptions,
+    network: NetworkOptions,
+    checkpoints: Sequence[Path] = (),
+    *,
+    warn: bool = True,
 ) -> Data:
     """Load the data, with a bar; download it first if necessary.
 
     Args:
         options: The data.
         network: Decides the size of decoded images, if the options do not.
+        checkpoints: Decide the size, if neither the options nor the network do.
         warn: Whether to warn of images that are in two splits.
     """
     hold_caches()
     import_named_module(options.data)
     download_data(options.data, options.data_root)
     import_named_module(network.model)
-    side = options.image_size or default_image_size(options.data, network.model)
+    side = options.image_size or choose_image_size(
+        options.data, network.model, checkpoints, network.opening
+    )
     with Bar(f"reading {options.data}") as bar:
         data = load_data(
             options.data,
@@ -58,6 +68,8 @@ def load_requested_data(
     print_notes(data)
     if warn:
         warn_of_overlaps(find_exact_overlaps(data))
+    for text in describe_other_sizes([network.opening.open(p) for p in checkpoints[:1]], data):
+        print_warning(text)
     return data
 
 

@@ -105,7 +105,7 @@ def learn_command(
     run.use_threads()
     for name in (settings.objective, settings.transform, policy, settings.buffers):
         import_named_module(name)
-    source = load_requested_data(data, network)
+    source = load_requested_data(data, network, checkpoints)
     check_buffer_policy(policy, source.train, settings.threat, affine=settings.affine)
     context = make_context(source, network, run, checkpoints)
     opened = open_checkpoints(checkpoints, network.opening)

@@ -131,7 +131,7 @@ def mix_command(
     policy = "recalibrate" if is_point and running_statistics(ingredients[0]) else policy
     split = None
     if data.data:
-        source = load_requested_data(data, network)
+        source = load_requested_data(data, network, checkpoints)
         context = make_context(source, network, run, checkpoints)
         ingredients = [context.record_network(item) for item in ingredients]
         split = source.train

@@ -150,7 +150,8 @@ class DataOptions:
     image_size: int | None = setting(
         None,
         "Width and height of images in pixels, for image files; by default what the network's own "
-        "configuration names, else 32 for folder: and the images' own for hf: and wds:.",
+        "configuration names, else, for folder:, what the first checkpoint was trained at, or 32, "
+        "and the images' own for hf: and wds:.",
     )
     channels: int | None = setting(
         None,

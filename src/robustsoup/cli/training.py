@@ -122,8 +122,9 @@ def train_command(
     run.use_threads()
     import_named_module(settings.objective)
     import_named_module(settings.transform)
-    loaded = load_requested_data(data, network)
-    context = make_context(loaded, network, run, [start] if start else [])
+    starts = [start] if start else []
+    loaded = load_requested_data(data, network, starts)
+    context = make_context(loaded, network, run, starts)
     if start is None:
         initial = context.fresh_network(data.seed)
     else:

@@ -1,6 +1,7 @@
 """Image folders: one sub-folder for each class, split by folders or by a seed."""
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,8 +75,8 @@ def load_folder(request: DataRequest) -> Data:
 
     Raises:
         DataError: The path is missing, a folder holds no images, there are fewer than two classes,
-            the parts have different classes, a class has no image left to train on, or an image
-            cannot be read; the error names the file.
+            the parts have different classes, folders look like splits under other names, a class
+            has no image left to train on, or an image cannot be read; the error names the file.
         StorageError: The cache folder is full or cannot be written.
     """
     decoder = make_decoder(request.spec, request.image_size, request.channels)
@@ -130,6 +131,7 @@ def _list_parts(root: Path, seed: int) -> tuple[FolderParts, list[str]]:
     """List the files of a folder; return notes on what was left out too."""
     folders = _split_folders(root)
     if folders is None:
+        _refuse_splits_as_classes(root)
         listing = _list_images(root)
         return _split_listing(listing, seed), _describe_skipped(listing.skipped)
     notes: list[str] = []
@@ -172,6 +174,21 @@ def find_spellings(names: Collection[str], form: str = "{}") -> dict[str, str]:
     }
 
 
+def find_split_word(name: str) -> str | None:
+    """Return the split that a file or folder names, such as train in imagenet-train-000.tar.
+
+    The last of several is taken. "trainset" is a spelling of train, as "train" is.
+    """
+    words = re.findall("[a-z]+", name.lower())
+    parts = {
+        f"{spelling}{ending}": part
+        for part, spellings in SPLIT_FOLDERS.items()
+        for spelling in spellings
+        for ending in ("", "set", "data")
+    }
+    return next((parts[word] for word in reversed(words) if word in parts), None)
+
+
 def _split_folders(root: Path) -> dict[str, Path] | None:
     """Return the folder of each split, or None if `root` is not split.
 
@@ -183,6 +200,36 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
     if "train" in found and ("test" in found or _sub_folders(found["train"])):
         return found
     return None
+
+
+def _refuse_splits_as_classes(root: Path) -> None:
+    """Raise DataError if folders look like splits under other names, such as test_set.
+
+    Their names have the word of a split, one of train, and they hold folders of the same names.
+    """
+    by_split: dict[str, Path] = {}
+    for folder in _sub_folders(root):
+        if (part := find_split_word(folder.name)) is not None:
+            by_split.setdefault(part, folder)
+    train = by_split.pop("train", None)
+    if train is None:
+        return
+    for part, folder in by_split.items():
+        shared = sorted(_names_of_folders(train) & _names_of_folders(folder))
+        if len(shared) > 1:
+            raise DataError(
+                f"{root}: the folders {train.name} and {folder.name} look like splits, because "
+                f"both hold {abbreviate(shared)}, and would be taken for classes; name them "
+                f"train and {part}"
+            )
+
+
+def _names_of_folders(folder: Path) -> set[str]:
+    """Return the names of the folders in a folder, or in the only one that it holds."""
+    inner = [child for child in folder.iterdir() if child.is_dir()]
+    if len(inner) == 1:
+        inner = [child for child in inner[0].iterdir() if child.is_dir()]
+    return {child.name for child in inner if not child.name.startswith(".")}
 
 
 def _join_listings(

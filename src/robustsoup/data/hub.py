@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robustsoup.data.folders import abbreviate, find_spellings
-from robustsoup.data.images import MAX_IMAGE_BYTES, open_image
+from robustsoup.data.images import MAX_IMAGE_BYTES, open_image, turn_upright
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, add_notes, assemble_tensors, promote_val
-from robustsoup.data.torch_datasets import IMAGE_KEYS, LABEL_KEYS, ImageStack
+from robustsoup.data.torch_datasets import (
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    ImageStack,
+    match_channels,
+)
 from robustsoup.errors import DataError
 from robustsoup.files import read_regular
 from robustsoup.printable import first_line
@@ -71,6 +76,7 @@ def load_hub(request: DataRequest) -> Data:
         )
     doubts = [f"{request.spec} {part}: {d}" for part, split in splits.items() for d in split.doubts]
     parts, classes = number_classes(splits, request.spec)
+    parts = match_channels(parts)
     notes += promote_val(parts)
     size = request.image_size or 0
     data = assemble_tensors(
@@ -178,7 +184,8 @@ def has_labels(labels: Sequence[object], place: str) -> bool:
 def open_stored_image(image: object, place: str) -> object:
     """Open an image that is stored as bytes, or as the path of a local file.
 
-    The library itself would also download it from an address in the data, and let Pillow start
+    It is turned as its EXIF orientation says, which the library does too. The library itself would
+    also download it from an address in the data, and let Pillow start
     other programs; see IMAGE_FORMATS.
 
     Raises:
@@ -194,7 +201,7 @@ def open_stored_image(image: object, place: str) -> object:
             content = read_regular(str(path), MAX_IMAGE_BYTES)
         except OSError as error:
             raise DataError(f"{place}: {path}: cannot be read ({error.strerror})") from None
-    return open_image(content, place)
+    return turn_upright(open_image(content, place), place)
 
 
 def _find_column(kinds: Mapping[str, str], kind: str, names: Sequence[str], place: str) -> str:

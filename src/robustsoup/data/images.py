@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,6 +43,8 @@ MAX_IMAGE_BYTES = 2**28
 LARGEST_RATIO = 16
 """An image that is longer than this, as a multiple of its shorter side, is cropped before it is
 resized, because memory grows with the ratio."""
+_ORIENTATION = 0x0112
+"""The EXIF tag of the orientation."""
 _GREY_MODES = ("1", "L", "LA", "La", "I")
 _DEEP_MODES = ("I", "F")
 """Modes of 32 bits; 16 bits of PNG and PPM files are among them in older versions of Pillow."""
@@ -232,6 +235,43 @@ def open_image(content: bytes, place: str) -> "Image":
     pillow = import_pillow(place)
     with _refuse_broken_images(place):
         return pillow.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+
+
+def turn_upright(image: "Image", place: str) -> "Image":
+    """Decode an image and turn it as its EXIF orientation says; a broken EXIF block turns nothing.
+
+    Raises:
+        DataError: The image cannot be decoded; the error names the `place`.
+    """
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    with _refuse_broken_images(place):
+        image.load()  # which turns TIFF files, and reads what follows the pixels of PNG files
+        turn = turns.get(_read_orientation(image))
+        if turn is None:
+            return image
+        turned = image.transpose(turn)
+    turned.format = image.format
+    return turned
+
+
+def _read_orientation(image: "Image") -> int:
+    """Return the EXIF orientation of an image; 1, which turns nothing, if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return image.getexif().get(_ORIENTATION) or 1
+    except Exception:  # Pillow raises errors of many kinds
+        return 1
 
 
 def is_pillow_image(value: object) -> "TypeGuard[Image]":

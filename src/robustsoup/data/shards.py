@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 
-from robustsoup.data.folders import SPLIT_FOLDERS, abbreviate
+from robustsoup.data.folders import abbreviate, find_split_word
 from robustsoup.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, open_image
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import (
@@ -20,7 +20,7 @@ from robustsoup.data.splits import (
     assemble_tensors,
     promote_val,
 )
-from robustsoup.data.torch_datasets import LABEL_KEYS, ImageStack
+from robustsoup.data.torch_datasets import LABEL_KEYS, ImageStack, match_channels
 from robustsoup.errors import DataError
 from robustsoup.files import open_regular
 from robustsoup.printable import first_line
@@ -40,9 +40,9 @@ def load_shards(request: DataRequest) -> Data:
     """Load the samples of local .tar files into memory.
 
     PATTERN is a folder, or a path with {000..012}, * and ?. Files with the word train, val or test
-    in their names, spelled as folders are, are these splits; if no name has one, the samples are
-    split 70/10/20. A sample is an image and a label: the text of .cls, or "label" in .json. Images
-    are square and of one size, unless image_size is set.
+    in their names, spelled as folders are, are these splits; if no name has one, the folders of the
+    files may, and else the samples are split 70/10/20. A sample is an image and a label: the text
+    of .cls, or "label" in .json. Images are square and of one size, unless image_size is set.
 
     Raises:
         DataError: webdataset is not installed, there is no file, only some files name a split, or a
@@ -57,6 +57,7 @@ def load_shards(request: DataRequest) -> Data:
             raise DataError(f"{request.spec}: got no samples in the files of {part}")
         parts[part] = stack.stack(), labels
         doubts += (f"{request.spec} {part}: {doubt}" for doubt in stack.doubts())
+    parts = match_channels(parts)
     notes += promote_val(parts)
     size = request.image_size or 0
     augmentation = Augmentation(pad=size // 8, flip=True)
@@ -94,7 +95,10 @@ def _find_files(request: DataRequest) -> list[Path]:
         raise DataError(
             f"{request.spec}: got a pattern of more than {MAX_SHARDS:,} files; shorten its ranges"
         )
-    patterns = [str(folder / "*.tar")] if folder.is_dir() else expand_urls(request.place)
+    if folder.is_dir():
+        patterns = [f"{glob.escape(str(folder))}/*.tar"]
+    else:
+        patterns = expand_urls(request.place)
     files: list[Path] = []
     for pattern in patterns:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207
@@ -107,19 +111,27 @@ def _find_files(request: DataRequest) -> list[Path]:
 def group_files(files: Sequence[Path], place: str) -> tuple[dict[str, list[Path]], list[str]]:
     """Return the files of each split by the words in their names, and notes on their splits.
 
+    If no file names a split, the names of their folders decide where these name two or more.
+
     Raises:
         DataError: Some files name a split and others do not.
     """
+    names = [file.name for file in files]
+    if not any(map(find_split_word, names)):
+        folders = [file.parent.name for file in files]
+        if len(set(map(find_split_word, folders)) - {None}) > 1:
+            names = [f"{file.parent.name}/{file.name}" for file in files]
     groups: dict[str, list[Path]] = {}
+    named: list[str] = []
     unnamed: list[str] = []
-    for file in files:
-        part = _find_split(file.name)
+    for file, name in zip(files, names, strict=True):
+        part = find_split_word(name)
         if part is None:
-            unnamed.append(file.name)
+            unnamed.append(name)
         else:
             groups.setdefault(part, []).append(file)
+            named.append(name)
     if groups and unnamed:
-        named = [file.name for group in groups.values() for file in group]
         raise DataError(
             f"{place}: got files that name a split ({abbreviate(named)}) beside files that do not "
             f"({abbreviate(unnamed)}), expected train, val or test in the name of every file or of "
@@ -129,21 +141,6 @@ def group_files(files: Sequence[Path], place: str) -> tuple[dict[str, list[Path]
         return groups, []
     notes = [f"no file names train; those of {' and '.join(groups)} are split anew"]
     return {"train": list(files)}, notes if groups else []
-
-
-def _find_split(name: str) -> str | None:
-    """Return the split that a file names, such as train in imagenet-train-000.tar.
-
-    The last of several is taken. "trainset" is a spelling of train, as "train" is.
-    """
-    words = re.findall("[a-z]+", name.lower())
-    parts = {
-        f"{spelling}{ending}": part
-        for part, spellings in SPLIT_FOLDERS.items()
-        for spelling in spellings
-        for ending in ("", "set", "data")
-    }
-    return next((parts[word] for word in reversed(words) if word in parts), None)
 
 
 def _iterate_samples(files: Sequence[Path], place: str) -> Iterator[Mapping[str, object]]:

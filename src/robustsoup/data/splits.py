@@ -16,7 +16,7 @@ from robustsoup.data.tensors import (
     as_pixels,
     numbers_from_one,
 )
-from robustsoup.data.torch_datasets import class_names, read_dataset
+from robustsoup.data.torch_datasets import class_names, match_channels, read_dataset
 from robustsoup.data.transforms import ImageTransform
 from robustsoup.display import html_table
 from robustsoup.errors import DataError
@@ -98,6 +98,7 @@ class Split:
         augmentation: Augmentation of the images in training.
         notes: What conversion changed, which evaluations repeat as warnings.
         inferred: Whether the number of classes is only the largest label plus 1.
+        in_given_order: Whether the samples are in a user's order, which may be sorted by class.
 
     Raises:
         DataError: Images or labels cannot be converted; the error names the likely cause.
@@ -111,6 +112,7 @@ class Split:
     augmentation: Augmentation = Augmentation()
     notes: tuple[str, ...] = ()
     inferred: bool = False
+    in_given_order: bool = False
 
     def __post_init__(self) -> None:
         """Convert images, labels and ids of another type."""
@@ -138,6 +140,8 @@ class Split:
     ) -> "Split":
         """Make a test split of all samples of two tensors or arrays, to evaluate networks on.
 
+        The samples keep their order, and their ids are the numbers of their rows.
+
         Args:
             images: (n, c, h, w), (n, h, w, c) or (n, h, w), uint8 or floats in [0, 1], not
                 normalised. Floats are rounded to 8 bits; a note says so if that changes them.
@@ -162,6 +166,7 @@ class Split:
             record,
             notes=notes,
             inferred=classes is None,
+            in_given_order=True,
         )
 
     def __repr__(self) -> str:
@@ -205,7 +210,8 @@ class Split:
     def first(self, n: int | None) -> "Split":
         """Return the first n samples, or all of them if n is None.
 
-        No split is sorted by class, so the first samples are representative.
+        They are representative, because splits of a data source are not sorted by class. Samples
+        in the order of a user may be: the first n of a fixed shuffle are returned, unless n is all.
 
         Raises:
             DataError: If n is below 1 or above the number of samples.
@@ -213,6 +219,9 @@ class Split:
         if n is None:
             return self
         self._check_count(n)
+        if self.in_given_order and n < len(self):
+            order = torch.randperm(len(self), generator=keyed_generator("first"))
+            return replace(self.take(order[:n]), in_given_order=False)
         return replace(self, images=self.images[:n], labels=self.labels[:n], ids=self.ids[:n])
 
     def sample(self, n: int, seed: int) -> "Split":
@@ -227,10 +236,10 @@ class Split:
         return replace(self, images=self.images[rows], labels=self.labels[rows], ids=self.ids[rows])
 
     def take(self, rows: torch.Tensor) -> "Split":
-        """Return some samples, in the order of the split.
+        """Return some samples.
 
         Args:
-            rows: (n,) bool, which samples to take.
+            rows: (n,) bool, which samples to take, or their numbers, whose order decides then.
         """
         kept = rows.to(self.images.device)
         return replace(self, images=self.images[kept], labels=self.labels[kept], ids=self.ids[kept])
@@ -319,7 +328,8 @@ class Data:
     ) -> "Data":
         """Make a data set of data sets of PyTorch, which are read into memory.
 
-        Splits are held out as by `from_tensors`.
+        Splits are held out as by `from_tensors`. Where `val` and `test` have other `classes` than
+        `dataset`, as folders do that lack a class, their labels are translated by name.
 
         Args:
             dataset: A data set of (image, label) pairs, without augmentation and normalisation, or
@@ -334,7 +344,8 @@ class Data:
             augmentation: Augmentation of the images in training.
 
         Raises:
-            DataError: A sample is something else, or differs from read to read.
+            DataError: A sample is something else, or differs from read to read; or a sample of
+                `val` or `test` is of a class that `dataset.classes` lacks.
         """
         parts = {"train": dataset, "val": val, "test": test}
         given = {
@@ -342,7 +353,14 @@ class Data:
             for part, dataset in parts.items()
             if dataset is not None
         }
-        classes = class_names(dataset) if classes is None else classes
+        names = class_names(dataset)
+        for part in ("val", "test"):
+            own = class_names(parts[part])
+            if own is not None and names is not None and own != names:
+                images, labels = given[part]
+                given[part] = images, _renumber(labels, own, names, f"{name} {part}")
+        classes = names if classes is None else classes
+        given = match_channels(given)
         return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)
 
     def __repr__(self) -> str:
@@ -625,6 +643,30 @@ def assemble_tensors(
     _check_trained(name, pools, train)
     data = assemble(description, train, val, _shuffle(test), seed=seed)
     return add_notes(data, [], notes)
+
+
+def _renumber(labels: object, own: Sequence[str], names: Sequence[str], place: str) -> torch.Tensor:
+    """Return labels that are numbers of `own` as numbers of `names`.
+
+    Raises:
+        DataError: A label is the number of no class, or of one that `names` lacks or has twice.
+    """
+    numbers = as_labels(labels, f"{place}: labels")
+    used = numbers.unique().tolist()
+    if used and not 0 <= used[0] <= used[-1] < len(own):
+        raise DataError(
+            f"{place}: labels: got {used[0]} to {used[-1]}, expected 0 to {len(own) - 1}, one "
+            f"number for each of its {len(own)} classes"
+        )
+    unknown = sorted({own[label] for label in used if names.count(own[label]) != 1})
+    if unknown:
+        raise DataError(
+            f"{place}: got samples of the classes {', '.join(unknown[:5])}, expected those of "
+            f"train, {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}, each once; make "
+            "the attributes classes of the data sets agree"
+        )
+    table = torch.tensor([names.index(own[label]) for label in used], dtype=torch.int64)
+    return table[torch.searchsorted(torch.tensor(used, dtype=torch.int64), numbers)]
 
 
 def add_notes(data: Data, notes: Sequence[str], doubts: Sequence[str]) -> Data:

@@ -92,6 +92,34 @@ class ImageStack:
         return self.decoder.convert(image, f"{self.place}: image {len(self.images)}")
 
 
+def match_channels(
+    parts: Mapping[str, tuple[object, object]],
+) -> dict[str, tuple[object, object]]:
+    """Return images and labels of each part; grey images get 3 channels beside parts with colour.
+
+    Args:
+        parts: What `ImageStack.stack` returns and labels, by the name of the part. Images of
+            another form stay as they are.
+    """
+    counts = {
+        part: len(images[0])
+        for part, (images, _) in parts.items()
+        if isinstance(images, list) and images and _has_channels(images[0])
+    }
+    if set(counts.values()) != {1, 3}:
+        return dict(parts)
+    matched = dict(parts)
+    for part in [part for part, count in counts.items() if count == 1]:
+        images, labels = parts[part]
+        grey = images if isinstance(images, list) else []
+        matched[part] = [i.expand(3, -1, -1) if _has_channels(i) else i for i in grey], labels
+    return matched
+
+
+def _has_channels(image: object) -> TypeGuard[Tensor]:
+    return isinstance(image, Tensor) and image.ndim == 3
+
+
 def read_dataset(
     dataset: object, place: str, *, image_size: int | None = None, channels: int | None = None
 ) -> tuple[object, object]:

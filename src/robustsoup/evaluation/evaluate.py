@@ -105,7 +105,8 @@ def evaluate(
             arrays, or a data set of PyTorch; see `Split.from_tensors`.
         threats: Threat models to attack with, one after the other; clean ones add nothing.
         settings: The attack; AttackSettings() if None.
-        samples: Number of samples to evaluate on, from the first; all if None.
+        samples: Number of samples to evaluate on, the first of the split (of your own samples, the
+            first of a fixed shuffle, whose rows `ids` names); all in their order if None.
         device: "auto", "cpu", "cuda" or another device of PyTorch.
         keep_points: Keep the adversarial images, for `pool`; `after` must have kept its own.
         pool: Evaluations of other networks on the same samples, with points; these points are

@@ -18,7 +18,7 @@ from robustsoup.errors import ModelError
 from robustsoup.models.network import ChannelConstants, NetworkSettings
 from robustsoup.precision import full_float32
 
-OptionValue = int | float | str | list[float]
+OptionValue = int | float | bool | str | list[float] | None
 Result = TypeVar("Result")
 
 LARGEST_OPTION = 65_536
@@ -202,7 +202,11 @@ def refuse_forbidden_options(network: LibrarySpec) -> None:
 
 
 def may_be_recorded(network: LibrarySpec) -> bool:
-    """Return whether a record may hold these options: numbers of a bounded size, no weights."""
+    """Return whether a record may hold these options.
+
+    It may hold numbers of a bounded size, and True and False, which can name neither code nor a
+    place; nothing that loads weights.
+    """
     return not any(
         FORBIDDEN_OPTIONS.fullmatch(key)
         or not isinstance(value, (int, float))

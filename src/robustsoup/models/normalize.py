@@ -39,6 +39,22 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def list_identity_constants(model: nn.Module) -> dict[str, Tensor]:
+    """Return constants that change nothing for the layers of a network whose constants are saved.
+
+    Files of other programs, whose networks have no such layer, lack them.
+
+    Returns:
+        Name in the state dict -> zeros for a mean, ones for a standard deviation.
+    """
+    constants: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if name and isinstance(layer, Normalize) and "mean" in layer.state_dict():
+            constants[f"{name}.mean"] = torch.zeros(layer.mean.shape)
+            constants[f"{name}.std"] = torch.ones(layer.std.shape)
+    return constants
+
+
 def normalize_inputs(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     """Make `model` normalize its inputs before its forward; the names in its state dict stay.
 

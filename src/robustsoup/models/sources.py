@@ -39,6 +39,7 @@ _OTHER_NAMES = {
     "channels": ("in_channels", "in_chans", "num_channels", "n_channels", "num_input_channels"),
 }
 """What factories of other libraries call these sizes."""
+_WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None}
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -174,8 +175,8 @@ def is_built_in(spec: str) -> bool:
     """Return whether a spec that a file records may be built.
 
     It may if it names a network of the catalog, or one that an installed library lists itself,
-    with no options but numbers of a bounded size. Every other spec names code, or a place from
-    which code or settings are read; these are used only if the user names them.
+    with no options but numbers of a bounded size, True and False. Every other spec names code, or
+    a place from which code or settings are read; these are used only if the user names them.
     """
     library = _find_library(spec)
     if library is None:
@@ -273,6 +274,9 @@ def _build_builtin(
     defaults: dict[str, OptionValue] = {"classes": settings.classes, "channels": settings.channels}
     if mean is not None and std is not None:
         defaults |= {"mean": list(mean), "std": list(std)}
+    for key, value in options.items():
+        if value is None or isinstance(value, bool):
+            raise ModelError(f'model "{settings.spec}": {key}: got {value}, expected a number')
     options = defaults | options
     for key in LARGEST_SIZES.keys() & options.keys():
         value, largest = options[key], LARGEST_SIZES[key]
@@ -315,7 +319,10 @@ def _factory_spec(factory: Factory) -> str:
 
 
 def _parse_options(text: str, spec: str) -> dict[str, OptionValue]:
-    """Parse "key=value,..." after the name of a network; values become int or float if possible."""
+    """Parse "key=value,..." after the name of a network.
+
+    Numbers become int or float; True, true, False, false and None become what they say.
+    """
     options: dict[str, OptionValue] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
@@ -326,11 +333,13 @@ def _parse_options(text: str, spec: str) -> dict[str, OptionValue]:
             )
         if key in options:
             raise ModelError(f'model "{spec}": got {key} twice')
-        options[key] = _parse_number(value.strip())
+        options[key] = _parse_value(value.strip())
     return options
 
 
-def _parse_number(text: str) -> int | float | str:
+def _parse_value(text: str) -> int | float | bool | str | None:
+    if text in _WORDS:
+        return _WORDS[text]
     for kind in (int, float):
         try:
             return kind(text)

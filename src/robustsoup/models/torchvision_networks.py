@@ -52,7 +52,8 @@ def _read_inputs(network: LibrarySpec, settings: NetworkSettings) -> InputSettin
     check_name(network, models.list_models(module=models), "torchvision")
     weights = models.get_model_weights(network.name).DEFAULT
     transforms = weights.transforms()
-    side = transforms.crop_size[0]
+    side = network.options.get("image_size", transforms.crop_size[0])
+    side = side if isinstance(side, int) else transforms.crop_size[0]
     return InputSettings(
         (side, side),
         fit_constants(transforms.mean, transforms.std, settings.channels),

@@ -100,6 +100,7 @@ class Cluster:
             threads=torch.get_num_threads(),
             data_root=str(user_path(root).absolute()) if root else None,
             folder=str(Path.cwd()),
+            image_size=prepared.image_size,
         )
         self.device = context.device
         self.meeting: Meeting | None = None

@@ -113,6 +113,7 @@ class Surroundings:
         threads: CPU threads.
         data_root: Folder of the data sets.
         folder: The current folder of the command, where the user's code may be.
+        image_size: Side in pixels to which image files are resized; None for the source's default.
     """
 
     recipe: str
@@ -122,6 +123,7 @@ class Surroundings:
     threads: int
     data_root: str | None
     folder: str
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ def _load_context(surroundings: Surroundings) -> tuple[Recipe, Context]:
         recipe = parse_recipe(tomllib.loads(surroundings.recipe), "recipe", folder)
     for name in recipe.list_named_functions():
         import_named_module(name, folder)
-    data = load_recipe_data(recipe, surroundings.data_root)
+    data = load_recipe_data(recipe, surroundings.data_root, image_size=surroundings.image_size)
     device = resolve_device(surroundings.device)
     named = surroundings.network_named
     return recipe, Context(data, surroundings.network, device, network_named=named)

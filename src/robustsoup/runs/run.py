@@ -6,14 +6,17 @@ from pathlib import Path
 
 from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.network import resolve_network
+from robustsoup.checkpoints.network import (
+    choose_image_size,
+    describe_other_sizes,
+    resolve_network,
+)
 from robustsoup.checkpoints.provenance import Leakage, check_leakage, worst_leakage
 from robustsoup.data import Data, Synthetic, load_data
 from robustsoup.data.cifar import imitate_cifar
 from robustsoup.data.duplicates import Overlap, find_copies, find_exact_overlaps
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
-from robustsoup.models import default_image_size
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe, checkpoint_places
@@ -61,6 +64,7 @@ class PreparedRun:
         leakage: Whether networks were trained on samples that evaluate them.
         overlaps: Samples of val and test that are in another split or in generated images.
         absent: What is not on this machine, so that the plan has stand-ins for it.
+        image_size: Side in pixels to which image files are resized; None for the source's default.
     """
 
     planner: Planner
@@ -69,6 +73,7 @@ class PreparedRun:
     leakage: Leakage
     overlaps: tuple[Overlap, ...] = ()
     absent: tuple[str, ...] = ()
+    image_size: int | None = None
 
     @property
     def plan(self) -> Plan:
@@ -102,9 +107,15 @@ def prepare_run(
         RobustsoupError: The data, a file or the network cannot be used.
     """
     resolved = resolve_device(device)
-    data = load_recipe_data(recipe, data_root, on_progress, imitates=recipe.data in absent)
+    places = checkpoint_places(recipe)
+    side = recipe.image_size or choose_image_size(
+        recipe.data, recipe.model, [p for p in places if p not in absent], recipe.opening
+    )
+    data = load_recipe_data(
+        recipe, data_root, on_progress, image_size=side, imitates=recipe.data in absent
+    )
     stand_ins = imitate_checkpoints(recipe, absent, data)
-    checkpoints = [stand_ins.get(place, place) for place in checkpoint_places(recipe)]
+    checkpoints = [stand_ins.get(place, place) for place in places]
     recipe.opening.check(checkpoints)
     network = resolve_network(
         recipe.model,
@@ -124,9 +135,12 @@ def prepare_run(
         files = [context.record_network(item) for item in files]
         planner.plan.files.update(zip(list(planner.plan.files), files, strict=True))
         check_fit(files[0].network(), data.test)
-        planner.plan.warnings = tuple(describe_differing_constants(files))
+        planner.plan.warnings = (
+            *describe_differing_constants(files),
+            *describe_other_sizes(files, data),
+        )
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
-    return PreparedRun(planner, context, Store(), leakage, overlaps, tuple(absent))
+    return PreparedRun(planner, context, Store(), leakage, overlaps, tuple(absent), side)
 
 
 def run_prepared(
@@ -204,11 +218,13 @@ def load_recipe_data(
     data_root: str | None,
     on_progress: Progress | None = None,
     *,
+    image_size: int | None = None,
     imitates: bool = False,
 ) -> Data:
     """Load the data of a recipe, and read generated images once to compute their digest.
 
-    With `imitates`, return random images of the sizes of CIFAR instead.
+    Image files are resized to `image_size` pixels a side, or to the source's default. With
+    `imitates`, return random images of the sizes of CIFAR instead.
     """
     if imitates:
         data = imitate_cifar(recipe.data, seed=recipe.seed)
@@ -217,7 +233,7 @@ def load_recipe_data(
             recipe.data,
             root=data_root,
             seed=recipe.seed,
-            image_size=recipe.image_size or default_image_size(recipe.data, recipe.model),
+            image_size=image_size,
             channels=recipe.channels,
             on_progress=on_progress,
         )

@@ -166,7 +166,7 @@ def search(
             learn, and by methods that measure, which attack its samples under the first threat.
         base: The checkpoint that the ingredients were fine-tuned from, for methods that merge
             differences from it; by default the common ancestor.
-        samples: Evaluate on the first `samples` samples; on all if None.
+        samples: Evaluate on the first `samples` samples (see `Split.first`); on all if None.
         shift: Folder of corrupted copies of the test set, as in `evaluate`; adds the measure
             "shift" on copies of every second image, and limits `samples` to their number. On
             `report_on`, the copies of the other images are evaluated.
