@@ -33,7 +33,6 @@ from robustsoup.runs.context import Context
 from robustsoup.user_code import import_named_module
 
 
-@distributed.local_first()
 def load_requested_data(
     options: DataOptions,
     network: NetworkOptions,
@@ -49,15 +48,27 @@ def load_requested_data(
         checkpoints: Decide the size, if neither the options nor the network do.
         warn: Whether to warn of images that are in two splits.
     """
-    hold_caches()
     import_named_module(options.data)
-    download_data(options.data, options.data_root)
     import_named_module(network.model)
     side = options.image_size or choose_image_size(
         options.data, network.model, checkpoints, network.opening
     )
+    data = _read_data(options, side)
+    print_notes(data)
+    if warn:
+        warn_of_overlaps(find_exact_overlaps(data))
+    for text in describe_other_sizes([network.opening.open(p) for p in checkpoints[:1]], data):
+        print_warning(text)
+    return data
+
+
+@distributed.local_first()
+def _read_data(options: DataOptions, side: int | None) -> Data:
+    """Download the data if necessary, and read it."""
+    hold_caches()
+    download_data(options.data, options.data_root)
     with Bar(f"reading {options.data}") as bar:
-        data = load_data(
+        return load_data(
             options.data,
             root=options.data_root,
             seed=options.seed,
@@ -65,12 +76,6 @@ def load_requested_data(
             channels=options.channels,
             on_progress=bar,
         )
-    print_notes(data)
-    if warn:
-        warn_of_overlaps(find_exact_overlaps(data))
-    for text in describe_other_sizes([network.opening.open(p) for p in checkpoints[:1]], data):
-        print_warning(text)
-    return data
 
 
 def print_notes(*sources: Data | Checkpoint) -> None:

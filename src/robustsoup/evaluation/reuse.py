@@ -69,7 +69,7 @@ def _begins_with(evaluation: Evaluation, data: Split) -> bool:
     return (
         torch.equal(evaluation.ids[:n], data.ids.cpu())
         and torch.equal(evaluation.labels[:n], data.labels.cpu())
-        and digest in (None, data.record["digest"])
+        and digest in (None, data.record.get("digest"))
         and split in (None, data.name)
     )
 
