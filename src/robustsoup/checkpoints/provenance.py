@@ -88,10 +88,12 @@ def _was_fitted_on(checkpoint: Checkpoint, data: Split) -> bool:
     if data.name not in checkpoint.provenance.get("trained_on", []):
         return False
     sketches: list[Sketch] = checkpoint.provenance.get("fitted_images", [])
-    own = {item["split"] for item in sketches if item["digest"] == data.record["digest"]}
-    others = {item["split"] for item in sketches if item["digest"] != data.record["digest"]}
+    digest = data.record["digest"]
+    splits_here = {item["split"] for item in sketches if item["digest"] == digest}
+    splits_elsewhere = {item["split"] for item in sketches if item["digest"] != digest}
     is_joined = any(not item["digest"] for item in sketches)
-    return not own or data.name in own or data.name not in others or is_joined
+    is_of_others = data.name in splits_elsewhere and data.name not in splits_here
+    return not splits_here or is_joined or not is_of_others
 
 
 def _describe_shared_images(checkpoint: Checkpoint, sketch: Sketch, data: Split) -> str:

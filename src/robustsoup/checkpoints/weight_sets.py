@@ -98,10 +98,10 @@ def _rank(item: WeightSet) -> tuple[bool, bool, list[int], int]:
     discriminator.state_dict, does not outrank the network.
     """
     count = len(WRAPPER_KEYS)
-    known = [WRAPPER_KEYS.index(key) if key in WRAPPER_KEYS else count for key in item.path]
-    known += [count] * (_MAX_DEPTH + 1 - len(known))
+    places = [WRAPPER_KEYS.index(key) if key in WRAPPER_KEYS else count for key in item.path]
+    places += [count] * (_MAX_DEPTH + 1 - len(places))
     averaged = any(is_average(key) for key in item.path if key not in WRAPPER_KEYS)
-    return min(known) == count, averaged, known, -item.size
+    return min(places) == count, averaged, places, -item.size
 
 
 def is_average(key: str) -> bool:

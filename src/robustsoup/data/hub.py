@@ -184,9 +184,8 @@ def has_labels(labels: Sequence[object], place: str) -> bool:
 def open_stored_image(image: object, place: str) -> object:
     """Open an image that is stored as bytes, or as the path of a local file.
 
-    It is turned as its EXIF orientation says, which the library does too. The library itself would
-    also download it from an address in the data, and let Pillow start
-    other programs; see IMAGE_FORMATS.
+    It is turned as its EXIF orientation says, which the library does too. The library would also
+    download it from an address in the data, and let Pillow start other programs; see IMAGE_FORMATS.
 
     Raises:
         DataError: There is no image, or its file cannot be read; the error names the `place`.

@@ -355,10 +355,10 @@ class Data:
         }
         names = class_names(dataset)
         for part in ("val", "test"):
-            own = class_names(parts[part])
-            if own is not None and names is not None and own != names:
+            part_names = class_names(parts[part])
+            if part_names is not None and names is not None and part_names != names:
                 images, labels = given[part]
-                given[part] = images, _renumber(labels, own, names, f"{name} {part}")
+                given[part] = images, _renumber(labels, part_names, names, f"{name} {part}")
         classes = names if classes is None else classes
         given = match_channels(given)
         return assemble_tensors(name, given, classes=classes, seed=seed, augmentation=augmentation)

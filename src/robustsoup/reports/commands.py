@@ -47,13 +47,13 @@ def _find_network(results: Results, recorded: Mapping[str, Any] | None) -> Netwo
     if results.model is None:
         return None
     classes = results.data.get("classes")
-    said = {
+    record = {
         "spec": results.model,
         "classes": len(classes) if isinstance(classes, list) else classes,
         "channels": results.data.get("channels"),
         "normalize": results.recipe.get("normalize"),
     }
-    return NetworkSettings.from_record({name: item for name, item in said.items() if item})
+    return NetworkSettings.from_record({name: item for name, item in record.items() if item})
 
 
 def _name_network(soup: str, network: NetworkSettings | None) -> tuple[str, list[str]]:

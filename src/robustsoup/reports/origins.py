@@ -33,8 +33,11 @@ def describe_soup_of(results: Results, folder: Path) -> Description:
     if selection is None or soup is None or Path(soup).name != soup:
         raise CheckpointError(f"{folder}: no soup was chosen")
     row = next((row for row in results.rows if row.name == selection.chosen), None)
-    own = folder / "checkpoints" / Path(row.checkpoint).name if row and row.checkpoint else None
-    return describe_checkpoint(own if own is not None and own.exists() else folder / soup)
+    if row and row.checkpoint:
+        recorded = folder / "checkpoints" / Path(row.checkpoint).name
+        if recorded.exists():
+            return describe_checkpoint(recorded)
+    return describe_checkpoint(folder / soup)
 
 
 def trace_origins(ancestor: Ancestor) -> Origin:
