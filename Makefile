@@ -2,6 +2,8 @@
 # Both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
+# Without cached bytecode, pytest rewrites all assertions anew in each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 EXTRAS := .venv-extras
@@ -16,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/robustsoup demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The longer tests: every family of recipes on digits, many kills.
 test-slow: $(VENV)/.installed-dev
@@ -40,9 +42,11 @@ scale: $(VENV)/.installed-scale
 	$(BIN)/python benchmarks/scale.py $(SCALE)
 
 # The numeric tests again with the kernels of older processors: no verdict depends on the processor.
+# Without AVX-512, the processor's own kernels are those for AVX2, which `make test` used.
 test-kernels: $(VENV)/.installed-dev
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 -m kernels
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m kernels
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n 2 --dist loadfile -m kernels
+	if grep -q avx512 /proc/cpuinfo; then \
+		ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist loadfile -m kernels; fi
 
 # The suite with three kinds of kernels, two threads, a random order, other load and four more seeds.
 test-everywhere: $(VENV)/.installed-dev

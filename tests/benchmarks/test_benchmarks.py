@@ -17,9 +17,10 @@ from merging import draw_gain, find_front
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-TIMED = ("attack", "scaling")
+TIMED = ("attack",)
 TIMED_LONGER = (
-    *("grid", "learning", "learning_memory", "memory", "strong", "surrogate", "training_attack"),
+    *("grid", "learning", "learning_memory", "memory", "scaling", "strong", "surrogate"),
+    "training_attack",
 )
 READ_RUN_FOLDERS = {"ablations": 4, "claims": 4, "fine_tunes": 1, "merging": 1, "subspaces": 1}
 """Scripts that read run folders, with the fewest separators of table heads that they print."""

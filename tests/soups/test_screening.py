@@ -220,7 +220,7 @@ def tabled(rows):
     return {"a": Truth(200, 30, 30), "b": Truth(100, 90, 90)} | truths
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TABLES, st.floats(0, 1))
 def test_without_chance_the_choice_is_the_one_of_a_full_search(rows, least):
     truths = tabled(rows)
@@ -235,7 +235,7 @@ def test_without_chance_the_choice_is_the_one_of_a_full_search(rows, least):
         assert hits[0] == hits[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TABLES, st.booleans())
 def test_a_resumed_screening_requests_the_same(rows, chooses):
     truths, log = tabled(rows), []
@@ -253,7 +253,7 @@ def test_a_resumed_screening_requests_the_same(rows, chooses):
     assert list(screening.final_evaluations(results)) == [c.name for c in contenders]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TABLES)
 def test_a_front_is_confirmed_but_for_noise(rows):
     truths = tabled(rows)

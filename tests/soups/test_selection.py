@@ -384,7 +384,7 @@ SCREENED = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SCREENED)
 def test_the_confirmed_candidates_cover_the_front(table):
     """Every candidate of the front has a confirmed one that is as accurate, up to noise."""
