@@ -142,7 +142,7 @@ def test_image_sizes_that_square_cannot_tile_are_refused_before_any_work(norm):
             ThreatModel(norm, 0.1),
             plan=only(*STANDARD_ATTACKS),
             seed=0,
-            on_progress=lambda *at: reports.append(at),
+            on_attack=lambda *at: reports.append(at),
         )
     assert reports == []
 
@@ -459,20 +459,22 @@ def test_warnings_reach_handlers_but_are_not_printed(capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_counts_samples_times_attacks():
+def test_after_each_attack_the_rest_can_go_on_alone():
     model, x, y = problem(10)
+    request = {"plan": only("square", "apgd-ce", "apgd-t", **FEW), "seed": 1}
     reports = []
-    _, by = attack_chunk(
-        model,
-        x,
-        y,
-        THREATS[0],
-        plan=only("square", "apgd-ce", "apgd-t", **FEW),
-        seed=1,
-        on_progress=lambda done, total: reports.append((done, total)),
-    )
-    square, others = int((by == 0).sum()), int((by != 0).sum())
-    assert reports[0] == (3 * square + others, 30)
-    assert reports == sorted(reports)
-    assert reports[-1] == (30, 30)
-    assert len(reports) == 3
+
+    def note(points, by, finished):
+        reports.append((points.clone(), by.clone(), finished))
+
+    whole, by = attack_chunk(model, x, y, THREATS[0], on_attack=note, **request)
+    assert [finished for *_, finished in reports] == [1, 2, 3]
+    assert torch.equal(reports[-1][0], whole)
+    for _, earlier, finished in reports:
+        assert torch.equal(earlier, torch.where(by < finished, by, -1))
+        left = earlier < 0
+        rest, rest_by = attack_chunk(
+            model, x[left], y[left], THREATS[0], finished=finished, **request
+        )
+        assert torch.equal(rest, whole[left])
+        assert torch.equal(rest_by, by[left])

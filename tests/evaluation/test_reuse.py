@@ -6,6 +6,7 @@ import pytest
 import torch
 from evaluated_networks import L1, L2, LINF, PARTS, WRONG, Counted, N, same_verdicts
 
+from robustsoup.attacks import autoattack
 from robustsoup.attacks.forward import pass_size, predict_logits
 from robustsoup.data import load_data
 from robustsoup.errors import RequestError
@@ -204,6 +205,37 @@ def test_autoattack_follows_the_same_rules(model, data, passes, brief_autoattack
     repeated = evaluate(network, data, threats, attack="autoattack", after=evaluation)
     assert passes[True] == 0
     assert same_verdicts(repeated, evaluation)
+
+
+@pytest.mark.parametrize("finished", [1, 2, 3])
+def test_autoattack_resumes_after_the_last_attack_that_ended(
+    model, data, tmp_path, monkeypatch, brief_autoattack, save_every_step, finished
+):
+    names, make_runner = [], autoattack._make_runner
+
+    def note(name, *rest, **settings):
+        names.append(name)
+        return make_runner(name, *rest, **settings)
+
+    monkeypatch.setattr(autoattack, "_make_runner", note)
+    threats = [ThreatModel("Linf", 0.03)]
+    settings = {"attack": "autoattack", "keep_points": True}
+    whole = evaluate(model, data, threats, **settings)
+    attacks = list(names)
+    assert len(attacks) == 4
+
+    def interrupt(done, total, figures):
+        if len(names) == 4 + finished:
+            raise KeyboardInterrupt
+
+    settings["state_path"] = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data, threats, on_progress=interrupt, **settings)
+    names.clear()
+    resumed = evaluate(model, data, threats, **settings)
+    assert names == attacks[finished:]
+    assert same_verdicts(resumed, whole)
+    assert torch.equal(resumed.threats["Linf 0.03"].x_adv, whole.threats["Linf 0.03"].x_adv)
 
 
 @pytest.mark.parametrize("reuse", ["pool", "after"])

@@ -81,7 +81,8 @@ def attack_chunk(
     *,
     plan: AutoAttackPlan,
     seed: int,
-    on_progress: Callable[[int, int], None] | None = None,
+    finished: int = 0,
+    on_attack: Callable[[Tensor, Tensor, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attack images that the network classifies correctly.
 
@@ -95,7 +96,9 @@ def attack_chunk(
         threat: Threat model.
         plan: The attacks and their budgets.
         seed: Seed of the noise.
-        on_progress: Called with (done, total), which count images times attacks.
+        finished: Number of attacks in `plan` that none of the images broke under before.
+        on_attack: Called as on_attack(points, by, finished) after each attack, with what would be
+            returned if it were the last.
 
     Returns:
         Points (n, c, h, w), and the index in `plan.attacks` of the attack that broke each image
@@ -111,13 +114,14 @@ def attack_chunk(
     # NCHW, because pyautoattack reshapes tensors like x into rows.
     x_adv, by = x.clone(memory_format=torch.contiguous_format), torch.full_like(y, -1)
     if threat.is_clean or len(x) == 0:
+        if on_attack:
+            on_attack(x_adv, by, len(plan.attacks))
         return x_adv, by
-    total = len(x) * len(plan.attacks)
     # FAB would accumulate gradients in the weights if they were not frozen.
     with _contained_side_effects(), frozen_eval(model):
         if "square" in plan.attacks:
             check_square_tiling(tuple(x.shape[1:]), threat)
-        for index, name in enumerate(plan.attacks):
+        for index, name in list(enumerate(plan.attacks))[finished:]:
             unbroken = (by < 0).nonzero().flatten()
             if len(unbroken):
                 attack_seed = _seed_of_attack(seed, name)
@@ -126,9 +130,8 @@ def attack_chunk(
                 points, _ = runner.run_standard_evaluation(clean, labels, batch_size=len(unbroken))
                 points, broken = _certify_points(model, points, clean, labels, threat)
                 x_adv[unbroken[broken]], by[unbroken[broken]] = points[broken], index
-            if on_progress:
-                attacks_left = len(plan.attacks) - index - 1
-                on_progress(total - int((by < 0).sum()) * attacks_left, total)
+            if on_attack:
+                on_attack(x_adv, by, index + 1)
     return x_adv, by
 
 

@@ -404,19 +404,15 @@ class AutoAttacker:
         """Attack chunk by chunk; the chunks do not depend on the settled samples."""
         attempts = len(self.attempts)
         correct = target.samples.correct.nonzero().flatten()
-        total = len(correct) * attempts
-        for start in range(0, len(correct), CHUNK_SAMPLES):
-            chunk = correct[start : start + CHUNK_SAMPLES]
+
+        def poll_settled() -> None:
+            poll(int(outcome.settled[correct].sum()), len(correct) * attempts)
+
+        for chunk in correct.split(CHUNK_SAMPLES):
             seed = self.seed + int(target.samples.ids[chunk[0]])
             chunk = chunk[outcome.settled[chunk] < attempts]
-            if not len(chunk):
-                continue
-
-            def poll_chunk(done: int, _total: int, start: int = start) -> None:
-                poll(start * attempts + done, total)
-
-            self._attack_chunk(target, threat, outcome, chunk, seed=seed, poll=poll_chunk)
-            poll(int(outcome.settled[correct].sum()), total)
+            if len(chunk):
+                self._attack_chunk(target, threat, outcome, chunk, seed=seed, poll=poll_settled)
 
     def _attack_chunk(
         self,
@@ -426,34 +422,37 @@ class AutoAttacker:
         chunk: Tensor,
         *,
         seed: int,
-        poll: AttackProgress,
+        poll: Callable[[], None],
     ) -> None:
         x = target.samples.fetch(chunk)
-        points, by = attack_chunk(
+
+        def record(points: Tensor, by: Tensor, finished: int) -> None:
+            """Record what is known after an attack: an interruption costs at most the next."""
+            by = by.cpu()
+            outcome.record_points(chunk, points, x, threat)
+            _, margin = check_points(
+                target.model,
+                target.samples,
+                lambda samples: points[torch.searchsorted(chunk, samples)],
+                chunk,
+                size=target.pass_size,
+                device=target.device,
+            )
+            broken = by >= 0
+            outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, broken
+            outcome.settled[chunk] = torch.where(broken, len(self.attempts), finished)
+            poll()
+
+        attack_chunk(
             target.model,
             x,
             target.samples.y[chunk].to(target.device),
             threat,
             plan=self.plan,
             seed=seed,
-            on_progress=poll,
+            finished=int(outcome.settled[chunk].min()),
+            on_attack=record,
         )
-        by = by.cpu()
-        outcome.record_points(chunk, points, x, threat)
-
-        def fetch_points(samples: Tensor) -> Tensor:
-            return points[torch.searchsorted(chunk, samples)]
-
-        _, margin = check_points(
-            target.model,
-            target.samples,
-            fetch_points,
-            chunk,
-            size=target.pass_size,
-            device=target.device,
-        )
-        outcome.margin[chunk], outcome.by[chunk], outcome.broken[chunk] = margin, by, by >= 0
-        outcome.settled[chunk] = len(self.attempts)
 
     def count_passes(self, correct: Tensor, outcome: Outcome) -> int:
         """Return the passes of the attacks that a sample survived, by their numbers of steps."""
