@@ -95,7 +95,6 @@ class Cluster:
         self.surroundings = Surroundings(
             recipe=prepared.plan.recipe.to_toml(),
             network=context.network,
-            network_named=context.network_named,
             device=context.device.type,
             threads=torch.get_num_threads(),
             data_root=str(user_path(root).absolute()) if root else None,

@@ -183,9 +183,18 @@ class Planner:
         return self._add_checkpoint(self.recipe.opening.open(self.stand_ins.get(path, path)))
 
     def _add_checkpoint(self, checkpoint: Checkpoint) -> Key:
-        key = file_key(checkpoint, self.network)
+        key = self.file_key(checkpoint)
         self.plan.files.setdefault(key, checkpoint)
         return key
+
+    def file_key(self, checkpoint: Checkpoint) -> Key:
+        """Return the key of a checkpoint that exists."""
+        return file_key(
+            checkpoint,
+            self.network,
+            named=bool(self.recipe.model),
+            constants_named=bool(self.recipe.normalize),
+        )
 
     def add_row(self, row: PlannedRow) -> None:
         """Add a row, or replace the row of the same name."""
