@@ -160,11 +160,17 @@ def open_executor(
     """Return what runs the steps: a cluster, or None for this process.
 
     Raises:
-        RequestError: The extra that the cluster requires is not installed.
+        RequestError: The extra that the cluster requires is not installed, or one GPU is named.
     """
     if not cluster.named:
         return nullcontext()
-    threads, gpus = torch.get_num_threads(), int(prepared.context.device.type == "cuda")
+    device = prepared.context.device
+    if device.index is not None:
+        raise RequestError(
+            f"--device: got {device}, expected {device.type}: the cluster chooses the device of "
+            "each step; for --slurm local, CUDA_VISIBLE_DEVICES limits the choice"
+        )
+    threads, gpus = torch.get_num_threads(), int(device.type == "cuda")
     pool: Pool
     if cluster.ray is not None:
         from robustsoup.runs.ray_pool import RayPool
