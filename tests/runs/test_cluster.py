@@ -540,6 +540,28 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
     assert signal.getsignal(signal.SIGUSR2) is earlier
 
 
+def test_the_folder_of_a_run_that_waits_for_days_is_touched(tmp_path):
+    context = SimpleNamespace(network=None, device=torch.device("cpu"))
+    plan = SimpleNamespace(recipe=SimpleNamespace(to_toml=str))
+    pool = SimpleNamespace(most_at_once=1, poll=lambda _: {"key": Lost("killed by a test")})
+    executor = Cluster(
+        SimpleNamespace(context=context, plan=plan, store=Store(tmp_path), image_size=None), pool
+    )
+    executor.meeting = executor._make_meeting()
+    probe = Path(executor.meeting["folder"]) / PROBE
+
+    def is_touched():
+        os.utime(probe, (0, 0))
+        executor.running["key"] = None
+        executor.wait()
+        return probe.stat().st_mtime > 0
+
+    assert not is_touched()
+    executor.touched -= cluster.TOUCH_SECONDS
+    assert is_touched()
+    assert not is_touched()
+
+
 class LocalExecutor:
     """Takes the place of submitit's executor: keeps what is submitted."""
 
