@@ -97,7 +97,12 @@ def augments_images(task: Task) -> bool:
             policy = task.settings.buffers
         case _:
             return False
-    entry = BUFFER_POLICIES.get(policy)  # None for a policy of the user
+    return measures_statistics(policy)
+
+
+def measures_statistics(policy: str) -> bool:
+    """Return whether a buffer policy reads training samples; a function of the user may."""
+    entry = BUFFER_POLICIES.get(policy)
     return entry is None or "data" in entry.facts.get("needs", ())
 
 
@@ -326,7 +331,7 @@ class Planner:
         if soup.method != "learned" and self._mixes_subspace(soup):
             policy = "recalibrate"
         buffers = soup.buffer_settings(seed=self.recipe.seed, policy=policy)
-        if not str(buffers.buffers).startswith("recalibrate"):
+        if not measures_statistics(str(buffers.buffers)):
             buffers = BufferSettings(buffers=buffers.buffers)  # the rest has no effect
         takes_base = buffers.buffers == "base"
         return Mixing(buffers, self.base_key(self.ingredient_keys(soup)) if takes_base else None)
