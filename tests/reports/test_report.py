@@ -506,11 +506,20 @@ def test_the_vendored_scripts_are_the_published_files():
         ({"attack": "pgd", "loss": "dlr", "restarts": 2}, "--attack pgd --loss dlr --steps 50"),
         ({"attack": "square", "loss": "margin", "steps": 900}, "--attack square --n-queries 900"),
         ({"attack": "autoattack", "loss": "", "steps": 0}, "--attack autoattack"),
+        (
+            {"attack": "strong", "loss": "", "steps": 20},
+            "--attack strong --steps 20 --n-queries 700 --eot 3",
+        ),
+        ({"search_precision": "bfloat16"}, "--steps 50 --precision bfloat16"),
+        ({"report_on": "val", "samples": {"val": 500}}, "--split val --samples 500 --steps 50"),
+        ({"samples": {"val": 500, "test": 300}}, "8/255' --samples 300 --steps 50"),
     ],
 )
 def test_the_command_that_judges_the_soup_runs_the_attack_of_the_run(tmp_path, attack, options):
     content = make_results(tmp_path)
     content["protocol"] |= attack
+    if attack.get("attack") == "strong":
+        content["recipe"]["evaluate"] = {"n_queries": 700, "eot": 3}
     content["soup"] = "soup.safetensors"
     results = Results.from_json(content, "results.json")
     (command,) = [text for name, text in list_commands(results) if name == "Judge"]
