@@ -610,6 +610,19 @@ def test_each_local_job_has_a_gpu_of_its_own(monkeypatch, tmp_path, visible, gpu
     assert slurm_pool.run_job({}, b"", gpus[1]) == gpus[1]
 
 
+def test_the_parts_of_a_finished_step_are_not_planned_again(monkeypatch):
+    prepared = prepare_run(recipe_of(), device="cpu", part_samples=32)
+    monkeypatch.setattr(
+        recipe_runs, "estimate_seconds", lambda steps, _: dict.fromkeys((s.key for s in steps), 1.0)
+    )
+    divided = next(step for step in prepared.plan.steps if step.parts)
+    monkeypatch.setattr(Store, "has", lambda _, key: key == divided.key)
+    priced = recipe_runs.price_plan(prepared)
+    done = {row["key"] for row in priced["steps"] if row["done"]}
+    assert done == {divided.key, *divided.parts}
+    assert priced["seconds"] == len(prepared.plan.steps) - len(done)
+
+
 def test_a_cluster_refuses_one_named_gpu():
     prepared = SimpleNamespace(context=SimpleNamespace(device=torch.device("cuda:1")))
     with pytest.raises(RequestError, match="--device: got cuda:1, expected cuda: the cluster"):

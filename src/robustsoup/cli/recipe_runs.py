@@ -215,6 +215,7 @@ def price_plan(
     """
     plan, store, context = prepared.plan, prepared.store, prepared.context
     missing = plan.list_missing(store.has)
+    to_run = {step.key for step in missing}
     if devices is None:
         seconds, prediction = estimate_seconds(plan.steps, context), None
     else:
@@ -225,7 +226,7 @@ def price_plan(
             "kind": step.kind,
             "name": step.name,
             "key": step.key,
-            "done": store.has(step.key),
+            "done": step.key not in to_run,
             "seconds": round(seconds[step.key], 2),
         }
         for step in plan.steps

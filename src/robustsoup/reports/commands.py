@@ -15,12 +15,12 @@ def list_commands(
 ) -> list[tuple[str, str]]:
     """List (what it does, command) for the chosen soup; none without a soup.
 
+    The seed is that of the recipe, which divides the data; `evaluate` takes no other one for the
+    attack.
+
     Args:
         results: The results of the run.
         recorded: The network that the run recorded of the soup.
-
-    The seed is that of the recipe, which divides the data; `evaluate` has none of its own for the
-    attack.
     """
     soup = results.soup
     if soup is None:
