@@ -378,7 +378,7 @@ class EvaluationSettings:
             attack: Whether the attack runs at all.
         """
         threats = sum(not threat.is_clean for threat in self.threats)
-        steps = self.attack.most_passes // 2 if attack else 0
+        steps = self.attack.most_passes(data.test.classes) // 2 if attack else 0
         copies = 0 if self.shift is None else self.shift.count
         return self.count_samples(data) * (1 + threats * (points // 2 + steps)) + copies
 
