@@ -147,11 +147,12 @@ def run_recipe_small(name: str, folder: Path) -> Path:
 
 
 def read_step_seconds() -> dict[str, float]:
-    """Return the seconds of merging and learning steps in the store, by digest of the output."""
+    """Return the seconds of merges, learning and evaluations in the store, by digest of output."""
     from robustsoup.runs.store import Store
-    from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS
+    from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS, EVALUATION
 
-    store, outputs = Store(), {"merge": CHECKPOINT, "learn": COEFFICIENTS}
+    store = Store()
+    outputs = {"merge": CHECKPOINT, "learn": COEFFICIENTS, "evaluate": EVALUATION}
     return {
         store.digest_of(key, outputs[record["kind"]]).sha256: record["seconds"]
         for key in store.keys()  # noqa: SIM118, a store is no mapping

@@ -36,7 +36,7 @@ def plan_grid(
     """Return the steps of the evaluations of a grid, and the seconds of each."""
     attack = AttackSettings(steps=steps)
     settings = EvaluationSettings("test", samples, (ThreatModel("Linf", 0.01),), attack)
-    of_attack = samples * attack.most_passes * ATTACK_STEP_FRACTION * pass_seconds
+    of_attack = samples * attack.most_passes(10) * ATTACK_STEP_FRACTION * pass_seconds
     count = max(samples // part_samples, 1)
     plan, seconds = [], {}
     for soup in range(soups):

@@ -377,14 +377,12 @@ def pack_run(folder: Path) -> HitTable:
     absent = (math.nan,) * len(grid[0].ingredients or ())
     coefficients = [(row.coefficients or absent) if row in grid else absent for row in rows]
     splits = ["val", *(["test"] if all(row.test for row in rows) else [])]
-    parts, attack = [], 0.0
+    parts, attack, seconds = [], 0.0, read_step_seconds()
     for split in splits:
-        evaluations = {
-            row.name: rs.Evaluation.load(folder / "evaluations" / f"{row.name}.{split}.json")
-            for row in rows
-        }
+        files = {row.name: f"evaluations/{row.name}.{split}.json" for row in rows}
+        evaluations = {name: rs.Evaluation.load(folder / file) for name, file in files.items()}
         parts.append(HitTable.of(evaluations, coefficients))
-        attack += statistics.median(evaluations[row.name].record["seconds"] for row in grid)
+        attack += statistics.median(seconds[results.files[files[row.name]].sha256] for row in grid)
     clean = time_clean(folder, results, [row.name for row in grid], splits)
     protocol = results.protocol
     record = {
@@ -399,7 +397,7 @@ def pack_run(folder: Path) -> HitTable:
         "seconds": {
             "clean": clean,
             "attack": max(attack - clean, 0.0),
-            "learned": sum_learning_seconds(results),
+            "learned": sum_learning_seconds(results, seconds),
         },
     }
     return join_tables(parts, record)
@@ -424,9 +422,8 @@ def time_clean(folder: Path, results: Results, names: list[str], splits: list[st
     return statistics.median(seconds)
 
 
-def sum_learning_seconds(results: Results) -> float:
-    """Return the seconds in which the learned soups of a run were learned, as the store says."""
-    seconds = read_step_seconds()
+def sum_learning_seconds(results: Results, seconds: Mapping[str, float]) -> float:
+    """Return the seconds in which the learned soups of a run were learned."""
     names = [row.coefficients_file for row in results.rows if row.role == "learned"]
     return sum(seconds[results.files[name].sha256] for name in names if name)
 

@@ -26,10 +26,8 @@ LINF_8 = ThreatModel("Linf", 8 / 255)
 QUEUED_ATTACKS = ("apgd", "pgd", "pma", "malt")
 """Attacks whose steps all run in the queue of `robustsoup.attacks.engine`; screening can shorten
 them."""
-AUTOATTACK_PASSES = 2 * 100 * (1 + 9) + 3 * 100 * 9 + 5000
-"""Passes that a survivor of AutoAttack takes, for 10 classes or more: 100 steps of APGD on the
-cross-entropy and for each of 9 targets, 100 steps of FAB for each target, at three passes a step,
-and 5000 queries of Square."""
+AUTOATTACK_TARGETS = 9
+"""Most other classes that AutoAttack tries."""
 OWN_LOSSES = {
     "pma": "probability margin",
     "malt": "targeted dlr",
@@ -699,16 +697,21 @@ class AttackSettings:
         """Queries after which strong may leave a sample: a twentieth of all, at least 250."""
         return min(max(self.n_queries // 20, 250), self.n_queries)
 
-    @property
-    def most_passes(self) -> int:
-        """Passes that a survivor takes; a step, with its gradient, counts as two.
+    def most_passes(self, classes: int) -> int:
+        """Return the passes that a survivor takes; a step, with its gradient, counts as two.
 
         Attacks of users, whose passes are unknown here, count as APGD. The first Square of strong
-        counts as its trial, with which it ends unless gradients are masked.
+        counts as its trial, with which it ends unless gradients are masked. AutoAttack takes 100
+        steps of APGD on the cross-entropy and for each target, 100 steps of FAB for each target, at
+        three passes a step, and 5000 queries of Square.
+
+        Args:
+            classes: Number of classes, all but one of which may be targets.
         """
         if self.attack == "autoattack":
-            return AUTOATTACK_PASSES
-        searches = self.targets if self.tries_targets else 1
+            targets = min(AUTOATTACK_TARGETS, classes - 1)
+            return 2 * 100 * (1 + targets) + 3 * 100 * targets + 5000
+        searches = min(self.targets, classes - 1) if self.tries_targets else 1
         steps, queries = 2 * self.steps * self.eot * searches, 0
         if self.attack == "strong":  # pma comes before the targets, and square after them
             steps = steps + 2 * self.steps * self.eot

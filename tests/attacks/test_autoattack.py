@@ -103,11 +103,12 @@ def test_ten_classes_are_the_standard_and_fewer_are_not():
     )
 
 
-def test_the_passes_of_a_survivor_are_those_of_the_standard():
-    plan = AutoAttackPlan()
+@pytest.mark.parametrize("classes", [5, 10, 1000])
+def test_the_passes_of_a_survivor_are_those_of_the_standard(classes):
+    plan = plan_autoattack(classes, THREATS[0])
     apgd, fab = 2 * plan.steps * (1 + plan.targets), 3 * plan.steps * plan.targets
     settings = AttackSettings(attack="autoattack", steps=7, restarts=2)  # which have no effect
-    assert settings.most_passes == apgd + fab + plan.queries
+    assert settings.most_passes(classes) == apgd + fab + plan.queries
 
 
 def test_fewer_than_four_classes_are_refused():

@@ -162,12 +162,13 @@ def test_attacks_with_a_loss_of_their_own_refuse_another(attack):
 
 def test_passes_count_every_part():
     settings = AttackSettings(attack="strong", steps=10, targets=3, n_queries=7, restarts=2)
-    assert settings.most_passes == 2 * (2 * 10 * 4 + 7)
+    assert settings.most_passes(10) == 2 * (2 * 10 * 4 + 7)
     long = AttackSettings(attack="strong", steps=10, targets=3, n_queries=2000, restarts=2)
-    assert long.most_passes == 2 * 2 * 10 * 4 + 250 + 2000  # a trial, and a whole Square
-    assert AttackSettings(attack="malt", steps=10, targets=3).most_passes == 60
-    assert AttackSettings(attack="square", n_queries=9).most_passes == 9
-    assert AttackSettings(steps=10, eot=2).most_passes == 40
+    assert long.most_passes(10) == 2 * 2 * 10 * 4 + 250 + 2000  # a trial, and a whole Square
+    assert AttackSettings(attack="malt", steps=10, targets=3).most_passes(10) == 60
+    assert AttackSettings(attack="malt", steps=10, targets=3).most_passes(3) == 40
+    assert AttackSettings(attack="square", n_queries=9).most_passes(10) == 9
+    assert AttackSettings(steps=10, eot=2).most_passes(10) == 40
 
 
 class Rounded(nn.Module):

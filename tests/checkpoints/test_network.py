@@ -11,8 +11,8 @@ from robustsoup.checkpoints.network import (
     record_network,
     resolve_network,
 )
-from robustsoup.cli.inputs import load_requested_data
-from robustsoup.cli.options import DataOptions, NetworkOptions
+from robustsoup.cli.inputs import load_requested_data, make_context
+from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network, load_model
@@ -81,13 +81,25 @@ def test_a_foreign_file_is_recorded_with_the_settings():
 
 def test_a_recorded_network_stays_but_for_named_constants():
     item = recorded()
-    assert record_network(item, NetworkSettings("resnet9:width=3")) == item
-    changed = record_network(item, NetworkSettings("resnet9:width=3", normalize=CONSTANTS))
+    others = NetworkSettings("resnet9:width=3", normalize=CONSTANTS)
+    assert record_network(item, others) == item
+    changed = record_network(item, others, constants_named=True)
     assert changed.network_settings == NetworkSettings(SPEC, channels=1, normalize=CONSTANTS)
     x = torch.rand(2, 1, 8, 8)
     plain, normalized = item.network()(x), changed.network()(x)
     assert not torch.equal(plain, normalized)
     assert torch.equal(normalized, item.network()((x - 0.5) / 0.25))
+
+
+def test_a_command_judges_each_file_by_its_own_constants():
+    normalized = recorded(NetworkSettings(SPEC, channels=1, normalize=CONSTANTS))
+    files = [normalized, recorded()]
+    context = make_context(DATA, NetworkOptions(), RunOptions(device="cpu"), files)
+    assert [context.record_network(item) for item in files] == files
+    named = NetworkOptions(normalize=("0.1", "0.2"))
+    context = make_context(DATA, named, RunOptions(device="cpu"), files)
+    used = [context.record_network(item).network_settings.normalize for item in files]
+    assert used == [((0.1,), (0.2,))] * 2
 
 
 def test_settings_come_back_from_their_record():
@@ -117,7 +129,8 @@ def test_a_folder_is_decoded_at_the_size_that_the_first_checkpoint_records(tmp_p
     loaded = load_requested_data(DataOptions(data=source), network, [path])
     assert loaded.record["size"] == [6, 6]
     assert "was trained on images" not in capsys.readouterr().err
-    chosen = load_requested_data(DataOptions(data=source, image_size=5), network, [path])
+    other = trained_at([5, 5], tmp_path / "b.safetensors")
+    chosen = load_requested_data(DataOptions(data=source, image_size=5), network, [other, path])
     assert chosen.record["size"] == [5, 5]
     error = " ".join(capsys.readouterr().err.split())
     assert "a.safetensors: was trained on images of 6 x 6 pixels, the data has 5 x 5" in error

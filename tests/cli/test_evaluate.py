@@ -12,7 +12,10 @@ from command_line import FEW, LINF, PAIR, run, start
 
 import robustsoup
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.cli.evaluating import _locate_states
+from robustsoup.device import resolve_precision
 from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.settings import AttackSettings
 
 LOW = ("evaluate", "low.safetensors", *LINF, *FEW)
 DEADLINE = 120  # seconds after which a process that never reaches the awaited state fails the test
@@ -187,6 +190,20 @@ def test_a_killed_evaluation_resumes(here, tmp_path, capsys):
         content.pop("seconds")
     assert resumed == whole
     assert [p for p in (store / "unfinished").iterdir() if not p.name.endswith(".tmp")] == []
+
+
+def test_the_state_of_an_evaluation_belongs_to_its_kind_of_device_and_precision(here, digits):
+    item = {"low": Checkpoint.load("low.safetensors")}
+
+    def locate(kind, precision):
+        attack, device = AttackSettings(precision=precision), torch.device(kind)
+        return _locate_states(item, digits.test, attack, device, [])["low"]
+
+    cpu = torch.device("cpu")
+    assert locate("cpu", "auto") == locate("cpu", resolve_precision("auto", cpu))
+    kinds = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float32")]
+    assert len({locate(*kind) for kind in kinds}) == 3
+    assert locate("cuda:0", "float32") == locate("cuda:1", "float32")
 
 
 @pytest.mark.parametrize("output", [(), ("-o", "verdicts")], ids=["printed", "written"])

@@ -118,3 +118,14 @@ def test_a_method_may_measure_on_another_split(here, capsys):
 def test_wrong_requests_of_methods_are_refused_in_one_line(here, capsys, options, message):
     assert run(*MIX, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_of_other_normalisations_are_mixed_with_a_warning(here, capsys):
+    low = Checkpoint.load("low.safetensors")
+    low.with_network(normalize=([0.1], [0.9])).save("low.safetensors")
+    assert run(*MIX, "--data", "digits") == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert (
+        "high.safetensors: normalises its input by None, low.safetensors by [[0.1], [0.9]]" in error
+    )
+    assert Checkpoint.load("soup.safetensors").network_settings.normalize == ((0.1,), (0.9,))

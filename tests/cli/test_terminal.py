@@ -1,5 +1,6 @@
 """What commands print: names cannot control the terminal, and each error is one line."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import LINF, run
 
 from robustsoup.cli import application
@@ -115,6 +117,25 @@ def test_an_unexpected_error_is_one_line_and_debug_raises_it(monkeypatch, capsys
         raise AssertionError(shown.removeprefix("robustsoup: ").strip())
     with pytest.raises(type(error)):
         application.run_command_line(["doctor", "--debug"])
+
+
+def test_an_input_that_ends_at_a_question_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(application, "app", lambda **_: typer.confirm("Send?", err=True))
+    assert run("push") == 2
+    question, error = capsys.readouterr().err.splitlines()
+    assert question.startswith("Send?")
+    assert error == "robustsoup: the input ended without an answer; --yes asks nothing"
+
+
+@pytest.mark.parametrize("show", [print_line, lambda name: print_table(("name",), [(name,)])])
+def test_a_name_that_the_output_cannot_encode_is_escaped(monkeypatch, show):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(application, "app", lambda **_: show("\u0441\u0443\u043f"))
+    assert run("show") == 0
+    output.flush()
+    assert rb"\u0441\u0443\u043f" in output.buffer.getvalue()
 
 
 def start_help(stdout):

@@ -21,7 +21,9 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError, WorkError
 from robustsoup.evaluation import attackers
+from robustsoup.evaluation.sharing import SharedState
 from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.progress import SavedState
 
 SETTINGS = {"seed": 3, "batch_size": 8}
 
@@ -118,6 +120,20 @@ def test_an_interrupted_evaluation_resumes_with_another_number_of_processes(
     for evaluation, _ in results:
         assert_same_bits(evaluation, expected)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["state.pt", ".rank1/state.pt"], ids=["first", "another"])
+def test_fewer_processes_resume_what_all_folders_of_ranks_hold(tmp_path, place):
+    for rank, name in enumerate(["state.pt", ".rank1/state.rank1.pt", ".rank2/state.rank2.pt"]):
+        attacked = (torch.arange(3) == rank).long()
+        snapshot = {"settled": attacked, "broken": attacked * (rank + 1)}
+        SavedState(tmp_path / name, "work").save({"outcomes": {"Linf 0.1": snapshot}})
+    state = SharedState(tmp_path / place, "work")
+    merged = state.load()["Linf 0.1"]
+    assert merged["settled"].tolist() == [1, 1, 1]
+    assert merged["broken"].tolist() == [1, 2, 3]
+    state.clear()
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize(

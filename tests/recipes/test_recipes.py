@@ -974,6 +974,8 @@ def test_several_threats_are_combined_in_recipes():
         ("=3", "--set =3: expected KEY=VALUE with a key"),
         ("a.=3", "--set a.=3: expected KEY=VALUE with a key"),
         ("name=..", 'name: got "..", expected a name'),
+        ("data=", "data: got an empty text; give a value or leave the key out"),
+        ('evaluate.shift=""', "evaluate.shift: got an empty text"),
     ],
 )
 def test_values_of_another_type_are_refused(tmp_path, override, message):

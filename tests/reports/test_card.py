@@ -20,7 +20,7 @@ from robustsoup.reports.card import (
     render_card,
     write_card,
 )
-from robustsoup.reports.markup import escape_markdown, hide_folders, quote_code
+from robustsoup.reports.markup import escape_markdown, quote_code
 from robustsoup.runs.description import Ancestor, Judgement, describe_checkpoint
 from robustsoup.runs.results import Results
 
@@ -162,14 +162,6 @@ def test_escaped_text_reads_as_it_was(name):
     (paragraph,) = [t for t in render.parse(f"x {quote_code(name)} x") if t.children]
     codes = [token.content for token in paragraph.children if token.type == "code_inline"]
     assert codes == [shown.replace("|", "\\|")]
-
-
-def test_absolute_paths_are_file_names():
-    assert hide_folders("/home/me/runs/low.pth: was trained") == "low.pth: was trained"
-    assert hide_folders("folder:/data/me/birds, Linf 8/255") == "folder:birds, Linf 8/255"
-    assert hide_folders(r"C:\users\me\low.pth is") == "low.pth is"
-    for kept in ("Linf 8/255", "hf:org/name", "hf://org/name/file", "runs/low.pth", "a / b"):
-        assert hide_folders(kept) == kept
 
 
 def test_an_edited_card_stays(tmp_path):

@@ -33,6 +33,7 @@ from robustsoup.reports.best import BestRule
 from robustsoup.reports.chart_data import describe_row
 from robustsoup.reports.commands import list_commands
 from robustsoup.reports.file_names import hide_folders
+from robustsoup.reports.markup import quote_code
 from robustsoup.reports.style import clean_text
 from robustsoup.runs.result_checks import ROLES
 from robustsoup.runs.results import Results
@@ -413,21 +414,54 @@ def test_a_folder_without_results_is_refused_with_the_last_line_of_its_log(tmp_p
 @pytest.mark.usefixtures("blank_figures")
 def test_no_folder_of_the_machine_is_named(tmp_path, results):
     results["figures"] = []
-    results["recipe"] = {"data": "folder:/home/ann/secret data/x", "file": "/home/ann/a.pth"}
+    results["recipe"] = {"data": "folder:/home/ann/Secret data/x", "file": "/home/ann/a.pth"}
+    results["data"]["name"] = "folder:/home/ann/Secret data/x"
     results["rows"][0]["warnings"] = ["/home/ann/runs/b.pth: odd", "C:\\Users\\ann\\c.pth: odd"]
     results["leakage"] = {"status": "unknown", "why": "/home/ann/d.pth has no record"}
     text = write_and_read_report(tmp_path, results)
     assert "/home" not in text
     assert "Users" not in text
+    assert "Secret" not in text
     for name in ("a.pth", "b.pth: odd", "c.pth: odd", "d.pth has no record"):
         assert name in text
     assert str(tmp_path) not in text
 
 
-def test_texts_without_folders_are_left_alone():
-    for text in ("Linf 8/255", "https://x.invalid/a/b.pth", "hf://org/name", "runs/a", "a / b"):
-        assert hide_folders(text) == text
-    assert hide_folders("folder:/data/images") == "folder:images"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Linf 8/255 and/or L2 0.5",
+        "https://x.invalid/a b/c.pth",
+        "hf://org/name/file",
+        "hf:org/name",
+        "runs/a b/low.pth",
+        "clean / robust / both",
+        "</b> a/b",
+    ],
+)
+def test_texts_without_folders_are_left_alone(text):
+    assert hide_folders(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("folder:/data/images", "folder:images"),
+        ("folder:/home/ann/Secret Client/images", "folder:images"),
+        ("npz:/home/ann/Ann's Secret, Client/a b.npz", "npz:a b.npz"),
+        ("/home/ann/Secret Client/low.pth: was trained", "low.pth: was trained"),
+        ("/home/ann/J.Secret Client/low.pth is not / was", "low.pth is not / was"),
+        ("/home/ann/low.pth and /home/ann/Secret Client/b.pth", "low.pth and b.pth"),
+        ("'/home/ann/Secret Client/b' is a / b", "'b' is a / b"),
+        ("low.pth at /home/ann/low.pth, not runs/low.pth", "low.pth at low.pth, not runs/low.pth"),
+        ("folder:/data/Secret Client/birds, Linf 8/255", "folder:birds, Linf 8/255"),
+        (r"C:\users\Secret Client\low.pth is", "low.pth is"),
+        (r"\\Secret\Client\low.pth is", "low.pth is"),
+    ],
+)
+def test_absolute_paths_are_file_names(text, shown):
+    assert hide_folders(text) == shown
+    assert quote_code(text) == f"`{shown}`"
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -472,11 +506,20 @@ def test_the_vendored_scripts_are_the_published_files():
         ({"attack": "pgd", "loss": "dlr", "restarts": 2}, "--attack pgd --loss dlr --steps 50"),
         ({"attack": "square", "loss": "margin", "steps": 900}, "--attack square --n-queries 900"),
         ({"attack": "autoattack", "loss": "", "steps": 0}, "--attack autoattack"),
+        (
+            {"attack": "strong", "loss": "", "steps": 20},
+            "--attack strong --steps 20 --n-queries 700 --eot 3",
+        ),
+        ({"search_precision": "bfloat16"}, "--steps 50 --precision bfloat16"),
+        ({"report_on": "val", "samples": {"val": 500}}, "--split val --samples 500 --steps 50"),
+        ({"samples": {"val": 500, "test": 300}}, "8/255' --samples 300 --steps 50"),
     ],
 )
 def test_the_command_that_judges_the_soup_runs_the_attack_of_the_run(tmp_path, attack, options):
     content = make_results(tmp_path)
     content["protocol"] |= attack
+    if attack.get("attack") == "strong":
+        content["recipe"]["evaluate"] = {"n_queries": 700, "eot": 3}
     content["soup"] = "soup.safetensors"
     results = Results.from_json(content, "results.json")
     (command,) = [text for name, text in list_commands(results) if name == "Judge"]

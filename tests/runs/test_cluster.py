@@ -28,6 +28,7 @@ from tiny_runs import (
 
 from robustsoup.cli import recipe_runs
 from robustsoup.cli.options import ClusterOptions, RunOptions
+from robustsoup.cli.recipe_runs import open_executor
 from robustsoup.distributed import describe_device, required_versions
 from robustsoup.errors import RequestError, StorageError, WorkError
 from robustsoup.interruption import held_signals
@@ -537,6 +538,95 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
     assert slurm_pool.run_job({}, b"") == Lost("the job was told to end", saved=True)
     assert saved == ["whole"]
     assert signal.getsignal(signal.SIGUSR2) is earlier
+
+
+def test_the_folder_of_a_run_that_waits_for_days_is_touched(tmp_path):
+    context = SimpleNamespace(network=None, device=torch.device("cpu"))
+    plan = SimpleNamespace(recipe=SimpleNamespace(to_toml=str))
+    pool = SimpleNamespace(most_at_once=1, poll=lambda _: {"key": Lost("killed by a test")})
+    executor = Cluster(
+        SimpleNamespace(context=context, plan=plan, store=Store(tmp_path), image_size=None), pool
+    )
+    executor.meeting = executor._make_meeting()
+    probe = Path(executor.meeting["folder"]) / PROBE
+
+    def is_touched():
+        os.utime(probe, (0, 0))
+        executor.running["key"] = None
+        executor.wait()
+        return probe.stat().st_mtime > 0
+
+    assert not is_touched()
+    executor.touched -= cluster.TOUCH_SECONDS
+    assert is_touched()
+    assert not is_touched()
+
+
+class LocalExecutor:
+    """Takes the place of submitit's executor: keeps what is submitted."""
+
+    def __init__(self, *_, **__):
+        self.jobs = []
+
+    def update_parameters(self, **_):
+        """Receive parameters that the test does not look at."""
+
+    def submit(self, _function, _meeting, _content, gpu):
+        job = SimpleNamespace(done=lambda: job.answer is not None, answer=None, gpu=gpu)
+        job.result = lambda: job.answer
+        self.jobs.append(job)
+        return job
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [(None, ["0", "1"]), ("3,GPU-8", ["3", "GPU-8"]), ("5,6,9", ["5", "6"])]
+)
+def test_each_local_job_has_a_gpu_of_its_own(monkeypatch, tmp_path, visible, gpus):
+    errors = SimpleNamespace(
+        FailedJobError=OSError, FailedSubmissionError=OSError, UncompletedJobError=OSError
+    )
+    submitit = SimpleNamespace(AutoExecutor=LocalExecutor)
+    modules = {"submitit": submitit, "submitit.core": errors, "submitit.core.utils": errors}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(slurm_pool.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(slurm_pool, "_count_cores", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pool = slurm_pool.SlurmPool("local", threads=1, gpus=1)
+    assert pool.most_at_once == 2
+    pool.open(meeting_in(tmp_path))
+    for key in ("first", "second"):
+        pool.submit(key, key, {}, b"")
+    jobs = pool.executor.jobs
+    assert [job.gpu for job in jobs] == gpus
+    jobs[1].answer = "done"
+    assert pool.poll(0) == {"second": "done"}
+    pool.submit("third", "third", {}, b"")
+    assert jobs[2].gpu == gpus[1]
+    monkeypatch.setattr(slurm_pool, "run_assignment", lambda *_: os.environ["CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert slurm_pool.run_job({}, b"", gpus[1]) == gpus[1]
+
+
+def test_the_parts_of_a_finished_step_are_not_planned_again(monkeypatch):
+    prepared = prepare_run(recipe_of(), device="cpu", part_samples=32)
+    monkeypatch.setattr(
+        recipe_runs, "estimate_seconds", lambda steps, _: dict.fromkeys((s.key for s in steps), 1.0)
+    )
+    divided = next(step for step in prepared.plan.steps if step.parts)
+    monkeypatch.setattr(Store, "has", lambda _, key: key == divided.key)
+    priced = recipe_runs.price_plan(prepared)
+    done = {row["key"] for row in priced["steps"] if row["done"]}
+    assert done == {divided.key, *divided.parts}
+    assert priced["seconds"] == len(prepared.plan.steps) - len(done)
+
+
+def test_a_cluster_refuses_one_named_gpu():
+    prepared = SimpleNamespace(context=SimpleNamespace(device=torch.device("cuda:1")))
+    with pytest.raises(RequestError, match="--device: got cuda:1, expected cuda: the cluster"):
+        open_executor(prepared, ClusterOptions(slurm="local"), None)
 
 
 def test_slurm_without_sbatch_is_refused(monkeypatch):

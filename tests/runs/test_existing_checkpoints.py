@@ -90,3 +90,24 @@ def test_the_key_of_a_file_tells_other_constants_of_normalisation():
     assert file_key(shifted, shifted.network_settings) == f"file:{plain.digest}"
     bare = Checkpoint(plain.tensors, {})
     assert file_key(bare, network) == f"file:{plain.digest}"
+    named = shifted.network_settings
+    assert file_key(plain, named, constants_named=True) == f"file:{plain.digest}"
+    assert file_key(plain, named) != f"file:{plain.digest}"
+
+
+def test_each_file_keeps_its_constants_and_a_warning_says_that_they_differ(files):
+    low = Checkpoint.load(files / "low.safetensors")
+    low.with_network(normalize=([0.1], [0.9])).save(files / "low.safetensors")
+
+    def prepare(**changes):
+        plan = prepare_run(recipe_of_files(files, **changes), device="cpu").plan
+        return plan, [item.network_settings.normalize for item in plan.files.values()]
+
+    plan, constants = prepare()
+    assert constants == [((0.1,), (0.9,)), None]
+    assert "high.safetensors: normalises its input by None" in plan.warnings[0]
+    named, constants = prepare(normalize=[[0.1], [0.9]])
+    assert constants == [((0.1,), (0.9,))] * 2
+    assert named.warnings == ()
+    high = ("evaluate", "high.val")
+    assert keys_of(named)[high] != keys_of(plan)[high]

@@ -385,6 +385,17 @@ def test_the_constants_of_a_users_data_are_in_the_keys_of_training():
     assert keys_of(plan_of(data=other)) == keys_of(plan_of())
 
 
+@pytest.mark.parametrize(
+    ("buffers", "samples"),
+    [("average", 10_000), ("recalibrate", 40), ("robustsoup.soups.buffers:average", 40)],
+)
+def test_a_policy_gets_the_settings_that_it_may_read(buffers, samples):
+    soup = {"method": "uniform", "buffers": buffers, "calibrate_samples": 40}
+    planner = planner_of([(("soups", "flat"), soup)])
+    mixing = planner.mixing_of(planner.recipe.soups["flat"])
+    assert mixing.buffers.calibrate_samples == samples
+
+
 @pytest.mark.parametrize(("buffers", "is_same"), [("average", True), ("recalibrate", False)])
 def test_a_soup_depends_on_augmentation_if_its_statistics_do(tmp_path, buffers, is_same):
     for seed, name in enumerate(("low", "high")):

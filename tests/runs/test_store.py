@@ -175,6 +175,8 @@ def damage_step(store, kind, name, file, content=b"cut"):
         ("finetune", "low", "checkpoint.safetensors", None),
         ("finetune", "low", "step.json", b"{"),
         ("learn", "learned-linf-32-255", "coefficients.safetensors", b"x"),
+        ("evaluate", "low.val", "evaluation.json", b"{}"),
+        ("evaluate", "low.val", "evaluation.points.npz", None),
         ("evaluate", "grid-0.5-0.5.val", "evaluation.json", b"{}"),
         ("evaluate", "grid-0.5-0.5.val", "evaluation.npz", None),
         ("mix", "grid-0.5-0.5", "checkpoint.safetensors", b""),

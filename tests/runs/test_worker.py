@@ -1,5 +1,7 @@
 """The work of single steps."""
 
+from types import SimpleNamespace
+
 from constant_steps import (
     CLEAN,
     MIXING,
@@ -9,9 +11,12 @@ from constant_steps import (
 )
 from ranks import run_ranks
 
-from robustsoup.runs.tasks import BuildGreedySoup
-from robustsoup.runs.worker import build_greedy_soup
+from robustsoup.runs import worker as worker_module
+from robustsoup.runs.tasks import BuildGreedySoup, MergeSoup, Mixing
+from robustsoup.runs.worker import build_greedy_soup, merge_soup
+from robustsoup.settings import BufferSettings, MergeSettings
 from robustsoup.soups.goal import Score
+from robustsoup.threats import ThreatModel
 
 
 def test_a_greedy_soup_may_have_many_ingredients(tmp_path):
@@ -22,6 +27,22 @@ def test_a_greedy_soup_may_have_many_ingredients(tmp_path):
     assert figures.startswith("36 of 36 ingredients")
     assert shown[-1][:2] == (task.rounds, task.rounds)
     assert len(list(tmp_path.glob("*.json"))) == task.rounds
+
+
+def test_a_merge_measures_and_calibrates_under_threats_of_their_own(tmp_path, monkeypatch):
+    given = {}
+
+    def keep_arguments(*_, **arguments):
+        given.update(arguments)
+        return SimpleNamespace(save=lambda _: None)
+
+    monkeypatch.setattr(worker_module, "merge", keep_arguments)
+    buffers = BufferSettings(buffers="recalibrate-adversarial", calibrate_threat="L2 0.5")
+    names, threat = name_ingredients(2), ThreatModel.parse("Linf 0.1")
+    task = MergeSoup("fisher", MergeSettings(), names, (0.5, 0.5), Mixing(buffers), threat=threat)
+    merge_soup(constant_worker(tmp_path / "store", 2), task, tmp_path)
+    assert given["threat"] == threat
+    assert str(given["calibrate_threat"]) == "L2 0.5"
 
 
 def test_more_processes_resume_the_clean_verdicts_of_one(tmp_path):

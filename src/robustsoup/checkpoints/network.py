@@ -120,7 +120,11 @@ def _recorded_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
 
 
 def record_network(
-    checkpoint: Checkpoint, settings: NetworkSettings, *, named: bool = False
+    checkpoint: Checkpoint,
+    settings: NetworkSettings,
+    *,
+    named: bool = False,
+    constants_named: bool = False,
 ) -> Checkpoint:
     """Return the checkpoint with a record of its network and its parameters.
 
@@ -129,8 +133,9 @@ def record_network(
         settings: The settings of the network.
         named: Whether the user named the network: `settings` then replace what the file records,
             except that constants of the record stay if `settings` have none. Otherwise they are
-            used if the checkpoint records no network; if it does, only `normalize` is recorded,
-            if it is set.
+            used only if the checkpoint records no network.
+        constants_named: Whether the user named `settings.normalize`, which then replaces the
+            constants that the file records.
 
     Raises:
         ModelError: The weights do not fit the network, or the user did not name it and the file
@@ -143,7 +148,7 @@ def record_network(
             channels=settings.channels,
             normalize=settings.normalize,
         )
-    elif settings.normalize:
+    elif constants_named:
         checkpoint = checkpoint.with_network(normalize=settings.normalize)
     if "parameters" in checkpoint.provenance:
         return checkpoint

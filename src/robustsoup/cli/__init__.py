@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: The words after `robustsoup`; those of this process by default.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name it cannot encode must not lose the result
+            stream.reconfigure(errors="backslashreplace")
     with handled_signals(restore=arguments is not None):
         try:
             code = _run(sys.argv[1:] if arguments is None else arguments)

@@ -108,8 +108,12 @@ def run_command_line(arguments: Sequence[str]) -> int:
             code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
             if code != INTERRUPTED:  # else one rank says so
                 distributed.stop()
-    except typer.Abort:
-        raise EOFError("the input ended") from None
+    except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+        if signal_received():
+            raise KeyboardInterrupt from None
+        typer.echo(err=True)  # ends the line of the question
+        print_error("the input ended without an answer; --yes asks nothing")
+        return 2
     except Exception as error:
         if debug and not hasattr(error, "exit_code"):
             raise

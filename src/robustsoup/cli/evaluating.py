@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,8 @@ from robustsoup.settings import AttackSettings, to_record
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+    import torch
 
     from robustsoup.checkpoints.checkpoint import Checkpoint
     from robustsoup.data import Split
@@ -92,7 +95,8 @@ def evaluate_command(
     _warn_of_misfits(described.values(), selected, run.device)
     overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
-    states = _locate_states(described, selected, attack, [threat, samples, keep_points, run.device])
+    request = [threat, samples, keep_points]
+    states = _locate_states(described, selected, attack, context.device, request)
     finished = _FinishedEvaluations(states, keeps=shift is None, writes=output is not None)
     for name, checkpoint in described.items():
         evaluation = finished.load(name)
@@ -199,6 +203,7 @@ def _locate_states(
     described: "Mapping[str, Checkpoint]",
     split: "Split",
     attack: AttackSettings,
+    device: "torch.device",
     request: "Sequence[object]",
 ) -> dict[str, Path]:
     """Return the file for the state of each interrupted evaluation, in the folder of the store.
@@ -207,13 +212,17 @@ def _locate_states(
         described: The networks by name.
         split: The samples.
         attack: The attack; a user's attack counts by its code.
+        device: Where the networks run; its type counts, and the precision that it resolves.
         request: What else decides the verdicts.
     """
     from robustsoup.catalog import ATTACKS
+    from robustsoup.device import resolve_precision
     from robustsoup.fingerprint import entry_fingerprint, network_fingerprint
     from robustsoup.runs.store import UNFINISHED, Store
 
-    parts = [to_record(attack), entry_fingerprint(ATTACKS, str(attack.attack)), *request]
+    attack = replace(attack, precision=resolve_precision(attack.precision, device))
+    code = entry_fingerprint(ATTACKS, str(attack.attack))
+    parts = [to_record(attack), code, device.type, *request]
     folder = Store().root / UNFINISHED
     states = {}
     for name, checkpoint in described.items():

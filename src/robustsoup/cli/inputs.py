@@ -57,7 +57,7 @@ def load_requested_data(
     print_notes(data)
     if warn:
         warn_of_overlaps(find_exact_overlaps(data))
-    for text in describe_other_sizes([network.opening.open(p) for p in checkpoints[:1]], data):
+    for text in describe_other_sizes([network.opening.open(p) for p in checkpoints], data):
         print_warning(text)
     return data
 
@@ -143,8 +143,13 @@ def make_context(
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
         _warn_of_class_order(settings, data)
-    named = bool(network.model)
-    return Context(data, settings, resolve_device(run.device), network_named=named)
+    return Context(
+        data,
+        settings,
+        resolve_device(run.device),
+        network_named=bool(network.model),
+        constants_named=bool(network.normalize),
+    )
 
 
 def _warn_of_class_order(settings: NetworkSettings, data: Data) -> None:

@@ -137,7 +137,6 @@ def mix_command(
         split = source.train
     elif network.model:
         ingredients = _name_network(network, ingredients)
-    module = ingredients[0].network() if data.data or network.model else None
     with Bar("mixing" if method is None else f"merging by {method}"):
         if method is None:
             mixed = mix(
@@ -147,7 +146,6 @@ def mix_command(
                 base=opened_base,
                 calibrate_on=split,
                 threat=ThreatModel.parse(threat),
-                network=module,
                 device=resolve_device(run.device),
                 seed=data.seed,
             )
@@ -162,7 +160,6 @@ def mix_command(
                 threat=threat,
                 buffers=policy,
                 allow_leakage=allow_leakage,
-                network=module,
                 device=resolve_device(run.device),
                 seed=data.seed,
             )

@@ -160,11 +160,17 @@ def open_executor(
     """Return what runs the steps: a cluster, or None for this process.
 
     Raises:
-        RequestError: The extra that the cluster requires is not installed.
+        RequestError: The extra that the cluster requires is not installed, or one GPU is named.
     """
     if not cluster.named:
         return nullcontext()
-    threads, gpus = torch.get_num_threads(), int(prepared.context.device.type == "cuda")
+    device = prepared.context.device
+    if device.index is not None:
+        raise RequestError(
+            f"--device: got {device}, expected {device.type}: the cluster chooses the device of "
+            "each step; for --slurm local, CUDA_VISIBLE_DEVICES limits the choice"
+        )
+    threads, gpus = torch.get_num_threads(), int(device.type == "cuda")
     pool: Pool
     if cluster.ray is not None:
         from robustsoup.runs.ray_pool import RayPool
@@ -209,6 +215,7 @@ def price_plan(
     """
     plan, store, context = prepared.plan, prepared.store, prepared.context
     missing = plan.list_missing(store.has)
+    to_run = {step.key for step in missing}
     if devices is None:
         seconds, prediction = estimate_seconds(plan.steps, context), None
     else:
@@ -219,7 +226,7 @@ def price_plan(
             "kind": step.kind,
             "name": step.name,
             "key": step.key,
-            "done": store.has(step.key),
+            "done": step.key not in to_run,
             "seconds": round(seconds[step.key], 2),
         }
         for step in plan.steps

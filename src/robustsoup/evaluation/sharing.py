@@ -25,6 +25,9 @@ from robustsoup.files import remove_file
 from robustsoup.paths import user_path
 from robustsoup.progress import SavedState
 
+RANK_FOLDER = ".rank"
+"""The folders of other ranks, beside the state of the first one, begin with this."""
+
 States = dict[str, dict[str, Tensor]]
 """Snapshots of outcomes, by the threat model as text."""
 
@@ -119,7 +122,8 @@ def hide_samples(samples: AttackedSamples, hidden: Tensor) -> AttackedSamples:
 class SharedState:
     """The saved state of an evaluation: each rank saves what it knows to a file of its own.
 
-    Any number of ranks resumes from the files of any other number.
+    Any number of ranks resumes from the files of any other number, which are in one folder or, but
+    for the first, in folders of the ranks below it.
 
     Args:
         path: File of the first rank; None disables saving.
@@ -174,10 +178,12 @@ class SharedState:
     def _list_files(self) -> list[Path]:
         if self.path is None:
             return []
+        folder = self.path.parent
+        if folder.name.startswith(RANK_FOLDER):
+            folder = folder.parent
         others = f"{glob.escape(self.path.stem)}.rank*{glob.escape(self.path.suffix)}"
-        return [
-            path for path in (self.path, *sorted(self.path.parent.glob(others))) if path.exists()
-        ]
+        paths = [*folder.glob(others), *folder.glob(f"{RANK_FOLDER}*/{others}")]
+        return [path for path in (folder / self.path.name, *sorted(paths)) if path.exists()]
 
 
 def _merge_states(states: Sequence[States]) -> States:

@@ -2,7 +2,7 @@
 
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,18 @@ def parse_recipe(content: dict[str, Any], where: str, folder: Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_describe_first_error(error)}") from None
+    for place in _find_empty_texts(content):
+        raise RecipeError(f"{where}: {place}: got an empty text; give a value or leave the key out")
     return _resolve_paths(recipe, folder)
+
+
+def _find_empty_texts(content: Mapping[str, Any], table: str = "") -> Iterator[str]:
+    """Yield the keys whose value is an empty text, which would count as unset."""
+    for key, value in content.items():
+        if value == "":
+            yield f"{table}{key}"
+        elif isinstance(value, Mapping):
+            yield from _find_empty_texts(value, f"{table}{key}.")
 
 
 def with_files(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:

@@ -459,7 +459,8 @@ class Recipe(Section):
         if count <= settings.max_soups:
             return
         attacks = sum(not threat.is_clean for threat in self.evaluate.threats)
-        passes = count * 1000 * (1 + attacks * attack.most_passes)
+        most = attack.most_passes(classes=1000)  # how many the data has is not known yet
+        passes = count * 1000 * (1 + attacks * most)
         raise ValueError(
             f"soups.{name}: step {settings.step:g} makes {format_count(count)} soups; mixing and "
             f"evaluating them takes up to {Decimal(passes):.1e} forward passes for every 1,000 "

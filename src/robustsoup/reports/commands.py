@@ -15,6 +15,9 @@ def list_commands(
 ) -> list[tuple[str, str]]:
     """List (what it does, command) for the chosen soup; none without a soup.
 
+    The seed is that of the recipe, which divides the data; `evaluate` takes no other one for the
+    attack.
+
     Args:
         results: The results of the run.
         recorded: The network that the run recorded of the soup.
@@ -30,9 +33,14 @@ def list_commands(
         if value := results.recipe.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += options
-    for threat in results.protocol.threats:
+    protocol = results.protocol
+    for threat in protocol.threats:
         words += ["--threat", threat]
-    words += _attack_options(results.protocol)
+    if protocol.report_on != "test":
+        words += ["--split", protocol.report_on]
+    if samples := protocol.samples.get(protocol.report_on):
+        words += ["--samples", str(samples)]
+    words += _attack_options(protocol, results.recipe.get("evaluate") or {})
     return [
         ("Load", f"import robustsoup as rs\n\nnetwork = {load}"),
         ("Judge", shlex.join(words)),
@@ -71,8 +79,13 @@ def _name_network(soup: str, network: NetworkSettings | None) -> tuple[str, list
     return arguments, options
 
 
-def _attack_options(protocol: EvaluationProtocol) -> list[str]:
-    """Return the options of `evaluate` that run the attack of the protocol."""
+def _attack_options(protocol: EvaluationProtocol, evaluate: Mapping[str, Any]) -> list[str]:
+    """Return the options of `evaluate` that run the attack of the protocol.
+
+    Args:
+        protocol: The protocol.
+        evaluate: The table of the recipe, which has what the protocol does not describe.
+    """
     words: list[str] = []
     if protocol.attack != "apgd":
         words += ["--attack", protocol.attack]
@@ -80,6 +93,12 @@ def _attack_options(protocol: EvaluationProtocol) -> list[str]:
         words += ["--loss", protocol.loss]
     if protocol.steps:
         words += ["--n-queries" if protocol.attack == "square" else "--steps", str(protocol.steps)]
+    if protocol.attack == "strong" and (queries := evaluate.get("n_queries")):
+        words += ["--n-queries", str(queries)]
+    if (passes := evaluate.get("eot", 1)) != 1:
+        words += ["--eot", str(passes)]
+    if protocol.search_precision != "float32":
+        words += ["--precision", protocol.search_precision]
     if protocol.restarts > 1:
         words += ["--restarts", str(protocol.restarts)]
     return words

@@ -2,19 +2,22 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath, PureWindowsPath
 
-_POSIX_FOLDERS = re.compile(r"(?<![\w./<])/(?![/>])(?:[^\s/:\"'<>]+/)+")
-_WINDOWS_FOLDERS = re.compile(r"\b[A-Za-z]:[\\/](?:[^\s\\/:\"']+[\\/])+")
+_WORD = r"(?:[^\s/\\:\"'<>]|'(?=\w))+"
+_FILE = r"[^\s/\\]*\.(?:[a-z]\w{0,3}|safetensors)\W?\s"
+"""The last word of a path in a sentence, such as "low.pth, "."""
+_FOLDER = rf"(?:(?!{_FILE}){_WORD}[^\S\r\n]+)*{_WORD}[/\\](?!255\b)"
+"""A name of one or more words; the slash of 8/255 ends none."""
+_FOLDERS = re.compile(rf"(?<![\w./\\<])(?:[A-Za-z]:|\\)?[/\\](?![/\\>])(?:{_FOLDER})+")
 
 
 def hide_folders(text: str) -> str:
-    """Return the text with only the last part of each absolute path."""
-    if PurePosixPath(text).is_absolute():
-        return PurePosixPath(text).name or text
-    if PureWindowsPath(text).is_absolute():
-        return PureWindowsPath(text).name or text
-    return _WINDOWS_FOLDERS.sub("", _POSIX_FOLDERS.sub("", text))
+    """Return the text with only the last part of each absolute path.
+
+    Names of folders may contain spaces. What follows an absolute path in a sentence is lost up to a
+    later slash if the path does not end with a file's ending, a colon or a quote.
+    """
+    return _FOLDERS.sub("", text)
 
 
 def hide_all_folders(value: object) -> object:

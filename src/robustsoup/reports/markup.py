@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from robustsoup.printable import make_printable
+from robustsoup.reports.file_names import hide_folders
 
 YamlValue = str | int | float | None | Sequence["YamlValue"] | Mapping[str, "YamlValue"]
 
@@ -12,12 +13,6 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~#!&$^@])")
 _LINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 _ACTIVE = re.compile(r"[<>&\[\]`]")
 """What could be markup where a header is shown as Markdown; YAML reads its escapes as it was."""
-_ABSOLUTE = re.compile(r"(?<![\w./\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+([^\s/\\:'\"]+)")
-
-
-def hide_folders(text: str) -> str:
-    """Return a text in which absolute paths are file names: a card is for other machines."""
-    return _ABSOLUTE.sub(r"\1", text)
 
 
 def escape_markdown(text: str) -> str:

@@ -151,7 +151,7 @@ def format_cell(cell: Cell) -> str:
 def _format_subtitle(results: Results) -> str:
     data = results.data.get("name")
     parts = [results.model, f"on {data}" if data else None, results.created]
-    return " · ".join(part for part in parts if part)
+    return hide_folders(" · ".join(part for part in parts if part))
 
 
 def _make_banners(results: Results, unfinished: str) -> list[Banner]:

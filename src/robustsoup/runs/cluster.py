@@ -30,6 +30,8 @@ from robustsoup.runs.tasks import Key
 POLL_SECONDS = 1.0
 VISIBLE_SECONDS = 90.0
 """How long the output of a worker may stay hidden: NFS looks for new folders once a minute."""
+TOUCH_SECONDS = 3600.0
+"""How often the folder of a run is touched; other hosts remove one that is unchanged for a day."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,6 @@ class Cluster:
         self.surroundings = Surroundings(
             recipe=prepared.plan.recipe.to_toml(),
             network=context.network,
-            network_named=context.network_named,
             device=context.device.type,
             threads=torch.get_num_threads(),
             data_root=str(user_path(root).absolute()) if root else None,
@@ -108,6 +109,7 @@ class Cluster:
         self.reporter: Reporter | None = None
         self.running: dict[Key, Step] = {}
         self.told: dict[Key, Status] = {}
+        self.touched = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -172,12 +174,20 @@ class Cluster:
         """
         while True:
             ends = self.pool.poll(POLL_SECONDS)
+            self._touch_probe()
             for key in self.running.keys() - ends.keys():
                 status = self._read_status(key)
                 if status is not None:
                     self._tell(key, status)
             if ends:
                 return [self._end(key, answer) for key, answer in ends.items()]
+
+    def _touch_probe(self) -> None:
+        """Show other hosts that the run goes on, however long its steps wait."""
+        if self.meeting is not None and time.monotonic() >= self.touched + TOUCH_SECONDS:
+            with contextlib.suppress(OSError):
+                os.utime(Path(self.meeting["folder"]) / PROBE)
+            self.touched = time.monotonic()
 
     def _end(self, key: Key, answer: Answer | Lost) -> Ended:
         step = self.running.pop(key)

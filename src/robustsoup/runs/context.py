@@ -21,12 +21,14 @@ class Context:
         network: How the network is built.
         device: Where steps run.
         network_named: Whether the user named the network, which then comes before every record.
+        constants_named: Whether the user named the constants of normalisation.
     """
 
     data: Data
     network: NetworkSettings
     device: torch.device
     network_named: bool = False
+    constants_named: bool = False
 
     @cached_property
     def train_and_val(self) -> Split:
@@ -35,7 +37,12 @@ class Context:
 
     def record_network(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return the checkpoint with a record of its network and its parameters."""
-        return record_network(checkpoint, self.network, named=self.network_named)
+        return record_network(
+            checkpoint,
+            self.network,
+            named=self.network_named,
+            constants_named=self.constants_named,
+        )
 
     def fresh_network(self, seed: int) -> nn.Module:
         """Return the network with weights drawn by `seed`.

@@ -22,6 +22,7 @@ from robustsoup.errors import (
     StorageError,
     WorkError,
 )
+from robustsoup.evaluation.sharing import RANK_FOLDER
 from robustsoup.files import read_regular, write_text
 from robustsoup.runs.context import Context
 from robustsoup.runs.plan import Plan, Step
@@ -30,8 +31,6 @@ from robustsoup.runs.tasks import Key, task_record
 from robustsoup.runs.worker import Worker
 
 _MAX_SECONDS_BYTES = 100
-_RANK_FOLDER = ".rank"
-
 
 MOST_LOSSES = 3
 """How many times a step runs again because its worker was lost; a worker that was told to end and
@@ -266,7 +265,7 @@ def _open_step(
             distributed.from_first(lambda: folder)
             yield folder
             distributed.gather(None)  # all ranks have finished
-            for other in folder.glob(f"{_RANK_FOLDER}*") if folder else ():
+            for other in folder.glob(f"{RANK_FOLDER}*") if folder else ():
                 shutil.rmtree(other)
     else:
         folder = distributed.from_first(lambda: None)
@@ -275,7 +274,7 @@ def _open_step(
                 f"store: rank {distributed.rank()} does not see {folder}; set ROBUSTSOUP_STORE to "
                 "a folder that all machines share"
             )
-        own = folder and folder / f"{_RANK_FOLDER}{distributed.rank()}"
+        own = folder and folder / f"{RANK_FOLDER}{distributed.rank()}"
         if own is not None:
             own.mkdir(exist_ok=True)
         yield own

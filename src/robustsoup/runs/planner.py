@@ -97,7 +97,12 @@ def augments_images(task: Task) -> bool:
             policy = task.settings.buffers
         case _:
             return False
-    entry = BUFFER_POLICIES.get(policy)  # None for a policy of the user
+    return measures_statistics(policy)
+
+
+def measures_statistics(policy: str) -> bool:
+    """Return whether a buffer policy reads training samples; a function of the user may."""
+    entry = BUFFER_POLICIES.get(policy)
     return entry is None or "data" in entry.facts.get("needs", ())
 
 
@@ -183,9 +188,18 @@ class Planner:
         return self._add_checkpoint(self.recipe.opening.open(self.stand_ins.get(path, path)))
 
     def _add_checkpoint(self, checkpoint: Checkpoint) -> Key:
-        key = file_key(checkpoint, self.network)
+        key = self.file_key(checkpoint)
         self.plan.files.setdefault(key, checkpoint)
         return key
+
+    def file_key(self, checkpoint: Checkpoint) -> Key:
+        """Return the key of a checkpoint that exists."""
+        return file_key(
+            checkpoint,
+            self.network,
+            named=bool(self.recipe.model),
+            constants_named=bool(self.recipe.normalize),
+        )
 
     def add_row(self, row: PlannedRow) -> None:
         """Add a row, or replace the row of the same name."""
@@ -317,7 +331,7 @@ class Planner:
         if soup.method != "learned" and self._mixes_subspace(soup):
             policy = "recalibrate"
         buffers = soup.buffer_settings(seed=self.recipe.seed, policy=policy)
-        if not str(buffers.buffers).startswith("recalibrate"):
+        if not measures_statistics(str(buffers.buffers)):
             buffers = BufferSettings(buffers=buffers.buffers)  # the rest has no effect
         takes_base = buffers.buffers == "base"
         return Mixing(buffers, self.base_key(self.ingredient_keys(soup)) if takes_base else None)

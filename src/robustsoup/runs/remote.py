@@ -30,9 +30,9 @@ from robustsoup.runs.context import Context
 from robustsoup.runs.execute import execute_step
 from robustsoup.runs.plan import Step
 from robustsoup.runs.planner import Planner
-from robustsoup.runs.run import load_recipe_data
+from robustsoup.runs.run import load_recipe_data, make_context
 from robustsoup.runs.store import Store
-from robustsoup.runs.tasks import Key, file_key
+from robustsoup.runs.tasks import Key
 from robustsoup.runs.worker import Worker
 from robustsoup.user_code import current_folder_importable, import_named_module
 
@@ -108,7 +108,6 @@ class Surroundings:
     Attributes:
         recipe: The resolved recipe, as TOML.
         network: How the network is built.
-        network_named: Whether the user named the network.
         device: "cpu" or "cuda".
         threads: CPU threads.
         data_root: Folder of the data sets.
@@ -118,7 +117,6 @@ class Surroundings:
 
     recipe: str
     network: NetworkSettings
-    network_named: bool
     device: str
     threads: int
     data_root: str | None
@@ -277,7 +275,7 @@ def _open_worker(assignment: Assignment, store: str, status: StatusFile) -> Work
     files: dict[Key, Checkpoint] = {}
     for key, path in assignment.files.items():
         files[key] = recipe.opening.open(path)
-        if key != file_key(files[key], context.network):
+        if key != planner.file_key(files[key]):
             raise RequestError(
                 f"{path}: differs from the file of this name where the run started; "
                 "give all machines the same files"
@@ -296,5 +294,4 @@ def _load_context(surroundings: Surroundings) -> tuple[Recipe, Context]:
         import_named_module(name, folder)
     data = load_recipe_data(recipe, surroundings.data_root, image_size=surroundings.image_size)
     device = resolve_device(surroundings.device)
-    named = surroundings.network_named
-    return recipe, Context(data, surroundings.network, device, network_named=named)
+    return recipe, make_context(recipe, data, surroundings.network, device)

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
@@ -17,6 +19,7 @@ from robustsoup.data.cifar import imitate_cifar
 from robustsoup.data.duplicates import Overlap, find_copies, find_exact_overlaps
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.evaluation.evaluate import check_above_chance
+from robustsoup.models import NetworkSettings
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.recipes import Recipe, checkpoint_places
@@ -124,7 +127,7 @@ def prepare_run(
         checkpoints=checkpoints,
         opening=recipe.opening,
     )
-    context = Context(data, network, resolved, network_named=bool(recipe.model))
+    context = make_context(recipe, data, network, resolved)
     precision = resolve_precision(recipe.precision, resolved)
     planner = plan_recipe(recipe, data, network, precision, part_samples, stand_ins=stand_ins)
     _check_radii(planner.plan, data)
@@ -211,6 +214,19 @@ def run_prepared(
         )
     )
     return results, selection
+
+
+def make_context(
+    recipe: Recipe, data: Data, network: NetworkSettings, device: torch.device
+) -> Context:
+    """Return the data, network and device of a recipe, and what of the network it names."""
+    return Context(
+        data,
+        network,
+        device,
+        network_named=bool(recipe.model),
+        constants_named=bool(recipe.normalize),
+    )
 
 
 def load_recipe_data(

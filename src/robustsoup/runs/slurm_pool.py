@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 import signal
 import time
@@ -31,6 +32,7 @@ class SlurmPool:
     """Runs each step as one Slurm job with its threads as CPUs, and one GPU if it uses one.
 
     A job compares versions and looks for the store before its own work; none is checked before.
+    Of the processes of this machine, each has a GPU of its own.
 
     Args:
         partition: The partition; "local" for processes of this machine without Slurm.
@@ -45,10 +47,13 @@ class SlurmPool:
         self.partition, self.threads, self.gpus = partition, threads, gpus
         self.submitit: ModuleType = import_submitit()
         self.most_at_once = MOST_JOBS
+        self.free_gpus: list[str] = []
+        self.gpus_by_key: dict[Key, str] = {}
         if partition == LOCAL:  # which starts every job at once
             self.most_at_once = max(1, _count_cores() // threads)
             if gpus:
-                self.most_at_once = min(self.most_at_once, torch.cuda.device_count())
+                self.free_gpus = list_visible_gpus()
+                self.most_at_once = min(self.most_at_once, len(self.free_gpus))
         elif shutil.which("sbatch") is None:
             raise RequestError(
                 "--slurm: sbatch is not found; run the command on a machine that submits jobs, or "
@@ -85,11 +90,14 @@ class SlurmPool:
         """Submit a step as a job."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+        gpu = self.free_gpus.pop(0) if self.free_gpus else None
+        if gpu is not None:
+            self.gpus_by_key[key] = gpu
         parameter = "name" if self.partition == LOCAL else "job_name"
         self.executor.update_parameters(**{parameter: name.replace("/", "-")})
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says
-                self.jobs[key] = self.executor.submit(run_job, meeting, content)
+                self.jobs[key] = self.executor.submit(run_job, meeting, content, gpu)
         except (FailedJobError, FailedSubmissionError) as error:
             raise WorkError(
                 f"{name}: sbatch refused the job: {first_line(error)}; SBATCH_ACCOUNT, SBATCH_QOS, "
@@ -101,6 +109,7 @@ class SlurmPool:
         end = time.monotonic() + seconds
         while True:
             ended = [key for key, job in self.jobs.items() if job.done()]
+            self.free_gpus += [self.gpus_by_key.pop(k) for k in ended if k in self.gpus_by_key]
             if ended or time.monotonic() >= end:
                 return {key: _fetch(self.jobs.pop(key)) for key in ended}
             time.sleep(min(POLL_SECONDS, seconds))
@@ -114,13 +123,24 @@ class SlurmPool:
             time.sleep(POLL_SECONDS)
 
 
-def run_job(meeting: Meeting, content: bytes) -> Answer | Lost:
+def list_visible_gpus() -> list[str]:
+    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(number) for number in range(count)]
+
+
+def run_job(meeting: Meeting, content: bytes, gpu: str | None = None) -> Answer | Lost:
     """Run a step in a job; SIGTERM and the signal before the time limit let it save its state.
 
     Args:
         meeting: What is compared first.
         content: A pickled Assignment.
+        gpu: The GPU of the job, as CUDA_VISIBLE_DEVICES names it; submitit gives all local jobs
+            the first one. None leaves the variable as it is.
     """
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     with handled_signals(restore=True):
         earlier = signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
         try:
@@ -149,8 +169,6 @@ def _last_line(text: str) -> str:
 
 
 def _count_cores() -> int:
-    import os
-
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

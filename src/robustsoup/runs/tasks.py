@@ -33,16 +33,27 @@ Key = str
 """Key of a step, or that of a checkpoint that existed before the run, see `file_key`."""
 
 
-def file_key(checkpoint: Checkpoint, network: NetworkSettings) -> Key:
-    """Return the key of a file: "file:DIGEST", and a digest of the network that it records.
+def file_key(
+    checkpoint: Checkpoint,
+    network: NetworkSettings,
+    *,
+    named: bool = False,
+    constants_named: bool = False,
+) -> Key:
+    """Return the key of a file: "file:DIGEST", and a digest of the network that it is run with.
 
-    The latter is left out if the file records no other network than that of the run, such as other
-    constants of normalisation.
+    The latter is left out if that is the network of the run; it may have other constants of
+    normalisation, for example. The arguments are those of `record_network`.
     """
     recorded = checkpoint.provenance.get("network")
-    if recorded is None or recorded == network.as_record():
+    if recorded is None:
         return f"file:{checkpoint.digest}"
-    return f"file:{checkpoint.digest}:{digest_json(recorded)[:16]}"
+    own = NetworkSettings.from_record(recorded)
+    constants = network.normalize if constants_named else own.normalize
+    used = dataclasses.replace(network if named else own, normalize=constants)
+    if used == network:
+        return f"file:{checkpoint.digest}"
+    return f"file:{checkpoint.digest}:{digest_json({'network': used.as_record()})[:16]}"
 
 
 MOST_PARTS = 100
@@ -367,7 +378,7 @@ class EvaluationSettings:
             attack: Whether the attack runs at all.
         """
         threats = sum(not threat.is_clean for threat in self.threats)
-        steps = self.attack.most_passes // 2 if attack else 0
+        steps = self.attack.most_passes(data.test.classes) // 2 if attack else 0
         copies = 0 if self.shift is None else self.shift.count
         return self.count_samples(data) * (1 + threats * (points // 2 + steps)) + copies
 

@@ -353,7 +353,7 @@ def build_greedy_soup(
                 shift_part=task.evaluation.shift_part,
             )
             _check_shift(evaluation, task.evaluation)
-            evaluation.save(path)
+            _without_time(evaluation).save(path)
         evaluated += 1
         evaluation = distributed.from_first(lambda: Evaluation.load(path))
         figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
@@ -408,10 +408,11 @@ def merge_soup(worker: Worker, task: MergeSoup, folder: Path) -> str:
         task.settings,
         base=worker.optional_checkpoint(base),
         data=worker.fitting_split(task.fits_on_val),
-        threat=buffers.calibrate_threat if task.threat.is_clean else task.threat,
+        threat=task.threat,
         attack_steps=task.attack_steps,
         buffers=task.mixing.policy,
         calibrate_samples=buffers.calibrate_samples,
+        calibrate_threat=buffers.calibrate_threat,
         allow_leakage=worker.allow_leakage,
         device=worker.context.device,
         precision=task.precision,
@@ -501,11 +502,17 @@ def evaluate_network(
         evaluation = replace(evaluation, record={**evaluation.record, "part": settings.part})
     if task.short:
         evaluation = mark_screened(evaluation)
-    evaluation.save(folder / EVALUATION)
+    _without_time(evaluation).save(folder / EVALUATION)
     for warning in evaluation.warnings:
         worker.warn(f"{name}: {warning}")
     scores = describe_scores(evaluation)
     return f"{scores} (after a short attack: upper bounds)" if task.short else scores
+
+
+def _without_time(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation without its seconds, so that a repeat has the same digest."""
+    record = {key: value for key, value in evaluation.record.items() if key != "seconds"}
+    return replace(evaluation, record=record)
 
 
 def _check_shift(evaluation: Evaluation, settings: EvaluationSettings) -> None:

@@ -144,6 +144,7 @@ def merge(
     attack_steps: int = 2,
     buffers: str = "average",
     calibrate_samples: int = 10_000,
+    calibrate_threat: ThreatModel | str | None = None,
     allow_leakage: bool = False,
     network: nn.Module | None = None,
     device: torch.device | str = "auto",
@@ -163,11 +164,12 @@ def merge(
             ancestor, if its file is next to an ingredient. The buffer policy "base" takes its
             statistics.
         data: Training split that fisher and regmean measure on, and the recalibrating policies.
-        threat: Threat model of fisher, regmean and the policy "recalibrate-adversarial".
+        threat: Threat model of fisher and regmean.
         attack_steps: APGD steps of these attacks.
         buffers: Policy for BatchNorm's running statistics, as in `mix`; "average" averages them
             with the weights.
         calibrate_samples: Maximum number of samples that the recalibrating policies measure on.
+        calibrate_threat: Threat model of the policy "recalibrate-adversarial"; by default `threat`.
         allow_leakage: Accept ingredients that were trained on another split of `data`.
         network: The network, if the ingredients do not record theirs; not changed.
         device: Where to attack and to measure.
@@ -191,7 +193,8 @@ def merge(
     opened = open_ingredients(ingredients, network)
     check_merge(entry, len(opened), settings, data=data, threat=threat)
     coefficients = _take_weights(entry, weights, opened)
-    policy = check_buffer_policy(buffers, data, threat)
+    calibrate_threat = threat if calibrate_threat is None else ThreatModel.parse(calibrate_threat)
+    policy = check_buffer_policy(buffers, data, calibrate_threat)
     if policy.name == "tracked":
         raise RequestError('merge: buffers "tracked": only learned soups have tracked statistics')
     source = _find_base(entry, opened, base)
@@ -210,7 +213,9 @@ def merge(
         resolve_precision(precision, place),
         seed,
     )
-    calibration = Calibration(data, calibrate_samples, threat, attack_steps, inputs.precision, seed)
+    calibration = Calibration(
+        data, calibrate_samples, calibrate_threat, attack_steps, inputs.precision, seed
+    )
     run_method: MergeMethod = entry.load() if isinstance(method, str) else method
     merged = run_method(inputs)
     request = BufferRequest(policy, base, calibration, network, place)
