@@ -148,7 +148,7 @@ def time_task(task: Task, rounds: int) -> None:
 
     for _ in range(rounds):
         for precision in PRECISIONS:
-            attack = partial(rs.evaluate, task.network, task.split, [task.threat])
+            attack = partial(rs.evaluate, task.network, task.split, [task.threat], device="cpu")
             name = f"robustsoup, {precision}"
             before = time_bare_image(task, precision, sizes[precision])
             verdicts = record(name, partial(attack, steps=task.steps, precision=precision))

@@ -1,5 +1,6 @@
 """Every script under benchmarks/ runs in its small form."""
 
+import ast
 import json
 import os
 import subprocess
@@ -27,6 +28,9 @@ LIBRARIES = ("common",)
 FAMILIES = sorted(set(RECIPES.glob("[!_]*.toml")) - set(RECIPES.glob("choosing_*.toml")))
 """Recipes of two cores, less those for `surrogate.py --small`, which runs one of them."""
 LINUX_ONLY = ("learning_memory", "memory")
+ON_CPU = ("attack", "exchanged_bytes", "grid", "learning", "learning_memory", "strong")
+"""Scripts that compare with CPU code or count on CPUs, and call functions that take a device."""
+TAKE_A_DEVICE = ("rs.evaluate", "rs.learn", "rs.search", "rs.train")
 
 
 def run_script(path, *arguments, cache, timeout=600):
@@ -69,6 +73,22 @@ def test_it_runs_small_and_prints_the_machine_and_a_ratio(name, cache):
     assert done.returncode == 0, done.stderr
     assert "threads on" in done.stdout
     assert "|---|" in done.stdout or " x as fast" in done.stdout
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_it_stays_on_the_cpu_on_a_machine_with_a_gpu(name):
+    tree = ast.parse((BENCHMARKS / f"{name}.py").read_text(encoding="utf-8"))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for called in (node.func, *node.args)  # or partial(rs.evaluate, ...)
+        if ast.unparse(called) in TAKE_A_DEVICE
+    ]
+    assert calls
+    for call in calls:
+        devices = [word.value for word in call.keywords if word.arg == "device"]
+        assert [ast.literal_eval(device) for device in devices] == ["cpu"], ast.unparse(call)
 
 
 @pytest.mark.slow
