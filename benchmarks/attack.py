@@ -46,7 +46,7 @@ from robustsoup.device import autocast, resolve_precision
 
 PASS_SIZES = (16, 32, 64)
 PEER_BATCH = 125
-"""Batch size at which pyautoattack was fastest (docs/benchmarks.md)."""
+"""Batch size at which pyautoattack was fastest for a ResNet-9 on another processor."""
 PRECISIONS = sorted({"float32", resolve_precision("auto", CPU)}, reverse=True)
 RESNET9 = replace(FULL, pretrain_epochs=4)
 TINY = Workload("cifar10", "common:two_convolutions", LINF, 3, 1, None)

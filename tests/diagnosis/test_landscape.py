@@ -135,7 +135,9 @@ def test_names_are_fitted_as_mix_fits_them(three):
     first, *others = three
     renamed = [{f"module.{name}": t for name, t in item.tensors.items()} for item in others]
     items = [first, *map(Checkpoint, renamed)]
-    grid = landscape_module.open_plane(items, DIGITS.val, LandscapeSettings(samples=2))
+    grid = landscape_module.open_plane(
+        items, DIGITS.val, LandscapeSettings(samples=2, buffers="base")
+    )
     assert grid.plane == plane_through(three)
 
 
