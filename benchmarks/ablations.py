@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import T95, run_recipe_small
+from common import half_interval, run_recipe_small
 from matplotlib import rc_context
 
 import robustsoup as rs
@@ -78,11 +78,9 @@ class SeedRun:
 
 def format_difference(values: Sequence[float]) -> str:
     """Return the mean and half the 95 % interval of Student's t over the seeds."""
-    n = len(values)
-    if n == 1:
+    if len(values) == 1:
         return f"{values[0]:+.1f}"
-    half = T95[n] * statistics.stdev(values) / math.sqrt(n)
-    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
+    return f"{statistics.mean(values):+.1f} ± {half_interval(values):.1f}"
 
 
 def format_range(values: Sequence[float], digits: int = 1) -> str:

@@ -3,17 +3,18 @@
     python benchmarks/claims.py [--every] RUN_DIR [RUN_DIR ...]
     python benchmarks/claims.py --small
 
-Prints the tables of docs/results.md. Folders of one recipe with several seeds are combined. The
-best network is chosen on val (on test under the paper's protocol) and measured on test. For one
-seed, intervals are percentile bootstraps over the test samples with 5,000 draws, which all networks
-of a folder share, so that differences are paired. For several seeds, intervals are Student's t over
-the seeds. All intervals are 95 %, in points. A gap is robust accuracy minus that of a straight line
-between two networks at the same clean accuracy. --small runs tiny recipes on digits first.
+Prints the tables of docs/results.md. Folders of one recipe with several seeds are combined, except
+in the tables of lines and planes, of which each seed has its own. The best network is chosen on val
+(on test under the paper's protocol) and measured on test. For one seed, intervals are percentile
+bootstraps over the test samples with 5,000 draws, which all networks of a folder share, so that
+differences are paired. For several seeds, intervals are Student's t over the seeds. All intervals
+are 95 %, in points. A gap is robust accuracy minus that of a straight line between two networks at
+the same clean accuracy. --small runs tiny recipes on digits first.
 """
 
 import argparse
+import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import T95, run_recipe_small
+from common import half_interval, run_recipe_small
 
 from robustsoup.reports.convexity import survey_loss
 
@@ -140,9 +141,7 @@ def format_interval(draws: list[np.ndarray], *, sign: bool = True) -> str:
         return f"{estimates[0]:{plus}.1f} [{low:{plus}.1f}, {high:{plus}.1f}]"
     if not np.isfinite(estimates).all():
         return "-"
-    n = len(estimates)
-    half = T95[n] * statistics.stdev(estimates) / math.sqrt(n)
-    return f"{statistics.mean(estimates):{plus}.1f} ± {half:.1f}"
+    return f"{statistics.mean(estimates):{plus}.1f} ± {half_interval(estimates):.1f}"
 
 
 def table_head(*columns: str) -> str:
@@ -189,10 +188,9 @@ def fit_quadratic(rows: Sequence[Row], values: Sequence[float]) -> float:
 
 
 def line_tables(runs: list[RunResults]) -> Iterator[str]:
-    """Figure 4: the gap above each line, at the point with the largest gap on val."""
-    run = runs[0]
-    for threat in run.threats:
-        yield f"\n**{run.results['name']}, {threat}**\n"
+    """Figure 4: the gap above each line, at the point with the largest gap on val, by seed."""
+    for run, threat in itertools.product(runs, runs[0].threats):
+        yield f"\n**{run.results['name']}, {threat}** (seed {run.results['recipe']['seed']})\n"
         yield table_head(
             "to",
             "clean",
@@ -291,10 +289,9 @@ def span_table(runs: list[RunResults], threat: str) -> Iterator[str]:
         yield f"| {soup} | {' | '.join(cells)} |"
 
 
-def plane_table(runs: list[RunResults]) -> Iterator[str]:
-    """Figure 7: whether the robust loss is convex on planes."""
-    run = runs[0]
-    yield f"\n**{run.results['name']}**\n"
+def plane_table(run: RunResults) -> Iterator[str]:
+    """Figure 7: whether the robust loss is convex on the planes of a run."""
+    yield f"\n**{run.results['name']}** (seed {run.results['recipe']['seed']})\n"
     yield table_head(
         "plane",
         "loss, least to most",
@@ -341,7 +338,7 @@ def print_tables(folders: Sequence[Path], *, every: bool) -> None:
         if runs[0].rows_by_section("learned") and runs[0].rows_by_section("grid"):
             lines += learned_tables(runs, every=every)
         if runs[0].results.get("planes"):
-            lines += plane_table(runs)
+            lines += itertools.chain.from_iterable(map(plane_table, runs))
         print("\n".join(lines))
 
 

@@ -6,6 +6,7 @@ it works; its times are then meaningless.
 """
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,8 +30,8 @@ from robustsoup.files import cache_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "two_cores"
 LINF = rs.ThreatModel("Linf", 8 / 255)
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Quantile of Student's t for a 95 % interval, by number of seeds."""
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t for a 95 % interval, of 2 to 10 seeds."""
 CPU = torch.device("cpu")
 
 
@@ -247,6 +248,14 @@ def freeze(network: nn.Module) -> nn.Module:
 def channels_last(tensor: Tensor) -> Tensor:
     """Return the tensor in channels_last memory format."""
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Return half the 95 % interval of Student's t around the mean of 2 to 10 values."""
+    n = len(values)
+    if not 2 <= n <= len(T95) + 1:
+        sys.exit(f"got {n} seeds, expected 2 to {len(T95) + 1}")
+    return T95[n - 2] * statistics.stdev(values) / math.sqrt(n)
 
 
 class StepTimer:

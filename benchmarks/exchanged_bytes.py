@@ -21,9 +21,10 @@ def count_step(work: str, network: torch.nn.Module, data: rs.Split, ingredients:
     checkpoint = rs.Checkpoint.of(network)
     before = distributed.exchanged_bytes()
     if work == "train":
-        rs.train(network, data, **settings)
+        rs.train(network, data, device="cpu", **settings)
     else:
-        rs.learn([checkpoint] * ingredients, data, detach=0.0, network=network, **settings)
+        ends = [checkpoint] * ingredients
+        rs.learn(ends, data, detach=0.0, network=network, device="cpu", **settings)
     return (distributed.exchanged_bytes() - before) / STEPS
 
 

@@ -139,11 +139,18 @@ def main() -> None:
         common = {"threat": LINF, "epochs": 1, "batch_size": batch, "schedule": "constant"}
 
         def train(timer: StepTimer) -> None:
-            rs.train(paths[0], data, lr=0.01, on_progress=timer, **common)
+            rs.train(paths[0], data, lr=0.01, device="cpu", on_progress=timer, **common)
 
         def learn(timer: StepTimer, count: int, place: str) -> None:
-            chosen = paths[:count]
-            rs.learn(chosen, data, place=place, allow_leakage=True, on_progress=timer, **common)
+            rs.learn(
+                paths[:count],
+                data,
+                place=place,
+                allow_leakage=True,
+                device="cpu",
+                on_progress=timer,
+                **common,
+            )
 
         def step_stacked(timer: StepTimer, soup: StackedSoup) -> None:
             for number in range(steps + 1):

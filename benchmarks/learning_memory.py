@@ -63,9 +63,9 @@ def run_child(kind: str, folder: Path, batch: int, steps: int, limit: int) -> No
 
     def work() -> None:
         if kind == "train":
-            rs.train(paths[0], data, lr=0.01, **common)
+            rs.train(paths[0], data, lr=0.01, device="cpu", **common)
         elif kind == "learn":
-            rs.learn(paths, data, place="files", allow_leakage=True, **common)
+            rs.learn(paths, data, place="files", allow_leakage=True, device="cpu", **common)
         else:
             soup = StackedSoup(paths, resolve_precision("auto", CPU))
             for x, y in zip(data.images.split(batch), data.labels.split(batch), strict=True):

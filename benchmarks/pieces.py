@@ -7,10 +7,11 @@
 Each call fills the store from the parts that the last one packed, lets `robustsoup run` go on for
 some minutes, ends it as Ctrl-C would, and packs what the next call needs: finished steps and the
 state of the unfinished one, in files of at most 15 MiB. Networks that take seconds to make again
-(plain mixes) are left out. `robustsoup plan RECIPE --device h100` says how many pieces of ten
-minutes a recipe takes. Options that it does not know are handed to `robustsoup run`. The exit code
-is that of the run, or 75 if it is not finished. --small runs a recipe on digits in two pieces and
-at once, and compares the verdicts.
+(plain mixes) are left out. Ctrl-C or SIGTERM ends a piece early, which packs all the same.
+`robustsoup plan RECIPE --device h100` says how many pieces of ten minutes a recipe takes. Options
+that it does not know are handed to `robustsoup run`. The exit code is that of the run, or 75 if it
+is not finished. --small runs a recipe on digits in two pieces and at once, and compares the
+verdicts.
 """
 
 import argparse
@@ -50,19 +51,24 @@ def is_packed(path: Path, store: Store) -> bool:
 
 
 def pack(store: Store, folder: Path) -> list[Path]:
-    """Write the files of the store that the next piece needs, as parts of one archive."""
+    """Write the files of the store that the next piece needs, as parts of one archive.
+
+    Earlier parts stay until all new ones are written.
+    """
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
         for path in sorted(store.root.rglob("*")):
             if path.is_file() and is_packed(path, store):
                 tar.add(path, path.relative_to(store.root))
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("part-*"):
+    written: list[Path] = []
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for begin in range(0, archive.tell(), PART_BYTES):
+            written.append(Path(temporary) / f"part-{len(written):03}")
+            written[-1].write_bytes(archive.getbuffer()[begin : begin + PART_BYTES])
+        parts = [part.replace(folder / part.name) for part in written]
+    for earlier in {*folder.glob("part-*")} - {*parts}:
         earlier.unlink()
-    parts = []
-    for begin in range(0, archive.tell(), PART_BYTES):
-        parts.append(folder / f"part-{len(parts):03}")
-        parts[-1].write_bytes(archive.getbuffer()[begin : begin + PART_BYTES])
     return parts
 
 
@@ -77,7 +83,10 @@ def unpack(folder: Path, store: Store) -> None:
 
 
 def run_for(minutes: float | None, arguments: Sequence[str], store: Store) -> int:
-    """Run `robustsoup run` for some minutes; return its exit code, or UNFINISHED."""
+    """Run `robustsoup run` for some minutes; return its exit code, or UNFINISHED.
+
+    An interrupt ends the run in good order before it is raised again.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "robustsoup", "run", *arguments],
         env=os.environ | {"ROBUSTSOUP_STORE": str(store.root)},
@@ -88,6 +97,10 @@ def run_for(minutes: float | None, arguments: Sequence[str], store: Store) -> in
         process.terminate()
         code = process.wait()
         return UNFINISHED if code == TERMINATED else code
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def run_piece(
@@ -98,13 +111,18 @@ def run_piece(
     unpack_from: Path | None = None,
     pack_to: Path | None = None,
 ) -> int:
-    """Run one piece, and return its exit code; without `minutes`, run to the end."""
+    """Run one piece, and return its exit code; without `minutes`, run to the end.
+
+    What is finished is packed even if the run is interrupted.
+    """
     if unpack_from:
         unpack(unpack_from, store)
-    code = run_for(minutes, arguments, store)
-    if pack_to:
-        parts = pack(store, pack_to)
-        print(f"{pack_to}: files of at most {PART_BYTES // 2**20} MiB: {len(parts)}")
+    try:
+        code = run_for(minutes, arguments, store)
+    finally:
+        if pack_to:
+            parts = pack(store, pack_to)
+            print(f"{pack_to}: files of at most {PART_BYTES // 2**20} MiB: {len(parts)}")
     if code == UNFINISHED:
         print("not finished: run the next piece")
     return code
@@ -149,9 +167,13 @@ def main() -> int:
     if options.recipe is None or options.output is None:
         parser.error("a recipe and -o are required")
     arguments = [str(options.recipe), "-o", str(options.output), *arguments]
-    return run_piece(
-        arguments, Store(), options.minutes, unpack_from=options.unpack, pack_to=options.pack
-    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_piece(
+            arguments, Store(), options.minutes, unpack_from=options.unpack, pack_to=options.pack
+        )
+    except KeyboardInterrupt:
+        return UNFINISHED
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import robustsoup as rs
 LAYOUTS = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 1": (2, 1), "3 x 1": (3, 1)}
 """Processes and threads of each."""
 SMALL_LAYOUTS = ("1 x 1", "2 x 1")
+ON_CPU = ("--device", "cpu", "--threads", 1)
 TIMES = ("created", "seconds", "digest", "digests", "files", "inputs")
 """Keys of results.json that differ between equal runs."""
 RECIPE = """
@@ -81,7 +82,7 @@ def time_layouts(folder: Path, *, small: bool) -> None:
     data, model, samples, steps = ("digits", "resnet9:width=4", 100, 5)
     if not small:
         data, model, samples, steps = (save_quarter(folder), "resnet9:width=16", 500, 100)
-    threat = ("--data", data, "--threat", "Linf 8/255")
+    threat = ("--data", data, "--threat", "Linf 8/255", "--device", "cpu")
     fitted = (*threat, "--epochs", 1, "--precision", "float32")
     attack = (*threat, "--samples", samples, "--steps", steps, "--precision", "float32")
     trains = ("train", "--model", model, *fitted, "--lr", 0.1, "-o")
@@ -143,7 +144,7 @@ def print_bytes(folder: Path, *, small: bool) -> None:
 def run_recipe(folder: Path, name: str, words: tuple[str, ...], *, kill: bool = False) -> float:
     """Run the recipe into a store of its own and return the seconds."""
     store = folder / f"{name}.store"
-    command = ["robustsoup", "run", "scale.toml", "--threads", 1, "-o", name, *words]
+    command = ["robustsoup", "run", "scale.toml", *ON_CPU, "-o", name, *words]
     started = time.perf_counter()
     process = start(folder, command, ROBUSTSOUP_STORE=str(store), RAY_USAGE_STATS_ENABLED="0")
     if kill:
@@ -156,7 +157,7 @@ def run_recipe(folder: Path, name: str, words: tuple[str, ...], *, kill: bool = 
 
 def predict_seconds(folder: Path) -> tuple[float, float]:
     """Return the seconds that `plan` predicts for the recipe in one process and in two."""
-    command = ["robustsoup", "plan", "scale.toml", "--threads", 1, "--devices", 2, "--json"]
+    command = ["robustsoup", "plan", "scale.toml", *ON_CPU, "--devices", 2, "--json"]
     plan = json.loads(finish(start(folder, command), folder))
     return plan["seconds"], plan["prediction"]["seconds"]
 

@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from common import LINF, Workload, describe_machine, freeze, parse_arguments
@@ -92,16 +93,11 @@ def count_broken_by(evaluation: rs.Evaluation, threat: str) -> str:
 def compare(case: Case, options: argparse.Namespace) -> None:
     """Run both attacks on one network, and print a row of the table."""
     threat, chosen = str(case.threat), {"masking_check": False, "seed": options.seed}
+    attack = partial(rs.evaluate, case.network, case.split, [threat], device="cpu", **chosen)
     short = {"steps": 5, "n_queries": 20} if options.small else {}
-    ours, our_seconds = time_attack(
-        lambda: rs.evaluate(
-            case.network, case.split, [threat], attack="strong", precision="auto", **short, **chosen
-        )
-    )
+    ours, our_seconds = time_attack(lambda: attack(attack="strong", precision="auto", **short))
     referee = "apgd" if options.small else "autoattack"
-    theirs, their_seconds = time_attack(
-        lambda: rs.evaluate(case.network, case.split, [threat], attack=referee, **chosen)
-    )
+    theirs, their_seconds = time_attack(lambda: attack(attack=referee))
     robust = [evaluation.threats[threat].robust for evaluation in (ours, theirs)]
     missed, gained = (int((a & ~b).sum()) for a, b in (robust, robust[::-1]))
     columns = [

@@ -1,5 +1,6 @@
 """Every script under benchmarks/ runs in its small form."""
 
+import ast
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pieces
 import pytest
-from claims import RunResults, format_interval
+from ablations import format_difference
+from claims import RunResults, format_interval, line_tables, plane_table
 from common import RECIPES, run_recipe_small
 from fine_tunes import draw_on_line
 from gpu import SECTIONS
@@ -28,6 +31,9 @@ LIBRARIES = ("common",)
 FAMILIES = sorted(set(RECIPES.glob("[!_]*.toml")) - set(RECIPES.glob("choosing_*.toml")))
 """Recipes of two cores, less those for `surrogate.py --small`, which runs one of them."""
 LINUX_ONLY = ("learning_memory", "memory")
+ON_CPU = ("attack", "exchanged_bytes", "grid", "learning", "learning_memory", "strong")
+"""Scripts that compare with CPU code or count on CPUs, and call functions that take a device."""
+TAKE_A_DEVICE = ("rs.evaluate", "rs.learn", "rs.search", "rs.train")
 
 
 def run_script(path, *arguments, cache, timeout=600):
@@ -70,6 +76,22 @@ def test_it_runs_small_and_prints_the_machine_and_a_ratio(name, cache):
     assert done.returncode == 0, done.stderr
     assert "threads on" in done.stdout
     assert "|---|" in done.stdout or " x as fast" in done.stdout
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_it_stays_on_the_cpu_on_a_machine_with_a_gpu(name):
+    tree = ast.parse((BENCHMARKS / f"{name}.py").read_text(encoding="utf-8"))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for called in (node.func, *node.args)  # or partial(rs.evaluate, ...)
+        if ast.unparse(called) in TAKE_A_DEVICE
+    ]
+    assert calls
+    for call in calls:
+        devices = [word.value for word in call.keywords if word.arg == "device"]
+        assert [ast.literal_eval(device) for device in devices] == ["cpu"], ast.unparse(call)
 
 
 @pytest.mark.slow
@@ -233,6 +255,85 @@ def test_verdicts_of_another_attack_take_the_place_of_the_runs_own(tmp_path):
     (autoattack / "a-0.5.test.json").write_text('{"threats": ["L2 0.5"]}', encoding="utf-8")
     with pytest.raises(SystemExit, match=r"under L2 0\.5, expected Linf 8/255"):
         RunResults(tmp_path, autoattack).draw_accuracy("a-0.5", "clean")
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """A store with a file of two parts, and the folder that its parts are packed into."""
+    monkeypatch.setattr(pieces, "PART_BYTES", 4096)
+    state = tmp_path / "store" / "ab" / "abcd" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(np.random.default_rng(0).bytes(6000))
+    return pieces.Store(tmp_path / "store"), tmp_path / "parts"
+
+
+def test_a_full_disk_leaves_the_earlier_parts(packed, monkeypatch):
+    store, folder = packed
+    earlier = {path: path.read_bytes() for path in pieces.pack(store, folder)}
+    assert len(earlier) == 2
+    write = Path.write_bytes
+
+    def write_first(path, content):
+        if path.name != "part-000":
+            raise OSError("no space left on device")
+        return write(path, content)
+
+    (store.root / "ab" / "abcd" / "state.pt").write_bytes(np.random.default_rng(1).bytes(5000))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_first)
+        with pytest.raises(OSError, match="no space"):
+            pieces.pack(store, folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == earlier
+    (store.root / "ab" / "abcd" / "state.pt").write_bytes(b"short")
+    assert pieces.pack(store, folder) == list(folder.iterdir()) == [folder / "part-000"]
+
+
+def test_an_interrupted_piece_ends_its_run_and_packs(packed, monkeypatch):
+    store, folder = packed
+    calls = []
+
+    class Process:
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self, _timeout=None):
+            calls.append("wait")
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return 130
+
+        def terminate(self):
+            calls.append("terminate")
+
+    monkeypatch.setattr(pieces.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.run_piece([], store, 1, pack_to=folder)
+    assert calls == ["wait", "terminate", "wait"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_every_seed_has_its_tables_of_lines_and_planes():
+    runs = [
+        SimpleNamespace(
+            results={"name": "wise-ft", "recipe": {"seed": seed}, "planes": []},
+            threats=["Linf 8/255"],
+            rows_by_section=lambda role: {},
+        )
+        for seed in (3, 5)
+    ]
+    lines = [*line_tables(runs), *(text for run in runs for text in plane_table(run))]
+    titles = [line.strip() for line in lines if "**" in line]
+    assert titles == [
+        *(f"**wise-ft, Linf 8/255** (seed {seed})" for seed in (3, 5)),
+        *(f"**wise-ft** (seed {seed})" for seed in (3, 5)),
+    ]
+
+
+def test_ten_seeds_have_an_interval_and_eleven_a_message():
+    assert format_difference([0.0, 1.0] * 5) == "+0.5 ± 0.4"
+    assert format_interval([np.array([0.0, value]) for value in range(6)]) == "+2.5 ± 2.0"
+    with pytest.raises(SystemExit, match="got 11 seeds, expected 2 to 10"):
+        format_difference([0.0] * 11)
 
 
 def test_an_interval_that_is_not_defined_is_a_dash():

@@ -16,8 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.fitting import fit_names
 from robustsoup.checkpoints.wrapping import soup_ending
+from robustsoup.diagnosis.check import check
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError
 from robustsoup.models import load_model
+from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.mixing import mix
 
 
@@ -142,6 +144,29 @@ def test_a_built_in_network_takes_files_without_constants_of_normalisation(tmp_p
     assert torch.equal(named.network()(x), filled((x - 0.5) / 0.25))
     soup = mix([named, named], [0.5, 0.5]).save(tmp_path / "soup.pth")
     assert set(torch.load(soup)["net"]) == set(prefixed(prefix, foreign))
+
+
+@pytest.mark.parametrize("first", ["base.pth", "tuned.safetensors"])
+def test_a_foreign_file_mixes_with_a_network_fine_tuned_from_it(tmp_path, first):
+    """The fine-tuned one has constants of normalisation that change nothing."""
+    base, tuned, other = (
+        load_model("resnet9:width=2", mean=[mean] * 3, std=[1.0] * 3, seed=seed)
+        for seed, mean in enumerate((0.0, 0.0, 0.5))
+    )
+    foreign = {n: t for n, t in base.state_dict().items() if not n.startswith("normalize.")}
+    torch.save(prefixed("module.", foreign), tmp_path / "base.pth")
+    Checkpoint.of(tuned).save(tmp_path / "tuned.safetensors")
+    files = sorted([tmp_path / "base.pth", tmp_path / "tuned.safetensors"])
+    files = files if files[0].name == first else files[::-1]
+    soup = mix(files, [0.5, 0.5])
+    assert set(soup.tensors) == set(foreign if first == "base.pth" else base.state_dict())
+    expected = mix([Checkpoint.of(base), Checkpoint.of(tuned)], [0.5, 0.5])
+    for name, tensor in soup.tensors.items():
+        assert torch.equal(tensor, expected.tensors[name])
+    assert check(files).differences == {}
+    assert list(describe_differing_constants([Checkpoint.load(path) for path in files])) == []
+    with pytest.raises(IngredientMismatch, match=r"normalize\.mean"):
+        mix([tmp_path / "base.pth", other], [0.5, 0.5])
 
 
 def test_a_file_must_have_both_constants_of_normalisation_or_none():

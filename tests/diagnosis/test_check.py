@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from trained_seed import trained_seed
 
 from robustsoup.attacks.losses import ce
@@ -365,6 +366,38 @@ def test_an_ancestor_whose_file_is_elsewhere_is_named(tmp_path, related):
     assert "--base" in warning
 
 
+@pytest.fixture
+def descendants(tmp_path):
+    """A function that saves a base and returns two checkpoints beside it whose records name it."""
+
+    def make(base):
+        base.save(tmp_path / "base.safetensors")
+        parents = [{"digest": base.digest, "file": "base.safetensors"}]
+        return [
+            replace(small_network(seed).with_provenance(parents=parents), path=tmp_path / str(seed))
+            for seed in (1, 2)
+        ]
+
+    return make
+
+
+def test_a_base_in_half_precision_is_used(descendants, tmp_path):
+    items = descendants(convert_floats(small_network(), torch.bfloat16))
+    path = tmp_path / "base.safetensors"
+    for named in (None, path):
+        result = check(items, base=named)
+        assert result.geometry.base == str(path)
+        assert result.warnings == []
+
+
+def test_an_ancestor_of_another_network_is_named_without_advice(descendants):
+    base = small_network()
+    result = check(descendants(replace_tensors(base, {"3.bias": torch.zeros(100)})))
+    (warning,) = result.warnings
+    assert "base.safetensors, but it is another network" in warning
+    assert "--base" not in warning
+
+
 def test_the_base_itself_has_no_cosine(folder, related):
     result = check([folder / "base.safetensors", *related])
     assert [pair.cosine is None for pair in result.pairs] == [True, True, False]
@@ -397,6 +430,17 @@ def test_all_differences_are_listed_and_nothing_is_mixed(related):
     assert (result.pairs, result.measured) == ([], 0)
     assert "4 tensors differ" in result.problems[0]
     assert str(related[0]) in result.problems[0]
+
+
+def test_names_are_fitted_as_mix_fits_them(tmp_path):
+    model = load_model("resnet9:width=2", channels=1)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    torch.save(AveragedModel(model).state_dict(), tmp_path / "b.pth")
+    a, b = tmp_path / "a.pth", tmp_path / "b.pth"
+    result = check([a, b], base=b)
+    assert result.differences == {}
+    assert result.pairs[0].distance == 0
+    assert result.geometry.base == str(b)
 
 
 def test_the_text_lists_ten_differences_and_counts_the_rest():
@@ -604,5 +648,19 @@ def test_the_command_exits_with_3_for_independent_networks(folder, related, caps
 def test_the_command_without_data_says_what_was_not_measured(related, capsys):
     assert run_check(*related) == 0
     assert "judging by their weights; --data" in capsys.readouterr().out
-    assert run_check(*related, "--threat", LINF) == 2
-    assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "required"),
+    [
+        (("--threat", LINF), "--data"),
+        (("--model", "resnet9"), "--data"),
+        (("--samples", 9), "--data"),
+        (("--pairs", 2), "--data"),
+        (("--image-size", 8), "--data"),
+        (("--granularity", "module", "--data", "digits"), "--layers"),
+    ],
+)
+def test_the_command_refuses_options_that_nothing_reads(options, required, capsys):
+    assert run_check("a.safetensors", "b.safetensors", *options) == 2
+    assert f"{options[0]}: requires {required}" in capsys.readouterr().err

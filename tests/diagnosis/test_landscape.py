@@ -18,6 +18,7 @@ from robustsoup.diagnosis.landscape import Landscape, WeightPlane, landscape, pl
 from robustsoup.errors import CheckpointError, CoefficientError, RequestError
 from robustsoup.models import NetworkSettings, load_model
 from robustsoup.reports.planes import load_plane
+from robustsoup.settings import LandscapeSettings
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
@@ -128,6 +129,16 @@ def test_three_networks_on_one_line_are_an_error(rows):
 def test_a_plane_needs_three_checkpoints():
     with pytest.raises(CoefficientError, match="got 2 checkpoints, expected 3"):
         plane_through(vector_checkpoints([0.0], [1.0]))
+
+
+def test_names_are_fitted_as_mix_fits_them(three):
+    first, *others = three
+    renamed = [{f"module.{name}": t for name, t in item.tensors.items()} for item in others]
+    items = [first, *map(Checkpoint, renamed)]
+    grid = landscape_module.open_plane(
+        items, DIGITS.val, LandscapeSettings(samples=2, buffers="base")
+    )
+    assert grid.plane == plane_through(three)
 
 
 def test_a_point_has_the_losses_of_its_mix(three):

@@ -33,7 +33,7 @@ from robustsoup.training.objectives import Objective, mixed
 CPU = torch.device("cpu")
 
 
-def make_run(items, network, granularity="parameter"):
+def make_run(items, network, granularity="parameter", dial=None):
     """Return a learning run before its first step."""
     settings = LearnSettings(
         threat=LINF,
@@ -45,6 +45,7 @@ def make_run(items, network, granularity="parameter"):
         detach=0.5,
         granularity=granularity,
         precision="float32",
+        dial=dial,
     )
     inputs = LearningInputs(items, DATA, None, network, None, "memory", CPU)
     return LearningRun(inputs, settings)
@@ -68,6 +69,13 @@ def mix_in_graph(net, items, alpha):
         for name, row in alpha.items()
     }
     return ce(functional_call(net.train(), theta, (x,)), y).mean()
+
+
+@pytest.mark.parametrize("by", [None, "objective", "eps"])
+def test_the_attack_is_not_recorded_where_its_radius_changes(by):
+    net, items = small_ingredients(2)
+    run = make_run(items, net, dial=by and DialSettings(by=by))
+    assert (run.replayed_attack is None) == (by == "eps")
 
 
 # gradients

@@ -19,6 +19,7 @@ from robustsoup.checkpoints.adapters import (
 )
 from robustsoup.checkpoints.fitting import (
     NamesFit,
+    find_neutral_constants,
     fit_names,
     has_no_values,
     has_other_shape,
@@ -436,11 +437,23 @@ class Checkpoint:
         return replace(self, notes=(*self.notes, note), as_read=self.as_read or self)
 
     def with_names_like(self, other: "Checkpoint") -> "Checkpoint":
-        """Fit the names to those of another checkpoint, if only integers are set aside for it."""
-        renamed = self._with_names_of(other.tensors)
+        """Fit the names to those of another checkpoint, if no weight is set aside for it.
+
+        Constants of normalisation that change nothing, such as those of a network that was
+        fine-tuned from a file without any, are set aside or added.
+        """
+        neutral = find_neutral_constants(other.tensors)
+        if any(name.endswith(tuple(neutral)) for name in self.tensors):
+            neutral.clear()  # it has constants itself
+        expected = {name: t for name, t in other.tensors.items() if name not in neutral}
+        renamed = self._with_names_of(expected)
         left = () if renamed is self or renamed.wrapping is None else renamed.wrapping.beside
-        kept = [name for name in left if self._holds_weight(name)]
-        return self if kept else renamed
+        if any(self._holds_weight(name) for name in left):
+            return self
+        if not neutral or not _have_same_names(renamed.tensors, expected):
+            return renamed
+        tensors = {**renamed.tensors, **neutral}
+        return replace(renamed, tensors=tensors, as_read=self.as_read or self)
 
     def with_dtypes_like(self, other: "Checkpoint") -> "Checkpoint":
         """Convert floating-point tensors to the dtypes of those of the same names in another."""
@@ -457,8 +470,11 @@ class Checkpoint:
 
     def _holds_weight(self, name_in_file: str) -> bool:
         names = {self._name_in_file(name): name for name in self.tensors}
-        tensor = self.tensors.get(names.get(name_in_file, ""))
-        return tensor is not None and is_inexact(tensor)
+        name = names.get(name_in_file, "")
+        tensor = self.tensors.get(name)
+        if tensor is None or name in find_neutral_constants(self.tensors):
+            return False
+        return is_inexact(tensor)
 
     def _with_names_of(
         self, expected: Mapping[str, Tensor], own_names: Mapping[str, str] | None = None

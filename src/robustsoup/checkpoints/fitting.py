@@ -77,6 +77,21 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: owner for name, owner in owners.items() if owner != name}
 
 
+def find_neutral_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return constants of normalisation that change nothing: means of zeros and deviations of ones.
+
+    A network that was fine-tuned from a file without such constants has them.
+    """
+    found: dict[str, Tensor] = {}
+    for name, mean in tensors.items():
+        std = tensors.get(f"{name.removesuffix('.mean')}.std")
+        if not name.endswith(".mean") or std is None or mean.shape != std.shape or mean.dim() != 4:
+            continue
+        if bool((mean == 0).all()) and bool((std == 1).all()):
+            found |= {name: mean, f"{name.removesuffix('.mean')}.std": std}
+    return found
+
+
 def fit_names(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> NamesFit | None:
     """Fit the names of a file to those of a network.
 

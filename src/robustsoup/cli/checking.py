@@ -12,6 +12,7 @@ from robustsoup.cli.options import (
     DataOptions,
     Fields,
     Files,
+    Given,
     NetworkOptions,
     RunOptions,
 )
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from robustsoup.diagnosis.rules import Finding
 
 
+READ_WITH_DATA = (
+    *("model", "normalize", "threat", "samples", "pairs"),
+    *("seed", "data_root", "image_size", "channels"),
+)
+"""Options that only the measurement on data reads."""
+
+
 def check_command(
     checkpoints: Files,
     data: Annotated[
@@ -40,6 +48,7 @@ def check_command(
     ],
     network: NetworkOptions,
     run: RunOptions,
+    given: Given,
     threat: Annotated[
         str, typer.Option(help="Threat model to evaluate under, besides clean inputs.")
     ] = "clean",
@@ -91,6 +100,7 @@ def check_command(
     from robustsoup.diagnosis.check import check
     from robustsoup.models import build_network
 
+    _check_meanings(given, data, layers=layers)
     if layers:
         _check_layers(checkpoints, data)
     run.use_threads()
@@ -99,15 +109,13 @@ def check_command(
         source = load_requested_data(data, network, checkpoints, warn=False)
         context = make_context(source, network, run, checkpoints)
         split, module = source.val, build_network(context.network)
-    elif network.model or network.normalize or threat != "clean":
-        raise RequestError("check: --model, --normalize and --threat require --data")
     opened = open_checkpoints(checkpoints, network.opening)
     with Bar("checking") as bar:
         result = check(
             opened,
             data=split,
             threat=threat,
-            base=base,
+            base=None if base is None else network.opening.open(base),
             samples=samples,
             network=module,
             device=run.device,
@@ -133,6 +141,15 @@ def check_command(
         if layer_map is not None:
             print_layers(layer_map, names)
     return 0 if result.soupable else 3
+
+
+def _check_meanings(given: Given, data: DataOptions, *, layers: bool) -> None:
+    """Raise RequestError for options that nothing would read."""
+    if "granularity" in given and not layers:
+        raise RequestError("--granularity: requires --layers")
+    for name in READ_WITH_DATA:
+        if name in given and not data.data:
+            raise RequestError(f"--{name.replace('_', '-')}: requires --data")
 
 
 def _check_layers(checkpoints: "Sequence[Path]", data: DataOptions) -> None:

@@ -35,6 +35,7 @@ from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.soups.ancestry import common_ancestor
+from robustsoup.soups.mixing import fit_to_own_network
 from robustsoup.threats import ThreatModel
 
 
@@ -178,7 +179,7 @@ def check(
         raise RequestError(
             f"check: got samples {samples}, pairs {pairs}, expected at least 1 of each"
         )
-    opened = [_open_checkpoint(item, network) for item in open_all(checkpoints)]
+    opened = _open_checkpoints(checkpoints, network)
     if not opened:
         raise CheckpointError(
             "check: got no checkpoint, expected at least one; pass the checkpoints to mix"
@@ -186,7 +187,7 @@ def check(
     result = _compare_files(opened)
     if result.differences:
         return result
-    ancestor = _find_ancestor(opened) if base is None else _open_checkpoint(base, network)
+    ancestor = _find_ancestor(opened) if base is None else _open_base(base, opened[0], network)
     result = _add_distances(result, opened, ancestor)
     if data is None:
         return result
@@ -257,20 +258,35 @@ def _add_distances(
     return replace(result, statistics=statistics, geometry=geometry, pairs=pairs, findings=findings)
 
 
-def _open_checkpoint(
-    item: Checkpoint | str | os.PathLike[str], network: nn.Module | None
+def _open_checkpoints(
+    items: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
+) -> list[Checkpoint]:
+    """Open checkpoints in the names of the network, or of the first one, as `mix` does."""
+    opened = open_all(items)
+    if network is None:
+        opened = fit_to_own_network(opened)
+    else:
+        opened = [item.with_parameters_of(network) for item in opened]
+    return [item.with_names_like(opened[0]) for item in opened]
+
+
+def _open_base(
+    base: Checkpoint | str | os.PathLike[str], first: Checkpoint, network: nn.Module | None
 ) -> Checkpoint:
-    """Open a checkpoint; with a network, use its tensor names and its list of parameters."""
-    opened = Checkpoint.open(item)
-    return opened if network is None else opened.with_parameters_of(network)
+    """Open the base in the names and dtypes of the first checkpoint."""
+    opened = Checkpoint.open(base)
+    if network is not None:
+        opened = opened.with_parameters_of(network)
+    return opened.with_names_like(first).with_dtypes_like(first)
 
 
 def _find_ancestor(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     """Find the common ancestor; None if it is another network, such as one with more classes."""
-    ancestor = common_ancestor(checkpoints)
-    if ancestor is None or list_tensor_differences(checkpoints[0], ancestor):
+    first, ancestor = checkpoints[0], common_ancestor(checkpoints)
+    if ancestor is None:
         return None
-    return ancestor
+    ancestor = ancestor.with_names_like(first).with_dtypes_like(first)
+    return None if list_tensor_differences(first, ancestor) else ancestor
 
 
 def build_model(

@@ -13,7 +13,7 @@ from torch import nn
 
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import adapt_network, copy_network
-from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split, to_float
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
@@ -28,7 +28,7 @@ from robustsoup.progress import Progress, SavedState
 from robustsoup.schema import MisfitError, list_of, nullable, number, table, text
 from robustsoup.settings import LandscapeSettings
 from robustsoup.soups.ancestry import check_ingredients
-from robustsoup.soups.mixing import check_buffer_policy, mix
+from robustsoup.soups.mixing import check_buffer_policy, mix, open_ingredients
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.training.adversarial_loss import measure_robust_loss
 
@@ -324,7 +324,7 @@ def open_plane(
     )
     check_buffer_policy(settings.buffers, calibrate_on, settings.threat)
     settings.threat.check_shape(data.images.shape[1:])
-    opened = open_all(checkpoints)
+    opened = open_ingredients(checkpoints, network)
     plane = plane_through(opened)
     subset, source = data.sample(settings.samples, settings.seed), None
     if settings.buffers == "base":

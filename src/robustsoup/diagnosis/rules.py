@@ -12,6 +12,7 @@ from robustsoup.diagnosis.barriers import Curve, Pair
 from robustsoup.diagnosis.geometry import Geometry
 from robustsoup.diagnosis.running_statistics import counter_names
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.batchnorm import running_statistics
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.threats import CLEAN
@@ -169,15 +170,17 @@ def check_constant_buffers(checkpoints: Sequence[Checkpoint]) -> Iterator[Findin
 def check_ancestor(
     checkpoints: Sequence[Checkpoint], geometry: Geometry, pairs: Sequence[Pair]
 ) -> Iterator[Finding]:
-    """Warn if no common ancestor is known, or its file is not available."""
+    """Warn if no common ancestor is known, its file is not available or of another network."""
     if geometry.base is not None or len(checkpoints) == 1:
         return
     ancestor = _recorded_ancestor(checkpoints)
     if ancestor is not None:
+        reason, advice = "its file is not next to the checkpoints", "; pass it with --base"
+        if common_ancestor(checkpoints) is not None:
+            reason, advice = "it is another network", ""
         yield _warning(
-            f"the records name a common ancestor, {ancestor}, but its file is not next to the "
-            "checkpoints, so distances are between weights, not between task vectors; pass it "
-            "with --base"
+            f"the records name a common ancestor, {ancestor}, but {reason}, so distances are "
+            f"between weights, not between task vectors{advice}"
         )
         return
     yield _warning(

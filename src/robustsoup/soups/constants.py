@@ -43,7 +43,9 @@ def describe_differing_constants(
     normalizing: dict[str, list[str]] = {}
     expected = first.provenance.get("network") or {}
     for item in ingredients[1:]:
-        unequal = [n for n in names if not torch.equal(first.tensors[n], item.tensors[n])]
+        # A file may lack constants that change nothing; see `Checkpoint.with_names_like`.
+        shared = [n for n in names if n in item.tensors]
+        unequal = [n for n in shared if not torch.equal(first.tensors[n], item.tensors[n])]
         if unequal:
             differing.setdefault(join_names(unequal, 3), []).append(_short_name(item))
         got = item.provenance.get("network")

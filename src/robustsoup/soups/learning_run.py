@@ -108,7 +108,9 @@ class LearningRun:
         self.alpha_count = 0
         self.steps_per_epoch = max(len(inputs.data) // settings.batch_size, 1)
         self.step, self.t = 0, 0.5
-        self.replayed_attack = ReplayedCall()
+        # A dial by eps draws a new radius every few steps, which a recorded attack cannot follow.
+        by_eps = settings.dial is not None and settings.dial.by == "eps"
+        self.replayed_attack = None if by_eps else ReplayedCall()
         self.loss_sum = torch.zeros((), device=inputs.device, dtype=torch.float32)
         self.history: History = []
         self.best: dict[str, Any] | None = None
