@@ -1,7 +1,9 @@
 """search: the soups of a method, evaluated on one split, in full or screened."""
 
 import itertools
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from robustsoup.soups.grid import grid
 from robustsoup.soups.learned_search import LearnedFamily, threat_slug
 from robustsoup.soups.learning import learn
 from robustsoup.soups.merging import merge
-from robustsoup.soups.mixing import mix
+from robustsoup.soups.mixing import Buffers, mix
 from robustsoup.soups.search import search
 from robustsoup.soups.selection import select, worth_confirming
 from robustsoup.threats import ThreatModel
@@ -832,3 +834,19 @@ def test_adversarial_calibration_is_under_the_first_threat_of_the_search(ends, d
     soup = mix(ends, [0.5, 0.5], buffers=policy, calibrate_on=train, threat="L2 1", seed=0)
     expected = evaluate(soup, data.val.first(20), ["L2 1"], steps=1)
     assert torch.equal(found.chosen.evaluation.margin, expected.margin)
+
+
+def test_statistics_are_measured_under_attack_where_finalists_are_confirmed_too(
+    ingredients, data, monkeypatch
+):
+    threats = []
+
+    def record_threat(soup):
+        threats.append(str(soup.calibration.threat))
+        return Buffers({})
+
+    monkeypatch.setitem(sys.modules, "own_policies", SimpleNamespace(record=record_threat))
+    arguments = {"method": "greedy", "require": [f"{WEAK[0]}>=0"], "samples": 12, "steps": 1}
+    arguments |= {"buffers": "own_policies:record", "masking_check": False}
+    search(ingredients, data.val, WEAK, **arguments)
+    assert set(threats) == set(WEAK)

@@ -67,7 +67,7 @@ from robustsoup.soups.surrogate_search import (
     PredictedSoup,
 )
 from robustsoup.soups.time_limit import TimeLimit
-from robustsoup.threats import ThreatModel, parse_threats
+from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 
 @dataclass(frozen=True, repr=False)
@@ -207,8 +207,9 @@ def search(
     if report_on is not None:
         _check_report(report_on, split)
         check_leakage(opened, report_on, allow=allow_leakage)
-    merging = describe_merging(settings, merge_changes, base, parsed)
-    _check_merging(merging, len(opened), calibrate_on)
+    measure_under = first_attacked(parsed)
+    merging = describe_merging(settings, merge_changes, base)
+    _check_merging(merging, len(opened), calibrate_on, measure_under)
     if not allow_leakage:
         _check_fitting(settings, buffers, calibrate_on, [split, report_on])
     adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
@@ -218,6 +219,7 @@ def search(
         opened,
         steering,
         parsed,
+        measure_under,
         attack,
         buffers,
         calibrate_on,
@@ -449,10 +451,12 @@ def _split_changes(
     return own_changes, {k: v for k, v in changes.items() if k not in names}
 
 
-def _check_merging(merging: Merging | None, n: int, data: Split | None) -> None:
+def _check_merging(
+    merging: Merging | None, n: int, data: Split | None, threat: ThreatModel
+) -> None:
     """Raise RequestError if a merging method lacks what it requires."""
     if merging is not None:
-        entry, threat = SOUP_METHODS.get_entry(merging.method), ThreatModel.parse(merging.threat)
+        entry = SOUP_METHODS.get_entry(merging.method)
         check_merge(entry, n, merging.settings, data=data, threat=threat)
 
 

@@ -36,7 +36,7 @@ from robustsoup.soups.screening import (
     short_attack,
 )
 from robustsoup.soups.selection import Candidate
-from robustsoup.threats import ThreatModel, first_attacked, parse_threats
+from robustsoup.threats import ThreatModel, parse_threats
 
 
 def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
@@ -50,19 +50,17 @@ def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
 
 @dataclass(frozen=True)
 class Merging:
-    """How a search merges: the method, its numbers, the base, and the threat to measure under."""
+    """How a search merges: the method, its numbers and the base."""
 
     method: str
     settings: MergeSettings
     base: Checkpoint | str | os.PathLike[str] | None
-    threat: ThreatModel | str
 
 
 def describe_merging(
     settings: SearchSettings,
     changes: Mapping[str, Any],
     base: Checkpoint | str | os.PathLike[str] | None,
-    threats: Sequence[ThreatModel | str],
 ) -> Merging | None:
     """Return how the method merges; None for a method that lists or learns coefficients."""
     method = settings.method
@@ -71,16 +69,21 @@ def describe_merging(
             raise RequestError(f'search: {given[0]}: has no meaning with method "{method}"')
         return None
     merging = make_settings(MergeSettings, None, changes)
-    return Merging(method, merging, base, first_attacked(threats))
+    return Merging(method, merging, base)
 
 
 @dataclass(frozen=True)
 class SoupEvaluator:
-    """Mixes and evaluates soups; the attributes are the arguments of `search`."""
+    """Mixes and evaluates soups; the attributes are the arguments of `search`.
+
+    `measure_under` is the threat of statistics and merges that are measured under attack. It does
+    not depend on the threats that an evaluation attacks with, so a soup is the same in all of them.
+    """
 
     ingredients: tuple[Checkpoint, ...]
     data: Split
     threats: tuple[ThreatModel | str, ...]
+    measure_under: ThreatModel
     attack: AttackSettings
     buffers: str | None
     calibrate_on: Split | None
@@ -135,7 +138,7 @@ class SoupEvaluator:
                 alpha,
                 buffers=self.buffers,
                 calibrate_on=self.calibrate_on,
-                threat=first_attacked(self.threats),
+                threat=self.measure_under,
                 network=self.network,
                 device=self.device,
                 seed=self.attack.seed,
@@ -147,7 +150,7 @@ class SoupEvaluator:
             merging.settings,
             base=merging.base,
             data=self.calibrate_on,
-            threat=merging.threat,
+            threat=self.measure_under,
             buffers=self.buffers or "average",
             allow_leakage=self.allow_leakage,
             network=self.network,
