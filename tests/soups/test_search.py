@@ -660,6 +660,8 @@ def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
     assert same_evaluation(found.candidates[1].evaluation, expected)
     assert "slerp of equal parts" in found.candidates[1].description
     assert found.candidates[0].ingredient is None
+    for name, tensor in found.make_soup(found.candidates[1]).tensors.items():
+        assert torch.equal(tensor, merged.tensors[name]), name
 
 
 @pytest.mark.parametrize(
@@ -832,6 +834,8 @@ def test_adversarial_calibration_is_under_the_first_threat_of_the_search(ends, d
     policy = "recalibrate-adversarial"
     found = search(ends, data.val, ["clean", "L2 1", THREAT], buffers=policy, **arguments)
     soup = mix(ends, [0.5, 0.5], buffers=policy, calibrate_on=train, threat="L2 1", seed=0)
+    for name, tensor in found.make_soup().tensors.items():
+        assert torch.equal(tensor, soup.tensors[name]), name
     expected = evaluate(soup, data.val.first(20), ["L2 1"], steps=1)
     assert torch.equal(found.chosen.evaluation.margin, expected.margin)
 

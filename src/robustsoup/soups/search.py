@@ -77,19 +77,35 @@ class SearchResult:
     Attributes:
         candidates: All soups that were tried, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
+        evaluator: Mixes and merges soups as the search did.
         predicted: What the surrogate says about every soup; empty for other methods.
         warnings: Doubts about the ingredients, such as constants that differ.
     """
 
     candidates: tuple[Candidate, ...]
     answer: Answer
+    evaluator: SoupEvaluator
     predicted: tuple[PredictedSoup, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate that the answer names; `mix(ingredients, chosen.mixed_by)` makes it."""
+        """The candidate that the answer names; `make_soup()` makes it."""
         return next(item for item in self.candidates if item.name == self.answer.chosen)
+
+    def make_soup(self, candidate: Candidate | None = None) -> Checkpoint:
+        """Make a soup by the method and the buffer policy of the search.
+
+        Args:
+            candidate: One of the candidates; the chosen one if None.
+
+        Returns:
+            The checkpoint that the search evaluated.
+
+        Raises:
+            CheckpointError: If the file of an ingredient is gone or was changed.
+        """
+        return self.evaluator.make_soup((candidate or self.chosen).mixed_by)
 
     def __repr__(self) -> str:
         """Return one line: the number of candidates and the choice."""
@@ -252,7 +268,7 @@ def search(
         evaluation = reporting.evaluate(choice.selection.best.mixed_by)
         answer = with_test(answer, evaluation, split=report_on.name)
     doubts = describe_differing_constants(open_ingredients(opened, network))
-    return SearchResult(tuple(tried.candidates), answer, tried.predicted, tuple(doubts))
+    return SearchResult(tuple(tried.candidates), answer, evaluator, tried.predicted, tuple(doubts))
 
 
 def _open(

@@ -56,7 +56,7 @@ class Candidate:
 
     @property
     def mixed_by(self) -> Alpha | Coefficients:
-        """What `mix` takes to make the soup: coefficients by layer, else `alpha`."""
+        """Coefficients by layer, else `alpha`: what `mix` takes, or the weights of a merge."""
         return self.alpha if self.coefficients is None else self.coefficients
 
     @property

@@ -97,7 +97,7 @@ class SoupEvaluator:
 
     def mix_network(self, alpha: Alpha | Coefficients) -> nn.Module:
         """Return the network with the weights of a soup."""
-        soup = self._make_soup(alpha)
+        soup = self.make_soup(alpha)
         model = soup.network() if self.network is None else copy_network(self.network)
         soup.load_into(model)
         return model
@@ -129,7 +129,7 @@ class SoupEvaluator:
             for name, alpha in alphas
         }
 
-    def _make_soup(self, alpha: Alpha | Coefficients) -> Checkpoint:
+    def make_soup(self, alpha: Alpha | Coefficients) -> Checkpoint:
         """Mix or merge a soup."""
         merging = self.merging
         if merging is None or isinstance(alpha, Coefficients):
