@@ -11,7 +11,7 @@ from trained_seed import trained_seed
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
-from robustsoup.errors import CheckpointError, LeakageError, RequestError
+from robustsoup.errors import CheckpointError, LeakageError, RequestError, RobustsoupError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
@@ -783,12 +783,26 @@ def test_the_soup_learned_without_an_attack_recalibrates_without_one(ends, data)
     assert policies == ["recalibrate", *["recalibrate-adversarial"] * 4]
 
 
-def test_a_policy_that_learning_cannot_take_is_refused_before_any_work(ends, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"affine": True, "buffers": "average"}, "averaged variances can turn negative"),
+        ({"init": "0.2,0.3,0.5"}, "init: got 3 weights, expected 2"),
+        ({"schedule": "linear"}, "schedule: got 'linear'"),
+        ({"granularity": "layer"}, 'granularity: got "layer"'),
+        ({"granularity": "re:nothing"}, "matches no parameter"),
+        ({"early_stop": {"samples": 30}}, "requested 30 samples, expected 1 to 20"),
+        ({"transform": "nowhere:flip"}, "nowhere"),
+    ],
+    ids=str,
+)
+def test_settings_that_learning_cannot_take_are_refused_before_any_work(
+    ingredients, data, monkeypatch, settings, message
+):
     monkeypatch.setattr("robustsoup.soups.soup_evaluator.evaluate", None)
-    settings = LearnSettings(affine=True, buffers="average")
-    arguments = {"method": "learned", "calibrate_on": data.train, "learn_settings": settings}
-    with pytest.raises(RequestError, match="averaged variances can turn negative"):
-        search(ends, data.val, [THREAT], **arguments)
+    arguments = {"method": "learned", "calibrate_on": data.train, "samples": 20}
+    with pytest.raises(RobustsoupError, match=message):
+        search(ingredients, data.val, WEAK, learn_settings=LearnSettings(**settings), **arguments)
 
 
 @pytest.mark.parametrize("method", ["learned", "dial", "all", "fisher", "regmean"])

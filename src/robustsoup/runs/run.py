@@ -1,6 +1,6 @@
 """Run a recipe: plan, execute, confirm screened soups, select, report, write the run folder."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from robustsoup.soups import time_limit
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.goal import check_goal
+from robustsoup.soups.learning import check_network
 from robustsoup.soups.selection import Selection
 from robustsoup.soups.time_limit import Late
 
@@ -139,6 +140,7 @@ def prepare_run(
             *describe_differing_constants(files),
             *describe_other_sizes(files, data),
         )
+    _check_learning(planner.plan, context, files)
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
     return PreparedRun(planner, context, Store(), leakage, overlaps, tuple(absent), side)
 
@@ -265,6 +267,20 @@ def _check_radii(plan: Plan, data: Data) -> None:
                 threat.check_shape(shape)
         elif isinstance(task, MapPlane):
             task.settings.threat.check_shape(shape)
+
+
+def _check_learning(plan: Plan, context: Context, files: Sequence[Checkpoint]) -> None:
+    """Check the settings of learning that depend on the network.
+
+    Raises:
+        RequestError: If a pattern of `granularity` matches no parameter.
+        ModelError: If the network has too few blocks for `recompute_activations`.
+    """
+    tasks = [step.task for step in plan.steps if isinstance(step.task, LearnCoefficients)]
+    if tasks:
+        network = files[0].network() if files else context.fresh_network(0)
+        for task in tasks:
+            check_network(task.settings, network)
 
 
 def _check_goal(planner: Planner, data: Data) -> None:

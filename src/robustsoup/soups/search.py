@@ -43,8 +43,9 @@ from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
 from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
+from robustsoup.soups.learning import check_learning
 from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.mixing import check_buffer_policy, fit_to_own_network, open_ingredients
+from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
     SearchProgress,
@@ -244,9 +245,10 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=_parse_learning(settings, learn_settings, parsed, calibrate_on),
+        learn=make_settings(LearnSettings, learn_settings, {}),
         allow_leakage=allow_leakage,
     )
+    _check_learning(evaluator, settings)
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
     tried = _try_soups(evaluator, settings, goal, aim, SearchProgress(on_progress))
     choice = (
@@ -325,24 +327,27 @@ def _count_shared(a: Split, b: Split) -> int:
     return len(set(a.ids.tolist()) & set(b.ids.tolist())) if same else 0
 
 
-def _parse_learning(
-    settings: SearchSettings,
-    learn_settings: LearnSettings | None,
-    threats: Sequence[ThreatModel],
-    calibrate_on: Split | None,
-) -> LearnSettings:
-    """Return the settings of learning, after a check of those of each soup to learn.
+def _check_learning(evaluator: SoupEvaluator, settings: SearchSettings) -> None:
+    """Check the settings of each soup to learn before any work.
 
     Raises:
         RequestError: A setting does not go with a method that learns, or there is no threat.
+        DataError: Early stopping measures more samples than the search looks at.
     """
-    learn = make_settings(LearnSettings, learn_settings, {})
-    for method in methods_of(settings):
-        if method in LEARNING:
-            family = LearnedFamily.of(method, threats, settings.sweep)
-            for item in family.list_settings(learn):
-                check_buffer_policy(item.buffers, calibrate_on, item.threat, affine=item.affine)
-    return learn
+    methods = [method for method in methods_of(settings) if method in LEARNING]
+    if not methods:
+        return
+    network = evaluator.network or evaluator.ingredients[0].network()
+    for method in methods:
+        family = LearnedFamily.of(str(method), parse_threats(evaluator.threats), settings.sweep)
+        for item in family.list_settings(evaluator.learn):
+            check_learning(
+                item,
+                len(evaluator.ingredients),
+                evaluator.training_data,
+                val=evaluator.data,
+                network=network,
+            )
 
 
 def _try_soups(

@@ -270,7 +270,7 @@ def _learn_soup(run: MethodRun, name: str, settings: LearnSettings) -> Coefficie
     evaluator = run.evaluator
     return learn(
         evaluator.ingredients,
-        evaluator.calibrate_on or evaluator.data,
+        evaluator.training_data,
         settings,
         val=evaluator.data if settings.early_stop else None,
         network=evaluator.network,
@@ -285,7 +285,7 @@ def _learn_dial(run: MethodRun, settings: LearnSettings) -> Dial:
     evaluator = run.evaluator
     dial = learn_dial(
         evaluator.ingredients,
-        evaluator.calibrate_on or evaluator.data,
+        evaluator.training_data,
         settings,
         network=evaluator.network,
         allow_leakage=evaluator.allow_leakage,

@@ -103,6 +103,13 @@ class SoupEvaluator:
         return model
 
     @property
+    def training_data(self) -> Split:
+        """The split that soups are learned on; `search` has checked that there is one."""
+        if self.calibrate_on is None:
+            raise RequestError("search: requires training samples; give calibrate_on")
+        return self.calibrate_on
+
+    @property
     def names(self) -> list[str]:
         """Names of the ingredients."""
         return name_ingredients(self.ingredients)
