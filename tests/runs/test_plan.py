@@ -35,10 +35,10 @@ from robustsoup.data.transforms import ImageTransform
 from robustsoup.errors import DataError
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, with_files
-from robustsoup.recipes.sections import METHOD_KEYS
 from robustsoup.runs.run import prepare_run
 from robustsoup.runs.soup_rows import SOUP_PLANNERS, plan_recipe
 from robustsoup.soups.learned_search import slug, threat_slug
+from robustsoup.soups.method_keys import METHOD_KEYS
 from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.threats import ThreatModel
 

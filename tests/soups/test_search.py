@@ -669,6 +669,11 @@ def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
     [
         ({"method": "slerp", "screen": True}, '"slerp", which evaluates each soup in full'),
         ({"density": 0.5}, 'density: has no meaning with method "grid"'),
+        ({"method": "slerp", "density": 0.5}, 'density: has no meaning with method "slerp"'),
+        ({"method": "greedy", "step": 0.5}, 'step: has no meaning with method "greedy"'),
+        ({"tolerance": 0.01}, 'tolerance: has no meaning with method "grid"'),
+        ({"score": "clean"}, 'score: has no meaning with method "grid"'),
+        ({"learn_settings": LearnSettings()}, 'learn_settings: has no meaning with method "grid"'),
         ({"method": "fisher"}, "measures on training samples; give data"),
         ({"method": "swap"}, "give the blocks"),
     ],
@@ -807,7 +812,7 @@ def test_settings_that_learning_cannot_take_are_refused_before_any_work(
 
 @pytest.mark.parametrize("method", ["learned", "dial", "all", "fisher", "regmean"])
 def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method):
-    arguments = {"method": method, "steps": 1, "samples": 20, "step": 0.5}
+    arguments = {"method": method, "steps": 1, "samples": 20}
     with pytest.raises(LeakageError, match="got 20 samples of val that choose or report a soup"):
         search(ends, data.val, [THREAT], calibrate_on=data.val, **arguments)
     with pytest.raises(LeakageError, match="samples of test that choose or report a soup"):

@@ -45,6 +45,7 @@ from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.learning import check_learning
 from robustsoup.soups.merging import check_merge, is_merge
+from robustsoup.soups.method_keys import find_unread
 from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
@@ -201,8 +202,8 @@ def search(
         the answer.
 
     Raises:
-        RequestError: For invalid settings, or a `report_on` that shares samples with `data`, before
-            any work.
+        RequestError: For invalid settings, settings that the method does not read, or a `report_on`
+            that shares samples with `data`, before any work.
         LeakageError: If an ingredient was trained on samples of `data`, or a method or policy would
             learn or measure on them.
     """
@@ -213,6 +214,8 @@ def search(
     settings = make_settings(SearchSettings, settings, search_changes)
     attack = make_settings(AttackSettings, attack_settings, attack_changes)
     _check_combination(settings, attack, calibrate_on)
+    learn = make_settings(LearnSettings, learn_settings, {})
+    _check_meanings(settings, search_changes, learns=learn_settings is not None)
     goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
     parsed = parse_threats(threats)
     opened = _open(ingredients, network)
@@ -229,8 +232,7 @@ def search(
     _check_merging(merging, len(opened), calibrate_on, measure_under)
     if not allow_leakage:
         _check_fitting(settings, buffers, calibrate_on, [split, report_on])
-    adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
-    confirms = adaptive and requires_confirmation(goal)
+    confirms = _confirms(settings, goal)
     steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
     evaluator = SoupEvaluator(
         opened,
@@ -245,7 +247,7 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=make_settings(LearnSettings, learn_settings, {}),
+        learn=learn,
         allow_leakage=allow_leakage,
     )
     _check_learning(evaluator, settings)
@@ -285,6 +287,12 @@ def _open(
     if not opened:
         raise RequestError("search: got no checkpoints, expected one or more")
     return tuple(fit_to_own_network(opened) if network is None else opened)
+
+
+def _confirms(settings: SearchSettings, goal: Goal) -> bool:
+    """Return whether finalists are confirmed on samples that no attack of the search looked at."""
+    adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
+    return adaptive and requires_confirmation(goal)
 
 
 def _check_report(report_on: Split, data: Split) -> None:
@@ -479,6 +487,16 @@ def _check_merging(
     if merging is not None:
         entry = SOUP_METHODS.get_entry(merging.method)
         check_merge(entry, n, merging.settings, data=data, threat=threat)
+
+
+def _check_meanings(settings: SearchSettings, changes: Mapping[str, Any], *, learns: bool) -> None:
+    """Raise RequestError if a setting is given that the method does not read."""
+    names = [name for name in ("step", "tolerance", "score", "weights") if name in changes]
+    unread = find_unread(names, methods_of(settings))
+    if learns and not any(item in LEARNING for item in methods_of(settings)):
+        unread = "learn_settings"
+    if unread is not None:
+        raise RequestError(f'search: {unread}: has no meaning with method "{settings.method}"')
 
 
 def _check_combination(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
 from robustsoup.data.corruptions import CorruptionPart
@@ -27,7 +28,7 @@ from robustsoup.settings import (
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.explanation import describe_soup
 from robustsoup.soups.grid import Alpha, corners
-from robustsoup.soups.merging import is_merge, merge
+from robustsoup.soups.merging import check_numbers, is_merge, merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
     EvaluationRequest,
@@ -62,13 +63,18 @@ def describe_merging(
     changes: Mapping[str, Any],
     base: Checkpoint | str | os.PathLike[str] | None,
 ) -> Merging | None:
-    """Return how the method merges; None for a method that lists or learns coefficients."""
+    """Return how the method merges; None for a method that lists or learns coefficients.
+
+    Raises:
+        RequestError: A number or a base is given that the method does not read.
+    """
     method = settings.method
     if not isinstance(method, str) or not is_merge(method):
         if given := [*changes, *(["base"] if base is not None else [])]:
             raise RequestError(f'search: {given[0]}: has no meaning with method "{method}"')
         return None
     merging = make_settings(MergeSettings, None, changes)
+    check_numbers(SOUP_METHODS.get_entry(method), changes)
     return Merging(method, merging, base)
 
 
