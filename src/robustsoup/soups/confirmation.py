@@ -211,6 +211,7 @@ def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgeme
         " and ".join(method for method in methods if method != "none") or "none",
         clean.critical,
         clean.others,
+        clean.ingredients,
     )
     score = target_score(goal, finalists)
     others = [item for item in finalists if item.name != winner.name]

@@ -221,20 +221,29 @@ def _check_alone(requirement: Requirement, estimate: Accuracy) -> RequirementChe
 def _judge_ingredients(selection: Selection, context: Explained) -> dict[str, bool]:
     """Return whether each ingredient was shown to meet the requirements.
 
-    An ingredient among the candidates keeps its verdict there; the others are judged together.
+    An ingredient among the candidates keeps its verdicts there. What is not known of an ingredient,
+    such as verdicts under attack of one that is no finalist, is judged together.
     """
-    judgement = selection.judgement
-    tried = {item.ingredient: item for item in selection.ranking if item.ingredient is not None}
+    judgement, require = selection.judgement, selection.require
+    named = {**judgement.ingredients}
+    named |= {item.ingredient: item.name for item in selection.ranking if item.ingredient}
+    known = {
+        name: {
+            check.requirement: check.met for check in judgement.checks.get(named.get(name, ""), ())
+        }
+        for name in context.ingredients
+    }
+    unknown = tuple(item for item in require if any(item not in met for met in known.values()))
     others = [
-        Candidate(name, (), evaluation)
-        for name, evaluation in context.ingredients.items()
-        if name not in tried
+        Candidate(name, (), context.ingredients[name])
+        for name, met in known.items()
+        if len(met) < len(require)
     ]
-    judged = judge(others, selection.goal, seed=context.seed) if others else None
-    meets = {name: judgement.met(item) for name, item in tried.items()}
-    if judged is not None:
-        meets |= {item.name: judged.met(item) for item in others}
-    return {name: meets[name] for name in context.ingredients}
+    if others:
+        judged = judge(others, replace(selection.goal, require=unknown), seed=context.seed)
+        for name, checks in judged.checks.items():
+            known[name] = {check.requirement: check.met for check in checks} | known[name]
+    return {name: all(met.values()) for name, met in known.items()}
 
 
 def _find_best_ingredient(
