@@ -289,7 +289,13 @@ def _check_goal(planner: Planner, data: Data) -> None:
     soups = sum(len(recipe.soup_names(section)) for section in recipe.soups)
     if recipe.goal is not None and soups:
         samples = recipe.select_samples or len(data.split(recipe.select_on))
-        check_goal(recipe.goal, recipe.measures, samples=samples, candidates=soups)
+        check_goal(
+            recipe.goal,
+            recipe.measures,
+            samples=samples,
+            candidates=soups,
+            confirms=recipe.confirms,
+        )
 
 
 def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakage:

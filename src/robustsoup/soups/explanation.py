@@ -225,14 +225,12 @@ def _judge_ingredients(selection: Selection, context: Explained) -> dict[str, bo
     such as verdicts under attack of one that is no finalist, is judged together.
     """
     judgement, require = selection.judgement, selection.require
-    named = {**judgement.ingredients}
-    named |= {item.ingredient: item.name for item in selection.ranking if item.ingredient}
-    known = {
-        name: {
-            check.requirement: check.met for check in judgement.checks.get(named.get(name, ""), ())
-        }
-        for name in context.ingredients
-    }
+    tried = {item.ingredient: item.name for item in selection.ranking if item.ingredient}
+    names = {**judgement.ingredients, **tried}
+    known: dict[str, dict[Requirement, bool]] = {}
+    for name in context.ingredients:
+        checks = judgement.checks.get(names.get(name, ""), ())
+        known[name] = {check.requirement: check.met for check in checks}
     unknown = tuple(item for item in require if any(item not in met for met in known.values()))
     others = [
         Candidate(name, (), context.ingredients[name])

@@ -225,8 +225,7 @@ def search(
         split = split.first(open_corruptions(shift, split, "select").count_images(split))
     report_on = as_optional_split(report_on, "search: report_on")
     if report_on is not None:
-        _check_report(report_on, split)
-        check_leakage(opened, report_on, allow=allow_leakage)
+        _check_report(report_on, split, opened, allow=allow_leakage)
     measure_under = first_attacked(parsed)
     merging = describe_merging(settings, merge_changes, base)
     _check_merging(merging, len(opened), calibrate_on, measure_under)
@@ -252,7 +251,8 @@ def search(
     )
     _check_learning(evaluator, settings)
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
-    tried = _try_soups(evaluator, settings, goal, aim, SearchProgress(on_progress))
+    _check_goal(evaluator, settings, goal, samples=len(split), confirms=confirms)
+    tried = _try_soups(evaluator, settings, aim, SearchProgress(on_progress))
     choice = (
         _choose_among_finalists(evaluator, tried, aim, split)
         if confirms
@@ -271,8 +271,8 @@ def search(
         reporting = replace(evaluator, data=report_on, shift_part="report")
         evaluation = reporting.evaluate(choice.selection.best.mixed_by)
         answer = with_test(answer, evaluation, split=report_on.name)
-    doubts = describe_differing_constants(open_ingredients(opened, network))
-    return SearchResult(tuple(tried.candidates), answer, evaluator, tried.predicted, tuple(doubts))
+    doubts = tuple(describe_differing_constants(open_ingredients(opened, network)))
+    return SearchResult(tuple(tried.candidates), answer, evaluator, tried.predicted, doubts)
 
 
 def _open(
@@ -295,8 +295,16 @@ def _confirms(settings: SearchSettings, goal: Goal) -> bool:
     return adaptive and requires_confirmation(goal)
 
 
-def _check_report(report_on: Split, data: Split) -> None:
-    """Raise RequestError if samples that choose a soup would also report it."""
+def _check_report(
+    report_on: Split, data: Split, ingredients: Sequence[Checkpoint], *, allow: bool
+) -> None:
+    """Check the split that reports.
+
+    Raises:
+        RequestError: If samples that choose a soup would also report it.
+        LeakageError: If an ingredient was trained on samples of it, unless `allow`.
+    """
+    check_leakage(ingredients, report_on, allow=allow)
     if shared := _count_shared(report_on, data):
         raise RequestError(
             f"search: report_on: got {shared} samples of {data.name} that choose the soup, "
@@ -358,26 +366,34 @@ def _check_learning(evaluator: SoupEvaluator, settings: SearchSettings) -> None:
             )
 
 
+def _check_goal(
+    evaluator: SoupEvaluator, settings: SearchSettings, goal: Goal, *, samples: int, confirms: bool
+) -> None:
+    """Raise RequestError if the samples that select cannot show a requirement at all."""
+    measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
+    count = _count_all_soups(evaluator, settings)
+    check_goal(goal, measures, samples=samples, candidates=count, confirms=confirms)
+
+
+def _count_all_soups(evaluator: SoupEvaluator, settings: SearchSettings) -> int:
+    return sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
+
+
 def _try_soups(
     evaluator: SoupEvaluator,
     settings: SearchSettings,
-    goal: Goal,
     aim: Goal,
     progress: SearchProgress,
 ) -> Tried:
-    """Evaluate the soups of the method, after a check that the goal can be decided at all.
+    """Evaluate the soups of the method.
 
     Args:
         evaluator: Mixes and evaluates soups.
         settings: The method and its settings.
-        goal: The goal as it was given.
         aim: The goal with the default of what is maximised.
         progress: Receives progress.
     """
-    measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
-    count = sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
-    check_goal(goal, measures, samples=len(evaluator.data), candidates=count)
-    progress.total = count
+    progress.total = _count_all_soups(evaluator, settings)
     run = MethodRun(evaluator, settings, aim, progress, TimeLimit(settings.time_limit))
     if settings.method == ALL_METHODS:
         return _describe(evaluator, search_by_all(run))
