@@ -304,12 +304,12 @@ def _check_report(
         RequestError: If samples that choose a soup would also report it.
         LeakageError: If an ingredient was trained on samples of it, unless `allow`.
     """
-    check_leakage(ingredients, report_on, allow=allow)
     if shared := _count_shared(report_on, data):
         raise RequestError(
             f"search: report_on: got {shared} samples of {data.name} that choose the soup, "
             "expected others, such as data.test"
         )
+    check_leakage(ingredients, report_on, allow=allow)
 
 
 def _check_fitting(
