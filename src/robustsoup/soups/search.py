@@ -473,12 +473,12 @@ def _list_gaps(
         for name, item in zip(evaluator.names, evaluator.ingredients, strict=True)
         if item.provenance.get("early_stopped_at") is not None
     ]
-    # Other samples decide than those that built a greedy soup.
+    # Other samples decide than those that built a greedy soup or stopped learning.
     holds = confirmed and not goal.requires_unattacked
     yield from describe_gaps(
         split,
         stopped=stopped,
-        learned=["learned soups"] if evaluator.learn.early_stop and learns else [],
+        learned=["learned soups"] if evaluator.learn.early_stop and learns and not holds else [],
         greedy=["the greedy soup"] if "greedy" in methods and not holds else [],
         screened=(settings.screen or ("surrogate" in methods and goal.requires_attacked))
         and not confirmed,
