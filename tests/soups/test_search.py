@@ -16,7 +16,7 @@ from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
-from robustsoup.soups import selection, time_limit
+from robustsoup.soups import search_methods, selection, time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
@@ -133,6 +133,31 @@ def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
         search(ingredients, data.train.first(40), WEAK, **greedy)
     with pytest.raises(RequestError, match=r'score: "L2 0\.5" was not evaluated'):
         search(ingredients, split, WEAK, score="L2 0.5", **greedy)
+
+
+@pytest.mark.parametrize(
+    ("goal", "score"),
+    [
+        ({"maximise": "clean"}, "clean"),
+        ({"maximise": "knee"}, WEAK[0]),
+        (
+            {"maximise": "clean", "score": f"0.5 clean + 0.5 {WEAK[0]}"},
+            f"0.5 clean + 0.5 {WEAK[0]}",
+        ),
+        ({}, WEAK[0]),
+    ],
+)
+def test_a_greedy_search_adds_by_what_is_maximised(ingredients, data, monkeypatch, goal, score):
+    scores = []
+
+    def stop(_ingredients, _evaluate, score):
+        scores.append(str(score))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_methods, "greedy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search(ingredients, data.val, WEAK, method="greedy", samples=8, steps=1, **goal)
+    assert scores == [score]
 
 
 @pytest.mark.parametrize(
@@ -718,6 +743,7 @@ def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(ends, spl
     wanted = {"maximise": "clean", "require": [f"{THREAT}>=0.01"]}
     result = search(ends, split, [THREAT], **SCREEN, **FULL, **wanted)
     answer = result.answer
+    assert not any("hold together" in gap for gap in answer.guarantee.leaves_out)
     aside = confirm_part(split.ids, seed=1)
     assert int(aside.sum()) == 33
     for c in result.candidates:  # the search did not look at what is kept aside
@@ -871,5 +897,7 @@ def test_statistics_are_measured_under_attack_where_finalists_are_confirmed_too(
     monkeypatch.setitem(sys.modules, "own_policies", SimpleNamespace(record=record_threat))
     arguments = {"method": "greedy", "require": [f"{WEAK[0]}>=0"], "samples": 12, "steps": 1}
     arguments |= {"buffers": "own_policies:record", "masking_check": False}
-    search(ingredients, data.val, WEAK, **arguments)
+    arguments["require"] = [*arguments["require"], "clean>=0"]
+    found = search(ingredients, data.val, WEAK, **arguments)
     assert set(threats) == set(WEAK)
+    assert any("hold together" in gap for gap in found.answer.guarantee.leaves_out)

@@ -174,8 +174,8 @@ def search(
         data: The split to select on, usually `val`.
         threats: Threat models to attack with.
         settings: The soups to try, and what to maximise (the first threat if None) and require;
-            SearchSettings() if None. `score` applies only to the greedy method (the first threat if
-            None).
+            SearchSettings() if None. `score` applies only to the greedy method (what is maximised if
+            None; the first threat for the knee).
         attack_settings: The attack; AttackSettings() if None. Its seed also seeds the mixing.
         learn_settings: Settings of methods that learn; LearnSettings() if None. The search sets
             threats, objectives and the dial itself.
@@ -482,6 +482,7 @@ def _list_gaps(
         greedy=["the greedy soup"] if "greedy" in methods and not holds else [],
         screened=(settings.screen or ("surrogate" in methods and goal.requires_attacked))
         and not confirmed,
+        apart=confirmed and goal.requires_unattacked,
         shifted=confirmed and evaluator.shift is not None and split == "test",
         fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
     )
