@@ -117,8 +117,8 @@ def describe_gaps(
         yield f"corrupted copies of images of {split} steered the search"
     if apart:
         yield (
-            "that requirements with and without an attack hold together; each of the two kinds does "
-            "with 95 %"
+            "that requirements with and without an attack hold together; each of the two kinds "
+            "does with 95 %"
         )
     if not fresh:
         yield f"the ingredients may have been trained on samples of {split}"

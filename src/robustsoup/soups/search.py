@@ -174,8 +174,8 @@ def search(
         data: The split to select on, usually `val`.
         threats: Threat models to attack with.
         settings: The soups to try, and what to maximise (the first threat if None) and require;
-            SearchSettings() if None. `score` applies only to the greedy method (what is maximised if
-            None; the first threat for the knee).
+            SearchSettings() if None. `score` applies only to the greedy method (what is maximised
+            if None; the first threat for the knee).
         attack_settings: The attack; AttackSettings() if None. Its seed also seeds the mixing.
         learn_settings: Settings of methods that learn; LearnSettings() if None. The search sets
             threats, objectives and the dial itself.
