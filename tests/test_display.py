@@ -68,7 +68,7 @@ def shown():
         "screened": second,
         "selection": rs.select([first, second], maximise="clean"),
         "answer": answer,
-        "search result": SearchResult((first, second), answer),
+        "search result": SearchResult((first, second), answer, evaluator=None),
         "comparison": rs.compare(first.evaluation, second.evaluation),
         "coefficients": rs.Coefficients.of([0.25, 0.75]),
         "by layer": rs.Coefficients(torch.full((50, 2), 0.5), layers[1], ("0" * 64, "1" * 64)),

@@ -108,6 +108,10 @@ def test_a_method_may_measure_on_another_split(here, capsys):
     [
         (("--density", 0.5), "--density: requires --method"),
         (("--allow-leakage",), "--allow-leakage: requires --method"),
+        (("--method", "slerp", "--density", 0.5), "--density: has no meaning with --method slerp"),
+        (("--method", "slerp", "--allow-leakage"), "--allow-leakage: has no meaning with"),
+        (("--threat", "L2 1"), "--threat: requires --buffers recalibrate-adversarial, or a"),
+        (("--method", "slerp", "--threat", "L2 1"), "--threat: requires --buffers"),
         (("--method", "fisher"), 'method "fisher": measures on training samples; give data'),
         (("--method", "swap"), 'method "swap": give the blocks'),
         (("--method", "slerp", "--base", "base.safetensors"), "--base: requires --buffers base"),

@@ -35,10 +35,12 @@ from robustsoup.data.transforms import ImageTransform
 from robustsoup.errors import DataError
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, with_files
-from robustsoup.recipes.sections import METHOD_KEYS
 from robustsoup.runs.run import prepare_run
 from robustsoup.runs.soup_rows import SOUP_PLANNERS, plan_recipe
+from robustsoup.runs.tasks import stopping_split
+from robustsoup.soups.confirmation import take_part
 from robustsoup.soups.learned_search import slug, threat_slug
+from robustsoup.soups.method_keys import METHOD_KEYS
 from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.threats import ThreatModel
 
@@ -472,6 +474,26 @@ def test_too_many_samples_are_refused_while_planning():
         expected = rf"digits {split}: requested 100000 samples, expected 1 to"
         with pytest.raises(DataError, match=expected):
             plan_of((keys, value))
+
+
+def test_early_stopping_of_learning_leaves_out_what_confirms_finalists():
+    def learning(*changes):
+        stop = (("soups", "learned", "early_stop"), {"samples": 32})
+        plan = plan_of(stop, *changes)
+        step = steps_of(plan)["learn", "learned-linf-32-255"]
+        return step.key, step.task
+
+    screen = (("evaluate", "screen"), True)
+    confirmed = (("select", "require"), ["Linf 32/255>=0.1"])
+    key, task = learning()
+    same_key, same_task = learning(screen)
+    other_key, other_task = learning(screen, confirmed)
+    assert (same_key, task.stops_on, same_task.stops_on) == (key, None, None)
+    assert other_key != key
+    stopping = stopping_split(other_task.settings.early_stop, other_task.stops_on, DATA)
+    aside = take_part(DATA.val.first(64), "confirm", seed=0)
+    assert len(stopping) == 32
+    assert not set(stopping.ids.tolist()) & set(aside.ids.tolist())
 
 
 def test_the_mixing_of_a_greedy_soup_is_in_its_key():

@@ -389,6 +389,20 @@ def test_a_requirement_that_the_samples_cannot_show_is_refused_before_work(copie
         prepare_run(recipe, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (("granularity", "re:nothing"), 'pattern "nothing" matches no parameter'),
+        (("granularity", "re:("), 'got the pattern "\\("'),
+    ],
+)
+def test_settings_of_learning_that_the_network_cannot_take_are_refused_before_work(
+    setting, message
+):
+    with pytest.raises(RequestError, match=message):
+        prepare_run(recipe_of([(("soups", "learned", setting[0]), setting[1])]), device="cpu")
+
+
 def test_warnings_are_reported_and_stored(files, tmp_path):
     """Logits times 10,000 leave cross-entropy no gradient."""
     for name in ("low", "high"):

@@ -1,5 +1,7 @@
 """The confirm part of the samples, the order of finalists, and their tests."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from soup_candidates import LINF, N, candidate
@@ -155,3 +157,14 @@ def test_samples_to_prove_count_those_that_are_not_kept_aside():
     assert clean.critical > Z_ERROR or clean.method == "exact"
     answer = explain(confirm_finalists(tried[1:], unmet, clean), Explained(ingredients={}))
     assert answer.samples_to_prove == samples_to_prove(0.825, 0.8, clean.critical)
+
+
+def test_ingredients_keep_their_clean_verdicts_of_all_samples():
+    soup, name = candidate("soup", 190, 150), "ingredient 1"
+    ingredient = replace(candidate("1-0", 190, 150), ingredient=name)
+    goal = Goal.parse(LINF, ["clean>=0.85", f"{LINF}>=0.5"])
+    selection = confirm_finalists([soup], goal, judge_unattacked([soup, ingredient], goal))
+    for robust, meets in ((150, True), (100, False)):
+        aside = candidate("", 171, robust).evaluation  # so few samples do not show clean>=0.85
+        answer = explain(selection, Explained(ingredients={name: aside}, fresh_split="confirm"))
+        assert [item.meets for item in answer.against] == [meets]

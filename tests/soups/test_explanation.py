@@ -8,7 +8,13 @@ import pytest
 from soup_candidates import L2, LINF, N, candidate
 
 from robustsoup.soups.answer import Answer
-from robustsoup.soups.explanation import Explained, describe_soup, explain, with_test
+from robustsoup.soups.explanation import (
+    Explained,
+    describe_gaps,
+    describe_soup,
+    explain,
+    with_test,
+)
 from robustsoup.soups.selection import select
 
 
@@ -295,6 +301,11 @@ def test_the_test_split_tests_the_chosen_soup_alone():
     assert any("clean>=0.85 did NOT hold on held out: 84.5%, at least " in line for line in other)
     without = with_test(replace(answer, require=(), checks=()), candidate("s", 1, 0).evaluation)
     assert (without.held_on_test, without.exit_code) == (None, 0)
+
+
+def test_two_guarantees_are_said_not_to_hold_together():
+    (gap,) = describe_gaps("val", apart=True)
+    assert gap.startswith("that requirements with and without an attack hold together")
 
 
 def test_what_the_guarantee_leaves_out_is_said_last():

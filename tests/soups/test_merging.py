@@ -1,7 +1,7 @@
 """Merging methods: their formulas on small tensors, and what they require."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.fisher import measure_fisher
 from robustsoup.soups.interpolation import arc_factors
 from robustsoup.soups.merging import Merge, Merged, is_merge, merge
+from robustsoup.soups.method_keys import METHOD_KEYS
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.regmean import find_linear_layers, group_by_budget, list_inputs
 from robustsoup.soups.task_vectors import average_agreeing, stock_ratio
@@ -265,11 +266,11 @@ def inputs_for(items, networks, samples: int) -> Merge:
 
 def arguments_of(method: str, network, base) -> dict:
     requires = SOUP_METHODS[method].facts.get("requires", ())
-    arguments = {"device": "cpu", "network": network, "measure_samples": 16}
+    arguments = {"device": "cpu", "network": network}
     if "base" in requires:
         arguments["base"] = base
     if "data" in requires:
-        arguments |= {"data": DATA, "threat": LINF}
+        arguments |= {"data": DATA, "threat": LINF, "measure_samples": 16}
     if "blocks" in requires:
         arguments["blocks"] = ("conv2",)
     return arguments
@@ -305,6 +306,8 @@ def test_the_record_names_method_and_parents(method, tmp_path):
     soup = merge(items, method, **arguments_of(method, network, base))
     record = soup.provenance
     assert record["merge"]["method"] == method
+    numbers = {field.name for field in fields(MergeSettings)}
+    assert numbers & set(record["merge"]) == numbers & METHOD_KEYS[method]
     assert [parent["digest"] for parent in record["parents"]] == [item.digest for item in items]
     assert record["learned"] is None
     measured = "data" in SOUP_METHODS[method].facts.get("requires", ())
@@ -481,6 +484,8 @@ def test_a_base_that_holds_nan_is_named():
         ("slerp", {"weights": [2.0, -1.0]}, "expected none below 0"),
         ("slerp", {"buffers": "tracked"}, "only learned soups"),
         ("slerp", {"density": 0.0}, "density: got 0.0, expected a number in"),
+        ("slerp", {"density": 0.2}, 'density: has no meaning with method "slerp"'),
+        ("ties", {"settings": MergeSettings(blocks=("conv1",))}, "blocks: has no meaning with"),
         ("slerp", {"dens": 0.1}, 'unknown setting "dens"; did you mean "density"'),
     ],
 )

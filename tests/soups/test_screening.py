@@ -196,6 +196,40 @@ def test_a_race_needs_one_attacked_measure_that_decides(maximise, require, attac
     assert decisive_measure(goal, attacked) == (LINF if races else None)
 
 
+@pytest.mark.parametrize(
+    "goal",
+    [
+        Goal.parse(f"0.1 clean + 0.9 {LINF}"),
+        Goal.parse("knee"),
+        Goal.parse("clean", [f"{LINF}>=0.4"], point=True),
+    ],
+    ids=str,
+)
+def test_other_goals_attack_soups_in_full_until_the_winner_is(goal):
+    truths = {
+        "a": Truth(190, 40, 40),
+        "b": Truth(120, 60, 60),
+        "first": Truth(155, 130, 20),
+        "second": Truth(154, 128, 25),
+        "third": Truth(153, 126, 100),
+        "fourth": Truth(152, 124, 90),
+    }
+    final, _ = run(truths, goal)
+    wanted = {"maximise": goal.maximise, "require": goal.require, "point": goal.point}
+    assert select(final, **wanted, unconfirmed=True).best.confirmed
+
+
+def test_what_may_still_win_is_pending():
+    truths = {name: Truth(150, short, 20) for name, short in (("a", 20), ("x", 130), ("y", 125))}
+    contenders = (Contender("a", "a"), Contender("x"), Contender("y"))
+    screening = Screening(("a",), contenders, Goal.parse(f"0.1 clean + 0.9 {LINF}"), 100)
+    evaluate, results = evaluate_truth(truths, []), {}
+    for request in screening.first_requests():
+        results[request] = evaluate(request, results)
+    assert [request.candidate for request in screening.next_requests(results)] == ["x"]
+    assert screening.pending(results) == ("x", "y")
+
+
 def test_a_contender_that_is_evaluated_in_full_is_not_confirmed_again():
     contenders = [Contender("high", mode="full"), Contender("low")]
     final, log = run(TRUTHS, CHOICE, contenders)

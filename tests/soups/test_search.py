@@ -1,7 +1,9 @@
 """search: the soups of a method, evaluated on one split, in full or screened."""
 
 import itertools
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,19 +11,19 @@ from trained_seed import trained_seed
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data, to_float
-from robustsoup.errors import CheckpointError, LeakageError, RequestError
+from robustsoup.errors import CheckpointError, LeakageError, RequestError, RobustsoupError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
-from robustsoup.soups import selection, time_limit
+from robustsoup.soups import search_methods, selection, time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
 from robustsoup.soups.learned_search import LearnedFamily, threat_slug
 from robustsoup.soups.learning import learn
 from robustsoup.soups.merging import merge
-from robustsoup.soups.mixing import mix
+from robustsoup.soups.mixing import Buffers, mix
 from robustsoup.soups.search import search
 from robustsoup.soups.selection import select, worth_confirming
 from robustsoup.threats import ThreatModel
@@ -131,6 +133,31 @@ def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
         search(ingredients, data.train.first(40), WEAK, **greedy)
     with pytest.raises(RequestError, match=r'score: "L2 0\.5" was not evaluated'):
         search(ingredients, split, WEAK, score="L2 0.5", **greedy)
+
+
+@pytest.mark.parametrize(
+    ("goal", "score"),
+    [
+        ({"maximise": "clean"}, "clean"),
+        ({"maximise": "knee"}, WEAK[0]),
+        (
+            {"maximise": "clean", "score": f"0.5 clean + 0.5 {WEAK[0]}"},
+            f"0.5 clean + 0.5 {WEAK[0]}",
+        ),
+        ({}, WEAK[0]),
+    ],
+)
+def test_a_greedy_search_adds_by_what_is_maximised(ingredients, data, monkeypatch, goal, score):
+    scores = []
+
+    def stop(_ingredients, _evaluate, score):
+        scores.append(str(score))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_methods, "greedy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search(ingredients, data.val, WEAK, method="greedy", samples=8, steps=1, **goal)
+    assert scores == [score]
 
 
 @pytest.mark.parametrize(
@@ -658,6 +685,8 @@ def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
     assert same_evaluation(found.candidates[1].evaluation, expected)
     assert "slerp of equal parts" in found.candidates[1].description
     assert found.candidates[0].ingredient is None
+    for name, tensor in found.make_soup(found.candidates[1]).tensors.items():
+        assert torch.equal(tensor, merged.tensors[name]), name
 
 
 @pytest.mark.parametrize(
@@ -665,6 +694,11 @@ def test_search_evaluates_the_merges_of_a_grid_of_weights(ingredients, data):
     [
         ({"method": "slerp", "screen": True}, '"slerp", which evaluates each soup in full'),
         ({"density": 0.5}, 'density: has no meaning with method "grid"'),
+        ({"method": "slerp", "density": 0.5}, 'density: has no meaning with method "slerp"'),
+        ({"method": "greedy", "step": 0.5}, 'step: has no meaning with method "greedy"'),
+        ({"tolerance": 0.01}, 'tolerance: has no meaning with method "grid"'),
+        ({"score": "clean"}, 'score: has no meaning with method "grid"'),
+        ({"learn_settings": LearnSettings()}, 'learn_settings: has no meaning with method "grid"'),
         ({"method": "fisher"}, "measures on training samples; give data"),
         ({"method": "swap"}, "give the blocks"),
     ],
@@ -709,6 +743,7 @@ def test_a_requirement_under_attack_is_confirmed_on_samples_kept_aside(ends, spl
     wanted = {"maximise": "clean", "require": [f"{THREAT}>=0.01"]}
     result = search(ends, split, [THREAT], **SCREEN, **FULL, **wanted)
     answer = result.answer
+    assert not any("hold together" in gap for gap in answer.guarantee.leaves_out)
     aside = confirm_part(split.ids, seed=1)
     assert int(aside.sum()) == 33
     for c in result.candidates:  # the search did not look at what is kept aside
@@ -779,17 +814,31 @@ def test_the_soup_learned_without_an_attack_recalibrates_without_one(ends, data)
     assert policies == ["recalibrate", *["recalibrate-adversarial"] * 4]
 
 
-def test_a_policy_that_learning_cannot_take_is_refused_before_any_work(ends, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"affine": True, "buffers": "average"}, "averaged variances can turn negative"),
+        ({"init": "0.2,0.3,0.5"}, "init: got 3 weights, expected 2"),
+        ({"schedule": "linear"}, "schedule: got 'linear'"),
+        ({"granularity": "layer"}, 'granularity: got "layer"'),
+        ({"granularity": "re:nothing"}, "matches no parameter"),
+        ({"early_stop": {"samples": 30}}, "requested 30 samples, expected 1 to 20"),
+        ({"transform": "nowhere:flip"}, "nowhere"),
+    ],
+    ids=str,
+)
+def test_settings_that_learning_cannot_take_are_refused_before_any_work(
+    ingredients, data, monkeypatch, settings, message
+):
     monkeypatch.setattr("robustsoup.soups.soup_evaluator.evaluate", None)
-    settings = LearnSettings(affine=True, buffers="average")
-    arguments = {"method": "learned", "calibrate_on": data.train, "learn_settings": settings}
-    with pytest.raises(RequestError, match="averaged variances can turn negative"):
-        search(ends, data.val, [THREAT], **arguments)
+    arguments = {"method": "learned", "calibrate_on": data.train, "samples": 20}
+    with pytest.raises(RobustsoupError, match=message):
+        search(ingredients, data.val, WEAK, learn_settings=LearnSettings(**settings), **arguments)
 
 
 @pytest.mark.parametrize("method", ["learned", "dial", "all", "fisher", "regmean"])
 def test_soups_are_not_fitted_to_the_samples_that_choose_them(ends, data, method):
-    arguments = {"method": method, "steps": 1, "samples": 20, "step": 0.5}
+    arguments = {"method": method, "steps": 1, "samples": 20}
     with pytest.raises(LeakageError, match="got 20 samples of val that choose or report a soup"):
         search(ends, data.val, [THREAT], calibrate_on=data.val, **arguments)
     with pytest.raises(LeakageError, match="samples of test that choose or report a soup"):
@@ -830,5 +879,25 @@ def test_adversarial_calibration_is_under_the_first_threat_of_the_search(ends, d
     policy = "recalibrate-adversarial"
     found = search(ends, data.val, ["clean", "L2 1", THREAT], buffers=policy, **arguments)
     soup = mix(ends, [0.5, 0.5], buffers=policy, calibrate_on=train, threat="L2 1", seed=0)
+    for name, tensor in found.make_soup().tensors.items():
+        assert torch.equal(tensor, soup.tensors[name]), name
     expected = evaluate(soup, data.val.first(20), ["L2 1"], steps=1)
     assert torch.equal(found.chosen.evaluation.margin, expected.margin)
+
+
+def test_statistics_are_measured_under_attack_where_finalists_are_confirmed_too(
+    ingredients, data, monkeypatch
+):
+    threats = []
+
+    def record_threat(soup):
+        threats.append(str(soup.calibration.threat))
+        return Buffers({})
+
+    monkeypatch.setitem(sys.modules, "own_policies", SimpleNamespace(record=record_threat))
+    arguments = {"method": "greedy", "require": [f"{WEAK[0]}>=0"], "samples": 12, "steps": 1}
+    arguments |= {"buffers": "own_policies:record", "masking_check": False}
+    arguments["require"] = [*arguments["require"], "clean>=0"]
+    found = search(ingredients, data.val, WEAK, **arguments)
+    assert set(threats) == set(WEAK)
+    assert any("hold together" in gap for gap in found.answer.guarantee.leaves_out)

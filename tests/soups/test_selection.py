@@ -9,7 +9,7 @@ from soup_candidates import L2, LINF, N, candidate
 
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import wilson
-from robustsoup.evaluation.simultaneous import Z_ERROR, wilson_lower
+from robustsoup.evaluation.simultaneous import Z_ERROR, samples_that_can_show, wilson_lower
 from robustsoup.soups.goal import Goal, Requirement, Score, check_goal
 from robustsoup.soups.selection import judge, pareto_front, select, worth_confirming
 from robustsoup.threats import ThreatModel
@@ -295,6 +295,21 @@ def test_a_goal_that_cannot_be_decided_is_refused_before_work(require, samples, 
         check_goal(Goal.parse(LINF, [require]), measures, samples=samples, candidates=21)
     goal = Goal.parse(LINF, ["clean>=0.99"], point=True)
     check_goal(goal, measures, samples=40, candidates=21)
+
+
+@pytest.mark.parametrize(
+    ("require", "least"),
+    [
+        (["clean>=0.9", f"{LINF}>=0.1"], samples_that_can_show(0.9, 21)),
+        (["clean>=0.1", f"{LINF}>=0.9"], 3 * samples_that_can_show(0.9)),
+    ],
+)
+def test_clean_accuracy_needs_samples_for_all_soups_and_a_confirmed_one_for_itself(require, least):
+    goal = Goal.parse(LINF, require)
+    arguments = {"measures": ["clean", LINF], "candidates": 21, "confirms": True}
+    check_goal(goal, samples=least, **arguments)
+    with pytest.raises(RequestError, match=f"{least - 1} samples cannot .* {least} or more"):
+        check_goal(goal, samples=least - 1, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """The search by surrogate: what it attacks, when it stops, and what it answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.settings import AttackSettings
+from robustsoup.soups.confirmation import likely_to_pass
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.grid import alpha_name, grid
 from robustsoup.soups.surrogate import to_share
-from robustsoup.soups.surrogate_refits import Refits, lower_bounds
+from robustsoup.soups.surrogate_refits import Refits
 from robustsoup.soups.surrogate_search import (
     SurrogateSearch,
     choose_part,
@@ -265,6 +268,15 @@ def test_a_requirement_under_attack_is_predicted_too():
     assert world.clean[chosen].value >= max(reaching) - 0.02
 
 
+def test_a_soup_meets_a_requirement_where_it_is_likely_to_be_confirmed():
+    world = smooth_world()
+    search = replace(world.search(), goal=Goal.parse("clean", [f"{LINF}>=0.4"]))
+    least = likely_to_pass(0.4, SAMPLES // 2)
+    shares = {"clean": np.full(2, 0.9), LINF: np.array([least - 1e-6, least + 1e-6])}
+    below, above = Refits(search, world.attack(world.names)).utility(shares, np.array([0, 1]))
+    assert (below < 0, above) == (True, 0.9)
+
+
 def test_an_accuracy_of_just_what_is_required_meets_the_requirement():
     world = smooth_world()
     hits = {LINF: np.arange(SAMPLES) < 600}
@@ -386,16 +398,6 @@ def test_hundreds_of_soups_of_six_ingredients_need_few_attacks():
     assert best - max(map(world.accuracy, attacked)) <= 0.01
 
 
-def test_a_short_attack_on_every_soup_is_a_covariate():
-    world = smooth_world()
-    screened = tuple(
-        Accuracy(min(SAMPLES, int(hits.sum()) + 20), SAMPLES) for hits in world.hits[LINF]
-    )
-    search = world.search(screened=screened)
-    assert search.places.covariates.shape == (21, 2)
-    assert len(world.run(search)) <= len(world.run(world.search())) + 2
-
-
 @pytest.mark.parametrize("part", [None, some_part()], ids=["whole", "part"])
 def test_the_bands_hold_the_true_accuracies(part):
     inside = []
@@ -409,11 +411,6 @@ def test_the_bands_hold_the_true_accuracies(part):
             _, low, high = soup.accuracy[LINF]
             inside.append(low - 0.022 <= truth.accuracy(soup.name) <= high + 0.022)
     assert np.mean(inside) > 0.95
-
-
-def test_the_bound_is_wilsons():
-    accuracy = Accuracy(412, 1000)
-    assert lower_bounds(np.array([0.412]), 1000)[0] == pytest.approx(accuracy.low)
 
 
 def test_without_an_attacked_measure_only_the_answer_is_attacked():

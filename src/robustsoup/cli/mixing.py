@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustsoup.catalog import SOUP_METHODS
+from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS, Registry
 from robustsoup.cli.options import (
     Base,
     DataOptions,
@@ -18,6 +18,7 @@ from robustsoup.cli.options import (
 from robustsoup.cli.terminal import print_line, print_warning
 from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.settings import BufferSettings, MergeSettings, parse_numbers, rules
+from robustsoup.soups.method_keys import find_unread
 from robustsoup.threats import ThreatModel
 
 if TYPE_CHECKING:
@@ -179,16 +180,44 @@ def _check_method(
 
     for name in (method, buffers):
         import_named_module(name)
-    if method is None:
-        for name in (*rules(MergeSettings), "allow_leakage"):
-            if name in given:
-                raise RequestError(f"--{name.replace('_', '-')}: requires --method")
+    _check_meanings(method, given, buffers)
     entry = None if method is None else SOUP_METHODS.get_entry(method)
     takes_base = entry is not None and (
         ":" in entry.name or "base" in entry.facts.get("requires", ())
     )
     if base and buffers != "base" and not takes_base:
         raise RequestError("--base: requires --buffers base, or a --method that takes a base")
+
+
+def _check_meanings(method: str | None, given: "Given", buffers: str | None) -> None:
+    """Refuse options that neither the method nor the buffer policy reads."""
+    numbers = [name for name in rules(MergeSettings) if name in given]
+    measuring = ["allow_leakage"] if "allow_leakage" in given else []
+    if method is None and (unread := [*numbers, *measuring]):
+        raise RequestError(f"--{unread[0].replace('_', '-')}: requires --method")
+    if method is not None and ":" not in method:
+        measures = "data" in SOUP_METHODS.get_entry(method).facts.get("requires", ())
+        unread = find_unread(numbers, [method]) or next(iter([] if measures else measuring), None)
+        if unread is not None:
+            option = unread.replace("_", "-")
+            raise RequestError(f"--{option}: has no meaning with --method {method}")
+    if "threat" in given and not (
+        _attacks(SOUP_METHODS, method) or _attacks(BUFFER_POLICIES, buffers)
+    ):
+        raise RequestError(
+            "--threat: requires --buffers recalibrate-adversarial, or a --method that attacks "
+            "training images, such as fisher"
+        )
+
+
+def _attacks(registry: Registry, name: str | None) -> bool:
+    """Return whether a method or policy attacks training images; a function of the user's may."""
+    if name is None:
+        return False
+    if ":" in name:
+        return True
+    facts = registry.get_entry(name).facts
+    return "threat" in (*facts.get("requires", ()), *facts.get("needs", ()))
 
 
 def _name_network(

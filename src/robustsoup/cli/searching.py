@@ -34,6 +34,7 @@ from robustsoup.settings import (
     SearchSettings,
     to_record,
 )
+from robustsoup.soups.method_keys import find_unread, method_keys
 from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 if TYPE_CHECKING:
@@ -284,8 +285,6 @@ def _first_attacked(threats: Sequence[ThreatModel], option: str) -> ThreatModel:
 
 def _soup_section(method: str, search: SearchSettings) -> dict[str, Any]:
     """Return the [soups] table of one method."""
-    from robustsoup.recipes.sections import method_keys
-
     keys = method_keys(method)
     values = {name: getattr(search, name) for name in ("time_limit", "step", "tolerance", "score")}
     section = {name: value for name, value in values.items() if name in keys and value is not None}
@@ -294,23 +293,19 @@ def _soup_section(method: str, search: SearchSettings) -> dict[str, Any]:
 
 def _check_meanings(search: SearchSettings, merging: MergeSettings, given: Given) -> None:
     """Raise RequestError if an option was typed that the method does not read."""
-    from robustsoup.recipes.sections import method_keys
     from robustsoup.soups.learned_search import TOGETHER
 
     method = str(search.method)
     parts = TOGETHER if method == ALL_METHODS else (method,)
-    keys = {key for part in parts for key in method_keys(part)}
-    for name in ("step", "tolerance", "epochs", "weights", *to_record(merging)):
-        if name in given and name not in keys:
-            raise RequestError(f"--{name.replace('_', '-')}: has no meaning with --method {method}")
+    names = ("step", "tolerance", "epochs", "weights", *to_record(merging))
+    if unread := find_unread(filter(given.__contains__, names), parts):
+        raise RequestError(f"--{unread.replace('_', '-')}: has no meaning with --method {method}")
 
 
 def _add_merging(
     content: dict[str, Any], search: SearchSettings, merging: MergeSettings, base: Path | None
 ) -> None:
     """Add the keys of a merging method to its [soups] table, and its base to the recipe."""
-    from robustsoup.recipes.sections import method_keys
-
     method = str(search.method)
     entry, keys = SOUP_METHODS.find(method), method_keys(method)
     requires = entry.facts.get("requires", ()) if entry is not None else ()

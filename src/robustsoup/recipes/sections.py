@@ -47,6 +47,7 @@ from robustsoup.settings import (
 from robustsoup.soups.goal import Goal, Requirement, Score, parse_target
 from robustsoup.soups.granularity import GRANULARITIES
 from robustsoup.soups.learned_search import LEARNING
+from robustsoup.soups.method_keys import method_keys
 from robustsoup.soups.subspace import check_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
@@ -453,44 +454,6 @@ class Subspace(Section):
             seed=self.seed_or(seed),
             precision=precision,
         )
-
-
-_MIXED_KEYS = {
-    *("method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat", "time_limit"),
-}
-_GRID_KEYS = _MIXED_KEYS | {"step", "max_soups"}
-_LEARNED_KEYS = _MIXED_KEYS | {
-    *("threats", "attack_steps", "epochs", "batch_size", "lr", "momentum", "schedule", "detach"),
-    *("init", "granularity", "learning_buffers", "seed", "batchnorm"),
-    *("accumulate", "recompute_activations", "transform"),
-}
-_MERGE_KEYS = _GRID_KEYS | {"weights"}
-_TASK_KEYS = _MERGE_KEYS | {"scale"}
-_MEASURING_KEYS = _MERGE_KEYS | {"threats", "attack_steps", "measure_samples"}
-METHOD_KEYS = {
-    "uniform": _MIXED_KEYS,
-    "grid": _GRID_KEYS,
-    "line": _GRID_KEYS,
-    "surrogate": _GRID_KEYS | {"tolerance"},
-    "greedy": _MIXED_KEYS | {"score"},
-    "learned": _LEARNED_KEYS
-    | {"objectives", "early_stop", "also", "combine", "affine", "average_last", "clean_limit"},
-    "dial": _LEARNED_KEYS | {"dial", "turn_every", "at"},
-    "slerp": _MERGE_KEYS,
-    "swap": _MERGE_KEYS | {"blocks"},
-    "task-arithmetic": _TASK_KEYS,
-    "ties": _TASK_KEYS | {"density"},
-    "dare": _TASK_KEYS | {"density", "seed"},
-    "model-stock": _MIXED_KEYS,
-    "fisher": _MEASURING_KEYS | {"seed"},
-    "regmean": _MEASURING_KEYS,
-}
-"""The valid keys of [soups.X] by method of the catalog."""
-
-
-def method_keys(method: str) -> set[str]:
-    """Return the valid keys of [soups.X]; methods of the user's take those of "grid"."""
-    return METHOD_KEYS.get(method, _GRID_KEYS)
 
 
 @declares(

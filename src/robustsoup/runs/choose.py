@@ -210,15 +210,18 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -
     """Yield what the guarantee leaves out."""
     soups, goal = plan.recipe.soups, plan.recipe.goal
     steered = bool(plan.surrogates) and goal is not None and goal.requires_attacked
-    # Other samples decide than those that built a greedy soup.
+    # Other samples decide than those that built a greedy soup or stopped learning.
     holds = confirmed and goal is not None and not goal.requires_unattacked
     yield from describe_gaps(
         plan.recipe.select_on,
         stopped=[row.name for row in plan.ingredient_rows if _was_stopped_early(plan, store, row)],
         learned=[
-            name for name, soup in soups.items() if soup.method in LEARNING and soup["early_stop"]
+            name
+            for name, soup in soups.items()
+            if soup.method in LEARNING and soup["early_stop"] and not holds
         ],
         greedy=[name for name, soup in soups.items() if soup.method == "greedy" and not holds],
+        apart=confirmed and not holds,
         screened=(plan.recipe.evaluate.screens or steered) and not confirmed,
         fresh=leakage.status == "known",
     )

@@ -33,14 +33,16 @@ from robustsoup.runs.tasks import (
     Mixing,
     MixSoup,
     ShiftedCopies,
+    SteeringPart,
     TakeEnd,
     TakeSnapshot,
     Task,
     TrainNetwork,
     TrainSubspace,
     file_key,
+    stopping_split,
 )
-from robustsoup.settings import BufferSettings, EarlyStop, LearnSettings, TrainSettings
+from robustsoup.settings import BufferSettings, LearnSettings, TrainSettings
 from robustsoup.soups.ancestry import common_ancestor
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.screening import Contender, EvaluationRequest, Screening, short_attack
@@ -276,7 +278,7 @@ class Planner:
             synthetic = Synthetic.open(settings.synthetic)
             synthetic.check_fit(self.data.train)
             digest = synthetic.digest
-        self.check_early_stop(settings.early_stop)
+        stopping_split(settings.early_stop, None, self.data)  # DataError if val has too few samples
         task = TrainNetwork(
             settings,
             start,
@@ -285,11 +287,6 @@ class Planner:
             fits_on_val=self.recipe.fits_on_val and settings.early_stop is None,
         )
         return self.add_step(name, task)
-
-    def check_early_stop(self, stop: EarlyStop | None) -> None:
-        """Raise DataError if `val` has fewer samples than early stopping measures."""
-        if stop is not None:
-            self.data.val.first(stop.samples)
 
     # Soups.
 
@@ -394,6 +391,13 @@ class Planner:
         recipe = self.recipe
         part: CorruptionPart = "all" if recipe.protocol == "paper" else "select"
         return self._evaluation_settings(recipe.select_on, recipe.select_samples, part)
+
+    def steering_part(self) -> SteeringPart | None:
+        """Return the part of `val` that steers the search; None for all of it."""
+        settings = self.selecting_settings()
+        if settings.part != "search" or settings.split != "val":
+            return None
+        return SteeringPart(settings.samples, settings.attack.seed)
 
     def confirming_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the samples that confirm finalists."""

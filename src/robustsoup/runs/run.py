@@ -1,6 +1,6 @@
 """Run a recipe: plan, execute, confirm screened soups, select, report, write the run folder."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from robustsoup.soups import time_limit
 from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.goal import check_goal
+from robustsoup.soups.learning import check_network
 from robustsoup.soups.selection import Selection
 from robustsoup.soups.time_limit import Late
 
@@ -142,6 +143,7 @@ def prepare_run(
             *describe_differing_constants(files),
             *describe_other_sizes(files, data),
         )
+    _check_learning(planner.plan, context, files)
     leakage, overlaps = _find_leakage(recipe, files, data), _find_overlaps(recipe, data)
     return PreparedRun(planner, context, Store(), leakage, overlaps, tuple(absent), side)
 
@@ -283,13 +285,33 @@ def _check_radii(plan: Plan, data: Data) -> None:
             task.settings.threat.check_shape(shape)
 
 
+def _check_learning(plan: Plan, context: Context, files: Sequence[Checkpoint]) -> None:
+    """Check the settings of learning that depend on the network.
+
+    Raises:
+        RequestError: If a pattern of `granularity` matches no parameter.
+        ModelError: If the network has too few blocks for `recompute_activations`.
+    """
+    tasks = [step.task for step in plan.steps if isinstance(step.task, LearnCoefficients)]
+    if tasks:
+        network = files[0].network() if files else context.fresh_network(0)
+        for task in tasks:
+            check_network(task.settings, network)
+
+
 def _check_goal(planner: Planner, data: Data) -> None:
     """Raise RequestError if the samples that select cannot show a requirement at all."""
     recipe = planner.recipe
     soups = sum(len(recipe.soup_names(section)) for section in recipe.soups)
     if recipe.goal is not None and soups:
         samples = recipe.select_samples or len(data.split(recipe.select_on))
-        check_goal(recipe.goal, recipe.measures, samples=samples, candidates=soups)
+        check_goal(
+            recipe.goal,
+            recipe.measures,
+            samples=samples,
+            candidates=soups,
+            confirms=recipe.confirms,
+        )
 
 
 def _find_leakage(recipe: Recipe, files: list[Checkpoint], data: Data) -> Leakage:

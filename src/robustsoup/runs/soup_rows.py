@@ -11,7 +11,13 @@ from robustsoup.recipes import Recipe, Soup
 from robustsoup.runs.plan import PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.results import ROLES
-from robustsoup.runs.tasks import BuildGreedySoup, Key, LearnCoefficients, MergeSoup
+from robustsoup.runs.tasks import (
+    BuildGreedySoup,
+    Key,
+    LearnCoefficients,
+    MergeSoup,
+    stopping_split,
+)
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.learned_search import threat_slug
 from robustsoup.soups.screening import EvaluationRequest
@@ -246,11 +252,13 @@ def _add_learning(
 ) -> Key:
     recipe, ingredients = planner.recipe, planner.ingredient_keys(soup)
     settings = soup.learn_settings(threat, objective, seed=recipe.seed, precision=planner.precision)
-    planner.check_early_stop(settings.early_stop)
+    stops_on = None if settings.early_stop is None else planner.steering_part()
+    stopping_split(settings.early_stop, stops_on, planner.data)  # DataError if there are too few
     task = LearnCoefficients(
         settings,
         ingredients,
         base=planner.base_key(ingredients) if settings.buffers == "base" else None,
         fits_on_val=recipe.fits_on_val and settings.early_stop is None,
+        stops_on=stops_on,
     )
     return planner.add_step(name, task)

@@ -218,6 +218,39 @@ class TakeEnd:
 
 
 @dataclass(frozen=True)
+class SteeringPart:
+    """The samples of `val` that steer a search: those that confirm finalists are left out.
+
+    Attributes:
+        samples: Number of samples that select; None for all.
+        seed: Seed that decides which samples confirm.
+    """
+
+    samples: int | None
+    seed: int
+
+    def take(self, val: Split) -> Split:
+        """Return the samples."""
+        return take_part(val.first(self.samples), "search", seed=self.seed)
+
+
+def stopping_split(stop: EarlyStop | None, part: SteeringPart | None, data: Data) -> Split | None:
+    """Return the samples of `val` that early stopping measures on; None without it.
+
+    Args:
+        stop: How to stop early.
+        part: The part of `val` to take them from; None for all of it.
+        data: The data.
+
+    Raises:
+        DataError: If there are fewer samples than early stopping measures.
+    """
+    if stop is None:
+        return None
+    return (data.val if part is None else part.take(data.val)).first(stop.samples)
+
+
+@dataclass(frozen=True)
 class LearnCoefficients:
     """Learn the coefficients of one soup ("learn") or of a line of soups ("dial").
 
@@ -226,12 +259,14 @@ class LearnCoefficients:
         ingredients: The ingredients.
         base: Checkpoint whose BatchNorm statistics the policy "base" takes.
         fits_on_val: Whether `val` is learned on too.
+        stops_on: The part of `val` that early stopping measures on; None for all of it.
     """
 
     settings: LearnSettings
     ingredients: tuple[Key, ...]
     base: Key | None = None
     fits_on_val: bool = False
+    stops_on: SteeringPart | None = None
 
     @property
     def kind(self) -> str:
@@ -258,7 +293,9 @@ class LearnCoefficients:
         settings = self.settings
         if settings.dial is not None and settings.dial.by == "objective":
             settings = dataclasses.replace(settings, objective="mixed 0.5")
-        return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(settings, data)
+        return _fitting_passes(settings, data, self.fits_on_val) + _stopping_passes(
+            settings, data, self.stops_on
+        )
 
 
 @dataclass(frozen=True)
@@ -763,6 +800,8 @@ def _as_record(value: Any) -> Any:
 def _is_left_out(value: Any, name: str) -> bool:
     """Return whether a field is no part of a key: it changes no result, or has its default."""
     match value:
+        case LearnCoefficients():
+            return name == "stops_on" and value.stops_on is None
         case EvaluationSettings():
             return (name == "shift" and value.shift is None) or (
                 name == "part" and value.part == "all"
@@ -798,9 +837,11 @@ def _fitting_passes(settings: TrainSettings | LearnSettings, data: Data, fits_on
     return samples * settings.epochs * per_sample * attacks
 
 
-def _stopping_passes(settings: TrainSettings | LearnSettings, data: Data) -> int:
+def _stopping_passes(
+    settings: TrainSettings | LearnSettings, data: Data, part: SteeringPart | None = None
+) -> int:
     stop: EarlyStop | None = settings.early_stop
-    if stop is None:
+    split = stopping_split(stop, part, data)
+    if stop is None or split is None:
         return 0
-    samples = (stop.samples or len(data.val)) * len(settings.threats)
-    return settings.epochs * samples * (2 * stop.steps + 2)
+    return settings.epochs * len(split) * len(settings.threats) * (2 * stop.steps + 2)

@@ -43,8 +43,8 @@ from robustsoup.runs.tasks import (
     TakeSnapshot,
     TrainNetwork,
     TrainSubspace,
+    stopping_split,
 )
-from robustsoup.settings import EarlyStop
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.greedy import greedy
@@ -203,10 +203,6 @@ class Worker:
         """Return the samples to fit on."""
         return self.context.train_and_val if fits_on_val else self.context.data.train
 
-    def stopping_split(self, stop: EarlyStop | None) -> Split | None:
-        """Return the samples that early stopping measures on."""
-        return None if stop is None else self.context.data.val.first(stop.samples)
-
 
 def train_network(worker: Worker, task: TrainNetwork, folder: Path, on_progress: Progress) -> str:
     """Train a network and write its checkpoint, and checkpoints of earlier epochs if requested."""
@@ -226,7 +222,7 @@ def train_network(worker: Worker, task: TrainNetwork, folder: Path, on_progress:
         network,
         worker.fitting_split(task.fits_on_val),
         settings,
-        val=worker.stopping_split(settings.early_stop),
+        val=stopping_split(settings.early_stop, None, worker.context.data),
         checkpoint_every=task.checkpoint_every,
         on_checkpoint=save_epoch if task.checkpoint_every else None,
         device=worker.context.device,
@@ -311,7 +307,7 @@ def learn_coefficients(
         ingredients,
         data,
         settings,
-        val=worker.stopping_split(settings.early_stop),
+        val=stopping_split(settings.early_stop, task.stops_on, worker.context.data),
         base=base,
         allow_leakage=worker.allow_leakage,
         device=device,

@@ -166,10 +166,19 @@ def _margin(candidate: Candidate, require: Sequence[Requirement], samples: int) 
     """Return the least distance from a threshold in standard errors of the confirm part."""
     accuracy = candidate.evaluation.accuracy
     return min(
-        (accuracy[item.key].value - item.threshold)
-        / max(math.sqrt(item.threshold * (1 - item.threshold) / samples), 1e-9)
+        (accuracy[item.key].value - item.threshold) / standard_error(item.threshold, samples)
         for item in require
     )
+
+
+def standard_error(threshold: float, samples: int) -> float:
+    """Return the standard error of an accuracy of `threshold` on samples of the confirm part."""
+    return max(math.sqrt(threshold * (1 - threshold) / samples), 1e-9)
+
+
+def likely_to_pass(threshold: float, samples: int) -> float:
+    """Return the least accuracy that is more likely than not to pass a test on so many samples."""
+    return threshold + Z_ERROR * standard_error(threshold, samples)
 
 
 def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgement) -> Selection:
@@ -202,6 +211,7 @@ def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgeme
         " and ".join(method for method in methods if method != "none") or "none",
         clean.critical,
         clean.others,
+        clean.ingredients,
     )
     score = target_score(goal, finalists)
     others = [item for item in finalists if item.name != winner.name]

@@ -238,14 +238,18 @@ def require_measures(caller: str, keys: Sequence[str], scores: Collection[str]) 
             )
 
 
-def check_goal(goal: Goal, measures: Sequence[str], *, samples: int, candidates: int) -> None:
+def check_goal(
+    goal: Goal, measures: Sequence[str], *, samples: int, candidates: int, confirms: bool = False
+) -> None:
     """Check before any work that a goal can be decided.
 
     Args:
         goal: The goal.
         measures: The measures that will be evaluated.
-        samples: Number of samples that decide.
+        samples: Number of samples that select, those of the confirm part among them.
         candidates: Number of candidates.
+        confirms: Whether finalists are confirmed: requirements under attack are then tested on a
+            third of the samples, each finalist alone.
 
     Raises:
         RequestError: A measure will not be evaluated, or so few samples cannot show a requirement
@@ -258,17 +262,20 @@ def check_goal(goal: Goal, measures: Sequence[str], *, samples: int, candidates:
             )
     if goal.point:
         return
-    statements = candidates * len(goal.require)
+    apart = sum(item.key not in UNATTACKED for item in goal.require) if confirms else 0
     for requirement in goal.require:
+        alone = confirms and requirement.key not in UNATTACKED
+        statements = 1 if alone else candidates * (len(goal.require) - apart)
         needed = samples_that_can_show(requirement.threshold, statements)
         if needed is None:
             raise RequestError(
                 f'require: no number of samples can show "{requirement}"; lower the threshold, or '
                 "compare the estimate (--point)"
             )
-        if samples < needed:
+        if samples < (needed := 3 * needed if alone else needed):
+            whom = "a finalist on a third of them" if alone else f"{candidates} candidates"
             raise RequestError(
-                f'require: {samples} samples cannot show "{requirement}" for {candidates} '
-                f"candidates, even if all are correct; evaluate {needed:,} or more, lower the "
+                f'require: {samples} samples cannot show "{requirement}" for {whom}, '
+                f"even if all are correct; evaluate {needed:,} or more, lower the "
                 "threshold, or compare the estimate (--point)"
             )

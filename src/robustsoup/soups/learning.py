@@ -20,12 +20,14 @@ from robustsoup.gradients import gradients_enabled
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import DialSettings, LearnSettings, accepts_settings, make_settings
 from robustsoup.soups.coefficients import Coefficients, Dial
+from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.ingredients import choose_place
 from robustsoup.soups.learning_run import LearningInputs, LearningRun
 from robustsoup.soups.mixing import check_buffer_policy, open_ingredients
 from robustsoup.tracking import OnEpoch
 from robustsoup.training.loop import run_epochs
 from robustsoup.training.objectives import Objective
+from robustsoup.training.recomputation import check_recomputation
 from robustsoup.training.schedules import check_schedule
 from robustsoup.training.sharing import check_same_training
 from robustsoup.training.train import check_early_stop
@@ -176,6 +178,42 @@ def learn_dial(
     run = LearningRun(inputs, settings)
     _finish_run(run, state_path, on_progress, on_epoch)
     return run.dial()
+
+
+def check_learning(
+    settings: LearnSettings, n: int, data: Split, *, val: Split, network: nn.Module
+) -> None:
+    """Check settings against all that they depend on, without learning.
+
+    Args:
+        settings: The settings of one soup or dial.
+        n: Number of ingredients.
+        data: The training split.
+        val: The split that early stopping measures on.
+        network: The network of the ingredients.
+
+    Raises:
+        RequestError: If a setting does not go with the others, the ingredients or the network.
+        DataError: If `val` has fewer samples than early stopping measures.
+        ModelError: If the network has too few blocks for `recompute_activations`.
+    """
+    settings.check_start(n)
+    _complete_settings(take_transform(data, settings)[1], data, resolve_device("cpu"))
+    if settings.early_stop is not None:
+        val.first(settings.early_stop.samples)
+    check_network(settings, network)
+
+
+def check_network(settings: LearnSettings, network: nn.Module) -> None:
+    """Check the settings that depend on the network.
+
+    Raises:
+        RequestError: If `granularity` is unknown, or its pattern matches no parameter.
+        ModelError: If the network has too few blocks for `recompute_activations`.
+    """
+    layer_groups(network, settings.granularity)
+    if settings.recompute_activations:
+        check_recomputation(network)
 
 
 def _check_dial(settings: LearnSettings) -> None:

@@ -5,7 +5,7 @@ register it in `robustsoup.catalog.SOUP_METHODS` with the fact "needs": "merging
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from robustsoup.gradients import gradients_enabled
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
 from robustsoup.soups.ancestry import check_ingredients, common_ancestor
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
+from robustsoup.soups.method_keys import find_unread, method_keys
 from robustsoup.soups.mixing import (
     BufferRequest,
     Calibration,
@@ -182,14 +183,15 @@ def merge(
         are in the entry "merge" of its provenance.
 
     Raises:
-        RequestError: If the method is unknown, or requires a base, data, a threat or another
-            number of ingredients.
+        RequestError: If the method is unknown, requires a base, data, a threat or another number
+            of ingredients, or does not read a number that is given.
         IngredientMismatch: Names the first tensor whose name, shape or dtype differs.
         CoefficientError: If the weights do not fit the ingredients.
     """
     settings = make_settings(MergeSettings, settings, changes)
     threat, data = ThreatModel.parse(threat), as_optional_split(data, "merge: data")
     entry = _find_method(method)
+    check_numbers(entry, [*changes, *_list_changed(settings)])
     opened = open_ingredients(ingredients, network)
     check_merge(entry, len(opened), settings, data=data, threat=threat)
     coefficients = _take_weights(entry, weights, opened)
@@ -233,6 +235,27 @@ def is_merge(method: str) -> bool:
     """Return whether a name of the catalog stands for a merging method."""
     entry = SOUP_METHODS.find(method)
     return entry is not None and entry.facts.get("needs") == NEEDS_MERGING
+
+
+def check_numbers(entry: Entry, names: Iterable[str]) -> None:
+    """Check that a merging method reads the numbers that are given; a user's may read all.
+
+    Args:
+        entry: The method.
+        names: The fields of MergeSettings that are given.
+
+    Raises:
+        RequestError: Names the number that the method does not read.
+    """
+    unread = find_unread(names, [entry.name]) if is_merge(entry.name) else None
+    if unread is not None:
+        raise RequestError(f'{unread}: has no meaning with method "{entry.name}"')
+
+
+def _list_changed(settings: MergeSettings) -> list[str]:
+    """Return the names of the numbers that are not the default."""
+    defaults = to_record(MergeSettings())
+    return [name for name, value in to_record(settings).items() if value != defaults[name]]
 
 
 def check_merge(
@@ -372,7 +395,7 @@ def _make_entries(entry: Entry, inputs: Merge, merged: Merged) -> dict[str, Any]
     """Return the entries of the provenance record that tell how the merge was made."""
     details: dict[str, Any] = {
         "method": entry.name,
-        **to_record(inputs.settings),
+        **_read_numbers(entry, inputs.settings),
         "weights": list(inputs.weights),
         "base": inputs.base and inputs.base.digest,
         "seed": inputs.seed,
@@ -381,6 +404,14 @@ def _make_entries(entry: Entry, inputs: Merge, merged: Merged) -> dict[str, Any]
     if _measures(entry, inputs.data):
         details |= {"threat": str(inputs.threat), "attack_steps": inputs.attack_steps}
     return {"merge": details, "learned": None}
+
+
+def _read_numbers(entry: Entry, settings: MergeSettings) -> dict[str, Any]:
+    """Return the numbers that a method reads; a function of the user's may read all."""
+    numbers = to_record(settings)
+    if not is_merge(entry.name):
+        return numbers
+    return {name: value for name, value in numbers.items() if name in method_keys(entry.name)}
 
 
 def _measures(entry: Entry, data: Split | None) -> bool:

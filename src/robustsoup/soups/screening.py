@@ -35,6 +35,7 @@ A request with `keep_points` evaluates an ingredient. Its adversarial points are
 contender, so that no contender looks stronger only because it faced fewer points.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -103,7 +104,8 @@ class Screening:
       first, until each has run all rounds or has left. If no contender meets the requirements, the
       contenders closest to meeting them compete.
     - Otherwise the contenders of `worth_confirming` are attacked in full, and the contender that
-      the goal would choose by the upper bounds that the short attack gives.
+      the goal would choose by what is known of all, one after the other, until it would choose one
+      that was attacked in full.
 
     Attributes:
         ingredients: Names of the ingredients.
@@ -166,7 +168,7 @@ class Screening:
         measure = decisive_measure(self.goal, list(screened[0].evaluation.threats))
         if measure is not None:
             return self._next_round(measure, results)
-        names = self._names_worth_confirming(screened)
+        names = {c.name for c in (*worth_confirming(screened), *self._list_ahead(results)[:1])}
         return tuple(
             self._continue(opening, None)
             for contender in self.contenders
@@ -182,11 +184,16 @@ class Screening:
         measure = decisive_measure(self.goal, list(screened[0].evaluation.threats))
         if measure is not None:
             return tuple(self._run_race(measure, results).running)
-        return tuple(request.candidate for request in self.next_requests(results))
+        names = [request.candidate for request in self.next_requests(results)]
+        return tuple(dict.fromkeys([*names, *(c.name for c in self._list_ahead(results))]))
 
     def final_evaluations(self, results: EvaluationsByRequest) -> dict[str, Evaluation]:
         """Return the last evaluation of each contender, by name, in the contenders' order."""
         return {item.name: results[self._latest(item, results)] for item in self.contenders}
+
+    def _latest_candidates(self, results: EvaluationsByRequest) -> list[Candidate]:
+        latest = self.final_evaluations(results)
+        return [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
 
     def _screened_candidates(self, results: EvaluationsByRequest) -> list[Candidate]:
         return [
@@ -213,20 +220,20 @@ class Screening:
         """Return the full attack that follows; the points of the pool were tried before."""
         return EvaluationRequest(request.candidate, after=request, subset=subset)
 
-    def _names_worth_confirming(self, screened: Sequence[Candidate]) -> set[str]:
-        names = {candidate.name for candidate in worth_confirming(screened)}
+    def _list_ahead(self, results: EvaluationsByRequest) -> list[Candidate]:
+        """Return the contenders that the goal ranks above all that were attacked in full."""
         goal = self.goal
-        if goal.maximise is not None:
-            best = select(
-                screened,
-                maximise=goal.maximise,
-                require=goal.require,
-                point=goal.point,
-                seed=self.seed,
-                unconfirmed=True,
-            ).best
-            names |= set() if best.confirmed else {best.name}
-        return names
+        if goal.maximise is None:
+            return []
+        ranking = select(
+            self._latest_candidates(results),
+            maximise=goal.maximise,
+            require=goal.require,
+            point=goal.point,
+            seed=self.seed,
+            unconfirmed=True,
+        ).ranking
+        return list(itertools.takewhile(lambda item: not item.confirmed, ranking))
 
     def _next_round(
         self, measure: str, results: EvaluationsByRequest
@@ -245,8 +252,7 @@ class Screening:
         return (self._continue(request, subset),)
 
     def _run_race(self, measure: str, results: EvaluationsByRequest) -> "_Standing":
-        latest = self.final_evaluations(results)
-        candidates = [Candidate(name, (), evaluation) for name, evaluation in latest.items()]
+        candidates = self._latest_candidates(results)
         eligible = judge(candidates, self.goal, seed=self.seed).eligible(candidates)
         scores = {c.name: c.evaluation.accuracy[measure] for c in eligible}
         leading = max((scores[c.name].hits for c in eligible if c.confirmed), default=None)

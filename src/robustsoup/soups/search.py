@@ -43,8 +43,10 @@ from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
 from robustsoup.soups.goal import Goal, check_goal
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
+from robustsoup.soups.learning import check_learning
 from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.mixing import check_buffer_policy, fit_to_own_network, open_ingredients
+from robustsoup.soups.method_keys import find_unread
+from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
     SearchProgress,
@@ -67,7 +69,7 @@ from robustsoup.soups.surrogate_search import (
     PredictedSoup,
 )
 from robustsoup.soups.time_limit import TimeLimit
-from robustsoup.threats import ThreatModel, parse_threats
+from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,19 +79,35 @@ class SearchResult:
     Attributes:
         candidates: All soups that were tried, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
+        evaluator: Mixes and merges soups as the search did.
         predicted: What the surrogate says about every soup; empty for other methods.
         warnings: Doubts about the ingredients, such as constants that differ.
     """
 
     candidates: tuple[Candidate, ...]
     answer: Answer
+    evaluator: SoupEvaluator
     predicted: tuple[PredictedSoup, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate that the answer names; `mix(ingredients, chosen.mixed_by)` makes it."""
+        """The candidate that the answer names; `make_soup()` makes it."""
         return next(item for item in self.candidates if item.name == self.answer.chosen)
+
+    def make_soup(self, candidate: Candidate | None = None) -> Checkpoint:
+        """Make a soup by the method and the buffer policy of the search.
+
+        Args:
+            candidate: One of the candidates; the chosen one if None.
+
+        Returns:
+            The checkpoint that the search evaluated.
+
+        Raises:
+            CheckpointError: If the file of an ingredient is gone or was changed.
+        """
+        return self.evaluator.make_soup((candidate or self.chosen).mixed_by)
 
     def __repr__(self) -> str:
         """Return one line: the number of candidates and the choice."""
@@ -156,8 +174,8 @@ def search(
         data: The split to select on, usually `val`.
         threats: Threat models to attack with.
         settings: The soups to try, and what to maximise (the first threat if None) and require;
-            SearchSettings() if None. `score` applies only to the greedy method (the first threat if
-            None).
+            SearchSettings() if None. `score` applies only to the greedy method (what is maximised
+            if None; the first threat for the knee).
         attack_settings: The attack; AttackSettings() if None. Its seed also seeds the mixing.
         learn_settings: Settings of methods that learn; LearnSettings() if None. The search sets
             threats, objectives and the dial itself.
@@ -184,8 +202,8 @@ def search(
         the answer.
 
     Raises:
-        RequestError: For invalid settings, or a `report_on` that shares samples with `data`, before
-            any work.
+        RequestError: For invalid settings, settings that the method does not read, or a `report_on`
+            that shares samples with `data`, before any work.
         LeakageError: If an ingredient was trained on samples of `data`, or a method or policy would
             learn or measure on them.
     """
@@ -196,6 +214,8 @@ def search(
     settings = make_settings(SearchSettings, settings, search_changes)
     attack = make_settings(AttackSettings, attack_settings, attack_changes)
     _check_combination(settings, attack, calibrate_on)
+    learn = make_settings(LearnSettings, learn_settings, {})
+    _check_meanings(settings, search_changes, learns=learn_settings is not None)
     goal = Goal.parse(settings.maximise, settings.require, point=settings.point)
     parsed = parse_threats(threats)
     opened = _open(ingredients, network)
@@ -205,19 +225,19 @@ def search(
         split = split.first(open_corruptions(shift, split, "select").count_images(split))
     report_on = as_optional_split(report_on, "search: report_on")
     if report_on is not None:
-        _check_report(report_on, split)
-        check_leakage(opened, report_on, allow=allow_leakage)
-    merging = describe_merging(settings, merge_changes, base, parsed)
-    _check_merging(merging, len(opened), calibrate_on)
+        _check_report(report_on, split, opened, allow=allow_leakage)
+    measure_under = first_attacked(parsed)
+    merging = describe_merging(settings, merge_changes, base)
+    _check_merging(merging, len(opened), calibrate_on, measure_under)
     if not allow_leakage:
         _check_fitting(settings, buffers, calibrate_on, [split, report_on])
-    adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
-    confirms = adaptive and requires_confirmation(goal)
+    confirms = _confirms(settings, goal)
     steering = take_part(split, "search" if confirms else "all", seed=attack.seed)
     evaluator = SoupEvaluator(
         opened,
         steering,
         parsed,
+        measure_under,
         attack,
         buffers,
         calibrate_on,
@@ -226,11 +246,13 @@ def search(
         shift,
         "search" if confirms else "select",
         merging=merging,
-        learn=_parse_learning(settings, learn_settings, parsed, calibrate_on),
+        learn=learn,
         allow_leakage=allow_leakage,
     )
+    _check_learning(evaluator, settings)
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
-    tried = _try_soups(evaluator, settings, goal, aim, SearchProgress(on_progress))
+    _check_goal(evaluator, settings, goal, samples=len(split), confirms=confirms)
+    tried = _try_soups(evaluator, settings, aim, SearchProgress(on_progress))
     choice = (
         _choose_among_finalists(evaluator, tried, aim, split)
         if confirms
@@ -249,8 +271,8 @@ def search(
         reporting = replace(evaluator, data=report_on, shift_part="report")
         evaluation = reporting.evaluate(choice.selection.best.mixed_by)
         answer = with_test(answer, evaluation, split=report_on.name)
-    doubts = describe_differing_constants(open_ingredients(opened, network))
-    return SearchResult(tuple(tried.candidates), answer, tried.predicted, tuple(doubts))
+    doubts = tuple(describe_differing_constants(open_ingredients(opened, network)))
+    return SearchResult(tuple(tried.candidates), answer, evaluator, tried.predicted, doubts)
 
 
 def _open(
@@ -267,13 +289,27 @@ def _open(
     return tuple(fit_to_own_network(opened) if network is None else opened)
 
 
-def _check_report(report_on: Split, data: Split) -> None:
-    """Raise RequestError if samples that choose a soup would also report it."""
+def _confirms(settings: SearchSettings, goal: Goal) -> bool:
+    """Return whether finalists are confirmed on samples that no attack of the search looked at."""
+    adaptive = settings.screen or any(m in ADAPTIVE_METHODS for m in methods_of(settings))
+    return adaptive and requires_confirmation(goal)
+
+
+def _check_report(
+    report_on: Split, data: Split, ingredients: Sequence[Checkpoint], *, allow: bool
+) -> None:
+    """Check the split that reports.
+
+    Raises:
+        RequestError: If samples that choose a soup would also report it.
+        LeakageError: If an ingredient was trained on samples of it, unless `allow`.
+    """
     if shared := _count_shared(report_on, data):
         raise RequestError(
             f"search: report_on: got {shared} samples of {data.name} that choose the soup, "
             "expected others, such as data.test"
         )
+    check_leakage(ingredients, report_on, allow=allow)
 
 
 def _check_fitting(
@@ -307,46 +343,57 @@ def _count_shared(a: Split, b: Split) -> int:
     return len(set(a.ids.tolist()) & set(b.ids.tolist())) if same else 0
 
 
-def _parse_learning(
-    settings: SearchSettings,
-    learn_settings: LearnSettings | None,
-    threats: Sequence[ThreatModel],
-    calibrate_on: Split | None,
-) -> LearnSettings:
-    """Return the settings of learning, after a check of those of each soup to learn.
+def _check_learning(evaluator: SoupEvaluator, settings: SearchSettings) -> None:
+    """Check the settings of each soup to learn before any work.
 
     Raises:
         RequestError: A setting does not go with a method that learns, or there is no threat.
+        DataError: Early stopping measures more samples than the search looks at.
     """
-    learn = make_settings(LearnSettings, learn_settings, {})
-    for method in methods_of(settings):
-        if method in LEARNING:
-            family = LearnedFamily.of(method, threats, settings.sweep)
-            for item in family.list_settings(learn):
-                check_buffer_policy(item.buffers, calibrate_on, item.threat, affine=item.affine)
-    return learn
+    methods = [method for method in methods_of(settings) if method in LEARNING]
+    if not methods:
+        return
+    network = evaluator.network or evaluator.ingredients[0].network()
+    for method in methods:
+        family = LearnedFamily.of(str(method), parse_threats(evaluator.threats), settings.sweep)
+        for item in family.list_settings(evaluator.learn):
+            check_learning(
+                item,
+                len(evaluator.ingredients),
+                evaluator.training_data,
+                val=evaluator.data,
+                network=network,
+            )
+
+
+def _check_goal(
+    evaluator: SoupEvaluator, settings: SearchSettings, goal: Goal, *, samples: int, confirms: bool
+) -> None:
+    """Raise RequestError if the samples that select cannot show a requirement at all."""
+    measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
+    count = _count_all_soups(evaluator, settings)
+    check_goal(goal, measures, samples=samples, candidates=count, confirms=confirms)
+
+
+def _count_all_soups(evaluator: SoupEvaluator, settings: SearchSettings) -> int:
+    return sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
 
 
 def _try_soups(
     evaluator: SoupEvaluator,
     settings: SearchSettings,
-    goal: Goal,
     aim: Goal,
     progress: SearchProgress,
 ) -> Tried:
-    """Evaluate the soups of the method, after a check that the goal can be decided at all.
+    """Evaluate the soups of the method.
 
     Args:
         evaluator: Mixes and evaluates soups.
         settings: The method and its settings.
-        goal: The goal as it was given.
         aim: The goal with the default of what is maximised.
         progress: Receives progress.
     """
-    measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
-    count = sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
-    check_goal(goal, measures, samples=len(evaluator.data), candidates=count)
-    progress.total = count
+    progress.total = _count_all_soups(evaluator, settings)
     run = MethodRun(evaluator, settings, aim, progress, TimeLimit(settings.time_limit))
     if settings.method == ALL_METHODS:
         return _describe(evaluator, search_by_all(run))
@@ -426,15 +473,16 @@ def _list_gaps(
         for name, item in zip(evaluator.names, evaluator.ingredients, strict=True)
         if item.provenance.get("early_stopped_at") is not None
     ]
-    # Other samples decide than those that built a greedy soup.
+    # Other samples decide than those that built a greedy soup or stopped learning.
     holds = confirmed and not goal.requires_unattacked
     yield from describe_gaps(
         split,
         stopped=stopped,
-        learned=["learned soups"] if evaluator.learn.early_stop and learns else [],
+        learned=["learned soups"] if evaluator.learn.early_stop and learns and not holds else [],
         greedy=["the greedy soup"] if "greedy" in methods and not holds else [],
         screened=(settings.screen or ("surrogate" in methods and goal.requires_attacked))
         and not confirmed,
+        apart=confirmed and goal.requires_unattacked,
         shifted=confirmed and evaluator.shift is not None and split == "test",
         fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
     )
@@ -449,11 +497,23 @@ def _split_changes(
     return own_changes, {k: v for k, v in changes.items() if k not in names}
 
 
-def _check_merging(merging: Merging | None, n: int, data: Split | None) -> None:
+def _check_merging(
+    merging: Merging | None, n: int, data: Split | None, threat: ThreatModel
+) -> None:
     """Raise RequestError if a merging method lacks what it requires."""
     if merging is not None:
-        entry, threat = SOUP_METHODS.get_entry(merging.method), ThreatModel.parse(merging.threat)
+        entry = SOUP_METHODS.get_entry(merging.method)
         check_merge(entry, n, merging.settings, data=data, threat=threat)
+
+
+def _check_meanings(settings: SearchSettings, changes: Mapping[str, Any], *, learns: bool) -> None:
+    """Raise RequestError if a setting is given that the method does not read."""
+    names = [name for name in ("step", "tolerance", "score", "weights") if name in changes]
+    unread = find_unread(names, methods_of(settings))
+    if learns and not any(item in LEARNING for item in methods_of(settings)):
+        unread = "learn_settings"
+    if unread is not None:
+        raise RequestError(f'search: {unread}: has no meaning with method "{settings.method}"')
 
 
 def _check_combination(

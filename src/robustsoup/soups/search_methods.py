@@ -19,7 +19,7 @@ from robustsoup.progress import Progress
 from robustsoup.settings import ALL_METHODS, LearnSettings, SearchSettings
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.explanation import describe_soup
-from robustsoup.soups.goal import Goal, Score
+from robustsoup.soups.goal import KNEE, Goal, Score
 from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import (
     Alpha,
@@ -270,7 +270,7 @@ def _learn_soup(run: MethodRun, name: str, settings: LearnSettings) -> Coefficie
     evaluator = run.evaluator
     return learn(
         evaluator.ingredients,
-        evaluator.calibrate_on or evaluator.data,
+        evaluator.training_data,
         settings,
         val=evaluator.data if settings.early_stop else None,
         network=evaluator.network,
@@ -285,7 +285,7 @@ def _learn_dial(run: MethodRun, settings: LearnSettings) -> Dial:
     evaluator = run.evaluator
     dial = learn_dial(
         evaluator.ingredients,
-        evaluator.calibrate_on or evaluator.data,
+        evaluator.training_data,
         settings,
         network=evaluator.network,
         allow_leakage=evaluator.allow_leakage,
@@ -330,7 +330,8 @@ def search_by_all(run: MethodRun) -> Tried:
 def _search_greedily(run: MethodRun, known: Mapping[Alpha, Evaluation]) -> list[Candidate]:
     """Build the greedy soup; of `known` soups, attacks are completed and not repeated."""
     evaluator, n = run.evaluator, len(run.evaluator.ingredients)
-    score = Score.parse(run.settings.score or default_measure(evaluator.threats))
+    maximised = default_measure(evaluator.threats) if run.aim.maximise == KNEE else run.aim.maximise
+    score = Score.parse(run.settings.score or str(maximised))
 
     def evaluate_alpha(alpha: Alpha) -> Evaluation:
         evaluation = known.get(alpha)

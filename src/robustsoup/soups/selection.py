@@ -8,7 +8,7 @@ total shortfall.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Candidate:
 
     @property
     def mixed_by(self) -> Alpha | Coefficients:
-        """What `mix` takes to make the soup: coefficients by layer, else `alpha`."""
+        """Coefficients by layer, else `alpha`: what `mix` takes, or the weights of a merge."""
         return self.alpha if self.coefficients is None else self.coefficients
 
     @property
@@ -136,12 +136,14 @@ class Judgement:
             by "and", or "none" without requirements.
         critical: Quantile in the place of 1.645 of a single bound.
         others: Number of further soups that the bounds on clean accuracy hold for.
+        ingredients: Names of the candidates that equal an ingredient, by its name.
     """
 
     checks: Mapping[str, tuple[RequirementCheck, ...]]
     method: str = "none"
     critical: float = Z_ERROR
     others: int = 0
+    ingredients: Mapping[str, str] = field(default_factory=dict)
 
     def met(self, candidate: Candidate) -> bool:
         """Return whether the candidate meets every requirement."""
@@ -185,8 +187,9 @@ def judge(
     Raises:
         RequestError: If a measure was not evaluated, or the samples differ.
     """
+    names = {item.ingredient: item.name for item in candidates if item.ingredient is not None}
     if not goal.require:
-        return Judgement({candidate.name: () for candidate in candidates})
+        return Judgement({item.name: () for item in candidates}, ingredients=names)
     keys = [requirement.key for requirement in goal.require]
     hits = {key: stack_hits(candidates, key) for key in keys}
     count = len(keys) * len(candidates)
@@ -208,7 +211,7 @@ def judge(
             for requirement, bounds, shown in zip(goal.require, low, met, strict=True)
         )
     others = len(thresholds) - count
-    return Judgement(checks, proof.method, proof.critical, others)
+    return Judgement(checks, proof.method, proof.critical, others, names)
 
 
 def _check(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split
 from robustsoup.data.corruptions import CorruptionPart
@@ -27,7 +28,7 @@ from robustsoup.settings import (
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.explanation import describe_soup
 from robustsoup.soups.grid import Alpha, corners
-from robustsoup.soups.merging import is_merge, merge
+from robustsoup.soups.merging import check_numbers, is_merge, merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
     EvaluationRequest,
@@ -36,7 +37,7 @@ from robustsoup.soups.screening import (
     short_attack,
 )
 from robustsoup.soups.selection import Candidate
-from robustsoup.threats import ThreatModel, first_attacked, parse_threats
+from robustsoup.threats import ThreatModel, parse_threats
 
 
 def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
@@ -50,37 +51,45 @@ def name_ingredients(ingredients: Sequence[Checkpoint]) -> list[str]:
 
 @dataclass(frozen=True)
 class Merging:
-    """How a search merges: the method, its numbers, the base, and the threat to measure under."""
+    """How a search merges: the method, its numbers and the base."""
 
     method: str
     settings: MergeSettings
     base: Checkpoint | str | os.PathLike[str] | None
-    threat: ThreatModel | str
 
 
 def describe_merging(
     settings: SearchSettings,
     changes: Mapping[str, Any],
     base: Checkpoint | str | os.PathLike[str] | None,
-    threats: Sequence[ThreatModel | str],
 ) -> Merging | None:
-    """Return how the method merges; None for a method that lists or learns coefficients."""
+    """Return how the method merges; None for a method that lists or learns coefficients.
+
+    Raises:
+        RequestError: A number or a base is given that the method does not read.
+    """
     method = settings.method
     if not isinstance(method, str) or not is_merge(method):
         if given := [*changes, *(["base"] if base is not None else [])]:
             raise RequestError(f'search: {given[0]}: has no meaning with method "{method}"')
         return None
     merging = make_settings(MergeSettings, None, changes)
-    return Merging(method, merging, base, first_attacked(threats))
+    check_numbers(SOUP_METHODS.get_entry(method), changes)
+    return Merging(method, merging, base)
 
 
 @dataclass(frozen=True)
 class SoupEvaluator:
-    """Mixes and evaluates soups; the attributes are the arguments of `search`."""
+    """Mixes and evaluates soups; the attributes are the arguments of `search`.
+
+    `measure_under` is the threat of statistics and merges that are measured under attack. It does
+    not depend on the threats that an evaluation attacks with, so a soup is the same in all of them.
+    """
 
     ingredients: tuple[Checkpoint, ...]
     data: Split
     threats: tuple[ThreatModel | str, ...]
+    measure_under: ThreatModel
     attack: AttackSettings
     buffers: str | None
     calibrate_on: Split | None
@@ -94,10 +103,17 @@ class SoupEvaluator:
 
     def mix_network(self, alpha: Alpha | Coefficients) -> nn.Module:
         """Return the network with the weights of a soup."""
-        soup = self._make_soup(alpha)
+        soup = self.make_soup(alpha)
         model = soup.network() if self.network is None else copy_network(self.network)
         soup.load_into(model)
         return model
+
+    @property
+    def training_data(self) -> Split:
+        """The split that soups are learned on; `search` has checked that there is one."""
+        if self.calibrate_on is None:
+            raise RequestError("search: requires training samples; give calibrate_on")
+        return self.calibrate_on
 
     @property
     def names(self) -> list[str]:
@@ -126,7 +142,7 @@ class SoupEvaluator:
             for name, alpha in alphas
         }
 
-    def _make_soup(self, alpha: Alpha | Coefficients) -> Checkpoint:
+    def make_soup(self, alpha: Alpha | Coefficients) -> Checkpoint:
         """Mix or merge a soup."""
         merging = self.merging
         if merging is None or isinstance(alpha, Coefficients):
@@ -135,7 +151,7 @@ class SoupEvaluator:
                 alpha,
                 buffers=self.buffers,
                 calibrate_on=self.calibrate_on,
-                threat=first_attacked(self.threats),
+                threat=self.measure_under,
                 network=self.network,
                 device=self.device,
                 seed=self.attack.seed,
@@ -147,7 +163,7 @@ class SoupEvaluator:
             merging.settings,
             base=merging.base,
             data=self.calibrate_on,
-            threat=merging.threat,
+            threat=self.measure_under,
             buffers=self.buffers or "average",
             allow_leakage=self.allow_leakage,
             network=self.network,

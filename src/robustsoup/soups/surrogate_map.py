@@ -31,7 +31,6 @@ class SoupMap:
         tolerance: Accuracy that the answer may lose to the best soup.
         seed: Seed of the test soups and of the refits.
         grid: Names of the soups that are all attacked if the model fails; all of them if empty.
-        screened: Survivors of a short attack on each soup, if there was one.
         model: The Gaussian process, or the quadratic.
     """
 
@@ -44,7 +43,6 @@ class SoupMap:
     tolerance: float = 0.005
     seed: int = 0
     grid: frozenset[str] = frozenset()
-    screened: tuple[Accuracy, ...] = ()
     model: Model = "gaussian-process"
 
     @property
@@ -59,12 +57,8 @@ class SoupMap:
 
     @cached_property
     def places(self) -> Places:
-        """The coefficients and the covariates of all soups."""
-        measured = [self.clean, *([self.screened] if self.screened else [])]
-        logits = [
-            to_logit(np.array([a.hits for a in column], float), column[0].n) for column in measured
-        ]
-        return Places.of(self.alphas, *logits)
+        """The coefficients of all soups, and their clean accuracies as a covariate."""
+        return Places.of(self.alphas, to_logit(self.clean_hits.sum(1).astype(float), self.samples))
 
     @cached_property
     def score(self) -> Score:

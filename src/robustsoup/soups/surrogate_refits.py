@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from robustsoup.evaluation.intervals import Z95
 from robustsoup.evaluation.verdicts import CLEAN_KEY
+from robustsoup.soups.confirmation import likely_to_pass
 from robustsoup.soups.surrogate import FittedMap, Floats, fit_map, fit_p_value, to_logit, to_share
 from robustsoup.soups.surrogate_map import TESTS, SoupMap
 
@@ -101,12 +101,11 @@ class Refits:
         if search.shortfall:
             shortfall = shortfall + np.asarray(search.shortfall)[rows]
         for item in search.attacked_requirements:
-            share = shares[item.key]
             if search.goal.point:  # half a sample undoes the rounding of `to_logit`
-                bound = share + 0.5 / self.samples
-            else:
-                bound = lower_bounds(share, self.samples)
-            shortfall = shortfall + np.clip(item.threshold - bound, 0, None)
+                needed = item.threshold - 0.5 / self.samples
+            else:  # the confirm part has half as many samples as those that steer the search
+                needed = likely_to_pass(item.threshold, max(self.samples // 2, 1))
+            shortfall = shortfall + np.clip(needed - shares[item.key], 0, None)
         return np.where(shortfall > 0, -1 - shortfall, value)
 
     @cached_property
@@ -291,10 +290,3 @@ class Estimates:
         estimate = share + missed + (self.clean - clean) * self.clean_slopes
         estimate[:, self.in_full] = self.exact
         return to_logit(np.clip(estimate, 0, 1) * self.n, self.n)
-
-
-def lower_bounds(share: Floats, n: int) -> Floats:
-    """Return the lower ends of the 95 % Wilson intervals of shares of n samples."""
-    centre = share + Z95**2 / (2 * n)
-    half = Z95 * np.sqrt(np.clip(share * (1 - share), 0, None) / n + Z95**2 / (4 * n * n))
-    return (centre - half) / (1 + Z95**2 / n)
