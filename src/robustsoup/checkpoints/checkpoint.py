@@ -23,6 +23,7 @@ from robustsoup.checkpoints.fitting import (
     has_no_values,
     has_other_shape,
     holds_other_numbers,
+    load_tensors,
     network_tensors,
 )
 from robustsoup.checkpoints.formats import read_checkpoint, refuse_broken, write_checkpoint
@@ -35,7 +36,7 @@ from robustsoup.checkpoints.parameters import (
 from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import find_copy_of, local_path
 from robustsoup.checkpoints.transfers import choose_file
-from robustsoup.checkpoints.weight_sets import may_be_surplus
+from robustsoup.checkpoints.weight_sets import may_be_surplus, read_versions
 from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
 from robustsoup.display import html_table
 from robustsoup.errors import CheckpointError, ModelError, RequestError
@@ -254,7 +255,9 @@ class Checkpoint:
         record = {**(provenance or {}), **_parameter_record(model)}
         if (settings := network_settings_of(model)) is not None:
             record["network"] = settings.as_record()
-        return cls(tensors, record, named_network=settings)
+        versions = read_versions(model.state_dict(keep_vars=True))
+        wrapping = Wrapping({name: name for name in tensors}, versions=versions)
+        return cls(tensors, record, wrapping=wrapping, named_network=settings)
 
     def check_source(self) -> None:
         """Check that mapped tensors can still be read.
@@ -529,18 +532,17 @@ class Checkpoint:
         Raises:
             ModelError: Names the first name or shape that differs.
         """
-        tensors = self._tensors_for(model)
+        tensors, versions = self._tensors_for(model)
         try:
-            # Other state of modules, which is not tensors, stays.
-            model.load_state_dict(tensors, strict=False)
+            load_tensors(model, tensors, versions)
         except Exception as error:  # modules may load in a way of their own
             raise ModelError(
                 f"{self.name}: the network does not take these weights: "
                 f"{' '.join(str(error).split()) or type(error).__name__}"
             ) from error
 
-    def _tensors_for(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the state dict to load into `model`."""
+    def _tensors_for(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return the tensors to load into `model`, and the versions of the modules they are of."""
         self.check_source()
         renamed = self.with_names_of(model)
         expected = network_tensors(model)
@@ -551,7 +553,8 @@ class Checkpoint:
                 wanted = expected.pop(name)
                 missing[name] = constants.get(name, torch.zeros_like(wanted))
         renamed._check_fits(expected)
-        return missing | dict(renamed.tensors)
+        versions = renamed.wrapping.own_versions() if renamed.wrapping else {}
+        return missing | dict(renamed.tensors), versions
 
     def _check_fits(self, expected: dict[str, Tensor]) -> None:
         for name in [*expected, *self.tensors]:

@@ -13,6 +13,7 @@ from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.fitting import load_tensors
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.data.sketches import sketch_split
@@ -132,7 +133,7 @@ class LearningRun:
         self.history, self.best = state["history"], state["best"]
         if self.limit is not None:
             self.limit.restore(state["limit"])
-        self.model.load_state_dict(state["buffers"], strict=False)
+        load_tensors(self.model, state["buffers"])
         self.mix_layers(range(len(self.layers)))
 
     def state(self) -> dict[str, Any]:

@@ -226,7 +226,9 @@ def finish_soup(
     record = make_soup_record(ingredients, coefficients) | dict(entries or {})
 
     def build_network() -> nn.Module:
-        soup = Checkpoint(tensors, record, named_network=first.named_network)
+        soup = Checkpoint(
+            tensors, record, wrapping=first.wrapping, named_network=first.named_network
+        )
         given = request.network
         model = copy_network(given) if given is not None else soup.network()
         soup.load_into(model)

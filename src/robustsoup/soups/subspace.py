@@ -15,6 +15,7 @@ from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.fitting import load_tensors
 from robustsoup.checkpoints.parameters import is_inexact
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
@@ -415,7 +416,7 @@ def _make_end(
         seed=s.seed,
         precision=s.precision,
     )
-    end.load_state_dict(measured, strict=False)
+    load_tensors(end, measured)
     record = inherited | {
         "kind": "trained",
         "data": run.inputs.data.record,
