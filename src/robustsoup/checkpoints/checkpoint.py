@@ -29,11 +29,11 @@ from robustsoup.checkpoints.fitting import (
 from robustsoup.checkpoints.formats import read_checkpoint, refuse_broken, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import (
+    find_constants,
     find_unweighted_statistics,
     guess_parameters,
     is_inexact,
 )
-from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import find_copy_of, local_path
 from robustsoup.checkpoints.transfers import choose_file
 from robustsoup.checkpoints.weight_sets import may_be_surplus, read_versions
@@ -176,7 +176,6 @@ class Checkpoint:
             raise CheckpointError(f"{path}: is no adapter with an adapter_config.json")
         path = _file_of(path)
         stored = read_checkpoint(path, mapped=mapped, key=key)
-        check_record(stored.record, stored.tensors, path)
         return cls(
             stored.tensors,
             stored.record,
@@ -294,6 +293,11 @@ class Checkpoint:
         if "parameters" in self.provenance:
             return list(self.provenance["parameters"])
         return guess_parameters(self.tensors, self.tied)
+
+    @property
+    def constants(self) -> set[str]:
+        """Names of the buffers that are not averaged; see `find_constants`."""
+        return find_constants(self.tensors, self.parameters, self.tied)
 
     @property
     def warnings(self) -> list[str]:
@@ -573,8 +577,6 @@ class Checkpoint:
                     f"{self.name}: {name}: got shape {tuple(self.tensors[name].shape)}, "
                     f"the network expects {tuple(expected[name].shape)}"
                 )
-            if may_be_surplus(name):  # reading left it to the network to tell
-                refuse_broken(name, self.tensors[name], self.name)
             if holds_other_numbers(self.tensors[name], expected[name]):
                 got, wanted = (
                     str(tensor.dtype).removeprefix("torch.")
@@ -584,6 +586,9 @@ class Checkpoint:
                     f"{self.name}: {name}: got {got}, the network expects {wanted}; if the file "
                     "is quantized, give the weights from before"
                 )
+        # Reading left it to the network to tell whether these are its own.
+        doubtful = {name: t for name, t in self.tensors.items() if may_be_surplus(name)}
+        refuse_broken(doubtful, self.name, self.constants)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the checkpoint atomically and return its path.

@@ -55,7 +55,7 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
     """Return the tensors of a file without a record that are probably parameters.
 
     They are float or complex, and neither running statistics, nor the constants and vectors of
-    parametrizations, nor aliases.
+    parametrizations, nor masks, nor aliases.
 
     Args:
         tensors: name -> tensor.
@@ -71,7 +71,29 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
         and name not in vectors
         and not _is_constant_of_parametrization(name)
         and not is_pruning_mask(name, tensors)
+        and not _is_attention_mask(name, tensor)
     ]
+
+
+def find_constants(
+    tensors: Mapping[str, Tensor], parameters: Iterable[str], tied: Iterable[str]
+) -> set[str]:
+    """Return the names of the buffers that are neither statistics nor vectors of `spectral_norm`.
+
+    Mixing does not average these, and they alone may hold infinity.
+
+    Args:
+        tensors: name -> tensor.
+        parameters: Names of the parameters.
+        tied: Aliases of other tensors.
+    """
+    vectors = {name for names in find_power_vectors(tensors) for name in (names.u, names.v)}
+    others = {*parameters, *tied, *vectors}
+    return {
+        name
+        for name in tensors
+        if name not in others and name.rpartition(".")[2] not in _RUNNING_STATISTICS
+    }
 
 
 def find_owners_of_statistics(
@@ -113,6 +135,14 @@ def _weight_beside(name: str, tied: Mapping[str, str]) -> str:
 def is_pruning_mask(name: str, tensors: Collection[str]) -> bool:
     """Return whether a name is that of the mask that torch.nn.utils.prune puts on a weight."""
     return name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in tensors
+
+
+def _is_attention_mask(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is called a mask and holds zeros and infinities alone."""
+    if "mask" not in name.rpartition(".")[2].lower() or tensor.dtype.itemsize == 1:
+        return False
+    infinite = tensor.isinf()
+    return bool(infinite.any() and not infinite.all() and not tensor[~infinite].any())
 
 
 def _is_constant_of_parametrization(name: str) -> bool:

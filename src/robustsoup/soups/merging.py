@@ -323,8 +323,7 @@ def _find_base(
         return None
     found = found.with_names_like(ingredients[0]).with_dtypes_like(ingredients[0])
     check_ingredients([ingredients[0], found])
-    for name, tensor in found.tensors.items():
-        refuse_broken(name, tensor, found.name)
+    refuse_broken(found.tensors, found.name, found.constants)
     return found
 
 

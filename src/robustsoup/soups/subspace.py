@@ -16,6 +16,7 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.checkpoints.fitting import load_tensors
+from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.parameters import is_inexact
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
@@ -132,6 +133,7 @@ def train_subspace(
     if settings.recompute_activations:
         check_recomputation(model)
     start = Checkpoint.of(model)
+    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
     inputs = TrainingInputs(data, None, None, settings)
     names = [str(threat) for threat in ends]
     drawn = {} if at_ends is None else {"at_ends": at_ends}

@@ -15,6 +15,7 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
 from robustsoup.checkpoints.fitting import load_tensors
+from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import earlier_data, inherited_sketches
 from robustsoup.data import (
     Split,
@@ -147,6 +148,7 @@ def train(
     if settings.recompute_activations:
         check_recomputation(model)
     start = Checkpoint.of(model)
+    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
