@@ -32,6 +32,7 @@ from robustsoup.checkpoints.parameters import (
     find_constants,
     find_unweighted_statistics,
     guess_parameters,
+    inexact_parameters,
     is_inexact,
 )
 from robustsoup.checkpoints.remote import find_copy_of, local_path
@@ -694,7 +695,7 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
     Raises:
         ModelError: The state dict of the network has other names.
     """
-    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first_names = {id(parameter): name for name, parameter in inexact_parameters(model).items()}
     saved = model.state_dict(keep_vars=True)
     if missing := [name for name in first_names.values() if name not in saved]:
         raise ModelError(
@@ -703,7 +704,7 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
         )
     tied = {
         name: first_names[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in inexact_parameters(model, remove_duplicate=False).items()
         if first_names[id(parameter)] != name
     }
     parameters = list(first_names.values())

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PARAMETRIZED = ".parametrizations."
@@ -49,6 +49,19 @@ def _is_original(name: str) -> bool:
 def is_inexact(tensor: Tensor) -> bool:
     """Return whether a tensor holds real or complex numbers, which can be averaged."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def inexact_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of a network that can be averaged, by name; tables of integers cannot.
+
+    Args:
+        model: The network.
+        remove_duplicate: Whether to return a tied parameter under its first name alone.
+    """
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {name: parameter for name, parameter in named if is_inexact(parameter)}
 
 
 def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> list[str]:

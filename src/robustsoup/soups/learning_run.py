@@ -14,6 +14,7 @@ from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.fitting import load_tensors
+from robustsoup.checkpoints.parameters import inexact_parameters
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.data.sketches import sketch_split
@@ -92,7 +93,7 @@ class LearningRun:
         ordered = [inputs.ingredients[i] for i in self.order]
         self.model, start = _start_network(inputs, settings)
         self.base_digest, self.warnings = start.provenance["buffers"].get("base"), start.warnings
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = inexact_parameters(self.model)
         self.groups = layer_groups(self.model, settings.granularity)
         self.layers = list(self.groups)
         self.statistics = set(running_statistics(ordered[0]))
