@@ -339,7 +339,8 @@ def _build_network(
     model = model.to(device)
     set_mode(model, training=False)
     if data is not None:
-        adapt_network(model, to_float(data.images[:2]).to(device))
+        x = to_float(data.images[:2]).to(device)
+        adapt_network(model, x, data.classes, inferred=data.inferred)
     return model
 
 
