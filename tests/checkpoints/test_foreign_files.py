@@ -255,12 +255,14 @@ def test_harmless_types_are_read(tmp_path):
         "curve": np.arange(6.0).reshape(2, 3),
         "args": argparse.Namespace(lr=0.1, folder=Path("data")),
         "version": torch.__version__,
+        "generator": np.random.default_rng(0).bit_generator.state,
     }
     torch.save(content, tmp_path / "a.pth")
     read = Checkpoint.load(tmp_path / "a.pth")
     kept = torch.load(read.save(tmp_path / "b.pth"), weights_only=False)
     assert (kept["best"], kept["name"], kept["args"].lr) == (0.5, "net", 0.1)
     assert np.array_equal(kept["curve"], content["curve"])
+    assert kept["generator"] == content["generator"]
     Checkpoint.load(tmp_path / "b.pth")
 
 
