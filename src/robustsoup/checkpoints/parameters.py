@@ -14,12 +14,13 @@ class PowerVectors:
     """The names of a weight under `spectral_norm` and of the vectors of its power iteration.
 
     Attributes:
-        weight: The parameter, before the normalisation.
+        weight: The parameter, before the normalisation; None if other parametrizations come before
+            it, so that the matrix that is normalised is no tensor of the file.
         u: The left vector, with one number for each row of the weight as a matrix.
         v: The right vector.
     """
 
-    weight: str
+    weight: str | None
     u: str
     v: str
 
@@ -31,19 +32,15 @@ def find_power_vectors(tensors: Mapping[str, Tensor]) -> list[PowerVectors]:
         if name.endswith("_orig"):
             stem = name.removesuffix("_orig")
             names = PowerVectors(name, f"{stem}_u", f"{stem}_v")
-        elif _is_original(name):
-            folder = name.removesuffix("original")
-            names = PowerVectors(name, f"{folder}0._u", f"{folder}0._v")
+        elif name.endswith("._u") and _PARAMETRIZED in f".{name}":
+            layer = name.removesuffix("_u")
+            weight = f"{layer.removesuffix('0.')}original" if layer.endswith(".0.") else ""
+            names = PowerVectors(weight if weight in tensors else None, name, f"{layer}_v")
         else:
             continue
         if names.u in tensors and names.v in tensors:
             found.append(names)
     return found
-
-
-def _is_original(name: str) -> bool:
-    parts = f".{name}".rsplit(".", 3)
-    return len(parts) == 4 and parts[1] == "parametrizations" and parts[3] == "original"
 
 
 def is_inexact(tensor: Tensor) -> bool:
@@ -91,17 +88,17 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
 def find_constants(
     tensors: Mapping[str, Tensor], parameters: Iterable[str], tied: Iterable[str]
 ) -> set[str]:
-    """Return the names of the buffers that are neither statistics nor vectors of `spectral_norm`.
+    """Return the names of buffers that are neither statistics nor vectors of a known weight.
 
-    Mixing does not average these, and they alone may hold infinity.
+    Mixing copies these, and they alone may hold infinity.
 
     Args:
         tensors: name -> tensor.
         parameters: Names of the parameters.
         tied: Aliases of other tensors.
     """
-    vectors = {name for names in find_power_vectors(tensors) for name in (names.u, names.v)}
-    others = {*parameters, *tied, *vectors}
+    known = [names for names in find_power_vectors(tensors) if names.weight is not None]
+    others = {*parameters, *tied, *(name for names in known for name in (names.u, names.v))}
     return {
         name
         for name in tensors
