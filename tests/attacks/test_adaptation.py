@@ -175,6 +175,11 @@ def test_the_first_output_is_taken_unless_another_alone_fits(widths, chosen):
     assert as_logits(output) is output[0]
 
 
+def test_logits_that_are_named_are_taken():
+    output = Output(torch.zeros(2, 10), torch.zeros(2, 30))
+    assert choose_logits(output, 30, inferred=True) is output.logits
+
+
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_every_function_takes_networks_that_return_more_than_logits(plain, wrap):
     network = same_weights(Wrapped(wrap), plain)

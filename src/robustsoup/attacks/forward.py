@@ -124,8 +124,9 @@ def choose_logits(output: object, classes: int, *, inferred: bool) -> Tensor:
         ModelError: The output holds no logits; or the number is inferred, and tensors (b, n) of
             different n are in the tuple.
     """
-    parts = output if isinstance(output, (tuple, list)) else ()
-    tables = [t for t in parts if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()]
+    if hasattr(output, "logits") or not isinstance(output, (tuple, list)):
+        return as_logits(output)
+    tables = [t for t in output if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()]
     widths = [table.shape[1] for table in tables]
     if inferred and len(set(widths)) > 1:
         raise ModelError(
