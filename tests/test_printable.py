@@ -45,6 +45,23 @@ def test_printable_text_stays_and_is_one_line(text):
     shown.encode()
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://a.b/c.pth?key=SECRET: no such file", "https://a.b/c.pth: no such file"),
+        ("https:/a.b:9/c?k=S#d, 'http://a/b?x'; d?", "https:/a.b:9/c, 'http://a/b'; d?"),
+        ("(https://a/b?" + "x" * 5000 + ")", "(https://a/b)"),
+        (
+            "wds:/a/part-?.tar: did you mean https://a/b?",
+            "wds:/a/part-?.tar: did you mean https://a/b?",
+        ),
+    ],
+)
+def test_messages_hold_no_query_of_an_address(text, shown):
+    assert make_message(text) == shown
+    assert str(RobustsoupError(text)) == shown
+
+
 def test_a_long_message_loses_its_middle():
     message = make_message("start" + "\x1b" * 10_000_000 + "end")
     assert len(message) < 5 * MAX_MESSAGE

@@ -185,7 +185,7 @@ class PickleReader:
 
     def _push_long(self) -> None:
         length = self._number("<B")
-        if length > 16:  # torch.save's magic number has 10 bytes, seeds have at most 9
+        if length > 64:  # the state of NumPy's PCG64 has 17 bytes
             raise ValueError(f"an integer of {length} bytes")
         self._stack.append(int.from_bytes(self._take(length), "little", signed=True))
 

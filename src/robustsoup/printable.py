@@ -1,7 +1,11 @@
 """Text for a terminal, a log or a message: no character of it is an instruction."""
 
+import re
+
 MAX_MESSAGE = 2000
 """Most characters of an error message."""
+
+_WORD = re.compile(r"""[^\s"']+""")
 
 
 def make_printable(text: str) -> str:
@@ -23,11 +27,24 @@ def make_printable(text: str) -> str:
 
 
 def make_message(text: str) -> str:
-    """Return printable text without the middle of what exceeds MAX_MESSAGE characters."""
+    """Return printable text without queries of addresses or the middle beyond MAX_MESSAGE."""
+    if "?" in text:
+        text = _WORD.sub(_hide_query, text)
     if len(text) > MAX_MESSAGE:
         half = MAX_MESSAGE // 2
         text = f"{text[:half]} [{len(text) - 2 * half:,} more characters] {text[-half:]}"
     return make_printable(text)
+
+
+def _hide_query(word: re.Match[str]) -> str:
+    """Return a word of a message, without the query of an address, which may hold a key.
+
+    A path writes the two slashes of an address as one.
+    """
+    place, _, query = word[0].partition("?")
+    if not query or not ("http:/" in place or "https:/" in place):
+        return word[0]
+    return place + query[len(query.rstrip(":;,.)")) :]
 
 
 def first_line(error: BaseException) -> str:

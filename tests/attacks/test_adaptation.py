@@ -14,7 +14,7 @@ from torch import nn
 import robustsoup as rs
 from robustsoup.attacks import run_attack
 from robustsoup.attacks.adaptation import adapt_network, check_train_mode, copy_network
-from robustsoup.attacks.forward import as_logits
+from robustsoup.attacks.forward import as_logits, choose_logits
 from robustsoup.errors import DataError, ModelError
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -140,6 +140,44 @@ def test_logits_are_found_in_what_a_network_returns(plain, images, wrap):
     assert torch.equal(run_attack(network, images, y, LINF, settings).x_adv, expected.x_adv)
     adapt_network(network, images)
     torch.testing.assert_close(network(images), plain(images))
+
+
+def features_first(z):
+    return z.repeat(1, 3), z, z.sum()
+
+
+def test_logits_after_features_are_told_by_the_number_of_classes(plain):
+    network = same_weights(Wrapped(features_first), plain)
+    expected, got = (rs.evaluate(m, FEW, ["Linf 8/255"], steps=2) for m in (plain, network))
+    assert got.accuracy == expected.accuracy
+    assert torch.equal(got.prediction, expected.prediction)
+    items = [rs.Checkpoint.of(network)] * 2
+    adversarial = {"buffers": "recalibrate-adversarial", "threat": LINF, "calibrate_on": FEW}
+    soups = [rs.mix(items, [0.5, 0.5], network=m, **adversarial) for m in (plain, network)]
+    assert soups[0].digest == soups[1].digest
+
+
+def test_logits_beside_features_require_the_number_of_classes(plain):
+    network = same_weights(Wrapped(features_first), plain)
+    x, y = FEW.images, FEW.labels.clamp(max=8)
+    with pytest.raises(ModelError, match=r"of 30, 10 columns, .* inferred .*; give classes, as in"):
+        rs.evaluate(network, (x, y), [])
+    stated = rs.Split.from_tensors(x, y, classes=10)
+    assert torch.equal(rs.evaluate(network, stated, []).prediction, plain(x / 255).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("widths", "chosen"), [((10, 10, 30), 0), ((30, 10), 1), ((10, 30), 0), ((30, 10, 10), 0)]
+)
+def test_the_first_output_is_taken_unless_another_alone_fits(widths, chosen):
+    output = tuple(torch.zeros(2, width) for width in widths)
+    assert choose_logits(output, 10, inferred=False) is output[chosen]
+    assert as_logits(output) is output[0]
+
+
+def test_logits_that_are_named_are_taken():
+    output = Output(torch.zeros(2, 10), torch.zeros(2, 30))
+    assert choose_logits(output, 30, inferred=True) is output.logits
 
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)

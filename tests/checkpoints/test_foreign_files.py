@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.fitting import fit_names
+from robustsoup.checkpoints.weight_sets import read_versions
 from robustsoup.checkpoints.wrapping import soup_ending
 from robustsoup.diagnosis.check import check
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError
@@ -279,12 +280,14 @@ def test_harmless_types_are_read(tmp_path):
         "curve": np.arange(6.0).reshape(2, 3),
         "args": argparse.Namespace(lr=0.1, folder=Path("data")),
         "version": torch.__version__,
+        "generator": np.random.default_rng(0).bit_generator.state,
     }
     torch.save(content, tmp_path / "a.pth")
     read = Checkpoint.load(tmp_path / "a.pth")
     kept = torch.load(read.save(tmp_path / "b.pth"), weights_only=False)
     assert (kept["best"], kept["name"], kept["args"].lr) == (0.5, "net", 0.1)
     assert np.array_equal(kept["curve"], content["curve"])
+    assert kept["generator"] == content["generator"]
     Checkpoint.load(tmp_path / "b.pth")
 
 
@@ -491,6 +494,55 @@ def test_a_network_that_cannot_take_its_weights_is_refused_in_one_line():
     with pytest.raises(ModelError, match=r"not take these weights: .*head\.bias") as caught:
         Checkpoint(network(1).state_dict()).load_into(fixed)
     assert "\n" not in str(caught.value)
+
+
+class Versioned(Net):
+    """Loads weights that say their version alone, as MNASNet of torchvision does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") not in (1, 2):
+            raise ValueError("no version")
+        self.loaded = local_metadata["version"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_modules_load_by_the_version_of_the_file(tmp_path, version):
+    for number in range(2):
+        wrapped = nn.DataParallel(Versioned())
+        wrapped.module._version = version
+        torch.save({"model": wrapped.state_dict()}, tmp_path / f"{number}.pth")
+    soup = mix([tmp_path / "0.pth", tmp_path / "1.pth"], [0.5, 0.5])
+    fresh = Versioned()
+    soup.load_into(fresh)
+    assert fresh.loaded == version
+    soup.save(tmp_path / "soup.pth")
+    theirs = nn.DataParallel(Versioned())
+    theirs.load_state_dict(torch.load(tmp_path / "soup.pth")["model"])
+    assert theirs.module.loaded == version
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_files_without_versions_load_by_that_of_the_network(tmp_path, ending):
+    source = Versioned()
+    path = Checkpoint.of(source).save(tmp_path / f"a{ending}")
+    for item in (Checkpoint.load(path), Checkpoint(source.state_dict())):
+        fresh = Versioned()
+        item.load_into(fresh)
+        assert fresh.loaded == 2
+    if ending == ".pth":
+        Versioned().load_state_dict(torch.load(path))
+
+
+def test_versions_of_files_that_are_no_numbers_are_left_out():
+    state = Net().state_dict()
+    state._metadata = {"": {"version": "1", "assign_to_params_buffers": True}, "conv": 2, 3: {}}
+    check = Net()
+    Checkpoint.load(state).load_into(check)
+    assert check.conv.weight is not state["conv.weight"]
+    assert read_versions(state) == {}
 
 
 @pytest.mark.parametrize("prefixes", [("ema.", "model."), ("teacher.", "student.")])

@@ -57,6 +57,8 @@ def test_which_paths_are_addresses(tmp_path, monkeypatch):
     assert remote_address("hf://org/name") == "hf://org/name"
     assert remote_address(Path("hf://org/name@v1/model.pt")) == "hf://org/name@v1/model.pt"
     assert remote_address(Path("file:///tmp/model.pt")) == "file:///tmp/model.pt"
+    signed = f"https://host/model.pt?key={'0' * 5000}"  # too long for a path
+    assert remote_address(signed) == signed
     for local in ("model.pt", "/tmp/model.pt", "C:/model.pt", "a:b/model.pt", "hf:org/name", ""):
         assert remote_address(local) is None
     monkeypatch.chdir(tmp_path)

@@ -113,6 +113,17 @@ def test_a_readme_of_other_things_is_not_sent(here, capsys):
     assert size > 500
 
 
+def test_an_adapter_is_not_sent_without_its_base(here, capsys):
+    folder = Path("adapter")
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "adapter_model.safetensors").touch()
+    assert run("push", str(folder / "adapter_model.safetensors"), TARGET, "--yes") == 2
+    message = capsys.readouterr().err
+    assert "mix it first: robustsoup mix adapter --coefficients 1 -o merged.safetensors" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -78,6 +78,7 @@ def test_a_class_may_be_called_train(tmp_path):
     [
         ("training_set", "test_set", "training_set and test_set"),
         ("seg_train/seg_train", "seg_test/seg_test", "seg_train and seg_test"),
+        ("test_set", "validation_set", "validation_set and test_set"),
     ],
 )
 def test_splits_under_other_names_are_not_taken_for_classes(tmp_path, train, test, names):
@@ -174,6 +175,8 @@ WRONG_FOLDERS = {
     "too few": lambda folder: write_classes(folder, a=1, b=1),
     "classes differ": write_different_classes,
     "no test": lambda folder: write_classes(folder / "train", a=3, b=3),
+    "no train": lambda folder: [write_classes(folder / p, a=3, b=3) for p in ("Valid", "test")],
+    "images in val": lambda folder: [write_images(folder / p, 3) for p in ("train", "val")],
 }
 
 
@@ -225,6 +228,8 @@ WRONG_FOLDERS = {
             "test",
             "no such folder, expected two or more folders of images, one for each class; add it",
         ),
+        ("no train", "", "got the splits Valid and test without train, expected a folder train;"),
+        ("images in val", "train", "got 0 class folders, expected two or more folders"),
     ],
 )
 def test_the_error_for_a_wrong_folder_names_it(tmp_path, case, place, text):

@@ -187,10 +187,17 @@ def make_sets(samples):
     x, y = samples
     pictures = [Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()) for image in x]
     pairs = TensorDataset(x, y)
+
+    class Dimmed(TensorDataset):
+        def __getitem__(self, number):
+            image, label = super().__getitem__(number)
+            return 1 - image, label
+
     return {
         "pair": (x, y),
         "list": [x, y],
         "tensors": pairs,
+        "subclass": Dimmed(1 - x, y),
         "loader": DataLoader(pairs, batch_size=7, shuffle=True),
         "subset": Subset(pairs, range(40)),
         "pictures": Samples(40, lambda number: (pictures[number], int(y[number]))),

@@ -130,6 +130,26 @@ def test_files_of_which_only_some_name_a_split_are_refused():
         group("train-0.tar", "test-0.tar", "extra-0.tar")
 
 
+@pytest.mark.parametrize(
+    ("endings", "chosen"),
+    [
+        (["depth.png", "seg.png", "jpg", "cls"], "jpg"),
+        (["cls", "image.png"], "image.png"),
+        (["jpg", "depth.png", "txt"], "jpg"),
+    ],
+)
+def test_maps_beside_the_image_of_a_sample_are_left_out(endings, chosen):
+    sample = {"__key__": "000"} | {ending: ending.encode() for ending in endings}
+    assert shards._find_image(sample, "wds:x: sample 000") == chosen.encode()
+
+
+@pytest.mark.parametrize("endings", [["jpg", "png"], ["left.png", "right.png"]])
+def test_a_sample_of_several_images_is_refused(endings):
+    sample = {"__key__": "000", "cls": b"0"} | dict.fromkeys(endings, b"")
+    with pytest.raises(DataError, match=r"got several images, \.(jpg, \.|left\.).*, expected one"):
+        shards._find_image(sample, "wds:x: sample 000")
+
+
 @pytest.mark.extras
 def test_only_images_and_labels_are_read_and_none_too_large(webdataset, tmp_path, monkeypatch):
     def label(number):

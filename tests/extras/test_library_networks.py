@@ -394,6 +394,7 @@ def test_fingerprints_hold_versions_and_the_configuration(tmp_path):
 def test_torchvision_networks_return_logits_in_train_mode():
     model = load_model("torchvision:googlenet", classes=4)
     assert model.train()(torch.rand(2, 3, 64, 64)).shape == (2, 4)
+    assert model.transform_input
     with pytest.raises(ModelError, match="take 3 channels, the data has 1"):
         load_model("torchvision:resnet18", channels=1)
 
@@ -483,6 +484,7 @@ def test_image_files_get_the_size_that_the_network_expects(tmp_path):
     assert chosen.test.images.shape[1:] == (1, 16, 16)
     assert default_image_size(data, "timm:test_vit") == 160
     assert default_image_size(data, "torchvision:vit_b_16:image_size=32") == 32
+    assert default_image_size(data, "torchvision:vit_h_14") == 224
     for other, model in ((data, None), (data, "resnet9"), ("digits", spec)):
         assert default_image_size(other, model) is None
 

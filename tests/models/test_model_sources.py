@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ from robustsoup.catalog import MODELS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 from robustsoup.errors import ModelError
-from robustsoup.models import NetworkSettings, factory_fingerprint, is_built_in, load_model
+from robustsoup.models import (
+    NetworkSettings,
+    default_image_size,
+    factory_fingerprint,
+    is_built_in,
+    load_model,
+    torchvision_networks,
+)
 from robustsoup.models.libraries import LibrarySpec, may_be_recorded
 from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
 
@@ -235,6 +244,48 @@ def test_a_torchvision_that_does_not_fit_pytorch_is_named(tmp_path, monkeypatch)
             load_model(spec)
         assert "torchvision does not work with PyTorch" in str(caught.value)
         assert "operator nms does not exist; install both from one source" in str(caught.value)
+
+
+class StandInWeights:
+    """Transforms of pretrained weights, as torchvision describes them."""
+
+    meta: ClassVar = {"categories": ["tench", "goldfish"]}
+
+    @staticmethod
+    def transforms():
+        interpolation = SimpleNamespace(value="bilinear")
+        half = (0.5, 0.5, 0.5)
+        return SimpleNamespace(crop_size=[518], mean=half, std=half, interpolation=interpolation)
+
+
+@pytest.fixture
+def torchvision_options(monkeypatch):
+    """Replace torchvision.models; return the options that each network was built with."""
+    options = {}
+    library = SimpleNamespace(
+        list_models=lambda module: ["googlenet", "inception_v3", "resnet18", "vit_h_14"],
+        get_model_weights=lambda name: SimpleNamespace(DEFAULT=StandInWeights),
+        get_model=lambda name, **given: options.update({name: given}) or linear_network(),
+    )
+    monkeypatch.setattr(torchvision_networks, "import_library", lambda *_: library)
+    return options
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_inception_networks_are_built_as_for_pretrained_weights(torchvision_options, name):
+    load_model(f"torchvision:{name}")
+    assert torchvision_options[name]["transform_input"] is True
+    load_model(f"torchvision:{name}:transform_input=False")
+    assert torchvision_options[name]["transform_input"] is False
+    load_model("torchvision:resnet18")
+    assert "transform_input" not in torchvision_options["resnet18"]
+
+
+@pytest.mark.parametrize(("name", "side"), [("vit_h_14", 224), ("resnet18", 518)])
+@pytest.mark.usefixtures("torchvision_options")
+def test_images_get_the_size_that_a_network_of_torchvision_is_built_for(name, side):
+    assert default_image_size("folder:x", f"torchvision:{name}") == side
+    assert default_image_size("folder:x", f"torchvision:{name}:image_size=64") == 64
 
 
 def test_published_networks_of_robustbench_are_built_in():

@@ -59,6 +59,9 @@ class Odd(nn.Module):
             self.empty = nn.Parameter(torch.empty(0))
         if kind == "tied":
             self.again = self.last
+        if kind == "integers":
+            self.order = nn.Parameter(torch.arange(3) + 1, requires_grad=False)
+            self.same = self.order
 
     def forward(self, x):
         return self.last(torch.relu(self.norm(self.first(x.flatten(1)))))
@@ -70,7 +73,7 @@ def odd_ingredients(kind, n=3):
     return net, [perturbed(net, seed) for seed in range(n)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "none", "bare", "unused", "empty", "tied"])
+@pytest.mark.parametrize("kind", ["plain", "none", "bare", "unused", "empty", "tied", "integers"])
 @pytest.mark.parametrize("buffers", ["tracked", "average"])
 def test_every_network_can_be_learned_mixed_and_checked(kind, buffers):
     net, items = odd_ingredients(kind)
@@ -78,6 +81,14 @@ def test_every_network_can_be_learned_mixed_and_checked(kind, buffers):
     soup = mix(items, alpha, buffers=buffers, network=net)
     soup.load_into(Odd(kind))
     assert check(items, data=DATA.first(40), network=net).cost.layers == len(items[0].parameters)
+
+
+def test_integer_parameters_are_copied():
+    net, items = odd_ingredients("integers")
+    assert "order" not in items[0].parameters
+    fisher = merge(items, "fisher", data=DATA.first(4), threat=LINF, network=net)
+    for soup in (mix(items, [0.3, 0.3, 0.4]), fisher):
+        assert torch.equal(soup.tensors["order"], net.order)
 
 
 def test_the_coefficients_of_an_unused_layer_do_not_move():

@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,6 +82,26 @@ def test_a_function_is_a_method_too():
     assert candidates(corners_only, 3) == corners(3)
     settings = SearchSettings(method=corners_only)
     assert candidates(settings.method, 3) == corners(3)
+
+
+@pytest.mark.parametrize("row", [torch.tensor([0.5, 0.5]), np.float32([0.5, 0.5]), ["0.5", 0.5]])
+def test_rows_of_a_function_become_tuples_of_floats(row):
+    assert candidates(lambda *_: [row], 2) == [(0.5, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [(1.0, 1.0, -1.0), (1.0, 0.2, 0.0), (1.0,), (0.0, 0.0, 0.0, 1.0), (math.nan, 1.0, 0.0), ()],
+)
+def test_a_row_that_is_no_mix_is_refused(row):
+    with pytest.raises(CoefficientError, match=r'"<lambda>": got the row .* expected 3 co'):
+        candidates(lambda *_: [row], 3)
+
+
+@pytest.mark.parametrize("rows", [None, [0.5, 0.5], [("a", "b")]])
+def test_a_method_that_lists_no_rows_is_refused(rows):
+    with pytest.raises(CoefficientError, match="expected rows of 2 coefficients: "):
+        candidates(lambda *_: rows, 2)
 
 
 def test_a_method_can_be_named_by_its_module():

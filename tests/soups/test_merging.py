@@ -95,6 +95,15 @@ def test_ties_trims_over_the_whole_network():
     assert [float(soup.tensors[name]) for name in "ab"] == [3, 0]
 
 
+def test_dare_keeps_weights_tied_without_a_record():
+    base, *items = (
+        Checkpoint({name: tensor.clone() for name in ("head.weight", "last.weight")})
+        for tensor in torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    )
+    soup = merge(items, "dare", [0.5, 0.5], density=0.5, base=base)
+    assert torch.equal(soup.tensors["head.weight"], soup.tensors["last.weight"])
+
+
 def test_dare_drops_or_rescales_each_entry_and_repeats_by_seed():
     base, item = point(*[1.0] * 400), point(*[2.0] * 400)
     got = torch.tensor(merged_weight("dare", [item], base=base, density=0.25, seed=3))

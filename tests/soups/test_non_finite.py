@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from digits import digits_network
+from torch import nn
 
 import robustsoup as rs
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -33,6 +34,54 @@ def test_a_checkpoint_with_nan_or_infinity_is_not_written(bad, ending, tensor, t
     with pytest.raises(CheckpointError, match=f"soup{ending}: not written: {tensor} holds NaN"):
         ingredients(bad, tensor)[1].save(path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Masked(nn.Module):
+    """A network of digits with a constant that holds infinities."""
+
+    def __init__(self, value=-math.inf):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+        self.register_buffer("target_mask", torch.full((3, 3), value).triu(1))
+        self.register_buffer("bounds", torch.tensor([-math.inf, 0.5, math.inf]))
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + self.target_mask.softmax(1).sum() - 3
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_constant_buffers_may_hold_infinity(ending, tmp_path):
+    data = rs.load_data("digits").train.first(32)
+    trained = rs.train(Masked(), data, threat="clean", epochs=1, device="cpu")
+    paths = [Checkpoint.of(Masked()).save(tmp_path / f"0{ending}")]
+    paths.append(trained.save(tmp_path / f"1{ending}"))
+    if ending != ".safetensors":  # no record: only a mask is known as a constant
+        with pytest.raises(CheckpointError, match="bounds holds NaN or infinity"):
+            rs.mix(paths, [0.5, 0.5])
+        for path in paths:
+            state = torch.load(path)
+            torch.save({name: t for name, t in state.items() if name != "bounds"}, path)
+    soup = rs.mix(paths, [0.5, 0.5])
+    soup.save(tmp_path / f"soup{ending}")
+    read = Checkpoint.load(tmp_path / f"soup{ending}")
+    assert torch.equal(read.tensors["target_mask"], Masked().target_mask)
+    assert read.parameters == ["head.weight", "head.bias"]
+    if ending == ".safetensors":
+        read.load_into(Masked())
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda *given, **options: rs.train(*given, threat="clean", **options),
+        lambda *given, **options: rs.train_subspace(*given, ["Linf 8/255", "clean"], **options),
+    ],
+    ids=["train", "train_subspace"],
+)
+def test_a_buffer_of_nan_is_refused_before_training(fit):
+    data = rs.load_data("digits").train.first(32)
+    with pytest.raises(CheckpointError, match="network: target_mask holds NaN"):
+        fit(Masked(math.nan), data, on_progress=pytest.fail)
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -63,13 +63,28 @@ def test_a_network_mixed_with_its_twin_of_turned_vectors_is_that_network(wrap):
 
 @pytest.mark.parametrize(
     "wrap",
-    [*SPECTRAL, weight_norm, parametrizations.weight_norm, parametrizations.orthogonal],
+    [
+        *(*SPECTRAL, weight_norm, parametrizations.weight_norm, parametrizations.orthogonal),
+        lambda m: parametrizations.spectral_norm(parametrizations.weight_norm(m)),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_without_a_record_the_same_tensors_are_mixed(wrap):
     model = build(lambda m: m if isinstance(m, nn.ConvTranspose2d) else wrap(m))
     recorded = Checkpoint.of(model)
     assert set(Checkpoint(recorded.tensors).parameters) == set(recorded.parameters)
+
+
+def test_vectors_of_a_weight_behind_another_parametrization_are_copied():
+    def wrap(layer):
+        return parametrizations.spectral_norm(parametrizations.weight_norm(layer))
+
+    items = [Checkpoint(dict(build(wrap, seed).state_dict())) for seed in (0, 1)]
+    for alpha, source in (([0.4, 0.6], items[0]), ([0.0, 1.0], items[1])):
+        soup = mix(items, alpha)
+        for vector in ("_u", "_v"):
+            name = f"0.parametrizations.weight.1.{vector}"
+            assert torch.equal(soup.tensors[name], source.tensors[name])
 
 
 def test_complex_and_small_numbers_are_averaged_as_what_they_are():
@@ -109,7 +124,12 @@ def test_the_gradient_of_complex_weights_is_that_of_autograd():
 
 
 @pytest.mark.parametrize(
-    "name", ["conv.lora_A.weight", "base.q.lora_B.default.weight", "lora_up.w"]
+    "name",
+    [
+        *("conv.lora_A.weight", "base.q.lora_B.default.weight", "lora_up.w", "q.hada_w1_a"),
+        *("q.lokr_w1", "q.lokr_w2_b.default", "q.oft_r.default", "q.oft_R.default.weight"),
+        *("q.vera_lambda_b", "q.lora_E"),
+    ],
 )
 def test_factors_of_adapters_are_not_averaged(name):
     item = Checkpoint({name: torch.ones(2, 2)})

@@ -192,6 +192,18 @@ def test_early_stopping_measures_on_the_first_samples_of_val():
     assert few.digest == first.digest
 
 
+def test_early_stopping_returns_networks_that_load_by_their_version():
+    class Versioned(torch.nn.Sequential):
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            assert local_metadata["version"] == 1
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    network = Versioned(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    stopped = train_digits(network, epochs=1, val=VAL, early_stop={"steps": 2})
+    stopped.load_into(network)
+    assert torch.equal(network[1].weight, stopped.tensors["1.weight"])
+
+
 def test_without_early_stopping_val_is_only_measured_on():
     measured, alone = train_digits(val=VAL), train_digits()
     assert measured.digest == alone.digest

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from robustsoup.attacks.forward import as_logits, frozen_eval, set_mode
+from robustsoup.attacks.forward import as_logits, choose_logits, frozen_eval, set_mode
 from robustsoup.errors import ModelError, RobustsoupError
 from robustsoup.printable import first_line
 
@@ -30,11 +30,21 @@ class ClonedInput:
 
 
 class LogitsOutput:
-    """A forward hook that takes the logits out of a tuple, a dict or a ModelOutput."""
+    """A forward hook that takes the logits out of a tuple, a dict or a ModelOutput.
+
+    Attributes:
+        classes: The number of classes of the data; None if there is no data.
+        inferred: Whether that is only the largest label plus 1.
+    """
+
+    classes: int | None = None
+    inferred = False
 
     def __call__(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: object) -> Tensor:
         """Return the logits."""
-        return as_logits(output)
+        if self.classes is None:
+            return as_logits(output)
+        return choose_logits(output, self.classes, inferred=self.inferred)
 
 
 def copy_network(model: nn.Module) -> nn.Module:
@@ -71,7 +81,9 @@ def copy_network(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
+def adapt_network(
+    model: nn.Module, x: Tensor, classes: int | None = None, *, inferred: bool = False
+) -> Tensor:
     """Make a network accept any memory format, keep its input and return logits, in place.
 
     Networks run in the channels-last memory format, which is faster; one that cannot (it calls
@@ -83,6 +95,8 @@ def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
     Args:
         model: The network; its modes stay.
         x: (b, c, h, w) images on its device.
+        classes: The number of classes of the data, which tells logits from features.
+        inferred: Whether that is only the largest label plus 1.
 
     Returns:
         The logits of the images in eval mode.
@@ -92,6 +106,9 @@ def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
     """
     _refuse_scripts(model)
     parameters = {name for name, _ in model.named_parameters()}
+    if classes is not None:
+        hook = _logits_hook(model)
+        hook.classes, hook.inferred = classes, inferred
     logits = _adapt_until_it_runs(model, x)
     if late := [name for name, _ in model.named_parameters() if name not in parameters]:
         raise ModelError(
@@ -102,8 +119,7 @@ def adapt_network(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _adapt_until_it_runs(model: nn.Module, x: Tensor) -> Tensor:
-    if not _has_hook(model, LogitsOutput):
-        model.register_forward_hook(LogitsOutput())
+    _logits_hook(model)
     for module in model.modules():
         if isinstance(module, nn.GroupNorm) and not _has_hook(module, ContiguousInput):
             module.register_forward_pre_hook(ContiguousInput())
@@ -123,6 +139,16 @@ def _adapt_until_it_runs(model: nn.Module, x: Tensor) -> Tensor:
         except Exception:
             hook.remove()
             raise _refuse(model, x, error) from error
+
+
+def _logits_hook(model: nn.Module) -> LogitsOutput:
+    """Return the hook that takes the logits out of the output of a network, which gains it."""
+    for hook in model._forward_hooks.values():
+        if isinstance(hook, LogitsOutput):
+            return hook
+    added = LogitsOutput()
+    model.register_forward_hook(added)
+    return added
 
 
 def set_memory_format(model: nn.Module) -> nn.Module:

@@ -109,6 +109,34 @@ def as_logits(output: object) -> Tensor:
     )
 
 
+def choose_logits(output: object, classes: int, *, inferred: bool) -> Tensor:
+    """Return the logits in a network's output for data of a number of classes.
+
+    They are the first element of a tuple, as in `as_logits`, unless another one alone has that
+    number of columns, as in (features, logits).
+
+    Args:
+        output: As in `as_logits`.
+        classes: The number of classes.
+        inferred: Whether that is only the largest label plus 1.
+
+    Raises:
+        ModelError: The output holds no logits; or the number is inferred, and tensors (b, n) of
+            different n are in the tuple.
+    """
+    if hasattr(output, "logits") or not isinstance(output, (tuple, list)):
+        return as_logits(output)
+    tables = [t for t in output if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()]
+    widths = [table.shape[1] for table in tables]
+    if inferred and len(set(widths)) > 1:
+        raise ModelError(
+            f"network: returned tensors of {', '.join(map(str, widths))} columns, and which are "
+            "the logits cannot be told, since the number of classes is inferred from the labels; "
+            "give classes, as in Split.from_tensors(images, labels, classes=10)"
+        )
+    return tables[widths.index(classes)] if widths.count(classes) == 1 else as_logits(output)
+
+
 def _check_real(logits: Tensor) -> Tensor:
     if logits.layout != torch.strided:
         raise ModelError(

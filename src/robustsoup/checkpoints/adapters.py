@@ -195,7 +195,9 @@ def _find_prefix(targets: list[str], base: Mapping[str, Tensor], adapter: Adapte
             return prefix
     missing = next((target for target in targets if target not in base), targets[0])
     raise CheckpointError(
-        f"{adapter.folder}: adapts {missing}, which its base lacks; is the base right?"
+        f"{adapter.folder}: adapts {missing}, which its base lacks; is the base right? Files of "
+        "transformers 5 name some tensors otherwise than the network does; then merge the adapter "
+        "with peft (merge_and_unload) and use the merged network"
     )
 
 

@@ -24,19 +24,21 @@ from robustsoup.checkpoints.fitting import (
     has_no_values,
     has_other_shape,
     holds_other_numbers,
+    load_tensors,
     network_tensors,
 )
 from robustsoup.checkpoints.formats import read_checkpoint, refuse_broken, write_checkpoint
 from robustsoup.checkpoints.mapped import MappedFile
 from robustsoup.checkpoints.parameters import (
+    find_constants,
     find_unweighted_statistics,
     guess_parameters,
+    inexact_parameters,
     is_inexact,
 )
-from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.remote import find_copy_of, local_path
 from robustsoup.checkpoints.transfers import choose_file
-from robustsoup.checkpoints.weight_sets import may_be_surplus
+from robustsoup.checkpoints.weight_sets import may_be_surplus, read_versions
 from robustsoup.checkpoints.wrapping import Wrapping, join_names, unwrap_pickle
 from robustsoup.display import html_table
 from robustsoup.errors import CheckpointError, ModelError, RequestError
@@ -176,7 +178,6 @@ class Checkpoint:
             raise CheckpointError(f"{path}: is no adapter with an adapter_config.json")
         path = _file_of(path)
         stored = read_checkpoint(path, mapped=mapped, key=key)
-        check_record(stored.record, stored.tensors, path)
         return cls(
             stored.tensors,
             stored.record,
@@ -255,7 +256,9 @@ class Checkpoint:
         record = {**(provenance or {}), **_parameter_record(model)}
         if (settings := network_settings_of(model)) is not None:
             record["network"] = settings.as_record()
-        return cls(tensors, record, named_network=settings)
+        versions = read_versions(model.state_dict(keep_vars=True))
+        wrapping = Wrapping({name: name for name in tensors}, versions=versions)
+        return cls(tensors, record, wrapping=wrapping, named_network=settings)
 
     def check_source(self) -> None:
         """Check that mapped tensors can still be read.
@@ -292,6 +295,11 @@ class Checkpoint:
         if "parameters" in self.provenance:
             return list(self.provenance["parameters"])
         return guess_parameters(self.tensors, self.tied)
+
+    @property
+    def constants(self) -> set[str]:
+        """Names of the buffers that are not averaged; see `find_constants`."""
+        return find_constants(self.tensors, self.parameters, self.tied)
 
     @property
     def warnings(self) -> list[str]:
@@ -545,18 +553,17 @@ class Checkpoint:
         Raises:
             ModelError: Names the first name or shape that differs.
         """
-        tensors = self._tensors_for(model)
+        tensors, versions = self._tensors_for(model)
         try:
-            # Other state of modules, which is not tensors, stays.
-            model.load_state_dict(tensors, strict=False)
+            load_tensors(model, tensors, versions)
         except Exception as error:  # modules may load in a way of their own
             raise ModelError(
                 f"{self.name}: the network does not take these weights: "
                 f"{' '.join(str(error).split()) or type(error).__name__}"
             ) from error
 
-    def _tensors_for(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the state dict to load into `model`."""
+    def _tensors_for(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return the tensors to load into `model`, and the versions of the modules they are of."""
         self.check_source()
         renamed = self.with_names_of(model)
         expected = network_tensors(model)
@@ -567,7 +574,8 @@ class Checkpoint:
                 wanted = expected.pop(name)
                 missing[name] = constants.get(name, torch.zeros_like(wanted))
         renamed._check_fits(expected)
-        return missing | dict(renamed.tensors)
+        versions = renamed.wrapping.own_versions() if renamed.wrapping else {}
+        return missing | dict(renamed.tensors), versions
 
     def _check_fits(self, expected: dict[str, Tensor]) -> None:
         for name in [*expected, *self.tensors]:
@@ -586,8 +594,6 @@ class Checkpoint:
                     f"{self.name}: {name}: got shape {tuple(self.tensors[name].shape)}, "
                     f"the network expects {tuple(expected[name].shape)}"
                 )
-            if may_be_surplus(name):  # reading left it to the network to tell
-                refuse_broken(name, self.tensors[name], self.name)
             if holds_other_numbers(self.tensors[name], expected[name]):
                 got, wanted = (
                     str(tensor.dtype).removeprefix("torch.")
@@ -597,6 +603,9 @@ class Checkpoint:
                     f"{self.name}: {name}: got {got}, the network expects {wanted}; if the file "
                     "is quantized, give the weights from before"
                 )
+        # Reading left it to the network to tell whether these are its own.
+        doubtful = {name: t for name, t in self.tensors.items() if may_be_surplus(name)}
+        refuse_broken(doubtful, self.name, self.constants)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the checkpoint atomically and return its path.
@@ -702,7 +711,7 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
     Raises:
         ModelError: The state dict of the network has other names.
     """
-    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first_names = {id(parameter): name for name, parameter in inexact_parameters(model).items()}
     saved = model.state_dict(keep_vars=True)
     if missing := [name for name in first_names.values() if name not in saved]:
         raise ModelError(
@@ -711,7 +720,7 @@ def _parameter_record(model: nn.Module) -> dict[str, Any]:
         )
     tied = {
         name: first_names[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in inexact_parameters(model, remove_duplicate=False).items()
         if first_names[id(parameter)] != name
     }
     parameters = list(first_names.values())

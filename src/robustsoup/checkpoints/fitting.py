@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from robustsoup.checkpoints.parameters import is_inexact
-from robustsoup.checkpoints.weight_sets import is_average
+from robustsoup.checkpoints.weight_sets import is_average, read_versions, with_versions
 from robustsoup.errors import ModelError
 from robustsoup.printable import first_line
 
@@ -51,6 +51,21 @@ def network_tensors(model: nn.Module) -> dict[str, Tensor]:
             "take the arguments of that of torch.nn.Module"
         ) from error
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def load_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], versions: Mapping[str, int] | None = None
+) -> None:
+    """Copy tensors into a network by their names; what they leave out stays.
+
+    Args:
+        model: The network.
+        tensors: name -> tensor.
+        versions: Versions of modules that the tensors were saved by, by name; by default those of
+            the network. Modules that changed between versions load by them.
+    """
+    own = read_versions(model.state_dict(keep_vars=True))
+    model.load_state_dict(with_versions(tensors, {**own, **(versions or {})}), strict=False)
 
 
 def has_no_values(tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from robustsoup.checkpoints.mapped import MappedFile
+from robustsoup.checkpoints.parameters import find_constants, guess_parameters
+from robustsoup.checkpoints.record import check_record
 from robustsoup.checkpoints.safetensors_files import (
     DIGESTS_KEY,
     RECORD_KEY,
@@ -71,7 +73,7 @@ def read_checkpoint(path: Path, *, mapped: bool, key: str | None = None) -> Stor
 
     Raises:
         CheckpointError: The file is missing, cut short, in a newer format, or holds no tensors,
-            coefficients, or NaN or infinity.
+            coefficients, a malformed record, NaN, or infinity outside of constant buffers.
     """
     try:
         if path.name.endswith(INDEX_ENDING):
@@ -106,6 +108,7 @@ def _read_open_checkpoint(
         record = {"tied": _find_tied_tensors(tensors)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    check_record(record, tensors, path)
     stored = StoredCheckpoint(tensors, record, wrapping, source, notes)
     if not verified:
         _check_finite(stored, path)
@@ -145,8 +148,8 @@ def write_checkpoint(
         wrapping: What a foreign file had around its tensors; None writes a plain state dict.
 
     Raises:
-        CheckpointError: The path has another ending, or a tensor holds NaN or infinity; nothing is
-            written then.
+        CheckpointError: The path has another ending, or a tensor holds NaN, or infinity and is no
+            constant buffer; nothing is written then.
         StorageError: The file cannot be written.
     """
     ending = file_ending(path)
@@ -155,7 +158,7 @@ def write_checkpoint(
             f"{path}: got the ending {path.suffix!r}, expected {SAFETENSORS} or "
             f"{', '.join(PICKLE_ENDINGS)}"
         )
-    refuse_non_finite(tensors, path)
+    refuse_non_finite(tensors, path, _find_constants(tensors, record))
     if ending == SAFETENSORS:
         metadata = {} if wrapping is None else wrapping.metadata
         if wrapping is not None and wrapping.is_safetensors:
@@ -280,14 +283,30 @@ def _find_tied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def refuse_non_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _find_constants(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> set[str]:
+    """Return the constant buffers of a file by its record, which may name no parameters."""
+    tied = record.get("tied", {})
+    parameters = record.get("parameters")
+    return find_constants(
+        tensors, guess_parameters(tensors, tied) if parameters is None else parameters, tied
+    )
+
+
+def refuse_non_finite(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], constants: Collection[str] = ()
+) -> None:
     """Refuse to write NaN and infinity.
+
+    Args:
+        tensors: name -> tensor.
+        path: The file.
+        constants: Names of tensors that may hold infinity.
 
     Raises:
         CheckpointError: Names the first tensor that holds them.
     """
     for name, tensor in tensors.items():
-        if not is_finite(tensor):
+        if not is_finite(tensor, or_infinite=name in constants):
             raise CheckpointError(
                 f"{path}: not written: {name} holds NaN or infinity; use ingredients that were "
                 "trained with a lower lr, or mix in float32"
@@ -297,23 +316,36 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
 def _check_finite(stored: StoredCheckpoint, path: Path) -> None:
     """Refuse NaN and infinity, except where a network may show that they are not its own."""
     foreign = stored.wrapping is not None and "parameters" not in stored.record
-    for name, tensor in stored.tensors.items():
-        if not (foreign and may_be_surplus(name)):
-            refuse_broken(name, tensor, path)
+    weights = {
+        name: tensor
+        for name, tensor in stored.tensors.items()
+        if not (foreign and may_be_surplus(name))
+    }
+    refuse_broken(weights, path, _find_constants(stored.tensors, stored.record))
 
 
-def refuse_broken(name: str, tensor: Tensor, place: str | os.PathLike[str]) -> None:
-    """Refuse to use a tensor that holds NaN or infinity.
+def refuse_broken(
+    tensors: Mapping[str, Tensor], place: str | os.PathLike[str], constants: Collection[str]
+) -> None:
+    """Refuse to use tensors that hold NaN or infinity.
+
+    Args:
+        tensors: name -> tensor.
+        place: What they are of, for the error.
+        constants: Names of tensors that may hold infinity.
 
     Raises:
-        CheckpointError: It does; names it and the `place`.
+        CheckpointError: Names the first that does.
     """
-    if not is_finite(tensor):
-        raise CheckpointError(f"{place}: {name} holds NaN or infinity; this checkpoint is broken")
+    for name, tensor in tensors.items():
+        if not is_finite(tensor, or_infinite=name in constants):
+            raise CheckpointError(
+                f"{place}: {name} holds NaN or infinity; this checkpoint is broken"
+            )
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite."""
+def is_finite(tensor: Tensor, *, or_infinite: bool = False) -> bool:
+    """Return whether no element is NaN, nor infinite unless `or_infinite`."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or not tensor.numel():
@@ -321,4 +353,7 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:  # float8 has no minimum
         tensor = tensor.float()
     # Unlike isfinite, this needs no memory; NaN is the minimum and the maximum of what holds it.
-    return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
+    bounds = torch.aminmax(tensor)
+    if or_infinite:
+        return not bool(bounds.min.isnan())
+    return all(bool(bound.isfinite()) for bound in bounds)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PARAMETRIZED = ".parametrizations."
@@ -14,12 +14,13 @@ class PowerVectors:
     """The names of a weight under `spectral_norm` and of the vectors of its power iteration.
 
     Attributes:
-        weight: The parameter, before the normalisation.
+        weight: The parameter, before the normalisation; None if other parametrizations come before
+            it, so that the matrix that is normalised is no tensor of the file.
         u: The left vector, with one number for each row of the weight as a matrix.
         v: The right vector.
     """
 
-    weight: str
+    weight: str | None
     u: str
     v: str
 
@@ -31,9 +32,10 @@ def find_power_vectors(tensors: Mapping[str, Tensor]) -> list[PowerVectors]:
         if name.endswith("_orig"):
             stem = name.removesuffix("_orig")
             names = PowerVectors(name, f"{stem}_u", f"{stem}_v")
-        elif _is_original(name):
-            folder = name.removesuffix("original")
-            names = PowerVectors(name, f"{folder}0._u", f"{folder}0._v")
+        elif name.endswith("._u") and _PARAMETRIZED in f".{name}":
+            layer = name.removesuffix("_u")
+            weight = f"{layer.removesuffix('0.')}original" if layer.endswith(".0.") else ""
+            names = PowerVectors(weight if weight in tensors else None, name, f"{layer}_v")
         else:
             continue
         if names.u in tensors and names.v in tensors:
@@ -41,21 +43,29 @@ def find_power_vectors(tensors: Mapping[str, Tensor]) -> list[PowerVectors]:
     return found
 
 
-def _is_original(name: str) -> bool:
-    parts = f".{name}".rsplit(".", 3)
-    return len(parts) == 4 and parts[1] == "parametrizations" and parts[3] == "original"
-
-
 def is_inexact(tensor: Tensor) -> bool:
     """Return whether a tensor holds real or complex numbers, which can be averaged."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def inexact_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of a network that can be averaged, by name; tables of integers cannot.
+
+    Args:
+        model: The network.
+        remove_duplicate: Whether to return a tied parameter under its first name alone.
+    """
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {name: parameter for name, parameter in named if is_inexact(parameter)}
 
 
 def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> list[str]:
     """Return the tensors of a file without a record that are probably parameters.
 
     They are float or complex, and neither running statistics, nor the constants and vectors of
-    parametrizations, nor aliases.
+    parametrizations, nor masks, nor aliases.
 
     Args:
         tensors: name -> tensor.
@@ -71,7 +81,29 @@ def guess_parameters(tensors: Mapping[str, Tensor], tied: Collection[str]) -> li
         and name not in vectors
         and not _is_constant_of_parametrization(name)
         and not is_pruning_mask(name, tensors)
+        and not _is_attention_mask(name, tensor)
     ]
+
+
+def find_constants(
+    tensors: Mapping[str, Tensor], parameters: Iterable[str], tied: Iterable[str]
+) -> set[str]:
+    """Return the names of buffers that are neither statistics nor vectors of a known weight.
+
+    Mixing copies these, and they alone may hold infinity.
+
+    Args:
+        tensors: name -> tensor.
+        parameters: Names of the parameters.
+        tied: Aliases of other tensors.
+    """
+    known = [names for names in find_power_vectors(tensors) if names.weight is not None]
+    others = {*parameters, *tied, *(name for names in known for name in (names.u, names.v))}
+    return {
+        name
+        for name in tensors
+        if name not in others and name.rpartition(".")[2] not in _RUNNING_STATISTICS
+    }
 
 
 def find_owners_of_statistics(
@@ -113,6 +145,14 @@ def _weight_beside(name: str, tied: Mapping[str, str]) -> str:
 def is_pruning_mask(name: str, tensors: Collection[str]) -> bool:
     """Return whether a name is that of the mask that torch.nn.utils.prune puts on a weight."""
     return name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in tensors
+
+
+def _is_attention_mask(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is called a mask and holds zeros and infinities alone."""
+    if "mask" not in name.rpartition(".")[2].lower() or tensor.dtype.itemsize == 1:
+        return False
+    infinite = tensor.isinf()
+    return bool(infinite.any() and not infinite.all() and not tensor[~infinite].any())
 
 
 def _is_constant_of_parametrization(name: str) -> bool:

@@ -66,7 +66,8 @@ def remote_address(place: str | os.PathLike[str]) -> str | None:
     """
     text = os.fspath(place) if isinstance(place, str) else Path(place).as_posix()
     found = _ADDRESS.fullmatch(text)
-    if found is None or Path(text).exists():
+    # Unlike Path.exists, this takes text that is too long for a path.
+    if found is None or os.path.exists(text):  # noqa: PTH110
         return None
     slashes = ":///" if found[1] == "file" else "://"
     return f"{found[1]}{slashes}{found[2]}"

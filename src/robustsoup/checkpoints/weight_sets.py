@@ -1,8 +1,9 @@
 """Find the sets of weights in what a training script saved, and describe what lies beside them."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,11 +48,13 @@ class WeightSet:
         path: The keys that lead to it; empty if it is the whole file.
         tensors: name -> tensor, with the names of the file.
         beside: Entries of the same mapping that are not tensors.
+        versions: The version of each module, by its name, as in `_metadata` of a state dict.
     """
 
     path: tuple[str, ...]
     tensors: dict[str, Tensor]
     beside: dict[str, Any]
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -85,10 +88,30 @@ def _walk(content: object, path: tuple[str, ...], seen: set[int]) -> Iterator[We
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if tensors:
         beside = {name: value for name, value in content.items() if name not in tensors}
-        yield WeightSet(path, tensors, beside)
+        yield WeightSet(path, tensors, beside, read_versions(content))
     for name, value in named.items():
         if not _OPTIMIZER.search(name):
             yield from _walk(value, (*path, name), seen)
+
+
+def read_versions(state: Mapping[Any, Any]) -> dict[str, int]:
+    """Return the version of each module of a state dict, by its name; empty for a plain mapping."""
+    metadata = getattr(state, "_metadata", None)
+    if not isinstance(metadata, Mapping):
+        return {}
+    versions = {
+        name: entry.get("version") for name, entry in metadata.items() if isinstance(entry, Mapping)
+    }
+    return {name: version for name, version in versions.items() if isinstance(version, int)}
+
+
+def with_versions(tensors: Mapping[str, Any], versions: Mapping[str, int]) -> OrderedDict[str, Any]:
+    """Return a state dict that says the version of each module, as `Module.state_dict` does."""
+    state = OrderedDict(tensors)
+    vars(state)["_metadata"] = OrderedDict(
+        (name, {"version": version}) for name, version in versions.items()
+    )
+    return state
 
 
 def _rank(item: WeightSet) -> tuple[bool, bool, list[int], int]:
@@ -129,7 +152,7 @@ def choose_weight_set(sets: Sequence[WeightSet], key: str) -> WeightSet | None:
         part = {name: tensor for name, tensor in item.tensors.items() if name.startswith(start)}
         if part:
             others = {name: t for name, t in item.tensors.items() if name not in part}
-            return WeightSet(item.path, part, {**item.beside, **others})
+            return WeightSet(item.path, part, {**item.beside, **others}, item.versions)
     return None
 
 

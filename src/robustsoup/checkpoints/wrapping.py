@@ -19,6 +19,7 @@ from robustsoup.checkpoints.weight_sets import (
     common_prefix,
     find_weight_sets,
     list_complete_sets,
+    with_versions,
 )
 from robustsoup.errors import CheckpointError
 from robustsoup.pickles import Name, Storage
@@ -59,6 +60,7 @@ class Wrapping:
         copies: Name in the file -> own name, of entries in `beside` that repeat a tensor.
         metadata: The entries of a .safetensors file beside those of robustsoup.
         is_safetensors: Whether the file is a .safetensors file.
+        versions: The version of each module, by its name in the file; see `WeightSet`.
     """
 
     names: Mapping[str, str]
@@ -68,6 +70,7 @@ class Wrapping:
     copies: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     is_safetensors: bool = False
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     def restore_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors with the names of the file, and what was beside them there."""
@@ -81,7 +84,23 @@ class Wrapping:
 
     def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the content of a pickled file, which existing loading code can read."""
-        return _replace_at(self.content, self.path, self.restore_names(tensors))
+        named: dict[str, Any] = self.restore_names(tensors)
+        state = with_versions(named, self.versions) if self.versions else named
+        return _replace_at(self.content, self.path, state)
+
+    def own_versions(self) -> dict[str, int]:
+        """Return the version of each module by its own name.
+
+        The name of a module in the file follows from those of its tensors:
+        module.conv.weight is conv.weight here, so module.conv is conv, and module is the network.
+        """
+        versions = dict(self.versions)
+        for pair in self.names.items():
+            own, in_file = (name.split(".") for name in pair)
+            while own and in_file and own.pop() == in_file.pop():
+                if (name := ".".join(in_file)) in self.versions:
+                    versions[".".join(own)] = self.versions[name]
+        return versions
 
     def rename_record(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return a provenance record that speaks of the names in the file."""
@@ -277,7 +296,8 @@ def unwrap_pickle(
     notes = _describe_choice(read, sets, path) if key is None else ()
     if dropped:
         notes += (f"{path.name}: set aside {join_names(dropped)}: names of code are not written",)
-    return tensors, Wrapping(names, content, read.path, beside), notes
+    wrapping = Wrapping(names, content, read.path, beside, versions=read.versions)
+    return tensors, wrapping, notes
 
 
 def _without_code(content: Any, dropped: list[str], seen: dict[int, Any] | None = None) -> Any:

@@ -71,8 +71,9 @@ def _list_files(checkpoint: Path) -> dict[str, Path | bytes]:
     """Return the files to send, by their name in the repository.
 
     Raises:
-        RequestError: The checkpoint is a folder, or cannot be read.
+        RequestError: The checkpoint is a folder or an adapter, or cannot be read.
     """
+    from robustsoup.checkpoints.adapters import find_adapter
     from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
     from robustsoup.cli.progress import Bar
     from robustsoup.reports.card import CARD, find_card, make_card, render_card
@@ -80,6 +81,12 @@ def _list_files(checkpoint: Path) -> dict[str, Path | bytes]:
 
     if checkpoint.is_dir():
         raise RequestError(f"{checkpoint}: got a folder, expected the file of a checkpoint")
+    if find_adapter(checkpoint) is not None:
+        raise RequestError(
+            f"{checkpoint}: holds the factors of an adapter alone, and its card would describe the "
+            f"merged network; mix it first: robustsoup mix {checkpoint.parent} --coefficients 1 "
+            "-o merged.safetensors"
+        )
     with Bar(f"reading {checkpoint.name}") as bar:
         description = describe_checkpoint(checkpoint)
         bar(1, 1)

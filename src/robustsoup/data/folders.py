@@ -1,6 +1,7 @@
 """Image folders: one sub-folder for each class, split by folders or by a seed."""
 
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -192,35 +193,42 @@ def find_split_word(name: str) -> str | None:
 def _split_folders(root: Path) -> dict[str, Path] | None:
     """Return the folder of each split, or None if `root` is not split.
 
-    Capitals in their names do not matter. A folder "train" of images without a folder "test" is a
+    Capitals in their names do not matter. A folder "train" of images without another split is a
     class.
+
+    Raises:
+        DataError: There are splits, and none is train.
     """
     folders = {folder.name.lower(): folder for folder in _sub_folders(root)}
     found = {part: folders[spelling] for part, spelling in find_spellings(folders).items()}
-    if "train" in found and ("test" in found or _sub_folders(found["train"])):
-        return found
-    return None
+    if len(found) > 1 and "train" not in found:
+        raise DataError(
+            f"{root}: got the splits {found['val'].name} and {found['test'].name} without train, "
+            f"expected a folder train; if the data is only evaluated, rename {found['val'].name} "
+            "to train"
+        )
+    is_split = len(found) > 1 or ("train" in found and _sub_folders(found["train"]))
+    return found if is_split else None
 
 
 def _refuse_splits_as_classes(root: Path) -> None:
     """Raise DataError if folders look like splits under other names, such as test_set.
 
-    Their names have the word of a split, one of train, and they hold folders of the same names.
+    Their names have the words of different splits, and they hold folders of the same names.
     """
     by_split: dict[str, Path] = {}
     for folder in _sub_folders(root):
         if (part := find_split_word(folder.name)) is not None:
             by_split.setdefault(part, folder)
-    train = by_split.pop("train", None)
-    if train is None:
-        return
-    for part, folder in by_split.items():
-        shared = sorted(_names_of_folders(train) & _names_of_folders(folder))
+    parts = [part for part in SPLIT_FOLDERS if part in by_split]
+    for pair in itertools.combinations(parts, 2):
+        folder, other = (by_split[part] for part in pair)
+        shared = sorted(_names_of_folders(folder) & _names_of_folders(other))
         if len(shared) > 1:
             raise DataError(
-                f"{root}: the folders {train.name} and {folder.name} look like splits, because "
+                f"{root}: the folders {folder.name} and {other.name} look like splits, because "
                 f"both hold {abbreviate(shared)}, and would be taken for classes; name them "
-                f"train and {part}"
+                f"{' and '.join(pair)}"
             )
 
 

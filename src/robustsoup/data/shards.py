@@ -42,11 +42,12 @@ def load_shards(request: DataRequest) -> Data:
     PATTERN is a folder, or a path with {000..012}, * and ?. Files with the word train, val or test
     in their names, spelled as folders are, are these splits; if no name has one, the folders of the
     files may, and else the samples are split 70/10/20. A sample is an image and a label: the text
-    of .cls, or "label" in .json. Images are square and of one size, unless image_size is set.
+    of .cls, or "label" in .json. Further images of a sample are left out if their endings hold a
+    dot, such as depth.png. Images are square and of one size, unless image_size is set.
 
     Raises:
         DataError: webdataset is not installed, there is no file, only some files name a split, or a
-            sample lacks its image or label; the error names the sample.
+            sample lacks its image or label, or has several images; the error names the sample.
     """
     groups, notes = group_files(_find_files(request), request.spec)
     parts: dict[str, tuple[object, object]] = {}
@@ -194,9 +195,20 @@ def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) 
 
 
 def _find_image(sample: Mapping[str, object], place: str) -> bytes:
-    for ending, content in sample.items():
-        if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES and isinstance(content, bytes):
-            return content
+    """Return the image of a sample; depth.png beside jpg is a map that belongs to it."""
+    images = {
+        ending: content
+        for ending, content in sample.items()
+        if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES and isinstance(content, bytes)
+    }
+    named = {e: content for e, content in images.items() if "." not in e} or images
+    if len(named) == 1:
+        return next(iter(named.values()))
+    if named:
+        raise DataError(
+            f"{place}: got several images, {_list_endings(named)}, expected one; write shards "
+            "without the others"
+        )
     raise DataError(f"{place}: no image; got {_list_endings(sample)}")
 
 

@@ -146,7 +146,7 @@ def read_dataset(
             )
         _refuse_own_sampler(dataset, place)
         dataset = dataset.dataset
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if _is_plain(dataset) and len(dataset.tensors) == 2:
         return dataset.tensors
     # Augmentation draws from the global state, which stays as it was.
     with torch.random.fork_rng(devices=[]):
@@ -158,6 +158,14 @@ def read_dataset(
     if not labels:
         raise DataError(f"{place}: got no samples, expected one or more")
     return stack.stack(), labels
+
+
+def _is_plain(dataset: object) -> TypeGuard[TensorDataset]:
+    """Return whether the samples of a data set are the rows of its tensors."""
+    return (
+        isinstance(dataset, TensorDataset)
+        and type(dataset).__getitem__ is TensorDataset.__getitem__
+    )
 
 
 def _refuse_own_sampler(loader: DataLoader[object], place: str) -> None:

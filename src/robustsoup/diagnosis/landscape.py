@@ -340,7 +340,8 @@ def open_plane(
         *(item.digest for item in opened),
     ]
     model = model.to(resolved)
-    adapt_network(model, to_float(subset.images[:2]).to(resolved))
+    x = to_float(subset.images[:2]).to(resolved)
+    adapt_network(model, x, subset.classes, inferred=subset.inferred)
     return PlaneGrid(
         settings=settings,
         plane=plane,

@@ -30,7 +30,7 @@ def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()
     for threat in threats:
         threat.check_shape(data.images.shape[1:])
     x = to_float(data.images[:2]).to(_device_of(model))
-    logits = adapt_network(model, x)
+    logits = adapt_network(model, x, data.classes, inferred=data.inferred)
     fits = logits.dim() == 2 and data.with_classes(logits.shape[1]).classes == logits.shape[1]
     if not fits:
         hint = ""

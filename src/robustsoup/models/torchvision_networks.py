@@ -18,7 +18,10 @@ from robustsoup.models.libraries import (
 )
 from robustsoup.models.network import NetworkSettings
 
-WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+INCEPTIONS = ("googlenet", "inception_v3")
+"""Networks with auxiliary heads, whose pretrained weights expect inputs in [-1, 1]."""
+VIT_SIDE = 224
+"""Side of the images of a vision transformer without the option image_size, in pixels."""
 
 
 def _import_models(network: LibrarySpec) -> ModuleType:
@@ -40,8 +43,8 @@ def _build(network: LibrarySpec, settings: NetworkSettings) -> nn.Module:
             "timm's take any number"
         )
     options: dict[str, OptionValue] = {"num_classes": settings.classes}
-    if network.name in WITH_AUXILIARY_HEADS:
-        options["aux_logits"] = False
+    if network.name in INCEPTIONS:  # as torchvision does wherever it loads weights
+        options |= {"aux_logits": False, "transform_input": True}
     options |= network.options
     return call_library(lambda: models.get_model(network.name, weights=None, **options), network)
 
@@ -52,8 +55,9 @@ def _read_inputs(network: LibrarySpec, settings: NetworkSettings) -> InputSettin
     check_name(network, models.list_models(module=models), "torchvision")
     weights = models.get_model_weights(network.name).DEFAULT
     transforms = weights.transforms()
-    side = network.options.get("image_size", transforms.crop_size[0])
-    side = side if isinstance(side, int) else transforms.crop_size[0]
+    default = VIT_SIDE if network.name.startswith("vit_") else transforms.crop_size[0]
+    side = network.options.get("image_size", default)
+    side = side if isinstance(side, int) else default
     return InputSettings(
         (side, side),
         fit_constants(transforms.mean, transforms.std, settings.channels),

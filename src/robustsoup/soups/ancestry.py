@@ -29,8 +29,11 @@ def check_ingredients(ingredients: Sequence[Checkpoint]) -> None:
 
 
 _FACTORS = re.compile(
-    r"(^|[._])lora_?(A|B|up|down|embedding_A|embedding_B|magnitude)\b", re.IGNORECASE
+    r"(^|[._])(lora_?(A|B|E|up|down|embedding_A|embedding_B|magnitude)|(hada|lokr)_[wt][12](_[ab])?|"
+    r"b?oft_[rs]|vera_(A|B|lambda_[bd]))\b",
+    re.IGNORECASE,
 )
+"""Names that peft gives to the factors of LoRA, AdaLoRA, DoRA, LoHa, LoKr, OFT, BOFT and VeRA."""
 
 
 def _refuse_adapters(item: Checkpoint) -> None:
@@ -38,9 +41,9 @@ def _refuse_adapters(item: Checkpoint) -> None:
     factors = [name for name in item.tensors if _FACTORS.search(name)]
     if factors:
         raise CheckpointError(
-            f"{item.name}: {factors[0]} is a factor of a LoRA adapter; the average of factors A "
-            "and B is not that of the products B A: give the folder with its adapter_config.json, "
-            "which is merged into its base, or merge it with peft (merge_and_unload)"
+            f"{item.name}: {factors[0]} is a factor of an adapter, and the average of factors is "
+            "not that of their products: merge it with peft (merge_and_unload), or give the folder "
+            "of a LoRA adapter with its adapter_config.json, which is merged into its base"
         )
 
 

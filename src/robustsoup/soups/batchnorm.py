@@ -118,9 +118,10 @@ def recalibrate(
     """
     number, size = divide_samples(min(samples, len(data)), batch_size)
     device = next(iter(model.parameters())).device
+    first = to_float(data.images[:2]).to(device)
+    adapt_network(model, first, data.classes, inferred=data.inferred)
     measured = copy_network(model)
     set_mode(measured, training=False)
-    adapt_network(measured, to_float(data.images[:2]).to(device))
     layers = norm_layers(measured)
     for layer in layers.values():
         layer.reset_running_stats()

@@ -5,18 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.parameters import find_power_vectors
 from robustsoup.checkpoints.wrapping import join_names
-from robustsoup.soups.batchnorm import running_statistics
 from robustsoup.soups.coefficients import Coefficients
-
-
-def constant_buffers(item: Checkpoint) -> list[str]:
-    """Return the tensors that are neither parameters nor statistics, in alphabetical order."""
-    vectors = {name for names in find_power_vectors(item.tensors) for name in (names.u, names.v)}
-    mixed = {*item.parameters, *item.tied, *running_statistics(item), *vectors}
-    counters = {name for name in item.tensors if name.endswith("num_batches_tracked")}
-    return sorted(set(item.tensors) - mixed - counters)
 
 
 def take_part(ingredients: Sequence[Checkpoint], coefficients: Coefficients) -> list[Checkpoint]:
@@ -38,7 +28,7 @@ def describe_differing_constants(
         source: Whose constants the soup has; by default those of the first checkpoint.
     """
     first = ingredients[0]
-    names, name = constant_buffers(first), _short_name(first)
+    names, name = sorted(first.constants), _short_name(first)
     differing: dict[str, list[str]] = {}
     normalizing: dict[str, list[str]] = {}
     expected = first.provenance.get("network") or {}

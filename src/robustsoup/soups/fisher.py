@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.forward import call_network
+from robustsoup.checkpoints.parameters import inexact_parameters
 from robustsoup.precision import full_float32
 from robustsoup.seeding import keyed_generator
 from robustsoup.soups.merging import Merge, Merged
@@ -55,7 +56,7 @@ def measure_fisher(merge: Merge, network: nn.Module) -> dict[str, Tensor]:
     Returns:
         Parameter name -> float64 tensor of the shape that `Merge.rows` gives it, on the CPU.
     """
-    parameters = dict(network.named_parameters())
+    parameters = inexact_parameters(network)
     sums = {
         name: torch.zeros_like(as_real(p.detach()), dtype=torch.float64)
         for name, p in parameters.items()

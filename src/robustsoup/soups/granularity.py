@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from robustsoup.checkpoints.parameters import inexact_parameters
 from robustsoup.errors import RequestError
 
 GRANULARITIES = ("parameter", "module", "block", "model")
@@ -24,13 +25,13 @@ def layer_groups(model: nn.Module, granularity: str = "parameter") -> dict[str, 
             pattern, if any, joined by "."); a parameter without a match is a layer by itself.
 
     Returns:
-        The names of each layer's parameters, in the order of the network. Every named parameter is
-        in exactly one layer.
+        The names of each layer's parameters, in the order of the network. Every named parameter of
+        real or complex numbers is in exactly one layer.
 
     Raises:
         RequestError: For an unknown granularity, or a pattern that is invalid or matches nothing.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = list(inexact_parameters(model))
     if granularity.startswith("re:"):
         layer_of = _match_pattern(names, granularity.removeprefix("re:"))
     elif granularity == "parameter":

@@ -10,6 +10,7 @@ import numpy as np
 from robustsoup.catalog import SOUP_METHODS, Entry
 from robustsoup.errors import CoefficientError
 from robustsoup.settings import SMALLEST_STEP
+from robustsoup.soups.coefficients import SUM_TOLERANCE
 
 Alpha = tuple[float, ...]
 """(n,) coefficients of n ingredients."""
@@ -100,8 +101,10 @@ def candidates(
         max_soups: Maximum number of soups.
 
     Raises:
-        CoefficientError: For any other method, and for values that the method rejects.
+        CoefficientError: For any other method, for values that the method rejects, and if it
+            returns anything but rows of n finite numbers >= 0 that sum to 1.
     """
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     if isinstance(method, str):
         entry = SOUP_METHODS.get_entry(method, error=CoefficientError)
         if needs := entry.facts.get("needs"):
@@ -109,7 +112,21 @@ def candidates(
                 f'method "{method}" needs {needs}; it has no list of coefficients'
             )
         method = entry.load()
-    return [tuple(alpha) for alpha in method(n, step, max_soups)]
+    rows = method(n, step, max_soups)
+    try:
+        alphas = [tuple(map(float, row)) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise CoefficientError(
+            f'method "{name}": got {rows!r:.200}, expected rows of {n} coefficients: {error}'
+        ) from error
+    for alpha in alphas:
+        in_range = all(0 <= value <= 1 + SUM_TOLERANCE for value in alpha)
+        if len(alpha) != n or not in_range or abs(sum(alpha) - 1) > SUM_TOLERANCE:
+            raise CoefficientError(
+                f'method "{name}": got the row {alpha}, expected {n} coefficients, one for each '
+                "ingredient, none below 0 and with sum 1"
+            )
+    return alphas
 
 
 def merging_weights(

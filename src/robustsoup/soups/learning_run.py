@@ -13,6 +13,8 @@ from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.fitting import load_tensors
+from robustsoup.checkpoints.parameters import inexact_parameters
 from robustsoup.data import Split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.data.sketches import sketch_split
@@ -91,7 +93,7 @@ class LearningRun:
         ordered = [inputs.ingredients[i] for i in self.order]
         self.model, start = _start_network(inputs, settings)
         self.base_digest, self.warnings = start.provenance["buffers"].get("base"), start.warnings
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = inexact_parameters(self.model)
         self.groups = layer_groups(self.model, settings.granularity)
         self.layers = list(self.groups)
         self.statistics = set(running_statistics(ordered[0]))
@@ -134,7 +136,7 @@ class LearningRun:
         self.history, self.best = state["history"], state["best"]
         if self.limit is not None:
             self.limit.restore(state["limit"])
-        self.model.load_state_dict(state["buffers"], strict=False)
+        load_tensors(self.model, state["buffers"])
         self.mix_layers(range(len(self.layers)))
 
     def state(self) -> dict[str, Any]:

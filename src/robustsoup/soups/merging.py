@@ -351,8 +351,7 @@ def _find_base(
         return None
     found = found.with_names_like(ingredients[0]).with_dtypes_like(ingredients[0])
     check_ingredients([ingredients[0], found])
-    for name, tensor in found.tensors.items():
-        refuse_broken(name, tensor, found.name)
+    refuse_broken(found.tensors, found.name, found.constants)
     return found
 
 
@@ -368,7 +367,8 @@ def _build_network(
     model = model.to(device)
     set_mode(model, training=False)
     if data is not None:
-        adapt_network(model, to_float(data.images[:2]).to(device))
+        x = to_float(data.images[:2]).to(device)
+        adapt_network(model, x, data.classes, inferred=data.inferred)
     return model
 
 

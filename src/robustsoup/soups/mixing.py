@@ -22,7 +22,6 @@ from robustsoup.soups.ancestry import check_ingredients
 from robustsoup.soups.batchnorm import average_statistics, running_statistics
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.constants import (
-    constant_buffers,
     describe_differing_constants,
     take_part,
 )
@@ -226,7 +225,9 @@ def finish_soup(
     record = make_soup_record(ingredients, coefficients) | dict(entries or {})
 
     def build_network() -> nn.Module:
-        soup = Checkpoint(tensors, record, named_network=first.named_network)
+        soup = Checkpoint(
+            tensors, record, wrapping=first.wrapping, named_network=first.named_network
+        )
         given = request.network
         model = copy_network(given) if given is not None else soup.network()
         soup.load_into(model)
@@ -239,7 +240,7 @@ def finish_soup(
     taking_part = take_part(ingredients, coefficients)
     tensors |= {
         name: taking_part[0].tensors[name].clone()
-        for name in constant_buffers(first)
+        for name in first.constants
         if taking_part[0] is not first
     }
     tensors |= {
@@ -387,10 +388,16 @@ def _check_tracked(first: Checkpoint, tracked: Mapping[str, Tensor]) -> None:
 
 
 def _check_soup_is_finite(tensors: Mapping[str, Tensor], ingredients: Sequence[Checkpoint]) -> None:
+    constants = ingredients[0].constants
     for name, tensor in tensors.items():
-        if is_finite(tensor):
+        or_infinite = name in constants
+        if is_finite(tensor, or_infinite=or_infinite):
             continue
-        broken = [item.name for item in ingredients if not is_finite(item.tensors[name])]
+        broken = [
+            item.name
+            for item in ingredients
+            if not is_finite(item.tensors[name], or_infinite=or_infinite)
+        ]
         reason = f"so does {broken[0]}" if broken else f"the sum leaves the range of {tensor.dtype}"
         raise CheckpointError(
             f"soup: {name} holds NaN or infinity: {reason}; a soup of such weights is not made"

@@ -35,7 +35,7 @@ def compute_power_vectors(
     parameters = set(ingredients[0].parameters)
     vectors: dict[str, Tensor] = {}
     for names in find_power_vectors(mixed):
-        if names.weight not in parameters:
+        if names.weight is None or names.weight not in parameters:
             continue
         row = list(coefficients.row(names.weight))
         order = sorted(range(len(row)), key=lambda i: (-row[i], ingredients[i].digest))

@@ -15,6 +15,8 @@ from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.fitting import load_tensors
+from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.parameters import is_inexact
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
@@ -131,6 +133,7 @@ def train_subspace(
     if settings.recompute_activations:
         check_recomputation(model)
     start = Checkpoint.of(model)
+    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
     inputs = TrainingInputs(data, None, None, settings)
     names = [str(threat) for threat in ends]
     drawn = {} if at_ends is None else {"at_ends": at_ends}
@@ -415,7 +418,7 @@ def _make_end(
         seed=s.seed,
         precision=s.precision,
     )
-    end.load_state_dict(measured, strict=False)
+    load_tensors(end, measured)
     record = inherited | {
         "kind": "trained",
         "data": run.inputs.data.record,

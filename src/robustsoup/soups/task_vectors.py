@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustsoup.errors import RequestError
+from robustsoup.file_bytes import digest_tensors
 from robustsoup.seeding import keyed_generator
 from robustsoup.soups.merging import Merge, Merged
 from robustsoup.soups.summation import canonical_order, sum_dtype
@@ -66,17 +67,19 @@ def average_agreeing(tasks: Sequence[Tensor], weights: Sequence[float]) -> Tenso
 def dare(merge: Merge) -> Merged:
     """Drop entries of each task vector at random, divide the rest by `density`, and average.
 
-    An entry is kept with probability `density`, so the expectation is the average.
+    An entry is kept with probability `density`, so the expectation is the average. Equal tensors of
+    an ingredient draw alike, so weights stay tied that no record calls so.
 
     Source: Yu et al. 2023, arXiv:2311.03099, section 3.
     """
     density = merge.settings.density
     digests = [merge.digests[i] for i in canonical_order(merge.digests)]
 
-    def combine(name: str, tasks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def combine(_name: str, tasks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         kept = []
         for task, digest in zip(tasks, digests, strict=True):
-            generator = keyed_generator("dare", merge.seed, digest, name)
+            content = digest_tensors({"task": task})
+            generator = keyed_generator("dare", merge.seed, digest, content)
             draws = torch.rand(task.shape, generator=generator, dtype=torch.float32)
             kept.append(torch.where(draws < density, task / density, 0))
         return merge.settings.scale * _weigh(kept, weights)

@@ -14,6 +14,8 @@ from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.cuda_graph import ReplayedCall
 from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.fitting import load_tensors
+from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import earlier_data, inherited_sketches
 from robustsoup.data import (
     Split,
@@ -146,6 +148,7 @@ def train(
     if settings.recompute_activations:
         check_recomputation(model)
     start = Checkpoint.of(model)
+    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
@@ -384,7 +387,7 @@ def _make_checkpoint(
     """Return a checkpoint of the network after `epoch`; for None, of the network to return."""
     stopped = epoch is None and run.best_weights is not None
     if epoch is None and run.best_weights is not None:
-        run.result.load_state_dict(run.best_weights)
+        load_tensors(run.result, run.best_weights)
     finite = [entry for entry in run.history if math.isfinite(entry.get("robust_loss", math.nan))]
     best = min(finite, key=lambda entry: entry["robust_loss"])["epoch"] if stopped else None
     record = inherited_record(run.inputs, origin) | {
