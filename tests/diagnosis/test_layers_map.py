@@ -85,8 +85,8 @@ def test_check_layers_prints_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
         Checkpoint.of(fresh_network(seed=seed)).save(f"{seed}.safetensors")
-    command = ("check", "0.safetensors", "1.safetensors", "--samples", 16)
-    data = ("--data", "digits", "--threat", "Linf 32/255", "--layers")
+    command = ("check", "0.safetensors", "1.safetensors")
+    data = ("--data", "digits", "--threat", "Linf 32/255", "--samples", 16, "--layers")
     assert run(*command, *data, "--json") in (0, 3)
     content = json.loads(capsys.readouterr().out)["layers"]
     assert content["names"] == ["0.safetensors", "1.safetensors"]
