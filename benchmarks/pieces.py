@@ -90,6 +90,7 @@ def run_for(minutes: float | None, arguments: Sequence[str], store: Store) -> in
     process = subprocess.Popen(
         [sys.executable, "-m", "robustsoup", "run", *arguments],
         env=os.environ | {"ROBUSTSOUP_STORE": str(store.root)},
+        start_new_session=True,  # Ctrl-C must not be a second signal, which would not save
     )
     try:
         return process.wait(None if minutes is None else 60 * minutes)

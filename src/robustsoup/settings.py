@@ -330,7 +330,9 @@ class EarlyStop:
     """
 
     steps: int = setting(10, "APGD steps of the measurement.", ge=1)
-    samples: int | None = setting(None, "Samples of val to measure on; all by default.", ge=1)
+    samples: int | None = setting(
+        None, "Samples of val to measure on; by default all but those that confirm finalists.", ge=1
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""

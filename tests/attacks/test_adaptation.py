@@ -175,6 +175,14 @@ def test_the_first_output_is_taken_unless_another_alone_fits(widths, chosen):
     assert as_logits(output) is output[0]
 
 
+@pytest.mark.parametrize(
+    ("widths", "chosen"), [((10, 1), 0), ((1, 12), 1), ((30, 10), 1), ((10, 30), 0), ((4, 12), 1)]
+)
+def test_labels_tell_the_least_number_of_logits(widths, chosen):
+    output = tuple(torch.zeros(2, width) for width in widths)
+    assert choose_logits(output, 10, inferred=True) is output[chosen]
+
+
 def test_logits_that_are_named_are_taken():
     output = Output(torch.zeros(2, 10), torch.zeros(2, 30))
     assert choose_logits(output, 30, inferred=True) is output.logits

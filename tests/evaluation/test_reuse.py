@@ -207,6 +207,13 @@ def test_autoattack_follows_the_same_rules(model, data, passes, brief_autoattack
     assert same_verdicts(repeated, evaluation)
 
 
+def test_autoattack_has_nothing_to_do_without_a_correct_sample(model, data, brief_autoattack):
+    few = data.first(4)
+    wrong = (evaluate(model, few, []).prediction + 1) % data.classes
+    evaluation = evaluate(model, replace(few, labels=wrong), [LINF], attack="autoattack")
+    assert evaluation.accuracy[str(LINF)].hits == 0
+
+
 @pytest.mark.parametrize("finished", [1, 2, 3])
 def test_autoattack_resumes_after_the_last_attack_that_ended(
     model, data, tmp_path, monkeypatch, brief_autoattack, save_every_step, finished

@@ -494,6 +494,9 @@ def test_early_stopping_of_learning_leaves_out_what_confirms_finalists():
     aside = take_part(DATA.val.first(64), "confirm", seed=0)
     assert len(stopping) == 32
     assert not set(stopping.ids.tolist()) & set(aside.ids.tolist())
+    many = (("soups", "learned", "early_stop"), {"samples": 64})
+    with pytest.raises(DataError, match=r"early_stop.samples: got 64, expected at most 4\d: "):
+        plan_of(many, screen, confirmed)
 
 
 def test_the_mixing_of_a_greedy_soup_is_in_its_key():

@@ -305,7 +305,7 @@ def test_the_test_split_tests_the_chosen_soup_alone():
 
 def test_two_guarantees_are_said_not_to_hold_together():
     (gap,) = describe_gaps("val", apart=True)
-    assert gap.startswith("that requirements with and without an attack hold together")
+    assert gap.startswith("that all requirements hold together: those with an attack do with 95 %")
 
 
 def test_what_the_guarantee_leaves_out_is_said_last():

@@ -113,7 +113,7 @@ def choose_logits(output: object, classes: int, *, inferred: bool) -> Tensor:
     """Return the logits in a network's output for data of a number of classes.
 
     They are the first element of a tuple, as in `as_logits`, unless another one alone has that
-    number of columns, as in (features, logits).
+    number of columns, as in (features, logits). If the number is inferred, they may have more.
 
     Args:
         output: As in `as_logits`.
@@ -121,20 +121,23 @@ def choose_logits(output: object, classes: int, *, inferred: bool) -> Tensor:
         inferred: Whether that is only the largest label plus 1.
 
     Raises:
-        ModelError: The output holds no logits; or the number is inferred, and tensors (b, n) of
-            different n are in the tuple.
+        ModelError: The output holds no logits; or the number is inferred, and several tensors
+            (b, n) of different n > classes could be the logits.
     """
     if hasattr(output, "logits") or not isinstance(output, (tuple, list)):
         return as_logits(output)
     tables = [t for t in output if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()]
-    widths = [table.shape[1] for table in tables]
-    if inferred and len(set(widths)) > 1:
+    fitting = [table for table in tables if table.shape[1] == classes]
+    if inferred and not fitting:  # the labels show that there are at least so many
+        fitting = [table for table in tables if table.shape[1] > classes]
+    widths = [table.shape[1] for table in fitting]
+    if len(set(widths)) > 1:
         raise ModelError(
             f"network: returned tensors of {', '.join(map(str, widths))} columns, and which are "
             "the logits cannot be told, since the number of classes is inferred from the labels; "
             "give classes, as in Split.from_tensors(images, labels, classes=10)"
         )
-    return tables[widths.index(classes)] if widths.count(classes) == 1 else as_logits(output)
+    return fitting[0] if len(fitting) == 1 else as_logits(output)
 
 
 def _check_real(logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Determine the network of checkpoints: named by the user, else recorded in a checkpoint."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from robustsoup.catalog import DATA_SOURCES
@@ -95,7 +95,7 @@ def choose_image_size(
     return None
 
 
-def describe_other_sizes(checkpoints: Sequence[Checkpoint], data: Data) -> Iterator[str]:
+def describe_other_sizes(checkpoints: Iterable[Checkpoint], data: Data) -> Iterator[str]:
     """Yield a warning for each checkpoint that was trained on images of another size."""
     height, width = data.record["size"]
     for checkpoint in checkpoints:

@@ -108,12 +108,10 @@ def run_command_line(arguments: Sequence[str]) -> int:
             code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
             if code != INTERRUPTED:  # else one rank says so
                 distributed.stop()
-    except typer.Abort:  # Ctrl-C or Ctrl-D at a question
-        if signal_received():
+    except typer.Abort as abort:
+        if signal_received():  # Ctrl-C at a question
             raise KeyboardInterrupt from None
-        typer.echo(err=True)  # ends the line of the question
-        print_error("the input ended without an answer; --yes asks nothing")
-        return 2
+        return _report_abort(abort, arguments)
     except Exception as error:
         if debug and not hasattr(error, "exit_code"):
             raise
@@ -124,6 +122,16 @@ def run_command_line(arguments: Sequence[str]) -> int:
         is_request = isinstance(error, RequestError) and not isinstance(error, WorkError)
         return 2 if is_request or hasattr(error, "exit_code") else 1
     return code if isinstance(code, int) else 0
+
+
+def _report_abort(abort: typer.Abort, arguments: Sequence[str]) -> int:
+    """Print why typer gave up, and return the exit code."""
+    if isinstance(abort.__cause__, EOFError):  # of the command itself, such as a file cut short
+        print_error(_describe_error(abort.__cause__, arguments))
+        return 1
+    typer.echo(err=True)  # ends the line of the question
+    print_error("the input ended without an answer; --yes asks nothing")
+    return 2
 
 
 def _check_current_folder() -> None:

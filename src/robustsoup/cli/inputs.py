@@ -57,7 +57,7 @@ def load_requested_data(
     print_notes(data)
     if warn:
         warn_of_overlaps(find_exact_overlaps(data))
-    for text in describe_other_sizes([network.opening.open(p) for p in checkpoints], data):
+    for text in describe_other_sizes(map(network.opening.open, checkpoints), data):
         print_warning(text)
     return data
 

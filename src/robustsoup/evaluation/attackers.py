@@ -409,10 +409,10 @@ class AutoAttacker:
             poll(int(outcome.settled[correct].sum()), len(correct) * attempts)
 
         for chunk in correct.split(CHUNK_SAMPLES):
-            seed = self.seed + int(target.samples.ids[chunk[0]])
-            chunk = chunk[outcome.settled[chunk] < attempts]
-            if len(chunk):
-                self._attack_chunk(target, threat, outcome, chunk, seed=seed, poll=poll_settled)
+            waiting = chunk[outcome.settled[chunk] < attempts]
+            if len(waiting):
+                seed = self.seed + int(target.samples.ids[chunk[0]])
+                self._attack_chunk(target, threat, outcome, waiting, seed=seed, poll=poll_settled)
 
     def _attack_chunk(
         self,

@@ -13,6 +13,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Split
 from robustsoup.data.corruptions import CorruptionPart
 from robustsoup.digests import digest_json
+from robustsoup.errors import DataError
 from robustsoup.models import NetworkSettings
 from robustsoup.settings import (
     AttackSettings,
@@ -247,7 +248,13 @@ def stopping_split(stop: EarlyStop | None, part: SteeringPart | None, data: Data
     """
     if stop is None:
         return None
-    return (data.val if part is None else part.take(data.val)).first(stop.samples)
+    split = data.val if part is None else part.take(data.val)
+    if part is not None and (stop.samples or 0) > len(split):
+        raise DataError(
+            f"early_stop.samples: got {stop.samples}, expected at most {len(split)}: the other "
+            f"samples of {data.val.name} confirm finalists"
+        )
+    return split.first(stop.samples)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def recalibrate(
     The statistics are reset, then averaged over the batches of one pass (cumulative momentum).
 
     Args:
-        model: The network; not changed.
+        model: The network; adapted in place, see `adapt_network`. Its tensors stay.
         data: Training samples, augmented as in training.
         threat: Attack the samples under this threat before the pass, on the network with its
             current statistics. Clean: no attack.

@@ -178,7 +178,7 @@ def standard_error(threshold: float, samples: int) -> float:
 
 def likely_to_pass(threshold: float, samples: int) -> float:
     """Return the least accuracy that is more likely than not to pass a test on so many samples."""
-    return threshold + Z_ERROR * standard_error(threshold, samples)
+    return min(threshold + Z_ERROR * standard_error(threshold, samples), 1.0)
 
 
 def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgement) -> Selection:

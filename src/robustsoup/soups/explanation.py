@@ -117,8 +117,8 @@ def describe_gaps(
         yield f"corrupted copies of images of {split} steered the search"
     if apart:
         yield (
-            "that requirements with and without an attack hold together; each of the two kinds "
-            "does with 95 %"
+            "that all requirements hold together: those with an attack do with 95 %, and so do the "
+            "others"
         )
     if not fresh:
         yield f"the ingredients may have been trained on samples of {split}"

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,16 +79,16 @@ class SearchResult:
     Attributes:
         candidates: All soups that were tried, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
-        evaluator: Mixes and merges soups as the search did.
         predicted: What the surrogate says about every soup; empty for other methods.
         warnings: Doubts about the ingredients, such as constants that differ.
+        evaluator: Mixes and merges soups as the search did; holds the ingredients and the data.
     """
 
     candidates: tuple[Candidate, ...]
     answer: Answer
-    evaluator: SoupEvaluator
     predicted: tuple[PredictedSoup, ...] = ()
     warnings: tuple[str, ...] = ()
+    evaluator: SoupEvaluator = field(kw_only=True, compare=False)
 
     @property
     def chosen(self) -> Candidate:
@@ -202,8 +202,9 @@ def search(
         the answer.
 
     Raises:
-        RequestError: For invalid settings, settings that the method does not read, or a `report_on`
-            that shares samples with `data`, before any work.
+        RequestError: Before any work: for invalid settings, a `step`, `tolerance`, `score`,
+            `weights` or `learn_settings` that the method does not read, and a `report_on` that
+            shares samples with `data`.
         LeakageError: If an ingredient was trained on samples of `data`, or a method or policy would
             learn or measure on them.
     """
@@ -272,7 +273,9 @@ def search(
         evaluation = reporting.evaluate(choice.selection.best.mixed_by)
         answer = with_test(answer, evaluation, split=report_on.name)
     doubts = tuple(describe_differing_constants(open_ingredients(opened, network)))
-    return SearchResult(tuple(tried.candidates), answer, evaluator, tried.predicted, doubts)
+    return SearchResult(
+        tuple(tried.candidates), answer, tried.predicted, doubts, evaluator=evaluator
+    )
 
 
 def _open(
