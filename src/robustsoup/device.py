@@ -1,6 +1,7 @@
 """Select the device of a network and its precision: float32, or bfloat16 by autocast."""
 
 import contextlib
+import os
 
 import torch
 
@@ -64,3 +65,10 @@ def autocast(
     return torch.autocast(
         device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cache and enabled
     )
+
+
+def count_usable_cores() -> int:
+    """Return the number of logical cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

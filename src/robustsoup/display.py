@@ -43,9 +43,7 @@ def _escape(text: str) -> str:
     return html.escape(make_printable(text))
 
 
-def svg_points(
-    points: Sequence[tuple[str, float, float]], *, chosen: str, x: str, y: str, size: int = 320
-) -> str:
+def svg_points(points: Sequence[tuple[str, float, float]], *, chosen: str, x: str, y: str) -> str:
     """Return a picture of named points, such as soups by two accuracies, as SVG.
 
     Args:
@@ -54,9 +52,9 @@ def svg_points(
         chosen: Name of the point to mark.
         x: What x is.
         y: What y is.
-        size: Width and height in pixels.
     """
-    margin, low, high = 40, *_span([value for _, *pair in points for value in pair])
+    size, margin = 320, 40  # pixels
+    low, high = _span([value for _, *pair in points for value in pair])
     scale = (size - 2 * margin) / (high - low)
     parts = [
         f'<svg width="{size}" height="{size}" font-size="11" role="img">',

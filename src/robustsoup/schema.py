@@ -47,6 +47,12 @@ def number(value: object, place: str) -> None:
         raise MisfitError(place, value, "a finite number")
 
 
+def boolean(value: object, place: str) -> None:
+    """Accept true and false."""
+    if not isinstance(value, bool):
+        raise MisfitError(place, value, "true or false")
+
+
 def integer(low: int, high: int) -> Check:
     """Accept integers from `low` to `high`."""
 

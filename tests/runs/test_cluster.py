@@ -590,7 +590,7 @@ def test_each_local_job_has_a_gpu_of_its_own(monkeypatch, tmp_path, visible, gpu
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(slurm_pool.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(slurm_pool, "_count_cores", lambda: 8)
+    monkeypatch.setattr(slurm_pool, "count_usable_cores", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

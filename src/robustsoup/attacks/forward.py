@@ -265,8 +265,6 @@ def predict_logits(
     n: int,
     size: int,
     device: torch.device,
-    *,
-    poll: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return the logits of samples 0..n-1.
 
@@ -276,7 +274,6 @@ def predict_logits(
         n: Number of samples, at least 1.
         size: Number of images in every pass.
         device: Device of the network.
-        poll: Called in this thread several times a second.
 
     Returns:
         (n, classes) on the CPU, at least float32.
@@ -288,7 +285,7 @@ def predict_logits(
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
 
     passes = [partial(predict_pass, samples) for samples in torch.arange(n).split(size)]
-    return torch.cat(run_in_lanes(passes, device, poll=poll))
+    return torch.cat(run_in_lanes(passes, device))
 
 
 def as_attack_inputs(

@@ -785,7 +785,7 @@ def _have_same_names(
     )
 
 
-def open_all(sources: object, key: str | None = None) -> list[Checkpoint]:
+def open_all(sources: object) -> list[Checkpoint]:
     """Open a list of checkpoints; see `Checkpoint.open`.
 
     Raises:
@@ -797,7 +797,7 @@ def open_all(sources: object, key: str | None = None) -> list[Checkpoint]:
         raise RequestError(
             f"checkpoints: got {type(sources).__name__}, expected a list of checkpoints or paths"
         )
-    return [Checkpoint.open(source, key=key) for source in sources]
+    return [Checkpoint.open(source) for source in sources]
 
 
 def as_network(network: nn.Module | CheckpointLike) -> nn.Module:

@@ -12,7 +12,7 @@ from robustsoup.cli.tables import format_bytes
 from robustsoup.cli.terminal import print_line
 from robustsoup.cli.versions import list_extras, list_versions, package_version
 from robustsoup.data import data_root as locate_data
-from robustsoup.device import resolve_device, resolve_precision
+from robustsoup.device import count_usable_cores, resolve_device, resolve_precision
 from robustsoup.files import cache_folder
 from robustsoup.runs.caches import list_caches
 from robustsoup.runs.store import Store
@@ -59,13 +59,6 @@ def describe_cpu() -> dict[str, Any]:
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": resolve_precision("auto", device) == "bfloat16",
     }
-
-
-def count_usable_cores() -> int:
-    """Return the number of logical cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def describe_gpus() -> list[dict[str, Any]]:

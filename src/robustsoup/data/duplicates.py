@@ -104,10 +104,10 @@ def find_overlaps(
     return found
 
 
-def find_exact_overlaps(data: Data, on_progress: Progress | None = None) -> list[Overlap]:
+def find_exact_overlaps(data: Data) -> list[Overlap]:
     """Return `find_overlaps` without near duplicates, from the cache folder if it is known."""
     key = f"{data.record['digest']} {data.record['split_digest']}"
-    return _remember(key, lambda: find_overlaps(data, on_progress=on_progress))
+    return _remember(key, lambda: find_overlaps(data))
 
 
 def find_copies(

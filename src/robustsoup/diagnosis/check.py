@@ -233,7 +233,7 @@ def _compare_files(checkpoints: Sequence[Checkpoint]) -> Soupability:
         pairs=[],
         measured=0,
         samples=None,
-        cost=measure_cost(checkpoints, None),
+        cost=measure_cost(checkpoints),
         findings=[
             *check_count(checkpoints),
             *check_same_network(checkpoints, differences),

@@ -40,8 +40,8 @@ class Cost:
     step_seconds: float | None
 
 
-def measure_cost(checkpoints: Sequence[Checkpoint], step_seconds: float | None) -> Cost:
-    """Measure bytes in memory and on disk; `step_seconds` is passed through."""
+def measure_cost(checkpoints: Sequence[Checkpoint]) -> Cost:
+    """Measure bytes in memory and on disk."""
     first = checkpoints[0]
     layers = {
         name: first.tensors[name].nbytes for name in first.parameters if name in first.tensors
@@ -51,7 +51,7 @@ def measure_cost(checkpoints: Sequence[Checkpoint], step_seconds: float | None) 
         on_disk=tuple(_file_size(item) for item in checkpoints),
         layers=len(layers),
         largest_layer=max(layers.items(), key=lambda layer: layer[1], default=("", 0)),
-        step_seconds=step_seconds,
+        step_seconds=None,
     )
 
 

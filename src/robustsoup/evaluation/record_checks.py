@@ -3,6 +3,7 @@
 from robustsoup.schema import (
     MisfitError,
     anything,
+    boolean,
     count,
     list_of,
     mapping_of,
@@ -26,13 +27,7 @@ def _verdicts(value: object, place: str) -> None:
         raise MisfitError(place, value, "a text of 0 and 1")
 
 
-def _flag(value: object, place: str) -> None:
-    """Accept true and false."""
-    if not isinstance(value, bool):
-        raise MisfitError(place, value, "true or false")
-
-
-_finding = table({"hits": count, "n": count, "low": number, "high": number, "flagged": _flag}, {})
+_finding = table({"hits": count, "n": count, "low": number, "high": number, "flagged": boolean}, {})
 
 check_record = table(
     {

@@ -1,6 +1,5 @@
 """The record of an evaluation: a verdict per sample, accuracies and provenance."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from robustsoup.arrays import read_arrays
 from robustsoup.data.splits import MAX_CLASSES
+from robustsoup.digests import digest_json
 from robustsoup.display import html_table
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, RequestError
@@ -241,7 +241,7 @@ class Evaluation:
         _write_arrays(path.with_suffix(".npz"), arrays, compressed=True)
         content = stamp_record(self.to_json())
         content[DIGESTS_KEY] = {
-            "record": _digest_record(content),
+            "record": digest_json(content),
             "arrays": digest_tensors(arrays),
             **({"points": digest_tensors(points)} if points else {}),
         }
@@ -371,7 +371,7 @@ def _read_digested(path: Path, digests: Mapping[str, str] | None, part: str) -> 
 def _verify_record(content: Record, digests: object) -> None:
     """Compare a JSON file with its digest; each file that robustsoup wrote has one."""
     stated = {key: value for key, value in content.items() if key != DIGESTS_KEY}
-    if not isinstance(digests, dict) or digests.get("record") != _digest_record(stated):
+    if not isinstance(digests, dict) or digests.get("record") != digest_json(stated):
         raise DamageError("its record was changed after it was written")
 
 
@@ -381,9 +381,3 @@ def _write_arrays(path: Path, tensors: Mapping[str, Tensor], *, compressed: bool
     }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
-
-
-def _digest_record(content: Record) -> str:
-    """Return the sha256 (hex) of a record; equal JSON has equal digests."""
-    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from robustsoup.errors import ModelError
 from robustsoup.models.network import ChannelConstants, NetworkSettings
 from robustsoup.precision import full_float32
+from robustsoup.printable import first_line
 
 OptionValue = int | float | bool | str | list[float] | None
 Result = TypeVar("Result")
@@ -165,12 +166,6 @@ def call_library(function: Callable[[], Result], network: LibrarySpec) -> Result
         raise
     except Exception as error:  # a library may fail in any way on a wrong option
         raise network.refuse(f"cannot be built: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, else its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def check_name(network: LibrarySpec, names: Iterable[str], library: str) -> None:

@@ -6,6 +6,7 @@ from robustsoup.schema import (
     Check,
     MisfitError,
     anything,
+    boolean,
     count,
     integer,
     list_of,
@@ -39,12 +40,6 @@ def one_of(*choices: str) -> Check:
             raise MisfitError(place, value, f"one of {', '.join(choices)}")
 
     return check
-
-
-def boolean(value: object, place: str) -> None:
-    """Accept true and false."""
-    if not isinstance(value, bool):
-        raise MisfitError(place, value, "true or false")
 
 
 def share(value: object, place: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from robustsoup.device import count_usable_cores
 from robustsoup.errors import RequestError, WorkError
 from robustsoup.interruption import handled_signals
 from robustsoup.printable import first_line
@@ -50,7 +51,7 @@ class SlurmPool:
         self.free_gpus: list[str] = []
         self.gpus_by_key: dict[Key, str] = {}
         if partition == LOCAL:  # which starts every job at once
-            self.most_at_once = max(1, _count_cores() // threads)
+            self.most_at_once = max(1, count_usable_cores() // threads)
             if gpus:
                 self.free_gpus = list_visible_gpus()
                 self.most_at_once = min(self.most_at_once, len(self.free_gpus))
@@ -166,12 +167,6 @@ def _last_line(text: str) -> str:
     """Return the last line of a text that is not empty or a rule, such as the end of a trace."""
     lines = [line.strip() for line in text.splitlines()]
     return next((line for line in reversed(lines) if line.strip("-")), "no message")
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def import_submitit() -> ModuleType:

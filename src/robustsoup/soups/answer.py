@@ -10,8 +10,6 @@ from robustsoup.printable import make_printable
 from robustsoup.soups.goal import KNEE, UNATTACKED
 from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck
 
-LEVEL = 0.95
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
