@@ -304,7 +304,7 @@ def test_the_test_split_tests_the_chosen_soup_alone():
 
 
 def test_two_guarantees_are_said_not_to_hold_together():
-    (gap,) = describe_gaps("val", apart=True)
+    (gap,) = describe_gaps("val", separate=True)
     assert gap.startswith("that all requirements hold together: those with an attack do with 95 %")
 
 

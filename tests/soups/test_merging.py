@@ -345,10 +345,9 @@ def test_statistics_follow_the_buffer_policies():
     measured = merge(
         items, "ties", base=base, buffers="recalibrate", data=DATA, network=network, device="cpu"
     )
-    attacked = merge(
-        *(items, "ties"), base=base, buffers="recalibrate-adversarial", data=DATA, network=network,
-        device="cpu", threat="Linf 0.1", calibrate_threat="L2 0.5",
-    )  # fmt: skip
+    under_attack = {"buffers": "recalibrate-adversarial", "calibrate_threat": "L2 0.5"}
+    request = {"base": base, "data": DATA, "network": network, "device": "cpu"}
+    attacked = merge(items, "ties", threat="Linf 0.1", **under_attack, **request)
     assert attacked.provenance["buffers"]["threat"] == "L2 0.5"
     name = "norm1.running_mean"
     assert torch.equal(average.tensors[name], line.tensors[name])

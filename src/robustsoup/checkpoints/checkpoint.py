@@ -456,7 +456,7 @@ class Checkpoint:
         expected = {name: t for name, t in other.tensors.items() if name not in neutral}
         renamed = self._with_names_of(expected)
         left = () if renamed is self or renamed.wrapping is None else renamed.wrapping.beside
-        if any(self._holds_weight(name) for name in left):
+        if self._hold_weight(left):
             return self
         if not neutral or not _have_same_names(renamed.tensors, expected):
             return renamed
@@ -476,13 +476,13 @@ class Checkpoint:
         converted = {**self.tensors, **tensors}
         return replace(self, tensors=converted, as_read=self.as_read or self)
 
-    def _holds_weight(self, name_in_file: str) -> bool:
-        names = {self._name_in_file(name): name for name in self.tensors}
-        name = names.get(name_in_file, "")
-        tensor = self.tensors.get(name)
-        if tensor is None or name in find_neutral_constants(self.tensors):
-            return False
-        return is_inexact(tensor)
+    def _hold_weight(self, names_in_file: Collection[str]) -> bool:
+        neutral = find_neutral_constants(self.tensors)
+        return any(
+            is_inexact(tensor) and name not in neutral
+            for name, tensor in self.tensors.items()
+            if self._name_in_file(name) in names_in_file
+        )
 
     def _with_names_of(
         self, expected: Mapping[str, Tensor], own_names: Mapping[str, str] | None = None

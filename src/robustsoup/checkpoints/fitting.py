@@ -64,8 +64,9 @@ def load_tensors(
         versions: Versions of modules that the tensors were saved by, by name; by default those of
             the network. Modules that changed between versions load by them.
     """
-    own = read_versions(model.state_dict(keep_vars=True))
-    model.load_state_dict(with_versions(tensors, {**own, **(versions or {})}), strict=False)
+    of_network = read_versions(model.state_dict(keep_vars=True))
+    state = with_versions(tensors, {**of_network, **(versions or {})})
+    model.load_state_dict(state, strict=False)
 
 
 def has_no_values(tensor: Tensor) -> bool:
@@ -97,14 +98,14 @@ def find_neutral_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A network that was fine-tuned from a file without such constants has them.
     """
-    found: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
     for name, mean in tensors.items():
         std = tensors.get(f"{name.removesuffix('.mean')}.std")
         if not name.endswith(".mean") or std is None or mean.shape != std.shape or mean.dim() != 4:
             continue
         if bool((mean == 0).all()) and bool((std == 1).all()):
-            found |= {name: mean, f"{name.removesuffix('.mean')}.std": std}
-    return found
+            constants |= {name: mean, f"{name.removesuffix('.mean')}.std": std}
+    return constants
 
 
 def fit_names(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> NamesFit | None:

@@ -97,8 +97,8 @@ def find_constants(
         parameters: Names of the parameters.
         tied: Aliases of other tensors.
     """
-    known = [names for names in find_power_vectors(tensors) if names.weight is not None]
-    others = {*parameters, *tied, *(name for names in known for name in (names.u, names.v))}
+    recomputed = [names for names in find_power_vectors(tensors) if names.weight is not None]
+    others = {*parameters, *tied, *(name for names in recomputed for name in (names.u, names.v))}
     return {
         name
         for name in tensors

@@ -96,10 +96,10 @@ class Wrapping:
         """
         versions = dict(self.versions)
         for pair in self.names.items():
-            own, in_file = (name.split(".") for name in pair)
-            while own and in_file and own.pop() == in_file.pop():
-                if (name := ".".join(in_file)) in self.versions:
-                    versions[".".join(own)] = self.versions[name]
+            own_parts, file_parts = (name.split(".") for name in pair)
+            while own_parts and file_parts and own_parts.pop() == file_parts.pop():
+                if (module := ".".join(file_parts)) in self.versions:
+                    versions[".".join(own_parts)] = self.versions[module]
         return versions
 
     def rename_record(self, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,13 +105,9 @@ def run_command_line(arguments: Sequence[str]) -> int:
         with _warnings_in_one_line():
             _check_current_folder()
             _join_other_ranks(arguments)
-            code = app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
+            code = _run_app(arguments)
             if code != INTERRUPTED:  # else one rank says so
                 distributed.stop()
-    except typer.Abort as abort:
-        if signal_received():  # Ctrl-C at a question
-            raise KeyboardInterrupt from None
-        return _report_abort(abort, arguments)
     except Exception as error:
         if debug and not hasattr(error, "exit_code"):
             raise
@@ -124,14 +120,21 @@ def run_command_line(arguments: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _report_abort(abort: typer.Abort, arguments: Sequence[str]) -> int:
-    """Print why typer gave up, and return the exit code."""
-    if isinstance(abort.__cause__, EOFError):  # of the command itself, such as a file cut short
-        print_error(_describe_error(abort.__cause__, arguments))
-        return 1
-    typer.echo(err=True)  # ends the line of the question
-    print_error("the input ended without an answer; --yes asks nothing")
-    return 2
+def _run_app(arguments: Sequence[str]) -> object:
+    """Run one command; what made typer give up is raised as an error like any other.
+
+    Raises:
+        RequestError: The input ended at a question.
+    """
+    try:
+        return app(args=list(arguments), prog_name="robustsoup", standalone_mode=False)
+    except typer.Abort as abort:
+        if signal_received():  # Ctrl-C at a question
+            raise KeyboardInterrupt from None
+        if isinstance(abort.__cause__, EOFError):  # of the command, such as a file cut short
+            raise abort.__cause__ from None
+        typer.echo(err=True)  # ends the line of the question
+        raise RequestError("the input ended without an answer; --yes asks nothing") from None
 
 
 def _check_current_folder() -> None:

@@ -191,14 +191,13 @@ def _check_method(
 
 def _check_meanings(method: str | None, given: "Given", buffers: str | None) -> None:
     """Refuse options that neither the method nor the buffer policy reads."""
-    numbers = [name for name in rules(MergeSettings) if name in given]
-    measuring = ["allow_leakage"] if "allow_leakage" in given else []
-    if method is None and (unread := [*numbers, *measuring]):
-        raise RequestError(f"--{unread[0].replace('_', '-')}: requires --method")
+    names = [name for name in (*rules(MergeSettings), "allow_leakage") if name in given]
+    if method is None and names:
+        raise RequestError(f"--{names[0].replace('_', '-')}: requires --method")
     if method is not None and ":" not in method:
         measures = "data" in SOUP_METHODS.get_entry(method).facts.get("requires", ())
-        unread = find_unread(numbers, [method]) or next(iter([] if measures else measuring), None)
-        if unread is not None:
+        checked = [name for name in names if not (measures and name == "allow_leakage")]
+        if unread := find_unread(checked, [method]):
             option = unread.replace("_", "-")
             raise RequestError(f"--{option}: has no meaning with --method {method}")
     if "threat" in given and not (

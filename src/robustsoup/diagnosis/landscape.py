@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from robustsoup import distributed
-from robustsoup.attacks.adaptation import adapt_network, copy_network
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split, SplitLike, as_optional_split, as_split, to_float
+from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
 from robustsoup.digests import digest_json
@@ -22,6 +22,7 @@ from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
 from robustsoup.fingerprint import network_fingerprint
+from robustsoup.models.fit import adapt_to
 from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
 from robustsoup.progress import Progress, SavedState
@@ -340,8 +341,7 @@ def open_plane(
         *(item.digest for item in opened),
     ]
     model = model.to(resolved)
-    x = to_float(subset.images[:2]).to(resolved)
-    adapt_network(model, x, subset.classes, inferred=subset.inferred)
+    adapt_to(model, subset)
     return PlaneGrid(
         settings=settings,
         plane=plane,

@@ -3,12 +3,22 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustsoup.attacks.adaptation import adapt_network, check_train_mode
 from robustsoup.data import Split, to_float
 from robustsoup.errors import ModelError
 from robustsoup.threats import ThreatModel
+
+
+def adapt_to(model: nn.Module, data: Split) -> Tensor:
+    """Adapt a network in place to the images and classes of data, see `adapt_network`.
+
+    Returns:
+        The logits of the first two images, in eval mode.
+    """
+    x = to_float(data.images[:2]).to(_device_of(model))
+    return adapt_network(model, x, data.classes, inferred=data.inferred)
 
 
 def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()) -> int:
@@ -29,15 +39,14 @@ def check_fit(model: nn.Module, data: Split, threats: Iterable[ThreatModel] = ()
     """
     for threat in threats:
         threat.check_shape(data.images.shape[1:])
-    x = to_float(data.images[:2]).to(_device_of(model))
-    logits = adapt_network(model, x, data.classes, inferred=data.inferred)
+    logits = adapt_to(model, data)
     fits = logits.dim() == 2 and data.with_classes(logits.shape[1]).classes == logits.shape[1]
     if not fits:
         hint = ""
         if logits.dim() == 2 and logits.shape[1] == data.classes - 1 and int(data.labels.min()) > 0:
             hint = "; no label is 0: if classes are numbered from 1, subtract 1"
         raise ModelError(
-            f"network: got logits of shape {tuple(logits.shape)} for {len(x)} images, "
+            f"network: got logits of shape {tuple(logits.shape)} for {min(len(data), 2)} images, "
             f"expected {data.classes} classes as in {data.record['name']}{hint}"
         )
     return logits.shape[1]

@@ -221,7 +221,7 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -
             if soup.method in LEARNING and soup["early_stop"] and not holds
         ],
         greedy=[name for name, soup in soups.items() if soup.method == "greedy" and not holds],
-        apart=confirmed and not holds,
+        separate=confirmed and not holds,
         screened=(plan.recipe.evaluate.screens or steered) and not confirmed,
         fresh=leakage.status == "known",
     )

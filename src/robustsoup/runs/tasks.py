@@ -49,9 +49,9 @@ def file_key(
     recorded = checkpoint.provenance.get("network")
     if recorded is None:
         return f"file:{checkpoint.digest}"
-    own = NetworkSettings.from_record(recorded)
-    constants = network.normalize if constants_named else own.normalize
-    used = dataclasses.replace(network if named else own, normalize=constants)
+    of_file = NetworkSettings.from_record(recorded)
+    constants = network.normalize if constants_named else of_file.normalize
+    used = dataclasses.replace(network if named else of_file, normalize=constants)
     if used == network:
         return f"file:{checkpoint.digest}"
     return f"file:{checkpoint.digest}:{digest_json({'network': used.as_record()})[:16]}"

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.adaptation import adapt_network, copy_network
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.parameters import find_owners_of_statistics
-from robustsoup.data import Split, batches, to_float
+from robustsoup.data import Split, batches
 from robustsoup.device import autocast
 from robustsoup.errors import DataError
+from robustsoup.models.fit import adapt_to
 from robustsoup.precision import full_float32
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.summation import canonical_sum
@@ -100,7 +101,7 @@ def recalibrate(
     The statistics are reset, then averaged over the batches of one pass (cumulative momentum).
 
     Args:
-        model: The network; adapted in place, see `adapt_network`. Its tensors stay.
+        model: The network; adapted in place, see `adapt_to`. Its tensors stay.
         data: Training samples, augmented as in training.
         threat: Attack the samples under this threat before the pass, on the network with its
             current statistics. Clean: no attack.
@@ -118,8 +119,7 @@ def recalibrate(
     """
     number, size = divide_samples(min(samples, len(data)), batch_size)
     device = next(iter(model.parameters())).device
-    first = to_float(data.images[:2]).to(device)
-    adapt_network(model, first, data.classes, inferred=data.inferred)
+    adapt_to(model, data)
     measured = copy_network(model)
     set_mode(measured, training=False)
     layers = norm_layers(measured)

@@ -89,7 +89,7 @@ def describe_gaps(
     greedy: Sequence[str] = (),
     screened: bool = False,
     shifted: bool = False,
-    apart: bool = False,
+    separate: bool = False,
     fresh: bool = True,
 ) -> Iterator[str]:
     """Yield what a guarantee leaves out, one sentence each.
@@ -102,7 +102,7 @@ def describe_gaps(
         screened: Whether attacks on that split decided which soups are attacked in full.
         shifted: Whether corrupted copies of images that confirm finalists may have steered the
             search.
-        apart: Whether requirements with and without an attack have a guarantee each.
+        separate: Whether requirements with and without an attack have a guarantee each.
         fresh: Whether it is known that no ingredient was trained on samples of that split.
     """
     if stopped:
@@ -115,7 +115,7 @@ def describe_gaps(
         yield f"attacks on {split} decided which soups were attacked in full"
     if shifted:
         yield f"corrupted copies of images of {split} steered the search"
-    if apart:
+    if separate:
         yield (
             "that all requirements hold together: those with an attack do with 95 %, and so do the "
             "others"

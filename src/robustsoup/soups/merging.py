@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks import apgd_train
-from robustsoup.attacks.adaptation import adapt_network, copy_network
+from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.catalog import SOUP_METHODS, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import check_same_split
-from robustsoup.data import Split, SplitLike, as_optional_split, passes, to_float
+from robustsoup.data import Split, SplitLike, as_optional_split, passes
 from robustsoup.data.sketches import sketch_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.gradients import gradients_enabled
+from robustsoup.models.fit import adapt_to
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
 from robustsoup.soups.ancestry import check_ingredients, common_ancestor
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
@@ -367,8 +368,7 @@ def _build_network(
     model = model.to(device)
     set_mode(model, training=False)
     if data is not None:
-        x = to_float(data.images[:2]).to(device)
-        adapt_network(model, x, data.classes, inferred=data.inferred)
+        adapt_to(model, data)
     return model
 
 

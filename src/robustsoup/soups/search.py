@@ -252,8 +252,8 @@ def search(
     )
     _check_learning(evaluator, settings)
     aim = replace(goal, maximise=goal.maximise or default_measure(parsed))
-    _check_goal(evaluator, settings, goal, samples=len(split), confirms=confirms)
-    tried = _try_soups(evaluator, settings, aim, SearchProgress(on_progress))
+    count = _check_goal(evaluator, settings, goal, samples=len(split), confirms=confirms)
+    tried = _try_soups(evaluator, settings, aim, SearchProgress(on_progress, count))
     choice = (
         _choose_among_finalists(evaluator, tried, aim, split)
         if confirms
@@ -371,15 +371,16 @@ def _check_learning(evaluator: SoupEvaluator, settings: SearchSettings) -> None:
 
 def _check_goal(
     evaluator: SoupEvaluator, settings: SearchSettings, goal: Goal, *, samples: int, confirms: bool
-) -> None:
-    """Raise RequestError if the samples that select cannot show a requirement at all."""
+) -> int:
+    """Return the number of soups that are tried.
+
+    Raises:
+        RequestError: The samples that select cannot show a requirement for so many soups.
+    """
+    count = sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
     measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
-    count = _count_all_soups(evaluator, settings)
     check_goal(goal, measures, samples=samples, candidates=count, confirms=confirms)
-
-
-def _count_all_soups(evaluator: SoupEvaluator, settings: SearchSettings) -> int:
-    return sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
+    return count
 
 
 def _try_soups(
@@ -396,7 +397,6 @@ def _try_soups(
         aim: The goal with the default of what is maximised.
         progress: Receives progress.
     """
-    progress.total = _count_all_soups(evaluator, settings)
     run = MethodRun(evaluator, settings, aim, progress, TimeLimit(settings.time_limit))
     if settings.method == ALL_METHODS:
         return _describe(evaluator, search_by_all(run))
@@ -485,7 +485,7 @@ def _list_gaps(
         greedy=["the greedy soup"] if "greedy" in methods and not holds else [],
         screened=(settings.screen or ("surrogate" in methods and goal.requires_attacked))
         and not confirmed,
-        apart=confirmed and goal.requires_unattacked,
+        separate=confirmed and goal.requires_unattacked,
         shifted=confirmed and evaluator.shift is not None and split == "test",
         fresh=check_leakage(evaluator.ingredients, evaluator.data, allow=True).status == "known",
     )

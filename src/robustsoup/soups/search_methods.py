@@ -65,8 +65,8 @@ SearchMethod = str | Callable[..., Any]
 class SearchProgress:
     """Reports how many soups are evaluated."""
 
-    def __init__(self, on_progress: Progress | None) -> None:
-        self.on_progress, self.done, self.total = on_progress, 0, 0
+    def __init__(self, on_progress: Progress | None, total: int) -> None:
+        self.on_progress, self.done, self.total = on_progress, 0, total
 
     def report(self, name: str, evaluation: Evaluation) -> Evaluation:
         """Count an evaluation, report it and return it."""
