@@ -15,10 +15,12 @@ from robustsoup.attacks import autoattack
 from robustsoup.attacks.autoattack import (
     STANDARD_ATTACKS,
     AutoAttackPlan,
+    InPasses,
     attack_chunk,
     plan_autoattack,
 )
 from robustsoup.errors import RequestError
+from robustsoup.evaluation import attackers
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings
@@ -174,6 +176,35 @@ def test_square_in_linf_accepts_sizes_that_it_cannot_tile_in_l2():
         threat,
         *attack_chunk(model, x, y, threat, plan=only("square", **FEW), seed=0),
     )
+
+
+@pytest.mark.parametrize(("graph_bytes", "calls"), [(2**30, [4, 4, 2]), (0, [4, 4, 2, 4, 2])])
+def test_a_batch_in_passes_has_the_gradient_of_the_whole_batch(graph_bytes, calls, monkeypatch):
+    monkeypatch.setattr(autoattack, "GRAPH_BYTES", graph_bytes)
+    model, x, y = problem(10)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+
+    def gradient(network):
+        at = x.clone().requires_grad_()
+        logits = network(at)
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        return logits.detach(), torch.autograd.grad(loss, at)[0]
+
+    whole = gradient(model)
+    seen.clear()
+    torch.testing.assert_close(gradient(InPasses(model, 4)), whole)
+    assert sorted(seen) == sorted(calls)
+
+
+def test_an_evaluation_gives_autoattack_passes_of_the_requested_size(monkeypatch):
+    plan = only("apgd-ce", **FEW)
+    monkeypatch.setattr(attackers, "plan_autoattack", lambda classes, threat: plan)
+    model, x, y = problem(10)
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    evaluate(model, (x, y), ["Linf 0.02"], attack="autoattack", batch_size=4)
+    assert max(seen) == 4
 
 
 # equal to pyautoattack

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from robustsoup.attacks.forward import frozen_eval, pass_size, predict_logits
 from robustsoup.attacks.projections import as_column, constraint_excess, project
@@ -27,6 +29,8 @@ STANDARD_ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four attacks of the standard version, in order."""
 POINT_TOLERANCE = 1e-6
 """How far a point may leave the ball or the box, in float64."""
+GRAPH_BYTES = 2 * 2**30
+"""Most that the passes of a batch keep for its gradient; beyond it, passes are computed again."""
 _MIN_CLASSES = 4
 _MAX_TARGETS = 9
 
@@ -90,7 +94,8 @@ def attack_chunk(
     only on (seed, attack); its effect on one image depends on the other images of the chunk.
 
     Args:
-        model: Network; its state is restored.
+        model: Network; its state is restored. It is called with all unbroken images at once, so
+            InPasses limits its memory.
         x: (n, c, h, w) float32 images in [0, 1], on the network's device.
         y: (n,) int64 labels, on the same device.
         threat: Threat model.
@@ -133,6 +138,37 @@ def attack_chunk(
             if on_attack:
                 on_attack(x_adv, by, index + 1)
     return x_adv, by
+
+
+class InPasses(nn.Module):
+    """A network whose batches are computed in passes of at most `size` images.
+
+    pyautoattack takes the gradient of a whole chunk at once. Small passes stay in the caches of a
+    CPU. If all passes would keep more than GRAPH_BYTES for the gradient, all but the first are
+    computed again when the gradient is taken.
+    """
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (b, classes) of images (b, ...)."""
+        first, *others = x.split(self.size)
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor.detach()  # the graph would never be freed if it held its own outputs
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            logits = [self.model(first)]
+        if kept * len(others) > GRAPH_BYTES:
+            logits += [checkpoint(self.model, part, use_reentrant=False) for part in others]
+        else:
+            logits += [self.model(part) for part in others]
+        return torch.cat(logits)
 
 
 def _import_pyautoattack() -> ModuleType:

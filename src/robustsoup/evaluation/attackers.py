@@ -18,6 +18,7 @@ from robustsoup.attacks.attempts import (
 )
 from robustsoup.attacks.autoattack import (
     AutoAttackPlan,
+    InPasses,
     attack_chunk,
     check_square_tiling,
     plan_autoattack,
@@ -444,7 +445,7 @@ class AutoAttacker:
             poll()
 
         attack_chunk(
-            target.model,
+            InPasses(target.model, target.pass_size),
             x,
             target.samples.y[chunk].to(target.device),
             threat,
