@@ -1,15 +1,19 @@
-"""Read .npz files that numpy.savez wrote, within limits and without running any of their code."""
+"""Write .npz files, and read them within limits and without running any of their code."""
 
 import re
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from io import BufferedReader
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustsoup.archives import MAX_UNPACKED_BYTES, Archive, Member, unpack_member
 from robustsoup.file_bytes import DamageError, FileBytes, check_name, view_as
+from robustsoup.files import atomic_path
 
 MAX_ARRAYS = 1000
 _MAGIC = b"\x93NUMPY"
@@ -33,6 +37,15 @@ _DTYPES = {
     "u1": torch.uint8,
     "b1": torch.bool,
 }
+
+
+def write_arrays(path: Path, tensors: Mapping[str, Tensor], *, compressed: bool) -> None:
+    """Write tensors on the CPU to an .npz file; an interruption leaves no part of it."""
+    arrays: dict[str, Any] = {
+        name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()
+    }
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
 def read_arrays(

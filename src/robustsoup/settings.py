@@ -239,7 +239,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, ThreatModel):
         return str(value)
-    if dataclasses.is_dataclass(value) and _is_settings(value):
+    if is_settings(value):
         return to_record(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -248,8 +248,11 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _is_settings(value: Any) -> bool:
-    return all("rule" in f.metadata for f in dataclasses.fields(value))
+def is_settings(value: Any) -> bool:
+    """Return whether a value is an instance of a class of settings: each field has its rule."""
+    return dataclasses.is_dataclass(value) and all(
+        "rule" in f.metadata for f in dataclasses.fields(value)
+    )
 
 
 def _parse_threat(settings: Any, name: str = "threat") -> None:

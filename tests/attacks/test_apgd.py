@@ -27,7 +27,7 @@ THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L1", 1
 by_threat = pytest.mark.parametrize("threat", THREATS, ids=str)
 
 
-def attack(model, x, y, threat, *, ids=None, known_correct=None, on_progress=None, **changes):
+def attack(model, x, y, threat, *, ids=None, on_progress=None, **changes):
     return run_attack(
         model,
         x,
@@ -35,7 +35,6 @@ def attack(model, x, y, threat, *, ids=None, known_correct=None, on_progress=Non
         threat,
         AttackSettings(**changes),
         ids=ids,
-        known_correct=known_correct,
         on_progress=on_progress,
     )
 
@@ -331,19 +330,6 @@ def test_a_robust_sample_is_returned_at_its_point_of_highest_loss(trained, threa
     best = points[int(loss.argmax())]
     assert torch.equal(x_adv, move_inside(best, x[[row]], threat))
     assert int(loss.argmax()) > 0
-
-
-def test_known_verdicts_save_the_clean_pass(trained):
-    model, x, y = trained
-    known_correct_mask = torch.ones(60, dtype=torch.bool)
-    known_correct_mask[:30] = False
-    with torch.no_grad():
-        known_correct_mask[30:] = model(x[30:]).argmax(1) == y[30:]
-    spy = Spy(model)
-    result = attack(spy, x, y, THREATS[0], steps=1, known_correct=known_correct_mask, batch_size=60)
-    assert len(spy.inputs) == 3  # the probe, the start and the step
-    assert bool(result.broken[:30].all())
-    assert torch.equal(result.x_adv[:30], x[:30])
 
 
 @by_threat

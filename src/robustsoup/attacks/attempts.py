@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from robustsoup.attacks.engine import (
     Attempt,
@@ -262,7 +261,6 @@ def run_attack(
     settings: AttackSettings,
     *,
     ids: Tensor | None = None,
-    known_correct: Tensor | None = None,
     on_progress: AttackProgress | None = None,
 ) -> AttackResult:
     """Attack images with an attack of the queue, and return the points and verdicts.
@@ -274,8 +272,6 @@ def run_attack(
         threat: Threat model.
         settings: The attack, "apgd", "pgd", "pma" or "malt".
         ids: (n,) int64 sample numbers that seed the noise; 0..n-1 by default.
-        known_correct: (n,) bool, clean verdicts if already known; saves a pass over the data
-            unless the loss is targeted.
         on_progress: Called several times a second with (done, total).
 
     Raises:
@@ -301,12 +297,8 @@ def run_attack(
 
     y = y.cpu()
     with frozen_eval(model):
-        if known_correct is None or attempts[0].target_rank:
-            size = pass_size(x.device, settings.batch_size)
-            logits = predict_logits(model, fetch, len(x), size, x.device)
-        else:  # run_attempts reads only the verdicts of untargeted attacks
-            prediction = torch.where(known_correct.cpu(), y, (y + 1) % classes)
-            logits = functional.one_hot(prediction, classes).float()
+        size = pass_size(x.device, settings.batch_size)
+        logits = predict_logits(model, fetch, len(x), size, x.device)
         samples = AttackedSamples(
             fetch, y, torch.arange(len(x)) if ids is None else ids.cpu(), logits
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from robustsoup.checkpoints.transfers import (
     INSTALL_LINES,
-    OnTransfer,
+    DownloadProgress,
     Transfer,
     choose_file,
     copy_with_companions,
@@ -70,7 +70,7 @@ def import_hub(address: str) -> "ModuleType":
     return huggingface_hub
 
 
-def copy_from_hub(address: str, folder: Path, _on_transfer: OnTransfer | None) -> Transfer:
+def copy_from_hub(address: str, folder: Path, _on_transfer: DownloadProgress | None) -> Transfer:
     """Copy a checkpoint of the Hugging Face Hub; its library shows its own progress.
 
     The files of one commit are taken, and each is compared with the digest that the hub states.

@@ -15,7 +15,12 @@ from pathlib import Path
 
 from robustsoup.checkpoints.formats import read_checkpoint
 from robustsoup.checkpoints.hub import copy_from_hub
-from robustsoup.checkpoints.transfers import OnTransfer, Transfer, copy_from_path, show_address
+from robustsoup.checkpoints.transfers import (
+    DownloadProgress,
+    Transfer,
+    copy_from_path,
+    show_address,
+)
 from robustsoup.digests import FileDigest, digest_folder, digest_json, find_damaged_file
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, DownloadError, RobustsoupError, StorageError
@@ -90,7 +95,7 @@ def local_path(place: str | os.PathLike[str]) -> Path:
 
 
 def copy_remote(
-    address: str, *, again: bool = False, on_transfer: OnTransfer | None = None
+    address: str, *, again: bool = False, on_transfer: DownloadProgress | None = None
 ) -> RemoteCopy:
     """Return the copy of a remote checkpoint; make it first if there is none, or a damaged one.
 
@@ -168,7 +173,7 @@ def _find_copy(folder: Path, address: str | None) -> RemoteCopy | None:
     return None if find_damaged_file(folder, files) else copy
 
 
-def _fill_folder(folder: Path, address: str, on_transfer: OnTransfer | None) -> None:
+def _fill_folder(folder: Path, address: str, on_transfer: DownloadProgress | None) -> None:
     """Copy the files of an address into a folder, check them, and write the record."""
     place, demanded = _split_digest(address)
     within = _name_folder(place)

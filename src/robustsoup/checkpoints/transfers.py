@@ -9,13 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, file_ending
-from robustsoup.data.download import download
+from robustsoup.data.download import DownloadProgress, download
 from robustsoup.errors import CheckpointError, DownloadError
 from robustsoup.file_bytes import MAX_FILE_BYTES
 from robustsoup.printable import first_line
-
-OnTransfer = Callable[[int, int | None], None]
-"""on_transfer(done, total) in bytes; total is None where the source does not announce it."""
 
 FAVOURITES = (
     "model.safetensors",
@@ -107,7 +104,7 @@ def show_address(address: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{rest.partition('?')[0]}"
 
 
-def copy_from_path(address: str, folder: Path, on_transfer: OnTransfer | None) -> Transfer:
+def copy_from_path(address: str, folder: Path, on_transfer: DownloadProgress | None) -> Transfer:
     """Copy a checkpoint from a web server, or from what fsspec opens.
 
     Raises:
@@ -143,7 +140,7 @@ def _add_ending(path: Path) -> str:
     return path.name + ending
 
 
-def _copy_file(address: str, target: Path, on_transfer: OnTransfer | None) -> None:
+def _copy_file(address: str, target: Path, on_transfer: DownloadProgress | None) -> None:
     shown = show_address(address)
     if address.startswith(("http://", "https://")):
         try:
@@ -172,7 +169,7 @@ def _describe_missing(kind: str, error: Exception) -> str:
     return first_line(error)
 
 
-def _copy_with_fsspec(address: str, target: Path, on_transfer: OnTransfer | None) -> None:
+def _copy_with_fsspec(address: str, target: Path, on_transfer: DownloadProgress | None) -> None:
     import fsspec
 
     def report(size: int | None, value: int, **_others: object) -> None:

@@ -36,6 +36,7 @@ from robustsoup.runs.locks import lock_folder
 from robustsoup.runs.run import PreparedRun, prepare_run, run_prepared
 from robustsoup.runs.scaling import DeviceRate, predict
 from robustsoup.runs.stand_ins import list_absent
+from robustsoup.runs.tasks import FittingTask
 from robustsoup.user_code import import_named_module
 
 JSON_KEYS = ("name", "selection", "soup", "leakage", "protocol", "rows", "planes")
@@ -238,6 +239,10 @@ def price_plan(
         "seconds": round(sum(seconds[step.key] for step in missing), 2),
         "bytes": estimate_bytes(missing, context),
         "passes": sum(step.passes for step in missing),
-        "epochs": sum(step.task.epochs for step in missing),
+        "epochs": sum(
+            task.settings.epochs
+            for task in (step.task for step in missing)
+            if isinstance(task, FittingTask)
+        ),
         **predicted,
     }

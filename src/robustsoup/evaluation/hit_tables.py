@@ -20,6 +20,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,10 +98,10 @@ class HitTable:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table to an .npz file and return its path."""
         path = user_path(path)
-        arrays = self._arrays()
+        arrays: dict[str, Any] = self._arrays()
         arrays["digest"] = _digest(arrays)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            np.savez_compressed(file, **arrays)
         return path
 
     def _arrays(self) -> dict[str, NDArray[np.generic]]:

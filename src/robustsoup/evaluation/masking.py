@@ -15,7 +15,6 @@ The check takes about 5 % of the passes of the attack, at most 6 %. It never cha
 Source: Athalye et al. 2018, arXiv:1802.00420, section 3.1; Carlini et al. 2019, arXiv:1902.06705.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +40,7 @@ from robustsoup.attacks.steps import (
 from robustsoup.catalog import LOSSES
 from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.intervals import binomial_tail, wilson
+from robustsoup.evaluation.two_phase import sample_order
 from robustsoup.evaluation.verdicts import Record
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -170,7 +170,8 @@ def check_masking(
         that of DLR (of the margin, for 2 classes) does not.
     """
     survivors = (target.samples.correct & ~outcome.broken).nonzero().flatten()
-    survivors = _shuffle_by_id(survivors, target.samples.ids, settings.seed)
+    order = sample_order(target.samples.ids[survivors], seed=settings.seed, purpose="masking")
+    survivors = survivors[order].tolist()
     subject = _Subject(target, threat, settings, survivors)
     total = int(BUDGET_SHARE * attack_passes)
     record: Record = {"survivors": len(survivors), "budget": total}
@@ -417,12 +418,3 @@ def _move_pixels(x: Tensor, pixels: Tensor, noise: Tensor, step: Tensor) -> Tens
     """
     size = step.flatten(1).square().mean(1).sqrt()[:, None, None, None]
     return torch.where(pixels, (x + size * noise.sign()).clamp(0, 1), x)
-
-
-def _shuffle_by_id(samples: Tensor, ids: Tensor, seed: int) -> list[int]:
-    """Return samples in a random order that depends on the seed and their ids alone."""
-
-    def draw(sample: int) -> bytes:
-        return hashlib.sha256(f"masking:{seed}:{int(ids[sample])}".encode()).digest()
-
-    return sorted(samples.tolist(), key=draw)

@@ -11,6 +11,7 @@ from robustsoup.attacks.outcome import Outcome
 from robustsoup.data import Split
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.attackers import CHUNK_SAMPLES, Target
+from robustsoup.evaluation.comparison import ATTACK_KEYS
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.evaluation.verdicts import Evaluation, Record
 from robustsoup.threats import ThreatModel
@@ -18,22 +19,7 @@ from robustsoup.threats import ThreatModel
 POOL = "pool"
 """Name of the adversarial points of other networks in the record's "broken_by"."""
 
-SAME_ATTACK_KEYS = (
-    "attack",
-    "version",
-    "code",
-    "loss",
-    "steps",
-    "restarts",
-    "targets",
-    "n_queries",
-    "trial_queries",
-    "eot",
-    "seed",
-    "search_precision",
-    "rows",
-    "chunk",
-)
+SAME_ATTACK_KEYS = (*ATTACK_KEYS, "rows", "chunk")
 """Keys whose values are equal in the records of two evaluations by the same attack."""
 
 

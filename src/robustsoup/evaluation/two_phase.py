@@ -25,26 +25,27 @@ SUBSET_KEY = "subset"
 """Entry of a record: how many samples the last attack attacked, and what it added."""
 
 
-def sample_order(ids: Tensor, *, seed: int) -> Tensor:
-    """Return the rows of samples in a random order.
+def sample_order(ids: Tensor, *, seed: int, purpose: str = "subset") -> Tensor:
+    """Return the rows of samples in a random order, the same on every machine.
 
     Args:
         ids: (n,) int64 ids of the samples.
         seed: Seed of the order.
+        purpose: What the order is for; another purpose has another order.
 
     Returns:
         (n,) int64.
     """
-    return _draw_order(ids.to(torch.int64).numpy().tobytes(), str(seed))
+    return _draw_order(ids.cpu().to(torch.int64).numpy().tobytes(), f"{purpose}:{seed}")
 
 
 @lru_cache(maxsize=4)  # a screened search asks for few orders, and for each many times
-def _draw_order(ids: bytes, seed: str) -> Tensor:
+def _draw_order(ids: bytes, key: str) -> Tensor:
     """Return the order for the bytes of int64 ids."""
     values = np.frombuffer(ids, dtype=np.int64).tolist()
 
     def draw(row: int) -> bytes:
-        return hashlib.sha256(f"subset:{seed}:{values[row]}".encode()).digest()
+        return hashlib.sha256(f"{key}:{values[row]}".encode()).digest()
 
     return torch.tensor(sorted(range(len(values)), key=draw), dtype=torch.int64)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustsoup.arrays import read_arrays
+from robustsoup.arrays import read_arrays, write_arrays
 from robustsoup.data.splits import MAX_CLASSES
 from robustsoup.digests import digest_json
 from robustsoup.display import html_table
@@ -21,7 +21,7 @@ from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.record_checks import check_record
 from robustsoup.evaluation.two_phase import SUBSET_KEY, attacked_rows, estimate_accuracy
 from robustsoup.file_bytes import DamageError, digest_tensors
-from robustsoup.files import atomic_path, open_regular, write_text
+from robustsoup.files import open_regular, write_text
 from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
 from robustsoup.schema import MisfitError
@@ -234,11 +234,11 @@ class Evaluation:
         points = self._points()
         points_path = path.with_suffix(".points.npz")
         if points:
-            _write_arrays(points_path, points, compressed=False)
+            write_arrays(points_path, points, compressed=False)
         else:  # `load` would read the points of an earlier evaluation as those of this one
             points_path.unlink(missing_ok=True)
         arrays = self._arrays()
-        _write_arrays(path.with_suffix(".npz"), arrays, compressed=True)
+        write_arrays(path.with_suffix(".npz"), arrays, compressed=True)
         content = stamp_record(self.to_json())
         content[DIGESTS_KEY] = {
             "record": digest_json(content),
@@ -373,11 +373,3 @@ def _verify_record(content: Record, digests: object) -> None:
     stated = {key: value for key, value in content.items() if key != DIGESTS_KEY}
     if not isinstance(digests, dict) or digests.get("record") != digest_json(stated):
         raise DamageError("its record was changed after it was written")
-
-
-def _write_arrays(path: Path, tensors: Mapping[str, Tensor], *, compressed: bool) -> None:
-    arrays: dict[str, Any] = {
-        name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()
-    }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        (np.savez_compressed if compressed else np.savez)(file, **arrays)

@@ -35,7 +35,7 @@ from robustsoup.settings import (
     suggest,
 )
 from robustsoup.soups.confirmation import ADAPTIVE_METHODS, requires_confirmation
-from robustsoup.soups.goal import KNEE, Goal, Score
+from robustsoup.soups.goal import KNEE, Goal, Score, default_measure, list_measures
 from robustsoup.soups.grid import (
     Alpha,
     alpha_name,
@@ -209,14 +209,12 @@ class Recipe(Section):
     @property
     def measures(self) -> list[str]:
         """The evaluated measures: "clean", each threat, "union" for several, and "shift"."""
-        threats = dict.fromkeys(str(t) for t in self.evaluate.threats if not t.is_clean)
-        union = ["union"] if len(threats) > 1 else []
-        return ["clean", *threats, *union, *(["shift"] if self.evaluate.shift else [])]
+        return list_measures(self.evaluate.threats, shift=bool(self.evaluate.shift))
 
     @property
     def default_measure(self) -> str:
         """The measure to maximise unless the recipe names one: the first threat."""
-        return str(next(iter(self.evaluate.threats), "clean"))
+        return default_measure(self.evaluate.threats)
 
     @property
     def goal(self) -> Goal | None:

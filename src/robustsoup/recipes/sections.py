@@ -123,14 +123,14 @@ def _parse_text_with(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return raises_value_error(parse_text)
 
 
-def _check_objective(text: str) -> str:
-    Objective.parse(text)
-    return text
+def _checks(parse: Callable[[Any], object]) -> AfterValidator:
+    """Return a validator that keeps the value that it parses."""
 
+    def check(value: Any) -> Any:
+        parse(value)
+        return value
 
-def _check_schedule(value: Any) -> Any:
-    check_schedule(value)
-    return value
+    return AfterValidator(raises_value_error(check))
 
 
 def _check_granularity(text: str) -> str:
@@ -165,11 +165,6 @@ def _check_attack(name: str) -> str:
     return name
 
 
-def _check_transform(text: str) -> str:
-    ImageTransform.parse(text)
-    return text
-
-
 def _none_for_false(value: Any) -> Any:
     """Let `early_stop = false` override a table of the recipe that this one extends."""
     return None if value is False else value
@@ -187,14 +182,14 @@ RequirementValue = Annotated[
 ]
 ScoreValue = Annotated[Score, PlainValidator(_parse_text_with(Score.parse)), _AS_TEXT]
 TargetValue = Annotated[str, PlainValidator(_parse_text_with(parse_target)), _AS_TEXT]
-ObjectiveValue = Annotated[str, AfterValidator(raises_value_error(_check_objective))]
-ScheduleValue = Annotated[str | dict[str, Any], AfterValidator(raises_value_error(_check_schedule))]
+ObjectiveValue = Annotated[str, _checks(Objective.parse)]
+ScheduleValue = Annotated[str | dict[str, Any], _checks(check_schedule)]
 _VALUE_TYPES: dict[str, Any] = {
     "objective": ObjectiveValue,
     "also": tuple[ThreatValue, ...],
     "schedule": ScheduleValue,
     "synthetic": str | None,
-    "transform": Annotated[str, AfterValidator(raises_value_error(_check_transform))] | None,
+    "transform": Annotated[str, _checks(ImageTransform.parse)] | None,
     "attack": Annotated[str, AfterValidator(_check_attack)],
     "loss": Annotated[str, AfterValidator(one_of(LOSSES))],
     "granularity": Annotated[str, AfterValidator(_check_granularity)],

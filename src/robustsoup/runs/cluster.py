@@ -23,7 +23,7 @@ from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.paths import user_path
 from robustsoup.runs.execute import Ended, Reporter
 from robustsoup.runs.plan import Plan, Step
-from robustsoup.runs.remote import PROBE, Answer, Assignment, Meeting, Status, Surroundings
+from robustsoup.runs.remote import PROBE, Assignment, Meeting, Status, StepEnd, Surroundings
 from robustsoup.runs.run import PreparedRun
 from robustsoup.runs.tasks import Key
 
@@ -69,7 +69,7 @@ class Pool(Protocol):
     def submit(self, key: Key, name: str, meeting: Meeting, content: bytes) -> None:
         """Start run_assignment(meeting, content) for the step with a key and a name."""
 
-    def poll(self, seconds: float) -> Mapping[Key, Answer | Lost]:
+    def poll(self, seconds: float) -> Mapping[Key, StepEnd | Lost]:
         """Return how steps ended, by key; wait for at most some seconds until one ends."""
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class Cluster:
                 os.utime(Path(self.meeting["folder"]) / PROBE)
             self.touched = time.monotonic()
 
-    def _end(self, key: Key, answer: Answer | Lost) -> Ended:
+    def _end(self, key: Key, answer: StepEnd | Lost) -> Ended:
         step = self.running.pop(key)
         if isinstance(answer, Lost):
             status = self._read_status(key) if answer.saved else None

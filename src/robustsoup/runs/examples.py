@@ -3,19 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from robustsoup.arrays import read_arrays
+from robustsoup.arrays import read_arrays, write_arrays
 from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, to_float
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.evaluate import evaluate
-from robustsoup.files import atomic_path, open_regular
+from robustsoup.files import open_regular
 from robustsoup.progress import Progress
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -60,11 +58,7 @@ class Examples:
         arrays = {name: getattr(self, name) for name in ("images", "labels", "prediction")}
         for number, item in enumerate(self.attacked):
             arrays |= {f"{name}_{number}": value for name, value in vars(item).items()}
-        contents: dict[str, Any] = {
-            name: np.ascontiguousarray(tensor.numpy()) for name, tensor in arrays.items()
-        }
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **contents)
+        write_arrays(path, arrays, compressed=True)
 
     @classmethod
     def load(cls, path: Path) -> "Examples":

@@ -1,11 +1,10 @@
 """A plan: the steps of a run and the networks that it reports. Planning runs no step."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.digests import digest_json
 from robustsoup.recipes import Recipe
 from robustsoup.runs.tasks import (
     EvaluateNetwork,
@@ -217,4 +216,4 @@ def step_key(task: Task, surroundings: dict[str, object]) -> Key:
         "parents": list(task.parents),
         **surroundings,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return digest_json(content)[:32]

@@ -299,10 +299,7 @@ class Planner:
 
         This is the base of the recipe, else the common ancestor of the ingredients, else the first.
         """
-        if PRETRAINED in self.networks:
-            return self.networks[PRETRAINED]
-        ancestor = common_ancestor([self.plan.files[key] for key in ingredients])
-        return ingredients[0] if ancestor is None else self._add_checkpoint(ancestor)
+        return self._find_base(ingredients) or ingredients[0]
 
     def merging_base(self, soup: Soup) -> Key:
         """Return the checkpoint that a merging method takes differences from.
@@ -310,17 +307,21 @@ class Planner:
         Raises:
             CheckpointError: If the recipe has no base and no common ancestor is found.
         """
-        if PRETRAINED in self.networks:
-            return self.networks[PRETRAINED]
-        keys = self.ingredient_keys(soup)
-        ancestor = common_ancestor([self.plan.files[key] for key in keys])
-        if ancestor is None:
+        base = self._find_base(self.ingredient_keys(soup))
+        if base is None:
             raise CheckpointError(
                 f'method "{soup.method}": requires the checkpoint that the ingredients were '
                 "fine-tuned from, which lies beside none of them; "
                 'set checkpoint = "base.safetensors" in the recipe (--base)'
             )
-        return self._add_checkpoint(ancestor)
+        return base
+
+    def _find_base(self, ingredients: Sequence[Key]) -> Key | None:
+        """Return the base of the recipe, else the common ancestor of the ingredients."""
+        if PRETRAINED in self.networks:
+            return self.networks[PRETRAINED]
+        ancestor = common_ancestor([self.plan.files[key] for key in ingredients])
+        return None if ancestor is None else self._add_checkpoint(ancestor)
 
     def mixing_of(self, soup: Soup) -> Mixing:
         """Return the buffer policy of a soup, and its base."""
@@ -341,28 +342,6 @@ class Planner:
             return True
         files = [self.plan.files.get(key) for key in self.ingredient_keys(soup)]
         return all(files) and spans_subspace([item for item in files if item])
-
-    def add_mix(
-        self,
-        name: str,
-        ingredients: tuple[Key, ...],
-        mixing: Mixing,
-        *,
-        alpha: tuple[float, ...] | None = None,
-        coefficients: Key | None = None,
-        at: float | None = None,
-    ) -> Key:
-        """Add a soup.
-
-        Args:
-            name: Name of the soup.
-            ingredients: Its ingredients.
-            mixing: Buffer policy.
-            alpha: One coefficient for each ingredient, or None.
-            coefficients: Step whose output holds the coefficients, or None.
-            at: Position on a dial.
-        """
-        return self.add_step(name, MixSoup(ingredients, mixing, alpha, coefficients, at))
 
     # Planes.
 

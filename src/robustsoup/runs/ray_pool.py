@@ -12,7 +12,7 @@ from typing import Any
 from robustsoup.errors import RequestError, WorkError
 from robustsoup.printable import first_line
 from robustsoup.runs.cluster import Lost
-from robustsoup.runs.remote import Answer, Meeting, find_misfit, run_assignment
+from robustsoup.runs.remote import Meeting, StepEnd, find_misfit, run_assignment
 from robustsoup.runs.tasks import Key
 
 LOCAL = "local"
@@ -110,12 +110,12 @@ class RayPool:
         reference = task(run_assignment).options(name=name).remote(meeting, content)
         self.tasks[reference] = key
 
-    def poll(self, seconds: float) -> Mapping[Key, Answer | Lost]:
+    def poll(self, seconds: float) -> Mapping[Key, StepEnd | Lost]:
         """Return how tasks ended."""
         ended, _ = self.ray.wait(list(self.tasks), num_returns=1, timeout=seconds)
         return {self.tasks.pop(reference): self._fetch(reference) for reference in ended}
 
-    def _fetch(self, reference: Any) -> Answer | Lost:
+    def _fetch(self, reference: Any) -> StepEnd | Lost:
         from ray import exceptions
 
         lost = (

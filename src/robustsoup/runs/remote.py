@@ -85,7 +85,7 @@ class Status(TypedDict):
     warnings: list[str]
 
 
-class Answer(TypedDict):
+class StepEnd(TypedDict):
     """How a step ended on a worker.
 
     Attributes:
@@ -213,7 +213,7 @@ def find_misfit(meeting: Meeting) -> str | None:
     return None
 
 
-def run_assignment(meeting: Meeting, content: bytes) -> Answer:
+def run_assignment(meeting: Meeting, content: bytes) -> StepEnd:
     """Run a step on this worker and store its output.
 
     Args:
@@ -250,11 +250,11 @@ def _describe_end(
     figures: str = "",
     seconds: float = 0.0,
     error: RobustsoupError | None = None,
-) -> Answer:
+) -> StepEnd:
     described = None
     if error is not None:
         described = (type(error).__name__, f"{error} (on {status.status['place']})")
-    return Answer(status=status.status, figures=figures, seconds=seconds, error=described)
+    return StepEnd(status=status.status, figures=figures, seconds=seconds, error=described)
 
 
 def _open_worker(assignment: Assignment, store: str, status: StatusFile) -> Worker:

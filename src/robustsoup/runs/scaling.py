@@ -22,6 +22,7 @@ from robustsoup.runs.tasks import (
     AttackExamples,
     DoPart,
     EvaluateNetwork,
+    FittingTask,
     Key,
     LearnCoefficients,
     MapPlane,
@@ -255,7 +256,7 @@ def estimate_memory(steps: Sequence[Step], cost: NetworkCost, device: torch.devi
 def _step_memory(task: Task, cost: NetworkCost, device: torch.device) -> float:
     task = task.whole if isinstance(task, DoPart) else task
     images, precision, copies = 0, "float32", 2
-    if isinstance(task, TrainNetwork | TrainSubspace | LearnCoefficients):
+    if isinstance(task, FittingTask):
         settings = task.settings
         images, precision = -(-settings.batch_size // settings.accumulate), settings.precision
         copies = STATES_OF_A_WEIGHT * max(getattr(task, "checkpoints", 1), 1)
@@ -292,7 +293,7 @@ def exchanged_bytes(step: Step, context: Context, cost: NetworkCost) -> int:
     task = step.task
     if not isinstance(task, TrainNetwork | TrainSubspace | LearnCoefficients):
         return 0
-    batches = max(len(context.data.train) // task.settings.batch_size, 1) * task.epochs
+    batches = max(len(context.data.train) // task.settings.batch_size, 1) * task.settings.epochs
     if not isinstance(task, LearnCoefficients):
         return batches * cost.weight_bytes
     layers = len(list(context.fresh_network(0).parameters()))

@@ -19,7 +19,7 @@ from robustsoup.interruption import handled_signals
 from robustsoup.printable import first_line
 from robustsoup.runs.cluster import Lost
 from robustsoup.runs.locks import POLL_SECONDS
-from robustsoup.runs.remote import Answer, Meeting, run_assignment
+from robustsoup.runs.remote import Meeting, StepEnd, run_assignment
 from robustsoup.runs.tasks import Key
 
 LOCAL = "local"
@@ -105,7 +105,7 @@ class SlurmPool:
                 "SBATCH_TIMELIMIT and other variables of sbatch set what your cluster requires"
             ) from error
 
-    def poll(self, seconds: float) -> Mapping[Key, Answer | Lost]:
+    def poll(self, seconds: float) -> Mapping[Key, StepEnd | Lost]:
         """Return how jobs ended."""
         end = time.monotonic() + seconds
         while True:
@@ -131,7 +131,7 @@ def list_visible_gpus() -> list[str]:
     return names.split(",")[:count] if names else [str(number) for number in range(count)]
 
 
-def run_job(meeting: Meeting, content: bytes, gpu: str | None = None) -> Answer | Lost:
+def run_job(meeting: Meeting, content: bytes, gpu: str | None = None) -> StepEnd | Lost:
     """Run a step in a job; SIGTERM and the signal before the time limit let it save its state.
 
     Args:
@@ -152,7 +152,7 @@ def run_job(meeting: Meeting, content: bytes, gpu: str | None = None) -> Answer 
             signal.signal(signal.SIGUSR2, earlier)
 
 
-def _fetch(job: Any) -> Answer | Lost:
+def _fetch(job: Any) -> StepEnd | Lost:
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:

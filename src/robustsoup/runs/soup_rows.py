@@ -16,6 +16,7 @@ from robustsoup.runs.tasks import (
     Key,
     LearnCoefficients,
     MergeSoup,
+    MixSoup,
     stopping_split,
 )
 from robustsoup.soups.grid import Alpha
@@ -80,7 +81,7 @@ def _plan_mixed_soup(planner: Planner, section: str, name: str, alpha: Alpha) ->
     if mixing.policy == "average" and 1.0 in alpha:
         network = ingredients[alpha.index(1.0)]  # equals the soup bit for bit
     else:
-        network = planner.add_mix(name, ingredients, mixing, alpha=alpha)
+        network = planner.add_step(name, MixSoup(ingredients, mixing, alpha))
     return PlannedRow(
         name=name,
         role=soup.method if soup.method in ROLES else "grid",
@@ -168,7 +169,7 @@ def plan_learned_soups(planner: Planner, section: str, soup: Soup) -> list[Plann
             PlannedRow(
                 name=name,
                 role="learned",
-                network=planner.add_mix(name, ingredients, mixing, coefficients=learned),
+                network=planner.add_step(name, MixSoup(ingredients, mixing, coefficients=learned)),
                 soup=section,
                 ingredients=recipe.ingredients_of(soup),
                 learned=learned,
@@ -189,7 +190,7 @@ def plan_dials(planner: Planner, section: str, soup: Soup) -> list[PlannedRow]:
         dial = _add_learning(planner, f"{section} {threat}", soup, threat, "ce")
         for t in soup.at:
             name = next(names)
-            network = planner.add_mix(name, ingredients, mixing, coefficients=dial, at=t)
+            network = planner.add_step(name, MixSoup(ingredients, mixing, coefficients=dial, at=t))
             rows.append(
                 PlannedRow(
                     name=name,
@@ -219,7 +220,7 @@ def plan_greedy_soup(planner: Planner, section: str, soup: Soup) -> list[Planned
         )
     task = BuildGreedySoup(recipe.score_of(soup), ingredients, evaluations, mixing, settings)
     coefficients = planner.add_step(section, task)
-    network = planner.add_mix(section, ingredients, mixing, coefficients=coefficients)
+    network = planner.add_step(section, MixSoup(ingredients, mixing, coefficients=coefficients))
     return [
         PlannedRow(
             name=section,

@@ -23,6 +23,7 @@ from robustsoup.settings import (
     LearnSettings,
     MergeSettings,
     TrainSettings,
+    is_settings,
     to_record,
 )
 from robustsoup.soups.confirmation import Part, take_part
@@ -62,15 +63,6 @@ MOST_PARTS = 100
 BYTES_PER_VALUE = 4
 """Bytes of a value of an adversarial image."""
 
-SETTINGS = (
-    TrainSettings,
-    LearnSettings,
-    AttackSettings,
-    BufferSettings,
-    LandscapeSettings,
-    MergeSettings,
-)
-
 
 @dataclass(frozen=True)
 class TrainNetwork:
@@ -99,7 +91,7 @@ class TrainNetwork:
     def checkpoints(self) -> int:
         """Number of checkpoints that the task stores."""
         interval = self.checkpoint_every
-        return 1 + (self.epochs // interval if interval else 0)
+        return 1 + (self.settings.epochs // interval if interval else 0)
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -110,11 +102,6 @@ class TrainNetwork:
     def precision(self) -> str:
         """Arithmetic of the task."""
         return self.settings.precision
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of training or learning."""
-        return self.settings.epochs
 
     def count_passes(self, data: Data) -> int:
         """Return the cost of the task in forward passes of one sample."""
@@ -135,7 +122,6 @@ class TakeSnapshot:
     epoch: int
     kind = "snapshot"
     precision = "float32"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -183,11 +169,6 @@ class TrainSubspace:
         """Arithmetic of the task."""
         return self.settings.precision
 
-    @property
-    def epochs(self) -> int:
-        """Epochs of training or learning."""
-        return self.settings.epochs
-
     def count_passes(self, data: Data) -> int:
         """Return the cost of the task in forward passes of one sample."""
         return _fitting_passes(self.settings, data, self.fits_on_val)
@@ -206,7 +187,6 @@ class TakeEnd:
     number: int
     kind = "end"
     precision = "float32"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -289,11 +269,6 @@ class LearnCoefficients:
     def precision(self) -> str:
         """Arithmetic of the task."""
         return self.settings.precision
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of training or learning."""
-        return self.settings.epochs
 
     def count_passes(self, data: Data) -> int:
         """Return the cost of the task in forward passes of one sample."""
@@ -445,7 +420,6 @@ class BuildGreedySoup:
     mixing: Mixing
     evaluation: EvaluationSettings
     kind = "greedy"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -487,7 +461,6 @@ class MixSoup:
     at: float | None = None
     kind = "mix"
     precision = "float32"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -516,7 +489,6 @@ class MeasureClean:
     settings: EvaluationSettings
     kind = "clean"
     precision = "float32"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -559,7 +531,6 @@ class MergeSoup:
     precision: str = "float32"
     fits_on_val: bool = False
     kind = "merge"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -604,7 +575,6 @@ class EvaluateNetwork:
     parts: tuple[Key, ...] = ()
     begun: Key | None = None
     kind = "evaluate"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -653,7 +623,6 @@ class AttackExamples:
     network: Key
     settings: EvaluationSettings
     kind = "examples"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -688,7 +657,6 @@ class MapPlane:
     base: Key | None = None
     parts: tuple[Key, ...] = ()
     kind = "plane"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -729,7 +697,6 @@ class DoPart:
     number: int
     count: int
     kind = "part"
-    epochs = 0
 
     @property
     def parents(self) -> tuple[Key, ...]:
@@ -772,6 +739,9 @@ Task = (
     | DoPart
 )
 
+FittingTask = TrainNetwork | TrainSubspace | LearnCoefficients
+"""Tasks that train or learn for a number of epochs."""
+
 
 def list_bases(task: Task) -> list[Key]:
     """Return the checkpoints that a task takes BatchNorm statistics from or subtracts."""
@@ -790,7 +760,7 @@ def task_record(task: Task) -> dict[str, Any]:
 
 
 def _as_record(value: Any) -> Any:
-    if isinstance(value, SETTINGS):
+    if is_settings(value):
         return to_record(value)
     if isinstance(value, ThreatModel | Score | ShiftedCopies):
         return str(value)

@@ -17,7 +17,6 @@ order. Clean accuracy is measured for all candidates on all samples.
     answer = explain(selection, Explained(ingredients=..., fresh_split="confirm"))
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -33,6 +32,7 @@ from robustsoup.evaluation.simultaneous import (
     fewest_hits,
     fixed_sequence,
 )
+from robustsoup.evaluation.two_phase import sample_order
 from robustsoup.evaluation.verdicts import CLEAN_KEY
 from robustsoup.soups.goal import UNATTACKED, Goal, Requirement
 from robustsoup.soups.selection import (
@@ -65,14 +65,8 @@ def confirm_part(ids: Tensor, *, seed: int) -> Tensor:
     Returns:
         (n,) bool, on the CPU; n // 3 samples are True.
     """
-
-    def draw(sample: int) -> bytes:
-        return hashlib.sha256(f"confirm:{seed}:{sample}".encode()).digest()
-
-    values = ids.tolist()
-    order = sorted(range(len(values)), key=lambda row: draw(values[row]))
-    aside = torch.zeros(len(values), dtype=torch.bool)
-    aside[order[: len(values) // 3]] = True
+    aside = torch.zeros(len(ids), dtype=torch.bool)
+    aside[sample_order(ids, seed=seed, purpose="confirm")[: len(ids) // 3]] = True
     return aside
 
 

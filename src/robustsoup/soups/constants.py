@@ -9,7 +9,9 @@ from robustsoup.checkpoints.wrapping import join_names
 from robustsoup.soups.coefficients import Coefficients
 
 
-def take_part(ingredients: Sequence[Checkpoint], coefficients: Coefficients) -> list[Checkpoint]:
+def used_ingredients(
+    ingredients: Sequence[Checkpoint], coefficients: Coefficients
+) -> list[Checkpoint]:
     """Return the ingredients with a coefficient other than 0; a soup has the first one's constants.
 
     So a one-hot mix has those of its ingredient.

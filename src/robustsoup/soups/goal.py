@@ -9,7 +9,7 @@ from typing import Self
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import samples_that_can_show
-from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, parse_measure
+from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, parse_measure
 from robustsoup.threats import ThreatModel
 
 AccuracyByMeasure = Mapping[str, Accuracy]
@@ -23,6 +23,18 @@ UNATTACKED = (CLEAN_KEY, SHIFT_KEY)
 
 KNEE = "knee"
 """Maximise clean and robust accuracy, each as a share of its range on the Pareto front."""
+
+
+def list_measures(threats: Sequence[ThreatModel | str], *, shift: bool) -> list[str]:
+    """Return the evaluated measures: "clean", each threat, "union" for several, and "shift"."""
+    names = dict.fromkeys(str(t) for t in map(ThreatModel.parse, threats) if not t.is_clean)
+    union = [UNION_KEY] if len(names) > 1 else []
+    return [CLEAN_KEY, *names, *union, *([SHIFT_KEY] if shift else [])]
+
+
+def default_measure(threats: Sequence[ThreatModel | str]) -> str:
+    """Return what is maximised unless a goal says so: accuracy under the first threat."""
+    return str(next(iter(threats), CLEAN_KEY))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from robustsoup.soups.batchnorm import average_statistics, running_statistics
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.constants import (
     describe_differing_constants,
-    take_part,
+    used_ingredients,
 )
 from robustsoup.soups.power_iteration import compute_power_vectors
 from robustsoup.soups.soup_record import make_soup_record
@@ -237,11 +237,9 @@ def finish_soup(
     result = run_policy(
         UnfinishedSoup(ingredients, coefficients, build_network, request.base, request.calibration)
     )
-    taking_part = take_part(ingredients, coefficients)
+    used = used_ingredients(ingredients, coefficients)
     tensors |= {
-        name: taking_part[0].tensors[name].clone()
-        for name in first.constants
-        if taking_part[0] is not first
+        name: used[0].tensors[name].clone() for name in first.constants if used[0] is not first
     }
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True)
@@ -250,7 +248,7 @@ def finish_soup(
     }
     _check_soup_is_finite(tensors, ingredients)
     source = "the base's" if policy.name == "base" else None
-    if warnings := list(describe_differing_constants(taking_part, source)):
+    if warnings := list(describe_differing_constants(used, source)):
         record["warnings"] = warnings
     wrapping, dropped = soup_wrapping([item.wrapping for item in ingredients])
     notes = list(dict.fromkeys(note for item in ingredients for note in item.notes))

@@ -16,7 +16,7 @@ from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import open_corruptions
 from robustsoup.display import html_table, svg_points
 from robustsoup.errors import LeakageError, RequestError
-from robustsoup.evaluation.verdicts import CLEAN_KEY, SHIFT_KEY, UNION_KEY, Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.gradients import gradients_enabled
 from robustsoup.printable import make_printable
 from robustsoup.progress import Progress
@@ -41,7 +41,7 @@ from robustsoup.soups.confirmation import (
 )
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
-from robustsoup.soups.goal import Goal, check_goal
+from robustsoup.soups.goal import Goal, check_goal, default_measure, list_measures
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.learning import check_learning
 from robustsoup.soups.merging import check_merge, is_merge
@@ -52,7 +52,6 @@ from robustsoup.soups.search_methods import (
     SearchProgress,
     Tried,
     count_soups,
-    default_measure,
     methods_of,
     search_by,
     search_by_all,
@@ -378,7 +377,7 @@ def _check_goal(
         RequestError: The samples that select cannot show a requirement for so many soups.
     """
     count = sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
-    measures = _measures_of(evaluator.threats, shift=evaluator.shift is not None)
+    measures = list_measures(evaluator.threats, shift=evaluator.shift is not None)
     check_goal(goal, measures, samples=samples, candidates=count, confirms=confirms)
     return count
 
@@ -408,12 +407,6 @@ def _describe(evaluator: SoupEvaluator, tried: Tried) -> Tried:
         item if item.description else evaluator.describe(item) for item in tried.candidates
     ]
     return replace(tried, candidates=described)
-
-
-def _measures_of(threats: Sequence[ThreatModel | str], *, shift: bool) -> list[str]:
-    names = dict.fromkeys(str(t) for t in map(ThreatModel.parse, threats) if not t.is_clean)
-    union = [UNION_KEY] if len(names) > 1 else []
-    return [CLEAN_KEY, *names, *union, *([SHIFT_KEY] if shift else [])]
 
 
 @dataclass(frozen=True)

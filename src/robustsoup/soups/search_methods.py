@@ -1,7 +1,7 @@
 """What each method of a search tries: one function for each way to evaluate soups."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from robustsoup.progress import Progress
 from robustsoup.settings import ALL_METHODS, LearnSettings, SearchSettings
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.explanation import describe_soup
-from robustsoup.soups.goal import KNEE, Goal, Score
+from robustsoup.soups.goal import KNEE, Goal, Score, default_measure
 from robustsoup.soups.greedy import greedy
 from robustsoup.soups.grid import (
     Alpha,
@@ -56,7 +56,7 @@ from robustsoup.soups.surrogate_search import (
     requests_in_time,
 )
 from robustsoup.soups.time_limit import Late, TimeLimit
-from robustsoup.threats import ThreatModel, parse_threats
+from robustsoup.threats import parse_threats
 
 SearchMethod = str | Callable[..., Any]
 """A name of `catalog.SOUP_METHODS`, "all", or a function that lists coefficients."""
@@ -124,11 +124,6 @@ class MethodRun:
     aim: Goal
     progress: SearchProgress
     limit: TimeLimit
-
-
-def default_measure(threats: Sequence[ThreatModel | str]) -> str:
-    """Return what is maximised unless a goal says so: accuracy under the first threat."""
-    return str(next(iter(threats), CLEAN_KEY))
 
 
 def methods_of(settings: SearchSettings) -> tuple[SearchMethod, ...]:

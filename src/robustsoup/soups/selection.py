@@ -205,24 +205,14 @@ def judge(
     for number, candidate in enumerate(candidates):
         accuracy = candidate.evaluation.accuracy
         checks[candidate.name] = tuple(
-            _check(requirement, accuracy[requirement.key], float(bounds[number]), shown[number])
-            if not goal.point
-            else _check_estimate(requirement, accuracy[requirement.key])
-            for requirement, bounds, shown in zip(goal.require, low, met, strict=True)
+            RequirementCheck(item, estimate, estimate.value, estimate.value >= item.threshold)
+            if goal.point
+            else RequirementCheck(item, estimate, float(bounds[number]), bool(shown[number]))
+            for item, bounds, shown in zip(goal.require, low, met, strict=True)
+            for estimate in [accuracy[item.key]]
         )
     others = len(thresholds) - count
     return Judgement(checks, proof.method, proof.critical, others, names)
-
-
-def _check(
-    requirement: Requirement, estimate: Accuracy, low: float, met: np.bool_
-) -> RequirementCheck:
-    return RequirementCheck(requirement, estimate, low, bool(met))
-
-
-def _check_estimate(requirement: Requirement, estimate: Accuracy) -> RequirementCheck:
-    value = estimate.value
-    return RequirementCheck(requirement, estimate, value, value >= requirement.threshold)
 
 
 def stack_hits(candidates: Sequence[Candidate], key: str) -> Hits:

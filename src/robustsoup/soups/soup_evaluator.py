@@ -177,6 +177,7 @@ class SoupEvaluator:
         *,
         keep_points: bool = False,
         others: Sequence[Evaluation] = (),
+        pool: Sequence[Evaluation] = (),
         after: Evaluation | None = None,
         subset: int | None = None,
     ) -> Evaluation:
@@ -189,6 +190,7 @@ class SoupEvaluator:
             device=self.device,
             keep_points=keep_points,
             others=others,
+            pool=pool,
             after=after,
             subset=subset,
             shift=self.shift,
@@ -215,17 +217,12 @@ class SoupEvaluator:
     ) -> Evaluation:
         """Evaluate a soup with the attack that a screening requests."""
         short = request.mode == "short"
-        evaluation = evaluate(
-            self.mix_network(alpha),
-            self.data,
-            self.threats,
-            short_attack(self.attack, screen_steps) if short else self.attack,
-            device=self.device,
+        attack = short_attack(self.attack, screen_steps) if short else self.attack
+        evaluation = replace(self, attack=attack).evaluate(
+            alpha,
             keep_points=request.keep_points,
             pool=[results[item] for item in request.pool],
             after=None if request.after is None else results[request.after],
             subset=request.subset,
-            shift=self.shift,
-            shift_part=self.shift_part,
         )
         return mark_screened(evaluation) if short else evaluation
