@@ -243,6 +243,15 @@ def test_a_bucket_of_s3_is_read(tmp_path, body, monkeypatch):
     assert Checkpoint.load(address).digest == expected  # the copy needs no connection
 
 
+def test_fetching_a_digest_refreshes_the_copy_of_the_plain_address(memory, body):
+    address = put(memory, "bucket/model.safetensors", body[:-8] + bytes(8))
+    old = copy_remote(address).sha256
+    put(memory, "bucket/model.safetensors", body)
+    new = hashlib.sha256(body).hexdigest()
+    assert run("fetch", address, "--sha256", new) == 0
+    assert (copy_remote(address).sha256, old != new) == (new, True)
+
+
 def test_two_processes_copy_once(body):
     with serving(body) as (url, requests):
         address = url.replace("cifar.tar.gz", "model.safetensors")

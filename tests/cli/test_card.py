@@ -45,3 +45,13 @@ def test_learning_writes_a_card_and_a_dial_removes_it(here):
     assert "were not evaluated where this card was written" in text
     assert run(*learn, "--dial") == 0
     assert not Path("learned/README.md").exists()
+
+
+def test_learning_again_says_that_an_edited_card_stays(here, capsys):
+    learn = (*LEARN, "--epochs", 1, "--attack-steps", 1, "-o", "learned")
+    assert run(*learn) == 0
+    card = Path("learned/README.md")
+    card.write_text(card.read_text(encoding="utf-8") + "mine\n", encoding="utf-8")
+    assert run(*learn, "--seed", 1) == 0
+    assert "README.md was edited and stays as it is" in capsys.readouterr().out
+    assert read_card("learned").endswith("mine\n")

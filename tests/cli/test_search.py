@@ -218,7 +218,10 @@ def test_a_measuring_method_is_searched_with_uniform_weights(here, capsys):
     [
         (("--density", 0.5), "--density: has no meaning with --method grid"),
         (("--weights", "uniform"), "--weights: has no meaning with --method grid"),
-        (("--base", "base.safetensors"), "--base: requires a --method that takes a base"),
+        (
+            ("--base", "base.safetensors"),
+            "--base: requires --buffers base or a --method that takes a base",
+        ),
         (("--method", "slerp", "--scale", 2), "--scale: has no meaning with --method slerp"),
         (("--method", "greedy"), "--step: has no meaning with --method greedy"),
         (("--tolerance", 0.01), "--tolerance: has no meaning with --method grid"),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_data import write_images
 from tiny_runs import DATA, MODEL, keys_of, recipe_of_files, run_recipe
 
+from robustsoup.checkpoints import network
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import CheckpointError, LeakageError, ModelError
@@ -71,6 +73,15 @@ def test_a_folder_is_decoded_at_the_size_that_the_files_record(files):
     assert prepared.plan.warnings == ()
     other = prepare_run(recipe.model_copy(update={"image_size": 10}), device="cpu")
     assert "9 x 9 pixels, the data has 10 x 10" in other.plan.warnings[0]
+
+
+def test_classes_in_another_order_than_those_of_the_data_are_named(files, monkeypatch):
+    names = [str(digit) for digit in (1, 0, *range(2, 10))]
+    configuration = SimpleNamespace(class_names=names)
+    monkeypatch.setattr(network, "input_settings", lambda settings: configuration)
+    recipe = recipe_of_files(files, model=MODEL.spec)
+    (warning,) = prepare_run(recipe, device="cpu").plan.warnings
+    assert 'class 0 is "1" there, "0" in the data' in warning
 
 
 def test_a_missing_file_is_named(files):

@@ -10,7 +10,7 @@ from robustsoup.checkpoints.fitting import network_tensors
 from robustsoup.checkpoints.opening import Opening
 from robustsoup.data import Data
 from robustsoup.errors import ModelError
-from robustsoup.models import NetworkSettings, build_network, default_image_size
+from robustsoup.models import NetworkSettings, build_network, default_image_size, input_settings
 from robustsoup.models.network import channel_constants
 
 _AS_THEY_ARE = Opening()
@@ -106,6 +106,18 @@ def describe_other_sizes(checkpoints: Iterable[Checkpoint], data: Data) -> Itera
         yield (
             f"{name}: was trained on images of {size[0]} x {size[1]} pixels, the data has "
             f"{height} x {width}; for image files, --image-size (image_size in a recipe) sets it"
+        )
+
+
+def describe_class_order(network: NetworkSettings, data: Data) -> Iterator[str]:
+    """Yield a warning if the network's configuration has the data's classes in another order."""
+    names, in_data = input_settings(network).class_names, data.record["classes"]
+    if list(names) != list(in_data) and sorted(names) == sorted(in_data):
+        first = next(i for i in range(len(names)) if names[i] != in_data[i])
+        yield (
+            f"classes: the configuration of {network.spec} has the classes of the data in another "
+            f'order (class {first} is "{names[first]}" there, "{in_data[first]}" in the data); '
+            "accuracies are wrong unless your checkpoints were trained on the data's order"
         )
 
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from robustsoup.checkpoints import Checkpoint
+from robustsoup.checkpoints.remote import remote_address
 from robustsoup.cli.progress import Bar
 from robustsoup.cli.tables import print_table
 from robustsoup.cli.terminal import print_json, print_line
 from robustsoup.diagnosis.pass_shapes import CPU_PASS_SIZE, PassTimes, measure_pass_times
 from robustsoup.models import load_model
+from robustsoup.paths import user_path
 from robustsoup.user_code import import_named_module
 
 
@@ -20,7 +22,7 @@ def calibrate(name: str, pixels: int, *, as_json: bool) -> None:
         as_json: Print JSON.
     """
     channels = 3
-    if Path(name).exists():
+    if remote_address(name) or user_path(name).exists():
         checkpoint = Checkpoint.load(name)
         network, settings = checkpoint.network(), checkpoint.network_settings
         channels = settings.channels if settings else channels

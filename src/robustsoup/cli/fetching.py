@@ -91,13 +91,15 @@ def _fetch_checkpoint(name: str, data_root: str | None, sha256: str | None) -> d
 
 
 def _fetch_address(address: str, sha256: str | None) -> dict[str, object]:
-    from robustsoup.checkpoints.remote import find_copy_of
+    from robustsoup.checkpoints.remote import copy_remote, find_copy_of, has_copy
     from robustsoup.cli.copying import copy_checkpoint
 
     digits = None if sha256 is None else sha256.strip().lower().removeprefix("sha256:")
     demanded = "" if digits is None else f"#sha256={digits}"
     path = copy_checkpoint(f"{address}{demanded}", again=True)
     copy = find_copy_of(path)
+    if copy and has_copy(address) and copy_remote(address).sha256 != copy.sha256:
+        copy_checkpoint(address, again=True)  # else commands would read what was there before
     return {
         "path": str(path),
         "revision": copy and copy.revision,

@@ -8,6 +8,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
+    describe_class_order,
     describe_other_sizes,
     resolve_network,
 )
@@ -24,9 +25,7 @@ from robustsoup.device import resolve_device
 from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
 from robustsoup.models import (
-    NetworkSettings,
     build_network,
-    input_settings,
 )
 from robustsoup.runs.caches import hold_caches
 from robustsoup.runs.context import Context
@@ -142,7 +141,8 @@ def make_context(
     )
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
-        _warn_of_class_order(settings, data)
+        for text in describe_class_order(settings, data):
+            print_warning(text)
     return Context(
         data,
         settings,
@@ -150,18 +150,6 @@ def make_context(
         network_named=bool(network.model),
         constants_named=bool(network.normalize),
     )
-
-
-def _warn_of_class_order(settings: NetworkSettings, data: Data) -> None:
-    """Warn if the network's configuration has the classes of the data in another order."""
-    names, in_data = input_settings(settings).class_names, data.record["classes"]
-    if list(names) != list(in_data) and sorted(names) == sorted(in_data):
-        first = next(i for i in range(len(names)) if names[i] != in_data[i])
-        print_warning(
-            f"classes: the configuration of {settings.spec} has the classes of the data in another "
-            f'order (class {first} is "{names[first]}" there, "{in_data[first]}" in the data); '
-            "accuracies are wrong unless your checkpoints were trained on the data's order"
-        )
 
 
 def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:

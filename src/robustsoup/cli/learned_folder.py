@@ -69,17 +69,21 @@ class LearnedFolder:
             device=context.device,
             seed=settings.seed,
         )
-        self._write_soup(learned, soup, _soup_names(ingredients[0]))
-        return [f"{self.path}: mean coefficients {self._describe_means(learned)}"]
+        kept_card = self._write_soup(learned, soup, _soup_names(ingredients[0]))
+        means = f"{self.path}: mean coefficients {self._describe_means(learned)}"
+        return [means, *([kept_card] if kept_card else [])]
 
-    def _write_soup(self, learned: Coefficients, soup: Checkpoint, soup_names: set[str]) -> None:
+    def _write_soup(
+        self, learned: Coefficients, soup: Checkpoint, soup_names: set[str]
+    ) -> str | None:
+        """Write a soup and its card; return why an edited card stayed."""
         self._remove_others({"coefficients.safetensors", "coefficients.csv", *soup_names})
         learned.save(self.path / "coefficients.safetensors")
         for name in sorted(soup_names):
             soup.save(self.path / name)
         write_coefficient_csv(learned, self.names, self.path / "coefficients.csv")
-        write_card(make_card(describe_checkpoint(self.path / "soup.safetensors")), self.path)
         save_plot(draw_learned(learned, self.names, "coefficients by layer"), self.path)
+        return write_card(make_card(describe_checkpoint(self.path / "soup.safetensors")), self.path)
 
     def _write_dial(self, dial: Dial) -> list[str]:
         self._remove_others({"dial.safetensors"})

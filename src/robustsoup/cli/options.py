@@ -237,8 +237,8 @@ class ClusterOptions:
     )
     part_samples: int = setting(
         2000,
-        "With --ray or --slurm: samples of the parts that each evaluation is divided into, which "
-        "run as steps of their own; results do not depend on it.",
+        "With --ray or --slurm: fewest samples of the parts that each evaluation is divided into, "
+        "at most 100, which run as steps of their own; results do not depend on it.",
         ge=1,
     )
 

@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from robustsoup.cli.options import AsJson
+from robustsoup.cli.options import AsJson, CheckpointPlace
 from robustsoup.cli.terminal import print_error, print_json, print_line
 from robustsoup.errors import RequestError
 
 
 def push_command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint, or an index of shards.", show_default=False)
+        Path,
+        CheckpointPlace(),
+        typer.Argument(help="Checkpoint, or an index of shards.", show_default=False),
     ],
     target: Annotated[
         str,

@@ -203,12 +203,6 @@ def _recipe_content(
 
     Paths are absolute; a copy in the cache is named by its address, which other machines know too.
     """
-    from robustsoup.checkpoints.remote import find_copy_of
-
-    def place_of(path: Path) -> str:
-        copy = find_copy_of(path)
-        return str(path.absolute()) if copy is None else copy.address
-
     base = network.adapter_base
     return {
         "name": name,
@@ -219,10 +213,17 @@ def _recipe_content(
         "model": network.model,
         "normalize": network.constants and list(network.constants),
         "key": network.key,
-        "adapter_base": None if base is None else place_of(base),
+        "adapter_base": None if base is None else _place_of(base),
         "allow_leakage": allow_leakage,
-        "ingredients": {name: place_of(path) for name, path in checkpoints.items()},
+        "ingredients": {name: _place_of(path) for name, path in checkpoints.items()},
     }
+
+
+def _place_of(path: Path) -> str:
+    from robustsoup.checkpoints.remote import find_copy_of
+
+    copy = find_copy_of(path)
+    return str(path.absolute()) if copy is None else copy.address
 
 
 def _soup_sections(
@@ -309,8 +310,12 @@ def _add_merging(
     method = str(search.method)
     entry, keys = SOUP_METHODS.find(method), method_keys(method)
     requires = entry.facts.get("requires", ()) if entry is not None else ()
-    if base is not None and "base" not in requires:
-        raise RequestError("--base: requires a --method that takes a base, such as ties")
+    if base is not None:
+        if "base" not in requires and all(
+            section.get("buffers") != "base" for section in content["soups"].values()
+        ):
+            raise RequestError("--base: requires --buffers base or a --method that takes a base")
+        content["checkpoint"] = _place_of(base)
     if entry is None or entry.facts.get("needs") != "merging":
         return
     (section,) = content["soups"].values()
@@ -319,8 +324,6 @@ def _add_merging(
     if "threat" in requires:
         threats = parse_threats(content["evaluate"]["threats"])
         section["threats"] = [str(_first_attacked(threats, f"--method {method}"))]
-    if base is not None:
-        content["checkpoint"] = str(base.absolute())
 
 
 def _parse_content(content: dict[str, Any]) -> "Recipe":

@@ -5,7 +5,7 @@ import platform
 import re
 
 EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
-DEVELOPMENT_EXTRAS = ("test", "docs", "dev")
+DEVELOPMENT_EXTRAS = ("test", "docs", "dev", "browser", "fuzz", "notebooks")
 """Extras for work on robustsoup itself; the others add abilities."""
 
 

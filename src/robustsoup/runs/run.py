@@ -10,6 +10,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
+    describe_class_order,
     describe_other_sizes,
     resolve_network,
 )
@@ -134,12 +135,15 @@ def prepare_run(
     _check_radii(planner.plan, data)
     _check_goal(planner, data)
     files = list(planner.plan.files.values())
+    if recipe.model:
+        planner.plan.warnings = tuple(describe_class_order(network, data))
     if files:
         check_ingredients([item.with_names_like(files[0]) for item in files])
         files = [context.record_network(item) for item in files]
         planner.plan.files.update(zip(list(planner.plan.files), files, strict=True))
         check_fit(files[0].network(), data.test)
         planner.plan.warnings = (
+            *planner.plan.warnings,
             *describe_differing_constants(files),
             *describe_other_sizes(files, data),
         )
