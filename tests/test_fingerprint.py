@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import importlib.util
 import math
 import subprocess
@@ -13,10 +14,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from plugins import write_plugin
 from torch import nn
 
-from robustsoup.fingerprint import code_fingerprint, network_fingerprint
-from robustsoup.models import load_model
+from robustsoup.fingerprint import code_fingerprint
+from robustsoup.models import load_model, network_fingerprint
 
 
 def load_function(path, source, name="loss"):
@@ -252,6 +254,43 @@ def test_a_network_is_identified_without_its_weights():
     first = network_fingerprint(load_model("resnet9:width=2", seed=0))
     assert network_fingerprint(load_model("resnet9:width=2", seed=1)) == first
     assert network_fingerprint(load_model("resnet9:width=4", seed=0)) != first
+
+
+CLASS = """
+from torch import nn
+class Scaled(nn.Flatten):
+    def forward(self, x):
+        return 2 * super().forward(x)
+"""
+FACTORY = """
+from torch import nn
+def load():
+    model = nn.Flatten()
+    model.register_forward_hook(lambda model, inputs, output: 2 * output)
+    return model
+"""
+
+
+@pytest.mark.parametrize("code", [CLASS, FACTORY], ids=["class", "factory"])
+def test_the_users_code_identifies_a_network(tmp_path, monkeypatch, request, code):
+    module = f"own_{request.node.callspec.id}_of_fingerprints"
+    monkeypatch.syspath_prepend(tmp_path)
+    write_plugin(tmp_path, module, code)
+    own = importlib.import_module(module)
+    model = nn.Sequential(own.Scaled()) if code == CLASS else load_model(f"{module}:load")
+    first = network_fingerprint(model)
+    write_plugin(tmp_path, module, f"# doubles\n{code}")
+    assert network_fingerprint(model) == first
+    write_plugin(tmp_path, module, code.replace("2 *", "3 *"))
+    assert network_fingerprint(model) != first
+
+
+def test_addresses_that_a_network_prints_do_not_identify_it():
+    first, second = nn.Identity(), nn.Identity()
+    first.extra_repr = lambda: "<note at 0x7f01>"
+    second.extra_repr = lambda: "<note at 0x7f02>"
+    assert repr(first) != repr(second)
+    assert network_fingerprint(first) == network_fingerprint(second)
 
 
 def test_constants_outside_the_state_dict_identify_a_network():

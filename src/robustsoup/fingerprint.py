@@ -1,10 +1,10 @@
-"""Fingerprints of code and networks: digests that change when results may change."""
+"""Fingerprints of code: digests that change when results may change."""
 
 import ast
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path, PurePath
 from types import CellType, CodeType, ModuleType
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from robustsoup.catalog import Registry, import_by_name
 
-SMALL_BUFFER = 1000
-"""Buffers with fewer elements than this enter a network's fingerprint by value."""
 
-
-def code_fingerprint(function: Callable[..., object]) -> str:
+def code_fingerprint(function: Callable[..., object] | Sequence[type]) -> str:
     """Return a digest of a function's name, the code of its file and any arguments it binds.
 
     Comments and blank lines do not matter; modules that the file imports are not included.
@@ -29,7 +26,7 @@ def code_fingerprint(function: Callable[..., object]) -> str:
     stands for the file where there is none (in a notebook). Tensors and networks count by value.
 
     Args:
-        function: A function, a class, a partial or a callable object.
+        function: A function, a class, a partial or a callable object; or several classes.
 
     Returns:
         32 hexadecimal digits.
@@ -54,23 +51,9 @@ def entry_fingerprint(registry: Registry, name: str) -> str | None:
     return code_fingerprint(import_by_name(target, label=f"{registry.name} {name}"))
 
 
-def network_fingerprint(model: nn.Module) -> str:
-    """Return a digest of a network without its weights.
-
-    It covers the printed architecture, `network_settings` and small non-persistent buffers (such
-    as normalisation constants). Saved state resumes only for the same fingerprint.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    persistent = model.state_dict()
-    constants = {
-        name: tensor.tolist()
-        for name, tensor in model.named_buffers()
-        if name not in persistent and tensor.numel() < SMALL_BUFFER
-    }
-    text = f"{model} {getattr(model, 'network_settings', None)} {constants}"
-    return hashlib.sha256(text.encode()).hexdigest()
+def printed(value: object) -> str:
+    """Return what an object prints, without the addresses that differ between processes."""
+    return _ADDRESS.sub("", repr(value))
 
 
 _SETS = (set, frozenset)
@@ -133,7 +116,7 @@ class _Describer:
         slots = [name for kind in type(value).__mro__ for name in _list_slots(kind)]
         state = {name: getattr(value, name) for name in slots if hasattr(value, name)}
         state |= getattr(value, "__dict__", {})
-        return self.describe(state) if state else _ADDRESS.sub("", repr(value))
+        return self.describe(state) if state else printed(value)
 
     def _describe_code(self, function: Any) -> object:
         """Return the description of a function, a method or a class."""

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,18 +193,20 @@ def test_a_killed_evaluation_resumes(here, tmp_path, capsys):
     assert [p for p in (store / "unfinished").iterdir() if not p.name.endswith(".tmp")] == []
 
 
-def test_the_state_of_an_evaluation_belongs_to_its_kind_of_device_and_precision(here, digits):
+def test_the_state_of_an_evaluation_belongs_to_its_split_device_and_precision(here, digits):
     item = {"low": Checkpoint.load("low.safetensors")}
 
-    def locate(kind, precision):
+    def locate(kind, precision, split=digits.test):
         attack, device = AttackSettings(precision=precision), torch.device(kind)
-        return _locate_states(item, digits.test, attack, device, [])["low"]
+        return _locate_states(item, split, attack, device, [])["low"]
 
     cpu = torch.device("cpu")
     assert locate("cpu", "auto") == locate("cpu", resolve_precision("auto", cpu))
     kinds = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float32")]
     assert len({locate(*kind) for kind in kinds}) == 3
     assert locate("cuda:0", "float32") == locate("cuda:1", "float32")
+    renamed = replace(digits.test, name="train")  # which has the same digest
+    assert locate("cpu", "float32") != locate("cpu", "float32", renamed)
 
 
 @pytest.mark.parametrize("output", [(), ("-o", "verdicts")], ids=["printed", "written"])

@@ -1,9 +1,11 @@
 """An evaluation that is interrupted or killed resumes sample by sample, with the same verdicts."""
 
+import copy
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.evaluate import evaluate
+from robustsoup.models.normalize import normalize_inputs
 
 
 @pytest.mark.parametrize(
@@ -174,12 +177,14 @@ def test_a_state_of_other_settings_or_another_network_is_refused(
         {"restarts": 2},
         {"eot": 2},
         {"network": neighbour},
+        {"network": normalize_inputs(copy.deepcopy(model), [0.1], [1.0])},
         {"precision": "bfloat16"},
         {"batch_size": 10},
         {"keep_points": True},
         {"pool": [with_points]},
         {"after": with_points},
         {"data": data.first(N - 1)},
+        {"data": replace(data, name="train")},
     ):
         with pytest.raises(CheckpointError, match=r"state\.pt: saved by work with other settings"):
             evaluate(**(request | change), state_path=state)

@@ -121,6 +121,18 @@ def test_the_code_of_an_attack_or_buffer_policy_is_in_the_key(tmp_path, monkeypa
     assert keys[0] != keys[1] == keys[2]
 
 
+def test_the_number_of_processes_is_in_the_key_where_each_normalises_its_share(monkeypatch):
+    tables = [("pretrain",), ("finetune",), LEARNED]
+    shared = [((*table, "batchnorm"), "sync") for table in tables]
+    alone, alone_shared = keys_of(plan_of()), keys_of(plan_of(*shared))
+    monkeypatch.setattr("robustsoup.distributed.world", lambda: 2)
+    two = keys_of(plan_of())
+    assert all(two[step] != alone[step] for step in alone)
+    only_finetuned = keys_of(plan_of(shared[0], shared[2]))
+    assert only_finetuned["pretrain", "pretrained"] == alone_shared["pretrain", "pretrained"]
+    assert keys_of(plan_of(*shared)) == alone_shared
+
+
 def test_the_content_of_synthetic_images_is_in_the_key(tmp_path):
     train, keys = load_data("digits").train.first(200), []
     images = train.images.permute(0, 2, 3, 1).numpy().copy()

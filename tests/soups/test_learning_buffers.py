@@ -16,7 +16,7 @@ from torch import nn
 from training_helpers import DATA, LINF, fresh_network, interrupt_at
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.errors import RequestError
+from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.soups.batchnorm import recalibrate, running_statistics
 from robustsoup.soups.mixing import mix
 from robustsoup.threats import CLEAN
@@ -83,8 +83,9 @@ def test_a_killed_run_resumes_bit_for_bit_with_every_policy(policy, tmp_path, sa
     assert_same_coefficients(resumed, learn_digits(epochs=2, buffers=policy))
 
 
-def test_a_users_policy_is_called_after_each_epoch(tmp_path, monkeypatch):
-    (tmp_path / "counting_policies.py").write_text(
+def test_a_users_policy_is_called_after_each_epoch_and_is_part_of_the_state(tmp_path, monkeypatch):
+    path = tmp_path / "counting_policies.py"
+    path.write_text(
         "from robustsoup.soups.mixing import Buffers\n"
         "calls = []\n"
         "def count(soup):\n"
@@ -93,9 +94,14 @@ def test_a_users_policy_is_called_after_each_epoch(tmp_path, monkeypatch):
         "    return Buffers({name: soup.ingredients[0].tensors[name] * 0 + len(calls)})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    alpha = learn_digits(buffers="counting_policies:count")
+    state = {"buffers": "counting_policies:count", "state_path": tmp_path / "state.pt"}
+    alpha = learn_digits(**state)
     variance = next(t for name, t in alpha.tracked.items() if name.endswith("running_var"))
     assert torch.equal(variance, torch.full_like(variance, 3))  # at the start and twice after
+    with path.open("a") as file:
+        file.write("calls.append(0)\n")
+    with pytest.raises(CheckpointError, match="other settings"):
+        learn_digits(**state)
 
 
 def test_policies_without_what_they_need_are_refused():

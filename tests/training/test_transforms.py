@@ -1,4 +1,4 @@
-"""Saved states belong to the augmentation of the data that they were saved for."""
+"""Saved states belong to the split and its augmentation that they were saved for."""
 
 from dataclasses import replace
 
@@ -33,10 +33,11 @@ def _train_subspace(data, path):
 
 
 @pytest.mark.parametrize("work", [_train, _learn, _train_subspace])
-def test_a_state_of_a_users_data_with_another_augmentation_is_refused(tmp_path, work):
+def test_a_state_of_a_users_data_with_another_augmentation_or_split_is_refused(tmp_path, work):
     work(OWN, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="other settings"):
-        work(padded(OWN), tmp_path / "state.pt")
+    for other in (padded(OWN), replace(OWN, name="val")):
+        with pytest.raises(CheckpointError, match="other settings"):
+            work(other, tmp_path / "state.pt")
 
 
 def test_built_in_data_has_the_fingerprint_of_its_digest_alone():

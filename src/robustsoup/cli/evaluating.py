@@ -217,7 +217,8 @@ def _locate_states(
     """
     from robustsoup.catalog import ATTACKS
     from robustsoup.device import resolve_precision
-    from robustsoup.fingerprint import entry_fingerprint, network_fingerprint
+    from robustsoup.fingerprint import entry_fingerprint
+    from robustsoup.models import network_fingerprint
     from robustsoup.runs.store import UNFINISHED, Store
 
     attack = replace(attack, precision=resolve_precision(attack.precision, device))
@@ -227,7 +228,7 @@ def _locate_states(
     states = {}
     for name, checkpoint in described.items():
         network = network_fingerprint(checkpoint.network())
-        key = json.dumps([*parts, checkpoint.digest, network, split.digest])
+        key = json.dumps([*parts, checkpoint.digest, network, split.fingerprint])
         states[name] = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
     return states
 

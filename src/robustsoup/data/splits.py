@@ -202,6 +202,11 @@ class Split:
             self.ids.cpu().numpy().tobytes() + self.record["split_digest"].encode()
         ).hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """Name and digest: splits of equal size may share a digest."""
+        return f"{self.name} {self.digest}"
+
     def to(self, device: str | torch.device) -> "Split":
         """Return the split with its tensors on `device`."""
         images, labels, ids = (tensor.to(device) for tensor in (self.images, self.labels, self.ids))

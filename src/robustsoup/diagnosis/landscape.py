@@ -21,7 +21,7 @@ from robustsoup.digests import digest_json
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
-from robustsoup.fingerprint import network_fingerprint
+from robustsoup.models import network_fingerprint
 from robustsoup.models.fit import adapt_to
 from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
@@ -333,9 +333,8 @@ def open_plane(
     model = copy_network(network) if network is not None else opened[0].network()
     fingerprint = [
         asdict(settings) | {"threat": str(settings.threat)},
-        data.name,
-        subset.digest,
-        calibrate_on and calibrate_on.digest,
+        subset.fingerprint,
+        calibrate_on and calibrate_on.fingerprint,
         source and source.digest,
         network_fingerprint(model),
         *(item.digest for item in opened),

@@ -28,7 +28,7 @@ from robustsoup.evaluation.reuse import (
 )
 from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation, Record
-from robustsoup.models import NetworkSettings, network_settings_of
+from robustsoup.models import NetworkSettings, network_fingerprint, network_settings_of
 from robustsoup.models.fit import check_fit
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel, parse_threats
@@ -114,12 +114,13 @@ class CheckedRequest:
         after = self.reuse.after
         parts = [
             self.protocol(),
-            self.data.digest,
+            self.data.fingerprint,
             self.reuse.keep_points,
             self.reuse.subset,
             None if after is None else after.to_json(),
             [evaluation.to_json() for evaluation in self.reuse.pool],
             self.checkpoint_digest or Checkpoint.of(self.model).digest,
+            network_fingerprint(self.model),
         ]
         return json.dumps(parts, sort_keys=True)
 

@@ -11,6 +11,7 @@ from robustsoup.models.sources import (
     input_settings,
     is_built_in,
     load_model,
+    network_fingerprint,
 )
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "input_settings",
     "is_built_in",
     "load_model",
+    "network_fingerprint",
     "network_settings_of",
 ]

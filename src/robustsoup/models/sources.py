@@ -1,5 +1,6 @@
 """Build a network by its name; the catalog lists the built-in ones and the other sources."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from robustsoup.catalog import DATA_SOURCES, MODELS, Entry, import_by_name
 from robustsoup.errors import ModelError, RobustsoupError
-from robustsoup.fingerprint import code_fingerprint
+from robustsoup.fingerprint import code_fingerprint, printed
 from robustsoup.models.libraries import (
     InputSettings,
     Library,
@@ -25,6 +26,7 @@ from robustsoup.models.network import (
     NetworkSettings,
     attach_network_settings,
     channel_constants,
+    network_settings_of,
 )
 from robustsoup.models.normalize import normalize_inputs
 from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
@@ -39,6 +41,10 @@ _OTHER_NAMES = {
     "channels": ("in_channels", "in_chans", "num_channels", "n_channels", "num_input_channels"),
 }
 """What factories of other libraries call these sizes."""
+SMALL_BUFFER = 1000
+"""Buffers with fewer elements than this enter a network's fingerprint by value."""
+_KNOWN_PACKAGES = ("builtins", "torch", "robustsoup")
+"""Packages whose classes enter a network's fingerprint by name alone."""
 _WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None}
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -253,6 +259,43 @@ def factory_fingerprint(spec: str) -> str | None:
     if (plugin := MODELS.find(name)) is not None:
         return code_fingerprint(plugin.load())
     return code_fingerprint(_import_factory(name, rest.partition(":")[0], spec))
+
+
+def network_fingerprint(model: nn.Module) -> str:
+    """Return a digest of a network without its weights.
+
+    It covers the printed architecture, `network_settings`, small non-persistent buffers (such as
+    normalisation constants) and the user's code: that of the factory that the settings name, and
+    that of the modules' classes. Saved state resumes only for the same fingerprint.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    persistent = model.state_dict()
+    constants = {
+        name: tensor.tolist()
+        for name, tensor in model.named_buffers()
+        if name not in persistent and tensor.numel() < SMALL_BUFFER
+    }
+    settings = network_settings_of(model)
+    parts = [printed(model), settings, constants, _fingerprint_classes(model)]
+    parts.append(None if settings is None else _fingerprint_known_factory(settings.spec))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _fingerprint_classes(model: nn.Module) -> str:
+    classes = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
+    return code_fingerprint(
+        [kind for kind in classes if kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES]
+    )
+
+
+def _fingerprint_known_factory(spec: str) -> str | None:
+    """Return the fingerprint of a factory; None if a network names one that is not found here."""
+    try:
+        return factory_fingerprint(spec)
+    except RobustsoupError:
+        return None
 
 
 def _unpublished_constants(

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
+from robustsoup import distributed
 from robustsoup.catalog import ATTACKS, BUFFER_POLICIES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Data, Synthetic
@@ -25,6 +26,7 @@ from robustsoup.runs.tasks import (
     DoPart,
     EvaluateNetwork,
     EvaluationSettings,
+    FittingTask,
     Key,
     LearnCoefficients,
     MapPlane,
@@ -48,6 +50,7 @@ from robustsoup.soups.goal import Goal
 from robustsoup.soups.screening import Contender, EvaluationRequest, Screening, short_attack
 from robustsoup.soups.subspace import spans_subspace
 from robustsoup.training.objectives import Objective
+from robustsoup.training.sharing import SYNCHRONISED
 from robustsoup.training.transforms import transform_fingerprint
 
 
@@ -100,6 +103,13 @@ def augments_images(task: Task) -> bool:
         case _:
             return False
     return measures_statistics(policy)
+
+
+def _list_processes(task: Task) -> dict[str, object]:
+    """Return the number of processes where each normalises its own share of a batch."""
+    is_shared = isinstance(task, FittingTask) and task.settings.batchnorm != SYNCHRONISED
+    world = distributed.world()
+    return {"processes": world} if is_shared and world > 1 else {}
 
 
 def measures_statistics(policy: str) -> bool:
@@ -163,7 +173,8 @@ class Planner:
     def add_step(self, name: str, task: Task) -> Key:
         """Add a task and return its key."""
         around = self._training_surroundings if augments_images(task) else self._surroundings
-        key = step_key(task, around | {"functions": fingerprint_functions(task)})
+        around = around | {"functions": fingerprint_functions(task)}
+        key = step_key(task, around | _list_processes(task))
         if key not in self.plan.steps_by_key:
             task = self._divide(name, task)
             self.plan.steps_by_key[key] = Step(key, name, task, task.count_passes(self.data))

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from robustsoup import distributed
+from robustsoup.catalog import BUFFER_POLICIES
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import RequestError
-from robustsoup.fingerprint import network_fingerprint
+from robustsoup.fingerprint import entry_fingerprint
 from robustsoup.gradients import gradients_enabled
+from robustsoup.models import network_fingerprint
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import DialSettings, LearnSettings, accepts_settings, make_settings
 from robustsoup.soups.coefficients import Coefficients, Dial
@@ -255,9 +257,10 @@ def _finish_run(
     on_epoch: OnEpoch | None,
 ) -> None:
     """Resume the run from its saved state, if any, and take the remaining steps."""
-    val = run.inputs.val
-    fingerprint = [run.record, run.digests, run.inputs.data.digest, val and val.digest]
+    data, val = run.inputs.data, run.inputs.val
+    fingerprint = [run.record, run.digests, data.fingerprint, val and val.fingerprint]
     fingerprint += [network_fingerprint(run.model), run.objective.fingerprint]
+    fingerprint += [entry_fingerprint(BUFFER_POLICIES, run.settings.buffers)]
     fingerprint += [transform_fingerprint(run.settings), *augmentation_fingerprint(run.data)]
     check_same_training(run.data, fingerprint, run.settings, run.inputs.device)
     own_path = state_path if distributed.is_first() else None

@@ -22,8 +22,8 @@ from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import CoefficientError, RequestError
-from robustsoup.fingerprint import network_fingerprint
 from robustsoup.gradients import gradients_enabled
+from robustsoup.models import network_fingerprint
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.progress import Progress, SavedState
 from robustsoup.seeding import keyed_generator
@@ -140,7 +140,7 @@ def train_subspace(
     work = [{**to_record(settings), "ends": names, "by": by, **drawn}, start.digest]
     check_same_training(data, work, settings, place)
     run = SubspaceRun(model, inputs.to(place), ends, by, at_ends)
-    work += [data.digest, network_fingerprint(model)]
+    work += [data.fingerprint, network_fingerprint(model)]
     functions = [run.objective.fingerprint, transform_fingerprint(settings)]
     functions += augmentation_fingerprint(data)
     fingerprint = json.dumps([*work, *functions], sort_keys=True)

@@ -31,8 +31,8 @@ from robustsoup.data.sketches import sketch_split, sketch_synthetic
 from robustsoup.data.synthetic import check_fraction
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import ModelError, RequestError
-from robustsoup.fingerprint import network_fingerprint
 from robustsoup.gradients import gradients_enabled
+from robustsoup.models import network_fingerprint
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.progress import Progress, SavedState
 from robustsoup.settings import (
@@ -152,9 +152,9 @@ def train(
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
-    work = [run.record, start.digest, data.digest, val and val.digest, network_fingerprint(model)]
-    work += [run.objective.fingerprint, checkpoint_every, transform_fingerprint(settings)]
-    work += augmentation_fingerprint(data)
+    work = [run.record, start.digest, data.fingerprint, val and val.fingerprint]
+    work += [network_fingerprint(model), run.objective.fingerprint, checkpoint_every]
+    work += [transform_fingerprint(settings), *augmentation_fingerprint(data)]
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, json.dumps(work, sort_keys=True))
     with saved.refuse_malformed():
