@@ -243,8 +243,9 @@ def test_a_bucket_of_s3_is_read(tmp_path, body, monkeypatch):
     assert Checkpoint.load(address).digest == expected  # the copy needs no connection
 
 
-def test_fetching_a_digest_refreshes_the_copy_of_the_plain_address(memory, body):
-    address = put(memory, "bucket/model.safetensors", body[:-8] + bytes(8))
+def test_fetching_a_digest_refreshes_the_copy_of_the_plain_address(memory, body, tmp_path):
+    other = Checkpoint({"linear.weight": torch.zeros(3)}).save(tmp_path / "other.safetensors")
+    address = put(memory, "bucket/model.safetensors", other.read_bytes())
     old = copy_remote(address).sha256
     put(memory, "bucket/model.safetensors", body)
     new = hashlib.sha256(body).hexdigest()
