@@ -1,7 +1,9 @@
 """The work of single steps."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 from constant_steps import (
     CLEAN,
     MIXING,
@@ -11,12 +13,54 @@ from constant_steps import (
 )
 from ranks import run_ranks
 
+from robustsoup.errors import StorageError
+from robustsoup.progress import SavedState
 from robustsoup.runs import worker as worker_module
-from robustsoup.runs.tasks import BuildGreedySoup, MergeSoup, Mixing
-from robustsoup.runs.worker import build_greedy_soup, merge_soup
-from robustsoup.settings import BufferSettings, MergeSettings
+from robustsoup.runs.plan import Step
+from robustsoup.runs.store import STATE
+from robustsoup.runs.tasks import (
+    BuildGreedySoup,
+    DoPart,
+    EvaluateNetwork,
+    MeasureClean,
+    MergeSoup,
+    Mixing,
+)
+from robustsoup.runs.worker import EVALUATION, HITS, PART, build_greedy_soup, merge_soup
+from robustsoup.settings import AttackSettings, BufferSettings, MergeSettings
 from robustsoup.soups.goal import Score
 from robustsoup.threats import ThreatModel
+
+ATTACKED = replace(
+    CLEAN,
+    samples=32,
+    threats=(ThreatModel("Linf", 0.1),),
+    attack=AttackSettings(steps=1, masking_check=False),
+)
+EVALUATE = EvaluateNetwork("ingredient0", ATTACKED)
+
+
+@pytest.fixture
+def save_at_every_opportunity(monkeypatch):
+    monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
+
+
+@pytest.mark.usefixtures("save_at_every_opportunity")
+@pytest.mark.parametrize(
+    ("task", "output"),
+    [
+        (EVALUATE, EVALUATION),
+        (DoPart(EVALUATE, 0, 1), PART),
+        (MeasureClean(name_ingredients(2), ((0.5, 0.5),), MIXING, CLEAN), HITS),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_a_state_stays_until_the_result_is_written(tmp_path, task, output):
+    (tmp_path / output).mkdir()
+    worker, step = constant_worker(tmp_path / "store", 2), Step("key", "name", task, 0)
+    with pytest.raises(StorageError, match=output):
+        worker.run_step(step, tmp_path, lambda *_: None)
+    assert (tmp_path / STATE).exists()
 
 
 def test_a_greedy_soup_may_have_many_ingredients(tmp_path):

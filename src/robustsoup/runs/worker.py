@@ -20,7 +20,7 @@ from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.evaluation.reuse import lacks_points
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
-from robustsoup.files import link_file, open_regular, remove_file
+from robustsoup.files import link_file, open_regular
 from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.examples import attack_examples
@@ -131,7 +131,7 @@ class Worker:
 
         Args:
             step: The step; its parents are finished.
-            folder: Receives the output; may hold the state of an interrupted attempt.
+            folder: Receives the output; may hold the state of an interrupted attempt, which stays.
             on_progress: Called with (parts done, total parts, figures).
 
         Returns:
@@ -452,7 +452,6 @@ def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress:
         on_progress(len(rows), len(task.alphas), figures)
         if saved.due():
             saved.save({"hits": torch.stack(rows)})
-    saved.clear()
     hits = torch.stack(rows).numpy()
     table = HitTable(
         tuple(map(alpha_name, task.alphas)),
@@ -489,6 +488,7 @@ def evaluate_network(
         subset=task.subset,
         device=str(worker.context.device),
         state_path=folder / STATE,
+        keep_state=True,
         on_progress=on_progress,
         shift=settings.shift_folder,
         shift_part=settings.shift_part,
@@ -583,7 +583,6 @@ def do_part(worker: Worker, task: DoPart, folder: Path, on_progress: Progress) -
         )
         SavedState(folder / PART, part.fingerprint).save({"outcomes": part.outcomes})
         figures = f"{len(rows)} samples"
-    remove_file(folder / STATE)
     return figures
 
 
