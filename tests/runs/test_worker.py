@@ -73,6 +73,19 @@ def test_a_greedy_soup_may_have_many_ingredients(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == task.rounds
 
 
+@pytest.mark.usefixtures("save_at_every_opportunity")
+def test_a_greedy_soup_keeps_the_state_of_the_attack_until_it_is_built(tmp_path):
+    worker = constant_worker(tmp_path / "store", 1)
+    task = BuildGreedySoup(Score.parse("clean"), name_ingredients(1), (), MIXING, ATTACKED)
+    (tmp_path / "1.npz").mkdir()
+    with pytest.raises(StorageError, match=r"1\.npz"):
+        build_greedy_soup(worker, task, tmp_path, lambda *_: None)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["1.cpu.pt"]
+    (tmp_path / "1.npz").rmdir()
+    build_greedy_soup(worker, task, tmp_path, lambda *_: None)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_merge_measures_and_calibrates_under_threats_of_their_own(tmp_path, monkeypatch):
     given = {}
 

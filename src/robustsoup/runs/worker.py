@@ -20,7 +20,7 @@ from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.evaluation.reuse import lacks_points
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
-from robustsoup.files import link_file, open_regular
+from robustsoup.files import link_file, open_regular, remove_file
 from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.examples import attack_examples
@@ -328,7 +328,8 @@ def build_greedy_soup(
 ) -> str:
     """Build a greedy soup and write its coefficients.
 
-    Every evaluation stays in the folder until the step ends, so an interrupted step resumes.
+    Every evaluation stays in the folder until the step ends, and so does the state of each on this
+    kind of device, so an interrupted step resumes.
     """
     ingredients = [worker.checkpoint(key) for key in task.ingredients]
     split = task.evaluation.take_samples(worker.context.data)
@@ -336,7 +337,8 @@ def build_greedy_soup(
 
     def evaluate_soup(alpha: Alpha) -> Evaluation:
         nonlocal evaluated
-        path = folder / f"{_file_stem(alpha)}.json"
+        stem, device = _file_stem(alpha), worker.context.device
+        path = folder / f"{stem}.json"
         if not distributed.from_first(path.exists):
             soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
             evaluation = evaluate(
@@ -344,7 +346,9 @@ def build_greedy_soup(
                 split,
                 threats,
                 task.evaluation.attack,
-                device=str(worker.context.device),
+                device=str(device),
+                state_path=folder / f"{stem}.{device.type}.pt",
+                keep_state=True,
                 shift=task.evaluation.shift_folder,
                 shift_part=task.evaluation.shift_part,
             )
@@ -368,6 +372,8 @@ def build_greedy_soup(
         record={"greedy": {"score": str(task.score), "tried": trace, "split": split.name}},
     )
     coefficients.save(folder / COEFFICIENTS)
+    for state in folder.glob("*.pt"):
+        remove_file(state)
     used = sum(share > 0 for share in best)
     return f"{used} of {len(best)} ingredients, {task.score}: {trace[-1]['score']:.1%}"
 
