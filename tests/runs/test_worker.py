@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from constant_steps import (
     CLEAN,
     MIXING,
@@ -61,6 +62,16 @@ def test_a_state_stays_until_the_result_is_written(tmp_path, task, output):
     with pytest.raises(StorageError, match=output):
         worker.run_step(step, tmp_path, lambda *_: None)
     assert (tmp_path / STATE).exists()
+
+
+def test_an_evaluation_has_the_same_bytes_with_another_number_of_threads(tmp_path, monkeypatch):
+    worker, contents = constant_worker(tmp_path / "store", 1), []
+    step = Step("key", "name", EvaluateNetwork("ingredient0", CLEAN), 0)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        worker.run_step(step, tmp_path, lambda *_: None)
+        contents.append((tmp_path / EVALUATION).read_bytes())
+    assert contents[0] == contents[1]
 
 
 def test_a_greedy_soup_may_have_many_ingredients(tmp_path):

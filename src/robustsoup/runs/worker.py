@@ -69,6 +69,8 @@ EXAMPLES = "examples.npz"
 HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 PART = "part.pt"
+CIRCUMSTANCES = ("processes", "seconds", "threads", "torch")
+"""Entries of an evaluation's record that the record of its step holds, or that decide nothing."""
 LONGEST_STEM = 200
 """Most letters of a file name without its ending; file systems allow 255 bytes with it."""
 
@@ -353,7 +355,7 @@ def build_greedy_soup(
                 shift_part=task.evaluation.shift_part,
             )
             _check_shift(evaluation, task.evaluation)
-            _without_time(evaluation).save(path)
+            _without_circumstances(evaluation).save(path)
         evaluated += 1
         evaluation = distributed.from_first(lambda: Evaluation.load(path))
         figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
@@ -504,16 +506,16 @@ def evaluate_network(
         evaluation = replace(evaluation, record={**evaluation.record, "part": settings.part})
     if task.short:
         evaluation = mark_screened(evaluation)
-    _without_time(evaluation).save(folder / EVALUATION)
+    _without_circumstances(evaluation).save(folder / EVALUATION)
     for warning in evaluation.warnings:
         worker.warn(f"{name}: {warning}")
     scores = describe_scores(evaluation)
     return f"{scores} (after a short attack: upper bounds)" if task.short else scores
 
 
-def _without_time(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation without its seconds, so that a repeat has the same digest."""
-    record = {key: value for key, value in evaluation.record.items() if key != "seconds"}
+def _without_circumstances(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation without `CIRCUMSTANCES`; a repeat with its verdicts has its digest."""
+    record = {key: value for key, value in evaluation.record.items() if key not in CIRCUMSTANCES}
     return replace(evaluation, record=record)
 
 
