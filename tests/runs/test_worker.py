@@ -17,6 +17,7 @@ from ranks import run_ranks
 from robustsoup.errors import StorageError
 from robustsoup.progress import SavedState
 from robustsoup.runs import worker as worker_module
+from robustsoup.runs.execute import StepClock, _run_or_restart
 from robustsoup.runs.plan import Step
 from robustsoup.runs.store import STATE
 from robustsoup.runs.tasks import (
@@ -72,6 +73,21 @@ def test_an_evaluation_has_the_same_bytes_with_another_number_of_threads(tmp_pat
         worker.run_step(step, tmp_path, lambda *_: None)
         contents.append((tmp_path / EVALUATION).read_bytes())
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("kinds", [["cuda"], ["cuda", "cpu"]], ids=["another", "different"])
+def test_a_step_is_done_as_a_whole_if_its_parts_were_done_on_other_devices(tmp_path, kinds):
+    worker, notes = constant_worker(tmp_path / "store", 1), []
+    for kind in kinds:
+        with worker.store.write_step(kind, {}, notice=notes.append) as part:
+            SavedState(part / PART, kind).save({"outcomes": {}})
+    step = Step("key", "name", replace(EVALUATE, parts=tuple(kinds)), 0)
+    reporter = SimpleNamespace(note=notes.append, progress=lambda *_: None)
+    with worker.store.write_step("key", {}, notice=notes.append) as folder:
+        clock = StepClock(folder / "seconds.txt", reporter, step)
+        _run_or_restart(step, worker, folder, clock)
+    assert (worker.store.path("key") / EVALUATION).exists()
+    assert [note.endswith("; the step starts again") for note in notes] == [True]
 
 
 def test_a_greedy_soup_may_have_many_ingredients(tmp_path):

@@ -15,7 +15,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import PlaneGrid, open_plane
 from robustsoup.digests import digest_json
-from robustsoup.errors import DataError, StorageError
+from robustsoup.errors import CheckpointError, DataError, StorageError
 from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.evaluation.reuse import lacks_points
@@ -600,7 +600,7 @@ def _join_parts(
     """Write the state from which a step resumes whose parts are all done.
 
     Raises:
-        StorageError: The parts belong to different work.
+        CheckpointError: The parts belong to different work.
     """
     states = []
     for key in parts:
@@ -608,9 +608,8 @@ def _join_parts(
             states.append(read_torch(file))
     fingerprints = {state.pop("fingerprint") for state in states}
     if len(fingerprints) > 1:
-        raise StorageError(
-            f"{worker.store.root}: the parts of a step belong to different work; delete the "
-            f"folders {', '.join(parts)} and run the same command again"
+        raise CheckpointError(
+            f"{folder}: its parts were done on devices of different kinds, and do not fit together"
         )
     SavedState(folder / STATE, fingerprints.pop()).save(join(states))
 
