@@ -85,6 +85,15 @@ def test_an_error_of_torch_save_is_a_storage_error(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_tensors_that_could_not_be_read_again_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("robustsoup.files.MAX_FILE_BYTES", 100)
+    with pytest.raises(
+        StorageError, match="bytes, and 100 are the most that are read again; fewer"
+    ):
+        write_torch(tmp_path / "state.pt", {"a": torch.arange(3)})
+    assert names(tmp_path) == []
+
+
 def test_tensors_are_written(tmp_path):
     write_torch(tmp_path / "state.pt", {"a": torch.arange(3)})
     assert torch.equal(torch.load(tmp_path / "state.pt")["a"], torch.arange(3))

@@ -14,6 +14,7 @@ import torch
 
 from robustsoup.archives import seal_archive
 from robustsoup.errors import RequestError, StorageError
+from robustsoup.file_bytes import MAX_FILE_BYTES
 from robustsoup.leftovers import remove_leftovers, temporary_sibling
 from robustsoup.paths import user_path
 
@@ -145,13 +146,21 @@ def write_torch(target: str | os.PathLike[str], content: object) -> None:
     """Write `content` to `target` atomically with `torch.save`, and add its digests.
 
     Raises:
-        StorageError: If the file cannot be written; this includes torch.save's RuntimeError.
+        StorageError: If the file cannot be written, which includes torch.save's RuntimeError, or
+            is larger than MAX_FILE_BYTES.
     """
     with atomic_path(target) as temporary:
         try:
             # Into an open file: torch.save writes the name of a path into the content.
             with temporary.open("wb") as file:
                 torch.save(content, file)
+                size = file.tell()
+            if size > MAX_FILE_BYTES:
+                raise OSError(
+                    errno.EFBIG,
+                    f"{size:,} bytes, and {MAX_FILE_BYTES:,} are the most that are read again; "
+                    "fewer samples, no kept points or a smaller network take less",
+                )
             seal_archive(temporary)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[0]) from error

@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import FEW, LINF, PAIR, run, start
+from corruptions import write_corruptions
 
 import robustsoup
+from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.cli.evaluating import _locate_states
+from robustsoup.cli.evaluating import _FinishedEvaluations, _locate_states
 from robustsoup.device import resolve_precision
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.settings import AttackSettings
@@ -209,11 +211,18 @@ def test_the_state_of_an_evaluation_belongs_to_its_split_device_and_precision(he
     assert locate("cpu", "float32") != locate("cpu", "float32", renamed)
 
 
-@pytest.mark.parametrize("output", [(), ("-o", "verdicts")], ids=["printed", "written"])
-def test_an_interrupted_command_keeps_what_it_finished(here, capsys, monkeypatch, output):
+@pytest.mark.parametrize(
+    "options",
+    [(), ("-o", "verdicts"), ("--shift", "digits-c")],
+    ids=["printed", "written", "shift"],
+)
+def test_an_interrupted_command_keeps_what_it_finished(
+    here, capsys, monkeypatch, tmp_path, options
+):
     from robustsoup.evaluation import evaluate as evaluating
 
-    command = ("evaluate", *PAIR, *LINF, "--steps", 2, "--samples", 32, *output, "--json")
+    write_corruptions(here / "digits-c")
+    command = ("evaluate", *PAIR, *LINF, "--steps", 2, "--samples", 32, *options, "--json")
     assert run(*command) == 0
     expected = json.loads(capsys.readouterr().out)
     evaluate, evaluated = evaluating.evaluate, []
@@ -237,6 +246,18 @@ def test_an_interrupted_command_keeps_what_it_finished(here, capsys, monkeypatch
     assert resumed == expected
     assert run(*command) == 0  # nothing is left of it
     assert evaluated[3:] == ["low", "high"]
+    assert list((tmp_path / "store" / "unfinished").iterdir()) == []
+
+
+def test_one_of_several_processes_keeps_what_is_finished(here, digits, tmp_path, monkeypatch):
+    evaluation = robustsoup.evaluate("low.safetensors", digits.test, samples=4)
+    finished = _FinishedEvaluations({"low": tmp_path / "unfinished" / "a.pt"})
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    for rank, expected in [(1, None), (0, evaluation.accuracy)]:
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        finished.keep("low", evaluation)
+        kept = finished.load("low")
+        assert (kept and kept.accuracy) == expected
 
 
 def test_compare_pairs_two_evaluations(here, capsys):

@@ -283,6 +283,15 @@ def test_the_masking_check_of_soups_tries_the_points_of_base_and_ingredients(mon
     assert list_others() == []
 
 
+def test_another_ingredient_changes_no_evaluation_of_soups_without_it():
+    pair = (("soups", "grid", "ingredients"), ["low", "high"])
+    before = keys_of(plan_of(pair))
+    after = keys_of(plan_of(pair, (("ingredients", "third"), {"threat": "Linf 32/255"})))
+    assert after["evaluate", "grid-0.5-0.5.val"] == before["evaluate", "grid-0.5-0.5.val"]
+    learned = ("evaluate", "learned-linf-32-255.val")
+    assert after[learned] != before[learned]
+
+
 def test_screened_soups_meet_the_ingredients_points_and_a_short_attack():
     plan = plan_of(*SCREENED)
     steps, keys = steps_of(plan), keys_of(plan)

@@ -1,7 +1,10 @@
 """The work of single steps."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+import torch
 from constant_steps import (
     CLEAN,
     MIXING,
@@ -11,12 +14,80 @@ from constant_steps import (
 )
 from ranks import run_ranks
 
+from robustsoup.errors import StorageError
+from robustsoup.progress import SavedState
 from robustsoup.runs import worker as worker_module
-from robustsoup.runs.tasks import BuildGreedySoup, MergeSoup, Mixing
-from robustsoup.runs.worker import build_greedy_soup, merge_soup
-from robustsoup.settings import BufferSettings, MergeSettings
+from robustsoup.runs.execute import StepClock, _run_or_restart
+from robustsoup.runs.plan import Step
+from robustsoup.runs.store import STATE
+from robustsoup.runs.tasks import (
+    BuildGreedySoup,
+    DoPart,
+    EvaluateNetwork,
+    MeasureClean,
+    MergeSoup,
+    Mixing,
+)
+from robustsoup.runs.worker import EVALUATION, HITS, PART, build_greedy_soup, merge_soup
+from robustsoup.settings import AttackSettings, BufferSettings, MergeSettings
 from robustsoup.soups.goal import Score
 from robustsoup.threats import ThreatModel
+
+ATTACKED = replace(
+    CLEAN,
+    samples=32,
+    threats=(ThreatModel("Linf", 0.1),),
+    attack=AttackSettings(steps=1, masking_check=False),
+)
+EVALUATE = EvaluateNetwork("ingredient0", ATTACKED)
+
+
+@pytest.fixture
+def save_at_every_opportunity(monkeypatch):
+    monkeypatch.setattr(SavedState, "due", lambda self: self.path is not None)
+
+
+@pytest.mark.usefixtures("save_at_every_opportunity")
+@pytest.mark.parametrize(
+    ("task", "output"),
+    [
+        (EVALUATE, EVALUATION),
+        (DoPart(EVALUATE, 0, 1), PART),
+        (MeasureClean(name_ingredients(2), ((0.5, 0.5),), MIXING, CLEAN), HITS),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_a_state_stays_until_the_result_is_written(tmp_path, task, output):
+    (tmp_path / output).mkdir()
+    worker, step = constant_worker(tmp_path / "store", 2), Step("key", "name", task, 0)
+    with pytest.raises(StorageError, match=output):
+        worker.run_step(step, tmp_path, lambda *_: None)
+    assert (tmp_path / STATE).exists()
+
+
+def test_an_evaluation_has_the_same_bytes_with_another_number_of_threads(tmp_path, monkeypatch):
+    worker, contents = constant_worker(tmp_path / "store", 1), []
+    step = Step("key", "name", EvaluateNetwork("ingredient0", CLEAN), 0)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        worker.run_step(step, tmp_path, lambda *_: None)
+        contents.append((tmp_path / EVALUATION).read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("kinds", [["cuda"], ["cuda", "cpu"]], ids=["another", "different"])
+def test_a_step_is_done_as_a_whole_if_its_parts_were_done_on_other_devices(tmp_path, kinds):
+    worker, notes = constant_worker(tmp_path / "store", 1), []
+    for kind in kinds:
+        with worker.store.write_step(kind, {}, notice=notes.append) as part:
+            SavedState(part / PART, kind).save({"outcomes": {}})
+    step = Step("key", "name", replace(EVALUATE, parts=tuple(kinds)), 0)
+    reporter = SimpleNamespace(note=notes.append, progress=lambda *_: None)
+    with worker.store.write_step("key", {}, notice=notes.append) as folder:
+        clock = StepClock(folder / "seconds.txt", reporter, step)
+        _run_or_restart(step, worker, folder, clock)
+    assert (worker.store.path("key") / EVALUATION).exists()
+    assert [note.endswith("; the step starts again") for note in notes] == [True]
 
 
 def test_a_greedy_soup_may_have_many_ingredients(tmp_path):
@@ -27,6 +98,19 @@ def test_a_greedy_soup_may_have_many_ingredients(tmp_path):
     assert figures.startswith("36 of 36 ingredients")
     assert shown[-1][:2] == (task.rounds, task.rounds)
     assert len(list(tmp_path.glob("*.json"))) == task.rounds
+
+
+@pytest.mark.usefixtures("save_at_every_opportunity")
+def test_a_greedy_soup_keeps_the_state_of_the_attack_until_it_is_built(tmp_path):
+    worker = constant_worker(tmp_path / "store", 1)
+    task = BuildGreedySoup(Score.parse("clean"), name_ingredients(1), (), MIXING, ATTACKED)
+    (tmp_path / "1.npz").mkdir()
+    with pytest.raises(StorageError, match=r"1\.npz"):
+        build_greedy_soup(worker, task, tmp_path, lambda *_: None)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["1.cpu.pt"]
+    (tmp_path / "1.npz").rmdir()
+    build_greedy_soup(worker, task, tmp_path, lambda *_: None)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_merge_measures_and_calibrates_under_threats_of_their_own(tmp_path, monkeypatch):

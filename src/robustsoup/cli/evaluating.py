@@ -95,9 +95,9 @@ def evaluate_command(
     _warn_of_misfits(described.values(), selected, run.device)
     overlaps = find_exact_overlaps(loaded)
     evaluations: dict[str, Evaluation] = {}
-    request = [threat, samples, keep_points]
+    request = [threat, samples, keep_points, _digest_copies(shift, selected)]
     states = _locate_states(described, selected, attack, context.device, request)
-    finished = _FinishedEvaluations(states, keeps=shift is None, writes=output is not None)
+    finished = _FinishedEvaluations(states)
     for name, checkpoint in described.items():
         evaluation = finished.load(name)
         if evaluation is None:
@@ -112,6 +112,7 @@ def evaluate_command(
                     keep_points=keep_points,
                     shift=shift,
                     state_path=states[name],
+                    keep_state=True,
                     on_progress=bar,
                 )
             finished.keep(name, evaluation)
@@ -133,6 +134,13 @@ def _check_output(folder: Path, names: "Iterable[str]") -> None:
     check_writable(folder, folder=True)
     for name in names:
         check_writable(folder / name, folder=False)
+
+
+def _digest_copies(folder: Path | None, data: "Split") -> str | None:
+    """Return a digest of the files of corrupted copies, which may change between two calls."""
+    from robustsoup.data.corruptions import open_corruptions
+
+    return None if folder is None else open_corruptions(folder, data).digest
 
 
 def _warn_of_misfits(checkpoints: "Collection[Checkpoint]", data: "Split", device: str) -> None:
@@ -236,23 +244,24 @@ def _locate_states(
 class _FinishedEvaluations:
     """Keeps evaluations in the store until all of a command are finished, so that it may resume.
 
+    The first rank keeps them, and all ranks load what it has kept.
+
     Args:
         states: The place of the state of each evaluation by name.
-        keeps: False if the command reads files that may change between two calls.
-        writes: Whether the command writes evaluations, which a full disk may prevent.
     """
 
-    def __init__(self, states: "Mapping[str, Path]", *, keeps: bool, writes: bool) -> None:
-        alone = distributed.world() == 1  # other ranks would wait
-        is_useful = keeps and alone and (writes or len(states) > 1)
-        self._paths = {n: p.with_suffix(".json") for n, p in states.items()} if is_useful else {}
+    def __init__(self, states: "Mapping[str, Path]") -> None:
+        self._states = states
 
     def load(self, name: str) -> "Evaluation | None":
         """Return an evaluation that an interrupted call of the same command has finished."""
+        return distributed.from_first(lambda: self._load(name))
+
+    def _load(self, name: str) -> "Evaluation | None":
         from robustsoup.evaluation.verdicts import Evaluation
 
-        path = self._paths.get(name)
-        if path is None or not path.is_file():
+        path = self._states[name].with_suffix(".json")
+        if not path.is_file():
             return None
         try:
             return Evaluation.load(path)
@@ -261,17 +270,19 @@ class _FinishedEvaluations:
 
     def keep(self, name: str, evaluation: "Evaluation") -> None:
         """Keep an evaluation, if the store can be written."""
-        if name in self._paths:
+        if distributed.is_first():
+            path = self._states[name].with_suffix(".json")
             with contextlib.suppress(RobustsoupError, OSError):
-                self._paths[name].parent.mkdir(parents=True, exist_ok=True)
-                evaluation.save(self._paths[name])
+                path.parent.mkdir(parents=True, exist_ok=True)
+                evaluation.save(path)
 
     def forget(self) -> None:
-        """Remove what is kept."""
-        for path in self._paths.values():
-            for suffix in (".json", ".npz", ".points.npz"):
+        """Remove what is kept, and the states of all ranks."""
+        distributed.gather(None)  # the first rank has written all results
+        for state in self._states.values():
+            for path in state.parent.glob(f"{state.stem}.*"):
                 with contextlib.suppress(OSError):
-                    path.with_suffix(suffix).unlink()
+                    path.unlink()
 
 
 def compare_command(

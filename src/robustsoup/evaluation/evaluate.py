@@ -87,6 +87,7 @@ def evaluate(
     shift: str | os.PathLike[str] | None = None,
     shift_part: CorruptionPart = "all",
     state_path: str | os.PathLike[str] | None = None,
+    keep_state: bool = False,
     on_progress: Progress | None = None,
     **changes: Any,
 ) -> Evaluation:
@@ -129,6 +130,8 @@ def evaluate(
             "confirm", two of three and the third of the selecting ones, if finalists are
             confirmed.
         state_path: File for the progress so far; a killed evaluation resumes from it.
+        keep_state: Leave this file when the evaluation is complete, so that nothing is lost until
+            the caller has saved the result.
         on_progress: Called as on_progress(done, total, figures); counts samples times
             (1 + number of threats), and corrupted copies.
         **changes: Fields of AttackSettings, which override `settings`.
@@ -175,7 +178,8 @@ def evaluate(
     )
     if subset is not None:
         record[SUBSET_KEY] = _describe_subset(request, evaluation)
-    saved.clear()
+    if not keep_state:
+        saved.clear()
     return evaluation
 
 
@@ -230,7 +234,7 @@ def attack_part(
         rows: The samples of the part.
         keep_points: As for `evaluate`.
         device: As for `evaluate`.
-        state_path: File for the progress so far; a killed call resumes from it.
+        state_path: File for the progress so far, from which a killed call resumes; it stays.
         on_progress: As for `evaluate`, for the samples of the part.
     """
     whole = check_request(
@@ -252,7 +256,6 @@ def attack_part(
         progress.report_clean()
         attacked = _attack_with_threats(request, clean, saved, progress)
     snapshots = {name: outcome.snapshot() for name, outcome in attacked.outcomes.items()}
-    saved.clear()
     return AttackedPart(snapshots, whole.fingerprint())
 
 

@@ -283,7 +283,7 @@ def _open_step(
 
 
 def _run_or_restart(step: Step, worker: Worker, folder: Path, clock: "StepClock") -> str:
-    """Run a step; if what an interrupted attempt left is damaged, run it from its beginning."""
+    """Run a step; if its parts or what an interrupted attempt left cannot be used, do all of it."""
     try:
         return worker.run_step(step, folder, clock)
     except CheckpointError as error:
@@ -292,7 +292,7 @@ def _run_or_restart(step: Step, worker: Worker, folder: Path, clock: "StepClock"
         clock.reporter.note(f"{step.name}: {error}; the step starts again")
         shutil.rmtree(folder)
         folder.mkdir()
-        return worker.run_step(step, folder, clock)
+        return worker.run_step(step.without_parts(), folder, clock)
 
 
 def _step_record(step: Step, context: Context) -> dict[str, Any]:

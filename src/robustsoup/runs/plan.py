@@ -56,6 +56,12 @@ class Step:
         parts = self.task.parts if isinstance(self.task, EvaluateNetwork | MapPlane) else ()
         return parts if begun is None else (*parts, begun)
 
+    def without_parts(self) -> "Step":
+        """Return the step with a task that takes nothing from its parts."""
+        if isinstance(self.task, EvaluateNetwork | MapPlane):
+            return replace(self, task=replace(self.task, parts=()))
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRow:

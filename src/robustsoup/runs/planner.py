@@ -1,7 +1,6 @@
 """The planner: turns a recipe into steps, and extends the plan during the run."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
@@ -400,7 +399,10 @@ class Planner:
 
     def add_confirmation_of(self, row: PlannedRow) -> Key:
         """Add the full evaluation of a row on the samples that confirm finalists."""
-        return self.add_evaluation(f"{row.name}.confirm", row.network, self.confirming_settings())
+        settings = self.confirming_settings()
+        return self.add_evaluation(
+            f"{row.name}.confirm", row.network, settings, ingredients=row.ingredients
+        )
 
     def reporting_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the split that reports."""
@@ -430,11 +432,13 @@ class Planner:
         network: Key,
         settings: EvaluationSettings,
         request: EvaluationRequest | None = None,
+        *,
+        ingredients: Sequence[str] | None = None,
     ) -> Key:
         """Add the evaluation of a network, in full unless a request names a subset.
 
-        The masking check of a soup tries the adversarial points of the base and the ingredients,
-        which are evaluated first.
+        The masking check of a soup tries the adversarial points of the base and of the soup's
+        `ingredients`, which are evaluated first.
         """
         keep_points, others = self.recipe.evaluate.keep_points, ()
         if request is not None and request.subset is not None:
@@ -444,14 +448,17 @@ class Planner:
             return self.add_step(f"{name}.part.{settings.split}", task)
         begun = None
         if request is not None and request.after is not None:
-            begun = self.add_evaluation(name, network, settings, request.after)
+            begun = self.add_evaluation(
+                name, network, settings, request.after, ingredients=ingredients
+            )
         if self._tries_points_of_others(settings):
             if network in self.networks.values():
                 keep_points = True
             else:
+                names = [n for n in self.networks if n in (PRETRAINED, *(ingredients or ()))]
                 others = tuple(
-                    self.add_evaluation(other, key, settings)
-                    for other, key in itertools.islice(self.networks.items(), MOST_OTHERS)
+                    self.add_evaluation(other, self.networks[other], settings)
+                    for other in names[:MOST_OTHERS]
                 )
         task = EvaluateNetwork(
             network, settings, keep_points=keep_points, others=others, begun=begun
@@ -486,7 +493,9 @@ class Planner:
             val = self.add_request(self.screening().opening_request(self.contender(row)))
         else:
             settings = self.selecting_settings()
-            val = self.add_evaluation(row.name, row.network, settings, row.request)
+            val = self.add_evaluation(
+                row.name, row.network, settings, row.request, ingredients=row.ingredients
+            )
         self.add_row(dataclasses.replace(row, val=val))
         if self.recipe.evaluate.report == "all":
             self.add_report(row.name)
@@ -494,7 +503,8 @@ class Planner:
     def add_report(self, name: str) -> None:
         """Add the evaluation of a row on the split that reports."""
         row = self.plan.row(name)
-        test = self.add_evaluation(name, row.network, self.reporting_settings())
+        settings = self.reporting_settings()
+        test = self.add_evaluation(name, row.network, settings, ingredients=row.ingredients)
         self.add_row(dataclasses.replace(row, test=test))
 
     def add_examples(self, name: str) -> None:

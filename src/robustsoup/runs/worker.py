@@ -15,7 +15,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Split, Synthetic
 from robustsoup.diagnosis.landscape import PlaneGrid, open_plane
 from robustsoup.digests import digest_json
-from robustsoup.errors import DataError, StorageError
+from robustsoup.errors import CheckpointError, DataError, StorageError
 from robustsoup.evaluation.evaluate import attack_part, evaluate
 from robustsoup.evaluation.hit_tables import HitTable
 from robustsoup.evaluation.reuse import lacks_points
@@ -69,6 +69,8 @@ EXAMPLES = "examples.npz"
 HITS = "hits.npz"
 LANDSCAPE = "landscape.json"
 PART = "part.pt"
+CIRCUMSTANCES = ("processes", "seconds", "threads", "torch")
+"""Entries of an evaluation's record that the record of its step holds, or that decide nothing."""
 LONGEST_STEM = 200
 """Most letters of a file name without its ending; file systems allow 255 bytes with it."""
 
@@ -131,7 +133,7 @@ class Worker:
 
         Args:
             step: The step; its parents are finished.
-            folder: Receives the output; may hold the state of an interrupted attempt.
+            folder: Receives the output; may hold the state of an interrupted attempt, which stays.
             on_progress: Called with (parts done, total parts, figures).
 
         Returns:
@@ -328,7 +330,8 @@ def build_greedy_soup(
 ) -> str:
     """Build a greedy soup and write its coefficients.
 
-    Every evaluation stays in the folder until the step ends, so an interrupted step resumes.
+    Every evaluation stays in the folder until the step ends, and so does the state of each on this
+    kind of device, so an interrupted step resumes.
     """
     ingredients = [worker.checkpoint(key) for key in task.ingredients]
     split = task.evaluation.take_samples(worker.context.data)
@@ -336,7 +339,8 @@ def build_greedy_soup(
 
     def evaluate_soup(alpha: Alpha) -> Evaluation:
         nonlocal evaluated
-        path = folder / f"{_file_stem(alpha)}.json"
+        stem, device = _file_stem(alpha), worker.context.device
+        path = folder / f"{stem}.json"
         if not distributed.from_first(path.exists):
             soup = _mix_checkpoints(worker, ingredients, Coefficients.of(alpha), task.mixing)
             evaluation = evaluate(
@@ -344,12 +348,14 @@ def build_greedy_soup(
                 split,
                 threats,
                 task.evaluation.attack,
-                device=str(worker.context.device),
+                device=str(device),
+                state_path=folder / f"{stem}.{device.type}.pt",
+                keep_state=True,
                 shift=task.evaluation.shift_folder,
                 shift_part=task.evaluation.shift_part,
             )
             _check_shift(evaluation, task.evaluation)
-            _without_time(evaluation).save(path)
+            _without_circumstances(evaluation).save(path)
         evaluated += 1
         evaluation = distributed.from_first(lambda: Evaluation.load(path))
         figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
@@ -368,6 +374,8 @@ def build_greedy_soup(
         record={"greedy": {"score": str(task.score), "tried": trace, "split": split.name}},
     )
     coefficients.save(folder / COEFFICIENTS)
+    for state in folder.glob("*.pt"):
+        remove_file(state)
     used = sum(share > 0 for share in best)
     return f"{used} of {len(best)} ingredients, {task.score}: {trace[-1]['score']:.1%}"
 
@@ -452,7 +460,6 @@ def measure_clean(worker: Worker, task: MeasureClean, folder: Path, on_progress:
         on_progress(len(rows), len(task.alphas), figures)
         if saved.due():
             saved.save({"hits": torch.stack(rows)})
-    saved.clear()
     hits = torch.stack(rows).numpy()
     table = HitTable(
         tuple(map(alpha_name, task.alphas)),
@@ -489,6 +496,7 @@ def evaluate_network(
         subset=task.subset,
         device=str(worker.context.device),
         state_path=folder / STATE,
+        keep_state=True,
         on_progress=on_progress,
         shift=settings.shift_folder,
         shift_part=settings.shift_part,
@@ -498,16 +506,16 @@ def evaluate_network(
         evaluation = replace(evaluation, record={**evaluation.record, "part": settings.part})
     if task.short:
         evaluation = mark_screened(evaluation)
-    _without_time(evaluation).save(folder / EVALUATION)
+    _without_circumstances(evaluation).save(folder / EVALUATION)
     for warning in evaluation.warnings:
         worker.warn(f"{name}: {warning}")
     scores = describe_scores(evaluation)
     return f"{scores} (after a short attack: upper bounds)" if task.short else scores
 
 
-def _without_time(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation without its seconds, so that a repeat has the same digest."""
-    record = {key: value for key, value in evaluation.record.items() if key != "seconds"}
+def _without_circumstances(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation without `CIRCUMSTANCES`; a repeat with its verdicts has its digest."""
+    record = {key: value for key, value in evaluation.record.items() if key not in CIRCUMSTANCES}
     return replace(evaluation, record=record)
 
 
@@ -583,7 +591,6 @@ def do_part(worker: Worker, task: DoPart, folder: Path, on_progress: Progress) -
         )
         SavedState(folder / PART, part.fingerprint).save({"outcomes": part.outcomes})
         figures = f"{len(rows)} samples"
-    remove_file(folder / STATE)
     return figures
 
 
@@ -593,7 +600,7 @@ def _join_parts(
     """Write the state from which a step resumes whose parts are all done.
 
     Raises:
-        StorageError: The parts belong to different work.
+        CheckpointError: The parts belong to different work.
     """
     states = []
     for key in parts:
@@ -601,9 +608,8 @@ def _join_parts(
             states.append(read_torch(file))
     fingerprints = {state.pop("fingerprint") for state in states}
     if len(fingerprints) > 1:
-        raise StorageError(
-            f"{worker.store.root}: the parts of a step belong to different work; delete the "
-            f"folders {', '.join(parts)} and run the same command again"
+        raise CheckpointError(
+            f"{folder}: its parts were done on devices of different kinds, and do not fit together"
         )
     SavedState(folder / STATE, fingerprints.pop()).save(join(states))
 
