@@ -399,6 +399,18 @@ def test_of_a_table_that_holds_itself_a_soup_keeps_the_equal_entries(tmp_path):
     assert torch.load(soup.save(tmp_path / "soup.pth"))["table"] == {"width": 2}
 
 
+@pytest.mark.parametrize("prefix", ["net.", "model.0.", "module.", "module._orig_mod.net."])
+def test_without_a_network_a_safetensors_file_has_the_names_of_the_pickled_one(tmp_path, prefix):
+    torch.save({"state_dict": prefixed(prefix), "note": "mine"}, tmp_path / "a.pth")
+    soup = mix([tmp_path / "a.pth"] * 2, [0.5, 0.5])
+    written = soup.save(tmp_path / "soup.safetensors")
+    kept = prefix.removeprefix("module.").removeprefix("_orig_mod.")
+    assert load_file(written).keys() == prefixed(kept).keys()
+    check_fits(Checkpoint.load(written))
+    described = Checkpoint.load(tmp_path / "a.pth").with_parameters_of(network())
+    assert load_file(described.save(tmp_path / "own.safetensors")).keys() >= {"conv.weight"}
+
+
 def test_metadata_of_safetensors_is_kept(tmp_path):
     for seed in (0, 1):
         metadata = {"format": "pt", "author": "me", "run": str(seed)}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustsoup.checkpoints.safetensors_files import DIGESTS_KEY, RECORD_KEY, SafetensorsContent
 from robustsoup.checkpoints.weight_sets import (
+    WRAPPER_PREFIXES,
     WeightSet,
     choose_weight_set,
     common_prefix,
@@ -87,6 +88,12 @@ class Wrapping:
             named[name] = tensors[own]
         left = {name: value for name, value in self.beside.items() if name not in named}
         return named | left
+
+    def names_alone(self) -> "Wrapping":
+        """Return the names of the file, without what wrappers of PyTorch put before all of them."""
+        names = self.names
+        start = len(common_prefix(list(names.values()), WRAPPER_PREFIXES))
+        return Wrapping({own: name[start:] for own, name in names.items()})
 
     def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the content of a pickled file, which existing loading code can read."""
