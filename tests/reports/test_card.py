@@ -186,6 +186,23 @@ def test_the_card_of_a_checkpoint_without_a_record(tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        ({"spec": "resnet9:width=2", "classes": 10, "channels": 3}, ""),
+        ({"spec": "my_net:load", "classes": 10, "channels": 3}, '"my_net:load"'),
+        ({"spec": "hf:vit"}, '"hf:vit"'),
+        ({"spec": "robustbench:cifar10/Linf/X"}, '"robustbench:cifar10/Linf/X"'),
+        (None, '"package.module:factory"'),
+    ],
+)
+def test_the_code_of_a_card_names_the_network_that_a_file_cannot_name(tmp_path, network, arguments):
+    record = {} if network is None else {"network": network}
+    file = Checkpoint({"w": torch.ones(2)}, record).save(tmp_path / "w.safetensors")
+    text = render_card(make_card(describe_checkpoint(file)))
+    assert f'rs.Checkpoint.load("w.safetensors").network({arguments})\n' in text
+
+
 @pytest.mark.extras
 def test_the_hub_reads_the_card(tmp_path):
     hub = pytest.importorskip("huggingface_hub")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from robustsoup.errors import RobustsoupError
 from robustsoup.files import read_regular, remove_file, write_text
+from robustsoup.models import NetworkSettings
+from robustsoup.reports.commands import name_network
 from robustsoup.reports.markup import (
     YamlValue,
     escape_markdown,
@@ -62,6 +64,7 @@ class Card:
         warnings: Why figures are doubtful.
         sources: Repositories of the hub that ingredients came from.
         versions: Versions and device of the run.
+        arguments: What `Checkpoint.network` takes to build the network, as Python.
     """
 
     title: str
@@ -75,6 +78,7 @@ class Card:
     warnings: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     versions: dict[str, object] = field(default_factory=dict)
+    arguments: str = ""
 
 
 def write_run_card(results: Results, folder: Path) -> str | None:
@@ -150,6 +154,7 @@ def make_card(description: Description) -> Card:
         tree=description.tree,
         judgements=_in_order(description.judgements),
         warnings=(*description.checkpoint.warnings, *_list_warnings(description.judgements)),
+        arguments=_list_arguments(name.name, description),
     )
 
 
@@ -183,14 +188,22 @@ def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path)
         warnings=(*_list_warnings(judged), *_list_run_warnings(results)),
         sources=list_sources(results, row),
         versions=dict(results.versions),
+        arguments=_list_arguments(soup, description),
     )
 
 
 def _describe_network(description: Description) -> str | None:
-    network = description.network
-    if network is None:
+    if description.network is None:
         return None
-    return f"{network['spec']}, classes {network['classes']}, channels {network['channels']}"
+    network = NetworkSettings.from_record(description.network)
+    return f"{network.spec}, classes {network.classes}, channels {network.channels}"
+
+
+def _list_arguments(file: str, description: Description) -> str:
+    """Return what `Checkpoint.network` takes to build the network of a file, as Python."""
+    if description.network is None:
+        return '"package.module:factory"'
+    return name_network(file, NetworkSettings.from_record(description.network))[0]
 
 
 def _in_order(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
@@ -404,7 +417,6 @@ def _render_use(card: Card) -> list[str]:
         text = f"{quote_code(card.file)} loads with the code that loads the ingredients."
         return ["## Use", "", text, ""]
     file = json.dumps(card.file)
-    lines = ["import robustsoup as rs", "", f"network = rs.Checkpoint.load({file}).network()"]
-    if card.network is None:
-        lines[-1] = f'network = rs.Checkpoint.load({file}).network("package.module:factory")'
+    load = f"rs.Checkpoint.load({file}).network({card.arguments})"
+    lines = ["import robustsoup as rs", "", f"network = {load}"]
     return ["## Use", "", "```python", *lines, "```", ""]
