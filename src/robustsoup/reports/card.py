@@ -6,10 +6,11 @@ It holds measured figures alone, and leaves the licence to whoever publishes the
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RobustsoupError
 from robustsoup.files import read_regular, remove_file, write_text
 from robustsoup.models import NetworkSettings
@@ -65,6 +66,8 @@ class Card:
         sources: Repositories of the hub that ingredients came from.
         versions: Versions and device of the run.
         arguments: What `Checkpoint.network` takes to build the network, as Python.
+        digests: Digest of the weights by file, of those beside the card that hold them under other
+            names of tensors.
     """
 
     title: str
@@ -79,6 +82,7 @@ class Card:
     sources: tuple[str, ...] = ()
     versions: dict[str, object] = field(default_factory=dict)
     arguments: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_run_card(results: Results, folder: Path) -> str | None:
@@ -158,6 +162,18 @@ def make_card(description: Description) -> Card:
     )
 
 
+def find_other_digests(files: Iterable[Path], digest: str) -> dict[str, str]:
+    """Return the digests of files with the same weights, by name, that differ from `digest`.
+
+    The names of tensors count for a digest, and a file in another format may have others.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    digests = {file.name: Checkpoint.open(file).digest for file in files}
+    return {name: other for name, other in digests.items() if other != digest}
+
+
 def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path) -> Card:
     """Return the card of the chosen soup.
 
@@ -189,6 +205,7 @@ def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path)
         sources=list_sources(results, row),
         versions=dict(results.versions),
         arguments=_list_arguments(soup, description),
+        digests=find_other_digests([folder / soup], description.checkpoint.digest),
     )
 
 
@@ -347,6 +364,10 @@ def _render_summary(card: Card) -> list[str]:
         for digest, name in sorted(origins)
     ]
     lines.append(f"- sha256 of the weights: `{card.tree.digest}`")
+    lines += [
+        f"- sha256 of the weights under the names in {quote_code(name)}: {quote_code(digest)}"
+        for name, digest in card.digests.items()
+    ]
     if card.versions:
         pairs = ", ".join(f"{name} {value}" for name, value in card.versions.items())
         lines.append(f"- made with: {escape_markdown(pairs)}")
