@@ -96,6 +96,19 @@ def test_tensors_of_one_storage_share_memory(tmp_path):
         assert first.data_ptr() == part.data_ptr() == again.data_ptr()
 
 
+def test_a_block_may_be_shared_many_times_but_not_any_number_of_times(tmp_path):
+    path, block = tmp_path / "a.pt", torch.zeros(2**19)
+    torch.save({f"blocks.{number}.weight": block.detach() for number in range(24)}, path)
+    with path.open("rb") as opened:
+        read = read_torch(opened)
+    assert len({tensor.data_ptr() for tensor in read.values()}) == 1
+    different = [block[start:] for start in range(24)]
+    for content in ([block.detach() for _ in range(1000)], different):
+        torch.save(content, path)
+        with path.open("rb") as opened, pytest.raises(ValueError, match=r"as a \.safetensors file"):
+            read_torch(opened)
+
+
 def test_copies_can_be_changed_without_the_file(tmp_path):
     write_torch(tmp_path / "a.pt", BASE)
     before = (tmp_path / "a.pt").read_bytes()

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from robustsoup.file_bytes import MAX_ELEMENTS, check_numbers, check_shape
 from robustsoup.printable import first_line, make_printable
 
+REPEATS_PER_VIEW = 32
+"""How many times a tensor may stand again, as the weights of a shared block do, for the limit that
+one other view of its storage has: what repeats is one parameter, and takes no memory."""
 SAVE_WEIGHTS_ALONE = "load it with torch.load, and save the state_dict() of the network alone"
 MAX_OPERATIONS = 350_000
 MAX_TEXT_BYTES = 2**20
@@ -99,7 +102,7 @@ class PickleReader:
         stream: The pickle; reading stops after its end.
         find_storage: Returns the bytes of a storage, uint8 of shape (nbytes,).
         max_tensor_bytes: Limit of the bytes of all tensors together. Views of one storage count
-            each, so this bounds later work.
+            each, so this bounds later work; equal ones count by `REPEATS_PER_VIEW`.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class PickleReader:
         self._stream = stream
         self._find_storage = find_storage
         self._bytes_left = max_tensor_bytes
+        self._views: set[tuple[Any, ...]] = set()
         self._plain_bytes_left = MAX_PLAIN_BYTES
         self._requests: dict[str, StorageRequest] = {}
         self._stack: list[Any] = []
@@ -365,9 +369,14 @@ class PickleReader:
         itemsize = storage.dtype.itemsize
         if (last + 1) * itemsize > len(storage.raw) or len(storage.raw) % itemsize:
             raise ValueError(f"a tensor of shape {list(sizes)} that its storage does not hold")
-        self._bytes_left -= elements * itemsize
+        view = (storage.raw.data_ptr(), storage.dtype, start, sizes, strides)
+        self._bytes_left -= elements * itemsize // (REPEATS_PER_VIEW if view in self._views else 1)
+        self._views.add(view)
         if self._bytes_left < 0:
-            raise ValueError(f"tensors that are larger than the file allows; {SAVE_WEIGHTS_ALONE}")
+            raise ValueError(
+                f"tensors that are larger than the file allows; {SAVE_WEIGHTS_ALONE}, as a "
+                ".safetensors file if many tensors share memory"
+            )
         return storage.raw.view(storage.dtype).as_strided(sizes, strides, start)
 
 

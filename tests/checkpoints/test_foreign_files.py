@@ -372,6 +372,45 @@ def test_a_soup_keeps_shared_settings_alone(tmp_path):
     assert soup.notes[-1] == f"soup: left out {left_out} (not mixed)"
 
 
+@pytest.mark.parametrize("make", [dict, argparse.Namespace])
+@pytest.mark.parametrize("beside", [False, True])
+def test_of_tables_that_differ_a_soup_keeps_the_equal_entries(tmp_path, make, beside):
+    for seed in (0, 1):
+        state = network(seed).state_dict()
+        table = make(arch="net", eps=4 + seed, model=make(width=2, name=seed), mine=[seed])
+        table = {"settings": table, "other": make(**{f"seed of {seed}": 1})}
+        content = {**state, **table} if beside else {"state_dict": state, **table}
+        torch.save(content, tmp_path / f"{seed}.pth")
+    soup = mix([tmp_path / "0.pth", tmp_path / "1.pth"], [0.5, 0.5])
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        saved = torch.load(soup.save(tmp_path / "soup.pth"))
+    assert saved["settings"] == make(arch="net", model=make(width=2))
+    assert "other" not in saved
+    left_out = "settings.eps, settings.model.name, settings.mine, other"
+    assert soup.notes[-1] == f"soup: left out {left_out} (not mixed)"
+
+
+def test_of_a_table_that_holds_itself_a_soup_keeps_the_equal_entries(tmp_path):
+    for seed in (0, 1):
+        table = {"width": 2, "seed": seed}
+        table["again"] = table
+        torch.save({"state_dict": network().state_dict(), "table": table}, tmp_path / f"{seed}.pth")
+    soup = mix([tmp_path / "0.pth", tmp_path / "1.pth"], [0.5, 0.5])
+    assert torch.load(soup.save(tmp_path / "soup.pth"))["table"] == {"width": 2}
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.0.", "module.", "module._orig_mod.net."])
+def test_without_a_network_a_safetensors_file_has_the_names_of_the_pickled_one(tmp_path, prefix):
+    torch.save({"state_dict": prefixed(prefix), "note": "mine"}, tmp_path / "a.pth")
+    soup = mix([tmp_path / "a.pth"] * 2, [0.5, 0.5])
+    written = soup.save(tmp_path / "soup.safetensors")
+    kept = prefix.removeprefix("module.").removeprefix("_orig_mod.")
+    assert load_file(written).keys() == prefixed(kept).keys()
+    check_fits(Checkpoint.load(written))
+    described = Checkpoint.load(tmp_path / "a.pth").with_parameters_of(network())
+    assert load_file(described.save(tmp_path / "own.safetensors")).keys() >= {"conv.weight"}
+
+
 def test_metadata_of_safetensors_is_kept(tmp_path):
     for seed in (0, 1):
         metadata = {"format": "pt", "author": "me", "run": str(seed)}

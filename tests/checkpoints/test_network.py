@@ -3,11 +3,13 @@
 import pytest
 import torch
 from small_data import write_images
+from torch import nn
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
     describe_other_sizes,
+    infer_sizes,
     record_network,
     resolve_network,
 )
@@ -77,6 +79,31 @@ def test_a_foreign_file_is_recorded_with_the_settings():
     described = record_network(foreign(), RECORDED)
     assert described.network_settings == RECORDED
     assert described.provenance["parameters"] == recorded().provenance["parameters"]
+
+
+def own_sizes(num_classes=7):
+    """A network that has numbers of classes and channels of its own."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def sizes_of_settings(classes, channels):
+    """A network that takes its numbers from the settings."""
+    return nn.Sequential(nn.Linear(4, classes), nn.Conv2d(channels, 4, 3))
+
+
+@pytest.mark.parametrize("given", [(10, 3), (7, 2), (7, 3)])
+@pytest.mark.parametrize(
+    ("spec", "model"),
+    [
+        (f"{__name__}:own_sizes", own_sizes()),
+        (f"{__name__}:sizes_of_settings", sizes_of_settings(7, 2)),
+        ("resnet9:width=2", load_model(SPEC, classes=7, channels=2)),
+        ("resnet9:width=2,classes=7,channels=2", load_model(SPEC, classes=7, channels=2)),
+    ],
+)
+def test_the_sizes_of_a_named_network_are_those_of_the_file(spec, model, given):
+    found = infer_sizes(NetworkSettings(spec, *given), Checkpoint(model.state_dict()))
+    assert found == NetworkSettings(spec, 7, 2)
 
 
 def test_a_recorded_network_stays_but_for_named_constants():

@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import FEW, LEARN, LINF, PAIR, run
+
+from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.cli.learned_folder import LearnedFolder
+from robustsoup.reports.card import find_card
 
 
 def read_card(folder):
@@ -55,3 +60,14 @@ def test_learning_again_says_that_an_edited_card_stays(here, capsys):
     assert run(*learn, "--epochs", 2) == 0
     assert "README.md was edited and stays as it is" in capsys.readouterr().out
     assert read_card("learned").endswith("mine\n")
+
+
+def test_the_card_of_a_learned_soup_is_that_of_both_its_files(tmp_path):
+    own = Checkpoint({"w": torch.ones(2)})
+    own.save(tmp_path / "soup.safetensors")
+    torch.save({"backbone.w": torch.ones(2)}, tmp_path / "soup.pth")
+    names = {"soup.safetensors", "soup.pth"}
+    LearnedFolder(tmp_path, ["a"])._write_card(names)
+    for name in names:
+        digest = Checkpoint.load(tmp_path / name).digest
+        assert find_card(tmp_path / name, digest) == tmp_path / "README.md"

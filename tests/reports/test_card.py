@@ -1,6 +1,7 @@
 """The model card: what it says, and that names of strangers are only text in it."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,18 @@ from synthetic_results import NAMES, make_results
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.evaluation.intervals import Accuracy
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.printable import make_printable
 from robustsoup.reports.card import (
     CARD,
     Card,
+    find_card,
     is_own_card,
     list_sources,
     make_card,
     render_card,
     write_card,
+    write_run_card,
 )
 from robustsoup.reports.markup import escape_markdown, quote_code
 from robustsoup.runs.description import Ancestor, Judgement, describe_checkpoint
@@ -184,6 +188,62 @@ def test_the_card_of_a_checkpoint_without_a_record(tmp_path):
     assert "model-index" not in read_header(text)
     assert "were not evaluated" in text
     assert str(tmp_path) not in text
+
+
+@pytest.fixture
+def run_with_a_soup_under_other_names(tmp_path):
+    """The folder of a run whose soup.pth names its tensors otherwise than the network does."""
+    content = make_results(tmp_path)
+    content["soup"] = "soup.pth"
+    row = next(row for row in content["rows"] if row["name"] == content["selection"]["chosen"])
+    row["name"] = content["selection"]["chosen"] = "learned"
+    row["checkpoint"] = "checkpoints/learned.safetensors"
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    for name in ("checkpoints", "evaluations"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    own = Checkpoint({"w": torch.ones(2), "b": torch.zeros(2)})
+    own.save(tmp_path / row["checkpoint"])
+    torch.save({f"backbone.{name}": t for name, t in own.tensors.items()}, tmp_path / "soup.pth")
+    ids = torch.arange(4)
+    record = {"split": "test", "checkpoint": own.digest, "threats": [], "broken_by": ["clean"]}
+    evaluation = Evaluation(ids, ids, ids, torch.ones(4), {}, record)
+    evaluation.save(tmp_path / "evaluations" / "learned.test.json")
+    return tmp_path
+
+
+def test_a_soup_under_other_names_has_the_card_of_its_run(run_with_a_soup_under_other_names):
+    folder = run_with_a_soup_under_other_names
+    soup = folder / "soup.pth"
+    assert write_run_card(Results.load(folder / "results.json"), folder) is None
+    assert find_card(soup, Checkpoint.load(soup).digest) == folder / CARD
+    assert "under the names in `soup.pth`" in (folder / CARD).read_text(encoding="utf-8")
+
+
+def test_a_soup_under_other_names_has_the_evaluations_of_its_run(
+    run_with_a_soup_under_other_names,
+):
+    soup = run_with_a_soup_under_other_names / "soup.pth"
+    (judgement,) = describe_checkpoint(soup).judgements
+    assert judgement.path.name == "learned.test.json"
+    torch.save({"backbone.w": torch.ones(2), "backbone.b": torch.ones(2)}, soup)
+    assert describe_checkpoint(soup).judgements == ()
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        ({"spec": "resnet9:width=2", "classes": 10, "channels": 3}, ""),
+        ({"spec": "my_net:load", "classes": 10, "channels": 3}, '"my_net:load"'),
+        ({"spec": "hf:vit"}, '"hf:vit"'),
+        ({"spec": "robustbench:cifar10/Linf/X"}, '"robustbench:cifar10/Linf/X"'),
+        (None, '"package.module:factory"'),
+    ],
+)
+def test_the_code_of_a_card_names_the_network_that_a_file_cannot_name(tmp_path, network, arguments):
+    record = {} if network is None else {"network": network}
+    file = Checkpoint({"w": torch.ones(2)}, record).save(tmp_path / "w.safetensors")
+    text = render_card(make_card(describe_checkpoint(file)))
+    assert f'rs.Checkpoint.load("w.safetensors").network({arguments})\n' in text
 
 
 @pytest.mark.extras

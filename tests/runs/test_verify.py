@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_runs import find_leftovers, keys_of, plan_of, recipe_of, run_recipe
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
 from robustsoup.runs import caches
 from robustsoup.runs.locks import claim_unused_folder, hold_folder
@@ -122,6 +123,26 @@ def test_a_folder_of_files_is_verified_file_by_file(copied, capsys):
     torch.save({"weight": torch.zeros(3)}, folder / "foreign.pt")
     code, outcomes = verify(folder, capsys)
     assert (code, outcomes["foreign.pt"]) == (0, "unrecorded")
+
+
+def test_an_index_stands_for_the_shards_beside_it(tmp_path, capsys):
+    shards = [tmp_path / f"model-{number}.safetensors" for number in range(2)]
+    for shard in shards:
+        Checkpoint({"weight": torch.ones(64)}).save(shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {item.stem: item.name for item in shards}}))
+    intact = dict.fromkeys([item.name for item in shards]) | {index.name: "unrecorded"}
+    assert verify(index, capsys) == (0, intact)
+    flip(shards[0], -200)
+    shards[1].unlink()
+    code, outcomes = verify(index, capsys)
+    assert code == 1
+    assert "was changed" in outcomes[shards[0].name]
+    assert "no such file" in outcomes[shards[1].name]
+    index.write_text("{}")
+    code, outcomes = verify(index, capsys)
+    assert code == 1
+    assert "no index of a checkpoint" in outcomes[index.name]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])

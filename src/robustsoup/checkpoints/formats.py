@@ -161,7 +161,10 @@ def write_checkpoint(
     refuse_non_finite(tensors, path, _find_constants(tensors, record))
     if ending == SAFETENSORS:
         metadata = {} if wrapping is None else wrapping.metadata
-        if wrapping is not None and wrapping.is_safetensors:
+        if wrapping is not None and not wrapping.is_safetensors:
+            # A network tells its names; without one, any prefix may be part of them.
+            wrapping = None if "parameters" in record else wrapping.names_alone()
+        if wrapping is not None:
             record = wrapping.rename_record(record)
             tensors = wrapping.restore_names(tensors)
         write_tensors(path, tensors, record, metadata)

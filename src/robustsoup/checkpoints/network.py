@@ -1,8 +1,10 @@
 """Determine the network of checkpoints: named by the user, else recorded in a checkpoint."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from robustsoup.catalog import DATA_SOURCES
 from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint
@@ -10,7 +12,14 @@ from robustsoup.checkpoints.fitting import network_tensors
 from robustsoup.checkpoints.opening import Opening
 from robustsoup.data import Data
 from robustsoup.errors import ModelError
-from robustsoup.models import NetworkSettings, build_network, default_image_size, input_settings
+from robustsoup.models import (
+    NetworkSettings,
+    build_network,
+    build_skeleton,
+    default_image_size,
+    input_settings,
+    is_built_in,
+)
 from robustsoup.models.network import channel_constants
 
 _AS_THEY_ARE = Opening()
@@ -170,6 +179,9 @@ def record_network(
 def infer_sizes(settings: NetworkSettings, checkpoint: Checkpoint) -> NetworkSettings:
     """Return settings with the numbers of classes and channels that a checkpoint has.
 
+    A network whose tensors do not depend on a number in the settings has its own: the rows of its
+    last parameter are its classes, and its first convolution takes its channels.
+
     Args:
         settings: The network, with any numbers.
         checkpoint: Weights of the network. Tensors that differ from it in the first dimension
@@ -179,8 +191,34 @@ def infer_sizes(settings: NetworkSettings, checkpoint: Checkpoint) -> NetworkSet
         ModelError: The network cannot be built.
     """
     model = build_network(settings)
-    tensors = checkpoint.with_names_of(model).tensors
     expected = network_tensors(model)
+    tensors = checkpoint.with_names_of(model).tensors
+    more = replace(settings, classes=settings.classes + 1, channels=settings.channels + 1)
+    try:
+        dependent = _find_sizes(expected, _shape_tensors(replace(more, normalize=None)), settings)
+    except ModelError:  # the network takes no other numbers
+        dependent = more
+    found = _find_sizes(expected, tensors, settings)
+    parameters = list(model.parameters())
+    if dependent.classes == settings.classes:
+        rows = [len(parameter) for parameter in parameters if parameter.dim()]
+        found = replace(found, classes=rows[-1] if rows else found.classes)
+    if dependent.channels == settings.channels:
+        inputs = [parameter.shape[1] for parameter in parameters if parameter.dim() == 4]
+        found = replace(found, channels=inputs[0] if inputs else found.channels)
+    return found
+
+
+def _shape_tensors(settings: NetworkSettings) -> dict[str, Tensor]:
+    """Return the tensors of a network, without values if possible."""
+    skeleton = build_skeleton(settings) if is_built_in(settings.spec) else None
+    return network_tensors(build_network(settings) if skeleton is None else skeleton)
+
+
+def _find_sizes(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], settings: NetworkSettings
+) -> NetworkSettings:
+    """Return settings with the sizes by which tensors differ from those of `settings`."""
     classes, channels = settings.classes, settings.channels
     for name in expected.keys() & tensors.keys():
         want, got = expected[name].shape, tensors[name].shape

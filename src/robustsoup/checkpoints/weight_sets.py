@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,9 @@ _COMPANIONS = re.compile(
 """What training scripts save among the tensors of a network."""
 _OPTIMIZER = re.compile(r"(?<![a-z])optim(izers?)?(?![a-z])", re.IGNORECASE)
 _MAX_DEPTH = 4
-_REMOVABLE_PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "0.")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
+"""What wrappers of PyTorch put before all names, such as DataParallel and torch.compile."""
+_REMOVABLE_PREFIXES = (*WRAPPER_PREFIXES, "model.", "net.", "0.")
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,11 @@ def _shapes_without_prefix(item: WeightSet) -> dict[str, torch.Size]:
     return {name[len(prefix) :]: shape for name, shape in shapes.items()}
 
 
-def common_prefix(names: Mapping[str, object]) -> str:
-    """Return the longest chain of prefixes of wrappers that starts every name."""
+def common_prefix(names: Collection[str], removable: Sequence[str] = _REMOVABLE_PREFIXES) -> str:
+    """Return the longest chain of removable prefixes that starts every name."""
     prefix = ""
     while shared := next(
-        (p for p in _REMOVABLE_PREFIXES if all(name.startswith(prefix + p) for name in names)),
+        (p for p in removable if all(name.startswith(prefix + p) for name in names)),
         None,
     ):
         prefix += shared

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustsoup.checkpoints.safetensors_files import DIGESTS_KEY, RECORD_KEY, SafetensorsContent
 from robustsoup.checkpoints.weight_sets import (
+    WRAPPER_PREFIXES,
     WeightSet,
     choose_weight_set,
     common_prefix,
@@ -46,6 +47,12 @@ _TRAINING_STATE = re.compile(
     re.IGNORECASE,
 )
 """Keys of what belongs to one training run, which a soup does not have."""
+
+_TABLES = (Mapping, Namespace, SimpleNamespace)
+_MAX_TABLE_DEPTH = 8
+"""Most keys that lead to a table of which a part is kept."""
+
+_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,12 @@ class Wrapping:
             named[name] = tensors[own]
         left = {name: value for name, value in self.beside.items() if name not in named}
         return named | left
+
+    def names_alone(self) -> "Wrapping":
+        """Return the names of the file, without what wrappers of PyTorch put before all of them."""
+        names = self.names
+        start = len(common_prefix(list(names.values()), WRAPPER_PREFIXES))
+        return Wrapping({own: name[start:] for own, name in names.items()})
 
     def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the content of a pickled file, which existing loading code can read."""
@@ -164,13 +177,12 @@ def soup_wrapping(wrappings: Sequence[Wrapping | None]) -> tuple[Wrapping | None
     )
     beside: dict[str, Any] = {}
     for name, value in first.beside.items():
-        shared = all(
-            other is not None and _are_equal(value, other.beside.get(name)) for other in others
+        inner = [other.beside.get(name, _NOTHING) if other else _NOTHING for other in others]
+        shared = (
+            value if name in first.copies else _share(value, inner, (str(name),), dropped, set())
         )
-        if shared or name in first.copies:
-            beside[name] = value
-        else:
-            dropped.append(name)
+        if shared is not _NOTHING:
+            beside[name] = shared
     metadata = {
         key: text
         for key, text in first.metadata.items()
@@ -187,14 +199,64 @@ def _keep_shared(
     if not path or not isinstance(content, Mapping):
         return kept
     for key, value in content.items():
-        inner = [other.get(key) if isinstance(other, Mapping) else None for other in others]
+        inner = [_entries_of(other).get(key, _NOTHING) for other in others]
         if key == path[0]:
             kept[key] = _keep_shared(value, inner, path[1:], dropped)
-        elif _is_plain(value) and not _is_state(key) and all(_are_equal(value, o) for o in inner):
-            kept[key] = value
-        else:
+        elif not _is_plain(value) or _is_state(key):
             dropped.append(str(key))
+        elif (shared := _share(value, inner, (str(key),), dropped, set())) is not _NOTHING:
+            kept[key] = shared
     return kept
+
+
+def _share(
+    value: object,
+    others: Sequence[object],
+    place: tuple[str, ...],
+    dropped: list[str],
+    seen: set[int],
+) -> object:
+    """Return a value as far as the other files hold it too, or `_NOTHING`.
+
+    Args:
+        value: The value in the first file. Tables of settings lose the entries that differ.
+        others: The values in the other files.
+        place: The keys that lead to the value.
+        dropped: Receives the names of what is left out.
+        seen: The ids of the tables that were looked through; a table may hold itself.
+    """
+    if all(_are_equal(value, other) for other in others):
+        return value
+    name = ".".join(place)
+    if not isinstance(value, _TABLES) or id(value) in seen or len(place) > _MAX_TABLE_DEPTH:
+        dropped.append(name)
+        return _NOTHING
+    seen.add(id(value))
+    left_out: list[str] = []
+    kept: dict[Any, Any] = {}
+    for key, entry in _entries_of(value).items():
+        inner = [_entries_of(other).get(key, _NOTHING) for other in others]
+        shared = _share(entry, inner, (*place, str(key)), left_out, seen)
+        if shared is not _NOTHING:
+            kept[key] = shared
+    dropped.extend(left_out if kept else [name])
+    return _replace_entries(value, kept) if kept else _NOTHING
+
+
+def _entries_of(table: object) -> Mapping[Any, Any]:
+    """Return the entries of a mapping or a namespace; none of other values."""
+    if isinstance(table, Mapping):
+        return table
+    return vars(table) if isinstance(table, _TABLES) else {}
+
+
+def _replace_entries(table: object, entries: dict[Any, Any]) -> object:
+    """Return a namespace, or else a dict, with these entries."""
+    if isinstance(table, Mapping):
+        return entries
+    namespace = type(table)()
+    vars(namespace).update(entries)
+    return namespace
 
 
 def _is_state(key: object) -> bool:
@@ -221,11 +283,7 @@ def _holds(value: object, types: tuple[type, ...]) -> bool:
 
 
 def _parts_of(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return list(vars(value).values()) if isinstance(value, (Namespace, SimpleNamespace)) else []
+    return list(value if isinstance(value, (list, tuple)) else _entries_of(value).values())
 
 
 def _are_equal(left: object, right: object) -> bool:
@@ -238,10 +296,11 @@ def _are_equal(left: object, right: object) -> bool:
         seen.add((id(a), id(b)))
         if type(a) is not type(b):
             return False
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if a.keys() != b.keys():
+        if isinstance(a, _TABLES):
+            entries, others = _entries_of(a), _entries_of(b)
+            if entries.keys() != others.keys():
                 return False
-            pairs.extend((a[key], b[key]) for key in a)
+            pairs.extend((entries[key], others[key]) for key in entries)
         elif parts := _parts_of(a):
             others = _parts_of(b)
             if len(parts) != len(others):

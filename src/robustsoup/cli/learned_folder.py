@@ -1,12 +1,13 @@
 """The folder that `robustsoup learn` writes: coefficients and their soup, or a dial."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, soup_ending
 from robustsoup.files import remove_file
 from robustsoup.reports import draw_dial, draw_learned, save_plot, write_coefficient_csv
-from robustsoup.reports.card import CARD, is_own_card, make_card, write_card
+from robustsoup.reports.card import CARD, find_other_digests, is_own_card, make_card, write_card
 from robustsoup.runs.context import Context
 from robustsoup.runs.description import describe_checkpoint
 from robustsoup.settings import LearnSettings
@@ -83,7 +84,13 @@ class LearnedFolder:
             soup.save(self.path / name)
         write_coefficient_csv(learned, self.names, self.path / "coefficients.csv")
         save_plot(draw_learned(learned, self.names, "coefficients by layer"), self.path)
-        return write_card(make_card(describe_checkpoint(self.path / "soup.safetensors")), self.path)
+        return self._write_card(soup_names)
+
+    def _write_card(self, soup_names: set[str]) -> str | None:
+        description = describe_checkpoint(self.path / "soup.safetensors")
+        files = [self.path / name for name in sorted(soup_names)]
+        digests = find_other_digests(files, description.checkpoint.digest)
+        return write_card(replace(make_card(description), digests=digests), self.path)
 
     def _write_dial(self, dial: Dial) -> list[str]:
         self._remove_others({"dial.safetensors"})

@@ -6,12 +6,15 @@ It holds measured figures alone, and leaves the licence to whoever publishes the
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RobustsoupError
 from robustsoup.files import read_regular, remove_file, write_text
+from robustsoup.models import NetworkSettings
+from robustsoup.reports.commands import name_network
 from robustsoup.reports.markup import (
     YamlValue,
     escape_markdown,
@@ -62,6 +65,9 @@ class Card:
         warnings: Why figures are doubtful.
         sources: Repositories of the hub that ingredients came from.
         versions: Versions and device of the run.
+        arguments: What `Checkpoint.network` takes to build the network, as Python.
+        digests: Digest of the weights by file, of those beside the card that hold them under other
+            names of tensors.
     """
 
     title: str
@@ -75,6 +81,8 @@ class Card:
     warnings: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     versions: dict[str, object] = field(default_factory=dict)
+    arguments: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_run_card(results: Results, folder: Path) -> str | None:
@@ -150,7 +158,20 @@ def make_card(description: Description) -> Card:
         tree=description.tree,
         judgements=_in_order(description.judgements),
         warnings=(*description.checkpoint.warnings, *_list_warnings(description.judgements)),
+        arguments=_list_arguments(name.name, description),
     )
+
+
+def find_other_digests(files: Iterable[Path], digest: str) -> dict[str, str]:
+    """Return the digests of files with the same weights, by name, that differ from `digest`.
+
+    The names of tensors count for a digest, and a file in another format may have others.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    digests = {file.name: Checkpoint.open(file).digest for file in files}
+    return {name: other for name, other in digests.items() if other != digest}
 
 
 def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path) -> Card:
@@ -183,14 +204,23 @@ def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path)
         warnings=(*_list_warnings(judged), *_list_run_warnings(results)),
         sources=list_sources(results, row),
         versions=dict(results.versions),
+        arguments=_list_arguments(soup, description),
+        digests=find_other_digests([folder / soup], description.checkpoint.digest),
     )
 
 
 def _describe_network(description: Description) -> str | None:
-    network = description.network
-    if network is None:
+    if description.network is None:
         return None
-    return f"{network['spec']}, classes {network['classes']}, channels {network['channels']}"
+    network = NetworkSettings.from_record(description.network)
+    return f"{network.spec}, classes {network.classes}, channels {network.channels}"
+
+
+def _list_arguments(file: str, description: Description) -> str:
+    """Return what `Checkpoint.network` takes to build the network of a file, as Python."""
+    if description.network is None:
+        return '"package.module:factory"'
+    return name_network(file, NetworkSettings.from_record(description.network))[0]
 
 
 def _in_order(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
@@ -334,6 +364,10 @@ def _render_summary(card: Card) -> list[str]:
         for digest, name in sorted(origins)
     ]
     lines.append(f"- sha256 of the weights: `{card.tree.digest}`")
+    lines += [
+        f"- sha256 of the weights under the names in {quote_code(name)}: {quote_code(digest)}"
+        for name, digest in card.digests.items()
+    ]
     if card.versions:
         pairs = ", ".join(f"{name} {value}" for name, value in card.versions.items())
         lines.append(f"- made with: {escape_markdown(pairs)}")
@@ -404,7 +438,6 @@ def _render_use(card: Card) -> list[str]:
         text = f"{quote_code(card.file)} loads with the code that loads the ingredients."
         return ["## Use", "", text, ""]
     file = json.dumps(card.file)
-    lines = ["import robustsoup as rs", "", f"network = rs.Checkpoint.load({file}).network()"]
-    if card.network is None:
-        lines[-1] = f'network = rs.Checkpoint.load({file}).network("package.module:factory")'
+    load = f"rs.Checkpoint.load({file}).network({card.arguments})"
+    lines = ["import robustsoup as rs", "", f"network = {load}"]
     return ["## Use", "", "```python", *lines, "```", ""]

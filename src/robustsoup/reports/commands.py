@@ -25,7 +25,7 @@ def list_commands(
     soup = results.soup
     if soup is None:
         return []
-    arguments, options = _name_network(soup, _find_network(results, recorded))
+    arguments, options = name_network(soup, _find_network(results, recorded))
     load = f"rs.Checkpoint.load({json.dumps(soup)}).network({arguments})"
     data = hide_folders(str(results.data.get("name") or "DATA"))
     words = ["robustsoup", "evaluate", soup, "--data", data]
@@ -64,7 +64,7 @@ def _find_network(results: Results, recorded: Mapping[str, Any] | None) -> Netwo
     return NetworkSettings.from_record({name: item for name, item in record.items() if item})
 
 
-def _name_network(soup: str, network: NetworkSettings | None) -> tuple[str, list[str]]:
+def name_network(soup: str, network: NetworkSettings | None) -> tuple[str, list[str]]:
     """Return what names the network in Python and on the command line, if the file does not."""
     has_record = soup.endswith(".safetensors")
     if network is None or (has_record and is_built_in(network.spec)):

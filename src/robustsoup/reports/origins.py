@@ -5,7 +5,12 @@ from pathlib import Path
 
 from robustsoup.errors import CheckpointError
 from robustsoup.reports.file_names import hide_folders
-from robustsoup.runs.description import Ancestor, Description, describe_checkpoint
+from robustsoup.runs.description import (
+    Ancestor,
+    Description,
+    describe_checkpoint,
+    find_own_file,
+)
 from robustsoup.runs.results import Results
 
 DIGITS = 16
@@ -29,15 +34,10 @@ def describe_soup_of(results: Results, folder: Path) -> Description:
     Raises:
         CheckpointError: No soup was chosen, or its file cannot be read.
     """
-    selection, soup = results.selection, results.soup
-    if selection is None or soup is None or Path(soup).name != soup:
+    soup = results.soup
+    if results.selection is None or soup is None or Path(soup).name != soup:
         raise CheckpointError(f"{folder}: no soup was chosen")
-    row = next((row for row in results.rows if row.name == selection.chosen), None)
-    if row and row.checkpoint:
-        recorded = folder / "checkpoints" / Path(row.checkpoint).name
-        if recorded.exists():
-            return describe_checkpoint(recorded)
-    return describe_checkpoint(folder / soup)
+    return describe_checkpoint(find_own_file(results, folder) or folder / soup)
 
 
 def trace_origins(ancestor: Ancestor) -> Origin:

@@ -16,6 +16,7 @@ from robustsoup.evaluation.attack_texts import describe_attack
 from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import Evaluation
+from robustsoup.file_bytes import digest_tensors
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.runs.staging import RESULTS
 from robustsoup.schema import LONGEST_TEXT
@@ -164,7 +165,8 @@ def describe_checkpoint(
     """Read a checkpoint, and look for its ancestors and its evaluations beside it.
 
     Evaluations are found by the digest of the weights that they record, so a file of the right name
-    that judges other weights is not taken.
+    that judges other weights is not taken. A soup under the names of its ingredients' files has
+    those of the file that a command wrote of the same weights under the network's own names.
 
     Args:
         source: The checkpoint, or its file.
@@ -274,9 +276,10 @@ def mean_coefficients(record: Mapping[str, Any]) -> list[float | None]:
 
 
 def _list_evaluations(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Yield the evaluations beside a checkpoint that record its digest."""
+    """Yield the evaluations beside a checkpoint that record its digest, or that of its own file."""
     if checkpoint.path is None:
         return
+    digests = {checkpoint.digest, _find_own_digest(checkpoint, checkpoint.path)}
     folder = checkpoint.path.parent
     folders = [folder, folder / EVALUATIONS]
     if folder.name == CHECKPOINTS:
@@ -289,8 +292,48 @@ def _list_evaluations(checkpoint: Checkpoint) -> Iterator[Path]:
             content = read_json(path)
         except (OSError, ValueError):
             continue
-        if isinstance(content, dict) and content.get("checkpoint") == checkpoint.digest:
+        if isinstance(content, dict) and content.get("checkpoint") in digests:
             yield path
+
+
+def find_own_file(results: Results, folder: Path) -> Path | None:
+    """Return the file of a run that holds its soup under the network's own names, with a record.
+
+    None if there is none, as where the soup is a checkpoint that the user gave.
+    """
+    chosen = None if results.selection is None else results.selection.chosen
+    row = next((row for row in results.rows if row.name == chosen), None)
+    if row is None or not row.checkpoint:
+        return None
+    # A name with a folder, as strangers may write it, finds nothing outside the run folder.
+    file = folder / CHECKPOINTS / Path(row.checkpoint).name
+    return file if file.is_file() else None
+
+
+def _find_own_digest(soup: Checkpoint, path: Path) -> str:
+    """Return the digest of the file with the weights of a soup under the network's own names.
+
+    It is among the checkpoints of a run, or beside a learned soup; without one, return the digest
+    of the soup.
+    """
+    own: Path | None = path.with_name(f"{path.name.partition('.')[0]}.safetensors")
+    try:
+        results = Results.load(path.parent / RESULTS)
+        own = find_own_file(results, path.parent) if results.soup == path.name else None
+    except (RequestError, OSError):
+        pass
+    if own is None or own == path:
+        return soup.digest
+    try:
+        other = Checkpoint.open(own)
+        return other.digest if _digest_each(other) == _digest_each(soup) else soup.digest
+    except (CheckpointError, OSError):
+        return soup.digest
+
+
+def _digest_each(checkpoint: Checkpoint) -> set[str]:
+    """Return the digest of each tensor, without its name."""
+    return {digest_tensors({"": tensor}) for tensor in checkpoint.tensors.values()}
 
 
 @dataclass

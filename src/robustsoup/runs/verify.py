@@ -9,9 +9,10 @@ from robustsoup.archives import SEAL
 from robustsoup.checkpoints import safetensors_files
 from robustsoup.checkpoints.formats import read_checkpoint, read_tensors
 from robustsoup.checkpoints.safetensors_files import read_safetensors
+from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, file_ending
 from robustsoup.documents import read_json
-from robustsoup.errors import RequestError
+from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.evaluation import verdicts
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.files import open_regular
@@ -50,8 +51,8 @@ def verify_path(path: Path, on_progress: Progress) -> list[Verified]:
     """Read every file below a path in full and compare it with its digest.
 
     Args:
-        path: A checkpoint, coefficients, an evaluation, a run folder, a store, or a folder of such
-            files.
+        path: A checkpoint, the index of its shards, coefficients, an evaluation, a run folder, a
+            store, or a folder of such files.
         on_progress: Called with (files done, all files, name).
 
     Raises:
@@ -61,6 +62,8 @@ def verify_path(path: Path, on_progress: Progress) -> list[Verified]:
         path = path.parent
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder; give what `robustsoup` wrote")
+    if path.name.endswith(INDEX_ENDING):
+        return _verify_shards(path, on_progress)
     if not path.is_dir():
         return _verify_each([path.name], lambda name: _verify_file(path, name), on_progress)
     if (path / RESULTS).is_file():
@@ -79,6 +82,16 @@ def _verify_each(
         outcomes.append(verify(name))
         on_progress(len(outcomes), len(names), name)
     return outcomes
+
+
+def _verify_shards(index: Path, on_progress: Progress) -> list[Verified]:
+    """Compare the files that an index of shards names; the index holds no digests."""
+    try:
+        names = list(read_index(index))
+    except CheckpointError as error:
+        return [Verified(index.name, str(error).removeprefix(f"{index}: "))]
+    shards = _verify_each(names, lambda name: _verify_file(index.parent / name, name), on_progress)
+    return [Verified(index.name, None, recorded=False), *shards]
 
 
 def _verify_run_folder(folder: Path, on_progress: Progress) -> list[Verified]:
