@@ -108,6 +108,7 @@ audit: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet pip-audit
 	$(BIN)/pip-audit --disable-pip --require-hashes -r requirements-ci.txt
 	$(BIN)/pip-audit --disable-pip --no-deps -r constraints.txt
+	$(BIN)/pip-audit --disable-pip --no-deps -r constraints-extras.txt
 
 # Runs the suite with the oldest dependencies that pyproject.toml promises.
 # Downloads PyTorch's CUDA build (gigabytes) once.

@@ -17,6 +17,15 @@ FEW = ("--steps", 2, "--samples", 64)
 PAIR = ("low.safetensors", "high.safetensors")
 SEARCH = ("search", *PAIR, *LINF, *FEW, "--step", 0.5)
 LEARN = ("learn", *PAIR, *LINF)
+SMALL = {
+    "train": ("--epochs", 1),
+    "check": ("--samples", 32),
+    "learn": ("--epochs", 1),
+    "evaluate": ("--steps", 2, "--samples", 64),
+    "search": ("--steps", 2, "--samples", 32, "--step", 0.5),
+    "landscape": ("--points", 2, "--samples", 16, "--attack-steps", 1, "--calibrate-samples", 64),
+}
+"""Options that make the examples of commands quick."""
 MIX = ("mix", *PAIR, "-o", "soup.safetensors")
 
 

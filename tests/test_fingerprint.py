@@ -220,18 +220,19 @@ def test_a_function_may_refer_to_itself():
     assert code_fingerprint(first) == code_fingerprint(first)
 
 
-def test_values_have_the_same_fingerprint_in_every_process(tmp_path):
+def test_values_have_the_same_fingerprint_in_every_process(tmp_path, monkeypatch):
     (tmp_path / "nested.py").write_text(
         "from functools import partial\n"
+        "from robustsoup.fingerprint import code_fingerprint\n"
         "class Plain: pass\n"
         "def make(*bound):\n"
         "    return lambda x, y=Plain(): (x, y, bound, x in {'Linf', 'L2', 'L1'})\n"
-        "print(__import__('robustsoup.fingerprint').fingerprint.code_fingerprint(\n"
-        "    partial(make(Plain(), make, len, {'a', 'b'}), make)))\n"
+        "FINGERPRINT = code_fingerprint(partial(make(Plain(), make, len, {'a', 'b'}), make))\n"
     )
-    run = [sys.executable, str(tmp_path / "nested.py")]
-    prints = {subprocess.run(run, check=True, capture_output=True).stdout for _ in range(2)}
-    assert len(prints) == 1
+    monkeypatch.syspath_prepend(tmp_path)
+    run = [sys.executable, "-c", "import nested; print(nested.FINGERPRINT)"]
+    done = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == importlib.import_module("nested").FINGERPRINT
 
 
 def test_code_without_a_file_has_a_fingerprint():

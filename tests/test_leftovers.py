@@ -13,7 +13,7 @@ from robustsoup import files, leftovers
 from robustsoup.files import write_text
 from robustsoup.leftovers import is_leftover, remove_leftovers, temporary_sibling
 
-DEAD = 4194303  # one more than the largest process number of Linux
+DEAD = 4194304  # one more than the largest process number of Linux
 
 
 def name_of_child(folder, code="print(temporary_sibling(Path(sys.argv[1])))"):

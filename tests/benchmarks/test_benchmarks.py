@@ -139,6 +139,7 @@ def test_the_gpu_script_runs_small_on_a_cpu(tmp_path, cache):
     assert "Pre-training resnet9" in table
 
 
+@pytest.mark.slow
 def test_the_gpu_script_without_a_gpu_says_how_to_try_it():
     import torch
 
@@ -288,26 +289,48 @@ def test_a_full_disk_leaves_the_earlier_parts(packed, monkeypatch):
     assert pieces.pack(store, folder) == list(folder.iterdir()) == [folder / "part-000"]
 
 
-def test_an_interrupted_piece_ends_its_run_and_packs(packed, monkeypatch):
+@pytest.fixture
+def stop_run(monkeypatch):
+    """A function that sets how the run of a piece is stopped, and with what exit code it ends."""
+
+    def patch(stop, code):
+        calls = []
+
+        class Process:
+            def __init__(self, *_, **__):
+                pass
+
+            def wait(self, _timeout=None):
+                calls.append("wait")
+                if len(calls) == 1:
+                    raise stop
+                return code
+
+            def terminate(self):
+                calls.append("terminate")
+
+        monkeypatch.setattr(pieces.subprocess, "Popen", Process)
+        return calls
+
+    return patch
+
+
+def test_an_interrupted_piece_ends_its_run_and_packs(packed, stop_run):
     store, folder = packed
-    calls = []
-
-    class Process:
-        def __init__(self, *_, **__):
-            pass
-
-        def wait(self, _timeout=None):
-            calls.append("wait")
-            if len(calls) == 1:
-                raise KeyboardInterrupt
-            return 130
-
-        def terminate(self):
-            calls.append("terminate")
-
-    monkeypatch.setattr(pieces.subprocess, "Popen", Process)
+    calls = stop_run(KeyboardInterrupt, 130)
     with pytest.raises(KeyboardInterrupt):
         pieces.run_piece([], store, 1, pack_to=folder)
+    assert calls == ["wait", "terminate", "wait"]
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("code", "answer"), [(143, 75), (0, 0), (1, 1)])
+def test_a_piece_whose_time_is_over_is_unfinished_unless_its_run_ended(
+    packed, stop_run, code, answer
+):
+    store, folder = packed
+    calls = stop_run(subprocess.TimeoutExpired("run", 60), code)
+    assert pieces.run_piece([], store, 1, pack_to=folder) == answer
     assert calls == ["wait", "terminate", "wait"]
     assert len(list(folder.iterdir())) == 2
 

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 from command_line import LINF, MIX, SEARCH, read_files, run, start
 
 import robustsoup
@@ -77,47 +76,10 @@ def test_a_full_disk_is_exit_code_1_and_earlier_files_stay(here, capsys, command
     assert set(after) - set(before) <= {"log.txt"}
 
 
-WAIT_ONCE_SAVED = """
-import signal, sys, time
-from robustsoup.cli import main
-from robustsoup.progress import SavedState
-
-save = SavedState.save
-
-def save_and_wait(self, state):
-    save(self, state)
-    time.sleep(600)  # until the test interrupts this process
-
-SavedState.save = save_and_wait
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
-main(sys.argv[1:])
-"""
-
-
-def test_interrupted_training_resumes(here, tmp_path):
-    """Ctrl-C: exit code 130, one line, and the same command finishes the work."""
-    command = (*TUNE, "--epochs", 3, "--lr", 0.01, "--threads", 1)
-    process = start(*command, store=tmp_path / "store", script=("-c", WAIT_ONCE_SAVED))
-    state, deadline = here / ".new.safetensors.state.pt", time.monotonic() + DEADLINE
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130, error
-    assert error == "robustsoup: interrupted; run the same command again to resume\n"
-    assert not (here / "new.safetensors").exists()
-    interrupted = torch.load(state, weights_only=True)["history"]
-    assert len(interrupted) == 1
-    assert run(*command) == 0
-    assert not state.exists()
-    history = Checkpoint.load("new.safetensors").provenance["history"]
-    assert len(history) == 3
-    assert history[0] == interrupted[0]
-
-
 WAIT_AT_STEP = """
 import signal, sys, time
 from robustsoup.cli import main
+from robustsoup.interruption import signal_waits
 from robustsoup.training.train import TrainingRun
 
 take_step, waited = TrainingRun.take_step, []
@@ -127,7 +89,8 @@ def take_step_and_wait(self, x, y):
     if self.step == 2 and not waited:
         waited.append(self)
         open("waiting", "w").close()
-        time.sleep(2)  # the signal arrives here and waits for the end of the step
+        while not signal_waits():  # for the end of the step
+            time.sleep(0.01)
     return loss
 
 TrainingRun.take_step = take_step_and_wait

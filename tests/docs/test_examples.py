@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from command_line import SMALL
 
 from robustsoup.cli import app, main
 from robustsoup.recipes import load_recipe
@@ -58,13 +59,16 @@ def test_the_readme_and_the_tutorial_are_among_the_pages():
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "size", [pytest.param({}, id="full", marks=pytest.mark.slow), pytest.param(SMALL, id="small")]
+)
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, size):
     monkeypatch.chdir(tmp_path)
     commands = shell_commands(ROOT / "README.md")
     assert [words[0] for words in commands] == [
         *("train", "train", "train", "check", "search", "learn", "evaluate", "compare")
     ]
-    run_commands(commands)
+    run_commands([[*words, *map(str, size.get(words[0], ()))] for words in commands])
     for written in ("best/soup.safetensors", "learned/soup.safetensors", "results/soup.test.json"):
         assert (tmp_path / written).exists(), written
 

@@ -75,6 +75,13 @@ def test_every_job_of_the_hosted_checks_installs_by_digests():
     assert "make audit" in str(workflow["jobs"]["audit"])
 
 
+def test_the_audit_reads_all_pinned_dependencies():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^audit:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    audited = re.findall(r"pip-audit .*-r (\S+)", commands)
+    assert audited == ["requirements-ci.txt", "constraints.txt", "constraints-extras.txt"]
+
+
 def test_the_floor_of_torch_is_at_most_2_6():
     floor = read_floors(PROJECT["dependencies"])["torch"]
     assert as_numbers(floor) <= (2, 6)

@@ -1,12 +1,8 @@
 """An evaluation that is interrupted or killed resumes sample by sample, with the same verdicts."""
 
 import copy
-import os
-import signal
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,6 @@ from evaluated_networks import (
 )
 
 from robustsoup.attacks.outcome import Outcome
-from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import load_data
 from robustsoup.errors import CheckpointError
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.models.normalize import normalize_inputs
@@ -105,55 +99,26 @@ def test_a_resumed_evaluation_keeps_its_warnings(model, data, tmp_path, passes):
     assert resumed.record["masking_check"] == complete_run.record["masking_check"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from evaluated_networks import Counted
-from robustsoup import Checkpoint, evaluate, load_data
-from robustsoup.progress import SavedState
+def test_a_killed_evaluation_resumes(model, data, tmp_path, passes, save_every_step):
+    """A kill leaves the state that was saved last, before anything that an error would save."""
+    network = Counted(model)
+    settings = {"steps": 20, "seed": 3, "restarts": 2, "batch_size": 8}
+    complete_run = evaluate(network, data, [LINF, L2], **settings)
+    cost, state, left = passes[True], tmp_path / "state.pt", tmp_path / "left.pt"
 
-torch.set_num_threads(1)
-SavedState.__init__.__defaults__ = (0.0,)  # save at every report, not every 30 s
-path, state, gate_after = sys.argv[1:]
-Counted.reset(gate_after=int(gate_after))
+    def kill_at_gate(done, total, figures):
+        if Counted.reached_gate():
+            shutil.copy(state, left)
+        interrupt_at_gate(done, total, figures)
 
-def kill_at_gate(done, total, figures):
-    if Counted.reached_gate() and Path(state).exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-evaluate(Counted(Checkpoint.load(path).network()), load_data("digits").test.first(60),
-         ["Linf 0.1", "L2 0.5"], steps=20, seed=3, restarts=8, state_path=state,
-         on_progress=kill_at_gate)
-"""
-
-
-def test_a_killed_evaluation_resumes(model, tmp_path, passes):
-    network = {"spec": "resnet9:width=4", "channels": 1}
-    path = Checkpoint.of(model, {"network": network}).save(tmp_path / "a.safetensors")
-    counted = Counted(Checkpoint.load(path).network())
-    data, settings = load_data("digits").test.first(60), {"steps": 20, "seed": 3, "restarts": 8}
-    complete_run = evaluate(counted, data, [LINF, L2], **settings)
-    cost, state = passes[True], tmp_path / "state.pt"
-    tests, python_path = Path(__file__).parent, list(filter(None, [os.environ.get("PYTHONPATH")]))
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), str(state), str(cost // 2)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(tests), *python_path]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("state")] == ["state.pt"]
+    Counted.reset(gate_after=int(0.8 * cost))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network, data, [LINF, L2], state_path=state, on_progress=kill_at_gate, **settings)
     Counted.reset()
-    resumed = evaluate(counted, data, [LINF, L2], state_path=state, **settings)
+    resumed = evaluate(network, data, [LINF, L2], state_path=left, **settings)
     assert same_verdicts(resumed, complete_run)
-    assert passes[True] < 0.75 * cost  # settled samples are not attacked again
-    assert not state.exists()
+    assert passes[True] < 0.6 * cost  # settled samples are not attacked again
+    assert not left.exists()
 
 
 def test_a_state_of_other_settings_or_another_network_is_refused(

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from synthetic_results import make_all_results, write_and_read_report
+from synthetic_results import NAMES, make_all_results, write_and_read_report
 
 from robustsoup.reports.page import SCRIPTS
 
@@ -138,16 +138,15 @@ def test_a_report_with_every_figure_loads_nothing(tmp_path, all_results):
     assert_scripts_are_known(page)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_names_from_files_load_nothing(tmp_path, all_results, text):
-    all_results["name"] = text
+def test_names_from_files_load_nothing(tmp_path, all_results):
+    hostile = dict(zip(NAMES, HOSTILE, strict=True))
+    all_results["name"] = "".join(HOSTILE)
     for row in all_results["rows"]:
-        if row["name"] == "eps4":
-            row["name"] = text
+        row["name"] = hostile.get(row["name"], row["name"])
         if "ingredients" in row:
-            row["ingredients"] = [text if name == "eps4" else name for name in row["ingredients"]]
+            row["ingredients"] = [hostile.get(name, name) for name in row["ingredients"]]
     page = write_and_read_report(tmp_path, all_results)
-    assert "example.invalid" in page
+    assert page.count("example.invalid") > len(HOSTILE)
     assert_loads_nothing(page)
     assert_scripts_are_known(page)
 

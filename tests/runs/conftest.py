@@ -1,12 +1,10 @@
-import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_runs import SCREENED, RecordingReporter, recipe_of, run_recipe
+from tiny_runs import SCREENED, RecordingReporter, one_thread, recipe_of, run_recipe
 
 
 @dataclass(frozen=True)
@@ -23,17 +21,6 @@ class FinishedRun:
 @pytest.fixture(autouse=True)
 def _blank_figures(blank_figures):
     """Draw no figures."""
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Let PyTorch use one thread, whatever the number that the tests run with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from tiny_runs import (
     DATA,
     PLANE,
     RecordingReporter,
+    forget_steps,
     recipe_of,
     recipe_of_files,
     run_recipe,
@@ -119,12 +120,6 @@ def test_finished_steps_open_no_pool(copied):
     reporter = run_in(pool, recipe_of(), folder)
     assert reporter.finished_steps == []
     assert (pool.opened, pool.closed, pool.submitted) == (0, 0, [])
-
-
-def forget_steps(store, *names):
-    for key in Store(store).keys():  # noqa: SIM118
-        if Store(store).record(key)["name"] in names:
-            shutil.rmtree(Store(store).path(key))
 
 
 def test_a_step_that_loses_its_worker_runs_again(copied):

@@ -11,12 +11,14 @@ import time
 
 import pytest
 from tiny_runs import (
+    FEW_SAMPLES,
     RecordingReporter,
     find_leftovers,
-    keys_of,
+    forget_steps,
     modification_times,
     plan_of,
     recipe_of,
+    recipe_of_files,
     run_recipe,
     steps_of,
 )
@@ -38,25 +40,25 @@ def test_seconds_before_a_kill_count(tmp_path, monkeypatch):
     assert StepClock(path, reporter, step).stop() < 10_000
 
 
-def test_finished_steps_stay_when_a_run_is_interrupted(tmp_path):
-    first = RecordingReporter(stop_after=3)
+def test_finished_steps_stay_when_a_run_is_interrupted(files, tmp_path):
+    recipe, first = recipe_of_files(files, evaluate=FEW_SAMPLES), RecordingReporter(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe_of(), tmp_path / "run", first)
+        run_recipe(recipe, tmp_path / "run", first)
     assert not (tmp_path / "run" / "results.json").exists()
-    _, _, second = run_recipe(recipe_of(), tmp_path / "run")
-    steps = list(keys_of(plan_of()))
+    _, _, second = run_recipe(recipe, tmp_path / "run")
+    (steps,) = first.missing
     assert second.missing == [steps[3:]]
     assert first.finished_steps + second.finished_steps == steps
 
 
-def test_a_failing_step_is_named_and_earlier_steps_stay(tmp_path):
+def test_a_failing_step_is_named_and_earlier_steps_stay(copied):
+    folder, store = copied
+    forget_steps(store, "low", "high")
     diverging = recipe_of([(("ingredients", "high", "lr"), 1e30)])
     with pytest.raises(Diverged, match=r"^high: train: the loss became"):
-        run_recipe(diverging, tmp_path / "run")
-    _, _, reporter = run_recipe(recipe_of(), tmp_path / "run")
-    assert ("pretrain", "pretrained") not in reporter.finished_steps
-    assert ("finetune", "low") not in reporter.finished_steps
-    assert ("finetune", "high") in reporter.finished_steps
+        run_recipe(diverging, folder)
+    _, _, reporter = run_recipe(recipe_of(), folder)
+    assert reporter.finished_steps == [("finetune", "high")]
 
 
 def test_a_step_without_its_record_runs_again(copied):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from markers import thinned
-from tiny_runs import find_leftovers, recipe_of, run_recipe
+from tiny_runs import find_leftovers, one_thread, recipe_of, run_recipe
 
 from robustsoup import files
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -29,13 +29,24 @@ class Stop(BaseException):
     """A kill: nothing that handles errors handles it."""
 
 
+@pytest.fixture(scope="module")
+def other(finished, tmp_path_factory):
+    """The run folder and the store of a run with other settings, run once: (folder, store)."""
+    place = tmp_path_factory.mktemp("other")
+    shutil.copytree(finished.store, place / "store")
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setenv("ROBUSTSOUP_STORE", str(place / "store"))
+        run_recipe(recipe_of(OTHER), place / "run")
+    return place / "run", place / "store"
+
+
 @pytest.fixture
-def other_run(copied):
+def other_run(copied, other):
     """The run folder and the recipe of a run with other settings, all of whose steps are stored."""
-    folder, _ = copied
-    recipe = recipe_of(OTHER)
-    run_recipe(recipe, folder.parent / "other")
-    return folder, recipe
+    folder, store = copied
+    shutil.copytree(other[0], folder.parent / "other")
+    shutil.copytree(other[1], store, dirs_exist_ok=True)
+    return folder, recipe_of(OTHER)
 
 
 def digests(folder):

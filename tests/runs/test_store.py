@@ -6,7 +6,16 @@ import os
 import shutil
 
 import pytest
-from tiny_runs import keys_of, plan_of, recipe_of, run_recipe, steps_of
+from tiny_runs import (
+    FEW_SAMPLES,
+    RecordingReporter,
+    keys_of,
+    plan_of,
+    recipe_of,
+    recipe_of_files,
+    run_recipe,
+    steps_of,
+)
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import StorageError
@@ -233,18 +242,21 @@ def test_damaged_remains_of_an_attempt_are_dropped(tmp_path, save_every_step):
     partial = Store().path(key).with_name(f"{key}.partial")
     partial.mkdir(parents=True)
     (partial / "state.pt").write_bytes(b"PK\x03\x04 cut")
-    _, _, reporter = run_recipe(recipe_of(), tmp_path / "run")
-    assert ("pretrain", "pretrained") in reporter.finished_steps
+    reporter = RecordingReporter(stop_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe_of(), tmp_path / "run", reporter)
+    assert reporter.finished_steps == [("pretrain", "pretrained")]
     assert len([note for note in reporter.notes if "the step starts again" in note]) == 1
 
 
-def test_a_disk_that_spoils_every_step_is_named(tmp_path, monkeypatch):
+def test_a_disk_that_spoils_every_step_is_named(files, tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "has", lambda self, key: False)
     with pytest.raises(StorageError, match="damaged again as soon as it is written; check the"):
-        run_recipe(recipe_of(), tmp_path / "run")
+        run_recipe(recipe_of_files(files, evaluate=FEW_SAMPLES), tmp_path / "run")
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(files, tmp_path, monkeypatch):
+    recipe, reporter = recipe_of_files(files, evaluate=FEW_SAMPLES), RecordingReporter()
     write_bytes, calls = json.dumps, []
 
     def fail_in_the_third_record(content, **settings):
@@ -254,10 +266,10 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch)
                 raise OSError(errno.ENOSPC, "No space left on device")
         return write_bytes(content, **settings)
 
-    monkeypatch.setattr(json, "dumps", fail_in_the_third_record)
-    with pytest.raises(StorageError, match="store cannot be written: No space left on device"):
-        run_recipe(recipe_of(), tmp_path / "run")
-    monkeypatch.undo()
-    monkeypatch.setenv("ROBUSTSOUP_STORE", str(tmp_path / "store"))
-    _, _, reporter = run_recipe(recipe_of(), tmp_path / "run")
-    assert reporter.finished_steps == list(keys_of(plan_of()))[2:]
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", fail_in_the_third_record)
+        with pytest.raises(StorageError, match="store cannot be written: No space left on device"):
+            run_recipe(recipe, tmp_path / "run", reporter)
+    _, _, resumed = run_recipe(recipe, tmp_path / "run")
+    (steps,) = reporter.missing
+    assert resumed.finished_steps == steps[2:]

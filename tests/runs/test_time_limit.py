@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from tiny_runs import FEW_SAMPLES, recipe_of_files, run_recipe
@@ -49,7 +50,10 @@ def test_soups_that_come_too_late_are_left_out_and_counted(files, tmp_path):
     assert answer.guarantee.candidates == 3
     assert "the time limit left out 8 soups that no attack was tried on" in answer.lines()
     # those that were judged have the verdicts of a search without a limit
-    run_recipe(make_recipe(files, {"map": grid}), tmp_path / "whole")
+    _, _, reporter = run_recipe(make_recipe(files, {"map": grid}), tmp_path / "whole")
+    later = [name for _, name in reporter.finished_steps if re.fullmatch(r"map-.*\.val", name)]
+    assert len(later) == 8
+    assert not {f"{name}.val" for name in soups} & {*later}
     assert load_results(tmp_path / "whole").selection.left_out == 0
     for name in soups:
         limited_verdicts = verdicts_of(tmp_path / "limited", name)

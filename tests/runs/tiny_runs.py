@@ -1,11 +1,14 @@
 """A tiny recipe on digits, and helpers to plan and run it."""
 
+import contextlib
 import copy
 import hashlib
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
+import torch
 from trained_seed import trained_seed
 
 from robustsoup.data import load_data
@@ -165,6 +168,25 @@ def run_recipe(recipe, folder, reporter=None):
         results, selection = run_prepared(prepared, folder, reporter)
     assert Results.load(folder / "results.json") == results
     return results.to_json(), selection, reporter
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Let PyTorch use one thread, whatever the number that the tests run with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def forget_steps(root, *names):
+    """Remove the steps with some names from a store."""
+    store = Store(root)
+    for key in store.keys():  # noqa: SIM118
+        if store.record(key)["name"] in names:
+            shutil.rmtree(store.path(key))
 
 
 TIMES = ("created", "seconds", "digest", "digests", "files", "inputs")

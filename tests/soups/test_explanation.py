@@ -16,6 +16,7 @@ from robustsoup.soups.explanation import (
     with_test,
 )
 from robustsoup.soups.selection import select
+from robustsoup.soups.time_limit import Late
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,13 @@ def test_without_a_distinguishable_soup_the_answer_names_the_ingredient():
     )
     close = answer_of([ingredient("b", 150, 90), candidate("s", 151, 92)])
     assert close.lines()[0] == f"no soup is distinguishable from b in {LINF}: use that"
+
+
+def test_what_the_time_limit_left_out_is_said():
+    lines = answer_of([ingredient("a", 190, 60), candidate("s", 185, 100)], late=Late(2, 3)).lines()
+    assert "the time limit left out 2 soups that no attack was tried on" in lines
+    text = "the time limit came before 3 soups that could still win met the full attack"
+    assert f"{text} on all samples" in lines
 
 
 def test_the_first_sentence_and_the_intervals_agree():

@@ -1,5 +1,6 @@
 """The screening engine: which evaluations it requests, given the evaluations that it gets."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from soup_candidates import LINF, N, candidate
 
 from robustsoup.evaluation.two_phase import subset_rows
-from robustsoup.soups import racing
+from robustsoup.soups import racing, time_limit
 from robustsoup.soups.screening import (
     Contender,
     EvaluationRequest,
@@ -19,7 +20,7 @@ from robustsoup.soups.screening import (
     run_screening,
 )
 from robustsoup.soups.selection import Candidate, Goal, pareto_front, select, worth_confirming
-from robustsoup.soups.time_limit import Late
+from robustsoup.soups.time_limit import Late, TimeLimit
 
 CHOICE = Goal.parse(LINF, ["clean>=0.5"], point=True)
 FIRST = 32
@@ -219,15 +220,30 @@ def test_other_goals_attack_soups_in_full_until_the_winner_is(goal):
     assert select(final, **wanted, unconfirmed=True).best.confirmed
 
 
+OPEN_TRUTHS = {"a": Truth(150, 20, 20), "x": Truth(150, 130, 20), "y": Truth(150, 125, 20)}
+OPEN = Screening(
+    ("a",),
+    (Contender("a", "a"), Contender("x"), Contender("y")),
+    Goal.parse(f"0.1 clean + 0.9 {LINF}"),
+    100,
+)
+"""A screening in which x and y may still win after their first requests."""
+
+
 def test_what_may_still_win_is_pending():
-    truths = {name: Truth(150, short, 20) for name, short in (("a", 20), ("x", 130), ("y", 125))}
-    contenders = (Contender("a", "a"), Contender("x"), Contender("y"))
-    screening = Screening(("a",), contenders, Goal.parse(f"0.1 clean + 0.9 {LINF}"), 100)
-    evaluate, results = evaluate_truth(truths, []), {}
-    for request in screening.first_requests():
+    evaluate, results = evaluate_truth(OPEN_TRUTHS, []), {}
+    for request in OPEN.first_requests():
         results[request] = evaluate(request, results)
-    assert [request.candidate for request in screening.next_requests(results)] == ["x"]
-    assert screening.pending(results) == ("x", "y")
+    assert [request.candidate for request in OPEN.next_requests(results)] == ["x"]
+    assert OPEN.pending(results) == ("x", "y")
+
+
+def test_what_may_still_win_at_the_time_limit_is_counted(monkeypatch):
+    """Every look at the clock takes a second; each soup begins in time, and nothing after them."""
+    monkeypatch.setattr(time_limit, "clock", itertools.count().__next__)
+    final, late = run_screening(OPEN, evaluate_truth(OPEN_TRUTHS, []), limit=TimeLimit("7s"))
+    assert list(final) == ["a", "x", "y"]
+    assert late == Late(left_out=0, unfinished=2)
 
 
 def test_a_contender_that_is_evaluated_in_full_is_not_confirmed_again():

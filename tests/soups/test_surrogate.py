@@ -5,7 +5,13 @@ import pytest
 
 from robustsoup.soups.grid import grid
 from robustsoup.soups.surrogate import (
+    HEIGHTS,
+    LENGTHS,
+    NOISES,
     Places,
+    _fit_at,
+    _kernel,
+    _Scales,
     calibrate,
     fit_map,
     fit_p_value,
@@ -67,15 +73,16 @@ def test_leave_one_out_residuals_are_those_of_refits_without_the_soup():
     alphas = np.array(grid(3, 0.25))
     rng = np.random.default_rng(2)
     values = quadratic_map(alphas, rng) + rng.normal(0, 0.05, len(alphas))
-    places, rows = Places.of(alphas), list(range(0, 15, 2))
-    fitted = fit_map(places, rows, values[rows], "quadratic")
-    part = max(fitted._parts, key=lambda item: item.share)
-    gram = np.linalg.inv(part.inverse)
+    places, rows = Places.of(alphas), np.arange(0, 15, 2)
     centred = values[rows] - values[rows].mean()
-    kept = np.arange(1, len(rows))
-    predicted = gram[0, kept] @ np.linalg.solve(gram[np.ix_(kept, kept)], centred[kept])
-    closed_form = (part.inverse @ centred)[0] / part.inverse[0, 0]
-    assert closed_form == pytest.approx(centred[0] - predicted, abs=1e-6)
+    scales = _Scales("quadratic", LENGTHS[0], HEIGHTS[2], NOISES[1])
+    fit = _fit_at(places, rows, centred, scales)
+    gram = _kernel(places, rows, rows, scales) + scales.noise**2 * np.eye(len(rows))
+    left_out, kept = gram[0, 1:], gram[1:, 1:]
+    predicted = left_out @ np.linalg.solve(kept, centred[1:])
+    stated = gram[0, 0] - left_out @ np.linalg.solve(kept, left_out)
+    assert fit.residuals[0] == pytest.approx(centred[0] - predicted, abs=1e-6)
+    assert fit.stated[0] == pytest.approx(stated, rel=1e-5)
 
 
 @pytest.mark.parametrize(("n", "added"), [(3, 5), (4, 8)])
