@@ -1,13 +1,15 @@
 """The one place that calls networks: state restored, float32 kept, gradients averaged."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from robustsoup.attacks import apgd, apgd_train
+from robustsoup.attacks import apgd, apgd_train, pgd, square
 from robustsoup.attacks.forward import frozen_eval, input_gradient, pass_size, predict_logits
 from robustsoup.attacks.losses import ce
-from robustsoup.errors import RequestError
+from robustsoup.errors import DataError, ModelError, RequestError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -151,3 +153,101 @@ def test_a_loss_must_return_one_value_for_each_image(loss):
     for form in (apgd, apgd_train):
         with pytest.raises(RequestError, match=r"loss: returned .*, expected \(\d+,\), one value"):
             form(model, x, y, "Linf 0.1", steps=1, loss=loss)
+
+
+# images and networks that attacks are given
+
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("attack", [apgd, pgd, square])
+@pytest.mark.parametrize("threat", ["Linf 0.1", "clean"])
+def test_points_are_in_no_graph_of_the_images(attack, threat):
+    x = torch.rand(2, 1, 2, 2, requires_grad=True)
+    points = attack(linear().eval(), x * 1, torch.zeros(2, dtype=torch.long), threat)
+    assert not points.requires_grad
+
+
+@pytest.mark.parametrize("attack", [apgd, pgd, square])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_of_half_precision_are_refused(attack, dtype):
+    x, y = torch.rand(2, 1, 2, 2, dtype=dtype), torch.zeros(2, dtype=torch.long)
+    for network in (linear().to(dtype), lambda x: x.flatten(1)):
+        with pytest.raises(DataError, match=r"x: got .*16, expected float32 or float64; .*float\("):
+            attack(network, x, y, "L2 0.5")
+    assert attack(linear(), x, y, "L2 0.5").dtype == torch.float32
+
+
+class Defence:
+    """Calls one of the networks that it holds."""
+
+    def __init__(self, network):
+        self.network, self.other = network, linear()
+
+    def __call__(self, x):
+        return self.network(x)
+
+    def logits(self, x):
+        return self.network(x)
+
+
+class Trainer(nn.Module):
+    """A module whose own mode does not matter to its network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def logits(self, x):
+        return self.network(x)
+
+
+def calling(held, call=lambda held, x: held(x)):
+    return lambda x: call(held, x)
+
+
+def reading(held):
+    return lambda x: held.network(x / 2)
+
+
+FUNCTIONS = {
+    "a closure": lambda network: lambda x: network((x - 0.5) / 0.25),
+    "a closure of a method": lambda network: calling(network.forward),
+    "a bound method": lambda network: network.forward,
+    "a default": lambda network: lambda x, network=network: network(x),
+    "a list": lambda network: calling([network], lambda held, x: held[0](x)),
+    "a partial function": lambda network: partial(Defence.logits, Defence(network)),
+    "a callable object": Defence,
+    "a method of an object": lambda network: Defence(network).logits,
+    "an attribute": lambda network: reading(Defence(network)),
+    "a part of a module": lambda network: Trainer(network).logits,
+    "a decorated function": lambda network: torch.no_grad()(calling(network)),
+}
+
+
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_function_that_calls_a_network_in_train_mode_is_refused(make):
+    network = linear()
+    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.long)
+    before = network[1].running_mean.clone()
+    with pytest.raises(ModelError, match=r"calls a \w+ in train mode.*call eval\(\)"):
+        apgd(make(network), x, y, "Linf 0.1", steps=1)
+    assert torch.equal(network[1].running_mean, before)
+    network.eval()
+    assert apgd(make(network), x, y, "Linf 0.1", steps=1).shape == x.shape
+
+
+def scale_and_call(x):
+    return HELD.network(x / 2)
+
+
+def test_networks_that_global_names_lead_to_are_found():
+    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.long)
+    for function in (scale_and_call, lambda x: -scale_and_call(x)):
+        with pytest.raises(ModelError, match="in train mode"):
+            apgd(function, x, y, "Linf 0.1", steps=1)
+
+
+HELD = Defence(linear())

@@ -128,6 +128,18 @@ def test_a_checkpoint_of_a_network_is_a_copy():
     assert not any(tensor.requires_grad for tensor in checkpoint.tensors.values())
 
 
+@pytest.mark.parametrize("take", [Checkpoint.of, Checkpoint.load, Checkpoint.open])
+def test_a_checkpoint_of_a_state_dict_is_a_copy(take):
+    model = Tied()
+    checkpoint = take(model.state_dict())
+    before = checkpoint.tensors["out.weight"].clone()
+    with torch.no_grad():
+        model.out.weight.add_(1)
+    assert torch.equal(checkpoint.tensors["out.weight"], before)
+    pointers = {checkpoint.tensors[name].data_ptr() for name in ("embed.weight", "out.weight")}
+    assert len(pointers) == 1, "tied weights share memory"
+
+
 # the digest
 
 

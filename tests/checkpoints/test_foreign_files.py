@@ -15,10 +15,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.fitting import fit_names
+from robustsoup.checkpoints.opening import Opening
 from robustsoup.checkpoints.weight_sets import read_versions
 from robustsoup.checkpoints.wrapping import soup_ending
 from robustsoup.diagnosis.check import check
-from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError
+from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError, RequestError
 from robustsoup.models import load_model
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.mixing import mix
@@ -217,10 +218,23 @@ def test_the_set_of_a_key_is_read(tmp_path):
     first = Checkpoint.load(tmp_path / "a.pth")
     check_fits(first)
     assert first.notes == ("a.pth: read state_dict; ema.shadow is complete too (--key ema.shadow)",)
-    for key in ("ema.shadow", "shadow"):
-        check_fits(Checkpoint.load(tmp_path / "a.pth", key=key), seed=1)
-    with pytest.raises(CheckpointError, match=r'under "teacher"; got state_dict, ema\.shadow'):
-        Checkpoint.load(tmp_path / "a.pth", key="teacher")
+    for source in (tmp_path / "a.pth", content):
+        for key in ("ema.shadow", "shadow"):
+            check_fits(Checkpoint.load(source, key=key), seed=1)
+        with pytest.raises(CheckpointError, match=r'under "teacher"; got state_dict, ema\.shadow'):
+            Checkpoint.load(source, key="teacher")
+
+
+def test_weights_in_memory_refuse_what_they_cannot_honour():
+    module = network()
+    for source in (module, Checkpoint.of(module)):
+        with pytest.raises(RequestError, match="key: requires a file or a state dict, got"):
+            Checkpoint.open(source, key="ema")
+    for source in (module, Checkpoint.of(module), module.state_dict()):
+        with pytest.raises(RequestError, match="adapter_base: requires the folder of an adapter"):
+            Checkpoint.load(source, adapter_base=module)
+    opened = Checkpoint.of(module)
+    assert Opening(key="ema").open(opened) is opened
 
 
 def test_a_key_may_be_a_prefix(tmp_path):

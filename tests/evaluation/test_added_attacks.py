@@ -105,7 +105,7 @@ def test_an_attack_may_change_its_images_in_place(model, data, tmp_path):
     evaluation = evaluate(model, data, [LINF], attack=move)
     attacked = evaluation.prediction == evaluation.labels
     assert bool((evaluation.threats[str(LINF)].norm[attacked] > 0.9 * LINF.eps).all())
-    evaluation.save(tmp_path / "moved")
+    evaluation.save(tmp_path / "moved.json")
     with pytest.raises(RequestError, match="outside the ball or the box"):
         evaluate(model, data, [LINF], attack=leave)
 

@@ -8,6 +8,7 @@ from evaluated_networks import L1, L2, LINF, PARTS, WRONG, Counted, N, same_verd
 
 from robustsoup.attacks import autoattack
 from robustsoup.attacks.forward import pass_size, predict_logits
+from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import load_data
 from robustsoup.errors import RequestError
 from robustsoup.evaluation import attackers
@@ -74,6 +75,17 @@ def test_a_pool_must_have_points_of_the_same_samples_and_threats(
                 RequestError, match="pool, after and others must be evaluations of the same samples"
             ):
                 evaluate(model, split, [LINF], **request)
+
+
+def test_after_must_be_of_the_same_network(model, neighbour, data):
+    checkpoint = Checkpoint.of(model)
+    after = evaluate(checkpoint, data)
+    for same in (checkpoint, model):  # the record of a module names no checkpoint
+        assert torch.equal(evaluate(same, data, after=after).prediction, after.prediction)
+    other = Checkpoint.of(neighbour)
+    with pytest.raises(RequestError, match=f"after .* {after.record['checkpoint'][:12]}, expected"):
+        evaluate(other, data, after=after)
+    evaluate(other, data, after=evaluate(model, data))
 
 
 def test_images_of_equal_ids_must_be_of_the_same_data(model):

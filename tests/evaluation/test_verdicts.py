@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import cut_short, flip_bits
 
-from robustsoup.errors import CheckpointError, ThreatError
+from robustsoup.errors import CheckpointError, RequestError, ThreatError
 from robustsoup.evaluation.verdicts import Evaluation, Verdicts, parse_measure
+from robustsoup.soups.selection import Candidate, pareto_front
 from robustsoup.stamp import stamp_record
 from robustsoup.threats import ThreatModel
 
@@ -38,8 +39,27 @@ def test_accuracies_are_counted_from_the_verdicts(evaluation):
     assert list(evaluation.threats) == NAMES
     assert evaluation.accuracy[LINF] == evaluation.accuracy["Linf 0.1"]
     assert repr(evaluation.accuracy) == repr(dict(evaluation.accuracy))
-    with pytest.raises(KeyError):
-        evaluation.accuracy[ThreatModel("L2", 0.6)]
+    for unknown in (ThreatModel("L2", 0.6), "Linf", "robust"):
+        assert unknown not in evaluation.accuracy
+        with pytest.raises(KeyError):
+            evaluation.accuracy[unknown]
+
+
+@pytest.mark.parametrize("spelling", ["L2 1", "l2 1.00", "L2 2/2", ThreatModel("L2", 1)])
+def test_an_accuracy_is_found_by_every_spelling_of_its_threat(tmp_path, spelling):
+    small = Evaluation.load(save_small_evaluation(tmp_path / "eval.json"))
+    verdicts = small.threats["Linf 8/255"]
+    evaluation = replace(small, threats={"L2 1.0": verdicts})
+    assert evaluation.accuracy[spelling] == evaluation.accuracy["L2 1.0"]
+    assert evaluation.after_each(spelling) == small.after_each("Linf 8/255")
+    assert pareto_front([Candidate("a", (), evaluation)], ["clean", spelling])
+
+
+@pytest.mark.parametrize("name", ["linf_0.03", "a", "a.npz"])
+def test_another_ending_of_an_evaluation_is_refused(tmp_path, name):
+    with pytest.raises(RequestError, match=r"got the ending .*, expected \.json"):
+        save_small_evaluation(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @few_examples

@@ -232,11 +232,39 @@ def test_more_candidates_need_more_hits():
     assert among.critical > alone.critical
 
 
-def test_candidates_on_different_samples_are_refused():
-    other = candidate("b", 150)
-    other.evaluation.ids[:] += 1
-    with pytest.raises(RequestError, match="b and a were evaluated on different samples"):
-        select([candidate("a", 150), other], maximise=LINF, require=["clean>=0.5"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda evaluation: evaluation.ids.add_(1),
+        lambda evaluation: evaluation.labels.add_(1),
+        lambda evaluation: evaluation.record.update(data={"digest": "other"}),
+        lambda evaluation: evaluation.record.update(split="test"),
+    ],
+)
+@pytest.mark.parametrize("require", [(), ["clean>=0.5"]])
+def test_candidates_on_different_samples_are_refused(change, require):
+    candidates = [candidate(name, 150, data={"digest": "0"}, split="val") for name in "ab"]
+    change(candidates[1].evaluation)
+    text = "b and a were evaluated on different samples"
+    with pytest.raises(RequestError, match=f"select: {text}"):
+        select(candidates, maximise=LINF, require=require)
+    with pytest.raises(RequestError, match=f"pareto_front: {text}"):
+        pareto_front(candidates, ["clean"])
+
+
+def test_candidates_of_one_name_are_refused():
+    candidates = [candidate("a", 150), candidate("a", 180)]
+    with pytest.raises(RequestError, match="select: several candidates are named a"):
+        select(candidates, maximise=LINF, require=["clean>=0.5"])
+    with pytest.raises(RequestError, match="pareto_front: several candidates are named a"):
+        pareto_front(candidates, ["clean"])
+
+
+def test_every_candidate_needs_the_measures():
+    candidates = [candidate("a", 150, 50, 60), candidate("b", 180, 50)]
+    for choose in (lambda: select(candidates, maximise=L2), lambda: pareto_front(candidates, L2)):
+        with pytest.raises(RequestError, match=f'"{L2}" was not evaluated'):
+            choose()
 
 
 @pytest.mark.parametrize(

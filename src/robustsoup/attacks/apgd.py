@@ -60,8 +60,10 @@ def apgd(
 
     Args:
         model: Network or function that maps (b, ...) images to (b, classes) logits: a tensor, the
-            first element of a tuple, or the entry "logits". Normalisation belongs inside.
-        x: (n, ...) float images in [0, 1], on the network's device; a tensor or an array.
+            first element of a tuple, or the entry "logits". Normalisation belongs inside. The
+            networks that a function calls must be in eval mode.
+        x: (n, ...) float32 or float64 images in [0, 1], on the network's device; a tensor or an
+            array.
         y: (n,) integer labels; a tensor, an array or a list.
         threat: Norm and radius in units of x, such as "Linf 8/255", "L2 0.5" or "L1 12"; "clean"
             returns a copy of x.
@@ -85,8 +87,9 @@ def apgd(
 
     Raises:
         RequestError: If a setting is invalid, or the loss needs more classes.
-        DataError: If x is not float in [0, 1], or x and y differ in length.
-        ModelError: If the network does not return (b, classes) logits, or a label has no class.
+        DataError: If x is not float32 or float64 in [0, 1], or x and y differ in length.
+        ModelError: If the network does not return (b, classes) logits, a label has no class, or a
+            function calls a network in train mode.
         Diverged: If the network's logits contain NaN or infinity.
 
     Source: Croce and Hein 2020, arXiv:2003.01690; L1: Croce and Hein 2021, arXiv:2103.01208.
@@ -128,7 +131,8 @@ def pgd(
 
     Args:
         model: As for `apgd`.
-        x: (n, ...) float images in [0, 1], on the network's device; a tensor or an array.
+        x: (n, ...) float32 or float64 images in [0, 1], on the network's device; a tensor or an
+            array.
         y: (n,) integer labels; a tensor, an array or a list.
         threat: Norm and radius in units of x, such as "Linf 8/255"; "clean" returns a copy of x.
         steps: Number of steps, at least 1.

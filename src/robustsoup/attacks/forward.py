@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from robustsoup.attacks.functions import as_module
 from robustsoup.attacks.lanes import run_in_lanes
 from robustsoup.attacks.losses import Loss
 from robustsoup.device import autocast
@@ -66,18 +67,6 @@ def set_mode(model: nn.Module, *, training: bool) -> None:
             f"{type(error).__name__}: {first_line(error)}; a method train of your own must take "
             "mode=True, as that of torch.nn.Module does"
         ) from error
-
-
-class FunctionNetwork(nn.Module):
-    """A network without weights of its own: a function (b, ...) -> (b, classes)."""
-
-    def __init__(self, function: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> object:
-        """Call the function."""
-        return self.function(x)
 
 
 def as_logits(output: object) -> Tensor:
@@ -299,15 +288,11 @@ def as_attack_inputs(
         y: (n,) labels, a tensor, an array or a list of integers of any width.
 
     Raises:
-        ModelError: The model cannot be called.
-        DataError: The images are no numbers, or the labels no integers, one for each image.
+        ModelError: The model cannot be called, or is a function that calls a network in train mode.
+        DataError: The images are no numbers or of half precision, or the labels no integers, one
+            for each image.
     """
-    if not callable(model):
-        raise ModelError(
-            f"network: got {type(model).__name__}, expected an nn.Module or a function that "
-            "returns logits"
-        )
-    network = model if isinstance(model, nn.Module) else FunctionNetwork(model)
+    network = as_module(model)
     if any(parameter.is_inference() for parameter in network.parameters()):
         raise ModelError(
             "network: made under torch.inference_mode(), where no weight takes part in a gradient; "
@@ -324,7 +309,12 @@ def as_attack_inputs(
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
     if images.is_floating_point() and dtype in (torch.float32, torch.float64):
         images = images.to(dtype)
-    images, labels = (t.clone() if t.is_inference() else t for t in (images, labels))
+    if images.dtype in (torch.float16, torch.bfloat16):  # their steps round to more than eps
+        raise DataError(
+            f"x: got {images.dtype}, expected float32 or float64; convert the images and the "
+            "network with float()"
+        )
+    images, labels = (t.clone() if t.is_inference() else t.detach() for t in (images, labels))
     return network, images, labels.to(images.device, torch.int64)
 
 

@@ -72,7 +72,8 @@ def square(
     Args:
         model: Network or function that maps (b, c, h, w) images to (b, classes) logits; as for
             `apgd`.
-        x: (n, c, h, w) float images in [0, 1], on the network's device; a tensor or an array.
+        x: (n, c, h, w) float32 or float64 images in [0, 1], on the network's device; a tensor or an
+            array.
         y: (n,) integer labels; a tensor, an array or a list.
         threat: Norm and radius in units of x, such as "Linf 8/255"; "clean" returns a copy of x.
         n_queries: Queries of each restart after its starting point, at least 1.
@@ -88,8 +89,9 @@ def square(
 
     Raises:
         RequestError: If a setting is invalid.
-        DataError: If x is not (n, c, h, w) float in [0, 1], or x, y and ids differ in length.
-        ModelError: If the network does not return (b, classes) logits, or a label has no class.
+        DataError: If x is not (n, c, h, w) float32 or float64 in [0, 1], or x, y and ids differ in
+            length.
+        ModelError: As for `apgd`.
         Diverged: If the network's logits contain NaN or infinity.
 
     Source: Andriushchenko et al. 2020, arXiv:1912.00049.

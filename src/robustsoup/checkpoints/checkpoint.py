@@ -1,5 +1,6 @@
 """Checkpoints: the weights of one network and a record of where they come from."""
 
+import copy
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,11 +108,11 @@ class Checkpoint:
         Args:
             path: The file, or a folder that holds one, such as those of `save_pretrained` of
                 transformers or peft; its address elsewhere, such as hf://ORG/NAME or
-                s3://BUCKET/FILE, which is copied into the cache once; or a Checkpoint, a network or
-                a state dict, whose weights are taken.
-            key: Which weights to read if the file holds several sets: the keys that lead to them,
-                joined by dots, or a prefix of their names, such as "state_dict_ema". `notes` says
-                which were read by default.
+                s3://BUCKET/FILE, which is copied into the cache once; or a Checkpoint, which is
+                returned; or a network or a state dict, whose weights are copied.
+            key: Which weights to read if the file or the state dict holds several sets: the keys
+                that lead to them, joined by dots, or a prefix of their names, such as
+                "state_dict_ema". `notes` says which were read by default.
             adapter_base: The base of a LoRA adapter (a folder that peft saved), into which it is
                 merged; by default the one that its adapter_config.json names, if it is on this
                 machine or the adapter itself came from the hub.
@@ -119,10 +120,12 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is missing, cut short, damaged, in a newer format, holds no
                 tensors, NaN or infinity, or a record that is malformed; the error names the file.
+            RequestError: `key` is given with a Checkpoint or a network, or `adapter_base` with
+                weights that are in memory.
         """
         if isinstance(path, (str, os.PathLike)):
             return cls._read(local_path(path), mapped=False, key=key, adapter_base=adapter_base)
-        return cls._take(path)
+        return cls._take(path, key, adapter_base)
 
     @classmethod
     def open(
@@ -141,23 +144,32 @@ class Checkpoint:
         """
         if isinstance(path, (str, os.PathLike)):
             return cls._read(local_path(path), mapped=True, key=key, adapter_base=adapter_base)
-        return cls._take(path)
+        return cls._take(path, key, adapter_base)
 
     @classmethod
-    def _take(cls, source: object) -> "Checkpoint":
+    def _take(
+        cls, source: object, key: str | None = None, adapter_base: object = None
+    ) -> "Checkpoint":
         """Return a checkpoint of what is in memory already.
 
         Raises:
-            RequestError: The source is none of these.
+            RequestError: The source is neither a checkpoint, a network nor a state dict, or has no
+                use for the key or the base.
+            CheckpointError: A state dict holds no weights, or none of that key.
         """
+        if adapter_base is not None:
+            raise RequestError("adapter_base: requires the folder of an adapter, not weights")
+        if key is not None and not isinstance(source, Mapping):
+            raise RequestError(f"key: requires a file or a state dict, got {type(source).__name__}")
         if isinstance(source, Checkpoint):
             return source
         if isinstance(source, nn.Module):
             return cls.of(source)
         if isinstance(source, Mapping):
-            tensors, wrapping, notes = unwrap_pickle(source, Path("state dict"), None)
+            tensors, wrapping, notes = unwrap_pickle(source, Path("state dict"), key)
             on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-            return cls(on_cpu, wrapping=wrapping, notes=notes)
+            copies = copy.deepcopy(on_cpu)  # at once, so that tied tensors still share memory
+            return cls(copies, wrapping=wrapping, notes=notes)
         raise RequestError(
             f"checkpoint: got {type(source).__name__}, expected a path, a Checkpoint, an nn.Module "
             "or a state dict"
@@ -232,7 +244,7 @@ class Checkpoint:
         model: nn.Module | Mapping[str, Tensor],
         provenance: dict[str, Any] | None = None,
     ) -> "Checkpoint":
-        """Copy the weights of a network, or take those of a state dict.
+        """Copy the weights of a network or of a state dict.
 
         The record gains the names of the parameters and tied parameters of a network, and, if
         `load_model` built it, the network.

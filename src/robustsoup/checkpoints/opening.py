@@ -25,11 +25,15 @@ class Opening:
     adapter_base: str | Path | None = None
 
     def open(self, item: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-        """Open a checkpoint; see `Checkpoint.open`."""
+        """Open a file, see `Checkpoint.open`; return a checkpoint as it is."""
+        if isinstance(item, Checkpoint):
+            return item
         return Checkpoint.open(item, key=self.key, adapter_base=self._base_of(item))
 
     def load(self, item: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-        """Load a checkpoint; see `Checkpoint.load`."""
+        """Load a file, see `Checkpoint.load`; return a checkpoint as it is."""
+        if isinstance(item, Checkpoint):
+            return item
         return Checkpoint.load(item, key=self.key, adapter_base=self._base_of(item))
 
     def check(self, items: Iterable[Checkpoint | str | os.PathLike[str]]) -> None:

@@ -20,6 +20,7 @@ from robustsoup.evaluation.reuse import (
     POOL,
     SAME_ATTACK_KEYS,
     Reuse,
+    check_same_network,
     check_same_samples,
     find_masking_check,
     is_same_attack,
@@ -168,6 +169,8 @@ def check_request(
     attacker = make_attacker(settings, attacked, data.classes, where, shape)
     earlier = [*reuse.pool, *reuse.others, *([reuse.after] if reuse.after is not None else [])]
     check_same_samples(earlier, data)
+    digest = None if isinstance(source, nn.Module) else source.digest
+    check_same_network(reuse.after, digest)
     _check_subset(reuse, attacked, attacker, settings, len(data))
     if reuse.keep_points and reuse.after is not None and lacks_points(reuse.after, attacked):
         raise RequestError(
@@ -178,7 +181,7 @@ def check_request(
         pool_points([*reuse.pool, *reuse.others], threat)
     return CheckedRequest(
         model,
-        None if isinstance(source, nn.Module) else source.digest,
+        digest,
         network_settings_of(source) if isinstance(source, nn.Module) else source.network_settings,
         data,
         attacked,

@@ -60,6 +60,20 @@ def _begins_with(evaluation: Evaluation, data: Split) -> bool:
     )
 
 
+def check_same_network(after: Evaluation | None, digest: str | None) -> None:
+    """Check that an earlier evaluation is of the network with this digest; modules have none.
+
+    Raises:
+        RequestError: If both digests are known and differ.
+    """
+    earlier = None if after is None else after.record.get("checkpoint")
+    if earlier is not None and digest is not None and earlier != digest:
+        raise RequestError(
+            f"evaluate: after is an evaluation of checkpoint {earlier[:12]}, expected one of the "
+            f"same network, checkpoint {digest[:12]}"
+        )
+
+
 def lacks_points(after: Evaluation, threats: Iterable[ThreatModel]) -> bool:
     """Return whether an evaluation has verdicts for some threat model without their points."""
     verdicts = [after.threats.get(str(threat)) for threat in threats]

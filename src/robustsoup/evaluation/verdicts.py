@@ -16,7 +16,7 @@ from robustsoup.data.splits import MAX_CLASSES
 from robustsoup.digests import digest_json
 from robustsoup.display import html_table
 from robustsoup.documents import read_json
-from robustsoup.errors import CheckpointError, RequestError
+from robustsoup.errors import CheckpointError, RequestError, ThreatError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.record_checks import check_record
 from robustsoup.evaluation.two_phase import SUBSET_KEY, attacked_rows, estimate_accuracy
@@ -99,7 +99,10 @@ class Accuracies(Mapping[str, Accuracy]):
 
     def __getitem__(self, key: str | ThreatModel) -> Accuracy:
         """Return the accuracy for a measure, given as text or as a threat model."""
-        return self._accuracies[str(key)]
+        try:
+            return self._accuracies[parse_measure(key)]
+        except ThreatError as error:
+            raise KeyError(str(error)) from None
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the measures as text."""
@@ -202,7 +205,7 @@ class Evaluation:
 
     def after_each(self, threat: ThreatModel | str) -> dict[str, Accuracy]:
         """Return the accuracy that remains after each attempt of the attack, in order, by name."""
-        by = self.threats[str(threat)].by
+        by = self.threats[parse_measure(threat)].by
         remaining = {}
         for number, name in enumerate(self.record["broken_by"]):
             broken = (by >= 0) & (by <= number)
@@ -222,15 +225,20 @@ class Evaluation:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the evaluation to PATH.json, PATH.npz and, with kept points, PATH.points.npz.
+        """Write the evaluation to NAME.json, NAME.npz and, with kept points, NAME.points.npz.
 
         Args:
-            path: Path of the JSON file, which is written last.
+            path: Path of NAME.json, which is written last.
 
         Returns:
             The path.
+
+        Raises:
+            RequestError: The path does not end in .json.
         """
         path = user_path(path)
+        if path.suffix != ".json":  # a.1 and a.2 would share a.npz
+            raise RequestError(f"{path}: got the ending {path.suffix!r}, expected .json")
         points = self._points()
         points_path = path.with_suffix(".points.npz")
         if points:

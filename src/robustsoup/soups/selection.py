@@ -19,7 +19,7 @@ from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.simultaneous import Z_ERROR, Floats, Hits, prove_accuracies
 from robustsoup.evaluation.two_phase import SUBSET_KEY
-from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation
+from robustsoup.evaluation.verdicts import CLEAN_KEY, UNION_KEY, Evaluation, parse_measure
 from robustsoup.printable import make_printable
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.goal import (
@@ -185,8 +185,9 @@ def judge(
             the bounds on clean accuracy hold for them as well.
 
     Raises:
-        RequestError: If a measure was not evaluated, or the samples differ.
+        RequestError: If a measure was not evaluated, the samples differ, or a name is repeated.
     """
+    _check_candidates("select", candidates)
     names = {item.ingredient: item.name for item in candidates if item.ingredient is not None}
     if not goal.require:
         return Judgement({item.name: () for item in candidates}, ingredients=names)
@@ -215,22 +216,37 @@ def judge(
     return Judgement(checks, proof.method, proof.critical, others, names)
 
 
+def _check_candidates(caller: str, candidates: Sequence[Candidate]) -> None:
+    """Raise RequestError if candidates share a name, or were evaluated on different samples."""
+    names = [candidate.name for candidate in candidates]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise RequestError(
+            f"{caller}: several candidates are named {repeated[0]}; give each a name of its own"
+        )
+    for candidate in candidates[1:]:
+        if not _share_samples(candidate.evaluation, candidates[0].evaluation):
+            raise RequestError(
+                f"{caller}: {candidate.name} and {candidates[0].name} were evaluated on different "
+                "samples; evaluate all candidates on the same ones"
+            )
+
+
+def _share_samples(a: Evaluation, b: Evaluation) -> bool:
+    """Compare ids and labels, and the data and the split that the records name."""
+    named = [(e.record.get("data", {}).get("digest"), e.record.get("split")) for e in (a, b)]
+    return torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) and named[0] == named[1]
+
+
 def stack_hits(candidates: Sequence[Candidate], key: str) -> Hits:
     """Return (n, k) hits of k candidates on the same n samples under one measure.
 
     Raises:
-        RequestError: If the measure was not evaluated, or the samples differ.
+        RequestError: If the measure was not evaluated.
     """
-    first = candidates[0].evaluation.ids
     columns = []
     for candidate in candidates:
         hits = candidate.evaluation.hits()
         require_measures("select", [key], hits)
-        if not torch.equal(candidate.evaluation.ids, first):
-            raise RequestError(
-                f"select: {candidate.name} and {candidates[0].name} were evaluated on different "
-                "samples; evaluate all candidates on the same ones"
-            )
         columns.append(hits[key].numpy())
     return np.stack(columns, axis=1)
 
@@ -350,13 +366,15 @@ def select(
         The choice, and whether it meets the requirements.
 
     Raises:
-        RequestError: If there are no candidates, or a measure was not evaluated.
+        RequestError: If there are no candidates, two share a name, the samples differ, or a measure
+            was not evaluated.
     """
     tried = list(tried)
     if not tried:
         raise RequestError("select: no candidates")
     goal = Goal.parse(maximise, require, point=point)
-    require_measures("select", goal.measures, tried[0].evaluation.accuracy)
+    for candidate in tried:
+        require_measures("select", goal.measures, candidate.evaluation.accuracy)
     judgement = judge(tried, goal, seed=seed, looked_at=looked_at)
     considered = list(tried)
     if not unconfirmed:
@@ -424,19 +442,23 @@ def pareto_front(tried: Sequence[Candidate], keys: Sequence[str | ThreatModel]) 
     accurate under one of them.
 
     Args:
-        tried: Evaluated candidates.
+        tried: Evaluated candidates, all on the same samples.
         keys: measures: "clean", "union" or threat models.
 
     Returns:
         The front, in the order of `tried`.
 
     Raises:
-        RequestError: If a measure was not evaluated.
+        RequestError: If two candidates share a name, the samples differ, or a measure was not
+            evaluated.
+        ThreatError: If a key is not a measure.
     """
     tried = list(tried)
-    measures = [str(key) for key in ([keys] if isinstance(keys, (str, ThreatModel)) else keys)]
-    if tried:
-        require_measures("pareto_front", measures, tried[0].evaluation.accuracy)
+    several = [keys] if isinstance(keys, (str, ThreatModel)) else keys
+    measures = [parse_measure(key) for key in several]
+    _check_candidates("pareto_front", tried)
+    for candidate in tried:
+        require_measures("pareto_front", measures, candidate.evaluation.accuracy)
 
     def values(candidate: Candidate) -> tuple[float, ...]:
         scores = candidate.evaluation.accuracy
