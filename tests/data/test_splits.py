@@ -11,6 +11,7 @@ from small_data import all_ids, small_split
 
 from robustsoup.data import (
     Augmentation,
+    Data,
     load_data,
     to_float,
 )
@@ -92,6 +93,14 @@ def test_first():
         split.first(51)
     with pytest.raises(DataError, match="requested 0 samples"):
         split.first(0)
+
+
+def test_the_first_samples_of_a_sorted_source_are_a_mix_of_classes_after_unsplit():
+    labels = torch.arange(200) // 50
+    images = torch.arange(200, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    everything = Data.from_tensors(images, labels).unsplit()
+    assert everything.first(40).labels.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(everything.first(len(everything)).ids, everything.ids)
 
 
 def test_to_moves_every_tensor():

@@ -16,7 +16,7 @@ from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
 from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
-from robustsoup.soups import search_methods, selection, time_limit
+from robustsoup.soups import search_methods, selection, soup_evaluator, time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
 from robustsoup.soups.grid import grid
@@ -377,6 +377,27 @@ def test_a_screened_search_works_without_a_front_to_confirm(ingredients, data):
     assert [c.name for c in candidates] == ["0-1", "0.5-0.5", "1-0"]
     clean = search(ingredients, split, [], step=0.5, screen=True).candidates
     assert [list(c.evaluation.accuracy) for c in clean] == [["clean"]] * 3
+
+
+@pytest.mark.parametrize("buffers", ["average", "recalibrate"])
+def test_ingredients_meet_the_points_that_screened_soups_meet(
+    ingredients, data, monkeypatch, buffers
+):
+    attacked = []
+
+    def evaluate_and_record(network, *args, pool, after, keep_points, **options):
+        attacked.append((len(pool), after is not None, keep_points))
+        return evaluate(network, *args, pool=pool, after=after, keep_points=keep_points, **options)
+
+    monkeypatch.setattr(soup_evaluator, "evaluate", evaluate_and_record)
+    brief = {"method": "uniform", "screen": True, "steps": 2, "samples": 20}
+    calibrate_on = data.train.first(64)
+    found = search(ingredients, data.val, WEAK, buffers=buffers, calibrate_on=calibrate_on, **brief)
+    own_attacks = [item for item in attacked if not item[0] and not item[1]]
+    assert own_attacks == [(0, False, True)] * 2
+    assert attacked.count((2, True, False)) == 2  # the ingredients again, with all points
+    expected = [evaluate(item, data.val, samples=20).accuracy["clean"] for item in ingredients]
+    assert [item.differences["clean"].a for item in found.answer.against] == expected
 
 
 def test_with_clean_accuracy_as_the_goal_the_cleanest_soup_is_chosen(ends, data):

@@ -408,6 +408,7 @@ class Data:
             "train",
             record,
             self.train.augmentation,
+            in_given_order=True,  # ids number the samples as the source lists them
         )
 
 

@@ -300,7 +300,7 @@ def search_by_all(run: MethodRun) -> Tried:
     ingredients = _evaluate_ingredients_first(run.evaluator)
     evaluations = {name: item.without_points() for name, item in ingredients.items()}
     known = dict(zip(corners(len(evaluations)), evaluations.values(), strict=True))
-    if run.evaluator.buffers not in (None, "average"):
+    if not run.evaluator.averages:
         known.clear()  # a one-hot soup is then no ingredient
     mapped = search_by(run, "surrogate", known)
     known |= {item.alpha: item.evaluation for item in mapped.candidates}
@@ -387,12 +387,14 @@ def _search_by_surrogate(
 def _search_screened(run: MethodRun, alphas: Mapping[str, Alpha]) -> Tried:
     """Try a short attack on all soups, and the full one on those that can win.
 
-    With a time limit, soups are begun in an order in which each is far from those before it, and
-    the screening is among those that were.
+    The points of the ingredients are tried on the ingredients too, so that their differences from
+    soups are fair. With a time limit, soups are begun in an order in which each is far from those
+    before it, and the screening is among those that were.
     """
     evaluator, progress, limit = run.evaluator, run.progress, run.limit
     ingredients = {alpha_name(alpha): alpha for alpha in corners(len(evaluator.ingredients))}
-    contenders = [Contender(name, name if name in ingredients else None) for name in alphas]
+    equal = ingredients if evaluator.averages else {}
+    contenders = [Contender(name, name if name in equal else None) for name in alphas]
     screening = Screening(
         tuple(ingredients),
         tuple(contenders),
@@ -403,15 +405,25 @@ def _search_screened(run: MethodRun, alphas: Mapping[str, Alpha]) -> Tried:
     first_requests = set(screening.first_requests())
     progress.total = len(first_requests)
     all_alphas = {**alphas, **ingredients}
+    pool: dict[str, Evaluation] = {}
 
     def run_request(request: EvaluationRequest, results: EvaluationsByRequest) -> Evaluation:
         alpha, steps = all_alphas[request.candidate], run.settings.screen_steps
-        evaluation = evaluator.evaluate_request(alpha, request, results, steps)
+        mixer = evaluator.unmixed if request.keep_points else evaluator
+        evaluation = mixer.evaluate_request(alpha, request, results, steps)
+        if request.keep_points:
+            pool[request.candidate] = evaluation
         if request in first_requests:  # the number of confirmations is not known beforehand
             progress.report(request.candidate, evaluation)
         return evaluation
 
     order = None if limit.seconds is None else spread_order(list(alphas.values()))
     final, late = run_screening(screening, run_request, limit=limit, order=order)
-    tried = [Candidate(name, alphas[name], evaluation) for name, evaluation in final.items()]
-    return Tried(tried, late=late)
+    points = list(pool.values())
+    known = {
+        name: final[corner]
+        if corner in equal and corner in final
+        else evaluator.unmixed.evaluate(alpha, pool=points, after=pool[corner])
+        for name, (corner, alpha) in zip(evaluator.names, ingredients.items(), strict=True)
+    }
+    return Tried(_list_candidates(alphas, final), ingredients=known, late=late)

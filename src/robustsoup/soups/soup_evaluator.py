@@ -120,10 +120,19 @@ class SoupEvaluator:
         """Names of the ingredients."""
         return name_ingredients(self.ingredients)
 
+    @property
+    def averages(self) -> bool:
+        """Whether a one-hot soup equals its ingredient bit for bit."""
+        return self.buffers in (None, "average") and self.merging is None
+
+    @property
+    def unmixed(self) -> "SoupEvaluator":
+        """The evaluator whose one-hot soups are the ingredients themselves."""
+        return replace(self, buffers="average", merging=None)
+
     def describe(self, candidate: Candidate) -> Candidate:
         """Return the candidate with its description in words."""
-        averages = self.buffers in (None, "average") and self.merging is None
-        equals = averages and 1.0 in candidate.alpha
+        equals = self.averages and 1.0 in candidate.alpha
         ingredient = self.names[candidate.alpha.index(1.0)] if equals else None
         merged_by = None if self.merging is None else self.merging.method
         description = describe_soup(
@@ -135,7 +144,7 @@ class SoupEvaluator:
         self, known: Mapping[str, Evaluation] = MappingProxyType({}), *, keep_points: bool = False
     ) -> dict[str, Evaluation]:
         """Return the evaluation of each ingredient by name; `known` are not made again."""
-        unmixed = replace(self, buffers="average", merging=None)  # mixing one ingredient returns it
+        unmixed = self.unmixed
         alphas = zip(self.names, corners(len(self.ingredients)), strict=True)
         return {
             name: known[name] if name in known else unmixed.evaluate(alpha, keep_points=keep_points)
