@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_data import write_images
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network, load_model
+from robustsoup.soups.mixing import fit_to_own_network, mix
 
 DATA = load_data("digits")
 SPEC = "resnet9:width=2"
@@ -89,6 +91,19 @@ def test_a_recorded_network_stays_but_for_named_constants():
     plain, normalized = item.network()(x), changed.network()(x)
     assert not torch.equal(plain, normalized)
     assert torch.equal(normalized, item.network()((x - 0.5) / 0.25))
+
+
+def test_a_soup_that_was_written_under_the_names_of_files_is_fitted_again(tmp_path):
+    prefixed = {f"model.{name}": tensor for name, tensor in recorded().tensors.items()}
+    save_file(prefixed, tmp_path / "a.safetensors")
+    item = record_network(Checkpoint.load(tmp_path / "a.safetensors"), RECORDED)
+    mix([item], [1.0]).save(tmp_path / "soup.safetensors")
+    soup = Checkpoint.load(tmp_path / "soup.safetensors")
+    assert set(soup.tensors) == set(prefixed)
+    for fitted in (record_network(soup, RECORDED), *fit_to_own_network([soup])):
+        assert set(fitted.tensors) == set(recorded().tensors)
+        assert fitted.parameters == recorded().parameters
+        assert fitted.digest == soup.digest
 
 
 def test_a_command_judges_each_file_by_its_own_constants():

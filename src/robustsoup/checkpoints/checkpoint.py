@@ -395,12 +395,26 @@ class Checkpoint:
                 the network (the first is named).
         """
         settings = self._override_network(spec, classes, channels, normalize)
-        if is_built_in(settings.spec) and (skeleton := build_skeleton(settings)) is not None:
+        if (skeleton := _build_skeleton(settings)) is not None:
             self._tensors_for(skeleton)  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
         set_mode(model, training=False)
         return model
+
+    def network_for_names(self) -> nn.Module:
+        """Build the network without these weights, and without memory where that is possible.
+
+        Raises:
+            ModelError: As `with_network`.
+        """
+        settings = self._override_network(None, None, None, None)
+        return _build_skeleton(settings) or build_network(settings)
+
+    def has_names_of(self, model: nn.Module) -> bool:
+        """Return whether all tensors of `model`, but for optional ones, are here by their names."""
+        expected, constants = network_tensors(model), self._list_missing_constants(model)
+        return _have_same_names(self.tensors.keys() & expected.keys(), expected, constants)
 
     def with_names_of(self, model: nn.Module) -> "Checkpoint":
         """Fit the names to those of `model`; see `fit_names`.
@@ -769,6 +783,11 @@ def _find_copies(
             if other in in_file and torch.equal(in_file[other], in_file[source]):
                 copies[other] = own_names.get(name, name)
     return copies
+
+
+def _build_skeleton(settings: NetworkSettings) -> nn.Module | None:
+    """Return a built-in network whose tensors take no memory; None if it cannot be built so."""
+    return build_skeleton(settings) if is_built_in(settings.spec) else None
 
 
 def _have_same_names(
