@@ -461,14 +461,17 @@ class Checkpoint:
     def with_names_like(self, other: "Checkpoint") -> "Checkpoint":
         """Fit the names to those of another checkpoint, if no weight is set aside for it.
 
-        Constants of normalisation that change nothing, such as those of a network that was
-        fine-tuned from a file without any, are set aside or added.
+        Names that do not fit are fitted to the network that the other names, whose library may use
+        others in files. Constants of normalisation that change nothing, such as those of a network
+        that was fine-tuned from a file without any, are set aside or added.
         """
         neutral = find_neutral_constants(other.tensors)
         if any(name.endswith(tuple(neutral)) for name in self.tensors):
             neutral.clear()  # it has constants itself
         expected = {name: t for name, t in other.tensors.items() if name not in neutral}
         renamed = self._with_names_of(expected)
+        if renamed is self and expected.keys() - self.tensors.keys():
+            renamed = self._with_names_of_network(other)
         left = () if renamed is self or renamed.wrapping is None else renamed.wrapping.beside
         if self._hold_weight(left):
             return self
@@ -476,6 +479,13 @@ class Checkpoint:
             return renamed
         tensors = {**renamed.tensors, **neutral}
         return replace(renamed, tensors=tensors, as_read=self.as_read or self)
+
+    def _with_names_of_network(self, other: "Checkpoint") -> "Checkpoint":
+        """Fit the names to the network of another checkpoint, if that can be built."""
+        try:
+            return self.with_names_of(other.network_for_names())
+        except ModelError:
+            return self
 
     def with_dtypes_like(self, other: "Checkpoint") -> "Checkpoint":
         """Convert floating-point tensors to the dtypes of those of the same names in another."""
