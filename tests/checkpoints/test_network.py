@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from plugins import write_plugin
+from safetensors.torch import save_file
 from small_data import write_images
 from torch import nn
 
@@ -18,6 +20,8 @@ from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
 from robustsoup.data import load_data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network, load_model
+from robustsoup.soups.merging import merge
+from robustsoup.soups.mixing import fit_to_own_network, mix
 
 DATA = load_data("digits")
 SPEC = "resnet9:width=2"
@@ -116,6 +120,42 @@ def test_a_recorded_network_stays_but_for_named_constants():
     plain, normalized = item.network()(x), changed.network()(x)
     assert not torch.equal(plain, normalized)
     assert torch.equal(normalized, item.network()((x - 0.5) / 0.25))
+
+
+def test_a_soup_that_was_written_under_the_names_of_files_is_fitted_again(tmp_path):
+    prefixed = {f"model.{name}": tensor for name, tensor in recorded().tensors.items()}
+    save_file(prefixed, tmp_path / "a.safetensors")
+    item = record_network(Checkpoint.load(tmp_path / "a.safetensors"), RECORDED)
+    mix([item], [1.0]).save(tmp_path / "soup.safetensors")
+    soup = Checkpoint.load(tmp_path / "soup.safetensors")
+    assert set(soup.tensors) == set(prefixed)
+    for fitted in (record_network(soup, RECORDED), *fit_to_own_network([soup])):
+        assert set(fitted.tensors) == set(recorded().tensors)
+        assert fitted.parameters == recorded().parameters
+        assert fitted.digest == soup.digest
+
+
+RENAMING = """
+from torch import nn
+from robustsoup.models.network import set_file_names
+
+def build(num_classes, in_channels):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+    set_file_names(model, {"1.weight": "head.kernel", "1.bias": "head.offset"})
+    return model
+"""
+
+
+def test_a_base_may_have_the_names_that_a_library_uses_in_files(tmp_path, monkeypatch):
+    write_plugin(tmp_path, "renaming_network", RENAMING)
+    monkeypatch.syspath_prepend(tmp_path)
+    trained = Checkpoint.of(load_model("renaming_network:build", channels=1))
+    base = Checkpoint({"head.kernel": torch.ones(10, 64), "head.offset": torch.zeros(10)})
+    assert set(base.with_names_like(trained).tensors) == set(trained.tensors)
+    moved = merge([trained], "task-arithmetic", base=base).provenance["merge"]["base"]
+    assert moved == base.digest
+    unnamed = Checkpoint(trained.tensors)
+    assert base.with_names_like(unnamed) is base
 
 
 def test_a_command_judges_each_file_by_its_own_constants():

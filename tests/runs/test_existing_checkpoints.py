@@ -90,6 +90,16 @@ def test_a_missing_file_is_named(files):
         prepare_run(recipe_of_files(files), device="cpu")
 
 
+def test_files_are_compared_under_the_names_of_the_named_network(files):
+    low = Checkpoint.load(files / "low.safetensors")
+    averaged = {f"module.{name}": tensor for name, tensor in low.tensors.items()}
+    torch.save(averaged | {"n_averaged": torch.tensor(3)}, files / "average.pth")
+    names = {"low": str(files / "average.pth"), "high": str(files / "high.safetensors")}
+    recipe = recipe_of_files(files, ingredients=names, model=MODEL.spec)
+    read = prepare_run(recipe, device="cpu").plan.files.values()
+    assert [set(item.tensors) for item in read] == [set(low.tensors)] * 2
+
+
 def test_the_key_of_a_file_tells_other_constants_of_normalisation():
     plain = Checkpoint.of(load_model("resnet9:width=2", channels=1))
     shifted = plain.with_network(normalize=([0.5], [0.5]))

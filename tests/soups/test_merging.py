@@ -10,6 +10,7 @@ import torch
 from ingredients import perturbed
 from learning_helpers import SmallNetwork, small_ingredients
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from training_helpers import DATA, fresh_network, train_digits
 
 from robustsoup.catalog import SOUP_METHODS
@@ -239,7 +240,7 @@ def test_regmean_streams_layers_that_exceed_the_budget(monkeypatch):
     monkeypatch.setattr(regmean_module, "GRAM_BUDGET", 1)
     streamed = merge(items, "regmean", **arguments)
     assert all(torch.equal(whole.tensors[n], streamed.tensors[n]) for n in whole.tensors)
-    sizes = find_linear_layers(network, dict(network.named_parameters()))
+    sizes = find_linear_layers(network)
     assert sizes == {"conv1.weight": 9, "conv2.weight": 36, "linear.weight": 6}
     assert list(group_by_budget(sizes, 24 * (81 + 1296))) == [
         ["conv1.weight", "conv2.weight"],
@@ -409,6 +410,13 @@ def test_regmean_averages_layers_that_are_never_called():
     for name in averaged:
         torch.testing.assert_close(soup.tensors[name], line.tensors[name])
     assert not torch.allclose(soup.tensors["linear.weight"], line.tensors["linear.weight"])
+
+
+def test_regmean_names_layers_whose_weight_is_parametrized():
+    network = nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(64, 8)), nn.Linear(8, 10))
+    items = [perturbed(network, seed) for seed in range(2)]
+    soup = merge(items, "regmean", **arguments_of("regmean", network, None))
+    assert soup.provenance["merge"]["averaged_layers"] == ["1.weight"]
 
 
 def test_files_without_a_record_merge_by_the_network_that_was_named(tmp_path):

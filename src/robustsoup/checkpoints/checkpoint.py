@@ -407,12 +407,26 @@ class Checkpoint:
                 the network (the first is named).
         """
         settings = self._override_network(spec, classes, channels, normalize)
-        if is_built_in(settings.spec) and (skeleton := build_skeleton(settings)) is not None:
+        if (skeleton := _build_skeleton(settings)) is not None:
             self._tensors_for(skeleton)  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
         set_mode(model, training=False)
         return model
+
+    def network_for_names(self) -> nn.Module:
+        """Build the network without these weights, and without memory where that is possible.
+
+        Raises:
+            ModelError: As `with_network`.
+        """
+        settings = self._override_network(None, None, None, None)
+        return _build_skeleton(settings) or build_network(settings)
+
+    def has_names_of(self, model: nn.Module) -> bool:
+        """Return whether all tensors of `model`, but for optional ones, are here by their names."""
+        expected, constants = network_tensors(model), self._list_missing_constants(model)
+        return _have_same_names(self.tensors.keys() & expected.keys(), expected, constants)
 
     def with_names_of(self, model: nn.Module) -> "Checkpoint":
         """Fit the names to those of `model`; see `fit_names`.
@@ -459,14 +473,17 @@ class Checkpoint:
     def with_names_like(self, other: "Checkpoint") -> "Checkpoint":
         """Fit the names to those of another checkpoint, if no weight is set aside for it.
 
-        Constants of normalisation that change nothing, such as those of a network that was
-        fine-tuned from a file without any, are set aside or added.
+        Names that do not fit are fitted to the network that the other names, whose library may use
+        others in files. Constants of normalisation that change nothing, such as those of a network
+        that was fine-tuned from a file without any, are set aside or added.
         """
         neutral = find_neutral_constants(other.tensors)
         if any(name.endswith(tuple(neutral)) for name in self.tensors):
             neutral.clear()  # it has constants itself
         expected = {name: t for name, t in other.tensors.items() if name not in neutral}
         renamed = self._with_names_of(expected)
+        if renamed is self and expected.keys() - self.tensors.keys():
+            renamed = self._with_names_of_network(other)
         left = () if renamed is self or renamed.wrapping is None else renamed.wrapping.beside
         if self._hold_weight(left):
             return self
@@ -474,6 +491,13 @@ class Checkpoint:
             return renamed
         tensors = {**renamed.tensors, **neutral}
         return replace(renamed, tensors=tensors, as_read=self.as_read or self)
+
+    def _with_names_of_network(self, other: "Checkpoint") -> "Checkpoint":
+        """Fit the names to the network of another checkpoint, if that can be built."""
+        try:
+            return self.with_names_of(other.network_for_names())
+        except ModelError:
+            return self
 
     def with_dtypes_like(self, other: "Checkpoint") -> "Checkpoint":
         """Convert floating-point tensors to the dtypes of those of the same names in another."""
@@ -781,6 +805,11 @@ def _find_copies(
             if other in in_file and torch.equal(in_file[other], in_file[source]):
                 copies[other] = own_names.get(name, name)
     return copies
+
+
+def _build_skeleton(settings: NetworkSettings) -> nn.Module | None:
+    """Return a built-in network whose tensors take no memory; None if it cannot be built so."""
+    return build_skeleton(settings) if is_built_in(settings.spec) else None
 
 
 def _have_same_names(

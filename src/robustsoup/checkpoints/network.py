@@ -171,9 +171,24 @@ def record_network(
         )
     elif constants_named:
         checkpoint = checkpoint.with_network(normalize=settings.normalize)
-    if "parameters" in checkpoint.provenance:
+    if is_fitted([checkpoint]):
         return checkpoint
     return checkpoint.with_parameters_of(checkpoint.network())
+
+
+def is_fitted(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Return whether checkpoints record their parameters, under the names of the first's network.
+
+    A record may speak of other names: a soup is written under those of its ingredients' files.
+
+    Raises:
+        ModelError: They record their parameters, but the first names no network, or one that
+            cannot be built.
+    """
+    if not all("parameters" in item.provenance for item in checkpoints):
+        return False
+    model = checkpoints[0].network_for_names()
+    return all(item.has_names_of(model) for item in checkpoints)
 
 
 def infer_sizes(settings: NetworkSettings, checkpoint: Checkpoint) -> NetworkSettings:

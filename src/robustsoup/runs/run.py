@@ -138,8 +138,8 @@ def prepare_run(
     if recipe.model:
         planner.plan.warnings = tuple(describe_class_order(network, data))
     if files:
-        check_ingredients([item.with_names_like(files[0]) for item in files])
         files = [context.record_network(item) for item in files]
+        check_ingredients([item.with_names_like(files[0]) for item in files])
         planner.plan.files.update(zip(list(planner.plan.files), files, strict=True))
         check_fit(files[0].network(), data.test)
         planner.plan.warnings = (

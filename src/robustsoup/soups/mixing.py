@@ -12,6 +12,7 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import BUFFER_POLICIES, Entry
 from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
 from robustsoup.checkpoints.formats import is_finite
+from robustsoup.checkpoints.network import is_fitted
 from robustsoup.checkpoints.wrapping import join_names, soup_wrapping
 from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device, resolve_precision
@@ -297,11 +298,11 @@ def open_ingredients(
 def fit_to_own_network(ingredients: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Fit names to the network that the first checkpoint names, and record its parameters.
 
-    Checkpoints that record their parameters, name no network or do not fit it stay as they are.
+    Checkpoints that are fitted already, name no network or do not fit it stay as they are.
     """
-    if all("parameters" in item.provenance for item in ingredients):
-        return list(ingredients)
     try:
+        if not ingredients or is_fitted(ingredients):
+            return list(ingredients)
         model = ingredients[0].network()
     except ModelError:  # whatever runs the network raises it again
         return list(ingredients)

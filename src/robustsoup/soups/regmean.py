@@ -30,8 +30,9 @@ def regmean(merge: Merge) -> Merged:
     G_i is the Gram matrix of the layer's inputs on images that are attacked on ingredient i, with
     its entries off the diagonal shrunk. A convolution is a linear layer of its patches; grouped and
     transposed convolutions, biases and normalisation are averaged by the weights. So are layers
-    that the network does not call as modules, such as the last one of nn.MultiheadAttention; the
-    record names them.
+    that the network does not call as modules, such as the last one of nn.MultiheadAttention, and
+    those whose weight the files hold in another form, such as a parametrization; the record names
+    them.
 
     Source: Jin et al. 2022, arXiv:2212.09849, section 3; attacked images and convolutions: here.
     """
@@ -40,9 +41,10 @@ def regmean(merge: Merge) -> Merged:
         name: canonical_sum(merge.rows(name), merge.weights, merge.digests) for name in owners
     }
     order = [i for i in canonical_order(merge.digests) if merge.weights[i] > 0]
-    layers = find_linear_layers(merge.network(order[0]), owners)
+    found = find_linear_layers(merge.network(order[0]))
+    layers = {name: size for name, size in found.items() if name in owners}
     attacked = {i: merge.attacked_batches(merge.network(i)) for i in order}
-    averaged: list[str] = []
+    averaged = [name for name in found if name not in merge.parameters]
     for group in group_by_budget(layers, GRAM_BUDGET):
         sums: dict[str, Tensor] = {}
         products: dict[str, Tensor] = {}
@@ -65,7 +67,7 @@ def regmean(merge: Merge) -> Merged:
     return Merged(merged, record={"averaged_layers": averaged} if averaged else {})
 
 
-def find_linear_layers(network: nn.Module, owners: Mapping[str, object]) -> dict[str, int]:
+def find_linear_layers(network: nn.Module) -> dict[str, int]:
     """Return the number of inputs of each linear layer by the name of its weight."""
     sizes: dict[str, int] = {}
     for prefix, module in network.named_modules():
@@ -74,7 +76,7 @@ def find_linear_layers(network: nn.Module, owners: Mapping[str, object]) -> dict
             isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         )
         weight = module.weight if dense else None
-        if isinstance(weight, Tensor) and name in owners and not weight.is_complex():
+        if isinstance(weight, Tensor) and not weight.is_complex():
             sizes[name] = weight[0].numel()
     return sizes
 
