@@ -357,3 +357,18 @@ def test_factors_that_are_quantized_are_refused(base, tmp_path):
     factors = {name: factor.to(torch.int8) for name, factor in make_factors().items()}
     with pytest.raises(CheckpointError, match="got integers, expected factors from before quant"):
         Checkpoint.load(write_adapter(tmp_path / "a", factors))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_base_is_refused(tmp_path, dtype):
+    tensors = make_base()
+    for name in ("mid.weight", "head.weight"):
+        tensors[name] = tensors[name].to(dtype)
+    Checkpoint(tensors).save(tmp_path / "base.safetensors")
+    saved = {name: t for name, t in make_factors().items() if "conv" in name}
+    saved["base_model.model.head.weight"] = torch.ones(3, 5)
+    for number, (name, factors) in enumerate({"mid": make_factors(), "head": saved}.items()):
+        folder = write_adapter(tmp_path / str(number), factors, modules_to_save=["head"])
+        text = rf"{name}\.weight is {str(dtype).removeprefix('torch.')} in the base.*before quant"
+        with pytest.raises(CheckpointError, match=text):
+            Checkpoint.load(folder)

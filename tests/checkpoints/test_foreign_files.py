@@ -628,6 +628,24 @@ def test_integers_are_not_taken_for_weights(tmp_path):
     assert torch.equal(soup.tensors["conv.weight"], quantized(0)["conv.weight"])
 
 
+@pytest.mark.parametrize("scale", ["fc.weight_scale", "fc.weight_scale_inv", "fc.SCB", None])
+def test_float8_numbers_are_averaged_unless_they_have_scales(scale):
+    items = [
+        Checkpoint(
+            {"fc.weight": torch.full((2, 2), value).to(torch.float8_e4m3fn)}
+            | ({scale: torch.tensor([value])} if scale else {})
+        )
+        for value in (1.0, 2.0)
+    ]
+    if scale is None:
+        assert torch.equal(
+            mix(items, [0.5, 0.5]).tensors["fc.weight"].float(), 1.5 * torch.ones(2, 2)
+        )
+    else:
+        with pytest.raises(IngredientMismatch, match=r"fc\.weight: differs .* before quantization"):
+            mix(items, [0.5, 0.5])
+
+
 def pruned(seed):
     model = network(seed)
     prune.l1_unstructured(model.conv, "weight", 0.5)

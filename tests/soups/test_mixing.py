@@ -86,10 +86,7 @@ def test_a_one_hot_mix_equals_its_ingredient_bit_for_bit(dtype, at, rows):
     ingredients = [ingredient(seed, dtype) for seed in range(3)]
     alpha = one_hot(3, at) if rows == "network" else dict.fromkeys(PARAMETERS, one_hot(3, at))
     soup = mix(ingredients, alpha, buffers="average")
-    for name, tensor in ingredients[at].tensors.items():
-        if COUNTERS not in name and name not in ("normalize.mean", "normalize.std"):
-            assert soup.tensors[name].dtype == dtype
-            assert torch.equal(soup.tensors[name], tensor), name
+    assert soup.digest == ingredients[at].digest
     assert mix(ingredients, one_hot(3, at), base=ingredients[at]).digest == ingredients[at].digest
 
 

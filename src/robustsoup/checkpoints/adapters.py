@@ -171,11 +171,25 @@ def merge_adapter(
     for module, pair in pairs.items():
         name = f"{prefix}{module}.weight"
         weight = merged[name]
+        _refuse_quantized(adapter, name, weight)
         delta = _multiply(adapter, module, pair, weight)
         merged[name] = (weight.float() + delta).to(weight.dtype)
     for name, tensor in replaced.items():
         merged[prefix + name] = _check_replaced(adapter, prefix + name, tensor, base)
     return merged
+
+
+def _refuse_quantized(adapter: Adapter, name: str, weight: Tensor) -> None:
+    """Refuse a weight of the base that is no float of 16 bits or more.
+
+    Raises:
+        CheckpointError: Names the weight.
+    """
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        raise CheckpointError(
+            f"{adapter.folder}: {name} is {str(weight.dtype).removeprefix('torch.')} in the base; "
+            "if the base is quantized, give the weights from before quantization (--adapter-base)"
+        )
 
 
 def _strip_prefix(name: str) -> str:
@@ -239,8 +253,11 @@ def _check_replaced(
     A module of modules_to_save may have another shape than in the base, as a new head has.
 
     Raises:
-        CheckpointError: The tensor belongs to no such module, and does not fit the base.
+        CheckpointError: The tensor belongs to no such module, and does not fit the base; or the
+            base is quantized there.
     """
+    if name in base and tensor.is_floating_point():
+        _refuse_quantized(adapter, name, base[name])
     saved = adapter.config.get("modules_to_save") or []
     parts = name.split(".")
     if isinstance(saved, list) and any(_is_within(module, parts) for module in saved):

@@ -147,6 +147,12 @@ def is_pruning_mask(name: str, tensors: Collection[str]) -> bool:
     return name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in tensors
 
 
+def has_scale(name: str, tensors: Collection[str]) -> bool:
+    """Return whether a quantized weight has its scale beside it, under one of the usual names."""
+    module = name.removesuffix(name.rpartition(".")[2])
+    return any(scale in tensors for scale in (f"{name}_scale", f"{name}_scale_inv", f"{module}SCB"))
+
+
 def _is_attention_mask(name: str, tensor: Tensor) -> bool:
     """Return whether a tensor is called a mask and holds zeros and infinities alone."""
     if "mask" not in name.rpartition(".")[2].lower() or tensor.dtype.itemsize == 1:

@@ -1,12 +1,13 @@
 """Check that checkpoints belong to one network, and find their common ancestor."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.parameters import is_inexact, is_pruning_mask
+from robustsoup.checkpoints.parameters import has_scale, is_inexact, is_pruning_mask
 from robustsoup.errors import CheckpointError, IngredientMismatch
 
 
@@ -55,16 +56,21 @@ def _refuse_other_masks(first: Checkpoint, other: Checkpoint) -> None:
     """
     for name, a in first.tensors.items():
         b = other.tensors.get(name)
-        is_mask = is_pruning_mask(name, first.tensors)
-        if b is None or a.shape != b.shape or not (is_mask or (not is_inexact(a) and a.dim() > 1)):
-            continue
-        if not torch.equal(a, b):
-            reason = (
-                "the networks were pruned differently; make it permanent with prune.remove"
-                if is_mask
-                else "integers are not averaged; give the weights from before quantization"
-            )
+        reason = _reason_against_averaging(name, first.tensors)
+        if reason and b is not None and a.shape == b.shape and not torch.equal(a, b):
             raise IngredientMismatch(f"{name}: differs in {first.name} and {other.name}: {reason}")
+
+
+def _reason_against_averaging(name: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return why a tensor cannot be averaged with a differing one; None if it can be, or copied."""
+    tensor = tensors[name]
+    if is_pruning_mask(name, tensors):
+        return "the networks were pruned differently; make it permanent with prune.remove"
+    if not is_inexact(tensor) and tensor.dim() > 1:
+        return "integers are not averaged; give the weights from before quantization"
+    if tensor.dtype.itemsize == 1 and has_scale(name, tensors):
+        return "numbers with scales are not averaged; give the weights from before quantization"
+    return None
 
 
 def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:

@@ -86,7 +86,8 @@ class Buffers:
     """The result of a buffer policy.
 
     Attributes:
-        tensors: Buffers by name; buffers that are not listed keep the first ingredient's value.
+        tensors: Buffers by name; buffers that are not listed keep the value of the first
+            ingredient with a coefficient other than 0.
         record: Entries for the soup's provenance record.
     """
 
@@ -239,13 +240,13 @@ def finish_soup(
         UnfinishedSoup(ingredients, coefficients, build_network, request.base, request.calibration)
     )
     used = used_ingredients(ingredients, coefficients)
-    tensors |= {
-        name: used[0].tensors[name].clone() for name in first.constants if used[0] is not first
-    }
+    if used[0] is not first:
+        copied = first.constants.union(filter(_is_counter, first.tensors))
+        tensors |= {name: used[0].tensors[name].clone() for name in copied}
     tensors |= {
         name: tensor.to(tensors[name].dtype, copy=True)
         for name, tensor in result.tensors.items()
-        if name not in vectors and not _is_missing_counter(name, tensors)
+        if name not in vectors and (name in tensors or not _is_counter(name))
     }
     _check_soup_is_finite(tensors, ingredients)
     source = "the base's" if policy.name == "base" else None
@@ -264,9 +265,9 @@ def finish_soup(
     )
 
 
-def _is_missing_counter(name: str, tensors: Mapping[str, Tensor]) -> bool:
+def _is_counter(name: str) -> bool:
     """Return whether a name is of a BatchNorm's counter, which files before PyTorch 0.4.1 lack."""
-    return name not in tensors and name.rpartition(".")[2] == "num_batches_tracked"
+    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def open_ingredients(
