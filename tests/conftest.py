@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 from matplotlib.figure import Figure
+from torchvision_operators import declare_operators
 
 from robustsoup.progress import SavedState
 from robustsoup.reports.style import FORMATS, STYLE
@@ -87,6 +88,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.trained)
     if order := os.environ.get("ROBUSTSOUP_TEST_ORDER"):
         items[:] = shuffle_by_module(items, random.Random(int(order)))
+
+
+def pytest_runtest_setup(item):
+    """Let tests of the optional libraries import torchvision from PyPI beside any PyTorch."""
+    if item.get_closest_marker("extras"):
+        declare_operators()
 
 
 def shuffle_by_module(items, generator):

@@ -30,8 +30,8 @@ def model_zoo() -> Path:
 def thinned(names, *values, one_in):
     """Parametrize with all combinations of `values`, but keep one in `one_in` for `make test`.
 
-    Those kept lie on diagonals, so that they hold every single value; `make test-slow` runs the
-    others.
+    Of one list, these are every `one_in`-th value. Of several, they lie on diagonals, and hold each
+    value if another list has at least `one_in`. `make test-slow` runs the other combinations.
     """
     cases = []
     for combination in itertools.product(*map(enumerate, values)):

@@ -311,7 +311,8 @@ class Net(nn.Module):
     ],
 )
 def test_the_merge_is_that_of_peft(tmp_path, options):
-    peft = pytest.importorskip("peft")
+    import peft
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Net()
@@ -331,7 +332,8 @@ def test_the_merge_is_that_of_peft(tmp_path, options):
 
 @pytest.mark.extras
 def test_an_adapter_of_the_hub_brings_its_base(base, tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
+    from huggingface_hub import constants
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_adapter(tmp_path / "a", make_factors(), base="org/base")
     expected = Checkpoint.load(folder, adapter_base=tmp_path / "base.safetensors")

@@ -217,8 +217,9 @@ def test_what_cannot_be_read_is_one_line(memory, monkeypatch, address, message):
 @pytest.mark.extras
 def test_a_bucket_of_s3_is_read(tmp_path, body, monkeypatch):
     """The real s3fs, against a server on this machine that speaks the protocol of S3."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()

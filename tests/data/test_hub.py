@@ -24,7 +24,7 @@ from robustsoup.errors import DataError
 def datasets(monkeypatch, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library = pytest.importorskip("datasets")
+        import datasets as library
     from huggingface_hub import constants
 
     # Both read the environment when they are imported; other tests use a hub on this machine.
@@ -79,11 +79,12 @@ def make_dataset(datasets, count, labels=None, mode="RGB", classes=("cat", "dog"
 
 def from_columns(datasets, features, **columns):
     """Make a data set without `from_dict`, whose fingerprint some versions cannot compute."""
+    from pyarrow import table
+
     features = datasets.Features(features)
-    schema = features.arrow_schema
-    table = pytest.importorskip("pyarrow").table(columns, schema=schema)
+    rows = table(columns, schema=features.arrow_schema)
     info = datasets.DatasetInfo(features=features)
-    return datasets.Dataset(table, info=info, fingerprint="0" * 16)
+    return datasets.Dataset(rows, info=info, fingerprint="0" * 16)
 
 
 def check_samples(split, offset=0):
@@ -181,10 +182,11 @@ def test_splits_without_labels_or_with_other_names(datasets, tmp_path):
 
 @pytest.mark.extras
 def test_other_columns_of_images_are_not_opened(datasets, tmp_path):
+    from pyarrow import parquet
+
     features = {"img": datasets.Image(), "label": datasets.Value("int64"), "x": datasets.Image()}
     columns = {"img": [encode(n, "L") for n in range(9)], "label": [0, 1, 2] * 3}
     mask = [{"bytes": b"no image", "path": None}] * 9
-    parquet = pytest.importorskip("pyarrow.parquet")
     table = from_columns(datasets, features, **columns, x=mask).data.table
     parquet.write_table(table, tmp_path / "a.parquet")
     assert load_data(f"hf:{tmp_path / 'a.parquet'}").train.classes == 3
@@ -279,9 +281,11 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(datasets, tmp_path):
     ],
 )
 def test_images_of_a_row_are_read_from_files_alone(datasets, tmp_path, stored, text):
+    from pyarrow import parquet
+
     features = {"img": datasets.Image(), "label": datasets.Value("int64")}
     stranger = from_columns(datasets, features, img=[stored], label=[0])
-    parquet = pytest.importorskip("pyarrow.parquet")  # the library itself would read the image
+    # the library itself would read the image
     parquet.write_table(stranger.data.table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=rf"a\.parquet: row 0: .*{text}"):
         load_data(f"hf:{tmp_path / 'a.parquet'}")

@@ -19,7 +19,9 @@ from robustsoup.errors import DataError
 
 @pytest.fixture
 def webdataset():
-    return pytest.importorskip("webdataset")
+    import webdataset
+
+    return webdataset
 
 
 def encode(shade, size=8):

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_the_audit_reads_all_pinned_dependencies():
     (commands,) = re.findall(r"^audit:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     audited = re.findall(r"pip-audit .*-r (\S+)", commands)
     assert audited == ["requirements-ci.txt", "constraints.txt", "constraints-extras.txt"]
+
+
+def test_the_source_archive_holds_what_the_tests_read():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]
+    patterns = [*build["targets"]["sdist"]["include"], "/pyproject.toml"]
+    reads = re.compile(r'(?:ROOT|parents\[2\]) / "([^"]+)"')
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name in reads.findall(path.read_text("utf-8")):
+            assert any(fnmatch(f"/{name}", pattern) for pattern in patterns), f"{path}: {name}"
 
 
 def test_the_floor_of_torch_is_at_most_2_6():

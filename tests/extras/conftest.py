@@ -4,7 +4,6 @@ import importlib.util
 import sys
 
 import pytest
-from torchvision_operators import declare_operators
 
 MISSING = [
     name
@@ -23,13 +22,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _torchvision_beside_any_pytorch():
-    if not MISSING:
-        declare_operators()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _autoattack_for_robustbench(_torchvision_beside_any_pytorch):
+def _autoattack_for_robustbench():
     """Let robustbench import pyautoattack, which its package requires, as `autoattack`."""
     if not MISSING:
         import pyautoattack

@@ -25,8 +25,9 @@ def test_a_notebook_is_stored_without_outputs(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
+    import nbclient
+    import nbformat
+
     monkeypatch.setenv("ROBUSTSOUP_CACHE", str(tmp_path / "cache"))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
@@ -39,7 +40,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
 
 def complete(code):
     """Return the names that an editor offers at the end of the code."""
-    jedi = pytest.importorskip("jedi")
+    import jedi
+
     return {completion.name for completion in jedi.Script(code).complete()}
 
 
@@ -58,7 +60,8 @@ def test_an_editor_completes_public_names_and_what_they_return():
 
 
 def test_an_editor_shows_the_arguments_of_the_functions():
-    jedi = pytest.importorskip("jedi")
+    import jedi
+
     for name in ("apgd", "check", "evaluate", "learn", "mix", "search", "train"):
         code = f"import robustsoup as rs\nrs.{name}("
         (signature,) = jedi.Script(code).get_signatures()
