@@ -5,6 +5,8 @@ import torch
 from tiny_runs import LEARNED, RecordingReporter, recipe_of, run_recipe
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.runs.choose import soup_candidates
+from robustsoup.runs.run import prepare_run
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.mixing import mix
 
@@ -74,6 +76,16 @@ def test_a_soup_of_one_ingredient_names_it_if_it_equals_it(copied):
     soup, low = (Checkpoint.load(folder / rows[name]["checkpoint"]) for name in ("alone", "low"))
     assert soup.tensors.keys() == low.tensors.keys()
     assert all(torch.equal(value, low.tensors[name]) for name, value in soup.tensors.items())
+    prepared = prepare_run(recipe_of(changes), device="cpu")
+    candidates = {c.name: c for c in soup_candidates(prepared.plan, prepared.store)}
+    for name, words in (
+        ("alone", "low itself"),
+        ("other", "low with the soup's BatchNorm statistics"),
+    ):
+        assert (candidates[name].ingredient, candidates[name].description) == (
+            equal.get(name),
+            words,
+        )
 
 
 @pytest.mark.parametrize(
