@@ -59,6 +59,11 @@ def test_a_greedy_soup_reuses_the_evaluations_of_its_ingredients(copied):
         clean, robust = (val[name][measure]["value"] for measure in ("clean", "Linf 32/255"))
         assert scores[alpha] == pytest.approx(0.5 * clean + 0.5 * robust), name
     assert best["score"] == max(scores.values())
+    soups = [row for row in results["rows"] if row["soup"]]
+    ingredients = [row for row in results["rows"] if row["role"] == "ingredient"]
+    looked_at = len(soups) + len(record["tried"]) - 1
+    same = sum(row["ingredient"] is not None for row in soups)
+    assert results["selection"]["comparisons"] == looked_at * len(ingredients) - same
 
 
 def test_a_soup_of_one_ingredient_names_it_if_it_equals_it(copied):

@@ -13,8 +13,9 @@ from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
-from robustsoup.runs.worker import CHECKPOINT, load_evaluation, load_hits, load_shares
+from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS, load_evaluation, load_hits, load_shares
 from robustsoup.soups.answer import Answer
+from robustsoup.soups.coefficients import load_coefficients
 from robustsoup.soups.confirmation import confirm_finalists, judge_unattacked, order_finalists
 from robustsoup.soups.explanation import (
     Explained,
@@ -125,6 +126,7 @@ def choose_soup(planner: Planner, store: Store, execute: Callable[[], None]) -> 
         point=goal.point,
         seed=_statistics_seed(plan),
         looked_at=_find_looked_at(plan, store),
+        dropped=_count_dropped(plan, store),
     )
     threats = plan.recipe.evaluate.threats
     ingredients = {
@@ -176,6 +178,13 @@ def _find_looked_at(plan: Plan, store: Store) -> Hits | None:
         if name not in plan.rows_by_name
     ]
     return np.stack(columns, axis=1) if columns else None
+
+
+def _count_dropped(plan: Plan, store: Store) -> int:
+    """Return the number of soups that greedy searches evaluated and did not choose."""
+    built = [row.learned for row in plan.rows if row.role == "greedy" and row.learned]
+    records = (load_coefficients(store.file(key, COEFFICIENTS)).record for key in built)
+    return sum(len(record["greedy"]["tried"]) - 1 for record in records)
 
 
 def _statistics_seed(plan: Plan) -> int:
