@@ -5,6 +5,8 @@ import torch
 from tiny_runs import LEARNED, RecordingReporter, recipe_of, run_recipe
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.runs.choose import soup_candidates
+from robustsoup.runs.run import prepare_run
 from robustsoup.soups.coefficients import Coefficients, load_coefficients
 from robustsoup.soups.mixing import mix
 
@@ -57,6 +59,11 @@ def test_a_greedy_soup_reuses_the_evaluations_of_its_ingredients(copied):
         clean, robust = (val[name][measure]["value"] for measure in ("clean", "Linf 32/255"))
         assert scores[alpha] == pytest.approx(0.5 * clean + 0.5 * robust), name
     assert best["score"] == max(scores.values())
+    soups = [row for row in results["rows"] if row["soup"]]
+    ingredients = [row for row in results["rows"] if row["role"] == "ingredient"]
+    looked_at = len(soups) + len(record["tried"]) - 1
+    same = sum(row["ingredient"] is not None for row in soups)
+    assert results["selection"]["comparisons"] == looked_at * len(ingredients) - same
 
 
 def test_a_soup_of_one_ingredient_names_it_if_it_equals_it(copied):
@@ -74,6 +81,16 @@ def test_a_soup_of_one_ingredient_names_it_if_it_equals_it(copied):
     soup, low = (Checkpoint.load(folder / rows[name]["checkpoint"]) for name in ("alone", "low"))
     assert soup.tensors.keys() == low.tensors.keys()
     assert all(torch.equal(value, low.tensors[name]) for name, value in soup.tensors.items())
+    prepared = prepare_run(recipe_of(changes), device="cpu")
+    candidates = {c.name: c for c in soup_candidates(prepared.plan, prepared.store)}
+    for name, words in (
+        ("alone", "low itself"),
+        ("other", "low with the soup's BatchNorm statistics"),
+    ):
+        assert (candidates[name].ingredient, candidates[name].description) == (
+            equal.get(name),
+            words,
+        )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from robustsoup.soups.learning import learn
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import Buffers, mix
 from robustsoup.soups.search import search
-from robustsoup.soups.selection import select, worth_confirming
+from robustsoup.soups.selection import Candidate, select, worth_confirming
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -619,6 +619,21 @@ def test_the_greedy_soup_completes_what_the_surrogate_attacked_on_a_part(
     assert not found["surrogate-0.5-0.5"].confirmed
     assert found["greedy"].alpha == (0.5, 0.5)
     assert found["greedy"].confirmed
+
+
+def test_soups_that_the_greedy_one_left_behind_count_in_comparisons(ingredients, data, monkeypatch):
+    def leave_one_behind(evaluations, *_):
+        left, best = zip([(0.3, 0.7), (0.0, 1.0)], evaluations, strict=True)
+        return [Candidate("left", *left), Candidate("best", *best)]
+
+    monkeypatch.setattr(search_methods, "greedy", leave_one_behind)
+    monkeypatch.setattr("robustsoup.soups.search.methods_of", lambda _: ("surrogate", "greedy"))
+    monkeypatch.setattr("robustsoup.soups.search_methods.LEARNING", ())
+    quick = {"step": 0.5, "steps": 1, "samples": 16, "calibrate_on": data.train.first(64)}
+    found = search(ingredients, data.val, WEAK, method="all", **quick)
+    same = sum(c.ingredient is not None for c in found.candidates)
+    assert [c.name for c in found.candidates if c.name == "greedy"] == ["greedy"]
+    assert found.answer.comparisons == (len(found.candidates) + 1) * len(ingredients) - same
 
 
 @pytest.mark.usefixtures("ticks")

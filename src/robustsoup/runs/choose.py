@@ -13,8 +13,9 @@ from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
-from robustsoup.runs.worker import CHECKPOINT, load_evaluation, load_hits
+from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS, load_evaluation, load_hits, load_shares
 from robustsoup.soups.answer import Answer
+from robustsoup.soups.coefficients import load_coefficients
 from robustsoup.soups.confirmation import confirm_finalists, judge_unattacked, order_finalists
 from robustsoup.soups.explanation import (
     Explained,
@@ -67,16 +68,17 @@ def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
     """Return the soups of a plan with their evaluations on the split that selects."""
     threats = plan.recipe.evaluate.threats
     return [
-        _make_candidate(plan, row, load_evaluation(store, row.val, threats))
+        _make_candidate(plan, store, row, load_evaluation(store, row.val, threats))
         for row in plan.rows
         if row.soup is not None and row.val is not None
     ]
 
 
-def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Candidate:
-    ingredient = plan.find_ingredient(row.network)
+def _make_candidate(plan: Plan, store: Store, row: PlannedRow, evaluation: Evaluation) -> Candidate:
+    shares = load_shares(store, row) or ()
+    ingredient = plan.find_equal_ingredient(row, shares)
     description = describe_soup(
-        row.coefficients or (),
+        shares,
         row.ingredients or (),
         ingredient=ingredient,
         method=row.role,
@@ -85,7 +87,7 @@ def _make_candidate(plan: Plan, row: PlannedRow, evaluation: Evaluation) -> Cand
         objective=row.objective,
         merged_by=plan.recipe.soups[row.soup].method if row.role == "merge" and row.soup else None,
     )
-    return Candidate(row.name, row.coefficients or (), evaluation, description, ingredient)
+    return Candidate(row.name, shares, evaluation, description, ingredient)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def choose_soup(planner: Planner, store: Store, execute: Callable[[], None]) -> 
         point=goal.point,
         seed=_statistics_seed(plan),
         looked_at=_find_looked_at(plan, store),
+        dropped=_count_dropped(plan, store),
     )
     threats = plan.recipe.evaluate.threats
     ingredients = {
@@ -143,7 +146,10 @@ def _choose_among_finalists(
     clean_keys = {row.name: planner.add_clean_evaluation(row) for row in soups}
     execute()
     clean = judge_unattacked(
-        [_make_candidate(plan, row, load_evaluation(store, clean_keys[row.name])) for row in soups],
+        [
+            _make_candidate(plan, store, row, load_evaluation(store, clean_keys[row.name]))
+            for row in soups
+        ],
         goal,
         seed=_statistics_seed(plan),
         looked_at=_find_looked_at(plan, store),
@@ -172,6 +178,13 @@ def _find_looked_at(plan: Plan, store: Store) -> Hits | None:
         if name not in plan.rows_by_name
     ]
     return np.stack(columns, axis=1) if columns else None
+
+
+def _count_dropped(plan: Plan, store: Store) -> int:
+    """Return the number of soups that greedy searches evaluated and did not choose."""
+    built = [row.learned for row in plan.rows if row.role == "greedy" and row.learned]
+    records = (load_coefficients(store.file(key, COEFFICIENTS)).record for key in built)
+    return sum(len(record["greedy"]["tried"]) - 1 for record in records)
 
 
 def _statistics_seed(plan: Plan) -> int:

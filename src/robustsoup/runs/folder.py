@@ -36,7 +36,7 @@ from robustsoup.runs.soup_rows import dial_file
 from robustsoup.runs.staging import PAGE, RESULTS, StagedFiles, stage_files
 from robustsoup.runs.store import Store
 from robustsoup.runs.surrogate_results import SurrogateResult
-from robustsoup.runs.tasks import Key, MixSoup
+from robustsoup.runs.tasks import Key
 from robustsoup.runs.worker import (
     CHECKPOINT,
     COEFFICIENTS,
@@ -45,9 +45,9 @@ from robustsoup.runs.worker import (
     EXAMPLES,
     LANDSCAPE,
     load_evaluation,
+    load_shares,
 )
 from robustsoup.soups.answer import Answer
-from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.goal import Goal
 from robustsoup.soups.racing import round_ends
 from robustsoup.soups.screening import decisive_measure
@@ -161,7 +161,8 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
     if row.network not in plan.files:
         checkpoint = f"checkpoints/{row.name}.safetensors"
         staged.copy(row.network, CHECKPOINT, checkpoint)
-    coefficients_file, coefficients = _copy_coefficients(staged, row)
+    coefficients_file = _copy_coefficients(staged, row)
+    coefficients = load_shares(staged.store, row)
     same_split = recipe.select_on == recipe.evaluate.report_on
     # A soup that was attacked in part and in full on one split has one evaluation: the full one.
     val = row.test if same_split and row.test is not None else row.val
@@ -200,7 +201,7 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         threat=row.threat,
         objective=row.objective,
         at=row.at,
-        ingredient=_find_equal_ingredient(row, coefficients, plan),
+        ingredient=plan.find_equal_ingredient(row, coefficients),
         checkpoint=checkpoint,
         coefficients_file=coefficients_file,
         val=scores.get("val"),
@@ -213,41 +214,15 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
     )
 
 
-def _copy_coefficients(
-    staged: StagedFiles, row: PlannedRow
-) -> tuple[str | None, tuple[float, ...] | None]:
-    """Stage the coefficients of a row.
-
-    Returns:
-        The file of coefficients, or None if the soup has none; and one coefficient for each
-        ingredient, or None if they differ by layer.
-    """
+def _copy_coefficients(staged: StagedFiles, row: PlannedRow) -> str | None:
+    """Stage the coefficients of a row and return their file; None if the soup has none."""
     if row.dial is not None:
         staged.copy(row.dial, DIAL, f"coefficients/{dial_file(row)}")
     if row.learned is None:
-        return None, row.coefficients
+        return None
     file = f"coefficients/{row.name}.safetensors"
     staged.copy(row.learned, COEFFICIENTS, file)
-    if row.role != "greedy":
-        return file, row.coefficients
-    stored = Coefficients.load(staged.store.file(row.learned, COEFFICIENTS))
-    return file, tuple(map(float, stored.row("")))
-
-
-def _find_equal_ingredient(
-    row: PlannedRow, coefficients: Sequence[float] | None, plan: Plan
-) -> str | None:
-    """Return the ingredient that a soup equals bit for bit, if it is one.
-
-    The plan knows it of a soup of given coefficients; a greedy soup may have kept one ingredient.
-    """
-    if row.soup is None:
-        return None
-    if row.role == "greedy" and 1.0 in (coefficients or ()):
-        task = plan.step(row.network).task
-        if isinstance(task, MixSoup) and task.mixing.policy == "average":
-            return (row.ingredients or ())[(coefficients or ()).index(1.0)]
-    return plan.find_ingredient(row.network)
+    return file
 
 
 def _copy_evaluation(

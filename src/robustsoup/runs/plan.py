@@ -1,6 +1,6 @@
 """A plan: the steps of a run and the networks that it reports. Planning runs no step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
@@ -10,6 +10,7 @@ from robustsoup.runs.tasks import (
     EvaluateNetwork,
     Key,
     MapPlane,
+    MixSoup,
     Task,
     list_bases,
     task_record,
@@ -184,6 +185,24 @@ class Plan:
         """Return the name of the ingredient that has a network, the first one; None without one."""
         rows = self.ingredient_rows
         return next((row.name for row in rows if row.network == network), None)
+
+    def find_equal_ingredient(
+        self, row: PlannedRow, coefficients: Sequence[float] | None
+    ) -> str | None:
+        """Return the ingredient that a soup equals bit for bit, if it is one.
+
+        Args:
+            row: A row; None is returned for one that is no soup.
+            coefficients: One for each ingredient, as a greedy soup may have kept one ingredient;
+                None if they differ by layer.
+        """
+        if row.soup is None:
+            return None
+        if row.role == "greedy" and 1.0 in (coefficients or ()):
+            task = self.step(row.network).task
+            if isinstance(task, MixSoup) and task.mixing.policy == "average":
+                return (row.ingredients or ())[(coefficients or ()).index(1.0)]
+        return self.find_ingredient(row.network)
 
     def part(self, rows: Iterable[PlannedRow] = (), *, keys: Iterable[Key] = ()) -> "Plan":
         """Return the plan with those steps alone that some rows or keys need.

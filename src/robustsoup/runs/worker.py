@@ -24,7 +24,7 @@ from robustsoup.files import link_file, open_regular, remove_file
 from robustsoup.progress import Progress, SavedState
 from robustsoup.runs.context import Context
 from robustsoup.runs.examples import attack_examples
-from robustsoup.runs.plan import Step
+from robustsoup.runs.plan import PlannedRow, Step
 from robustsoup.runs.store import STATE, Store
 from robustsoup.runs.tasks import (
     AttackExamples,
@@ -99,6 +99,16 @@ def load_evaluation(store: Store, key: Key, threats: Sequence[ThreatModel] = ())
                 "command again, which repeats the step"
             )
     return evaluation
+
+
+def load_shares(store: Store, row: PlannedRow) -> tuple[float, ...] | None:
+    """Return one coefficient for each ingredient of a soup; None if they differ by layer.
+
+    Those of a greedy soup are known once it is built.
+    """
+    if row.role != "greedy" or row.learned is None:
+        return row.coefficients
+    return tuple(map(float, load_coefficients(store.file(row.learned, COEFFICIENTS)).row("")))
 
 
 def load_hits(store: Store, key: Key) -> HitTable:

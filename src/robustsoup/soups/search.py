@@ -426,6 +426,7 @@ def _choose(evaluator: SoupEvaluator, tried: Tried, goal: Goal) -> _Choice:
         point=goal.point,
         seed=evaluator.attack.seed,
         looked_at=tried.looked_at,
+        dropped=tried.dropped,
     )
     known = {item.ingredient: item.evaluation for item in tried.candidates if item.ingredient}
     return _Choice(selection, evaluator.evaluate_ingredients({**tried.ingredients, **known}))

@@ -98,6 +98,7 @@ class Tried:
         predicted: What the surrogate says about every soup.
         ingredients: Evaluations of ingredients that are known, by name.
         late: What the time limit left out.
+        dropped: Number of soups that the greedy search attacked and that are no candidates.
     """
 
     candidates: list[Candidate]
@@ -105,6 +106,7 @@ class Tried:
     predicted: tuple[PredictedSoup, ...] = ()
     ingredients: Mapping[str, Evaluation] = field(default_factory=dict)
     late: Late = field(default_factory=Late)
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -306,8 +308,11 @@ def search_by_all(run: MethodRun) -> Tried:
     known |= {item.alpha: item.evaluation for item in mapped.candidates}
     learned = [_search_among_learned(run, method, ingredients) for method in LEARNING]
     greedy_soups: list[Candidate] = []
+    dropped = 0
     if run.limit.begin_soup():
-        greedy_soups = [replace(_search_greedily(run, known)[-1], name="greedy")]
+        *others, best = _search_greedily(run, known)
+        greedy_soups = [replace(best, name="greedy")]
+        dropped = sum(item.alpha not in known for item in others)
     left_out = sum(part.late.left_out for part in (mapped, *learned)) + 1 - len(greedy_soups)
     return Tried(
         [
@@ -319,6 +324,7 @@ def search_by_all(run: MethodRun) -> Tried:
         tuple(replace(item, name=f"surrogate-{item.name}") for item in mapped.predicted),
         evaluations,
         Late(left_out, mapped.late.unfinished),
+        dropped,
     )
 
 

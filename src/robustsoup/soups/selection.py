@@ -342,6 +342,7 @@ def select(
     unconfirmed: bool = False,
     seed: int = 0,
     looked_at: Hits | None = None,
+    dropped: int = 0,
 ) -> Selection:
     """Select the candidate that maximises the goal among those that meet the requirements.
 
@@ -361,6 +362,7 @@ def select(
         seed: Seed of the bootstrap behind the bounds.
         looked_at: (n, k) clean hits of soups that were measured without an attack and are no
             candidates; the bounds on clean accuracy hold for them too.
+        dropped: Number of soups that greedy searches attacked and that are no candidates.
 
     Returns:
         The choice, and whether it meets the requirements.
@@ -387,7 +389,7 @@ def select(
     if not judgement.met(best):
         rest.sort(key=judgement.shortfall)
     ranking = (best, *others, *rest)
-    count = len(tried) + (0 if looked_at is None else looked_at.shape[1])
+    count = len(tried) + (0 if looked_at is None else looked_at.shape[1]) + dropped
     return Selection(best, judgement.met(best), goal, judgement, ranking, score, count)
 
 
