@@ -114,15 +114,23 @@ def test_the_first_sentence_and_the_intervals_agree():
     ) in among.lines()
 
 
-def test_the_first_sentence_names_ingredients_that_the_choice_does_not_beat():
+@pytest.mark.parametrize(
+    ("maximise", "measure"),
+    [
+        (LINF, LINF),
+        (f"0.5 clean + 0.5 {LINF}", f"0.5 clean + 0.5 {LINF}"),
+        ("knee", "the knee's score"),
+    ],
+)
+def test_the_first_sentence_names_ingredients_that_the_choice_does_not_beat(maximise, measure):
     """It beats the best ingredient on nearly the same samples, not a worse one on others."""
     best = replace(with_hits("best", range(60)), ingredient="best")
     other = replace(with_hits("other", range(90, 149)), ingredient="other")
-    answer = answer_of([best, other, with_hits("s", range(70))])
+    answer = answer_of([best, other, with_hits("s", range(70))], maximise=maximise)
     assert (answer.chosen, answer.best_ingredient, answer.distinguishable) == ("s", "best", False)
     assert answer.lines()[0] == (
-        f"no soup is shown to be better in {LINF} than every ingredient: the chosen one is better "
-        "than best, but not shown to be better than other"
+        f"no soup is shown to be better in {measure} than every ingredient: the chosen one is "
+        "better than best, but not shown to be better than other"
     )
 
 

@@ -1,6 +1,7 @@
 """A learning run: its gradients by layer, lazy mixing, early stopping, and what it returns."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import batches, load_data
 from robustsoup.errors import Diverged, LeakageError, RequestError
 from robustsoup.settings import DialSettings, LearnSettings
+from robustsoup.soups import learning_run
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.learning import learn
 from robustsoup.soups.learning_run import LearningInputs, LearningRun
@@ -226,6 +228,14 @@ def test_early_stopping_returns_the_epoch_of_the_lowest_loss_on_val():
     last = learn_digits(items, epochs=4, val=wrong_labels, **arguments)
     assert last.record["early_stopped_at"] is None
     assert last.alpha[0, 0] > stopped.alpha[0, 0] > 0.5
+
+
+def test_early_stopping_passes_over_losses_that_are_not_finite(monkeypatch):
+    losses = iter([math.nan, 2.0, 1.0, 3.0])
+    monkeypatch.setattr(learning_run, "measure_objective", lambda *_, **__: next(losses))
+    network, items = opposite_ingredients()
+    stops = {"network": network, "threat": "clean", "epochs": 4, "early_stop": {"steps": 1}}
+    assert learn_digits(items, val=VAL, **stops).record["early_stopped_at"] == 3
 
 
 def test_early_stopping_returns_the_statistics_of_its_epoch():

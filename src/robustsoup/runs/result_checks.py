@@ -140,6 +140,7 @@ selection = table(
         "best_ingredient": nullable(text),
         "distinguishable": nullable(boolean),
         "better_soup": nullable(text),
+        "unbeaten": list_of(text),
         "comparisons": count,
         "left_out": count,
         "unfinished": count,

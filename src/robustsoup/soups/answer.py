@@ -151,6 +151,8 @@ class Answer:
             ingredient that meets the requirements, by intervals that hold at once for all
             candidates and ingredients; None if no ingredient meets them.
         better_soup: The soup that was shown to, in words: the chosen one if it was; None without.
+        unbeaten: Ingredients that meet the requirements and that the chosen candidate was not shown
+            to beat in what is maximised; empty unless it was shown to beat the best of them.
         comparisons: Number of pairs of a candidate and an ingredient that the intervals of
             `against` hold for at once.
         left_out: Number of soups that the time limit left out; they are no candidates.
@@ -183,6 +185,7 @@ class Answer:
     best_ingredient: str | None = None
     distinguishable: bool | None = None
     better_soup: str | None = None
+    unbeaten: tuple[str, ...] = ()
     comparisons: int = 0
     left_out: int = 0
     unfinished: int = 0
@@ -253,6 +256,7 @@ class Answer:
         """Return JSON-able values, with the sentences as "lines"."""
         return _field_values(self) | {
             "require": list(self.require),
+            "unbeaten": list(self.unbeaten),
             "checks": [check.to_json() for check in self.checks],
             "accuracy": _accuracies_to_json(self.accuracy),
             "fresh_accuracy": self.fresh_accuracy and _accuracies_to_json(self.fresh_accuracy),
@@ -273,6 +277,7 @@ class Answer:
         runner_up, refused = content.get("runner_up"), content.get("refused")
         parsed: dict[str, Any] = {
             "require": tuple(content.get("require", ())),
+            "unbeaten": tuple(content.get("unbeaten", ())),
             "checks": _checks_from_json(content.get("checks", [])),
             "accuracy": _accuracies_from_json(content.get("accuracy", {})),
             "fresh_accuracy": None if fresh is None else _accuracies_from_json(fresh),
@@ -290,10 +295,11 @@ def _say_distinguishable(answer: Answer) -> Iterator[str]:
         return
     best = answer.best_ingredient
     maximised = "the knee's score" if answer.maximise == KNEE else answer.maximise
-    if not answer.distinguishable and (unbeaten := _list_unbeaten(answer)):
+    if not answer.distinguishable and answer.unbeaten:
+        unbeaten = " and ".join(answer.unbeaten)
         yield (
             f"no soup is shown to be better in {maximised} than every ingredient: the chosen one "
-            f"is better than {best}, but not shown to be better than {' and '.join(unbeaten)}"
+            f"is better than {best}, but not shown to be better than {unbeaten}"
         )
         return
     if not answer.distinguishable:
@@ -310,18 +316,6 @@ def _say_distinguishable(answer: Answer) -> Iterator[str]:
     everyone = all(item.meets for item in answer.against)
     which = "" if everyone else " that is shown to meet the requirement"
     yield f"{soup} is better in {maximised} than every ingredient{which}, of which {best} is best"
-
-
-def _list_unbeaten(answer: Answer) -> list[str]:
-    """Return the ingredients that the choice does not beat, if it beats the best one."""
-    lows = {
-        item.ingredient: item.differences[answer.maximise].low
-        for item in answer.against
-        if answer.maximise in item.differences and (item.meets or not answer.require)
-    }
-    if lows.get(str(answer.best_ingredient), 0) <= 0:
-        return []
-    return [name for name, low in lows.items() if low <= 0]
 
 
 def _list_gains_elsewhere(answer: Answer) -> list[str]:

@@ -71,13 +71,21 @@ class Comparisons:
         if not candidates or not ingredients:
             return []
         z = self._quantile(score)
+        return [item for item in candidates if not self._unbeaten(score, item, ingredients, z=z)]
+
+    def unbeaten(self, score: Score, candidate: Candidate, ingredients: Sequence[str]) -> list[str]:
+        """Return those of the given ingredients that a candidate's score is not shown to exceed."""
+        z = self._quantile(score) if ingredients else 0.0
+        return self._unbeaten(score, candidate, ingredients, z=z)
+
+    def _unbeaten(
+        self, score: Score, candidate: Candidate, ingredients: Sequence[str], *, z: float
+    ) -> list[str]:
+        evaluation = candidate.evaluation
         return [
-            item
-            for item in candidates
-            if all(
-                measure_gain(score, item.evaluation, self.ingredients[name], z=z).low > 0
-                for name in ingredients
-            )
+            name
+            for name in ingredients
+            if measure_gain(score, evaluation, self.ingredients[name], z=z).low <= 0
         ]
 
     def _quantile(self, score: Score) -> float:

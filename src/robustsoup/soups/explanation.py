@@ -173,6 +173,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
         best_ingredient=best_ingredient,
         distinguishable=better is not None if meeting and best.confirmed else None,
         better_soup=None if better is None else better.words,
+        unbeaten=_find_unbeaten(selection, comparisons, meeting, best_ingredient),
         comparisons=comparisons.count,
         left_out=context.late.left_out,
         unfinished=context.late.unfinished,
@@ -271,6 +272,20 @@ def _find_better_soup(
     ]
     better = comparisons.better_than_all(selection.score, soups, ingredients)
     return better[0] if better else None
+
+
+def _find_unbeaten(
+    selection: Selection,
+    comparisons: Comparisons,
+    ingredients: Sequence[str],
+    best_ingredient: str | None,
+) -> tuple[str, ...]:
+    """Return the given ingredients that the choice does not beat, if it beats the best of them."""
+    best = selection.best
+    if not best.confirmed:
+        return ()
+    unbeaten = comparisons.unbeaten(selection.score, best, ingredients)
+    return () if best_ingredient in unbeaten else tuple(unbeaten)
 
 
 def _describe_other(selection: Selection, other: Candidate, why: str) -> OtherCandidate:

@@ -288,7 +288,8 @@ class LearningRun:
         if self.limit is not None:
             clean = measure_robust_loss(self.model, self.val, CLEAN, precision=self.precision)
             entry["val_clean_loss"] = clean[0]
-        lowest = min((earlier["val_loss"] for earlier in self.history), default=math.inf)
+        earlier = (item["val_loss"] for item in self.history)
+        lowest = min(filter(math.isfinite, earlier), default=math.inf)
         if stop and loss < lowest:
             buffers = {name: tensor.clone() for name, tensor in self._model_buffers().items()}
             self.best = {"line": self.line.clone(), "buffers": buffers, "epoch": entry["epoch"]}
