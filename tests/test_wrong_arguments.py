@@ -1,8 +1,11 @@
 """Arguments of other types: what is plain is taken, the rest ends in one line."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import robustsoup as rs
 
@@ -115,6 +118,31 @@ def test_numbers_of_numpy_become_plain_ones(digits, tmp_path):
     assert rs.load_data("digits", seed=np.int64(1)).record["seed"] == 1
 
 
+def test_records_hold_plain_numbers_for_those_of_numpy(digits):
+    one, two, eight = np.int64(1), np.int32(2), np.int16(8)
+    network, items = linear(), [rs.Checkpoint.of(linear(seed)) for seed in range(2)]
+    few, threat = digits.train.first(8), {"threat": "Linf 1/255", "attack_steps": one}
+    data = rs.Data.from_tensors(digits.test.images, digits.test.labels, seed=two)
+    recalibrate = {"buffers": "recalibrate-adversarial", "calibrate_samples": eight, "seed": two}
+    kept: list[int] = []
+    short = {"epochs": 1, "attack_steps": 1, "batch_size": 4}
+    rs.train(network, few, checkpoint_every=one, on_checkpoint=lambda n, _: kept.append(n), **short)
+    assert kept == [1]
+    ends = rs.train_subspace(
+        network, few, ["Linf 1/255", "clean"], at_ends=np.float32(0.5), **short
+    )
+    for record in (
+        data.record,
+        rs.evaluate(network, few, "Linf 1/255", steps=1, subset=two).record,
+        rs.mix(
+            items, [1, 0], calibrate_on=few, network=network, **threat, **recalibrate
+        ).provenance,
+        rs.merge(items, "fisher", data=few, network=network, **threat, **recalibrate).provenance,
+        ends[0].provenance,
+    ):
+        assert json.loads(json.dumps(record))
+
+
 def test_one_evaluation_is_a_pool_of_one(digits):
     kept = evaluate(digits.test, threats="Linf 1/255", keep_points=True)
     pooled = evaluate(digits.test, threats="Linf 1/255", pool=kept)
@@ -165,6 +193,26 @@ def test_functions_that_take_gradients_do_so_in_any_mode_of_the_caller(digits, m
         found = list(compute(inner))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def linear(seed=0):
+    """A network of the digits that takes little time, with BatchNorm."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10)).eval()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_diagnoses_attack_in_any_mode_of_the_caller(digits, mode):
+    few, network = {"threat": "Linf 16/255", "samples": 4}, linear()
+    with mode():
+        items = [rs.Checkpoint.of(linear(seed)) for seed in range(3)]
+        checked = rs.check(items, data=digits.val, network=network, **few)
+        layers = rs.map_layers(*items[:2], digits.val, network=network, **few)
+        plane = {"points": 2, "attack_steps": 1, "buffers": "base", **few}
+        measured = rs.landscape(items, digits.val, network=network, **plane)
+    assert checked.samples == layers.samples == measured.samples == 4
+    assert len(measured.loss) == 2
 
 
 def test_samples_that_choose_a_soup_do_not_report_it(digits):

@@ -263,6 +263,15 @@ def test_the_first_of_sorted_samples_are_of_all_classes_and_named_by_their_rows(
     assert torch.equal(digits.test.first(60).ids, digits.test.ids[:60])
 
 
+def test_samples_may_be_tensors_of_any_dtype():
+    images = (torch.arange(8 * 64) % 256 / 255).reshape(8, 1, 8, 8).bfloat16()
+    for make in (lambda image: image, lambda image: image.clone().requires_grad_()):
+        split = as_split(
+            Samples(8, lambda number, make=make: (make(images[number]), number % 2)), "evaluate"
+        )
+        assert torch.equal(split.images, as_split((images, torch.arange(8) % 2), "evaluate").images)
+
+
 def test_samples_that_differ_from_read_to_read_are_refused():
     noisy = Samples(8, lambda number: (torch.rand(1, 8, 8), number % 2))
     with pytest.raises(DataError, match=r"sample 0 differs when it is read again; remove random"):

@@ -620,6 +620,7 @@ def assemble_tensors(
         DataError: Images or labels have another form, a part repeats the tensors of another, or no
             sample is left to train on.
     """
+    seed = plain_number(seed)
     pools: dict[str, Samples] = {}
     notes: list[str] = []
     for part, pair in parts.items():

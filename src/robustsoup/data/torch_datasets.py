@@ -276,4 +276,5 @@ def _refuse_random_samples(dataset: object, place: str) -> None:
 def _pixel_bytes(image: object) -> bytes:
     if is_pillow_image(image):
         return image.tobytes()
-    return (image if isinstance(image, Tensor) else torch.as_tensor(image)).numpy().tobytes()
+    tensor = torch.as_tensor(image).detach().cpu().contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

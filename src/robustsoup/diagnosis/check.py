@@ -32,6 +32,7 @@ from robustsoup.diagnosis.rules import (
 from robustsoup.diagnosis.running_statistics import RunningStatistics, compare_running_statistics
 from robustsoup.display import html_table
 from robustsoup.errors import CheckpointError, RequestError
+from robustsoup.gradients import gradients_enabled
 from robustsoup.models.fit import check_fit
 from robustsoup.progress import Progress
 from robustsoup.soups.ancestry import common_ancestor
@@ -123,6 +124,7 @@ class Soupability:
         return _replace_non_finite(content)
 
 
+@gradients_enabled()
 def check(
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
     *,

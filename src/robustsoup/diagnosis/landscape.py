@@ -21,6 +21,7 @@ from robustsoup.digests import digest_json
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, CoefficientError
 from robustsoup.files import write_text
+from robustsoup.gradients import gradients_enabled
 from robustsoup.models import network_fingerprint
 from robustsoup.models.fit import adapt_to
 from robustsoup.paths import user_path
@@ -227,6 +228,7 @@ def read_landscape(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+@gradients_enabled()
 def landscape(
     checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
     data: SplitLike,

@@ -14,6 +14,7 @@ from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import CLEAN_KEY
+from robustsoup.gradients import gradients_enabled
 from robustsoup.progress import Progress
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.merging import merge
@@ -121,6 +122,7 @@ class LayerMap:
         }
 
 
+@gradients_enabled()
 def map_layers(
     first: Checkpoint | str | os.PathLike[str],
     second: Checkpoint | str | os.PathLike[str],

@@ -60,7 +60,7 @@ from robustsoup.evaluation.verdicts import (
 from robustsoup.gradients import gradients_enabled
 from robustsoup.progress import Progress
 from robustsoup.seeding import global_random_state
-from robustsoup.settings import AttackSettings, accepts_settings, make_settings
+from robustsoup.settings import AttackSettings, accepts_settings, make_settings, plain_number
 from robustsoup.threats import ThreatModel
 
 FEWEST_TO_DOUBT = 50
@@ -195,7 +195,11 @@ def _parse_reuse(
     if after is not None:
         as_evaluations([after], "after")
     return Reuse(
-        keep_points, as_evaluations(pool, "pool"), after, subset, as_evaluations(others, "others")
+        keep_points,
+        as_evaluations(pool, "pool"),
+        after,
+        plain_number(subset),
+        as_evaluations(others, "others"),
     )
 
 

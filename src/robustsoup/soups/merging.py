@@ -204,6 +204,14 @@ def merge(
     if data is not None and _measures(entry, data):
         check_same_split(opened, data, allow=allow_leakage)
     place = resolve_device(device)
+    calibration = Calibration(
+        data,
+        calibrate_samples,
+        calibrate_threat,
+        attack_steps,
+        resolve_precision(precision, place),
+        seed,
+    )
     inputs = Merge(
         opened,
         tuple(coefficients.alpha[0].tolist()),
@@ -211,13 +219,10 @@ def merge(
         source,
         None if data is None else data.to(place),
         threat,
-        attack_steps,
+        calibration.attack_steps,
         partial(_build_network, opened, network, data, place),
-        resolve_precision(precision, place),
-        seed,
-    )
-    calibration = Calibration(
-        data, calibrate_samples, calibrate_threat, attack_steps, inputs.precision, seed
+        calibration.precision,
+        calibration.seed,
     )
     run_method: MergeMethod = entry.load() if isinstance(method, str) else method
     merged = run_method(inputs)

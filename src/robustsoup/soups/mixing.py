@@ -55,10 +55,13 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
-        BufferSettings(
+        """Check the numbers, which become those of Python."""
+        checked = BufferSettings(
             calibrate_samples=self.samples, attack_steps=self.attack_steps, seed=self.seed
         )
+        object.__setattr__(self, "samples", checked.calibrate_samples)
+        object.__setattr__(self, "attack_steps", checked.attack_steps)
+        object.__setattr__(self, "seed", checked.seed)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,13 @@ from robustsoup.models import network_fingerprint
 from robustsoup.models.fit import check_fit, check_training
 from robustsoup.progress import Progress, SavedState
 from robustsoup.seeding import keyed_generator
-from robustsoup.settings import TrainSettings, accepts_settings, make_settings, to_record
+from robustsoup.settings import (
+    TrainSettings,
+    accepts_settings,
+    make_settings,
+    plain_number,
+    to_record,
+)
 from robustsoup.soups.batchnorm import recalibrate
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.tracking import OnEpoch
@@ -116,6 +122,7 @@ def train_subspace(
     settings = make_settings(TrainSettings, settings, {**changes, "threat": (*ends, CLEAN)[0]})
     data = as_split(data, "train_subspace")
     check_schedule(settings.schedule)
+    at_ends = plain_number(at_ends)
     check_subspace(ends, settings, by, at_ends)
     place = resolve_device(device)
     data, settings = take_transform(data, settings)

@@ -40,6 +40,7 @@ from robustsoup.settings import (
     TrainSettings,
     accepts_settings,
     make_settings,
+    plain_number,
     to_record,
 )
 from robustsoup.tracking import OnEpoch
@@ -132,6 +133,7 @@ def train(
     data, val = as_split(data, "train"), as_optional_split(val, "train: val")
     check_schedule(settings.schedule)
     check_early_stop(settings.early_stop, val)
+    checkpoint_every = plain_number(checkpoint_every)
     _check_checkpoint_interval(checkpoint_every, on_checkpoint)
     resolved_device = resolve_device(device)
     data, settings = take_transform(data, settings)
