@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 
 import numpy
@@ -149,6 +150,17 @@ def test_running_again_executes_no_step(copied):
     assert [modification_times(place) for place in places] == before
     assert [row["name"] for row in results["rows"]] == ROWS
     assert find_leftovers(folder) == find_leftovers(store) == []
+
+
+@pytest.mark.parametrize("years", [-20, 20])
+def test_files_of_another_time_repeat_no_step(copied, years):
+    """The clock has jumped, or the files were copied from a machine whose clock is wrong."""
+    folder, store = copied
+    for path in (*folder.rglob("*"), *store.rglob("*")):
+        moment = path.stat().st_mtime + years * 365 * 86_400
+        os.utime(path, (moment, moment))
+    _, _, reporter = run_recipe(recipe_of(), folder)
+    assert (reporter.missing, reporter.finished_steps) == ([[]], [])
 
 
 def test_a_source_tree_that_is_not_installed_runs_recipes(copied, monkeypatch):
