@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from synthetic_results import THREAT, make_results, write_and_read_report
 
 from robustsoup.evaluation.intervals import Accuracy
@@ -138,12 +139,14 @@ def test_the_slider_moves_the_choice_by_the_stated_rule(open_page, report):
 def find_knee(data, threshold):
     """Return the soup at the knee of those that reach the threshold, as a search chooses it."""
     soups = [row for row in data["rows"] if row["candidate"] and not row["screened"]]
+    samples = {"ids": torch.arange(1), "labels": torch.zeros(1), "record": {}}
     tried = []
     for row in soups:
         if row["bounds"]["clean"] >= threshold:
             scores = row["scores"]["val"]
             accuracy = {key: Accuracy(*scores[key][-2:]) for key in ("clean", THREAT)}
-            tried.append(Candidate(row["name"], (), SimpleNamespace(accuracy=accuracy)))
+            evaluation = SimpleNamespace(accuracy=accuracy, **samples)
+            tried.append(Candidate(row["name"], (), evaluation))
     return rank_by(target_score(Goal("knee"), tried), tried)[0].name
 
 
