@@ -143,7 +143,8 @@ def pack(run: RunResults) -> HitTable:
             coefficients[number, columns.index(name)] = weight
     record = {
         "run": run.results["name"],
-        "protocol": run.results["protocol"],
+        "protocol": run.results["protocol"]
+        | {"select_on": run.select_on, "report_on": run.report_on},
         "attack": evaluations[rows[0]["name"]].record["attack"],
         "columns": columns,
     }

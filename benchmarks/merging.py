@@ -52,11 +52,13 @@ def draw_gain(run: RunResults, row: Row, threat: str) -> np.ndarray:
     front = find_front(run, row["ingredients"], threat)
     clean, robust = (run.draw_accuracy(row["name"], key) for key in ("clean", threat))
     on_front = draw_on_line(run, front, clean, threat)
-    robusts = np.stack([run.draw_accuracy(name, threat) for name in front])
     cleans = np.stack([run.draw_accuracy(name, "clean") for name in front])
-    cleanest = np.take_along_axis(robusts, cleans.argmax(0)[None], axis=0)[0]
+    cleanest, most_robust = (  # chosen on the split that selects, as the front is
+        run.draw_accuracy(run.best_row([run.rows[name] for name in front], key), threat)
+        for key in ("clean", threat)
+    )
     on_front = np.where(clean > cleans.max(0), cleanest, on_front)
-    return robust - np.where(clean < cleans.min(0), robusts.max(0), on_front)
+    return robust - np.where(clean < cleans.min(0), most_robust, on_front)
 
 
 def list_methods(runs: list[RunResults]) -> dict[str, list[tuple[RunResults, Row]]]:
@@ -105,6 +107,8 @@ def main() -> None:
     parser = describe_script(__doc__)
     parser.add_argument("--swap", action="store_true", help="exchange the two splits' roles")
     with open_runs(parser, "merging") as (options, runs):
+        if options.swap and options.verdicts:
+            parser.error("--swap reads a run's own verdicts; leave --verdicts out")
         if options.swap:
             for run in runs:
                 run.select_on, run.report_on = run.report_on, run.select_on
