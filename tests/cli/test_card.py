@@ -44,9 +44,9 @@ def test_a_search_writes_the_card_of_its_soup(here):
 
 def test_learning_writes_a_card_and_a_dial_removes_it(here):
     learn = (*LEARN, "--epochs", 1, "--attack-steps", 1, "-o", "learned")
-    assert run(*learn) == 0
+    assert run(*learn, "--threat", "L2 0.5", "--combine", "max") == 0
     text = read_card("learned")
-    assert "coefficients learned against Linf 32/255" in text
+    assert "coefficients learned against Linf 32/255 and L2 0.5" in text
     assert "were not evaluated where this card was written" in text
     assert run(*learn, "--dial") == 0
     assert not Path("learned/README.md").exists()

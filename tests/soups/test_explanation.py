@@ -34,12 +34,12 @@ from robustsoup.soups.time_limit import Late
         ((), {"method": "learned"}, "a learned soup of eps2, eps4 and eps8"),
         (
             (),
-            {"method": "learned", "threat": "Linf 8/255"},
-            "a learned soup of eps2, eps4 and eps8, learned against Linf 8/255",
+            {"method": "learned", "threats": ("Linf 8/255", "L2 0.5")},
+            "a learned soup of eps2, eps4 and eps8, learned against Linf 8/255 and L2 0.5",
         ),
         (
             (),
-            {"method": "dial", "at": 0.35, "threat": "Linf 8/255"},
+            {"method": "dial", "at": 0.35, "threats": ("Linf 8/255",)},
             "the dial of eps2, eps4 and eps8 at t = 0.35 (0 is robust, 1 is clean)",
         ),
     ],

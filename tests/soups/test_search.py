@@ -26,6 +26,7 @@ from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import Buffers, mix
 from robustsoup.soups.search import search
 from robustsoup.soups.selection import Candidate, select, worth_confirming
+from robustsoup.soups.surrogate_search import requests_in_time
 from robustsoup.threats import ThreatModel
 from robustsoup.training.train import train
 
@@ -443,6 +444,23 @@ def test_the_surrogate_attacks_on_a_part_first_and_the_answer_on_all(
     assert chosen.confirmed
 
 
+def test_the_surrogate_attacks_every_soup_that_it_named_before_it_looks_again(
+    ends, split, monkeypatch
+):
+    looks = []
+
+    def look(engine, attacked, limit):
+        requests, late = requests_in_time(engine, attacked, limit)
+        looks.append(([request.candidate for request in requests], set(attacked)))
+        return requests, late
+
+    monkeypatch.setattr("robustsoup.soups.search_methods.requests_in_time", look)
+    search(ends, split, [THREAT], method="surrogate", step=0.1, steps=1)
+    assert len(looks[0][0]) > 1
+    for (named, _), (_, attacked) in itertools.pairwise(looks):
+        assert attacked >= set(named)
+
+
 # the time limit, by a clock that the test turns
 
 
@@ -831,6 +849,9 @@ def test_the_soup_learned_without_an_attack_has_no_settings_of_attacks(ends, dat
     )
     assert torch.equal(found.candidates[0].mixed_by.alpha, plain.candidates[0].mixed_by.alpha)
     assert not torch.equal(found.candidates[3].mixed_by.alpha, plain.candidates[3].mixed_by.alpha)
+    assert found.candidates[0].description.endswith("learned against clean")
+    for threat in changes.get("also", ()):
+        assert found.candidates[3].description.endswith(f" and {threat}")
 
 
 def test_the_soup_learned_without_an_attack_recalibrates_without_one(ends, data):

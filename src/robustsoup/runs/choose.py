@@ -13,6 +13,7 @@ from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.runs.plan import Plan, PlannedRow
 from robustsoup.runs.planner import Planner
 from robustsoup.runs.store import Store
+from robustsoup.runs.tasks import LearnCoefficients
 from robustsoup.runs.worker import CHECKPOINT, COEFFICIENTS, load_evaluation, load_hits, load_shares
 from robustsoup.soups.answer import Answer
 from robustsoup.soups.coefficients import load_coefficients
@@ -77,13 +78,14 @@ def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
 def _make_candidate(plan: Plan, store: Store, row: PlannedRow, evaluation: Evaluation) -> Candidate:
     shares = load_shares(store, row) or ()
     ingredient = plan.find_equal_ingredient(row, shares)
+    learning = plan.steps_by_key[row.learned].task if row.learned else None
     description = describe_soup(
         shares,
         row.ingredients or (),
         ingredient=ingredient,
         method=row.role,
         at=row.at,
-        threat=row.threat,
+        threats=learning.settings.threats if isinstance(learning, LearnCoefficients) else (),
         objective=row.objective,
         merged_by=plan.recipe.soups[row.soup].method if row.role == "merge" and row.soup else None,
     )

@@ -224,9 +224,7 @@ def describe_making(record: Mapping[str, Any]) -> str:
     data = record.get("data") or {}
     splits = " and ".join(map(str, record.get("trained_on", ())))
     source = f" on {_short(data['name'])} ({splits})" if data.get("name") else ""
-    also = training.get("also")
-    threats = [training.get("threat"), *(also if isinstance(also, list) else [])]
-    parts = [f"trained against {' and '.join(map(_short, threats))}{source}"]
+    parts = [f"trained against {_join_threats(training)}{source}"]
     subspace = record.get("subspace")
     if isinstance(subspace, Mapping):
         parts[0] = f"end {subspace['position'] + 1} of a {_short(subspace['shape'])}, {parts[0]}"
@@ -247,13 +245,20 @@ def _describe_soup(record: Mapping[str, Any]) -> str:
     if isinstance(merge, Mapping):
         parts.append(f"merged by {_short(merge.get('method'))}")
     if isinstance(learning, Mapping):
-        parts.append(f"coefficients learned against {_short(learning.get('threat'))}")
+        parts.append(f"coefficients learned against {_join_threats(learning)}")
     elif isinstance(record["coefficients"], Mapping):
         parts.append("coefficients by layer")
     policy = (record.get("buffers") or {}).get("policy")
     if policy:
         parts.append(f"BatchNorm statistics: {_short(policy)}")
     return ", ".join(parts)
+
+
+def _join_threats(settings: Mapping[str, Any]) -> str:
+    """Return the threat models of a training or of learning in words."""
+    also = settings.get("also")
+    threats = [settings.get("threat"), *(also if isinstance(also, list) else [])]
+    return " and ".join(map(_short, threats))
 
 
 def _short(value: object) -> str:

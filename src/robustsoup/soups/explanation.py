@@ -35,7 +35,7 @@ def describe_soup(
     ingredient: str | None = None,
     method: str = "",
     at: float | None = None,
-    threat: str | None = None,
+    threats: Sequence[object] = (),
     objective: str | None = None,
     merged_by: str | None = None,
 ) -> str:
@@ -47,7 +47,7 @@ def describe_soup(
         ingredient: Name of the ingredient that the soup equals, if it is one.
         method: Method of a soup without a single vector, such as "learned".
         at: Position on a dial.
-        threat: Threat model that the coefficients were learned against.
+        threats: Threat models that the coefficients were learned against.
         objective: Objective that they were learned with.
         merged_by: Method that merged the ingredients, if they were not averaged.
     """
@@ -56,7 +56,7 @@ def describe_soup(
     if at is not None:
         return f"the dial of {_join(ingredients)} at t = {at:g} (0 is robust, 1 is clean)"
     if not alpha:
-        against = "" if threat is None else f", learned against {threat}"
+        against = f", learned against {' and '.join(map(str, threats))}" if threats else ""
         against += "" if objective in (None, "ce") else f" with {objective}"
         return f"a {method or 'layer-wise'} soup of {_join(ingredients)}{against}"
     if merged_by is not None:

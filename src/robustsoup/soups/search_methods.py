@@ -258,8 +258,8 @@ def _list_learned(
         return
     soups = name_learned(method, family.threats, family.objectives)
     pairs = itertools.product(family.threats, family.objectives)
-    for name, (threat, objective), settings in zip(soups, pairs, each, strict=True):
-        words = describe(names, threat=str(threat), objective=objective)
+    for name, (_, objective), settings in zip(soups, pairs, each, strict=True):
+        words = describe(names, threats=settings.threats, objective=objective)
         yield name, words, partial(_learn_soup, run, name, settings)
 
 
@@ -368,14 +368,14 @@ def _search_by_surrogate(
         requests, is_late = requests_in_time(engine, hits_by_name(evaluations), limit)
         if not requests:
             break
-        progress.total += 1
-        name, subset = requests[0].candidate, requests[0].subset
-        alpha = alphas[name]
-        evaluation = known.get(alpha) or evaluator.evaluate(
-            alpha, after=evaluations.get(name), subset=subset
-        )
-        evaluations[name] = progress.report(name, evaluation)
-        limit.end_soup()
+        progress.total += len(requests)
+        for request in requests:  # all before the model is fitted again, as in a recipe's run
+            name = request.candidate
+            evaluation = known.get(alphas[name]) or evaluator.evaluate(
+                alphas[name], after=evaluations.get(name), subset=request.subset
+            )
+            evaluations[name] = progress.report(name, evaluation)
+            limit.end_soup()
     attacked = [name in evaluations for name in alphas]
     hits = hits_by_name(evaluations)
     late = Late()
