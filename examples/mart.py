@@ -1,4 +1,4 @@
-"""MART (Wang et al. 2020, ICLR) as a custom objective: a function of the logits of two batches.
+"""MART (Wang et al. 2020, ICLR) as a custom objective of the logits of two batches.
 
 In the folder of this file, on the command line:
 
@@ -6,14 +6,17 @@ In the folder of this file, on the command line:
         -o mart.safetensors
 
 In Python: `rs.train(..., objective=mart)`. In a recipe: `objective = "mart:mart"`. The attack
-maximises the cross-entropy, as for every plain function; a `robustsoup.Objective` can change it.
+maximises the cross-entropy, the default of `robustsoup.Objective`. As in the authors' code, each batch
+is normalised by its own BatchNorm statistics.
 """
 
 from torch import Tensor
 from torch.nn import functional
 
+from robustsoup import Objective
 
-def mart(clean: Tensor, attacked: Tensor, y: Tensor, weight: float = 6.0) -> Tensor:
+
+def mart_loss(clean: Tensor, attacked: Tensor, y: Tensor, weight: float = 6.0) -> Tensor:
     """Return boosted cross-entropy plus a KL divergence, weighted by the error on the clean image.
 
     Args:
@@ -33,3 +36,6 @@ def mart(clean: Tensor, attacked: Tensor, y: Tensor, weight: float = 6.0) -> Ten
     boosted = cross_entropy - (1.0001 - largest_wrong).log()
     kl = (p * (clean.log_softmax(1) - attacked.log_softmax(1))).sum(1)
     return boosted + weight * kl * (1 - p.gather(1, y.view(-1, 1)).squeeze(1))
+
+
+mart = Objective(mart_loss, name="mart:mart", separate_passes=True)

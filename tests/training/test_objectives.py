@@ -485,9 +485,10 @@ def test_mart_equals_its_formula(seed):
         boosted = -math.log(float(q[label])) - math.log(1.0001 - max(others))
         divergence = sum(float(p[k]) * math.log(float(p[k] / q[k])) for k in range(len(p)))
         total += boosted + 6 * divergence * (1 - float(p[label]))
-    assert float(load_mart()(clean, adv, y).mean()) == pytest.approx(total / len(y), rel=1e-4)
+    assert float(load_mart().loss(clean, adv, y).mean()) == pytest.approx(total / len(y), rel=1e-4)
 
 
 def test_a_network_is_trained_with_mart():
     trained = train_digits(objective=load_mart(), epochs=1)
     assert trained.provenance["training"]["objective"] == "mart:mart"
+    assert load_mart().separate_passes

@@ -152,9 +152,8 @@ def _plot_curves(
         if number + columns >= len(panels):
             axes.set_xlabel(f"clean accuracy on {clean_text(scale.split)} (%)")
         all_axes.append(axes)
-    _add_curve_legend(
-        figure, all_axes, f"{clean_text(results.name)}: learned soups against the grid"
-    )
+    against = " against the grid" if any(panel.two_best for panel in panels) else ""
+    _add_curve_legend(figure, all_axes, f"{clean_text(results.name)}: learned soups{against}")
     rows = [row for panel in panels for row in panel.rows]
     attack = summarise_attack(results.protocol, scale.split, rows)
     add_footer(

@@ -44,6 +44,8 @@ class Affine:
 
     A step at the uniform soup moves them as far as a step of the softmax with the same learning
     rate does, which is why the gradient is divided by n squared.
+
+    Source: Li et al., MEHL-Soup, ECCV 2024; by tensor there.
     """
 
     def alpha(self, free: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ same engine, and a resumed run gets the same requests:
 Clean verdicts of every soup are measured before. The ends (the ingredients) are attacked on all
 samples; every other soup on a part of them, the first samples of a random order, and the few that
 can be the answer then on the rest. The accuracy of a soup that was attacked on the part is
-estimated for all samples: its clean accuracy times the share of its hits that the attack left in
-the part, plus what the same estimate misses of the ends, weighted by the soup's coefficients.
+estimated for all samples by linear regression on the hits of the soups that were attacked in full
+and on its own clean hits.
 
 The first soups are the ends, a few where the model knows least, and two soups drawn by the seed:
 the model without them is tested on them, and then fitted to all. While it fails, the soup that the

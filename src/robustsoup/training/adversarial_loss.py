@@ -126,7 +126,7 @@ def attack_under_all(
         replayed: Replays the attack on a GPU if there is one threat.
 
     Source: max and mean: Tramer and Boneh 2019, arXiv:1904.13000; random: Croce and Hein 2022,
-        arXiv:2105.12508, whose probabilities follow the losses.
+        arXiv:2105.12508, whose probabilities follow the robust errors.
     """
     threats = list(settings.threats)
     if settings.combine == "random":
