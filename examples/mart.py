@@ -6,8 +6,8 @@ In the folder of this file, on the command line:
         -o mart.safetensors
 
 In Python: `rs.train(..., objective=mart)`. In a recipe: `objective = "mart:mart"`. The attack
-maximises the cross-entropy, the default of `robustsoup.Objective`. As in the authors' code, each batch
-is normalised by its own BatchNorm statistics.
+maximises the cross-entropy, the default of `robustsoup.Objective`. As in the authors' code, each
+batch is normalised by its own BatchNorm statistics.
 """
 
 from torch import Tensor

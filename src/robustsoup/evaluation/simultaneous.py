@@ -70,8 +70,8 @@ def prove_accuracies(
 
     The method is max-t: a multiplier bootstrap of the samples, which knows how the accuracies are
     correlated, gives the quantile of Wilson's one-sided bound with continuity correction. If
-    fewer than 20 hits or misses are expected at any threshold, all are tested by exact binomial tests
-    with Holm's correction, and bounds are Clopper and Pearson's with Bonferroni's.
+    fewer than 20 hits or misses are expected at any threshold, all are tested by exact binomial
+    tests with Holm's correction, and bounds are Clopper and Pearson's with Bonferroni's.
 
     Args:
         hits: (n, k) whether each sample is a hit.
