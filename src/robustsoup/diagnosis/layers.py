@@ -1,13 +1,12 @@
 """Which blocks carry robustness: swap each block between two checkpoints and measure the cost."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from robustsoup.attacks.forward import frozen_eval
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.data import Split, SplitLike, as_split
 from robustsoup.diagnosis.check import build_model
 from robustsoup.display import html_table
@@ -124,8 +123,8 @@ class LayerMap:
 
 @gradients_enabled()
 def map_layers(
-    first: Checkpoint | str | os.PathLike[str],
-    second: Checkpoint | str | os.PathLike[str],
+    first: CheckpointLike,
+    second: CheckpointLike,
     data: SplitLike,
     *,
     threat: ThreatModel | str = CLEAN,

@@ -4,7 +4,6 @@ A method is a function of a `Merge` that returns a `Merged`. To add one, write t
 register it in `robustsoup.catalog.SOUP_METHODS` with the fact "needs": "merging".
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.catalog import SOUP_METHODS, Entry
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split, SplitLike, as_optional_split, passes
@@ -135,12 +134,12 @@ MergeMethod = Callable[[Merge], Merged]
 @accepts_settings(MergeSettings)
 @gradients_enabled()
 def merge(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     method: str | MergeMethod,
     weights: CoefficientsLike | None = None,
     settings: MergeSettings | None = None,
     *,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     data: SplitLike | None = None,
     threat: ThreatModel | str = CLEAN,
     attack_steps: int = 2,
@@ -341,7 +340,7 @@ def _take_weights(
 def _find_base(
     entry: Entry,
     ingredients: Sequence[Checkpoint],
-    base: Checkpoint | str | os.PathLike[str] | None,
+    base: CheckpointLike | None,
 ) -> Checkpoint | None:
     """Return the base in the names of the ingredients; None if the method takes none."""
     required = "base" in entry.facts.get("requires", ())

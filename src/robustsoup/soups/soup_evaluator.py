@@ -11,7 +11,7 @@ from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import SOUP_METHODS
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.data import Split
 from robustsoup.data.corruptions import CorruptionPart
 from robustsoup.errors import RequestError
@@ -55,13 +55,13 @@ class Merging:
 
     method: str
     settings: MergeSettings
-    base: Checkpoint | str | os.PathLike[str] | None
+    base: CheckpointLike | None
 
 
 def describe_merging(
     settings: SearchSettings,
     changes: Mapping[str, Any],
-    base: Checkpoint | str | os.PathLike[str] | None,
+    base: CheckpointLike | None,
 ) -> Merging | None:
     """Return how the method merges; None for a method that lists or learns coefficients.
 
