@@ -26,7 +26,7 @@ from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.gradients import gradients_enabled
 from robustsoup.models.fit import adapt_to
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
-from robustsoup.soups.ancestry import check_ingredients, common_ancestor
+from robustsoup.soups.ancestry import common_ancestor, fit_base
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
 from robustsoup.soups.method_keys import find_unread, method_keys
 from robustsoup.soups.mixing import (
@@ -354,8 +354,7 @@ def _find_base(
         )
     if found is None:
         return None
-    found = found.with_names_like(ingredients[0]).with_dtypes_like(ingredients[0])
-    check_ingredients([ingredients[0], found])
+    found = fit_base(found, ingredients[0])
     refuse_broken(found.tensors, found.name, found.constants)
     return found
 
