@@ -300,18 +300,13 @@ class Training(Section):
     @model_validator(mode="after")
     @raises_value_error
     def _check_together(self) -> "Training":
-        if "synthetic_fraction" in self.model_fields_set and not self.has_synthetic:
+        if "synthetic_fraction" in self.model_fields_set and self["synthetic"] is None:
             raise ValueError(
                 "synthetic_fraction: requires generated images; "
                 'set synthetic, such as synthetic = "1m.npz"'
             )
         check_training(self.settings(seed=0))
         return self
-
-    @property
-    def has_synthetic(self) -> bool:
-        """Whether generated images are mixed into each batch."""
-        return self["synthetic"] is not None
 
     def settings(
         self,
