@@ -22,6 +22,7 @@ from robustsoup.cli.options import (
     SampleLimit,
     ShiftFolder,
     Threats,
+    flag,
 )
 from robustsoup.errors import RequestError
 from robustsoup.settings import (
@@ -300,7 +301,7 @@ def _check_meanings(search: SearchSettings, merging: MergeSettings, given: Given
     parts = TOGETHER if method == ALL_METHODS else (method,)
     names = ("step", "tolerance", "epochs", "weights", *to_record(merging))
     if unread := find_unread(filter(given.__contains__, names), parts):
-        raise RequestError(f"--{unread.replace('_', '-')}: has no meaning with --method {method}")
+        raise RequestError(f"{flag(unread)}: has no meaning with --method {method}")
 
 
 def _add_merging(
