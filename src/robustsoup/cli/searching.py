@@ -35,7 +35,7 @@ from robustsoup.settings import (
     SearchSettings,
     to_record,
 )
-from robustsoup.soups.method_keys import find_unread, method_keys
+from robustsoup.soups.method_keys import find_unread, is_merge, method_keys
 from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def _add_merging(
         ):
             raise RequestError("--base: requires --buffers base or a --method that takes a base")
         content["checkpoint"] = _place_of(base)
-    if entry is None or entry.facts.get("needs") != "merging":
+    if not is_merge(method):
         return
     (section,) = content["soups"].values()
     values = {**to_record(merging), "weights": search.weights}

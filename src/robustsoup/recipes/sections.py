@@ -47,7 +47,7 @@ from robustsoup.settings import (
 from robustsoup.soups.goal import Goal, Requirement, Score, parse_target
 from robustsoup.soups.granularity import GRANULARITIES
 from robustsoup.soups.learned_search import LEARNING
-from robustsoup.soups.method_keys import method_keys
+from robustsoup.soups.method_keys import is_merge, method_keys
 from robustsoup.soups.subspace import check_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
@@ -519,7 +519,7 @@ class Soup(Section):
     @property
     def merges(self) -> bool:
         """Whether the method merges, rather than listing or learning coefficients."""
-        return self.method in SOUP_METHODS.names_with("needs", "merging")
+        return is_merge(self.method)
 
     def buffer_settings(self, *, seed: int, policy: str) -> BufferSettings:
         """Return the settings of BatchNorm's running statistics.

@@ -28,7 +28,7 @@ from robustsoup.models.fit import adapt_to
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
 from robustsoup.soups.ancestry import common_ancestor, fit_base
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
-from robustsoup.soups.method_keys import find_unread, method_keys
+from robustsoup.soups.method_keys import NEEDS_MERGING, find_unread, is_merge, method_keys
 from robustsoup.soups.mixing import (
     BufferRequest,
     Calibration,
@@ -39,9 +39,6 @@ from robustsoup.soups.mixing import (
 )
 from robustsoup.soups.summation import as_real
 from robustsoup.threats import CLEAN, ThreatModel
-
-NEEDS_MERGING = "merging"
-"""The fact "needs" of the methods of this module."""
 
 
 @dataclass(frozen=True)
@@ -236,12 +233,6 @@ def merge(
     )
 
 
-def is_merge(method: str) -> bool:
-    """Return whether a name of the catalog stands for a merging method."""
-    entry = SOUP_METHODS.find(method)
-    return entry is not None and entry.facts.get("needs") == NEEDS_MERGING
-
-
 def check_numbers(entry: Entry, names: Iterable[str]) -> None:
     """Check that a merging method reads the numbers that are given; a user's may read all.
 
@@ -301,7 +292,7 @@ def _find_method(method: str | MergeMethod) -> Entry:
             raise RequestError(f"method: got {method!r}, expected a name or a function")
         return Entry(getattr(method, "__name__", "custom"), "", "A function of the caller.")
     entry = SOUP_METHODS.get_entry(method)
-    if ":" not in method and entry.facts.get("needs") != NEEDS_MERGING:
+    if ":" not in method and not is_merge(method):
         merging = ", ".join(name for name in SOUP_METHODS if is_merge(name))
         raise RequestError(
             f'method: "{method}" is made by mix, search or learn; expected one of {merging}'

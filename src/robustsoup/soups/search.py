@@ -44,8 +44,8 @@ from robustsoup.soups.explanation import Explained, describe_gaps, explain, with
 from robustsoup.soups.goal import Goal, check_goal, default_measure, list_measures
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.learning import check_learning
-from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.method_keys import find_unread
+from robustsoup.soups.merging import check_merge
+from robustsoup.soups.method_keys import find_unread, is_merge
 from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,

@@ -28,7 +28,8 @@ from robustsoup.settings import (
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.explanation import describe_soup
 from robustsoup.soups.grid import Alpha, corners
-from robustsoup.soups.merging import check_numbers, is_merge, merge
+from robustsoup.soups.merging import check_numbers, merge
+from robustsoup.soups.method_keys import is_merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
     EvaluationRequest,
