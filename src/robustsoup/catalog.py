@@ -136,10 +136,6 @@ class Registry(Mapping[str, Entry]):
         """Return the spellings of the built-in entries, for error messages and help."""
         return ", ".join(entry.spelling or entry.name for entry in self._entries.values())
 
-    def names_with(self, fact: str, value: Any) -> list[str]:
-        """Return the names of the built-in entries with that value of a fact."""
-        return [name for name, entry in self._entries.items() if entry.facts.get(fact) == value]
-
     def _plugins(self) -> dict[str, Entry]:
         points = importlib.metadata.entry_points(group=f"robustsoup.{self.name}")
         return {p.name: Entry(p.name, p.value, f"from {p.module}") for p in points}

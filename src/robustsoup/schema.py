@@ -73,6 +73,16 @@ def anything(_value: object, _place: str) -> None:
     """Accept every value; for entries that no code reads."""
 
 
+def choice(*choices: str) -> Check:
+    """Accept a few texts."""
+
+    def check(value: object, place: str) -> None:
+        if value not in choices:
+            raise MisfitError(place, value, f"one of {', '.join(choices)}")
+
+    return check
+
+
 def nullable(check: Check) -> Check:
     """Accept null, and what another check accepts."""
 

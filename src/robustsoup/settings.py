@@ -348,6 +348,14 @@ COMBINE_HELP = (
     "How several threats are combined: max (each image under its worst threat), mean (the mean of "
     "the losses) or random (one threat in each step)."
 )
+SCHEDULE_HELP = (
+    'Learning-rate schedule: cosine, constant, one-cycle, "one-cycle P", cyclic, or '
+    "{milestones = [75, 113], gamma = 0.1} in a recipe."
+)
+BATCHNORM_HELP = (
+    "BatchNorm where several processes share a batch: per-rank (each normalises its own "
+    "images, and running statistics are averaged) or sync (statistics of the whole batch)."
+)
 ACCUMULATE_HELP = (
     "Gradient accumulation: number of parts in which a batch is passed, one after another, to save "
     "memory; BatchNorm normalises, and updates its running statistics, by part."
@@ -387,11 +395,7 @@ class TrainSettings:
     lr: float = setting(1e-3, "Learning rate.", gt=0)
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1)
     weight_decay: float = setting(0.0, "Weight decay.", ge=0)
-    schedule: str | Mapping[str, Any] = setting(
-        "cosine",
-        'Learning-rate schedule: cosine, constant, one-cycle, "one-cycle P", cyclic, or '
-        "{milestones = [75, 113], gamma = 0.1} in a recipe.",
-    )
+    schedule: str | Mapping[str, Any] = setting("cosine", SCHEDULE_HELP)
     label_smoothing: float = setting(
         0.0, "Share of each label that is spread over all classes.", ge=0, lt=1
     )
@@ -417,12 +421,7 @@ class TrainSettings:
     synthetic_fraction: float = setting(
         0.7, "Share of each batch that is synthetic, if synthetic is set.", ge=0, lt=1
     )
-    batchnorm: str = setting(
-        "per-rank",
-        "BatchNorm where several processes share a batch: per-rank (each normalises its own "
-        "images, and running statistics are averaged) or sync (statistics of the whole batch).",
-        choices=("per-rank", "sync"),
-    )
+    batchnorm: str = setting("per-rank", BATCHNORM_HELP, choices=("per-rank", "sync"))
     transform: Any = setting(None, TRANSFORM_HELP, recorded_if_set=True)
     accumulate: int = setting(1, ACCUMULATE_HELP, ge=1, recorded_if_set=True)
     recompute_activations: bool = setting(False, RECOMPUTE_HELP, recorded_if_set=True)
@@ -493,11 +492,7 @@ class LearnSettings:
     batch_size: int = setting(128, "Images in a batch.", ge=2)
     lr: float = setting(10.0, "Learning rate of the logits, or of affine weights.", gt=0)
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1)
-    schedule: str | Mapping[str, Any] = setting(
-        "cosine",
-        'Learning-rate schedule: cosine, constant, one-cycle, "one-cycle P", cyclic, or '
-        "{milestones = [75, 113], gamma = 0.1} in a recipe.",
-    )
+    schedule: str | Mapping[str, Any] = setting("cosine", SCHEDULE_HELP)
     detach: float = setting(
         0.8, "Detach dropout: probability that a layer gets no update in a step.", ge=0, le=1
     )
@@ -534,12 +529,7 @@ class LearnSettings:
         "BatchNorm statistics of the network that is attacked while learning.",
         choices=BUFFER_POLICIES,
     )
-    batchnorm: str = setting(
-        "per-rank",
-        "BatchNorm where several processes share a batch: per-rank (each normalises its own "
-        "images, and running statistics are averaged) or sync (statistics of the whole batch).",
-        choices=("per-rank", "sync"),
-    )
+    batchnorm: str = setting("per-rank", BATCHNORM_HELP, choices=("per-rank", "sync"))
     transform: Any = setting(None, TRANSFORM_HELP, recorded_if_set=True)
     accumulate: int = setting(1, ACCUMULATE_HELP, ge=1, recorded_if_set=True)
     recompute_activations: bool = setting(False, RECOMPUTE_HELP, recorded_if_set=True)

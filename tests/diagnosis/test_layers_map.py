@@ -9,7 +9,8 @@ from training_helpers import DATA, LINF, fresh_network
 
 from robustsoup.attacks.forward import frozen_eval
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.diagnosis.layers import ATTACK_STEPS, map_layers
+from robustsoup.diagnosis.barriers import ATTACK_STEPS
+from robustsoup.diagnosis.layers import map_layers
 from robustsoup.errors import IngredientMismatch, RequestError
 from robustsoup.soups.merging import merge
 from robustsoup.threats import CLEAN

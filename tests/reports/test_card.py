@@ -25,7 +25,7 @@ from robustsoup.reports.card import (
     write_run_card,
 )
 from robustsoup.reports.markup import escape_markdown, quote_code
-from robustsoup.runs.description import Ancestor, Judgement, describe_checkpoint
+from robustsoup.runs.description import Ancestor, StoredEvaluation, describe_checkpoint
 from robustsoup.runs.results import Results
 
 HOSTILE = (
@@ -53,13 +53,13 @@ def make(name="plain", accuracy=None):
     parents = [Ancestor(name, "1" * 64, 0.25, name), Ancestor(name, "2" * 64, 0.75, name)]
     tree = Ancestor(name, "0" * 64, None, name, tuple(parents))
     scores = accuracy or {"clean": Accuracy(9, 10), name: Accuracy(4, 10)}
-    judgement = Judgement(Path("a.json"), name, name, name, scores, (name,), (name,))
+    stored = StoredEvaluation(Path("a.json"), name, name, name, scores, (name,), (name,))
     return Card(
         title=name,
         file=f"{name}.safetensors",
         network=name,
         tree=tree,
-        judgements=(judgement,),
+        evaluations=(stored,),
         choice=(name,),
         warnings=(name,),
         sources=(name,),
@@ -223,10 +223,10 @@ def test_a_soup_under_other_names_has_the_evaluations_of_its_run(
     run_with_a_soup_under_other_names,
 ):
     soup = run_with_a_soup_under_other_names / "soup.pth"
-    (judgement,) = describe_checkpoint(soup).judgements
-    assert judgement.path.name == "learned.test.json"
+    (stored,) = describe_checkpoint(soup).evaluations
+    assert stored.path.name == "learned.test.json"
     torch.save({"backbone.w": torch.ones(2), "backbone.b": torch.ones(2)}, soup)
-    assert describe_checkpoint(soup).judgements == ()
+    assert describe_checkpoint(soup).evaluations == ()
 
 
 @pytest.mark.parametrize(

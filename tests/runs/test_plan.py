@@ -339,7 +339,7 @@ def test_a_confirmation_starts_from_the_screening():
     steps, rows, name = plan.steps, plan.rows, "grid-0.5-0.5"
     first = planner.screening().first_request(planner.contender(plan.row(name)))
     request = EvaluationRequest(name, after=first, subset=7)
-    key = planner.add_confirmation(request)
+    key = planner.add_full_evaluation(request)
     assert plan.steps[:-1] == steps
     (step,) = plan.steps[len(steps) :]
     before = next(row for row in rows if row.name == name)

@@ -27,8 +27,8 @@ from robustsoup.soups import regmean as regmean_module
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.fisher import measure_fisher
 from robustsoup.soups.interpolation import arc_factors
-from robustsoup.soups.merging import Merge, Merged, is_merge, merge
-from robustsoup.soups.method_keys import METHOD_KEYS
+from robustsoup.soups.merging import Merge, Merged, merge
+from robustsoup.soups.method_keys import METHOD_KEYS, is_merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.regmean import find_linear_layers, group_by_budget, list_inputs
 from robustsoup.soups.task_vectors import average_agreeing, stock_ratio

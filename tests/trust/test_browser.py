@@ -18,7 +18,7 @@ from synthetic_results import add_dial_and_greedy, make_results, write_and_read_
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.reports.card import Card, render_card
-from robustsoup.runs.description import Ancestor, Judgement
+from robustsoup.runs.description import Ancestor, StoredEvaluation
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="requires Chromium")
@@ -133,10 +133,10 @@ def make_card(name):
     """Make a card whose every text is a hostile name."""
     parent = Ancestor(name, "1" * 64, 0.5, name)
     tree = Ancestor(name, "0" * 64, None, name, (parent, parent))
-    judgement = Judgement(
+    stored = StoredEvaluation(
         Path("a.json"), name, name, name, {name: Accuracy(1, 2)}, (name,), (name,)
     )
-    return Card(name, name, name, tree, (judgement,), (name,), warnings=(name,), sources=(name,))
+    return Card(name, name, name, tree, (stored,), (name,), warnings=(name,), sources=(name,))
 
 
 @needs_browser

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from robustsoup.catalog import DATA_SOURCES
-from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint
+from robustsoup.checkpoints.checkpoint import NAME_THE_NETWORK, Checkpoint, CheckpointLike
 from robustsoup.checkpoints.fitting import network_tensors
 from robustsoup.checkpoints.opening import Opening
 from robustsoup.data import Data
@@ -30,7 +30,7 @@ def resolve_network(
     *,
     normalize: Sequence[Sequence[float]] | None,
     data: Data,
-    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
+    checkpoints: Sequence[CheckpointLike] = (),
     opening: Opening = _AS_THEY_ARE,
 ) -> NetworkSettings:
     """Return the settings of the network.
@@ -63,7 +63,7 @@ def resolve_network(
 def choose_image_size(
     data: str,
     model: str | None,
-    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]] = (),
+    checkpoints: Sequence[CheckpointLike] = (),
     opening: Opening = _AS_THEY_ARE,
 ) -> int | None:
     """Return the side in pixels to which image files are resized if the user names none.

@@ -1,12 +1,11 @@
 """How the checkpoints that a user lists are opened: the choices that hold for all of them."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from robustsoup.checkpoints.adapters import find_adapter
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.remote import local_path
 from robustsoup.errors import RequestError
 
@@ -24,19 +23,19 @@ class Opening:
     key: str | None = None
     adapter_base: str | Path | None = None
 
-    def open(self, item: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    def open(self, item: CheckpointLike) -> Checkpoint:
         """Open a file, see `Checkpoint.open`; return a checkpoint as it is."""
         if isinstance(item, Checkpoint):
             return item
         return Checkpoint.open(item, key=self.key, adapter_base=self._base_of(item))
 
-    def load(self, item: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    def load(self, item: CheckpointLike) -> Checkpoint:
         """Load a file, see `Checkpoint.load`; return a checkpoint as it is."""
         if isinstance(item, Checkpoint):
             return item
         return Checkpoint.load(item, key=self.key, adapter_base=self._base_of(item))
 
-    def check(self, items: Iterable[Checkpoint | str | os.PathLike[str]]) -> None:
+    def check(self, items: Iterable[CheckpointLike]) -> None:
         """Check that a named base is the base of something.
 
         Raises:
@@ -48,7 +47,7 @@ class Opening:
                 "adapter_config.json); leave it out"
             )
 
-    def _base_of(self, item: Checkpoint | str | os.PathLike[str]) -> str | Path | None:
+    def _base_of(self, item: CheckpointLike) -> str | Path | None:
         if self.adapter_base is None or isinstance(item, Checkpoint):
             return None
         return self.adapter_base if find_adapter(local_path(item)) is not None else None

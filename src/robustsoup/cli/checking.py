@@ -15,6 +15,7 @@ from robustsoup.cli.options import (
     Given,
     NetworkOptions,
     RunOptions,
+    flag,
 )
 from robustsoup.cli.terminal import print_json
 from robustsoup.errors import RequestError
@@ -149,7 +150,7 @@ def _check_meanings(given: Given, data: DataOptions, *, layers: bool) -> None:
         raise RequestError("--granularity: requires --layers")
     for name in READ_WITH_DATA:
         if name in given and not data.data:
-            raise RequestError(f"--{name.replace('_', '-')}: requires --data")
+            raise RequestError(f"{flag(name)}: requires --data")
 
 
 def _check_layers(checkpoints: "Sequence[Path]", data: DataOptions) -> None:

@@ -29,7 +29,6 @@ from robustsoup.settings import BufferSettings, DialSettings, LearnSettings
 
 if TYPE_CHECKING:
     from robustsoup.checkpoints.checkpoint import Checkpoint
-    from robustsoup.checkpoints.opening import Opening
     from robustsoup.data import Data
     from robustsoup.soups.coefficients import Coefficients, Dial
     from robustsoup.tracking import OnEpoch
@@ -91,6 +90,7 @@ def learn_command(
     from robustsoup.cli.learned_folder import LearnedFolder
     from robustsoup.files import check_writable, remove_file
     from robustsoup.runs.locks import lock_folder
+    from robustsoup.soups.ancestry import fit_base
     from robustsoup.soups.ingredients import choose_place
     from robustsoup.soups.mixing import check_buffer_policy
     from robustsoup.user_code import import_named_module
@@ -112,7 +112,7 @@ def learn_command(
     ingredients = [context.record_network(item) for item in opened]
     print_notes(*ingredients)
     warn_of_leakage(ingredients, source, allow=allow_leakage)
-    opened_base = None if base is None else _open_base(base, network.opening, ingredients[0])
+    opened_base = None if base is None else fit_base(network.opening.open(base), ingredients[0])
     place = choose_place(place, budget, ingredients, context.device)
     if place == "files":
         print_error(_describe_streaming(ingredients))
@@ -160,19 +160,6 @@ def _check_learn_options(
             )
     if base and "base" not in (soup.buffers, settings.buffers):
         raise RequestError("--base: requires --buffers base or --learning-buffers base")
-
-
-def _open_base(base: Path, opening: "Opening", first: "Checkpoint") -> "Checkpoint":
-    """Open the base as the buffer policy does, before anything is learned.
-
-    Raises:
-        IngredientMismatch: It does not fit the first ingredient.
-    """
-    from robustsoup.soups.ancestry import check_ingredients
-
-    opened = opening.open(base).with_names_like(first).with_dtypes_like(first)
-    check_ingredients([first, opened])
-    return opened
 
 
 def _learn_with_bar(

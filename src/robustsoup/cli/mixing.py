@@ -14,6 +14,7 @@ from robustsoup.cli.options import (
     Given,
     NetworkOptions,
     RunOptions,
+    flag,
 )
 from robustsoup.cli.terminal import print_line, print_warning
 from robustsoup.errors import CoefficientError, RequestError
@@ -193,13 +194,12 @@ def _check_meanings(method: str | None, given: "Given", buffers: str | None) -> 
     """Refuse options that neither the method nor the buffer policy reads."""
     names = [name for name in (*rules(MergeSettings), "allow_leakage") if name in given]
     if method is None and names:
-        raise RequestError(f"--{names[0].replace('_', '-')}: requires --method")
+        raise RequestError(f"{flag(names[0])}: requires --method")
     if method is not None and ":" not in method:
         measures = "data" in SOUP_METHODS.get_entry(method).facts.get("requires", ())
         checked = [name for name in names if not (measures and name == "allow_leakage")]
         if unread := find_unread(checked, [method]):
-            option = unread.replace("_", "-")
-            raise RequestError(f"--{option}: has no meaning with --method {method}")
+            raise RequestError(f"{flag(unread)}: has no meaning with --method {method}")
     if "threat" in given and not (
         _attacks(SOUP_METHODS, method) or _attacks(BUFFER_POLICIES, buffers)
     ):

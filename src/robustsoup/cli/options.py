@@ -309,9 +309,9 @@ class _Option:
 
     def parameter(self) -> inspect.Parameter:
         """Return the parameter that typer reads."""
-        names = [_flag(self.name)]
+        names = [flag(self.name)]
         if self.kind is bool and self.default is True:
-            names = [f"{_flag(self.name)}/--no-{_flag(self.name)[2:]}"]
+            names = [f"{flag(self.name)}/--no-{flag(self.name)[2:]}"]
         option = typer.Option(
             *names, help=self.help, autocompletion=_make_completion(self.name, self.rule)
         )
@@ -475,7 +475,8 @@ def _describe_limits(rule: Rule, text: str) -> str:
     return f" {limits[0].upper()}{limits[1:]}."
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return how an option is written: --batch-size for batch_size."""
     return "--" + name.replace("_", "-")
 
 
@@ -503,7 +504,7 @@ def _build_settings(
         name, _, reason = str(error).partition(": ")
         for option in options:
             if option.field_name == name:
-                raise type(error)(f"{_flag(option.name)}: {reason}") from None
+                raise type(error)(f"{flag(option.name)}: {reason}") from None
         raise
 
 

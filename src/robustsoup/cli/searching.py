@@ -22,6 +22,7 @@ from robustsoup.cli.options import (
     SampleLimit,
     ShiftFolder,
     Threats,
+    flag,
 )
 from robustsoup.errors import RequestError
 from robustsoup.settings import (
@@ -34,7 +35,7 @@ from robustsoup.settings import (
     SearchSettings,
     to_record,
 )
-from robustsoup.soups.method_keys import find_unread, method_keys
+from robustsoup.soups.method_keys import find_unread, is_merge, method_keys
 from robustsoup.threats import ThreatModel, first_attacked, parse_threats
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def _check_meanings(search: SearchSettings, merging: MergeSettings, given: Given
     parts = TOGETHER if method == ALL_METHODS else (method,)
     names = ("step", "tolerance", "epochs", "weights", *to_record(merging))
     if unread := find_unread(filter(given.__contains__, names), parts):
-        raise RequestError(f"--{unread.replace('_', '-')}: has no meaning with --method {method}")
+        raise RequestError(f"{flag(unread)}: has no meaning with --method {method}")
 
 
 def _add_merging(
@@ -316,7 +317,7 @@ def _add_merging(
         ):
             raise RequestError("--base: requires --buffers base or a --method that takes a base")
         content["checkpoint"] = _place_of(base)
-    if entry is None or entry.facts.get("needs") != "merging":
+    if not is_merge(method):
         return
     (section,) = content["soups"].values()
     values = {**to_record(merging), "weights": search.weights}

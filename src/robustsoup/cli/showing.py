@@ -59,7 +59,7 @@ def _print_description(description: "Description") -> None:
     print_line(f"network: {_describe_network(description)}")
     _print_tensors(description)
     make_console().print(_draw_tree(description.tree))
-    _print_judgements(description)
+    _print_stored_evaluations(description)
     for warning in checkpoint.warnings:
         print_line(f"warning: {warning}")
     for note in description.notes:
@@ -118,19 +118,19 @@ def _describe_ancestor(tree: "Ancestor") -> str:
     return make_printable(f"{share}{tree.name} ({tree.digest[:12]}): {made}")
 
 
-def _print_judgements(description: "Description") -> None:
-    if not description.judgements:
+def _print_stored_evaluations(description: "Description") -> None:
+    if not description.evaluations:
         print_line("judged by: no evaluation of these weights is beside the file")
         return
     print_line("judged by:")
-    for judgement in description.judgements:
-        scores = ", ".join(f"{name} {accuracy}" for name, accuracy in judgement.accuracy.items())
-        samples = next((accuracy.n for accuracy in judgement.accuracy.values()), 0)
+    for evaluation in description.evaluations:
+        scores = ", ".join(f"{name} {accuracy}" for name, accuracy in evaluation.accuracy.items())
+        samples = next((accuracy.n for accuracy in evaluation.accuracy.values()), 0)
         print_line(
-            f"  {judgement.path.name}: {scores}; {samples} samples of {judgement.data} "
-            f"{judgement.split}, {judgement.attack}"
+            f"  {evaluation.path.name}: {scores}; {samples} samples of {evaluation.data} "
+            f"{evaluation.split}, {evaluation.attack}"
         )
-        for finding in judgement.masking_check:
+        for finding in evaluation.masking_check:
             print_line(f"    masking check, {finding}")
-        for warning in judgement.warnings:
+        for warning in evaluation.warnings:
             print_line(f"    warning: {warning}")

@@ -19,6 +19,7 @@ from robustsoup.cli.options import (
     RunOptions,
     Track,
     TrainingThreats,
+    flag,
     with_threats,
 )
 from robustsoup.cli.terminal import print_error, print_line
@@ -217,8 +218,7 @@ def _split_threats(
     if subspace is None:
         for name in ("by", "at_ends"):
             if name in given:
-                option = name.replace("_", "-")
-                raise RequestError(f"--subspace-{option}: requires --subspace")
+                raise RequestError(flag(f"subspace_{name}") + ": requires --subspace")
         return threats[:1], threats[1:]
     shapes = {"line": 2, "triangle": 3}
     if subspace not in shapes:

@@ -126,10 +126,7 @@ def measure_curves(
     for a, b, t in points:
         soup = checkpoints[a] if a == b else _mix_pair(checkpoints[a], checkpoints[b], t, model)
         soup.load_into(model)
-        with frozen_eval(model):
-            results[a, b, t] = [
-                measure_robust_loss(model, data, threat, steps=ATTACK_STEPS) for threat in threats
-            ]
+        results[a, b, t] = measure_losses(model, data, threats)
         if on_progress:
             on_progress(len(results), len(points), "")
     measured = list(pairs)
@@ -140,6 +137,14 @@ def measure_curves(
             curves[key] = Curve(losses, accuracies)
         measured[i] = replace(pairs[i], curves=curves)
     return measured
+
+
+def measure_losses(
+    model: nn.Module, data: Split, threats: Sequence[ThreatModel]
+) -> list[tuple[float, float]]:
+    """Measure the mean cross-entropy in nats and the accuracy under each threat."""
+    with frozen_eval(model):
+        return [measure_robust_loss(model, data, threat, steps=ATTACK_STEPS) for threat in threats]
 
 
 def _points_of_line(pair: Pair) -> list[LinePoint]:

@@ -1,7 +1,6 @@
 """Check up front that checkpoints can be mixed: one network, one split, one loss basin."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
-from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, open_all
 from robustsoup.data import Split, SplitLike, as_optional_split
 from robustsoup.device import resolve_device
 from robustsoup.diagnosis.barriers import LINE_POINTS, Pair, measure_curves
@@ -126,11 +125,11 @@ class Soupability:
 
 @gradients_enabled()
 def check(
-    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
+    checkpoints: Sequence[CheckpointLike],
     *,
     data: SplitLike | None = None,
     threat: ThreatModel | str = "clean",
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     samples: int = 256,
     network: nn.Module | None = None,
     device: str = "auto",
@@ -261,7 +260,7 @@ def _add_distances(
 
 
 def _open_checkpoints(
-    items: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
+    items: Sequence[CheckpointLike], network: nn.Module | None
 ) -> list[Checkpoint]:
     """Open checkpoints in the names of the network, or of the first one, as `mix` does."""
     opened = open_all(items)
@@ -272,9 +271,7 @@ def _open_checkpoints(
     return [item.with_names_like(opened[0]) for item in opened]
 
 
-def _open_base(
-    base: Checkpoint | str | os.PathLike[str], first: Checkpoint, network: nn.Module | None
-) -> Checkpoint:
+def _open_base(base: CheckpointLike, first: Checkpoint, network: nn.Module | None) -> Checkpoint:
     """Open the base in the names and dtypes of the first checkpoint."""
     opened = Checkpoint.open(base)
     if network is not None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.diagnosis.geometry import gram_matrix
@@ -230,7 +230,7 @@ def read_landscape(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @gradients_enabled()
 def landscape(
-    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
+    checkpoints: Sequence[CheckpointLike],
     data: SplitLike,
     *,
     threat: ThreatModel | str,
@@ -238,7 +238,7 @@ def landscape(
     attack_steps: int = 10,
     samples: int = 2000,
     buffers: str = "recalibrate",
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     calibrate_on: SplitLike | None = None,
     calibrate_samples: int = 10_000,
     network: nn.Module | None = None,
@@ -307,11 +307,11 @@ def landscape(
 
 
 def open_plane(
-    checkpoints: Sequence[Checkpoint | str | os.PathLike[str]],
+    checkpoints: Sequence[CheckpointLike],
     data: SplitLike,
     settings: LandscapeSettings,
     *,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     calibrate_on: SplitLike | None = None,
     network: nn.Module | None = None,
     device: str = "auto",

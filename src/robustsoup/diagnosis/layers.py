@@ -1,28 +1,23 @@
 """Which blocks carry robustness: swap each block between two checkpoints and measure the cost."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from robustsoup.attacks.forward import frozen_eval
-from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.data import Split, SplitLike, as_split
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
+from robustsoup.data import SplitLike, as_split
+from robustsoup.diagnosis.barriers import measure_losses
 from robustsoup.diagnosis.check import build_model
 from robustsoup.display import html_table
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
-from robustsoup.evaluation.verdicts import CLEAN_KEY
 from robustsoup.gradients import gradients_enabled
 from robustsoup.progress import Progress
 from robustsoup.soups.granularity import layer_groups
 from robustsoup.soups.merging import merge
 from robustsoup.soups.mixing import open_ingredients
 from robustsoup.threats import CLEAN, ThreatModel
-from robustsoup.training.adversarial_loss import measure_robust_loss
-
-ATTACK_STEPS = 10
 
 Accuracies = dict[str, Accuracy]
 """Threat as text, or "clean" -> accuracy with its interval."""
@@ -124,8 +119,8 @@ class LayerMap:
 
 @gradients_enabled()
 def map_layers(
-    first: Checkpoint | str | os.PathLike[str],
-    second: Checkpoint | str | os.PathLike[str],
+    first: CheckpointLike,
+    second: CheckpointLike,
     data: SplitLike,
     *,
     threat: ThreatModel | str = CLEAN,
@@ -167,16 +162,21 @@ def map_layers(
     subset = data.first(min(samples, len(data)))
     model = build_model(pair[0], network, subset, threat, device)
     groups = layer_groups(model, granularity)
-    measure = _Measure(model, subset.to(next(model.parameters()).device), threat)
-    total, done = 2 * len(groups) + 2, 0
+    subset = subset.to(next(model.parameters()).device)
+    threats = list(dict.fromkeys((CLEAN, threat)))
+    n, total, done = len(subset), 2 * len(groups) + 2, 0
 
     def evaluate_next(soup: Checkpoint) -> Accuracies:
         nonlocal done
-        accuracies = measure.evaluate(soup)
+        soup.load_into(model)
+        measured = measure_losses(model, subset, threats)
         done += 1
         if on_progress:
             on_progress(done, total, "")
-        return accuracies
+        return {
+            str(item): Accuracy(round(share * n), n)
+            for item, (_, share) in zip(threats, measured, strict=True)
+        }
 
     ends = [evaluate_next(item) for item in pair]
     swaps = []
@@ -189,32 +189,8 @@ def map_layers(
         )
         numbers = sum(pair[0].tensors[name].numel() for name in names)
         swaps.append(BlockSwap(block, tuple(names), numbers, into_first, into_second))
-    return LayerMap((pair[0].name, pair[1].name), len(subset), ends[0], ends[1], tuple(swaps))
+    return LayerMap((pair[0].name, pair[1].name), n, ends[0], ends[1], tuple(swaps))
 
 
 def _to_json(accuracies: Accuracies) -> dict[str, Any]:
     return {measure: accuracy.to_json() for measure, accuracy in accuracies.items()}
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """How networks are measured: the network on its device, the samples and the threat."""
-
-    model: nn.Module
-    data: Split
-    threat: ThreatModel
-
-    def evaluate(self, soup: Checkpoint) -> Accuracies:
-        """Load weights into the network and measure its accuracies."""
-        soup.load_into(self.model)
-        threats = list(dict.fromkeys((CLEAN, self.threat)))
-        with frozen_eval(self.model):
-            values = [
-                measure_robust_loss(self.model, self.data, threat, steps=ATTACK_STEPS)[1]
-                for threat in threats
-            ]
-        n = len(self.data)
-        return {
-            CLEAN_KEY if threat.is_clean else str(threat): Accuracy(round(value * n), n)
-            for threat, value in zip(threats, values, strict=True)
-        }

@@ -15,7 +15,7 @@ from robustsoup.attacks.attempts import AttackProgress
 from robustsoup.attacks.forward import frozen_eval, predict_logits
 from robustsoup.attacks.losses import logit_margin
 from robustsoup.attacks.outcome import AttackedSamples, Outcome
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.data import Split, SplitLike, as_split, to_float
 from robustsoup.data.corruptions import CorruptionPart, Corruptions, open_corruptions
 from robustsoup.errors import Diverged, ModelError
@@ -72,7 +72,7 @@ BETTER_INPUTS = "better_inputs"
 @accepts_settings(AttackSettings)
 @gradients_enabled()
 def evaluate(
-    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    network: nn.Module | CheckpointLike,
     data: SplitLike,
     threats: Sequence[ThreatModel | str] = (),
     settings: AttackSettings | None = None,
@@ -217,7 +217,7 @@ class AttackedPart:
 
 
 def attack_part(
-    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    network: nn.Module | CheckpointLike,
     data: SplitLike,
     threats: Sequence[ThreatModel | str],
     settings: AttackSettings,

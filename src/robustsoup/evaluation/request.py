@@ -1,7 +1,6 @@
 """The request of an evaluation, parsed and checked before any work."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import pass_size
-from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, as_network
 from robustsoup.data import Split, to_float
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import RequestError
@@ -133,7 +132,7 @@ class CheckedRequest:
 
 
 def check_request(
-    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    network: nn.Module | CheckpointLike,
     data: Split,
     threats: Sequence[ThreatModel | str],
     settings: AttackSettings,

@@ -55,16 +55,11 @@ class Proof:
 
 
 def prove_accuracies(
-    hits: Hits,
-    thresholds: Sequence[float] | Floats,
-    *,
-    seed: int = 0,
-    draws: int = DRAWS,
-    error_rate: float = ERROR_RATE,
+    hits: Hits, thresholds: Sequence[float] | Floats, *, seed: int = 0, draws: int = DRAWS
 ) -> Proof:
     """Show which of k accuracies on the same n samples are at least their thresholds.
 
-    With probability 1 - `error_rate` all accuracies in `met` are at least their thresholds
+    With probability 1 - `ERROR_RATE` all accuracies in `met` are at least their thresholds
     (step-down), and with the same probability all single-step bounds hold; `low` is the single-step
     bound, or the threshold where only stepping down proves it.
 
@@ -78,7 +73,6 @@ def prove_accuracies(
         thresholds: (k,) thresholds, in [0, 1].
         seed: Seed of the bootstrap.
         draws: Draws of the bootstrap.
-        error_rate: Greatest probability that any statement is wrong.
 
     Source: Romano and Wolf 2005, JASA 100:94; Chernozhukov, Chetverikov and Kato 2013, Annals of
     Statistics 41:2786 (multiplier bootstrap); Wilson 1927, JASA 22:209; Holm 1979, Scandinavian
@@ -89,11 +83,11 @@ def prove_accuracies(
     counts = hits.sum(0)
     expected = n * np.minimum(wanted, 1 - wanted)
     if expected.min(initial=np.inf, where=wanted > 0) < LEAST_EXPECTED:
-        return _prove_exactly(counts, n, wanted, error_rate)
+        return _prove_exactly(counts, n, wanted)
     root = correlation_root(hits)
 
     def quantile(columns: NDArray[np.intp]) -> float:
-        return max_quantile(root[columns], seed=seed, draws=draws, error_rate=error_rate)
+        return max_quantile(root[columns], seed=seed, draws=draws)
 
     critical = quantile(np.arange(k))
     low = wilson_lower(counts, n, critical)
@@ -137,28 +131,22 @@ def correlation_root(values: NDArray[np.bool_] | Floats) -> Floats:
 
 
 def max_quantile(
-    root: Floats,
-    *,
-    seed: int = 0,
-    draws: int = DRAWS,
-    error_rate: float = ERROR_RATE,
-    two_sided: bool = False,
+    root: Floats, *, seed: int = 0, draws: int = DRAWS, two_sided: bool = False
 ) -> float:
-    """Return the 1 - `error_rate` quantile of the maximum of correlated normal variables.
+    """Return the 1 - `ERROR_RATE` quantile of the maximum of correlated normal variables.
 
     Args:
         root: (m, k) rows of `correlation_root`, one for each of m variables.
         seed: Seed of the draws.
         draws: Number of draws.
-        error_rate: 1 minus the level of the quantile.
         two_sided: Take the maximum of absolute values.
 
     Returns:
         The quantile, at least that of one variable.
     """
     maxima = np.sort(_draw_maxima(root, seed, draws, two_sided=two_sided))
-    alone = NormalDist().inv_cdf(1 - (error_rate / 2 if two_sided else error_rate))
-    return max(float(maxima[math.ceil((1 - error_rate) * draws) - 1]), alone)
+    alone = NormalDist().inv_cdf(1 - (ERROR_RATE / 2 if two_sided else ERROR_RATE))
+    return max(float(maxima[math.ceil((1 - ERROR_RATE) * draws) - 1]), alone)
 
 
 def _draw_maxima(root: Floats, seed: int, draws: int, *, two_sided: bool) -> Floats:
@@ -196,22 +184,20 @@ def wilson_lower(counts: NDArray[np.int64] | Floats, n: float, z: float) -> Floa
     return np.where(np.asarray(counts) == 0, 0.0, low)
 
 
-def _prove_exactly(
-    counts: NDArray[np.int64], n: int, thresholds: Floats, error_rate: float
-) -> Proof:
+def _prove_exactly(counts: NDArray[np.int64], n: int, thresholds: Floats) -> Proof:
     """Test by the binomial distribution, with Holm's correction."""
     tails = np.array(
         [binomial_tail(int(h), n, float(t)) for h, t in zip(counts, thresholds, strict=True)]
     )
     met = np.zeros(len(tails), dtype=bool)
     for tested, column in enumerate(np.argsort(tails, kind="stable")):
-        if tails[column] > error_rate / (len(tails) - tested):
+        if tails[column] > ERROR_RATE / (len(tails) - tested):
             break
         met[column] = True
     met |= thresholds <= 0
     bound = lru_cache(maxsize=None)(clopper_pearson_lower)
-    low = np.array([bound(int(h), n, error_rate / len(tails)) for h in counts])
-    critical = NormalDist().inv_cdf(1 - error_rate / len(tails))
+    low = np.array([bound(int(h), n, ERROR_RATE / len(tails)) for h in counts])
+    critical = NormalDist().inv_cdf(1 - ERROR_RATE / len(tails))
     return Proof(met, np.where(met, np.maximum(low, thresholds), low), "exact", critical)
 
 
@@ -237,16 +223,10 @@ def clopper_pearson_lower(hits: int, n: int, error_rate: float = ERROR_RATE) -> 
     return low
 
 
-def fixed_sequence(
-    hits: Sequence[Sequence[int]],
-    n: int,
-    thresholds: Sequence[float],
-    *,
-    error_rate: float = ERROR_RATE,
-) -> int:
+def fixed_sequence(hits: Sequence[Sequence[int]], n: int, thresholds: Sequence[float]) -> int:
     """Test candidates in a fixed order by exact binomial tests, and stop at the first failure.
 
-    Each test has the whole `error_rate`: an error needs the first candidate that truly misses a
+    Each test has the whole `ERROR_RATE`: an error needs the first candidate that truly misses a
     threshold to pass. A candidate passes if each of its accuracies passes.
 
     Args:
@@ -254,12 +234,11 @@ def fixed_sequence(
             these samples.
         n: Number of samples.
         thresholds: (r,) thresholds, in [0, 1].
-        error_rate: Greatest probability that any passed candidate misses a threshold.
 
     Returns:
         How many candidates pass, counted from the first.
     """
-    needed = [fewest_hits(n, threshold, error_rate) for threshold in thresholds]
+    needed = [fewest_hits(n, threshold) for threshold in thresholds]
     passed = 0
     for counts in hits:
         if any(count < least for count, least in zip(counts, needed, strict=True)):
@@ -269,7 +248,7 @@ def fixed_sequence(
 
 
 @lru_cache(maxsize=4096)
-def fewest_hits(n: int, threshold: float, error_rate: float = ERROR_RATE) -> int:
+def fewest_hits(n: int, threshold: float) -> int:
     """Return the fewest hits of n that show an accuracy of at least `threshold`, alone and exactly.
 
     Returns:
@@ -278,16 +257,14 @@ def fewest_hits(n: int, threshold: float, error_rate: float = ERROR_RATE) -> int
     low, high = 0, n + 1
     while low < high:
         middle = (low + high) // 2
-        if middle <= n and binomial_tail(middle, n, threshold) > error_rate:
+        if middle <= n and binomial_tail(middle, n, threshold) > ERROR_RATE:
             low = middle + 1
         else:
             high = middle
     return low
 
 
-def samples_that_can_show(
-    threshold: float, statements: int = 1, error_rate: float = ERROR_RATE
-) -> int | None:
+def samples_that_can_show(threshold: float, statements: int = 1) -> int | None:
     """Return the fewest samples that could show an accuracy of at least `threshold`.
 
     So many samples show it if all are hits, by the methods of `prove_accuracies`.
@@ -295,7 +272,6 @@ def samples_that_can_show(
     Args:
         threshold: The threshold, in [0, 1].
         statements: Number of statements that are tested together.
-        error_rate: Greatest probability that any of them is wrong.
 
     Returns:
         The number; None for a threshold of 1, which no number of samples can show.
@@ -304,24 +280,19 @@ def samples_that_can_show(
         return None
     if threshold <= 0:
         return 1
-    exact = max(1, math.ceil(math.log(error_rate / statements) / math.log(threshold) - 1e-9))
+    exact = max(1, math.ceil(math.log(ERROR_RATE / statements) / math.log(threshold) - 1e-9))
     normal = math.ceil(LEAST_EXPECTED / min(threshold, 1 - threshold) - 1e-9)
     return min(exact, normal)
 
 
 def difference_quantile(
-    first: Floats,
-    second: Floats,
-    *,
-    seed: int = 0,
-    draws: int = DRAWS,
-    error_rate: float = ERROR_RATE,
+    first: Floats, second: Floats, *, seed: int = 0, draws: int = DRAWS
 ) -> float:
     """Return the quantile with which all paired differences have intervals that hold at once.
 
     In the place of 1.96 of a single two-sided interval, it makes the intervals of all k m
     differences, each column of `first` less each of `second` on the same n samples, hold together
-    with a probability of 1 - `error_rate`. Differences that are the same for all samples do not
+    with a probability of 1 - `ERROR_RATE`. Differences that are the same for all samples do not
     count.
 
     Args:
@@ -329,7 +300,6 @@ def difference_quantile(
         second: (n, m) scores of the same samples.
         seed: Seed of the bootstrap.
         draws: Draws of the bootstrap.
-        error_rate: Greatest probability that any interval misses the true difference.
 
     Source: as `prove_accuracies`.
     """
@@ -339,12 +309,12 @@ def difference_quantile(
     size = np.sqrt((pairs**2).sum(1, keepdims=True))
     varying = _vary(first, second)
     pairs = np.where(varying[:, None], pairs / np.where(size > 0, size, 1), 0.0)
-    return max_quantile(pairs, seed=seed, draws=draws, error_rate=error_rate, two_sided=True)
+    return max_quantile(pairs, seed=seed, draws=draws, two_sided=True)
 
 
-def bonferroni_quantile(statements: int, *, error_rate: float = ERROR_RATE) -> float:
+def bonferroni_quantile(statements: int) -> float:
     """Return the two-sided quantile with which any so many intervals hold at once."""
-    return NormalDist().inv_cdf(1 - error_rate / (2 * max(statements, 1)))
+    return NormalDist().inv_cdf(1 - ERROR_RATE / (2 * max(statements, 1)))
 
 
 def _vary(first: Floats, second: Floats) -> NDArray[np.bool_]:

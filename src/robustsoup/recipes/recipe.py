@@ -36,14 +36,7 @@ from robustsoup.settings import (
 )
 from robustsoup.soups.confirmation import ADAPTIVE_METHODS, requires_confirmation
 from robustsoup.soups.goal import KNEE, Goal, Score, default_measure, list_measures
-from robustsoup.soups.grid import (
-    Alpha,
-    alpha_name,
-    candidates,
-    format_count,
-    grid_size,
-    merging_weights,
-)
+from robustsoup.soups.grid import Alpha, alpha_name, format_count, grid_size, list_alphas
 from robustsoup.soups.learned_search import (
     LEARNING,
     name_learned,
@@ -281,15 +274,7 @@ class Recipe(Section):
 
     def alphas_of(self, soup: Soup) -> list[Alpha]:
         """Return the coefficients of a method that lists them, such as "uniform" or "grid"."""
-        settings = soup.search_settings()
-        count = len(self.ingredients_of(soup))
-        if soup.merges:
-            entry = SOUP_METHODS[soup.method]
-            return merging_weights(
-                entry, settings.weights, count, settings.step, settings.max_soups
-            )
-        method = "grid" if soup.method == "surrogate" else soup.method
-        return candidates(method, count, settings.step, settings.max_soups)
+        return list_alphas(soup.method, soup.search_settings(), len(self.ingredients_of(soup)))
 
     def to_toml(self) -> str:
         """Return the recipe as TOML with every default; reading it returns an equal recipe."""

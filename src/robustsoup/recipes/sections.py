@@ -47,7 +47,7 @@ from robustsoup.settings import (
 from robustsoup.soups.goal import Goal, Requirement, Score, parse_target
 from robustsoup.soups.granularity import GRANULARITIES
 from robustsoup.soups.learned_search import LEARNING
-from robustsoup.soups.method_keys import method_keys
+from robustsoup.soups.method_keys import is_merge, method_keys
 from robustsoup.soups.subspace import check_subspace
 from robustsoup.threats import ThreatModel
 from robustsoup.training.objectives import Objective
@@ -300,18 +300,13 @@ class Training(Section):
     @model_validator(mode="after")
     @raises_value_error
     def _check_together(self) -> "Training":
-        if "synthetic_fraction" in self.model_fields_set and not self.has_synthetic:
+        if "synthetic_fraction" in self.model_fields_set and self["synthetic"] is None:
             raise ValueError(
                 "synthetic_fraction: requires generated images; "
                 'set synthetic, such as synthetic = "1m.npz"'
             )
         check_training(self.settings(seed=0))
         return self
-
-    @property
-    def has_synthetic(self) -> bool:
-        """Whether generated images are mixed into each batch."""
-        return self["synthetic"] is not None
 
     def settings(
         self,
@@ -524,7 +519,7 @@ class Soup(Section):
     @property
     def merges(self) -> bool:
         """Whether the method merges, rather than listing or learning coefficients."""
-        return self.method in SOUP_METHODS.names_with("needs", "merging")
+        return is_merge(self.method)
 
     def buffer_settings(self, *, seed: int, policy: str) -> BufferSettings:
         """Return the settings of BatchNorm's running statistics.

@@ -24,7 +24,7 @@ from robustsoup.reports.markup import (
 )
 from robustsoup.reports.measures import CLEAN, SHIFT, UNION, choose_split
 from robustsoup.reports.origins import describe_soup_of
-from robustsoup.runs.description import Ancestor, Description, Judgement
+from robustsoup.runs.description import Ancestor, Description, StoredEvaluation
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.answer import Answer
 
@@ -58,7 +58,7 @@ class Card:
         file: Name of its file.
         network: The recorded network in words; None if it is not recorded.
         tree: The checkpoint and what it was made of.
-        judgements: Its evaluations.
+        evaluations: Its evaluations.
         choice: The answer of the run that chose it, in sentences.
         beside: Rows of its ingredients with their accuracies on the split `beside_split`.
         beside_split: The split of `beside`.
@@ -74,7 +74,7 @@ class Card:
     file: str
     network: str | None
     tree: Ancestor
-    judgements: tuple[Judgement, ...]
+    evaluations: tuple[StoredEvaluation, ...]
     choice: tuple[str, ...] = ()
     beside: tuple[ResultRow, ...] = ()
     beside_split: str = ""
@@ -156,8 +156,8 @@ def make_card(description: Description) -> Card:
         file=name.name,
         network=_describe_network(description),
         tree=description.tree,
-        judgements=_in_order(description.judgements),
-        warnings=(*description.checkpoint.warnings, *_list_warnings(description.judgements)),
+        evaluations=_in_order(description.evaluations),
+        warnings=(*description.checkpoint.warnings, *_list_warnings(description.evaluations)),
         arguments=_list_arguments(name.name, description),
     )
 
@@ -185,7 +185,7 @@ def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path)
     row = results.row(selection.chosen)
     judged = [
         item
-        for item in description.judgements
+        for item in description.evaluations
         if item.path.name in (f"{row.name}.{split}.json" for split in ("val", "test"))
     ]
     ingredients = [
@@ -197,7 +197,7 @@ def _make_run_card(results: Results, selection: Answer, soup: str, folder: Path)
         file=soup,
         network=_describe_network(description),
         tree=description.tree,
-        judgements=_in_order(judged),
+        evaluations=_in_order(judged),
         choice=tuple(selection.lines()),
         beside=tuple(item for item in ingredients if item.scores(split)),
         beside_split=split,
@@ -223,17 +223,17 @@ def _list_arguments(file: str, description: Description) -> str:
     return name_network(file, NetworkSettings.from_record(description.network))[0]
 
 
-def _in_order(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
+def _in_order(evaluations: Sequence[StoredEvaluation]) -> tuple[StoredEvaluation, ...]:
     """Return the evaluations, those on test first."""
 
-    def place(item: Judgement) -> int:
+    def place(item: StoredEvaluation) -> int:
         return SPLIT_ORDER.index(item.split) if item.split in SPLIT_ORDER else len(SPLIT_ORDER)
 
-    return tuple(sorted(judgements, key=place))
+    return tuple(sorted(evaluations, key=place))
 
 
-def _list_warnings(judgements: Sequence[Judgement]) -> tuple[str, ...]:
-    return tuple(f"{item.split}: {text}" for item in judgements for text in item.warnings)
+def _list_warnings(evaluations: Sequence[StoredEvaluation]) -> tuple[str, ...]:
+    return tuple(f"{item.split}: {text}" for item in evaluations for text in item.warnings)
 
 
 def _list_run_warnings(results: Results) -> Iterator[str]:
@@ -302,17 +302,17 @@ def _make_header(card: Card) -> dict[str, YamlValue]:
         header["base_model"] = list(card.sources)
         if _count_mixed(card.tree) > 1:
             header["base_model_relation"] = "merge"
-    if card.judgements:
-        results: list[YamlValue] = [_make_result(item) for item in card.judgements]
+    if card.evaluations:
+        results: list[YamlValue] = [_make_result(item) for item in card.evaluations]
         header["model-index"] = [{"name": card.title, "results": results}]
     return header
 
 
-def _make_result(judgement: Judgement) -> dict[str, YamlValue]:
+def _make_result(evaluation: StoredEvaluation) -> dict[str, YamlValue]:
     metrics: list[YamlValue] = [
         {
             "type": "accuracy",
-            "name": _name_measure(measure, judgement.attack),
+            "name": _name_measure(measure, evaluation.attack),
             "value": accuracy.value,
             "args": {
                 "hits": accuracy.hits,
@@ -322,14 +322,14 @@ def _make_result(judgement: Judgement) -> dict[str, YamlValue]:
                 "interval": "95 % Wilson",
             },
         }
-        for measure, accuracy in judgement.accuracy.items()
+        for measure, accuracy in evaluation.accuracy.items()
     ]
     return {
         "task": {"type": "image-classification", "name": "Image classification"},
         "dataset": {
-            "name": f"{judgement.data} ({judgement.split})",
-            "type": judgement.data,
-            "split": judgement.split,
+            "name": f"{evaluation.data} ({evaluation.split})",
+            "type": evaluation.data,
+            "split": evaluation.split,
         },
         "metrics": metrics,
     }
@@ -393,7 +393,7 @@ def _render_ingredients(card: Card) -> list[str]:
 
 def _render_results(card: Card) -> list[str]:
     lines = ["## Results", ""]
-    if not card.judgements:
+    if not card.evaluations:
         return [*lines, "These weights were not evaluated where this card was written.", ""]
     rows = [
         (
@@ -403,14 +403,14 @@ def _render_results(card: Card) -> list[str]:
             f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}] %",
             str(accuracy.n),
         )
-        for item in card.judgements
+        for item in card.evaluations
         for measure, accuracy in item.accuracy.items()
     ]
     lines += [*make_table(("split", "measure", "accuracy", "95 % Wilson interval", "n"), rows), ""]
-    protocols = [f"{item.split} of {item.data}: {item.attack}" for item in card.judgements]
+    protocols = [f"{item.split} of {item.data}: {item.attack}" for item in card.evaluations]
     lines += [f"- {escape_markdown(text)}" for text in dict.fromkeys(protocols)]
     lines += ["", *_render_beside(card)]
-    masking = [f"{item.split}, {text}" for item in card.judgements for text in item.masking_check]
+    masking = [f"{item.split}, {text}" for item in card.evaluations for text in item.masking_check]
     return lines + (_render_list("Masking check", masking) if masking else [])
 
 

@@ -58,7 +58,7 @@ def confirm_screened_soups(
         if batch and not limit.begin_soup():
             return len(screening.pending(results))
         for request in batch:
-            planner.add_confirmation(request)
+            planner.add_full_evaluation(request)
         if batch:
             execute()
             limit.end_soup()

@@ -59,7 +59,7 @@ class Ancestor:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class StoredEvaluation:
     """An evaluation of a checkpoint.
 
     Attributes:
@@ -81,7 +81,7 @@ class Judgement:
     masking_check: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, path: Path) -> "Judgement":
+    def load(cls, path: Path) -> "StoredEvaluation":
         """Read an evaluation.
 
         Raises:
@@ -119,13 +119,13 @@ class Description:
     Attributes:
         checkpoint: The checkpoint, whose content was compared with its digests.
         tree: The checkpoint and its ancestors.
-        judgements: The evaluations of it beside it.
+        evaluations: The evaluations of it beside it.
         notes: What reading left out, and evaluations that cannot be read.
     """
 
     checkpoint: Checkpoint
     tree: Ancestor
-    judgements: tuple[Judgement, ...]
+    evaluations: tuple[StoredEvaluation, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -154,7 +154,7 @@ class Description:
             "tensors": describe_tensors(checkpoint),
             "provenance": self.tree.to_json(),
             "record": checkpoint.provenance,
-            "judged_by": [judgement.to_json() for judgement in self.judgements],
+            "judged_by": [evaluation.to_json() for evaluation in self.evaluations],
             "notes": list(self.notes),
         }
 
@@ -178,14 +178,14 @@ def describe_checkpoint(
     """
     checkpoint = Checkpoint.open(source, key=key, adapter_base=adapter_base)
     notes = list(checkpoint.notes)
-    judgements: list[Judgement] = []
+    evaluations: list[StoredEvaluation] = []
     for path in _list_evaluations(checkpoint):
         try:
-            judgements.append(Judgement.load(path))
+            evaluations.append(StoredEvaluation.load(path))
         except CheckpointError as error:
             notes.append(str(error))
     family = _Family.beside(checkpoint)
-    return Description(checkpoint, family.tree(checkpoint), tuple(judgements), tuple(notes))
+    return Description(checkpoint, family.tree(checkpoint), tuple(evaluations), tuple(notes))
 
 
 def describe_tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:

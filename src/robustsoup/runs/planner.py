@@ -562,7 +562,7 @@ class Planner:
         )
         return self.add_step(f"{name}{'.pool' if in_pool else ''}.{settings.split}", task)
 
-    def add_confirmation(self, request: EvaluationRequest) -> Key:
+    def add_full_evaluation(self, request: EvaluationRequest) -> Key:
         """Add the full evaluation of a screened soup, and let its row refer to this evaluation."""
         key = self.add_request(request)
         self.add_row(dataclasses.replace(self.plan.row(request.candidate), val=key))

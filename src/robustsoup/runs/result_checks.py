@@ -3,10 +3,10 @@
 from robustsoup.errors import RequestError
 from robustsoup.schema import (
     MOST_COUNT,
-    Check,
     MisfitError,
     anything,
     boolean,
+    choice,
     count,
     integer,
     list_of,
@@ -32,16 +32,6 @@ ROLES = (
 """What the network of a row is; the roles from the third on are soups."""
 
 
-def one_of(*choices: str) -> Check:
-    """Accept a few texts."""
-
-    def check(value: object, place: str) -> None:
-        if value not in choices:
-            raise MisfitError(place, value, f"one of {', '.join(choices)}")
-
-    return check
-
-
 def share(value: object, place: str) -> None:
     """Accept numbers from 0 to 1."""
     number(value, place)
@@ -63,7 +53,7 @@ def accuracy(value: object, place: str) -> None:
 
 
 row = table(
-    {"name": text, "role": one_of(*ROLES)},
+    {"name": text, "role": choice(*ROLES)},
     {
         "soup": nullable(text),
         "ingredients": nullable(list_of(text)),
@@ -86,8 +76,8 @@ row = table(
 
 protocol = table(
     {
-        "select_on": one_of("val", "test"),
-        "report_on": one_of("val", "test"),
+        "select_on": choice("val", "test"),
+        "report_on": choice("val", "test"),
         "threats": list_of(text),
     },
     {
@@ -173,7 +163,7 @@ selection = table(
 )
 """Accept an answer."""
 
-examples = table({"network": text, "split": one_of("val", "test"), "file": text}, {})
+examples = table({"network": text, "split": choice("val", "test"), "file": text}, {})
 
 plane = table({"name": text, "file": text}, {"checkpoints": list_of(text)})
 

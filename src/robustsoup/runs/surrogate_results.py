@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from robustsoup.evaluation.hit_tables import Hits
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import CLEAN_KEY
+from robustsoup.soups.surrogate_refits import HitsByName
 from robustsoup.soups.surrogate_search import SurrogateSearch
 
 
@@ -75,12 +75,7 @@ class SurrogateResult:
 
     @classmethod
     def of(
-        cls,
-        section: str,
-        search: SurrogateSearch,
-        attacked: Mapping[str, Mapping[str, Hits]],
-        *,
-        late: bool,
+        cls, section: str, search: SurrogateSearch, attacked: HitsByName, *, late: bool
     ) -> "SurrogateResult":
         """Return the result of a search that ended.
 

@@ -185,20 +185,14 @@ class Worker:
             case _:
                 assert_never(task)
 
-    def checkpoint(self, key: Key) -> Checkpoint:
-        """Return a checkpoint: the output of a step, or a file."""
-        return self._open_checkpoint(key)
-
     def optional_checkpoint(self, key: Key | None) -> Checkpoint | None:
         """Return a checkpoint; None for None."""
         return None if key is None else self.checkpoint(key)
 
-    def evaluation(self, key: Key) -> Evaluation:
-        """Return the output of an evaluation."""
-        return self._load_evaluation(key)
-
     @cached_property
-    def _open_checkpoint(self) -> Callable[[Key], Checkpoint]:
+    def checkpoint(self) -> Callable[[Key], Checkpoint]:
+        """The function that returns a checkpoint: the output of a step, or a file."""
+
         def open_checkpoint(key: Key) -> Checkpoint:
             checkpoint = self.files.get(key)
             if checkpoint is None:
@@ -208,7 +202,8 @@ class Worker:
         return lru_cache(maxsize=8)(open_checkpoint)
 
     @cached_property
-    def _load_evaluation(self) -> Callable[[Key], Evaluation]:
+    def evaluation(self) -> Callable[[Key], Evaluation]:
+        """The function that returns the output of an evaluation."""
         return lru_cache(maxsize=8)(partial(load_evaluation, self.store))
 
     def fitting_split(self, fits_on_val: bool) -> Split:
@@ -368,7 +363,7 @@ def build_greedy_soup(
             _without_circumstances(evaluation).save(path)
         evaluated += 1
         evaluation = distributed.from_first(lambda: Evaluation.load(path))
-        figures = f"{alpha_name(alpha)} {describe_scores(evaluation)}"
+        figures = f"{alpha_name(alpha)} {evaluation.accuracy}"
         on_progress(evaluated, task.rounds, figures)
         return evaluation
 
@@ -519,7 +514,7 @@ def evaluate_network(
     _without_circumstances(evaluation).save(folder / EVALUATION)
     for warning in evaluation.warnings:
         worker.warn(f"{name}: {warning}")
-    scores = describe_scores(evaluation)
+    scores = str(evaluation.accuracy)
     return f"{scores} (after a short attack: upper bounds)" if task.short else scores
 
 
@@ -638,11 +633,6 @@ def join_outcomes(states: list[Any]) -> dict[str, Any]:
 def join_points(states: list[Any]) -> dict[str, Any]:
     """Return the state of a plane from those of its rows."""
     return {"values": [values for state in states for values in state["values"]]}
-
-
-def describe_scores(evaluation: Evaluation) -> str:
-    """Return the accuracies in one line."""
-    return ", ".join(f"{name} {accuracy}" for name, accuracy in evaluation.accuracy.items())
 
 
 def _describe_shares(coefficients: Coefficients) -> str:

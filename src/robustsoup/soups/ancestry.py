@@ -88,6 +88,18 @@ def _check_tensor(name: str, first: Checkpoint, other: Checkpoint) -> None:
         )
 
 
+def fit_base(base: Checkpoint, first: Checkpoint) -> Checkpoint:
+    """Return the base in the names and dtypes of the first ingredient.
+
+    Raises:
+        CheckpointError: If the ingredient is a LoRA adapter.
+        IngredientMismatch: Names the first tensor that differs.
+    """
+    fitted = base.with_names_like(first).with_dtypes_like(first)
+    check_ingredients([first, fitted])
+    return fitted
+
+
 def common_ancestor(ingredients: Sequence[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint that all ingredients were fine-tuned from.
 

@@ -7,7 +7,7 @@ from typing import Any
 from robustsoup.display import html_table
 from robustsoup.evaluation.intervals import Accuracy, Difference
 from robustsoup.printable import make_printable
-from robustsoup.soups.goal import KNEE, UNATTACKED
+from robustsoup.soups.goal import KNEE
 from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck
 
 
@@ -361,7 +361,7 @@ def _say_requirements(answer: Answer) -> Iterator[str]:
             yield f"{check.requirement} {verdict}: {figures}, an estimate, which guarantees nothing"
             continue
         among = "one-sided 95 % bound"
-        if FIXED_SEQUENCE in guarantee.method and check.requirement.key not in UNATTACKED:
+        if FIXED_SEQUENCE in guarantee.method and check.requirement.is_attacked:
             among += " of this finalist alone"
         elif guarantee.candidates > 1:
             among += f" over {guarantee.candidates} candidates"

@@ -8,7 +8,7 @@ import math
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.errors import RequestError
-from robustsoup.soups.ancestry import check_ingredients, common_ancestor
+from robustsoup.soups.ancestry import common_ancestor, fit_base
 from robustsoup.soups.batchnorm import average_statistics, divide_samples, recalibrate
 from robustsoup.soups.mixing import Buffers, UnfinishedSoup
 from robustsoup.threats import CLEAN, ThreatModel
@@ -21,8 +21,7 @@ def copy_base(soup: UnfinishedSoup) -> Buffers:
         source = Checkpoint.open(soup.base)
     else:
         source = common_ancestor(soup.ingredients) or first
-    source = source.with_names_like(first).with_dtypes_like(first)
-    check_ingredients([first, source])
+    source = fit_base(source, first)
     mixed = {*first.parameters, *first.tied}
     tensors = {name: tensor for name, tensor in source.tensors.items() if name not in mixed}
     return Buffers(tensors, {"base": source.digest})

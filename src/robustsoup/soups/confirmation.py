@@ -34,7 +34,7 @@ from robustsoup.evaluation.simultaneous import (
 )
 from robustsoup.evaluation.two_phase import sample_order
 from robustsoup.evaluation.verdicts import CLEAN_KEY
-from robustsoup.soups.goal import UNATTACKED, Goal, Requirement
+from robustsoup.soups.goal import Goal, Requirement
 from robustsoup.soups.selection import (
     FIXED_SEQUENCE,
     Candidate,
@@ -107,7 +107,7 @@ def judge_unattacked(
         seed: Seed of the bounds.
         looked_at: (n, k) clean hits of further soups, as in `judge`.
     """
-    unattacked = tuple(item for item in goal.require if item.key in UNATTACKED)
+    unattacked = tuple(item for item in goal.require if not item.is_attacked)
     reduced = Goal(goal.maximise, unattacked, goal.point)
     return judge(candidates, reduced, seed=seed, looked_at=looked_at)
 
@@ -138,7 +138,7 @@ def order_finalists(
     Returns:
         The finalists in the order of their tests, at least one.
     """
-    attacked = _attacked_requirements(goal)
+    attacked = goal.attacked
     eligible = clean.eligible(tried)
     ranked = rank_by(target_score(goal, eligible), eligible)
     if not attacked:
@@ -150,10 +150,6 @@ def order_finalists(
             chain.append(candidate)
     likely = [item for item in chain if margins[item.name] >= Z_ERROR]
     return tuple(reversed((likely or chain[-1:])[:most]))
-
-
-def _attacked_requirements(goal: Goal) -> list[Requirement]:
-    return [item for item in goal.require if item.key not in UNATTACKED]
 
 
 def _margin(candidate: Candidate, require: Sequence[Requirement], samples: int) -> float:
@@ -188,7 +184,7 @@ def confirm_finalists(finalists: Sequence[Candidate], goal: Goal, clean: Judgeme
         goal: What is maximised and required.
         clean: What `judge_unattacked` returned.
     """
-    require = _attacked_requirements(goal)
+    require = goal.attacked
     passed = _count_passed(finalists, require, point=goal.point)
     winner = finalists[max(passed - 1, 0)] if require else finalists[0]
     checks: dict[str, tuple[RequirementCheck, ...]] = {}

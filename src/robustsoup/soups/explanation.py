@@ -14,7 +14,7 @@ from robustsoup.evaluation.simultaneous import (
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.soups.answer import AgainstIngredient, Answer, Gain, Guarantee, OtherCandidate
 from robustsoup.soups.comparisons import Comparisons, measure_gain
-from robustsoup.soups.goal import KNEE, UNATTACKED, Requirement
+from robustsoup.soups.goal import KNEE, Requirement
 from robustsoup.soups.grid import Alpha
 from robustsoup.soups.selection import (
     FIXED_SEQUENCE,
@@ -357,7 +357,7 @@ def _count_samples_to_prove(selection: Selection) -> int | None:
     confirms = FIXED_SEQUENCE in judgement.method
     counts: list[int | None] = []
     for check in selection.checks:
-        is_confirmed = confirms and check.requirement.key not in UNATTACKED
+        is_confirmed = confirms and check.requirement.is_attacked
         critical = Z_ERROR if is_confirmed else judgement.critical
         count = samples_to_prove(check.estimate.value, check.requirement.threshold, critical)
         if not check.met:

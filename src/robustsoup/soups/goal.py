@@ -96,6 +96,11 @@ class Requirement:
                     )
         return parsed
 
+    @property
+    def is_attacked(self) -> bool:
+        """Whether the accuracy is one under attack."""
+        return self.key not in UNATTACKED
+
     def __str__(self) -> str:
         """Return the requirement as `parse` reads it."""
         return f"{self.key}>={_spell_number(self.threshold)}"
@@ -207,14 +212,19 @@ class Goal:
         return cls(target, Requirement.parse_all(require), point)
 
     @property
+    def attacked(self) -> tuple[Requirement, ...]:
+        """The requirements on accuracies under attack."""
+        return tuple(item for item in self.require if item.is_attacked)
+
+    @property
     def requires_attacked(self) -> bool:
         """Whether a requirement is about an accuracy under attack."""
-        return any(item.key not in UNATTACKED for item in self.require)
+        return bool(self.attacked)
 
     @property
     def requires_unattacked(self) -> bool:
         """Whether a requirement is about an accuracy without an attack."""
-        return any(item.key in UNATTACKED for item in self.require)
+        return any(not item.is_attacked for item in self.require)
 
     @property
     def measures(self) -> list[str]:
@@ -267,16 +277,12 @@ def check_goal(
         RequestError: A measure will not be evaluated, or so few samples cannot show a requirement
             even if all of them are hits.
     """
-    for key in goal.measures:
-        if key not in measures:
-            raise RequestError(
-                f'select: "{key}" was not evaluated; expected one of {", ".join(measures)}'
-            )
+    require_measures("select", goal.measures, measures)
     if goal.point:
         return
-    apart = sum(item.key not in UNATTACKED for item in goal.require) if confirms else 0
+    apart = len(goal.attacked) if confirms else 0
     for requirement in goal.require:
-        alone = confirms and requirement.key not in UNATTACKED
+        alone = confirms and requirement.is_attacked
         statements = 1 if alone else candidates * (len(goal.require) - apart)
         needed = samples_that_can_show(requirement.threshold, statements)
         if needed is None:

@@ -7,10 +7,11 @@ from decimal import Decimal
 
 import numpy as np
 
-from robustsoup.catalog import SOUP_METHODS, Entry
+from robustsoup.catalog import SOUP_METHODS
 from robustsoup.errors import CoefficientError
-from robustsoup.settings import SMALLEST_STEP
+from robustsoup.settings import SMALLEST_STEP, SearchSettings
 from robustsoup.soups.coefficients import SUM_TOLERANCE
+from robustsoup.soups.method_keys import is_merge
 
 Alpha = tuple[float, ...]
 """(n,) coefficients of n ingredients."""
@@ -129,21 +130,25 @@ def candidates(
     return alphas
 
 
-def merging_weights(
-    entry: Entry, weights: str, n: int, step: float, max_soups: int = MAX_SOUPS
-) -> list[Alpha]:
-    """Return the weights that a merging method is tried with.
+def list_alphas(method: str | SoupMethod, settings: SearchSettings, n: int) -> list[Alpha]:
+    """Return the coefficients that a method tries, or the weights of a merging method.
 
     Args:
-        entry: The method.
-        weights: "grid" or "uniform"; a method whose ingredients weigh the same is always uniform.
+        method: A method of `candidates`, "surrogate" or a method that merges.
+        settings: The step and the size of the grid, and the weights of a merging method; one whose
+            ingredients weigh the same always has uniform weights.
         n: Number of ingredients.
-        step: Step of the grid.
-        max_soups: Maximum number of soups.
+
+    Raises:
+        CoefficientError: As `candidates`.
     """
-    if weights == "uniform" or entry.facts.get("weights") == "uniform":
-        return uniform(n, step, max_soups)
-    return grid(n, step, max_soups)
+    if isinstance(method, str) and is_merge(method):
+        entry = SOUP_METHODS.get_entry(method)
+        is_uniform = "uniform" in (settings.weights, entry.facts.get("weights"))
+        method = "uniform" if is_uniform else "grid"
+    elif method == "surrogate":
+        method = "grid"
+    return candidates(method, n, settings.step, settings.max_soups)
 
 
 def alpha_name(alpha: Sequence[float]) -> str:

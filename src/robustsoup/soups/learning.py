@@ -11,7 +11,7 @@ from torch import nn
 
 from robustsoup import distributed
 from robustsoup.catalog import BUFFER_POLICIES
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.device import resolve_device, resolve_precision
@@ -43,12 +43,12 @@ from robustsoup.training.transforms import (
 @accepts_settings(LearnSettings, omit=["dial"])
 @gradients_enabled()
 def learn(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     data: SplitLike,
     settings: LearnSettings | None = None,
     *,
     val: SplitLike | None = None,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     network: nn.Module | None = None,
     place: str = "auto",
     budget: float | None = None,
@@ -116,13 +116,13 @@ def learn(
 @accepts_settings(LearnSettings, omit=["objective", "early_stop", "dial"])
 @gradients_enabled()
 def learn_dial(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     data: SplitLike,
     settings: LearnSettings | None = None,
     *,
     by: str | None = None,
     turn_every: int | None = None,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     network: nn.Module | None = None,
     place: str = "auto",
     budget: float | None = None,
@@ -239,7 +239,7 @@ def _complete_settings(settings: LearnSettings, data: Split, device: torch.devic
 
 
 def _open_for_learning(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     network: nn.Module | None,
     data: Split,
     *,

@@ -1,14 +1,13 @@
 """BatchNorm's running statistics while a soup is learned."""
 
 import copy
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from robustsoup.catalog import BUFFER_POLICIES
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.data import Split
 from robustsoup.settings import LearnSettings
 from robustsoup.soups.batchnorm import norm_layers, running_statistics
@@ -18,7 +17,7 @@ from robustsoup.soups.mixing import BufferPolicy, Calibration, UnfinishedSoup, m
 
 def mix_start(
     ingredients: Sequence[Checkpoint],
-    base: Checkpoint | str | os.PathLike[str] | None,
+    base: CheckpointLike | None,
     policy: str,
 ) -> Checkpoint:
     """Return the uniform soup with the statistics that learning starts from.

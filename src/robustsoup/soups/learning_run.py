@@ -1,7 +1,6 @@
 """The run that learns coefficients: its state, its steps and its results."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.cuda_graph import ReplayedCall
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.fitting import load_tensors
 from robustsoup.checkpoints.parameters import inexact_parameters
 from robustsoup.data import Split, batches
@@ -66,7 +65,7 @@ class LearningInputs:
     data: Split
     val: Split | None
     network: nn.Module | None
-    base: Checkpoint | str | os.PathLike[str] | None
+    base: CheckpointLike | None
     place: str
     device: torch.device
 

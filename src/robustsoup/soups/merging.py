@@ -4,7 +4,6 @@ A method is a function of a `Merge` that returns a `Merged`. To add one, write t
 register it in `robustsoup.catalog.SOUP_METHODS` with the fact "needs": "merging".
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.catalog import SOUP_METHODS, Entry
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import check_same_split
 from robustsoup.data import Split, SplitLike, as_optional_split, passes
@@ -27,9 +26,9 @@ from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.gradients import gradients_enabled
 from robustsoup.models.fit import adapt_to
 from robustsoup.settings import MergeSettings, accepts_settings, make_settings, to_record
-from robustsoup.soups.ancestry import check_ingredients, common_ancestor
+from robustsoup.soups.ancestry import common_ancestor, fit_base
 from robustsoup.soups.coefficients import EVERY_LAYER, Coefficients, uniform_coefficients
-from robustsoup.soups.method_keys import find_unread, method_keys
+from robustsoup.soups.method_keys import NEEDS_MERGING, find_unread, is_merge, method_keys
 from robustsoup.soups.mixing import (
     BufferRequest,
     Calibration,
@@ -40,9 +39,6 @@ from robustsoup.soups.mixing import (
 )
 from robustsoup.soups.summation import as_real
 from robustsoup.threats import CLEAN, ThreatModel
-
-NEEDS_MERGING = "merging"
-"""The fact "needs" of the methods of this module."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +131,12 @@ MergeMethod = Callable[[Merge], Merged]
 @accepts_settings(MergeSettings)
 @gradients_enabled()
 def merge(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     method: str | MergeMethod,
     weights: CoefficientsLike | None = None,
     settings: MergeSettings | None = None,
     *,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     data: SplitLike | None = None,
     threat: ThreatModel | str = CLEAN,
     attack_steps: int = 2,
@@ -237,12 +233,6 @@ def merge(
     )
 
 
-def is_merge(method: str) -> bool:
-    """Return whether a name of the catalog stands for a merging method."""
-    entry = SOUP_METHODS.find(method)
-    return entry is not None and entry.facts.get("needs") == NEEDS_MERGING
-
-
 def check_numbers(entry: Entry, names: Iterable[str]) -> None:
     """Check that a merging method reads the numbers that are given; a user's may read all.
 
@@ -302,7 +292,7 @@ def _find_method(method: str | MergeMethod) -> Entry:
             raise RequestError(f"method: got {method!r}, expected a name or a function")
         return Entry(getattr(method, "__name__", "custom"), "", "A function of the caller.")
     entry = SOUP_METHODS.get_entry(method)
-    if ":" not in method and entry.facts.get("needs") != NEEDS_MERGING:
+    if ":" not in method and not is_merge(method):
         merging = ", ".join(name for name in SOUP_METHODS if is_merge(name))
         raise RequestError(
             f'method: "{method}" is made by mix, search or learn; expected one of {merging}'
@@ -341,7 +331,7 @@ def _take_weights(
 def _find_base(
     entry: Entry,
     ingredients: Sequence[Checkpoint],
-    base: Checkpoint | str | os.PathLike[str] | None,
+    base: CheckpointLike | None,
 ) -> Checkpoint | None:
     """Return the base in the names of the ingredients; None if the method takes none."""
     required = "base" in entry.facts.get("requires", ())
@@ -355,8 +345,7 @@ def _find_base(
         )
     if found is None:
         return None
-    found = found.with_names_like(ingredients[0]).with_dtypes_like(ingredients[0])
-    check_ingredients([ingredients[0], found])
+    found = fit_base(found, ingredients[0])
     refuse_broken(found.tensors, found.name, found.constants)
     return found
 

@@ -1,6 +1,11 @@
-"""Which settings each soup method reads, for recipes, commands and functions alike."""
+"""Which methods merge, and which settings each reads, for recipes, commands and functions alike."""
 
 from collections.abc import Iterable
+
+from robustsoup.catalog import SOUP_METHODS
+
+NEEDS_MERGING = "merging"
+"""The fact "needs" of the methods that merge."""
 
 _MIXED_KEYS = {
     *("method", "ingredients", "buffers", "calibrate_samples", "calibrate_threat", "time_limit"),
@@ -38,6 +43,12 @@ METHOD_KEYS = {
 def method_keys(method: str) -> set[str]:
     """Return the settings that a method reads; methods of the user's read those of "grid"."""
     return METHOD_KEYS.get(method, _GRID_KEYS)
+
+
+def is_merge(method: str) -> bool:
+    """Return whether a name of the catalog stands for a merging method."""
+    entry = SOUP_METHODS.find(method)
+    return entry is not None and entry.facts.get("needs") == NEEDS_MERGING
 
 
 def find_unread(names: Iterable[str], methods: Iterable[object]) -> str | None:

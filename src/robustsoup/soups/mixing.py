@@ -1,6 +1,5 @@
 """Mix checkpoints into a soup; weights are averaged nowhere else."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import BUFFER_POLICIES, Entry
-from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, open_all
 from robustsoup.checkpoints.formats import is_finite
 from robustsoup.checkpoints.network import is_fitted
 from robustsoup.checkpoints.wrapping import join_names, soup_wrapping
@@ -80,7 +79,7 @@ class UnfinishedSoup:
     ingredients: Sequence[Checkpoint]
     coefficients: Coefficients
     network: Callable[[], nn.Module]
-    base: Checkpoint | str | os.PathLike[str] | None = None
+    base: CheckpointLike | None = None
     calibration: Calibration = field(default_factory=Calibration)
 
 
@@ -103,11 +102,11 @@ BufferPolicy = Callable[[UnfinishedSoup], Buffers]
 
 @gradients_enabled()
 def mix(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     alpha: CoefficientsLike,
     *,
     buffers: str | None = None,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     calibrate_on: SplitLike | None = None,
     calibrate_samples: int = 10_000,
     threat: ThreatModel | str = CLEAN,
@@ -194,7 +193,7 @@ class BufferRequest:
     """
 
     policy: Entry
-    base: Checkpoint | str | os.PathLike[str] | None = None
+    base: CheckpointLike | None = None
     calibration: Calibration = field(default_factory=Calibration)
     network: nn.Module | None = None
     device: torch.device | str = "cpu"
@@ -274,7 +273,7 @@ def _is_counter(name: str) -> bool:
 
 
 def open_ingredients(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
+    ingredients: Sequence[CheckpointLike], network: nn.Module | None
 ) -> list[Checkpoint]:
     """Open checkpoints of one network without reading their tensors into memory.
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS
-from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, open_all
 from robustsoup.checkpoints.provenance import check_leakage
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import open_corruptions
@@ -44,8 +44,8 @@ from robustsoup.soups.explanation import Explained, describe_gaps, explain, with
 from robustsoup.soups.goal import Goal, check_goal, default_measure, list_measures
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.learning import check_learning
-from robustsoup.soups.merging import check_merge, is_merge
-from robustsoup.soups.method_keys import find_unread
+from robustsoup.soups.merging import check_merge
+from robustsoup.soups.method_keys import find_unread, is_merge
 from robustsoup.soups.mixing import fit_to_own_network, open_ingredients
 from robustsoup.soups.search_methods import (
     MethodRun,
@@ -133,7 +133,7 @@ class SearchResult:
 @accepts_settings(MergeSettings)
 @gradients_enabled()
 def search(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]],
+    ingredients: Sequence[CheckpointLike],
     data: SplitLike,
     threats: Sequence[ThreatModel | str],
     settings: SearchSettings | None = None,
@@ -142,7 +142,7 @@ def search(
     learn_settings: LearnSettings | None = None,
     buffers: str | None = None,
     calibrate_on: SplitLike | None = None,
-    base: Checkpoint | str | os.PathLike[str] | None = None,
+    base: CheckpointLike | None = None,
     samples: int | None = None,
     shift: str | os.PathLike[str] | None = None,
     allow_leakage: bool = False,
@@ -278,7 +278,7 @@ def search(
 
 
 def _open(
-    ingredients: Sequence[Checkpoint | str | os.PathLike[str]], network: nn.Module | None
+    ingredients: Sequence[CheckpointLike], network: nn.Module | None
 ) -> tuple[Checkpoint, ...]:
     """Open the checkpoints, in the names of the network that they name themselves.
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustsoup.catalog import SOUP_METHODS
 from robustsoup.evaluation.masking import MOST_OTHERS
 from robustsoup.evaluation.simultaneous import Hits
 from robustsoup.evaluation.two_phase import SUBSET_KEY
@@ -21,14 +20,7 @@ from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.explanation import describe_soup
 from robustsoup.soups.goal import KNEE, Goal, Score, default_measure
 from robustsoup.soups.greedy import greedy
-from robustsoup.soups.grid import (
-    Alpha,
-    alpha_name,
-    candidates,
-    corners,
-    merging_weights,
-    spread_order,
-)
+from robustsoup.soups.grid import Alpha, alpha_name, corners, list_alphas, spread_order
 from robustsoup.soups.learned_search import (
     LEARNING,
     TOGETHER,
@@ -37,7 +29,6 @@ from robustsoup.soups.learned_search import (
     name_positions,
 )
 from robustsoup.soups.learning import learn, learn_dial
-from robustsoup.soups.merging import is_merge
 from robustsoup.soups.screening import (
     Contender,
     EvaluationRequest,
@@ -162,15 +153,6 @@ def search_by(
     if settings.screen:
         return _search_screened(run, named)
     return _search_in_full(run, named)
-
-
-def list_alphas(method: SearchMethod, settings: SearchSettings, n: int) -> list[Alpha]:
-    """Return the coefficients that a method tries, or the weights of a merging method."""
-    if isinstance(method, str) and is_merge(method):
-        entry = SOUP_METHODS.get_entry(method)
-        return merging_weights(entry, settings.weights, n, settings.step, settings.max_soups)
-    method = "grid" if method == "surrogate" else method
-    return candidates(method, n, settings.step, settings.max_soups)
 
 
 def _search_in_full(run: MethodRun, alphas: Mapping[str, Alpha]) -> Tried:

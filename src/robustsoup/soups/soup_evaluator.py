@@ -11,7 +11,7 @@ from torch import nn
 
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.catalog import SOUP_METHODS
-from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.data import Split
 from robustsoup.data.corruptions import CorruptionPart
 from robustsoup.errors import RequestError
@@ -28,7 +28,8 @@ from robustsoup.settings import (
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.explanation import describe_soup
 from robustsoup.soups.grid import Alpha, corners
-from robustsoup.soups.merging import check_numbers, is_merge, merge
+from robustsoup.soups.merging import check_numbers, merge
+from robustsoup.soups.method_keys import is_merge
 from robustsoup.soups.mixing import mix
 from robustsoup.soups.screening import (
     EvaluationRequest,
@@ -55,13 +56,13 @@ class Merging:
 
     method: str
     settings: MergeSettings
-    base: Checkpoint | str | os.PathLike[str] | None
+    base: CheckpointLike | None
 
 
 def describe_merging(
     settings: SearchSettings,
     changes: Mapping[str, Any],
-    base: Checkpoint | str | os.PathLike[str] | None,
+    base: CheckpointLike | None,
 ) -> Merging | None:
     """Return how the method merges; None for a method that lists or learns coefficients.
 

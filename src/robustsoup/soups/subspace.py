@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
-from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, as_network
 from robustsoup.checkpoints.fitting import load_tensors
 from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.parameters import is_inexact
@@ -66,7 +66,7 @@ CALIBRATION_SAMPLES = 10_000
 @accepts_settings(TrainSettings, omit=("threat",))
 @gradients_enabled()
 def train_subspace(
-    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    network: nn.Module | CheckpointLike,
     data: SplitLike,
     threats: Sequence[ThreatModel | str],
     settings: TrainSettings | None = None,

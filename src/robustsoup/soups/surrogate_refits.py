@@ -19,6 +19,8 @@ from robustsoup.soups.surrogate_map import TESTS, SoupMap
 
 Hits = NDArray[np.bool_]
 """(n,) whether each of n samples is right; of a soup attacked on the part, (m,) of its samples."""
+HitsByName = Mapping[str, Mapping[str, Hits]]
+"""For each attacked soup, its hits by measure."""
 Rows = NDArray[np.int64]
 """(r,) rows of soups."""
 
@@ -34,10 +36,10 @@ class Refits:
 
     Args:
         search: The search.
-        attacked: For each attacked soup, its hits by measure; the first soups at least.
+        attacked: The verdicts; of the first soups at least.
     """
 
-    def __init__(self, search: SoupMap, attacked: Mapping[str, Mapping[str, Hits]]) -> None:
+    def __init__(self, search: SoupMap, attacked: HitsByName) -> None:
         self.search, self.attacked = search, attacked
         self.samples = search.samples
         self.rows = sorted(search.names.index(name) for name in attacked)

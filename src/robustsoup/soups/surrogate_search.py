@@ -46,7 +46,7 @@ from robustsoup.soups.grid import Alpha
 from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.soups.surrogate import Model, to_share
 from robustsoup.soups.surrogate_map import TESTS, SoupMap, end_rows, order_tests, spread_first
-from robustsoup.soups.surrogate_refits import Hits, Refits
+from robustsoup.soups.surrogate_refits import Hits, HitsByName, Refits
 from robustsoup.soups.time_limit import TimeLimit
 
 MOST_OF_GRID = 2 / 3
@@ -141,25 +141,20 @@ class SurrogateSearch(SoupMap):
             self.names, self.alphas, self.part_size, seed=self.seed, model=self.model
         )
 
-    def next_requests(
-        self, attacked: Mapping[str, Mapping[str, Hits]]
-    ) -> tuple[EvaluationRequest, ...]:
+    def next_requests(self, attacked: HitsByName) -> tuple[EvaluationRequest, ...]:
         """Return what to attack next; empty at the end.
 
         A request has a `subset` if it is about the part, and an `after` if the soup was attacked on
         the part before.
-
-        Args:
-            attacked: For each attacked soup, its hits by measure.
         """
         return self.state(attacked).next
 
-    def _is_begun(self, attacked: Mapping[str, Mapping[str, Hits]]) -> bool:
+    def _is_begun(self, attacked: HitsByName) -> bool:
         """Return whether the model can be fitted: some soups test it, the first are attacked."""
         first = (request.candidate for request in self.first_requests())
         return bool(self.test_rows) and all(name in attacked for name in first)
 
-    def state(self, attacked: Mapping[str, Mapping[str, Hits]]) -> SurrogateState:
+    def state(self, attacked: HitsByName) -> SurrogateState:
         """Return where the search stands, given the verdicts so far."""
         if not self.measures:
             refits = Refits(self, attacked)
@@ -212,24 +207,15 @@ class SurrogateSearch(SoupMap):
                 requests.append(replace(part, subset=None) if in_full else part)
         return tuple(requests)
 
-    def last_requests(
-        self, attacked: Mapping[str, Mapping[str, Hits]]
-    ) -> tuple[EvaluationRequest, ...]:
-        """Return the finalists as they stand, the likeliest first, where time allows for no more.
-
-        Args:
-            attacked: For each attacked soup, its hits by measure.
-        """
+    def last_requests(self, attacked: HitsByName) -> tuple[EvaluationRequest, ...]:
+        """Return the finalists as they stand, the likeliest first, if time allows for no more."""
         if not (self.measures and self._is_begun(attacked)):
             return ()
         refits = Refits(self, attacked)
         return self._requests(refits, refits.find_finalists(predicted=True)[0], in_full=True)
 
-    def predict(self, attacked: Mapping[str, Mapping[str, Hits]]) -> list[PredictedSoup]:
+    def predict(self, attacked: HitsByName) -> list[PredictedSoup]:
         """Return what the model says about every soup, fitted to all attacked ones.
-
-        Args:
-            attacked: For each attacked soup, its hits by measure.
 
         Returns:
             The prediction for each soup; empty while the first soups are not attacked yet.
@@ -265,7 +251,7 @@ def hits_by_name(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, H
 
 
 def requests_in_time(
-    search: SurrogateSearch, attacked: Mapping[str, Mapping[str, Hits]], limit: TimeLimit
+    search: SurrogateSearch, attacked: HitsByName, limit: TimeLimit
 ) -> tuple[tuple[EvaluationRequest, ...], bool]:
     """Return what to attack next, one soup at a time with a limit, and whether the limit decided.
 
@@ -274,7 +260,7 @@ def requests_in_time(
 
     Args:
         search: The search.
-        attacked: For each attacked soup, its hits by measure.
+        attacked: The verdicts so far.
         limit: The time limit.
     """
     requests = search.next_requests(attacked)

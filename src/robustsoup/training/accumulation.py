@@ -18,13 +18,10 @@ from robustsoup.training.adversarial_loss import attack_under_all, mean_objectiv
 from robustsoup.training.objectives import Objective
 from robustsoup.training.sharing import BatchShare
 
-Batch = tuple[Tensor, Tensor]
-"""Images and labels."""
-
 
 def attack_parts(
     model: nn.Module,
-    batch: Batch,
+    batch: tuple[Tensor, Tensor],
     settings: TrainSettings | LearnSettings,
     objective: Objective,
     *,
@@ -54,7 +51,7 @@ def attack_parts(
 
 def add_gradients(
     model: nn.Module,
-    batch: Batch,
+    batch: tuple[Tensor, Tensor],
     attacked: Sequence[Sequence[Tensor]],
     objective: Objective,
     *,
@@ -66,7 +63,7 @@ def add_gradients(
     Args:
         model: The network of the loss pass; DistributedDataParallel averages once, in the last
             part.
-        batch: The global batch.
+        batch: Images and labels of the global batch.
         attacked: The attacked batches of each part.
         objective: The objective.
         precision: "float32" or "bfloat16".

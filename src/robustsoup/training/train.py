@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.cuda_graph import ReplayedCall
-from robustsoup.checkpoints.checkpoint import Checkpoint, as_network
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, as_network
 from robustsoup.checkpoints.fitting import load_tensors
 from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import earlier_data, inherited_sketches
@@ -82,7 +82,7 @@ OUTDATED_ENTRIES = (
 @accepts_settings(TrainSettings)
 @gradients_enabled()
 def train(
-    network: nn.Module | Checkpoint | str | os.PathLike[str],
+    network: nn.Module | CheckpointLike,
     data: SplitLike,
     settings: TrainSettings | None = None,
     *,
