@@ -1,6 +1,7 @@
 """Network sources: built-in names, functions, factories in modules, and installed plugins."""
 
 import importlib.metadata
+import json
 import sys
 from types import SimpleNamespace
 from typing import ClassVar
@@ -18,9 +19,11 @@ from robustsoup.models import (
     NetworkSettings,
     default_image_size,
     factory_fingerprint,
+    input_settings,
     is_built_in,
     load_model,
     torchvision_networks,
+    transformers_networks,
 )
 from robustsoup.models.libraries import LibrarySpec, may_be_recorded
 from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
@@ -286,6 +289,66 @@ def test_inception_networks_are_built_as_for_pretrained_weights(torchvision_opti
 def test_images_get_the_size_that_a_network_of_torchvision_is_built_for(name, side):
     assert default_image_size("folder:x", f"torchvision:{name}") == side
     assert default_image_size("folder:x", f"torchvision:{name}:image_size=64") == 64
+
+
+@pytest.fixture
+def read_folder(tmp_path, monkeypatch):
+    """Read the inputs of a folder of transformers whose network says 224 pixels a side."""
+
+    def read(processor, options=""):
+        config = SimpleNamespace(image_size=224, id2label={})
+        monkeypatch.setattr(transformers_networks, "_read_config", lambda *_: config)
+        if processor is not None:
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        return input_settings(NetworkSettings(f"hf:{tmp_path}{options}"))
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("processor", "options", "side"),
+    [
+        ({"size": {"shortest_edge": 96}}, "", 96),
+        ({"size": 256, "crop_size": 192, "do_center_crop": True}, "", 192),
+        ({"size": {"shortest_edge": 96}}, ":image_size=224", 224),
+        ({}, "", 224),
+        (None, "", 224),
+    ],
+)
+def test_images_get_the_size_of_the_image_processor(read_folder, processor, options, side):
+    assert read_folder(processor, options).size == (side, side)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"do_flip_channel_order": True},
+        {"feature_extractor_type": "MobileViTFeatureExtractor"},
+        {"image_processor_type": "PPLCNetImageProcessor"},
+    ],
+)
+def test_image_processors_that_swap_red_and_blue_are_refused(read_folder, processor):
+    with pytest.raises(ModelError, match="its image processor swaps red and blue; give a function"):
+        read_folder(processor)
+
+
+CONSTANTS = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3}
+
+
+@pytest.mark.parametrize(
+    ("processor", "constants"),
+    [
+        ({"include_top": True}, (0.5, 0.04)),
+        ({"include_top": True, "do_normalize": False}, (0.0, 0.2)),
+        (
+            {"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": False},
+            None,
+        ),
+    ],
+)
+def test_constants_are_those_that_the_image_processor_uses(read_folder, processor, constants):
+    normalize = read_folder(CONSTANTS | processor).normalize
+    assert (normalize and tuple(part[0] for part in normalize)) == constants
 
 
 def test_published_networks_of_robustbench_are_built_in():

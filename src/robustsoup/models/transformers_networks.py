@@ -258,9 +258,11 @@ def _find_file_names(model: nn.Module) -> dict[str, str]:
 def _read_inputs(network: LibrarySpec, settings: NetworkSettings) -> InputSettings:
     config = _read_config(network, settings)
     processor = _read_processor(network)
-    size = _read_size(getattr(config, "image_size", None)) or _read_size(
-        processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
-    )
+    _refuse_swapped_channels(processor, network)
+    size = size_of_config = _read_size(getattr(config, "image_size", None))
+    if "image_size" not in network.options:  # many networks do not read that of their class
+        crops = processor.get("do_center_crop")
+        size = _read_size(processor.get("crop_size" if crops else "size")) or size_of_config
     labels = [str(config.id2label[number]) for number in sorted(config.id2label)]
     automatic = labels == [f"LABEL_{number}" for number in range(len(labels))]
     resample = processor.get("resample")
@@ -280,6 +282,25 @@ def _read_processor(network: LibrarySpec) -> dict[str, Any]:
             processor: dict[str, Any] = _read_document(path, network)
             return processor.get("image_processor", processor)
     return {}
+
+
+def _kind_of(processor: dict[str, Any]) -> str:
+    """Return the class of an image processor, under the key of this or of earlier versions."""
+    return str(processor.get("image_processor_type") or processor.get("feature_extractor_type"))
+
+
+def _refuse_swapped_channels(processor: dict[str, Any], network: LibrarySpec) -> None:
+    """Refuse a network whose image processor turns RGB into BGR.
+
+    Raises:
+        ModelError: It does.
+    """
+    kind = _kind_of(processor)
+    swaps = processor.get("do_flip_channel_order", kind.startswith("MobileViT"))
+    if swaps or kind.startswith("PPLCNet"):
+        raise network.refuse(
+            "its image processor swaps red and blue; give a function of your own that does"
+        )
 
 
 def _read_size(value: object) -> tuple[int, int] | None:
@@ -305,6 +326,8 @@ def _read_constants(processor: dict[str, Any], channels: int) -> Any:
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     scale, offset = 255 * factor, float(bool(processor.get("rescale_offset")))
     normalizes = processor.get("do_normalize", "image_mean" in processor)
+    if _kind_of(processor).startswith("MobileViT"):  # names constants, but does not use them
+        normalizes = False
     divisions = bool(normalizes) + bool(processor.get("include_top"))
     stds = processor["image_std"] if divisions else [1.0] * channels
     std = [value**divisions for value in stds]
