@@ -1,5 +1,6 @@
 """Network sources: built-in names, functions, factories in modules, and installed plugins."""
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 
 from robustsoup.catalog import MODELS
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe_missing_constants
 from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 from robustsoup.errors import ModelError
 from robustsoup.models import (
@@ -302,6 +304,7 @@ def read_folder(tmp_path, monkeypatch):
             (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
         return input_settings(NetworkSettings(f"hf:{tmp_path}{options}"))
 
+    read.folder = tmp_path
     return read
 
 
@@ -349,6 +352,21 @@ CONSTANTS = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3}
 def test_constants_are_those_that_the_image_processor_uses(read_folder, processor, constants):
     normalize = read_folder(CONSTANTS | processor).normalize
     assert (normalize and tuple(part[0] for part in normalize)) == constants
+
+
+def test_a_folder_without_an_image_processor_is_in_doubt_unless_constants_are_known(read_folder):
+    network = NetworkSettings(f"hf:{read_folder.folder}")
+    constants = ((0.5,), (0.5,))
+    plain = Checkpoint({}, {"network": {"spec": "hf:absent"}})
+    recorded = Checkpoint({}, {"network": network.as_record() | {"normalize": constants}})
+    read_folder(None)
+    (text,) = describe_missing_constants(network, [recorded, plain])
+    assert "has no preprocessor_config.json, so inputs are not normalised" in text
+    assert not list(describe_missing_constants(network, [recorded]))
+    named = dataclasses.replace(network, normalize=constants)
+    assert not list(describe_missing_constants(named, [plain]))
+    read_folder({"do_normalize": False})
+    assert not list(describe_missing_constants(network, [plain]))
 
 
 def test_published_networks_of_robustbench_are_built_in():

@@ -130,6 +130,21 @@ def describe_class_order(network: NetworkSettings, data: Data) -> Iterator[str]:
         )
 
 
+def describe_missing_constants(
+    network: NetworkSettings, checkpoints: Iterable[Checkpoint]
+) -> Iterator[str]:
+    """Yield a warning if nothing says whether the inputs of a checkpoint's network are normalised.
+
+    Args:
+        network: The network that the user names, with the constants that the user names.
+        checkpoints: Checkpoints as they were read, which may record constants.
+    """
+    doubt = "" if network.normalize else input_settings(network).doubt
+    records = (item.provenance.get("network") or {} for item in checkpoints if doubt)
+    if not all(record.get("normalize") for record in records):
+        yield doubt
+
+
 def _recorded_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """Return (height, width) of the images that a checkpoint was fitted on last, if recorded."""
     size = (checkpoint.provenance.get("data") or {}).get("size")

@@ -267,11 +267,16 @@ def _read_inputs(network: LibrarySpec, settings: NetworkSettings) -> InputSettin
     automatic = labels == [f"LABEL_{number}" for number in range(len(labels))]
     resample = processor.get("resample")
     known = isinstance(resample, int) and 0 <= resample < len(INTERPOLATIONS)
+    doubt = (
+        f"{network.name} has no {IMAGE_PROCESSORS[0]}, so inputs are not normalised; if they were "
+        "in training, give --normalize (normalize in a recipe)"
+    )
     return InputSettings(
         size,
         call_library(lambda: _read_constants(processor, settings.channels), network),
         INTERPOLATIONS[resample] if known else None,
         () if automatic else tuple(labels),
+        "" if processor else doubt,
     )
 
 
