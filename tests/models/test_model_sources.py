@@ -1,6 +1,7 @@
 """Network sources: built-in names, functions, factories in modules, and installed plugins."""
 
 import dataclasses
+import enum
 import importlib.metadata
 import json
 import sys
@@ -24,6 +25,7 @@ from robustsoup.models import (
     input_settings,
     is_built_in,
     load_model,
+    robustbench_networks,
     torchvision_networks,
     transformers_networks,
 )
@@ -376,6 +378,65 @@ def test_published_networks_of_robustbench_are_built_in():
     model = load_model(f"robustbench:{name}")
     assert model.network_settings == NetworkSettings("preact_resnet18")
     assert factory_fingerprint(f"robustbench:{name}") is None
+
+
+class NormalisingNetwork(nn.Module):
+    """A network of three classes that saves its constants, as those of RobustBench do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mu", torch.full((1, 3, 1, 1), 0.4))
+        self.register_buffer("sigma", torch.full((1, 3, 1, 1), 0.2))
+        self.model = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.model(((x - self.mu) / self.sigma).mean((2, 3)))
+
+
+@pytest.fixture
+def _robustbench(monkeypatch):
+    """Replace the model zoo of RobustBench by one of this network under several names."""
+    steps = {"Crop": "Crop288", "Resized": "BicubicRes256Crop224", "Unknown": None}
+    entries = {
+        name: {"model": NormalisingNetwork, "preprocessing": text} for name, text in steps.items()
+    }
+    names = enum.Enum("names", {name: name for name in ("cifar10", "imagenet", "Linf")})
+    threats = {names.Linf: {**entries, "Plain": {"model": NormalisingNetwork}}}
+    zoo = SimpleNamespace(model_dicts={names.cifar10: threats, names.imagenet: threats})
+    monkeypatch.setattr(robustbench_networks, "import_library", lambda *_: zoo)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("imagenet/Linf/Crop", 288),
+        ("imagenet/Linf/Resized", 224),
+        ("imagenet/Linf/Unknown", 224),
+        ("imagenet/Linf/Plain", 224),
+        ("Plain", None),
+        ("Gowal2021Improving_R18_ddpm_100m", None),
+    ],
+)
+@pytest.mark.usefixtures("_robustbench")
+def test_networks_of_imagenet_in_robustbench_get_the_size_of_their_preprocessing(name, side):
+    assert default_image_size("folder:x", f"robustbench:{name}") == side
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.usefixtures("_robustbench")
+def test_files_of_robustbench_may_lack_the_constants_of_their_network(prefix):
+    torch.manual_seed(0)
+    theirs = NormalisingNetwork()
+    whole = {f"{prefix}{name}": tensor for name, tensor in theirs.state_dict().items()}
+    weights = {name: tensor for name, tensor in whole.items() if "model" in name}
+    x = torch.rand(2, 3, 4, 4)
+    for state in (theirs.model.state_dict(), weights, whole):
+        checkpoint = Checkpoint.load(state).with_network("robustbench:Plain", classes=3)
+        assert torch.equal(checkpoint.network()(x), theirs(x))
+        assert not checkpoint.with_names_of(checkpoint.network_for_names()).notes
+    del whole[f"{prefix}sigma"]
+    with pytest.raises(ModelError, match="sigma: the network has this tensor, the file does not"):
+        Checkpoint.load(whole).with_network("robustbench:Plain", classes=3).network()
 
 
 @pytest.mark.parametrize(
