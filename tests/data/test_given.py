@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 import robustsoup as rs
 from robustsoup.data import Augmentation, as_split, load_data
+from robustsoup.data.splits import assemble_tensors
 from robustsoup.errors import DataError, ModelError
 
 
@@ -329,6 +330,17 @@ def test_data_of_tensors_takes_val_and_test(samples):
     assert torch.equal(data.test.labels, y[30:][data.test.ids])
     with pytest.raises(DataError, match="train and test are the same images; hold"):
         rs.Data.from_tensors(x, y, test=(x, y))
+
+
+def test_statistics_are_of_train_in_any_order_of_the_parts(samples):
+    x, y = samples
+    parts = {"train": (x[:20], y[:20]), "test": (x[20:] / 2, y[20:])}
+    given, turned = (
+        assemble_tensors("parts", dict(order), seed=0)
+        for order in (parts.items(), reversed(parts.items()))
+    )
+    assert turned.record["mean"] == given.record["mean"]
+    assert turned.record["std"] == given.record["std"]
 
 
 def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():

@@ -155,7 +155,7 @@ class Split:
         """
         samples, notes = _convert_samples(images, labels, name, inferred=classes is None)
         names = _class_names(classes, [samples], name)
-        description = _describe_samples(name, [samples], names, Augmentation())
+        description = _describe_samples(name, {"train": samples}, names, Augmentation())
         record = _make_record(description, samples, samples.take(samples.ids[:0]), 0)
         _check_tensors(name, samples, len(names))
         return cls(
@@ -635,7 +635,7 @@ def assemble_tensors(
         if torch.equal(pools[one].images, pools[other].images):
             raise DataError(f"{name}: {one} and {other} are the same images; hold {other} out")
     names = _class_names(classes, list(pools.values()), name)
-    description = _describe_samples(name, list(pools.values()), names, augmentation)
+    description = _describe_samples(name, pools, names, augmentation)
     pool, test = pools["train"], pools.get("test")
     if test is None:
         rows = hold_out(len(pool), max(1, len(pool) // 5), "tensors test")
@@ -776,11 +776,11 @@ def _class_names(
 
 
 def _describe_samples(
-    name: str, pools: Sequence[Samples], classes: tuple[str, ...], augmentation: Augmentation
+    name: str, pools: Mapping[str, Samples], classes: tuple[str, ...], augmentation: Augmentation
 ) -> DataDescription:
-    """Return the description of samples; mean and std are of the first ones."""
-    mean, std = channel_statistics(pools[0].images)
-    return DataDescription(name, content_digest(*pools), classes, mean, std, augmentation)
+    """Return the description of samples; mean and std are of all in "train"."""
+    mean, std = channel_statistics(pools["train"].images)
+    return DataDescription(name, content_digest(*pools.values()), classes, mean, std, augmentation)
 
 
 def _has_form(value: object, dtype: torch.dtype, dimensions: int) -> bool:
