@@ -180,6 +180,10 @@ def test_the_network_says_how_many_classes_there_are(samples, network):
     few = y < 4
     evaluation = rs.evaluate(network, (x[few], y[few]))
     assert len(evaluation.record["data"]["classes"]) == 10
+    data = rs.Data.from_tensors(x[few], y[few])
+    assert data.record["classes"] == list("0123")
+    for split in (data.test, data.unsplit()):
+        assert len(rs.evaluate(network, split).record["data"]["classes"]) == 10
     with pytest.raises(rs.RobustsoupError, match=r"expected 4 classes as in tensors"):
         rs.evaluate(network, rs.Split.from_tensors(x[few], y[few], classes=4))
 
