@@ -290,6 +290,16 @@ def test_samples_that_differ_from_read_to_read_are_refused():
             lambda number: torch.zeros(1, 8, 8),
             "got samples of type Tensor, expected",
         ),
+        (lambda number: ({"path": "a"}, 1), "sample 0: got dict, expected an image: a tensor, an"),
+        (
+            lambda number: ("a.png", 1),
+            "sample 0: got str, expected an image: a tensor, an array or",
+        ),
+        (lambda number: (torch.zeros(1, 8, 8).to_sparse(), 1), "sample 0 cannot be read: "),
+        (
+            lambda number: (torch.full((1, 8, 8), 900).to(torch.uint16), 1),
+            "got int64 (4, 1, 8, 8) from 900 to 900, expected 0 to 255; divide 16 bits by 257",
+        ),
         (lambda number: (1, 2, 3), "got samples of type tuple of 3, expected (image, label)"),
         (lambda number: {"pixels": 1, "label": 2}, "got samples with pixels, label, expected one"),
         (lambda number: (Image.new("L", (8, 9)), 0), "image of 8 x 9 pixels, expected square"),
