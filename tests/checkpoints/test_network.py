@@ -17,7 +17,7 @@ from robustsoup.checkpoints.network import (
 )
 from robustsoup.cli.inputs import load_requested_data, make_context
 from robustsoup.cli.options import DataOptions, NetworkOptions, RunOptions
-from robustsoup.data import load_data
+from robustsoup.data import Data, load_data
 from robustsoup.errors import ModelError
 from robustsoup.models import NetworkSettings, build_network, load_model
 from robustsoup.soups.merging import merge
@@ -44,6 +44,14 @@ def resolved(spec=None, normalize=None, checkpoints=()):
 def test_the_named_network_takes_its_sizes_from_the_data_and_opens_no_file():
     settings = resolved("resnet9:width=3", [[0.5], [0.25]], ["missing.safetensors"])
     assert settings == NetworkSettings("resnet9:width=3", 10, 1, CONSTANTS)
+
+
+def test_a_file_may_have_more_classes_than_the_labels_of_the_data():
+    few = DATA.test.labels < 4
+    data = Data.from_tensors(DATA.test.images[few], DATA.test.labels[few])
+    for checkpoints, classes in (([foreign()], 10), ([], 4)):
+        settings = resolve_network(SPEC, normalize=None, data=data, checkpoints=checkpoints)
+        assert (settings.classes, settings.channels) == (classes, 1)
 
 
 def test_the_first_file_that_records_a_network_decides(tmp_path):

@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 import robustsoup as rs
 from robustsoup.data import Augmentation, as_split, load_data
+from robustsoup.data.splits import assemble_tensors
 from robustsoup.errors import DataError, ModelError
 
 
@@ -179,6 +180,10 @@ def test_the_network_says_how_many_classes_there_are(samples, network):
     few = y < 4
     evaluation = rs.evaluate(network, (x[few], y[few]))
     assert len(evaluation.record["data"]["classes"]) == 10
+    data = rs.Data.from_tensors(x[few], y[few])
+    assert data.record["classes"] == list("0123")
+    for split in (data.test, data.unsplit()):
+        assert len(rs.evaluate(network, split).record["data"]["classes"]) == 10
     with pytest.raises(rs.RobustsoupError, match=r"expected 4 classes as in tensors"):
         rs.evaluate(network, rs.Split.from_tensors(x[few], y[few], classes=4))
 
@@ -285,6 +290,16 @@ def test_samples_that_differ_from_read_to_read_are_refused():
             lambda number: torch.zeros(1, 8, 8),
             "got samples of type Tensor, expected",
         ),
+        (lambda number: ({"path": "a"}, 1), "sample 0: got dict, expected an image: a tensor, an"),
+        (
+            lambda number: ("a.png", 1),
+            "sample 0: got str, expected an image: a tensor, an array or",
+        ),
+        (lambda number: (torch.zeros(1, 8, 8).to_sparse(), 1), "sample 0 cannot be read: "),
+        (
+            lambda number: (torch.full((1, 8, 8), 900).to(torch.uint16), 1),
+            "got int64 (4, 1, 8, 8) from 900 to 900, expected 0 to 255; divide 16 bits by 257",
+        ),
         (lambda number: (1, 2, 3), "got samples of type tuple of 3, expected (image, label)"),
         (lambda number: {"pixels": 1, "label": 2}, "got samples with pixels, label, expected one"),
         (lambda number: (Image.new("L", (8, 9)), 0), "image of 8 x 9 pixels, expected square"),
@@ -329,6 +344,17 @@ def test_data_of_tensors_takes_val_and_test(samples):
     assert torch.equal(data.test.labels, y[30:][data.test.ids])
     with pytest.raises(DataError, match="train and test are the same images; hold"):
         rs.Data.from_tensors(x, y, test=(x, y))
+
+
+def test_statistics_are_of_train_in_any_order_of_the_parts(samples):
+    x, y = samples
+    parts = {"train": (x[:20], y[:20]), "test": (x[20:] / 2, y[20:])}
+    given, turned = (
+        assemble_tensors("parts", dict(order), seed=0)
+        for order in (parts.items(), reversed(parts.items()))
+    )
+    assert turned.record["mean"] == given.record["mean"]
+    assert turned.record["std"] == given.record["std"]
 
 
 def test_data_of_a_dataset_takes_its_class_names_and_mixed_pictures():

@@ -12,6 +12,7 @@ from small_data import write_images
 from robustsoup.data import load_data
 from robustsoup.data.hub import (
     HubSplit,
+    describe_splits,
     has_labels,
     match_splits,
     number_classes,
@@ -227,6 +228,20 @@ def test_splits_are_found_by_their_names():
     }
     assert match_splits(["all"]) == {"train": "all"}
     assert match_splits(["dev", "eval"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "notes"),
+    [
+        (["test"], ["no split is called train; test is split anew"]),
+        (["all"], ["no split is called train; all is split anew"]),
+        (["Training"], []),
+        (["train[:50%]"], []),
+        (["train", "test", "dev"], ["splits that are not used: dev"]),
+    ],
+)
+def test_a_single_split_that_is_not_train_is_said(names, notes):
+    assert describe_splits(names) == notes
 
 
 def test_labels_are_there_for_all_rows_or_for_none():

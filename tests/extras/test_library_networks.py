@@ -233,6 +233,9 @@ def test_files_of_save_pretrained_become_one_that_from_pretrained_loads(tmp_path
         ({"do_normalize": False}, None),
         ({"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False}, (0.5, 0.5)),
         ({"do_rescale": False, "image_mean": [127.5], "image_std": [51.0]}, (0.5, 0.2)),
+        ({"include_top": True}, (0.4, 0.04)),
+        ({"include_top": True, "do_normalize": False}, (0.0, 0.2)),
+        ({"include_top": True, "rescale_offset": True, "rescale_factor": 1 / 127.5}, (0.7, 0.02)),
     ],
 )
 def test_constants_are_those_of_the_image_processor(tmp_path, changed, constants):

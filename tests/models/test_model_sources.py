@@ -1,6 +1,9 @@
 """Network sources: built-in names, functions, factories in modules, and installed plugins."""
 
+import dataclasses
+import enum
 import importlib.metadata
+import json
 import sys
 from types import SimpleNamespace
 from typing import ClassVar
@@ -12,15 +15,19 @@ from torch import nn
 
 from robustsoup.catalog import MODELS
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.checkpoints.network import describe_missing_constants
 from robustsoup.checkpoints.published import PUBLISHED_CHECKPOINTS
 from robustsoup.errors import ModelError
 from robustsoup.models import (
     NetworkSettings,
     default_image_size,
     factory_fingerprint,
+    input_settings,
     is_built_in,
     load_model,
+    robustbench_networks,
     torchvision_networks,
+    transformers_networks,
 )
 from robustsoup.models.libraries import LibrarySpec, may_be_recorded
 from robustsoup.models.robustbench_networks import PUBLISHED_NETWORKS
@@ -288,6 +295,82 @@ def test_images_get_the_size_that_a_network_of_torchvision_is_built_for(name, si
     assert default_image_size("folder:x", f"torchvision:{name}:image_size=64") == 64
 
 
+@pytest.fixture
+def read_folder(tmp_path, monkeypatch):
+    """Read the inputs of a folder of transformers whose network says 224 pixels a side."""
+
+    def read(processor, options=""):
+        config = SimpleNamespace(image_size=224, id2label={})
+        monkeypatch.setattr(transformers_networks, "_read_config", lambda *_: config)
+        if processor is not None:
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        return input_settings(NetworkSettings(f"hf:{tmp_path}{options}"))
+
+    read.folder = tmp_path
+    return read
+
+
+@pytest.mark.parametrize(
+    ("processor", "options", "side"),
+    [
+        ({"size": {"shortest_edge": 96}}, "", 96),
+        ({"size": 256, "crop_size": 192, "do_center_crop": True}, "", 192),
+        ({"size": {"shortest_edge": 96}}, ":image_size=224", 224),
+        ({}, "", 224),
+        (None, "", 224),
+    ],
+)
+def test_images_get_the_size_of_the_image_processor(read_folder, processor, options, side):
+    assert read_folder(processor, options).size == (side, side)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"do_flip_channel_order": True},
+        {"feature_extractor_type": "MobileViTFeatureExtractor"},
+        {"image_processor_type": "PPLCNetImageProcessor"},
+    ],
+)
+def test_image_processors_that_swap_red_and_blue_are_refused(read_folder, processor):
+    with pytest.raises(ModelError, match="its image processor swaps red and blue; give a function"):
+        read_folder(processor)
+
+
+CONSTANTS = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3}
+
+
+@pytest.mark.parametrize(
+    ("processor", "constants"),
+    [
+        ({"include_top": True}, (0.5, 0.04)),
+        ({"include_top": True, "do_normalize": False}, (0.0, 0.2)),
+        (
+            {"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": False},
+            None,
+        ),
+    ],
+)
+def test_constants_are_those_that_the_image_processor_uses(read_folder, processor, constants):
+    normalize = read_folder(CONSTANTS | processor).normalize
+    assert (normalize and tuple(part[0] for part in normalize)) == constants
+
+
+def test_a_folder_without_an_image_processor_is_in_doubt_unless_constants_are_known(read_folder):
+    network = NetworkSettings(f"hf:{read_folder.folder}")
+    constants = ((0.5,), (0.5,))
+    plain = Checkpoint({}, {"network": {"spec": "hf:absent"}})
+    recorded = Checkpoint({}, {"network": network.as_record() | {"normalize": constants}})
+    read_folder(None)
+    (text,) = describe_missing_constants(network, [recorded, plain])
+    assert "has no preprocessor_config.json, so inputs are not normalised" in text
+    assert not list(describe_missing_constants(network, [recorded]))
+    named = dataclasses.replace(network, normalize=constants)
+    assert not list(describe_missing_constants(named, [plain]))
+    read_folder({"do_normalize": False})
+    assert not list(describe_missing_constants(network, [plain]))
+
+
 def test_published_networks_of_robustbench_are_built_in():
     built = {name: published.model for name, published in PUBLISHED_CHECKPOINTS.items()}
     assert built == PUBLISHED_NETWORKS
@@ -295,6 +378,65 @@ def test_published_networks_of_robustbench_are_built_in():
     model = load_model(f"robustbench:{name}")
     assert model.network_settings == NetworkSettings("preact_resnet18")
     assert factory_fingerprint(f"robustbench:{name}") is None
+
+
+class NormalisingNetwork(nn.Module):
+    """A network of three classes that saves its constants, as those of RobustBench do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mu", torch.full((1, 3, 1, 1), 0.4))
+        self.register_buffer("sigma", torch.full((1, 3, 1, 1), 0.2))
+        self.model = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.model(((x - self.mu) / self.sigma).mean((2, 3)))
+
+
+@pytest.fixture
+def _robustbench(monkeypatch):
+    """Replace the model zoo of RobustBench by one of this network under several names."""
+    steps = {"Crop": "Crop288", "Resized": "BicubicRes256Crop224", "Unknown": None}
+    entries = {
+        name: {"model": NormalisingNetwork, "preprocessing": text} for name, text in steps.items()
+    }
+    names = enum.Enum("names", {name: name for name in ("cifar10", "imagenet", "Linf")})
+    threats = {names.Linf: {**entries, "Plain": {"model": NormalisingNetwork}}}
+    zoo = SimpleNamespace(model_dicts={names.cifar10: threats, names.imagenet: threats})
+    monkeypatch.setattr(robustbench_networks, "import_library", lambda *_: zoo)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("imagenet/Linf/Crop", 288),
+        ("imagenet/Linf/Resized", 224),
+        ("imagenet/Linf/Unknown", 224),
+        ("imagenet/Linf/Plain", 224),
+        ("Plain", None),
+        ("Gowal2021Improving_R18_ddpm_100m", None),
+    ],
+)
+@pytest.mark.usefixtures("_robustbench")
+def test_networks_of_imagenet_in_robustbench_get_the_size_of_their_preprocessing(name, side):
+    assert default_image_size("folder:x", f"robustbench:{name}") == side
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.usefixtures("_robustbench")
+def test_files_of_robustbench_may_lack_the_constants_of_their_network(prefix):
+    torch.manual_seed(0)
+    theirs = NormalisingNetwork()
+    whole = {f"{prefix}{name}": tensor for name, tensor in theirs.state_dict().items()}
+    weights = {name: tensor for name, tensor in whole.items() if "model" in name}
+    x = torch.rand(2, 3, 4, 4)
+    for state in (theirs.model.state_dict(), weights, whole):
+        checkpoint = Checkpoint.load(state).with_network("robustbench:Plain", classes=3)
+        assert torch.equal(checkpoint.network()(x), theirs(x))
+        assert not checkpoint.with_names_of(checkpoint.network_for_names()).notes
+    del whole[f"{prefix}sigma"]
+    with pytest.raises(ModelError, match="sigma: the network has this tensor, the file does not"):
+        Checkpoint.load(whole).with_network("robustbench:Plain", classes=3).network()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ from robustsoup.models import (
     is_built_in,
     network_settings_of,
 )
-from robustsoup.models.network import channel_constants, file_names_of
+from robustsoup.models.network import channel_constants, file_names_of, known_constants_of
 from robustsoup.models.normalize import list_identity_constants
 from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
@@ -433,7 +433,7 @@ class Checkpoint:
 
         Tensors that the network lacks are set aside, and `notes` names them. Aliases of tied
         tensors are filled in. The file may lack the constants by which a built-in network
-        normalises its inputs; a note says so.
+        normalises its inputs, which a note says, or those of a network of RobustBench.
 
         Names that the network's library uses in files become the network's own.
 
@@ -454,19 +454,21 @@ class Checkpoint:
         return renamed
 
     def _list_missing_constants(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the constants of a built-in network, if the file has none of them."""
-        constants = list_identity_constants(model)
-        present = any(name.endswith(tuple(constants)) for name in self.tensors)
+        """Return the constants that a network has without the file, if it has none of them."""
+        known = {name: model.get_buffer(name) for name in known_constants_of(model)}
+        constants = list_identity_constants(model) | known
+        ends = tuple(f".{name}" for name in constants)
+        present = any(f".{name}".endswith(ends) for name in self.tensors)
         return {} if present else constants
 
     def _with_note_on(self, constants: Iterable[str], model: nn.Module) -> "Checkpoint":
-        """Return the checkpoint with a note that it lacks constants, unless the user gives some."""
+        """Return the checkpoint with a note that it lacks constants, unless they are known."""
         name = self.path.name if self.path else "checkpoint"
         note = (
             f"{name}: has no {join_names(list(constants))}: the network's inputs are not "
             "normalised; if they were in training, give --normalize"
         )
-        if hasattr(model, "input_mean") or note in self.notes:
+        if hasattr(model, "input_mean") or known_constants_of(model) or note in self.notes:
             return self
         return replace(self, notes=(*self.notes, note), as_read=self.as_read or self)
 
@@ -584,7 +586,8 @@ class Checkpoint:
         """Copy the weights into `model`; every name and shape must match.
 
         BatchNorm's counters, which files from before PyTorch 0.4.1 lack, start at zero. Without
-        constants of normalisation in the file, a built-in network does not normalise its inputs.
+        constants of normalisation in the file, a built-in network does not normalise its inputs,
+        and one of RobustBench does by its own.
 
         Raises:
             ModelError: Names the first name or shape that differs.

@@ -130,7 +130,7 @@ def fit_names(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> Name
         for prefix, trimmed in _list_prefixes(visible, network, hidden):
             wanted = {name: _strip(name, hidden).removeprefix(trimmed) for name in network}
             names = _match(visible, wanted, aliases, prefix)
-            if names is None:
+            if names is None or any(names == fit.names for fit in fits):
                 continue
             taken = set(names.values())
             surplus = {name: file[name] for name in file if name not in taken}

@@ -38,7 +38,8 @@ def resolve_network(
     Args:
         spec: The network that the user names; it takes precedence over the files.
         normalize: (mean, std) that the user names; it overrides a recorded one.
-        data: Supplies the number of classes and channels for `spec`.
+        data: Supplies the number of classes and channels for `spec`; the first checkpoint may have
+            more classes than the labels of the data tell.
         checkpoints: Opened in order until one records its network; only if `spec` is None.
         opening: How they are opened.
 
@@ -49,7 +50,11 @@ def resolve_network(
     """
     constants = channel_constants(normalize)
     if spec:
-        return NetworkSettings(spec, data.test.classes, data.record["channels"], constants)
+        named = NetworkSettings(spec, data.test.classes, data.record["channels"], constants)
+        if not data.test.inferred or not checkpoints:
+            return named
+        in_file = infer_sizes(named, opening.open(checkpoints[0])).classes
+        return replace(named, classes=max(named.classes, in_file))
     for item in checkpoints:
         if recorded := opening.open(item).network_settings:
             return replace(recorded, normalize=constants) if constants else recorded
@@ -128,6 +133,21 @@ def describe_class_order(network: NetworkSettings, data: Data) -> Iterator[str]:
             f'order (class {first} is "{names[first]}" there, "{in_data[first]}" in the data); '
             "accuracies are wrong unless your checkpoints were trained on the data's order"
         )
+
+
+def describe_missing_constants(
+    network: NetworkSettings, checkpoints: Iterable[Checkpoint]
+) -> Iterator[str]:
+    """Yield a warning if nothing says whether the inputs of a checkpoint's network are normalised.
+
+    Args:
+        network: The network that the user names, with the constants that the user names.
+        checkpoints: Checkpoints as they were read, which may record constants.
+    """
+    doubt = "" if network.normalize else input_settings(network).doubt
+    records = (item.provenance.get("network") or {} for item in checkpoints if doubt)
+    if not all(record.get("normalize") for record in records):
+        yield doubt
 
 
 def _recorded_size(checkpoint: Checkpoint) -> tuple[int, int] | None:

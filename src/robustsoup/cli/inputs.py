@@ -9,6 +9,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
     describe_class_order,
+    describe_missing_constants,
     describe_other_sizes,
     resolve_network,
 )
@@ -141,7 +142,11 @@ def make_context(
     )
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
-        for text in describe_class_order(settings, data):
+        opened = map(network.opening.open, checkpoints)
+        for text in (
+            *describe_class_order(settings, data),
+            *describe_missing_constants(settings, opened),
+        ):
             print_warning(text)
     return Context(
         data,

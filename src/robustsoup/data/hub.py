@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustsoup.data.folders import abbreviate, find_spellings
+from robustsoup.data.folders import abbreviate, find_spellings, find_split_word
 from robustsoup.data.images import MAX_IMAGE_BYTES, open_image, turn_upright
 from robustsoup.data.request import DataRequest
 from robustsoup.data.splits import Augmentation, Data, add_notes, assemble_tensors, promote_val
@@ -60,8 +60,8 @@ def load_hub(request: DataRequest) -> Data:
         DataError: `datasets` is not installed or cannot load the data, a column, an image or a
             label is missing, or a split has a class that train lacks.
     """
-    found, unused = _find_splits(request)
-    notes = [f"splits that are not used: {abbreviate(unused)}"] if unused else []
+    found, names = _find_splits(request)
+    notes = describe_splits(names)
     splits: dict[str, HubSplit] = {}
     for part, dataset in found.items():
         split = _read_split(dataset, part, request)
@@ -72,7 +72,7 @@ def load_hub(request: DataRequest) -> Data:
     if "train" not in splits:
         raise DataError(
             f"{request.spec}: got no labelled split train, expected one; the data has "
-            f"{abbreviate([*found, *unused])}"
+            f"{abbreviate(names)}"
         )
     doubts = [f"{request.spec} {part}: {d}" for part, split in splits.items() for d in split.doubts]
     parts, classes = number_classes(splits, request.spec)
@@ -91,7 +91,7 @@ def load_hub(request: DataRequest) -> Data:
 
 
 def _find_splits(request: DataRequest) -> tuple[dict[str, "Dataset"], list[str]]:
-    """Load the data; return its splits by our names, and the names of those that are not used."""
+    """Load the data; return its splits by our names, and the names of all in the data."""
     try:
         import datasets
     except ImportError:
@@ -116,10 +116,9 @@ def _find_splits(request: DataRequest) -> tuple[dict[str, "Dataset"], list[str]]
         reason = first_line(error)
         raise DataError(f"{request.spec}: datasets cannot load it: {reason}") from None
     if not isinstance(loaded, Mapping):
-        return {"train": loaded}, []
-    names = match_splits([str(name) for name in loaded])
-    unused = [str(name) for name in loaded if name not in names.values()]
-    return {part: loaded[name] for part, name in names.items()}, unused
+        return {"train": loaded}, [str(loaded.split or "train")]
+    names = [str(name) for name in loaded]
+    return {part: loaded[name] for part, name in match_splits(names).items()}, names
 
 
 def match_splits(names: Sequence[str]) -> dict[str, str]:
@@ -127,6 +126,16 @@ def match_splits(names: Sequence[str]) -> dict[str, str]:
     lower = {name.lower(): name for name in names}
     found = {part: lower[spelling] for part, spelling in find_spellings(lower).items()}
     return {"train": names[0]} if "train" not in found and len(names) == 1 else found
+
+
+def describe_splits(names: Sequence[str]) -> list[str]:
+    """Return notes on the splits that are not used, and on a single one that is not train."""
+    found = match_splits(names)
+    unused = [name for name in names if name not in found.values()]
+    notes = [f"splits that are not used: {abbreviate(unused)}"] if unused else []
+    if len(names) == 1 and find_split_word(names[0]) != "train":
+        notes.append(f"no split is called train; {names[0]} is split anew")
+    return notes
 
 
 def _read_split(dataset: "Dataset", part: str, request: DataRequest) -> HubSplit | None:

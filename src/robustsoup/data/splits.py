@@ -155,7 +155,7 @@ class Split:
         """
         samples, notes = _convert_samples(images, labels, name, inferred=classes is None)
         names = _class_names(classes, [samples], name)
-        description = _describe_samples(name, [samples], names, Augmentation())
+        description = _describe_samples(name, {"train": samples}, names, Augmentation())
         record = _make_record(description, samples, samples.take(samples.ids[:0]), 0)
         _check_tensors(name, samples, len(names))
         return cls(
@@ -305,7 +305,8 @@ class Data:
             labels: (n,) class numbers, or one-hot (n, classes).
             val: Images and labels to select on.
             test: Images and labels to report on.
-            classes: Number of classes or their names; by default the largest label plus 1.
+            classes: Number of classes or their names; by default the outputs of the network that
+                is evaluated, else the largest label plus 1.
             name: Name of the data in records.
             seed: Decides which samples are in val, if `val` is not given.
             augmentation: Augmentation of the images in training.
@@ -408,6 +409,7 @@ class Data:
             "train",
             record,
             self.train.augmentation,
+            inferred=self.train.inferred,
             in_given_order=True,  # ids number the samples as the source lists them
         )
 
@@ -437,7 +439,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class DataDescription:
-    """The part of a data record that does not depend on the seed; see DataRecord."""
+    """What of the data does not depend on the seed; see DataRecord and Split."""
 
     name: str
     digest: str
@@ -445,6 +447,7 @@ class DataDescription:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation = Augmentation()
+    inferred: bool = False
 
 
 _COLUMNS = ("split", "images", "channels x height x width", "classes")
@@ -564,8 +567,15 @@ def assemble(
     record = _make_record(description, train, val, seed)
 
     def build_split(name: SplitName, part: Samples) -> Split:
-        images = part.images.contiguous()
-        return Split(images, part.labels, part.ids, name, record, description.augmentation)
+        return Split(
+            part.images.contiguous(),
+            part.labels,
+            part.ids,
+            name,
+            record,
+            description.augmentation,
+            inferred=description.inferred,
+        )
 
     return Data(
         description.name,
@@ -611,7 +621,8 @@ def assemble_tensors(
     Args:
         name: Name of the data in records and errors.
         parts: Images and labels of "train" and, if they exist, of "val" and "test".
-        classes: Number of classes or their names; by default the largest label plus 1.
+        classes: Number of classes or their names; by default the outputs of the network that is
+            evaluated, else the largest label plus 1.
         seed: Decides which samples are in val, if that part is missing.
         augmentation: Augmentation of the images in training.
         decoded: Whether the images come from image files, whose range is in no doubt.
@@ -635,7 +646,8 @@ def assemble_tensors(
         if torch.equal(pools[one].images, pools[other].images):
             raise DataError(f"{name}: {one} and {other} are the same images; hold {other} out")
     names = _class_names(classes, list(pools.values()), name)
-    description = _describe_samples(name, list(pools.values()), names, augmentation)
+    description = _describe_samples(name, pools, names, augmentation)
+    description = replace(description, inferred=classes is None)
     pool, test = pools["train"], pools.get("test")
     if test is None:
         rows = hold_out(len(pool), max(1, len(pool) // 5), "tensors test")
@@ -776,11 +788,11 @@ def _class_names(
 
 
 def _describe_samples(
-    name: str, pools: Sequence[Samples], classes: tuple[str, ...], augmentation: Augmentation
+    name: str, pools: Mapping[str, Samples], classes: tuple[str, ...], augmentation: Augmentation
 ) -> DataDescription:
-    """Return the description of samples; mean and std are of the first ones."""
-    mean, std = channel_statistics(pools[0].images)
-    return DataDescription(name, content_digest(*pools), classes, mean, std, augmentation)
+    """Return the description of samples; mean and std are of all in "train"."""
+    mean, std = channel_statistics(pools["train"].images)
+    return DataDescription(name, content_digest(*pools.values()), classes, mean, std, augmentation)
 
 
 def _has_form(value: object, dtype: torch.dtype, dimensions: int) -> bool:

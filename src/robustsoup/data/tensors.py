@@ -101,7 +101,7 @@ def _as_tensor(values: object, place: str) -> Tensor:
         return _widen(values.detach())
     if isinstance(values, (list, tuple)) and values and isinstance(values[0], Tensor):
         try:
-            return torch.stack([value.detach() for value in values])
+            return _widen(torch.stack([value.detach() for value in values]))
         except (RuntimeError, AttributeError) as error:
             raise DataError(f"{place}: tensors that do not stack: {error}") from None
     try:

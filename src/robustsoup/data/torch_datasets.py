@@ -263,18 +263,27 @@ def _refuse_random_samples(dataset: object, place: str) -> None:
     if not _is_indexed(dataset):
         return
     for number in range(min(len(dataset), REPEATED_SAMPLES)):
-        first, second = (_read_sample(dataset, number, place) for _ in range(2))
-        if repr(first[1]) != repr(second[1]):
+        both = [_read_sample(dataset, number, place) for _ in range(2)]
+        if repr(both[0][1]) != repr(both[1][1]):
             raise DataError(f"{place}: the label of sample {number} differs when it is read again")
-        if _pixel_bytes(first[0]) != _pixel_bytes(second[0]):
+        with _named_failure(f"{place}: sample {number}"):
+            pixels = [_pixel_bytes(image, f"{place}: sample {number}") for image, _ in both]
+        if pixels[0] != pixels[1]:
             raise DataError(
                 f"{place}: sample {number} differs when it is read again; remove random "
                 "augmentation from its transform, and give augmentation= instead"
             )
 
 
-def _pixel_bytes(image: object) -> bytes:
+def _pixel_bytes(image: object, place: str) -> bytes:
     if is_pillow_image(image):
         return image.tobytes()
-    tensor = torch.as_tensor(image).detach().cpu().contiguous()
+    try:
+        tensor = torch.as_tensor(image).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"{place}: got {type(image).__name__}, expected an image: a tensor, an array or an "
+            "image of Pillow"
+        ) from None
+    tensor = tensor.cpu().contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

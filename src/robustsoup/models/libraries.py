@@ -49,12 +49,14 @@ class InputSettings:
         normalize: (mean, std) by channel, for images in [0, 1]; None if it needs none.
         interpolation: Name of the method that resizes images, such as "bicubic"; None if unknown.
         class_names: One name for each class, in order; empty if the configuration names none.
+        doubt: Why the configuration does not say whether inputs are normalised; empty if it does.
     """
 
     size: tuple[int, int] | None = None
     normalize: ChannelConstants | None = None
     interpolation: str | None = None
     class_names: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The settings that a network is built from, which checkpoints record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -130,6 +130,21 @@ def network_settings_of(model: nn.Module) -> NetworkSettings | None:
     """Return the settings that `build_network` attached to a network; None for other networks."""
     settings = getattr(model, "network_settings", None)
     return settings if isinstance(settings, NetworkSettings) else None
+
+
+def set_known_constants(model: nn.Module, names: Iterable[str]) -> None:
+    """Store which constants a network has by itself, so that published files may lack them.
+
+    Args:
+        model: The network.
+        names: Names of buffers in its state dict; a file has all of them or none.
+    """
+    vars(model)["known_constants"] = tuple(names)
+
+
+def known_constants_of(model: nn.Module) -> tuple[str, ...]:
+    """Return what `set_known_constants` stored; empty for other networks."""
+    return getattr(model, "known_constants", ())
 
 
 def set_file_names(model: nn.Module, names: Mapping[str, str]) -> None:

@@ -257,25 +257,55 @@ def _find_file_names(model: nn.Module) -> dict[str, str]:
 
 def _read_inputs(network: LibrarySpec, settings: NetworkSettings) -> InputSettings:
     config = _read_config(network, settings)
-    processor: dict[str, Any] = {}
-    for name in IMAGE_PROCESSORS:
-        if (path := _find_file(network, name)) is not None:
-            processor = _read_document(path, network)
-            processor = processor.get("image_processor", processor)
-            break
-    size = _read_size(getattr(config, "image_size", None)) or _read_size(
-        processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
-    )
+    processor = _read_processor(network)
+    _refuse_swapped_channels(processor, network)
+    size = size_of_config = _read_size(getattr(config, "image_size", None))
+    if "image_size" not in network.options:  # many networks do not read that of their class
+        crops = processor.get("do_center_crop")
+        size = _read_size(processor.get("crop_size" if crops else "size")) or size_of_config
     labels = [str(config.id2label[number]) for number in sorted(config.id2label)]
     automatic = labels == [f"LABEL_{number}" for number in range(len(labels))]
     resample = processor.get("resample")
     known = isinstance(resample, int) and 0 <= resample < len(INTERPOLATIONS)
+    doubt = (
+        f"{network.name} has no {IMAGE_PROCESSORS[0]}, so inputs are not normalised; if they were "
+        "in training, give --normalize (normalize in a recipe)"
+    )
     return InputSettings(
         size,
         call_library(lambda: _read_constants(processor, settings.channels), network),
         INTERPOLATIONS[resample] if known else None,
         () if automatic else tuple(labels),
+        "" if processor else doubt,
     )
+
+
+def _read_processor(network: LibrarySpec) -> dict[str, Any]:
+    """Return the configuration of the image processor; empty if there is none."""
+    for name in IMAGE_PROCESSORS:
+        if (path := _find_file(network, name)) is not None:
+            processor: dict[str, Any] = _read_document(path, network)
+            return processor.get("image_processor", processor)
+    return {}
+
+
+def _kind_of(processor: dict[str, Any]) -> str:
+    """Return the class of an image processor, under the key of this or of earlier versions."""
+    return str(processor.get("image_processor_type") or processor.get("feature_extractor_type"))
+
+
+def _refuse_swapped_channels(processor: dict[str, Any], network: LibrarySpec) -> None:
+    """Refuse a network whose image processor turns RGB into BGR.
+
+    Raises:
+        ModelError: It does.
+    """
+    kind = _kind_of(processor)
+    swaps = processor.get("do_flip_channel_order", kind.startswith("MobileViT"))
+    if swaps or kind.startswith("PPLCNet"):
+        raise network.refuse(
+            "its image processor swaps red and blue; give a function of your own that does"
+        )
 
 
 def _read_size(value: object) -> tuple[int, int] | None:
@@ -295,13 +325,18 @@ def _read_size(value: object) -> tuple[int, int] | None:
 def _read_constants(processor: dict[str, Any], channels: int) -> Any:
     """Return the constants for images in [0, 1] that do what the image processor does.
 
-    The processor computes (255 x rescale_factor - offset - mean) / std of images x in [0, 1].
+    Of images x in [0, 1], the processor computes (255 x rescale_factor - offset - mean) / std. With
+    include_top, as EfficientNet's has it, the result is divided by std once more.
     """
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     scale, offset = 255 * factor, float(bool(processor.get("rescale_offset")))
-    mean, std = [0.0] * channels, [1.0] * channels
-    if processor.get("do_normalize", "image_mean" in processor):
-        mean, std = processor["image_mean"], processor["image_std"]
+    normalizes = processor.get("do_normalize", "image_mean" in processor)
+    if _kind_of(processor).startswith("MobileViT"):  # names constants, but does not use them
+        normalizes = False
+    divisions = bool(normalizes) + bool(processor.get("include_top"))
+    stds = processor["image_std"] if divisions else [1.0] * channels
+    std = [value**divisions for value in stds]
+    mean = processor["image_mean"] if normalizes else [0.0] * len(std)
     return fit_constants(
         [round((value + offset) / scale, 12) for value in mean],
         [round(value / scale, 12) for value in std],

@@ -11,6 +11,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
     describe_class_order,
+    describe_missing_constants,
     describe_other_sizes,
     resolve_network,
 )
@@ -136,7 +137,10 @@ def prepare_run(
     _check_goal(planner, data)
     files = list(planner.plan.files.values())
     if recipe.model:
-        planner.plan.warnings = tuple(describe_class_order(network, data))
+        planner.plan.warnings = (
+            *describe_class_order(network, data),
+            *describe_missing_constants(network, files),
+        )
     if files:
         files = [context.record_network(item) for item in files]
         check_ingredients([item.with_names_like(files[0]) for item in files])
