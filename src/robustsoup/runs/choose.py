@@ -69,9 +69,9 @@ def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
     """Return the soups of a plan with their evaluations on the split that selects."""
     threats = plan.recipe.evaluate.threats
     return [
-        _make_candidate(plan, store, row, load_evaluation(store, row.val, threats))
+        _make_candidate(plan, store, row, load_evaluation(store, key, threats))
         for row in plan.rows
-        if row.soup is not None and row.val is not None
+        if row.soup is not None and (key := plan.selecting_evaluation(row)) is not None
     ]
 
 
@@ -216,7 +216,7 @@ def explain_choice(
     )
     answer = explain(choice.selection, context)
     row = plan.row(answer.chosen)
-    if row.test is None or row.test == row.val:
+    if row.test is None or row.test == plan.selecting_evaluation(row):
         return answer
     return with_test(answer, load_evaluation(store, row.test), split=plan.recipe.evaluate.report_on)
 
