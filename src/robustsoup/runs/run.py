@@ -188,9 +188,8 @@ def run_prepared(
         search_by_surrogate(planner, store, section, execute_unlimited, started=started)
         for section in plan.surrogates
     ]
-    late = Late()
-    if limited:
-        late = Late(left_out=evaluate_in_time(planner, execute_part, started=started))
+    left_out = evaluate_in_time(planner, execute_part, started=started) if limited else 0
+    late = sum((item.late for item in surrogates), Late(left_out))
     if recipe.evaluate.screens:
         limit = tightest_limit(plan, started=started)
         unfinished = confirm_screened_soups(planner, store, execute, limit)

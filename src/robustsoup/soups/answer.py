@@ -156,7 +156,8 @@ class Answer:
         comparisons: Number of pairs of a candidate and an ingredient that the intervals of
             `against` hold for at once.
         left_out: Number of soups that the time limit left out; they are no candidates.
-        unfinished: Number of screened soups that could still win when the time limit was reached.
+        unfinished: Number of soups that were attacked in part and could still win when the time
+            limit was reached.
         checks: One check for each requirement, on the samples that select or confirm.
         accuracy: Accuracies of the chosen candidate on the samples that select, by measure.
         fresh_accuracy: Its accuracies on samples that did not steer the search, by measure; None

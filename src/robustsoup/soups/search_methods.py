@@ -51,6 +51,7 @@ from robustsoup.soups.surrogate_search import (
     PredictedSoup,
     check_modelled,
     choose_part,
+    count_late,
     hits_by_name,
     make_search,
     requests_in_time,
@@ -378,15 +379,11 @@ def _search_by_surrogate(
             limit.end_soup()
     attacked = [name in evaluations for name in alphas]
     hits = hits_by_name(evaluations)
-    late = Late()
-    if is_late:
-        begun = [request for request in engine.last_requests(hits) if request.after is not None]
-        late = Late(len(alphas) - len(evaluations), len(begun))
     return Tried(
         _list_candidates(alphas, evaluations),
         clean_hits[~np.array(attacked)].T,
         tuple(engine.predict(hits)),
-        late=late,
+        late=count_late(engine, hits) if is_late else Late(),
     )
 
 
