@@ -41,7 +41,14 @@ from robustsoup.soups.confirmation import (
 )
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
-from robustsoup.soups.goal import Goal, check_goal, default_measure, list_measures
+from robustsoup.soups.goal import (
+    Goal,
+    Score,
+    check_goal,
+    default_measure,
+    list_measures,
+    require_measures,
+)
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.learning import check_learning
 from robustsoup.soups.merging import check_merge, is_merge
@@ -76,7 +83,7 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        candidates: All soups that were tried, in the order of the method.
+        candidates: The soups that could be chosen, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
         predicted: What the surrogate says about every soup; empty for other methods.
         warnings: Doubts about the ingredients, such as constants that differ.
@@ -197,8 +204,8 @@ def search(
             MergeSettings, the numbers of a merging method.
 
     Returns:
-        All candidates, in the order of the method (the greedy soup is the last of its method), and
-        the answer.
+        All candidates, in the order of the method (of the greedy method, the soup that it built),
+        and the answer.
 
     Raises:
         RequestError: Before any work: for invalid settings, a `step`, `tolerance`, `score`,
@@ -374,12 +381,16 @@ def _check_goal(
     """Return the number of soups that are tried.
 
     Raises:
-        RequestError: The samples that select cannot show a requirement for so many soups.
+        RequestError: The samples that select cannot show a requirement for so many soups, or a
+            measure of the goal or of the greedy score is not evaluated.
     """
-    count = sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
+    counts = {method: count_soups(evaluator, method, settings) for method in methods_of(settings)}
+    candidates = sum(1 if method == "greedy" else count for method, count in counts.items())
     measures = list_measures(evaluator.threats, shift=evaluator.shift is not None)
-    check_goal(goal, measures, samples=samples, candidates=count, confirms=confirms)
-    return count
+    check_goal(goal, measures, samples=samples, candidates=candidates, confirms=confirms)
+    if settings.score and "greedy" in methods_of(settings):
+        require_measures("score", Score.parse(settings.score).keys, measures)
+    return sum(counts.values())
 
 
 def _try_soups(

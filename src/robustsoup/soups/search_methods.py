@@ -152,7 +152,10 @@ def search_by(
     """Evaluate the soups of one method; `known` are not attacked again by the surrogate."""
     evaluator, settings = run.evaluator, run.settings
     if method == "greedy":
-        return Tried(_search_greedily(run, {}))
+        tried = [evaluator.describe(item) for item in _search_greedily(run, {})]
+        ingredients = {item.ingredient: item.evaluation for item in tried if item.ingredient}
+        soup = replace(tried[-1], name="greedy")
+        return Tried([soup], ingredients=ingredients, dropped=len(tried) - 1)
     if method in LEARNING:
         return _search_among_learned(run, str(method), _evaluate_ingredients_first(evaluator))
     alphas = list_alphas(method, settings, len(evaluator.ingredients))
