@@ -307,11 +307,10 @@ def _check_goal(planner: Planner, data: Data) -> None:
     recipe = planner.recipe
     soups = sum(len(recipe.soup_names(section)) for section in recipe.soups)
     if recipe.goal is not None and soups:
-        samples = recipe.select_samples or len(data.split(recipe.select_on))
         check_goal(
             recipe.goal,
             recipe.measures,
-            samples=samples,
+            samples=planner.settings_of_all().count_samples(data),
             candidates=soups,
             confirms=recipe.confirms,
         )
