@@ -315,6 +315,9 @@ def test_the_test_split_tests_the_chosen_soup_alone():
     other = with_test(answer, candidate("s", 169, 85).evaluation, split="held out").lines()
     assert any(line.startswith("on held out, which chose nothing: clean 84.5%") for line in other)
     assert any("clean>=0.85 did NOT hold on held out: 84.5%, at least " in line for line in other)
+    shifted = replace(held, maximise="0.5 clean + 0.5 shift")
+    copies = "where corrupted copies of half of the images chose the soup"
+    assert any(line.startswith(f"on test, {copies}: clean 85.5%") for line in shifted.lines())
     without = with_test(replace(answer, require=(), checks=()), candidate("s", 1, 0).evaluation)
     assert (without.held_on_test, without.exit_code) == (None, 0)
 

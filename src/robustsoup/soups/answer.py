@@ -6,8 +6,9 @@ from typing import Any
 
 from robustsoup.display import html_table
 from robustsoup.evaluation.intervals import Accuracy, Difference
+from robustsoup.evaluation.verdicts import SHIFT_KEY
 from robustsoup.printable import make_printable
-from robustsoup.soups.goal import KNEE, UNATTACKED
+from robustsoup.soups.goal import KNEE, UNATTACKED, Goal
 from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck
 
 
@@ -403,7 +404,9 @@ def _say_test(answer: Answer) -> Iterator[str]:
     split = answer.fresh_split or "test"
     if answer.fresh_accuracy:
         figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
-        yield f"on {split}, which chose nothing: {figures}"
+        steered = SHIFT_KEY in Goal.parse(answer.maximise, answer.require).measures
+        copies = "where corrupted copies of half of the images chose the soup"
+        yield f"on {split}, {copies if steered else 'which chose nothing'}: {figures}"
     for check in answer.test:
         held = "held" if check.estimate.value >= check.requirement.threshold else "did NOT hold"
         yield (
