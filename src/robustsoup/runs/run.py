@@ -205,7 +205,7 @@ def run_prepared(
             execute()
     answer = None
     if choice is not None:
-        answer = explain_choice(plan, store, choice, prepared.leakage, late)
+        answer = explain_choice(planner, store, choice, prepared.leakage, late)
     results = distributed.from_first(
         lambda: write_run_folder(
             folder,

@@ -11,7 +11,7 @@ from torch import nn
 
 from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint, open_all
-from robustsoup.checkpoints.provenance import check_leakage
+from robustsoup.checkpoints.provenance import check_leakage, stopped_early_on
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import open_corruptions
 from robustsoup.display import html_table, svg_points
@@ -479,7 +479,7 @@ def _list_gaps(
     stopped = [
         name
         for name, item in zip(evaluator.names, evaluator.ingredients, strict=True)
-        if item.provenance.get("early_stopped_at") is not None
+        if stopped_early_on(item, evaluator.data)
     ]
     # Other samples decide than those that built a greedy soup or stopped learning.
     holds = confirmed and not goal.requires_unattacked
