@@ -15,7 +15,7 @@ from robustsoup.errors import CheckpointError, LeakageError, RequestError, Robus
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
-from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
+from robustsoup.settings import AttackSettings, EarlyStop, LearnSettings, SearchSettings
 from robustsoup.soups import search_methods, selection, soup_evaluator, time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
@@ -594,6 +594,7 @@ def test_a_sweep_of_alpha_learns_with_several_weights(ends, data):
 
 def test_a_dial_is_learned_once_and_turned(ends, data):
     steps = []
+    learn_settings = replace(LEARNED["learn_settings"], early_stop=EarlyStop(samples=16))
     found = search(
         ends,
         data.val,
@@ -602,8 +603,9 @@ def test_a_dial_is_learned_once_and_turned(ends, data):
         calibrate_on=data.train.first(64),
         on_progress=lambda done, total, figures: steps.append((done, total, figures)),
         require=["clean>=0"],
-        **LEARNED,
+        **(LEARNED | {"learn_settings": learn_settings}),
     )
+    assert not any("early" in gap for gap in found.answer.guarantee.leaves_out)
     assert [c.name for c in found.candidates] == [f"dial-t{t / 10:g}" for t in range(11)]
     learning = [figures for _, _, figures in steps if figures.startswith("learning dial")]
     assert learning

@@ -475,7 +475,7 @@ def _list_gaps(
 ) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
     split, methods = evaluator.data.name, methods_of(settings)
-    learns = any(method in LEARNING for method in methods)
+    stops = "learned" in methods and evaluator.learn.early_stop is not None  # a dial never stops
     stopped = [
         name
         for name, item in zip(evaluator.names, evaluator.ingredients, strict=True)
@@ -486,7 +486,7 @@ def _list_gaps(
     yield from describe_gaps(
         split,
         stopped=stopped,
-        learned=["learned soups"] if evaluator.learn.early_stop and learns and not holds else [],
+        learned=["learned soups"] if stops and not holds else [],
         greedy=["the greedy soup"] if "greedy" in methods and not holds else [],
         screened=(settings.screen or ("surrogate" in methods and goal.requires_attacked))
         and not confirmed,
