@@ -9,7 +9,7 @@ from robustsoup.evaluation.intervals import Accuracy, Difference
 from robustsoup.evaluation.verdicts import SHIFT_KEY
 from robustsoup.printable import make_printable
 from robustsoup.soups.goal import KNEE, UNATTACKED, Goal
-from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck
+from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck, describe_unmet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,8 @@ class Answer:
         maximise: What was maximised: a measure, a weighted sum of measures, or "knee".
         require: The requirements as text.
         met: Whether the chosen candidate was shown to meet every requirement.
+        meeting_unconfirmed: Number of candidates that meet the requirements but were not attacked
+            in full, as before a time limit, where the chosen one does not meet them.
         doubt: What its robust accuracies are if the full attack on all samples did not run, as
             before a time limit: "estimates" or "upper bounds"; None if it ran.
         point: Whether estimates were compared with the thresholds, which guarantees nothing.
@@ -181,6 +183,7 @@ class Answer:
     maximise: str
     require: tuple[str, ...] = ()
     met: bool = True
+    meeting_unconfirmed: int = 0
     doubt: str | None = None
     point: bool = False
     selected_on: str = "val"
@@ -229,9 +232,8 @@ class Answer:
         name = self.chosen if not self.description else f"{self.chosen}, {self.description}"
         if self.met:
             return f"chosen: {name} ({figures})"
-        bound = "estimate" if self.point else "95 % lower bound"
-        required = " and ".join(self.require)
-        return f"no candidate meets {required} by its {bound}; the closest is {name} ({figures})"
+        unmet = describe_unmet(self.require, point=self.point, unconfirmed=self.meeting_unconfirmed)
+        return f"{unmet}; the closest is {name} ({figures})"
 
     def lines(self) -> list[str]:
         """Return the answer in sentences, one a line, in the order of their weight."""

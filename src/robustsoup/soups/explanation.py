@@ -168,6 +168,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
         maximise=selection.maximise,
         require=tuple(map(str, goal.require)),
         met=selection.met,
+        meeting_unconfirmed=selection.meeting_unconfirmed,
         point=goal.point,
         selected_on=context.fresh_split or context.selected_on,
         best_ingredient=best_ingredient,
@@ -381,6 +382,7 @@ def _describe_obstacle(selection: Selection) -> str:
         kind = "candidates" if len(met) == candidates else "finalists"
         start = "" if is_like_before else f"of {len(met)} {kind}, "
         parts.append(f"{start}{requirement} is met by {sum(met) or 'none'}")
-    conflict = len(tested) > 1 and all(map(any, tested.values()))
+    shown = len(tested) > 1 and all(map(any, tested.values()))
+    conflict = shown and not selection.meeting_unconfirmed
     end = "; none meets all: the requirements conflict here" if conflict else ""
     return ", ".join(parts) + end

@@ -293,6 +293,18 @@ class Selection:
         return self.goal.require
 
     @property
+    def meeting_unconfirmed(self) -> int:
+        """Number of candidates that meet the requirements but were not attacked in full.
+
+        They are not in the ranking; 0 if the choice meets the requirements.
+        """
+        if self.met:
+            return 0
+        ranked = {item.name for item in self.ranking}
+        others = [row for name, row in self.judgement.checks.items() if name not in ranked]
+        return sum(len(row) == len(self.require) and all(c.met for c in row) for row in others)
+
+    @property
     def checks(self) -> tuple[RequirementCheck, ...]:
         """Whether the choice meets each requirement."""
         return self.judgement.checks[self.best.name]
@@ -312,12 +324,27 @@ class Selection:
         figures = ", ".join(f"{key} {scores[key]}" for key in keys)
         if self.met:
             return f"chosen: {self.best.name} ({figures})"
-        requirements = " and ".join(map(str, self.require))
-        bound = "estimate" if self.goal.point else "95 % lower bound"
-        return (
-            f"no candidate meets {requirements} by its {bound}; "
-            f"the closest is {self.best.name} ({figures})"
+        unmet = describe_unmet(
+            [str(item) for item in self.require],
+            point=self.goal.point,
+            unconfirmed=self.meeting_unconfirmed,
         )
+        return f"{unmet}; the closest is {self.best.name} ({figures})"
+
+
+def describe_unmet(require: Sequence[str], *, point: bool, unconfirmed: int) -> str:
+    """Say that no candidate meets the requirements.
+
+    Args:
+        require: The requirements.
+        point: Whether estimates were compared with the thresholds.
+        unconfirmed: Number of candidates that meet them but were not attacked in full.
+    """
+    whose = "no candidate that was attacked in full" if unconfirmed else "no candidate"
+    bound = "estimate" if point else "95 % lower bound"
+    do = "1 other does" if unconfirmed == 1 else f"{unconfirmed:,} others do"
+    text = f"{whose} meets {' and '.join(require)} by its {bound}"
+    return f"{text} ({do})" if unconfirmed else text
 
 
 def tabulate_candidates(title: str, candidates: Sequence[Candidate]) -> str:
