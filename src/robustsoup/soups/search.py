@@ -384,13 +384,15 @@ def _check_goal(
         RequestError: The samples that select cannot show a requirement for so many soups, or a
             measure of the goal or of the greedy score is not evaluated.
     """
-    counts = {method: count_soups(evaluator, method, settings) for method in methods_of(settings)}
-    candidates = sum(1 if method == "greedy" else count for method, count in counts.items())
+    methods = methods_of(settings)
+    counts = [count_soups(evaluator, method, settings) for method in methods]
+    pairs = zip(methods, counts, strict=True)
+    candidates = sum(1 if method == "greedy" else count for method, count in pairs)
     measures = list_measures(evaluator.threats, shift=evaluator.shift is not None)
     check_goal(goal, measures, samples=samples, candidates=candidates, confirms=confirms)
-    if settings.score and "greedy" in methods_of(settings):
+    if settings.score and "greedy" in methods:
         require_measures("score", Score.parse(settings.score).keys, measures)
-    return sum(counts.values())
+    return sum(counts)
 
 
 def _try_soups(
