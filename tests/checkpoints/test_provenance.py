@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.provenance import Leakage, check_leakage, find_leakage, worst_leakage
+from robustsoup.checkpoints.provenance import (
+    Leakage,
+    check_leakage,
+    find_leakage,
+    stopped_early_on,
+    worst_leakage,
+)
 from robustsoup.data import Split, load_data
 from robustsoup.data.sketches import sketch_split
 from robustsoup.errors import LeakageError
@@ -34,6 +40,16 @@ def test_other_samples_of_the_same_split_are_known_to_be_fresh(data):
     for split in (data.val, data.test):
         assert find_leakage(ingredients, split) == FRESH
         assert check_leakage(ingredients, split) == FRESH
+
+
+def test_early_stopping_is_by_the_loss_on_val_of_the_same_data(data):
+    stopped, other = trained(data), trained(data, split_digest="0" * 64)
+    assert not stopped_early_on(stopped, data.val)
+    for checkpoint in (stopped, other):
+        checkpoint.provenance["early_stopped_at"] = 2
+    assert stopped_early_on(stopped, data.val)
+    assert not stopped_early_on(stopped, data.test)
+    assert not stopped_early_on(other, data.val)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

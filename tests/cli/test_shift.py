@@ -46,6 +46,9 @@ def test_search_chooses_by_natural_shift_and_reports_it(here, capsys):
     page = (here / "best" / "report.html").read_text()
     assert "shift, test" in page
     assert "Selected by corrupted copies of half of the test images" in page
+    card = (here / "best" / "README.md").read_text()
+    assert "selected by corrupted copies of half of the test images" in card
+    assert "which chose nothing" not in card
     assert run(*SEARCH, *goal, "-o", "none") == 2
     assert "is not evaluated; expected one of clean; set evaluate.shift" in capsys.readouterr().err
 

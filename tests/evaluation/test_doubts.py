@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluated_networks import LINF, WRONG, N, Wrapped, rounding
+from evaluated_networks import LINF, N, Wrapped, rounding
 from torch import nn
 
-from robustsoup.evaluation.doubts import warn_above_clean
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.models import load_model
@@ -129,17 +128,6 @@ def test_nan_at_attacked_points_is_reported(model, data, precision):
     evaluation = evaluate(NanUnderAttack(model), others, [LINF], steps=2, precision=precision)
     pattern = r"the logits held NaN at \d+ attacked points"
     assert [text for text in evaluation.warnings if re.fullmatch(pattern, text)]
-
-
-def test_robust_accuracy_above_clean_accuracy_is_reported(evaluation):
-    correct = evaluation.prediction == evaluation.labels
-    assert int(correct.sum()) == N - WRONG
-    assert warn_above_clean(correct, evaluation.threats) == []
-    all_robust = replace(evaluation.threats["L2 0.5"], robust=torch.ones(N, dtype=torch.bool))
-    verdicts = {"L2 0.5": all_robust, "Linf 0.1": evaluation.threats["Linf 0.1"]}
-    assert warn_above_clean(correct, verdicts) == [
-        "accuracy under L2 0.5 is above clean accuracy (100.0%, 90.0%)"
-    ]
 
 
 def test_warnings_come_back_from_their_file(model, data, tmp_path):

@@ -586,3 +586,46 @@ def test_a_merged_soup_is_described_by_its_method(results):
     results["rows"].append(make_row("ties-0.4-0.6", "merge", 0.7, 0.3, **shares))
     parsed = Results.from_json(results, "results")
     assert describe_row(parsed.rows[-1], parsed) == "ties of 0.4 of eps4 and 0.6 of eps8"
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "fields", "words"),
+    [
+        (
+            "pretrained",
+            "pretrained",
+            {},
+            "the start of the ingredients, trained against Linf 8/255",
+        ),
+        (
+            "a",
+            "ingredient",
+            {"objective": "ce"},
+            "an ingredient, trained against Linf 8/255 and L2 0.5",
+        ),
+        (
+            "b",
+            "ingredient",
+            {"objective": "trades 6"},
+            "an ingredient, trained against Linf 8/255 with trades 6",
+        ),
+        ("end1", "ingredient", {}, "an ingredient, trained against Linf 8/255 and L1 12.0"),
+        (
+            "learned",
+            "learned",
+            {"soup": "union", "ingredients": NAMES[:2], "objective": "mixed 0.2"},
+            "a learned soup of eps4 and eps8, learned against Linf 8/255 and L2 1.0 with mixed 0.2",
+        ),
+    ],
+)
+def test_every_threat_of_a_union_and_the_objective_are_named(results, name, role, fields, words):
+    results["recipe"] |= {
+        "pretrain": {"also": []},
+        "finetune": {"also": ["L2 0.5"]},
+        "subspace": {"also": ["L1 12.0"]},
+        "ingredients": {"a": {}, "b": {"also": []}, "end1": {"subspace_end": 1}},
+        "soups": {"union": {"method": "learned", "also": ["L2 1.0"]}},
+    }
+    results["rows"] = [make_row(name, role, 0.7, 0.3, threat="Linf 8/255", **fields)]
+    parsed = Results.from_json(results, "results")
+    assert describe_row(parsed.rows[0], parsed) == words

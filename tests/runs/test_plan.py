@@ -32,7 +32,7 @@ from robustsoup.catalog import SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.data import Augmentation, load_data
 from robustsoup.data.transforms import ImageTransform
-from robustsoup.errors import DataError
+from robustsoup.errors import DataError, RequestError
 from robustsoup.models import load_model
 from robustsoup.recipes import load_recipe, with_files
 from robustsoup.runs.run import prepare_run
@@ -485,7 +485,8 @@ def test_a_planes_passes_follow_from_points_samples_and_steps():
     assert passes(buffers="base") == 9 * 10 * (2 * 4 + 3)
 
 
-def test_too_many_samples_are_refused_while_planning():
+@pytest.mark.parametrize("report", ["all", "chosen"])
+def test_too_many_samples_are_refused_while_planning(report):
     for keys, split in (
         (("evaluate", "report_samples"), "test"),
         (("pretrain", "early_stop", "samples"), "val"),
@@ -494,7 +495,7 @@ def test_too_many_samples_are_refused_while_planning():
         value = {"samples": 100_000} if keys[-1] == "early_stop" else 100_000
         expected = rf"digits {split}: requested 100000 samples, expected 1 to"
         with pytest.raises(DataError, match=expected):
-            plan_of((keys, value))
+            plan_of((("evaluate", "report"), report), (keys, value))
 
 
 def test_early_stopping_of_learning_leaves_out_what_confirms_finalists():
@@ -571,3 +572,12 @@ def test_each_part_of_the_samples_has_corrupted_copies_of_its_own(tmp_path):
     row = planner.plan.row("low")
     clean = planner.plan.steps_by_key[planner.add_clean_evaluation(row)].task.settings
     assert (clean.part, clean.shift) == ("all", plain)
+
+
+def test_requirements_count_the_samples_that_have_corrupted_copies(tmp_path):
+    """Copies of every second one of the 500 test images select."""
+    folder = str(write_corruptions(tmp_path / "digits-c"))
+    changes = [(("evaluate", "select_samples"), 290), (("select", "require"), ["clean>=0.983"])]
+    prepare_run(recipe_of(changes), device="cpu")
+    with pytest.raises(RequestError, match="250 samples cannot show"):
+        prepare_run(recipe_of([*changes, (("evaluate", "shift"), folder)]), device="cpu")

@@ -194,12 +194,15 @@ def test_one_split_has_one_evaluation_of_a_soup_however_often_it_runs(
         finished.folder / "checkpoints",
         protocol="paper",
         soups={"map": SOUPS["map"] | {"tolerance": 0.999}},
+        select={},
         evaluate=evaluate,
     )
     for _ in range(2):
-        run_recipe(recipe, tmp_path / "run")
+        _, selection, _ = run_recipe(recipe, tmp_path / "run")
         results = Results.load(tmp_path / "run" / "results.json")
         measured = [row for row in results.rows if row.soup == "map"]
         assert len(measured) > 2
         assert not any(row.screened for row in measured)
+        assert {item.name for item in selection.ranking} == {row.name for row in measured}
+        assert results.selection.fresh_split is None
         write_report(tmp_path / "run")

@@ -97,5 +97,7 @@ def test_a_dial_is_learned_once_and_its_positions_have_the_limit(files, tmp_path
 def test_the_surrogate_stops_at_the_limit(files, tmp_path):
     soups = {"map": {"method": "surrogate", "step": 0.1, "time_limit": "6s"}}
     run_recipe(make_recipe(files, soups), tmp_path / "run")
-    (surrogate,) = load_results(tmp_path / "run").surrogates
+    results = load_results(tmp_path / "run")
+    (surrogate,) = results.surrogates
+    assert results.selection.left_out == 6
     assert (surrogate["stage"], surrogate["attacked"]) == ("late", 5)

@@ -284,6 +284,24 @@ def test_when_nothing_meets_the_requirement_the_answer_says_how_many_samples_it_
     assert hopeless.samples_to_prove is None
 
 
+def test_soups_that_meet_the_requirements_but_were_not_attacked_in_full_are_counted():
+    """As where the time limit came before their full attack."""
+    others = [candidate(name, 198, 90, screened=True) for name in "tu"]
+    tried = [candidate("s", 170, 90), *others]
+    answer = answer_of(tried, require=["clean>=0.9", f"{LINF}>=0"], ingredients={})
+    assert (answer.chosen, answer.met) == ("s", False)
+    assert answer.message.startswith(
+        f"no candidate that was attacked in full meets clean>=0.9 and {LINF}>=0 by its 95 % lower "
+        "bound (2 others do); the closest is s (clean 85.0%"
+    )
+    assert answer.obstacle == f"of 3 candidates, clean>=0.9 is met by 2, {LINF}>=0 is met by 3"
+    one = answer_of(tried[:2], require=["clean>=0.9"], point=True, ingredients={})
+    assert "by its estimate (1 other does); the closest is s" in one.message
+    assert select(tried[:2], maximise=LINF, require=["clean>=0.9"]).message.startswith(
+        "no candidate that was attacked in full meets clean>=0.9 by its 95 % lower bound (1 other"
+    )
+
+
 def test_samples_to_prove_are_known_where_exact_tests_decide():
     """At 200 samples and a threshold of 95 %, 10 misses are expected."""
     tried = [candidate("s", 192, 90), candidate("t", 180, 95)]
@@ -315,6 +333,9 @@ def test_the_test_split_tests_the_chosen_soup_alone():
     other = with_test(answer, candidate("s", 169, 85).evaluation, split="held out").lines()
     assert any(line.startswith("on held out, which chose nothing: clean 84.5%") for line in other)
     assert any("clean>=0.85 did NOT hold on held out: 84.5%, at least " in line for line in other)
+    shifted = replace(held, maximise="0.5 clean + 0.5 shift")
+    copies = "where corrupted copies of half of the images chose the soup"
+    assert any(line.startswith(f"on test, {copies}: clean 85.5%") for line in shifted.lines())
     without = with_test(replace(answer, require=(), checks=()), candidate("s", 1, 0).evaluation)
     assert (without.held_on_test, without.exit_code) == (None, 0)
 

@@ -15,7 +15,7 @@ from robustsoup.errors import CheckpointError, LeakageError, RequestError, Robus
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.evaluation.two_phase import attacked_rows
 from robustsoup.models import load_model
-from robustsoup.settings import AttackSettings, LearnSettings, SearchSettings
+from robustsoup.settings import AttackSettings, EarlyStop, LearnSettings, SearchSettings
 from robustsoup.soups import search_methods, selection, soup_evaluator, time_limit
 from robustsoup.soups.confirmation import confirm_part
 from robustsoup.soups.goal import Requirement
@@ -117,23 +117,35 @@ def test_settings_objects_and_keywords_say_the_same(ingredients, data):
 def test_a_greedy_search_scores_on_the_split_that_is_given(ingredients, data):
     split, reports = labelled_by(ingredients[0].network(), data.val.first(40)), []
     greedy = {"method": "greedy", "steps": 2}
-    candidates = search(
+    found = search(
         ingredients,
         split,
         WEAK,
         score="clean",
         on_progress=lambda *report: reports.append(report),
         **greedy,
-    ).candidates
-    assert {c.name for c in candidates} == {"1-0", "0-1", "0.5-0.5"}
+    )
     # The labels are the first ingredient's own predictions; the soup of both may predict the same.
-    assert candidates[-1].evaluation.accuracy["clean"].value == 1.0
-    assert candidates[-1].name in {"1-0", "0.5-0.5"}
+    (soup,), answer = found.candidates, found.answer
+    assert soup.evaluation.accuracy["clean"].value == 1.0
+    assert (soup.name, soup.alpha in {(1.0, 0.0), (0.5, 0.5)}) == ("greedy", True)
+    assert answer.comparisons == 2 * 3 - (soup.ingredient is not None)
     assert [(done, total) for done, total, _ in reports] == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(LeakageError, match="trained on the train split"):
         search(ingredients, data.train.first(40), WEAK, **greedy)
-    with pytest.raises(RequestError, match=r'score: "L2 0\.5" was not evaluated'):
-        search(ingredients, split, WEAK, score="L2 0.5", **greedy)
+
+
+@pytest.mark.parametrize("method", ["greedy", "all"])
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [("L2 0.5", 'score: "L2 0.5" was not evaluated'), ("best", "score: got 'best'")],
+)
+def test_a_wrong_score_is_refused_before_any_work(ingredients, data, method, score, message):
+    steps = []
+    given = {"method": method, "score": score, "calibrate_on": data.train.first(64)}
+    with pytest.raises(RequestError, match=message):
+        search(ingredients, data.val, WEAK, on_progress=lambda *step: steps.append(step), **given)
+    assert not steps
 
 
 @pytest.mark.parametrize(
@@ -174,7 +186,6 @@ def test_a_greedy_search_adds_by_what_is_maximised(ingredients, data, monkeypatc
         ({"steps": 0}, "steps: got 0, expected at least 1"),
         ({"require": ["clean>85"]}, 'require: got "clean>85"'),
         ({"maximise": "robust"}, 'got "robust"'),
-        ({"score": "best", "method": "greedy"}, "score: got 'best'"),
         ({"retsarts": 2}, 'unknown setting "retsarts"; did you mean "restarts"'),
     ],
 )
@@ -583,6 +594,7 @@ def test_a_sweep_of_alpha_learns_with_several_weights(ends, data):
 
 def test_a_dial_is_learned_once_and_turned(ends, data):
     steps = []
+    learn_settings = replace(LEARNED["learn_settings"], early_stop=EarlyStop(samples=16))
     found = search(
         ends,
         data.val,
@@ -591,8 +603,9 @@ def test_a_dial_is_learned_once_and_turned(ends, data):
         calibrate_on=data.train.first(64),
         on_progress=lambda done, total, figures: steps.append((done, total, figures)),
         require=["clean>=0"],
-        **LEARNED,
+        **(LEARNED | {"learn_settings": learn_settings}),
     )
+    assert not any("early" in gap for gap in found.answer.guarantee.leaves_out)
     assert [c.name for c in found.candidates] == [f"dial-t{t / 10:g}" for t in range(11)]
     learning = [figures for _, _, figures in steps if figures.startswith("learning dial")]
     assert learning

@@ -400,12 +400,24 @@ def test_a_front_of_a_measure_that_was_not_evaluated_is_refused():
 
 # screened candidates
 
+PART = {"samples": 50, "seed": 0, "missed": {LINF: 3}}
+
 
 def test_upper_bounds_are_not_confirmed():
     assert candidate("a", 180, 90).confirmed
     assert not candidate("a", 180, 90, screened=True).confirmed
-    part = {"samples": 50, "seed": 0, "missed": {LINF: 3}}
-    assert not candidate("a", 180, 90, subset=part).confirmed
+    assert not candidate("a", 180, 90, subset=PART).confirmed
+
+
+@pytest.mark.parametrize("record", [{"screened": True}, {"subset": PART}])
+def test_a_soup_that_was_not_attacked_in_full_shows_nothing_under_attack(record):
+    """Where the full attack did not run, its hits are those of a brief attack or of none."""
+    tried = [candidate("full", 180, 90), candidate("part", 185, 180, **record)]
+    goal = Goal.parse(LINF, ["clean>=0.7", f"{LINF}>=0.6"])
+    judgement = judge(tried, goal)
+    assert [check.met for check in judgement.checks["part"]] == [True, False]
+    assert not select(tried, maximise=LINF, require=goal.require).met
+    assert judge(tried, goal, unconfirmed=True).met(tried[1])
 
 
 def test_a_selection_skips_upper_bounds():

@@ -159,6 +159,18 @@ def check_leakage(
     return finding
 
 
+def stopped_early_on(checkpoint: Checkpoint, data: Split) -> bool:
+    """Return whether a checkpoint stopped training early by the loss on a split.
+
+    Training stops by the loss on the `val` beside the samples that it fits.
+    """
+    provenance = checkpoint.provenance
+    if provenance.get("early_stopped_at") is None or data.name != "val":
+        return False
+    fitted: DataRecord | None = provenance.get("data")
+    return bool(fitted) and fitted["split_digest"] == data.record["split_digest"]
+
+
 def check_same_split(
     checkpoints: Sequence[Checkpoint], data: Split, *, allow: bool = False
 ) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from robustsoup.attacks.losses import scale_free_loss
 from robustsoup.attacks.outcome import Outcome
-from robustsoup.evaluation.verdicts import Record, Verdicts
+from robustsoup.evaluation.verdicts import Record
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
 
@@ -245,21 +245,6 @@ def warn_of_points_outside(certificate: Mapping[str, Record]) -> list[str]:
         f"{counts['outside']} points lie outside the ball or the box of {threat}"
         for threat, counts in certificate.items()
         if counts["outside"]
-    ]
-
-
-def warn_above_clean(correct: Tensor, verdicts: Mapping[str, Verdicts]) -> list[str]:
-    """Warn where robust accuracy is above clean accuracy: the network may be stochastic.
-
-    Args:
-        correct: (n,) bool, correct without an attack.
-        verdicts: Verdicts by threat model.
-    """
-    return [
-        f"accuracy under {threat} is above clean accuracy "
-        f"({v.robust.float().mean():.1%}, {correct.float().mean():.1%})"
-        for threat, v in verdicts.items()
-        if int(v.robust.sum()) > int(correct.sum())
     ]
 
 

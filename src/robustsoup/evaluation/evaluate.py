@@ -23,7 +23,6 @@ from robustsoup.evaluation.attackers import Target
 from robustsoup.evaluation.doubts import (
     certify_points,
     join_certificates,
-    warn_above_clean,
     warn_of_attacks,
     warn_of_flat_logits,
     warn_of_masking,
@@ -169,7 +168,7 @@ def evaluate(
     verdicts = {
         name: _build_verdicts(outcome, clean) for name, outcome in attacked.outcomes.items()
     }
-    record = _make_record(request, clean, attacked, verdicts, time.perf_counter() - started)
+    record = _make_record(request, clean, attacked, time.perf_counter() - started)
     record |= shifted
     if hint is not None:
         record |= {BETTER_INPUTS: hint, "warnings": [hint, *record["warnings"]]}
@@ -485,7 +484,6 @@ def _make_record(
     request: CheckedRequest,
     clean: _CleanPass,
     attacked: _Attacked,
-    verdicts: Mapping[str, Verdicts],
     seconds: float,
 ) -> Record:
     outcomes = attacked.outcomes
@@ -501,7 +499,6 @@ def _make_record(
         ),
         *warn_of_masking(attacked.masking, request.settings, request.data.classes),
         *warn_of_points_outside(certificate),
-        *warn_above_clean(clean.correct, verdicts),
         *(after.warnings if after is not None else []),
     ]
     record = {

@@ -22,7 +22,7 @@ from robustsoup.reports.markup import (
     quote_code,
     render_yaml,
 )
-from robustsoup.reports.measures import CLEAN, SHIFT, UNION, choose_split
+from robustsoup.reports.measures import CLEAN, SHIFT, UNION, choose_split, list_caveats
 from robustsoup.reports.origins import describe_soup_of
 from robustsoup.runs.description import Ancestor, Description, StoredEvaluation
 from robustsoup.runs.results import ResultRow, Results
@@ -39,8 +39,7 @@ _HUB_REPO = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:[@/].*)?", re.ASCII)
 LIMITS = """\
 - The robust accuracies hold for these threat models, these images and these attacks. An attack that
   adapts to the network may break more; nothing here is a certificate.
-- Accuracies on the split that chose the soup tend to be too high, since the best of many was taken;
-  another split took no part in the choice.
+- Accuracies on the split that chose the soup tend to be too high, since the best of many was taken.
 - Other data, corruptions and threat models were not measured unless a line above says so.
 """
 LICENCE = """\
@@ -245,8 +244,7 @@ def _list_run_warnings(results: Results) -> Iterator[str]:
     yield from results.warnings
     for overlap in results.duplicates:
         yield "duplicates: " + ", ".join(f"{key} {value}" for key, value in overlap.items())
-    if results.protocol.select_on == results.protocol.report_on:
-        yield f"selected and reported on the same split, {results.protocol.report_on}"
+    yield from list_caveats(results)
     if results.selection and results.selection.held_on_test is False:
         yield "the requirement does not hold on test"
 

@@ -23,7 +23,7 @@ from robustsoup.reports.planes import LossPlane
 from robustsoup.reports.tables import name_ingredients, name_layer
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.coefficients import Coefficients
-from robustsoup.soups.explanation import describe_soup
+from robustsoup.soups.explanation import describe_fitting, describe_soup
 
 MOST_SHARES = 60_000
 """Most coefficients by layer that a report holds; soups beyond them are left out."""
@@ -69,25 +69,54 @@ def make_chart_data(
 def describe_row(row: ResultRow, results: Results) -> str:
     """Say in words what a network is: "0.4 of eps4 and 0.6 of eps16", "eps2 itself"."""
     names, shares = row.ingredients or (), row.coefficients or ()
-    against = f", trained against {row.threat}" if row.threat else ""
+    threats = _list_threats(row, results)
+    trained = describe_fitting("trained", threats, row.objective)
     if row.role == "pretrained":
-        return f"the start of the ingredients{against}"
+        return f"the start of the ingredients{trained}"
     if row.role == "ingredient":
-        return f"an ingredient{against}"
+        return f"an ingredient{trained}"
     if not names or (shares and len(names) != len(shares)):
         return f"a soup, {row.role}"
     merged_by = _find_method(row, results) if row.role == "merge" else None
-    words = describe_soup(
-        shares, names, ingredient=row.ingredient, method=row.role, merged_by=merged_by
+    return describe_soup(
+        shares,
+        names,
+        ingredient=row.ingredient,
+        method=row.role,
+        at=row.at,
+        threats=threats,
+        objective=row.objective,
+        merged_by=merged_by,
     )
-    if row.at is not None:
-        return f"{words} at t = {row.at:g}"
-    return words if shares or not row.threat else f"{words}, learned against {row.threat}"
 
 
 def _find_method(row: ResultRow, results: Results) -> str:
-    section = results.recipe.get("soups", {}).get(row.soup, {})
-    return str(section.get("method", row.role))
+    return str(_get_table(results.recipe, "soups", row.soup).get("method", row.role))
+
+
+def _list_threats(row: ResultRow, results: Results) -> list[str]:
+    """Return the threat models that a network, or its coefficients, was fitted against."""
+    recipe = results.recipe
+    if row.threat is None:
+        return []
+    if row.role == "pretrained":
+        tables = [_get_table(recipe, "pretrain")]
+    elif row.role == "ingredient":
+        ingredient = _get_table(recipe, "ingredients", row.name)
+        default = "finetune" if ingredient.get("subspace_end") is None else "subspace"
+        tables = [ingredient, _get_table(recipe, default)]
+    else:
+        tables = [_get_table(recipe, "soups", row.soup)]
+    also = next((table["also"] for table in tables if "also" in table), ())
+    return [row.threat, *(map(str, also) if isinstance(also, list) else ())]
+
+
+def _get_table(recipe: Mapping[str, Any], *keys: str | None) -> Mapping[str, Any]:
+    """Return a table of a recipe; an empty one if there is none."""
+    table: Any = recipe
+    for key in keys:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table if isinstance(table, Mapping) else {}
 
 
 def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str, Any]:

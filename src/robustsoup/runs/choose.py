@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
-from robustsoup.checkpoints.provenance import Leakage
+from robustsoup.checkpoints.provenance import Leakage, stopped_early_on
 from robustsoup.evaluation.simultaneous import Hits
 from robustsoup.evaluation.verdicts import CLEAN_KEY, Evaluation
 from robustsoup.runs.plan import Plan, PlannedRow
@@ -69,9 +69,9 @@ def soup_candidates(plan: Plan, store: Store) -> list[Candidate]:
     """Return the soups of a plan with their evaluations on the split that selects."""
     threats = plan.recipe.evaluate.threats
     return [
-        _make_candidate(plan, store, row, load_evaluation(store, row.val, threats))
+        _make_candidate(plan, store, row, load_evaluation(store, key, threats))
         for row in plan.rows
-        if row.soup is not None and row.val is not None
+        if row.soup is not None and (key := plan.selecting_evaluation(row)) is not None
     ]
 
 
@@ -195,41 +195,49 @@ def _statistics_seed(plan: Plan) -> int:
 
 
 def explain_choice(
-    plan: Plan, store: Store, choice: Choice, leakage: Leakage, late: Late
+    planner: Planner, store: Store, choice: Choice, leakage: Leakage, late: Late
 ) -> Answer:
     """Explain a choice, with what the split says that reports, if it is another one.
 
     Args:
-        plan: The plan; the row of the chosen soup is evaluated.
+        planner: The planner; the row of the chosen soup is evaluated.
         store: Finished steps.
         choice: The choice.
         leakage: Whether networks were trained on samples that evaluate them.
         late: What a time limit left out.
     """
+    plan = planner.plan
     context = Explained(
         ingredients=choice.ingredients,
         seed=_statistics_seed(plan),
         selected_on=plan.recipe.select_on,
         fresh_split=f"a part of {plan.recipe.select_on} kept aside" if choice.confirmed else None,
-        leaves_out=tuple(_list_gaps(plan, store, leakage, confirmed=choice.confirmed)),
+        leaves_out=tuple(_list_gaps(planner, store, leakage, confirmed=choice.confirmed)),
         late=late,
     )
     answer = explain(choice.selection, context)
     row = plan.row(answer.chosen)
-    if row.test is None or row.test == row.val:
+    if row.test is None or row.test == plan.selecting_evaluation(row):
         return answer
     return with_test(answer, load_evaluation(store, row.test), split=plan.recipe.evaluate.report_on)
 
 
-def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -> Iterator[str]:
+def _list_gaps(
+    planner: Planner, store: Store, leakage: Leakage, *, confirmed: bool
+) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
+    plan, split = planner.plan, planner.data.split(planner.recipe.select_on)
     soups, goal = plan.recipe.soups, plan.recipe.goal
     steered = bool(plan.surrogates) and goal is not None and goal.requires_attacked
     # Other samples decide than those that built a greedy soup or stopped learning.
     holds = confirmed and goal is not None and not goal.requires_unattacked
     yield from describe_gaps(
-        plan.recipe.select_on,
-        stopped=[row.name for row in plan.ingredient_rows if _was_stopped_early(plan, store, row)],
+        split.name,
+        stopped=[
+            row.name
+            for row in plan.ingredient_rows
+            if stopped_early_on(_open_ingredient(plan, store, row), split)
+        ],
         learned=[
             name
             for name, soup in soups.items()
@@ -242,8 +250,6 @@ def _list_gaps(plan: Plan, store: Store, leakage: Leakage, *, confirmed: bool) -
     )
 
 
-def _was_stopped_early(plan: Plan, store: Store, row: PlannedRow) -> bool:
+def _open_ingredient(plan: Plan, store: Store, row: PlannedRow) -> Checkpoint:
     checkpoint = plan.files.get(row.network)
-    if checkpoint is None:
-        checkpoint = Checkpoint.open(store.file(row.network, CHECKPOINT))
-    return checkpoint.provenance.get("early_stopped_at") is not None
+    return checkpoint or Checkpoint.open(store.file(row.network, CHECKPOINT))

@@ -163,9 +163,7 @@ def _write_row(staged: StagedFiles, row: PlannedRow, plan: Plan) -> ResultRow:
         staged.copy(row.network, CHECKPOINT, checkpoint)
     coefficients_file = _copy_coefficients(staged, row)
     coefficients = load_shares(staged.store, row)
-    same_split = recipe.select_on == recipe.evaluate.report_on
-    # A soup that was attacked in part and in full on one split has one evaluation: the full one.
-    val = row.test if same_split and row.test is not None else row.val
+    val = plan.selecting_evaluation(row)
     selecting, reporting = (
         _copy_evaluation(staged, row.name, split, key, with_points=recipe.evaluate.keep_points)
         for split, key in ((recipe.select_on, val), (recipe.evaluate.report_on, row.test))

@@ -181,6 +181,15 @@ class Plan:
         rows = map(self.rows_by_name.get, self.recipe.mixed_networks)
         return [row for row in rows if row is not None]
 
+    def selecting_evaluation(self, row: PlannedRow) -> Key | None:
+        """Return the evaluation of a row on the split that selects.
+
+        Where one split selects and reports, a soup may be attacked in part for the selection and in
+        full for the report; the full evaluation counts.
+        """
+        same_split = self.recipe.select_on == self.recipe.evaluate.report_on
+        return row.test if same_split and row.test is not None else row.val
+
     def find_ingredient(self, network: Key) -> str | None:
         """Return the name of the ingredient that has a network, the first one; None without one."""
         rows = self.ingredient_rows

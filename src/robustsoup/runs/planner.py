@@ -372,10 +372,10 @@ class Planner:
 
     def selecting_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the samples that steer the search and select."""
-        settings = self._settings_of_all()
+        settings = self.settings_of_all()
         return settings.of_part("search") if self.recipe.confirms else settings
 
-    def _settings_of_all(self) -> EvaluationSettings:
+    def settings_of_all(self) -> EvaluationSettings:
         """Return the evaluation settings of all samples that select."""
         recipe = self.recipe
         part: CorruptionPart = "all" if recipe.protocol == "paper" else "select"
@@ -390,11 +390,11 @@ class Planner:
 
     def confirming_settings(self) -> EvaluationSettings:
         """Return the evaluation settings of the samples that confirm finalists."""
-        return self._settings_of_all().of_part("confirm")
+        return self.settings_of_all().of_part("confirm")
 
     def add_clean_evaluation(self, row: PlannedRow) -> Key:
         """Add the evaluation of a row without an attack, on all samples that select."""
-        settings = dataclasses.replace(self._settings_of_all(), threats=())
+        settings = dataclasses.replace(self.settings_of_all(), threats=())
         return self.add_evaluation(f"{row.name}.clean", row.network, settings)
 
     def add_confirmation_of(self, row: PlannedRow) -> Key:
@@ -471,7 +471,7 @@ class Planner:
             self.ingredient_keys(soup),
             tuple(self.recipe.alphas_of(soup)),
             self.mixing_of(soup),
-            dataclasses.replace(self._settings_of_all(), threats=()),
+            dataclasses.replace(self.settings_of_all(), threats=()),
         )
         return self.add_step(f"{section}.clean", task)
 
@@ -483,7 +483,14 @@ class Planner:
         return checks_soups and selects and 0 < size <= MOST_POINT_BYTES
 
     def add_evaluations(self) -> None:
-        """Add the evaluations of all rows that depend on no result."""
+        """Add the evaluations of all rows that depend on no result.
+
+        Raises:
+            DataError: A split has fewer samples than the recipe evaluates, the split that reports
+                the chosen soup among them.
+        """
+        if self.recipe.goal is not None:
+            self.reporting_settings()
         for row in self.plan.rows:
             self.add_evaluated_row(row)
 

@@ -134,6 +134,7 @@ selection = table(
         "comparisons": count,
         "left_out": count,
         "unfinished": count,
+        "meeting_unconfirmed": count,
         "checks": _checks,
         "accuracy": mapping_of(accuracy),
         "fresh_accuracy": nullable(mapping_of(accuracy)),

@@ -192,9 +192,8 @@ def run_prepared(
         search_by_surrogate(planner, store, section, execute_unlimited, started=started)
         for section in plan.surrogates
     ]
-    late = Late()
-    if limited:
-        late = Late(left_out=evaluate_in_time(planner, execute_part, started=started))
+    left_out = evaluate_in_time(planner, execute_part, started=started) if limited else 0
+    late = sum((item.late for item in surrogates), Late(left_out))
     if recipe.evaluate.screens:
         limit = tightest_limit(plan, started=started)
         unfinished = confirm_screened_soups(planner, store, execute, limit)
@@ -210,7 +209,7 @@ def run_prepared(
             execute()
     answer = None
     if choice is not None:
-        answer = explain_choice(plan, store, choice, prepared.leakage, late)
+        answer = explain_choice(planner, store, choice, prepared.leakage, late)
     results = distributed.from_first(
         lambda: write_run_folder(
             folder,
@@ -312,11 +311,10 @@ def _check_goal(planner: Planner, data: Data) -> None:
     recipe = planner.recipe
     soups = sum(len(recipe.soup_names(section)) for section in recipe.soups)
     if recipe.goal is not None and soups:
-        samples = recipe.select_samples or len(data.split(recipe.select_on))
         check_goal(
             recipe.goal,
             recipe.measures,
-            samples=samples,
+            samples=planner.settings_of_all().count_samples(data),
             candidates=soups,
             confirms=recipe.confirms,
         )

@@ -1,13 +1,14 @@
 """What a search by surrogate found, as stored in results.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustsoup.evaluation.intervals import Accuracy
 from robustsoup.evaluation.verdicts import CLEAN_KEY
 from robustsoup.soups.surrogate_refits import HitsByName
-from robustsoup.soups.surrogate_search import SurrogateSearch
+from robustsoup.soups.surrogate_search import SurrogateSearch, count_late
+from robustsoup.soups.time_limit import Late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class SurrogateResult:
         chance: Chance that a soup beats those that were attacked on all samples by more.
         p_value: p-value of the test of the model's fit.
         rows: The predictions; empty where the model was not used.
+        late: What the time limit kept the search from attacking.
     """
 
     section: str
@@ -72,6 +74,7 @@ class SurrogateResult:
     chance: float
     p_value: float
     rows: tuple[PredictedRow, ...] = ()
+    late: Late = field(default_factory=Late)
 
     @classmethod
     def of(
@@ -107,6 +110,7 @@ class SurrogateResult:
                 )
                 for item in search.predict(attacked)
             ),
+            late=count_late(search, attacked) if late else Late(),
         )
 
     @property

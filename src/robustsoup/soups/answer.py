@@ -6,9 +6,10 @@ from typing import Any
 
 from robustsoup.display import html_table
 from robustsoup.evaluation.intervals import Accuracy, Difference
+from robustsoup.evaluation.verdicts import SHIFT_KEY
 from robustsoup.printable import make_printable
-from robustsoup.soups.goal import KNEE
-from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck
+from robustsoup.soups.goal import KNEE, Goal
+from robustsoup.soups.selection import FIXED_SEQUENCE, RequirementCheck, describe_unmet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,8 @@ class Answer:
         maximise: What was maximised: a measure, a weighted sum of measures, or "knee".
         require: The requirements as text.
         met: Whether the chosen candidate was shown to meet every requirement.
+        meeting_unconfirmed: Number of candidates that meet the requirements but were not attacked
+            in full, as before a time limit, where the chosen one does not meet them.
         doubt: What its robust accuracies are if the full attack on all samples did not run, as
             before a time limit: "estimates" or "upper bounds"; None if it ran.
         point: Whether estimates were compared with the thresholds, which guarantees nothing.
@@ -156,7 +159,8 @@ class Answer:
         comparisons: Number of pairs of a candidate and an ingredient that the intervals of
             `against` hold for at once.
         left_out: Number of soups that the time limit left out; they are no candidates.
-        unfinished: Number of screened soups that could still win when the time limit was reached.
+        unfinished: Number of soups that were attacked in part and could still win when the time
+            limit was reached.
         checks: One check for each requirement, on the samples that select or confirm.
         accuracy: Accuracies of the chosen candidate on the samples that select, by measure.
         fresh_accuracy: Its accuracies on samples that did not steer the search, by measure; None
@@ -179,6 +183,7 @@ class Answer:
     maximise: str
     require: tuple[str, ...] = ()
     met: bool = True
+    meeting_unconfirmed: int = 0
     doubt: str | None = None
     point: bool = False
     selected_on: str = "val"
@@ -227,9 +232,8 @@ class Answer:
         name = self.chosen if not self.description else f"{self.chosen}, {self.description}"
         if self.met:
             return f"chosen: {name} ({figures})"
-        bound = "estimate" if self.point else "95 % lower bound"
-        required = " and ".join(self.require)
-        return f"no candidate meets {required} by its {bound}; the closest is {name} ({figures})"
+        unmet = describe_unmet(self.require, point=self.point, unconfirmed=self.meeting_unconfirmed)
+        return f"{unmet}; the closest is {name} ({figures})"
 
     def lines(self) -> list[str]:
         """Return the answer in sentences, one a line, in the order of their weight."""
@@ -402,7 +406,9 @@ def _say_test(answer: Answer) -> Iterator[str]:
     split = answer.fresh_split or "test"
     if answer.fresh_accuracy:
         figures = ", ".join(f"{key} {value}" for key, value in answer.fresh_accuracy.items())
-        yield f"on {split}, which chose nothing: {figures}"
+        steered = SHIFT_KEY in Goal.parse(answer.maximise, answer.require).measures
+        copies = "where corrupted copies of half of the images chose the soup"
+        yield f"on {split}, {copies if steered else 'which chose nothing'}: {figures}"
     for check in answer.test:
         held = "held" if check.estimate.value >= check.requirement.threshold else "did NOT hold"
         yield (

@@ -56,14 +56,25 @@ def describe_soup(
     if at is not None:
         return f"the dial of {_join(ingredients)} at t = {at:g} (0 is robust, 1 is clean)"
     if not alpha:
-        against = f", learned against {' and '.join(map(str, threats))}" if threats else ""
-        against += "" if objective in (None, "ce") else f" with {objective}"
-        return f"a {method or 'layer-wise'} soup of {_join(ingredients)}{against}"
+        learned = describe_fitting("learned", threats, objective)
+        return f"a {method or 'layer-wise'} soup of {_join(ingredients)}{learned}"
     if merged_by is not None:
         return f"{merged_by} of {_describe_shares(alpha, ingredients)}"
     if sum(map(bool, alpha)) == 1:
         return f"{_describe_shares(alpha, ingredients)} with the soup's BatchNorm statistics"
     return _describe_shares(alpha, ingredients)
+
+
+def describe_fitting(verb: str, threats: Sequence[object], objective: str | None) -> str:
+    """Say against which threats, and with which objective unless it is "ce", weights were fitted.
+
+    Args:
+        verb: "learned" or "trained".
+        threats: Threat models; a union has several.
+        objective: Objective; None if it is not known.
+    """
+    against = f", {verb} against {' and '.join(map(str, threats))}" if threats else ""
+    return against if objective in (None, "ce") else f"{against} with {objective}"
 
 
 def _describe_shares(alpha: Alpha, ingredients: Sequence[str]) -> str:
@@ -168,6 +179,7 @@ def explain(selection: Selection, context: Explained) -> Answer:
         maximise=selection.maximise,
         require=tuple(map(str, goal.require)),
         met=selection.met,
+        meeting_unconfirmed=selection.meeting_unconfirmed,
         point=goal.point,
         selected_on=context.fresh_split or context.selected_on,
         best_ingredient=best_ingredient,
@@ -381,6 +393,7 @@ def _describe_obstacle(selection: Selection) -> str:
         kind = "candidates" if len(met) == candidates else "finalists"
         start = "" if is_like_before else f"of {len(met)} {kind}, "
         parts.append(f"{start}{requirement} is met by {sum(met) or 'none'}")
-    conflict = len(tested) > 1 and all(map(any, tested.values()))
+    shown = len(tested) > 1 and all(map(any, tested.values()))
+    conflict = shown and not selection.meeting_unconfirmed
     end = "; none meets all: the requirements conflict here" if conflict else ""
     return ", ".join(parts) + end

@@ -11,7 +11,7 @@ from torch import nn
 
 from robustsoup.catalog import BUFFER_POLICIES, SOUP_METHODS
 from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, open_all
-from robustsoup.checkpoints.provenance import check_leakage
+from robustsoup.checkpoints.provenance import check_leakage, stopped_early_on
 from robustsoup.data import Split, SplitLike, as_optional_split, as_split
 from robustsoup.data.corruptions import open_corruptions
 from robustsoup.display import html_table, svg_points
@@ -41,7 +41,14 @@ from robustsoup.soups.confirmation import (
 )
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.explanation import Explained, describe_gaps, explain, with_test
-from robustsoup.soups.goal import Goal, check_goal, default_measure, list_measures
+from robustsoup.soups.goal import (
+    Goal,
+    Score,
+    check_goal,
+    default_measure,
+    list_measures,
+    require_measures,
+)
 from robustsoup.soups.learned_search import LEARNING, LearnedFamily, why_not_screened
 from robustsoup.soups.learning import check_learning
 from robustsoup.soups.merging import check_merge
@@ -76,7 +83,7 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        candidates: All soups that were tried, in the order of the method.
+        candidates: The soups that could be chosen, in the order of the method.
         answer: Which one to use, what is proven about it, and what it costs.
         predicted: What the surrogate says about every soup; empty for other methods.
         warnings: Doubts about the ingredients, such as constants that differ.
@@ -197,8 +204,8 @@ def search(
             MergeSettings, the numbers of a merging method.
 
     Returns:
-        All candidates, in the order of the method (the greedy soup is the last of its method), and
-        the answer.
+        All candidates, in the order of the method (of the greedy method, the soup that it built),
+        and the answer.
 
     Raises:
         RequestError: Before any work: for invalid settings, a `step`, `tolerance`, `score`,
@@ -374,12 +381,18 @@ def _check_goal(
     """Return the number of soups that are tried.
 
     Raises:
-        RequestError: The samples that select cannot show a requirement for so many soups.
+        RequestError: The samples that select cannot show a requirement for so many soups, or a
+            measure of the goal or of the greedy score is not evaluated.
     """
-    count = sum(count_soups(evaluator, method, settings) for method in methods_of(settings))
+    methods = methods_of(settings)
+    counts = [count_soups(evaluator, method, settings) for method in methods]
+    pairs = zip(methods, counts, strict=True)
+    candidates = sum(1 if method == "greedy" else count for method, count in pairs)
     measures = list_measures(evaluator.threats, shift=evaluator.shift is not None)
-    check_goal(goal, measures, samples=samples, candidates=count, confirms=confirms)
-    return count
+    check_goal(goal, measures, samples=samples, candidates=candidates, confirms=confirms)
+    if settings.score and "greedy" in methods:
+        require_measures("score", Score.parse(settings.score).keys, measures)
+    return sum(counts)
 
 
 def _try_soups(
@@ -464,18 +477,18 @@ def _list_gaps(
 ) -> Iterator[str]:
     """Yield what the guarantee leaves out."""
     split, methods = evaluator.data.name, methods_of(settings)
-    learns = any(method in LEARNING for method in methods)
+    stops = "learned" in methods and evaluator.learn.early_stop is not None  # a dial never stops
     stopped = [
         name
         for name, item in zip(evaluator.names, evaluator.ingredients, strict=True)
-        if item.provenance.get("early_stopped_at") is not None
+        if stopped_early_on(item, evaluator.data)
     ]
     # Other samples decide than those that built a greedy soup or stopped learning.
     holds = confirmed and not goal.requires_unattacked
     yield from describe_gaps(
         split,
         stopped=stopped,
-        learned=["learned soups"] if evaluator.learn.early_stop and learns and not holds else [],
+        learned=["learned soups"] if stops and not holds else [],
         greedy=["the greedy soup"] if "greedy" in methods and not holds else [],
         screened=(settings.screen or ("surrogate" in methods and goal.requires_attacked))
         and not confirmed,

@@ -42,6 +42,7 @@ from robustsoup.soups.surrogate_search import (
     PredictedSoup,
     check_modelled,
     choose_part,
+    count_late,
     hits_by_name,
     make_search,
     requests_in_time,
@@ -142,7 +143,10 @@ def search_by(
     """Evaluate the soups of one method; `known` are not attacked again by the surrogate."""
     evaluator, settings = run.evaluator, run.settings
     if method == "greedy":
-        return Tried(_search_greedily(run, {}))
+        tried = [evaluator.describe(item) for item in _search_greedily(run, {})]
+        ingredients = {item.ingredient: item.evaluation for item in tried if item.ingredient}
+        soup = replace(tried[-1], name="greedy")
+        return Tried([soup], ingredients=ingredients, dropped=len(tried) - 1)
     if method in LEARNING:
         return _search_among_learned(run, str(method), _evaluate_ingredients_first(evaluator))
     alphas = list_alphas(method, settings, len(evaluator.ingredients))
@@ -360,15 +364,11 @@ def _search_by_surrogate(
             limit.end_soup()
     attacked = [name in evaluations for name in alphas]
     hits = hits_by_name(evaluations)
-    late = Late()
-    if is_late:
-        begun = [request for request in engine.last_requests(hits) if request.after is not None]
-        late = Late(len(alphas) - len(evaluations), len(begun))
     return Tried(
         _list_candidates(alphas, evaluations),
         clean_hits[~np.array(attacked)].T,
         tuple(engine.predict(hits)),
-        late=late,
+        late=count_late(engine, hits) if is_late else Late(),
     )
 
 

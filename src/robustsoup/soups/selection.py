@@ -24,6 +24,7 @@ from robustsoup.printable import make_printable
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.goal import (
     KNEE,
+    UNATTACKED,
     Goal,
     Requirement,
     Requirements,
@@ -168,6 +169,7 @@ def judge(
     *,
     seed: int = 0,
     looked_at: Hits | None = None,
+    unconfirmed: bool = False,
 ) -> Judgement:
     """Decide which candidates meet the requirements, simultaneously over all of them.
 
@@ -183,6 +185,8 @@ def judge(
         seed: Seed of the multiplier bootstrap.
         looked_at: (n, k) clean hits of further soups, whose clean accuracies were looked at too;
             the bounds on clean accuracy hold for them as well.
+        unconfirmed: Whether candidates that were not attacked in full may meet requirements under
+            attack by their upper bounds; without it, their bounds are 0.
 
     Raises:
         RequestError: If a measure was not evaluated, the samples differ, or a name is repeated.
@@ -192,7 +196,7 @@ def judge(
     if not goal.require:
         return Judgement({item.name: () for item in candidates}, ingredients=names)
     keys = [requirement.key for requirement in goal.require]
-    hits = {key: stack_hits(candidates, key) for key in keys}
+    hits = {key: stack_hits(candidates, key, unconfirmed=unconfirmed) for key in keys}
     count = len(keys) * len(candidates)
     columns = np.concatenate([hits[key] for key in keys], axis=1)
     thresholds = np.repeat([item.threshold for item in goal.require], len(candidates))
@@ -237,8 +241,10 @@ def _share_samples(a: Evaluation, b: Evaluation) -> bool:
     return torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) and named[0] == named[1]
 
 
-def stack_hits(candidates: Sequence[Candidate], key: str) -> Hits:
+def stack_hits(candidates: Sequence[Candidate], key: str, *, unconfirmed: bool = False) -> Hits:
     """Return (n, k) hits of k candidates on the same n samples under one measure.
+
+    Candidates that were not attacked in full have no hits under attack, unless `unconfirmed`.
 
     Raises:
         RequestError: If the measure was not evaluated.
@@ -247,7 +253,8 @@ def stack_hits(candidates: Sequence[Candidate], key: str) -> Hits:
     for candidate in candidates:
         hits = candidate.evaluation.hits()
         require_measures("select", [key], hits)
-        columns.append(hits[key].numpy())
+        shown = unconfirmed or candidate.confirmed or key in UNATTACKED
+        columns.append(hits[key].numpy() & shown)
     return np.stack(columns, axis=1)
 
 
@@ -286,6 +293,18 @@ class Selection:
         return self.goal.require
 
     @property
+    def meeting_unconfirmed(self) -> int:
+        """Number of candidates that meet the requirements but were not attacked in full.
+
+        They are not in the ranking; 0 if the choice meets the requirements.
+        """
+        if self.met:
+            return 0
+        ranked = {item.name for item in self.ranking}
+        others = [row for name, row in self.judgement.checks.items() if name not in ranked]
+        return sum(len(row) == len(self.require) and all(c.met for c in row) for row in others)
+
+    @property
     def checks(self) -> tuple[RequirementCheck, ...]:
         """Whether the choice meets each requirement."""
         return self.judgement.checks[self.best.name]
@@ -305,12 +324,27 @@ class Selection:
         figures = ", ".join(f"{key} {scores[key]}" for key in keys)
         if self.met:
             return f"chosen: {self.best.name} ({figures})"
-        requirements = " and ".join(map(str, self.require))
-        bound = "estimate" if self.goal.point else "95 % lower bound"
-        return (
-            f"no candidate meets {requirements} by its {bound}; "
-            f"the closest is {self.best.name} ({figures})"
+        unmet = describe_unmet(
+            [str(item) for item in self.require],
+            point=self.goal.point,
+            unconfirmed=self.meeting_unconfirmed,
         )
+        return f"{unmet}; the closest is {self.best.name} ({figures})"
+
+
+def describe_unmet(require: Sequence[str], *, point: bool, unconfirmed: int) -> str:
+    """Say that no candidate meets the requirements.
+
+    Args:
+        require: The requirements.
+        point: Whether estimates were compared with the thresholds.
+        unconfirmed: Number of candidates that meet them but were not attacked in full.
+    """
+    whose = "no candidate that was attacked in full" if unconfirmed else "no candidate"
+    bound = "estimate" if point else "95 % lower bound"
+    do = "1 other does" if unconfirmed == 1 else f"{unconfirmed:,} others do"
+    text = f"{whose} meets {' and '.join(require)} by its {bound}"
+    return f"{text} ({do})" if unconfirmed else text
 
 
 def tabulate_candidates(title: str, candidates: Sequence[Candidate]) -> str:
@@ -377,7 +411,7 @@ def select(
     goal = Goal.parse(maximise, require, point=point)
     for candidate in tried:
         require_measures("select", goal.measures, candidate.evaluation.accuracy)
-    judgement = judge(tried, goal, seed=seed, looked_at=looked_at)
+    judgement = judge(tried, goal, seed=seed, looked_at=looked_at, unconfirmed=unconfirmed)
     considered = list(tried)
     if not unconfirmed:
         considered = prefer_confirmed(tried)

@@ -47,7 +47,7 @@ from robustsoup.soups.screening import EvaluationRequest
 from robustsoup.soups.surrogate import Model, to_share
 from robustsoup.soups.surrogate_map import TESTS, SoupMap, end_rows, order_tests, spread_first
 from robustsoup.soups.surrogate_refits import Hits, HitsByName, Refits
-from robustsoup.soups.time_limit import TimeLimit
+from robustsoup.soups.time_limit import Late, TimeLimit
 
 MOST_OF_GRID = 2 / 3
 """Share of the grid that is attacked without an answer before the rest is attacked too."""
@@ -270,6 +270,17 @@ def requests_in_time(
         return requests[:1], False
     last = search.last_requests(attacked)
     return (last[:1] if last and limit.begin_soup() else ()), True
+
+
+def count_late(search: SurrogateSearch, attacked: Mapping[str, Mapping[str, Hits]]) -> Late:
+    """Return what a search that the time limit ended did not attack.
+
+    Args:
+        search: The search.
+        attacked: For each attacked soup, its hits by measure.
+    """
+    begun = [request for request in search.last_requests(attacked) if request.after is not None]
+    return Late(len(search.names) - len(attacked), len(begun))
 
 
 def first_requests(

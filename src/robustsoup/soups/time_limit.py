@@ -16,11 +16,16 @@ class Late:
 
     Attributes:
         left_out: Number of soups that were not attacked at all.
-        unfinished: Number of screened soups that could still win, and were not attacked in full.
+        unfinished: Number of soups that were attacked in part, could still win, and were not
+            attacked in full.
     """
 
     left_out: int = 0
     unfinished: int = 0
+
+    def __add__(self, other: "Late") -> "Late":
+        """Return what two searches were kept from attacking."""
+        return Late(self.left_out + other.left_out, self.unfinished + other.unfinished)
 
 
 class TimeLimit:
