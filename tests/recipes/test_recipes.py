@@ -710,6 +710,8 @@ def test_checkpoint_every_makes_several_ingredients():
             "checkpoint_every: got 2, expected a divisor of its 5 epochs",
         ),
         ({"checkpoint_every": 7}, "got 7, expected a divisor of its"),
+        ({"epochs": 0, "checkpoint_every": 5}, "epochs: got 0, expected at least 1"),
+        ({"epochs": -5, "checkpoint_every": 5}, "epochs: got -5, expected at least 1"),
         ({"epochs": 4, "epoch": 2}, "got epoch 2 and checkpoint_every None"),
         ({"epochs": 4, "epoch": 3, "checkpoint_every": 2}, "got epoch 3 and checkpoint_every 2"),
         (
@@ -721,7 +723,7 @@ def test_checkpoint_every_makes_several_ingredients():
 )
 def test_epochs_without_a_checkpoint_are_refused(run, message):
     content = tomllib.loads(FULL) | {
-        "ingredients": {"run": run},
+        "ingredients": {"other": {}, "run": run},
         "soups": {},
         "finetune": {"epochs": 1},
     }
@@ -971,6 +973,8 @@ def test_several_threats_are_combined_in_recipes():
         ("evaluate.screen=1", "evaluate.screen: got 1, expected true or false"),
         ("evaluate.threats=Linf 8/255", "evaluate.threats: expected a list, such as"),
         ("evaluate=3", "evaluate: expected a table; got 3"),
+        ("soups.grid.ingredients=[]", "soups.grid.ingredients: expected at least 1 entry"),
+        ("soups.learned.objectives=[]", "soups.learned.objectives: expected at least 1 entry"),
         ("=3", "--set =3: expected KEY=VALUE with a key"),
         ("a.=3", "--set a.=3: expected KEY=VALUE with a key"),
         ("name=..", 'name: got "..", expected a name'),

@@ -54,6 +54,7 @@ _EXPECTED = {
     "tuple_type": "expected a list, such as [...]",
     "dict_type": "expected a table",
     "model_type": "expected a table",
+    "too_short": "expected at least 1 entry",
 }
 """What a value should have been, in the words of TOML, by pydantic's type of error."""
 
