@@ -18,7 +18,7 @@ from robustsoup.cli.inputs import (
 from robustsoup.cli.options import ClusterOptions, RunOptions
 from robustsoup.cli.progress import Bar, RunReporter, SilentReporter, format_duration
 from robustsoup.cli.tables import print_results
-from robustsoup.cli.terminal import print_error, print_json, print_warning
+from robustsoup.cli.terminal import print_error, print_json, print_line, print_warning
 from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, checkpoint_places, with_files
@@ -132,13 +132,15 @@ def run_recipe(
             open_executor(prepared, cluster, data_root) as executor,
         ):
             results, _ = run_prepared(prepared, folder, reporter, executor)
+        if as_json:
+            content = results.to_json()
+            print_json({key: content.get(key) for key in JSON_KEYS})
+        else:
+            print_results(results, folder)
         with Bar("drawing the report"):
             page = write_report(folder)
-    if as_json:
-        content = results.to_json()
-        print_json({key: content.get(key) for key in JSON_KEYS})
-    else:
-        print_results(results, page)
+    if not as_json:
+        print_line(f"report: {page}")
     code = 0 if results.selection is None else results.selection.exit_code
     return distributed.from_first(lambda: code)
 
