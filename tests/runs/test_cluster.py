@@ -535,6 +535,27 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
     assert signal.getsignal(signal.SIGUSR2) is earlier
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+def test_a_task_that_ray_cancels_is_lost_in_good_order(monkeypatch):
+    saved = []
+
+    def work(_meeting, _content):
+        with held_signals():  # a step of training
+            signal.raise_signal(signal.SIGINT)
+            saved.append("whole")
+
+    def make_task(function):
+        return SimpleNamespace(options=lambda name: SimpleNamespace(remote=function))
+
+    fake = SimpleNamespace(remote=lambda **_options: make_task)
+    monkeypatch.setattr(ray_pool, "import_ray", lambda: fake)
+    monkeypatch.setattr(ray_pool, "run_assignment", work)
+    pool = ray_pool.RayPool("local", threads=1, gpus=0)
+    pool.submit("key", "low", {}, b"")
+    assert pool.tasks == {Lost("the task was told to end", saved=True): "key"}
+    assert saved == ["whole"]
+
+
 def test_the_folder_of_a_run_that_waits_for_days_is_touched(tmp_path):
     context = SimpleNamespace(network=None, device=torch.device("cpu"))
     plan = SimpleNamespace(recipe=SimpleNamespace(to_toml=str))
