@@ -68,8 +68,11 @@ def prepare_recipe(
         return published if published in absent else str(download_checkpoint(name, data_root).path)
 
     recipe = with_files(recipe, locate)
-    for place in [*checkpoint_places(recipe), recipe.adapter_base]:
-        if place is not None and place not in absent:
+    places = checkpoint_places(recipe)
+    if recipe.adapter_base is not None and not set(places) <= set(absent):
+        places.append(recipe.adapter_base)
+    for place in places:
+        if place not in absent:
             copy_checkpoint(place)
     with Bar(f"reading {recipe.data}") as bar:
         prepared = prepare_run(
