@@ -37,7 +37,7 @@ from robustsoup.runs import cluster, ray_pool, slurm_pool
 from robustsoup.runs.cluster import Cluster, Lost
 from robustsoup.runs.execute import MOST_LOSSES
 from robustsoup.runs.locks import lock_folder
-from robustsoup.runs.remote import PROBE, StatusFile, find_misfit, run_assignment
+from robustsoup.runs.remote import PROBE, StatusFile, _load_context, find_misfit, run_assignment
 from robustsoup.runs.run import prepare_run, run_prepared
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import EvaluateNetwork, EvaluationSettings
@@ -361,6 +361,15 @@ def test_workers_find_the_data_in_the_folder_of_the_command(
     prepared = prepare_run(recipe_of(), device="cpu")
     surroundings = Cluster(prepared, FakePool(), option).surroundings
     assert surroundings.data_root == (expected and str(Path.cwd() / expected))
+
+
+def test_workers_find_the_network_in_the_folder_of_the_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    surroundings = Cluster(prepare_run(recipe_of(), device="cpu"), FakePool()).surroundings
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    _load_context(surroundings)
+    assert Path.cwd() == tmp_path.resolve()
 
 
 def test_a_worker_that_fits_is_not_refused(tmp_path):
