@@ -136,6 +136,7 @@ def test_a_folder_of_files_is_verified_file_by_file(copied, capsys):
     code, outcomes = verify(folder, capsys)
     assert code == 0
     assert "low.test.json" in outcomes
+    (folder / "r1" / "r1-old").mkdir(parents=True)  # two folders that look like those of a store
     torch.save({"weight": torch.zeros(3)}, folder / "foreign.pt")
     code, outcomes = verify(folder, capsys)
     assert (code, outcomes["foreign.pt"]) == (0, "unrecorded")
