@@ -34,33 +34,36 @@ _LONG_KEY = re.compile(
 )
 
 
-def read_json(path: str | os.PathLike[str], limit: int = JSON_LIMIT) -> Any:
+def read_json(
+    path: str | os.PathLike[str], limit: int = JSON_LIMIT, separators: int = MAX_SEPARATORS
+) -> Any:
     """Read a JSON file.
 
     Args:
         path: A regular file.
         limit: Largest size in bytes.
+        separators: Most commas and colons.
 
     Raises:
         OSError: The file cannot be read, is not a regular file, or is larger than `limit`.
         ValueError: The content is not such JSON as `parse_json` accepts.
     """
-    return parse_json(read_regular(path, limit))
+    return parse_json(read_regular(path, limit), separators)
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, separators: int = MAX_SEPARATORS) -> Any:
     """Parse JSON that anybody may have written.
 
     Raises:
         ValueError: The text is not JSON in UTF-8, is deeper than MAX_DEPTH, repeats a key, or holds
             a number that is not finite, an integer beyond 64 bits, or text that is not Unicode, or
-            has more than MAX_SEPARATORS commas and colons.
+            has more than `separators` commas and colons.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        if (count := text.count(",") + text.count(":")) > MAX_SEPARATORS:
-            raise ValueError(f"{count:,} commas and colons; at most {MAX_SEPARATORS:,} are read")
+        if (count := text.count(",") + text.count(":")) > separators:
+            raise ValueError(f"{count:,} commas and colons; at most {separators:,} are read")
         content = json.loads(
             text, object_pairs_hook=_unique_keys, parse_int=_parse_integer, parse_constant=_refuse
         )

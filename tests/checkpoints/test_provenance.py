@@ -114,7 +114,7 @@ def test_a_split_that_was_trained_on_is_violated_whatever_the_others(data, other
     leakage = find_leakage(ingredients, data.split(split))
     assert leakage.status == "violated"
     assert f"was trained on the {split} split" in leakage.why
-    with pytest.raises(LeakageError, match=rf"the {split} split itself.*--allow-leakage"):
+    with pytest.raises(LeakageError, match=rf"the {split} split itself.*allow_leakage in a recipe"):
         check_leakage(ingredients, data.split(split))
     assert check_leakage(ingredients, data.split(split), allow=True) == leakage
 

@@ -17,6 +17,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli.evaluating import _FinishedEvaluations, _locate_states
 from robustsoup.device import resolve_precision
+from robustsoup.evaluation.sharing import SharedState
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.settings import AttackSettings
 
@@ -247,6 +248,13 @@ def test_an_interrupted_command_keeps_what_it_finished(
     assert run(*command) == 0  # nothing is left of it
     assert evaluated[3:] == ["low", "high"]
     assert list((tmp_path / "store" / "unfinished").iterdir()) == []
+
+
+def test_an_evaluation_goes_without_a_store_that_cannot_be_written(here, capsys, monkeypatch):
+    monkeypatch.setenv("ROBUSTSOUP_STORE", str(here / "low.pth" / "store"))
+    monkeypatch.setattr(SharedState, "due", lambda state: True)
+    assert run(*LOW) == 0
+    assert capsys.readouterr().err.count("an interrupted evaluation starts again; set ROBUST") == 1
 
 
 def test_one_of_several_processes_keeps_what_is_finished(here, digits, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ RECIPE = """
 name = "far"
 data = "{data}"
 {model}
+{base}
 [ingredients]
 a = "{a}"
 b = "{b}"
@@ -45,7 +46,8 @@ def plan(tmp_path, monkeypatch, capsys):
         model = values.pop("model", "resnet9:width=2")
         values = {"data": "cifar10", **ADDRESSES, **values}
         named = f'model = "{model}"' if model else ""
-        Path("far.toml").write_text(RECIPE.format(model=named, **values))
+        base = 'adapter_base = "memory://nowhere/base"' if values.pop("has_base", False) else ""
+        Path("far.toml").write_text(RECIPE.format(model=named, base=base, **values))
         with pytest.raises(SystemExit) as end:
             main([command, "far.toml", "--json", "--device", "h100"])
         captured = capsys.readouterr()
@@ -54,14 +56,14 @@ def plan(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
-def test_nothing_is_downloaded(plan, data, monkeypatch):
+@pytest.mark.parametrize(("data", "has_base"), [("cifar10", False), ("cifar100", True)])
+def test_nothing_is_downloaded(plan, data, has_base, monkeypatch):
     def fail(*rest, **more):
         raise AssertionError("a download began")
 
     monkeypatch.setattr("robustsoup.data.cifar.download", fail)
     monkeypatch.setattr("robustsoup.cli.recipe_runs.copy_checkpoint", fail)
-    code, priced, said = plan(data=data)
+    code, priced, said = plan(data=data, has_base=has_base)
     assert code == 0
     for place in (data, *ADDRESSES.values()):
         assert f"{place} is not on this machine; planned by its size" in said

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from command_line import RECIPE, run
 
+from robustsoup.cli import recipe_runs
+from robustsoup.errors import StorageError
+
 
 def test_plan_and_run_print_json(here, capsys):
     (here / "two.toml").write_text(RECIPE)
@@ -27,15 +30,24 @@ def test_plan_and_run_print_json(here, capsys):
     assert "7 steps, 6 to do" in capsys.readouterr().out
 
 
-def test_report_needs_only_stored_results(here, capsys):
+def refuse_to_write(folder):
+    raise StorageError(f"{folder}: the disk is full")
+
+
+def test_report_needs_only_stored_results(here, capsys, monkeypatch):
     (here / "two.toml").write_text(RECIPE)
     assert run("run", "two.toml", "-o", "two") == 0
     page = (here / "two" / "report.html").read_text()
+    answer, report = capsys.readouterr().out.splitlines()[-2:]
+    assert report.startswith("report: ")
     shutil.rmtree(here / "two" / "figures", ignore_errors=True)
     (here / "two" / "report.html").unlink()
+    with monkeypatch.context() as patch:  # the answer is printed before the report is drawn
+        patch.setattr(recipe_runs, "write_report", refuse_to_write)
+        assert run("run", "two.toml", "-o", "two") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == answer
     for name in ("low", "high"):
         (here / f"{name}.safetensors").unlink()
-    capsys.readouterr()
     assert run("report", "two") == 0
     assert str(Path("two") / "report.html") in capsys.readouterr().out
     again = (here / "two" / "report.html").read_text()

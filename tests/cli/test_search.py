@@ -5,12 +5,15 @@ import re
 import shutil
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import FEW, LINF, PAIR, SEARCH, run
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
+from robustsoup.cli.inputs import name_checkpoints
+from robustsoup.cli.searching import _name_section
 from robustsoup.data import to_float
 from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs import run as running
@@ -105,6 +108,24 @@ def test_an_ingredient_may_have_the_name_of_a_method(here, capsys):
     assert len({row["name"] for row in rows}) == len(rows) == 3
     low = Evaluation.load("best/evaluations/uniform.val.json").record["checkpoint"]
     assert low == Checkpoint.load("low.safetensors").digest
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "section"),
+    [
+        ("gridded", "grid"),
+        ("Grid", "grid-soup"),
+        ("grid-0.6-0.4", "grid-soup"),
+        ("grid-soup-0.6-0.4", "grid-soup-soup"),
+    ],
+)
+def test_the_soups_of_a_search_have_names_of_their_own(checkpoint, section):
+    assert _name_section("grid", ["low", checkpoint]) == section
+
+
+def test_checkpoints_that_differ_in_case_alone_get_different_names():
+    paths = [Path("runs/1/Best.pt"), Path("runs/2/best.pt"), Path("runs/3/Pretrained.pt")]
+    assert list(name_checkpoints(paths)) == ["Best", "2-best", "3-Pretrained"]
 
 
 def test_a_requirement_that_fails_on_test_is_exit_code_4(here, capsys, monkeypatch):

@@ -644,7 +644,7 @@ def test_settings_can_be_overridden(tmp_path):
             "ingredients.extra.lr=0.5",
             "pretrain.early_stop.steps = 9",
             "report.figures=[]",
-            "name=other",
+            "name = other",
             "select.point=true",
             "select.maximise=L2 1.0",
         ],
@@ -710,6 +710,8 @@ def test_checkpoint_every_makes_several_ingredients():
             "checkpoint_every: got 2, expected a divisor of its 5 epochs",
         ),
         ({"checkpoint_every": 7}, "got 7, expected a divisor of its"),
+        ({"epochs": 0, "checkpoint_every": 5}, "epochs: got 0, expected at least 1"),
+        ({"epochs": -5, "checkpoint_every": 5}, "epochs: got -5, expected at least 1"),
         ({"epochs": 4, "epoch": 2}, "got epoch 2 and checkpoint_every None"),
         ({"epochs": 4, "epoch": 3, "checkpoint_every": 2}, "got epoch 3 and checkpoint_every 2"),
         (
@@ -721,7 +723,7 @@ def test_checkpoint_every_makes_several_ingredients():
 )
 def test_epochs_without_a_checkpoint_are_refused(run, message):
     content = tomllib.loads(FULL) | {
-        "ingredients": {"run": run},
+        "ingredients": {"other": {}, "run": run},
         "soups": {},
         "finetune": {"epochs": 1},
     }
@@ -832,7 +834,7 @@ def test_a_grid_beyond_max_soups_is_priced_and_refused():
         parse_recipe(content, "a.toml", Path())
 
 
-def test_a_recipe_extends_another_table_by_table(tmp_path):
+def test_a_recipe_extends_another_table_by_table(tmp_path, monkeypatch):
     (tmp_path / "under.toml").write_text(FULL)
     text = 'extends = "under.toml"\nname = "over"\n[pretrain]\nepochs = 9\n[ingredients]\n'
     text += "third = { lr = 0.5 }\n[report]\nfigures = []\n"
@@ -847,6 +849,9 @@ def test_a_recipe_extends_another_table_by_table(tmp_path):
         written(tmp_path, text.replace('"under.toml"', '["under.toml", "second.toml"]'))
     )
     assert (recipe.seed, recipe.pretrain.lr, recipe.pretrain.epochs) == (8, 0.7, 9)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "b.toml").write_text('extends = "~/second.toml"\n' + FULL.replace("seed = 3\n", ""))
+    assert load_recipe(tmp_path / "b.toml").seed == 8
 
 
 @pytest.mark.parametrize(
@@ -971,6 +976,13 @@ def test_several_threats_are_combined_in_recipes():
         ("evaluate.screen=1", "evaluate.screen: got 1, expected true or false"),
         ("evaluate.threats=Linf 8/255", "evaluate.threats: expected a list, such as"),
         ("evaluate=3", "evaluate: expected a table; got 3"),
+        ("soups.grid.ingredients=[]", "soups.grid.ingredients: expected at least 1 entry"),
+        ("soups.learned.objectives=[]", "soups.learned.objectives: expected at least 1 entry"),
+        (
+            "evaluate.threats=[Linf 8/255]",
+            "--set evaluate.threats=[Linf 8/255]: not TOML: Invalid value; the shell removes",
+        ),
+        ("finetune.early_stop={split = val}", "}: not TOML: Invalid value; the shell removes"),
         ("=3", "--set =3: expected KEY=VALUE with a key"),
         ("a.=3", "--set a.=3: expected KEY=VALUE with a key"),
         ("name=..", 'name: got "..", expected a name'),

@@ -37,7 +37,7 @@ from robustsoup.runs import cluster, ray_pool, slurm_pool
 from robustsoup.runs.cluster import Cluster, Lost
 from robustsoup.runs.execute import MOST_LOSSES
 from robustsoup.runs.locks import lock_folder
-from robustsoup.runs.remote import PROBE, StatusFile, find_misfit, run_assignment
+from robustsoup.runs.remote import PROBE, StatusFile, _load_context, find_misfit, run_assignment
 from robustsoup.runs.run import prepare_run, run_prepared
 from robustsoup.runs.store import Store
 from robustsoup.runs.tasks import EvaluateNetwork, EvaluationSettings
@@ -363,6 +363,15 @@ def test_workers_find_the_data_in_the_folder_of_the_command(
     assert surroundings.data_root == (expected and str(Path.cwd() / expected))
 
 
+def test_workers_find_the_network_in_the_folder_of_the_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    surroundings = Cluster(prepare_run(recipe_of(), device="cpu"), FakePool()).surroundings
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    _load_context(surroundings)
+    assert Path.cwd() == tmp_path.resolve()
+
+
 def test_a_worker_that_fits_is_not_refused(tmp_path):
     assert find_misfit(meeting_in(tmp_path)) is None
 
@@ -533,6 +542,27 @@ def test_a_job_that_must_end_is_lost_in_good_order(monkeypatch, name):
     assert slurm_pool.run_job({}, b"") == Lost("the job was told to end", saved=True)
     assert saved == ["whole"]
     assert signal.getsignal(signal.SIGUSR2) is earlier
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+def test_a_task_that_ray_cancels_is_lost_in_good_order(monkeypatch):
+    saved = []
+
+    def work(_meeting, _content):
+        with held_signals():  # a step of training
+            signal.raise_signal(signal.SIGINT)
+            saved.append("whole")
+
+    def make_task(function):
+        return SimpleNamespace(options=lambda name: SimpleNamespace(remote=function))
+
+    fake = SimpleNamespace(remote=lambda **_options: make_task)
+    monkeypatch.setattr(ray_pool, "import_ray", lambda: fake)
+    monkeypatch.setattr(ray_pool, "run_assignment", work)
+    pool = ray_pool.RayPool("local", threads=1, gpus=0)
+    pool.submit("key", "low", {}, b"")
+    assert pool.tasks == {Lost("the task was told to end", saved=True): "key"}
+    assert saved == ["whole"]
 
 
 def test_the_folder_of_a_run_that_waits_for_days_is_touched(tmp_path):

@@ -33,7 +33,7 @@ def test_ingredients_that_were_trained_on_evaluated_samples_are_refused(files):
     def leakage_of(**changes):
         return prepare_run(recipe_of_files(files, **changes), device="cpu").leakage
 
-    with pytest.raises(LeakageError, match=r"another split \(seed 0\).*allow-leakage"):
+    with pytest.raises(LeakageError, match=r"another split \(seed 0\).*allow_leakage in a recipe"):
         leakage_of(seed=1)
     assert leakage_of(seed=1, allow_leakage=True).status == "violated"
     assert leakage_of() == Leakage()

@@ -57,6 +57,12 @@ def test_reading_returns_what_was_written(tmp_path):
     assert Results.load(path) == RESULTS
 
 
+def test_results_are_read_beyond_the_limits_of_other_json(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS.to_json() | {"other": "," * 700_000 + " " * 2**24}))
+    assert Results.load(path) == RESULTS
+
+
 def test_a_row_names_screening_and_warnings_only_if_there_are_any():
     optional = {"screened", "warnings", "masking_check"}
     assert optional <= ROW.to_json().keys()

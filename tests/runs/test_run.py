@@ -242,7 +242,7 @@ def test_results_name_the_papers_protocol(copied, capsys, monkeypatch):
     assert results["selection"]["require"]
     assert results["selection"]["held_on_test"] is None
     monkeypatch.setenv("COLUMNS", "200")
-    print_results(Results.from_json(results, "results"), folder / "report.html")
+    print_results(Results.from_json(results, "results"), folder)
     assert "the paper's protocol: selected on test" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_runs import find_leftovers, keys_of, plan_of, recipe_of, run_recipe
 
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.cli import main
+from robustsoup.evaluation.verdicts import Evaluation
 from robustsoup.runs import caches
 from robustsoup.runs.locks import claim_unused_folder, hold_folder
 from robustsoup.runs.store import Store
@@ -115,11 +117,26 @@ def test_a_single_file_is_verified_by_the_digests_in_it(copied, name, capsys):
     assert outcomes[path.name]
 
 
+def test_points_that_are_gone_are_missing_unless_a_run_left_them_out(copied, capsys):
+    folder, _ = copied
+    of_run, moved = folder / "evaluations" / "low.test.json", folder.parent / "low.json"
+    evaluation = Evaluation.load(of_run)
+    ((name, verdicts),) = evaluation.threats.items()
+    kept = replace(verdicts, x_adv=torch.zeros(len(evaluation.ids), 1, 8, 8))
+    for path in (of_run, moved):
+        replace(evaluation, threats={name: kept}).save(path)
+        assert verify(path, capsys) == (0, {path.name: None})
+        path.with_suffix(".points.npz").unlink()
+    assert verify(of_run, capsys) == (0, {of_run.name: None})
+    assert verify(moved, capsys) == (1, {moved.name: "low.points.npz is missing"})
+
+
 def test_a_folder_of_files_is_verified_file_by_file(copied, capsys):
     folder = copied[0] / "evaluations"
     code, outcomes = verify(folder, capsys)
     assert code == 0
     assert "low.test.json" in outcomes
+    (folder / "r1" / "r1-old").mkdir(parents=True)  # two folders that look like those of a store
     torch.save({"weight": torch.zeros(3)}, folder / "foreign.pt")
     code, outcomes = verify(folder, capsys)
     assert (code, outcomes["foreign.pt"]) == (0, "unrecorded")

@@ -11,6 +11,7 @@ from robustsoup.errors import LeakageError
 
 LeakageStatus = Literal["known", "unknown", "violated"]
 _BY_SEVERITY: tuple[LeakageStatus, ...] = ("known", "unknown", "violated")
+_OR_ALLOW = "or --allow-leakage (allow_leakage in a recipe or in Python)"
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def check_leakage(
     if finding.status == "violated" and not allow:
         raise LeakageError(
             f"{finding.why}; selecting on it would overestimate the soup. "
-            "Use the same split, or --allow-leakage"
+            f"Use the same split, {_OR_ALLOW}"
         )
     return finding
 
@@ -193,6 +194,5 @@ def check_same_split(
             raise LeakageError(
                 f"{checkpoint.name}: was trained on another split of {fitted['name']} "
                 f"(seed {fitted['seed']}) than this one (seed {data.record['seed']}), so no "
-                "sample is fresh to all ingredients. Use ingredients of one split, "
-                "or --allow-leakage"
+                f"sample is fresh to all ingredients. Use ingredients of one split, {_OR_ALLOW}"
             )

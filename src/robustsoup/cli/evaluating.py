@@ -22,7 +22,7 @@ from robustsoup.cli.options import (
     Threats,
 )
 from robustsoup.cli.terminal import print_error, print_json, print_warning
-from robustsoup.errors import RequestError, RobustsoupError
+from robustsoup.errors import RequestError, RobustsoupError, StorageError
 from robustsoup.settings import AttackSettings, to_record
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def evaluate_command(
                     device=run.device,
                     keep_points=keep_points,
                     shift=shift,
-                    state_path=states[name],
+                    state_path=states.get(name),
                     keep_state=True,
                     on_progress=bar,
                 )
@@ -222,6 +222,9 @@ def _locate_states(
         attack: The attack; a user's attack counts by its code.
         device: Where the networks run; its type counts, and the precision that it resolves.
         request: What else decides the verdicts.
+
+    Returns:
+        The file by name; none if a rank cannot write there, which is printed.
     """
     from robustsoup.catalog import ATTACKS
     from robustsoup.device import resolve_precision
@@ -229,10 +232,16 @@ def _locate_states(
     from robustsoup.models import network_fingerprint
     from robustsoup.runs.store import UNFINISHED, Store
 
+    folder = Store().root / UNFINISHED
+    if not all(distributed.gather(_is_writable(folder))):
+        print_error(
+            f"{folder}: cannot be written, so an interrupted evaluation starts again; "
+            "set ROBUSTSOUP_STORE or XDG_CACHE_HOME to another folder"
+        )
+        return {}
     attack = replace(attack, precision=resolve_precision(attack.precision, device))
     code = entry_fingerprint(ATTACKS, str(attack.attack))
     parts = [to_record(attack), code, device.type, *request]
-    folder = Store().root / UNFINISHED
     states = {}
     for name, checkpoint in described.items():
         network = network_fingerprint(checkpoint.network())
@@ -241,13 +250,23 @@ def _locate_states(
     return states
 
 
+def _is_writable(folder: Path) -> bool:
+    from robustsoup.files import check_writable
+
+    try:
+        check_writable(folder, folder=True)
+    except StorageError:
+        return False
+    return True
+
+
 class _FinishedEvaluations:
     """Keeps evaluations in the store until all of a command are finished, so that it may resume.
 
     The first rank keeps them, and all ranks load what it has kept.
 
     Args:
-        states: The place of the state of each evaluation by name.
+        states: The place of the state of each evaluation by name; those without keep nothing.
     """
 
     def __init__(self, states: "Mapping[str, Path]") -> None:
@@ -260,8 +279,8 @@ class _FinishedEvaluations:
     def _load(self, name: str) -> "Evaluation | None":
         from robustsoup.evaluation.verdicts import Evaluation
 
-        path = self._states[name].with_suffix(".json")
-        if not path.is_file():
+        state = self._states.get(name)
+        if state is None or not (path := state.with_suffix(".json")).is_file():
             return None
         try:
             return Evaluation.load(path)
@@ -270,7 +289,7 @@ class _FinishedEvaluations:
 
     def keep(self, name: str, evaluation: "Evaluation") -> None:
         """Keep an evaluation, if the store can be written."""
-        if distributed.is_first():
+        if name in self._states and distributed.is_first():
             path = self._states[name].with_suffix(".json")
             with contextlib.suppress(RobustsoupError, OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -160,17 +160,20 @@ def make_context(
 def name_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
     """Return a short unique name for each file.
 
-    The name is the file's stem; repeated stems get the name of their folder or a number.
+    The name is the file's stem; repeated stems get the name of their folder or a number. Names that
+    differ in case alone count as repeated, because files are named after them.
     """
     names: dict[str, Path] = {}
+    taken = {"pretrained"}
     for path in paths:
         name = re.sub(r"[^\w.-]+", "-", path.stem)
-        if name in names or name == "pretrained":
+        if name.casefold() in taken:
             name = re.sub(r"[^\w.-]+", "-", f"{path.absolute().parent.name}-{path.stem}")
         number = 2
-        while name in names:
+        while name.casefold() in taken:
             name, number = f"{name.rstrip('0123456789')}{number}", number + 1
         names[name] = path
+        taken.add(name.casefold())
     return names
 
 

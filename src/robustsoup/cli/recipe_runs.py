@@ -18,7 +18,7 @@ from robustsoup.cli.inputs import (
 from robustsoup.cli.options import ClusterOptions, RunOptions
 from robustsoup.cli.progress import Bar, RunReporter, SilentReporter, format_duration
 from robustsoup.cli.tables import print_results
-from robustsoup.cli.terminal import print_error, print_json, print_warning
+from robustsoup.cli.terminal import print_error, print_json, print_line, print_warning
 from robustsoup.errors import RequestError
 from robustsoup.files import check_writable
 from robustsoup.recipes import Recipe, checkpoint_places, with_files
@@ -68,8 +68,11 @@ def prepare_recipe(
         return published if published in absent else str(download_checkpoint(name, data_root).path)
 
     recipe = with_files(recipe, locate)
-    for place in [*checkpoint_places(recipe), recipe.adapter_base]:
-        if place is not None and place not in absent:
+    places = checkpoint_places(recipe)
+    if recipe.adapter_base is not None and not set(places) <= set(absent):
+        places.append(recipe.adapter_base)
+    for place in places:
+        if place not in absent:
             copy_checkpoint(place)
     with Bar(f"reading {recipe.data}") as bar:
         prepared = prepare_run(
@@ -132,13 +135,15 @@ def run_recipe(
             open_executor(prepared, cluster, data_root) as executor,
         ):
             results, _ = run_prepared(prepared, folder, reporter, executor)
+        if as_json:
+            content = results.to_json()
+            print_json({key: content.get(key) for key in JSON_KEYS})
+        else:
+            print_results(results, folder)
         with Bar("drawing the report"):
             page = write_report(folder)
-    if as_json:
-        content = results.to_json()
-        print_json({key: content.get(key) for key in JSON_KEYS})
-    else:
-        print_results(results, page)
+    if not as_json:
+        print_line(f"report: {page}")
     code = 0 if results.selection is None else results.selection.exit_code
     return distributed.from_first(lambda: code)
 

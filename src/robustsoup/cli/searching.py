@@ -1,6 +1,6 @@
 """Commands that build a recipe from their options and run it: search and landscape."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -265,8 +265,16 @@ def _soup_sections(
             )
         if soup.buffers is not None:
             section |= _describe_buffers(soup.buffers, parsed)
-        sections[name if name not in checkpoints else f"{name}-soup"] = section
+        sections[_name_section(name, checkpoints)] = section
     return sections
+
+
+def _name_section(name: str, checkpoints: Iterable[str]) -> str:
+    """Return a name of a section whose soups, NAME or NAME-..., have the name of no checkpoint."""
+    taken = [f"{other}-".casefold() for other in checkpoints]
+    while any(other.startswith(f"{name}-".casefold()) for other in taken):
+        name = f"{name}-soup"
+    return name
 
 
 def _describe_buffers(policy: str, threats: Sequence[ThreatModel]) -> dict[str, Any]:

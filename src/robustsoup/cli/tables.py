@@ -20,8 +20,8 @@ from robustsoup.runs.results import Results
 Scores = Mapping[str, Accuracy]
 
 
-def print_results(results: Results, page: Path) -> None:
-    """Print the accuracies of a run, the front, the answer, and the path of the report."""
+def print_results(results: Results, folder: Path) -> None:
+    """Print the accuracies of a run, the front, the answer, and the path of the soup."""
     protocol = results.protocol
     reports_all = results.recipe["evaluate"]["report"] == "all"
     split = protocol.report_on if reports_all else protocol.select_on
@@ -37,8 +37,7 @@ def print_results(results: Results, page: Path) -> None:
         print_front(results)
         for line in results.selection.lines():
             print_line(line)
-        print_line(f"soup: {page.parent / str(results.soup)}")
-    print_line(f"report: {page}")
+        print_line(f"soup: {folder / str(results.soup)}")
 
 
 def print_accuracies(rows: Mapping[str, Scores], title: str | None = None) -> None:

@@ -54,6 +54,7 @@ _EXPECTED = {
     "tuple_type": "expected a list, such as [...]",
     "dict_type": "expected a table",
     "model_type": "expected a table",
+    "too_short": "expected at least 1 entry",
 }
 """What a value should have been, in the words of TOML, by pydantic's type of error."""
 
@@ -150,12 +151,12 @@ def _read_extended(
     opened = {resolved, *extending}
     base: dict[str, Any] = {}
     for name in extends if isinstance(extends, list) else [extends]:
-        if not isinstance(name, str) or _resolve(path.parent / name) in opened:
+        if not isinstance(name, str) or _resolve(path.parent / user_path(name)) in opened:
             raise RecipeError(
                 f"{path}: extends: got {describe_value(name)}, "
                 "expected the name of another recipe that does not extend this one"
             )
-        other = _read_extended(path.parent / name, (resolved, *extending), done)
+        other = _read_extended(path.parent / user_path(name), (resolved, *extending), done)
         base = _merge_tables(base, other)
     done[resolved] = _merge_tables(base, content)
     return done[resolved]
@@ -193,16 +194,22 @@ def _merge_tables(base: dict[str, Any], content: dict[str, Any]) -> dict[str, An
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+    key, equals, text = map(str.strip, override.partition("="))
     if not equals:
         raise RecipeError(f'--set {override}: expected KEY=VALUE, such as "soups.learned.epochs=2"')
     try:
         value = parse_toml(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith(("[", "{", '"', "'")):
+            reason = str(error).partition(" (at ")[0]
+            raise RecipeError(
+                f"--set {override}: not TOML: {reason}; the shell removes quotes that are not "
+                """quoted, so write --set 'evaluate.threats=["Linf 8/255"]'"""
+            ) from None
         value = text
     except ValueError as error:
         raise RecipeError(f"--set {override}: {error}") from None
-    *tables, last = parts = _split_key(key.strip())
+    *tables, last = parts = _split_key(key)
     if not all(parts):
         raise RecipeError(f"--set {override}: expected KEY=VALUE with a key, such as seed=1")
     if len(tables) >= MAX_KEY_PARTS:

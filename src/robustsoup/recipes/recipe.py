@@ -578,6 +578,8 @@ def _expand_ingredient(name: str, table: Any, default_epochs: Any) -> list[tuple
     if not isinstance(interval, int) or interval < 1 or "epoch" in table:
         return [(name, table)]
     epochs = table.get("epochs", default_epochs)
+    if isinstance(epochs, int) and epochs < 1:
+        return [(name, table)]  # the check of `epochs` refuses it
     if not isinstance(epochs, int) or epochs % interval:
         raise ValueError(
             f"ingredients.{name}.checkpoint_every: got {interval}, "

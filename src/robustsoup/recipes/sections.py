@@ -465,7 +465,7 @@ class Soup(Section):
     method: Annotated[str, AfterValidator(_check_method)] = Field(
         description=f"Method that determines the coefficients: {', '.join(SOUP_METHODS)}."
     )
-    ingredients: tuple[str, ...] | None = Field(
+    ingredients: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="Names of the ingredients; all by default."
     )
     threats: tuple[ThreatValue, ...] = Field(
@@ -474,7 +474,7 @@ class Soup(Section):
         "measured under each. By default the base's.",
     )
     objectives: tuple[ObjectiveValue, ...] = Field(
-        ("ce",), description="Objectives; one soup is learned with each."
+        ("ce",), min_length=1, description="Objectives; one soup is learned with each."
     )
     at: tuple[float, ...] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0),

@@ -16,7 +16,6 @@ from robustsoup.checkpoints.wrapping import soup_ending, soup_wrapping
 from robustsoup.data.duplicates import Overlap
 from robustsoup.device import resolve_precision
 from robustsoup.diagnosis.landscape import Landscape
-from robustsoup.documents import read_json
 from robustsoup.evaluation.doubts import describe_masking
 from robustsoup.evaluation.two_phase import SUBSET_KEY
 from robustsoup.evaluation.verdicts import Evaluation
@@ -31,6 +30,7 @@ from robustsoup.runs.results import (
     ResultRow,
     Results,
     RowScores,
+    read_results,
 )
 from robustsoup.runs.soup_rows import dial_file
 from robustsoup.runs.staging import PAGE, RESULTS, StagedFiles, stage_files
@@ -148,7 +148,7 @@ def _removable_files(folder: Path) -> set[str]:
     The new page is written after the new results; until then, none is better than the old one.
     """
     try:
-        names = read_json(folder / RESULTS)["files"]
+        names = read_results(folder / RESULTS)["files"]
         return {PAGE, *(name for name in names if _REMOVABLE.fullmatch(name))}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from robustsoup.errors import RequestError, WorkError
+from robustsoup.interruption import handled_signals
 from robustsoup.printable import first_line
 from robustsoup.runs.cluster import Lost
 from robustsoup.runs.remote import Meeting, StepEnd, find_misfit, run_assignment
@@ -107,7 +108,7 @@ class RayPool:
     def submit(self, key: Key, name: str, meeting: Meeting, content: bytes) -> None:
         """Submit a step as a task."""
         task = self.ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)
-        reference = task(run_assignment).options(name=name).remote(meeting, content)
+        reference = task(run_task).options(name=name).remote(meeting, content)
         self.tasks[reference] = key
 
     def poll(self, seconds: float) -> Mapping[Key, StepEnd | Lost]:
@@ -153,6 +154,20 @@ class RayPool:
                 self.ray.wait(tasks, num_returns=len(tasks), timeout=CANCEL_SECONDS)
         finally:
             self.ray.shutdown()
+
+
+def run_task(meeting: Meeting, content: bytes) -> StepEnd | Lost:
+    """Run a step in a task; SIGTERM, and SIGINT from Ray's cancelling, let it save its state.
+
+    Args:
+        meeting: What is compared first.
+        content: A pickled Assignment.
+    """
+    with handled_signals(restore=True):
+        try:
+            return run_assignment(meeting, content)
+        except KeyboardInterrupt:
+            return Lost("the task was told to end", saved=True)
 
 
 def import_ray() -> ModuleType:

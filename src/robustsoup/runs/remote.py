@@ -4,6 +4,7 @@ A worker gets names and settings alone. It loads the data and the checkpoints it
 step again: the same key says that its data, network and code are those of the run.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -285,9 +286,14 @@ def _open_worker(assignment: Assignment, store: str, status: StatusFile) -> Work
 
 @lru_cache(maxsize=1)
 def _load_context(surroundings: Surroundings) -> tuple[Recipe, Context]:
-    """Load the recipe and the data once for all steps that this process runs."""
+    """Load the recipe and the data once for all steps that this process runs.
+
+    This process changes to the folder of the command, which a network such as hf:FOLDER is below.
+    """
     torch.set_num_threads(surroundings.threads)
     folder = Path(surroundings.folder)
+    with contextlib.suppress(OSError):  # other machines may lack the folder, and not need it
+        os.chdir(folder)
     with current_folder_importable(folder):
         recipe = parse_recipe(tomllib.loads(surroundings.recipe), "recipe", folder)
     for name in recipe.list_named_functions():

@@ -27,6 +27,12 @@ RowScores = dict[str, Accuracy]
 
 SOUP_ROLES = ROLES[2:]
 
+RESULTS_LIMIT = 128 * 2**20
+"""Largest results.json that is read, in bytes."""
+
+MAX_RESULTS_SEPARATORS = 4_000_000
+"""Most commas and colons in results.json: about 800 for each of 5,000 soups."""
+
 _WRITTEN_BY_RUN = "expected a file that `robustsoup run` wrote; run the recipe again"
 
 
@@ -412,7 +418,7 @@ class Results:
             CheckpointError: A newer release wrote it in a newer format.
         """
         try:
-            content = read_json(path)
+            content = read_results(path)
         except FileNotFoundError:
             raise RequestError(
                 f"{path}: no such file; expected a folder that `robustsoup run` wrote"
@@ -427,6 +433,16 @@ class Results:
         if digest is not None and digest != digest_json(table):
             raise RequestError(f"{path}: its content changed; {_WRITTEN_BY_RUN}")
         return cls.from_json(record, str(path))
+
+
+def read_results(path: Path) -> Any:
+    """Read the JSON of a results.json, which is larger than others where there are many soups.
+
+    Raises:
+        OSError: The file cannot be read, or is larger than RESULTS_LIMIT.
+        ValueError: The content is not JSON, or has more than MAX_RESULTS_SEPARATORS.
+    """
+    return read_json(path, RESULTS_LIMIT, MAX_RESULTS_SEPARATORS)
 
 
 def _parse_files(content: Any, where: str) -> dict[str, FileDigest]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ STATE = "state.pt"
 UNFINISHED = "unfinished"
 """The folder in the store for states of interrupted evaluations."""
 _KEY_GLOB = "??/*/"
+_KEY = re.compile("[0-9a-f]{32}")
+"""What the key of a step is, so that other folders of such names are no steps."""
 _check_step = table(
     {"files": mapping_of(anything), "digest": text},
     {"inputs": mapping_of(text), "seconds": number, "key": text},
@@ -106,7 +109,7 @@ class Store:
         return sorted(
             folder.name
             for folder in self.root.glob(_KEY_GLOB)
-            if folder.parent.name == folder.name[:2] and "." not in folder.name
+            if folder.parent.name == folder.name[:2] and _KEY.fullmatch(folder.name)
         )
 
     def has(self, key: str) -> bool:

@@ -11,6 +11,7 @@ from robustsoup.checkpoints.formats import read_checkpoint, read_tensors
 from robustsoup.checkpoints.safetensors_files import read_safetensors
 from robustsoup.checkpoints.shards import INDEX_ENDING, read_index
 from robustsoup.checkpoints.wrapping import PICKLE_ENDINGS, file_ending
+from robustsoup.digests import MISSING
 from robustsoup.documents import read_json
 from robustsoup.errors import CheckpointError, RequestError
 from robustsoup.evaluation import verdicts
@@ -154,7 +155,7 @@ def _verify_file(path: Path, name: str) -> Verified:
         if path.suffix == ".safetensors":
             read_tensors(path)
         elif path.suffix == ".json":
-            Evaluation.load(path)
+            return _verify_evaluation(path, name)
         else:
             read_checkpoint(path, mapped=False)
         return Verified(name, None, recorded=_holds_digests(path))
@@ -162,13 +163,30 @@ def _verify_file(path: Path, name: str) -> Verified:
         return Verified(name, str(error).removeprefix(f"{path}: "))
 
 
+def _verify_evaluation(path: Path, name: str) -> Verified:
+    """Load an evaluation, and look for the points that it records, which loading does without."""
+    Evaluation.load(path)
+    digests = read_json(path).get(verdicts.DIGESTS_KEY)
+    points = path.absolute().with_suffix(".points.npz")
+    if "points" in (digests or ()) and not points.exists() and _keeps_file(points):
+        return Verified(name, f"{points.name} {MISSING}")
+    return Verified(name, None, recorded=digests is not None)
+
+
+def _keeps_file(path: Path) -> bool:
+    """Return False for a file that a run left out of its folder, such as the points of a screen."""
+    folder = path.parent.parent
+    try:
+        return path.relative_to(folder).as_posix() in Results.load(folder / RESULTS).files
+    except RequestError:  # the file is in no run folder
+        return True
+
+
 def _holds_digests(path: Path) -> bool:
     """Return whether a readable file holds digests of its content."""
     with open_regular(path) as file:
         if path.suffix == ".safetensors":
             return safetensors_files.DIGESTS_KEY in read_safetensors(file, mapped=True).metadata
-        if path.suffix == ".json":
-            return verdicts.DIGESTS_KEY in read_json(path)
         if not zipfile.is_zipfile(file):
             return False
         with zipfile.ZipFile(file) as archive:

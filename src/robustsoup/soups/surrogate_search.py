@@ -272,7 +272,7 @@ def requests_in_time(
     return (last[:1] if last and limit.begin_soup() else ()), True
 
 
-def count_late(search: SurrogateSearch, attacked: Mapping[str, Mapping[str, Hits]]) -> Late:
+def count_late(search: SurrogateSearch, attacked: HitsByName) -> Late:
     """Return what a search that the time limit ended did not attack.
 
     Args:
