@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.provenance import Leakage
 from robustsoup.errors import CheckpointError, LeakageError, ModelError
 from robustsoup.models import load_model
+from robustsoup.models.libraries import InputSettings
 from robustsoup.runs.run import prepare_run
 from robustsoup.runs.tasks import file_key
 
@@ -77,7 +77,7 @@ def test_a_folder_is_decoded_at_the_size_that_the_files_record(files):
 
 def test_classes_in_another_order_than_those_of_the_data_are_named(files, monkeypatch):
     names = [str(digit) for digit in (1, 0, *range(2, 10))]
-    configuration = SimpleNamespace(class_names=names)
+    configuration = InputSettings(class_names=tuple(names))
     monkeypatch.setattr(network, "input_settings", lambda settings: configuration)
     recipe = recipe_of_files(files, model=MODEL.spec)
     (warning,) = prepare_run(recipe, device="cpu").plan.warnings
