@@ -220,7 +220,7 @@ def test_the_dial_turns_through_its_soups(open_page, report):
         expect(page.locator("#selected h3")).to_have_text(name)
         expect(page.locator("#dials output")).to_have_text(value)
         assert (
-            f"{name}: a dial soup of"
+            f"{name}: the dial of"
             in page.locator("#coefficients").locator("xpath=../figcaption").text_content()
         )
     page.get_by_role("button", name="dial-0", exact=True).click()
