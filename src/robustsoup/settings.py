@@ -649,7 +649,7 @@ class AttackSettings:
         choices=PRECISIONS,
     )
     batch_size: int | None = setting(
-        None, "Most images in a pass; by default 500 on a GPU, 32 (also the limit) on a CPU.", ge=1
+        None, "Most images in a pass: by default 500 on a GPU; on a CPU at most 32.", ge=1
     )
     masking_check: bool = setting(
         True,

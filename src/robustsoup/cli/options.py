@@ -88,8 +88,8 @@ Base = Annotated[
     Path | None,
     CheckpointPlace(),
     typer.Option(
-        help="Checkpoint that the others were fine-tuned from, for methods that require it; "
-        "--buffers base copies its statistics; the common ancestor by default."
+        help="Checkpoint that the others were fine-tuned from, for methods that require it and "
+        "for --buffers base, which copies its statistics; the common ancestor by default."
     ),
 ]
 Track = Annotated[
@@ -149,9 +149,11 @@ class DataOptions:
     )
     image_size: int | None = setting(
         None,
-        "Width and height of images in pixels, for image files; by default what the network's own "
-        "configuration names, else, for folder:, what the first checkpoint was trained at, or 32, "
-        "and the images' own for hf: and wds:.",
+        "Width and height of images in pixels, for image files; by default those that the "
+        "configuration of --model names, else those that the first checkpoint was trained at (if "
+        "it records no network with a configuration, for folder: alone), else those of the "
+        "recorded network's configuration, else 32 for folder:, and the images' own for hf: and "
+        "wds:.",
     )
     channels: int | None = setting(
         None,
@@ -208,7 +210,7 @@ class NetworkOptions:
 class RunOptions:
     """Where a command computes."""
 
-    device: str = setting("auto", "Device: auto, cpu or cuda.")
+    device: str = setting("auto", "Device: auto, cpu, cuda, or one GPU such as cuda:1.")
     threads: int | None = setting(
         None, "CPU threads; results are bit-equal for equal numbers of threads.", ge=1
     )

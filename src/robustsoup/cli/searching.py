@@ -70,7 +70,7 @@ def search_command(
     a report. Exit code 3 if no soup meets the requirements, 4 if the chosen one misses them on
     test. The same command resumes an interrupted search.
 
-    Example: `robustsoup search eps16.safetensors eps64.safetensors eps96.safetensors --data digits
+    Example: `robustsoup search eps16.safetensors eps96.safetensors --data digits
     --threat "Linf 56/255" --require "clean>=0.5" --steps 20 -o best`
     """
     from robustsoup.cli.inputs import name_checkpoints

@@ -132,9 +132,12 @@ class SurrogateResult:
             return f"{attacked}, then the time limit was reached; {chance}"
         if not self.rows:
             return f"{attacked}, too few to leave some out"
+        unsettled = f"the model did not settle the answer (p = {self.p_value:.2g} that it fits)"
+        if self.attacked == self.soups:
+            return f"{attacked}: {unsettled}, so the whole grid was attacked"
         return (
-            f"{attacked}: the model did not settle the answer (p = {self.p_value:.2g} that it "
-            "fits), so the whole grid was attacked"
+            f"{attacked}: {unsettled} and no longer counts; of the coarse grid, all soups that can "
+            "meet a requirement on clean accuracy were attacked"
         )
 
     def to_json(self) -> dict[str, Any]:
