@@ -314,6 +314,10 @@ class PickleReader:
         kind, storage_type, key, _location, count, *view = self._stack.pop()
         if kind != "storage" or type(key) is not str or view not in ([], [None]):
             raise ValueError("a reference to what is not a storage of tensors")
+        if isinstance(storage_type, Name) and storage_type.text.startswith("torch.Q"):
+            raise ValueError(
+                "a tensor that is quantized; give the weights from before quantization"
+            )
         if not isinstance(storage_type, Storage) or type(count) is not int:
             raise ValueError("a storage without a type or a size")
         if not 0 <= count <= MAX_ELEMENTS:

@@ -226,7 +226,7 @@ HOSTILE_PICKLES = {
     ),
     "a quantized storage": (
         archive_of(tensor([4], [1], stored=storage(4, "QInt8Storage"))),
-        "type",
+        "quantized",
     ),
     "a bool that is 2": (
         whole(

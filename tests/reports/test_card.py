@@ -27,6 +27,7 @@ from robustsoup.reports.card import (
 from robustsoup.reports.markup import escape_markdown, quote_code
 from robustsoup.runs.description import Ancestor, StoredEvaluation, describe_checkpoint
 from robustsoup.runs.results import Results
+from robustsoup.soups.mixing import mix
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -188,6 +189,24 @@ def test_the_card_of_a_checkpoint_without_a_record(tmp_path):
     assert "model-index" not in read_header(text)
     assert "were not evaluated" in text
     assert str(tmp_path) not in text
+
+
+def test_the_card_of_a_soup_is_not_that_of_its_ingredient(tmp_path):
+    parts = [Checkpoint({"w": torch.full((2,), float(i))}) for i in range(2)]
+    files = [part.save(tmp_path / f"{i}.safetensors") for i, part in enumerate(parts)]
+    soup = mix(files, [0.5, 0.5]).save(tmp_path / "soup.safetensors")
+    write_card(make_card(describe_checkpoint(soup)), tmp_path)
+    assert find_card(soup, Checkpoint.load(soup).digest) == tmp_path / CARD
+    assert parts[0].digest in (tmp_path / CARD).read_text(encoding="utf-8")
+    assert find_card(files[0], parts[0].digest) is None
+
+
+def test_json_of_others_beside_a_checkpoint_is_no_evaluation(tmp_path):
+    file = Checkpoint({"w": torch.ones(2)}).save(tmp_path / "w.pth")
+    for name, content in (("a", {"checkpoint": {"epoch": 3}}), ("b", ["checkpoint"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        (tmp_path / f"{name}.npz").write_bytes(b"")
+    assert describe_checkpoint(file).evaluations == ()
 
 
 @pytest.fixture

@@ -249,6 +249,15 @@ def test_regmean_streams_layers_that_exceed_the_budget(monkeypatch):
     assert [len(group) for group in group_by_budget(sizes, 1)] == [1, 1, 1]
 
 
+def test_regmean_averages_layers_with_a_forward_of_their_own():
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), Padded(2, 2, 3))
+    assert list(find_linear_layers(network)) == ["0.weight"]
+
+
 def test_swap_takes_named_blocks_and_their_statistics_from_the_second():
     _, (a, b) = small_ingredients(2)
     soup = merge([a, b], "swap", [0, 1], blocks=("conv2", "norm2"))

@@ -14,10 +14,11 @@ from shared_steps import (
     train_shared,
     train_until,
 )
+from torch import nn
 
 from robustsoup.errors import RequestError
 from robustsoup.training import adversarial_loss
-from robustsoup.training.sharing import BatchShare
+from robustsoup.training.sharing import BatchShare, synchronised_batchnorm
 
 STEPS = {
     "train": take_training_step,
@@ -66,6 +67,22 @@ def test_any_batchnorm_normalises_the_global_batch():
             assert rank[number][2].keys() == buffers.keys()
             for name, buffer in buffers.items():
                 assert torch.allclose(rank[number][2][name], buffer, rtol=0, atol=1e-10)
+
+
+def test_batchnorm_with_a_forward_of_its_own_is_refused(monkeypatch):
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    monkeypatch.setattr("robustsoup.distributed.world", lambda: 2)
+    network = nn.Sequential(nn.BatchNorm2d(2), WithActivation(2))
+    with (
+        pytest.raises(RequestError, match="WithActivation has a forward of its own"),
+        synchronised_batchnorm(network, "sync"),
+    ):
+        pass
+    with synchronised_batchnorm(network, "per-rank"):
+        assert (network(torch.zeros(2, 2, 3, 3)) >= 0).all()
 
 
 @pytest.mark.parametrize("verb", ["train", "learn"])

@@ -271,6 +271,13 @@ def test_a_finished_run_takes_no_more_steps(tmp_path):
     )
 
 
+def frozen_network():
+    """Return the network of `train_digits` with its first weight frozen."""
+    network = fresh_network()
+    next(network.parameters()).requires_grad_(False)
+    return network
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -282,6 +289,7 @@ def test_a_finished_run_takes_no_more_steps(tmp_path):
         {"attack_steps": 3},
         {"schedule": "constant"},
         {"network": fresh_network(seed=1)},
+        {"network": frozen_network()},
         {"data": load_data("digits", seed=1).train.first(96)},
     ],
 )

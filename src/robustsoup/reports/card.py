@@ -30,6 +30,8 @@ from robustsoup.soups.answer import Answer
 
 CARD = "README.md"
 MAX_CARD_BYTES = 2**20
+OWN_DIGEST = "- sha256 of the weights"
+"""What the lines with the digest of the card's own checkpoint start with."""
 TAGS = ("robustsoup", "model-soup", "merge", "adversarial-robustness", "image-classification")
 SPLIT_ORDER = ("test", "val", "train")
 
@@ -130,7 +132,8 @@ def find_card(path: Path, digest: str) -> Path | None:
         text = read_regular(card, MAX_CARD_BYTES).decode()
     except (OSError, UnicodeDecodeError):
         return None
-    return card if digest in text and "robustsoup card" in text else None
+    own = (line for line in text.splitlines() if line.startswith(OWN_DIGEST))  # no ingredient's
+    return card if "robustsoup card" in text and any(digest in line for line in own) else None
 
 
 def is_own_card(path: Path) -> bool:
@@ -361,9 +364,9 @@ def _render_summary(card: Card) -> list[str]:
         f"- fine-tuned from: {quote_code(name)}, sha256 of the weights {quote_code(digest)}"
         for digest, name in sorted(origins)
     ]
-    lines.append(f"- sha256 of the weights: `{card.tree.digest}`")
+    lines.append(f"{OWN_DIGEST}: `{card.tree.digest}`")
     lines += [
-        f"- sha256 of the weights under the names in {quote_code(name)}: {quote_code(digest)}"
+        f"{OWN_DIGEST} under the names in {quote_code(name)}: {quote_code(digest)}"
         for name, digest in card.digests.items()
     ]
     if card.versions:

@@ -289,7 +289,9 @@ def _list_evaluations(checkpoint: Checkpoint) -> Iterator[Path]:
     folders = [folder, folder / EVALUATIONS]
     if folder.name == CHECKPOINTS:
         folders.append(folder.parent / EVALUATIONS)
+    stem = checkpoint.path.stem
     paths = [path for place in folders for path in sorted(place.glob("*.json"))]
+    paths.sort(key=lambda path: not path.name.startswith(stem))  # a large run has thousands
     for path in paths[:MAX_EVALUATIONS]:
         if not path.with_suffix(".npz").is_file():
             continue
@@ -297,7 +299,8 @@ def _list_evaluations(checkpoint: Checkpoint) -> Iterator[Path]:
             content = read_json(path)
         except (OSError, ValueError):
             continue
-        if isinstance(content, dict) and content.get("checkpoint") in digests:
+        digest = content.get("checkpoint") if isinstance(content, dict) else None
+        if isinstance(digest, str) and digest in digests:
             yield path
 
 

@@ -68,12 +68,17 @@ def regmean(merge: Merge) -> Merged:
 
 
 def find_linear_layers(network: nn.Module) -> dict[str, int]:
-    """Return the number of inputs of each linear layer by the name of its weight."""
+    """Return the number of inputs of each linear layer by the name of its weight.
+
+    Layers with a forward of their own, which may pad inputs or standardise weights, are none.
+    """
     sizes: dict[str, int] = {}
     for prefix, module in network.named_modules():
         name = f"{prefix}.weight" if prefix else "weight"
-        dense = isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+        dense = type(module).forward is nn.Linear.forward or (
+            type(module).forward is nn.Conv2d.forward
+            and module.groups == 1
+            and module.padding_mode == "zeros"
         )
         weight = module.weight if dense else None
         if isinstance(weight, Tensor) and not weight.is_complex():

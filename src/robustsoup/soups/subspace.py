@@ -40,7 +40,12 @@ from robustsoup.tracking import OnEpoch
 from robustsoup.training.accumulation import add_gradients, attack_parts
 from robustsoup.training.loop import History, check_step_loss, run_epochs
 from robustsoup.training.objectives import Objective, mixed
-from robustsoup.training.optimizer import clip_gradients, make_optimizer, prepare_network
+from robustsoup.training.optimizer import (
+    clip_gradients,
+    list_frozen,
+    make_optimizer,
+    prepare_network,
+)
 from robustsoup.training.recomputation import check_recomputation, recomputed_activations
 from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.sharing import (
@@ -147,7 +152,7 @@ def train_subspace(
     work = [{**to_record(settings), "ends": names, "by": by, **drawn}, start.digest]
     check_same_training(data, work, settings, place)
     run = SubspaceRun(model, inputs.to(place), ends, by, at_ends)
-    work += [data.fingerprint, network_fingerprint(model)]
+    work += [data.fingerprint, network_fingerprint(model), list_frozen(model)]
     functions = [run.objective.fingerprint, transform_fingerprint(settings)]
     functions += augmentation_fingerprint(data)
     fingerprint = json.dumps([*work, *functions], sort_keys=True)

@@ -58,6 +58,11 @@ def prepare_network(model: nn.Module, settings: TrainSettings, device: torch.dev
     return model
 
 
+def list_frozen(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are not trained."""
+    return [name for name, item in model.named_parameters() if not item.requires_grad]
+
+
 def clip_gradients(model: nn.Module, limit: float | None) -> None:
     """Scale the gradients of all parameters together to a norm of at most `limit`, in place."""
     if limit is not None:

@@ -189,8 +189,17 @@ def synchronised_batchnorm(model: nn.Module, batchnorm: str) -> Iterator[None]:
     Args:
         model: The network.
         batchnorm: "sync"; with "per-rank" or one process, the block runs as it is.
+
+    Raises:
+        RequestError: A BatchNorm layer has a forward of its own, such as timm's with activations.
     """
     layers = _norm_layers(model) if distributed.world() > 1 and batchnorm == SYNCHRONISED else []
+    for layer in layers:
+        if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            raise RequestError(
+                f"batchnorm: {type(layer).__name__} has a forward of its own, which "
+                '"sync" would leave out; use "per-rank"'
+            )
     for layer in layers:
         # An instance's forward hides that of its class; the hooks of the layer still run.
         layer.forward = partial(_normalise, layer)  # type: ignore[method-assign]

@@ -51,6 +51,7 @@ from robustsoup.training.objectives import Objective
 from robustsoup.training.optimizer import (
     WeightAverage,
     clip_gradients,
+    list_frozen,
     make_optimizer,
     prepare_network,
 )
@@ -155,7 +156,8 @@ def train(
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
     work = [run.record, start.digest, data.fingerprint, val and val.fingerprint]
-    work += [network_fingerprint(model), run.objective.fingerprint, checkpoint_every]
+    work += [network_fingerprint(model), list_frozen(model)]
+    work += [run.objective.fingerprint, checkpoint_every]
     work += [transform_fingerprint(settings), *augmentation_fingerprint(data)]
     own_path = state_path if distributed.is_first() else None
     saved = SavedState(own_path, json.dumps(work, sort_keys=True))
