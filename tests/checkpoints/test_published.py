@@ -243,7 +243,8 @@ def test_the_command_prints_path_digest_and_next_step(tmp_path, monkeypatch, cap
     assert path == str(tmp_path / PLACE)
     assert digest == f"sha256 {DIGEST} (seen for the first time)"
     evaluate = (
-        f'evaluate "{path}" --model {SPEC} --data cifar10 --threat "Linf 8/255" --attack autoattack'
+        f'evaluate "{path}" --model {SPEC} --data cifar10 --data-root {tmp_path} '
+        '--threat "Linf 8/255" --attack autoattack'
     )
     assert after == f"next: robustsoup {evaluate}"
     assert (
