@@ -46,8 +46,8 @@ from robustsoup.errors import CheckpointError, ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
     NetworkSettings,
+    build_known_skeleton,
     build_network,
-    build_skeleton,
     complete_settings,
     is_built_in,
     network_settings_of,
@@ -407,7 +407,7 @@ class Checkpoint:
                 the network (the first is named).
         """
         settings = self._override_network(spec, classes, channels, normalize)
-        if (skeleton := _build_skeleton(settings)) is not None:
+        if (skeleton := build_known_skeleton(settings)) is not None:
             self._tensors_for(skeleton)  # before a network takes memory
         model = build_network(settings)
         self.load_into(model)
@@ -421,7 +421,7 @@ class Checkpoint:
             ModelError: As `with_network`.
         """
         settings = self._override_network(None, None, None, None)
-        return _build_skeleton(settings) or build_network(settings)
+        return build_known_skeleton(settings) or build_network(settings)
 
     def has_names_of(self, model: nn.Module) -> bool:
         """Return whether all tensors of `model`, but for optional ones, are here by their names."""
@@ -808,11 +808,6 @@ def _find_copies(
             if other in in_file and torch.equal(in_file[other], in_file[source]):
                 copies[other] = own_names.get(name, name)
     return copies
-
-
-def _build_skeleton(settings: NetworkSettings) -> nn.Module | None:
-    """Return a built-in network whose tensors take no memory; None if it cannot be built so."""
-    return build_skeleton(settings) if is_built_in(settings.spec) else None
 
 
 def _have_same_names(

@@ -14,11 +14,10 @@ from robustsoup.data import Data
 from robustsoup.errors import ModelError
 from robustsoup.models import (
     NetworkSettings,
+    build_known_skeleton,
     build_network,
-    build_skeleton,
     default_image_size,
     input_settings,
-    is_built_in,
 )
 from robustsoup.models.network import channel_constants
 
@@ -123,7 +122,21 @@ def describe_other_sizes(checkpoints: Iterable[Checkpoint], data: Data) -> Itera
         )
 
 
-def describe_class_order(network: NetworkSettings, data: Data) -> Iterator[str]:
+def describe_configuration(
+    network: NetworkSettings, data: Data, checkpoints: Iterable[Checkpoint]
+) -> Iterator[str]:
+    """Yield warnings on what the configuration of the network says, or does not say.
+
+    Args:
+        network: The network that the user names, with the constants that the user names.
+        data: The data.
+        checkpoints: Checkpoints as they were read, which may record constants.
+    """
+    yield from _describe_class_order(network, data)
+    yield from describe_missing_constants(network, checkpoints)
+
+
+def _describe_class_order(network: NetworkSettings, data: Data) -> Iterator[str]:
     """Yield a warning if the network's configuration has the data's classes in another order."""
     names, in_data = input_settings(network).class_names, data.record["classes"]
     if list(names) != list(in_data) and sorted(names) == sorted(in_data):
@@ -233,20 +246,20 @@ def infer_sizes(settings: NetworkSettings, checkpoint: Checkpoint) -> NetworkSet
         dependent = _find_sizes(expected, _shape_tensors(replace(more, normalize=None)), settings)
     except ModelError:  # the network takes no other numbers
         dependent = more
-    found = _find_sizes(expected, tensors, settings)
+    sizes = _find_sizes(expected, tensors, settings)
     parameters = list(model.parameters())
     if dependent.classes == settings.classes:
         rows = [len(parameter) for parameter in parameters if parameter.dim()]
-        found = replace(found, classes=rows[-1] if rows else found.classes)
+        sizes = replace(sizes, classes=rows[-1] if rows else sizes.classes)
     if dependent.channels == settings.channels:
         inputs = [parameter.shape[1] for parameter in parameters if parameter.dim() == 4]
-        found = replace(found, channels=inputs[0] if inputs else found.channels)
-    return found
+        sizes = replace(sizes, channels=inputs[0] if inputs else sizes.channels)
+    return sizes
 
 
 def _shape_tensors(settings: NetworkSettings) -> dict[str, Tensor]:
     """Return the tensors of a network, without values if possible."""
-    skeleton = build_skeleton(settings) if is_built_in(settings.spec) else None
+    skeleton = build_known_skeleton(settings)
     return network_tensors(build_network(settings) if skeleton is None else skeleton)
 
 

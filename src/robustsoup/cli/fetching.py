@@ -70,7 +70,7 @@ def _fetch_data(name: str, data_root: str | None) -> dict[str, object]:
     fetch = fetch_cifar10 if name == "cifar10" else fetch_cifar100
     return {
         "path": str(fetch(data_root)),
-        "next": f"robustsoup train --model resnet9 --data {name}{_option(data_root)} --threat "
+        "next": f"robustsoup train --model resnet9 --data {name}{_root_option(data_root)} --threat "
         '"Linf 8/255" -o base.safetensors',
     }
 
@@ -87,11 +87,11 @@ def _fetch_checkpoint(name: str, data_root: str | None, sha256: str | None) -> d
         "sha256": fetched.sha256,
         "first_seen": fetched.first_seen,
         "next": f'robustsoup evaluate "{fetched.path}" --model {model} --data cifar10'
-        f'{_option(data_root)} --threat "{threat}" --attack autoattack',
+        f'{_root_option(data_root)} --threat "{threat}" --attack autoattack',
     }
 
 
-def _option(data_root: str | None) -> str:
+def _root_option(data_root: str | None) -> str:
     return "" if data_root is None else f" --data-root {shlex.quote(data_root)}"
 
 

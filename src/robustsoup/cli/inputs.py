@@ -8,8 +8,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
-    describe_class_order,
-    describe_missing_constants,
+    describe_configuration,
     describe_other_sizes,
     resolve_network,
 )
@@ -143,10 +142,7 @@ def make_context(
     if network.model:
         build_network(settings)  # reports a wrong --model before any work
         opened = map(network.opening.open, checkpoints)
-        for text in (
-            *describe_class_order(settings, data),
-            *describe_missing_constants(settings, opened),
-        ):
+        for text in describe_configuration(settings, data, opened):
             print_warning(text)
     return Context(
         data,

@@ -3,6 +3,7 @@
 from robustsoup.models.libraries import InputSettings
 from robustsoup.models.network import NetworkSettings, network_settings_of
 from robustsoup.models.sources import (
+    build_known_skeleton,
     build_network,
     build_skeleton,
     complete_settings,
@@ -17,6 +18,7 @@ from robustsoup.models.sources import (
 __all__ = [
     "InputSettings",
     "NetworkSettings",
+    "build_known_skeleton",
     "build_network",
     "build_skeleton",
     "complete_settings",

@@ -217,6 +217,11 @@ def build_skeleton(settings: NetworkSettings) -> nn.Module | None:
             return None
 
 
+def build_known_skeleton(settings: NetworkSettings) -> nn.Module | None:
+    """Return what `build_skeleton` does for a spec that may be built; None for any other."""
+    return build_skeleton(settings) if is_built_in(settings.spec) else None
+
+
 def _find_library(spec: str) -> Library | None:
     """Return the library that a spec names as its source, if any."""
     entry = MODELS.get(spec.partition(":")[0])

@@ -132,8 +132,9 @@ def find_card(path: Path, digest: str) -> Path | None:
         text = read_regular(card, MAX_CARD_BYTES).decode()
     except (OSError, UnicodeDecodeError):
         return None
-    own = (line for line in text.splitlines() if line.startswith(OWN_DIGEST))  # no ingredient's
-    return card if "robustsoup card" in text and any(digest in line for line in own) else None
+    own_lines = [line for line in text.splitlines() if line.startswith(OWN_DIGEST)]
+    is_own = any(digest in line for line in own_lines)  # that of an ingredient stands elsewhere
+    return card if "robustsoup card" in text and is_own else None
 
 
 def is_own_card(path: Path) -> bool:

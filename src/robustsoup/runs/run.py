@@ -10,8 +10,7 @@ from robustsoup import distributed
 from robustsoup.checkpoints.checkpoint import Checkpoint
 from robustsoup.checkpoints.network import (
     choose_image_size,
-    describe_class_order,
-    describe_missing_constants,
+    describe_configuration,
     describe_other_sizes,
     resolve_network,
 )
@@ -138,10 +137,7 @@ def prepare_run(
     _check_goal(planner, data)
     files = list(planner.plan.files.values())
     if recipe.model:
-        planner.plan.warnings = (
-            *describe_class_order(network, data),
-            *describe_missing_constants(network, files),
-        )
+        planner.plan.warnings = tuple(describe_configuration(network, data, files))
     if files:
         files = [context.record_network(item) for item in files]
         check_ingredients([item.with_names_like(files[0]) for item in files])

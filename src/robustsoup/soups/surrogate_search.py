@@ -273,12 +273,7 @@ def requests_in_time(
 
 
 def count_late(search: SurrogateSearch, attacked: HitsByName) -> Late:
-    """Return what a search that the time limit ended did not attack.
-
-    Args:
-        search: The search.
-        attacked: For each attacked soup, its hits by measure.
-    """
+    """Return what a search that the time limit ended did not attack."""
     begun = [request for request in search.last_requests(attacked) if request.after is not None]
     return Late(len(search.names) - len(attacked), len(begun))
 
