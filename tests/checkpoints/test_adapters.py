@@ -361,6 +361,20 @@ def test_factors_that_are_quantized_are_refused(base, tmp_path):
         Checkpoint.load(write_adapter(tmp_path / "a", factors))
 
 
+@pytest.mark.parametrize("module", ["mid", "head"])
+def test_a_base_that_ties_an_adapted_weight_is_refused(tmp_path, module):
+    tensors = make_base()
+    tensors |= {f"{name}_copy.weight": tensors[f"{name}.weight"] for name in ("mid", "head")}
+    torch.save(tensors, tmp_path / "base.pth")
+    factors = {name: t for name, t in make_factors().items() if "conv" in name or module == "mid"}
+    if module == "head":
+        factors["base_model.model.head.weight"] = torch.ones(3, 5)
+    folder = write_adapter(tmp_path / "a", factors, base="../base.pth", modules_to_save=["head"])
+    text = rf"changes {module}\.weight, but {module}.* are one weight in the base"
+    with pytest.raises(CheckpointError, match=text):
+        Checkpoint.load(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_a_quantized_base_is_refused(tmp_path, dtype):
     tensors = make_base()

@@ -1,5 +1,7 @@
 """Single-bit flips and truncations of every file of tensors: noticed, or without effect."""
 
+import math
+
 import pytest
 import torch
 from mutations import cut_short, flip_bits
@@ -120,20 +122,30 @@ def test_a_mapped_file_is_verified_once_while_it_keeps_its_state(tmp_path, monke
     monkeypatch.setattr(mapped, "RACY_SECONDS", -1.0)
     path = Checkpoint({"a": torch.ones(8)}).save(tmp_path / f"a{ending}")
     Checkpoint.load(path)
-    assert not mapped.MappedFile.of(path).verified
+    assert not mapped.MappedFile.of(path).is_verified(None)
     opened = Checkpoint.open(path)
-    assert opened.source.verified
+    assert opened.source.is_verified(None)
     copy = tmp_path / f"b{ending}"
     copy.write_bytes(path.read_bytes())
-    assert not mapped.MappedFile.of(copy).verified
+    assert not mapped.MappedFile.of(copy).is_verified(None)
     path.write_bytes(path.read_bytes())
-    assert not mapped.MappedFile.of(path).verified
+    assert not mapped.MappedFile.of(path).is_verified(None)
+
+
+def test_each_set_of_weights_of_a_file_is_checked_for_nan(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "_verified", set())
+    monkeypatch.setattr(mapped, "RACY_SECONDS", -1.0)
+    weights, broken = {"a": torch.ones(8)}, {"a": torch.full((8,), math.nan)}
+    torch.save({"model": weights, "model_ema": broken}, path := tmp_path / "a.pth")
+    assert torch.equal(Checkpoint.open(path, key="model").tensors["a"], torch.ones(8))
+    with pytest.raises(CheckpointError, match="a holds NaN"):
+        Checkpoint.open(path, key="model_ema")
 
 
 def test_a_file_that_may_change_within_a_tick_of_its_clock_is_verified_again(tmp_path, monkeypatch):
     monkeypatch.setattr(mapped, "RACY_SECONDS", 1e6)
     path = Checkpoint({"a": torch.ones(8)}).save(tmp_path / "a.safetensors")
-    assert not Checkpoint.open(path).source.verified
+    assert not Checkpoint.open(path).source.is_verified(None)
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):

@@ -42,6 +42,10 @@ def test_addresses():
     assert HubAddress.parse("hf://org/name") == HubAddress("org/name")
     parsed = HubAddress.parse("hf://org/name@v1.0/sub/model.pt")
     assert parsed == HubAddress("org/name", "v1.0", "sub/model.pt")
+    parsed = HubAddress.parse("hf://org/name@refs/pr/7/sub/model.pt")
+    assert parsed == HubAddress("org/name", "refs/pr/7", "sub/model.pt")
+    parsed = HubAddress.parse("hf://org/name@exp%2Feps4/model.pt")
+    assert parsed == HubAddress("org/name", "exp/eps4", "model.pt")
     for wrong in ("hf://org", "hf://org/name/../x", "hf://org/na me", "hf:///org/name"):
         with pytest.raises(CheckpointError, match="expected hf://ORG/NAME"):
             HubAddress.parse(wrong)

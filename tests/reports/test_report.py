@@ -28,7 +28,7 @@ from synthetic_results import (
 
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.intervals import Accuracy
-from robustsoup.reports import style, write_report
+from robustsoup.reports import chart_data, style, write_report
 from robustsoup.reports.best import BestRule
 from robustsoup.reports.chart_data import describe_row
 from robustsoup.reports.commands import list_commands
@@ -366,6 +366,21 @@ def test_a_missing_coefficients_file_leaves_out_its_section_alone(tmp_path, resu
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_the_coefficients_of_the_chosen_soup_are_drawn_first(tmp_path, results, monkeypatch):
+    add_dial_and_greedy(tmp_path, results)
+    results["figures"] = []
+    results["selection"]["chosen"] = "dial-0.7"
+    monkeypatch.setattr(chart_data, "MOST_SHARES", 3 * len(LAYERS))
+    text = write_and_read_report(tmp_path, results)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    rows = data["rows"]
+    assert [rows[item["row"]]["name"] for item in data["layers"]] == ["dial-0.7"]
+    tables = {row["name"]: row["table"] for row in rows if row["table"]}
+    assert tables["dial-0"] == "coefficients/dial-0.csv"
+    assert all((tmp_path / table).exists() for table in tables.values())
+
+
+@pytest.mark.usefixtures("blank_figures")
 def test_a_table_is_never_written_outside_the_run_folder(tmp_path, results):
     make_coefficients(LAYERS, 3).save(tmp_path / "elsewhere.safetensors")
     (tmp_path / "run").mkdir()
@@ -508,7 +523,7 @@ def test_the_vendored_scripts_are_the_published_files():
         ({"attack": "autoattack", "loss": "", "steps": 0}, "--attack autoattack"),
         (
             {"attack": "strong", "loss": "", "steps": 20},
-            "--attack strong --steps 20 --n-queries 700 --eot 3",
+            "--attack strong --steps 20 --n-queries 700 --targets 3 --eot 3",
         ),
         ({"search_precision": "bfloat16"}, "--steps 50 --precision bfloat16"),
         ({"report_on": "val", "samples": {"val": 500}}, "--split val --samples 500 --steps 50"),
@@ -519,7 +534,7 @@ def test_the_command_that_judges_the_soup_runs_the_attack_of_the_run(tmp_path, a
     content = make_results(tmp_path)
     content["protocol"] |= attack
     if attack.get("attack") == "strong":
-        content["recipe"]["evaluate"] = {"n_queries": 700, "eot": 3}
+        content["recipe"]["evaluate"] = {"n_queries": 700, "targets": 3, "eot": 3}
     content["soup"] = "soup.safetensors"
     results = Results.from_json(content, "results.json")
     (command,) = [text for name, text in list_commands(results) if name == "Judge"]

@@ -84,6 +84,16 @@ def test_a_buffer_of_nan_is_refused_before_training(fit):
         fit(Masked(math.nan), data, on_progress=pytest.fail)
 
 
+def test_training_keeps_constants_with_infinity():
+    data = rs.load_data("digits").train.first(32)
+    averaged = rs.train(Masked(), data, threat="clean", epochs=1, ema=0.9, device="cpu")
+    threats = ["Linf 8/255", "clean"]
+    ends = rs.train_subspace(Masked(), data, threats, epochs=2, batch_size=8, device="cpu")
+    for item in (averaged, *ends):
+        assert torch.equal(item.tensors["target_mask"], Masked().target_mask)
+        assert torch.equal(item.tensors["bounds"], Masked().bounds)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_an_earlier_file_stays(bad, tmp_path):
     path = ingredients()[0].save(tmp_path / "soup.safetensors")

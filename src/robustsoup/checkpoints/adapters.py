@@ -138,7 +138,10 @@ def _is_positive(value: object) -> bool:
 
 
 def merge_adapter(
-    adapter: Adapter, factors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+    adapter: Adapter,
+    factors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    tied: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Return the tensors of the base with the adapter merged in.
 
@@ -148,9 +151,10 @@ def merge_adapter(
         adapter: The adapter.
         factors: The tensors of its file.
         base: The tensors of the base, under the names of its modules, perhaps below a prefix.
+        tied: The other name of each tensor of the base that has two.
 
     Raises:
-        CheckpointError: A tensor is not understood, or does not fit the base.
+        CheckpointError: A tensor is not understood, does not fit the base, or has two names there.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
@@ -171,12 +175,28 @@ def merge_adapter(
     for module, pair in pairs.items():
         name = f"{prefix}{module}.weight"
         weight = merged[name]
+        _refuse_tied(adapter, name, tied)
         _refuse_quantized(adapter, name, weight)
         delta = _multiply(adapter, module, pair, weight)
         merged[name] = (weight.float() + delta).to(weight.dtype)
     for name, tensor in replaced.items():
+        _refuse_tied(adapter, prefix + name, tied)
         merged[prefix + name] = _check_replaced(adapter, prefix + name, tensor, base)
     return merged
+
+
+def _refuse_tied(adapter: Adapter, name: str, tied: Mapping[str, str]) -> None:
+    """Refuse to change a weight under one of its two names: the network would keep the other.
+
+    Raises:
+        CheckpointError: Names both.
+    """
+    names = next((names for names in tied.items() if name in names), None)
+    if names is not None:
+        raise CheckpointError(
+            f"{adapter.folder}: changes {name}, but {names[0]} and {names[1]} are one weight in "
+            "the base; merge the adapter with peft (merge_and_unload) and use the merged network"
+        )
 
 
 def _refuse_quantized(adapter: Adapter, name: str, weight: Tensor) -> None:

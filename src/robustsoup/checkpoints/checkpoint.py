@@ -217,7 +217,7 @@ class Checkpoint:
                 f"{adapter.folder}: the adapter is its own base; set --adapter-base"
             ) from None
         factors = read_checkpoint(adapter.weights, mapped=True).tensors
-        tensors = merge_adapter(adapter, factors, base.tensors)
+        tensors = merge_adapter(adapter, factors, base.tensors, base.tied)
         before = base.provenance
         kept = ["parameters", "tied", "statistics"]
         if all(tensor.shape == tensors[name].shape for name, tensor in base.tensors.items()):

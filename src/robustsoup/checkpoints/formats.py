@@ -92,7 +92,7 @@ def _read_open_checkpoint(
     path: Path, file: BufferedReader, *, mapped: bool, key: str | None
 ) -> StoredCheckpoint:
     source = MappedFile.of(path, file.fileno()) if mapped else None
-    verified = source is not None and source.verified
+    verified = source is not None and source.is_verified(key)
     notes: tuple[str, ...] = ()
     if path.suffix == SAFETENSORS:
         content, record = _read_safetensors_record(path, file, mapped=mapped, verified=verified)
@@ -114,7 +114,7 @@ def _read_open_checkpoint(
         _check_finite(stored, path)
     if source is not None:
         source.check_unchanged()
-        source.remember_verified()
+        source.remember_verified(key)
     return stored
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from robustsoup.checkpoints.transfers import (
     INSTALL_LINES,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _HUB_ADDRESS = re.compile(
-    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?", re.ASCII
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?"
+    r"(/(?P<file>.+))?",
+    re.ASCII,
 )
 _BLOCK = 2**24
 
@@ -34,7 +37,8 @@ class HubAddress:
 
     Attributes:
         repo: ORG/NAME.
-        revision: A branch, tag or commit; None for the default branch.
+        revision: A branch, tag or commit; None for the default branch. An address spells a slash
+            in it as %2F, except that of refs/pr/NUMBER and refs/convert/NAME.
         file: A file of the repository; None if the address names none.
     """
 
@@ -52,7 +56,8 @@ class HubAddress:
         found = _HUB_ADDRESS.fullmatch(address)
         if found is None or ".." in (found["file"] or "").split("/"):
             raise CheckpointError(f"{address}: expected hf://ORG/NAME[@REVISION][/FILE]")
-        return cls(found["repo"], found["revision"], found["file"])
+        revision = found["revision"] and unquote(found["revision"])
+        return cls(found["repo"], revision, found["file"])
 
 
 def import_hub(address: str) -> "ModuleType":

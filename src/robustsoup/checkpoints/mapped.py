@@ -11,7 +11,7 @@ RACY_SECONDS = 2.0
 """A file may be changed again within one tick of its clock, so a file younger than this is compared
 with its digests each time that it is opened."""
 
-_verified: set["MappedFile"] = set()
+_verified: set[tuple["MappedFile", str | None]] = set()
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,18 @@ class MappedFile:
         state = path.stat() if descriptor is None else os.fstat(descriptor)
         return cls(path, state.st_size, state.st_mtime_ns, (state.st_dev, state.st_ino))
 
-    @property
-    def verified(self) -> bool:
-        """Whether this process has verified the content of the file in this state."""
-        return self in _verified
+    def is_verified(self, key: str | None) -> bool:
+        """Return whether this process has verified a set of weights of the file in this state."""
+        return (self, key) in _verified
 
-    def remember_verified(self) -> None:
-        """Spare later calls of this process the verification while the file keeps its state."""
+    def remember_verified(self, key: str | None) -> None:
+        """Spare later calls of this process the verification while the file keeps its state.
+
+        Args:
+            key: The set of weights that was verified, if the file has several.
+        """
         if time.time_ns() - self.modified_ns > RACY_SECONDS * 1e9:
-            _verified.add(self)
+            _verified.add((self, key))
 
     def check_unchanged(self) -> None:
         """Check that the tensors can be read; reading past the end of a file kills the process.

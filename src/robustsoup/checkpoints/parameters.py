@@ -48,6 +48,16 @@ def is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def list_averageable(model: nn.Module) -> set[str]:
+    """Return the names of a network's parameters and buffers that can be averaged.
+
+    They are those of real or complex numbers without infinity, which only constants may hold: the
+    difference of two infinities is NaN.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name for name, item in tensors.items() if is_inexact(item) and item.isfinite().all()}
+
+
 def inexact_parameters(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> dict[str, nn.Parameter]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def evaluate_command(
     checkpoints: Files,
     data: DataOptions,
-    attack: Annotated[AttackSettings, Fields(omit=("targets",))],
+    attack: Annotated[AttackSettings, Fields()],
     network: NetworkOptions,
     run: RunOptions,
     threat: Threats = [],

@@ -20,7 +20,7 @@ from robustsoup.reports.measures import (
     list_compared_measures,
 )
 from robustsoup.reports.planes import LossPlane
-from robustsoup.reports.tables import name_ingredients, name_layer
+from robustsoup.reports.tables import name_coefficient_table, name_ingredients, name_layer
 from robustsoup.runs.results import ResultRow, Results
 from robustsoup.soups.coefficients import Coefficients
 from robustsoup.soups.explanation import describe_fitting, describe_soup
@@ -128,6 +128,7 @@ def _describe_row(row: ResultRow, results: Results, rule: BestRule) -> dict[str,
         "what": describe_row(row, results),
         "ingredients": row.ingredients or (),
         "shares": row.coefficients or (),
+        "table": row.coefficients_file and name_coefficient_table(row.coefficients_file),
         "at": row.at,
         "equals": row.ingredient,
         "candidate": rule.is_candidate(row),
@@ -231,10 +232,10 @@ def _describe_group(section: str, rows: Sequence[ResultRow], results: Results) -
 
 
 def _list_layers(run: StoredRun) -> list[dict[str, Any]]:
-    """List the coefficients by layer of each soup whose file can be read, up to MOST_SHARES."""
+    """List the coefficients by layer of soups, the chosen one first, up to MOST_SHARES."""
     soups: list[dict[str, Any]] = []
     total = 0
-    for number, coefficients in _read_coefficients(run.results.rows, run.folder):
+    for number, coefficients in _read_coefficients(run.results, run.folder):
         total += coefficients.alpha.numel()
         if total > MOST_SHARES:
             break
@@ -252,10 +253,10 @@ def _list_layers(run: StoredRun) -> list[dict[str, Any]]:
     return soups
 
 
-def _read_coefficients(
-    rows: Sequence[ResultRow], folder: Path
-) -> Iterator[tuple[int, Coefficients]]:
-    for number, row in enumerate(rows):
+def _read_coefficients(results: Results, folder: Path) -> Iterator[tuple[int, Coefficients]]:
+    """Read the files of coefficients that can be read: that of the chosen soup, then the others."""
+    chosen = None if results.selection is None else results.selection.chosen
+    for number, row in sorted(enumerate(results.rows), key=lambda item: item[1].name != chosen):
         if row.coefficients_file:
             try:
                 yield number, Coefficients.load(folder / row.coefficients_file)

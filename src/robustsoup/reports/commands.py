@@ -95,6 +95,8 @@ def _attack_options(protocol: EvaluationProtocol, evaluate: Mapping[str, Any]) -
         words += ["--n-queries" if protocol.attack == "square" else "--steps", str(protocol.steps)]
     if protocol.attack == "strong" and (queries := evaluate.get("n_queries")):
         words += ["--n-queries", str(queries)]
+    if targets := evaluate.get("targets"):
+        words += ["--targets", str(targets)]
     if (passes := evaluate.get("eot", 1)) != 1:
         words += ["--eot", str(passes)]
     if protocol.search_precision != "float32":

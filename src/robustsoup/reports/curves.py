@@ -169,7 +169,7 @@ def _plot_curves(
         f"Clean accuracy against robust accuracy at {scale.measure} on {scale.split} of "
         f"{len(rows)} learned soups, by section{squares}."
     )
-    return Plot(stem, figure, caption, _tabulate_curves(panels, scale))
+    return Plot(stem, figure, caption, _tabulate_curves(panels, scale, results.protocol))
 
 
 def _draw_curve_panel(axes: Axes, panel: _CurvePanel, scale: PlotScale) -> None:
@@ -260,7 +260,9 @@ def _spread_over_markers(axes: Axes, xy: np.ndarray) -> np.ndarray:
     return axes.transData.inverted().transform(pixels.reshape(-1, 2))
 
 
-def _tabulate_curves(panels: Sequence[_CurvePanel], scale: PlotScale) -> tuple[Table, ...]:
+def _tabulate_curves(
+    panels: Sequence[_CurvePanel], scale: PlotScale, protocol: EvaluationProtocol
+) -> tuple[Table, ...]:
     lines: list[dict[str, Cell]] = []
     for panel in panels:
         if panel.two_best is None:
@@ -273,9 +275,8 @@ def _tabulate_curves(panels: Sequence[_CurvePanel], scale: PlotScale) -> tuple[T
                 "from": clean.name,
                 "to": robust.name,
             }
-            corners = scale.coordinates(panel.two_best)
-            points = scale.coordinates(curve.rows)
-            lines.append(ends | tabulate_gaps(corners, points, curve.labels))
+            gaps = tabulate_gaps(panel.two_best, curve.rows, curve.labels, scale, protocol)
+            lines.append(ends | gaps)
     if not lines:
         return ()
     title = f"Above the line between the grid's two best soups, {scale.measure}"

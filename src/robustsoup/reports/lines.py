@@ -93,10 +93,22 @@ def gaps_above_chord(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def tabulate_gaps(
-    ends: np.ndarray, points: np.ndarray, labels: Sequence[str], exact: Sequence[bool] | bool = True
+    ends: Sequence[ResultRow],
+    points: Sequence[ResultRow],
+    labels: Sequence[str],
+    scale: PlotScale,
+    protocol: EvaluationProtocol,
 ) -> dict[str, Cell]:
-    """Tabulate how far exact points lie above the line between two ends, as cells of one line."""
-    gaps = np.where(exact, gaps_above_chord(ends, points), np.nan)
+    """Tabulate how far points lie above the line between two ends, as cells of one line.
+
+    Points whose accuracy is an estimate or a bound are not comparable, nor is any with such an end.
+    """
+    exact = [
+        all(is_exact(row, scale.split, scale.measure, protocol) for row in (*ends, point))
+        for point in points
+    ]
+    gaps = gaps_above_chord(scale.coordinates(ends), scale.coordinates(points))
+    gaps = np.where(exact, gaps, np.nan)
     comparable = np.isfinite(gaps)
     best = int(np.nanargmax(gaps)) if comparable.any() else None
     return {
@@ -202,10 +214,9 @@ def _label_line_panel(axes: Axes, rows: Sequence[ResultRow], scale: PlotScale) -
 def _tabulate_lines(lines: Lines, scale: PlotScale, protocol: EvaluationProtocol) -> Table:
     table_lines: list[dict[str, Cell]] = []
     for section, rows in lines.items():
-        xy, between = scale.coordinates(rows), rows[1:-1]
+        ends, between = (rows[0], rows[-1]), rows[1:-1]
         weights = [f"{_second_weight(row):.3g}" for row in between]
-        exact = [is_exact(row, scale.split, scale.measure, protocol) for row in between]
         first, second = rows[0].ingredients or ()
-        ends: dict[str, Cell] = {"line": section, "from": first, "to": second}
-        table_lines.append(ends | tabulate_gaps(xy[[0, -1]], xy[1:-1], weights, exact))
+        names: dict[str, Cell] = {"line": section, "from": first, "to": second}
+        table_lines.append(names | tabulate_gaps(ends, between, weights, scale, protocol))
     return Table(f"Above the straight line, {scale.measure}", GAP_SUMMARY, table_lines)

@@ -127,7 +127,7 @@ def write_coefficient_tables(rows: Iterable[ResultRow], folder: Path) -> list[tu
     for row in rows:
         if not row.coefficients_file:
             continue
-        name = f"coefficients/{Path(row.coefficients_file).stem}.csv"
+        name = name_coefficient_table(row.coefficients_file)
         try:
             coefficients = Coefficients.load(folder / row.coefficients_file)
             names = name_ingredients(row, coefficients)
@@ -135,6 +135,11 @@ def write_coefficient_tables(rows: Iterable[ResultRow], folder: Path) -> list[tu
         except RequestError as error:
             failures.append((name, str(error)))
     return failures
+
+
+def name_coefficient_table(file: str) -> str:
+    """Return the path of the table of a file of coefficients, relative to the run folder."""
+    return f"coefficients/{Path(file).stem}.csv"
 
 
 def name_ingredients(row: ResultRow, coefficients: Coefficients) -> list[str]:

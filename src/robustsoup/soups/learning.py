@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustsoup import distributed
 from robustsoup.catalog import BUFFER_POLICIES
 from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.provenance import check_same_split
@@ -19,7 +18,7 @@ from robustsoup.errors import RequestError
 from robustsoup.fingerprint import entry_fingerprint
 from robustsoup.gradients import gradients_enabled
 from robustsoup.models import network_fingerprint
-from robustsoup.progress import Progress, SavedState
+from robustsoup.progress import Progress
 from robustsoup.settings import DialSettings, LearnSettings, accepts_settings, make_settings
 from robustsoup.soups.coefficients import Coefficients, Dial
 from robustsoup.soups.granularity import layer_groups
@@ -27,7 +26,7 @@ from robustsoup.soups.ingredients import choose_place
 from robustsoup.soups.learning_run import LearningInputs, LearningRun
 from robustsoup.soups.mixing import check_buffer_policy, open_ingredients
 from robustsoup.tracking import OnEpoch
-from robustsoup.training.loop import run_epochs
+from robustsoup.training.loop import resume, run_epochs
 from robustsoup.training.objectives import Objective
 from robustsoup.training.recomputation import check_recomputation
 from robustsoup.training.schedules import check_schedule
@@ -263,8 +262,5 @@ def _finish_run(
     fingerprint += [entry_fingerprint(BUFFER_POLICIES, run.settings.buffers)]
     fingerprint += [transform_fingerprint(run.settings), *augmentation_fingerprint(run.data)]
     check_same_training(run.data, fingerprint, run.settings, run.inputs.device)
-    own_path = state_path if distributed.is_first() else None
-    saved = SavedState(own_path, json.dumps(fingerprint, sort_keys=True))
-    with saved.refuse_malformed():
-        run.restore(distributed.from_first(saved.load))
+    saved = resume(run, state_path, json.dumps(fingerprint, sort_keys=True))
     run_epochs(run, saved, on_progress, on_epoch)

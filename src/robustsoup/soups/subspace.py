@@ -14,18 +14,16 @@ from torch import Tensor, nn
 from robustsoup import distributed
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
-from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, as_network
+from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.fitting import load_tensors
-from robustsoup.checkpoints.formats import refuse_broken
-from robustsoup.checkpoints.parameters import is_inexact
+from robustsoup.checkpoints.parameters import list_averageable
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.device import resolve_device, resolve_precision
 from robustsoup.errors import CoefficientError, RequestError
 from robustsoup.gradients import gradients_enabled
 from robustsoup.models import network_fingerprint
-from robustsoup.models.fit import check_fit, check_training
-from robustsoup.progress import Progress, SavedState
+from robustsoup.progress import Progress
 from robustsoup.seeding import keyed_generator
 from robustsoup.settings import (
     TrainSettings,
@@ -38,7 +36,7 @@ from robustsoup.soups.batchnorm import recalibrate
 from robustsoup.threats import CLEAN, ThreatModel
 from robustsoup.tracking import OnEpoch
 from robustsoup.training.accumulation import add_gradients, attack_parts
-from robustsoup.training.loop import History, check_step_loss, run_epochs
+from robustsoup.training.loop import History, check_step_loss, resume, run_epochs
 from robustsoup.training.objectives import Objective, mixed
 from robustsoup.training.optimizer import (
     clip_gradients,
@@ -46,7 +44,7 @@ from robustsoup.training.optimizer import (
     make_optimizer,
     prepare_network,
 )
-from robustsoup.training.recomputation import check_recomputation, recomputed_activations
+from robustsoup.training.recomputation import recomputed_activations
 from robustsoup.training.schedules import check_schedule, learning_rate
 from robustsoup.training.sharing import (
     BatchShare,
@@ -55,7 +53,7 @@ from robustsoup.training.sharing import (
     share_loss_pass,
     synchronised_batchnorm,
 )
-from robustsoup.training.train import TrainingInputs, check_trainable, inherited_record
+from robustsoup.training.train import TrainingInputs, inherited_record, open_trainable
 from robustsoup.training.transforms import (
     augmentation_fingerprint,
     take_transform,
@@ -137,15 +135,7 @@ def train_subspace(
         objective=Objective.parse(settings.objective),
         precision=resolve_precision(settings.precision, place),
     )
-    model = copy_network(as_network(network))
-    origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
-    check_fit(model, data, [*ends, *settings.also])
-    check_trainable(model)
-    check_training(model, data, settings.batch_size)
-    if settings.recompute_activations:
-        check_recomputation(model)
-    start = Checkpoint.of(model)
-    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
+    model, origin, start = open_trainable(network, data, [*ends, *settings.also], settings)
     inputs = TrainingInputs(data, None, None, settings)
     names = [str(threat) for threat in ends]
     drawn = {} if at_ends is None else {"at_ends": at_ends}
@@ -156,10 +146,7 @@ def train_subspace(
     functions = [run.objective.fingerprint, transform_fingerprint(settings)]
     functions += augmentation_fingerprint(data)
     fingerprint = json.dumps([*work, *functions], sort_keys=True)
-    own_path = state_path if distributed.is_first() else None
-    saved = SavedState(own_path, fingerprint)
-    with saved.refuse_malformed():
-        run.restore(distributed.from_first(saved.load))
+    saved = resume(run, state_path, fingerprint)
     run_epochs(run, saved, on_progress, on_epoch)
     identity = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     inherited = inherited_record(run.inputs, origin)
@@ -191,6 +178,7 @@ class SubspaceRun:
             settings.label_smoothing
         )
         self.ends = [copy_network(self.model) for _ in threats]
+        self._averaged = list_averageable(self.model)
         self.loss_model = share_loss_pass(self.model, inputs.data)
         self.optimizers = [make_optimizer(end, settings) for end in self.ends]
         self.epochs, self.precision = settings.epochs, settings.precision
@@ -256,7 +244,7 @@ class SubspaceRun:
         mixed_tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         parts = [{**dict(end.named_parameters()), **dict(end.named_buffers())} for end in self.ends]
         for name, tensor in mixed_tensors.items():
-            if not is_inexact(tensor):
+            if name not in self._averaged:
                 tensor.copy_(parts[0][name])
                 continue
             tensor.zero_()
@@ -307,7 +295,7 @@ class SubspaceRun:
                 group["lr"] = rate
             optimizer.step()
             for name, buffer in end.named_buffers():
-                if is_inexact(buffer):
+                if name in self._averaged:
                     buffer.add_(after[name] - before[name], alpha=weight)
                 else:
                     buffer.copy_(after[name])

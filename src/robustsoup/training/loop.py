@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -69,9 +70,32 @@ class StepwiseRun(Protocol):
         """Return the first layer whose state is not finite, or None."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Return the state that resuming the run needs."""
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Resume from a saved state; None starts a new run."""
         ...
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that `restore` needs."""
+        ...
+
+
+def resume(
+    run: StepwiseRun, state_path: str | os.PathLike[str] | None, fingerprint: str
+) -> SavedState:
+    """Restore the state that an earlier call saved, if it did the same work.
+
+    Args:
+        run: A new run.
+        state_path: File of the state; None saves none. Only the first process uses it.
+        fingerprint: What identifies the work.
+
+    Returns:
+        Where the state is saved from now on.
+    """
+    saved = SavedState(state_path if distributed.is_first() else None, fingerprint)
+    with saved.refuse_malformed():
+        run.restore(distributed.from_first(saved.load))
+    return saved
 
 
 def run_epochs(

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.forward import set_mode
-from robustsoup.checkpoints.parameters import find_power_vectors, is_inexact
+from robustsoup.checkpoints.parameters import find_power_vectors, list_averageable
 from robustsoup.settings import TrainSettings
 
 
@@ -75,7 +75,7 @@ class WeightAverage:
     After step t = 0, 1, ...: average += (1 - d) * (weights - average) with
     d = min(decay, (1 + t) / (10 + t)), so that a short run does not keep its initial weights. The
     average starts as a copy of the network. Statistics are averaged as the weights are, since they
-    belong to them; integer buffers and the vectors of `spectral_norm` are copied.
+    belong to them; integers, constants with infinity and the vectors of `spectral_norm` are copied.
 
     Attributes:
         model: The averaged network, in eval mode.
@@ -84,15 +84,17 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.model = decay, copy_network(model)
         set_mode(self.model, training=False)
+        power_vectors = find_power_vectors(_parameters_and_buffers(model))
+        vectors = {name for names in power_vectors for name in (names.u, names.v)}
+        self._averaged = list_averageable(model) - vectors
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Update the average with the weights of `model` after step `step`, counted from 0."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         latest = _parameters_and_buffers(model)
-        vectors = {name for names in find_power_vectors(latest) for name in (names.u, names.v)}
         for name, average in _parameters_and_buffers(self.model).items():
-            if is_inexact(average) and name not in vectors:
+            if name in self._averaged:
                 average.lerp_(latest[name].detach(), share)
             else:
                 average.copy_(latest[name])

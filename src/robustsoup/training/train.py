@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from robustsoup.errors import ModelError, RequestError
 from robustsoup.gradients import gradients_enabled
 from robustsoup.models import network_fingerprint
 from robustsoup.models.fit import check_fit, check_training
-from robustsoup.progress import Progress, SavedState
+from robustsoup.progress import Progress
 from robustsoup.settings import (
     EarlyStop,
     TrainSettings,
@@ -43,10 +43,11 @@ from robustsoup.settings import (
     plain_number,
     to_record,
 )
+from robustsoup.threats import ThreatModel
 from robustsoup.tracking import OnEpoch
 from robustsoup.training.accumulation import add_gradients, attack_parts
 from robustsoup.training.adversarial_loss import measure_robust_loss
-from robustsoup.training.loop import History, check_step_loss, run_epochs
+from robustsoup.training.loop import History, check_step_loss, resume, run_epochs
 from robustsoup.training.objectives import Objective
 from robustsoup.training.optimizer import (
     WeightAverage,
@@ -143,15 +144,7 @@ def train(
         objective=Objective.parse(settings.objective),
         precision=resolve_precision(settings.precision, resolved_device),
     )
-    model = copy_network(as_network(network))
-    origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
-    check_fit(model, data, list(settings.threats))
-    check_trainable(model)
-    check_training(model, data, settings.batch_size)
-    if settings.recompute_activations:
-        check_recomputation(model)
-    start = Checkpoint.of(model)
-    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
+    model, origin, start = open_trainable(network, data, settings.threats, settings)
     inputs = TrainingInputs(data, val, _open_checked_synthetic(settings, data), settings)
     check_same_training(inputs.data, [start.digest, inputs.record], settings, resolved_device)
     run = TrainingRun(model, inputs.to(resolved_device))
@@ -159,10 +152,7 @@ def train(
     work += [network_fingerprint(model), list_frozen(model)]
     work += [run.objective.fingerprint, checkpoint_every]
     work += [transform_fingerprint(settings), *augmentation_fingerprint(data)]
-    own_path = state_path if distributed.is_first() else None
-    saved = SavedState(own_path, json.dumps(work, sort_keys=True))
-    with saved.refuse_malformed():
-        run.restore(distributed.from_first(saved.load))
+    saved = resume(run, state_path, json.dumps(work, sort_keys=True))
 
     def pass_checkpoint() -> None:
         epoch = len(run.history)
@@ -174,6 +164,33 @@ def train(
 
     run_epochs(run, saved, on_progress, on_epoch, pass_checkpoint)
     return _make_checkpoint(run, origin)
+
+
+def open_trainable(
+    network: nn.Module | CheckpointLike,
+    data: Split,
+    threats: Sequence[ThreatModel],
+    settings: TrainSettings,
+) -> tuple[nn.Module, Checkpoint | None, Checkpoint]:
+    """Copy a network, and check before anything is trained that it can be.
+
+    Returns:
+        The copy, the checkpoint that holds the network, None for a module, and its weights.
+
+    Raises:
+        CheckpointError: If it holds NaN, or infinity outside of constants.
+        ModelError: If it does not fit the data, or all of it is frozen.
+    """
+    model = copy_network(as_network(network))
+    origin = None if isinstance(network, nn.Module) else Checkpoint.load(network)
+    check_fit(model, data, list(threats))
+    _check_trainable(model)
+    check_training(model, data, settings.batch_size)
+    if settings.recompute_activations:
+        check_recomputation(model)
+    start = Checkpoint.of(model)
+    refuse_broken(start.tensors, "network", start.constants)  # it could not be saved later
+    return model, origin, start
 
 
 def check_early_stop(early_stop: EarlyStop | None, val: Split | None) -> None:
@@ -366,7 +383,7 @@ def _check_checkpoint_interval(interval: int | None, on_checkpoint: OnCheckpoint
         )
 
 
-def check_trainable(model: nn.Module) -> None:
+def _check_trainable(model: nn.Module) -> None:
     """Raise ModelError if every parameter is frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(

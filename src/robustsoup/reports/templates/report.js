@@ -337,8 +337,9 @@
     for (const dial of dials) dial.follow(row);
     if (!found) {
       place.replaceChildren();
-      byId("coefficients-caption").textContent = row
-        ? `${row.name} has no coefficients${row.candidate ? " on record" : ": it is no soup"}. Choose a soup above.` : "";
+      const why = row?.table ? `are not drawn here; see ${row.table}`
+        : row?.candidate ? "are not on record" : "do not exist: it is no soup";
+      byId("coefficients-caption").textContent = row ? `The coefficients of ${row.name} ${why}. Choose a soup above.` : "";
       return;
     }
     const cells = found.layers.flatMap((layer, i) =>
