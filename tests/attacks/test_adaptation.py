@@ -103,6 +103,7 @@ class Fails(nn.Module):
 
 WRAPS = {
     "tuple": lambda z: (z, z.sum()),
+    "loss first": lambda z: (z.sum(), z),
     "nested": lambda z: ((z, 1), 2),
     "list": lambda z: [z],
     "dict": lambda z: {"features": 0, "logits": z},
@@ -223,6 +224,25 @@ def test_networks_that_view_run_in_the_contiguous_format(plain, images):
     assert (len(network._forward_pre_hooks), len(network._forward_hooks)) == hooks
     copied = copy_network(network)
     torch.testing.assert_close(copied(channels_last), plain(images))
+
+
+def test_networks_that_view_in_train_mode_alone_are_trained_in_the_contiguous_format(images):
+    class ViewsInTraining(Views):
+        def forward(self, x):
+            return super().forward(x) if self.training else Plain.forward(self, x)
+
+    network = ViewsInTraining()
+    adapt_network(network, images)
+    check_train_mode(network, images)
+    network.train()(images.contiguous(memory_format=torch.channels_last)).sum().backward()
+
+
+def test_networks_with_three_dimensional_convolutions_are_adapted(images):
+    network = nn.Sequential(
+        nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 2, 1), nn.Flatten(), nn.Linear(128, 10)
+    )
+    expected = network(images)
+    torch.testing.assert_close(adapt_network(network, images), expected.detach())
 
 
 @pytest.mark.parametrize("kind", [Views, InPlace, Keeps, WeightNorm, SpectralNorm])

@@ -481,7 +481,10 @@ def test_a_checkpoint_of_a_built_network_records_it():
 
 
 def test_without_a_record_a_network_must_be_named():
-    with pytest.raises(ModelError, match="does not record its network; set --model"):
+    with pytest.raises(
+        ModelError,
+        match=r"^checkpoint \w+: does not record its network; set --model .*with_network",
+    ):
         Checkpoint(tensors()).network()
 
 

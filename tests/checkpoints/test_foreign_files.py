@@ -21,6 +21,7 @@ from robustsoup.checkpoints.wrapping import soup_ending
 from robustsoup.diagnosis.check import check
 from robustsoup.errors import CheckpointError, IngredientMismatch, ModelError, RequestError
 from robustsoup.models import load_model
+from robustsoup.models.normalize import normalize_inputs
 from robustsoup.soups.constants import describe_differing_constants
 from robustsoup.soups.mixing import mix
 
@@ -101,6 +102,25 @@ SURPLUS = {
     "conv.total_ops": lambda: prefixed("") | {"conv.total_ops": torch.ones(1)},
     "bn.index": lambda: prefixed("") | {"bn.index": torch.arange(3)},
 }
+
+
+@pytest.mark.parametrize("names", [("0.mean", "0.std"), ("normalizer.mu", "normalizer.sigma")])
+def test_constants_that_are_set_aside_are_given_for_normalize(tmp_path, names):
+    values = torch.tensor([0.5, 0.25, 0.125]), torch.tensor([0.25, 0.5, 0.75])
+    constants = {name: value.view(1, 3, 1, 1) for name, value in zip(names, values, strict=True)}
+    torch.save(prefixed("1.") | constants, tmp_path / "a.pth")
+    read = Checkpoint.load(tmp_path / "a.pth").with_names_of(Net())
+    assert read.notes[-1].endswith("give --normalize 0.5,0.25,0.125 0.25,0.5,0.75")
+    assert read.with_names_of(Net()).notes == read.notes
+    told = Checkpoint.load(tmp_path / "a.pth").with_names_of(normalize_inputs(Net(), *[[0.5]] * 2))
+    assert "--normalize" not in " ".join(told.notes)
+
+
+def test_constants_that_change_nothing_are_set_aside_without_advice(tmp_path):
+    neutral = {"norm.mean": torch.zeros(3), "norm.std": torch.ones(3)}
+    torch.save(prefixed("model.") | neutral, tmp_path / "a.pth")
+    (note,) = Checkpoint.load(tmp_path / "a.pth").with_names_of(Net()).notes
+    assert "set aside norm.mean, norm.std" in note
 
 
 @pytest.mark.parametrize("name", SURPLUS)

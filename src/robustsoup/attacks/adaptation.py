@@ -155,12 +155,18 @@ def set_memory_format(model: nn.Module) -> nn.Module:
     """Lay a network's weights out in the memory format that it runs in; returns the network."""
     contiguous = _has_hook(model, ContiguousInput)
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    # PyTorch's annotations lack Module.to(memory_format=...), and so may a `to` of the user's own.
-    return nn.Module.to(model, memory_format=memory_format)  # pyrefly: ignore[no-matching-overload]
+
+    def lay_out(tensor: Tensor) -> Tensor:  # Module.to fails on the 5-d weights of Conv3d
+        return tensor.to(memory_format=memory_format) if tensor.dim() == 4 else tensor
+
+    return model._apply(lay_out)
 
 
 def check_train_mode(model: nn.Module, x: Tensor) -> None:
     """Check that a network takes images in train mode and has a gradient, on a copy.
+
+    A network that fails there in the channels-last memory format alone, as one that calls `view` in
+    train mode only, is adapted to the contiguous format in place.
 
     Args:
         model: The network, adapted.
@@ -170,6 +176,22 @@ def check_train_mode(model: nn.Module, x: Tensor) -> None:
         ModelError: The pass fails, as BatchNorm's does for a single value per channel, or no
             gradient of the logits reaches a weight.
     """
+    try:
+        _try_train_mode(model, x)
+    except ModelError:
+        if _has_hook(model, ContiguousInput):
+            raise
+        hook = model.register_forward_pre_hook(ContiguousInput())
+        set_memory_format(model)
+        try:
+            _try_train_mode(model, x)
+        except ModelError:
+            hook.remove()
+            set_memory_format(model)
+            raise
+
+
+def _try_train_mode(model: nn.Module, x: Tensor) -> None:
     probe = copy_network(model)
     try:
         set_mode(probe, training=True)

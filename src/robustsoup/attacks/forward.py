@@ -74,7 +74,8 @@ def as_logits(output: object) -> Tensor:
 
     Args:
         output: A tensor; an object with the attribute "logits"; a mapping with the key "logits" or
-            a single value; a tuple or list whose first element is one of these.
+            a single value; a tuple or list whose first element is one of these, but for numbers
+            before it, as in (loss, logits).
 
     Raises:
         ModelError: The output holds no tensor in these places.
@@ -88,7 +89,7 @@ def as_logits(output: object) -> Tensor:
         if isinstance(part, Mapping) and ("logits" in part or len(part) == 1):
             part = part["logits"] if "logits" in part else next(iter(part.values()))
         elif isinstance(part, (tuple, list)) and part:
-            part = part[0]
+            part = next((item for item in part if not _is_number(item)), part[0])
         else:
             break
     keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
@@ -96,6 +97,10 @@ def as_logits(output: object) -> Tensor:
         f"network: returned {type(output).__name__}{keys}, expected (b, classes) logits: a tensor, "
         'the first element of a tuple, or the entry "logits"'
     )
+
+
+def _is_number(item: object) -> bool:
+    return isinstance(item, Tensor) and item.dim() == 0
 
 
 def choose_logits(output: object, classes: int, *, inferred: bool) -> Tensor:

@@ -21,6 +21,7 @@ from robustsoup.checkpoints.adapters import (
 from robustsoup.checkpoints.fitting import (
     NamesFit,
     find_neutral_constants,
+    find_normalisation,
     fit_names,
     has_no_values,
     has_other_shape,
@@ -58,7 +59,10 @@ from robustsoup.paths import user_path
 from robustsoup.printable import make_printable
 from robustsoup.schema import describe_value
 
-NAME_THE_NETWORK = "set --model (model in a recipe), as in resnet9 or package.module:factory"
+NAME_THE_NETWORK = (
+    "set --model (model in a recipe; in Python, with_network, or load_into your module), as in "
+    "resnet9 or package.module:factory"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -377,9 +381,7 @@ class Checkpoint:
     ) -> NetworkSettings:
         defaults = self.network_settings if spec is None else self._recorded_network
         if spec is None and defaults is None:
-            raise ModelError(
-                f"{self.name}: the file does not record its network; {NAME_THE_NETWORK}"
-            )
+            raise ModelError(f"{self.name}: does not record its network; {NAME_THE_NETWORK}")
         defaults = defaults or NetworkSettings(spec or "")
         return complete_settings(
             NetworkSettings(
@@ -435,11 +437,16 @@ class Checkpoint:
         tensors are filled in. The file may lack the constants by which a built-in network
         normalises its inputs, which a note says, or those of a network of RobustBench.
 
-        Names that the network's library uses in files become the network's own.
+        Names that the network's library uses in files become the network's own. If constants are
+        set aside that may normalise inputs, a note gives them.
 
         Returns:
             The renamed checkpoint; this checkpoint if its names fit already or cannot be made to.
         """
+        renamed = self._with_own_names_of(model)
+        return renamed if _normalises(model) else renamed._with_note_on_normalisation()
+
+    def _with_own_names_of(self, model: nn.Module) -> "Checkpoint":
         expected, file_names = network_tensors(model), file_names_of(model)
         renamed = self._with_names_of(expected)
         if renamed is self and file_names and set(self.tensors) != set(expected):
@@ -468,7 +475,24 @@ class Checkpoint:
             f"{name}: has no {join_names(list(constants))}: the network's inputs are not "
             "normalised; if they were in training, give --normalize"
         )
-        if hasattr(model, "input_mean") or known_constants_of(model) or note in self.notes:
+        return self if _normalises(model) else self._with_note(note)
+
+    def _with_note_on_normalisation(self) -> "Checkpoint":
+        beside = {} if self.wrapping is None else self.wrapping.beside
+        pair = find_normalisation(beside)
+        if not pair:
+            return self
+        mean, std = (
+            ",".join(f"{number:.6g}" for number in values.flatten().tolist())
+            for values in pair.values()
+        )
+        return self._with_note(
+            f"{self.path.name if self.path else 'checkpoint'}: if {join_names(list(pair))} "
+            f"normalised the inputs in training, give --normalize {mean} {std}"
+        )
+
+    def _with_note(self, note: str) -> "Checkpoint":
+        if note in self.notes:
             return self
         return replace(self, notes=(*self.notes, note), as_read=self.as_read or self)
 
@@ -699,6 +723,10 @@ class Checkpoint:
         title = self.path.name if self.path else "Checkpoint in memory"
         notes = (*self.notes, *(f"warning: {warning}" for warning in self.warnings))
         return html_table(title, (), (row for row in rows.items() if row[1]), notes)
+
+
+def _normalises(model: nn.Module) -> bool:
+    return hasattr(model, "input_mean") or bool(known_constants_of(model))
 
 
 def _file_of(path: Path) -> Path:

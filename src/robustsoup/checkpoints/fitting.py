@@ -18,6 +18,8 @@ _INVISIBLE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrappe
 """Parts that wrappers of PyTorch (torch.compile, FSDP) put anywhere into names."""
 
 _PROFILER_BUFFERS = ("total_ops", "total_params")
+_MOST_CHANNELS = 4
+"""Of images whose normalisation is recognised."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,34 @@ def find_neutral_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if bool((mean == 0).all()) and bool((std == 1).all()):
             constants |= {name: mean, f"{name.removesuffix('.mean')}.std": std}
     return constants
+
+
+def find_normalisation(tensors: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return a mean and a deviation, by their names, by which a network may normalise its inputs.
+
+    Args:
+        tensors: name -> tensor, or anything else.
+
+    Returns:
+        The first such pair, mean first; empty if there is none, or it changes nothing.
+    """
+    for name, mean in tensors.items():
+        for end, other_end in (("mean", "std"), ("mu", "sigma")):
+            other = f"{name.removesuffix(end)}{other_end}"
+            std = tensors.get(other)
+            if not name.endswith(end) or not isinstance(mean, Tensor):
+                continue
+            if isinstance(std, Tensor) and _may_normalise(mean, std):
+                return {name: mean, other: std}
+    return {}
+
+
+def _may_normalise(mean: Tensor, std: Tensor) -> bool:
+    if not (mean.is_floating_point() and std.is_floating_point()) or mean.shape != std.shape:
+        return False
+    if not 1 <= mean.numel() <= _MOST_CHANNELS:
+        return False
+    return bool((std > 0).all()) and not (bool((mean == 0).all()) and bool((std == 1).all()))
 
 
 def fit_names(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> NamesFit | None:

@@ -61,7 +61,7 @@ def resolve_network(
         raise ModelError(f"no network is named; {NAME_THE_NETWORK}")
     first = checkpoints[0]
     where = first.name if isinstance(first, Checkpoint) else os.fspath(first)
-    raise ModelError(f"{where}: the file does not record its network; {NAME_THE_NETWORK}")
+    raise ModelError(f"{where}: does not record its network; {NAME_THE_NETWORK}")
 
 
 def choose_image_size(
