@@ -11,7 +11,8 @@ module imports no library, and of robustsoup only errors and printable.
 import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,37 @@ def import_user_module(
     except Exception as problem:
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise error(f'{label}: module "{module}" cannot be imported: {reason}') from problem
+
+
+def check_call(
+    function: Callable[..., object],
+    arguments: Sequence[str],
+    *,
+    label: str,
+    keywords: Sequence[str] = (),
+    error: type[RequestError] = RequestError,
+) -> None:
+    """Check that a function, which may be the user's own, can be called with some arguments.
+
+    Args:
+        function: The function; one without a signature, such as a built-in, passes.
+        arguments: What it is called with by position.
+        label: Name of the function in the error, such as 'objective "losses:half"'.
+        keywords: What it is called with by name.
+        error: Class of the error to raise.
+
+    Raises:
+        RequestError: If it takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments, **dict.fromkeys(keywords))
+    except TypeError:
+        expected = ", ".join([*arguments, *(f"{name}=" for name in keywords)])
+        raise error(f"{label}: takes {signature}, expected ({expected})") from None
 
 
 class Registry(Mapping[str, Entry]):

@@ -11,6 +11,8 @@ from robustsoup.attacks.malt import rank_targets
 from robustsoup.catalog import LOSSES
 from robustsoup.data import Split, load_data, to_float
 from robustsoup.errors import RequestError
+from robustsoup.evaluation.attack_texts import describe_attack
+from robustsoup.evaluation.attackers import QueueAttacker
 from robustsoup.evaluation.evaluate import evaluate
 from robustsoup.settings import AttackSettings
 from robustsoup.threats import ThreatModel
@@ -241,3 +243,10 @@ def test_malt_tries_no_more_targets_than_it_ranks():
         100,
     ]
     assert len(list_attempts(AttackSettings(loss="targeted dlr", targets=150), 1000)) == 150
+
+
+@pytest.mark.parametrize(("classes", "text"), [(2, "1 target"), (4, "3 targets")])
+def test_the_protocol_counts_the_targets_that_there_are(classes, text):
+    record = QueueAttacker(AttackSettings(attack="malt"), classes, 32).protocol()
+    record["threats"] = ["Linf 8/255"]
+    assert describe_attack(record) == f"MALT 100 steps, {text}, 1 restart, float32"

@@ -64,6 +64,8 @@ def test_a_line_is_trained_mixed_and_searched(here, capsys):
     assert run(*train, *threats, "--subspace", "line", "-o", "ends") == 0
     assert "ends/end2.safetensors: end 2, clean" in capsys.readouterr().out
     assert not list(here.glob("ends/.*.pt"))
+    assert run("mix", *ends, "--at", 0.25, "-o", "soup.safetensors") == 2
+    assert "give --data, or --buffers average" in capsys.readouterr().err
     assert run("mix", *ends[::-1], "--at", 0.25, "--data", "digits", "-o", "soup.safetensors") == 0
     record = Checkpoint.load("soup.safetensors").provenance
     assert record["coefficients"] == [0.25, 0.75]

@@ -84,8 +84,11 @@ def test_the_history_tells_the_clean_loss_and_the_multiplier():
     steps = round(entry["multiplier"] / (RATE * (entry["clean_loss"] - 1e-3)))
     assert steps >= 1
     assert entry["multiplier"] == pytest.approx(RATE * steps * (entry["clean_loss"] - 1e-3))
-    (kept,) = learn_digits(items, network=net, clean_limit=1e9, epochs=1).record["history"]
-    assert kept["multiplier"] == 0
+    (warning,) = learned.record["warnings"]
+    assert "above the limit of 0.001; learn for more epochs" in warning
+    record = learn_digits(items, network=net, clean_limit=1e9, epochs=1).record
+    assert record["history"][0]["multiplier"] == 0
+    assert "warnings" not in record
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,30 @@ def test_regmean_averages_layers_that_are_never_called():
     assert not torch.allclose(soup.tensors["linear.weight"], line.tensors["linear.weight"])
 
 
+def test_regmean_counts_the_inputs_of_all_layers_that_share_a_weight():
+    network, kept = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64)), []
+    network[2].weight = network[1].weight
+    items = [perturbed(network, seed) for seed in range(2)]
+
+    def keep(inputs: Merge) -> Merged:
+        kept.append(inputs)
+        return Merged({name: inputs.rows(name)[0] for name in inputs.parameters})
+
+    merge(items, keep, **arguments_of("regmean", network, None))
+    (inputs,), total, product = kept, 0, 0
+    for i, item in enumerate(items):
+        model, weight = inputs.network(i), item.tensors["1.weight"].double()
+        first = inputs.attacked_batches(model)[0][0].flatten(1)
+        x = torch.cat([first, model[1](first).detach()]).double()
+        gram = regmean_module.shrink(x.T @ x) / (2 * len(x))
+        total, product = total + gram, product + gram @ weight.T
+    got = regmean_module.regmean(inputs).tensors
+    average = mix(items, [0.5, 0.5]).tensors["1.weight"].double()
+    expected = regmean_module.solve_layer(total, product, average.T).T
+    torch.testing.assert_close(got["1.weight"], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got["1.weight"], got["2.weight"])
+
+
 def test_regmean_names_layers_whose_weight_is_parametrized():
     network = nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(64, 8)), nn.Linear(8, 10))
     items = [perturbed(network, seed) for seed in range(2)]

@@ -271,6 +271,7 @@ def test_several_threats_hold_at_every_point():
         ((LINF, CLEAN), {"early_stop": True}, "early_stop: a subspace is trained without it"),
         ((LINF, CLEAN), {"also": ("L2 1.0",), "combine": "max"}, "leave no clean end"),
         ((LINF, WEAK), {"also": (WEAK,), "combine": "max"}, "which is the threat of an end"),
+        ((LINF, WEAK), {"threat": "L2 1.0"}, "threat: the ends have threats of their own"),
         ((LINF, CLEAN), {"epoch": 1}, 'unknown setting "epoch"; did you mean "epochs"'),
     ],
 )

@@ -50,6 +50,10 @@ def smooth(clean, attacked, y, label_smoothing=0.0):
     return ce(attacked, y)
 
 
+def scaled(clean, attacked, y, factor):
+    return factor * ce(attacked, y)
+
+
 class Weighted:
     def __init__(self, beta):
         self.beta = beta
@@ -58,8 +62,8 @@ class Weighted:
         return ce(attacked, y)
 
 
-steep = Objective(partial(half, y=2.0))
-steeper = Objective(partial(half, y=3.0))
+steep = Objective(partial(scaled, factor=2.0))
+steeper = Objective(partial(scaled, factor=3.0))
 kl_attack = Objective(half, attack_loss=kl, attack_compares_with_clean=True)
 weighted = Objective(Weighted(2.0))
 only_clean = Objective(lambda clean, attacked, y: ce(clean, y), uses_attacked=False)

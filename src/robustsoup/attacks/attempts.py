@@ -103,8 +103,7 @@ def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
     loss: str | Loss = queued_loss(settings, classes)
     is_targeted = isinstance(loss, str) and LOSSES[loss].facts.get("targeted", False)
     by_distance = settings.attack == "malt"
-    most = min(settings.targets, classes - 1, MOST_CANDIDATES if by_distance else classes)
-    ranks = range(1, most + 1) if is_targeted else (0,)
+    ranks = range(1, count_targets(settings, classes) + 1) if is_targeted else (0,)
     name = str(settings.attack)
     if not settings.own_loss:
         loss_name = settings.loss_text
@@ -119,6 +118,12 @@ def list_attempts(settings: AttackSettings, classes: int) -> list[Attempt]:
                 Attempt(f"{name}{target}{suffix}", function, rank, restart, by_distance)
             )
     return attempts
+
+
+def count_targets(settings: AttackSettings, classes: int) -> int:
+    """Return how many other classes a targeted attack tries of `classes`."""
+    ranked = MOST_CANDIDATES if settings.attack in ("malt", "strong") else classes
+    return min(settings.targets, classes - 1, ranked)
 
 
 def queued_loss(settings: AttackSettings, classes: int) -> str | Loss:

@@ -129,8 +129,8 @@ def mix_command(
     )
     policy = soup.buffers or ("average" if method else default_buffer_policy(alpha))
     is_point = soup.buffers is None and policy == "average" and spans_subspace(ingredients)
-    # The statistics of a subspace, if there are any, are measured anew at each point.
-    policy = "recalibrate" if is_point and running_statistics(ingredients[0]) else policy
+    if is_point and running_statistics(ingredients[0]):
+        policy = _recalibrate_point(data.data)
     split = None
     if data.data:
         source = load_requested_data(data, network, checkpoints)
@@ -171,6 +171,16 @@ def mix_command(
         print_warning(warning)
     verb = "mixed" if method is None else f"merged by {method}"
     print_line(f"{output}: {len(ingredients)} ingredients {verb}, BatchNorm statistics: {policy}")
+
+
+def _recalibrate_point(data: str) -> str:
+    """Return the policy for ends of a subspace, whose statistics are measured at each point."""
+    if not data:
+        raise RequestError(
+            "mix: BatchNorm statistics of a point between the ends of a subspace are measured on "
+            "training data; give --data, or --buffers average"
+        )
+    return "recalibrate"
 
 
 def _check_method(

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
-from robustsoup.catalog import DATA_SOURCES, import_user_module
+from robustsoup.catalog import DATA_SOURCES, check_call, import_user_module
 from robustsoup.data.request import DataRequest, DataSource
 from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
@@ -56,6 +56,7 @@ def load_data(
         source, place = _find_data_source(spec, {"image_size": image_size, "channels": channels})
     else:
         source, place = spec, ""
+    check_call(source, ["request"], label=f'data "{text}"', error=DataError)
     data = source(
         DataRequest(text, expand_home(place), root, seed, image_size, on_progress, channels)
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from robustsoup.catalog import import_by_name
+from robustsoup.catalog import check_call, import_by_name
 from robustsoup.errors import DataError, RequestError
 from robustsoup.fingerprint import code_fingerprint
 from robustsoup.seeding import seeded_random_state
@@ -56,6 +56,7 @@ class ImageTransform:
                 f"transform: got {name}, expected a function of one image or a transform such as "
                 "torchvision.transforms.v2.RandomCrop(32, padding=4)"
             )
+        check_call(value, ["image"], label=f'transform "{name}"')
         return cls(value, name)
 
     @property

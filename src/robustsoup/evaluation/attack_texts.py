@@ -26,6 +26,7 @@ def describe_attack(record: Mapping[str, Any]) -> str:
     search = "" if precision == "float32" else f", search in {precision}"
     if attack in ("pma", "malt", "strong"):
         name = {"pma": "PMA", "malt": "MALT", "strong": "Strong (PMA, MALT, Square)"}[attack]
-    targets = f", {record['targets']} targets" if attack in ("malt", "strong") else ""
+    tried = record.get("targets") if attack in ("malt", "strong") else None
+    targets = "" if tried is None else f", {tried} target{'' if tried == 1 else 's'}"
     queries = f", {record['n_queries']} queries" if attack == "strong" else ""
     return f"{name} {record.get('steps')} steps{targets}{queries}, {ending}{search}"

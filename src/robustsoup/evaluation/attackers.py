@@ -12,6 +12,7 @@ from robustsoup.attacks.attempts import (
     AttackProgress,
     check_classes,
     check_points,
+    count_targets,
     list_attempts,
     queued_loss,
     run_attempts,
@@ -28,7 +29,7 @@ from robustsoup.attacks.outcome import AttackedSamples, Outcome
 from robustsoup.attacks.projections import constraint_excess
 from robustsoup.attacks.square import run_square, square_attempts
 from robustsoup.attacks.strong import run_strong, strong_attempts
-from robustsoup.catalog import ATTACKS, import_by_name
+from robustsoup.catalog import ATTACKS, check_call, import_by_name
 from robustsoup.errors import RequestError
 from robustsoup.evaluation.doubts import certificate_tolerance
 from robustsoup.fingerprint import code_fingerprint
@@ -126,7 +127,7 @@ class QueueAttacker:
             "l1_schedule": "3eps,2eps,eps",
         }
         if s.tries_targets:
-            protocol["targets"] = s.targets
+            protocol["targets"] = count_targets(s, self.classes)
         if callable(s.loss):
             protocol["code"] = code_fingerprint(s.loss)
         return protocol
@@ -520,7 +521,11 @@ def make_attacker(
 def _find_attack_function(attack: str | AttackFunction) -> tuple[str, AttackFunction]:
     """Return the name and the function of a user-defined attack."""
     if not isinstance(attack, str):
-        return getattr(attack, "__name__", type(attack).__name__), attack
-    if ":" in attack:
-        return attack, import_by_name(attack, label=f'attack "{attack}"')
-    return attack, ATTACKS.get_entry(attack).load()
+        name, function = getattr(attack, "__name__", type(attack).__name__), attack
+    elif ":" in attack:
+        name, function = attack, import_by_name(attack, label=f'attack "{attack}"')
+    else:
+        name, function = attack, ATTACKS.get_entry(attack).load()
+    arguments = ["model", "x", "y", "threat"]
+    check_call(function, arguments, label=f'attack "{name}"', keywords=["seed"])
+    return name, function

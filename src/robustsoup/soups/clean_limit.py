@@ -11,11 +11,14 @@ from functools import partial
 from torch import Tensor, stack
 
 from robustsoup import distributed
+from robustsoup.training.loop import History
 from robustsoup.training.objectives import Objective, mixed_loss
 from robustsoup.training.sharing import BatchShare
 
 RATE = 0.1
 """Change of the multiplier in a step whose clean loss is one nat above the limit."""
+TOLERANCE = 0.05
+"""Share of the limit by which the clean loss may exceed it: a limit is met from both sides."""
 
 
 class CleanLimit:
@@ -58,6 +61,17 @@ class CleanLimit:
         """Add the mean clean loss and the multiplier to the figures of an epoch."""
         entry["clean_loss"], entry["multiplier"] = self.loss_sum / steps, self.multiplier
         self.loss_sum = 0.0
+
+    def describe_miss(self, history: History) -> list[str]:
+        """Return a warning if the clean loss of the last epoch is well above the limit."""
+        clean = history[-1]["clean_loss"]
+        if clean <= (1 + TOLERANCE) * self.most:
+            return []
+        text = (
+            f"clean_limit: the mean clean loss of the last epoch is {clean:.3g} nats, above the "
+            f"limit of {self.most:g}; learn for more epochs, or raise the limit"
+        )
+        return [text]
 
     def state(self) -> tuple[float, float]:
         """Return what `restore` needs."""

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from robustsoup.catalog import SOUP_METHODS
+from robustsoup.catalog import SOUP_METHODS, check_call
 from robustsoup.errors import CoefficientError
 from robustsoup.settings import SMALLEST_STEP, SearchSettings
 from robustsoup.soups.coefficients import SUM_TOLERANCE
@@ -113,6 +113,8 @@ def candidates(
                 f'method "{method}" needs {needs}; it has no list of coefficients'
             )
         method = entry.load()
+    label = f'method "{name}"'
+    check_call(method, ["n", "step", "max_soups"], label=label, error=CoefficientError)
     rows = method(n, step, max_soups)
     try:
         alphas = [tuple(map(float, row)) for row in rows]

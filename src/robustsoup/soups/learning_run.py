@@ -445,6 +445,8 @@ class LearningRun:
             warnings.append(
                 "a single ingredient: there is nothing to learn; the soup is the ingredient"
             )
+        elif self.limit is not None:
+            warnings += self.limit.describe_miss(self.history)
         return record | ({"warnings": warnings} if warnings else {})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustsoup.attacks import apgd_train
 from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
-from robustsoup.catalog import SOUP_METHODS, Entry
+from robustsoup.catalog import SOUP_METHODS, Entry, check_call
 from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.formats import refuse_broken
 from robustsoup.checkpoints.provenance import check_same_split
@@ -221,7 +221,12 @@ def merge(
         calibration.seed,
     )
     run_method: MergeMethod = entry.load() if isinstance(method, str) else method
+    check_call(run_method, ["merge"], label=f'method "{entry.name}"')
     merged = run_method(inputs)
+    if not isinstance(merged, Merged):
+        raise RequestError(
+            f'method "{entry.name}": returned {type(merged).__name__}, expected a Merged'
+        )
     request = BufferRequest(policy, base, calibration, network, place)
     averaging = merged.coefficients or coefficients
     return finish_soup(

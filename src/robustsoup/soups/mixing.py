@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustsoup.attacks.adaptation import copy_network
-from robustsoup.catalog import BUFFER_POLICIES, Entry
+from robustsoup.catalog import BUFFER_POLICIES, Entry, check_call
 from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike, open_all
 from robustsoup.checkpoints.formats import is_finite
 from robustsoup.checkpoints.network import is_fitted
@@ -336,6 +336,8 @@ def check_buffer_policy(
         ThreatError: If the radius is too large for images of this shape.
     """
     policy = BUFFER_POLICIES.get_entry(name)
+    if ":" in name:
+        check_call(policy.load(), ["soup"], label=f'buffers "{name}"')
     needs = policy.facts.get("needs", ())
     if "data" in needs and calibrate_on is None:
         raise RequestError(f'buffers "{name}": requires training data; give calibrate_on (--data)')

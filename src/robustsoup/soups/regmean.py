@@ -28,11 +28,11 @@ def regmean(merge: Merge) -> Merged:
     """Return W = (sum_i w_i G_i)^-1 sum_i w_i G_i W_i for linear layers, and averages elsewhere.
 
     G_i is the Gram matrix of the layer's inputs on images that are attacked on ingredient i, with
-    its entries off the diagonal shrunk. A convolution is a linear layer of its patches; grouped and
-    transposed convolutions, biases and normalisation are averaged by the weights. So are layers
-    that the network does not call as modules, such as the last one of nn.MultiheadAttention, and
-    those whose weight the files hold in another form, such as a parametrization; the record names
-    them.
+    its entries off the diagonal shrunk; layers that share a weight count the inputs of all. A
+    convolution is a linear layer of its patches; grouped and transposed convolutions, biases and
+    normalisation are averaged by the weights. So are layers that the network does not call as
+    modules, such as the last one of nn.MultiheadAttention, and those whose weight the files hold in
+    another form, such as a parametrization; the record names them.
 
     Source: Jin et al. 2022, arXiv:2212.09849, section 3; attacked images and convolutions: here.
     """
@@ -42,7 +42,11 @@ def regmean(merge: Merge) -> Merged:
     }
     order = [i for i in canonical_order(merge.digests) if merge.weights[i] > 0]
     found = find_linear_layers(merge.network(order[0]))
-    layers = {name: size for name, size in found.items() if name in owners}
+    uses: dict[str, list[str]] = {}
+    for name in found:
+        if name in merge.parameters:
+            uses.setdefault(merge.parameters[name], []).append(name)
+    layers = {owner: found[names[0]] for owner, names in uses.items()}
     attacked = {i: merge.attacked_batches(merge.network(i)) for i in order}
     averaged = [name for name in found if name not in merge.parameters]
     for group in group_by_budget(layers, GRAM_BUDGET):
@@ -50,7 +54,9 @@ def regmean(merge: Merge) -> Merged:
         products: dict[str, Tensor] = {}
         called = group
         for i in order:
-            grams = measure_grams(merge.network(i), attacked[i], group)
+            grams = measure_grams(
+                merge.network(i), attacked[i], {owner: uses[owner] for owner in group}
+            )
             called = [name for name in called if name in grams]
             for name in called:
                 gram = merge.weights[i] * shrink(grams.pop(name))
@@ -103,8 +109,19 @@ def group_by_budget(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]
 
 
 @torch.no_grad()
-def measure_grams(network: nn.Module, attacked: Batches, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return X^T X / rows of the inputs of some layers, float64 on the CPU, by weight name."""
+def measure_grams(
+    network: nn.Module, attacked: Batches, uses: Mapping[str, Sequence[str]]
+) -> dict[str, Tensor]:
+    """Return X^T X / rows of the inputs of some layers.
+
+    Args:
+        network: The network, in eval mode.
+        attacked: Images and labels.
+        uses: Name of a weight -> its names in all layers that share it.
+
+    Returns:
+        Name of a weight -> float64 matrix on the CPU; none if no layer with it was called.
+    """
     modules = dict(network.named_modules())
     grams: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -119,8 +136,9 @@ def measure_grams(network: nn.Module, attacked: Batches, names: Sequence[str]) -
 
     hooks = [
         modules[name.removesuffix("weight").removesuffix(".")].register_forward_pre_hook(
-            partial(add, name), with_kwargs=True
+            partial(add, owner), with_kwargs=True
         )
+        for owner, names in uses.items()
         for name in names
     ]
     try:

@@ -122,6 +122,8 @@ def train_subspace(
     """
     listed = [threats] if isinstance(threats, str | ThreatModel) else threats
     ends = [ThreatModel.parse(threat) for threat in listed]
+    if "threat" in changes:
+        raise RequestError("threat: the ends have threats of their own; give them as threats")
     settings = make_settings(TrainSettings, settings, {**changes, "threat": (*ends, CLEAN)[0]})
     data = as_split(data, "train_subspace")
     check_schedule(settings.schedule)

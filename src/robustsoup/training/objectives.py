@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, stack
 
 from robustsoup.attacks.losses import Loss, ce, kl
-from robustsoup.catalog import OBJECTIVES, import_by_name
+from robustsoup.catalog import OBJECTIVES, check_call, import_by_name
 from robustsoup.errors import ThreatError
 from robustsoup.fingerprint import code_fingerprint
 
@@ -60,6 +60,8 @@ class Objective:
                 "that needs a clean or an attacked batch"
             )
         object.__setattr__(self, "name", self.name or _import_path(self.loss))
+        batches = ["clean", "attacked", "y"]
+        check_call(self.loss, batches, label=f'objective "{self.name}"', error=ThreatError)
 
     @classmethod
     def parse(cls, value: "str | Objective | ObjectiveLoss") -> "Objective":
