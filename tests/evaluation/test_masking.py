@@ -163,6 +163,34 @@ def test_pixels_whose_gradient_is_hidden_are_flagged(data, threat):
     assert checked.record["masking_check"][threat]["gradient"]["flagged"]
 
 
+class TwoBranches(nn.Module):
+    """The sum of two linear networks, of which the logits of the second pass through `detach`."""
+
+    def __init__(self, detach):
+        super().__init__()
+        self.first, self.second, self.detach = linear(), linear(), detach
+        self.second[1].weight.data = self.second[1].weight.data.roll(1, 1)
+
+    def forward(self, x):
+        return (self.first(x) + self.detach(4 * self.second(x))) / 20
+
+
+def detach_highest(logits):
+    """Return logits without the gradient of the highest."""
+    return torch.where(logits == logits.amax(1, keepdim=True), logits.detach(), logits)
+
+
+@pytest.mark.parametrize("threat", [LINF, "L2 0.05"])
+@pytest.mark.parametrize("detach", [torch.Tensor.detach, detach_highest])
+def test_gradients_that_lack_a_part_are_flagged(data, threat, detach):
+    """What is left of the gradient keeps its promise, but is not all of it."""
+    for function, is_flagged in ((lambda z: z, False), (detach, True)):
+        network = TwoBranches(function)
+        split = replace(data, labels=evaluate(network, data).prediction)
+        findings = evaluate(network, split, [threat], steps=40).record["masking_check"]
+        assert findings[threat]["gradient"]["flagged"] == is_flagged
+
+
 @pytest.mark.parametrize("threat", [LINF, "L2 0.05"])
 def test_pixels_that_a_network_does_not_see_are_not_flagged(data, threat):
     cropped = Wrapped(linear(), before=lambda x: nn.functional.pad(x[..., 4:], (4, 0)))
@@ -211,7 +239,7 @@ def test_square_breaks_what_a_search_without_a_gradient_does_not(data):
     grey = torch.full_like(data.images, 127)
     grey[:, :, 0, 1:] = 0  # one pixel decides, so that half of the random starts fail
     split = replace(data, images=grey, labels=torch.zeros_like(data.labels))
-    evaluation = evaluate(ThresholdRow(), split, ["Linf 0.01"], steps=60)
+    evaluation = evaluate(ThresholdRow(), split, ["Linf 0.01"], steps=100)
     finding = evaluation.record["masking_check"]["Linf 0.01"]["square"]
     assert finding["flagged"]
     assert finding["hits"] <= finding["n"] <= evaluation.accuracy["Linf 0.01"].hits

@@ -56,6 +56,11 @@ def hide_columns(x):
     return torch.where(seen, x, x.detach())
 
 
+def detach_highest(logits):
+    """Return the logits, without the gradient of the highest."""
+    return torch.where(logits == logits.amax(1, keepdim=True), logits.detach(), logits)
+
+
 MASKED = {
     "reversed gradients": (lambda x: 2 * x.detach() - x, keep),
     "shattered gradients": (lambda x: x + 1e-4 * torch.sin(1e7 * x), keep),
@@ -68,6 +73,7 @@ MASKED = {
     "transposed gradients": (lambda x: x.detach() + (x - x.detach()).mT, keep),
     "half of the gradients": (hide_columns, keep),
     "squashed images": (lambda x: torch.tanh(50 * (x - 0.5)) / 2 + 0.5, keep),
+    "no gradient of the highest logit": (keep, detach_highest),
     "saturated logits": (keep, lambda logits: 5 * torch.tanh(3 * logits)),
     "flat logits": (keep, lambda logits: logits / 1e4),
     "huge logits": (keep, lambda logits: 1e4 * logits),

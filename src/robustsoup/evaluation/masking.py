@@ -3,8 +3,8 @@
 A network can look robust because its gradients point nowhere. After an attack, the check takes a
 random part of the samples that survived it, and tests five things:
 
-- *gradient*: steps along the gradient raise the loss about as much as the gradient promises, and
-  pixels without a gradient do not change it;
+- *gradient*: steps along the gradient raise the loss about as much as the gradient promises, steps
+  in a random direction change it as much, and pixels without a gradient do not change it;
 - *unbounded*: with the whole box allowed, following the gradient breaks every sample;
 - *transfer*: points found for other networks break no further samples, if the caller has any;
 - *square*: Square, which uses no gradient, breaks no further samples;
@@ -57,16 +57,19 @@ HIDDEN_EFFECT = 0.1
 """Change of the loss above which pixels without a gradient count as hidden. It is relative to
 1 / sqrt(n) of the rise that a step of the same size along the gradient promises, n being the values
 of an image: random steps change the loss by about this much."""
+MISSED_CHANGE = 1.0
+"""Change between two opposite random steps that a gradient may miss, relative to the usual size of
+the change that it promises there."""
 FEWEST_HIDDEN = 0.05
 """Share of an image's pixels without a gradient below which they are not tried."""
 LOSS_ROUNDING = 2.0**-20
 """Bound on the rounding of a loss in float32, relative to the largest logit."""
-STEP_PASSES = 4
-"""Passes of two steps along the gradient: a gradient counts as two, and each loss is one. Images
-with pixels without a gradient take one more."""
+STEP_PASSES = 6
+"""Passes of two steps along the gradient and two random ones: a gradient counts as two, and each
+step is one. Images with pixels without a gradient take one more."""
 TIED_MARGIN = 1e-3
 """Margin, relative to the range of the clean logits, below which the two highest ones are tied."""
-DLR_SAMPLES = 8
+DLR_SAMPLES = 5
 """Samples on which the gradient of DLR (of the margin, for 2 classes) is tried where that of
 cross-entropy misleads."""
 UNBOUNDED_STEPS = 5
@@ -101,7 +104,7 @@ class Limits:
     budget_share: float = 1.0
 
 
-GRADIENT = Limits(tolerated=0.2, fewest=5, most=64, budget_share=0.6)
+GRADIENT = Limits(tolerated=0.2, fewest=5, most=64, budget_share=0.7)
 TOLERATED_UNDER_CE = 0.1
 """Share of broken promises of the gradient of cross-entropy that is tolerated: its loss rises
 along a gradient even where it curves, unlike that of DLR or the margin."""
@@ -268,9 +271,11 @@ class _Subject:
         """Count the samples at which a step along the gradient breaks the gradient's promise.
 
         A quarter of the step is tried too. It tells a gradient of other pixels, such as that of the
-        mirrored image, from a loss that curves. Pixels without a gradient take random steps of that
-        size: if they change the loss, their gradient is hidden. An L1 step changes few pixels, and
-        a quarter of it would stay below the levels of a network that rounds its images.
+        mirrored image, from a loss that curves. Two opposite random steps find what the gradient
+        lacks, such as the part of a detached branch. Pixels without a gradient take random steps of
+        the quarter's size: if they change the loss, their gradient is hidden. An L1 step changes
+        few pixels, and a quarter of it would stay below the levels of a network that rounds its
+        images.
         """
 
         @torch.no_grad()
@@ -303,6 +308,12 @@ class _Subject:
             promise_kept = keeps(state.x_adv, KEPT_PROMISE, 0.0)
             if norm != "L1":
                 step = (state.x_adv - start) / 4
+                if settings.eot == 1:  # a stochastic network changes without any step
+                    ends = _step_both_ways(start, noise.to(x.device), state.x_adv - start)
+                    change = model(ends[0]).double() - model(ends[1]).double()
+                    promise_kept &= _foresees(
+                        grad, ends[0] - ends[1], change, _logit_gradient(loss, logits, y), rounding
+                    )
                 promise_kept &= keeps(start + step, KEPT_NEARBY, rounding)
                 hidden = grad == 0
                 if bool((hidden.flatten(1).float().mean(1) > FEWEST_HIDDEN).any()):
@@ -405,6 +416,39 @@ class _Subject:
         passes = [partial(run_pass, part[i : i + size]) for i in range(0, len(part), size)]
         hits = sum(run_in_lanes(passes, target.device))
         return Finding(hits, len(part), passes_each * len(part), limits.tolerated)
+
+
+def _logit_gradient(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient (b, classes) of a loss with respect to the logits."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, y).sum(), leaf)[0]
+
+
+def _foresees(
+    grad: Tensor, moved: Tensor, change: Tensor, logit_grad: Tensor, rounding: Tensor
+) -> Tensor:
+    """Return whether a gradient foresees the change of the loss between two images, (b,) bool.
+
+    The change is that of the logits, weighted by the gradient of the loss with respect to them: the
+    loss itself curves where the network does not.
+
+    Args:
+        grad: (b, c, h, w) gradient of the loss halfway between the images.
+        moved: (b, c, h, w) difference of the images, in a random direction.
+        change: (b, classes) difference of their logits.
+        logit_grad: (b, classes) gradient of the loss with respect to the logits.
+        rounding: (b,) bound on the rounding of a logit.
+    """
+    parts = (grad.double() * moved.double()).flatten(1)
+    missed = (logit_grad.double() * change).sum(1) - parts.sum(1)
+    return missed.abs() <= MISSED_CHANGE * parts.norm(dim=1) + rounding * logit_grad.abs().sum(1)
+
+
+def _step_both_ways(x: Tensor, noise: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images after a random step and its opposite; arguments as for `_move_pixels`."""
+    everywhere = torch.ones_like(x, dtype=torch.bool)
+    return _move_pixels(x, everywhere, noise, step), _move_pixels(x, everywhere, -noise, step)
 
 
 def _move_pixels(x: Tensor, pixels: Tensor, noise: Tensor, step: Tensor) -> Tensor:
