@@ -116,6 +116,21 @@ def test_a_damaged_step_is_not_finished_and_is_replaced(tmp_path, damage):
     assert store.file(key, "out").read_text() == "done"
 
 
+@pytest.mark.parametrize("place", ["ab12", "ab12.partial"])
+@pytest.mark.parametrize(
+    "put", [lambda path: path.write_text("a file"), lambda path: path.symlink_to("elsewhere")]
+)
+def test_what_lies_in_the_place_of_a_step_is_replaced(tmp_path, place, put):
+    store = Store(tmp_path)
+    path = store.path("ab12").with_name(place)
+    path.parent.mkdir()
+    put(path)
+    assert not store.has("ab12")
+    write_step(store, "ab12")
+    assert store.has("ab12")
+    assert {path.name for path in path.parent.iterdir()} == {"ab12"}
+
+
 def test_the_folder_of_another_step_is_not_finished(tmp_path):
     store = Store(tmp_path)
     other, own = write_step(store, "ab12", "other"), write_step(store, "ab34", "own")

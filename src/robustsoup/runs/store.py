@@ -237,13 +237,13 @@ class Store:
         final = self.path(key)
         partial = final.with_name(f"{key}.partial")
         try:
-            partial.mkdir(parents=True, exist_ok=True)
+            _make_folder(partial)
             with hold_lock(final.with_name(f"{key}.lock"), str(final), notice) as lock:
                 if self.has(key):
                     _remove_if_empty(partial)
                     yield None
                     return
-                partial.mkdir(parents=True, exist_ok=True)
+                _make_folder(partial)
                 remove_leftovers(partial)
                 inputs = {key: digest for key in parents if (digest := self.output_digest(key))}
                 yield partial
@@ -253,14 +253,28 @@ class Store:
                 write_text(partial / RECORD, json.dumps(step.to_json(), indent=1, sort_keys=True))
                 lock.check()
                 with held_signals():
-                    if final.exists():
-                        shutil.rmtree(final)
+                    _remove(final)
                     partial.replace(final)
                     (final / STATE).unlink(missing_ok=True)  # the step resumed from it until now
         except OSError as error:
             raise StorageError(
                 f"{final}: the store cannot be written: {error.strerror or error}"
             ) from error
+
+
+def _make_folder(path: Path) -> None:
+    """Create a folder, in the place of a file or of a link if there is one."""
+    if path.is_symlink() or not path.is_dir():
+        _remove(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with its content, a file or a link, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_if_empty(folder: Path) -> None:
