@@ -1,5 +1,8 @@
 """Data sources: built-in and user-defined sources, and invalid requests."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 from plugins import write_plugin
 
@@ -20,6 +23,9 @@ from robustsoup.errors import DataError
         ("zzz", {}, 'data: got "zzz", expected one of digits, cifar10, cifar100, folder'),
         ("", {}, 'data: got ""'),
         ("folder:", {}, 'data "folder:": got no path, expected folder:PATH'),
+        (None, {}, 'data: got NoneType, expected a name such as "digits"'),
+        (([1], [0]), {}, "data: got tuple, expected a name"),
+        (Path(__file__).parent, {}, "expected how it is read; try folder:"),
         ("digits:7", {}, 'data "digits:7": got "7" after the name, expected "digits" alone'),
         ("digits", {"seed": -1}, "got seed -1, expected an integer of at least 0"),
         ("digits", {"seed": True}, "got seed True"),
@@ -52,6 +58,10 @@ def test_the_error_for_an_unknown_name_lists_every_source():
 @pytest.mark.parametrize("name", DATA_SOURCES)
 def test_every_source_in_the_catalog_can_be_imported(name):
     assert callable(DATA_SOURCES[name].load())
+
+
+def test_a_partial_function_is_a_source():
+    assert load_data(partial(load_digits)).record["name"]
 
 
 def test_a_function_is_a_source():

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import importlib.metadata
+import itertools
 import json
 import sys
 from types import SimpleNamespace
@@ -153,6 +154,20 @@ def test_a_function_that_cannot_be_recorded_is_refused():
     for factory in (lambda: None, nn.Module.cpu):
         with pytest.raises(ModelError, match="define it at the top level of a module"):
             load_model(factory)
+
+
+def test_what_names_no_network_is_refused_in_one_line(tmp_path):
+    calls = load_model, Checkpoint({"weight": torch.ones(1)}).with_network
+    for spec, call in itertools.product((tmp_path, nn.Linear(1, 1), 3), calls):
+        with pytest.raises(ModelError, match=r"^model: got \w+, expected a name such as"):
+            call(spec)
+
+
+def test_a_checkpoint_takes_a_factory_as_its_network():
+    network = load_model(linear_network, classes=3, channels=1)
+    checkpoint = Checkpoint(network.state_dict())
+    built = checkpoint.network(linear_network, classes=3, channels=1)
+    assert torch.equal(built[1].weight, network[1].weight)
 
 
 OPTIONS = """

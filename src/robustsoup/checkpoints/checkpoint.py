@@ -46,12 +46,14 @@ from robustsoup.display import html_table
 from robustsoup.errors import CheckpointError, ModelError, RequestError
 from robustsoup.file_bytes import digest_tensors
 from robustsoup.models import (
+    Factory,
     NetworkSettings,
     build_known_skeleton,
     build_network,
     complete_settings,
     is_built_in,
     network_settings_of,
+    spec_text,
 )
 from robustsoup.models.network import channel_constants, file_names_of, known_constants_of
 from robustsoup.models.normalize import list_identity_constants
@@ -354,7 +356,7 @@ class Checkpoint:
 
     def with_network(
         self,
-        spec: str | None = None,
+        spec: str | Factory | None = None,
         *,
         classes: int | None = None,
         channels: int | None = None,
@@ -374,11 +376,12 @@ class Checkpoint:
 
     def _override_network(
         self,
-        spec: str | None,
+        named: str | Factory | None,
         classes: int | None,
         channels: int | None,
         normalize: tuple[Sequence[float], Sequence[float]] | None,
     ) -> NetworkSettings:
+        spec = None if named is None else spec_text(named)
         defaults = self.network_settings if spec is None else self._recorded_network
         if spec is None and defaults is None:
             raise ModelError(f"{self.name}: does not record its network; {NAME_THE_NETWORK}")
@@ -394,7 +397,7 @@ class Checkpoint:
 
     def network(
         self,
-        spec: str | None = None,
+        spec: str | Factory | None = None,
         *,
         classes: int | None = None,
         channels: int | None = None,

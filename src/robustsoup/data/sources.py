@@ -48,7 +48,8 @@ def load_data(
             empty.
         StorageError: Decoded images cannot be stored.
     """
-    text = spec if isinstance(spec, str) else f"{spec.__module__}:{spec.__qualname__}"
+    spec = os.fspath(spec) if isinstance(spec, os.PathLike) else spec
+    text = spec if isinstance(spec, str) else _describe_function(spec)
     seed = plain_number(seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise DataError(f'data "{text}": got seed {seed!r}, expected an integer of at least 0')
@@ -99,6 +100,16 @@ def _find_data_source(spec: str, form: Mapping[str, int | None]) -> tuple[DataSo
             f'data "{spec}": got {asked[0]}, which only {", ".join(decoding)} support; leave it out'
         )
     return entry.load(), place
+
+
+def _describe_function(function: object) -> str:
+    if not callable(function):
+        raise DataError(
+            f'data: got {type(function).__name__}, expected a name such as "digits" or '
+            '"folder:PATH"; samples of your own become data by rs.Data.from_tensors or from_dataset'
+        )
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _is_module(name: str) -> bool:

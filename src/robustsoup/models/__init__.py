@@ -3,6 +3,7 @@
 from robustsoup.models.libraries import InputSettings
 from robustsoup.models.network import NetworkSettings, network_settings_of
 from robustsoup.models.sources import (
+    Factory,
     build_known_skeleton,
     build_network,
     build_skeleton,
@@ -13,9 +14,11 @@ from robustsoup.models.sources import (
     is_built_in,
     load_model,
     network_fingerprint,
+    spec_text,
 )
 
 __all__ = [
+    "Factory",
     "InputSettings",
     "NetworkSettings",
     "build_known_skeleton",
@@ -29,4 +32,5 @@ __all__ = [
     "load_model",
     "network_fingerprint",
     "network_settings_of",
+    "spec_text",
 ]

@@ -84,7 +84,7 @@ def load_model(
     Raises:
         ModelError: An unknown name, a wrong option, or a factory that returns no nn.Module.
     """
-    text = spec if isinstance(spec, str) else _factory_spec(spec)
+    text = spec_text(spec)
     classes, channels, seed = map(plain_number, (classes, channels, seed))
     settings = NetworkSettings(text, classes, channels, channel_constants(normalize))
     return build_network(settings, mean=mean, std=std, seed=seed)
@@ -354,11 +354,25 @@ def _build_from_factory(factory: Factory, text: str, settings: NetworkSettings) 
     return model
 
 
-def _factory_spec(factory: Factory) -> str:
-    """Return the text form of a function, by which a checkpoint can record it."""
-    module, name = factory.__module__, factory.__qualname__
+def spec_text(named: str | Factory) -> str:
+    """Return the text form of a spec, by which a checkpoint can record it.
+
+    Args:
+        named: A text, or a function at the top level of a module.
+
+    Raises:
+        ModelError: It is something else, such as a network or a path.
+    """
+    if isinstance(named, str):
+        return named
+    module, name = (getattr(named, key, None) for key in ("__module__", "__qualname__"))
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ModelError(
+            f'model: got {type(named).__name__}, expected a name such as "resnet9", or a function '
+            "at the top level of a module that builds the network"
+        )
     spec = f"{module}:{name}"
-    if "." in name or _import_factory(module, name, spec) is not factory:
+    if "." in name or _import_factory(module, name, spec) is not named:
         raise ModelError(
             f'model "{spec}": a checkpoint could not record this function; '
             "define it at the top level of a module, or pass the nn.Module itself"
