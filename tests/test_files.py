@@ -12,6 +12,7 @@ import torch
 
 from robustsoup.errors import StorageError
 from robustsoup.files import (
+    append_text,
     atomic_path,
     cache_folder,
     link_file,
@@ -243,6 +244,17 @@ def test_only_regular_files_are_replaced(tmp_path, monkeypatch, kind):
         write_text(path, "text")
     assert path.stat().st_mode == mode
     assert set(names(tmp_path)) <= {"folder", "irregular"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices are files on POSIX systems")
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_text_is_appended_to_regular_files_alone(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"regular file|No such device|Is a directory"):
+        append_text(IRREGULAR[kind](Path("irregular")), "text")
+    for _ in range(2):
+        append_text(Path("file"), "ü\n")
+    assert Path("file").read_text(encoding="utf-8") == "ü\nü\n"
 
 
 def test_a_regular_file_is_read_up_to_the_limit(tmp_path):

@@ -166,6 +166,18 @@ def write_torch(target: str | os.PathLike[str], content: object) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append text to a regular file, which is created if it is missing; never waits.
+
+    Raises:
+        OSError: The file cannot be written or is not a regular file, such as a FIFO.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        _require_regular(os.fstat(file.fileno()).st_mode, path)
+        file.write(text)
+
+
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading, without waiting.
 

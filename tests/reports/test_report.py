@@ -5,6 +5,7 @@ import hashlib
 import importlib.resources
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -417,6 +418,15 @@ def test_a_report_of_a_run_that_is_half_done_says_so_in_one_line(tmp_path, resul
     results["rows"][7]["val"] = results["rows"][7]["test"] = None
     text = write_and_read_report(tmp_path, results)
     assert "This run is not complete: 1 of 29 networks were not evaluated." in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices are files on POSIX systems")
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_a_log_that_is_no_regular_file_counts_as_none(tmp_path, kind):
+    log = tmp_path / "log.txt"
+    os.mkfifo(log) if kind == "FIFO" else log.symlink_to("/dev/zero")
+    with pytest.raises(RequestError, match=r"results\.json"):
+        write_report(tmp_path)
 
 
 def test_a_folder_without_results_is_refused_with_the_last_line_of_its_log(tmp_path):

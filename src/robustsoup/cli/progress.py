@@ -1,5 +1,6 @@
 """Progress on the terminal: bars with the time left, and a log in the run folder."""
 
+import contextlib
 import datetime
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from rich.progress import Progress as RichProgress
 
 from robustsoup import distributed
 from robustsoup.cli.terminal import make_console
+from robustsoup.files import append_text
 from robustsoup.printable import make_printable
 from robustsoup.runs.context import Context
 from robustsoup.runs.cost import estimate_seconds
@@ -192,11 +194,8 @@ class RunReporter:
     def write_log(self, line: str) -> None:
         """Append a line with the time to the log; errors of writing are ignored."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        try:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(f"{now} {make_printable(line)}\n")
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            append_text(self.log, f"{now} {make_printable(line)}\n")
 
 
 class SilentReporter:

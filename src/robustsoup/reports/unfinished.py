@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustsoup.files import read_regular
 from robustsoup.runs.results import Results
 from robustsoup.runs.staging import LOG
 
+MAX_LOG_BYTES = 64 * 2**20
 _TIME = len("2026-11-22T19:00:00Z")
 
 
@@ -36,8 +38,9 @@ def describe_progress(folder: Path) -> str:
 
 
 def read_log(folder: Path) -> Sequence[str]:
-    """Return the lines of a folder's log; none if it cannot be read."""
+    """Return the lines of a folder's log; none if it cannot be read or is above MAX_LOG_BYTES."""
     try:
-        return (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        content = read_regular(folder / LOG, MAX_LOG_BYTES)
+        return content.decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ()
