@@ -81,6 +81,12 @@ def import_user_module(
         raise error(f'{label}: module "{module}" cannot be imported: {reason}') from problem
 
 
+def import_path(function: object) -> str:
+    """Return the name of a function, or of the class of a callable object, as module:name."""
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{getattr(function, '__module__', None) or '?'}:{name}"
+
+
 def check_call(
     function: Callable[..., object],
     arguments: Sequence[str],

@@ -305,6 +305,18 @@ def remove_file(path: Path) -> None:
         raise StorageError(f"{path}: cannot be removed: {error.strerror or error}") from error
 
 
+def remove_path(path: Path) -> None:
+    """Remove a file, a link or a folder with its content, if there is one.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def cache_folder() -> Path:
     """Return robustsoup's cache folder.
 

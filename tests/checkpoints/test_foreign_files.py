@@ -112,8 +112,9 @@ def test_constants_that_are_set_aside_are_given_for_normalize(tmp_path, names):
     read = Checkpoint.load(tmp_path / "a.pth").with_names_of(Net())
     assert read.notes[-1].endswith("give --normalize 0.5,0.25,0.125 0.25,0.5,0.75")
     assert read.with_names_of(Net()).notes == read.notes
-    told = Checkpoint.load(tmp_path / "a.pth").with_names_of(normalize_inputs(Net(), *[[0.5]] * 2))
-    assert "--normalize" not in " ".join(told.notes)
+    normalising = normalize_inputs(Net(), [0.5], [0.5])
+    fitted = Checkpoint.load(tmp_path / "a.pth").with_names_of(normalising)
+    assert "--normalize" not in " ".join(fitted.notes)
 
 
 def test_constants_that_change_nothing_are_set_aside_without_advice(tmp_path):

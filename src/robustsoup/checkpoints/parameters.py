@@ -48,14 +48,19 @@ def is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a network, then its buffers, each under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def list_averageable(model: nn.Module) -> set[str]:
     """Return the names of a network's parameters and buffers that can be averaged.
 
     They are those of real or complex numbers without infinity, which only constants may hold: the
     difference of two infinities is NaN.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name for name, item in tensors.items() if is_inexact(item) and item.isfinite().all()}
+    tensors = parameters_and_buffers(model).items()
+    return {name for name, item in tensors if is_inexact(item) and item.isfinite().all()}
 
 
 def inexact_parameters(

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
-from robustsoup.catalog import DATA_SOURCES, check_call, import_user_module
+from robustsoup.catalog import DATA_SOURCES, check_call, import_path, import_user_module
 from robustsoup.data.request import DataRequest, DataSource
 from robustsoup.data.splits import Data
 from robustsoup.errors import DataError
@@ -108,8 +108,7 @@ def _describe_function(function: object) -> str:
             f'data: got {type(function).__name__}, expected a name such as "digits" or '
             '"folder:PATH"; samples of your own become data by rs.Data.from_tensors or from_dataset'
         )
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+    return import_path(function)
 
 
 def _is_module(name: str) -> bool:

@@ -1,7 +1,6 @@
 """The caches of this user: the store, decoded folders, digests, and copies of checkpoints."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from robustsoup.checkpoints.remote import copies_folder
 from robustsoup.data.decoded import decoded_folder
 from robustsoup.data.synthetic import digest_cache
 from robustsoup.errors import StorageError
+from robustsoup.files import remove_path
 from robustsoup.runs.locks import claim_unused_folder, hold_folder
 from robustsoup.runs.store import UNFINISHED, Store
 
@@ -81,9 +81,6 @@ def _list_cache_entries(folder: Path) -> Iterator[Path]:
 
 def _remove_entry(entry: Path) -> None:
     try:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
+        remove_path(entry)
     except OSError as error:
         raise StorageError(f"{entry}: cannot be removed: {error.strerror or error}") from error

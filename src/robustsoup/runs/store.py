@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from robustsoup.digests import FileDigest, digest_folder, digest_json, find_damaged_file
 from robustsoup.documents import read_json
 from robustsoup.errors import StorageError
-from robustsoup.files import cache_folder, write_text
+from robustsoup.files import cache_folder, remove_path, write_text
 from robustsoup.interruption import held_signals
 from robustsoup.leftovers import remove_leftovers
 from robustsoup.paths import user_path
@@ -253,7 +252,7 @@ class Store:
                 write_text(partial / RECORD, json.dumps(step.to_json(), indent=1, sort_keys=True))
                 lock.check()
                 with held_signals():
-                    _remove(final)
+                    remove_path(final)
                     partial.replace(final)
                     (final / STATE).unlink(missing_ok=True)  # the step resumed from it until now
         except OSError as error:
@@ -265,16 +264,8 @@ class Store:
 def _make_folder(path: Path) -> None:
     """Create a folder, in the place of a file or of a link if there is one."""
     if path.is_symlink() or not path.is_dir():
-        _remove(path)
+        remove_path(path)
     path.mkdir(parents=True, exist_ok=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder with its content, a file or a link, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -16,7 +16,7 @@ from robustsoup.attacks.adaptation import copy_network
 from robustsoup.attacks.forward import set_mode
 from robustsoup.checkpoints.checkpoint import Checkpoint, CheckpointLike
 from robustsoup.checkpoints.fitting import load_tensors
-from robustsoup.checkpoints.parameters import list_averageable
+from robustsoup.checkpoints.parameters import list_averageable, parameters_and_buffers
 from robustsoup.data import SplitLike, as_split, batches
 from robustsoup.data.batches import Batch
 from robustsoup.device import resolve_device, resolve_precision
@@ -243,9 +243,8 @@ class SubspaceRun:
     @torch.no_grad()
     def mix(self, weights: Sequence[float]) -> None:
         """Write the point with these weights into the network, with the mean statistics."""
-        mixed_tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        parts = [{**dict(end.named_parameters()), **dict(end.named_buffers())} for end in self.ends]
-        for name, tensor in mixed_tensors.items():
+        parts = [parameters_and_buffers(end) for end in self.ends]
+        for name, tensor in parameters_and_buffers(self.model).items():
             if name not in self._averaged:
                 tensor.copy_(parts[0][name])
                 continue

@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, stack
 
 from robustsoup.attacks.losses import Loss, ce, kl
-from robustsoup.catalog import OBJECTIVES, check_call, import_by_name
+from robustsoup.catalog import OBJECTIVES, check_call, import_by_name, import_path
 from robustsoup.errors import ThreatError
 from robustsoup.fingerprint import code_fingerprint
 
@@ -59,7 +59,7 @@ class Objective:
                 f"objective: got {self.loss!r}, expected a function "
                 "that needs a clean or an attacked batch"
             )
-        object.__setattr__(self, "name", self.name or _import_path(self.loss))
+        object.__setattr__(self, "name", self.name or import_path(self.loss))
         batches = ["clean", "attacked", "y"]
         check_call(self.loss, batches, label=f'objective "{self.name}"', error=ThreatError)
 
@@ -223,11 +223,6 @@ def clean_weight(text: str) -> float | None:
     if name == "ce" and not rest:
         return 0.0
     return float(rest) if name == "mixed" and _is_number(rest) else None
-
-
-def _import_path(function: ObjectiveLoss) -> str:
-    name = getattr(function, "__qualname__", None) or type(function).__qualname__
-    return f"{getattr(function, '__module__', None) or '?'}:{name}"
 
 
 def _is_number(text: str) -> bool:

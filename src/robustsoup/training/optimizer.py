@@ -3,12 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustsoup.attacks.adaptation import copy_network, set_memory_format
 from robustsoup.attacks.forward import set_mode
-from robustsoup.checkpoints.parameters import find_power_vectors, list_averageable
+from robustsoup.checkpoints.parameters import (
+    find_power_vectors,
+    list_averageable,
+    parameters_and_buffers,
+)
 from robustsoup.settings import TrainSettings
 
 
@@ -84,7 +88,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.model = decay, copy_network(model)
         set_mode(self.model, training=False)
-        power_vectors = find_power_vectors(_parameters_and_buffers(model))
+        power_vectors = find_power_vectors(parameters_and_buffers(model))
         vectors = {name for names in power_vectors for name in (names.u, names.v)}
         self._averaged = list_averageable(model) - vectors
 
@@ -92,13 +96,9 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Update the average with the weights of `model` after step `step`, counted from 0."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        latest = _parameters_and_buffers(model)
-        for name, average in _parameters_and_buffers(self.model).items():
+        latest = parameters_and_buffers(model)
+        for name, average in parameters_and_buffers(self.model).items():
             if name in self._averaged:
                 average.lerp_(latest[name].detach(), share)
             else:
                 average.copy_(latest[name])
-
-
-def _parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
