@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustsoup.data import Split
+from robustsoup.data import Split, load_data
 from robustsoup.evaluation.doubts import warn_of_outputs
 from robustsoup.evaluation.evaluate import doubt_network, evaluate
 from robustsoup.evaluation.normalization import find_better_inputs
@@ -56,6 +56,14 @@ def test_evaluate_warns_of_a_forgotten_normalization(threats):
     assert sorted(again.warnings) == sorted(evaluation.warnings)
     few = evaluate(Stripes(), stripes().first(40), threats, steps=1, masking_check=False)
     assert not any("--normalize" in warning for warning in few.warnings)
+
+
+def test_networks_that_were_never_trained_get_no_hint():
+    data = load_data("digits").test
+    for seed in range(20):
+        torch.manual_seed(seed)
+        untrained = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        assert find_better_inputs(untrained, data, NetworkSettings("x")) is None
 
 
 def test_a_good_network_is_called_once_for_the_hint():
