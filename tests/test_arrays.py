@@ -7,9 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from hostile_pickles import claim_members, set_directory_field
 
-from robustsoup.arrays import read_arrays
+from robustsoup.archives import MAX_UNPACKED_BYTES
+from robustsoup.arrays import read_arrays, write_arrays
 from robustsoup.file_bytes import DamageError
 
 ARRAYS = {
@@ -45,6 +47,14 @@ def test_arrays_come_back(tmp_path, save):
         assert arrays[name].is_contiguous()
         assert np.array_equal(arrays[name].numpy(), array)
         assert arrays[name].numpy().shape == array.shape
+
+
+@pytest.mark.parametrize("size", [MAX_UNPACKED_BYTES // 2, MAX_UNPACKED_BYTES])
+def test_arrays_of_any_size_are_read_again(tmp_path, size):
+    path = tmp_path / "a.npz"
+    write_arrays(path, {"a": torch.zeros(size, dtype=torch.uint8)}, compressed=True)
+    assert len(read(path)["a"]) == size
+    assert (path.stat().st_size < size) == (size < MAX_UNPACKED_BYTES)
 
 
 def header(descr="'<f4'", order="False", shape="(4,)"):

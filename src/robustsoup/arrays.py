@@ -40,10 +40,15 @@ _DTYPES = {
 
 
 def write_arrays(path: Path, tensors: Mapping[str, Tensor], *, compressed: bool) -> None:
-    """Write tensors on the CPU to an .npz file; an interruption leaves no part of it."""
+    """Write tensors on the CPU to an .npz file; an interruption leaves no part of it.
+
+    Compressed arrays are read only up to MAX_UNPACKED_BYTES together; more are not compressed.
+    """
     arrays: dict[str, Any] = {
         name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()
     }
+    size = sum(array.nbytes + _MAX_HEADER_BYTES for array in arrays.values())
+    compressed = compressed and size <= MAX_UNPACKED_BYTES
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
 

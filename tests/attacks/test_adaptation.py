@@ -226,6 +226,24 @@ def test_networks_that_view_run_in_the_contiguous_format(plain, images):
     torch.testing.assert_close(copied(channels_last), plain(images))
 
 
+def test_networks_that_read_memory_in_order_run_in_the_contiguous_format(plain, images):
+    class Strides(Plain):
+        def forward(self, x):
+            features = self.features(x)
+            return self.linear(torch.as_strided(features, (len(x), 6 * 16), (6 * 16, 1)))
+
+    network = same_weights(Strides(), plain)
+    torch.testing.assert_close(adapt_network(network, images), plain(images).detach())
+    channels_last = images.repeat(1, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(channels_last), plain(images))
+
+
+def test_networks_run_in_the_channels_last_format(plain, images):
+    adapt_network(plain, images)
+    assert plain.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not plain._forward_pre_hooks
+
+
 def test_networks_that_view_in_train_mode_alone_are_trained_in_the_contiguous_format(images):
     class ViewsInTraining(Views):
         def forward(self, x):
