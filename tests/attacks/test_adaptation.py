@@ -238,10 +238,16 @@ def test_networks_that_read_memory_in_order_run_in_the_contiguous_format(plain, 
     torch.testing.assert_close(network(channels_last), plain(images))
 
 
-def test_networks_run_in_the_channels_last_format(plain, images):
-    adapt_network(plain, images)
-    assert plain.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not plain._forward_pre_hooks
+@pytest.mark.parametrize("noise", [0, 1])
+def test_networks_run_in_the_channels_last_format(plain, images, noise):
+    class Noisy(Plain):
+        def forward(self, x):
+            return super().forward(x + noise * torch.randn(x.shape))
+
+    network = same_weights(Noisy(), plain)
+    adapt_network(network, images)
+    assert network.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not network._forward_pre_hooks
 
 
 def test_networks_that_view_in_train_mode_alone_are_trained_in_the_contiguous_format(images):
