@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 
 import torch
@@ -92,10 +92,9 @@ def adapt_network(
 
     Networks run in the channels-last memory format, which is faster. One that fails in it (it calls
     `view` on a feature map) or gives other logits in it (it calls `torch.as_strided`) runs in the
-    contiguous format. GroupNorm always gets contiguous input:
-    on a CPU, PyTorch 2.13 ends the process in its backward pass if the input is channels-last and
-    needs no gradient, as where a layer of a learned soup rests. Adapting twice changes nothing
-    more.
+    contiguous format. GroupNorm always gets contiguous input: on a CPU, PyTorch 2.13 ends the
+    process in its backward pass if the input is channels-last and needs no gradient, as where a
+    layer of a learned soup rests. Adapting twice changes nothing more.
 
     Args:
         model: The network; its modes stay.
@@ -151,16 +150,26 @@ def _call_contiguous(model: nn.Module, x: Tensor, known: Tensor | None) -> Tenso
     """
     if _has_hook(model, ContiguousInput):
         return None
-    hook = model.register_forward_pre_hook(ContiguousInput())
-    set_memory_format(model)
+    move_back = _move_to_contiguous(model)
     with contextlib.suppress(Exception):
         logits = _call_once(model, x)
         # A network that draws random numbers differs from itself in any format.
         if known is None or (not _agree(known, logits) and _agree(logits, _call_once(model, x))):
             return logits
-    hook.remove()
-    set_memory_format(model)
+    move_back()
     return None
+
+
+def _move_to_contiguous(model: nn.Module) -> Callable[[], None]:
+    """Let a network run in the contiguous format; returns a function that moves it back."""
+    hook = model.register_forward_pre_hook(ContiguousInput())
+    set_memory_format(model)
+
+    def move_back() -> None:
+        hook.remove()
+        set_memory_format(model)
+
+    return move_back
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
@@ -211,13 +220,11 @@ def check_train_mode(model: nn.Module, x: Tensor) -> None:
     except ModelError:
         if _has_hook(model, ContiguousInput):
             raise
-        hook = model.register_forward_pre_hook(ContiguousInput())
-        set_memory_format(model)
+        move_back = _move_to_contiguous(model)
         try:
             _try_train_mode(model, x)
         except ModelError:
-            hook.remove()
-            set_memory_format(model)
+            move_back()
             raise
 
 
